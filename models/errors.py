@@ -1,0 +1,48 @@
+"""The mistakes that a person can mend, in one tree.
+
+Each text is one sentence: what arrived, what was wanted and what to type next. A command line prints it and exits with 2;
+a server answers it with a 4xx. Anything that is not a ``UserError`` is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that a person can mend; the text says how."""
+
+
+class UnknownModelError(UserError):
+    """No network is registered under that name."""
+
+
+class WeightsError(UserError):
+    """Weights are missing, damaged or made for another network."""
+
+
+class BundleError(UserError):
+    """A bundle is missing, changed, incomplete or too new."""
+
+
+class PhotoError(UserError):
+    """A file is not a photo that can be decoded."""
+
+
+class DataError(UserError):
+    """A dataset folder is not what training needs."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown or has a value that it cannot take."""
+
+
+class RunError(UserError):
+    """A run's folder is in the way, or not what resuming needs."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Name the nearest known word as ``" Did you mean 'x'?"``, or nothing where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

