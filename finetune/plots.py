@@ -1,0 +1,147 @@
+"""What the report's figures have in common, and the figures of numbers: learning curves, confusions, calibration."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from models.files import atomic_write
+
+# Okabe and Ito (2008): told apart with any kind of colour blindness
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+INK, FAINT, TILE = "#222222", "#8A8A8A", "#D9D9D9"
+# Scripts that matplotlib's own font lacks, where the machine has a font for them
+MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": FAINT,
+    "axes.grid": False,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "figure.dpi": 110,
+    "figure.titlesize": 13,
+    "font.size": 10,
+    "grid.color": "#E6E6E6",
+    "legend.frameon": False,
+    "text.color": INK,
+    "text.parse_math": False,  # a class or file name may hold dollar signs
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@contextlib.contextmanager
+def calm_style() -> Iterator[None]:
+    """Draw and save figures with the report's look and fonts; afterwards matplotlib's settings are as they were."""
+    installed = set(font_manager.get_font_names())
+    fonts = ["DejaVu Sans", *(name for name in MORE_FONTS if name in installed)]
+    with mpl.rc_context({**STYLE, "font.family": fonts}), warnings.catch_warnings():
+        # A name in a script that no font here has shows as boxes: no reason to stop, or to warn once a letter
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write ``figure`` as a PNG, whole or not at all; the same figure gives the same bytes."""
+    with atomic_write(path) as part:
+        figure.savefig(part, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    return path
+
+
+def printable(text: str, longest: int) -> str:
+    """``text`` in one line of at most ``longest`` characters, cut in the middle, fit to be drawn whatever it holds."""
+    clean = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    if len(clean) <= longest:
+        return clean
+    head = (longest - 1) // 2
+    return f"{clean[:head]}…{clean[len(clean) - (longest - 1 - head) :]}"
+
+
+def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> Path:
+    """Loss and accuracy of training and validation over the epochs, the epoch of lowest validation loss marked."""
+    epochs = [row["epoch"] for row in history]
+    best = min(history, key=lambda row: row["valid_loss"])
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    minutes = sum(row["seconds"] for row in history) / 60.0
+    number = f"{len(epochs)} epoch{'' if len(epochs) == 1 else 's'}"
+    figure.suptitle(f"Learning curves: {number} in {minutes:.1f} min", x=0.01, ha="left")
+    panels = (("loss", "cross-entropy loss (nats)", 1.0), ("accuracy", "accuracy (% of photos)", 100.0))
+    for axes, (key, unit, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+        for split, name, colour, marker in (("train", "training", FAINT, "s"), ("valid", "validation", BLUE, "o")):
+            values = [scale * row[f"{split}_{key}"] for row in history]
+            axes.plot(epochs, values, color=colour, marker=marker, markersize=4, linewidth=1.8, label=name)
+        at_best = scale * best[f"valid_{key}"]
+        axes.axvline(best["epoch"], color=ORANGE, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        axes.plot(
+            best["epoch"], at_best, "o", markersize=10, markerfacecolor="none", markeredgecolor=ORANGE,
+            markeredgewidth=1.8, linestyle="none", label=f"lowest validation loss (epoch {best['epoch']:g})",
+        )  # fmt: skip
+        shown = f"{at_best:.4f}" if key == "loss" else f"{at_best:.2f} %"
+        title = f"{key.capitalize()}: validation {shown} at epoch {best['epoch']:g}"
+        axes.set(title=title, xlabel="epoch", ylabel=unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+    figure.axes[0].set_ylim(bottom=0)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=9)
+    return save(figure, path)
+
+
+def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], path: Path) -> Path:
+    """Photos of each true class (rows) by predicted class (columns), as counts and per cent of the row: (C, C) counts.
+
+    Right answers are blue, wrong ones orange; the deeper, the larger their share of the row.
+    """
+    size = len(classes)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)
+    cell_in = float(np.clip(7.0 / size, 0.42, 1.5))
+    figure = Figure(figsize=(size * cell_in + 3.0, size * cell_in + 2.2), layout="constrained")
+    axes = figure.add_subplot()
+    colours = _cell_colours(shares)
+    axes.imshow(colours, aspect="equal")
+    font_pt = float(np.clip(cell_in * 14, 6.5, 13))
+    for row, column in np.argwhere(counts > 0):
+        brightness = float(colours[row, column, :3] @ (0.299, 0.587, 0.114))
+        text = f"{counts[row, column]:,}\n{100 * shares[row, column]:.{1 if cell_in > 0.6 else 0}f} %"
+        colour = INK if brightness > 0.5 else "white"
+        axes.text(column, row, text, ha="center", va="center", fontsize=font_pt, color=colour)
+    names = [printable(name, 24) for name in classes]
+    level = size <= 4 and max(map(len, names)) <= 12
+    label_pt = 11 if size <= 6 else 9
+    title_pt = float(np.clip(size * cell_in, 11, 16))
+    axes.set_xticks(range(size), names, rotation=0 if level else 90, fontsize=label_pt)
+    rows = [f"{name} ({total:,})" for name, total in zip(names, totals.ravel(), strict=True)]
+    axes.set_yticks(range(size), rows, fontsize=label_pt)
+    axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("predicted class", fontsize=title_pt)
+    axes.set_ylabel("true class (number of photos)", fontsize=title_pt)
+    wrong = int(counts.sum() - counts.trace())
+    title = f"Confusion matrix: {wrong:,} of {counts.sum():,} photos wrong\nphotos, and % of the true class"
+    axes.set_title(title, fontsize=title_pt)
+    return save(figure, path)
+
+
+def _cell_colours(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Blues on the diagonal, oranges beside it: (C, C) -> (C, C, 4); the root makes one wrong photo in 200 visible."""
+    colours = mpl.colormaps["Oranges"](0.9 * np.sqrt(shares))
+    diagonal = np.arange(len(shares))
+    colours[diagonal, diagonal] = mpl.colormaps["Blues"](0.15 + 0.7 * shares[diagonal, diagonal])
+    colours[shares == 0] = mpl.colors.to_rgba("#F6F6F6")
+    return np.asarray(colours)

@@ -1,0 +1,97 @@
+"""Sheets of photos with what the network said of them: the mistakes, the doubts, and a fair sample of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from finetune.plots import BLUE, ORANGE, TILE, printable, save
+from finetune.predictions import Predictions
+from models.errors import PhotoError
+from models.preprocess import decode
+
+PHOTOS_SHOWN = 12
+COLUMNS = 4
+DPI = 110
+TILE_PX, FRAME_PX, GAP_PX, CAPTION_PX, HEADER_PX = 270, 5, 16, 78, 64
+
+
+def confident_mistakes(predictions: Predictions, label: int) -> NDArray[np.intp]:
+    """Up to 12 photos of the class ``label`` that were predicted as another, highest loss first, as indices."""
+    wrong = np.flatnonzero((predictions.labels == label) & ~predictions.correct)
+    return wrong[np.argsort(-predictions.losses[wrong], kind="stable")][:PHOTOS_SHOWN]
+
+
+def least_certain(predictions: Predictions, label: int) -> NDArray[np.intp]:
+    """Up to 12 photos of the class ``label`` by the smallest lead of the most probable class over the second."""
+    if len(predictions.classes) < 2:
+        return np.zeros(0, dtype=np.intp)
+    members = np.flatnonzero(predictions.labels == label)
+    top_two = np.sort(predictions.probabilities[members], axis=1)[:, -2:]
+    return members[np.argsort(top_two[:, 1] - top_two[:, 0], kind="stable")][:PHOTOS_SHOWN]
+
+
+def random_correct(predictions: Predictions, label: int, *, seed: int) -> NDArray[np.intp]:
+    """Up to 12 photos of the class ``label`` that were predicted right, drawn at random, in the order of the photos."""
+    right = np.flatnonzero((predictions.labels == label) & predictions.correct)
+    rng = np.random.default_rng([seed, label])
+    return np.sort(rng.choice(right, size=min(PHOTOS_SHOWN, len(right)), replace=False))
+
+
+def photo_sheet(predictions: Predictions, indices: NDArray[np.intp], title: str, data_dir: Path, path: Path) -> Path:
+    """Draw the photos at ``indices`` up to four abreast, each with file name, predicted class and p(true class).
+
+    Blue frames are right answers, orange frames wrong ones. A photo that is gone or damaged is a grey tile saying so.
+    """
+    columns = min(COLUMNS, max(2, len(indices)))  # two leave room for the title
+    rows = -(-len(indices) // columns)
+    width_px = columns * (TILE_PX + GAP_PX) + GAP_PX
+    height_px = HEADER_PX + rows * (TILE_PX + CAPTION_PX)
+    sheet = Image.new("RGB", (width_px, height_px), "white")
+    figure = Figure(figsize=(width_px / DPI, height_px / DPI), dpi=DPI)
+
+    def write(x_px: float, y_px: float, text: str, **style: Any) -> None:
+        figure.text(x_px / width_px, 1 - y_px / height_px, text, **style)
+
+    write(GAP_PX, HEADER_PX / 2, title, va="center", fontsize=12)
+    for place, index in enumerate(indices.tolist()):
+        left = GAP_PX + place % columns * (TILE_PX + GAP_PX)
+        top = HEADER_PX + place // columns * (TILE_PX + CAPTION_PX)
+        tile, trouble = _tile(data_dir / predictions.photos[index], BLUE if predictions.correct[index] else ORANGE)
+        sheet.paste(tile, (left, top))
+        middle = left + TILE_PX / 2
+        write(middle, top + TILE_PX / 2, trouble, ha="center", va="center")
+        write(middle, top + TILE_PX + 6, _caption(predictions, index), ha="center", va="top", fontsize=9)
+    figure.figimage(np.asarray(sheet), zorder=-1)
+    return save(figure, path)
+
+
+def _caption(predictions: Predictions, index: int) -> str:
+    true, predicted = predictions.labels[index], predictions.predicted[index]
+    p_true = predictions.probabilities[index, true]
+    shown = f"{p_true:.3f}" if p_true >= 0.001 else f"{p_true:.0e}"
+    file = printable(PurePosixPath(predictions.photos[index]).name, 32)
+    names = [printable(predictions.classes[k], 22) for k in (predicted, true)]
+    return f"{file}\npredicted {names[0]}\np({names[1]}) = {shown}"
+
+
+def _tile(photo: Path, colour: str) -> tuple[Image.Image, str]:
+    """The whole photo in the middle of a framed grey square; where that is not possible, the square and why."""
+    inner_px = TILE_PX - 2 * FRAME_PX
+    tile = ImageOps.expand(Image.new("RGB", (inner_px, inner_px), TILE), FRAME_PX, colour)
+    try:
+        picture = decode(photo.read_bytes())
+    except FileNotFoundError:
+        return tile, "photo is missing"
+    except (OSError, ValueError):  # ValueError: a path that no file system can hold
+        return tile, "photo cannot be read"
+    except PhotoError:
+        return tile, "photo cannot be decoded"
+    picture = ImageOps.contain(picture, (inner_px, inner_px))
+    tile.paste(picture, ((TILE_PX - picture.width) // 2, (TILE_PX - picture.height) // 2))
+    return tile, ""

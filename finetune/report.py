@@ -1,0 +1,95 @@
+"""The pictures of an evaluation: how training went, what is mixed up, how honest confidence is, and which photos."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune import plots, plots_photos
+from finetune.plots_reliability import reliability_diagram
+from finetune.predictions import Predictions, check_probabilities, count_confusions
+
+CLASSES_WITH_PHOTOS = 20
+LONGEST_SLUG = 40
+
+
+def write_plots(
+    out_dir: Path,
+    *,
+    predictions: Predictions,
+    data_dir: Path | None,
+    history: Sequence[Mapping[str, float]] | None,
+    uncalibrated: NDArray[np.float64] | None,
+    seed: int = 0,
+) -> list[Path]:
+    """Write the report's PNGs into ``out_dir``, each whole or not at all, and return those written.
+
+    Always confusion_matrix.png and reliability.png; with ``history`` (one mapping an epoch: epoch, train_loss,
+    valid_loss, train_accuracy and valid_accuracy from 0 to 1, seconds) learning_curves.png; with ``data_dir`` sheets
+    of up to 12 photos for each class, confident_mistakes_<class>.png, least_certain_<class>.png and
+    random_correct_<class>.png, where there is something to show; of more than 20 classes, the 20 with most mistakes.
+    ``uncalibrated`` (N, C) are the probabilities before temperature scaling. Raises ValueError for shapes that do not
+    fit, and where there are no photos.
+    """
+    if not predictions.photos:
+        raise ValueError("No photos arrived; at least one was wanted.")
+    if uncalibrated is not None:
+        check_probabilities(predictions.labels, uncalibrated, len(predictions.classes))
+    classes = predictions.classes
+    written = []
+    with plots.calm_style():
+        if history:
+            written.append(plots.learning_curves(history, out_dir / "learning_curves.png"))
+        counts = count_confusions(predictions.labels, predictions.predicted, len(classes))
+        written.append(plots.confusion_matrix(counts, classes, out_dir / "confusion_matrix.png"))
+        path = out_dir / "reliability.png"
+        written.append(reliability_diagram(predictions.labels, predictions.probabilities, uncalibrated, path, seed=seed))
+        if data_dir is not None:
+            names = slugs(classes)
+            for label in _with_most_mistakes(counts):
+                written += _photo_sheets(out_dir, predictions, label, names[label], data_dir, seed=seed)
+    return written
+
+
+def _with_most_mistakes(counts: NDArray[np.int64]) -> list[int]:
+    mistakes = counts.sum(axis=1) - counts.diagonal()
+    return sorted(np.argsort(-mistakes, kind="stable")[:CLASSES_WITH_PHOTOS].tolist())
+
+
+def _photo_sheets(out_dir: Path, predictions: Predictions, label: int, slug: str, data_dir: Path, *, seed: int) -> list[Path]:
+    photos_of = f"Photos of {plots.printable(predictions.classes[label], 30)}"
+    mistakes = plots_photos.confident_mistakes(predictions, label)
+    doubts = plots_photos.least_certain(predictions, label)
+    sample = plots_photos.random_correct(predictions, label, seed=seed)
+    sheets = [
+        ("confident_mistakes", mistakes, f"{photos_of} predicted wrong,\nhighest loss first"),
+        ("least_certain", doubts, f"{photos_of}, least certain first\n(frames: blue right, orange wrong)"),
+        ("random_correct", sample, f"{photos_of} predicted right,\ndrawn at random"),
+    ]
+    return [
+        plots_photos.photo_sheet(predictions, indices, title, data_dir, out_dir / f"{kind}_{slug}.png")
+        for kind, indices, title in sheets
+        if len(indices)
+    ]
+
+
+def slugs(classes: Sequence[str]) -> tuple[str, ...]:
+    """A part of a file name for each class: letters, digits, ``_``, ``-`` and ``.`` inside, up to 40 characters.
+
+    No two are equal, not even where case is ignored, and none can lead out of a folder.
+    """
+    taken: set[str] = set()
+    result = []
+    for name in classes:
+        plain = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", name))[:LONGEST_SLUG].strip(".-") or "class"
+        slug, number = plain, 2
+        while slug.casefold() in taken:
+            slug, number = f"{plain}-{number}", number + 1
+        taken.add(slug.casefold())
+        result.append(slug)
+    return tuple(result)

@@ -1,0 +1,57 @@
+"""The area under the ROC curve with its interval, fast enough for a thousand resamples."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+
+from finetune.intervals import QUANTILES_95, chunks, interval
+
+
+def roc_auc(labels: NDArray[np.int64], probabilities: NDArray[np.float64], *, seed: int, resamples: int) -> dict[str, float]:
+    """The area for two classes is that of the second; for more, the mean of each class against the rest.
+
+    Takes labels (N,) and probabilities (N, C), C at least 2 and every class with a photo. The interval is that of the
+    percentile bootstrap, photos drawn anew within each class so that no resample lacks one (the default of R's pROC).
+    """
+    class_count = probabilities.shape[1]
+    positives = [1] if class_count == 2 else list(range(class_count))
+    value = np.mean([roc_auc_score(labels == k, probabilities[:, k]) for k in positives])
+    members = [np.flatnonzero(labels == k) for k in range(class_count)]
+    rng = np.random.default_rng(seed)
+    areas = []
+    for size in chunks(len(labels), resamples):
+        counts = _stratified_counts(members, size, rng)
+        areas.append(np.mean([weighted_areas(labels == k, probabilities[:, k], counts) for k in positives], axis=0))
+    low, high = np.quantile(np.concatenate(areas), QUANTILES_95)
+    return interval(value, low, high)
+
+
+def _stratified_counts(members: list[NDArray[np.intp]], size: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """How often each photo is drawn in each of ``size`` resamples that keep every class's number: (N, size)."""
+    photos = sum(len(indices) for indices in members)
+    drawn = np.concatenate([indices[rng.integers(len(indices), size=(len(indices), size))] for indices in members])
+    cells = drawn * size + np.arange(size)
+    return np.bincount(cells.ravel(), minlength=photos * size).reshape(photos, size).astype(np.float32)
+
+
+def weighted_areas(
+    positive: NDArray[np.bool_], scores: NDArray[np.float64], weights: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """The ROC area of each column of weights: positive (N,), scores (N,), weights (N, R) -> (R,).
+
+    It is the share of positive-negative pairs in which the positive scores higher, a tie counting half.
+    """
+    negatives = np.flatnonzero(~positive)
+    negatives = negatives[np.argsort(scores[negatives])]
+    lower = np.searchsorted(scores[negatives], scores[positive], side="left")
+    not_higher = np.searchsorted(scores[negatives], scores[positive], side="right")
+    # The running sum of the negatives' weights is needed at the positives' places only: sum what lies between them.
+    cuts = np.unique(np.concatenate([[0], lower, not_higher]))
+    below = np.zeros((len(cuts) + 1, weights.shape[1]))
+    inner = cuts[cuts < len(negatives)]
+    np.cumsum(np.add.reduceat(weights[negatives], inner, axis=0), axis=0, out=below[1 : len(inner) + 1])
+    pairs_twice = weights[positive] * (below[np.searchsorted(cuts, lower)] + below[np.searchsorted(cuts, not_higher)])
+    total = weights[positive].sum(axis=0) * below[len(inner)]
+    return np.asarray(pairs_twice.sum(axis=0) / (2.0 * total), dtype=np.float64)
