@@ -1,0 +1,1 @@
+"""Drawings of cats and dogs: a pen, places, and the animals themselves."""

@@ -1,0 +1,76 @@
+"""What one animal looks like, settled before the first stroke.
+
+Cats and dogs wear the same colours, collars and patterns, so that no single colour gives a class away.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from finetune.drawing.pen import Colour, brightness, darker, lighter, mix
+
+FURS: tuple[Colour, ...] = (
+    (52, 48, 54),  # black
+    (92, 92, 102),  # slate
+    (138, 142, 152),  # grey
+    (238, 234, 228),  # white
+    (236, 214, 178),  # cream
+    (226, 146, 72),  # ginger
+    (214, 172, 104),  # golden
+    (150, 98, 62),  # brown
+    (104, 70, 52),  # chocolate
+    (190, 158, 126),  # fawn
+)
+COLLARS: tuple[Colour, ...] = (
+    (196, 58, 62),
+    (54, 112, 178),
+    (60, 142, 96),
+    (236, 186, 60),
+    (136, 84, 160),
+    (40, 40, 48),
+)
+CAT_EYES: tuple[Colour, ...] = ((150, 186, 84), (214, 180, 62), (108, 168, 204), (206, 130, 56), (120, 176, 140))
+DOG_EYES: tuple[Colour, ...] = ((70, 42, 28), (44, 30, 26), (112, 70, 36), (118, 160, 190))
+
+
+@dataclass(frozen=True)
+class Look:
+    """All that is settled about one animal before the first stroke."""
+
+    cat: bool
+    fur: Colour
+    second: Colour  # muzzle, chest and paws, or the patches
+    marks: Colour  # stripes and spots
+    coat: str
+    eye: Colour
+    collar: Colour | None
+    turn: float  # where the face looks: -1 to its right, 0 at us, 1 to its left
+    ears: str
+    mouth: str
+    eyes: str
+    patch_side: int
+
+
+def random_look(label: str, rng: random.Random) -> Look:
+    """Make up an animal of the class ``label``."""
+    cat = label == "cats"
+    fur = rng.choice(FURS)
+    fur = mix(fur, rng.choice(FURS), rng.uniform(0, 0.25))
+    second = lighter(fur, rng.uniform(0.35, 0.9)) if rng.random() < 0.75 else mix(fur, rng.choice(FURS), 0.6)
+    dark = rng.uniform(0.3, 0.6)
+    ears = ("tall", "wide", "small") if cat else ("hanging", "hanging", "long", "folded", "folded", "shaggy")
+    return Look(
+        cat=cat,
+        fur=fur,
+        second=second,
+        marks=darker(fur, dark) if brightness(fur) > 80 else lighter(fur, dark / 2),
+        coat=rng.choice(("plain", "tuxedo", "tuxedo", "striped", "striped", "patched", "pointed")),
+        eye=rng.choice(CAT_EYES if cat else DOG_EYES),
+        collar=rng.choice(COLLARS) if rng.random() < 0.45 else None,
+        turn=rng.uniform(-0.9, 0.9),
+        ears=rng.choice(ears),
+        mouth=rng.choice(("smile", "smile", "tongue", "open") if not cat else ("smile", "smile", "smile", "open")),
+        eyes=rng.choice(("open", "open", "open", "open", "open", "shut")),
+        patch_side=rng.choice((-1, 1)),
+    )

@@ -1,0 +1,164 @@
+"""The drawn sample: labelled, varied, repeatable, and never half there."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune import sample
+from finetune.sample import CLASSES, draw, write_sample
+from models.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("drawn") / "pets"
+    write_sample(out, train=120, valid=40, seed=3)
+    return out
+
+
+def photos(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.jpg"))
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    sample.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_folders_hold_as_many_pictures_as_were_asked_for(drawn: Path) -> None:
+    counts = {f"{split}/{label}": len(photos(drawn / split / label)) for split in ("train", "valid") for label in CLASSES}
+    assert counts == {"train/cats": 60, "train/dogs": 60, "valid/cats": 20, "valid/dogs": 20}
+    assert (drawn / "train" / "cats" / "cat.0001.jpg").is_file()
+    assert (drawn / "valid" / "dogs" / "dog.0020.jpg").is_file()
+
+
+def test_pictures_are_colour_jpegs_of_several_shapes(drawn: Path) -> None:
+    sizes = []
+    for path in photos(drawn):
+        with Image.open(path) as image:
+            image.load()
+            assert (image.format, image.mode) == ("JPEG", "RGB")
+            sizes.append(image.size)
+    assert all(min(size) >= 200 and 239 < max(size) <= 520 for size in sizes)
+    assert len({round(width / height, 1) for width, height in sizes}) >= 4
+
+
+def test_the_readme_says_that_these_are_no_photos(drawn: Path) -> None:
+    text = (drawn / "README.txt").read_text(encoding="utf-8")
+    assert "drawings" in text
+    assert "`finetune sample`" in text
+    assert "says nothing about photos" in text
+
+
+def test_no_two_pictures_are_near_duplicates(drawn: Path) -> None:
+    hashes = []
+    for path in photos(drawn):
+        with Image.open(path) as image:
+            hashes.append(imagehash.phash(image).hash.ravel())
+    bits = np.array(hashes, dtype=int)
+    apart = bits @ (1 - bits).T
+    apart += apart.T + 64 * np.eye(len(bits), dtype=int)
+    assert apart.min() > 8
+
+
+def test_the_average_colour_does_not_give_the_class_away(drawn: Path) -> None:
+    colours = {}
+    for label in CLASSES:
+        means = []
+        for path in photos(drawn / "train" / label):
+            with Image.open(path) as image:
+                means.append(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
+        colours[label] = np.array(means)
+    between = np.abs(colours["cats"].mean(axis=0) - colours["dogs"].mean(axis=0))
+    within = np.concatenate(list(colours.values())).std(axis=0)
+    assert (between < 0.5 * within).all()
+
+
+def test_the_same_seed_draws_the_same_bytes_and_more_pictures_keep_them(drawn: Path, tmp_path: Path) -> None:
+    write_sample(tmp_path / "again", train=4, valid=2, seed=3)
+    write_sample(tmp_path / "other", train=4, valid=2, seed=4)
+    for path in photos(tmp_path / "again"):
+        name = path.relative_to(tmp_path / "again")
+        assert path.read_bytes() == (drawn / name).read_bytes()
+        assert path.read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+def test_one_picture_can_be_drawn_alone() -> None:
+    first, second = (draw("dogs", rng=random.Random(5)) for _ in range(2))
+    assert first.tobytes() == second.tobytes()
+    assert first.tobytes() != draw("cats", rng=random.Random(5)).tobytes()
+
+
+def test_an_unknown_class_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(DataError, match="Did you mean 'dogs'"):
+        draw("dog", rng=random.Random(0))
+
+
+def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(DataError, match="not empty; pick another folder, or delete it"):
+        write_sample(tmp_path, train=2, valid=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_is_filled_and_missing_parents_are_made(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_sample(tmp_path / "empty", train=2, valid=2)
+    write_sample(tmp_path / "a" / "b", train=2, valid=2)
+    assert len(photos(tmp_path)) == 8
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pets").write_text("a file")
+    with pytest.raises(DataError, match="not a folder"):
+        write_sample(tmp_path / "pets", train=2, valid=2)
+    with pytest.raises(DataError, match="Could not write"):
+        write_sample(tmp_path / "pets" / "below", train=2, valid=2)
+
+
+@pytest.mark.parametrize(("train", "valid", "flag"), [(1, 2, "--train 1"), (2, 0, "--valid 0"), (-4, 2, "--train -4")])
+def test_a_class_without_a_picture_is_refused(tmp_path: Path, train: int, valid: int, flag: str) -> None:
+    with pytest.raises(DataError, match=flag):
+        write_sample(tmp_path / "pets", train=train, valid=valid)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawings = 0
+
+    def draw_two(label: str, *, rng: random.Random) -> Image.Image:
+        nonlocal drawings
+        drawings += 1
+        if drawings > 2:
+            raise KeyboardInterrupt
+        return draw(label, rng=rng)
+
+    monkeypatch.setattr(sample, "draw", draw_two)
+    with pytest.raises(KeyboardInterrupt):
+        write_sample(tmp_path / "pets", train=4, valid=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_where_the_pictures_are_and_what_to_type_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my pets"
+    assert sample.run(parse(str(out), "--train", "6", "--valid", "4", "--seed", "1")) == 0
+    printed = capsys.readouterr().out
+    assert "6 training and 4 validation pictures" in printed
+    assert "nothing about photos" in printed
+    assert f"finetune train --data-dir '{out}' --backbone efficientnet_lite0" in printed
+    assert len(photos(out)) == 10
+
+
+def test_the_command_draws_280_pictures_unless_told_otherwise() -> None:
+    args = parse("pets")
+    assert (args.out, args.train, args.valid, args.seed) == (Path("pets"), 200, 80, 0)
