@@ -1,0 +1,88 @@
+"""The command line: ``finetune train | evaluate | predict | audit | download | sample | join | models``."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from models.errors import ConfigError, UserError, did_you_mean
+
+COMMANDS = {
+    "train": "a folder of photos becomes a bundle",
+    "evaluate": "measure a bundle on labelled photos",
+    "predict": "classify photos with a bundle",
+    "audit": "what is wrong with a folder of photos",
+    "download": "fetch real photos of cats and dogs",
+    "sample": "draw labelled pictures of cats and dogs, to try things out",
+    "join": "make a whole bundle of a head-only one",
+    "models": "the networks to start from",
+}
+MODULES = {"models": "zoo", "train": "training"}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with the nearest known word for a flag or command that is not known."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        words = message.rpartition(":")[2].split()
+        known = [*self._option_string_actions, *COMMANDS]
+        near = did_you_mean(words[0].split("=")[0], known) if message.startswith("unrecognized") and words else ""
+        raise ConfigError(f"{self.prog}: {message}.{near} `{self.prog} --help` lists what there is.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 done with findings, 2 a mistake to mend, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"finetune: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(
+                f"finetune: The disk is full ({error.filename or 'while writing'}); make room and run it again.",
+                file=sys.stderr,
+            )
+            return 2
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads us has gone, as `head` does
+            return 1
+        if isinstance(error, PermissionError):
+            print(
+                f"finetune: {error.filename} may not be read or written by you; mend its permissions, or name another.",
+                file=sys.stderr,
+            )
+            return 2
+        raise
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="finetune", description="Transfer learning for image classifiers: from photos to a bundle that serves."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name, help in COMMANDS.items():
+        commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    if not arguments:
+        parser.print_help()
+        return 2
+    name = arguments[0]
+    if name not in COMMANDS and not name.startswith("-"):
+        raise ConfigError(f"There is no command {name!r}.{did_you_mean(name, COMMANDS)} `finetune --help` lists them.")
+    if name in COMMANDS:  # only the command that is called is imported: torch takes seconds
+        module = importlib.import_module(f"finetune.{MODULES.get(name, name)}")
+        module.add_arguments(commands.choices[name])
+        return int(module.run(parser.parse_args(arguments)))
+    parser.parse_args(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

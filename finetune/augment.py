@@ -1,0 +1,54 @@
+"""The usual augmentation: random resized crop, flip and colour jitter, each drawn from a generator of its own.
+
+The ranges are those of torchvision's RandomResizedCrop and of common ImageNet recipes. A photo's random numbers depend on
+seed, epoch and photo alone, so neither threads nor a resumed run change them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageEnhance, ImageOps
+
+from models.preprocess import INTERPOLATIONS, Preprocessing
+
+AREA = (0.35, 1.0)
+ASPECT = (3 / 4, 4 / 3)
+JITTER = 0.2
+
+
+@dataclass(frozen=True)
+class Augment:
+    """``crop(photo, epoch=, index=)``: a random view of an RGB photo, (input_px, input_px, channels) uint8."""
+
+    preprocessing: Preprocessing
+    seed: int
+
+    def crop(self, photo: Image.Image, *, epoch: int, index: int) -> NDArray[np.uint8]:
+        rng = np.random.default_rng((self.seed, epoch, index))
+        side = self.preprocessing.input_px
+        view = photo.resize((side, side), INTERPOLATIONS[self.preprocessing.interpolation], _random_box(photo.size, rng))
+        if rng.random() < 0.5:
+            view = ImageOps.mirror(view)
+        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            view = enhance(view).enhance(rng.uniform(1 - JITTER, 1 + JITTER))
+        pixels = np.asarray(view.convert("RGB" if self.preprocessing.channels == 3 else "L"))
+        return pixels.reshape(side, side, self.preprocessing.channels)
+
+
+def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A box of random area and aspect within the picture, (left, top, right, bottom) in pixels."""
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*AREA)
+        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+            return left, top, left + w, top + h
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side

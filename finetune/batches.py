@@ -1,0 +1,104 @@
+"""What an epoch is made of: batches of features and labels, from the cache or computed anew from photos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from finetune.augment import Augment
+from finetune.data import Photo, open_photo
+from finetune.features import FrozenPart, batched
+from finetune.prefetch import prefetch
+from models.preprocess import Preprocessing
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Batches(Protocol):
+    """``shuffled(epoch)`` gives an epoch in that epoch's random order, ``ordered()`` the photos one after another.
+
+    A batch is features (n, ...) float32 and labels (n,) int64, on the CPU.
+    """
+
+    def __len__(self) -> int: ...
+    def shuffled(self, epoch: int) -> Iterator[Batch]: ...
+    def ordered(self) -> Iterator[Batch]: ...
+
+
+class CachedBatches:
+    """Batches of features that were computed before."""
+
+    def __init__(self, features: NDArray[np.float32], labels: Sequence[int], *, batch_size: int, seed: int) -> None:
+        self._features = torch.from_numpy(features)
+        self._labels = torch.tensor(labels, dtype=torch.long)
+        self._batch_size = batch_size
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def shuffled(self, epoch: int) -> Iterator[Batch]:
+        return self._take(epoch_order(len(self), self._seed, epoch))
+
+    def ordered(self) -> Iterator[Batch]:
+        return self._take(torch.arange(len(self)))
+
+    def _take(self, order: Tensor) -> Iterator[Batch]:
+        for part in torch.split(order, self._batch_size):
+            yield self._features[part], self._labels[part]
+
+
+class LiveBatches:
+    """Batches of photos that are decoded in every epoch; the frozen part, where there is one, runs over them each time."""
+
+    def __init__(
+        self,
+        photos: Sequence[Photo],
+        *,
+        preprocessing: Preprocessing,
+        frozen: FrozenPart | None,
+        augment: Augment | None,
+        batch_size: int,
+        seed: int,
+        workers: int = 0,
+    ) -> None:
+        self._photos = photos
+        self._preprocessing = preprocessing
+        self._frozen = frozen
+        self._augment = augment
+        self._batch_size = batch_size
+        self._seed = seed
+        self._workers = workers
+
+    def __len__(self) -> int:
+        return len(self._photos)
+
+    def shuffled(self, epoch: int) -> Iterator[Batch]:
+        return self._load(epoch_order(len(self), self._seed, epoch).tolist(), epoch)
+
+    def ordered(self) -> Iterator[Batch]:
+        return self._load(range(len(self)), None)
+
+    def _load(self, order: Sequence[int], epoch: int | None) -> Iterator[Batch]:
+        def pixels(index: int) -> NDArray[np.uint8]:
+            photo = open_photo(self._photos[index].path)
+            if self._augment is None or epoch is None:
+                return self._preprocessing.crop(photo)
+            return self._augment.crop(photo, epoch=epoch, index=index)
+
+        loaded = prefetch(pixels, order, workers=self._workers, ahead=2 * self._batch_size)
+        for batch in batched(zip(order, loaded, strict=True), self._batch_size):
+            indices, pictures = zip(*batch, strict=True)
+            stacked = np.stack(pictures)
+            features = self._frozen.run(stacked) if self._frozen else stacked
+            yield torch.from_numpy(features), torch.tensor([self._photos[i].label for i in indices])
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch's photos; it depends on nothing but its arguments, so a resumed run draws it again."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -1,0 +1,102 @@
+"""The model card: what a bundle is, how good it is and where its limits are, for a person to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from models.files import write_text
+
+
+def write_card(path: Path, info: Mapping[str, Any]) -> None:
+    """Write the card of a bundle from its manifest."""
+    metrics, provenance = info["metrics"], info["provenance"]
+    dataset = provenance["dataset"]
+    config = provenance["config"]
+    sections = [
+        f"# {info['name']}\n",
+        f"An image classifier for {_and(info['classes'])}: {info['title']} ([paper]({info['paper']})), "
+        f"{_how(info)}, made on {provenance['created'][:10]}.\n",
+        "## How good it is\n",
+        f"On {metrics['photos']:,} photos of the {dataset['evaluated_split']} split:\n",
+        _table(metrics),
+        f"The 95 % intervals: {metrics['methods']['accuracy']} {metrics['methods']['log_loss']} The best epoch"
+        f" ({provenance['best_epoch']}) and the temperature ({info['temperature']:.3f}) were chosen on these same photos, so a"
+        " figure from photos that had no part in it is the one to trust: `finetune evaluate --bundle DIR --data-dir DATA"
+        " --split NAME`.\n",
+        "## What it was trained on\n",
+        f"{_counts(dataset['photos'])} The labels are the folders' names. It knows only these classes: a photo of anything else"
+        " gets one of them all the same, often with confidence. Photos of other kinds (drawings, other cameras, crops) are"
+        " outside of what was measured.\n",
+        "## How it was trained\n",
+        f"{_base(info)} {_trained(info)} Epochs: {provenance['epochs']}. Batch size: {config['batch_size']}. SGD with learning"
+        f" rate {config['lr']:g} ({config['lr_schedule']}), momentum {config['momentum']:g}, weight decay"
+        f" {config['weight_decay']:g}; NLLLoss on log-probabilities; seed {config['seed']}; {provenance['compute']}.\n",
+        "## What is in the folder\n",
+        _contents(info),
+    ]
+    write_text(path, "\n".join(sections))
+
+
+def _how(info: Mapping[str, Any]) -> str:
+    if info["base"] is None:
+        return "trained from random weights"
+    return f"fine-tuned from pretrained weights ({info['base']['licence']})"
+
+
+def _base(info: Mapping[str, Any]) -> str:
+    base = info["base"]
+    if base is None:
+        return "All weights were random at the start and all of them were trained."
+    return f"The pretrained weights came from {base['origin']}, sha256 `{base['sha256'][:16]}...`."
+
+
+def _trained(info: Mapping[str, Any]) -> str:
+    if info["base"] is None:
+        return ""
+    return f"Everything was frozen but {_and([info['head'], *info['provenance']['config']['unfreeze']])}."
+
+
+def _table(metrics: Mapping[str, Any]) -> str:
+    rows = ["| measure | value | 95 % interval |", "| --- | --- | --- |"]
+    for name, title in (
+        ("accuracy", "accuracy"),
+        ("log_loss", "log loss"),
+        ("roc_auc", "ROC AUC"),
+        ("calibration_error", "calibration error"),
+    ):
+        rows.append(_row(title, metrics[name]))
+    for measure in ("precision", "recall"):
+        rows += [_row(f"{measure} of {name}", value) for name, value in metrics[measure].items()]
+    return "\n".join(rows) + "\n"
+
+
+def _row(title: str, measure: Mapping[str, float] | None) -> str:
+    if measure is None:
+        return f"| {title} | not defined | |"
+    return f"| {title} | {measure['value']:.4f} | {measure['low']:.4f} to {measure['high']:.4f} |"
+
+
+def _counts(photos: Mapping[str, Mapping[str, int]]) -> str:
+    parts = [f"{split}: {', '.join(f'{n:,} {name}' for name, n in row.items())}" for split, row in photos.items()]
+    return "Photos, " + "; ".join(parts) + "."
+
+
+def _contents(info: Mapping[str, Any]) -> str:
+    lines = ["`manifest.json` names every file with its sha256. `predictions.csv` has a row for each evaluated photo."]
+    if info["kind"] == "head":
+        lines.append(
+            "`head.safetensors` holds only what was trained; `finetune join` makes the whole bundle of it and the pretrained"
+            " weights."
+        )
+    else:
+        lines.append(
+            "`model.safetensors` is the network's state dict. `model.onnx` takes pixels (N, H, W, C) uint8, resized and cropped"
+            " as the manifest says, and gives calibrated probabilities."
+        )
+    return " ".join(lines) + "\n"
+
+
+def _and(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

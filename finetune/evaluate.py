@@ -1,0 +1,77 @@
+"""Measure a bundle on labelled photos, through the graph that is served; no run is needed."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.data import read_split
+from finetune.folders import check_free
+from finetune.join import open_full
+from finetune.metrics import format_summary
+from finetune.predict import classify
+from finetune.predictions import Predictions
+from finetune.results import write_results
+from models.errors import DataError
+
+
+def evaluate_bundle(
+    bundle_dir: Path, data_dir: Path, *, split: str = "valid", out: Path, workers: int = 0, seed: int = 0
+) -> dict[str, Any]:
+    """Write metrics.json, predictions.csv and plots into ``out``, as a training does, and give the metrics.
+
+    Photos that cannot be read are left out and named. Raises BundleError and DataError.
+    """
+    bundle = open_full(bundle_dir)
+    photos = read_split(data_dir, split, bundle.classes)
+    check_free(out)
+    answers = list(classify(bundle, [photo.path for photo in photos], workers=workers))
+    for answer in answers:
+        if answer.error:
+            print(f"left out: {answer.path}: {answer.error}")
+    good = [(photo, a.probabilities) for photo, a in zip(photos, answers, strict=True) if a.probabilities is not None]
+    if not good:
+        raise DataError(f"None of the {len(photos)} photos in {data_dir} can be read; `finetune audit {data_dir}` says why.")
+    probabilities = np.stack([row for _, row in good]).astype(np.float64)
+    predictions = Predictions(
+        classes=bundle.classes,
+        photos=tuple(photo.name for photo, _ in good),
+        labels=np.array([photo.label for photo, _ in good], dtype=np.int64),
+        probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
+        splits=tuple(photo.split for photo, _ in good),
+        sha256s=tuple(hashlib.sha256(photo.path.read_bytes()).hexdigest() for photo, _ in good),
+    )
+    temperature = float(bundle.info["temperature"])
+    raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) to the power T is softmax(z), but for its sum
+    return write_results(
+        out,
+        predictions,
+        uncalibrated=raw / raw.sum(axis=1, keepdims=True),
+        temperature=temperature,
+        data_dir=data_dir,
+        seed=seed,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle to measure")
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="DATA", help="the folder of labelled photos")
+    parser.add_argument("--split", default="valid", help="which of its folders (default: valid)")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="OUT", help="where the results go (default: evaluations/BUNDLE-DATA-SPLIT)"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that decode photos")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``finetune evaluate``: measure, write and print a summary."""
+    bundle_name = args.bundle.resolve().parent.name if args.bundle.name == "bundle" else args.bundle.name
+    default = Path("evaluations") / f"{bundle_name}-{args.data_dir.resolve().name}-{args.split}"
+    out = args.output_dir or default
+    metrics = evaluate_bundle(args.bundle, args.data_dir, split=args.split, out=out, workers=args.workers)
+    print(f"{format_summary(metrics)}\n\nresults      {out}")
+    return 0

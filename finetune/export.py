@@ -1,0 +1,118 @@
+"""From a trained network to a bundle that is served: weights, graph, golden answers, parity check, card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.card import write_card
+from finetune.golden import golden_pixels
+from finetune.results import PLOTS
+from models.bundle import CARD, GOLDEN, GRAPH, HEAD, PREDICTIONS, WEIGHTS, Bundle, describe, write_bundle
+from models.classifier import Classifier
+from models.engine import OnnxEngine
+from models.errors import BundleError
+from models.graph import OUTPUTS, PIXELS, export_served
+from models.spec import ModelSpec
+
+# The largest difference of a probability. In float32 two engines differ by rounding alone. In bfloat16 a feature has 8
+# significant bits: what was trained on rounded features is served on exact ones.
+PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
+GOLDEN_TOLERANCE = 1e-3
+PARITY_PHOTOS = 64
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Some real photos' pixels (N, H, W, C) and the calibrated probabilities (N, classes) that training gave them."""
+
+    pixels: NDArray[np.uint8]
+    probabilities: NDArray[np.float64]
+    precision: str
+
+
+def export_bundle(
+    path: Path,
+    classifier: Classifier,
+    spec: ModelSpec,
+    *,
+    temperature: float,
+    info: Mapping[str, Any],
+    trained: Mapping[str, Tensor],
+    results: Path,
+    parity: Parity,
+    head_only: bool = False,
+) -> Bundle:
+    """Write the bundle, if its graph gives the training path's probabilities; raises BundleError, and writes none, else.
+
+    ``info`` is what the manifest says of training; ``trained`` the tensors that training changed; ``results`` the folder
+    of the evaluation, whose predictions.csv and plots go along. A head-only bundle holds ``trained`` in place of the whole
+    weights and of the graph, and no plots, as they show photos.
+    """
+    golden = golden_pixels(spec.preprocessing)
+
+    def fill(folder: Path) -> None:
+        graph = folder / GRAPH
+        export_served(classifier, spec, temperature=temperature, path=graph)
+        engine = OnnxEngine(graph, outputs=OUTPUTS[:1])
+        manifest["parity"] = check_parity(engine, parity)
+        np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])
+        if head_only:
+            graph.unlink()
+            save_file({name: tensor.contiguous() for name, tensor in trained.items()}, folder / HEAD)
+        else:
+            save_file({name: tensor.contiguous() for name, tensor in classifier.net.state_dict().items()}, folder / WEIGHTS)
+            if (results / PLOTS).is_dir():
+                shutil.copytree(results / PLOTS, folder / PLOTS)
+        shutil.copyfile(results / PREDICTIONS, folder / PREDICTIONS)
+        write_card(folder / CARD, manifest)
+
+    manifest = {
+        "kind": "head" if head_only else "full",
+        **info,
+        **describe(spec.preprocessing),
+        "head": spec.head,
+        "cam_layer": spec.cam_layer,
+        "temperature": temperature,
+        "graph": describe_graph(spec),
+        "golden": {"tolerance": GOLDEN_TOLERANCE},
+    }
+    return write_bundle(path, manifest, fill=fill)
+
+
+def describe_graph(spec: ModelSpec) -> dict[str, Any]:
+    side, channels = spec.preprocessing.input_px, spec.preprocessing.channels
+    return {
+        "file": GRAPH,
+        "input": {
+            "name": PIXELS,
+            "type": "uint8",
+            "shape": ["N", side, side, channels],
+            "holds": "pixels, not normalised",
+        },
+        "outputs": {
+            "probabilities": "calibrated, (N, classes) float32",
+            "embedding": f"input of the layer {spec.head}, (N, d) float32",
+            "feature_map": f"output of the layer {spec.cam_layer}, (N, c, h, w) float32",
+        },
+    }
+
+
+def check_parity(engine: OnnxEngine, parity: Parity) -> dict[str, Any]:
+    """Run real photos through the exported graph; raises BundleError where it does not give what training gave."""
+    difference = float(np.abs(engine.run(parity.pixels)[0] - parity.probabilities).max())
+    tolerance = PARITY_TOLERANCE[parity.precision]
+    if not difference <= tolerance:
+        raise BundleError(
+            f"The exported graph's probabilities differ from training's by up to {difference:.2g} on {len(parity.pixels)} "
+            f"photos, {tolerance:.2g} is allowed; no bundle was written, train again with --precision fp32."
+        )
+    return {"photos": len(parity.pixels), "largest_difference": difference, "tolerance": tolerance}

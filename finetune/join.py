@@ -1,0 +1,94 @@
+"""A head-only bundle and its base's pretrained weights make a whole bundle, once, where torch is installed."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from finetune.config import default_cache_dir
+from models.bundle import (
+    CARD,
+    GOLDEN,
+    GRAPH,
+    HEAD,
+    PREDICTIONS,
+    WEIGHTS,
+    Bundle,
+    check_golden,
+    open_bundle,
+    write_bundle,
+)
+from models.engine import OnnxEngine
+from models.errors import BundleError
+
+
+def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
+    """Write the whole bundle to ``out``; it must give the golden answers that the head was exported with.
+
+    Raises WeightsError where the base is not to be had, BundleError where it is not the one that the head was trained on.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from models.classifier import build_classifier
+    from models.graph import export_served
+    from models.registry import get_spec
+    from models.weights import find_weights
+
+    spec = get_spec(bundle.backbone)
+    if spec.preprocessing != bundle.preprocessing:
+        raise BundleError(
+            f"The bundle {bundle.path} was made for another preprocessing than this version's {spec.name}; train it again."
+        )
+    base = find_weights(spec, file=weights)
+    if base.sha256 != bundle.info["base"]["sha256"]:
+        raise BundleError(
+            f"The bundle {bundle.path} was trained on weights with sha256 {bundle.info['base']['sha256'][:12]}..., and "
+            f"{base.origin} has {base.sha256[:12]}...; give the right file with --weights."
+        )
+    classifier = build_classifier(spec, num_classes=len(bundle.classes), base=base.tensors)
+    classifier.net.load_state_dict(load_file(bundle.path / HEAD), strict=False)
+
+    def fill(folder: Path) -> None:
+        export_served(classifier, spec, temperature=float(bundle.info["temperature"]), path=folder / GRAPH)
+        engine = OnnxEngine(folder / GRAPH, outputs=["probabilities"])
+        check_golden(bundle, lambda pixels: engine.run(pixels)[0])
+        save_file({name: tensor.contiguous() for name, tensor in classifier.net.state_dict().items()}, folder / WEIGHTS)
+        for name in (GOLDEN, PREDICTIONS, CARD):
+            shutil.copyfile(bundle.path / name, folder / name)
+
+    kept = {key: value for key, value in bundle.info.items() if key not in ("format", "files", "sha256")}
+    return write_bundle(out, {**kept, "kind": "full", "joined_from": bundle.version}, fill=fill)
+
+
+def open_full(path: Path, *, weights: Path | None = None) -> Bundle:
+    """Open a bundle that can answer: itself if it is whole, else the joined one, which is kept under the cache folder."""
+    bundle = open_bundle(path)
+    if not bundle.is_head_only:
+        return bundle
+    kept = default_cache_dir() / "joined" / f"{bundle.name}-{bundle.version}"
+    try:
+        return open_bundle(kept)
+    except BundleError:
+        print(f"Joining {path} with its pretrained weights, once; the whole bundle is kept in {kept}", flush=True)
+        return join(bundle, kept, weights=weights)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle that holds only what was trained")
+    parser.add_argument("out", type=Path, metavar="OUT", help="where the whole bundle goes")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="the base's weights, where they are not found by themselves"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """``finetune join``: write the whole bundle."""
+    bundle = open_bundle(args.bundle)
+    if not bundle.is_head_only:
+        raise BundleError(f"The bundle {args.bundle} is whole already; use it as it is.")
+    if args.out.exists() and any(args.out.iterdir()):
+        raise BundleError(f"{args.out} is not empty; name a new folder for the whole bundle.")
+    joined = join(bundle, args.out, weights=args.weights)
+    print(f"bundle       {joined.path} (version {joined.version})")
+    return 0

@@ -1,0 +1,32 @@
+"""Work ahead in threads, hand over in order. Pillow decodes outside Python's lock, so threads keep all processors busy."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def processors() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def prefetch(work: Callable[[Item], Result], items: Iterable[Item], *, workers: int, ahead: int = 64) -> Iterator[Result]:
+    """``map(work, items)`` in ``workers`` threads (0: one a processor), at most ``ahead`` results before they are taken."""
+    pool = ThreadPoolExecutor(workers or processors(), thread_name_prefix="decode")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,98 @@
+"""Where a bundle came from, for its manifest: photos, weights, settings, code and libraries."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from finetune.audit import Audit
+from finetune.config import Config
+from finetune.scan import Scan
+from finetune.train import Progress
+from models.spec import ModelSpec
+from models.weights import Weights
+
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "openvino", "onnx", "onnxscript")
+# A bundle travels: where on this machine things lay is nobody's business.
+PRIVATE = ("data_dir", "output_dir", "cache_dir", "weights")
+
+
+def describe_run(
+    *,
+    name: str,
+    spec: ModelSpec,
+    base: Weights | None,
+    cut_after: str,
+    classes: Sequence[str],
+    metrics: Mapping[str, Any],
+    config: Config,
+    compute: str,
+    progress: Progress,
+    findings: Audit,
+    scans: Sequence[Scan],
+) -> dict[str, Any]:
+    """What the manifest says of a training."""
+    return {
+        "name": name,
+        "backbone": spec.name,
+        "title": spec.title,
+        "paper": spec.paper,
+        "classes": list(classes),
+        "cut_after": cut_after,
+        "base": describe_base(spec, base),
+        "metrics": dict(metrics),
+        "provenance": {
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "config": {key: value for key, value in config.as_dict().items() if key not in PRIVATE},
+            "compute": compute,
+            "epochs": progress.epoch,
+            "best_epoch": progress.best_epoch,
+            "dataset": {
+                "sha256": dataset_sha256(scans),
+                "photos": findings.counts,
+                "evaluated_split": "validation" if not findings.split_from_train else "held-out",
+                "left_out": len(findings.damaged),
+                "problems": findings.problems,
+            },
+            "git_commit": git_commit(),
+            "python": platform.python_version(),
+            "libraries": {library: importlib.metadata.version(library) for library in LIBRARIES},
+        },
+    }
+
+
+def describe_base(spec: ModelSpec, base: Weights | None) -> dict[str, Any] | None:
+    if base is None:
+        return None
+    licence = spec.weights.licence if spec.weights and base.published else "unknown licence"
+    return {"sha256": base.sha256, "origin": base.origin, "published": base.published, "licence": licence}
+
+
+def dataset_sha256(scans: Sequence[Scan]) -> str:
+    """Name a dataset by its photos' names, contents, labels and splits."""
+    rows = sorted([s.photo.name, s.photo.split, s.photo.label, s.sha256] for s in scans)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with ``-dirty`` where it was changed; None outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match", ""],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip() or None

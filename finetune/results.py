@@ -1,0 +1,46 @@
+"""What an evaluation leaves: metrics.json, predictions.csv and plots/, the same from a training and from a bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from finetune.metrics import evaluate
+from finetune.predictions import Predictions
+from finetune.report import write_plots
+from models.files import write_text
+
+METRICS, PREDICTIONS, PLOTS = "metrics.json", "predictions.csv", "plots"
+
+
+def write_results(
+    folder: Path,
+    predictions: Predictions,
+    *,
+    uncalibrated: NDArray[Any],
+    temperature: float,
+    data_dir: Path,
+    history: Sequence[Mapping[str, float]] = (),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure ``predictions`` and write the three into ``folder``; returns the metrics."""
+    metrics = evaluate(
+        predictions.labels, predictions.probabilities, classes=predictions.classes, uncalibrated=uncalibrated, seed=seed
+    )
+    metrics["temperature"] = temperature
+    folder.mkdir(parents=True, exist_ok=True)
+    predictions.write_csv(folder / PREDICTIONS)
+    write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    write_plots(
+        folder / PLOTS,
+        predictions=predictions,
+        data_dir=data_dir,
+        history=history,
+        uncalibrated=uncalibrated,
+        seed=seed,
+    )
+    return metrics

@@ -1,0 +1,113 @@
+"""Look at every photo once: its sha256, whether it decodes, what it looks like, and its pixels for the network.
+
+What a photo looks like is kept between runs under its sha256; pixels are kept in memory, within a bound, until the frozen
+part has run over them, so that no photo is decoded twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from finetune.data import Photo
+from finetune.prefetch import prefetch
+from finetune.shards import ShardStore
+from models.errors import PhotoError
+from models.preprocess import Preprocessing, decode
+
+THUMB_PX = 16
+FINGERPRINT_CONTEXT = {"what": "fingerprint", "phash_bits": 64, "thumb_px": THUMB_PX, "pillow": PIL.__version__}
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one look at a photo gave. ``fingerprint`` (8 + 768,) uint8 is its perceptual hash and a tiny picture of it."""
+
+    photo: Photo
+    sha256: str
+    fingerprint: NDArray[np.uint8] | None
+    damage: str | None
+
+
+@dataclass
+class PixelStash:
+    """Decoded and cropped photos by sha256, up to ``limit_mb``; what does not fit is decoded again when it is needed."""
+
+    preprocessing: Preprocessing
+    limit_mb: int = 1024
+    pixels: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+    def put(self, sha256: str, photo: Image.Image) -> None:
+        size = self.preprocessing.input_px**2 * self.preprocessing.channels
+        if (len(self.pixels) + 1) * size <= self.limit_mb * 1_000_000:
+            self.pixels[sha256] = self.preprocessing.crop(photo)
+
+    def take(self, sha256: str, path: Path) -> NDArray[np.uint8]:
+        """The pixels (H, W, C), which the stash then forgets."""
+        found = self.pixels.pop(sha256, None)
+        return found if found is not None else self.preprocessing.crop(decode(path.read_bytes()))
+
+
+def scan(
+    photos: Sequence[Photo],
+    *,
+    store: ShardStore,
+    stash: PixelStash | None = None,
+    wanted: Callable[[Sequence[str]], set[str]] = lambda sha256s: set(),
+    workers: int = 0,
+    quiet: bool = False,
+) -> list[Scan]:
+    """Scan ``photos``, in order. ``wanted`` gives, of all sha256s, those whose pixels ``stash`` should keep."""
+    sha256s = list(prefetch(lambda photo: _sha256(photo.path), photos, workers=workers))
+    known = store.load([sha for sha in sha256s if sha])
+    keep = wanted([sha for sha in sha256s if sha]) if stash else set()
+    bar = tqdm(total=len(photos), desc="looking at photos", unit="photo", disable=quiet or None, leave=False)
+
+    def look(pair: tuple[Photo, str]) -> Scan:
+        photo, sha256 = pair
+        if not sha256:
+            return Scan(photo, sha256, None, "it cannot be read")
+        if sha256 in known and sha256 not in keep:
+            return Scan(photo, sha256, known[sha256], None)
+        try:
+            picture = decode(photo.path.read_bytes())
+        except (PhotoError, OSError) as error:
+            return Scan(photo, sha256, None, str(error))
+        if stash and sha256 in keep:
+            stash.put(sha256, picture)
+        return Scan(photo, sha256, known.get(sha256, None) if sha256 in known else fingerprint(picture), None)
+
+    scans = []
+    for result in prefetch(look, zip(photos, sha256s, strict=True), workers=workers):
+        if result.fingerprint is not None and result.sha256 not in known:
+            store.add(result.sha256, result.fingerprint)
+        scans.append(result)
+        bar.update()
+    bar.close()
+    store.flush()
+    return scans
+
+
+def fingerprint(photo: Image.Image) -> NDArray[np.uint8]:
+    """Eight bytes of perceptual hash (imagehash's DCT hash), then a 16 x 16 RGB thumbnail: (776,) uint8."""
+    small = photo.reduce(max(1, min(photo.size) // 128))
+    bits = np.packbits(imagehash.phash(small).hash.flatten())
+    thumb = small.resize((THUMB_PX, THUMB_PX), Image.Resampling.BOX)
+    return np.concatenate([bits, np.asarray(thumb).reshape(-1)])
+
+
+def _sha256(path: Path) -> str:
+    """The file's sha256, or nothing where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""

@@ -1,0 +1,35 @@
+"""TensorBoard events, for those who ask for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from finetune.train import Row
+
+
+class EventWriter:
+    """Writes one row of history an epoch into ``run/tensorboard``; does nothing where ``run`` is None."""
+
+    def __init__(self, run: Path | None) -> None:
+        self._writer = None
+        if run is not None:
+            from torch.utils.tensorboard import SummaryWriter  # here, as it takes seconds to import
+
+            self._writer = SummaryWriter(str(run / "tensorboard"))
+
+    def __enter__(self) -> EventWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def write(self, row: Row) -> None:
+        if self._writer:
+            for name, value in row.items():
+                if name != "epoch":
+                    split, _, measure = name.partition("_")
+                    tag = f"{measure}/{split}" if split in ("train", "valid") else name
+                    self._writer.add_scalar(tag, value, int(row["epoch"]))
+            self._writer.flush()
