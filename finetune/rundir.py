@@ -34,20 +34,18 @@ FREE = {
 }
 
 
-def start(folder: Path, config: Config) -> None:
-    """Make a new run's folder and keep its settings there. Raises RunError where another run, or anything, is in it."""
+def check_free(folder: Path) -> None:
+    """Raise RunError where another run, or anything else, is in a new run's place."""
+    if (folder / CONFIG).is_file():
+        raise RunError(f"{folder} holds another run; name another with --output-dir (RUN= with make), or go on with --resume.")
     if folder.is_dir() and any(folder.iterdir()):
-        if (folder / CONFIG).is_file():
-            raise RunError(
-                f"{folder} holds another run; name another with --output-dir (RUN= with make), or go on with --resume."
-            )
         raise RunError(f"{folder} is not empty and is no run; name another folder with --output-dir (RUN= with make).")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file, and a run needs a folder; name another with --output-dir (RUN= with make).")
-    save_config(folder, config)
 
 
-def save_config(folder: Path, config: Config) -> None:
+def start(folder: Path, config: Config) -> None:
+    """Make a new run's folder and keep its settings there."""
     write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
 
 

@@ -62,14 +62,14 @@ def scan(
     *,
     store: ShardStore,
     stash: PixelStash | None = None,
-    wanted: Callable[[Sequence[str]], set[str]] = lambda sha256s: set(),
+    wanted: Callable[[Sequence[str]], set[str]] | None = None,
     workers: int = 0,
     quiet: bool = False,
 ) -> list[Scan]:
     """Scan ``photos``, in order. ``wanted`` gives, of all sha256s, those whose pixels ``stash`` should keep."""
     sha256s = list(prefetch(lambda photo: _sha256(photo.path), photos, workers=workers))
     known = store.load([sha for sha in sha256s if sha])
-    keep = wanted([sha for sha in sha256s if sha]) if stash else set()
+    keep = wanted([sha for sha in sha256s if sha]) if wanted else set()
     bar = tqdm(total=len(photos), desc="looking at photos", unit="photo", disable=quiet or None, leave=False)
 
     def look(pair: tuple[Photo, str]) -> Scan:

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import ModelSpec, WeightsSource
+from models.spec import ModelSpec, Recipe, WeightsSource
 
 EFFICIENTNET_LITE0 = ModelSpec(
     name="efficientnet_lite0",
@@ -26,6 +26,8 @@ EFFICIENTNET_LITE0 = ModelSpec(
     ),
     # Trained on pixels in -1..1: with ImageNet's mean and deviation it loses a percentage point on cats and dogs.
     preprocessing=Preprocessing(interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    # With only the last layer to learn, an epoch is cheap and takes a larger step.
+    recipe=Recipe(epochs=30, lr=0.01, lr_schedule="cosine"),
 )
 
 

@@ -1,0 +1,62 @@
+# Everything that a person types. `make help` lists it.
+PYTHON   ?= python3
+VENV     ?= .venv
+PIP_ARGS ?=
+DATA     ?= data/dogscats
+BACKBONE ?= vgg16
+RUN      ?=
+EPOCHS   ?=
+WEIGHTS  ?=
+ARGS     ?=
+
+BIN       := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
+
+.PHONY: help setup finetune demo test lint format lock benchmark clean
+.DEFAULT_GOAL := help
+
+help: ## list what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@echo "Variables: DATA=$(DATA) BACKBONE=$(BACKBONE) RUN= EPOCHS= WEIGHTS= ARGS= (more flags: finetune train --help)"
+
+setup: $(INSTALLED) ## .venv with everything, from a machine with Python 3.10+ and make
+
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "make: Python 3.10 or newer with its venv module is wanted, and $$($(PYTHON) --version 2>&1) was found as $(PYTHON); install one and say make setup PYTHON=python3.11." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[serve,finetune,dev]'
+	@touch $@
+
+finetune: $(INSTALLED) ## fine-tune on DATA: make finetune DATA=photos BACKBONE=efficientnet_lite0
+	$(BIN)/finetune train --data-dir $(DATA) --backbone $(BACKBONE) $(FLAGS)
+
+demo: $(INSTALLED) ## the whole job on drawn pictures, without any data or download
+	rm -rf demo
+	$(BIN)/finetune sample demo/pictures
+	$(BIN)/finetune train --data-dir demo/pictures --backbone efficientnet_lite0 --output-dir demo/run
+	$(BIN)/finetune evaluate --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/evaluation
+	@echo "The pictures are in demo/pictures, the run in demo/run, its evaluation in demo/evaluation."
+	@echo "Next: $(BIN)/finetune predict --bundle demo/run/bundle PHOTO"
+
+test: $(INSTALLED) ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: ## renew requirements.lock from pyproject.toml
+	$(PYTHON) tools/lock.py $(PYTHONS)
+
+benchmark: $(INSTALLED) ## training on cached features against the textbook loop, on DATA
+	$(BIN)/python benchmarks/train_speed.py $(DATA) --backbone $(BACKBONE) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
+
+clean: ## remove what was built, but no run and no data
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo

@@ -1,0 +1,155 @@
+"""How much faster is training on cached features than the textbook loop, in one run on this machine?
+
+    python benchmarks/train_speed.py DATA --backbone efficientnet_lite0 [--photos 1000] [--weights FILE] [--precision bf16]
+
+The textbook loop runs every photo through the whole network in every epoch: ImageFolder, a DataLoader with two workers,
+frozen parameters, a new last layer, NLLLoss, SGD. Its epochs are all alike, so some are timed (--plain-epochs) and their
+mean stands for each of the ten. Ours is timed whole, from the list of files to the trained head: hashing, audit, decoding,
+conversion and run of the frozen part with an empty cache, then ten epochs of what follows; then again with the cache full.
+Neither side's time has the loading of the weights or the final evaluation. The rounds alternate; the medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from finetune.config import Config
+from finetune.data import read_dataset
+from finetune.device import choose_compute
+from finetune.prepare import feature_cache, look, make_batches, prepare
+from finetune.run import fit_head, name_inputs
+from models.classifier import build_classifier
+from models.registry import get_spec
+from models.spec import ModelSpec
+from models.weights import find_weights
+
+EPOCHS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--backbone", default="efficientnet_lite0")
+    parser.add_argument("--photos", type=int, default=1000, help="training photos, half of each class")
+    parser.add_argument("--weights", help="as of finetune train; `random` makes a file of random numbers")
+    parser.add_argument("--precision", default="fp32", help="of our frozen part; the textbook loop is float32")
+    parser.add_argument("--plain-epochs", type=int, default=1, help="epochs of the textbook loop that are timed in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        weights = random_weights(args.backbone, Path(folder)) if args.weights == "random" else args.weights
+        data = subset(args.data, args.photos, Path(folder) / "data")
+        rows = []
+        for i in range(args.rounds):
+            config = Config(
+                data_dir=data,
+                backbone=args.backbone,
+                weights=weights,
+                precision=args.precision,
+                epochs=EPOCHS,
+                cache_dir=Path(folder) / f"cache{i}",
+                allow_leakage=True,
+            )
+            plain = time_textbook(config, args.plain_epochs) * EPOCHS
+            cold = time_ours(config, Path(folder) / f"cold{i}")
+            warm = time_ours(config, Path(folder) / f"warm{i}")
+            rows.append((plain, cold, warm))
+            print(f"round {i + 1}: textbook {plain:.1f} s, ours {cold:.1f} s, again {warm:.2f} s", flush=True)
+    plain, cold, warm = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(f"{args.backbone}, {args.photos} photos, {EPOCHS} epochs, {args.precision}, median of {args.rounds}:")
+    print(f"  textbook loop     {plain:9.1f} s   {1000 * plain / args.photos / EPOCHS:7.1f} ms a photo and epoch")
+    print(f"  ours, cache empty {cold:9.1f} s   {statistics.median(p / c for p, c, _ in rows):7.1f} times as fast")
+    print(f"  ours, cache full  {warm:9.2f} s   {statistics.median(p / w for p, _, w in rows):7.0f} times as fast")
+
+
+def time_textbook(config: Config, epochs: int) -> float:
+    """Mean seconds of an epoch of the textbook loop."""
+    spec = get_spec(config.backbone)
+    net, head = textbook_network(config, spec)
+    size = spec.preprocessing
+    form = transforms.Compose(
+        [
+            transforms.Resize(size.resize_px),
+            transforms.CenterCrop(size.input_px),
+            transforms.ToTensor(),
+            transforms.Normalize(size.mean, size.std),
+        ]
+    )
+    photos: Dataset[tuple[torch.Tensor, int]] = ImageFolder(str(config.data_dir / "train"), form)
+    loader = DataLoader(photos, batch_size=64, shuffle=True, num_workers=2)
+    loss_of, optimizer = nn.NLLLoss(), torch.optim.SGD(head.parameters(), lr=1e-3, momentum=0.9)
+    started = time.perf_counter()
+    for _ in range(epochs):
+        net.train()
+        for images, labels in loader:
+            loss = loss_of(net(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return (time.perf_counter() - started) / epochs
+
+
+def textbook_network(config: Config, spec: ModelSpec) -> tuple[nn.Module, nn.Module]:
+    """The network with its own normalisation left out (the loader does it), and its trainable head."""
+    base = find_weights(spec, file=Path(config.weights) if config.weights else None)
+    classifier = build_classifier(spec, num_classes=2, base=base.tensors)
+    return nn.Sequential(classifier.net, classifier.log_softmax), classifier.net.get_submodule(spec.head)
+
+
+def time_ours(config: Config, folder: Path) -> float:
+    """Seconds from the list of files to the trained head."""
+    spec = get_spec(config.backbone)
+    config = config.with_recipe(spec.recipe)
+    compute = choose_compute("cpu", config.precision)
+    with quiet():
+        network = prepare(spec, 2, config)
+        started = time.perf_counter()
+        dataset = read_dataset(config.data_dir)
+        cache = feature_cache(config, network, compute)
+        survey = look(config, dataset, network, cache)
+        batches = {split: make_batches(config, network, compute, cache, survey, split) for split in ("train", "valid")}
+        fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
+    return time.perf_counter() - started
+
+
+def subset(data: Path, photos: int, out: Path) -> Path:
+    """Links to the first photos of each training class, and to two of each for validation."""
+    for split, count in (("train", photos // 2), ("valid", 2)):
+        source = next(p for p in (data / split, data / "train") if p.is_dir())
+        for folder in sorted(p for p in source.iterdir() if p.is_dir()):
+            (out / split / folder.name).mkdir(parents=True)
+            for photo in sorted(folder.iterdir())[:count]:
+                (out / split / folder.name / photo.name).symlink_to(photo.resolve())
+    return out
+
+
+def random_weights(backbone: str, folder: Path) -> str:
+    """A file of random weights: speed does not depend on what the numbers are."""
+    from models.registry import create_model
+
+    torch.manual_seed(0)
+    torch.save(create_model(backbone).state_dict(), folder / "random.pth")
+    return str(folder / "random.pth")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+if __name__ == "__main__":
+    main()

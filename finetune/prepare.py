@@ -1,0 +1,141 @@
+"""What a training needs before its first epoch: the network, one look at every photo, and the batches."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.audit import Audit, audit
+from finetune.augment import Augment
+from finetune.batches import Batches, CachedBatches, LiveBatches
+from finetune.config import Config, default_cache_dir
+from finetune.data import Dataset, move_to_train
+from finetune.device import Compute
+from finetune.duplicates import find_duplicates
+from finetune.features import FeatureCache, FrozenPart, cache_context
+from finetune.scan import FINGERPRINT_CONTEXT, PixelStash, Scan, scan
+from finetune.shards import ShardStore
+from models.classifier import Classifier, build_classifier, trained_names
+from models.cut import Cut, cut
+from models.spec import ModelSpec
+from models.weights import Weights, find_weights
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network ready to train, and what it started from."""
+
+    spec: ModelSpec
+    classifier: Classifier
+    cut: Cut
+    base: Weights | None
+    names: list[str]
+
+    @property
+    def has_frozen_part(self) -> bool:
+        return self.base is not None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The dataset after one look at every photo: what was found, the readable photos by split, and their pixels."""
+
+    dataset: Dataset
+    findings: Audit
+    good: dict[str, list[Scan]]
+    stash: PixelStash
+
+
+def prepare(spec: ModelSpec, num_classes: int, config: Config) -> Network:
+    """Load the pretrained weights, put the new head in and cut the network."""
+    base = None
+    if config.weights != "none":
+        base = find_weights(spec, file=Path(config.weights) if config.weights else None)
+        known = "" if base.published else " (not the published ones)"
+        print(f"Weights: {base.origin}, sha256 {base.sha256[:12]}...{known}")
+    classifier = build_classifier(
+        spec,
+        num_classes=num_classes,
+        base=base.tensors if base else None,
+        unfreeze=config.unfreeze,
+        seed=config.seed,
+    )
+    return Network(spec, classifier, cut(classifier), base, trained_names(classifier.net))
+
+
+def feature_cache(config: Config, network: Network, compute: Compute) -> FeatureCache | None:
+    """The cache of the frozen part's output, or None where there is no such thing; says why."""
+    why = (
+        "all weights are trained"
+        if network.base is None
+        else "--unfreeze trains deeper layers"
+        if config.unfreeze
+        else "--augment changes the photos in every epoch"
+        if config.augment
+        else "--no-feature-cache was given"
+        if not config.feature_cache
+        else None
+    )
+    if why:
+        print(f"No feature cache, as {why}: every epoch runs every photo through the whole network.")
+        return None
+    assert network.base is not None
+    frozen = FrozenPart(network.cut, network.spec.preprocessing, compute)
+    context = cache_context(
+        backbone=network.spec.name,
+        weights_sha256=network.base.sha256,
+        preprocessing=network.spec.preprocessing,
+        after=network.cut.after,
+        precision=compute.precision,
+        engine=frozen.engine,
+    )
+    store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
+    print(f"The frozen part ends behind {network.cut.after}; it runs once for each photo.")
+    return FeatureCache(frozen, store, workers=config.workers)
+
+
+def look(config: Config, dataset: Dataset, network: Network, cache: FeatureCache | None) -> Survey:
+    """Scan and audit the photos, print the findings, and stop (DataError) where training on them would deceive.
+
+    Where validation was held out of training, photos that look alike are kept on one side: in training.
+    """
+    store = ShardStore(config.cache_dir or default_cache_dir(), FINGERPRINT_CONTEXT, limit_mb=config.cache_limit_mb)
+    stash = PixelStash(network.spec.preprocessing)
+    wanted = cache.missing if cache else None
+    scans = scan(dataset.photos, store=store, stash=stash, wanted=wanted, workers=config.workers)
+    if dataset.split_from_train:
+        across = [group for group in find_duplicates(scans) if len({s.photo.split for s in group}) > 1]
+        dataset = move_to_train(dataset, (s.photo.name for group in across for s in group))
+        scans = [dataclasses.replace(s, photo=photo) for s, photo in zip(scans, dataset.photos, strict=True)]
+    findings = audit(dataset, scans)
+    print(findings.text())
+    findings.stop(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
+    good = {split: [s for s in scans if s.damage is None and s.photo.split == split] for split in ("train", "valid")}
+    return Survey(dataset, findings, good, stash)
+
+
+def make_batches(
+    config: Config,
+    network: Network,
+    compute: Compute,
+    cache: FeatureCache | None,
+    survey: Survey,
+    split: str,
+) -> Batches:
+    """The batches of one split; with a cache the frozen part runs here, over the photos that it does not know."""
+    assert config.batch_size is not None
+    scans = survey.good[split]
+    if cache:
+        rows = cache.features(scans, survey.stash, label=f"features of {split}")
+        return CachedBatches(rows, [s.photo.label for s in scans], batch_size=config.batch_size, seed=config.seed)
+    augmented = config.augment and split == "train"
+    return LiveBatches(
+        [s.photo for s in scans],
+        preprocessing=network.spec.preprocessing,
+        frozen=FrozenPart(network.cut, network.spec.preprocessing, compute) if network.has_frozen_part else None,
+        augment=Augment(network.spec.preprocessing, config.seed) if augmented else None,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+    )
