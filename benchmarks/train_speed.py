@@ -115,12 +115,12 @@ def time_ours(config: Config, folder: Path) -> float:
     config = config.with_recipe(spec.recipe)
     compute = choose_compute("cpu", config.precision)
     with quiet():
-        network = prepare(spec, 2, config)
+        network = prepare(spec, 2, config, compute)
         started = time.perf_counter()
         dataset = read_dataset(config.data_dir)
         cache = feature_cache(config, network, compute)
         survey = look(config, dataset, network, cache)
-        batches = {split: make_batches(config, network, compute, cache, survey, split) for split in ("train", "valid")}
+        batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
         fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
     return time.perf_counter() - started
 

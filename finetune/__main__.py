@@ -22,6 +22,21 @@ COMMANDS = {
     "models": "the networks to start from",
 }
 MODULES = {"models": "zoo", "train": "training"}
+# What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.
+_FULL = "cannot be written, as the disk is full; make room and run it again."
+_DENIED = "may not be read or written by you; mend its permissions, or name another."
+_NO_FOLDER = "is, or lies below, something that is not a folder; name another."
+REFUSALS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "cannot be written, as files may not grow so large here; raise the limit (ulimit -f) and run it again.",
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: "cannot be written, as the disk is read-only; name another.",
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
+    errno.ENAMETOOLONG: "is too long a name; name another.",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,9 +44,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         words = message.rpartition(":")[2].split()
-        known = [*self._option_string_actions, *COMMANDS]
+        known = list(self._option_string_actions)
         near = did_you_mean(words[0].split("=")[0], known) if message.startswith("unrecognized") and words else ""
-        raise ConfigError(f"{self.prog}: {message}.{near} `{self.prog} --help` lists what there is.")
+        raise ConfigError(f"{message[0].upper()}{message[1:]}.{near} `{self.prog} --help` lists what there is.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,23 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads us has gone, as `head` does
+        return 1
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(
-                f"finetune: The disk is full ({error.filename or 'while writing'}); make room and run it again.",
-                file=sys.stderr,
-            )
-            return 2
-        if isinstance(error, BrokenPipeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads us has gone, as `head` does
-            return 1
-        if isinstance(error, PermissionError):
-            print(
-                f"finetune: {error.filename} may not be read or written by you; mend its permissions, or name another.",
-                file=sys.stderr,
-            )
-            return 2
-        raise
+        if error.errno not in REFUSALS:
+            raise
+        print(f"finetune: {error.filename or 'A file'} {REFUSALS[error.errno]}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -69,7 +75,7 @@ def _run(arguments: list[str]) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, help in COMMANDS.items():
-        commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+        commands.add_parser(name, help=help, allow_abbrev=False, description=f"{help[0].upper()}{help[1:]}.")
     if not arguments:
         parser.print_help()
         return 2
@@ -79,7 +85,7 @@ def _run(arguments: list[str]) -> int:
     if name in COMMANDS:  # only the command that is called is imported: torch takes seconds
         module = importlib.import_module(f"finetune.{MODULES.get(name, name)}")
         module.add_arguments(commands.choices[name])
-        return int(module.run(parser.parse_args(arguments)))
+        return int(module.run(commands.choices[name].parse_args(arguments[1:])))
     parser.parse_args(arguments)
     return 0
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import default_cache_dir
-from finetune.data import Dataset, is_photo_name, is_stray, read_dataset
+from finetune.data import Dataset, in_stray, is_photo, is_stray, read_dataset
 from finetune.duplicates import find_duplicates
-from finetune.scan import FINGERPRINT_CONTEXT, Scan, scan
+from finetune.scan import Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
 from models.errors import DataError
 
@@ -68,7 +68,11 @@ class Audit:
         return found
 
     def stop(self, *, allow_leakage: bool, allow_class_mismatch: bool) -> None:
-        """Raise DataError where training on this would deceive, unless it is allowed."""
+        """Raise DataError where training on this is impossible, or would deceive and that is not allowed."""
+        for split, row in self.counts.items():
+            if not any(row.values()):
+                name = "training" if split == "train" else "validation"
+                raise DataError(f"{self.root}: there is no photo for {name} that can be read; `finetune audit` says why.")
         if self.class_mismatch and not allow_class_mismatch:
             raise DataError(
                 f"{self.root}: {self.problems[0]}; give every split the same class folders, or go on with "
@@ -153,21 +157,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """``finetune audit DATA``: print the findings. The exit code is 0 where nothing is wrong, else 1."""
     dataset = read_dataset(args.data_dir)
-    store = ShardStore(args.cache_dir or default_cache_dir(), FINGERPRINT_CONTEXT, limit_mb=4096)
+    store = ShardStore(args.cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
     found = audit(dataset, scan(dataset.photos, store=store, workers=args.workers, quiet=args.json))
     print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if args.json else found.text())
     return 1 if found.problems else 0
 
 
 def _not_photos(dataset: Dataset) -> list[str]:
-    folders = (folder / name for split, folder in dataset.folders.items() for name in dataset.split_classes[split])
-    files = (file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file())
-    return [_name(file, dataset) for file in files if not is_photo_name(file.name)]
+    return [
+        _name(file, dataset)
+        for folder in _class_folders(dataset)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not is_photo(file, folder) and not in_stray(file, folder)
+    ]
 
 
 def _stray_folders(dataset: Dataset) -> list[str]:
-    found = {entry for folder in {dataset.root, *dataset.folders.values()} for entry in folder.iterdir()}
-    return sorted(_name(entry, dataset) for entry in found if entry.is_dir() and is_stray(entry.name))
+    beside = {entry for folder in (dataset.root, *dataset.folders.values()) for entry in folder.iterdir()}
+    inside = {entry for folder in _class_folders(dataset) for entry in folder.rglob("*")}
+    return sorted(_name(entry, dataset) for entry in beside | inside if entry.is_dir() and is_stray(entry.name))
+
+
+def _class_folders(dataset: Dataset) -> list[Path]:
+    return [folder / name for split, folder in dataset.folders.items() for name in dataset.split_classes[split]]
 
 
 def _class_mismatch(dataset: Dataset) -> dict[str, list[str]]:

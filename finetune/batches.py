@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.augment import Augment
-from finetune.data import Photo, open_photo
+from finetune.data import Photo
 from finetune.features import FrozenPart, batched
 from finetune.prefetch import prefetch
 from models.preprocess import Preprocessing
@@ -54,14 +54,14 @@ class CachedBatches:
 
 
 class LiveBatches:
-    """Batches of photos that are decoded in every epoch; the frozen part, where there is one, runs over them each time."""
+    """Batches of photos that are decoded in every epoch; what lies before the cut runs over them each time."""
 
     def __init__(
         self,
         photos: Sequence[Photo],
         *,
         preprocessing: Preprocessing,
-        frozen: FrozenPart | None,
+        frozen: FrozenPart,
         augment: Augment | None,
         batch_size: int,
         seed: int,
@@ -86,17 +86,15 @@ class LiveBatches:
 
     def _load(self, order: Sequence[int], epoch: int | None) -> Iterator[Batch]:
         def pixels(index: int) -> NDArray[np.uint8]:
-            photo = open_photo(self._photos[index].path)
+            data = self._photos[index].path.read_bytes()
             if self._augment is None or epoch is None:
-                return self._preprocessing.crop(photo)
-            return self._augment.crop(photo, epoch=epoch, index=index)
+                return self._preprocessing.pixels(data)
+            return self._augment.crop(self._preprocessing.decode(data), epoch=epoch, index=index)
 
         loaded = prefetch(pixels, order, workers=self._workers, ahead=2 * self._batch_size)
         for batch in batched(zip(order, loaded, strict=True), self._batch_size):
             indices, pictures = zip(*batch, strict=True)
-            stacked = np.stack(pictures)
-            features = self._frozen.run(stacked) if self._frozen else stacked
-            yield torch.from_numpy(features), torch.tensor([self._photos[i].label for i in indices])
+            yield torch.from_numpy(self._frozen.run(np.stack(pictures))), torch.tensor([self._photos[i].label for i in indices])
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

@@ -49,7 +49,7 @@ class Config:
     valid_fraction: float = _setting(
         0.2, "share of the photos held out where there is no validation folder", low=0.01, high=0.9
     )
-    allow_leakage: bool = _setting(False, "go on where the same photo is in training and validation, or in two classes")
+    allow_leakage: bool = _setting(False, "go on where the same photo is in training and validation")
     allow_class_mismatch: bool = _setting(False, "go on where training and validation do not have the same classes")
     device: str = _setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = _setting(
@@ -69,6 +69,8 @@ class Config:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check(f.name, getattr(self, f.name), f.metadata)
+        if self.export == "head" and self.weights == "none":
+            raise ConfigError("--export head leaves the pretrained weights out, and --weights none has none; drop one of them.")
 
     def with_recipe(self, recipe: Recipe) -> Config:
         """Fill what was left open from the backbone's own recipe."""
@@ -103,20 +105,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(args: argparse.Namespace) -> Config:
     """The Config that a parsed command line asks for: defaults, then the config file, then flags. Raises ConfigError."""
+    return from_mapping(given(args))
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """What the config file and the flags say, by name; a flag beats the file. Raises ConfigError."""
     known = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in vars(args).items() if key in known}
     file = getattr(args, "config", None)
-    return from_mapping({**(_read_yaml(file) if file else {}), **flags})
+    return {**(_read_yaml(file) if file else {}), **flags}
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
     """A Config from plain values by name. Raises ConfigError for an unknown name or a value of another kind."""
     hints = typing.get_type_hints(Config)
     converted: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
+    for name, value in values.items():
         if name not in hints:
-            raise ConfigError(f"There is no setting {key!r}.{did_you_mean(name, hints)} `finetune train --help` lists them.")
+            raise ConfigError(f"There is no setting {name!r}.{did_you_mean(name, hints)} `finetune train --help` lists them.")
         converted[name] = _convert(name, value, hints[name])
     return Config(**converted)
 
@@ -133,7 +139,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"The config file {file} holds a {type(values).__name__}; write one setting a line, as `epochs: 10`.")
-    return values
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
 def _kind(hint: Any) -> type:

@@ -50,7 +50,7 @@ class PhotoFolder(ImageFolder):
     """ImageFolder whose photos come upright and in RGB, and that takes hidden folders for what they are: not classes."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__(str(root), loader=open_photo, is_valid_file=is_photo_name, allow_empty=True)
+        super().__init__(str(root), loader=open_photo, is_valid_file=lambda path: is_photo(Path(path), root), allow_empty=True)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         names = class_folders(Path(directory))
@@ -62,8 +62,14 @@ def open_photo(path: str | Path) -> Image.Image:
     return decode(Path(path).read_bytes())
 
 
-def is_photo_name(path: str) -> bool:
-    return Path(path).suffix.lower() in EXTENSIONS and not Path(path).name.startswith(".")
+def is_photo(path: Path, root: Path) -> bool:
+    """Whether a file is named as a photo is, and lies in no stray folder below ``root``."""
+    named = path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+    return named and not in_stray(path, root)
+
+
+def in_stray(path: Path, root: Path) -> bool:
+    return any(is_stray(folder) for folder in path.relative_to(root).parts[:-1])
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -132,6 +138,8 @@ def move_to_train(dataset: Dataset, names: Iterable[str]) -> Dataset:
 
 
 def _list(root: Path, folder: Path, split: str, classes: Sequence[str]) -> list[Photo]:
+    if not class_folders(folder):
+        return []
     found = PhotoFolder(folder)
     photos = []
     for path, index in found.samples:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.card import write_card
@@ -22,6 +21,7 @@ from models.engine import OnnxEngine
 from models.errors import BundleError
 from models.graph import OUTPUTS, PIXELS, export_served
 from models.spec import ModelSpec
+from models.weights import write_tensors
 
 # The largest difference of a probability. In float32 two engines differ by rounding alone. In bfloat16 a feature has 8
 # significant bits: what was trained on rounded features is served on exact ones.
@@ -67,9 +67,9 @@ def export_bundle(
         np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])
         if head_only:
             graph.unlink()
-            save_file({name: tensor.contiguous() for name, tensor in trained.items()}, folder / HEAD)
+            write_tensors(folder / HEAD, trained)
         else:
-            save_file({name: tensor.contiguous() for name, tensor in classifier.net.state_dict().items()}, folder / WEIGHTS)
+            write_tensors(folder / WEIGHTS, classifier.net.state_dict())
             if (results / PLOTS).is_dir():
                 shutil.copytree(results / PLOTS, folder / PLOTS)
         shutil.copyfile(results / PREDICTIONS, folder / PREDICTIONS)

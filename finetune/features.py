@@ -22,17 +22,18 @@ from finetune.scan import PixelStash, Scan
 from finetune.shards import ShardStore
 from models.cut import Cut
 from models.engine import OnnxEngine
+from models.fold import fold_batchnorm
 from models.graph import export_onnx
 from models.preprocess import Preprocessing
 
-BATCH = 32
+CPU_BATCH, GPU_BATCH = 8, 64
 
 
 class FrozenPart:
     """``run(pixels)``: (N, H, W, C) uint8 -> (N, ...) float32, what the network gives behind the cut.
 
     On a CPU the part is compiled by OpenVINO, which takes a third of eager torch's time for depthwise convolutions; on a
-    GPU it is torch's own, in mixed precision and channels last. Either way the batch is always 32, the last one padded, so
+    GPU it is torch's own, in mixed precision and channels last. Either way the batch size is fixed and the last one padded, so
     that a photo's numbers do not depend on which others stand beside it.
     """
 
@@ -49,17 +50,23 @@ class FrozenPart:
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         if self._compute.device.type == "cpu":
             return self._compiled.run(pixels)[0]
-        return np.concatenate([self._run_torch(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)])
+        return np.concatenate([self._run_torch(pixels[i : i + GPU_BATCH]) for i in range(0, len(pixels), GPU_BATCH)])
 
     @cached_property
     def _compiled(self) -> OnnxEngine:
         with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
             graph = Path(folder) / "frozen.onnx"
-            export_onnx(self._cut.frozen, preprocessing=self._preprocessing, outputs=["features"], path=graph, batch=BATCH)
+            export_onnx(
+                fold_batchnorm(self._cut.frozen),
+                preprocessing=self._preprocessing,
+                outputs=["features"],
+                path=graph,
+                batch=CPU_BATCH,
+            )
             return OnnxEngine(graph, outputs=["features"], precision=self._compute.precision)
 
     def _run_torch(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        padded = np.zeros((BATCH, *pixels.shape[1:]), np.uint8)
+        padded = np.zeros((GPU_BATCH, *pixels.shape[1:]), np.uint8)
         padded[: len(pixels)] = pixels
         device = self._compute.device
         frozen = self._cut.frozen.to(device).to(memory_format=torch.channels_last)
@@ -69,30 +76,28 @@ class FrozenPart:
 
 
 class FeatureCache:
-    """Features by the sha256 of the photo, for one frozen part: kept on disk, or, with ``store`` None, in memory alone."""
+    """Features by the sha256 of the photo, for one frozen part, kept on disk."""
 
-    def __init__(self, frozen: FrozenPart, store: ShardStore | None, *, workers: int = 0) -> None:
+    def __init__(self, frozen: FrozenPart, store: ShardStore, *, workers: int = 0) -> None:
         self._frozen = frozen
         self._store = store
         self._workers = workers
 
     def missing(self, sha256s: Sequence[str]) -> set[str]:
         """Those whose features are not on disk."""
-        return set(sha256s) - (self._store.load(sha256s).keys() if self._store else set())
+        return set(sha256s) - self._store.load(sha256s).keys()
 
     def features(self, scans: Sequence[Scan], stash: PixelStash, *, label: str) -> NDArray[np.float32]:
         """The features (N, ...) of readable photos, in order; those not on disk are computed and kept."""
         sha256s = [scan.sha256 for scan in scans]
-        rows: dict[str, NDArray[Any]] = dict(self._store.load(sha256s)) if self._store else {}
+        rows = self._store.load(sha256s)
         todo = list({scan.sha256: scan for scan in scans if scan.sha256 not in rows}.values())
         try:
             for scan, row in self._compute(todo, stash, label):
                 rows[scan.sha256] = row
-                if self._store:
-                    self._store.add(scan.sha256, row)
+                self._store.add(scan.sha256, row)
         finally:  # also when a person stops the run: what is computed is kept
-            if self._store:
-                self._store.flush()
+            self._store.flush()
         return np.stack([rows[sha256] for sha256 in sha256s])
 
     def _compute(self, todo: Sequence[Scan], stash: PixelStash, label: str) -> Iterator[tuple[Scan, NDArray[np.float32]]]:
@@ -100,7 +105,7 @@ class FeatureCache:
             return
         pixels = prefetch(lambda scan: stash.take(scan.sha256, scan.photo.path), todo, workers=self._workers)
         with tqdm(total=len(todo), desc=label, unit="photo", disable=None) as bar:
-            for batch in batched(zip(todo, pixels, strict=True), BATCH):
+            for batch in batched(zip(todo, pixels, strict=True), GPU_BATCH):
                 scans, pictures = zip(*batch, strict=True)
                 yield from zip(scans, self._frozen.run(np.stack(pictures)), strict=True)
                 bar.update(len(batch))

@@ -28,12 +28,12 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
 
     Raises WeightsError where the base is not to be had, BundleError where it is not the one that the head was trained on.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from models.classifier import build_classifier
     from models.graph import export_served
     from models.registry import get_spec
-    from models.weights import find_weights
+    from models.weights import find_weights, write_tensors
 
     spec = get_spec(bundle.backbone)
     if spec.preprocessing != bundle.preprocessing:
@@ -53,7 +53,7 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
         export_served(classifier, spec, temperature=float(bundle.info["temperature"]), path=folder / GRAPH)
         engine = OnnxEngine(folder / GRAPH, outputs=["probabilities"])
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
-        save_file({name: tensor.contiguous() for name, tensor in classifier.net.state_dict().items()}, folder / WEIGHTS)
+        write_tensors(folder / WEIGHTS, classifier.net.state_dict())
         for name in (GOLDEN, PREDICTIONS, CARD):
             shutil.copyfile(bundle.path / name, folder / name)
 

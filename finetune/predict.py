@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data import is_photo_name, open_photo
+from finetune.data import is_photo
 from finetune.features import batched
 from finetune.join import open_full
 from finetune.prefetch import prefetch
@@ -39,7 +39,7 @@ def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", 
 
     def pixels(path: Path) -> NDArray[np.uint8] | str:
         try:
-            return bundle.preprocessing.crop(open_photo(path))
+            return bundle.preprocessing.pixels(path.read_bytes())
         except (PhotoError, OSError) as error:
             return str(error)
 
@@ -55,7 +55,7 @@ def find_photos(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and is_photo_name(p.name)]
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and is_photo(p, path)]
             if not inside:
                 raise DataError(f"The folder {path} has no photos in it; name photos, or a folder that has some.")
             found += inside

@@ -14,7 +14,7 @@ from finetune.data import Dataset, move_to_train
 from finetune.device import Compute
 from finetune.duplicates import find_duplicates
 from finetune.features import FeatureCache, FrozenPart, cache_context
-from finetune.scan import FINGERPRINT_CONTEXT, PixelStash, Scan, scan
+from finetune.scan import PixelStash, Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
 from models.classifier import Classifier, build_classifier, trained_names
 from models.cut import Cut, cut
@@ -29,12 +29,9 @@ class Network:
     spec: ModelSpec
     classifier: Classifier
     cut: Cut
+    frozen: FrozenPart
     base: Weights | None
     names: list[str]
-
-    @property
-    def has_frozen_part(self) -> bool:
-        return self.base is not None
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Survey:
     stash: PixelStash
 
 
-def prepare(spec: ModelSpec, num_classes: int, config: Config) -> Network:
+def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute) -> Network:
     """Load the pretrained weights, put the new head in and cut the network."""
     base = None
     if config.weights != "none":
@@ -61,7 +58,9 @@ def prepare(spec: ModelSpec, num_classes: int, config: Config) -> Network:
         unfreeze=config.unfreeze,
         seed=config.seed,
     )
-    return Network(spec, classifier, cut(classifier), base, trained_names(classifier.net))
+    parts = cut(classifier)
+    frozen = FrozenPart(parts, spec.preprocessing, compute)
+    return Network(spec, classifier, parts, frozen, base, trained_names(classifier.net))
 
 
 def feature_cache(config: Config, network: Network, compute: Compute) -> FeatureCache | None:
@@ -81,18 +80,17 @@ def feature_cache(config: Config, network: Network, compute: Compute) -> Feature
         print(f"No feature cache, as {why}: every epoch runs every photo through the whole network.")
         return None
     assert network.base is not None
-    frozen = FrozenPart(network.cut, network.spec.preprocessing, compute)
     context = cache_context(
         backbone=network.spec.name,
         weights_sha256=network.base.sha256,
         preprocessing=network.spec.preprocessing,
         after=network.cut.after,
         precision=compute.precision,
-        engine=frozen.engine,
+        engine=network.frozen.engine,
     )
     store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
     print(f"The frozen part ends behind {network.cut.after}; it runs once for each photo.")
-    return FeatureCache(frozen, store, workers=config.workers)
+    return FeatureCache(network.frozen, store, workers=config.workers)
 
 
 def look(config: Config, dataset: Dataset, network: Network, cache: FeatureCache | None) -> Survey:
@@ -100,8 +98,9 @@ def look(config: Config, dataset: Dataset, network: Network, cache: FeatureCache
 
     Where validation was held out of training, photos that look alike are kept on one side: in training.
     """
-    store = ShardStore(config.cache_dir or default_cache_dir(), FINGERPRINT_CONTEXT, limit_mb=config.cache_limit_mb)
     stash = PixelStash(network.spec.preprocessing)
+    context = fingerprint_context(stash.preprocessing.decode_px)
+    store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
     wanted = cache.missing if cache else None
     scans = scan(dataset.photos, store=store, stash=stash, wanted=wanted, workers=config.workers)
     if dataset.split_from_train:
@@ -115,14 +114,7 @@ def look(config: Config, dataset: Dataset, network: Network, cache: FeatureCache
     return Survey(dataset, findings, good, stash)
 
 
-def make_batches(
-    config: Config,
-    network: Network,
-    compute: Compute,
-    cache: FeatureCache | None,
-    survey: Survey,
-    split: str,
-) -> Batches:
+def make_batches(config: Config, network: Network, cache: FeatureCache | None, survey: Survey, split: str) -> Batches:
     """The batches of one split; with a cache the frozen part runs here, over the photos that it does not know."""
     assert config.batch_size is not None
     scans = survey.good[split]
@@ -133,7 +125,7 @@ def make_batches(
     return LiveBatches(
         [s.photo for s in scans],
         preprocessing=network.spec.preprocessing,
-        frozen=FrozenPart(network.cut, network.spec.preprocessing, compute) if network.has_frozen_part else None,
+        frozen=network.frozen,
         augment=Augment(network.spec.preprocessing, config.seed) if augmented else None,
         batch_size=config.batch_size,
         seed=config.seed,

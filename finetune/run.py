@@ -42,6 +42,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     folder = config.output_dir or default_run_dir(config)
     if resume:
         rundir.check_same(folder, config)
+        rundir.sweep(folder)
         if (folder / rundir.BUNDLE).is_dir():
             print(f"The run in {folder} is finished.")
             return open_bundle(folder / rundir.BUNDLE)
@@ -50,13 +51,13 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     compute = choose_compute(config.device, config.precision)
     dataset = read_dataset(config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
     print(f"Training {spec.title} on {config.data_dir} ({compute}); the run is in {folder}")
-    network = prepare(spec, len(dataset.classes), config)
+    network = prepare(spec, len(dataset.classes), config, compute)
     cache = feature_cache(config, network, compute)
     survey = look(config, dataset, network, cache)
     if not resume:
         rundir.start(folder, config)
     with _resumable(folder):
-        batches = {split: make_batches(config, network, compute, cache, survey, split) for split in ("train", "valid")}
+        batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
         return finish(config, folder, network, compute, batches["valid"], survey, progress)
 

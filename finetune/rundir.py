@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import pickle
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,22 @@ def check_same(folder: Path, config: Config) -> None:
             )
 
 
+def sweep(folder: Path) -> None:
+    """Remove the half-written files that a killed run leaves beside their targets."""
+    for part in list(folder.rglob(".*.part")):
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
 def save_checkpoint(folder: Path, progress: Progress, *, inputs: str) -> None:
     """Write the checkpoint whole or not at all, and the history beside it. ``inputs`` names what it was trained on."""
-    with atomic_write(folder / CHECKPOINT) as part:
-        torch.save({"inputs": inputs, **vars(progress)}, part)
+    with atomic_write(folder / CHECKPOINT) as part, part.open("wb") as file:
+        try:
+            torch.save({"inputs": inputs, **vars(progress)}, file)
+        except RuntimeError as error:  # torch wraps what the file said, such as that the disk is full
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     write_history(folder / HISTORY, progress.history)
 
 

@@ -10,10 +10,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import imagehash
 import numpy as np
 import PIL
+import PIL.features
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -22,10 +24,9 @@ from finetune.data import Photo
 from finetune.prefetch import prefetch
 from finetune.shards import ShardStore
 from models.errors import PhotoError
-from models.preprocess import Preprocessing, decode
+from models.preprocess import DECODE_PX, Preprocessing, decode
 
 THUMB_PX = 16
-FINGERPRINT_CONTEXT = {"what": "fingerprint", "phash_bits": 64, "thumb_px": THUMB_PX, "pillow": PIL.__version__}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class PixelStash:
     def take(self, sha256: str, path: Path) -> NDArray[np.uint8]:
         """The pixels (H, W, C), which the stash then forgets."""
         found = self.pixels.pop(sha256, None)
-        return found if found is not None else self.preprocessing.crop(decode(path.read_bytes()))
+        return found if found is not None else self.preprocessing.pixels(path.read_bytes())
 
 
 def scan(
@@ -66,7 +67,11 @@ def scan(
     workers: int = 0,
     quiet: bool = False,
 ) -> list[Scan]:
-    """Scan ``photos``, in order. ``wanted`` gives, of all sha256s, those whose pixels ``stash`` should keep."""
+    """Scan ``photos``, in order. ``wanted`` gives, of all sha256s, those whose pixels ``stash`` should keep.
+
+    Photos are decoded as far as ``stash`` needs them, and ``store`` is that of ``fingerprint_context`` for as many pixels.
+    """
+    decode_px = stash.preprocessing.decode_px if stash else DECODE_PX
     sha256s = list(prefetch(lambda photo: _sha256(photo.path), photos, workers=workers))
     known = store.load([sha for sha in sha256s if sha])
     keep = wanted([sha for sha in sha256s if sha]) if wanted else set()
@@ -79,7 +84,7 @@ def scan(
         if sha256 in known and sha256 not in keep:
             return Scan(photo, sha256, known[sha256], None)
         try:
-            picture = decode(photo.path.read_bytes())
+            picture = decode(photo.path.read_bytes(), at_least_px=decode_px)
         except (PhotoError, OSError) as error:
             return Scan(photo, sha256, None, str(error))
         if stash and sha256 in keep:
@@ -95,6 +100,18 @@ def scan(
     bar.close()
     store.flush()
     return scans
+
+
+def fingerprint_context(decode_px: int = DECODE_PX) -> dict[str, Any]:
+    """Everything beside the photo that its fingerprint depends on: a large JPEG is decoded to ``decode_px`` at least."""
+    return {
+        "what": "fingerprint",
+        "phash_bits": 64,
+        "thumb_px": THUMB_PX,
+        "decode_px": decode_px,
+        "pillow": PIL.__version__,
+        "jpeg": PIL.features.version("jpg"),
+    }
 
 
 def fingerprint(photo: Image.Image) -> NDArray[np.uint8]:

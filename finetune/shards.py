@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save_file
+from safetensors.numpy import load, save
 
 from models.files import atomic_write, write_text
 
@@ -63,7 +63,7 @@ class ShardStore:
         if not (self._folder / "context.json").exists():
             write_text(self._folder / "context.json", self._context + "\n")
         with atomic_write(self._folder / f"{uuid.uuid4().hex}.safetensors") as part:
-            save_file({"keys": keys, "rows": rows}, part, {"crc32": str(_checksum(keys, rows))})
+            part.write_bytes(save({"keys": keys, "rows": rows}, {"crc32": str(_checksum(keys, rows))}))
         self._pending.clear()
         prune(self._root, self._limit_bytes)
 
@@ -89,7 +89,7 @@ class ShardStore:
 def prune(root: Path, limit_bytes: int) -> None:
     """Remove the files used longest ago until all that lie in ``root`` take at most ``limit_bytes``."""
     found = []
-    for file in root.glob("*/*.safetensors"):
+    for file in (*root.glob("*/*.safetensors"), *root.glob("*/.*.part")):  # a killed run leaves its part behind
         with contextlib.suppress(FileNotFoundError):
             stat = file.stat()
             found.append((stat.st_mtime_ns, stat.st_size, file))

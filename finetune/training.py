@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from finetune import config as settings
 from finetune import rundir
@@ -17,12 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train. ``--resume`` takes the run's own settings for what is not given."""
     if args.resume:
-        folder = getattr(args, "output_dir", None)
-        if folder is None:
+        given = settings.given(args)
+        if "output_dir" not in given:
             raise RunError("--resume needs the run to go on with; name it with --output-dir runs/NAME.")
-        kept = rundir.read_config(folder)
-        given = {key: value for key, value in vars(args).items() if key in kept}
-        config = settings.from_mapping({**kept, **given})
+        config = settings.from_mapping({**rundir.read_config(Path(given["output_dir"])), **given})
     else:
         config = settings.from_arguments(args)
     from finetune.run import train  # here, as torch takes seconds to import and a wrong flag should not wait for it

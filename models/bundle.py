@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,9 @@ def open_bundle(path: Path, *, files: Iterable[str] | None = None) -> Bundle:
     if info.get("sha256") != _digest(info):
         raise BundleError(f"{path / MANIFEST} was changed after it was written; export the bundle again.")
     known: Mapping[str, Mapping[str, Any]] = info["files"]
+    for named in map(PurePosixPath, known):
+        if named.is_absolute() or ".." in named.parts:
+            raise BundleError(f"{path / MANIFEST} names {str(named)!r}, which lies outside the bundle; do not trust it.")
     for name in known if files is None else files:
         _check_file(path, name, known)
     return Bundle(path, info)

@@ -79,8 +79,8 @@ def build_classifier(
 def load_base(net: nn.Module, base: State, spec: ModelSpec) -> None:
     """Put pretrained tensors into ``net`` without copying them; the head may be of another size, as it is replaced.
 
-    Names are matched, or, where none of them is the network's own, the order (a port of the same network by other hands).
-    Raises WeightsError, which names the first tensor that does not fit.
+    Half-precision numbers become float32. Names are matched, or, where none of them is the network's own, the order (a
+    port of the same network by other hands). Raises WeightsError, which names the first tensor that does not fit.
     """
     wanted = net.state_dict()
     given = dict(base)
@@ -107,7 +107,7 @@ def load_base(net: nn.Module, base: State, spec: ModelSpec) -> None:
         )
     for name in head:
         given[name] = torch.zeros(wanted[name].shape)
-    net.load_state_dict({name: given[name].contiguous() for name in wanted}, strict=True, assign=True)
+    net.load_state_dict({name: given[name].to(tensor.dtype).contiguous() for name, tensor in wanted.items()}, assign=True)
 
 
 def replace_head(net: nn.Module, head: str, num_classes: int) -> None:

@@ -20,10 +20,13 @@ from models.classifier import Classifier
 
 
 class _LeafTracer(Tracer):
-    """Trace down to the layers that hold no others, so that padding computed in Python inside one is not looked into."""
+    """Trace down to the layers that hold no others, so that padding computed in Python inside one is not looked into.
+
+    BatchNorm is always a layer: timm's holds an activation, and looked into it would stay as it is while it is traced.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name == "normalise" or not any(True for _ in m.children())
+        return module_qualified_name == "normalise" or isinstance(m, _BatchNorm) or not any(True for _ in m.children())
 
 
 @dataclass(frozen=True)

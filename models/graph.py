@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from models.classifier import Classifier
 from models.cut import with_outputs
+from models.fold import fold_batchnorm
 from models.preprocess import Preprocessing
 from models.spec import ModelSpec
 
@@ -31,7 +32,7 @@ class _Served(nn.Module):
 
     def __init__(self, classifier: Classifier, spec: ModelSpec, temperature: float) -> None:
         super().__init__()
-        self.net = with_outputs(classifier, [(spec.head, True), (spec.cam_layer, False)])
+        self.net = fold_batchnorm(with_outputs(classifier, [(spec.head, True), (spec.cam_layer, False)]))
         self.temperature = temperature
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,17 +70,18 @@ def export_onnx(
             verbose=False,
         )
         assert program is not None
+        ClearMetadataAndDocStringPass()(program.model)  # the exporter notes its stack traces there: paths of this machine
         program.save(path, external_data=False)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter speaks to its own developers on standard output, through logging and with warnings."""
+    """The exporter speaks to its own developers, through logging and with warnings."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,15 +2,16 @@
 
 Normalisation is the network's first layer (``models.classifier.Normalise``), so that the exported graph takes pixels.
 
-Pillow and NumPy only, written once: training wraps these functions as its ImageFolder loader and transform, the service
-calls them as they are, and so both see the same pixels.
+Pillow and NumPy only, written once: training and the service both call ``Preprocessing.pixels``, and so see the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import math
 import warnings
 from dataclasses import asdict, dataclass
 
@@ -21,6 +22,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from models.errors import PhotoError
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not Pillow's others: EPS, say, starts Ghostscript
+DECODE_PX = 512
+
+# Pillow warns of odd metadata, which is no reason to refuse the pixels. Not in decode: catch_warnings is not thread-safe.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
@@ -40,45 +46,69 @@ class Preprocessing:
     def channels(self) -> int:
         return len(self.mean)
 
+    @property
+    def decode_px(self) -> int:
+        """The shorter side that a large JPEG is decoded to at least: twice what it is resized to, and never under 512.
+
+        JPEG can be decoded at a half, a quarter or an eighth of its size. For a phone's 12-megapixel photo that takes a
+        third of the time; the crop differs by 0.3 levels in the mean, and in 99 of 100 values by 2 at most.
+        """
+        return max(DECODE_PX, 2 * self.resize_px)
+
     def sha256(self) -> str:
         """Name this preprocessing by its content, so that a change of it cannot go unseen."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
+    def decode(self, data: bytes) -> Image.Image:
+        """Decode a photo's bytes as far as this network needs it (``decode_px``). Raises PhotoError."""
+        return decode(data, at_least_px=self.decode_px)
+
+    def pixels(self, data: bytes) -> NDArray[np.uint8]:
+        """From a photo's bytes to what the network sees: (input_px, input_px, channels) uint8. Raises PhotoError."""
+        return self.crop(self.decode(data))
+
     def crop(self, photo: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop ``photo`` to what the network sees.
 
-        Only the part that survives the crop is resampled; the pixels are those of torchvision's Resize and CenterCrop.
-        Returns (input_px, input_px, channels) uint8.
+        Only the part that survives the crop is resampled; the pixels are those of torchvision's Resize and CenterCrop, but
+        for rounding: a few in a thousand differ by 1 level, seldom 2. Returns (input_px, input_px, channels) uint8.
         """
-        width, height = photo.size
-        short = min(width, height)
-        new_width = self.resize_px if width == short else int(self.resize_px * width / short)
-        new_height = self.resize_px if height == short else int(self.resize_px * height / short)
-        left = round((new_width - self.input_px) / 2.0)
-        top = round((new_height - self.input_px) / 2.0)
-        box = (
-            left * width / new_width,
-            top * height / new_height,
-            (left + self.input_px) * width / new_width,
-            (top + self.input_px) * height / new_height,
-        )
-        square = photo.resize((self.input_px, self.input_px), INTERPOLATIONS[self.interpolation], box)
+        short_px = min(photo.size)
+        x_first, x_end, left, right = self._kept(photo.width, short_px)
+        y_first, y_end, top, bottom = self._kept(photo.height, short_px)
+        part = photo.crop((x_first, y_first, x_end, y_end))
+        # One direction at a time: which one Pillow takes first depends on its version, and the pixels on that.
+        resample = INTERPOLATIONS[self.interpolation]
+        narrow = part.resize((self.input_px, part.height), resample, (left, 0, right, part.height))
+        square = narrow.resize((self.input_px, self.input_px), resample, (0, top, self.input_px, bottom))
         pixels = np.asarray(square.convert("RGB" if self.channels == 3 else "L"))
         return pixels.reshape(self.input_px, self.input_px, self.channels)
 
+    def _kept(self, side_px: int, short_px: int) -> tuple[int, int, float, float]:
+        """Along one side: the first pixel that the crop needs, the end of them, and where in them the crop begins and ends."""
+        new_px = self.resize_px if side_px == short_px else int(self.resize_px * side_px / short_px)
+        offset_px = round((new_px - self.input_px) / 2.0)
+        begin, end = offset_px * side_px / new_px, (offset_px + self.input_px) * side_px / new_px
+        reach = 2 * max(1.0, side_px / new_px) + 1  # no filter looks further
+        first = max(0, math.floor(begin - reach))
+        return first, min(side_px, math.ceil(end + reach)), begin - first, end - first
 
-def decode(data: bytes) -> Image.Image:
+
+def decode(data: bytes, *, at_least_px: int | None = None) -> Image.Image:
     """Decode a photo's bytes: first frame, upright by its EXIF orientation, RGB whatever it was.
 
-    Transparent parts become white; 16-bit grey is scaled to 8 bit, not clipped; CMYK is converted.
+    Transparent parts become white; 16-bit grey is scaled to 8 bit, not clipped; CMYK is converted. With ``at_least_px`` a
+    JPEG may come at a half, a quarter or an eighth of its size, as long as its shorter side keeps that many pixels.
     Raises PhotoError for bytes that are no picture, and for a picture that breaks off.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, which is no reason to refuse the pixels
-            with Image.open(io.BytesIO(data)) as photo:
-                photo.load()
-                return to_rgb(ImageOps.exif_transpose(photo))
+        with Image.open(io.BytesIO(data), formats=FORMATS) as photo:
+            if at_least_px:
+                photo.draft(None, (at_least_px, at_least_px))
+            photo.load()
+            with contextlib.suppress(Exception):  # EXIF that cannot be read: the pixels are as good as ever
+                ImageOps.exif_transpose(photo, in_place=True)
+            return to_rgb(photo)
     except UnidentifiedImageError:
         raise PhotoError(
             f"{len(data)} bytes arrived that are not a picture; send a JPEG, PNG, WebP, GIF, BMP or TIFF file."
@@ -91,11 +121,9 @@ def decode(data: bytes) -> Image.Image:
 
 def to_rgb(photo: Image.Image) -> Image.Image:
     """Any mode that Pillow knows -> RGB, without losing what a person sees."""
-    if photo.mode == "RGB":
-        return photo
     if photo.mode.startswith("I") or photo.mode == "F":
         return _from_deep_grey(photo).convert("RGB")
-    if photo.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in photo.info:
+    if photo.has_transparency_data:
         overlay = photo.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), overlay).convert("RGB")
     return photo.convert("RGB")
@@ -103,10 +131,12 @@ def to_rgb(photo: Image.Image) -> Image.Image:
 
 def _from_deep_grey(photo: Image.Image) -> Image.Image:
     """16-bit, 32-bit or float grey -> 8-bit grey; Pillow's own convert would clip everything over 255 to white."""
-    values = np.asarray(photo, dtype=np.float64)
-    top = 65535.0 if photo.mode.startswith("I") else float(values.max(initial=0.0))
-    if photo.mode == "F" and top <= 1.0:
+    values = np.asarray(photo, dtype=np.float32)
+    highest = float(values.max(initial=0.0))
+    if photo.mode == "F" and highest <= 1.0:
         top = 1.0
-    elif values.max(initial=0.0) <= 255.0:
+    elif highest <= 255.0:
         top = 255.0
-    return Image.fromarray(np.clip(values * (255.0 / top), 0, 255).round().astype(np.uint8), "L")
+    else:
+        top = highest if photo.mode == "F" else 65535.0
+    return Image.fromarray(np.clip(values * np.float32(255.0 / top), 0, 255).round().astype(np.uint8))

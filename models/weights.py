@@ -5,15 +5,17 @@ Files are read with ``weights_only=True`` or as safetensors, so that no code in 
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
-import pickle
-import urllib.error
+import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.errors import WeightsError
@@ -61,14 +63,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             state: object = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    except Exception as error:  # both readers raise nearly anything on damaged data: struct.error, IndexError, ...
         raise WeightsError(
-            f"{path} cannot be read as weights ({reason}); give a torchvision state dict, .pth or .safetensors."
+            f"{path} cannot be read as weights ({_reason(error)}); give a torchvision state dict, .pth or .safetensors."
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} holds a {type(state).__name__}, not a state dict of tensors; save model.state_dict().")
     return state
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name as safetensors. Raises OSError for a full disk, which safetensors calls by a name of its own."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise (OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error) from None
 
 
 def _read_given(file: Path, spec: ModelSpec) -> Weights:
@@ -106,13 +116,17 @@ def _download(spec: ModelSpec, url: str, target: Path) -> Path:
     print(f"Downloading {url} to {target}", flush=True)
     try:
         torch.hub.download_url_to_file(url, str(target), hash_prefix=(spec.weights and spec.weights.sha256) or None)
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
         raise WeightsError(
-            f"The weights of {spec.name} are not on this machine and could not be downloaded ({error}). Fetch {url} where "
-            f"there is a network and give it with --weights FILE or put it at {target}; or use --backbone "
+            f"The weights of {spec.name} are not on this machine and could not be downloaded ({_reason(error)}). Fetch {url} "
+            f"where there is a network and give it with --weights FILE or put it at {target}; or use --backbone "
             f"{NO_DOWNLOAD_BACKBONE}, which needs no download."
         ) from None
     return target
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
 
 
 def _is_zip(path: Path) -> bool:

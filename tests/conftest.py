@@ -1,0 +1,99 @@
+"""What the tests share: caches of their own, little folders of drawn photos, and weights that nobody has to download."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.sample import CLASSES, draw
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are small; threads on busy cores wait for each other
+
+PhotoFolder = Callable[..., Path]
+RandomWeights = Callable[[str], dict[str, Any]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or fills a person's caches. A test sets its own with ``monkeypatch.setenv``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch-home")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def photo_folder() -> PhotoFolder:
+    """``photo_folder(path)`` draws a data folder there, every picture another, and gives the path back."""
+
+    def make(
+        root: Path,
+        *,
+        train: int = 4,
+        valid: int = 2,
+        classes: Sequence[str] = CLASSES,
+        valid_name: str = "valid",
+        seed: int = 0,
+    ) -> Path:
+        """``train`` and ``valid`` count the photos of each class; ``valid=0`` makes no folder for them."""
+        for split, count in (("train", train), (valid_name, valid)):
+            for (index, label), number in itertools.product(enumerate(classes), range(count)):
+                path = root / split / label / f"{label}.{number:04d}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                animal = label if label in CLASSES else CLASSES[index % len(CLASSES)]
+                draw(animal, rng=random.Random(f"{seed}/{split}/{label}/{number}")).save(path, quality=88)
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_weights() -> RandomWeights:
+    """``random_weights(name)`` gives a state dict with random numbers for a network, the same ones every time."""
+    import torch
+
+    from models.registry import create_model
+
+    @functools.cache
+    def make(name: str) -> dict[str, Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return dict(create_model(name).state_dict())
+
+    return lambda name: {key: tensor.clone() for key, tensor in make(name).items()}
+
+
+@pytest.fixture(scope="session")
+def vgg16_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A state dict of VGG16 with random numbers: 550 MB, so it is made once and only where a test asks for it."""
+    import torch
+
+    from models.registry import create_model
+
+    with torch.device("meta"):
+        empty = create_model("vgg16").state_dict()
+    numbers = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in empty.items():
+        bound = (6 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 0.0  # He's: signals neither grow nor fade
+        state[name] = torch.empty(tensor.shape).uniform_(-bound, bound, generator=numbers)
+    path = tmp_path_factory.mktemp("weights") / "vgg16-random.pth"
+    torch.save(state, path)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Random weights for the network ``tiny`` of tests/tiny.py, which is registered while the module's tests run."""
+    import tiny
+
+    with tiny.registered():
+        yield tiny.save_weights(tmp_path_factory.mktemp("tiny") / "tiny.pth")
