@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 done with findings, 2 a mistake to mend, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone is noticed in time
+        return code
     except UserError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2

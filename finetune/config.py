@@ -113,7 +113,7 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in vars(args).items() if key in known}
     file = getattr(args, "config", None)
-    return {**(_read_yaml(file) if file else {}), **flags}
+    return {**(read_yaml(file) if file else {}), **flags}
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
@@ -127,7 +127,8 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
     return Config(**converted)
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file, by name as they are in Config. Raises ConfigError where it is none."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from finetune.config import default_cache_dir
@@ -70,7 +71,7 @@ def open_full(path: Path, *, weights: Path | None = None) -> Bundle:
     try:
         return open_bundle(kept)
     except BundleError:
-        print(f"Joining {path} with its pretrained weights, once; the whole bundle is kept in {kept}", flush=True)
+        print(f"Joining {path} with its pretrained weights, once; the whole bundle is kept in {kept}", file=sys.stderr)
         return join(bundle, kept, weights=weights)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.config import Config, from_mapping
+from finetune.config import Config, from_mapping, read_yaml
 from finetune.train import Progress
 from models.errors import RunError
 from models.files import atomic_write, write_text
@@ -54,7 +54,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The settings that a run was started with. Raises RunError where there is none."""
     if not (folder / CONFIG).is_file():
         raise RunError(f"There is no run in {folder} to go on with; start it without --resume.")
-    return dict(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+    return read_yaml(folder / CONFIG)
 
 
 def check_same(folder: Path, config: Config) -> None:

@@ -96,17 +96,18 @@ def write_bundle(path: Path, info: Mapping[str, Any], *, fill: Callable[[Path], 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
-        part.chmod(0o755)  # mkdtemp gives 0700; a bundle is read by the service's user too
         fill(part)
-        for file in part.rglob("*"):  # safetensors writes 0600
-            file.chmod(0o755 if file.is_dir() else 0o644)
         manifest = {"format": FORMAT, **info, "files": _list_files(part)}
         manifest["sha256"] = _digest(manifest)
-        (part / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        part.chmod(0o755)  # mkdtemp gives 0700 and safetensors 0600; a bundle is read by the service's user too
+        for file in part.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
         _put_in_place(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return Bundle(path, manifest)
+    return Bundle(path, json.loads(text))
 
 
 def describe(preprocessing: Preprocessing) -> dict[str, Any]:

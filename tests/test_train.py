@@ -140,6 +140,7 @@ def test_the_head_is_the_one_that_the_textbook_loop_trains(backbone: str, after:
     theirs = textbook(net, pixels, labels, config, spec.head, start)
     for name, tensor in theirs.items():
         moved = (tensor - start[name]).abs().max()
+        print(backbone, name, moved, (ours[f"net.{spec.head}.{name}"] - tensor).abs().max() / moved)
         assert moved > 1e-3
         assert (ours[f"net.{spec.head}.{name}"] - tensor).abs().max() <= 5e-4 * moved
 

@@ -9,6 +9,7 @@ import contextlib
 import io
 import itertools
 import resource
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -71,7 +72,9 @@ def save_weights(path: Path, *, backbone: str = "tiny", seed: int = 0) -> Path:
         torch.manual_seed(seed)
         state = registry.create_model(backbone).state_dict()
         for name, tensor in state.items():
-            if name.endswith("running_mean"):
+            if tensor.dim() > 1:
+                nn.init.kaiming_normal_(tensor)
+            elif name.endswith("running_mean"):
                 tensor.uniform_(-0.2, 0.2)
             elif name.endswith("running_var"):
                 tensor.uniform_(0.5, 1.5)
@@ -123,5 +126,6 @@ def file_size_limit(size: int) -> Iterator[None]:
 if __name__ == "__main__":
     from finetune.__main__ import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would ignore
     with registered():
         sys.exit(main())
