@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnxscript  # noqa: F401  (the exporter imports it on first use; neither side is timed while it imports)
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset

@@ -9,6 +9,7 @@ import http.client
 import importlib.metadata
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def _in_package(spec: ModelSpec, package: str, file: str) -> Path:
 
 def _download(spec: ModelSpec, url: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Downloading {url} to {target}", flush=True)
+    print(f"Downloading {url} to {target}", file=sys.stderr)
     try:
         torch.hub.download_url_to_file(url, str(target), hash_prefix=(spec.weights and spec.weights.sha256) or None)
     except (OSError, http.client.HTTPException, RuntimeError) as error:

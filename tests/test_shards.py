@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -180,7 +181,9 @@ def wait_for_files(root: Path, count: int, writer: subprocess.Popen[bytes]) -> N
     deadline = time.monotonic() + 60
     while len(list(root.glob("*/*.safetensors"))) < count:
         assert time.monotonic() < deadline, "the writer wrote nothing"
-        assert writer.poll() is None, "the writer ended by itself"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            writer.wait(0.005)
+        assert writer.returncode is None, "the writer ended by itself"
 
 
 def test_a_kill_between_or_within_writes_leaves_only_whole_rows(tmp_path: Path) -> None:
