@@ -1,0 +1,40 @@
+"""The classifier that comes with the project: small, without photos, and right after it is joined with its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.__main__ import main
+from finetune.join import open_full
+from models.bundle import GRAPH, check_golden, open_bundle
+from models.engine import OnnxEngine
+
+SHIPPED = Path(__file__).resolve().parent.parent / "models" / "shipped" / "dogs-vs-cats"
+
+
+def test_it_is_small_and_holds_no_pictures() -> None:
+    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 100_000
+    assert {file.name for file in files} == set(open_bundle(SHIPPED).info["files"]) | {"manifest.json"}
+    assert not [file for file in files if file.suffix in (".png", ".jpg")]
+
+
+def test_its_card_states_the_accuracy_that_its_manifest_has() -> None:
+    value = open_bundle(SHIPPED).info["metrics"]["accuracy"]["value"]
+    assert f"| accuracy | {value:.4f} |" in (SHIPPED / "README.md").read_text(encoding="utf-8")
+    assert value >= 0.985
+
+
+def test_joined_it_gives_its_golden_answers_and_answers_photos(
+    photo_folder: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = open_full(SHIPPED)
+    engine = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"])
+    assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) <= 1e-3
+    photos = photo_folder(tmp_path / "drawn", train=1, valid=0)  # type: ignore[operator]
+    assert main(["predict", "--bundle", str(SHIPPED), str(photos), "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(answer["probabilities"]) for answer in answers] == [{"cats", "dogs"}] * 2
