@@ -98,7 +98,9 @@ class Audit:
             lines.append(f"  {split}{held}: " + ", ".join(f"{name} {n:,}" for name, n in row.items()))
         lines += [f"- {problem}" for problem in self.problems] or ["- nothing wrong was found"]
         if self.duplicates:
-            lines.append(f"- {_count(self.duplicates, 'group')} of the same photo within one class and split (harmless)")
+            lines.append(
+                f"- no harm, but good to know: {_count(self.duplicates, 'group')} of the same photo within one class and split"
+            )
         lines += _section("Damaged", [f"{name}: {why}" for name, why in self.damaged.items()])
         lines += _section("Not photos", self.not_photos)
         lines += _section("Stray folders", self.stray_folders)

@@ -8,6 +8,8 @@ from typing import Any
 
 from models.files import write_text
 
+TITLES = {"accuracy": "accuracy", "log_loss": "log loss", "roc_auc": "ROC AUC", "calibration_error": "calibration error"}
+
 
 def write_card(path: Path, info: Mapping[str, Any]) -> None:
     """Write the card of a bundle from its manifest."""
@@ -21,10 +23,11 @@ def write_card(path: Path, info: Mapping[str, Any]) -> None:
         "## How good it is\n",
         f"On {metrics['photos']:,} photos of the {dataset['evaluated_split']} split:\n",
         _table(metrics),
-        f"The 95 % intervals: {metrics['methods']['accuracy']} {metrics['methods']['log_loss']} The best epoch"
-        f" ({provenance['best_epoch']}) and the temperature ({info['temperature']:.3f}) were chosen on these same photos, so a"
-        " figure from photos that had no part in it is the one to trust: `finetune evaluate --bundle DIR --data-dir DATA"
-        " --split NAME`.\n",
+        "How each was measured:\n",
+        "\n".join(f"- {TITLES.get(name, name)}: {method}" for name, method in metrics["methods"].items()) + "\n",
+        f"The best epoch ({provenance['best_epoch']}) and the temperature ({info['temperature']:.3f}) were chosen on"
+        " these same photos, so a figure from photos that had no part in it is the one to trust:"
+        " `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
         "## What it was trained on\n",
         f"{_counts(dataset['photos'])} The labels are the folders' names. It knows only these classes: a photo of anything else"
         " gets one of them all the same, often with confidence. Photos of other kinds (drawings, other cameras, crops) are"
@@ -60,13 +63,7 @@ def _trained(info: Mapping[str, Any]) -> str:
 
 def _table(metrics: Mapping[str, Any]) -> str:
     rows = ["| measure | value | 95 % interval |", "| --- | --- | --- |"]
-    for name, title in (
-        ("accuracy", "accuracy"),
-        ("log_loss", "log loss"),
-        ("roc_auc", "ROC AUC"),
-        ("calibration_error", "calibration error"),
-    ):
-        rows.append(_row(title, metrics[name]))
+    rows += [_row(title, metrics[name]) for name, title in TITLES.items()]
     for measure in ("precision", "recall"):
         rows += [_row(f"{measure} of {name}", value) for name, value in metrics[measure].items()]
     return "\n".join(rows) + "\n"

@@ -105,6 +105,8 @@ class FeatureCache:
             return
         pixels = prefetch(lambda scan: stash.take(scan.sha256, scan.photo.path), todo, workers=self._workers)
         with tqdm(total=len(todo), desc=label, unit="photo", disable=None) as bar:
+            if bar.disable:
+                print(f"{label}: {len(todo):,} photos to run", flush=True)
             for batch in batched(zip(todo, pixels, strict=True), GPU_BATCH):
                 scans, pictures = zip(*batch, strict=True)
                 yield from zip(scans, self._frozen.run(np.stack(pictures)), strict=True)

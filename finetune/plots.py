@@ -77,7 +77,7 @@ def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> Path:
     seconds = sum(row["seconds"] for row in history)
     took = f"{seconds / 60.0:.1f} min" if seconds >= 60.0 else f"{seconds:.1f} s"
     number = f"{len(epochs)} epoch{'' if len(epochs) == 1 else 's'}"
-    figure.suptitle(f"Learning curves: {number} in {took}", x=0.01, ha="left")
+    figure.suptitle(f"Learning curves, before calibration: {number} in {took}", x=0.01, ha="left")
     panels = (("loss", "cross-entropy loss (nats)", 1.0), ("accuracy", "accuracy (% of photos)", 100.0))
     for axes, (key, unit, scale) in zip(figure.subplots(1, 2), panels, strict=True):
         for split, name, colour, marker in (("train", "training", FAINT, "s"), ("valid", "validation", BLUE, "o")):

@@ -123,7 +123,8 @@ def finish(
         seed=config.seed,
     )
     print(f"\nThe best epoch was {progress.best_epoch} of {progress.epoch}. On the validation photos:")
-    print(f"{format_summary(metrics)}\n")
+    print(format_summary(metrics))
+    print("The best epoch and the temperature were chosen on these photos; `finetune evaluate` measures others.\n")
     state = network.classifier.net.cpu().state_dict()
     bundle = export_bundle(
         folder / rundir.BUNDLE,

@@ -90,6 +90,12 @@ def fit(
             if valid_loss < progress.best_loss - config.min_delta:
                 progress.best, progress.best_epoch, progress.best_loss = progress.last, progress.epoch, valid_loss
             bar.set_postfix(valid_loss=f"{valid_loss:.4f}", valid_accuracy=f"{valid_accuracy:.2%}")
+            if bar.disable:  # into a file: no bar, but a line an epoch
+                print(
+                    f"epoch {progress.epoch} of {epochs}: train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, "
+                    f"valid accuracy {valid_accuracy:.2%}",
+                    flush=True,
+                )
             on_epoch(progress)
     part.load_state_dict(progress.best, strict=False)
     return progress

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from finetune import config as settings
-from finetune import rundir
 from models.errors import RunError
 
 
@@ -21,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
         given = settings.given(args)
         if "output_dir" not in given:
             raise RunError("--resume needs the run to go on with; name it with --output-dir runs/NAME.")
+        from finetune import rundir  # as below
+
         config = settings.from_mapping({**rundir.read_config(Path(given["output_dir"])), **given})
     else:
         config = settings.from_arguments(args)

@@ -165,6 +165,27 @@ def test_flat_pictures_of_other_colours_are_no_twins(tmp_path: Path) -> None:
     assert find_duplicates(scans) == []
 
 
+@pytest.mark.parametrize(
+    ("flips", "levels", "alike"),
+    [
+        ({}, 0, True),
+        ({0: 1, 3: 2, 7: 128}, 0, True),
+        ({6: 0b0111}, 10, True),
+        ({6: 0b1111}, 0, False),
+        ({}, 11, False),
+    ],
+)
+def test_how_far_apart_two_pictures_of_the_same_may_be(tmp_path: Path, flips: dict[int, int], levels: int, alike: bool) -> None:
+    """Three bits of the hash, wherever they are, and ten levels of the thumbnail."""
+    first = np.full(776, 100, np.uint8)
+    second = first.copy()
+    for byte, mask in flips.items():
+        second[byte] ^= mask
+    second[8:] += levels
+    scans = [Scan(Photo(f"{i}.jpg", tmp_path, 0, "train"), f"{i:064x}", row, None) for i, row in enumerate((first, second))]
+    assert bool(find_duplicates(scans)) == alike
+
+
 def test_a_crowded_bucket_still_finds_the_twins_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Many flat photos share a hash quarter, and then not every pair is compared; equal hashes are all the same."""
     monkeypatch.setattr(duplicates, "PAIRS_A_BUCKET", 3)

@@ -70,7 +70,7 @@ def texts_inside(folder: Path) -> Iterator[tuple[Path, bytes]]:
 def assert_tells_nothing_of_this_machine(folder: Path, *, run: SimpleNamespace) -> None:
     places = {str(run.data), str(run.folder), sys.prefix, str(Path(__file__).parent.parent), str(Path.home()), str(Path.cwd())}
     for file, data in texts_inside(folder):
-        for place in places:
+        for place in places - {"/", "/usr"}:
             assert place.encode() not in data, f"{file.name} holds {place}"
 
 

@@ -148,8 +148,9 @@ def test_the_head_is_the_one_that_the_textbook_loop_trains(backbone: str, after:
 # Frozen means frozen
 
 
-@pytest.mark.parametrize("unfreeze", [(), ("classifier.3",), ("features.3", "features.4")])
+@pytest.mark.parametrize("unfreeze", [(), ("classifier.3",), ("features.3",), ("features.3", "features.4")])
 def test_no_frozen_tensor_moves_and_every_trained_one_does(base: dict[str, Tensor], unfreeze: tuple[str, ...]) -> None:
+    """Behind features.3, a convolution, BatchNorm is frozen and runs in every epoch: its statistics stay as they were."""
     config = replace(CONFIG, unfreeze=unfreeze, unfreeze_lr_scale=0.5)
     before = {name: tensor.clone() for name, tensor in fresh(base, config).net.state_dict().items()}
     progress, classifier = run(base, config)
