@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -290,3 +291,13 @@ def test_vgg16_keeps_all_but_its_head_and_is_torchvisions_own(vgg: SimpleNamespa
         probabilities = torch.softmax(net(photos) / vgg.bundle.info["temperature"], dim=1)
     wanted = [[float(row["p_cats"]), float(row["p_dogs"])] for row in rows]
     np.testing.assert_allclose(probabilities.numpy(), wanted, atol=1e-3)
+
+
+def test_the_readmes_example_loads_vgg16s_weights_into_plain_torchvision(vgg: SimpleNamespace) -> None:
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert "runs/NAME/bundle" in example
+    names: dict[str, Any] = {}
+    exec(example.replace("runs/NAME/bundle", str(vgg.bundle.path)), names)
+    assert names["probabilities"].shape == (1, 2)
+    assert names["probabilities"].sum().item() == pytest.approx(1.0)
