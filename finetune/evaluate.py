@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from finetune.predict import classify
 from finetune.predictions import Predictions
 from finetune.results import write_results
 from models.errors import DataError
+from models.files import sha256_of
 
 
 def evaluate_bundle(
@@ -43,7 +43,7 @@ def evaluate_bundle(
         labels=np.array([photo.label for photo, _ in good], dtype=np.int64),
         probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
         splits=tuple(photo.split for photo, _ in good),
-        sha256s=tuple(hashlib.sha256(photo.path.read_bytes()).hexdigest() for photo, _ in good),
+        sha256s=tuple(sha256_of(photo.path) for photo, _ in good),
     )
     temperature = float(bundle.info["temperature"])
     raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) to the power T is softmax(z), but for its sum

@@ -29,12 +29,10 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
 
     Raises WeightsError where the base is not to be had, BundleError where it is not the one that the head was trained on.
     """
-    from safetensors.torch import load_file
-
     from models.classifier import build_classifier
     from models.graph import export_served
     from models.registry import get_spec
-    from models.weights import find_weights, write_tensors
+    from models.weights import find_weights, read_tensors, write_tensors
 
     spec = get_spec(bundle.backbone)
     if spec.preprocessing != bundle.preprocessing:
@@ -48,7 +46,7 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
             f"{base.origin} has {base.sha256[:12]}...; give the right file with --weights."
         )
     classifier = build_classifier(spec, num_classes=len(bundle.classes), base=base.tensors)
-    classifier.net.load_state_dict(load_file(bundle.path / HEAD), strict=False)
+    classifier.net.load_state_dict(read_tensors(bundle.path / HEAD), strict=False)
 
     def fill(folder: Path) -> None:
         export_served(classifier, spec, temperature=float(bundle.info["temperature"]), path=folder / GRAPH)

@@ -6,7 +6,6 @@ part has run over them, so that no photo is decoded twice.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from finetune.data import Photo
 from finetune.prefetch import prefetch
 from finetune.shards import ShardStore
 from models.errors import PhotoError
+from models.files import sha256_of
 from models.preprocess import DECODE_PX, Preprocessing, decode
 
 THUMB_PX = 16
@@ -89,7 +89,7 @@ def scan(
             return Scan(photo, sha256, None, str(error))
         if stash and sha256 in keep:
             stash.put(sha256, picture)
-        return Scan(photo, sha256, known.get(sha256, None) if sha256 in known else fingerprint(picture), None)
+        return Scan(photo, sha256, known[sha256] if sha256 in known else fingerprint(picture), None)
 
     scans = []
     for result in prefetch(look, zip(photos, sha256s, strict=True), workers=workers):
@@ -125,6 +125,6 @@ def fingerprint(photo: Image.Image) -> NDArray[np.uint8]:
 def _sha256(path: Path) -> str:
     """The file's sha256, or nothing where it cannot be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_of(path)
     except OSError:
         return ""
