@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.files import write_text
+from models.precision import agrees, describe
 
 TITLES = {"accuracy": "accuracy", "log_loss": "log loss", "roc_auc": "ROC AUC", "calibration_error": "calibration error"}
 
@@ -92,6 +93,9 @@ def _contents(info: Mapping[str, Any]) -> str:
             "`model.safetensors` is the network's state dict. `model.onnx` takes pixels (N, H, W, C) uint8, resized and cropped"
             " as the manifest says, and gives calibrated probabilities."
         )
+    if info["bf16"]:
+        use = "The service uses it where the processor has it" if agrees(info["bf16"]) else "The service does not use it"
+        lines.append(f"In bfloat16: {describe(info['bf16'])}. {use}.")
     return " ".join(lines) + "\n"
 
 

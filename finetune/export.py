@@ -20,6 +20,7 @@ from models.classifier import Classifier
 from models.engine import OnnxEngine
 from models.errors import BundleError
 from models.graph import OUTPUTS, PIXELS, export_served
+from models.precision import compare_bf16
 from models.spec import ModelSpec
 from models.weights import write_tensors
 
@@ -64,6 +65,7 @@ def export_bundle(
         export_served(classifier, spec, temperature=temperature, path=graph)
         engine = OnnxEngine(graph, outputs=OUTPUTS[:1])
         manifest["parity"] = check_parity(engine, parity)
+        manifest["bf16"] = compare_bf16(graph, parity.pixels)
         np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])
         if head_only:
             graph.unlink()

@@ -7,7 +7,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from finetune.config import default_cache_dir
 from models.bundle import (
     CARD,
     GOLDEN,
@@ -20,6 +19,7 @@ from models.bundle import (
     open_bundle,
     write_bundle,
 )
+from models.cache import joined_dir
 from models.engine import OnnxEngine
 from models.errors import BundleError
 
@@ -65,7 +65,7 @@ def open_full(path: Path, *, weights: Path | None = None) -> Bundle:
     bundle = open_bundle(path)
     if not bundle.is_head_only:
         return bundle
-    kept = default_cache_dir() / "joined" / f"{bundle.name}-{bundle.version}"
+    kept = joined_dir(bundle)
     try:
         return open_bundle(kept)
     except BundleError:
@@ -75,7 +75,9 @@ def open_full(path: Path, *, weights: Path | None = None) -> Bundle:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle that holds only what was trained")
-    parser.add_argument("out", type=Path, metavar="OUT", help="where the whole bundle goes")
+    parser.add_argument(
+        "out", type=Path, nargs="?", metavar="OUT", help="where the whole bundle goes (default: where the service looks for it)"
+    )
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="the base's weights, where they are not found by themselves"
     )
@@ -86,8 +88,11 @@ def run(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle)
     if not bundle.is_head_only:
         raise BundleError(f"The bundle {args.bundle} is whole already; use it as it is.")
-    if args.out.exists() and any(args.out.iterdir()):
+    if args.out is None:
+        joined = open_full(args.bundle, weights=args.weights)
+    elif args.out.exists() and any(args.out.iterdir()):
         raise BundleError(f"{args.out} is not empty; name a new folder for the whole bundle.")
-    joined = join(bundle, args.out, weights=args.weights)
+    else:
+        joined = join(bundle, args.out, weights=args.weights)
     print(f"bundle       {joined.path} (version {joined.version})")
     return 0

@@ -6,56 +6,108 @@ evaluated is what is served.
 
 from __future__ import annotations
 
+import importlib
+import queue
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 
+Pixels = NDArray[np.uint8]
+Arrays = list[NDArray[np.float32]]
+
+
+class Engine(Protocol):
+    """What serves: (N, H, W, C) uint8 pixels -> one float32 array (N, ...) for each output; from several threads at once."""
+
+    def run(self, pixels: Pixels) -> Arrays: ...
+
+
+def load_openvino() -> ModuleType:
+    """Import OpenVINO without its model converter, which at import forks a process that reports to its makers' statistics.
+
+    It is needed for nothing here, and OpenVINO does without where it is missing. The import takes half the time.
+    """
+    converter = "openvino.tools.ovc"
+    blocked = "openvino" not in sys.modules and converter not in sys.modules
+    if blocked:
+        sys.modules[converter] = None  # type: ignore[assignment]  # how Python is told that a module is not there
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        if blocked:
+            del sys.modules[converter]
+
 
 def supports_bf16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware, so that it is worth its rounding."""
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OnnxEngine:
     """A compiled ONNX graph: ``run(pixels)`` gives one array for each of ``outputs``, and nothing else is computed.
 
-    A graph with a fixed batch size gets its last, smaller batch padded, so that a photo is computed in the same way
-    wherever it stands. ``threads`` 0 means all processors that the process may use.
+    ``batch_sizes`` are the only ones that are computed: a batch is split into the largest and its rest padded to the next,
+    as every further size costs its own time and memory at its first use. None named, every size is. A graph with a fixed
+    batch size has that one. ``threads`` 0 means all processors that the process may use; ``streams`` batches are computed
+    at once, each by its share of the threads, when as many threads call ``run``.
     """
 
-    def __init__(self, graph: Path | bytes, *, outputs: Sequence[str], precision: str = "fp32", threads: int = 0) -> None:
-        import openvino
-
+    def __init__(
+        self,
+        graph: Path | bytes,
+        *,
+        outputs: Sequence[str],
+        precision: str = "fp32",
+        threads: int = 0,
+        streams: int = 1,
+        batch_sizes: Sequence[int] = (),
+    ) -> None:
+        openvino = load_openvino()
         core = openvino.Core()
         model = core.read_model(str(graph) if isinstance(graph, Path) else graph)
         model = openvino.Model([model.output(name) for name in outputs], model.get_parameters(), "photos")
         batch = model.input(0).get_partial_shape()[0]
-        self._batch = batch.get_length() if batch.is_static else None
+        self.batch_sizes = tuple(sorted(batch_sizes)) if batch.is_dynamic else (batch.get_length(),)
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
+        if streams > 1:
+            settings = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "NUM_STREAMS": streams}
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
-        self._request = core.compile_model(model, "CPU", settings).create_infer_request()
+        self._tensor, self._outputs = openvino.Tensor, len(outputs)
+        compiled = core.compile_model(model, "CPU", settings)
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for _ in range(streams):
+            self._requests.put(compiled.create_infer_request())
 
-    def run(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+    def run(self, pixels: Pixels) -> Arrays:
         """(N, H, W, C) uint8 -> one float32 array (N, ...) for each of the outputs asked for."""
-        if self._batch is None:
+        if not self.batch_sizes:
             return self._infer(pixels)
-        parts = [self._infer_padded(pixels[i : i + self._batch]) for i in range(0, len(pixels), self._batch)]
-        return [np.concatenate(rows) for rows in zip(*parts, strict=True)]
+        most = self.batch_sizes[-1]
+        parts = [self._infer_padded(pixels[i : i + most]) for i in range(0, len(pixels), most)]
+        return parts[0] if len(parts) == 1 else [np.concatenate(rows) for rows in zip(*parts, strict=True)]
 
-    def _infer_padded(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        assert self._batch is not None
-        missing = self._batch - len(pixels)
-        padded = np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)]) if missing else pixels
+    def _infer_padded(self, pixels: Pixels) -> Arrays:
+        missing = next(size for size in self.batch_sizes if size >= len(pixels)) - len(pixels)
+        if not missing:
+            return self._infer(pixels)
+        padded = np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)])
         return [rows[: len(pixels)] for rows in self._infer(padded)]
 
-    def _infer(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        results = self._request.infer([pixels])
-        return [np.array(results[i]) for i in range(len(results))]  # a copy: the request's own memory is used again
+    def _infer(self, pixels: Pixels) -> Arrays:
+        request = self._requests.get()
+        try:
+            # Tensors are set and read one by one: the request's own way with arrays takes as long as a small network.
+            request.set_input_tensor(self._tensor(np.ascontiguousarray(pixels), shared_memory=True))
+            request.start_async()
+            request.wait()
+            return [request.get_output_tensor(i).data.copy() for i in range(self._outputs)]
+        finally:
+            self._requests.put(request)

@@ -30,6 +30,14 @@ class PhotoError(UserError):
     """A file is not a photo that can be decoded."""
 
 
+class NotAPictureError(PhotoError):
+    """Bytes are not a picture, or of a format that is not taken."""
+
+
+class TooManyPixelsError(PhotoError):
+    """A picture is larger than can be decoded safely."""
+
+
 class DataError(UserError):
     """A dataset folder is not what training needs."""
 
@@ -43,6 +51,7 @@ class RunError(UserError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Name the nearest known word as ``" Did you mean 'x'?"``, or nothing where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    """Name the nearest known word as ``" Did you mean 'x'?"``, or nothing where none is near; swapped letters come first."""
+    near = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+    nearest = next((word for word in near if sorted(word) == sorted(name)), near[0] if near else None)
+    return f" Did you mean {nearest!r}?" if nearest else ""

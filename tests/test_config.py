@@ -10,6 +10,7 @@ import yaml
 from finetune import config as settings
 from finetune.__main__ import main
 from finetune.config import Config
+from models.cache import default_cache_dir
 from models.errors import ConfigError
 from models.spec import Recipe
 
@@ -142,7 +143,7 @@ def test_every_setting_has_a_flag_that_help_explains(name: str, capsys: pytest.C
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert settings.default_cache_dir() == tmp_path / "finetune"
+    assert default_cache_dir() == tmp_path / "finetune"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert settings.default_cache_dir() == tmp_path / ".cache" / "finetune"
+    assert default_cache_dir() == tmp_path / ".cache" / "finetune"

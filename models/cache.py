@@ -1,0 +1,34 @@
+"""Where a person's machine keeps what can be made again: features, and bundles joined with their base."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from models.bundle import Bundle, open_bundle
+from models.errors import BundleError
+
+
+def default_cache_dir() -> Path:
+    """Under ``XDG_CACHE_HOME``, or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+
+
+def joined_dir(bundle: Bundle) -> Path:
+    """Where the whole bundle lies that was made of this head-only one, if it was: training puts it, the service looks."""
+    return default_cache_dir() / "joined" / f"{bundle.name}-{bundle.version}"
+
+
+def whole_bundle(path: Path) -> Path:
+    """Where the bundle is that can answer: at ``path``, or where it was joined to. Raises BundleError where there is none.
+
+    Only the manifest is looked at; who opens the bundle checks its files.
+    """
+    bundle = open_bundle(path, files=())
+    if not bundle.is_head_only:
+        return path
+    if joined_dir(bundle).is_dir():
+        return joined_dir(bundle)
+    raise BundleError(
+        f"The bundle {path} holds only what was trained; make it whole with `finetune join {path}`, once, and start again."
+    )

@@ -1,0 +1,29 @@
+"""The engine for GPUs: the bundle's weights in torch, behind the same interface as the ONNX engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from models.bundle import WEIGHTS, Bundle
+from models.classifier import build_classifier
+from models.engine import Arrays, Pixels
+from models.registry import get_spec
+from models.weights import read_tensors
+
+
+class TorchEngine:
+    """``run(pixels)`` gives the calibrated probabilities, computed on ``device``: the first GPU where there is one."""
+
+    def __init__(self, bundle: Bundle, *, device: str | None = None) -> None:
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        classifier = build_classifier(get_spec(bundle.backbone), num_classes=len(bundle.classes), base=None)
+        classifier.net.load_state_dict(read_tensors(bundle.path / WEIGHTS))
+        self._classifier = classifier.eval().to(self._device)
+        self._temperature = float(bundle.info["temperature"])
+
+    @torch.inference_mode()
+    def run(self, pixels: Pixels) -> Arrays:
+        """(N, H, W, C) uint8 -> [probabilities (N, classes) float32]."""
+        log_probs = self._classifier(torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device))
+        return [torch.softmax(log_probs / self._temperature, dim=1).cpu().numpy()]

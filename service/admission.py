@@ -1,0 +1,65 @@
+"""How many photos are in the house, and when to say no: before a body is read, for a fraction of an answer's work."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+
+from service.problems import Problem
+
+WINDOW = 256  # answered photos that the drain rate is measured on
+FRESH_S = 10.0
+
+
+class Admission:
+    """Count photos in, count them out, and refuse those over ``limit`` with the seconds until there is room.
+
+    A request counts as one photo from its arrival on, and as what it holds once that is known.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._inside = 0
+        self._lock = threading.Lock()
+        self._left: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+
+    @property
+    def inside(self) -> int:
+        return self._inside
+
+    def enter(self, photos: int = 1) -> None:
+        """Count ``photos`` in; raises Problem where there is no room for them."""
+        with self._lock:
+            if self._inside + photos <= self._limit:
+                self._inside += photos
+                return
+            wait_s = self._wait_s(photos)
+        raise Problem(
+            "overloaded",
+            f"{self._inside} photos are waiting and {self._limit} is the most; send it again in {wait_s} s.",
+            headers={"Retry-After": str(wait_s)},
+        )
+
+    def leave(self, photos: int = 1, *, answered: int = 0) -> None:
+        """Count ``photos`` out, ``answered`` of them with an answer."""
+        with self._lock:
+            self._inside -= photos
+            if answered:
+                self._left.append((time.monotonic(), answered))
+
+    def _wait_s(self, photos: int) -> int:
+        """Whole seconds until ``photos`` more have room at the measured rate, 1 to 60."""
+        rate = self._rate()
+        too_many = self._inside + photos - self._limit
+        # Not the first that leaves: by then the others that were refused are here again. Half of the house has to be empty.
+        return min(60, max(1, math.ceil((too_many + self._limit / 2) / rate))) if rate else 1
+
+    def _rate(self) -> float:
+        """Photos answered a second, over the last ones; 0 where none was answered lately."""
+        now = time.monotonic()
+        recent = [(at, photos) for at, photos in self._left if now - at < FRESH_S]
+        if not recent:
+            return 0.0
+        return sum(photos for _, photos in recent) / max(now - recent[0][0], 1e-3)

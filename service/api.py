@@ -1,0 +1,112 @@
+"""POST /predict and GET /models, in JSON."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+from flask import Blueprint, Response, current_app, g, jsonify, request
+from PIL import Image
+
+from models.bundle import CARD
+from models.engine import Pixels
+from service.model import Model, ServedModel
+from service.predict import Prediction, describe_model, predictor, ranked
+from service.problems import Problem
+from service.security import require_key
+from service.settings import Settings
+
+bp = Blueprint("api", __name__)
+
+
+@bp.post("/predict")
+def predict() -> Response:
+    settings: Settings = current_app.extensions["settings"]
+    g.key_name = require_key(request, settings)
+    top_k, crop = _top_k(), _crop()
+    model, predictions = predictor().predict(request)
+    rows = [_row(model, prediction, top_k=top_k, crop=crop) for prediction in predictions]
+    answer = jsonify(model=describe_model(model), request_id=g.request_id, predictions=rows)
+    answer.headers["X-Model-Version"] = model.bundle.version
+    answer.headers["Server-Timing"] = _server_timing(predictions)
+    return answer
+
+
+@bp.get("/models")
+def models() -> Response:
+    served: ServedModel = current_app.extensions["model"]
+    model = served.get()
+    bundle, info = model.bundle, model.bundle.info
+    card = bundle.path / CARD
+    return jsonify(
+        models=[
+            describe_model(model)
+            | {
+                "backbone": bundle.backbone,
+                "classes": bundle.classes,
+                "preprocessing": info["preprocessing"],
+                "metrics": info["metrics"],
+                "bf16": info.get("bf16"),
+                "precision_because": model.precision.reason,
+                "tolerance": model.precision.tolerance,
+                "golden_difference": model.golden_difference,
+                "created": info["provenance"]["created"],
+                "card": card.read_text(encoding="utf-8") if card.is_file() else None,
+            }
+        ]
+    )
+
+
+def _row(model: Model, prediction: Prediction, *, top_k: int | None, crop: bool) -> dict[str, Any]:
+    name = {"file": prediction.upload.name}
+    if prediction.problem:
+        return name | {"error": prediction.problem.as_dict()}
+    assert prediction.answer is not None
+    answer = prediction.answer
+    values = answer.probabilities
+    best = int(values.argmax())
+    row = name | {
+        "label": model.bundle.classes[best],
+        "confidence": float(values[best]),
+        "probabilities": ranked(model, answer, top_k),
+        "width": answer.prepared.width_px,
+        "height": answer.prepared.height_px,
+        "format": answer.prepared.format,
+        "notes": answer.prepared.notes,
+    }
+    return row | ({"crop": crop_as_url(answer.prepared.pixels)} if crop else {})
+
+
+def crop_as_url(pixels: Pixels) -> str:
+    """(H, W, C) uint8 -> the picture as a data: URL, exactly as the model saw it."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _top_k() -> int | None:
+    text = request.args.get("top_k")
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 1_000_000:
+        raise Problem("bad_parameter", f"top_k is {text[:40]!r}; it must be a whole number from 1 on.")
+    return int(text)
+
+
+def _crop() -> bool:
+    text = request.args.get("crop", "0")
+    if text not in ("0", "1"):
+        raise Problem("bad_parameter", f"crop is {text[:40]!r}; it must be 0 or 1.")
+    return text == "1"
+
+
+def _server_timing(predictions: list[Prediction]) -> str:
+    """The slowest photo's stages, for a browser's own tools."""
+    answers = [prediction.answer for prediction in predictions if prediction.answer]
+    if not answers:
+        return "total;dur=0"
+    decode = max(answer.decode_ms for answer in answers)
+    queue = max(answer.queue_ms for answer in answers)
+    compute = max(answer.compute_ms for answer in answers)
+    return f"decode;dur={decode:.1f}, queue;dur={queue:.1f}, compute;dur={compute:.1f}"

@@ -1,0 +1,107 @@
+"""The Flask application: blueprints, the hooks around every request, and errors in one form."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from flask import Flask, Response, g, request
+from werkzeug.exceptions import HTTPException
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from service import api, health
+from service.admission import Admission
+from service.gate import Gate
+from service.model import ServedModel
+from service.predict import Predictor
+from service.problems import MEDIA_TYPE, Problem, code_of_status
+from service.security import add_security
+from service.settings import Settings
+
+log = logging.getLogger("service.request")
+COMPUTING = ("/predict", "/")
+
+
+def build_app(settings: Settings, model: ServedModel) -> Flask:
+    """Wire the rooms together."""
+    app = Flask("service")
+    admission = Admission(settings.queue)
+    app.extensions.update(settings=settings, model=model, admission=admission, predictor=Predictor(settings, model, admission))
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.register_blueprint(api.bp)
+    app.register_blueprint(health.bp)
+    _add_hooks(app, model)
+    add_security(app, settings)
+    _add_error_handlers(app, model)
+    wsgi = Gate(app.wsgi_app, admission, model.metrics, paths=COMPUTING)
+    app.wsgi_app = wsgi  # type: ignore[method-assign]
+    if settings.proxies:
+        hops = settings.proxies
+        app.wsgi_app = ProxyFix(wsgi, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops)  # type: ignore[method-assign]
+    return app
+
+
+def _add_hooks(app: Flask, model: ServedModel) -> None:
+    @app.before_request
+    def begin() -> None:
+        g.began = request.environ["service.began"]
+        g.request_id = request.environ["service.request_id"]
+
+    @app.after_request
+    def finish(answer: Response) -> Response:
+        answer.headers["X-Request-ID"] = g.request_id
+        seconds = time.perf_counter() - g.began
+        route = request.url_rule.rule if request.url_rule else "none"
+        model.metrics.requests.labels(route, request.method, answer.status_code).inc()
+        model.metrics.request_s.labels(route).observe(seconds)
+        level = logging.DEBUG if route.startswith("/health") or route == "/metrics" else logging.INFO
+        if log.isEnabledFor(level):
+            log.log(
+                level,
+                "request",
+                extra={
+                    "request_id": g.request_id,
+                    "method": request.method,
+                    "path": request.path,
+                    "status": answer.status_code,
+                    "code": g.get("code"),
+                    "ms": round(seconds * 1e3, 1),
+                    "client": request.remote_addr,
+                    "key": g.get("key_name"),
+                },
+            )
+        return answer
+
+
+def _add_error_handlers(app: Flask, model: ServedModel) -> None:
+    @app.errorhandler(Problem)
+    def problem(error: Problem) -> Response:
+        g.code = error.code
+        model.metrics.errors.labels(error.code).inc()
+        return Response(error.body(g.request_id), error.status, error.headers, content_type=MEDIA_TYPE)
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> Response:
+        status = error.code or 500
+        if status < 400:  # a redirection
+            return error.get_response(request.environ)  # type: ignore[return-value]
+        code = code_of_status(status)
+        wanted = Problem(code, _sentence(code, error))
+        if allowed := error.get_response(request.environ).headers.get("Allow"):
+            wanted.headers["Allow"] = allowed
+        return problem(wanted)
+
+    @app.errorhandler(Exception)
+    def unforeseen(error: Exception) -> Response:
+        log.exception("unforeseen", extra={"request_id": g.request_id})
+        return problem(
+            Problem("internal_error", "An error of the server's own was logged under the request's id; tell its operator.")
+        )
+
+
+def _sentence(code: str, error: HTTPException) -> str:
+    if code == "not_found":
+        return f"There is no {request.path} here; GET /docs lists what there is."
+    if code == "method_not_allowed":
+        return f"{request.method} is not allowed on {request.path}; GET /docs lists what is."
+    return f"{error.description}"

@@ -1,0 +1,64 @@
+"""How gunicorn runs the service: threads from the plan, the model loaded after the fork, JSON logs, measures of all workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from models.cache import whole_bundle
+from models.errors import UserError
+from service.logs import log_config
+from service.plan import make_plan
+from service.settings import Settings
+
+try:
+    _settings = Settings.from_environment()
+    whole_bundle(_settings.bundle)  # an obvious mistake is told before anything is bound or forked
+except UserError as error:
+    print(f"service: {error}", file=sys.stderr)
+    sys.exit(2)
+_plan = make_plan(_settings)
+
+wsgi_app = "service:create_app()"
+bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
+worker_class = "service.worker.LingeringWorker"
+workers = _plan.workers
+threads = _plan.threads
+worker_connections = _plan.threads + 1000
+keepalive = _settings.keepalive_s
+timeout = 60  # of a worker that hangs; loading is a thread of its own, and does not count
+graceful_timeout = _settings.grace_s
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a heartbeat must not wait for a disk
+preload_app = False  # an engine's threads do not live through a fork
+logconfig_dict = log_config(_settings.log_level)
+accesslog = None  # the application's own line knows more
+proc_name = "dogs-vs-cats"
+control_socket_disable = True
+
+
+def on_starting(server: Any) -> None:
+    """Give the workers' measures a folder, and say what was planned."""
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="dogs-vs-cats-metrics-")
+    server.log.info(str(_plan))
+
+
+def post_worker_init(worker: Any) -> None:
+    """A model that cannot be loaded stops the whole server, with gunicorn's own exit code for that."""
+    from gunicorn.arbiter import Arbiter
+
+    worker.wsgi.extensions["model"].when_failed(lambda reason: os._exit(Arbiter.WORKER_BOOT_ERROR))
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """Forget a dead worker's gauges; its counters stay."""
+    from prometheus_client.multiprocess import mark_process_dead
+
+    mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+
+def on_exit(server: Any) -> None:
+    shutil.rmtree(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]), ignore_errors=True)

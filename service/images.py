@@ -1,0 +1,77 @@
+"""The front door: from a photo's bytes to the pixels that the model takes, or a typed refusal before a pixel is decoded."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from models.engine import Pixels
+from models.errors import NotAPictureError, PhotoError, TooManyPixelsError
+from models.preprocess import Preprocessing
+from service.problems import Problem
+
+HEAVY_PIXELS = 16_000_000
+ANIMATED = {"GIF", "PNG", "WEBP", "TIFF"}  # a phone's JPEG may hold a second picture, but not an animation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the model sees of a photo: ``pixels`` (H, W, C) uint8; the size is the one that arrived."""
+
+    pixels: Pixels
+    width_px: int
+    height_px: int
+    format: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class FrontDoor:
+    """Decode photos in several threads, of at most ``max_pixels`` each, and of the heavy ones one at a time.
+
+    So the memory for decoding is bounded by one photo of ``max_pixels`` and, for each other thread, one of HEAVY_PIXELS.
+    """
+
+    max_pixels: int
+    _heavy: threading.Lock = field(default_factory=threading.Lock)
+
+    def prepare(self, data: bytes, preprocessing: Preprocessing) -> Prepared:
+        """Check, decode and crop a photo. Raises Problem."""
+        if not data:
+            raise Problem("empty_photo", "The file that arrived has no bytes; send a photo.")
+        seen: dict[str, Any] = {}
+        with contextlib.ExitStack() as held:
+
+            def inspect(photo: Image.Image) -> None:
+                self._check_size(photo)
+                if photo.width * photo.height > HEAVY_PIXELS:
+                    held.enter_context(self._heavy)
+                seen.update(width_px=photo.width, height_px=photo.height, format=photo.format or "", notes=_notes(photo))
+
+            try:
+                pixels = preprocessing.pixels(data, inspect=inspect)
+            except NotAPictureError as error:
+                raise Problem("not_a_picture", str(error)) from None
+            except TooManyPixelsError as error:
+                raise Problem("too_many_pixels", str(error)) from None
+            except PhotoError as error:
+                raise Problem("damaged_picture", str(error)) from None
+        return Prepared(pixels, **seen)
+
+    def _check_size(self, photo: Image.Image) -> None:
+        if photo.width * photo.height > self.max_pixels:
+            raise Problem(
+                "too_many_pixels",
+                f"The photo is {photo.width:,} x {photo.height:,} pixels and {self.max_pixels:,} in all are allowed; "
+                "send it smaller.",
+            )
+
+
+def _notes(photo: Image.Image) -> tuple[str, ...]:
+    if photo.format in ANIMATED and getattr(photo, "is_animated", False):
+        return ("It has several frames; the first was classified.",)
+    return ()

@@ -1,0 +1,63 @@
+"""What Prometheus reads: counters and histograms over all workers, with the names that the dashboard and the docs use."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+STAGES = ("wait", "decode", "queue", "compute")
+
+
+@dataclass
+class Metrics:
+    """One application's measures. Under gunicorn each worker writes its own file and ``render`` adds them up."""
+
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def __post_init__(self) -> None:
+        r = self.registry
+        self.requests = Counter("dvc_requests_total", "Requests answered.", ["route", "method", "status"], registry=r)
+        self.request_s = Histogram(
+            "dvc_request_seconds", "From a request's arrival to its answer.", ["route"], buckets=SECONDS, registry=r
+        )
+        self.errors = Counter(
+            "dvc_errors_total", "Problems answered, by their code; also those of single photos.", ["code"], registry=r
+        )
+        self.stage_s = Histogram(
+            "dvc_stage_seconds",
+            "A photo's time in a stage: wait (for a decoder), decode, queue (for the engine), compute (of its whole batch).",
+            ["stage"],
+            buckets=SECONDS,
+            registry=r,
+        )
+        self.batch = Histogram("dvc_batch_photos", "Photos computed in one go.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r)
+        self.inside = Gauge(
+            "dvc_photos_inside", "Photos waiting, being decoded or computed.", registry=r, multiprocess_mode="livesum"
+        )
+        self.predictions = Counter("dvc_predictions_total", "Photos classified, by what was predicted.", ["label"], registry=r)
+        self.confidence = Histogram(
+            "dvc_prediction_confidence",
+            "The highest probability of each photo.",
+            buckets=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0),
+            registry=r,
+        )
+        self.ready = Gauge("dvc_ready", "Workers whose model is ready.", registry=r, multiprocess_mode="livesum")
+        self.model = Gauge(
+            "dvc_model_info",
+            "1 for the model that is served, with its name, version and precision.",
+            ["name", "version", "precision"],
+            registry=r,
+            multiprocess_mode="livemax",
+        )
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self.registry)
+        everyone = CollectorRegistry()
+        MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]
+        return generate_latest(everyone)

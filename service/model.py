@@ -1,0 +1,172 @@
+"""The model that is served: loaded after the fork, warmed, and checked against its golden answers before it answers anybody."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
+from models.cache import whole_bundle
+from models.engine import Engine, OnnxEngine, Pixels
+from models.errors import UserError
+from models.precision import Precision, choose_precision
+from service.images import FrontDoor
+from service.metrics import Metrics
+from service.pipeline import Pipeline
+from service.plan import Plan, make_plan
+from service.problems import Problem
+from service.settings import Settings
+
+log = logging.getLogger("service")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle that is ready to answer, and how exactly it does."""
+
+    bundle: Bundle
+    precision: Precision
+    golden_difference: float
+    pipeline: Pipeline
+
+
+class ServedModel:
+    """The place where the model stands, once a thread has loaded it; until then, and where that failed, ``get`` says so."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self._settings = settings
+        self._model: Model | None = None
+        self._error: str | None = None
+        self._done = threading.Event()
+        self._when_failed: list[Callable[[str], None]] = []
+
+    @classmethod
+    def start(cls, settings: Settings) -> ServedModel:
+        """Begin to load in a thread, so that /health/live answers meanwhile."""
+        served = cls(settings, Metrics())
+        threading.Thread(target=served._load, name="load", daemon=True).start()
+        return served
+
+    def get(self) -> Model:
+        """The model; raises Problem while there is none."""
+        if self._model is not None:
+            return self._model
+        if self._error is not None:
+            raise Problem("not_ready", self._error)
+        raise Problem("not_ready", "The model is being loaded; ask again in a second.", headers={"Retry-After": "1"})
+
+    def wait(self, timeout_s: float) -> Model:
+        """The model, once it is loaded."""
+        self._done.wait(timeout_s)
+        return self.get()
+
+    def when_failed(self, call: Callable[[str], None]) -> None:
+        """Have ``call`` told why, should loading fail."""
+        self._when_failed.append(call)
+        if self._error is not None:
+            call(self._error)
+
+    def close(self) -> None:
+        if self._model:
+            self._model.pipeline.close()
+
+    def _load(self) -> None:
+        began = time.perf_counter()
+        with contextlib.suppress(OSError):  # this thread's children compute; those that talk to clients come first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            self._model = model = load_model(self._settings, make_plan(self._settings), self.metrics)
+        except UserError as error:
+            self._fail(str(error))
+        except Exception as error:
+            log.exception("loading failed")
+            self._fail(f"The bundle {self._settings.bundle} could not be loaded: {error!r}")
+        else:
+            self.metrics.ready.set(1)
+            self.metrics.model.labels(model.bundle.name, model.bundle.version, model.precision.name).set(1)
+            log.info(
+                "ready",
+                extra={
+                    "model": model.bundle.name,
+                    "version": model.bundle.version,
+                    "precision": model.precision.name,
+                    "because": model.precision.reason,
+                    "golden_difference": model.golden_difference,
+                    "seconds": round(time.perf_counter() - began, 3),
+                },
+            )
+        self._done.set()
+
+    def _fail(self, reason: str) -> None:
+        self._error = reason
+        log.error(reason)
+        for call in self._when_failed:
+            call(reason)
+
+
+def load_model(settings: Settings, plan: Plan, metrics: Metrics) -> Model:
+    """Open, compile, warm up and check. Raises BundleError or ConfigError; nothing answers before all of it is done."""
+    path = whole_bundle(settings.bundle)
+    sizes = batch_sizes(settings.max_batch)
+    if wants_torch(settings):
+        bundle = open_bundle(path, files=(WEIGHTS, GOLDEN))
+        precision = Precision("fp32", float(bundle.info["golden"]["tolerance"]), "torch computes it")
+        from models.torch_engine import TorchEngine
+
+        engine: Engine = TorchEngine(bundle)
+    else:
+        bundle = open_bundle(path, files=(GRAPH, GOLDEN))
+        precision = choose_precision(bundle, settings.precision)
+        engine = OnnxEngine(
+            path / GRAPH,
+            outputs=["probabilities"],
+            precision=precision.name,
+            threads=plan.crew,
+            streams=plan.streams,
+            batch_sizes=sizes,
+        )
+    difference = _check_every_size(bundle, engine, sizes, precision.tolerance)
+    pipeline = Pipeline(
+        engine,
+        bundle.preprocessing,
+        door=FrontDoor(settings.max_pixels),
+        metrics=metrics,
+        threads=plan.crew,
+        streams=plan.streams,
+        max_batch=settings.max_batch,
+        max_wait_s=settings.max_wait_ms / 1e3,
+    )
+    return Model(bundle, precision, difference, pipeline)
+
+
+def batch_sizes(most: int) -> tuple[int, ...]:
+    """The sizes that are computed: powers of two, and ``most``."""
+    return (*[2**i for i in range(most.bit_length()) if 2**i < most], most)
+
+
+def wants_torch(settings: Settings) -> bool:
+    """Whether torch computes: where it is asked for, or where there is a GPU. Nothing heavy is imported to find out."""
+    if settings.engine != "auto":
+        return settings.engine == "torch"
+    return Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
+
+
+def _check_every_size(bundle: Bundle, engine: Engine, sizes: tuple[int, ...], tolerance: float) -> float:
+    """Check the golden answers in batches of every size: kernels are compiled at a size's first use, which warms them up."""
+
+    def in_batches(pixels: Pixels, size: int) -> NDArray[np.float32]:
+        enough = np.resize(pixels, (max(size, len(pixels)), *pixels.shape[1:]))
+        parts = [engine.run(enough[i : i + size])[0] for i in range(0, len(pixels), size)]
+        return np.concatenate(parts)[: len(pixels)]
+
+    return max(check_golden(bundle, lambda pixels: in_batches(pixels, size), tolerance=tolerance) for size in sizes)  # noqa: B023

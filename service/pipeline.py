@@ -1,0 +1,190 @@
+"""From photos' bytes to answers: one crew of threads that decodes and computes, in batches over all requests.
+
+As many threads as processors, and each does what is most wanted next: decode a photo, or compute a batch of decoded ones.
+So the processors are never fought over, an idle server decodes and computes a photo in one go, and a busy one fills its
+batches by itself. Both kinds of work leave Python's lock to the others.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.engine import Engine
+from models.preprocess import Preprocessing
+from service.images import FrontDoor, Prepared
+from service.metrics import Metrics
+
+JUST_NOW_S = 0.02  # to look whether a client is still there costs more than it saves
+
+
+class ClosedError(Exception):
+    """The pipeline was closed before the photo came."""
+
+
+class UnwantedError(Exception):
+    """Nobody waited for the answer any more, so it was not computed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A photo as the model saw it and its probabilities (classes,); how long it took, and in how large a batch."""
+
+    prepared: Prepared
+    probabilities: NDArray[np.float32]
+    decode_ms: float
+    queue_ms: float
+    compute_ms: float
+    batch: int
+
+
+@dataclass
+class _Photo:
+    data: bytes
+    is_wanted: Callable[[], bool]
+    answer: Future[Answer] = field(default_factory=Future)
+    came: float = field(default_factory=time.perf_counter)
+    prepared: Prepared | None = None
+    decode_s: float = 0.0
+    ready: float = 0.0  # when it was decoded
+
+
+class Pipeline:
+    """One model's crew. ``streams`` batches of up to ``max_batch`` photos are computed at a time.
+
+    A batch that is not full waits only for photos that are being decoded, and for ``max_wait_s`` at most. How many photos
+    may wait is bounded by who admits them (``service.admission``).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        preprocessing: Preprocessing,
+        *,
+        door: FrontDoor,
+        metrics: Metrics,
+        threads: int,
+        streams: int,
+        max_batch: int,
+        max_wait_s: float,
+    ) -> None:
+        self._engine, self._preprocessing, self._door, self._metrics = engine, preprocessing, door, metrics
+        self._streams, self._max_batch, self._max_wait_s = streams, max_batch, max_wait_s
+        self._arrived: deque[_Photo] = deque()
+        self._decoded: deque[_Photo] = deque()
+        self._decoding = self._computing = 0
+        self._closed = False
+        self._changed = threading.Condition()
+        self._crew = [threading.Thread(target=self._work, name=f"crew-{i}", daemon=True) for i in range(threads)]
+        for thread in self._crew:
+            thread.start()
+
+    def submit(self, data: bytes, is_wanted: Callable[[], bool]) -> Future[Answer]:
+        """Begin with a photo. The future raises Problem for a bad one, UnwantedError where ``is_wanted`` called it off."""
+        photo = _Photo(data, is_wanted)
+        with self._changed:
+            if self._closed:
+                raise ClosedError
+            self._arrived.append(photo)
+            self._changed.notify()
+        return photo.answer
+
+    def close(self) -> None:
+        """Finish what was submitted, and end the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._crew:
+            thread.join()
+
+    def _work(self) -> None:
+        while work := self._next():
+            work()
+
+    def _next(self) -> Callable[[], None] | None:
+        """What is most wanted now: a full batch, else another photo for it, else what there is. None when all is done."""
+        with self._changed:
+            while True:
+                may_compute = bool(self._decoded) and self._computing < self._streams
+                if may_compute and len(self._decoded) >= self._max_batch:
+                    return self._take_batch()
+                if self._arrived:
+                    self._decoding += 1
+                    photo = self._arrived.popleft()
+                    return lambda: self._decode(photo)
+                wait_s = self._worth_waiting_s() if may_compute else None
+                if wait_s == 0:
+                    return self._take_batch()
+                if self._closed and not self._decoded and not self._decoding:
+                    return None
+                self._changed.wait(wait_s)
+
+    def _worth_waiting_s(self) -> float:
+        """How long the decoded photos should wait for those that are being decoded."""
+        if not self._decoding or self._closed:
+            return 0
+        return max(0.0, self._decoded[0].ready + self._max_wait_s - time.perf_counter())
+
+    def _take_batch(self) -> Callable[[], None]:
+        self._computing += 1
+        photos = [self._decoded.popleft() for _ in range(min(len(self._decoded), self._max_batch))]
+        return lambda: self._compute(photos)
+
+    def _decode(self, photo: _Photo) -> None:
+        began = time.perf_counter()
+        try:
+            if _still_wanted(photo):
+                photo.prepared = self._door.prepare(photo.data, self._preprocessing)
+        except BaseException as error:
+            photo.answer.set_exception(error)
+        photo.data = b""
+        photo.ready = time.perf_counter()
+        photo.decode_s = photo.ready - began
+        with self._changed:
+            self._decoding -= 1
+            if photo.prepared:
+                self._decoded.append(photo)
+            self._changed.notify()
+        self._metrics.stage_s.labels("wait").observe(began - photo.came)
+        self._metrics.stage_s.labels("decode").observe(photo.decode_s)
+
+    def _compute(self, photos: list[_Photo]) -> None:
+        wanted = [photo for photo in photos if _still_wanted(photo)]
+        began = time.perf_counter()
+        try:
+            if wanted:
+                pixels = np.stack([photo.prepared.pixels for photo in wanted if photo.prepared])
+                self._answer(wanted, self._engine.run(pixels)[0], began)
+        except Exception as error:
+            for photo in wanted:
+                photo.answer.set_exception(error)
+        finally:
+            with self._changed:
+                self._computing -= 1
+                self._changed.notify()
+
+    def _answer(self, photos: list[_Photo], probabilities: NDArray[np.float32], began: float) -> None:
+        compute_s = time.perf_counter() - began
+        self._metrics.batch.observe(len(photos))
+        self._metrics.stage_s.labels("compute").observe(compute_s)
+        for photo, row in zip(photos, probabilities, strict=True):
+            assert photo.prepared is not None
+            queue_s = began - photo.ready
+            self._metrics.stage_s.labels("queue").observe(queue_s)
+            answer = Answer(photo.prepared, row, photo.decode_s * 1e3, queue_s * 1e3, compute_s * 1e3, len(photos))
+            photo.answer.set_result(answer)
+
+
+def _still_wanted(photo: _Photo) -> bool:
+    """Whether anybody waits for the answer still; a photo that nobody wants is told so. One that came just now is wanted."""
+    if time.perf_counter() - photo.came < JUST_NOW_S or photo.is_wanted():
+        return True
+    photo.answer.set_exception(UnwantedError())
+    return False

@@ -1,0 +1,81 @@
+"""Errors as an answer: ``application/problem+json`` (RFC 9457), each with a stable code, a sentence and the request id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from models.errors import UserError
+
+MEDIA_TYPE = "application/problem+json"
+
+# Every code that an answer can carry: its status, and its title. docs.html and /openapi.json list them.
+CODES: dict[str, tuple[int, str]] = {
+    "no_photo": (400, "No photo arrived"),
+    "empty_photo": (400, "The file is empty"),
+    "bad_json": (400, "The JSON cannot be read"),
+    "bad_base64": (400, "The base64 cannot be read"),
+    "bad_form": (400, "The form cannot be read"),
+    "bad_parameter": (400, "A parameter has a wrong value"),
+    "bad_request": (400, "The request cannot be read"),
+    "unauthorized": (401, "A key is wanted"),
+    "not_found": (404, "There is nothing here"),
+    "method_not_allowed": (405, "The method is not allowed here"),
+    "body_timeout": (408, "The body did not arrive in time"),
+    "body_too_large": (413, "The body is too large"),
+    "too_many_photos": (413, "Too many photos"),
+    "too_many_pixels": (413, "The photo has too many pixels"),
+    "unsupported_media_type": (415, "The media type is not supported"),
+    "not_a_picture": (415, "The file is not a picture"),
+    "damaged_picture": (422, "The picture is damaged"),
+    "internal_error": (500, "Something went wrong here"),
+    "not_ready": (503, "The model is not ready"),
+    "overloaded": (503, "The server is overloaded"),
+    "deadline_exceeded": (504, "The answer took too long"),
+}
+
+
+class Problem(UserError):  # noqa: N818 - RFC 9457 calls it so
+    """A refusal with its ``code`` of ``CODES``; ``detail`` says what arrived, what was wanted and what to do."""
+
+    def __init__(self, code: str, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+    @property
+    def status(self) -> int:
+        return CODES[self.code][0]
+
+    def as_dict(self, request_id: str | None = None) -> dict[str, Any]:
+        """The members of RFC 9457, with ``code`` and, where it stands for a whole answer, ``request_id``."""
+        members = {
+            "type": f"/docs#{self.code}",
+            "title": CODES[self.code][1],
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+        }
+        return members | ({"request_id": request_id} if request_id else {})
+
+    def body(self, request_id: str) -> bytes:
+        return json.dumps(self.as_dict(request_id)).encode()
+
+    @property
+    def status_line(self) -> str:
+        return f"{self.status} {HTTPStatus(self.status).phrase}"
+
+
+def code_of_status(status: int) -> str:
+    """The code for an error that the framework found: 404, 405 and so on."""
+    known = {
+        404: "not_found",
+        405: "method_not_allowed",
+        408: "body_timeout",
+        413: "body_too_large",
+        415: "unsupported_media_type",
+    }
+    return known.get(status, "bad_request" if status < 500 else "internal_error")

@@ -1,0 +1,63 @@
+"""Who may ask, and what a browser may do with an answer."""
+
+from __future__ import annotations
+
+import hmac
+
+from flask import Flask, Request, Response, request
+
+from service.problems import Problem
+from service.settings import Settings
+
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; manifest-src 'self'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+}
+
+
+def require_key(asked: Request, settings: Settings) -> str | None:
+    """The name of the key that came with a request, or None where no keys are set. Raises Problem for a wrong one.
+
+    A key comes as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``; all are compared, each in constant time.
+    """
+    if not settings.api_keys:
+        return None
+    scheme, _, token = asked.headers.get("Authorization", "").partition(" ")
+    given = (token.strip() if scheme.lower() == "bearer" else asked.headers.get("X-API-Key", "")).encode()
+    found = None
+    for row in settings.api_keys:
+        name, _, key = row.rpartition(":")
+        if hmac.compare_digest(key.encode(), given):
+            found = name or "key"
+    if found is None:
+        what = "The key is not one that is known here" if given else "No key came with the request"
+        raise Problem(
+            "unauthorized", f"{what}; send it as `Authorization: Bearer KEY`.", headers={"WWW-Authenticate": "Bearer"}
+        )
+    return found
+
+
+def add_security(app: Flask, settings: Settings) -> None:
+    """Set the headers on every answer, and CORS's on /predict where origins are configured."""
+
+    @app.after_request
+    def secure(answer: Response) -> Response:
+        answer.headers.extend(HEADERS)
+        origin = request.headers.get("Origin")
+        if origin and request.path == "/predict" and settings.cors_origins:
+            if "*" in settings.cors_origins or origin in settings.cors_origins:
+                answer.headers["Access-Control-Allow-Origin"] = "*" if "*" in settings.cors_origins else origin
+                answer.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-API-Key, X-Request-ID"
+                answer.headers["Access-Control-Allow-Methods"] = "POST, OPTIONS"
+                answer.headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-ID, X-Model-Version"
+                answer.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+            answer.headers.add("Vary", "Origin")
+        return answer

@@ -1,0 +1,113 @@
+"""What an operator can set: one table, defaults, then environment variables. Wrong values are refused at the start."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import models
+from models.errors import ConfigError
+
+SHIPPED = Path(models.__file__).parent / "shipped" / "dogs-vs-cats"
+MIB = 1 << 20
+
+
+def _setting(default: Any, help: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting; its environment variable is its name in capitals. None is worked out from the machine (``plan.py``)."""
+
+    bundle: Path = _setting(SHIPPED, "the bundle to serve: the folder that `finetune train` exported")
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for all")
+    port: int = _setting(8000, "port to listen on; 0 takes a free one", least=0, most=65535)
+    web_concurrency: int = _setting(1, "worker processes; each holds its own copy of the model", least=1, most=64)
+    threads: int | None = _setting(
+        None, "threads of each worker, one an open request (default: queue + 16)", least=2, most=1024
+    )
+    cpus: int | None = _setting(None, "processors to plan for (default: those of the container's quota)", least=1, most=1024)
+    engine: str = _setting(
+        "auto", "openvino, torch (for GPUs), or auto: torch where there is a GPU", one_of=("auto", "openvino", "torch")
+    )
+    precision: str = _setting(
+        "auto",
+        "fp32, bf16, or auto: bf16 where the bundle measured it and the processor has it",
+        one_of=("auto", "fp32", "bf16"),
+    )
+    streams: int | None = _setting(None, "batches computed at once (default: the processors of a worker)", least=1, most=256)
+    max_batch: int = _setting(4, "photos computed in one go at most", least=1, most=256)
+    max_wait_ms: float = _setting(
+        4.0, "how long a batch waits for photos that are being decoded; never for others", least=0, most=1000
+    )
+    queue: int = _setting(64, "photos in the house at once; more are answered 503", least=1, most=10_000)
+    deadline_ms: int = _setting(10_000, "after this an answer is not worth its computing: 504", least=10, most=600_000)
+    body_timeout_s: float = _setting(15.0, "how long a request's body may take to arrive", least=0.1, most=600)
+    max_body_mb: float = _setting(20.0, "largest request body in MiB: 413", least=0.001, most=1024)
+    max_photos: int = _setting(16, "most photos in one request: 413", least=1, most=10_000)
+    max_megapixels: float = _setting(
+        50.0, "largest photo, width times height in millions, checked before it is decoded: 413", least=0.01, most=85
+    )
+    grace_s: int = _setting(30, "how long a stopping server finishes what it accepted", least=1, most=3600)
+    keepalive_s: int = _setting(
+        75, "how long an idle connection is kept; longer than the proxy in front keeps it", least=1, most=3600
+    )
+    api_keys: tuple[str, ...] = _setting((), "keys for /predict, with commas, each NAME:KEY or KEY; empty lets everybody in")
+    cors_origins: tuple[str, ...] = _setting((), "origins whose pages may call /predict, with commas; * for all")
+    proxies: int = _setting(0, "reverse proxies in front whose X-Forwarded-* headers are believed", least=0, most=10)
+    log_level: str = _setting("info", "debug, info, warning or error", one_of=("debug", "info", "warning", "error"))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read the variables that are set; an empty one counts as not set. Raises ConfigError on a wrong value."""
+        types_of = typing.get_type_hints(cls)
+        given = {
+            row.name: _parse(row, types_of[row.name], environ[row.name.upper()].strip())
+            for row in dataclasses.fields(cls)
+            if environ.get(row.name.upper(), "").strip()
+        }
+        settings = cls(**given)
+        if settings.max_photos > settings.queue:
+            raise ConfigError(
+                f"MAX_PHOTOS is {settings.max_photos} and QUEUE {settings.queue}: a full request would never fit; raise QUEUE."
+            )
+        return settings
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * MIB)
+
+    @property
+    def max_pixels(self) -> int:
+        return int(self.max_megapixels * 1e6)
+
+
+def _parse(row: dataclasses.Field[Any], wanted: Any, text: str) -> Any:
+    name, limits = row.name.upper(), row.metadata
+    kind = next((t for t in typing.get_args(wanted) if t is not types.NoneType), wanted) if _is_optional(wanted) else wanted
+    if kind is Path:
+        return Path(text).expanduser()
+    if typing.get_origin(kind) is tuple:
+        return tuple(word.strip() for word in text.split(",") if word.strip())
+    if kind is str:
+        if "one_of" in limits and text not in limits["one_of"]:
+            raise ConfigError(f"{name} is {text!r}; it can be {', '.join(limits['one_of'])}.")
+        return text
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(f"{name} is {text!r}; it must be {'a whole number' if kind is int else 'a number'}.") from None
+    if not limits["least"] <= value <= limits["most"]:
+        raise ConfigError(f"{name} is {text}; it must be from {limits['least']} to {limits['most']}.")
+    return value
+
+
+def _is_optional(wanted: Any) -> bool:
+    return types.NoneType in typing.get_args(wanted)
