@@ -8,17 +8,20 @@ RUN      ?=
 EPOCHS   ?=
 WEIGHTS  ?=
 ARGS     ?=
+BUNDLE   ?=
+HOST     ?=
+PORT     ?=
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
-.PHONY: help setup finetune demo test lint format lock benchmark clean
+.PHONY: help setup finetune serve demo test lint format lock benchmark benchmark-serve clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
-	@echo "Variables: DATA=$(DATA) BACKBONE=$(BACKBONE) RUN= EPOCHS= WEIGHTS= ARGS= (more flags: finetune train --help)"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
+	@echo "Variables: DATA=$(DATA) BACKBONE=$(BACKBONE) RUN= EPOCHS= WEIGHTS= ARGS= BUNDLE= HOST= PORT= (more flags: finetune train --help)"
 
 setup: $(INSTALLED) ## .venv with everything, from a machine with Python 3.10+ and make
 
@@ -31,6 +34,9 @@ $(INSTALLED): pyproject.toml requirements.lock
 
 finetune: $(INSTALLED) ## fine-tune on DATA: make finetune DATA=photos BACKBONE=efficientnet_lite0
 	$(BIN)/finetune train --data-dir $(DATA) --backbone $(BACKBONE) $(FLAGS)
+
+serve: $(INSTALLED) ## answer POST /predict on 127.0.0.1:8000: make serve BUNDLE=runs/NAME/bundle HOST=0.0.0.0 PORT=80
+	@BUNDLE='$(BUNDLE)' HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
 demo: $(INSTALLED) ## the whole job on drawn pictures, without any data or download
 	rm -rf demo
@@ -57,6 +63,9 @@ lock: ## renew requirements.lock from pyproject.toml
 
 benchmark: $(INSTALLED) ## training on cached features against the textbook loop, on DATA
 	$(BIN)/python benchmarks/train_speed.py $(DATA) --backbone $(BACKBONE) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
+
+benchmark-serve: $(INSTALLED) ## photos a second over HTTP against the engine alone, for BUNDLE, with photos from DATA
+	$(BIN)/python benchmarks/serve_speed.py $(if $(BUNDLE),$(BUNDLE),models/shipped/dogs-vs-cats) $(DATA) $(ARGS)
 
 clean: ## remove what was built, but no run and no data
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from typing import Any
 
 from flask import Blueprint, Response, current_app, g, jsonify, request
@@ -12,7 +13,7 @@ from PIL import Image
 from models.bundle import CARD
 from models.engine import Pixels
 from service.model import Model, ServedModel
-from service.predict import Prediction, describe_model, predictor, ranked
+from service.predict import Prediction, predictor, ranked
 from service.problems import Problem
 from service.security import require_key
 from service.settings import Settings
@@ -27,7 +28,7 @@ def predict() -> Response:
     top_k, crop = _top_k(), _crop()
     model, predictions = predictor().predict(request)
     rows = [_row(model, prediction, top_k=top_k, crop=crop) for prediction in predictions]
-    answer = jsonify(model=describe_model(model), request_id=g.request_id, predictions=rows)
+    answer = jsonify(model=model.named, request_id=g.request_id, predictions=rows)
     answer.headers["X-Model-Version"] = model.bundle.version
     answer.headers["Server-Timing"] = _server_timing(predictions)
     return answer
@@ -41,7 +42,7 @@ def models() -> Response:
     card = bundle.path / CARD
     return jsonify(
         models=[
-            describe_model(model)
+            model.named
             | {
                 "backbone": bundle.backbone,
                 "classes": bundle.classes,
@@ -89,7 +90,7 @@ def _top_k() -> int | None:
     text = request.args.get("top_k")
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= 1_000_000:
+    if not re.fullmatch(r"[0-9]{1,7}", text) or int(text) < 1:
         raise Problem("bad_parameter", f"top_k is {text[:40]!r}; it must be a whole number from 1 on.")
     return int(text)
 

@@ -9,7 +9,7 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from service import api, health
+from service import api, docs, health, page, site
 from service.admission import Admission
 from service.gate import Gate
 from service.model import ServedModel
@@ -20,6 +20,7 @@ from service.settings import Settings
 
 log = logging.getLogger("service.request")
 COMPUTING = ("/predict", "/")
+METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 
 def build_app(settings: Settings, model: ServedModel) -> Flask:
@@ -30,10 +31,13 @@ def build_app(settings: Settings, model: ServedModel) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.register_blueprint(api.bp)
     app.register_blueprint(health.bp)
+    app.register_blueprint(site.bp)
+    app.register_blueprint(page.bp)
+    app.register_blueprint(docs.bp)
     _add_hooks(app, model)
     add_security(app, settings)
     _add_error_handlers(app, model)
-    wsgi = Gate(app.wsgi_app, admission, model.metrics, paths=COMPUTING)
+    wsgi = Gate(app.wsgi_app, admission, model.metrics, paths=COMPUTING, pages=("/",), cors_origins=settings.cors_origins)
     app.wsgi_app = wsgi  # type: ignore[method-assign]
     if settings.proxies:
         hops = settings.proxies
@@ -52,7 +56,8 @@ def _add_hooks(app: Flask, model: ServedModel) -> None:
         answer.headers["X-Request-ID"] = g.request_id
         seconds = time.perf_counter() - g.began
         route = request.url_rule.rule if request.url_rule else "none"
-        model.metrics.requests.labels(route, request.method, answer.status_code).inc()
+        method = request.method if request.method in METHODS else "other"  # a label's every value is kept for ever
+        model.metrics.requests.labels(route, method, answer.status_code).inc()
         model.metrics.request_s.labels(route).observe(seconds)
         level = logging.DEBUG if route.startswith("/health") or route == "/metrics" else logging.INFO
         if log.isEnabledFor(level):

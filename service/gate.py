@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from service.admission import Admission
 from service.metrics import Metrics
+from service.patience import patience
 from service.problems import MEDIA_TYPE, Problem
-from service.security import HEADERS
+from service.security import HEADERS, cors_headers
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -23,15 +24,29 @@ class Gate:
     """A WSGI layer: admit what will be computed as one photo, until its answer is given, or refuse it at once.
 
     Refused here, a request costs a twentieth of what it costs in Flask, so that an overloaded server goes on answering.
+    ``pages`` are those of ``paths`` that people read: there the refusal goes on as ``service.refused``, to be said in words.
     """
 
-    def __init__(self, app: WSGIApplication, admission: Admission, metrics: Metrics, *, paths: Iterable[str]) -> None:
+    def __init__(
+        self,
+        app: WSGIApplication,
+        admission: Admission,
+        metrics: Metrics,
+        *,
+        paths: Iterable[str],
+        pages: Iterable[str] = (),
+        cors_origins: tuple[str, ...] = (),
+    ) -> None:
         self._app = app
         self._admission = admission
         self._metrics = metrics
         self._paths = frozenset(paths)
+        self._pages = frozenset(pages)
+        self._cors_origins = cors_origins
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if connection := environ.get("gunicorn.socket"):
+            patience.end(connection)  # the headers are there
         environ["service.began"] = time.perf_counter()
         given = environ.get("HTTP_X_REQUEST_ID", "")
         request_id = environ["service.request_id"] = given if ID.fullmatch(given) else uuid.uuid4().hex
@@ -40,7 +55,10 @@ class Gate:
         try:
             self._admission.enter()
         except Problem as problem:
-            return self._refuse(problem, request_id, environ["PATH_INFO"], start_response)
+            if environ["PATH_INFO"] in self._pages:
+                environ["service.refused"] = problem
+                return self._app(environ, start_response)
+            return self._refuse(problem, request_id, environ, start_response)
         self._metrics.inside.inc()
         try:
             return self._app(environ, start_response)
@@ -48,10 +66,11 @@ class Gate:
             self._metrics.inside.dec()
             self._admission.leave(answered=0)
 
-    def _refuse(self, problem: Problem, request_id: str, route: str, start_response: Any) -> Iterable[bytes]:
-        body = problem.body(request_id)
+    def _refuse(self, problem: Problem, request_id: str, environ: WSGIEnvironment, start_response: Any) -> Iterable[bytes]:
+        body, route = problem.body(request_id), environ["PATH_INFO"]
         headers = (
             HEADERS
+            | cors_headers(environ.get("HTTP_ORIGIN"), self._cors_origins)
             | problem.headers
             | {"Content-Type": MEDIA_TYPE, "X-Request-ID": request_id, "Content-Length": str(len(body))}
         )

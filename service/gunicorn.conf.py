@@ -25,7 +25,7 @@ _plan = make_plan(_settings)
 
 wsgi_app = "service:create_app()"
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
-worker_class = "service.worker.LingeringWorker"
+worker_class = "service.worker.Worker"
 workers = _plan.workers
 threads = _plan.threads
 worker_connections = _plan.threads + 1000
@@ -35,7 +35,7 @@ graceful_timeout = _settings.grace_s
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a heartbeat must not wait for a disk
 preload_app = False  # an engine's threads do not live through a fork
 logconfig_dict = log_config(_settings.log_level)
-accesslog = None  # the application's own line knows more
+logger_class = "service.logs.QuietLogger"
 proc_name = "dogs-vs-cats"
 control_socket_disable = True
 

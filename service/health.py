@@ -6,7 +6,6 @@ from flask import Blueprint, Response, current_app, jsonify
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.model import ServedModel
-from service.predict import describe_model
 
 bp = Blueprint("health", __name__)
 
@@ -23,7 +22,7 @@ def live() -> Response:
 
 @bp.get("/health/ready")
 def ready() -> Response:
-    return jsonify(status="ready", model=describe_model(_served().get()))
+    return jsonify(status="ready", model=_served().get().named)
 
 
 @bp.get("/metrics")

@@ -8,7 +8,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,16 @@ class Model:
     precision: Precision
     golden_difference: float
     pipeline: Pipeline
+
+    @cached_property
+    def named(self) -> dict[str, str]:
+        """What every answer says of the model that gave it."""
+        return {
+            "name": self.bundle.name,
+            "version": self.bundle.version,
+            "precision": self.precision.name,
+            "preprocessing_sha256": self.bundle.preprocessing.sha256(),
+        }
 
 
 class ServedModel:
@@ -135,7 +147,7 @@ def load_model(settings: Settings, plan: Plan, metrics: Metrics) -> Model:
             streams=plan.streams,
             batch_sizes=sizes,
         )
-    difference = _check_every_size(bundle, engine, sizes, precision.tolerance)
+    difference = _check_every_size(bundle, engine, sizes, tolerance=precision.tolerance, streams=plan.streams)
     pipeline = Pipeline(
         engine,
         bundle.preprocessing,
@@ -150,8 +162,11 @@ def load_model(settings: Settings, plan: Plan, metrics: Metrics) -> Model:
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:
-    """The sizes that are computed: powers of two, and ``most``."""
-    return (*[2**i for i in range(most.bit_length()) if 2**i < most], most)
+    """The sizes that are computed: all up to four, then every half more, as a smaller batch is padded to the next."""
+    sizes = [1]
+    while sizes[-1] < most:
+        sizes.append(min(most, max(sizes[-1] + 1, sizes[-1] * 3 // 2)))
+    return tuple(sizes)
 
 
 def wants_torch(settings: Settings) -> bool:
@@ -161,12 +176,16 @@ def wants_torch(settings: Settings) -> bool:
     return Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
 
 
-def _check_every_size(bundle: Bundle, engine: Engine, sizes: tuple[int, ...], tolerance: float) -> float:
-    """Check the golden answers in batches of every size: kernels are compiled at a size's first use, which warms them up."""
+def _check_every_size(bundle: Bundle, engine: Engine, sizes: tuple[int, ...], *, tolerance: float, streams: int) -> float:
+    """Check the golden answers in batches of every size; as kernels are compiled at a size's first use, this warms them up."""
 
-    def in_batches(pixels: Pixels, size: int) -> NDArray[np.float32]:
-        enough = np.resize(pixels, (max(size, len(pixels)), *pixels.shape[1:]))
-        parts = [engine.run(enough[i : i + size])[0] for i in range(0, len(pixels), size)]
-        return np.concatenate(parts)[: len(pixels)]
+    def check(size: int) -> float:
+        return check_golden(bundle, lambda pixels: _in_one_batch(engine, pixels, size), tolerance=tolerance)
 
-    return max(check_golden(bundle, lambda pixels: in_batches(pixels, size), tolerance=tolerance) for size in sizes)  # noqa: B023
+    with ThreadPoolExecutor(streams) as pool:
+        return max(pool.map(check, sizes))
+
+
+def _in_one_batch(engine: Engine, pixels: Pixels, size: int) -> NDArray[np.float32]:
+    """The answers to as many of ``pixels`` as a batch of ``size`` holds."""
+    return engine.run(np.resize(pixels, (size, *pixels.shape[1:])))[0][: len(pixels)]

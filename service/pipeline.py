@@ -79,7 +79,7 @@ class Pipeline:
         self._streams, self._max_batch, self._max_wait_s = streams, max_batch, max_wait_s
         self._arrived: deque[_Photo] = deque()
         self._decoded: deque[_Photo] = deque()
-        self._decoding = self._computing = 0
+        self._decoding = self._computing = self._in_batches = 0
         self._closed = False
         self._changed = threading.Condition()
         self._crew = [threading.Thread(target=self._work, name=f"crew-{i}", daemon=True) for i in range(threads)]
@@ -113,7 +113,7 @@ class Pipeline:
         with self._changed:
             while True:
                 may_compute = bool(self._decoded) and self._computing < self._streams
-                if may_compute and len(self._decoded) >= self._max_batch:
+                if may_compute and len(self._decoded) >= self._batch_now():
                     return self._take_batch()
                 if self._arrived:
                     self._decoding += 1
@@ -123,8 +123,17 @@ class Pipeline:
                 if wait_s == 0:
                     return self._take_batch()
                 if self._closed and not self._decoded and not self._decoding:
+                    self._changed.notify_all()  # the others can go as well
                     return None
                 self._changed.wait(wait_s)
+
+    def _batch_now(self) -> int:
+        """How many photos to compute in one go: as many as leave work for all streams and one part to be decoded.
+
+        Larger batches take less time a photo; but when all photos are in them, the processors wait for the next to arrive.
+        """
+        inside = len(self._arrived) + self._decoding + len(self._decoded) + self._in_batches
+        return max(1, min(self._max_batch, -(-inside // (self._streams + 1))))
 
     def _worth_waiting_s(self) -> float:
         """How long the decoded photos should wait for those that are being decoded."""
@@ -134,7 +143,8 @@ class Pipeline:
 
     def _take_batch(self) -> Callable[[], None]:
         self._computing += 1
-        photos = [self._decoded.popleft() for _ in range(min(len(self._decoded), self._max_batch))]
+        photos = [self._decoded.popleft() for _ in range(min(len(self._decoded), self._batch_now()))]
+        self._in_batches += len(photos)
         return lambda: self._compute(photos)
 
     def _decode(self, photo: _Photo) -> None:
@@ -156,18 +166,20 @@ class Pipeline:
         self._metrics.stage_s.labels("decode").observe(photo.decode_s)
 
     def _compute(self, photos: list[_Photo]) -> None:
-        wanted = [photo for photo in photos if _still_wanted(photo)]
-        began = time.perf_counter()
         try:
+            wanted = [photo for photo in photos if _still_wanted(photo)]
+            began = time.perf_counter()
             if wanted:
                 pixels = np.stack([photo.prepared.pixels for photo in wanted if photo.prepared])
                 self._answer(wanted, self._engine.run(pixels)[0], began)
         except Exception as error:
-            for photo in wanted:
-                photo.answer.set_exception(error)
+            for photo in photos:
+                if not photo.answer.done():
+                    photo.answer.set_exception(error)
         finally:
             with self._changed:
                 self._computing -= 1
+                self._in_batches -= len(photos)
                 self._changed.notify()
 
     def _answer(self, photos: list[_Photo], probabilities: NDArray[np.float32], began: float) -> None:

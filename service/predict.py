@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flask import Request, current_app, g
@@ -107,13 +106,3 @@ def ranked(model: Model, answer: Answer, top_k: int | None = None) -> dict[str, 
     values = answer.probabilities
     order = np.arange(len(values)) if top_k is None else np.argsort(-values, kind="stable")[:top_k]
     return {model.bundle.classes[i]: float(values[i]) for i in order}
-
-
-def describe_model(model: Model) -> dict[str, Any]:
-    """What every answer says of the model that gave it."""
-    return {
-        "name": model.bundle.name,
-        "version": model.bundle.version,
-        "precision": model.precision.name,
-        "preprocessing_sha256": model.bundle.preprocessing.sha256(),
-    }

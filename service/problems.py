@@ -50,11 +50,15 @@ class Problem(UserError):  # noqa: N818 - RFC 9457 calls it so
     def status(self) -> int:
         return CODES[self.code][0]
 
+    @property
+    def title(self) -> str:
+        return CODES[self.code][1]
+
     def as_dict(self, request_id: str | None = None) -> dict[str, Any]:
         """The members of RFC 9457, with ``code`` and, where it stands for a whole answer, ``request_id``."""
         members = {
             "type": f"/docs#{self.code}",
-            "title": CODES[self.code][1],
+            "title": self.title,
             "status": self.status,
             "detail": self.detail,
             "code": self.code,

@@ -51,13 +51,22 @@ def add_security(app: Flask, settings: Settings) -> None:
     @app.after_request
     def secure(answer: Response) -> Response:
         answer.headers.extend(HEADERS)
-        origin = request.headers.get("Origin")
-        if origin and request.path == "/predict" and settings.cors_origins:
-            if "*" in settings.cors_origins or origin in settings.cors_origins:
-                answer.headers["Access-Control-Allow-Origin"] = "*" if "*" in settings.cors_origins else origin
-                answer.headers["Access-Control-Allow-Headers"] = "Authorization, Content-Type, X-API-Key, X-Request-ID"
-                answer.headers["Access-Control-Allow-Methods"] = "POST, OPTIONS"
-                answer.headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-ID, X-Model-Version"
-                answer.headers["Cross-Origin-Resource-Policy"] = "cross-origin"
-            answer.headers.add("Vary", "Origin")
+        if request.path == "/predict":
+            answer.headers.update(cors_headers(request.headers.get("Origin"), settings.cors_origins))
         return answer
+
+
+def cors_headers(origin: str | None, allowed: tuple[str, ...]) -> dict[str, str]:
+    """What tells a browser whether a page of ``origin`` may read the answer; nothing where no origins are ``allowed``."""
+    if not origin or not allowed:
+        return {}
+    if "*" not in allowed and origin not in allowed:
+        return {"Vary": "Origin"}
+    return {
+        "Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
+        "Access-Control-Allow-Headers": "Authorization, Content-Type, X-API-Key, X-Request-ID",
+        "Access-Control-Allow-Methods": "POST, OPTIONS",
+        "Access-Control-Expose-Headers": "Retry-After, X-Request-ID, X-Model-Version",
+        "Cross-Origin-Resource-Policy": "cross-origin",
+        "Vary": "Origin",
+    }

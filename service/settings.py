@@ -74,6 +74,7 @@ class Settings:
             if environ.get(row.name.upper(), "").strip()
         }
         settings = cls(**given)
+        _check_keys(environ.get("API_KEYS", ""), settings.api_keys)
         if settings.max_photos > settings.queue:
             raise ConfigError(
                 f"MAX_PHOTOS is {settings.max_photos} and QUEUE {settings.queue}: a full request would never fit; raise QUEUE."
@@ -107,6 +108,13 @@ def _parse(row: dataclasses.Field[Any], wanted: Any, text: str) -> Any:
     if not limits["least"] <= value <= limits["most"]:
         raise ConfigError(f"{name} is {text}; it must be from {limits['least']} to {limits['most']}.")
     return value
+
+
+def _check_keys(text: str, keys: tuple[str, ...]) -> None:
+    """A key that is empty, as where a variable inside API_KEYS was, would let everybody in."""
+    words = [row.rpartition(":")[2] for row in keys]
+    if (text.strip() and not keys) or not all(word.isascii() and word.isprintable() and word.strip() for word in words):
+        raise ConfigError("API_KEYS has a key that is empty or not plain ASCII; write NAME:KEY or KEY, with commas between.")
 
 
 def _is_optional(wanted: Any) -> bool:

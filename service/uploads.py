@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import json
 import socket
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from flask import Request
-from werkzeug.exceptions import RequestEntityTooLarge
-from werkzeug.formparser import parse_form_data
 
+from service.body import read_body
+from service.forms import read_form
 from service.problems import Problem
 from service.settings import Settings
 
-PIECE = 1 << 16
 FORMS = "send multipart/form-data with the field `file`, a photo as the body (image/*), or JSON"
 
 
@@ -40,96 +37,34 @@ def read_uploads(request: Request, settings: Settings) -> list[Upload]:
     if kind == "multipart/form-data":
         uploads = _from_form(request, body, settings)
     elif kind == "application/json":
-        uploads = _from_json(body)
+        uploads = _from_json(body, settings)
     else:
         uploads = [Upload(None, body)] if body else []
     if not uploads:
         raise Problem("no_photo", f"No photo arrived; {FORMS}.")
-    if len(uploads) > settings.max_photos:
-        raise Problem(
-            "too_many_photos",
-            f"{len(uploads)} photos arrived and {settings.max_photos} is the most; send them in several requests.",
-        )
+    _check_number(len(uploads), settings)
     return uploads
 
 
-def read_body(request: Request, settings: Settings) -> bytes:
-    """The whole body, at most ``max_body_mb`` of it and within ``body_timeout_s``. Raises Problem."""
-    limit, length = settings.max_body_bytes, request.content_length
-    if length is not None and length > limit:
-        raise _too_large(f"{length:,}", settings)
-    source, until = request.environ["wsgi.input"], time.monotonic() + settings.body_timeout_s
-    connection: socket.socket | None = request.environ.get("gunicorn.socket")
-    if length is None and not request.environ.get("wsgi.input_terminated"):
-        return b""  # without a length such a server would wait for ever
-    pieces, size = [], 0
-    try:
-        while length is None or size < length:
-            if connection:
-                connection.settimeout(max(0.001, until - time.monotonic()))
-            piece = source.read(PIECE if length is None else min(PIECE, length - size))
-            if not piece:
-                break
-            size += len(piece)
-            if size > limit:
-                raise _too_large(f"More than {limit:,}", settings)
-            pieces.append(piece)
-    except Problem:
-        raise
-    except TimeoutError:
+def _check_number(photos: int, settings: Settings) -> None:
+    if photos > settings.max_photos:
         raise Problem(
-            "body_timeout",
-            f"{size:,} bytes of the body arrived in {settings.body_timeout_s:g} s, and not the rest; send it again.",
-            headers={"Connection": "close"},
-        ) from None
-    except Exception as error:  # the server's parser raises what it likes on a body that breaks off or is malformed
-        raise Problem("bad_request", f"The body could not be read ({error!r}); send it again.") from None
-    finally:
-        if connection:
-            connection.settimeout(None)
-    if length is not None and size < length:
-        raise Problem("bad_request", f"{length:,} bytes were announced and {size:,} arrived; send it again.")
-    return b"".join(pieces)
-
-
-def _too_large(arrived: str, settings: Settings) -> Problem:
-    return Problem(
-        "body_too_large", f"{arrived} bytes arrived and {settings.max_body_bytes:,} is the most; send fewer or smaller photos."
-    )
+            "too_many_photos",
+            f"{photos} photos arrived and {settings.max_photos} is the most; send them in several requests.",
+        )
 
 
 def _from_form(request: Request, body: bytes, settings: Settings) -> list[Upload]:
-    environ = request.environ | {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
-    try:
-        _, fields, files = parse_form_data(
-            environ,
-            stream_factory=lambda *_, **__: io.BytesIO(),  # not a file: the body is in memory already, and bounded
-            max_form_memory_size=settings.max_body_bytes,
-            max_form_parts=settings.max_photos * 4 + 16,
-            silent=False,
-        )
-    except RequestEntityTooLarge:
-        raise Problem("too_many_photos", f"The form has too many parts; {settings.max_photos} photos are the most.") from None
-    except ValueError as error:
-        raise Problem("bad_form", f"The form cannot be read ({error}); {FORMS}.") from None
-    uploads = [
-        Upload(part.filename or None, part.stream.read())
-        for _, part in files.items(multi=True)
-        if part.filename or _has_bytes(part.stream)
-    ]
-    if not uploads and "file" in fields:
+    """Every file of the form, whatever its field is called; a browser sends a nameless empty one where none was chosen."""
+    parts = read_form(body, request.mimetype_params.get("boundary"), max_photos=settings.max_photos)
+    uploads = [Upload(part.filename or None, part.data) for part in parts if part.filename is not None]
+    uploads = [upload for upload in uploads if upload.name or upload.data]
+    if not uploads and any(part.name == "file" and part.filename is None for part in parts):
         raise Problem("no_photo", "The field `file` came without a file name, as text; with curl, write -F file=@photo.jpg.")
     return uploads
 
 
-def _has_bytes(stream: Any) -> bool:
-    """A browser sends an empty part without a name where no file was chosen."""
-    first = stream.read(1)
-    stream.seek(0)
-    return bool(first)
-
-
-def _from_json(body: bytes) -> list[Upload]:
+def _from_json(body: bytes, settings: Settings) -> list[Upload]:
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -144,6 +79,7 @@ def _from_json(body: bytes) -> list[Upload]:
     instances = document.get("instances")
     if not isinstance(instances, list):
         raise Problem("bad_json", f"The JSON has neither `image` nor a list `instances`; {JSON_FORM}.")
+    _check_number(len(instances), settings)  # before each of a million empty ones gets a problem of its own
     return [_from_base64(row.get("b64") if isinstance(row, dict) else None) for row in instances]
 
 

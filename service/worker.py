@@ -1,23 +1,58 @@
-"""gunicorn's threaded worker, whose threads stay a moment with a connection whose client asks again at once."""
+"""gunicorn's threaded worker, with what it lacks: an end to headers that trickle, and no detour for busy connections."""
 
 from __future__ import annotations
 
+import contextlib
 import select
+import socket
+import time
 from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
+from service.patience import patience
+
+HEADERS_S = 15.0
 LINGER_MS = 3
+LEAVE_S = 2.0
 
 
-class LingeringWorker(ThreadWorker):
-    """Clients that keep a connection busy, as a proxy does, are answered without a way through the main thread each time."""
+class Worker(ThreadWorker):
+    """Its threads stay a moment with a connection whose client asks again at once, as a proxy does.
+
+    gunicorn itself passes such a connection through the main thread each time, which under load costs as much as parsing it.
+    """
 
     def handle(self, conn: Any) -> Any:
-        keep = super().handle(conn)
+        keep = self._handle(conn)
         while keep is True and self.alive and _readable(conn):
-            keep = super().handle(conn)
+            keep = self._handle(conn)
+        if keep is False:
+            _take_leave(conn.sock)
         return keep
+
+    def _handle(self, conn: Any) -> Any:
+        patience.begin(conn.sock, HEADERS_S)  # ended where the application takes over (service.gate)
+        try:
+            return super().handle(conn)
+        finally:
+            patience.end(conn.sock)
+
+
+def _take_leave(connection: socket.socket) -> None:
+    """Read on until the client has closed, for LEAVE_S at most: one that still sends would find a reset and no answer.
+
+    gunicorn does so for 64 KiB, and in the main thread, which a client that does not close would keep from all others.
+    """
+    until = time.monotonic() + LEAVE_S
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+        while (left_s := until - time.monotonic()) > 0:
+            connection.settimeout(left_s)
+            if not connection.recv(1 << 18):
+                return
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RD)
 
 
 def _readable(conn: Any) -> bool:

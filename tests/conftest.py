@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,11 @@ import pytest
 from finetune.sample import CLASSES, draw
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are small; threads on busy cores wait for each other
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "heavy: walks many large networks; leave it out with -m 'not heavy'")
+
 
 PhotoFolder = Callable[..., Path]
 RandomWeights = Callable[[str], dict[str, Any]]
@@ -97,3 +103,33 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
     with tiny.registered():
         yield tiny.save_weights(tmp_path_factory.mktemp("tiny") / "tiny.pth")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The network ``tiny`` trained on painted photos of three classes, to be served.
+
+    ``path`` is the whole bundle and ``head`` the one that holds only what was trained, which the service cannot join, as
+    it does not know the network; ``photos`` is the folder of the validation photos, and ``predictions`` the table of what
+    training gave them, whose photos are relative to ``data``.
+    """
+    import tiny
+
+    root = tmp_path_factory.mktemp("tiny-bundle")
+    data = tiny.colour_folder(root / "data", train=12, valid=6, classes=("blue", "red", "green"))
+    with tiny.registered():
+        weights = tiny.save_weights(root / "tiny.pth")
+        flags = ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--output-dir", root / "run")
+        for words in (
+            ("train", *flags, "--export", "head"),
+            ("join", root / "run" / "bundle", root / "whole", "--weights", weights),
+        ):
+            code, _, said = tiny.finetune(*words)
+            assert code == 0, said
+    return SimpleNamespace(
+        path=root / "whole",
+        head=root / "run" / "bundle",
+        data=data,
+        photos=data / "valid",
+        predictions=root / "run" / "predictions.csv",
+    )

@@ -1,0 +1,201 @@
+"""How much of what the engine and decoding can do is left when photos come over HTTP?
+
+    python benchmarks/serve_speed.py BUNDLE PHOTOS [--connections 16] [--seconds 8] [--rounds 3]
+
+Two in turn, each alone on the machine: threads that decode and compute photos with the engine itself, in batches and in the
+precision that the service chooses; and the service under gunicorn, asked by as many connections at a time. The medians of
+the rounds are printed, and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import selectors
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+from models.cache import whole_bundle
+
+MOST_PHOTOS = 64
+BOUNDARY = "photo"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("photos", type=Path, help="a folder, looked through for .jpg")
+    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this program's own child
+    args = parser.parse_args()
+    args.bundle = whole_bundle(args.bundle)
+    photos = [path.read_bytes() for path in _spread(sorted(args.photos.rglob("*.jpg")))]
+    if not photos:
+        parser.error(f"no .jpg below {args.photos}")
+    if args.bare:
+        print(json.dumps(bare(args.bundle, photos, args.seconds)))
+        return 0
+    rates: dict[str, list[float]] = {"engine and decoding": [], "over HTTP": []}
+    for number in range(args.rounds):
+        child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--bare"], capture_output=True, text=True, check=True)
+        rates["engine and decoding"].append(json.loads(child.stdout))
+        rate, p50, p99 = over_http(args.bundle, photos, args.connections, args.seconds)
+        rates["over HTTP"].append(rate)
+        row = ", ".join(f"{name} {values[-1]:.1f}/s" for name, values in rates.items())
+        print(f"round {number + 1}: {row} (p50 {p50:.0f} ms, p99 {p99:.0f} ms)", file=sys.stderr, flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, rate in medians.items():
+        print(f"{name:<20}{rate:8.1f} photos/s")
+    print(f"{'ratio':<20}{medians['over HTTP'] / medians['engine and decoding']:8.2f}")
+    return 0
+
+
+def bare(path: Path, photos: list[bytes], seconds: float) -> float:
+    """Photos a second through decoding and engine alone, with the service's own settings."""
+    import numpy as np
+
+    from models.bundle import GRAPH, open_bundle
+    from models.engine import OnnxEngine
+    from models.precision import choose_precision
+    from service.plan import make_plan
+    from service.settings import Settings
+
+    settings = Settings.from_environment({})
+    plan = make_plan(settings)
+    bundle = open_bundle(path, files=(GRAPH,))
+    precision = choose_precision(bundle).name
+    batch = settings.max_batch
+    engine = OnnxEngine(
+        path / GRAPH,
+        outputs=["probabilities"],
+        precision=precision,
+        threads=plan.crew,
+        streams=plan.streams,
+        batch_sizes=(batch,),
+    )
+    done = [0] * plan.crew
+    until = 0.0
+
+    def work(number: int) -> None:
+        at = number
+        while time.perf_counter() < until:
+            taken = [photos[(at + i) % len(photos)] for i in range(batch)]
+            engine.run(np.stack([bundle.preprocessing.pixels(data) for data in taken]))
+            done[number] += batch
+            at += batch
+
+    rate = 0.0
+    for length in (1.0, seconds):  # the first warms up
+        done[:] = [0] * plan.crew
+        began = time.perf_counter()
+        until = began + length
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(plan.crew)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rate = sum(done) / (time.perf_counter() - began)
+    return rate
+
+
+def over_http(path: Path, photos: list[bytes], connections: int, seconds: float) -> tuple[float, float, float]:
+    """Answers a second over HTTP, and the median and the 99th percentile of their time in ms."""
+    port = _free_port()
+    environ = {**os.environ, "BUNDLE": str(path), "PORT": str(port), "HOST": "127.0.0.1"}
+    server = subprocess.Popen([sys.executable, "-m", "service"], env=environ, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        _wait_until_ready(port, server)
+        ask(port, photos, connections, 2.0)
+        times_ms = sorted(ask(port, photos, connections, seconds))
+        return len(times_ms) / seconds, statistics.median(times_ms), times_ms[int(len(times_ms) * 0.99)]
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def ask(port: int, photos: list[bytes], connections: int, seconds: float) -> list[float]:
+    """Post photos over ``connections`` kept-alive connections, each its next when it has its answer: the answers' times in ms.
+
+    One thread, bytes made beforehand: the client runs on the server's processors, and must not cost much of them.
+    """
+    requests = [_request(photo) for photo in photos]
+    selector = selectors.DefaultSelector()
+    sent: dict[socket.socket, float] = {}
+    answers: dict[socket.socket, bytes] = {}
+    times_ms: list[float] = []
+    number = 0
+    for _ in range(connections):
+        connection = socket.create_connection(("127.0.0.1", port))
+        selector.register(connection, selectors.EVENT_READ)
+        answers[connection] = b""
+        connection.sendall(requests[number % len(requests)])
+        sent[connection] = time.perf_counter()
+        number += 1
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for key, _ in selector.select(timeout=1.0):
+            connection = key.fileobj  # type: ignore[assignment]
+            answers[connection] += connection.recv(1 << 16)
+            if not _is_whole(answers[connection]):
+                continue
+            if not answers[connection].startswith(b"HTTP/1.1 200"):
+                raise RuntimeError(f"the service refused a photo: {answers[connection].decode()}")
+            now = time.perf_counter()
+            answers[connection] = b""
+            times_ms.append((now - sent[connection]) * 1e3)
+            connection.sendall(requests[number % len(requests)])
+            sent[connection] = now
+            number += 1
+    for connection in sent:
+        connection.close()
+    return times_ms
+
+
+def _is_whole(answer: bytes) -> bool:
+    head, end, body = answer.partition(b"\r\n\r\n")
+    length = next((line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), b":0")
+    return bool(end) and len(body) >= int(length.partition(b":")[2])
+
+
+def _request(photo: bytes) -> bytes:
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="photo.jpg"\r\n\r\n'
+    body = head.encode() + photo + f"\r\n--{BOUNDARY}--\r\n".encode()
+    return (
+        f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+
+
+def _wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
+    until = time.perf_counter() + 120
+    while time.perf_counter() < until and server.poll() is None:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5)
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise RuntimeError("the service never got ready; start it by itself to see why: python -m service")
+
+
+def _spread(paths: list[Path]) -> list[Path]:
+    return paths[:: max(1, len(paths) // MOST_PHOTOS)][:MOST_PHOTOS]
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""A request's body, read whole: bounded in size, and in the time that it may take to arrive."""
+
+from __future__ import annotations
+
+import socket
+
+from flask import Request
+
+from service.patience import patience
+from service.problems import Problem
+from service.settings import Settings
+
+PIECE = 1 << 17
+
+
+def read_body(request: Request, settings: Settings) -> bytes:
+    """At most ``max_body_mb``, within ``body_timeout_s``. Raises Problem."""
+    limit, length = settings.max_body_bytes, request.content_length
+    if length is not None and length > limit:
+        raise _too_large(f"{length:,}", limit)
+    if length is None and not request.environ.get("wsgi.input_terminated"):
+        return b""  # without a length such a server would wait for ever
+    connection: socket.socket | None = request.environ.get("gunicorn.socket")
+    if connection is not None:
+        patience.begin(connection, settings.body_timeout_s)
+    broken: Exception | None = None
+    body = b""
+    try:
+        body = _read(request, limit, length)
+    except Problem:
+        raise
+    except Exception as error:  # the server's parser raises what it likes on a body that breaks off or is malformed
+        broken = error
+    finally:
+        late = connection is not None and patience.end(connection)
+    if late:
+        raise Problem(
+            "body_timeout",
+            f"The body had not arrived whole within {settings.body_timeout_s:g} s; send it again.",
+            headers={"Connection": "close"},
+        )
+    if broken:
+        raise Problem("bad_request", f"The body could not be read ({broken!r}); send it again.")
+    if length is not None and len(body) < length:
+        raise Problem("bad_request", f"{length:,} bytes were announced and {len(body):,} arrived; send it again.")
+    return body
+
+
+def _read(request: Request, limit: int, length: int | None) -> bytes:
+    source = request.environ["wsgi.input"]
+    pieces, size = [], 0
+    while length is None or size < length:
+        piece = source.read(PIECE if length is None else min(PIECE, length - size))
+        if not piece:
+            break
+        size += len(piece)
+        if size > limit:
+            raise _too_large(f"More than {limit:,}", limit)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _too_large(arrived: str, limit: int) -> Problem:
+    return Problem("body_too_large", f"{arrived} bytes arrived and {limit:,} is the most; send fewer or smaller photos.")

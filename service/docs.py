@@ -1,0 +1,54 @@
+"""GET /openapi.json, and GET /docs: the same document as a page to be read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from flask import Blueprint, Response, current_app, render_template, request
+from markupsafe import Markup
+
+from service.markdown import render_markdown
+from service.openapi import document
+from service.problems import CODES
+from service.schemas import ADVICE
+from service.settings import Settings
+
+bp = Blueprint("docs", __name__)
+
+
+@bp.get("/openapi.json")
+def openapi() -> Response:
+    return Response(json.dumps(_document(), indent=1), headers={"Cache-Control": "no-cache"}, mimetype="application/json")
+
+
+@bp.get("/docs")
+def docs() -> Response:
+    described = _document()
+    text = render_template("docs.html", document=described, groups=_groups(described), codes=CODES, advice=ADVICE)
+    return Response(text, headers={"Cache-Control": "no-cache"}, mimetype="text/html")
+
+
+@bp.app_template_filter("markdown")
+def markdown(text: str) -> Markup:
+    return render_markdown(text)
+
+
+@bp.app_template_filter("pretty_json")
+def pretty_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _document() -> dict[str, Any]:
+    settings: Settings = current_app.extensions["settings"]
+    return document(settings, request.url_root.rstrip("/"))
+
+
+def _groups(described: dict[str, Any]) -> list[dict[str, Any]]:
+    """The document's tags, each with its operations."""
+    rows = [
+        {"method": method.upper(), "path": path, **operation}
+        for path, operations in described["paths"].items()
+        for method, operation in operations.items()
+    ]
+    return [tag | {"operations": [row for row in rows if tag["name"] in row["tags"]]} for tag in described["tags"]]

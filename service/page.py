@@ -1,0 +1,132 @@
+"""The page where a person drops a photo and sees the answer, with JavaScript and without; and the model's card."""
+
+from __future__ import annotations
+
+import io
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from flask import Blueprint, Request, Response, current_app, g, render_template, request
+
+from models.bundle import CARD
+from models.engine import Pixels
+from service.body import read_body
+from service.forms import read_form
+from service.markdown import render_markdown
+from service.model import Model
+from service.pipeline import Answer
+from service.predict import Prediction, predictor, ranked
+from service.problems import Problem
+from service.security import require_key
+from service.settings import Settings
+from service.site import problem_page, served_model
+
+log = logging.getLogger("service.page")
+ACCEPT = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff"  # with HEIC absent, phones send a JPEG instead
+NOTHING = "No photo was chosen; choose one or more and press Classify."
+SHOWN = 10  # bars at once; the others are unfolded
+
+bp = Blueprint("page", __name__)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is shown of one photo: the answer, or the sentence that says why there is none."""
+
+    name: str
+    problem: str | None = None
+    label: str = ""
+    confidence: float = 0.0
+    bars: tuple[tuple[str, float], ...] = ()  # class and probability, highest first
+    crop: Pixels | None = None
+    size: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@bp.get("/")
+def home() -> Response:
+    return _answer_home(served_model())
+
+
+@bp.post("/")
+def classify() -> Response:
+    """The form, for browsers that run no script; with one they send their photos to /predict."""
+    model, predictions = predictor().predict(_admitted(request))
+    cards = [_card(model, prediction, number) for number, prediction in enumerate(predictions, 1)]
+    answer = _answer_home(model, cards)
+    answer.headers["Cache-Control"] = "no-store"
+    return answer
+
+
+@bp.get("/model")
+def model() -> Response:
+    served = served_model()
+    card = served.bundle.path / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    return _page(render_template("model.html", served=served, card=text and render_markdown(text)))
+
+
+@bp.errorhandler(Problem)
+def say(problem: Problem) -> Response:
+    """A problem with the whole request, in words on the page that it came from."""
+    if request.method == "POST":
+        if problem.code == "no_photo":
+            problem = Problem(problem.code, NOTHING)
+        return problem_page(problem, "home.html", cards=[], **_form())
+    return problem_page(problem)
+
+
+@bp.errorhandler(Exception)
+def say_unforeseen(error: Exception) -> Response:
+    log.exception("unforeseen", extra={"request_id": g.request_id})
+    return say(Problem("internal_error", f"An error of the server's own was logged as {g.request_id}; tell its operator."))
+
+
+def _answer_home(model: Model, cards: list[Card] | None = None) -> Response:
+    return _page(render_template("home.html", classes=model.bundle.classes, cards=cards or [], **_form()))
+
+
+def _page(text: str) -> Response:
+    return Response(text, headers={"Cache-Control": "no-cache"}, mimetype="text/html")
+
+
+def _form() -> dict[str, object]:
+    """What the form has to know of the settings."""
+    settings: Settings = current_app.extensions["settings"]
+    return {"settings": settings, "accept": ACCEPT, "shown": SHOWN}
+
+
+def _admitted(asked: Request) -> Request:
+    """The request, if its photos may be computed: there is room, it is a form, and its field ``key`` is a known key."""
+    if refusal := asked.environ.get("service.refused"):
+        raise refusal
+    settings: Settings = current_app.extensions["settings"]
+    if asked.mimetype != "multipart/form-data":
+        raise Problem("unsupported_media_type", "The page takes its own form; send photos to POST /predict instead.")
+    if not settings.api_keys:
+        return asked
+    body = read_body(asked, settings)
+    parts = read_form(body, asked.mimetype_params.get("boundary"), max_photos=settings.max_photos)
+    key = next((part.data.decode(errors="replace").strip() for part in parts if part.name == "key"), "")
+    whole = {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body)), "HTTP_X_API_KEY": key}
+    again = Request(asked.environ | whole)
+    try:
+        g.key_name = require_key(again, settings)
+    except Problem as problem:
+        what = "That key is not one that is known here" if key else "A key is wanted here"
+        raise Problem(problem.code, f"{what}; type yours into the field Key.", headers=problem.headers) from None
+    return again
+
+
+def _card(model: Model, prediction: Prediction, number: int) -> Card:
+    name = Path(prediction.upload.name or f"Photo {number}").name
+    if prediction.problem:
+        return Card(name, prediction.problem.detail)
+    assert prediction.answer is not None
+    answer: Answer = prediction.answer
+    bars = tuple(ranked(model, answer, len(model.bundle.classes)).items())
+    label, confidence = bars[0]
+    seen = answer.prepared
+    size = f"{seen.format}, {seen.width_px:,} \u00d7 {seen.height_px:,} pixels"
+    return Card(name, None, label, confidence, bars, seen.pixels, size, seen.notes)

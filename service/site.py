@@ -1,0 +1,93 @@
+"""What all pages share: the way between them, the model they speak of, and files that a browser may keep for ever."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flask import Blueprint, Response, current_app, g, render_template, request
+
+from models.engine import Pixels
+from service.api import crop_as_url
+from service.model import Model, ServedModel
+from service.problems import Problem
+
+YEAR_S = 365 * 24 * 3600
+
+bp = Blueprint("site", __name__)
+
+
+class Entry(NamedTuple):
+    """A link of the navigation: the endpoint that it leads to, and its name."""
+
+    endpoint: str
+    label: str
+
+
+NAVIGATION = [Entry("page.home", "Classify"), Entry("page.model", "Model"), Entry("docs.docs", "Docs")]
+
+
+def served_model() -> Model:
+    """The model; raises Problem while there is none."""
+    served: ServedModel = current_app.extensions["model"]
+    return served.get()
+
+
+def problem_page(problem: Problem, template: str = "problem.html", **context: Any) -> Response:
+    """A problem in words on a page, counted and logged as the API's are. One that passes has the page asked for again."""
+    g.code = problem.code
+    served: ServedModel = current_app.extensions["model"]
+    served.metrics.errors.labels(problem.code).inc()
+    refresh_s = problem.headers.get("Retry-After") if request.method in ("GET", "HEAD") else None
+    text = render_template(template, problem=problem, refresh_s=refresh_s, **context)
+    return Response(text, problem.status, {**problem.headers, "Cache-Control": "no-store"}, mimetype="text/html")
+
+
+@bp.app_context_processor
+def shared() -> dict[str, Any]:
+    """Names that every template knows."""
+    try:
+        model: dict[str, str] | None = served_model().named
+    except Problem:
+        model = None
+    return {"navigation": NAVIGATION, "model": model}
+
+
+@bp.app_url_defaults
+def add_version(endpoint: str, values: dict[str, Any]) -> None:
+    """A static file's address changes with its content."""
+    if endpoint == "static" and "v" not in values:
+        values["v"] = _version(Path(current_app.static_folder or "") / values["filename"])
+
+
+@bp.after_app_request
+def keep_static(answer: Response) -> Response:
+    """A file asked for by its version never changes; by its bare name it has to be asked for again."""
+    if request.endpoint == "static" and answer.status_code in (200, 304):
+        file = Path(current_app.static_folder or "") / (request.view_args or {})["filename"]
+        if request.args.get("v") == _version(file):
+            answer.headers["Cache-Control"] = f"public, max-age={YEAR_S}, immutable"
+    return answer
+
+
+@bp.app_template_filter("percent")
+def percent(share: float) -> str:
+    """0.992 -> 99.2 %. Only a certain answer is written as 100 %, and only an impossible one as 0 %."""
+    if 0 < share < 0.0005:
+        return "<\u202f0.1\u202f%"
+    if 0.9995 <= share < 1:
+        return ">\u202f99.9\u202f%"
+    return f"{share:.1%}".replace("%", "\u202f%")
+
+
+@bp.app_template_filter("as_url")
+def as_url(pixels: Pixels) -> str:
+    """(H, W, C) uint8 -> a data: URL."""
+    return crop_as_url(pixels)
+
+
+@functools.cache
+def _version(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]

@@ -1,0 +1,138 @@
+"""Who is let in, who is told to come again, and when."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from service import admission as module
+from service.admission import Admission
+from service.problems import Problem
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", made)
+    return made
+
+
+def retry_after(admission: Admission, photos: int = 1) -> int:
+    """Be refused; gives the seconds that it says to wait."""
+    before = admission.inside
+    with pytest.raises(Problem) as caught:
+        admission.enter(photos)
+    assert admission.inside == before
+    assert (caught.value.code, caught.value.status) == ("overloaded", 503)
+    seconds = int(caught.value.headers["Retry-After"])
+    assert f"send it again in {seconds} s" in caught.value.detail
+    return seconds
+
+
+def test_it_counts_in_and_out() -> None:
+    admission = Admission(3)
+    admission.enter()
+    admission.enter(2)
+    assert admission.inside == 3
+    retry_after(admission)
+    admission.leave(2, answered=2)
+    assert admission.inside == 1
+    admission.enter(0)
+    retry_after(admission, 3)
+    admission.enter(2)
+    assert admission.inside == 3
+
+
+def test_a_request_of_no_more_photos_is_always_let_in() -> None:
+    admission = Admission(1)
+    admission.enter()
+    admission.enter(0)
+    assert admission.inside == 1
+
+
+def test_the_limit_holds_when_many_come_at_once() -> None:
+    admission, together = Admission(10), threading.Barrier(8)
+    refused, most = 0, 0
+    lock = threading.Lock()
+
+    def come_and_go() -> None:
+        nonlocal refused, most
+        together.wait()
+        for _ in range(300):
+            try:
+                admission.enter(3)
+            except Problem:
+                with lock:
+                    refused += 1
+                continue
+            with lock:
+                most = max(most, admission.inside)
+            admission.leave(3, answered=3)
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert admission.inside == 0
+    assert most <= 10
+
+
+def test_who_is_refused_is_told_when_half_of_the_house_will_be_empty(clock: Clock) -> None:
+    admission = Admission(64)
+    admission.enter(64)
+    assert retry_after(admission) == 1  # nothing was measured yet
+    for _ in range(20):  # four photos a second
+        clock.now += 0.25
+        admission.leave(1, answered=1)
+        admission.enter(1)
+    rate = 20 / (20 * 0.25 - 0.25)  # from the first that left on
+    assert retry_after(admission) == -(-33 // rate) == 8
+    assert retry_after(admission, 16) == -(-48 // rate) == 12
+
+
+def test_the_wait_is_never_below_a_second_nor_over_a_minute(clock: Clock) -> None:
+    admission = Admission(64)
+    admission.enter(64)
+    for _ in range(200):
+        clock.now += 0.001
+        admission.leave(1, answered=1)
+        admission.enter(1)
+    assert retry_after(admission) == 1
+    slow = Admission(1000)
+    slow.enter(1000)
+    slow.leave(1, answered=1)
+    slow.enter(1)
+    clock.now += 5
+    assert retry_after(slow) == 60
+
+
+def test_what_was_measured_long_ago_does_not_count(clock: Clock) -> None:
+    admission = Admission(64)
+    admission.enter(64)
+    admission.leave(1, answered=1)
+    admission.enter(1)
+    clock.now += 9
+    assert retry_after(admission) == 60
+    clock.now += 2
+    assert retry_after(admission) == 1
+
+
+def test_photos_without_an_answer_are_no_measure(clock: Clock) -> None:
+    admission = Admission(2)
+    admission.enter(2)
+    for _ in range(5):
+        clock.now += 5
+        admission.leave(1, answered=0)
+        admission.enter(1)
+    assert retry_after(admission) == 1
