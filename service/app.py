@@ -81,6 +81,7 @@ def _add_hooks(app: Flask, model: ServedModel) -> None:
 def _add_error_handlers(app: Flask, model: ServedModel) -> None:
     @app.errorhandler(Problem)
     def problem(error: Problem) -> Response:
+        error.bare()
         g.code = error.code
         model.metrics.errors.labels(error.code).inc()
         return Response(error.body(g.request_id), error.status, error.headers, content_type=MEDIA_TYPE)

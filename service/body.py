@@ -23,14 +23,14 @@ def read_body(request: Request, settings: Settings) -> bytes:
     connection: socket.socket | None = request.environ.get("gunicorn.socket")
     if connection is not None:
         patience.begin(connection, settings.body_timeout_s)
-    broken: Exception | None = None
+    broken = ""
     body = b""
     try:
         body = _read(request, limit, length)
     except Problem:
         raise
     except Exception as error:  # the server's parser raises what it likes on a body that breaks off or is malformed
-        broken = error
+        broken = repr(error)  # not the error itself, whose frames hold the body
     finally:
         late = connection is not None and patience.end(connection)
     if late:
@@ -40,7 +40,7 @@ def read_body(request: Request, settings: Settings) -> bytes:
             headers={"Connection": "close"},
         )
     if broken:
-        raise Problem("bad_request", f"The body could not be read ({broken!r}); send it again.")
+        raise Problem("bad_request", f"The body could not be read ({broken}); send it again.")
     if length is not None and len(body) < length:
         raise Problem("bad_request", f"{length:,} bytes were announced and {len(body):,} arrived; send it again.")
     return body

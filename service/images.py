@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from models.engine import Pixels
-from models.errors import NotAPictureError, PhotoError, TooManyPixelsError
+from models.errors import NotAPictureError, PhotoError, TooManyPixelsError, UserError
 from models.preprocess import Preprocessing
 from service.problems import Problem
 
@@ -29,6 +29,10 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
+class HeavyError(UserError):
+    """Another heavy photo is being decoded: to be tried again when it is not ``is_busy``, not waited for in a thread."""
+
+
 @dataclass
 class FrontDoor:
     """Decode photos in several threads, of at most ``max_pixels`` each, and of the heavy ones one at a time.
@@ -39,8 +43,13 @@ class FrontDoor:
     max_pixels: int
     _heavy: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a heavy photo is being decoded."""
+        return self._heavy.locked()
+
     def prepare(self, data: bytes, preprocessing: Preprocessing) -> Prepared:
-        """Check, decode and crop a photo. Raises Problem."""
+        """Check, decode and crop a photo. Raises Problem, and HeavyError while another heavy photo is being decoded."""
         if not data:
             raise Problem("empty_photo", "The file that arrived has no bytes; send a photo.")
         seen: dict[str, Any] = {}
@@ -49,7 +58,9 @@ class FrontDoor:
             def inspect(photo: Image.Image) -> None:
                 self._check_size(photo)
                 if photo.width * photo.height > HEAVY_PIXELS:
-                    held.enter_context(self._heavy)
+                    if not self._heavy.acquire(blocking=False):
+                        raise HeavyError
+                    held.callback(self._heavy.release)
                 seen.update(width_px=photo.width, height_px=photo.height, format=photo.format or "", notes=_notes(photo))
 
             try:

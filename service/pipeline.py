@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from models.engine import Engine
 from models.preprocess import Preprocessing
-from service.images import FrontDoor, Prepared
+from service.images import FrontDoor, HeavyError, Prepared
 from service.metrics import Metrics
 
 JUST_NOW_S = 0.02  # to look whether a client is still there costs more than it saves
@@ -78,6 +79,7 @@ class Pipeline:
         self._engine, self._preprocessing, self._door, self._metrics = engine, preprocessing, door, metrics
         self._streams, self._max_batch, self._max_wait_s = streams, max_batch, max_wait_s
         self._arrived: deque[_Photo] = deque()
+        self._aside: deque[_Photo] = deque()  # heavy ones, while another is being decoded
         self._decoded: deque[_Photo] = deque()
         self._decoding = self._computing = self._in_batches = 0
         self._closed = False
@@ -115,14 +117,13 @@ class Pipeline:
                 may_compute = bool(self._decoded) and self._computing < self._streams
                 if may_compute and len(self._decoded) >= self._batch_now():
                     return self._take_batch()
-                if self._arrived:
+                if photo := self._take_photo():
                     self._decoding += 1
-                    photo = self._arrived.popleft()
-                    return lambda: self._decode(photo)
+                    return partial(self._decode, photo)
                 wait_s = self._worth_waiting_s() if may_compute else None
                 if wait_s == 0:
                     return self._take_batch()
-                if self._closed and not self._decoded and not self._decoding:
+                if self._closed and not (self._decoded or self._decoding or self._aside):
                     self._changed.notify_all()  # the others can go as well
                     return None
                 self._changed.wait(wait_s)
@@ -141,6 +142,12 @@ class Pipeline:
             return 0
         return max(0.0, self._decoded[0].ready + self._max_wait_s - time.perf_counter())
 
+    def _take_photo(self) -> _Photo | None:
+        """The next to be decoded: one that was put aside as soon as it can be, else the one that came first."""
+        if self._aside and not self._door.is_busy:
+            return self._aside.popleft()
+        return self._arrived.popleft() if self._arrived else None
+
     def _take_batch(self) -> Callable[[], None]:
         self._computing += 1
         photos = [self._decoded.popleft() for _ in range(min(len(self._decoded), self._batch_now()))]
@@ -152,6 +159,11 @@ class Pipeline:
         try:
             if _still_wanted(photo):
                 photo.prepared = self._door.prepare(photo.data, self._preprocessing)
+        except HeavyError:
+            with self._changed:
+                self._decoding -= 1
+                self._aside.append(photo)
+            return
         except BaseException as error:
             photo.answer.set_exception(error)
         photo.data = b""

@@ -74,7 +74,7 @@ class Predictor:
                     answer = future.result(max(0.0, until - time.perf_counter()))
                     predictions.append(Prediction(upload, answer))
                 except Problem as problem:
-                    predictions.append(Prediction(upload, None, problem))
+                    predictions.append(Prediction(upload, None, problem.bare()))
         except (FutureTimeout, UnwantedError):
             raise Problem(
                 "deadline_exceeded", f"The answer was not there within {self._settings.deadline_ms} ms; send it again later."

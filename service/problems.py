@@ -46,6 +46,11 @@ class Problem(UserError):  # noqa: N818 - RFC 9457 calls it so
         self.detail = detail
         self.headers = dict(headers or {})
 
+    def bare(self) -> Problem:
+        """Forget the way that it came: its frames hold photos' bytes, and would until the next collection of cycles."""
+        self.__traceback__ = self.__context__ = None
+        return self
+
     @property
     def status(self) -> int:
         return CODES[self.code][0]

@@ -17,6 +17,7 @@ from PIL import Image
 from serving import poll
 
 from models.preprocess import Preprocessing
+from service import images
 from service import pipeline as module
 from service.images import FrontDoor, Prepared
 from service.metrics import Metrics
@@ -43,6 +44,8 @@ class Colours:
 
 class Door:
     """A front door for photos of one byte, the red of their colour; ``held`` are those that it keeps until they are let go."""
+
+    is_busy = False
 
     def __init__(self, *held: int) -> None:
         self.held = {number: threading.Event() for number in held}
@@ -80,9 +83,9 @@ def no() -> bool:
     return False
 
 
-def png(colour: tuple[int, int, int]) -> bytes:
+def png(colour: tuple[int, int, int], side_px: int = SIDE) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (SIDE, SIDE), colour).save(file, "PNG")
+    Image.new("RGB", (side_px, side_px), colour).save(file, "PNG")
     return file.getvalue()
 
 
@@ -204,6 +207,21 @@ def test_its_times_and_batches_are_measured() -> None:
         assert sample("dvc_batch_photos_sum") == 1
     assert min(answer.decode_ms, answer.queue_ms, answer.compute_ms) >= 0
     assert (answer.prepared.width_px, answer.prepared.height_px, answer.prepared.format) == (SIDE, SIDE, "PNG")
+
+
+def test_heavy_photos_hold_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are decoded one at a time, for their memory; those that have to wait for it must not keep the crew waiting."""
+    monkeypatch.setattr(images, "HEAVY_PIXELS", SIDE * SIDE)
+    heavy = [png((number, 0, 0), SIDE + 1) for number in range(10)]
+    door = FrontDoor(1_000_000)
+    with running(Colours(), door=door) as pipeline:
+        with door._heavy:  # as if one were being decoded
+            waiting = [pipeline.submit(photo, yes) for photo in heavy]
+            for number in range(50, 60):
+                assert red(pipeline.submit(png((number, 0, 0)), yes)) == number
+            assert not any(answer.done() for answer in waiting)
+        assert red(pipeline.submit(png((99, 0, 0)), yes)) == 99
+        assert [red(answer) for answer in waiting] == list(range(10))
 
 
 # What fails

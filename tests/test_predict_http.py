@@ -323,7 +323,9 @@ def test_a_body_of_another_kind(client: FlaskClient, photo: bytes, kind: str) ->
     refused(send(client, photo, kind), "unsupported_media_type", "The body came as", "image/*")
 
 
-@pytest.mark.parametrize("data", [b"no picture", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0", b"8BPS\0\1"])
+@pytest.mark.parametrize(
+    "data", [b"no picture", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0", b"8BPS\0\1"]
+)
 def test_what_is_no_picture(client: FlaskClient, data: bytes) -> None:
     refused(send(client, data), "not_a_picture", f"{len(data)} bytes arrived", "send a JPEG")
 
@@ -563,7 +565,9 @@ def test_pages_of_other_origins_may_ask_only_where_they_are_named(tiny_bundle: S
         preflight = client.options("/predict", headers={"Origin": mine, "Access-Control-Request-Method": "POST"})
         assert preflight.status_code == 200  # without a key: browsers send none
         assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
-        assert {"Authorization", "Content-Type", "X-API-Key"} <= set(preflight.headers["Access-Control-Allow-Headers"].split(", "))
+        assert {"Authorization", "Content-Type", "X-API-Key"} <= set(
+            preflight.headers["Access-Control-Allow-Headers"].split(", ")
+        )
         answer = send(client, photo, Origin=mine, X_API_Key="secret-1")
         assert "Origin" in answer.headers["Vary"]
         assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
