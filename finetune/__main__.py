@@ -1,4 +1,4 @@
-"""The command line: ``finetune train | evaluate | predict | audit | download | sample | join | models``."""
+"""The command line: ``finetune COMMAND``, with the commands of the table below."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ COMMANDS = {
     "sample": "draw labelled pictures of cats and dogs, to try things out",
     "join": "make a whole bundle of a head-only one",
     "models": "the networks to start from",
+    "kernels": "draw a network's filters, and what a photo leaves in its layers",
+    "bakeoff": "train several networks on the same photos and compare them",
 }
 MODULES = {"models": "zoo", "train": "training"}
 # What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config import default_cache_dir
 from finetune.data import Dataset, in_stray, is_photo, is_stray, read_dataset
 from finetune.duplicates import find_duplicates
 from finetune.scan import Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
+from models.cache import default_cache_dir
 from models.errors import DataError
 
 IMBALANCE = 3.0

@@ -34,8 +34,8 @@ def write_card(path: Path, info: Mapping[str, Any]) -> None:
         " gets one of them all the same, often with confidence. Photos of other kinds (drawings, other cameras, crops) are"
         " outside of what was measured.\n",
         "## How it was trained\n",
-        f"{_base(info)} {_trained(info)} Epochs: {provenance['epochs']}. Batch size: {config['batch_size']}. SGD with learning"
-        f" rate {config['lr']:g} ({config['lr_schedule']}), momentum {config['momentum']:g}, weight decay"
+        f"{_base(info)} {_trained(info)} {_permuted(info)}Epochs: {provenance['epochs']}. Batch size: {config['batch_size']}."
+        f" {_optimizer(config)} with learning rate {config['lr']:g} ({config['lr_schedule']}), weight decay"
         f" {config['weight_decay']:g}; NLLLoss on log-probabilities; seed {config['seed']}; {provenance['compute']}.\n",
         "## What is in the folder\n",
         _contents(info),
@@ -60,6 +60,19 @@ def _trained(info: Mapping[str, Any]) -> str:
     if info["base"] is None:
         return ""
     return f"Everything was frozen but {_and([info['head'], *info['provenance']['config']['unfreeze']])}."
+
+
+def _permuted(info: Mapping[str, Any]) -> str:
+    seed = info.get("permute_pixels")
+    if seed is None:
+        return ""
+    return f"The pixels of every picture change places in the network's first layer, always in the same way (seed {seed}). "
+
+
+def _optimizer(config: Mapping[str, Any]) -> str:
+    if config.get("optimizer") == "adam":
+        return "Adam"
+    return f"SGD (momentum {config['momentum']:g})"
 
 
 def _table(metrics: Mapping[str, Any]) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,11 @@ import yaml
 from models.errors import ConfigError, did_you_mean
 from models.spec import Recipe
 
+DATASETS = ("mnist", "fashion-mnist", "cifar10", "digits")
+
 
 def _setting(default: Any, help: str, **extra: Any) -> Any:
     return field(default=default, metadata={"help": help, **extra})
-
-
-def default_cache_dir() -> Path:
-    """Where features are kept between runs: under ``XDG_CACHE_HOME``, or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
 
 
 @dataclass(frozen=True)
@@ -33,19 +29,26 @@ class Config:
 
     data_dir: Path = _setting(Path("data"), "folder with train/CLASS/*.jpg and valid/CLASS/*.jpg (or val, validation, test)")
     backbone: str = _setting("vgg16", "the network to start from; `finetune models` lists them")
+    dataset: str | None = _setting(
+        None, "fetch these pictures into --data-dir (default: data/DATASET) where they are not yet", choices=DATASETS
+    )
     output_dir: Path | None = _setting(None, "folder of the run (default: runs/DATA-BACKBONE)")
     weights: str | None = _setting(None, "state dict to start from, .pth or .safetensors; `none` trains from random weights")
     epochs: int | None = _setting(None, "passes over the training photos", low=1)
     batch_size: int | None = _setting(None, "photos a step", low=1)
-    lr: float | None = _setting(None, "learning rate of SGD", low=0)
+    optimizer: str | None = _setting(None, "how weights take a step", choices=("sgd", "adam"))
+    lr: float | None = _setting(None, "learning rate", low=0)
     momentum: float | None = _setting(None, "momentum of SGD", low=0, high=1)
-    weight_decay: float | None = _setting(None, "weight decay of SGD", low=0)
+    weight_decay: float | None = _setting(None, "weight decay", low=0)
     lr_schedule: str | None = _setting(None, "learning rate over the epochs", choices=("constant", "cosine"))
     patience: int = _setting(0, "stop after so many epochs without a better validation loss; 0 never stops early", low=0)
     min_delta: float = _setting(0.0, "a validation loss counts as better if it is lower by more than this", low=0)
     unfreeze: tuple[str, ...] = _setting((), "also train these layers, such as features.28 or layer4; no feature cache then")
     unfreeze_lr_scale: float = _setting(0.1, "learning rate of unfrozen layers, as a part of --lr", low=0)
     augment: bool = _setting(False, "random resized crop, flip and colour jitter; no feature cache then")
+    permute_pixels: int | None = _setting(
+        None, "a seed: every picture's pixels change places, always in the same way, in training and when served", low=0
+    )
     valid_fraction: float = _setting(
         0.2, "share of the photos held out where there is no validation folder", low=0.01, high=0.9
     )
@@ -86,8 +89,15 @@ class Config:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` a flag for every setting, and ``--config``. What is not given stays out of the namespace."""
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings by name; a flag beats them")
+    add_flags(parser, [f.name for f in dataclasses.fields(Config)])
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Give ``parser`` a flag for each of the settings named."""
     hints = typing.get_type_hints(Config)
     for f in dataclasses.fields(Config):
+        if f.name not in names:
+            continue
         kind = _kind(hints[f.name])
         options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": _help(f)}
         if kind is bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 import PIL
 import PIL.features
 import torch
@@ -21,7 +20,7 @@ from finetune.prefetch import prefetch
 from finetune.scan import PixelStash, Scan
 from finetune.shards import ShardStore
 from models.cut import Cut
-from models.engine import OnnxEngine
+from models.engine import OnnxEngine, load_openvino
 from models.fold import fold_batchnorm
 from models.graph import export_onnx
 from models.preprocess import Preprocessing
@@ -34,7 +33,8 @@ class FrozenPart:
 
     On a CPU the part is compiled by OpenVINO, which takes a third of eager torch's time for depthwise convolutions; on a
     GPU it is torch's own, in mixed precision and channels last. Either way the batch size is fixed and the last one padded, so
-    that a photo's numbers do not depend on which others stand beside it.
+    that a photo's numbers do not depend on which others stand beside it. Where everything is trained, only normalisation is
+    left, which needs none of that.
     """
 
     def __init__(self, cut: Cut, preprocessing: Preprocessing, compute: Compute) -> None:
@@ -45,9 +45,12 @@ class FrozenPart:
     @property
     def engine(self) -> str:
         on_cpu = self._compute.device.type == "cpu"
-        return f"openvino {openvino.__version__}" if on_cpu else f"torch {torch.__version__} {self._compute.device.type}"
+        return f"openvino {load_openvino().__version__}" if on_cpu else f"torch {torch.__version__} {self._compute.device.type}"
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if self._cut.after == "normalise":
+            with torch.inference_mode():
+                return self._cut.frozen.cpu()(torch.from_numpy(pixels)).numpy()
         if self._compute.device.type == "cpu":
             return self._compiled.run(pixels)[0]
         return np.concatenate([self._run_torch(pixels[i : i + GPU_BATCH]) for i in range(0, len(pixels), GPU_BATCH)])
@@ -114,10 +117,18 @@ class FeatureCache:
 
 
 def cache_context(
-    *, backbone: str, weights_sha256: str, preprocessing: Preprocessing, after: str, precision: str, engine: str
+    *,
+    backbone: str,
+    weights_sha256: str,
+    preprocessing: Preprocessing,
+    after: str,
+    precision: str,
+    engine: str,
+    permute_pixels: int | None = None,
 ) -> dict[str, Any]:
     """Everything beside the photo that its features depend on."""
-    return {
+    permuted = {} if permute_pixels is None else {"permute_pixels": permute_pixels}
+    return permuted | {
         "what": "features",
         "backbone": backbone,
         "weights": weights_sha256,

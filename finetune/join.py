@@ -45,7 +45,9 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
             f"The bundle {bundle.path} was trained on weights with sha256 {bundle.info['base']['sha256'][:12]}..., and "
             f"{base.origin} has {base.sha256[:12]}...; give the right file with --weights."
         )
-    classifier = build_classifier(spec, num_classes=len(bundle.classes), base=base.tensors)
+    classifier = build_classifier(
+        spec, num_classes=len(bundle.classes), base=base.tensors, permute_pixels=bundle.permute_pixels
+    )
     classifier.net.load_state_dict(read_tensors(bundle.path / HEAD), strict=False)
 
     def fill(folder: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from finetune.audit import Audit, audit
 from finetune.augment import Augment
 from finetune.batches import Batches, CachedBatches, LiveBatches
-from finetune.config import Config, default_cache_dir
+from finetune.config import Config
 from finetune.data import Dataset, move_to_train
 from finetune.device import Compute
 from finetune.duplicates import find_duplicates
 from finetune.features import FeatureCache, FrozenPart, cache_context
 from finetune.scan import PixelStash, Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
+from models.cache import default_cache_dir
 from models.classifier import Classifier, build_classifier, trained_names
 from models.cut import Cut, cut
 from models.spec import ModelSpec
@@ -57,6 +58,7 @@ def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute)
         base=base.tensors if base else None,
         unfreeze=config.unfreeze,
         seed=config.seed,
+        permute_pixels=config.permute_pixels,
     )
     parts = cut(classifier)
     frozen = FrozenPart(parts, spec.preprocessing, compute)
@@ -66,7 +68,7 @@ def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute)
 def feature_cache(config: Config, network: Network, compute: Compute) -> FeatureCache | None:
     """The cache of the frozen part's output, or None where there is no such thing; says why."""
     why = (
-        "all weights are trained"
+        "all weights are trained and nothing is frozen"
         if network.base is None
         else "--unfreeze trains deeper layers"
         if config.unfreeze
@@ -87,6 +89,7 @@ def feature_cache(config: Config, network: Network, compute: Compute) -> Feature
         after=network.cut.after,
         precision=compute.precision,
         engine=network.frozen.engine,
+        permute_pixels=config.permute_pixels,
     )
     store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
     print(f"The frozen part ends behind {network.cut.after}; it runs once for each photo.")

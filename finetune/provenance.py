@@ -46,6 +46,7 @@ def describe_run(
         "paper": spec.paper,
         "classes": list(classes),
         "cut_after": cut_after,
+        "permute_pixels": config.permute_pixels,
         "base": describe_base(spec, base),
         "metrics": dict(metrics),
         "provenance": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,10 @@ from finetune.scan import PixelStash, Scan
 from finetune.tensorboard import EventWriter
 from finetune.train import Progress, fit, predict
 from models.bundle import Bundle, open_bundle
+from models.errors import ConfigError
 from models.files import write_text
 from models.registry import get_spec
+from models.spec import ModelSpec
 
 
 def train(config: Config, *, resume: bool = False) -> Bundle:
@@ -38,7 +41,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     person can mend.
     """
     spec = get_spec(config.backbone)
-    config = config.with_recipe(spec.recipe)
+    config = settle(config, spec)
     folder = config.output_dir or default_run_dir(config)
     if resume:
         rundir.check_same(folder, config)
@@ -60,6 +63,18 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
         return finish(config, folder, network, compute, batches["valid"], survey, progress)
+
+
+def settle(config: Config, spec: ModelSpec) -> Config:
+    """Fill what was left open: the network's recipe, and random weights to start from where it has no others.
+
+    Raises ConfigError where the bundle is to leave pretrained weights out that there are not.
+    """
+    if spec.weights is None and config.weights is None:
+        if config.export == "head":
+            raise ConfigError(f"--export head leaves the pretrained weights out, and {spec.title} has none; drop it.")
+        config = dataclasses.replace(config, weights="none")
+    return config.with_recipe(spec.recipe)
 
 
 def default_run_dir(config: Config) -> Path:
@@ -90,7 +105,8 @@ def fit_head(
             batches["valid"],
             config,
             compute=compute,
-            head=[f"net.{network.spec.head}.{tensor}" for tensor in ("weight", "bias")],
+            head=[f"net.{head}.{tensor}" for head in network.spec.heads for tensor in ("weight", "bias")],
+            aux_weight=network.classifier.aux_weight,
             progress=before,
             on_epoch=on_epoch,
         )

@@ -1,4 +1,4 @@
-"""Train what follows the cut: NLLLoss on log-probabilities, SGD, the best epoch by validation loss kept."""
+"""Train what follows the cut: NLLLoss on log-probabilities, SGD or Adam, the best epoch by validation loss kept."""
 
 from __future__ import annotations
 
@@ -44,12 +44,14 @@ def fit(
     *,
     compute: Compute,
     head: Sequence[str],
+    aux_weight: float = 0.0,
     progress: Progress | None = None,
     on_epoch: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Train ``part`` (features -> log-probabilities) and give the state of its best epoch.
 
     ``names`` are the tensors of ``part`` that training changes, ``head`` those among them that learn at the full rate.
+    Where ``part`` answers with a tuple, the losses of all answers but the first count ``aux_weight`` each.
     ``on_epoch`` is called after each epoch with what is needed to go on from there: passing it as ``progress`` gives the
     same weights, bit for bit, as if nothing had happened, for every random number is drawn from the seed and the epoch.
     """
@@ -69,7 +71,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             torch.manual_seed(config.seed * 1_000_003 + progress.epoch)
-            train_loss, train_accuracy = train_one_epoch(part, train, optimizer, progress.epoch, compute=compute, bar=bar)
+            train_loss, train_accuracy = train_one_epoch(
+                part, train, optimizer, progress.epoch, compute=compute, aux_weight=aux_weight, bar=bar
+            )
             valid_loss, valid_accuracy = score(part, valid, compute=compute)
             if not math.isfinite(train_loss + valid_loss):
                 raise RunError(f"The loss is no longer a number in epoch {progress.epoch + 1}; lower --lr, which is {rate:g}.")
@@ -101,8 +105,8 @@ def fit(
     return progress
 
 
-def make_optimizer(part: nn.Module, config: Config, *, head: Sequence[str]) -> torch.optim.SGD:
-    """SGD over what is trainable: the head at the full rate, unfrozen layers at their part of it."""
+def make_optimizer(part: nn.Module, config: Config, *, head: Sequence[str]) -> torch.optim.Optimizer:
+    """SGD or Adam over what is trainable: the head at the full rate, unfrozen layers at their part of it."""
     trainable = [(name, p) for name, p in part.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trainable if name in set(head)], "scale": 1.0},
@@ -110,16 +114,22 @@ def make_optimizer(part: nn.Module, config: Config, *, head: Sequence[str]) -> t
     ]
     if config.weights == "none":
         groups = [{"params": [p for _, p in trainable], "scale": 1.0}]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=_known(config.lr),
-        momentum=_known(config.momentum),
-        weight_decay=_known(config.weight_decay),
-    )
+    groups = [group for group in groups if group["params"]]
+    rate, decay = _known(config.lr), _known(config.weight_decay)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=rate, weight_decay=decay)
+    return torch.optim.SGD(groups, lr=rate, momentum=_known(config.momentum), weight_decay=decay)
 
 
 def train_one_epoch(
-    part: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, epoch: int, *, compute: Compute, bar: Any
+    part: nn.Module,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    *,
+    compute: Compute,
+    aux_weight: float = 0.0,
+    bar: Any,
 ) -> tuple[float, float]:
     """One pass in the epoch's order; returns the mean loss and the accuracy, as they were while the weights moved."""
     train_mode(part)
@@ -129,10 +139,11 @@ def train_one_epoch(
     for features, labels in batches.shuffled(epoch):
         features, labels = features.to(compute.device), labels.to(compute.device)
         with compute.autocast():
-            log_probs = part(features)
+            log_probs, *aux = _answers(part(features))
         loss = loss_of(log_probs.float(), labels)
+        aux_loss = sum(loss_of(answer.float(), labels) for answer in aux)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        scaler.scale(loss + aux_weight * aux_loss).backward()
         scaler.step(optimizer)
         scaler.update()
         total += loss.item() * len(labels)
@@ -155,9 +166,14 @@ def predict(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[Ten
     with torch.inference_mode():
         for features, labels in batches.ordered():
             with compute.autocast():
-                outputs.append(part(features.to(compute.device)).float().cpu())
+                outputs.append(_answers(part(features.to(compute.device)))[0].float().cpu())
             truths.append(labels)
     return torch.cat(outputs), torch.cat(truths)
+
+
+def _answers(given: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The network's own log-probabilities, then those of its auxiliary heads, where it has them."""
+    return given if isinstance(given, tuple) else (given,)
 
 
 def learning_rate(config: Config, epoch: int) -> float:

@@ -1,50 +1,95 @@
-"""The networks that a training can start from, as a table."""
+"""The networks that a training can start from: as a table, or one of them layer by layer."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+from functools import cache
 from typing import Any
 
-import torch
+from models.cost import empty, macs, parameters, picture_shape
+from models.errors import ConfigError, did_you_mean
+from models.registry import get_spec, list_models
 
-from models.registry import create_model, get_spec, list_models
-from models.spec import ModelSpec
+LIBRARY = "timm:NAME is any of timm's networks, as timm:convnext_tiny; `finetune models show NAME` has one layer by layer."
 
 
-def describe(spec: ModelSpec) -> dict[str, Any]:
-    """What is known about a network, its parameters counted on its own architecture, without any weights."""
-    with torch.device("meta"):
-        net = create_model(spec.name)
+@cache
+def describe(name: str) -> dict[str, Any]:
+    """What is known about a network; it is counted on its own architecture, without any weights."""
+    spec = get_spec(name)
+    net = empty(spec)
+    shape = picture_shape(spec)
     weights = spec.weights
     return {
         "name": spec.name,
         "title": spec.title,
         "year": spec.year,
-        "parameters": sum(parameter.numel() for parameter in net.parameters()),
+        "parameters": parameters(net),
+        "macs": macs(net, *shape),
         "input_px": spec.preprocessing.input_px,
+        "channels": spec.preprocessing.channels,
         "head": spec.head,
-        "weights": (weights.package or weights.url) if weights else None,
+        "cam_layer": spec.cam_layer,
+        "weights": weights.place if weights else None,
         "licence": weights.licence if weights else None,
         "paper": spec.paper,
         "recipe": dataclasses.asdict(spec.recipe),
     }
 
 
+HEADER = f"{'name':<20} {'year':>4} {'parameters':>12} {'MACs':>8} {'input':>10}  {'weights':<34} licence of the weights"
+
+
+def line(row: dict[str, Any]) -> str:
+    """One network's line of the table."""
+    weights = (row["weights"] or "none, trained from scratch").rsplit("/", 1)[-1]
+    size = f"{row['channels']} x {row['input_px']:>3} px"
+    counts = f"{row['parameters']:>12,} {short(row['macs']):>8} {size:>10}"
+    return f"{row['name']:<20} {row['year'] or '':>4} {counts}  {weights:<34} {row['licence'] or ''}".rstrip()
+
+
+def short(count: int) -> str:
+    """A count with the prefix that suits it: 15,470,264,320 -> ``15.5 G``."""
+    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f} {prefix}" if count < 100 * size else f"{count / size:.0f} {prefix}"
+    return str(count)
+
+
+def show_all(*, as_json: bool) -> None:
+    """Print the table, the oldest network first, each line as soon as it is counted."""
+    names = sorted(list_models(), key=lambda name: (get_spec(name).year or 0, name))
+    if as_json:
+        print(json.dumps([describe(name) for name in names], indent=2))
+        return
+    print(HEADER)
+    for name in names:
+        print(line(describe(name)), flush=True)
+    print(f"\n{LIBRARY}")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", nargs="?", metavar="show", help="with NAME: the layers of one network, worked out")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a network of the table, or timm:NAME")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``finetune models``: print the table."""
-    rows = [describe(get_spec(name)) for name in list_models()]
-    if args.json:
-        print(json.dumps(rows, indent=2))
+    """``finetune models`` prints the table, ``finetune models show NAME`` one network."""
+    if args.action is None:
+        show_all(as_json=args.json)
         return 0
-    print(f"{'name':<20} {'year':>4} {'parameters':>12} {'input':>6}  {'weights':<32} licence of the weights")
-    for row in sorted(rows, key=lambda row: (row["year"], row["name"])):
-        weights = (row["weights"] or "none").rsplit("/", 1)[-1]
-        size = f"{row['parameters']:>12,} {row['input_px']:>3} px"
-        print(f"{row['name']:<20} {row['year']:>4} {size}  {weights:<32} {row['licence'] or ''}")
+    if args.action != "show" or args.name is None:
+        near = did_you_mean(args.action, ["show"]) if args.action != "show" else ""
+        raise ConfigError(f"`finetune models` takes nothing or `show NAME`, and got {args.action!r} alone.{near}")
+    from finetune import anatomy
+
+    shown = describe(args.name)
+    if args.json:
+        print(json.dumps({**shown, **anatomy.as_dict(args.name)}, indent=2))
+    else:
+        counts = f"{shown['parameters']:,} parameters, {shown['macs']:,} MACs a picture"
+        print(anatomy.text(args.name, counts=counts))
     return 0

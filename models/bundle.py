@@ -58,6 +58,12 @@ class Bundle:
         return Preprocessing(**given | {"mean": tuple(given["mean"]), "std": tuple(given["std"])})
 
     @property
+    def permute_pixels(self) -> int | None:
+        """The seed of the places that the network's first layer gives to the pixels; None where it leaves them alone."""
+        seed = self.info.get("permute_pixels")
+        return None if seed is None else int(seed)
+
+    @property
     def is_head_only(self) -> bool:
         return bool(self.info["kind"] == "head")
 

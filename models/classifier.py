@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,6 +12,7 @@ from models.errors import ConfigError, WeightsError, did_you_mean
 from models.preprocess import Preprocessing
 from models.registry import create_model
 from models.spec import ModelSpec
+from models.surgery import replace_heads
 
 State = Mapping[str, Tensor]
 
@@ -19,65 +21,92 @@ class Normalise(nn.Module):
     """(N, H, W, C) uint8 pixels -> (N, C, H, W) float32, scaled to 0..1, less the mean, over the standard deviation.
 
     It is a layer, so that the exported graph takes plain pixels and nobody can normalise a second time or in another way.
+    With ``permute_pixels`` (a seed) the pixels of every picture change places, always in the same way, which is to show what a
+    network owes to neighbourhood: place i is given the pixel that was at ``order[i]``.
     """
 
     scale: Tensor
     shift: Tensor
+    order: Tensor
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing, *, permute_pixels: int | None = None) -> None:
         super().__init__()
         mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
         std = torch.tensor(preprocessing.std, dtype=torch.float64)
         shape = (1, -1, 1, 1)
         self.register_buffer("scale", (1 / (255 * std)).float().reshape(shape), persistent=False)
         self.register_buffer("shift", (-mean / std).float().reshape(shape), persistent=False)
+        self.permutes = permute_pixels is not None
+        if permute_pixels is not None:
+            order = list(range(preprocessing.input_px**2))
+            random.Random(permute_pixels).shuffle(order)
+            self.register_buffer("order", torch.tensor(order), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if self.permutes:
+            side, channels = pixels.shape[1], pixels.shape[3]
+            pixels = pixels.flatten(1, 2).index_select(1, self.order).reshape(-1, side, side, channels)
         return pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
 
 
 class Classifier(nn.Module):
     """(N, H, W, C) uint8 pixels -> (N, classes) log-probabilities.
 
-    ``net`` is the plain network with its head replaced, so its state dict loads into torchvision's own class.
+    ``net`` is the plain network with its head replaced, so its state dict loads into torchvision's own class. One with
+    auxiliary heads gives, while training, a tuple: its own log-probabilities, then those of each auxiliary head, whose losses
+    count ``aux_weight`` each.
     """
 
-    def __init__(self, net: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self, net: nn.Module, preprocessing: Preprocessing, *, aux_weight: float = 0.0, permute_pixels: int | None = None
+    ) -> None:
         super().__init__()
-        self.normalise = Normalise(preprocessing)
+        self.normalise = Normalise(preprocessing, permute_pixels=permute_pixels)
         self.net = net
         self.log_softmax = nn.LogSoftmax(dim=1)
+        self.aux_weight = aux_weight
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.log_softmax(self.net(self.normalise(pixels)))
+    def forward(self, pixels: Tensor) -> Tensor | tuple[Tensor, ...]:
+        logits = self.net(self.normalise(pixels))
+        if isinstance(logits, tuple):
+            return tuple(self.log_softmax(answer) for answer in logits)
+        return self.log_softmax(logits)
 
 
 def build_classifier(
-    spec: ModelSpec, *, num_classes: int, base: State | None, unfreeze: Iterable[str] = (), seed: int = 0
+    spec: ModelSpec,
+    *,
+    num_classes: int,
+    base: State | None,
+    unfreeze: Iterable[str] = (),
+    seed: int = 0,
+    permute_pixels: int | None = None,
 ) -> Classifier:
     """Build ``spec``'s network with a new head for ``num_classes``, and freeze what is not to be trained.
 
     With ``base`` (pretrained weights) everything is frozen but the head and the layers named in ``unfreeze``; without it
-    nothing is, as random weights have to learn. ``seed`` fixes the random numbers of the new weights. The network is in
-    evaluation mode. Raises WeightsError where ``base`` is made for another network, ConfigError for an unknown layer.
+    nothing is, as random weights have to learn, with the help of auxiliary heads where the network has them. ``seed`` fixes
+    the random numbers of the new weights, ``permute_pixels`` is ``Normalise``'s. The network is in evaluation mode. Raises
+    WeightsError where ``base`` is made for another network, ConfigError for an unknown layer.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if base is None:
-            net = create_model(spec.name, num_classes=num_classes)
-        else:
-            with torch.device("meta"):  # nothing is drawn for weights that are replaced at once
-                net = create_model(spec.name, num_classes=spec.pretrained_classes)
-            load_base(net, base, spec)
-            net.requires_grad_(False)
-            replace_head(net, spec.head, num_classes)
-            for name in unfreeze:
-                _layer(net, name).requires_grad_(True)
-    return Classifier(net, spec.preprocessing).eval()
+            aux = {"aux": True} if spec.aux_weight else {}
+            net = create_model(spec.name, num_classes=num_classes, **aux)
+            classifier = Classifier(net, spec.preprocessing, aux_weight=spec.aux_weight, permute_pixels=permute_pixels)
+            return classifier.eval()
+        net = _to_be_filled(spec)
+        load_base(net, base, spec)
+        net.requires_grad_(False)
+        replace_heads(net, spec.heads, num_classes)
+        for name in unfreeze:
+            _layer(net, name).requires_grad_(True)
+    return Classifier(net, spec.preprocessing, permute_pixels=permute_pixels).eval()
 
 
 def load_base(net: nn.Module, base: State, spec: ModelSpec) -> None:
-    """Put pretrained tensors into ``net`` without copying them; the head may be of another size, as it is replaced.
+    """Put pretrained tensors into ``net`` without copying them; heads may be of another size or missing, as they are replaced.
 
     Half-precision numbers become float32. Names are matched, or, where none of them is the network's own, the order (a
     port of the same network by other hands). Raises WeightsError, which names the first tensor that does not fit.
@@ -86,7 +115,8 @@ def load_base(net: nn.Module, base: State, spec: ModelSpec) -> None:
     given = dict(base)
     if not set(given) & set(wanted) and len(given) == len(wanted):
         given = dict(zip(wanted, given.values(), strict=True))
-    head = {f"{spec.head}.weight", f"{spec.head}.bias"}
+    heads = {f"{head}.{tensor}" for head in spec.heads for tensor in ("weight", "bias")} & set(wanted)
+    given |= {name: torch.zeros(wanted[name].shape) for name in heads}
     for name, tensor in wanted.items():
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, torch.zeros((), dtype=torch.long))
@@ -95,7 +125,7 @@ def load_base(net: nn.Module, base: State, spec: ModelSpec) -> None:
                 f"The weights are not {spec.name}'s: {name!r} is missing among their {len(base)} tensors; give the file "
                 f"that was made for {spec.name}, or name its network with --backbone."
             )
-        if given[name].shape != tensor.shape and name not in head:
+        if given[name].shape != tensor.shape:
             raise WeightsError(
                 f"The weights are not {spec.name}'s: {name!r} is {tuple(given[name].shape)} and should be "
                 f"{tuple(tensor.shape)}; give the file that was made for {spec.name}, or name its network with --backbone."
@@ -105,18 +135,7 @@ def load_base(net: nn.Module, base: State, spec: ModelSpec) -> None:
             f"The weights are not {spec.name}'s: {extra[0]!r} is not part of that network; give the file that was made "
             f"for {spec.name}, or name its network with --backbone."
         )
-    for name in head:
-        given[name] = torch.zeros(wanted[name].shape)
     net.load_state_dict({name: given[name].to(tensor.dtype).contiguous() for name, tensor in wanted.items()}, assign=True)
-
-
-def replace_head(net: nn.Module, head: str, num_classes: int) -> None:
-    """Put a new, trainable layer of the same kind in the head's place, with ``num_classes`` outputs."""
-    old = net.get_submodule(head)
-    if not isinstance(old, nn.Linear):
-        raise TypeError(f"a head is a Linear layer, {head} is {type(old).__name__}")
-    parent, _, name = head.rpartition(".")
-    setattr(net.get_submodule(parent), name, nn.Linear(old.in_features, num_classes, bias=old.bias is not None))
 
 
 def trained_names(net: nn.Module) -> list[str]:
@@ -129,6 +148,16 @@ def trained_names(net: nn.Module) -> list[str]:
         names += [f"{prefix}.{name}" if prefix else name for name in trainable + buffers]
     own = net.state_dict()
     return [name for name in own if name in set(names)]
+
+
+def _to_be_filled(spec: ModelSpec) -> nn.Module:
+    """The network without numbers, as they would be replaced at once; with them where a state dict does not hold them all."""
+    with torch.device("meta"):
+        net = create_model(spec.name, num_classes=spec.pretrained_classes)
+    held = net.state_dict()
+    if all(name in held for name, _ in net.named_buffers()):
+        return net
+    return create_model(spec.name, num_classes=spec.pretrained_classes)
 
 
 def _layer(net: nn.Module, name: str) -> nn.Module:

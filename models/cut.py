@@ -8,25 +8,40 @@ a network with nothing but pooling before its head behind the pooling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from models.classifier import Classifier
+from models.errors import ConfigError
 
 
 class _LeafTracer(Tracer):
     """Trace down to the layers that hold no others, so that padding computed in Python inside one is not looked into.
 
     BatchNorm is always a layer: timm's holds an activation, and looked into it would stay as it is while it is traced.
+    So is what cannot be looked into, as its Python code depends on shapes: the innermost such module is taken whole.
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name == "normalise" or isinstance(m, _BatchNorm) or not any(True for _ in m.children())
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nodes, depth = len(self.graph.nodes), len(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:  # whatever Python says when it meets a placeholder in a number's place
+            for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - nodes]:
+                self.graph.erase_node(node)
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
 
 @dataclass(frozen=True)
@@ -39,32 +54,55 @@ class Cut:
 
 
 def trace(classifier: Classifier) -> Graph:
-    """The network's layers and operations in the order in which they run."""
-    return _LeafTracer().trace(classifier)
+    """The network's layers and operations in the order in which they run. Raises ConfigError for one that hides them."""
+    graph = _LeafTracer().trace(classifier)
+    if any(node.target == "net" for node in graph.nodes):
+        raise ConfigError(
+            "This network's code depends on the shape of what it is given, so its frozen part cannot be found (torch.fx cannot "
+            "trace it); choose another with --backbone, `finetune models` lists them."
+        )
+    return graph
+
+
+def visible(classifier: Classifier) -> set[str]:
+    """The names of the layers whose output the traced graph knows: all of them, but for those inside of one taken whole."""
+    return {name for node in trace(classifier).nodes for name in {_name(node), *_stack(node)}}
 
 
 def cut(classifier: Classifier) -> Cut:
-    """Cut the network behind its last deterministic frozen layer, at a place that a single tensor crosses."""
+    """Cut the network behind its last deterministic frozen layer, at a place that a single tensor crosses.
+
+    What is trained gives a tuple where the network has auxiliary heads: its own answer, then theirs.
+    """
+    mode = classifier.training
+    classifier.train(mode or classifier.aux_weight > 0)  # auxiliary heads run only while training
     graph = trace(classifier)
-    layers = dict(classifier.named_modules())
+    classifier.train(mode)
     nodes = [node for node in graph.nodes if node.op != "output"]
-    alive = next(i for i, node in enumerate(nodes) if _is_alive(node, layers))
+    alive = next(i for i, node in enumerate(nodes) if _is_alive(node, classifier))
     at = next(i for i in range(alive, 0, -1) if len(_crossing(nodes, i)) == 1)
     (crossing,) = _crossing(nodes, at)
     frozen = GraphModule(classifier, _copy(nodes[:at], outputs=[crossing]))
-    trained = GraphModule(classifier, _copy(nodes[at:], outputs=[_result(graph)], given=crossing))
-    return Cut(frozen=frozen, trained=trained, after=_name(crossing))
+    trained = GraphModule(classifier, _copy(nodes[at:], outputs=_results(graph), given=crossing))
+    return Cut(frozen=frozen, trained=trained, after=_place(crossing, graph))
 
 
 def with_outputs(classifier: Classifier, layers: Sequence[tuple[str, bool]]) -> GraphModule:
-    """The whole network, giving ``(log_probs, *extras)``: for each (layer, is_input) that layer's output, or its input."""
+    """The whole network, giving ``(log_probs, *extras)``: for each (layer, is_input) that layer's output, or its input.
+
+    The input of a convolution is a map; its mean over the map is given, as a Linear layer in its place would see it.
+    """
     graph = trace(classifier)
     extras: list[Node] = []
     for layer, is_input in layers:
         node = _last_inside(layer, graph)
-        extras.append(node.all_input_nodes[0] if is_input else node)
+        if is_input and isinstance(classifier.net.get_submodule(layer), nn.Conv2d):
+            with graph.inserting_after(node.all_input_nodes[0]):
+                extras.append(graph.call_function(torch.mean, (node.all_input_nodes[0], (2, 3))))
+        else:
+            extras.append(node.all_input_nodes[0] if is_input else node)
     nodes = [node for node in graph.nodes if node.op != "output"]
-    return GraphModule(classifier, _copy(nodes, outputs=[_result(graph), *extras]))
+    return GraphModule(classifier, _copy(nodes, outputs=[*_results(graph), *extras]))
 
 
 def train_mode(part: nn.Module) -> None:
@@ -75,13 +113,20 @@ def train_mode(part: nn.Module) -> None:
             layer.eval()
 
 
-def _is_alive(node: Node, layers: dict[str, nn.Module]) -> bool:
+def _is_alive(node: Node, classifier: Classifier) -> bool:
     """Whether a node is random while training, or learns."""
+    if node.op == "get_attr":  # a parameter of its own, such as a transformer's class token
+        owner, _, name = str(node.target).rpartition(".")
+        return bool(getattr(classifier.get_submodule(owner), name).requires_grad)
     if node.op != "call_module":
         return False
-    layer = layers[str(node.target)]
-    random = (isinstance(layer, _DropoutNd) and layer.p > 0) or type(layer).__name__ in ("StochasticDepth", "DropPath")
-    return random or any(parameter.requires_grad for parameter in layer.parameters())
+    layer = classifier.get_submodule(str(node.target))
+    return any(map(_is_random, layer.modules())) or any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def _is_random(layer: nn.Module) -> bool:
+    chance = getattr(layer, {"StochasticDepth": "p", "DropPath": "drop_prob"}.get(type(layer).__name__, ""), 0.0)
+    return (isinstance(layer, _DropoutNd) and layer.p > 0) or chance > 0
 
 
 def _crossing(nodes: Sequence[Node], at: int) -> list[Node]:
@@ -102,9 +147,9 @@ def _copy(nodes: Sequence[Node], *, outputs: Sequence[Node], given: Node | None 
     return graph
 
 
-def _result(graph: Graph) -> Node:
-    output: Node = next(node for node in graph.nodes if node.op == "output")
-    return output.all_input_nodes[0]
+def _results(graph: Graph) -> list[Node]:
+    """What the network gives: its log-probabilities, and those of its auxiliary heads where they were traced."""
+    return next(node for node in graph.nodes if node.op == "output").all_input_nodes
 
 
 def _name(node: Node) -> str:
@@ -114,6 +159,17 @@ def _name(node: Node) -> str:
 
 
 def _last_inside(layer: str, graph: Graph) -> Node:
-    """The node of a layer, or, for one that holds others (a stage of blocks), the last that runs inside it."""
-    inside: list[Node] = [n for n in graph.nodes if n.op == "call_module" and f"{_name(n)}.".startswith(f"{layer}.")]
-    return inside[-1]
+    """The node of a layer, or, for one that holds others (a stage of blocks), the last thing that is computed inside it."""
+    return next(node for node in reversed(graph.nodes) if _name(node) == layer or layer in _stack(node))
+
+
+def _place(node: Node, graph: Graph) -> str:
+    """A node's name for a person: an operation that is a layer's last one goes by the layer's, such as SqueezeNet's cat."""
+    layers = sorted(_stack(node) - {"net"}, key=len, reverse=True)
+    last_of = (layer for layer in layers[:1] if _last_inside(layer, graph) is node)
+    return next(last_of, _name(node))
+
+
+def _stack(node: Node) -> set[str]:
+    """The layers that a node is computed in, from the outermost to its own."""
+    return {path.removeprefix("net.") for path, _ in node.meta.get("nn_module_stack", {}).values()}

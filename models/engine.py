@@ -82,6 +82,7 @@ class OnnxEngine:
             settings["INFERENCE_NUM_THREADS"] = threads
         self._tensor, self._outputs = openvino.Tensor, len(outputs)
         compiled = core.compile_model(model, "CPU", settings)
+        self.compiled = compiled
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(streams):
             self._requests.put(compiled.create_infer_request())
@@ -105,7 +106,7 @@ class OnnxEngine:
         request = self._requests.get()
         try:
             # Tensors are set and read one by one: the request's own way with arrays takes as long as a small network.
-            request.set_input_tensor(self._tensor(np.ascontiguousarray(pixels), shared_memory=True))
+            request.set_input_tensor(self._tensor(np.require(pixels, requirements=["C", "W"]), shared_memory=True))
             request.start_async()
             request.wait()
             return [request.get_output_tensor(i).data.copy() for i in range(self._outputs)]

@@ -17,7 +17,9 @@ class TorchEngine:
 
     def __init__(self, bundle: Bundle, *, device: str | None = None) -> None:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        classifier = build_classifier(get_spec(bundle.backbone), num_classes=len(bundle.classes), base=None)
+        classifier = build_classifier(
+            get_spec(bundle.backbone), num_classes=len(bundle.classes), base=None, permute_pixels=bundle.permute_pixels
+        )
         classifier.net.load_state_dict(read_tensors(bundle.path / WEIGHTS))
         self._classifier = classifier.eval().to(self._device)
         self._temperature = float(bundle.info["temperature"])

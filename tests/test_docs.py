@@ -37,6 +37,8 @@ def test_every_flag_in_the_readme_is_a_flag() -> None:
         "--json",
         "--csv",
         "--archive",
+        "--photo",
+        "--backbones",
     }
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert flag in known, flag

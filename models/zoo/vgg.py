@@ -3,36 +3,101 @@
 from __future__ import annotations
 
 from torch import nn
-from torchvision import models as torchvision_models
+from torchvision.models.vgg import VGG, make_layers
 
+from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import ModelSpec, WeightsSource
+from models.spec import FROM_SCRATCH, ModelSpec, WeightsSource
+from models.surgery import with_channels
 
-VGG16 = ModelSpec(
-    name="vgg16",
-    title="VGG16",
-    year=2014,
-    paper="https://arxiv.org/abs/1409.1556",
-    head="classifier.6",
-    cam_layer="features.29",
-    weights=WeightsSource(
-        url="https://download.pytorch.org/models/vgg16-397923af.pth",
-        sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-        licence="BSD-3-Clause",
-    ),
+PAPER = "https://arxiv.org/abs/1409.1556"
+WIDTHS = (64, 128, 256, 512, 512)
+# The paper's table 1, columns A, B, D and E: how many convolutions each of the five stages has.
+DEPTHS = {
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
+FILES = {
+    "vgg11": "vgg11-8a719046.pth",
+    "vgg13": "vgg13-19584684.pth",
+    "vgg16": "vgg16-397923af.pth",
+    "vgg19": "vgg19-dcbb9e9d.pth",
+    "vgg11_bn": "vgg11_bn-6002323d.pth",
+    "vgg13_bn": "vgg13_bn-abd245e5.pth",
+    "vgg16_bn": "vgg16_bn-6c64b313.pth",
+    "vgg19_bn": "vgg19_bn-c79401a0.pth",
+}
+DIGESTS = {"vgg16": {"sha256": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"}}
+
+
+def stages(depth: int) -> list[str | int]:
+    """The layers of a depth as torchvision writes them: [64, "M", 128, "M", ...], "M" for a max pooling of 2."""
+    plan: list[str | int] = []
+    for width, count in zip(WIDTHS, DEPTHS[depth], strict=True):
+        plan += [width] * count + ["M"]
+    return plan
+
+
+def _register(depth: int, *, batch_norm: bool) -> None:
+    name = f"vgg{depth}_bn" if batch_norm else f"vgg{depth}"
+    spec = ModelSpec(
+        name=name,
+        title=f"VGG{depth} with BatchNorm" if batch_norm else f"VGG{depth}",
+        year=2014,
+        paper=PAPER,
+        head="classifier.6",
+        cam_layer=f"features.{(3 if batch_norm else 2) * sum(DEPTHS[depth]) + 3}",  # the last ReLU, behind four poolings
+        weights=WeightsSource.torchvision(FILES[name], **DIGESTS.get(name, {})),
+    )
+
+    @register_model(spec)
+    def vgg(num_classes: int, in_channels: int = 3) -> nn.Module:
+        """Five stages of 3x3 convolutions, each halved by max pooling, then three fully connected layers.
+
+        images       (N, 3, 224, 224)
+        features     64 wide,  pool -> (N, 64, 112, 112)
+                     128 wide, pool -> (N, 128, 56, 56)
+                     256 wide, pool -> (N, 256, 28, 28)
+                     512 wide, pool -> (N, 512, 14, 14)
+                     512 wide, pool -> (N, 512, 7, 7)
+        classifier   25088 -> 4096 -> 4096 -> num_classes, dropout between them
+        """
+        return with_channels(VGG(make_layers(stages(depth), batch_norm=batch_norm), num_classes=num_classes), in_channels)
+
+
+for _depth in DEPTHS:
+    for _batch_norm in (False, True):
+        _register(_depth, batch_norm=_batch_norm)
+
+VGG_CIFAR = ModelSpec(
+    name="vgg_cifar",
+    title="VGG11 for CIFAR-10",
+    year=2015,
+    paper=PAPER,
+    head="output",
+    cam_layer="features.20",  # the ReLU behind the sixth convolution, (N, 512, 4, 4); the last maps are 2 px wide
+    preprocessing=Preprocessing(input_px=32, resize_px=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    recipe=FROM_SCRATCH,
+    pretrained_classes=10,
 )
 
 
-@register_model(VGG16)
-def vgg16(num_classes: int) -> nn.Module:
-    """Five stages of 3x3 convolutions, each halved by max pooling, then three fully connected layers.
+@register_model(VGG_CIFAR)
+def vgg_cifar(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """VGG11's convolutions with BatchNorm, on 32 px, where nothing but a Linear(512, 10) has to follow.
 
-    images       (N, 3, 224, 224)
-    features     2 x conv 64,  pool -> (N, 64, 112, 112)
-                 2 x conv 128, pool -> (N, 128, 56, 56)
-                 3 x conv 256, pool -> (N, 256, 28, 28)
-                 3 x conv 512, pool -> (N, 512, 14, 14)
-                 3 x conv 512, pool -> (N, 512, 7, 7)
-    classifier   25088 -> 4096 -> 4096 -> num_classes, dropout between them
+    images     (N, 3, 32, 32)
+    features   64 M           -> (N, 64, 16, 16)
+               128 M          -> (N, 128, 8, 8)
+               256 256 M      -> (N, 256, 4, 4)
+               512 512 M      -> (N, 512, 2, 2)
+               512 512 M      -> (N, 512, 1, 1)
+    output     512 -> num_classes
     """
-    return torchvision_models.vgg16(num_classes=num_classes)
+    net = nn.Sequential()
+    net.add_module("features", make_layers(stages(11), batch_norm=True))
+    net.add_module("flatten", nn.Flatten())
+    net.add_module("output", nn.Linear(512, num_classes))
+    return with_channels(net, in_channels)

@@ -1,0 +1,170 @@
+"""One network, layer by layer, with the arithmetic of each convolution worked out, to be read beside a lecture."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchinfo
+from torch import Tensor, nn
+
+from models.classifier import Classifier
+from models.cost import empty, picture_shape
+from models.cut import cut
+from models.registry import get_spec
+from models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution of a network: its settings, the map (h, w) that it is given and the one that it gives, in pixels."""
+
+    name: str
+    inputs: int
+    outputs: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | None  # None: TensorFlow's "same", as much as it takes
+    dilation: tuple[int, int]
+    groups: int
+    bias: bool
+    given_px: tuple[int, int]
+    gives_px: tuple[int, int]
+
+    @property
+    def parameters(self) -> str:
+        """(kernel height * width * inputs that an output sees + its bias) * outputs, worked out."""
+        height, width = self.kernel
+        inputs = f"{self.inputs}" if self.groups == 1 else f"{self.inputs}/{self.groups}"
+        count = (height * width * self.inputs // self.groups + self.bias) * self.outputs
+        return f"({height} * {width} * {inputs}{' + 1' if self.bias else ''}) * {self.outputs} = {count:,}"
+
+    @property
+    def size(self) -> str:
+        """floor((size + 2 * padding - kernel) / stride) + 1, worked out: once where height and width are alike."""
+        height, width = (self._side(axis) for axis in (0, 1))
+        return height if height == width else f"{height} high, {width} wide"
+
+    def _side(self, axis: int) -> str:
+        given, gives, stride = self.given_px[axis], self.gives_px[axis], self.stride[axis]
+        if self.padding is None:
+            return f"ceil({given} / {stride}) = {gives}"
+        spread = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        return f"floor(({given} + 2 * {self.padding[axis]} - {spread}) / {stride}) + 1 = {gives}"
+
+    def text(self) -> str:
+        kind = f"conv {self.kernel[0]}x{self.kernel[1]}, {self.inputs} -> {self.outputs}"
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        return f"{self.name}: {kind}{groups}\n    parameters  {self.parameters}\n    output px   {self.size}"
+
+
+def convolutions(net: nn.Module, *shape: int) -> list[Convolution]:
+    """The convolutions of a network in the order in which they run on a picture of ``shape`` (C, h, w)."""
+    found: list[Convolution] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Conv2d, given: tuple[Tensor, ...], result: Tensor) -> None:
+            found.append(_convolution(name, layer, given[0], result))
+
+        return hook
+
+    layers = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
+    hooks = [layer.register_forward_hook(look(name)) for name, layer in layers]
+    with torch.no_grad():
+        net(torch.zeros(1, *shape, device=next(net.parameters()).device))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def frozen_until(spec: ModelSpec) -> str | None:
+    """The last layer that fine-tuning leaves as it is, or None for a network that is trained from random weights."""
+    if spec.weights is None:
+        return None
+    net = empty(spec).requires_grad_(False)
+    for head in spec.heads:
+        net.get_submodule(head).requires_grad_(True)
+    return cut(Classifier(net, spec.preprocessing)).after
+
+
+def layers(spec: ModelSpec, net: nn.Module) -> torchinfo.ModelStatistics:
+    """torchinfo's account of all layers, for one picture."""
+    picture = torch.zeros(1, *picture_shape(spec), device="meta")
+    return torchinfo.summary(
+        net,
+        input_data=picture,
+        device="meta",
+        depth=20,
+        verbose=0,
+        col_names=("output_size", "num_params"),
+        row_settings=("var_names",),
+    )
+
+
+def text(name: str, *, counts: str) -> str:
+    """All of it, for a person."""
+    spec = get_spec(name)
+    net = empty(spec)
+    wanted, weights, after = spec.preprocessing, spec.weights, frozen_until(spec)
+    table = re.split(r"^=+\n", str(layers(spec, net)), flags=re.MULTILINE)
+    worked = [convolution.text() for convolution in convolutions(net, *picture_shape(spec))]
+    about = [
+        f"{spec.title}{f' ({spec.year})' if spec.year else ''}, {spec.paper}",
+        f"input        {wanted.channels} x {wanted.input_px} x {wanted.input_px} px, the middle of a photo resized to "
+        f"{wanted.resize_px} px ({wanted.interpolation}); mean {_numbers(wanted.mean)}, deviation {_numbers(wanted.std)}",
+        f"cost         {counts}",
+        f"weights      {f'{weights.place}, {weights.licence}' if weights else 'none: it is trained from random ones'}",
+        f"frozen       {f'up to {after}' if after else 'nothing'}",
+        f"head         {' and '.join(spec.heads)}; Grad-CAM on {spec.cam_layer}",
+    ]
+    title = "Convolutions, worked out:" if worked else ""
+    return "\n".join([*about, "", table[1] + table[2].rstrip(), "", title, *worked]).rstrip()
+
+
+def as_dict(name: str) -> dict[str, Any]:
+    """The same for a program: ``layers`` and ``convolutions``."""
+    spec = get_spec(name)
+    net = empty(spec)
+    names = {id(layer): path for path, layer in net.named_modules()}
+    rows = [
+        {
+            "name": names[row.layer_id],
+            "type": row.class_name,
+            "output": list(row.output_size),
+            "parameters": int(row.num_params),
+        }
+        for row in layers(spec, net).summary_list
+    ]
+    found = convolutions(net, *picture_shape(spec))
+    worked = [{**dataclasses.asdict(c), "parameters_formula": c.parameters, "size_formula": c.size} for c in found]
+    return {"frozen_until": frozen_until(spec), "layers": rows, "convolutions": worked}
+
+
+def _convolution(name: str, layer: nn.Conv2d, given: Tensor, result: Tensor) -> Convolution:
+    padded = isinstance(layer.padding, str) or type(layer).__name__ == "Conv2dSame"
+    return Convolution(
+        name=name,
+        inputs=layer.in_channels,
+        outputs=layer.out_channels,
+        kernel=_pair(layer.kernel_size),
+        stride=_pair(layer.stride),
+        padding=None if padded else _pair(layer.padding),
+        dilation=_pair(layer.dilation),
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        given_px=(given.shape[2], given.shape[3]),
+        gives_px=(result.shape[2], result.shape[3]),
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value
+    return int(first), int(second)
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)

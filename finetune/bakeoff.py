@@ -1,0 +1,163 @@
+"""Several networks, trained on the same photos and measured on the same others: which is better, faster, smaller."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import config as settings
+from finetune import rundir
+from finetune.bakeoff_report import write_report
+from finetune.config import Config
+from finetune.contest import Measured, measure
+from finetune.data import read_dataset
+from finetune.lineup import check_size, folder_name, line_up
+from finetune.run import settle, train
+from models.bundle import Bundle
+from models.errors import RunError, WeightsError
+from models.files import sha256_of, write_text
+from models.registry import get_spec
+
+RECORD = "bakeoff-run.json"
+# What a person may give for all networks alike; what is not given is each one's own recipe.
+SHARED = (
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "lr_schedule",
+    "patience",
+    "min_delta",
+    "augment",
+    "permute_pixels",
+    "valid_fraction",
+    "allow_leakage",
+    "allow_class_mismatch",
+    "device",
+    "precision",
+    "seed",
+    "workers",
+    "cache_dir",
+    "cache_limit_mb",
+)
+NO_MATTER = rundir.FREE - {"epochs", "export"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One network's place in the bake-off: its settings, and the folder of its run."""
+
+    backbone: str
+    config: Config
+    folder: Path
+
+
+def bake_off(data: Path, backbones: Sequence[str], out: Path, shared: dict[str, Any]) -> list[Measured]:
+    """Train, or reuse, a run for each of ``backbones`` below ``out``, measure all alike and write the report.
+
+    A network whose weights cannot be had, or whose loss runs away, is reported as skipped. Raises RunError where a run is
+    in the way that was made with other settings or photos, or where nothing is left to compare, and DataError.
+    """
+    entries = [_entry(name, data, out, shared) for name in backbones]
+    inputs = name_photos(entries[0].config)
+    for entry in entries:
+        _check_same(entry, inputs)
+    bundles: dict[str, Bundle] = {}
+    skipped: dict[str, str] = {}
+    for number, entry in enumerate(entries, start=1):
+        print(f"\n[{number} of {len(entries)}] {entry.backbone}", flush=True)
+        try:
+            bundles[entry.backbone] = _train(entry, inputs)
+        except (WeightsError, RunError) as error:
+            skipped[entry.backbone] = str(error)
+            print(f"Skipped: {error}")
+    if not bundles:
+        raise RunError(f"None of the networks could be trained; the first one: {next(iter(skipped.values()))}")
+    seconds = {
+        name: _read_record(entry.folder)["seconds"] for name, entry in zip(backbones, entries, strict=True) if name in bundles
+    }
+    rows = measure(bundles, data, seconds=seconds, workers=entries[0].config.workers)
+    print("\n" + write_report(out, rows, data=data, skipped=skipped))
+    return rows
+
+
+def name_photos(config: Config) -> str:
+    """Name the photos by their names, contents, labels and splits, so that a run on others is not taken for this one."""
+    dataset = read_dataset(config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
+    rows = [[photo.name, photo.split, photo.label, sha256_of(photo.path)] for photo in dataset.photos]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _entry(name: str, data: Path, out: Path, shared: dict[str, Any]) -> Entry:
+    folder = out / folder_name(name)
+    config = settings.from_mapping({**shared, "data_dir": data, "backbone": name, "output_dir": folder})
+    return Entry(name, settle(config, get_spec(name)), folder)
+
+
+def _train(entry: Entry, inputs: str) -> Bundle:
+    """The run's bundle; one that is finished is reused, and one that was interrupted goes on. Keeps the seconds it took."""
+    record = _read_record(entry.folder)
+    if record and (entry.folder / rundir.BUNDLE).is_dir():
+        print(f"Reusing the finished run in {entry.folder}.")
+    resume = (entry.folder / rundir.CONFIG).is_file()
+    began = time.perf_counter()
+    had = (entry.folder / rundir.BUNDLE).is_dir()
+    try:
+        return train(entry.config, resume=resume)
+    finally:
+        if (entry.folder / rundir.CONFIG).is_file() and not (had and record):
+            seconds = record.get("seconds", 0.0) + time.perf_counter() - began
+            write_text(entry.folder / RECORD, json.dumps({"photos": inputs, "seconds": seconds}) + "\n")
+
+
+def _check_same(entry: Entry, inputs: str) -> None:
+    """Raise RunError where the run in the way was started with other settings or photos."""
+    if not (entry.folder / rundir.CONFIG).is_file():
+        rundir.check_free(entry.folder)
+        return
+    kept = settings.from_mapping(rundir.read_config(entry.folder))
+    for f in dataclasses.fields(Config):
+        before, now = getattr(kept, f.name), getattr(entry.config, f.name)
+        if f.name not in NO_MATTER and before != now:
+            flag = f"--{f.name.replace('_', '-')}"
+            raise RunError(
+                f"The run in {entry.folder} was made with {flag} {before}, not {now}; name another folder with --output-dir."
+            )
+    if _read_record(entry.folder).get("photos", inputs) != inputs:
+        raise RunError(f"The run in {entry.folder} was made with other photos; name another folder with --output-dir.")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    file = folder / RECORD
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder with train/CLASS/ and valid/CLASS/")
+    parser.add_argument(
+        "--backbones",
+        required=True,
+        metavar="A,B,C",
+        help="networks; `small`: the small own ones; `all`: whose weights are here",
+    )
+    parser.add_argument("--output-dir", type=Path, metavar="OUT", help="where it all goes (default: runs/DATA-bakeoff)")
+    settings.add_flags(parser, SHARED)
+
+
+def run(args: argparse.Namespace) -> int:
+    """``finetune bakeoff``: train, measure, compare, and say what is better than what."""
+    names = line_up(args.backbones)
+    check_size(names)
+    out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-bakeoff"
+    shared = {key: value for key, value in vars(args).items() if key in SHARED}
+    bake_off(args.data_dir, names, out, shared)
+    return 0

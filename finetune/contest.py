@@ -1,0 +1,109 @@
+"""Trained networks measured alike: through the graphs that are served, on the same photos, one after another in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.intervals import mean_interval, wilson
+from finetune.predict import classify
+from finetune.predictions import Predictions, cross_entropy
+from models.bundle import GRAPH, PREDICTIONS, Bundle
+from models.cost import empty, parameters
+from models.engine import OnnxEngine
+from models.precision import choose_precision
+from models.registry import get_spec
+from models.surgery import replace_heads
+
+ROUNDS, PHOTOS_A_ROUND = 20, 5
+Measure = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network's figures. ``correct`` (N,) says which photos it has right; ``accuracy`` and ``log_loss`` have 95 % ends."""
+
+    backbone: str
+    pretrained: bool
+    precision: str
+    accuracy: Measure
+    log_loss: Measure
+    ms_a_photo: float
+    graph_mb: float
+    parameters: int
+    training_s: float
+    epochs: int
+    correct: NDArray[np.bool_]
+
+
+def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, float], workers: int = 0) -> list[Measured]:
+    """Measure the bundles on the validation photos that all of them know, the best first.
+
+    Each in the precision that the service would choose. A run moves a held-out photo that looks like a training one back, so
+    that the photos of two runs can differ by some; those that not all have are left out.
+    """
+    known = {name: Predictions.read_csv(bundle.path / PREDICTIONS) for name, bundle in bundles.items()}
+    first = next(iter(known.values()))
+    shared = set.intersection(*(set(table.photos) for table in known.values()))
+    chosen = [i for i, photo in enumerate(first.photos) if photo in shared]
+    labels = first.labels[chosen]
+    paths = [data / first.photos[i] for i in chosen]
+    precisions = {name: choose_precision(bundle).name for name, bundle in bundles.items()}
+    times = time_in_turns(bundles, paths[:PHOTOS_A_ROUND], precisions)
+    rows = []
+    for name, bundle in bundles.items():
+        answers = classify(bundle, paths, precision=precisions[name], workers=workers)
+        probabilities = np.stack([a.probabilities for a in answers if a.probabilities is not None]).astype(np.float64)
+        correct = np.asarray(probabilities.argmax(axis=1) == labels)
+        rows.append(
+            Measured(
+                backbone=name,
+                pretrained=bundle.info["base"] is not None,
+                precision=precisions[name],
+                accuracy=wilson(int(correct.sum()), len(labels)),
+                log_loss=mean_interval(cross_entropy(labels, probabilities), seed=0, resamples=1000),
+                ms_a_photo=times[name],
+                graph_mb=(bundle.path / GRAPH).stat().st_size / 1e6,
+                parameters=count_parameters(bundle),
+                training_s=seconds[name],
+                epochs=int(bundle.info["provenance"]["epochs"]),
+                correct=correct,
+            )
+        )
+    return sorted(rows, key=lambda row: (-row.accuracy["value"], row.log_loss["value"]))
+
+
+def time_in_turns(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisions: Mapping[str, str]) -> dict[str, float]:
+    """Milliseconds for one photo, batch 1, all processors, decoding left out: the median of 20 rounds.
+
+    In each round every network takes its turn, so that what else the machine does hits all of them.
+    """
+    engines = {
+        name: OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"], precision=precisions[name])
+        for name, bundle in bundles.items()
+    }
+    pixels = {
+        name: [np.stack([bundle.preprocessing.pixels(path.read_bytes())]) for path in paths] for name, bundle in bundles.items()
+    }
+    took: dict[str, list[float]] = {name: [] for name in bundles}
+    for number in range(ROUNDS + 1):
+        for name, engine in engines.items():
+            began = time.perf_counter()
+            for photo in pixels[name]:
+                engine.run(photo)
+            if number:  # the first round compiles kernels
+                took[name].append(1000 * (time.perf_counter() - began) / len(paths))
+    return {name: float(np.median(values)) for name, values in took.items()}
+
+
+def count_parameters(bundle: Bundle) -> int:
+    """What the network has to learn with the bundle's own number of classes."""
+    spec = get_spec(bundle.backbone)
+    net = empty(spec)
+    replace_heads(net, spec.heads, len(bundle.classes))
+    return parameters(net)

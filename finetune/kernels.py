@@ -1,0 +1,166 @@
+"""What a network looks for and what it sees: its first layer's filters, and the maps that a photo leaves in each layer.
+
+As in figures 3 of Krizhevsky et al. (2012) and 2 of Zeiler and Fergus (2013): a filter is a picture of what it answers to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from finetune import plots
+from finetune.folders import check_free
+from finetune.join import open_full
+from finetune.tiles import normalised, sheet
+from models.bundle import WEIGHTS, Bundle
+from models.classifier import Classifier, build_classifier
+from models.errors import BundleError, ConfigError, DataError
+from models.registry import get_spec
+from models.weights import read_tensors
+
+FILTER_PX, MAP_PX, INPUT_PX = 60, 112, 224
+MOST_FILTERS = 256
+EACH_CONVOLUTION = 16  # a network with more convolutions than that is shown by stages
+Maps = NDArray[np.float32]
+
+
+def draw_filters(classifier: Classifier, path: Path, *, name: str) -> Path:
+    """Write the first layer's filters as one sheet: in colour for three channels, else a row of grey ones a channel."""
+    layer_name, weights = first_filters(classifier)
+    count, channels, height, width = weights.shape
+    shown = min(count, MOST_FILTERS)
+    of = f"{count}" if shown == count else f"the first {shown} of {count}"
+    title = f"{name}, {layer_name}: {of} filters of {height} x {width} px, {channels} channel{'' if channels == 1 else 's'}"
+    tile_px = max(FILTER_PX, 4 * max(height, width))
+    if channels in (1, 3):
+        pictures = [normalised(weights[i].transpose(1, 2, 0).squeeze()) for i in range(shown)]
+        return sheet(pictures, path, title=title, tile_px=tile_px)
+    pictures = [normalised(weights[i, channel]) for channel in range(channels) for i in range(shown)]
+    labels = [f"{i}, ch {channel}" for channel in range(channels) for i in range(shown)]
+    return sheet(pictures, path, title=title, tile_px=tile_px, columns=min(shown, 16), labels=labels)
+
+
+def first_filters(classifier: Classifier) -> tuple[str, Maps]:
+    """The name and the weights (filters, channels, h, w) of the first convolution, or of the first Linear layer that there is.
+
+    A Linear layer has a weight for each pixel: its filters are as large as the picture, each pixel where it is in the photo.
+    Raises BundleError for a network that has neither.
+    """
+    net = classifier.net
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            return name, layer.weight.detach().numpy()
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Linear):
+            channels = classifier.normalise.scale.shape[1]
+            side = round((layer.in_features / channels) ** 0.5)
+            weights = layer.weight.detach().reshape(-1, channels, side * side)
+            if classifier.normalise.permutes:
+                unmixed = torch.empty_like(weights)
+                unmixed[:, :, classifier.normalise.order] = weights
+                weights = unmixed
+            return name, weights.reshape(-1, channels, side, side).numpy()
+    raise BundleError("The network has neither a convolution nor a Linear layer to draw; give a bundle of another one.")
+
+
+def stages(net: nn.Module) -> list[str]:
+    """The layers whose maps are worth a picture: each convolution, or the stages of a network that has many of them."""
+    convolutions = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
+    if not convolutions:
+        return [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+    return convolutions if len(convolutions) <= EACH_CONVOLUTION else _split(net, "", len(convolutions))
+
+
+def _split(module: nn.Module, prefix: str, most: int) -> list[str]:
+    """The children that hold convolutions; one that holds over half of all is looked into."""
+    found = []
+    for name, child in module.named_children():
+        count = sum(isinstance(layer, nn.Conv2d) for layer in child.modules())
+        path = f"{prefix}{name}"
+        if count * 2 > most and not isinstance(child, nn.Conv2d):
+            found += _split(child, f"{path}.", most)
+        elif count:
+            found.append(path)
+    return found
+
+
+@torch.inference_mode()
+def maps_of(classifier: Classifier, pixels: NDArray[np.uint8]) -> list[tuple[str, Maps]]:
+    """What each of the ``stages`` gives for one crop (h, w, C), in the order in which they run: (maps, h, w)."""
+    found: list[tuple[str, Maps]] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+            maps = result[0].float()
+            found.append((name, (maps if maps.ndim == 3 else maps.reshape(1, 1, -1)).numpy()))
+
+        return hook
+
+    hooks = [classifier.net.get_submodule(name).register_forward_hook(look(name)) for name in stages(classifier.net)]
+    classifier(torch.from_numpy(pixels[None].copy()))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def draw_maps(classifier: Classifier, bundle: Bundle, photo: Path, folder: Path, *, most: int) -> list[Path]:
+    """Write what the network is given of ``photo``, then a sheet for each stage; raises PhotoError, DataError."""
+    try:
+        pixels = bundle.preprocessing.pixels(photo.read_bytes())
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"There is no photo {photo}; name a file with --photo.") from None
+    crops, labels = [pixels.squeeze()], ["as cropped"]
+    if classifier.normalise.permutes:
+        flat = pixels.reshape(-1, pixels.shape[2])[classifier.normalise.order.numpy()]
+        crops, labels = [*crops, flat.reshape(pixels.shape).squeeze()], [*labels, "as the network gets it"]
+    height, width, channels = pixels.shape
+    title = f"{bundle.name}: the input, {channels} x {height} x {width}"
+    written = [sheet(crops, folder / "00-input.png", title=title, tile_px=INPUT_PX, labels=labels)]
+    for number, (name, maps) in enumerate(maps_of(classifier, pixels), start=1):
+        count, rows, columns = maps.shape
+        shown = f"{count} map{'' if count == 1 else 's'}" if count <= most else f"the first {most} of {count} maps"
+        file = folder / f"{number:02d}-{re.sub(r'[^A-Za-z0-9._]+', '-', name)}.png"
+        title = f"{name}: {count} x {rows} x {columns}, {shown}"
+        written.append(sheet([normalised(one) for one in maps[:most]], file, title=title, tile_px=MAP_PX))
+    return written
+
+
+def load(bundle: Bundle) -> Classifier:
+    """The bundle's network with its weights, in evaluation mode."""
+    spec = get_spec(bundle.backbone)
+    classifier = build_classifier(spec, num_classes=len(bundle.classes), base=None, permute_pixels=bundle.permute_pixels)
+    held = read_tensors(bundle.path / WEIGHTS)
+    missing = classifier.net.load_state_dict(held, strict=False).missing_keys
+    if any(not name.lower().startswith("aux") for name in missing):  # auxiliary heads are there while training only
+        raise BundleError(f"The bundle {bundle.path} lacks the weights of {missing[0]}; train it again with this version.")
+    return classifier.eval()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle to look into")
+    parser.add_argument("--photo", type=Path, metavar="FILE", help="also draw what this photo leaves in each layer")
+    parser.add_argument("--maps", type=int, default=32, metavar="N", help="maps of a layer to draw at most (default: 32)")
+    parser.add_argument("--output-dir", type=Path, metavar="OUT", help="where the pictures go (default: kernels/BUNDLE)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``finetune kernels``: draw the filters and, with ``--photo``, the maps."""
+    if args.maps < 1:
+        raise ConfigError(f"--maps is {args.maps}, and takes 1 or more.")
+    bundle = open_full(args.bundle)
+    out = args.output_dir or Path("kernels") / bundle.name
+    check_free(out)
+    classifier = load(bundle)
+    with plots.calm_style():
+        written = draw_maps(classifier, bundle, args.photo, out / "maps", most=args.maps) if args.photo else []
+        print(f"filters      {draw_filters(classifier, out / 'kernels.png', name=bundle.name)}")
+    if written:
+        print(f"maps         {out / 'maps'}: {len(written)} pictures, the input first")
+    return 0

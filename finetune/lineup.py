@@ -1,0 +1,73 @@
+"""Which networks take part in a bake-off: names, and words for several of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from models.errors import ConfigError
+from models.registry import get_spec, list_models
+from models.spec import ModelSpec
+
+SMALL_PX = 64
+SMALL, ALL = "small", "all"
+
+
+def line_up(words: str) -> list[str]:
+    """The networks that ``words``, with commas, stand for, each once, in that order.
+
+    ``small`` are those of this project that are trained from random weights and take pictures of 64 px at most (a photo is
+    made as small, and grey where they know no colours); ``all`` those whose pretrained weights are on this machine. Raises
+    UnknownModelError and ConfigError.
+    """
+    names: list[str] = []
+    for word in filter(None, map(str.strip, words.split(","))):
+        if word == SMALL:
+            names += [name for name in list_models() if is_small(get_spec(name))]
+        elif word == ALL:
+            names += [name for name in list_models() if weights_are_here(get_spec(name))]
+        else:
+            names.append(get_spec(word).name)
+    if not names:
+        raise ConfigError(f"--backbones is {words!r}, and takes names of networks with commas, `small` or `all`.")
+    return list(dict.fromkeys(names))
+
+
+def is_small(spec: ModelSpec) -> bool:
+    return spec.weights is None and spec.preprocessing.input_px <= SMALL_PX
+
+
+def weights_are_here(spec: ModelSpec) -> bool:
+    """Whether pretrained weights can be had without a download; nothing is fetched to find out."""
+    source = spec.weights
+    if source is None:
+        return False
+    if source.hub_id:
+        import huggingface_hub
+
+        return isinstance(huggingface_hub.try_to_load_from_cache(source.hub_id, source.hub_file), str)
+    if (Path(torch.hub.get_dir()) / "checkpoints" / source.file_name).is_file():
+        return True
+    return bool(source.package) and _is_installed(str(source.package))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def folder_name(backbone: str) -> str:
+    """``timm:convnext_tiny`` as a folder's name."""
+    return backbone.replace(":", "-").replace("/", "-")
+
+
+def check_size(names: Sequence[str]) -> None:
+    """Raise ConfigError where there is nothing to compare."""
+    if len(names) < 2:
+        raise ConfigError(f"--backbones names {names[0]} alone, and a comparison takes two or more; add another.")

@@ -1,0 +1,44 @@
+"""DenseNet: every layer sees the maps of all layers before it in its block (Huang et al. 2016, arXiv 1608.06993)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+
+from models.registry import register_model
+from models.spec import ModelSpec, WeightsSource
+from models.surgery import with_channels
+
+
+def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The published file is older than the layers' names: ``norm.1.weight`` is now ``norm1.weight``."""
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): tensor for name, tensor in tensors.items()}
+
+
+DENSENET121 = ModelSpec(
+    name="densenet121",
+    title="DenseNet-121",
+    year=2016,
+    paper="https://arxiv.org/abs/1608.06993",
+    head="classifier",
+    cam_layer="features",
+    weights=WeightsSource.torchvision("densenet121-a639ec97.pth", convert=rename),
+)
+
+
+@register_model(DENSENET121)
+def densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Four dense blocks of 6, 12, 24 and 16 layers; each layer adds 32 maps, each transition halves maps and size.
+
+    images        (N, 3, 224, 224)
+    stem          conv 7x7/2 64, max pool -> (N, 64, 56, 56)
+    denseblock1   (N, 256, 56, 56)    transition -> (N, 128, 28, 28)
+    denseblock2   (N, 512, 28, 28)    transition -> (N, 256, 14, 14)
+    denseblock3   (N, 1024, 14, 14)   transition -> (N, 512, 7, 7)
+    denseblock4   (N, 1024, 7, 7)
+    classifier    mean over the map, 1024 -> num_classes
+    """
+    return with_channels(torchvision_models.densenet121(num_classes=num_classes), in_channels)

@@ -1,0 +1,113 @@
+"""Inception: windows of several sizes side by side; ``inception_blocks`` has the block on its own.
+
+v1: Szegedy et al. 2014 (arXiv 1409.4842); v2 and v3: 2015 (1512.00567); v4: 2016 (1602.07261).
+
+GoogLeNet and Inception v3 were trained with auxiliary heads: classifiers half-way, which bring the gradient to the early layers
+and are thrown away afterwards. Here they are built (``aux=True``) only where a network is trained from random weights. In
+fine-tuning what they would teach is frozen, so the published file's are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torchvision.models.googlenet import GoogLeNet
+from torchvision.models.inception import Inception3
+
+from models.preprocess import Preprocessing
+from models.registry import register_model
+from models.spec import ModelSpec, WeightsSource
+from models.surgery import with_channels
+
+MINUS_ONE_TO_ONE = (0.5, 0.5, 0.5)
+
+
+def without_aux(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the network alone."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(("aux1.", "aux2.", "AuxLogits."))}
+
+
+GOOGLENET = ModelSpec(
+    name="googlenet",
+    title="GoogLeNet (Inception v1)",
+    year=2014,
+    paper="https://arxiv.org/abs/1409.4842",
+    head="fc",
+    cam_layer="inception5b",
+    weights=WeightsSource.torchvision("googlenet-1378be20.pth", convert=without_aux),
+    # torchvision turns ImageNet's normalisation back into TensorFlow's inside the network; here it comes so at once.
+    preprocessing=Preprocessing(mean=MINUS_ONE_TO_ONE, std=MINUS_ONE_TO_ONE),
+    aux_weight=0.3,
+)
+INCEPTION_V3 = ModelSpec(
+    name="inception_v3",
+    title="Inception v3",
+    year=2015,
+    paper="https://arxiv.org/abs/1512.00567",
+    head="fc",
+    cam_layer="Mixed_7c",
+    weights=WeightsSource.torchvision("inception_v3_google-0cc3c7bd.pth", convert=without_aux),
+    preprocessing=Preprocessing(input_px=299, resize_px=342, mean=MINUS_ONE_TO_ONE, std=MINUS_ONE_TO_ONE),
+    aux_weight=0.4,
+)
+INCEPTION_V4 = ModelSpec(
+    name="inception_v4",
+    title="Inception v4",
+    year=2016,
+    paper="https://arxiv.org/abs/1602.07261",
+    head="last_linear",
+    cam_layer="features.21",
+    weights=WeightsSource(
+        sha256="8e4777a0",
+        licence="Apache-2.0",
+        url="https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-cadene/inceptionv4-8e4777a0.pth",
+    ),
+    preprocessing=Preprocessing(
+        input_px=299, resize_px=341, interpolation="bicubic", mean=MINUS_ONE_TO_ONE, std=MINUS_ONE_TO_ONE
+    ),
+)
+
+
+@register_model(GOOGLENET)
+def googlenet(num_classes: int, in_channels: int = 3, *, aux: bool = False) -> nn.Module:
+    """A stem and nine Inception blocks; the auxiliary heads look at 4a and 4d.
+
+    images         (N, 3, 224, 224)
+    stem           conv 7x7/2, pool, conv 1x1, conv 3x3, pool -> (N, 192, 28, 28)
+    inception3a-b  (N, 256, 28, 28), (N, 480, 28, 28), pool
+    inception4a-e  (N, 512, 14, 14) three times, (N, 528, 14, 14), (N, 832, 14, 14), pool
+    inception5a-b  (N, 832, 7, 7), (N, 1024, 7, 7)
+    fc             mean over the map, dropout, 1024 -> num_classes
+    """
+    return with_channels(GoogLeNet(num_classes=num_classes, aux_logits=aux, init_weights=True), in_channels)
+
+
+@register_model(INCEPTION_V3)
+def inception_v3(num_classes: int, in_channels: int = 3, *, aux: bool = False) -> nn.Module:
+    """5x5 windows become two of 3x3, 7x7 ones become 1x7 and 7x1; the auxiliary head looks at 6e.
+
+    images     (N, 3, 299, 299)
+    stem       (N, 192, 35, 35)
+    Mixed_5    (N, 256, 35, 35), (N, 288, 35, 35), (N, 288, 35, 35)
+    Mixed_6    five x (N, 768, 17, 17)
+    Mixed_7    (N, 1280, 8, 8), (N, 2048, 8, 8), (N, 2048, 8, 8)
+    fc         mean over the map, dropout, 2048 -> num_classes
+    """
+    return with_channels(Inception3(num_classes=num_classes, aux_logits=aux, init_weights=True), in_channels)
+
+
+@register_model(INCEPTION_V4)
+def inception_v4(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """One plan for all blocks, and more of them; no auxiliary head.
+
+    images           (N, 3, 299, 299)
+    features.0-5     stem -> (N, 384, 35, 35)
+    features.6-9     four x Inception-A (N, 384, 35, 35), reduction
+    features.10-17   seven x Inception-B (N, 1024, 17, 17), reduction
+    features.18-21   three x Inception-C (N, 1536, 8, 8)
+    last_linear      mean over the map, 1536 -> num_classes
+    """
+    import timm  # here, as it takes a second to import and most commands do not need it
+
+    return timm.create_model("inception_v4", num_classes=num_classes, in_chans=in_channels)

@@ -1,0 +1,84 @@
+"""LeNet: convolve, pool, convolve, pool, decide (LeCun, Bottou, Bengio and Haffner 1998).
+
+``lenet5`` is the form of "Dive into Deep Learning" (chapter 7.6), initialised as there; ``lenet_cifar`` the one for 32 px
+colour pictures with ReLU and max pooling, as in PyTorch's first tutorial.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+from torch import nn
+
+from models.preprocess import Preprocessing
+from models.registry import register_model
+from models.spec import FROM_SCRATCH, ModelSpec
+from models.zoo.initialise import xavier
+
+LENET5 = ModelSpec(
+    name="lenet5",
+    title="LeNet-5",
+    year=1998,
+    paper="https://doi.org/10.1109/5.726791",
+    head="output",
+    cam_layer="sigmoid2",
+    preprocessing=Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,)),
+    # Behind four sigmoids little is left of a gradient: small batches, that is more steps, and a larger rate.
+    recipe=replace(FROM_SCRATCH, batch_size=16, lr=0.003),
+    pretrained_classes=10,
+)
+LENET_CIFAR = ModelSpec(
+    name="lenet_cifar",
+    title="LeNet for CIFAR-10",
+    year=1998,
+    paper="https://doi.org/10.1109/5.726791",
+    head="output",
+    cam_layer="relu2",
+    preprocessing=Preprocessing(input_px=32, resize_px=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    recipe=FROM_SCRATCH,
+    pretrained_classes=10,
+)
+
+
+@register_model(LENET5)
+def lenet5(num_classes: int, in_channels: int = 1) -> nn.Module:
+    """61,706 parameters for 10 digits; the comments give the output of each layer for (N, 1, 28, 28)."""
+    net = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, 6, kernel_size=5, padding=2),  # (N, 6, 28, 28)
+            sigmoid1=nn.Sigmoid(),
+            pool1=nn.AvgPool2d(2),  # (N, 6, 14, 14)
+            conv2=nn.Conv2d(6, 16, kernel_size=5),  # (N, 16, 10, 10)
+            sigmoid2=nn.Sigmoid(),
+            pool2=nn.AvgPool2d(2),  # (N, 16, 5, 5)
+            flatten=nn.Flatten(),  # (N, 400)
+            hidden1=nn.Linear(16 * 5 * 5, 120),
+            sigmoid3=nn.Sigmoid(),
+            hidden2=nn.Linear(120, 84),
+            sigmoid4=nn.Sigmoid(),
+            output=nn.Linear(84, num_classes),
+        )
+    )
+    return net.apply(xavier)
+
+
+@register_model(LENET_CIFAR)
+def lenet_cifar(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """62,006 parameters for 10 classes; the comments give the output of each layer for (N, 3, 32, 32)."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, 6, kernel_size=5),  # (N, 6, 28, 28)
+            relu1=nn.ReLU(),
+            pool1=nn.MaxPool2d(2),  # (N, 6, 14, 14)
+            conv2=nn.Conv2d(6, 16, kernel_size=5),  # (N, 16, 10, 10)
+            relu2=nn.ReLU(),
+            pool2=nn.MaxPool2d(2),  # (N, 16, 5, 5)
+            flatten=nn.Flatten(),  # (N, 400)
+            hidden1=nn.Linear(16 * 5 * 5, 120),
+            relu3=nn.ReLU(),
+            hidden2=nn.Linear(120, 84),
+            relu4=nn.ReLU(),
+            output=nn.Linear(84, num_classes),
+        )
+    )

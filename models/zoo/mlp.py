@@ -1,0 +1,52 @@
+"""The multilayer perceptron: a network that does not know that its input is a picture (Rumelhart et al. 1986)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from models.preprocess import Preprocessing
+from models.registry import register_model
+from models.spec import FROM_SCRATCH, ModelSpec
+
+GREY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
+
+MLP_SPEC = ModelSpec(
+    name="mlp",
+    title="Multilayer perceptron",
+    year=1986,
+    paper="https://doi.org/10.1038/323533a0",
+    head="output",
+    cam_layer="picture",  # it has no other map: what explains it is the pixels themselves
+    preprocessing=GREY_28,
+    recipe=FROM_SCRATCH,
+    pretrained_classes=10,
+)
+
+
+class MLP(nn.Module):
+    """Two hidden layers of n units; n = 8 has 784 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10 = 6,442 parameters.
+
+    It ends in LogSoftmax, as the notes have it: a second one behind it changes nothing.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, units: int) -> None:
+        super().__init__()
+        self.picture = nn.Identity()
+        self.hidden1 = nn.Linear(in_channels * 28 * 28, units)
+        self.hidden2 = nn.Linear(units, units)
+        self.output = nn.Linear(units, num_classes)
+        self.relu = nn.ReLU()
+        self.log_softmax = nn.LogSoftmax(dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.picture(images)  # (N, 1, 28, 28)
+        x = x.flatten(1)  # (N, 784)
+        x = self.relu(self.hidden1(x))  # (N, 8)
+        x = self.relu(self.hidden2(x))  # (N, 8)
+        return self.log_softmax(self.output(x))  # (N, 10)
+
+
+@register_model(MLP_SPEC)
+def mlp(num_classes: int, in_channels: int = 1, *, units: int = 8) -> nn.Module:
+    """784 -> n -> n -> classes."""
+    return MLP(num_classes, in_channels, units)

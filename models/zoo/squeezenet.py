@@ -1,0 +1,34 @@
+"""SqueezeNet: AlexNet's accuracy with a fiftieth of its parameters (Iandola et al. 2016, arXiv 1602.07360)."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision import models as torchvision_models
+
+from models.registry import register_model
+from models.spec import ModelSpec, WeightsSource
+from models.surgery import with_channels
+
+SQUEEZENET1_1 = ModelSpec(
+    name="squeezenet1_1",
+    title="SqueezeNet 1.1",
+    year=2016,
+    paper="https://arxiv.org/abs/1602.07360",
+    head="classifier.1",  # a 1x1 convolution: it classifies every place of the map, and the answers are averaged
+    cam_layer="features",
+    weights=WeightsSource.torchvision("squeezenet1_1-b8a52dc0.pth"),
+)
+
+
+@register_model(SQUEEZENET1_1)
+def squeezenet1_1(num_classes: int, in_channels: int = 3) -> nn.Module:
+    """Fire modules: squeeze with 1x1 convolutions, expand with 1x1 and 3x3 ones side by side.
+
+    images       (N, 3, 224, 224)
+    stem         conv 3x3/2 64, max pool -> (N, 64, 55, 55)
+    fire         2 x -> (N, 128, 55, 55), max pool -> (N, 128, 27, 27)
+                 2 x -> (N, 256, 27, 27), max pool -> (N, 256, 13, 13)
+                 4 x -> (N, 512, 13, 13)
+    classifier   dropout, conv 1x1 -> (N, num_classes, 13, 13), ReLU, mean over the map
+    """
+    return with_channels(torchvision_models.squeezenet1_1(num_classes=num_classes), in_channels)

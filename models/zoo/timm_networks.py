@@ -1,0 +1,162 @@
+"""Any of timm's networks, as ``timm:NAME`` (Wightman 2019, https://github.com/huggingface/pytorch-image-models).
+
+Everything comes from timm's own account of the network (``pretrained_cfg``): input size, mean, deviation, interpolation, crop,
+head, weights and their licence. NAME may name one of several trainings: ``timm:convnext_tiny.fb_in22k``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import ConfigError, UnknownModelError, did_you_mean
+from models.preprocess import INTERPOLATIONS, Preprocessing
+from models.registry import register_library
+from models.spec import ModelSpec, Recipe, WeightsSource
+
+HOME = "https://github.com/huggingface/pytorch-image-models"
+IMAGENET_CLASSES = 1000  # the size of the head that is replaced, where timm publishes a network without one
+
+
+@register_library("timm")
+def find(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
+    """The spec and the builder of one of timm's networks. Raises UnknownModelError, which proposes the nearest name."""
+    import timm  # here, as it takes a second to import and most commands do not need it
+    from timm.layers.drop import DropPath
+
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if cfg is None:
+        known = timm.list_models() + timm.list_models(pretrained=True)
+        raise UnknownModelError(
+            f"timm has no network named {name!r}.{did_you_mean(name, known)} Its own names follow `timm:`, as in "
+            f"timm:convnext_tiny."
+        )
+
+    def build(num_classes: int, in_channels: int = 3) -> nn.Module:
+        net = timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
+        for layer in net.modules():
+            if isinstance(layer, DropPath):
+                layer.drop_prob = 0.0  # for training all of a network: here it would make the frozen part random
+        return net
+
+    classes = cfg.num_classes or IMAGENET_CLASSES
+    preprocessing = read_preprocessing(name, cfg)
+    with torch.device("meta"):
+        net = build(classes).eval()
+    heads = find_heads(net, cfg.classifier)
+    spec = ModelSpec(
+        name=f"timm:{name}",
+        title=f"{name} (timm)",
+        year=None,
+        paper=read_paper(cfg),
+        head=heads[0],
+        more_heads=tuple(heads[1:]),
+        cam_layer=find_map(net, preprocessing),
+        weights=read_source(name, classes, cfg),
+        preprocessing=preprocessing,
+        recipe=Recipe(epochs=30, lr=0.01, lr_schedule="cosine"),
+        pretrained_classes=classes,
+    )
+    return spec, build
+
+
+def read_preprocessing(name: str, cfg: Any) -> Preprocessing:
+    """As timm evaluates the network: resized to the input's size over ``crop_pct``, cropped in the middle."""
+    _, height, width = cfg.input_size
+    if height != width:
+        raise ConfigError(f"timm:{name} takes pictures of {height} x {width} px, and only squares are served; choose another.")
+    return Preprocessing(
+        input_px=height,
+        resize_px=math.floor(height / cfg.crop_pct),
+        interpolation=cfg.interpolation if cfg.interpolation in INTERPOLATIONS else "bicubic",
+        mean=tuple(cfg.mean),
+        std=tuple(cfg.std),
+    )
+
+
+def read_source(name: str, classes: int, cfg: Any) -> WeightsSource | None:
+    """Where timm has the weights: on the Hugging Face Hub, or at an address; None where it has none."""
+    convert = partial(through_timm, name, classes)
+    licence = cfg.license or "unknown licence"
+    if cfg.hf_hub_id and cfg.custom_load != "hf":  # a custom load is for files at the address, such as NumPy's
+        repository = cfg.hf_hub_id if not cfg.hf_hub_id.endswith("/") else f"{cfg.hf_hub_id}{name}"
+        file = {"hub_file": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
+        return WeightsSource(sha256="", licence=licence, hub_id=repository, convert=convert, **file)
+    if cfg.url and not cfg.custom_load:
+        return WeightsSource(sha256="", licence=licence, url=cfg.url, convert=convert)
+    return None
+
+
+def through_timm(name: str, classes: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors as the network has them: timm knows how each of its checkpoints has to be read."""
+    import timm
+
+    overlay = {"state_dict": dict(tensors), "num_classes": classes, "custom_load": False}
+    net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes)
+    return dict(net.state_dict())
+
+
+def read_paper(cfg: Any) -> str:
+    """The paper where timm names it, else where the network comes from, else timm itself."""
+    papers = [cfg.paper_ids] if isinstance(cfg.paper_ids, str) else list(cfg.paper_ids or ())
+    if papers:
+        return f"https://arxiv.org/abs/{papers[0].removeprefix('arXiv:')}"
+    return cfg.origin_url or HOME
+
+
+def find_heads(net: nn.Module, known: str | tuple[str, ...] | None) -> list[str]:
+    """The names of the layers that classify: timm's own account, or the last such layer of what ``get_classifier`` gives."""
+    named = [known] if isinstance(known, str) else list(known or ())
+    layers = dict(net.named_modules())
+    if named and all(isinstance(layers.get(name), nn.Linear | nn.Conv2d) for name in named):
+        return named
+    classifier = net.get_classifier()  # type: ignore[operator]
+    parts = classifier if isinstance(classifier, tuple | list | nn.ModuleList) else [classifier]
+    heads = []
+    for part in parts:
+        inside = [layer for layer in part.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        heads += [name for name, layer in layers.items() if inside and layer is inside[-1]]
+    if not heads:
+        raise ConfigError("This network of timm's ends in no layer that could be replaced for new classes; choose another.")
+    return heads
+
+
+def find_map(net: nn.Module, preprocessing: Preprocessing) -> str:
+    """The last layer that gives a map (N, C, h, w) with h = w > 1; for a transformer that is its patch embedding.
+
+    Dropout is no such layer: in a transformer it gives maps of which place looks at which.
+    """
+    from models.classifier import Classifier  # here, as they know the registry that this file registers with
+    from models.cut import visible
+
+    maps: list[str] = []
+    known = visible(Classifier(net, preprocessing))
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, given: Any, result: Any) -> None:
+            if isinstance(result, Tensor) and result.dim() == 4 and result.shape[2] == result.shape[3] > 1:
+                maps.append(name)
+
+        return hook
+
+    hooks = [
+        layer.register_forward_hook(note(name))
+        for name, layer in net.named_modules()
+        if name in known and not isinstance(layer, nn.Dropout | nn.Identity | nn.Softmax)
+    ]
+    side = preprocessing.input_px
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack, torch.no_grad():
+        warnings.simplefilter("ignore")
+        for hook in hooks:
+            stack.callback(hook.remove)
+        net(torch.zeros(1, preprocessing.channels, side, side, device="meta"))
+    if not maps:
+        raise ConfigError("This network of timm's has no layer that gives a map of features; choose another.")
+    return maps[-1]

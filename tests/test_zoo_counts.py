@@ -1,0 +1,237 @@
+"""The numbers of the papers and the lectures: parameters, shapes, costs, and how a network starts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from models.cost import empty, macs, parameters, picture_shape
+from models.registry import create_model, get_spec, list_models
+from models.zoo import inception_blocks
+from models.zoo.mobilenet import separable_share
+from models.zoo.vgg import DEPTHS, stages
+
+PARAMETERS = {
+    "alexnet": 61_100_840,
+    "alexnet_2012": 46_764_746,
+    "cnn_mnist": 6_422,
+    "cnn_selu": 435_306,
+    "cnn_separable": 184_234,
+    "cnn_two_conv": 8_490,
+    "densenet121": 7_978_856,
+    "efficientnet_lite0": 4_652_008,
+    "efficientnet_lite1": 5_416_680,
+    "efficientnet_lite2": 6_092_072,
+    "googlenet": 6_624_904,
+    "inception_v3": 23_834_568,
+    "inception_v4": 42_679_816,
+    "lenet5": 61_706,
+    "lenet_cifar": 62_006,
+    "mlp": 6_442,
+    "mobilenet_v1": 4_231_976,
+    "mobilenet_v1_025": 470_072,
+    "mobilenet_v1_050": 1_331_592,
+    "mobilenet_v1_075": 2_585_560,
+    "mobilenet_v2": 3_504_872,
+    "mobilenet_v3_large": 5_483_032,
+    "mobilenet_v3_small": 2_542_856,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "squeezenet1_1": 1_235_496,
+    "vgg11": 132_863_336,
+    "vgg13": 133_047_848,
+    "vgg16": 138_357_544,
+    "vgg19": 143_667_240,
+    "vgg11_bn": 132_868_840,
+    "vgg13_bn": 133_053_736,
+    "vgg16_bn": 138_365_992,
+    "vgg19_bn": 143_678_248,
+}
+"""As published, by torchvision's and timm's tables, Keras' for MobileNetV1, and the course's for the small ones."""
+BY_HAND = {"vgg_cifar"}
+# 9 * inputs * outputs + outputs for each convolution, two for each BatchNorm's map, and the last layer.
+VGG_CIFAR = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_network_has_the_published_number_of_parameters(name: str) -> None:
+    assert parameters(empty(get_spec(name))) == PARAMETERS[name]
+
+
+def test_every_network_is_counted() -> None:
+    assert set(list_models()) == set(PARAMETERS) | BY_HAND
+
+
+def test_vgg_for_cifar_counted_by_hand() -> None:
+    by_hand = sum(9 * a * b + b + 2 * b for a, b in VGG_CIFAR) + 512 * 10 + 10
+    assert parameters(create_model("vgg_cifar")) == by_hand == 9_231_114
+
+
+def test_inception_v3_with_its_auxiliary_head_is_torchvisions() -> None:
+    with torch.device("meta"):
+        assert parameters(create_model("inception_v3", aux=True)) == 27_161_264
+        assert parameters(create_model("googlenet", aux=True)) == 13_004_888
+
+
+def test_the_perceptron_takes_any_number_of_units() -> None:
+    for units in (8, 30, 100):
+        net = create_model("mlp", num_classes=10, units=units)
+        assert parameters(net) == 784 * units + units + units * units + units + 10 * units + 10
+
+
+# Shapes
+
+
+def shapes(net: nn.Module, *shape: int) -> list[tuple[int, ...]]:
+    """What each layer of a sequential network gives for one picture, where it is another shape than before."""
+    found: list[tuple[int, ...]] = []
+    x = torch.zeros(1, *shape)
+    for layer in net.eval():  # type: ignore[attr-defined]
+        x = layer(x)
+        found.append(tuple(x.shape[1:]))
+    return found
+
+
+@torch.inference_mode()
+def test_alexnets_shapes_are_those_of_the_notes() -> None:
+    with torch.device("cpu"):
+        net = create_model("alexnet_2012")
+    named = dict(zip([name for name, _ in net.named_children()], shapes(net, 1, 224, 224), strict=True))
+    wanted = {
+        "conv1": (96, 54, 54),
+        "pool1": (96, 26, 26),
+        "conv2": (256, 26, 26),
+        "pool2": (256, 12, 12),
+        "conv3": (384, 12, 12),
+        "conv4": (384, 12, 12),
+        "conv5": (256, 12, 12),
+        "pool5": (256, 5, 5),
+        "flatten": (6400,),
+        "hidden6": (4096,),
+        "hidden7": (4096,),
+        "output": (10,),
+    }
+    assert {name: named[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "before_flatten"),
+    [("lenet5", (16, 5, 5)), ("lenet_cifar", (16, 5, 5)), ("cnn_mnist", (6, 4, 4)), ("cnn_two_conv", (20, 4, 4))],
+)
+@torch.inference_mode()
+def test_the_small_networks_shapes(name: str, before_flatten: tuple[int, ...]) -> None:
+    net = create_model(name)
+    found = shapes(net, *picture_shape(get_spec(name)))
+    at = [child for child, _ in net.named_children()].index("flatten")
+    assert found[at - 1] == before_flatten
+    assert found[at] == (math.prod(before_flatten),)
+    assert found[-1] == (10,)
+
+
+def test_vggs_table_is_the_papers() -> None:
+    assert {depth: sum(counts) + 3 for depth, counts in DEPTHS.items()} == {depth: depth for depth in DEPTHS}
+    assert stages(11) == [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
+
+
+# Channels and classes
+
+
+@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("channels", [1, 4])
+def test_any_number_of_channels_and_classes(name: str, channels: int) -> None:
+    _, height, width = picture_shape(get_spec(name))
+    with torch.device("meta"):
+        net = create_model(name, num_classes=7, in_channels=channels).eval()
+        assert net(torch.zeros(2, channels, height, width)).shape == (2, 7)
+
+
+# How networks of our own start
+
+
+@pytest.mark.parametrize("name", ["lenet5", "alexnet_2012"])
+def test_what_the_notes_start_by_xavier_is_started_so(name: str) -> None:
+    torch.manual_seed(0)
+    net = create_model(name)
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.numel() > 1000:
+            area = layer.weight[0, 0].numel()
+            bound = (6 / (area * (layer.weight.shape[0] + layer.weight.shape[1]))) ** 0.5
+            assert 0.95 * bound < layer.weight.abs().max() <= bound
+            assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_selu_keeps_mean_and_variance_through_the_network() -> None:
+    """Self-normalising, which is what SELU and its start are for (Klambauer et al. 2017)."""
+    torch.manual_seed(0)
+    net = create_model("cnn_selu").eval()
+    found = {}
+    net.get_submodule("features.selu6").register_forward_hook(lambda *a: found.update(map=a[2]))
+    with torch.no_grad():
+        net(torch.randn(16, 1, 28, 28))
+    assert abs(found["map"].mean().item()) < 0.25
+    assert found["map"].std().item() == pytest.approx(1, abs=0.35)
+
+
+# Costs
+
+
+def test_the_inception_block_costs_what_its_file_says() -> None:
+    costs = inception_blocks.compare(28)
+    assert costs == {"naive": (387_296, 303_464_448), "reduced": (163_696, 128_049_152), "factorised": (164_752, 128_851_968)}
+    for count in (number for pair in costs.values() for number in pair):
+        assert f"{count:,}" in (inception_blocks.__doc__ or "")
+
+
+@torch.inference_mode()
+def test_the_naive_block_grows_and_the_reduced_ones_do_not() -> None:
+    x = torch.zeros(1, 192, 28, 28)
+    gives = [make()(x).shape[1] for make in (inception_blocks.naive, inception_blocks.reduced, inception_blocks.factorised)]
+    assert gives == [416, 256, 256]
+
+
+def test_two_3x3_windows_see_what_one_of_5x5_sees_for_18_25ths() -> None:
+    five = nn.Conv2d(64, 64, 5, padding=2, bias=False)
+    two = inception_blocks.two_for_one(64, 64)
+    assert macs(two, 64, 28, 28) / macs(five, 64, 28, 28) == pytest.approx(18 / 25)
+    picture = torch.zeros(1, 64, 9, 9, requires_grad=True)
+    two(picture + torch.randn(1, 64, 9, 9))[0, :, 4, 4].sum().backward()
+    seen = (picture.grad[0].abs().sum(0) > 0).nonzero()  # type: ignore[index]
+    assert (seen.min().item(), seen.max().item()) == (2, 6)
+
+
+def test_reducing_makes_googlenets_block_cheaper() -> None:
+    (_, naive), (_, reduced) = (inception_blocks.compare(14)[form] for form in ("naive", "reduced"))
+    assert reduced < 0.45 * naive
+
+
+def test_a_separable_convolution_costs_1_n_plus_1_d2_of_an_ordinary_one() -> None:
+    for inputs, outputs in ((32, 64), (512, 512)):
+        ordinary = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
+        pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
+        share = macs(nn.Sequential(depthwise, pointwise), inputs, 14, 14) / macs(ordinary, inputs, 14, 14)
+        assert share == pytest.approx(separable_share(outputs, 3)) == pytest.approx(1 / outputs + 1 / 9)
+
+
+def test_mobilenets_macs_against_ordinary_convolutions_are_the_papers() -> None:
+    """Howard et al. 2017, table 4: 569 million against 4,866, 4.2 million parameters against 29.3."""
+    with torch.device("meta"):
+        thin, full = create_model("mobilenet_v1"), create_model("mobilenet_v1", block="ordinary")
+    assert macs(thin, 3, 224, 224) == pytest.approx(569e6, rel=0.001)
+    assert macs(full, 3, 224, 224) == pytest.approx(4866e6, rel=0.005)
+    assert parameters(full) == pytest.approx(29.3e6, rel=0.005)
+
+
+def test_the_width_multiplier_is_the_papers() -> None:
+    """The same, table 6: 325, 149 and 41 million at 0.75, 0.5 and 0.25."""
+    for suffix, width, millions in (("_075", 0.75, 325), ("_050", 0.5, 149), ("_025", 0.25, 41)):
+        with torch.device("meta"):
+            named, made = create_model(f"mobilenet_v1{suffix}"), create_model("mobilenet_v1", width=width)
+        assert round(macs(named, 3, 224, 224) / 1e6) == millions
+        assert parameters(named) == parameters(made)
