@@ -20,7 +20,8 @@ class TorchEngine:
         classifier = build_classifier(
             get_spec(bundle.backbone), num_classes=len(bundle.classes), base=None, permute_pixels=bundle.permute_pixels
         )
-        classifier.net.load_state_dict(read_tensors(bundle.path / WEIGHTS))
+        tensors = read_tensors(bundle.path / WEIGHTS)
+        classifier.net.load_state_dict(classifier.net.state_dict() | tensors)  # auxiliary heads are not in a bundle, nor asked
         self._classifier = classifier.eval().to(self._device)
         self._temperature = float(bundle.info["temperature"])
 
