@@ -19,6 +19,16 @@ def joined_dir(bundle: Bundle) -> Path:
     return default_cache_dir() / "joined" / f"{bundle.name}-{bundle.version}"
 
 
+def compiled_dir() -> Path | None:
+    """Where an engine may keep what it compiled; None where this process cannot write, as in a read-only container."""
+    try:
+        folder = default_cache_dir() / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
 def whole_bundle(path: Path) -> Path:
     """Where the bundle is that can answer: at ``path``, or where it was joined to. Raises BundleError where there is none.
 

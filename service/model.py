@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
-from models.cache import whole_bundle
+from models.cache import compiled_dir, whole_bundle
 from models.engine import Engine, OnnxEngine, Pixels
 from models.errors import UserError
 from models.precision import Precision, choose_precision
@@ -146,6 +146,7 @@ def load_model(settings: Settings, plan: Plan, metrics: Metrics) -> Model:
             threads=plan.crew,
             streams=plan.streams,
             batch_sizes=sizes,
+            keep_compiled=compiled_dir(),
         )
     difference = _check_every_size(bundle, engine, sizes, tolerance=precision.tolerance, streams=plan.streams)
     pipeline = Pipeline(

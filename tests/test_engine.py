@@ -73,6 +73,20 @@ def test_importing_openvino_starts_no_other_process_and_leaves_its_converter_to_
     assert done.stdout.strip() == ""
 
 
+def test_what_was_compiled_is_kept_and_may_be_damaged(bundle: Bundle, pixels: Pixels, tmp_path: Path) -> None:
+    (wanted,) = engine(bundle).run(pixels)
+    np.testing.assert_array_equal(engine(bundle, keep_compiled=tmp_path).run(pixels)[0], wanted)
+    kept = sorted(tmp_path.glob("*.blob"))
+    assert len(kept) == 1
+    np.testing.assert_array_equal(engine(bundle, keep_compiled=tmp_path).run(pixels)[0], wanted)
+    assert sorted(tmp_path.glob("*.blob")) == kept
+    whole = kept[0].read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"no compiled graph at all"):
+        kept[0].chmod(0o644)
+        kept[0].write_bytes(broken)
+        np.testing.assert_array_equal(engine(bundle, keep_compiled=tmp_path).run(pixels)[0], wanted)
+
+
 def with_measured(bundle: Bundle, measured: dict[str, Any] | None) -> Bundle:
     return dataclasses.replace(bundle, info={**bundle.info, "bf16": measured})
 

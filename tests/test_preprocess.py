@@ -268,8 +268,23 @@ def test_a_jpeg_is_decoded_no_smaller_than_asked_for(
     assert decode(saved(Image.new("RGB", size), "JPEG"), at_least_px=at_least_px).size == decoded
 
 
-def test_what_is_no_jpeg_is_decoded_whole() -> None:
-    assert decode(saved(Image.new("RGB", (2000, 1500)), "PNG"), at_least_px=100).size == (2000, 1500)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_a_large_picture_of_another_format_is_halved_before_it_is_converted(mode: str) -> None:
+    ramp = Image.linear_gradient("L").resize((2000, 1600))
+    picture = ramp.convert("I").point(lambda level: level * 256).convert("I;16") if mode == "I;16" else ramp.convert(mode)
+    data = saved(picture, "PNG")
+    halved, whole = decode(data, at_least_px=512), decode(data)
+    assert (halved.mode, halved.size, whole.size) == ("RGB", (1000, 800), (2000, 1600))
+    seen, wanted = (np.asarray(Preprocessing().crop(photo), dtype=int) for photo in (halved, whole))
+    assert np.abs(seen - wanted).max() <= (24 if mode == "1" else 2)  # a dithered picture is noise up close
+
+
+def test_a_large_picture_of_another_format_is_halved_upright() -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    file = io.BytesIO()
+    Image.new("RGB", (2000, 1600)).save(file, "PNG", exif=exif)
+    assert decode(file.getvalue(), at_least_px=512).size == (800, 1000)
 
 
 @pytest.mark.parametrize(("resize_px", "decode_px"), [(232, 512), (256, 512), (384, 768)])
