@@ -19,11 +19,9 @@ from finetune import plots
 from finetune.folders import check_free
 from finetune.join import open_full
 from finetune.tiles import normalised, sheet
-from models.bundle import WEIGHTS, Bundle
-from models.classifier import Classifier, build_classifier
+from models.bundle import Bundle
+from models.classifier import Classifier, load_classifier
 from models.errors import BundleError, ConfigError, DataError
-from models.registry import get_spec
-from models.weights import read_tensors
 
 FILTER_PX, MAP_PX, INPUT_PX = 60, 112, 224
 MOST_FILTERS = 256
@@ -132,17 +130,6 @@ def draw_maps(classifier: Classifier, bundle: Bundle, photo: Path, folder: Path,
     return written
 
 
-def load(bundle: Bundle) -> Classifier:
-    """The bundle's network with its weights, in evaluation mode."""
-    spec = get_spec(bundle.backbone)
-    classifier = build_classifier(spec, num_classes=len(bundle.classes), base=None, permute_pixels=bundle.permute_pixels)
-    held = read_tensors(bundle.path / WEIGHTS)
-    missing = classifier.net.load_state_dict(held, strict=False).missing_keys
-    if any(not name.lower().startswith("aux") for name in missing):  # auxiliary heads are there while training only
-        raise BundleError(f"The bundle {bundle.path} lacks the weights of {missing[0]}; train it again with this version.")
-    return classifier.eval()
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle to look into")
     parser.add_argument("--photo", type=Path, metavar="FILE", help="also draw what this photo leaves in each layer")
@@ -157,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = open_full(args.bundle)
     out = args.output_dir or Path("kernels") / bundle.name
     check_free(out)
-    classifier = load(bundle)
+    classifier = load_classifier(bundle)
     with plots.calm_style():
         written = draw_maps(classifier, bundle, args.photo, out / "maps", most=args.maps) if args.photo else []
         print(f"filters      {draw_filters(classifier, out / 'kernels.png', name=bundle.name)}")

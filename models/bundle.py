@@ -67,6 +67,11 @@ class Bundle:
     def is_head_only(self) -> bool:
         return bool(self.info["kind"] == "head")
 
+    def card(self) -> str | None:
+        """The model card, as Markdown, where the bundle has one."""
+        file = self.path / CARD
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
     def golden(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], float]:
         """The golden pixels (N, H, W, C), the probabilities (N, classes) that they must give, and the tolerance."""
         with np.load(self.path / GOLDEN) as arrays:

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from models.errors import ConfigError, WeightsError, did_you_mean
+from models.bundle import WEIGHTS, Bundle
+from models.errors import BundleError, ConfigError, WeightsError, did_you_mean
 from models.preprocess import Preprocessing
-from models.registry import create_model
+from models.registry import create_model, get_spec
 from models.spec import ModelSpec
 from models.surgery import replace_heads
+from models.weights import read_tensors
 
 State = Mapping[str, Tensor]
 
@@ -103,6 +105,17 @@ def build_classifier(
         for name in unfreeze:
             _layer(net, name).requires_grad_(True)
     return Classifier(net, spec.preprocessing, permute_pixels=permute_pixels).eval()
+
+
+def load_classifier(bundle: Bundle) -> Classifier:
+    """A whole bundle's network with its weights, in evaluation mode. Raises BundleError where some are missing."""
+    spec = get_spec(bundle.backbone)
+    classifier = build_classifier(spec, num_classes=len(bundle.classes), base=None, permute_pixels=bundle.permute_pixels)
+    held = read_tensors(bundle.path / WEIGHTS)
+    missing = classifier.net.load_state_dict(held, strict=False).missing_keys
+    if any(not name.lower().startswith("aux") for name in missing):  # auxiliary heads are there while training only
+        raise BundleError(f"The bundle {bundle.path} lacks the weights of {missing[0]}; train it again with this version.")
+    return classifier
 
 
 def load_base(net: nn.Module, base: State, spec: ModelSpec) -> None:

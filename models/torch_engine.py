@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from models.bundle import WEIGHTS, Bundle
-from models.classifier import build_classifier
+from models.bundle import Bundle
+from models.classifier import load_classifier
 from models.engine import Arrays, Pixels
-from models.registry import get_spec
-from models.weights import read_tensors
 
 
 class TorchEngine:
@@ -17,12 +15,7 @@ class TorchEngine:
 
     def __init__(self, bundle: Bundle, *, device: str | None = None) -> None:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        classifier = build_classifier(
-            get_spec(bundle.backbone), num_classes=len(bundle.classes), base=None, permute_pixels=bundle.permute_pixels
-        )
-        tensors = read_tensors(bundle.path / WEIGHTS)
-        classifier.net.load_state_dict(classifier.net.state_dict() | tensors)  # auxiliary heads are not in a bundle, nor asked
-        self._classifier = classifier.eval().to(self._device)
+        self._classifier = load_classifier(bundle).to(self._device)
         self._temperature = float(bundle.info["temperature"])
 
     @torch.inference_mode()

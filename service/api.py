@@ -10,7 +10,6 @@ from typing import Any
 from flask import Blueprint, Response, current_app, g, jsonify, request
 from PIL import Image
 
-from models.bundle import CARD
 from models.engine import Pixels
 from service.model import Model, ServedModel
 from service.predict import Prediction, predictor, ranked
@@ -39,7 +38,6 @@ def models() -> Response:
     served: ServedModel = current_app.extensions["model"]
     model = served.get()
     bundle, info = model.bundle, model.bundle.info
-    card = bundle.path / CARD
     return jsonify(
         models=[
             model.named
@@ -53,7 +51,7 @@ def models() -> Response:
                 "tolerance": model.precision.tolerance,
                 "golden_difference": model.golden_difference,
                 "created": info["provenance"]["created"],
-                "card": card.read_text(encoding="utf-8") if card.is_file() else None,
+                "card": bundle.card(),
             }
         ]
     )

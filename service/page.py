@@ -9,7 +9,6 @@ from pathlib import Path
 
 from flask import Blueprint, Request, Response, current_app, g, render_template, request
 
-from models.bundle import CARD
 from models.engine import Pixels
 from service.body import read_body
 from service.forms import read_form
@@ -62,8 +61,7 @@ def classify() -> Response:
 @bp.get("/model")
 def model() -> Response:
     served = served_model()
-    card = served.bundle.path / CARD
-    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    text = served.bundle.card()
     return _page(render_template("model.html", served=served, card=text and render_markdown(text)))
 
 
