@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from finetune.intervals import mean_interval, wilson
 from finetune.predict import classify
-from finetune.predictions import Predictions, cross_entropy
 from models.bundle import GRAPH, PREDICTIONS, Bundle
 from models.cost import empty, parameters
 from models.engine import OnnxEngine
 from models.precision import choose_precision
+from models.predictions import Predictions, cross_entropy
 from models.registry import get_spec
 from models.surgery import replace_heads
 

@@ -13,10 +13,10 @@ from finetune.folders import check_free
 from finetune.join import open_full
 from finetune.metrics import format_summary
 from finetune.predict import classify
-from finetune.predictions import Predictions
 from finetune.results import write_results
 from models.errors import DataError
 from models.files import sha256_of
+from models.predictions import Predictions
 
 
 def evaluate_bundle(

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.intervals import mean_interval, wilson
-from finetune.predictions import check_probabilities, count_confusions, cross_entropy
 from finetune.reliability import BINS, calibration_error
 from finetune.roc import roc_auc
+from models.predictions import check_probabilities, count_confusions, cross_entropy
 
 MANY_CLASSES = 10
 WEAKEST_SHOWN = 5

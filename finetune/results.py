@@ -10,9 +10,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from finetune.metrics import evaluate
-from finetune.predictions import Predictions
 from finetune.report import write_plots
 from models.files import write_text
+from models.predictions import Predictions
 
 METRICS, PREDICTIONS, PLOTS = "metrics.json", "predictions.csv", "plots"
 

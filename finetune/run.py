@@ -19,7 +19,6 @@ from finetune.data import read_dataset
 from finetune.device import Compute, choose_compute
 from finetune.export import PARITY_PHOTOS, Parity, export_bundle
 from finetune.metrics import format_summary
-from finetune.predictions import Predictions
 from finetune.prepare import Network, Survey, feature_cache, look, make_batches, prepare
 from finetune.provenance import describe_run
 from finetune.results import write_results
@@ -29,6 +28,7 @@ from finetune.train import Progress, fit, predict
 from models.bundle import Bundle, open_bundle
 from models.errors import ConfigError
 from models.files import write_text
+from models.predictions import Predictions
 from models.registry import get_spec
 from models.spec import ModelSpec
 

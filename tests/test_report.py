@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune import plots, plots_photos
-from finetune.predictions import Predictions
 from finetune.report import slugs, write_plots
 from models import preprocess
+from models.predictions import Predictions
 
 HISTORY = [
     {
