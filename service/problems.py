@@ -23,6 +23,8 @@ CODES: dict[str, tuple[int, str]] = {
     "unauthorized": (401, "A key is wanted"),
     "not_found": (404, "There is nothing here"),
     "method_not_allowed": (405, "The method is not allowed here"),
+    "decided_meanwhile": (409, "Somebody else has decided"),
+    "nothing_to_undo": (409, "There is nothing to undo"),
     "body_timeout": (408, "The body did not arrive in time"),
     "body_too_large": (413, "The body is too large"),
     "too_many_photos": (413, "Too many photos"),

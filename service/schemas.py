@@ -19,6 +19,8 @@ ADVICE = {
     "unauthorized": "Send a key that is known here: `Authorization: Bearer KEY`.",
     "not_found": "Look up the address on this page.",
     "method_not_allowed": "The answer's header `Allow` lists the methods.",
+    "decided_meanwhile": "Look at what the other one decided, and send yours again with its id as `seen` to overrule it.",
+    "nothing_to_undo": "There is no decision about this photo; decide first.",
     "body_timeout": "The connection was too slow for the body; send it again, or a smaller photo.",
     "body_too_large": "Send fewer photos in a request, or smaller files.",
     "too_many_photos": "Send them in several requests.",

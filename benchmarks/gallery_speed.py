@@ -1,0 +1,106 @@
+"""How long the gallery's database takes: to import predictions, and to answer a page of a grid on that many.
+
+    python benchmarks/gallery_speed.py [--photos 25000 1000000] [--database sqlite:///FILE] [--limit-ms 50 200]
+
+Rows are generated: two classes, 4 % of them wrong, as sure as a good classifier is. A page is all that the server does for
+it: counts of every facet, the confusion matrix, the histogram, and 48 photos; each kind of page is asked for five times, and
+its median is printed. With ``--limit-ms`` the program ends with 1 where a median is over the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from models.predictions import Predictions
+from service.filters import Filter
+from service.store.database import Database
+from service.store.importing import Table, import_table, know_model
+from service.store.listing import Listing
+
+CLASSES = ("cats", "dogs")
+AT_ONCE = 100_000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=int, nargs="+", default=[25_000, 1_000_000])
+    parser.add_argument("--limit-ms", type=float, nargs="+", default=[])
+    parser.add_argument("--database", help="an empty one; sqlite:///FILE in a temporary folder where none is given")
+    args = parser.parse_args()
+    late = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number, photos in enumerate(args.photos):
+            database = Database(args.database or f"sqlite:///{Path(folder) / f'{photos}.db'}")
+            began = time.perf_counter()
+            fill(database, photos)
+            print(f"{photos:,} predictions imported in {time.perf_counter() - began:.1f} s", flush=True)
+            for name, wanted, page in pages(photos):
+                ms = statistics.median(time_page(database, wanted, page) for _ in range(5))
+                limit = args.limit_ms[number] if number < len(args.limit_ms) else None
+                late += limit is not None and ms > limit
+                print(f"  {name:<44}{ms:8.1f} ms{'  over the limit' if limit is not None and ms > limit else ''}", flush=True)
+            database.close()
+    return int(late > 0)
+
+
+def fill(database: Database, photos: int) -> None:
+    """Generate and import; the version names the number."""
+    for start in range(0, photos, AT_ONCE):
+        many = min(AT_ONCE, photos - start)
+        with database.write() as connection:
+            model = know_model(connection, version=f"v{photos}", name="generated", classes=CLASSES)
+            none = np.zeros(many, dtype=np.bool_)
+            import_table(connection, model, Table("evaluation", f"{start:064d}", generate(start, many), none, none))
+    database.refresh_statistics()
+
+
+def generate(start: int, photos: int) -> Predictions:
+    rng = np.random.default_rng(start)
+    labels = rng.integers(0, 2, photos)
+    wrong = rng.random(photos) < 0.04
+    sure = np.where(wrong, rng.beta(4, 2, photos), rng.beta(30, 1, photos)) / 2 + 0.5
+    guess = np.where(wrong, 1 - labels, labels)
+    probabilities = np.empty((photos, 2))
+    probabilities[np.arange(photos), guess] = sure
+    probabilities[np.arange(photos), 1 - guess] = 1 - sure
+    names = tuple(f"valid/{CLASSES[label]}/{start + i:08d}.jpg" for i, label in enumerate(labels))
+    sha256s = tuple(rng.bytes(32).hex() for _ in range(photos))
+    return Predictions(CLASSES, names, labels, probabilities, ("valid",) * photos, sha256s)
+
+
+def pages(photos: int) -> Iterator[tuple[str, Filter, int]]:
+    everything = Filter(model=f"v{photos}")
+    wrong = everything.having(verdicts=("wrong",))
+    last = photos // everything.per_page
+    yield "highest loss first", everything, 1
+    yield "highest loss first, page in the middle", everything, last // 2
+    yield "highest loss first, last page", everything, last
+    yield "wrong, highest loss first", wrong, 1
+    yield "wrong cats, by name, page 3", wrong.having(labels=("cats",), sort="name"), 3
+    yield "right dogs, least certain first", everything.having(verdicts=("right",), labels=("dogs",), sort="margin"), 1
+    yield "right, random", everything.having(verdicts=("right",), sort="random", seed=7), 1
+    yield "wrong, random, last page", wrong.having(sort="random", seed=7), max(1, int(photos * 0.04) // 48 - 2)
+    yield "confidence 60 to 80 %, by confidence", everything.having(confidence=(60, 80), sort="confidence"), 1
+    yield "confidence 99 % up, lowest loss last", everything.having(confidence=(99, 100)), photos // 400
+    yield "reviewed (none), by name", everything.having(reviews=("relabelled",), sort="name"), 1
+
+
+def time_page(database: Database, wanted: Filter, page: int) -> float:
+    """Milliseconds."""
+    began = time.perf_counter()
+    with database.read() as connection:
+        listing = Listing(connection, wanted)
+        listing.page(page)
+    return (time.perf_counter() - began) * 1e3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Two models on the same photos: which of them has each right, judged by what is held true now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, select
+
+from service.problems import Problem
+from service.store.tables import UNKNOWN, cells, current_reviews, predictions
+
+if TYPE_CHECKING:
+    from service.store.listing import KnownModel
+
+SET_ASIDE, DISAGREE = -2, -3  # in place of a true class: neither or a bad photo; two labels and no decision
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many photos two models, a and b, have right and wrong; ``fixed`` are those that a has wrong and b right."""
+
+    both_right: int
+    both_wrong: int
+    fixed: int
+    broke: int
+    set_aside: int
+    disagree: int
+    unlabelled: int
+    only_a: int
+    only_b: int
+
+    @property
+    def together(self) -> int:
+        return self.both_right + self.both_wrong + self.fixed + self.broke
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact test: how likely a split of the changed photos at least so uneven is where neither is better."""
+        changed = self.fixed + self.broke
+        tail = sum(comb(changed, i) for i in range(min(self.fixed, self.broke) + 1))
+        return min(1.0, 2 * tail / 2**changed)
+
+
+def compare(connection: Connection, a: KnownModel, b: KnownModel) -> Comparison:
+    """Count the photos that both models were asked; raises Problem where their classes are not the same."""
+    pairs = _pairs(a, b).subquery()
+    found = select(pairs.c.truth, pairs.c.a_right, pairs.c.b_right, func.count()).group_by(
+        pairs.c.truth, pairs.c.a_right, pairs.c.b_right
+    )
+    judged = dict.fromkeys([(False, False), (False, True), (True, False), (True, True)], 0)
+    aside = dict.fromkeys([UNKNOWN, SET_ASIDE, DISAGREE], 0)
+    for truth, a_right, b_right, photos in connection.execute(found):
+        if truth < 0:
+            aside[truth] += photos
+        else:
+            judged[bool(a_right), bool(b_right)] += photos
+    together = sum(judged.values()) + sum(aside.values())
+    return Comparison(
+        both_right=judged[True, True],
+        both_wrong=judged[False, False],
+        fixed=judged[False, True],
+        broke=judged[True, False],
+        set_aside=aside[SET_ASIDE],
+        disagree=aside[DISAGREE],
+        unlabelled=aside[UNKNOWN],
+        only_a=_photos(connection, a) - together,
+        only_b=_photos(connection, b) - together,
+    )
+
+
+def changed(model: KnownModel, vs: KnownModel, change: str) -> Select[Any]:
+    """The ids of ``model``'s predictions whose outcome differs from ``vs``'s as ``change`` says, or does not differ."""
+    vs_right, right = {"fixed": (0, 1), "broke": (1, 0), "both-right": (1, 1), "both-wrong": (0, 0)}[change]
+    pairs = _pairs(vs, model).subquery()
+    return select(pairs.c.b_id).where(pairs.c.truth >= 0, pairs.c.a_right == vs_right, pairs.c.b_right == right)
+
+
+def _pairs(a: KnownModel, b: KnownModel) -> Select[Any]:
+    """A row for each photo that both were asked: b's prediction, the true class, and who has it right (0 or 1)."""
+    if a.classes != b.classes:
+        raise Problem(
+            "bad_parameter",
+            f"The models {a.version} and {b.version} have other classes ({', '.join(a.classes[:5])} against "
+            f"{', '.join(b.classes[:5])}) and cannot be compared; give two with the same.",
+        )
+    of_a, of_b = predictions.alias("of_a"), predictions.alias("of_b")
+    cell_a, cell_b = cells.alias("cell_a"), cells.alias("cell_b")
+    truth = _truth(cell_a.c.label, cell_b.c.label, b.classes)
+    return (
+        select(
+            of_b.c.id.label("b_id"),
+            truth.label("truth"),
+            case((cell_a.c.predicted == truth, 1), else_=0).label("a_right"),
+            case((cell_b.c.predicted == truth, 1), else_=0).label("b_right"),
+        )
+        .select_from(of_b)
+        .join(of_a, and_(of_a.c.model_id == a.id, of_a.c.photo == of_b.c.photo, of_a.c.sha256 == of_b.c.sha256))
+        .join(cell_a, cell_a.c.id == of_a.c.cell_id)
+        .join(cell_b, cell_b.c.id == of_b.c.cell_id)
+        .outerjoin(current_reviews, current_reviews.c.sha256 == of_b.c.sha256)
+        .where(of_b.c.model_id == b.id)
+    )
+
+
+def _truth(a: ColumnElement[int], b: ColumnElement[int], classes: tuple[str, ...]) -> ColumnElement[int]:
+    """A reviewer's word counts; without one, the label that both were evaluated with."""
+    review = current_reviews.c
+    decided = [(and_(review.decision == "label", review.new_label == name), i) for i, name in enumerate(classes)]
+    return case(*decided, (review.decision.is_not(None), SET_ASIDE), (a == b, a), else_=DISAGREE)
+
+
+def _photos(connection: Connection, model: KnownModel) -> int:
+    return int(
+        connection.execute(select(func.coalesce(func.sum(cells.c.photos), 0)).where(cells.c.model_id == model.id)).scalar_one()
+    )

@@ -1,0 +1,91 @@
+"""Every count of a page, out of the cells: totals, facets, the confusion matrix, the histogram of confidence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from service.filters import FACETS, UNLABELLED, Filter
+from service.store.tables import UNKNOWN
+
+BINS = 20
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of all that is filtered by, and how many photos have it. Classes are their names."""
+
+    id: int
+    source: str
+    split: str
+    label: str  # UNLABELLED where nobody has said
+    predicted: str
+    percent: int
+    review: str
+    duplicate: bool
+    mislabelled: bool
+    photos: int
+
+    @property
+    def verdict(self) -> str:
+        return "unknown" if self.label == UNLABELLED else "right" if self.label == self.predicted else "wrong"
+
+
+# What a cell says of each facet: one value, but for flags, of which it can have none or both.
+_VALUES: dict[str, Callable[[Cell], tuple[str, ...]]] = {
+    "verdict": lambda cell: (cell.verdict,),
+    "class": lambda cell: (cell.label,),
+    "predicted": lambda cell: (cell.predicted,),
+    "source": lambda cell: (cell.source,),
+    "split": lambda cell: (cell.split,),
+    "review": lambda cell: (cell.review,),
+    "flag": lambda cell: ("duplicate",) * cell.duplicate + ("mislabelled",) * cell.mislabelled,
+}
+
+
+@dataclass
+class Counts:
+    """What a filter lets through, counted. A facet's counts are those under the rest of the filter: what a click would show."""
+
+    total: int = 0
+    facets: dict[str, Counter[str]] = field(default_factory=lambda: {parameter: Counter() for parameter in FACETS})
+    confusion: Counter[tuple[str, str]] = field(default_factory=Counter)  # (true class, predicted class)
+    histogram: list[int] = field(default_factory=lambda: [0] * BINS)  # by confidence, in steps of 5 %
+    cells: list[int] = field(default_factory=list)  # the ids of those let through
+
+
+def name_cell(row: Sequence[object], classes: Sequence[str]) -> Cell:
+    """A row of the table, with the classes' names in place of their numbers."""
+    id_, source, split, label, predicted, *rest = row
+    assert isinstance(label, int)
+    assert isinstance(predicted, int)
+    name = UNLABELLED if label == UNKNOWN else classes[label]
+    return Cell(id_, source, split, name, classes[predicted], *rest)  # type: ignore[arg-type]
+
+
+def count(cells: Iterable[Cell], wanted: Filter, *, among: Mapping[int, int] | None = None) -> Counts:
+    """Count ``cells`` under ``wanted``. Where ``among`` gives photos for a cell's id, those are what there is of it.
+
+    A cell that fails one facet alone still counts for that facet.
+    """
+    chosen = [(parameter, set(getattr(wanted, field))) for parameter, field in FACETS.items()]
+    low, high = wanted.confidence
+    counts = Counts()
+    for cell in cells:
+        photos = cell.photos if among is None else among.get(cell.id, 0)
+        if not photos or not low <= cell.percent < high:
+            continue
+        failed = [name for name, values in chosen if values and values.isdisjoint(_VALUES[name](cell))]
+        if len(failed) > 1:
+            continue
+        for parameter, facet in counts.facets.items():
+            if not failed or failed == [parameter]:
+                for value in _VALUES[parameter](cell):
+                    facet[value] += photos
+        if not failed:
+            counts.total += photos
+            counts.confusion[cell.label, cell.predicted] += photos
+            counts.histogram[cell.percent * BINS // 100] += photos
+            counts.cells.append(cell.id)
+    return counts

@@ -1,0 +1,130 @@
+"""The connection: SQLite beside the service, or PostgreSQL for several replicas, brought to the schema's present version."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from models.errors import ConfigError
+
+HEAD = "0001"  # the newest of service/migrations; a test holds it against them
+MIGRATIONS = Path(__file__).parent.parent / "migrations"
+WRITING = 7_201_931  # the advisory lock that one writer at a time holds in PostgreSQL
+BUSY_MS = 15_000
+
+
+class Database:
+    """Transactions to read in and to write in. Of writers there is one at a time, so that none sees another's half."""
+
+    def __init__(self, url: str) -> None:
+        """Open ``url``, sqlite:///FILE or postgresql://...; raises ConfigError where it cannot be used."""
+        self.engine = _create(url)
+        self.is_sqlite = self.engine.dialect.name == "sqlite"
+        try:
+            self._migrate()
+        except (SQLAlchemyError, OSError) as error:
+            self.engine.dispose()
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            raise ConfigError(
+                f"DATABASE_URL {self.engine.url.render_as_string()} cannot be opened ({reason}); "
+                "start the database, or give sqlite:///FILE in a folder that can be written."
+            ) from None
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        with self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction that is on disk when the block is left, or not at all where it is left by an exception."""
+        with self.engine.connect().execution_options(writing=True) as connection, connection.begin():
+            if not self.is_sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:n)"), {"n": WRITING})
+            yield connection
+
+    def refresh_statistics(self) -> None:
+        """What the planner knows of the tables, after many rows came in."""
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("ANALYZE" if self.is_sqlite else "VACUUM (ANALYZE) predictions, cells"))
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def _migrate(self) -> None:
+        """Bring the schema up to date, if it is not; of several processes one does."""
+        if self._revision() == HEAD:
+            return
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        with self._alone() as connection:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    def _revision(self) -> str | None:
+        with self.engine.connect() as connection:
+            if not sqlalchemy.inspect(connection).has_table("alembic_version"):
+                return None
+            return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[Connection]:
+        """A transaction that no other process migrates beside."""
+        if not self.is_sqlite:
+            with self.write() as connection:
+                yield connection
+            return
+        database = self.engine.url.database
+        with contextlib.ExitStack() as stack:
+            if database and database != ":memory:":
+                lock = stack.enter_context(Path(f"{database}.lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield stack.enter_context(self.write())
+
+
+def _create(url: str) -> Engine:
+    """An engine for ``url``; raises ConfigError for what is no URL of a database that is known here."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise ConfigError(f"DATABASE_URL is {url!r}; it must be sqlite:///FILE or postgresql://USER@HOST/NAME.") from None
+    if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True, pool_size=8, max_overflow=24)
+    if parsed.drivername != "sqlite":
+        raise ConfigError(f"DATABASE_URL names {parsed.drivername}; sqlite:///FILE and postgresql://... are known here.")
+    if parsed.database:
+        try:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"The folder of DATABASE_URL {url} cannot be made ({error.strerror}); "
+                "give a file in a folder that can be written."
+            ) from None
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_MS / 1e3}, pool_size=8, max_overflow=120)
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # the driver's own idea of transactions would leave selects outside of them
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", f"busy_timeout={BUSY_MS}", "cache_size=-16000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """A writer takes the lock at once: one that read first could not be let through after another's write."""
+    writing = connection.get_execution_options().get("writing")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")

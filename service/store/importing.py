@@ -1,0 +1,193 @@
+"""What a model said of many photos comes into the database: once, whole or not at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, Row, insert, select, update
+
+from models.predictions import Predictions, cross_entropy
+from service.store.tables import UNKNOWN, cells, current_reviews, imports, models, predictions
+
+CHUNK = 5_000
+DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabelled")
+Place = tuple[Any, ...]  # a value for each of DIMENSIONS
+
+
+@dataclass(frozen=True)
+class Table:
+    """The predictions of one evaluation, and what else is known of its N photos: ``duplicate`` and ``mislabelled`` are (N,)."""
+
+    source: str
+    digest: str
+    predictions: Predictions
+    duplicate: NDArray[np.bool_]
+    mislabelled: NDArray[np.bool_]
+
+
+@dataclass
+class Cells:
+    """The cells of one model, found or made as they are needed."""
+
+    connection: Connection
+    model_id: int
+    ids: dict[Place, int] = field(default_factory=dict)
+
+    def at(self, place: Place) -> int:
+        """The id of the cell with these values."""
+        if place not in self.ids:
+            row = dict(zip(DIMENSIONS, place, strict=True)) | {"model_id": self.model_id}
+            found = select(cells.c.id).where(*(cells.c[name] == value for name, value in row.items()))
+            id_ = self.connection.execute(found).scalar()
+            if id_ is None:
+                made = self.connection.execute(insert(cells).values(photos=0, **row))
+                id_ = made.inserted_primary_key[0]  # type: ignore[index]
+            self.ids[place] = id_
+        return self.ids[place]
+
+    def add(self, photos: Mapping[int, int]) -> None:
+        """Count ``photos`` more for each cell's id; a negative number counts them out."""
+        for id_, number in sorted(photos.items()):
+            self.connection.execute(update(cells).where(cells.c.id == id_).values(photos=cells.c.photos + number))
+
+
+def know_model(connection: Connection, *, version: str, name: str, classes: Sequence[str]) -> int:
+    """The id of a model, which is entered where it is new."""
+    known = connection.execute(select(models.c.id).where(models.c.version == version)).scalar()
+    if known is not None:
+        return int(known)
+    row = {"version": version, "name": name, "classes": list(classes), "seen_at": datetime.now(timezone.utc)}
+    return int(connection.execute(insert(models).values(row)).inserted_primary_key[0])  # type: ignore[index]
+
+
+def is_imported(connection: Connection, version: str, digest: str) -> bool:
+    found = select(imports.c.id).join(models).where(models.c.version == version, imports.c.digest == digest)
+    return connection.execute(found).first() is not None
+
+
+def import_table(connection: Connection, model_id: int, table: Table) -> int:
+    """Enter the predictions that the model does not have yet, under the decisions that there are; returns their number."""
+    said = table.predictions
+    known = {tuple(row) for row in connection.execute(_photos_of(model_id))}
+    new = []
+    for i, photo in enumerate(zip(map(_storable, said.photos), said.sha256s, strict=True)):
+        if photo not in known:
+            known.add(photo)
+            new.append(i)
+    reviews = _decisions_on(connection)
+    places = Cells(connection, model_id)
+    counted: Counter[int] = Counter()
+    for rows in _in_chunks(_rows(table, new, reviews, model_id, places)):
+        counted.update(row["cell_id"] for row in rows)
+        connection.execute(insert(predictions), rows)
+    places.add(counted)
+    connection.execute(
+        insert(imports).values(
+            model_id=model_id,
+            digest=table.digest,
+            source=table.source,
+            photos=len(new),
+            imported_at=datetime.now(timezone.utc),
+        )
+    )
+    return len(new)
+
+
+def judge(review: Row[Any] | None, *, label: int, predicted: int, classes: Sequence[str], source: str) -> tuple[int, str]:
+    """The label and the state of a photo under the decision that holds for it, or under none.
+
+    An evaluated photo keeps the label that it was evaluated with. A live one has the label that it was given, if any.
+    """
+    if review is None:
+        return (UNKNOWN if source == "live" else label), "unreviewed"
+    if review.decision != "label":
+        return (UNKNOWN if source == "live" else label), str(review.decision)
+    given = classes.index(review.new_label) if review.new_label in classes else UNKNOWN
+    before = predicted if source == "live" else label
+    return (given if source == "live" else label), "confirmed" if given == before else "relabelled"
+
+
+def _rows(
+    table: Table, which: Sequence[int], reviews: Mapping[str, Any], model_id: int, places: Cells
+) -> Iterator[dict[str, Any]]:
+    said = table.predictions
+    predicted, confidence, losses = said.predicted, said.confidence, said.losses
+    values = said.probabilities.astype("<f4")
+    margins = margins_of(said.probabilities)
+    for i in which:
+        sha256 = said.sha256s[i]
+        guess = int(predicted[i])
+        label, review = judge(
+            reviews.get(sha256), label=int(said.labels[i]), predicted=guess, classes=said.classes, source=table.source
+        )
+        flags = bool(table.duplicate[i]), bool(table.mislabelled[i])
+        place = (table.source, said.splits[i], label, guess, percent(float(confidence[i])), review, *flags)
+        yield {
+            "model_id": model_id,
+            "cell_id": places.at(place),
+            "photo": _storable(said.photos[i]),
+            "sha256": sha256,
+            "loss": float(losses[i]),
+            "confidence": float(confidence[i]),
+            "margin": float(margins[i]),
+            "shuffle": shuffle_of(sha256),
+            "probabilities": values[i].tobytes(),
+        }
+
+
+def live_loss(probabilities: bytes, label: int) -> float:
+    """The loss of a live photo as it is stored: UNKNOWN as long as it has no label."""
+    if label == UNKNOWN:
+        return float(UNKNOWN)
+    values = np.frombuffer(probabilities, dtype="<f4").astype(np.float64)
+    return float(cross_entropy(np.array([label]), values[None])[0])
+
+
+def percent(confidence: float) -> int:
+    """The whole per cent of a confidence; 100 % counts as 99."""
+    return min(99, int(confidence * 100))
+
+
+def margins_of(probabilities: NDArray[Any]) -> NDArray[np.float64]:
+    """(N, C) -> (N,) how far the highest probability is above the second; all of it where there is one class."""
+    if probabilities.shape[1] < 2:
+        return probabilities[:, 0].astype(np.float64)
+    highest = np.sort(probabilities, axis=1)[:, -2:]
+    return np.asarray(highest[:, 1] - highest[:, 0], dtype=np.float64)
+
+
+def shuffle_of(sha256: str) -> int:
+    """31 bits that have nothing to do with anything else of the photo."""
+    return int(sha256[:8], 16) >> 1
+
+
+def _storable(photo: str) -> str:
+    """A file's name may be bytes that are no UTF-8; they are kept as escapes, as PostgreSQL takes no others."""
+    return photo.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _photos_of(model_id: int) -> Any:
+    return select(predictions.c.photo, predictions.c.sha256).where(predictions.c.model_id == model_id)
+
+
+def _decisions_on(connection: Connection) -> dict[str, Any]:
+    columns = current_reviews.c
+    found = select(columns.sha256, columns.decision, columns.new_label)
+    return {row.sha256: row for row in connection.execute(found).all()}
+
+
+def _in_chunks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    chunk: list[dict[str, Any]] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

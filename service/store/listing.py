@@ -1,0 +1,283 @@
+"""A grid's photos, page by page, in an order that is stable; and a photo's place in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import ColumnElement, Connection, false, func, select, tuple_
+
+from service.filters import UNLABELLED, Filter
+from service.problems import Problem
+from service.store.comparing import changed
+from service.store.counts import Cell, Counts, count, name_cell
+from service.store.importing import DIMENSIONS
+from service.store.tables import cells, current_reviews, models, predictions
+
+SORTED_BY = {
+    "loss": predictions.c.loss,
+    "confidence": predictions.c.confidence,
+    "margin": predictions.c.margin,
+    "name": predictions.c.photo,
+    "random": predictions.c.shuffle,
+}
+FEW = 4_000  # photos that are sooner found through their cells and sorted than met in the order's own index
+CHUNK = 1_000
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that the database has predictions of."""
+
+    id: int
+    version: str
+    name: str
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What holds of a photo: the decision ``label`` with its ``new_label``, ``neither`` or ``bad``."""
+
+    id: int
+    decision: str
+    new_label: str | None
+    note: str
+    reviewer: str
+    decided_at: datetime
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """What a model said of one photo, and what was decided. ``probabilities`` is (C,) in the order of the model's classes."""
+
+    id: int
+    photo: str
+    sha256: str
+    source: str
+    split: str
+    label: str | None
+    predicted: str
+    confidence: float
+    margin: float
+    loss: float | None
+    p_true: float | None
+    probabilities: NDArray[np.float32]
+    review: str
+    duplicate: bool
+    mislabelled: bool
+    shuffle: int
+    decision: Decision | None
+
+    @property
+    def verdict(self) -> str:
+        return "unknown" if self.label is None else "right" if self.label == self.predicted else "wrong"
+
+
+class Listing:
+    """One filter on one connection: its counts, its pages, its photos one after the other."""
+
+    def __init__(self, connection: Connection, wanted: Filter) -> None:
+        """Raises Problem for a model or a class that is not known."""
+        self._connection = connection
+        self.wanted = wanted
+        self.model = find_model(connection, wanted.model)
+        _check_classes(wanted, self.model)
+        self._changed = None
+        among = None
+        if wanted.change:
+            self._changed = changed(self.model, find_model(connection, wanted.vs), wanted.change)
+            of_cell = predictions.c.cell_id
+            found = select(of_cell, func.count()).where(predictions.c.id.in_(self._changed)).group_by(of_cell)
+            among = {row[0]: row[1] for row in connection.execute(found)}
+        self.cells = cells_of(connection, self.model)
+        self.everything = sum(cell.photos for cell in self.cells)
+        self.counts: Counts = count(self.cells, wanted, among=among)
+        self._column = SORTED_BY[wanted.sort]
+
+    @property
+    def pages(self) -> int:
+        return max(1, -(-self.counts.total // self.wanted.per_page))
+
+    def page(self, number: int) -> list[Photo]:
+        """The photos of one page, from 1; empty behind the last."""
+        return self._photos(self._ids(limit=self.wanted.per_page, offset=(number - 1) * self.wanted.per_page))
+
+    def first(self, limit: int) -> list[Photo]:
+        return self._photos(self._ids(limit=limit))
+
+    def all(self) -> Iterator[Photo]:
+        """Every photo of the filter, in its order."""
+        ids = self._ids()
+        for start in range(0, len(ids), CHUNK):
+            yield from self._photos(ids[start : start + CHUNK])
+
+    def find(self, photo: str, sha256: str = "") -> Photo:
+        """The photo of that name, whether the filter lets it through or not; raises Problem where there is none."""
+        named = [predictions.c.model_id == self.model.id, predictions.c.photo == photo]
+        if sha256:
+            named.append(predictions.c.sha256 == sha256)
+        found = self._connection.execute(select(predictions.c.id).where(*named).order_by(predictions.c.id)).scalars().first()
+        if found is None:
+            raise Problem("not_found", f"The model {self.model.version} was not evaluated on a photo {photo!r}.")
+        return self._photos([found])[0]
+
+    def around(self, photo: Photo) -> tuple[int, Photo | None, Photo | None]:
+        """How many photos of the filter come before this one, the last of them, and the first that comes after it."""
+        before, later = 0, None
+        own = self._segment_of(photo)
+        key = (self._key(photo), photo.id)
+        previous: Sequence[int] = ()
+        following: Sequence[int] = ()
+        for number, segment in enumerate(self._segments()):
+            if number == own:
+                here = tuple_(self._column, predictions.c.id)
+                low, high = here < tuple_(*key), here > tuple_(*key)
+                earlier, later = (low, high) if self.wanted.order == "asc" else (high, low)
+                before += self._count([*segment, earlier])
+                previous = self._select([*segment, earlier], limit=1, backwards=True) or previous
+                following = self._select([*segment, later], limit=1)
+            elif number < own:
+                before += self._count(segment)
+                previous = self._select(segment, limit=1, backwards=True) or previous
+            elif not following:
+                following = self._select(segment, limit=1)
+        last, first = (next(iter(self._photos(ids)), None) for ids in (previous, following))
+        return before, last, first
+
+    def _ids(self, *, limit: int | None = None, offset: int = 0) -> list[int]:
+        found: list[int] = []
+        segments = self._segments()
+        for number, segment in enumerate(segments, 1):
+            wanted = None if limit is None else limit - len(found)
+            more = self._select(segment, limit=wanted, offset=offset)
+            found += more
+            if number == len(segments) or (limit is not None and len(found) >= limit):
+                break
+            offset = 0 if more else max(0, offset - self._count(segment))
+        return found
+
+    def _segments(self) -> list[list[ColumnElement[bool]]]:
+        """A random order is the photos' own shuffled one, begun at a place that the seed gives and then round."""
+        if self.wanted.sort != "random":
+            return [[]]
+        first, second = [self._column >= self._start], [self._column < self._start]
+        return [first, second] if self.wanted.order == "asc" else [second, first]
+
+    @property
+    def _start(self) -> int:
+        return self.wanted.seed * 2_654_435_761 % 2**31  # Knuth's multiplier: near seeds begin far apart
+
+    def _segment_of(self, photo: Photo) -> int:
+        if self.wanted.sort != "random":
+            return 0
+        return int((photo.shuffle < self._start) == (self.wanted.order == "asc"))
+
+    def _key(self, photo: Photo) -> Any:
+        key = {"loss": photo.loss, "confidence": photo.confidence, "margin": photo.margin, "name": photo.photo}
+        found = key.get(self.wanted.sort, photo.shuffle)
+        return -1.0 if found is None else found
+
+    def _conditions(self) -> list[ColumnElement[bool]]:
+        chosen: list[ColumnElement[bool]] = [predictions.c.model_id == self.model.id]
+        ids, total = self.counts.cells, self.counts.total
+        if len(ids) < len(self.cells):
+            # + 0 keeps a planner, which cannot know how many photos the cells have, from going through them
+            is_few = total <= min(FEW, self.everything // 10)
+            cell = predictions.c.cell_id if is_few else predictions.c.cell_id + 0
+            chosen.append(cell.in_(ids) if ids else false())
+        if self._changed is not None:
+            chosen.append(predictions.c.id.in_(self._changed))
+        return chosen
+
+    def _select(
+        self, more: list[ColumnElement[bool]], *, limit: int | None, offset: int = 0, backwards: bool = False
+    ) -> list[int]:
+        keys: list[ColumnElement[Any]] = [self._column, predictions.c.id]
+        if (self.wanted.order == "desc") != backwards:
+            keys = [key.desc() for key in keys]
+        found = select(predictions.c.id).where(*self._conditions(), *more).order_by(*keys).limit(limit).offset(offset)
+        return list(self._connection.execute(found).scalars())
+
+    def _count(self, more: list[ColumnElement[bool]]) -> int:
+        found = select(func.count()).select_from(predictions).where(*self._conditions(), *more)
+        return int(self._connection.execute(found).scalar_one())
+
+    def _photos(self, ids: Sequence[int]) -> list[Photo]:
+        found = select(*_COLUMNS).select_from(_JOINED).where(predictions.c.id.in_(ids))
+        rows = {row.id: self._photo(row) for row in self._connection.execute(found)}
+        return [rows[id_] for id_ in ids]
+
+    def _photo(self, row: Any) -> Photo:
+        cell = name_cell([row.cell_id, *(getattr(row, name) for name in DIMENSIONS), 1], self.model.classes)
+        values = np.frombuffer(row.probabilities, dtype="<f4")
+        known = cell.label != UNLABELLED
+        decided = (
+            Decision(row.decision_id, row.decision, row.new_label, row.note, row.reviewer, row.decided_at)
+            if row.decision_id
+            else None
+        )
+        return Photo(
+            id=row.id,
+            photo=row.photo,
+            sha256=row.sha256,
+            source=cell.source,
+            split=cell.split,
+            label=cell.label if known else None,
+            predicted=cell.predicted,
+            confidence=row.confidence,
+            margin=row.margin,
+            loss=row.loss if row.loss >= 0 else None,
+            p_true=float(values[self.model.classes.index(cell.label)]) if known else None,
+            probabilities=values,
+            review=cell.review,
+            duplicate=cell.duplicate,
+            mislabelled=cell.mislabelled,
+            shuffle=row.shuffle,
+            decision=decided,
+        )
+
+
+def find_model(connection: Connection, version: str) -> KnownModel:
+    """The model of that version; raises Problem where none is known."""
+    row = connection.execute(select(models).where(models.c.version == version)).first()
+    if row is None:
+        raise Problem(
+            "not_found", f"There are no predictions of a model {version!r} here; /gallery lists those that there are."
+        )
+    return KnownModel(row.id, row.version, row.name, tuple(row.classes))
+
+
+def known_models(connection: Connection) -> list[KnownModel]:
+    """All of them, the one seen last first."""
+    rows = connection.execute(select(models).order_by(models.c.seen_at.desc(), models.c.id.desc()))
+    return [KnownModel(row.id, row.version, row.name, tuple(row.classes)) for row in rows]
+
+
+def cells_of(connection: Connection, model: KnownModel) -> list[Cell]:
+    columns = [cells.c.id, *(cells.c[name] for name in DIMENSIONS), cells.c.photos]
+    found = select(*columns).where(cells.c.model_id == model.id, cells.c.photos > 0)
+    return [name_cell(tuple(row), model.classes) for row in connection.execute(found)]
+
+
+def _check_classes(wanted: Filter, model: KnownModel) -> None:
+    for name, values in (("class", wanted.labels), ("predicted", wanted.predicted)):
+        for value in values:
+            if value not in model.classes and not (name == "class" and value == UNLABELLED):
+                some = ", ".join(model.classes[:20]) + (" and others" if len(model.classes) > 20 else "")
+                raise Problem("bad_parameter", f"The parameter `{name}` is {value!r}; the model knows {some}.")
+
+
+_JOINED = predictions.join(cells, predictions.c.cell_id == cells.c.id).outerjoin(
+    current_reviews, current_reviews.c.sha256 == predictions.c.sha256
+)
+_COLUMNS = [
+    *(predictions.c[name] for name in ("id", "cell_id", "photo", "sha256", "loss", "confidence", "margin", "shuffle")),
+    predictions.c.probabilities,
+    *(cells.c[name] for name in DIMENSIONS),
+    *(current_reviews.c[name] for name in ("decision_id", "decision", "new_label", "note", "reviewer", "decided_at")),
+]

@@ -1,0 +1,119 @@
+"""Predictions that were answered, kept with their photos where the operator says so, within a number and an age."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, case, delete, func, insert, select, update
+
+from service.store.importing import Cells, judge, live_loss, margins_of, percent, shuffle_of
+from service.store.tables import cells, current_reviews, live_photos, predictions
+
+FOLDER = "live"
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A photo as it arrived, and the (C,) probabilities that it was answered."""
+
+    data: bytes
+    sha256: str
+    probabilities: NDArray[np.float32]
+    received_at: datetime
+
+
+def name_of(sha256: str) -> str:
+    """What a live photo is called in a grid: it has no name of its own that is safe to show."""
+    return f"{FOLDER}/{sha256[:16]}"
+
+
+def keep(connection: Connection, model_id: int, classes: Sequence[str], answered: Sequence[Answered]) -> int:
+    """Enter answered photos; one that the model has answered before stays as it is. Returns how many are new to it."""
+    places = Cells(connection, model_id)
+    new = 0
+    for photo in answered:
+        kept = select(live_photos.c.sha256).where(live_photos.c.sha256 == photo.sha256)
+        if connection.execute(kept).first() is None:
+            row = {"sha256": photo.sha256, "data": photo.data, "received_at": photo.received_at}
+            connection.execute(insert(live_photos).values(row))
+        name = name_of(photo.sha256)
+        known = select(predictions.c.id).where(
+            predictions.c.model_id == model_id, predictions.c.photo == name, predictions.c.sha256 == photo.sha256
+        )
+        if connection.execute(known).first() is not None:
+            continue
+        guess, confidence = int(photo.probabilities.argmax()), float(photo.probabilities.max())
+        review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == photo.sha256)).first()
+        label, state = judge(review, label=guess, predicted=guess, classes=classes, source="live")
+        cell = places.at(("live", "", label, guess, percent(confidence), state, False, False))
+        values = photo.probabilities.astype("<f4").tobytes()
+        connection.execute(
+            insert(predictions).values(
+                model_id=model_id,
+                cell_id=cell,
+                photo=name,
+                sha256=photo.sha256,
+                loss=live_loss(values, label),
+                confidence=confidence,
+                margin=float(margins_of(photo.probabilities[None])[0]),
+                shuffle=shuffle_of(photo.sha256),
+                probabilities=values,
+            )
+        )
+        places.add({cell: 1})
+        new += 1
+    return new
+
+
+def prune(connection: Connection, *, most: int, days: float) -> int:
+    """Forget photos that are older than ``days``, and of more than ``most`` those without a decision first, then the oldest.
+
+    Returns how many were forgotten. What was decided about them stays in the history.
+    """
+    columns = live_photos.c
+    until = datetime.now(timezone.utc) - timedelta(days=days)
+    gone = list(connection.execute(select(columns.sha256).where(columns.received_at < until)).scalars())
+    total = connection.execute(select(func.count()).select_from(live_photos)).scalar_one()
+    if (over := total - len(gone) - most) > 0:
+        reviewed = case((current_reviews.c.sha256.is_not(None), 1), else_=0)
+        found = (
+            select(columns.sha256)
+            .outerjoin(current_reviews, current_reviews.c.sha256 == columns.sha256)
+            .where(columns.received_at >= until)
+            .order_by(reviewed, columns.received_at, columns.sha256)
+            .limit(over)
+        )
+        gone += connection.execute(found).scalars()
+    for sha256 in gone:
+        _forget(connection, sha256)
+    return len(gone)
+
+
+def photo_of(connection: Connection, sha256: str) -> bytes | None:
+    """A kept photo, as it arrived."""
+    return connection.execute(select(live_photos.c.data).where(live_photos.c.sha256 == sha256)).scalar()
+
+
+def labelled(connection: Connection) -> Iterator[tuple[str, str]]:
+    """The sha256 and the class of every kept photo that was given one, in their order."""
+    found = (
+        select(live_photos.c.sha256, current_reviews.c.new_label)
+        .join(current_reviews, current_reviews.c.sha256 == live_photos.c.sha256)
+        .where(current_reviews.c.decision == "label")
+        .order_by(current_reviews.c.new_label, live_photos.c.sha256)
+    )
+    for sha256, label in connection.execute(found):
+        yield sha256, str(label)
+
+
+def _forget(connection: Connection, sha256: str) -> None:
+    mine = (predictions.c.sha256 == sha256) & (predictions.c.photo == name_of(sha256))
+    in_cells = connection.execute(select(predictions.c.cell_id, func.count()).where(mine).group_by(predictions.c.cell_id)).all()
+    for cell_id, photos in in_cells:
+        connection.execute(update(cells).where(cells.c.id == cell_id).values(photos=cells.c.photos - photos))
+    connection.execute(delete(predictions).where(mine))
+    connection.execute(delete(live_photos).where(live_photos.c.sha256 == sha256))

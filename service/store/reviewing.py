@@ -1,0 +1,157 @@
+"""What people decide about photos: every decision is kept, the last one that was not taken back holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, insert, select, update
+
+from service.problems import Problem
+from service.store.importing import DIMENSIONS, Cells, judge, live_loss
+from service.store.tables import cells, current_reviews, decisions, models, predictions
+
+DECISIONS = ("label", "neither", "bad")
+REVIEW_COLUMNS = ("sha256", "photo", "label", "decision", "new_label", "note", "reviewer", "decided_at")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What somebody says about a photo. ``decision`` is label, neither, bad, note (which changes nothing) or undo.
+
+    ``seen`` is the id of the decision that they saw holding, None where they saw none: another's in between is not
+    overruled unseen.
+    """
+
+    photo: str
+    sha256: str
+    model_version: str
+    decision: str
+    new_label: str | None = None
+    note: str = ""
+    reviewer: str = ""
+    key_name: str | None = None
+    seen: int | None = None
+
+
+def decide(connection: Connection, verdict: Verdict) -> int:
+    """Enter a verdict and all that follows from it; returns the id that it got.
+
+    Raises Problem: no such photo, nothing to undo, or somebody decided since.
+    """
+    label = _label_of(connection, verdict)
+    holds = holding(connection, verdict.sha256)
+    if verdict.decision != "note" and verdict.seen != (holds.id if holds else None):
+        raise Problem("decided_meanwhile", f"{_in_words(holds)} meanwhile; look at it, and decide again to overrule it.")
+    undoes = None
+    if verdict.decision == "undo":
+        if holds is None:
+            raise Problem("nothing_to_undo", f"Nothing is decided about {verdict.photo}; there is nothing to undo.")
+        undoes = holds.id
+    made = connection.execute(
+        insert(decisions).values(
+            sha256=verdict.sha256,
+            photo=verdict.photo,
+            label=label,
+            decision=verdict.decision,
+            new_label=verdict.new_label if verdict.decision == "label" else None,
+            note=verdict.note,
+            reviewer=verdict.reviewer,
+            key_name=verdict.key_name,
+            model_version=verdict.model_version,
+            undoes=undoes,
+            decided_at=datetime.now(timezone.utc),
+        )
+    )
+    if verdict.decision != "note":
+        _hold(connection, verdict.sha256)
+    return int(made.inserted_primary_key[0])  # type: ignore[index]
+
+
+def holding(connection: Connection, sha256: str) -> Row[Any] | None:
+    """The decision that holds for a photo: the last one that is neither taken back nor a mere note."""
+    undone = select(decisions.c.undoes).where(decisions.c.sha256 == sha256, decisions.c.undoes.is_not(None))
+    found = select(decisions).where(
+        decisions.c.sha256 == sha256, decisions.c.decision.in_(DECISIONS), decisions.c.id.not_in(undone)
+    )
+    return connection.execute(found.order_by(decisions.c.id.desc()).limit(1)).first()
+
+
+def history(connection: Connection, sha256: str) -> list[Row[Any]]:
+    """Everything that was said about a photo, the newest first."""
+    return list(connection.execute(select(decisions).where(decisions.c.sha256 == sha256).order_by(decisions.c.id.desc())))
+
+
+def reviews(connection: Connection) -> Iterator[Row[Any]]:
+    """What holds of every photo that was decided about, in the order of their names: the rows of reviews.csv."""
+    columns = [current_reviews.c[name] for name in REVIEW_COLUMNS]
+    yield from connection.execute(select(*columns).order_by(current_reviews.c.photo, current_reviews.c.sha256))
+
+
+def settle(connection: Connection, sha256: str) -> None:
+    """Put every prediction of a photo into the cell that the decision about it, or none, gives."""
+    review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == sha256)).first()
+    columns = [cells.c[name] for name in DIMENSIONS]
+    found = connection.execute(
+        select(
+            predictions.c.id.label("prediction_id"),
+            predictions.c.probabilities,
+            cells.c.id.label("cell_id"),
+            models.c.id.label("model_id"),
+            models.c.classes,
+            *columns,
+        )
+        .join(cells, cells.c.id == predictions.c.cell_id)
+        .join(models, models.c.id == predictions.c.model_id)
+        .where(predictions.c.sha256 == sha256)
+    ).all()
+    for row in found:
+        label, state = judge(review, label=row.label, predicted=row.predicted, classes=row.classes, source=row.source)
+        place = {name: getattr(row, name) for name in DIMENSIONS} | {"label": label, "review": state}
+        loss = {"loss": live_loss(row.probabilities, label)} if row.source == "live" else {}
+        places = Cells(connection, row.model_id)
+        to = places.at(tuple(place[name] for name in DIMENSIONS))
+        connection.execute(update(predictions).where(predictions.c.id == row.prediction_id).values(cell_id=to, **loss))
+        if to != row.cell_id:
+            places.add({row.cell_id: -1, to: 1})
+
+
+def _hold(connection: Connection, sha256: str) -> None:
+    """Bring ``current_reviews`` and the cells in line with the decision that holds now."""
+    connection.execute(delete(current_reviews).where(current_reviews.c.sha256 == sha256))
+    holds = holding(connection, sha256)
+    if holds is not None:
+        row = {name: getattr(holds, name) for name in REVIEW_COLUMNS}
+        connection.execute(insert(current_reviews).values(**row, decision_id=holds.id))
+    settle(connection, sha256)
+
+
+def _label_of(connection: Connection, verdict: Verdict) -> str | None:
+    """The class that the photo was evaluated with, None for a live one. Raises Problem where there is no such photo."""
+    found = connection.execute(
+        select(cells.c.label, cells.c.source, models.c.classes)
+        .select_from(predictions)
+        .join(cells, cells.c.id == predictions.c.cell_id)
+        .join(models, models.c.id == predictions.c.model_id)
+        .where(
+            models.c.version == verdict.model_version,
+            predictions.c.photo == verdict.photo,
+            predictions.c.sha256 == verdict.sha256,
+        )
+    ).first()
+    if found is None:
+        raise Problem("not_found", f"The model {verdict.model_version} was not evaluated on a photo {verdict.photo!r}.")
+    return None if found.source == "live" else str(found.classes[found.label])
+
+
+def _in_words(holds: Row[Any] | None) -> str:
+    if holds is None:
+        return "The decision was taken back"
+    said = {
+        "label": f"labelled it {holds.new_label}",
+        "neither": "found it to be none of the classes",
+        "bad": "called it a bad photo",
+    }
+    return f"{holds.reviewer or 'Somebody'} {said[holds.decision]}"
