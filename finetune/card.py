@@ -95,7 +95,10 @@ def _counts(photos: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _contents(info: Mapping[str, Any]) -> str:
-    lines = ["`manifest.json` names every file with its sha256. `predictions.csv` has a row for each evaluated photo."]
+    lines = [
+        "`manifest.json` names every file with its sha256. `predictions.csv` has a row for each evaluated photo,"
+        " `embeddings.npz` numbers that are alike for photos that are, and `duplicates.csv` the photos that are the same."
+    ]
     if info["kind"] == "head":
         lines.append(
             "`head.safetensors` holds only what was trained; `finetune join` makes the whole bundle of it and the pretrained"

@@ -11,50 +11,72 @@ import numpy as np
 from finetune.data import read_split
 from finetune.folders import check_free
 from finetune.join import open_full
+from finetune.lookalikes import find_lookalikes
 from finetune.metrics import format_summary
 from finetune.predict import classify
 from finetune.results import write_results
+from finetune.scan import PixelStash, fingerprint_context, scan
+from finetune.shards import ShardStore
+from models.cache import default_cache_dir
 from models.errors import DataError
-from models.files import sha256_of
+from models.evaluation import MEASURED, write_evaluation
 from models.predictions import Predictions
 
 
 def evaluate_bundle(
-    bundle_dir: Path, data_dir: Path, *, split: str = "valid", out: Path, workers: int = 0, seed: int = 0
+    bundle_dir: Path,
+    data_dir: Path,
+    *,
+    split: str = "valid",
+    out: Path,
+    workers: int = 0,
+    seed: int = 0,
+    cache_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Write metrics.json, predictions.csv and plots into ``out``, as a training does, and give the metrics.
+    """Write metrics.json, predictions.csv, what looks alike, plots/ and evaluation.json into ``out``, and give the metrics.
 
     Photos that cannot be read are left out and named. Raises BundleError and DataError.
     """
     bundle = open_full(bundle_dir)
     photos = read_split(data_dir, split, bundle.classes)
     check_free(out)
+    stash = PixelStash(bundle.preprocessing, limit_mb=0)
+    store = ShardStore(cache_dir or default_cache_dir(), fingerprint_context(stash.preprocessing.decode_px), limit_mb=4096)
+    scans = scan(photos, store=store, stash=stash, workers=workers)
     answers = list(classify(bundle, [photo.path for photo in photos], workers=workers))
     for answer in answers:
         if answer.error:
             print(f"left out: {answer.path}: {answer.error}")
-    good = [(photo, a.probabilities) for photo, a in zip(photos, answers, strict=True) if a.probabilities is not None]
+    good = [
+        (s, a.probabilities, a.embedding)
+        for s, a in zip(scans, answers, strict=True)
+        if a.probabilities is not None and a.embedding is not None
+    ]
     if not good:
         raise DataError(f"None of the {len(photos)} photos in {data_dir} can be read; `finetune audit {data_dir}` says why.")
-    probabilities = np.stack([row for _, row in good]).astype(np.float64)
+    probabilities = np.stack([row for _, row, _ in good]).astype(np.float64)
     predictions = Predictions(
         classes=bundle.classes,
-        photos=tuple(photo.name for photo, _ in good),
-        labels=np.array([photo.label for photo, _ in good], dtype=np.int64),
+        photos=tuple(s.photo.name for s, _, _ in good),
+        labels=np.array([s.photo.label for s, _, _ in good], dtype=np.int64),
         probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
-        splits=tuple(photo.split for photo, _ in good),
-        sha256s=tuple(sha256_of(photo.path) for photo, _ in good),
+        splits=tuple(s.photo.split for s, _, _ in good),
+        sha256s=tuple(s.sha256 for s, _, _ in good),
     )
     temperature = float(bundle.info["temperature"])
     raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) to the power T is softmax(z), but for its sum
-    return write_results(
+    embeddings = np.stack([row for _, _, row in good])
+    metrics = write_results(
         out,
         predictions,
+        lookalikes=find_lookalikes(predictions.sha256s, embeddings, [s for s, _, _ in good], bundle.classes),
         uncalibrated=raw / raw.sum(axis=1, keepdims=True),
         temperature=temperature,
         data_dir=data_dir,
         seed=seed,
     )
+    write_evaluation(out, bundle, kind=MEASURED, classes=bundle.classes, split=split, temperature=temperature)
+    return metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from models.classifier import Classifier
 from models.engine import OnnxEngine
 from models.errors import BundleError
 from models.graph import OUTPUTS, PIXELS, export_served
+from models.lookalikes import LOOKALIKES
 from models.precision import compare_bf16
 from models.spec import ModelSpec
 from models.weights import write_tensors
@@ -55,8 +56,8 @@ def export_bundle(
     """Write the bundle, if its graph gives the training path's probabilities; raises BundleError, and writes none, else.
 
     ``info`` is what the manifest says of training; ``trained`` the tensors that training changed; ``results`` the folder
-    of the evaluation, whose predictions.csv and plots go along. A head-only bundle holds ``trained`` in place of the whole
-    weights and of the graph, and no plots, as they show photos.
+    of the evaluation, whose predictions.csv, lookalikes and plots go along. A head-only bundle holds ``trained`` in place
+    of the whole weights and of the graph, and no plots, as they show photos.
     """
     golden = golden_pixels(spec.preprocessing)
 
@@ -74,7 +75,8 @@ def export_bundle(
             write_tensors(folder / WEIGHTS, classifier.net.state_dict())
             if (results / PLOTS).is_dir():
                 shutil.copytree(results / PLOTS, folder / PLOTS)
-        shutil.copyfile(results / PREDICTIONS, folder / PREDICTIONS)
+        for name in (PREDICTIONS, *LOOKALIKES):
+            shutil.copyfile(results / name, folder / name)
         write_card(folder / CARD, manifest)
 
     manifest = {

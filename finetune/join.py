@@ -22,6 +22,7 @@ from models.bundle import (
 from models.cache import joined_dir
 from models.engine import OnnxEngine
 from models.errors import BundleError
+from models.lookalikes import LOOKALIKES
 
 
 def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
@@ -55,7 +56,8 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
         engine = OnnxEngine(folder / GRAPH, outputs=["probabilities"])
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())
-        for name in (GOLDEN, PREDICTIONS, CARD):
+        older = [name for name in LOOKALIKES if name not in bundle.info["files"]]
+        for name in {GOLDEN, PREDICTIONS, CARD, *LOOKALIKES} - set(older):
             shutil.copyfile(bundle.path / name, folder / name)
 
     kept = {key: value for key, value in bundle.info.items() if key not in ("format", "files", "sha256")}

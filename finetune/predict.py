@@ -26,16 +26,17 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Answer:
-    """A photo's probabilities (classes,), or the reason why there are none."""
+    """A photo's probabilities (classes,) and embedding (d,), or the reason why there are none."""
 
     path: Path
     probabilities: NDArray[np.float32] | None
     error: str | None = None
+    embedding: NDArray[np.float32] | None = None
 
 
 def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", workers: int = 0) -> Iterator[Answer]:
     """Calibrated probabilities for each photo, in order; a photo that cannot be read gets its error, the others go on."""
-    engine = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"], precision=precision)
+    engine = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"], precision=precision)
 
     def pixels(path: Path) -> NDArray[np.uint8] | str:
         try:
@@ -45,9 +46,13 @@ def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", 
 
     for batch in batched(zip(paths, prefetch(pixels, paths, workers=workers), strict=True), BATCH):
         good = [picture for _, picture in batch if not isinstance(picture, str)]
-        rows = iter(engine.run(np.stack(good))[0]) if good else iter(())
+        rows = zip(*engine.run(np.stack(good)), strict=True) if good else iter(())
         for path, picture in batch:
-            yield Answer(path, None, picture) if isinstance(picture, str) else Answer(path, next(rows))
+            if isinstance(picture, str):
+                yield Answer(path, None, picture)
+            else:
+                probabilities, embedding = next(rows)
+                yield Answer(path, probabilities, embedding=embedding)
 
 
 def find_photos(paths: Sequence[Path]) -> list[Path]:

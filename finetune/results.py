@@ -1,4 +1,4 @@
-"""What an evaluation leaves: metrics.json, predictions.csv and plots/, the same from a training and from a bundle."""
+"""What an evaluation leaves, the same from a training and from a bundle: metrics, predictions, what looks alike, plots."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from finetune.metrics import evaluate
 from finetune.report import write_plots
 from models.files import write_text
+from models.lookalikes import Lookalikes
 from models.predictions import Predictions
 
 METRICS, PREDICTIONS, PLOTS = "metrics.json", "predictions.csv", "plots"
@@ -21,19 +22,21 @@ def write_results(
     folder: Path,
     predictions: Predictions,
     *,
+    lookalikes: Lookalikes,
     uncalibrated: NDArray[Any],
     temperature: float,
     data_dir: Path,
     history: Sequence[Mapping[str, float]] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure ``predictions`` and write the three into ``folder``; returns the metrics."""
+    """Measure ``predictions`` and write all of it into ``folder``; returns the metrics."""
     metrics = evaluate(
         predictions.labels, predictions.probabilities, classes=predictions.classes, uncalibrated=uncalibrated, seed=seed
     )
     metrics["temperature"] = temperature
     folder.mkdir(parents=True, exist_ok=True)
     predictions.write_csv(folder / PREDICTIONS)
+    lookalikes.write(folder)
     write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     write_plots(
         folder / PLOTS,

@@ -18,6 +18,7 @@ from finetune.config import Config
 from finetune.data import read_dataset
 from finetune.device import Compute, choose_compute
 from finetune.export import PARITY_PHOTOS, Parity, export_bundle
+from finetune.lookalikes import find_lookalikes, watch_embeddings
 from finetune.metrics import format_summary
 from finetune.prepare import Network, Survey, feature_cache, look, make_batches, prepare
 from finetune.provenance import describe_run
@@ -117,7 +118,8 @@ def finish(
 ) -> Bundle:
     """Calibrate, measure and export what was trained."""
     write_text(folder / "audit.json", json.dumps(survey.findings.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    log_probs, labels = predict(network.cut.trained, valid, compute=compute)
+    with watch_embeddings(network.classifier, network.spec) as embeddings:
+        log_probs, labels = predict(network.cut.trained, valid, compute=compute)
     photos = survey.good["valid"]
     raw = log_probs.double().numpy()
     temperature = fit_temperature(raw, labels.numpy())
@@ -132,6 +134,9 @@ def finish(
     metrics = write_results(
         folder,
         predictions,
+        lookalikes=find_lookalikes(
+            predictions.sha256s, np.concatenate(embeddings), [*survey.good["train"], *photos], survey.dataset.classes
+        ),
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
         data_dir=survey.dataset.root,

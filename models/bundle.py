@@ -88,14 +88,14 @@ def open_bundle(path: Path, *, files: Iterable[str] | None = None) -> Bundle:
         raise BundleError(
             f"The bundle {path} has format {info['format']} and this version reads up to {FORMAT}; upgrade this program."
         )
-    if info.get("sha256") != _digest(info):
+    if info.get("sha256") != digest(info):
         raise BundleError(f"{path / MANIFEST} was changed after it was written; export the bundle again.")
     known: Mapping[str, Mapping[str, Any]] = info["files"]
     for named in map(PurePosixPath, known):
         if named.is_absolute() or ".." in named.parts:
             raise BundleError(f"{path / MANIFEST} names {str(named)!r}, which lies outside the bundle; do not trust it.")
     for name in known if files is None else files:
-        _check_file(path, name, known)
+        check_file(path, name, known)
     return Bundle(path, info)
 
 
@@ -108,8 +108,8 @@ def write_bundle(path: Path, info: Mapping[str, Any], *, fill: Callable[[Path], 
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         fill(part)
-        manifest = {"format": FORMAT, **info, "files": _list_files(part)}
-        manifest["sha256"] = _digest(manifest)
+        manifest = {"format": FORMAT, **info, "files": list_files(part)}
+        manifest["sha256"] = digest(manifest)
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
         part.chmod(0o755)  # mkdtemp gives 0700 and safetensors 0600; a bundle is read by the service's user too
@@ -161,7 +161,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return info
 
 
-def _check_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) -> None:
+def check_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise BundleError where the file ``name`` of the folder ``path`` is not as ``known`` says: {name: {sha256, bytes}}."""
     if name not in known:
         raise BundleError(f"The bundle {path} has no {name}; export it again with what needs it.")
     file = path / name
@@ -171,12 +172,14 @@ def _check_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) -
         raise BundleError(f"{file} was changed or damaged: its sha256 is not the manifest's; copy or export the bundle again.")
 
 
-def _list_files(folder: Path) -> dict[str, dict[str, Any]]:
+def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """The size and the sha256 of every file below ``folder``, by its name from there."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): {"sha256": sha256_of(file), "bytes": file.stat().st_size} for file in files}
 
 
-def _digest(info: Mapping[str, Any]) -> str:
+def digest(info: Mapping[str, Any]) -> str:
+    """The sha256 of a manifest, but for the one that it carries itself."""
     rest = {key: value for key, value in info.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {"models": {"finetune", "service"}, "finetune": {"service"}, "service": {"finetune"}}
-WITHOUT_TORCH = ("bundle", "preprocess", "engine", "spec", "errors", "files", "cache", "precision")
+WITHOUT_TORCH = (
+    "bundle",
+    "preprocess",
+    "engine",
+    "spec",
+    "errors",
+    "files",
+    "cache",
+    "precision",
+    "predictions",
+    "lookalikes",
+    "evaluation",
+)
 
 
 def imported(file: Path) -> set[str]:

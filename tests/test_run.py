@@ -93,6 +93,8 @@ def test_a_run_leaves_what_it_says(lite: SimpleNamespace) -> None:
         "history.csv",
         "metrics.json",
         "predictions.csv",
+        "embeddings.npz",
+        "duplicates.csv",
         "plots",
         "bundle",
     }
@@ -112,7 +114,15 @@ def test_plots_are_pictures(lite: SimpleNamespace) -> None:
 
 def test_a_head_only_bundle_is_small_and_shows_no_photo(lite: SimpleNamespace) -> None:
     files = {path.name for path in lite.bundle.path.rglob("*")}
-    assert files == {"manifest.json", "head.safetensors", "predictions.csv", "golden.npz", "README.md"}
+    assert files == {
+        "manifest.json",
+        "head.safetensors",
+        "predictions.csv",
+        "embeddings.npz",
+        "duplicates.csv",
+        "golden.npz",
+        "README.md",
+    }
     assert sum(path.stat().st_size for path in lite.bundle.path.iterdir()) < 100_000
     assert lite.bundle.is_head_only
     assert set(load_file(lite.bundle.path / "head.safetensors")) == {"classifier.weight", "classifier.bias"}

@@ -83,7 +83,7 @@ def test_prediction(photos: list[Photo], wanted: list[NDArray[np.uint8]], monkey
 
         def run(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
             seen.extend(pixels)
-            return [np.full((len(pixels), 2), 0.5, np.float32)]
+            return [np.full((len(pixels), 2), 0.5, np.float32)] * 2
 
     monkeypatch.setattr(predict, "OnnxEngine", Engine)
     bundle = Bundle(Path("bundle"), {"preprocessing": asdict(WANTED)})

@@ -1,0 +1,62 @@
+"""Which photos look alike, for those who review predictions: embeddings made small, and duplicates by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from finetune.duplicates import find_duplicates
+from finetune.scan import Scan
+from models.classifier import Classifier
+from models.lookalikes import Duplicate, Lookalikes
+from models.spec import ModelSpec
+
+MOST_NUMBERS = 64
+
+
+@contextlib.contextmanager
+def watch_embeddings(classifier: Classifier, spec: ModelSpec) -> Iterator[list[NDArray[np.float32]]]:
+    """Collect the head's input of every batch that passes it inside the block, (n, d) each, as the served graph gives it."""
+    seen: list[NDArray[np.float32]] = []
+
+    def keep(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        embedding = given[0].detach().float()
+        seen.append((embedding.mean((2, 3)) if isinstance(layer, nn.Conv2d) else embedding).cpu().numpy())
+
+    handle = classifier.net.get_submodule(spec.head).register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def find_lookalikes(
+    sha256s: Sequence[str], embeddings: NDArray[np.floating[Any]], scans: Sequence[Scan], classes: Sequence[str]
+) -> Lookalikes:
+    """What looks alike: ``embeddings`` (N, d) of the evaluated photos, and the duplicates among ``scans`` of more of them."""
+    duplicates = [
+        Duplicate(number, s.photo.name, classes[s.photo.label], s.photo.split, s.sha256)
+        for number, group in enumerate(find_duplicates(scans), start=1)
+        for s in group
+    ]
+    return Lookalikes(tuple(sha256s), shrink(embeddings), tuple(duplicates))
+
+
+def shrink(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
+    """At most 64 numbers of unit length for each photo, by principal components where there are more: (N, d) -> (N, min(...)).
+
+    A cosine between them is near the cosine between the whole embeddings, less what all photos have in common.
+    """
+    small = embeddings.reshape(len(embeddings), -1).astype(np.float64)
+    numbers = min(MOST_NUMBERS, *small.shape)
+    if numbers < small.shape[1] and len(small) > 1:
+        with np.errstate(invalid="ignore"):  # the share of variance that each explains, where all photos are the same
+            small = PCA(n_components=numbers, random_state=0).fit_transform(small)
+    lengths = np.linalg.norm(small[:, :numbers], axis=1, keepdims=True)
+    return (small[:, :numbers] / np.where(lengths > 0, lengths, 1)).astype(np.float16)

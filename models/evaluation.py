@@ -1,0 +1,143 @@
+"""What a model said of photos, wherever that lies: in a bundle, or in the folder of an evaluation.
+
+An evaluation's folder says in ``evaluation.json`` which bundle was measured on what, and names its tables with their sha256.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from models.bundle import MANIFEST, PREDICTIONS, Bundle, check_file, digest, list_files, open_bundle
+from models.errors import BundleError
+from models.files import write_text
+from models.lookalikes import LOOKALIKES, Lookalikes
+from models.predictions import Predictions
+
+FORMAT = 1
+EVALUATION = "evaluation.json"
+BUNDLE, MEASURED, OUT_OF_FOLD = "bundle", "evaluation", "out-of-fold"
+TABLES = (PREDICTIONS, *LOOKALIKES)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The predictions of a bundle or an evaluation, opened and checked.
+
+    ``kind`` is "bundle" (its validation photos), "evaluation" (other photos) or "out-of-fold" (every photo by a head that was
+    trained without it). ``version`` identifies these results, ``bundle_version`` the bundle that they are of; the two are the
+    same for a bundle's own. ``split`` and ``folds`` are an evaluation's.
+    """
+
+    path: Path
+    name: str
+    version: str
+    kind: str
+    classes: tuple[str, ...]
+    backbone: str
+    bundle_version: str
+    split: str | None = None
+    folds: int | None = None
+    temperature: float | None = None
+    created: str | None = None
+
+    def predictions(self) -> Predictions:
+        """Read the table. Raises BundleError where it is missing or malformed."""
+        return Predictions.read_csv(self.path / PREDICTIONS)
+
+    def lookalikes(self) -> Lookalikes:
+        """Read what looks alike; empty where an older version wrote none. Raises BundleError for what is malformed."""
+        return Lookalikes.read(self.path)
+
+
+def open_results(path: Path) -> Results:
+    """Open a bundle's or an evaluation's folder and check its tables. Raises BundleError for neither, and for changed files."""
+    if (path / MANIFEST).is_file():
+        return _of_bundle(path)
+    if (path / EVALUATION).is_file():
+        return _of_evaluation(path)
+    raise BundleError(
+        f"{path} has neither {MANIFEST} nor {EVALUATION}; give a bundle (runs/NAME/bundle), or a folder that "
+        "`finetune evaluate` wrote."
+    )
+
+
+def write_evaluation(
+    folder: Path,
+    bundle: Bundle,
+    *,
+    kind: str,
+    classes: Sequence[str],
+    split: str,
+    temperature: float,
+    folds: int | None = None,
+    trained: Mapping[str, Any] | None = None,
+) -> None:
+    """Say in ``folder``, beside tables that are there already, what they are; ``trained`` is how the heads of folds were.
+
+    The sha256 is of all but the time, so that measuring the same again gives the same one.
+    """
+    files = list_files(folder)
+    info = {
+        "format": FORMAT,
+        "kind": kind,
+        "bundle": {"name": bundle.name, "version": bundle.version},
+        "backbone": bundle.backbone,
+        "classes": list(classes),
+        "split": split,
+        "folds": folds,
+        "trained": None if trained is None else dict(trained),
+        "temperature": temperature,
+        "files": {name: files[name] for name in TABLES},
+    }
+    info = {**info, "sha256": digest(info), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    write_text(folder / EVALUATION, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+
+
+def _of_bundle(path: Path) -> Results:
+    bundle = open_bundle(path, files=())
+    open_bundle(path, files=[PREDICTIONS, *(name for name in LOOKALIKES if name in bundle.info["files"])])
+    return Results(
+        path=path,
+        name=bundle.name,
+        version=bundle.version,
+        kind=BUNDLE,
+        classes=bundle.classes,
+        backbone=bundle.backbone,
+        bundle_version=bundle.version,
+        temperature=float(bundle.info["temperature"]),
+        created=bundle.info.get("provenance", {}).get("created"),
+    )
+
+
+def _of_evaluation(path: Path) -> Results:
+    file = path / EVALUATION
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        if info["format"] > FORMAT:
+            raise BundleError(f"{file} has format {info['format']}, and this version reads up to {FORMAT}; upgrade it.")
+        if info["sha256"] != digest({key: value for key, value in info.items() if key != "created"}):
+            raise BundleError(f"{file} was changed after it was written; evaluate again.")
+        results = Results(
+            path=path,
+            name=str(info["bundle"]["name"]),
+            version=str(info["sha256"])[:12],
+            kind=str(info["kind"]),
+            classes=tuple(info["classes"]),
+            backbone=str(info["backbone"]),
+            bundle_version=str(info["bundle"]["version"]),
+            split=info["split"],
+            folds=info["folds"],
+            temperature=float(info["temperature"]),
+            created=info["created"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{file} cannot be read as an evaluation ({error!r}); evaluate again.") from None
+    for name in TABLES:
+        check_file(path, name, info["files"])
+    return results
