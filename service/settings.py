@@ -27,6 +27,12 @@ class Settings:
     """Every setting; its environment variable is its name in capitals. None is worked out from the machine (``plan.py``)."""
 
     bundle: Path = _setting(SHIPPED, "the bundle to serve: the folder that `finetune train` exported")
+    data: Path | None = _setting(
+        None, "the folder of labelled photos that the gallery shows, as it was evaluated; it is only read"
+    )
+    thumbnails_mb: int = _setting(
+        512, "thumbnails kept on disk, in MiB, under the cache; 0 keeps a few in memory", least=0, most=1_000_000
+    )
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for all")
     port: int = _setting(8000, "port to listen on; 0 takes a free one", least=0, most=65535)
     web_concurrency: int = _setting(1, "worker processes; each holds its own copy of the model", least=1, most=64)
@@ -75,6 +81,10 @@ class Settings:
         }
         settings = cls(**given)
         _check_keys(environ.get("API_KEYS", ""), settings.api_keys)
+        if settings.data is not None and not settings.data.is_dir():
+            raise ConfigError(
+                f"DATA is {str(settings.data)!r}, which is no folder; name the folder of photos that was evaluated."
+            )
         if settings.max_photos > settings.queue:
             raise ConfigError(
                 f"MAX_PHOTOS is {settings.max_photos} and QUEUE {settings.queue}: a full request would never fit; raise QUEUE."

@@ -77,6 +77,8 @@ def test_variables_are_read_by_their_kind() -> None:
         ("ENGINE", "gpu", "openvino"),
         ("PRECISION", "FP32", "auto, fp32, bf16"),
         ("LOG_LEVEL", "loud", "debug, info, warning, error"),
+        ("DATA", "/nowhere/at/all", "no folder"),
+        ("THUMBNAILS_MB", "-1", "from 0 to 1000000"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(name: str, text: str, words: str) -> None:

@@ -1,0 +1,206 @@
+"""Photos of a folder by name and sha256: what is shown is the photo that was asked for, or a sentence says why not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from service.photos import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
+
+CAT = b"the bytes of a cat"
+CAT_SHA256 = hashlib.sha256(CAT).hexdigest()
+NAME = "valid/cats/cat.1.jpg"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "valid" / "cats").mkdir(parents=True)
+    (folder / NAME).write_bytes(CAT)
+    (tmp_path / "outside.jpg").write_bytes(CAT)
+    return folder
+
+
+def is_missing(root: Path, name: str) -> None:
+    folder = PhotoFolder([root])
+    for ask in (folder.read, folder.check):
+        with pytest.raises(PhotoMissingError) as caught:
+            ask(name, CAT_SHA256)
+        str(caught.value).encode("utf-8")  # a page can hold it
+
+
+def test_a_photo_is_read_by_its_name_and_sha256(root: Path) -> None:
+    folder = PhotoFolder([root])
+    assert folder.read(NAME, CAT_SHA256) == CAT
+    folder.check(NAME, CAT_SHA256)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "valid/cats/cat.2.jpg",
+        "../outside.jpg",
+        "valid/../../outside.jpg",
+        "valid/cats/../cats/cat.1.jpg",
+        "valid/cats",
+        "valid/cats/cat.1.jpg/more",
+        "",
+        ".",
+        "/",
+        "valid/cats/cat.1.jpg\0",
+        "\0",
+        "\ud800.jpg",
+        "x" * 5000,
+        "a/" * 3000,
+    ],
+)
+def test_a_name_that_leaves_the_folder_or_is_no_file_is_missing(root: Path, name: str) -> None:
+    is_missing(root, name)
+
+
+def test_an_absolute_name_is_missing_even_of_a_photo_inside(root: Path) -> None:
+    is_missing(root, str(root / NAME))
+    is_missing(root, str(root.parent / "outside.jpg"))
+
+
+def test_a_link_may_lead_to_another_place_inside_but_not_outside(root: Path) -> None:
+    (root / "inside.jpg").symlink_to(root / NAME)
+    (root / "train").symlink_to("valid")
+    assert PhotoFolder([root]).read("inside.jpg", CAT_SHA256) == CAT
+    assert PhotoFolder([root]).read("train/cats/cat.1.jpg", CAT_SHA256) == CAT
+    (root / "out.jpg").symlink_to(root.parent / "outside.jpg")
+    (root / "up").symlink_to("..")
+    (root / "loop.jpg").symlink_to("loop.jpg")
+    (root / "itself").symlink_to(root)
+    for name in ("out.jpg", "up/outside.jpg", "loop.jpg", "itself"):
+        is_missing(root, name)
+
+
+def test_the_root_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(root)
+    assert PhotoFolder([tmp_path / "link"]).read(NAME, CAT_SHA256) == CAT
+
+
+def test_what_is_no_regular_file_is_missing_and_does_not_block(root: Path) -> None:
+    os.mkfifo(root / "fifo.jpg")
+    is_missing(root, "fifo.jpg")
+    is_missing(Path("/dev"), "zero")
+    is_missing(Path("/dev"), "null")
+
+
+def test_a_name_that_is_no_utf8_is_found(root: Path) -> None:
+    name = os.fsdecode(b"valid/cats/\xe9t\xe9.jpg")
+    (root / name).write_bytes(CAT)
+    assert PhotoFolder([root]).read(name, CAT_SHA256) == CAT
+    (root / name).write_bytes(b"another")
+    with pytest.raises(PhotoReplacedError) as caught:
+        PhotoFolder([root]).read(name, CAT_SHA256)
+    str(caught.value).encode("utf-8")
+
+
+def test_another_photo_in_its_place_is_never_shown(root: Path) -> None:
+    folder = PhotoFolder([root])
+    folder.check(NAME, CAT_SHA256)
+    dog = b"the bytes of a dog"  # of the same length
+    assert len(dog) == len(CAT)
+    before = (root / NAME).stat()
+    (root / "new.jpg").write_bytes(dog)
+    os.utime(root / "new.jpg", ns=(before.st_atime_ns, before.st_mtime_ns))
+    (root / "new.jpg").replace(root / NAME)
+    for ask in (folder.read, folder.check):
+        with pytest.raises(PhotoReplacedError, match=r"changed or replaced"):
+            ask(NAME, CAT_SHA256)
+    folder.check(NAME, hashlib.sha256(dog).hexdigest())
+
+
+def test_a_photo_that_was_checked_is_not_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    real = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(len(data)) or real(data))  # type: ignore[func-returns-value]
+    folder = PhotoFolder([root])
+    for _ in range(3):
+        folder.check(NAME, CAT_SHA256)
+    with pytest.raises(PhotoReplacedError):
+        folder.check(NAME, "0" * 64)
+    assert hashed == [len(CAT)]
+
+
+def test_what_is_remembered_is_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.photos.REMEMBERED", 3)
+    folder = PhotoFolder([root])
+    for number in range(10):
+        (root / f"{number}.jpg").write_bytes(CAT)
+        folder.check(f"{number}.jpg", CAT_SHA256)
+    assert len(folder._verified) == 3
+    folder.check("0.jpg", CAT_SHA256)
+
+
+def test_roots_are_tried_in_turn_and_the_sha256_decides(root: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "valid" / "cats").mkdir(parents=True)
+    (other / NAME).write_bytes(b"another photo of that name")
+    folder = PhotoFolder([tmp_path / "nowhere", other, root])
+    assert folder.read(NAME, CAT_SHA256) == CAT
+    folder.check(NAME, CAT_SHA256)
+    with pytest.raises(PhotoReplacedError):
+        folder.read(NAME, "0" * 64)
+
+
+def test_without_a_folder_the_sentence_says_how_to_set_one() -> None:
+    with pytest.raises(PhotoMissingError, match="DATA=FOLDER"):
+        PhotoFolder([]).read(NAME, CAT_SHA256)
+
+
+def test_a_file_too_large_to_be_shown_says_so(root: Path) -> None:
+    with pytest.raises(PhotoUnavailableError, match="save it smaller"):
+        PhotoFolder([root], max_bytes=len(CAT) - 1).read(NAME, CAT_SHA256)
+    assert PhotoFolder([root], max_bytes=len(CAT)).read(NAME, CAT_SHA256) == CAT
+
+
+def test_no_file_stays_open(root: Path) -> None:
+    folder = PhotoFolder([root])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        folder.read(NAME, CAT_SHA256)
+        folder.check(NAME, CAT_SHA256)
+        with pytest.raises(PhotoReplacedError):
+            folder.read(NAME, "0" * 64)
+        with pytest.raises(PhotoMissingError):
+            folder.read("valid/none.jpg", CAT_SHA256)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_while_it_is_exchanged_over_and_over_only_the_one_wanted_is_given(root: Path) -> None:
+    """A writer that swaps the file, and its folder for a link to the outside; a reader sees the photo or a refusal."""
+    other = root.parent / "other" / "cats"
+    other.mkdir(parents=True)
+    (other / "cat.1.jpg").write_bytes(b"secret")
+    stop = threading.Event()
+
+    def swap() -> None:
+        real, aside = root / "valid" / "cats", root / "valid" / "aside"
+        while not stop.is_set():
+            real.rename(aside)
+            real.symlink_to(other)
+            real.unlink()
+            aside.rename(real)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        folder, seen = PhotoFolder([root]), set()
+        secret = hashlib.sha256(b"secret").hexdigest()
+        for _ in range(2000):
+            for sha256 in (CAT_SHA256, secret):
+                try:
+                    seen.add(folder.read(NAME, sha256))
+                except PhotoUnavailableError:
+                    continue
+    finally:
+        stop.set()
+        thread.join()
+    assert seen <= {CAT}
