@@ -21,8 +21,17 @@ def joined_dir(bundle: Bundle) -> Path:
 
 def compiled_dir() -> Path | None:
     """Where an engine may keep what it compiled; None where this process cannot write, as in a read-only container."""
+    return _writable("compiled")
+
+
+def thumbnails_dir() -> Path | None:
+    """Where the service may keep small pictures of photos; None where this process cannot write."""
+    return _writable("thumbnails")
+
+
+def _writable(name: str) -> Path | None:
     try:
-        folder = default_cache_dir() / "compiled"
+        folder = default_cache_dir() / name
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None

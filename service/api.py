@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 from typing import Any
 
 from flask import Blueprint, Response, current_app, g, jsonify, request
-from PIL import Image
 
 from models.engine import Pixels
 from service.model import Model, ServedModel
+from service.pictures import png_of
 from service.predict import Prediction, predictor, ranked
 from service.problems import Problem
 from service.security import require_key
@@ -79,9 +78,7 @@ def _row(model: Model, prediction: Prediction, *, top_k: int | None, crop: bool)
 
 def crop_as_url(pixels: Pixels) -> str:
     """(H, W, C) uint8 -> the picture as a data: URL, exactly as the model saw it."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png_of(pixels)).decode()
 
 
 def _top_k() -> int | None:

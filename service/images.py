@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
 from models.engine import Pixels
 from models.errors import NotAPictureError, PhotoError, TooManyPixelsError, UserError
-from models.preprocess import Preprocessing
+from models.preprocess import Inspect, Preprocessing, decode
 from service.problems import Problem
 
 HEAVY_PIXELS = 16_000_000
+T = TypeVar("T")
 ANIMATED = {"GIF", "PNG", "WEBP", "TIFF"}  # a phone's JPEG may hold a second picture, but not an animation
 
 
@@ -38,9 +40,11 @@ class FrontDoor:
     """Decode photos in several threads, of at most ``max_pixels`` each, and of the heavy ones one at a time.
 
     So the memory for decoding is bounded by one photo of ``max_pixels`` and, for each other thread, one of HEAVY_PIXELS.
+    With ``waits`` a thread waits for its turn with a heavy photo, and HeavyError is never raised.
     """
 
     max_pixels: int
+    waits: bool = False
     _heavy: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -50,28 +54,42 @@ class FrontDoor:
 
     def prepare(self, data: bytes, preprocessing: Preprocessing) -> Prepared:
         """Check, decode and crop a photo. Raises Problem, and HeavyError while another heavy photo is being decoded."""
+        seen: dict[str, Any] = {}
+
+        def look(photo: Image.Image) -> None:
+            seen.update(width_px=photo.width, height_px=photo.height, format=photo.format or "", notes=_notes(photo))
+
+        pixels = self._guarded(data, lambda inspect: preprocessing.pixels(data, inspect=inspect), look)
+        return Prepared(pixels, **seen)
+
+    def decode(self, data: bytes, *, at_least_px: int, look: Inspect) -> Image.Image:
+        """Check and decode a photo for people: upright, in RGB, a large one coarser (``models.preprocess.decode``).
+
+        ``look`` is given the opened photo before a pixel of it is decoded. Raises as ``prepare`` does.
+        """
+        return self._guarded(data, lambda inspect: decode(data, at_least_px=at_least_px, inspect=inspect), look)
+
+    def _guarded(self, data: bytes, make: Callable[[Inspect], T], look: Inspect) -> T:
         if not data:
             raise Problem("empty_photo", "The file that arrived has no bytes; send a photo.")
-        seen: dict[str, Any] = {}
         with contextlib.ExitStack() as held:
 
             def inspect(photo: Image.Image) -> None:
                 self._check_size(photo)
                 if photo.width * photo.height > HEAVY_PIXELS:
-                    if not self._heavy.acquire(blocking=False):
+                    if not self._heavy.acquire(blocking=self.waits):
                         raise HeavyError
                     held.callback(self._heavy.release)
-                seen.update(width_px=photo.width, height_px=photo.height, format=photo.format or "", notes=_notes(photo))
+                look(photo)
 
             try:
-                pixels = preprocessing.pixels(data, inspect=inspect)
+                return make(inspect)
             except NotAPictureError as error:
                 raise Problem("not_a_picture", str(error)) from None
             except TooManyPixelsError as error:
                 raise Problem("too_many_pixels", str(error)) from None
             except PhotoError as error:
                 raise Problem("damaged_picture", str(error)) from None
-        return Prepared(pixels, **seen)
 
     def _check_size(self, photo: Image.Image) -> None:
         if photo.width * photo.height > self.max_pixels:

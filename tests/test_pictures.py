@@ -1,0 +1,102 @@
+"""Pictures for people: upright, in the right colours, and nothing in the file but the picture."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from service.images import FrontDoor
+from service.pictures import make_picture, png_of
+from service.problems import Problem
+
+DOOR = FrontDoor(50_000_000)
+
+
+def encode(photo: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    photo.save(file, kind, **options)
+    return file.getvalue()
+
+
+def shown(data: bytes, **options: int) -> Image.Image:
+    made = make_picture(data, door=DOOR, **options)
+    photo = Image.open(io.BytesIO(made.data))
+    assert photo.size == (made.width_px, made.height_px)
+    return photo
+
+
+def test_it_is_upright() -> None:
+    photo = Image.new("RGB", (300, 200), "black")
+    photo.paste("white", (0, 0, 300, 40))  # what is at the top of the stored pixels
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned right: the stored top is the right side
+    upright = np.asarray(shown(encode(photo, exif=exif)).convert("L"))
+    assert upright.shape == (300, 200)
+    assert upright[:, 170:].min() > 200
+    assert upright[:, :140].max() < 50
+
+
+def test_no_metadata_goes_along() -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "SECRET description"
+    exif.get_ifd(0x8825)[1] = "N"
+    photo = Image.new("RGB", (300, 200), "red")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for data in (
+        encode(photo, exif=exif, comment=b"SECRET comment", icc_profile=profile, dpi=(72, 72)),
+        encode(photo, "PNG", exif=exif, icc_profile=profile),
+        encode(photo, "WEBP", exif=exif, xmp=b"SECRET xmp"),
+    ):
+        made = make_picture(data, door=DOOR)
+        again = Image.open(io.BytesIO(made.data))
+        assert b"SECRET" not in made.data
+        assert not again.getexif()
+        assert not {"exif", "icc_profile", "comment", "xmp", "photoshop"} & set(again.info)
+
+
+def test_colours_of_another_profile_become_srgb() -> None:
+    """A profile whose red and blue change places says that the stored red is to be seen as blue."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = data.index(b"rXYZ"), data.index(b"bXYZ")
+    data[red : red + 4], data[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    photo = encode(Image.new("RGB", (64, 64), (255, 0, 0)), "PNG", icc_profile=bytes(data))
+    red_seen, _, blue_seen = shown(photo).getpixel((32, 32))  # type: ignore[misc]
+    assert (red_seen < 40, blue_seen > 215) == (True, True)
+
+
+@pytest.mark.parametrize("profile", [b"nonsense" * 50, b"\0" * 200])
+def test_a_profile_that_cannot_be_read_leaves_the_colours(profile: bytes) -> None:
+    photo = encode(Image.new("RGB", (64, 64), (200, 30, 30)), "PNG", icc_profile=profile)
+    assert np.abs(np.asarray(shown(photo).getpixel((32, 32))) - (200, 30, 30)).max() <= 4
+
+
+def test_a_cmyk_profile_leaves_what_was_decoded() -> None:
+    photo = encode(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), icc_profile=b"\0" * 16 + b"CMYK" + b"\0" * 180)
+    assert shown(photo).mode == "RGB"
+
+
+def test_transparent_parts_become_white() -> None:
+    photo = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    assert min(shown(encode(photo, "PNG")).getpixel((5, 5))) > 250  # type: ignore[arg-type]
+
+
+def test_a_large_photo_is_capped_and_a_small_one_is_not_enlarged() -> None:
+    assert shown(encode(Image.new("RGB", (4000, 1000)))).size == (2048, 512)
+    assert shown(encode(Image.new("RGB", (4000, 1000))), longest_px=100).size == (100, 25)
+    assert shown(encode(Image.new("L", (30, 20)))).size == (30, 20)
+
+
+def test_what_cannot_be_decoded_is_a_problem() -> None:
+    with pytest.raises(Problem) as caught:
+        make_picture(b"nothing", door=DOOR)
+    assert caught.value.code == "not_a_picture"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_crop_comes_as_it_was_seen(channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, channels)).astype(np.uint8)
+    again = np.asarray(Image.open(io.BytesIO(png_of(pixels)))).reshape(pixels.shape)
+    assert (again == pixels).all()

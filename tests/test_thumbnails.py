@@ -1,0 +1,220 @@
+"""Thumbnails: small, upright, made once, kept within a bound, on disks of any kind."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from service.blobs import Blobs
+from service.crew import Crew
+from service.images import FrontDoor
+from service.problems import Problem
+from service.thumbnails import LONGEST_PX, Thumbnails
+
+
+def photo(size: tuple[int, int] = (900, 600), colour: str = "red", **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Thumbnails]]:
+    crew = Crew("thumbnails", threads=2, most_waiting=64, patience_s=30)
+
+    def made(folder: Path | None, *, limit_mb: int = 8, max_pixels: int = 50_000_000) -> Thumbnails:
+        return Thumbnails(folder, limit_mb=limit_mb, door=FrontDoor(max_pixels, waits=True), crew=crew)
+
+    yield made
+    crew.close()
+
+
+def never() -> bytes:
+    raise AssertionError("it was kept")
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [((900, 600), (320, 213)), ((600, 900), (213, 320)), ((100, 50), (100, 50)), ((5000, 2), (320, 1))]
+)
+def test_the_longer_side_is_bounded_and_a_small_photo_stays(
+    make: Callable[..., Thumbnails], tmp_path: Path, size: tuple[int, int], wanted: tuple[int, int]
+) -> None:
+    made = make(tmp_path).get("a", lambda: photo(size))
+    assert (made.width_px, made.height_px) == wanted == Image.open(io.BytesIO(made.data)).size
+    assert max(wanted) <= LONGEST_PX
+
+
+def test_it_is_kept_for_another_process_with_its_size(make: Callable[..., Thumbnails], tmp_path: Path) -> None:
+    made = make(tmp_path).get("a", photo)
+    assert make(tmp_path).get("a", never) == made
+
+
+@pytest.mark.parametrize("limit_mb", [0, 8])
+def test_without_a_disk_it_is_kept_in_memory(make: Callable[..., Thumbnails], tmp_path: Path, limit_mb: int) -> None:
+    thumbnails = make(tmp_path if limit_mb == 0 else None, limit_mb=limit_mb)
+    made = thumbnails.get("a", photo)
+    assert thumbnails.get("a", never) == made
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_cannot_be_written_is_no_obstacle(
+    make: Callable[..., Thumbnails], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("service.blobs.atomic_write", full)
+    thumbnails = make(tmp_path)
+    made = thumbnails.get("a", photo)
+    assert thumbnails.get("a", never) == made
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"<html>" * 200])
+def test_a_kept_file_that_is_damaged_is_made_again(
+    make: Callable[..., Thumbnails], tmp_path: Path, spoil: Callable[[bytes], bytes]
+) -> None:
+    made = make(tmp_path).get("a", photo)
+    (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    kept.write_bytes(spoil(kept.read_bytes()))
+    assert make(tmp_path).get("a", photo) == made
+    assert kept.read_bytes() == made.data
+
+
+def test_asked_for_by_24_at_once_the_photo_is_read_once(make: Callable[..., Thumbnails], tmp_path: Path) -> None:
+    thumbnails, reads, all_ask = make(tmp_path), [], threading.Barrier(24)
+
+    def read() -> bytes:
+        reads.append(1)
+        return photo()
+
+    def ask(_: int) -> bytes:
+        all_ask.wait(30)
+        return thumbnails.get("a", read).data
+
+    with ThreadPoolExecutor(24) as pool:
+        assert len(set(pool.map(ask, range(24)))) == 1
+    assert len(reads) == 1
+
+
+def test_what_is_no_photo_and_what_is_too_large_is_refused_before_it_is_decoded(
+    make: Callable[..., Thumbnails], tmp_path: Path
+) -> None:
+    def code(data: bytes) -> str:
+        with pytest.raises(Problem) as caught:
+            make(tmp_path, max_pixels=1_000_000).get("a", lambda: data)
+        return caught.value.code
+
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, "PNG")
+    assert code(bomb.getvalue()) == "too_many_pixels"
+    assert code(b"no photo") == "not_a_picture"
+    assert code(photo()[:3000]) == "damaged_picture"
+    assert code(b"") == "empty_photo"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_heavy_photos_wait_for_each_other(make: Callable[..., Thumbnails], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.images.HEAVY_PIXELS", 1000)
+    thumbnails = make(None)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda name: thumbnails.get(str(name), photo), range(8)))
+    assert len(made) == 8
+
+
+# The files that are kept
+
+
+def disk_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_bound_holds_and_the_oldest_used_go_first(tmp_path: Path) -> None:
+    limit = 100_000
+    blobs = Blobs(tmp_path, limit_bytes=limit)
+    now = time.time()
+    for number in range(300):
+        blobs.put(str(number), bytes(1000))
+        assert disk_bytes(tmp_path) <= limit
+        for path in tmp_path.rglob("*"):  # each put an hour after the one before, for clocks are coarse
+            if path.is_file() and path.stat().st_mtime > now - 1e6:
+                os.utime(path, (0, now - 2e6 + 3600 * number))
+    kept = [number for number in range(300) if blobs.get(str(number))]
+    assert kept[-1] == 299
+    assert len(kept) >= 85
+    assert kept == list(range(kept[0], 300))
+
+
+def test_what_was_used_lately_is_kept(tmp_path: Path) -> None:
+    Blobs(tmp_path, limit_bytes=100_000).put("favourite", bytes(1000))
+    long_ago = time.time() - 1e6
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    blobs = Blobs(tmp_path, limit_bytes=100_000)
+    assert blobs.get("favourite")
+    for number in range(80):
+        blobs.put(str(number), bytes(1000))
+    older = time.time() - 1e5
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path != _place(tmp_path, blobs, "favourite"):
+            os.utime(path, (older, older))
+    for number in range(80, 120):
+        blobs.put(str(number), bytes(1000))
+    assert blobs.get("favourite")
+    assert not all(blobs.get(str(number)) for number in range(80))
+
+
+def _place(folder: Path, blobs: Blobs, name: str) -> Path:
+    from service.blobs import _path
+
+    return _path(folder, name)
+
+
+def test_a_folder_that_is_over_the_bound_at_the_start_is_brought_under_it(tmp_path: Path) -> None:
+    Blobs(tmp_path, limit_bytes=10**9).put("warm", b"x")
+    large = Blobs(tmp_path, limit_bytes=10**9)
+    for number in range(50):
+        large.put(str(number), bytes(1000))
+    Blobs(tmp_path, limit_bytes=20_000).put("new", bytes(1000))
+    assert disk_bytes(tmp_path) <= 18_000
+
+
+def test_half_written_files_of_the_killed_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    blobs = Blobs(tmp_path, limit_bytes=10_000)
+    blobs.put("a", b"a")
+    folder = next(tmp_path.iterdir())
+    (folder / ".old.part").write_bytes(b"x")
+    (folder / ".new.part").write_bytes(b"x")
+    os.utime(folder / ".old.part", (0, time.time() - 7200))
+    Blobs(tmp_path, limit_bytes=10_000).put("b", b"b")
+    assert not (folder / ".old.part").exists()
+    assert (folder / ".new.part").exists()
+
+
+def test_memory_is_bounded_by_what_was_used_last() -> None:
+    blobs = Blobs(None, limit_bytes=0, memory_bytes=3000)
+    for name in "abc":
+        blobs.put(name, bytes(1000))
+    assert blobs.get("a")
+    blobs.put("a", bytes(500))
+    blobs.put("d", bytes(1000))
+    assert [name for name in "abcd" if blobs.get(name)] == ["a", "c", "d"]
+    blobs.put("huge", bytes(5000))
+    assert blobs.get("huge") is None
+
+
+def test_no_name_leads_out_of_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    blobs = Blobs(folder, limit_bytes=10_000)
+    for name in ("../../out", "/etc/passwd", "\0", "\ud800", "x" * 9999):
+        blobs.put(name, b"data")
+        assert blobs.get(name) == b"data"
+    assert list(tmp_path.iterdir()) == [folder]
