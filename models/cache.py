@@ -1,4 +1,4 @@
-"""Where a person's machine keeps what can be made again: features, and bundles joined with their base."""
+"""Where a person's machine keeps features, bundles joined with their base, and decisions about photos."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from models.errors import BundleError
 def default_cache_dir() -> Path:
     """Under ``XDG_CACHE_HOME``, or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
+
+
+def default_data_dir() -> Path:
+    """Under ``XDG_DATA_HOME``, or ``~/.local/share``: for what cannot be made again, as people's decisions."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "finetune"
 
 
 def joined_dir(bundle: Bundle) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 
 from flask import Flask, Response, g, request
@@ -11,6 +13,10 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from service import api, docs, health, page, site
 from service.admission import Admission
+from service.gallery import compare, exports, pages, photo_page, pictures, review
+from service.gallery.album import Album
+from service.gallery.core import Gallery
+from service.gallery.live import Keeper
 from service.gate import Gate
 from service.model import ServedModel
 from service.predict import Predictor
@@ -27,13 +33,20 @@ def build_app(settings: Settings, model: ServedModel) -> Flask:
     """Wire the rooms together."""
     app = Flask("service")
     admission = Admission(settings.queue)
-    app.extensions.update(settings=settings, model=model, admission=admission, predictor=Predictor(settings, model, admission))
+    gallery = Gallery(settings)
+    keeper = Keeper(gallery, settings, model.metrics) if settings.keep_predictions else None
+    predictor = Predictor(settings, model, admission, on_answer=keeper.offer if keeper else None)
+    app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor)
+    app.extensions.update(gallery=gallery, album=Album(settings, gallery), keeper=keeper)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.register_blueprint(api.bp)
     app.register_blueprint(health.bp)
     app.register_blueprint(site.bp)
     app.register_blueprint(page.bp)
     app.register_blueprint(docs.bp)
+    for part in (pages.bp, photo_page.bp, exports.bp, pictures.bp, review.bp, compare.bp, compare.json_bp):
+        app.register_blueprint(part)
+    threading.Thread(target=_show_gallery, args=(gallery, model), name="gallery", daemon=True).start()
     _add_hooks(app, model)
     add_security(app, settings)
     _add_error_handlers(app, model)
@@ -43,6 +56,12 @@ def build_app(settings: Settings, model: ServedModel) -> Flask:
         hops = settings.proxies
         app.wsgi_app = ProxyFix(wsgi, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops)  # type: ignore[method-assign]
     return app
+
+
+def _show_gallery(gallery: Gallery, model: ServedModel) -> None:
+    """The gallery comes after the model: who asks for a prediction does not wait for it."""
+    with contextlib.suppress(Problem):  # a model that cannot be loaded ends the server
+        gallery.show(model.wait(None))
 
 
 def _add_hooks(app: Flask, model: ServedModel) -> None:

@@ -45,6 +45,12 @@ class Metrics:
             buckets=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0),
             registry=r,
         )
+        self.live_photos = Counter(
+            "dvc_live_photos_total",
+            "Answered photos handed to the gallery: kept, known (the same photo again) or dropped.",
+            ["outcome"],
+            registry=r,
+        )
         self.ready = Gauge("dvc_ready", "Workers whose model is ready.", registry=r, multiprocess_mode="livesum")
         self.model = Gauge(
             "dvc_model_info",

@@ -77,7 +77,7 @@ class ServedModel:
             raise Problem("not_ready", self._error)
         raise Problem("not_ready", "The model is being loaded; ask again in a second.", headers={"Retry-After": "1"})
 
-    def wait(self, timeout_s: float) -> Model:
+    def wait(self, timeout_s: float | None) -> Model:
         """The model, once it is loaded."""
         self._done.wait(timeout_s)
         return self.get()

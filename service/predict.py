@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 
 import numpy as np
 from flask import Request, current_app, g
+from numpy.typing import NDArray
 
+from models.bundle import Bundle
 from service.admission import Admission
 from service.model import Model, ServedModel
 from service.pipeline import Answer, ClosedError, UnwantedError
 from service.problems import Problem
 from service.settings import Settings
 from service.uploads import Upload, client_is_there, read_uploads
+
+OnAnswer = Callable[[Bundle, bytes, NDArray[np.float32]], None]  # told of every photo that was answered
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,11 @@ class Prediction:
 class Predictor:
     """Admits, reads, submits and waits. One for the application."""
 
-    def __init__(self, settings: Settings, model: ServedModel, admission: Admission) -> None:
+    def __init__(
+        self, settings: Settings, model: ServedModel, admission: Admission, *, on_answer: OnAnswer | None = None
+    ) -> None:
         self._settings = settings
+        self._on_answer = on_answer
         self._served = model
         self._admission = admission
 
@@ -93,6 +101,8 @@ class Predictor:
             probabilities = prediction.answer.probabilities
             metrics.predictions.labels(model.bundle.classes[int(probabilities.argmax())]).inc()
             metrics.confidence.observe(float(probabilities.max()))
+            if self._on_answer:
+                self._on_answer(model.bundle, prediction.upload.data, probabilities)
 
 
 def predictor() -> Predictor:

@@ -17,6 +17,9 @@ ADVICE = {
     "bad_parameter": "`detail` names the parameter and what it can be.",
     "bad_request": "The body broke off or is malformed; send it again, whole.",
     "unauthorized": "Send a key that is known here: `Authorization: Bearer KEY`.",
+    "cross_site": "A decision is taken from the gallery's own pages, or from a program that is no browser.",
+    "photo_missing": "Start the server with `DATA` set to the folder of photos that was evaluated.",
+    "photo_replaced": "Another file lies where the photo was; evaluate again.",
     "not_found": "Look up the address on this page.",
     "method_not_allowed": "The answer's header `Allow` lists the methods.",
     "decided_meanwhile": "Look at what the other one decided, and send yours again with its id as `seen` to overrule it.",
@@ -30,6 +33,7 @@ ADVICE = {
     "damaged_picture": "The picture cannot be decoded; look whether it opens elsewhere, and save it anew.",
     "internal_error": "Tell the operator the request id; the log has more under it.",
     "not_ready": "The model is being loaded; send it again after `Retry-After` seconds.",
+    "database_unavailable": "Predictions go on; the operator has to look after the database.",
     "overloaded": "Send it again after `Retry-After` seconds, and fewer at a time.",
     "deadline_exceeded": "The server is busy; send it again later.",
 }

@@ -9,6 +9,7 @@ from flask import Flask, Request, Response, request
 from service.problems import Problem
 from service.settings import Settings
 
+KEY_COOKIE = "key"
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -28,14 +29,37 @@ def require_key(asked: Request, settings: Settings) -> str | None:
 
     A key comes as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``; all are compared, each in constant time.
     """
+    scheme, _, token = asked.headers.get("Authorization", "").partition(" ")
+    return name_of_key(token.strip() if scheme.lower() == "bearer" else asked.headers.get("X-API-Key", ""), settings)
+
+
+def require_key_or_cookie(asked: Request, settings: Settings) -> str | None:
+    """As ``require_key``, for pages: a browser that was given the key keeps it in a cookie."""
+    if "Authorization" in asked.headers or "X-API-Key" in asked.headers:
+        return require_key(asked, settings)
+    return name_of_key(asked.cookies.get(KEY_COOKIE, ""), settings)
+
+
+def require_same_site(asked: Request) -> None:
+    """Raise Problem for what another site made a browser send.
+
+    Every browser says where a request comes from, ``Sec-Fetch-Site`` or at least ``Origin``, and no page can forge them; what
+    comes with neither is no browser, and has no cookies to be misused (as in Go's CrossOriginProtection).
+    """
+    site, origin = asked.headers.get("Sec-Fetch-Site"), asked.headers.get("Origin")
+    if site in ("same-origin", "none") or (site is None and origin in (None, asked.host_url.rstrip("/"))):
+        return
+    raise Problem("cross_site", f"The request came from {origin or 'another site'}; decide on the gallery's own pages.")
+
+
+def name_of_key(given: str, settings: Settings) -> str | None:
+    """The name of a key, or None where no keys are set. Raises Problem for one that is not known; all are compared."""
     if not settings.api_keys:
         return None
-    scheme, _, token = asked.headers.get("Authorization", "").partition(" ")
-    given = (token.strip() if scheme.lower() == "bearer" else asked.headers.get("X-API-Key", "")).encode()
     found = None
     for row in settings.api_keys:
         name, _, key = row.rpartition(":")
-        if hmac.compare_digest(key.encode(), given):
+        if hmac.compare_digest(key.encode(), given.encode()):
             found = name or "key"
     if found is None:
         what = "The key is not one that is known here" if given else "No key came with the request"

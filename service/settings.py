@@ -68,6 +68,16 @@ class Settings:
     api_keys: tuple[str, ...] = _setting((), "keys for /predict, with commas, each NAME:KEY or KEY; empty lets everybody in")
     cors_origins: tuple[str, ...] = _setting((), "origins whose pages may call /predict, with commas; * for all")
     proxies: int = _setting(0, "reverse proxies in front whose X-Forwarded-* headers are believed", least=0, most=10)
+    database_url: str | None = _setting(
+        None,
+        "where reviews are kept: sqlite:///FILE or postgresql://USER@HOST/NAME (default: ~/.local/share/finetune/reviews.db)",
+    )
+    evaluations: tuple[Path, ...] = _setting(
+        (), "more bundles and evaluations that the gallery shows beside the served bundle's own, with commas"
+    )
+    keep_predictions: bool = _setting(False, "1 keeps the photos that are sent to /predict, for the gallery; 0 keeps none")
+    keep_photos: int = _setting(10_000, "how many of them at most; those nobody reviewed go first", least=1, most=10_000_000)
+    keep_days: float = _setting(30.0, "for how many days at most", least=0.01, most=3650)
     log_level: str = _setting("info", "debug, info, warning or error", one_of=("debug", "info", "warning", "error"))
 
     @classmethod
@@ -106,7 +116,12 @@ def _parse(row: dataclasses.Field[Any], wanted: Any, text: str) -> Any:
     if kind is Path:
         return Path(text).expanduser()
     if typing.get_origin(kind) is tuple:
-        return tuple(word.strip() for word in text.split(",") if word.strip())
+        of = typing.get_args(kind)[0]
+        return tuple(of(word.strip()) for word in text.split(",") if word.strip())
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ConfigError(f"{name} is {text!r}; it can be 0 or 1.")
+        return text == "1"
     if kind is str:
         if "one_of" in limits and text not in limits["one_of"]:
             raise ConfigError(f"{name} is {text!r}; it can be {', '.join(limits['one_of'])}.")

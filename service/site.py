@@ -26,7 +26,13 @@ class Entry(NamedTuple):
     label: str
 
 
-NAVIGATION = [Entry("page.home", "Classify"), Entry("page.model", "Model"), Entry("docs.docs", "Docs")]
+NAVIGATION = [
+    Entry("page.home", "Classify"),
+    Entry("gallery.home", "Gallery"),
+    Entry("compare.page", "Compare"),
+    Entry("page.model", "Model"),
+    Entry("docs.docs", "Docs"),
+]
 
 
 def served_model() -> Model:

@@ -76,7 +76,7 @@ def import_table(connection: Connection, model_id: int, table: Table) -> int:
     said = table.predictions
     known = {tuple(row) for row in connection.execute(_photos_of(model_id))}
     new = []
-    for i, photo in enumerate(zip(map(_storable, said.photos), said.sha256s, strict=True)):
+    for i, photo in enumerate(zip(map(storable, said.photos), said.sha256s, strict=True)):
         if photo not in known:
             known.add(photo)
             new.append(i)
@@ -131,7 +131,7 @@ def _rows(
         yield {
             "model_id": model_id,
             "cell_id": places.at(place),
-            "photo": _storable(said.photos[i]),
+            "photo": storable(said.photos[i]),
             "sha256": sha256,
             "loss": float(losses[i]),
             "confidence": float(confidence[i]),
@@ -167,9 +167,18 @@ def shuffle_of(sha256: str) -> int:
     return int(sha256[:8], 16) >> 1
 
 
-def _storable(photo: str) -> str:
-    """A file's name may be bytes that are no UTF-8; they are kept as escapes, as PostgreSQL takes no others."""
-    return photo.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def storable(photo: str) -> str:
+    """A file's name may be bytes that are no UTF-8, which no database takes; they become characters of private use."""
+    return photo.translate(_TO_PRIVATE)
+
+
+def file_name(photo: str) -> str:
+    """The name as the file system and predictions.csv have it."""
+    return photo.translate(_FROM_PRIVATE)
+
+
+_TO_PRIVATE = {0xDC00 + byte: 0xF700 + byte for byte in range(128, 256)}
+_FROM_PRIVATE = {private: escaped for escaped, private in _TO_PRIVATE.items()}
 
 
 def _photos_of(model_id: int) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -26,7 +27,6 @@ SORTED_BY = {
     "random": predictions.c.shuffle,
 }
 FEW = 4_000  # photos that are sooner found through their cells and sorted than met in the order's own index
-CHUNK = 1_000
 
 
 @dataclass(frozen=True)
@@ -99,22 +99,38 @@ class Listing:
         self.counts: Counts = count(self.cells, wanted, among=among)
         self._column = SORTED_BY[wanted.sort]
 
+    def on(self, connection: Connection) -> Listing:
+        """The same listing on another connection, counted as it was."""
+        other = copy.copy(self)
+        other._connection = connection
+        return other
+
     @property
     def pages(self) -> int:
         return max(1, -(-self.counts.total // self.wanted.per_page))
 
     def page(self, number: int) -> list[Photo]:
         """The photos of one page, from 1; empty behind the last."""
-        return self._photos(self._ids(limit=self.wanted.per_page, offset=(number - 1) * self.wanted.per_page))
+        return self.photos(self._ids(limit=self.wanted.per_page, offset=(number - 1) * self.wanted.per_page))
 
     def first(self, limit: int) -> list[Photo]:
-        return self._photos(self._ids(limit=limit))
+        return self.photos(self._ids(limit=limit))
 
-    def all(self) -> Iterator[Photo]:
-        """Every photo of the filter, in its order."""
-        ids = self._ids()
-        for start in range(0, len(ids), CHUNK):
-            yield from self._photos(ids[start : start + CHUNK])
+    def ids(self) -> list[int]:
+        """Every photo's id, in the filter's order: what ``photos`` takes."""
+        return self._ids()
+
+    def with_sha256(self, sha256s: Sequence[str]) -> dict[str, Photo]:
+        """The model's photos of these contents, whether the filter lets them through or not."""
+        mine = predictions.c.model_id == self.model.id
+        found = select(predictions.c.id).where(mine, predictions.c.sha256.in_(sha256s)).order_by(predictions.c.id.desc())
+        return {photo.sha256: photo for photo in self.photos(list(self._connection.execute(found).scalars()))}
+
+    def photos(self, ids: Sequence[int]) -> list[Photo]:
+        """The photos with these ids, in their order; one that is gone meanwhile is passed over."""
+        found = select(*_COLUMNS).select_from(_JOINED).where(predictions.c.id.in_(ids))
+        rows = {row.id: self._photo(row) for row in self._connection.execute(found)}
+        return [rows[id_] for id_ in ids if id_ in rows]
 
     def find(self, photo: str, sha256: str = "") -> Photo:
         """The photo of that name, whether the filter lets it through or not; raises Problem where there is none."""
@@ -124,7 +140,7 @@ class Listing:
         found = self._connection.execute(select(predictions.c.id).where(*named).order_by(predictions.c.id)).scalars().first()
         if found is None:
             raise Problem("not_found", f"The model {self.model.version} was not evaluated on a photo {photo!r}.")
-        return self._photos([found])[0]
+        return self.photos([found])[0]
 
     def around(self, photo: Photo) -> tuple[int, Photo | None, Photo | None]:
         """How many photos of the filter come before this one, the last of them, and the first that comes after it."""
@@ -146,7 +162,7 @@ class Listing:
                 previous = self._select(segment, limit=1, backwards=True) or previous
             elif not following:
                 following = self._select(segment, limit=1)
-        last, first = (next(iter(self._photos(ids)), None) for ids in (previous, following))
+        last, first = (next(iter(self.photos(ids)), None) for ids in (previous, following))
         return before, last, first
 
     def _ids(self, *, limit: int | None = None, offset: int = 0) -> list[int]:
@@ -206,11 +222,6 @@ class Listing:
     def _count(self, more: list[ColumnElement[bool]]) -> int:
         found = select(func.count()).select_from(predictions).where(*self._conditions(), *more)
         return int(self._connection.execute(found).scalar_one())
-
-    def _photos(self, ids: Sequence[int]) -> list[Photo]:
-        found = select(*_COLUMNS).select_from(_JOINED).where(predictions.c.id.in_(ids))
-        rows = {row.id: self._photo(row) for row in self._connection.execute(found)}
-        return [rows[id_] for id_ in ids]
 
     def _photo(self, row: Any) -> Photo:
         cell = name_cell([row.cell_id, *(getattr(row, name) for name in DIMENSIONS), 1], self.model.classes)

@@ -98,6 +98,10 @@ def photo_of(connection: Connection, sha256: str) -> bytes | None:
     return connection.execute(select(live_photos.c.data).where(live_photos.c.sha256 == sha256)).scalar()
 
 
+def is_kept(connection: Connection, sha256: str) -> bool:
+    return connection.execute(select(live_photos.c.sha256).where(live_photos.c.sha256 == sha256)).first() is not None
+
+
 def labelled(connection: Connection) -> Iterator[tuple[str, str]]:
     """The sha256 and the class of every kept photo that was given one, in their order."""
     found = (
@@ -117,3 +121,11 @@ def _forget(connection: Connection, sha256: str) -> None:
         connection.execute(update(cells).where(cells.c.id == cell_id).values(photos=cells.c.photos - photos))
     connection.execute(delete(predictions).where(mine))
     connection.execute(delete(live_photos).where(live_photos.c.sha256 == sha256))
+
+
+def suffix_of(data: bytes) -> str:
+    """What a photo's file is called at its end, by its first bytes."""
+    return next((suffix for start, suffix in _SUFFIXES.items() if data.startswith(start)), ".jpg")
+
+
+_SUFFIXES = {b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}

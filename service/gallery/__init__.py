@@ -1,0 +1,1 @@
+"""Where people see what a model gets right and wrong, and put it right: pages, pictures, decisions, downloads."""

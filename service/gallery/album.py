@@ -1,0 +1,111 @@
+"""The photos behind the predictions, from the data folder or kept live: whole, small, or as the model saw them."""
+
+from __future__ import annotations
+
+from flask import current_app
+
+from models.bundle import Bundle, open_bundle
+from models.cache import default_cache_dir, whole_bundle
+from models.engine import Pixels
+from service.crew import Crew
+from service.explain import Explainer, Explanation
+from service.gallery.core import Gallery
+from service.images import FrontDoor
+from service.photos import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
+from service.pictures import Picture, make_picture
+from service.problems import Problem
+from service.settings import Settings
+from service.store import live
+from service.store.importing import file_name
+from service.thumbnails import Thumbnails
+
+BUNDLES = 4  # of which an explainer is held
+
+
+class Album:
+    """Pictures by their photo's name and sha256. One for the application."""
+
+    def __init__(self, settings: Settings, gallery: Gallery) -> None:
+        self._gallery = gallery
+        self._folder = PhotoFolder([settings.data] if settings.data else [])
+        self._door = FrontDoor(settings.max_pixels)
+        self._crew = Crew("pictures", threads=1, most_waiting=256, patience_s=30.0)
+        self._thumbnails = Thumbnails(
+            default_cache_dir() / "thumbnails", limit_mb=settings.thumbnails_mb, door=self._door, crew=self._crew
+        )
+        self._explainers: dict[str, Explainer] = {}
+
+    def read(self, photo: str, sha256: str) -> bytes:
+        """A photo's bytes, of exactly this sha256. Raises Problem where it is missing or was replaced."""
+        if photo == live.name_of(sha256):
+            with self._gallery.database.read() as connection:
+                data = live.photo_of(connection, sha256)
+            if data is None:
+                raise _forgotten(photo)
+            return data
+        try:
+            return self._folder.read(file_name(photo), sha256)
+        except PhotoUnavailableError as error:
+            raise _problem(error) from None
+
+    def look_for(self, photo: str, sha256: str) -> Problem | None:
+        """Why a photo cannot be shown, if it cannot; cheap for one that was looked at before."""
+        if photo == live.name_of(sha256):
+            with self._gallery.database.read() as connection:
+                return None if live.is_kept(connection, sha256) else _forgotten(photo)
+        try:
+            self._folder.check(file_name(photo), sha256)
+        except PhotoUnavailableError as error:
+            return _problem(error)
+        return None
+
+    def thumbnail(self, photo: str, sha256: str) -> Picture:
+        """A small picture. Raises Problem also for one that was kept and whose photo is there no longer."""
+        if problem := self.look_for(photo, sha256):
+            raise problem
+        return self._thumbnails.get(sha256, lambda: self.read(photo, sha256))
+
+    def original(self, photo: str, sha256: str) -> Picture:
+        """Upright, no larger than a screen, without anything but the picture."""
+        return self._crew.do(("original", sha256), lambda: make_picture(self.read(photo, sha256), door=self._door))
+
+    def crop(self, version: str, photo: str, sha256: str) -> Pixels:
+        """(H, W, C) uint8 as the model of that version saw the photo."""
+        preprocessing = self._bundle(version).preprocessing
+        return self._crew.do(
+            ("crop", preprocessing.sha256(), sha256), lambda: self._door.prepare(self.read(photo, sha256), preprocessing).pixels
+        )
+
+    def explain(self, version: str, photo: str, sha256: str, label: str) -> Explanation:
+        """Where the photo speaks for a class. Raises Problem where the model's bundle is not on this machine."""
+        if version not in self._explainers:
+            if len(self._explainers) >= BUNDLES:
+                self._explainers.pop(next(iter(self._explainers))).close()
+            self._explainers[version] = Explainer(self._bundle(version))
+        return self._explainers[version].explain(sha256, label, lambda: self.crop(version, photo, sha256))
+
+    def close(self) -> None:
+        for explainer in self._explainers.values():
+            explainer.close()
+        self._crew.close()
+
+    def _bundle(self, version: str) -> Bundle:
+        path = self._gallery.bundle_path(version)
+        if path is None:
+            raise Problem("not_found", f"The bundle {version} is not on this machine; name its folder in EVALUATIONS.")
+        return open_bundle(whole_bundle(path), files=())
+
+
+def album() -> Album:
+    """The application's own."""
+    found: Album = current_app.extensions["album"]
+    return found
+
+
+def _problem(error: PhotoUnavailableError) -> Problem:
+    code = {PhotoMissingError: "photo_missing", PhotoReplacedError: "photo_replaced"}.get(type(error), "too_many_pixels")
+    return Problem(code, str(error))
+
+
+def _forgotten(photo: str) -> Problem:
+    return Problem("photo_missing", f"The photo {photo} is no longer kept; KEEP_PHOTOS and KEEP_DAYS say how long.")

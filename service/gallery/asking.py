@@ -1,0 +1,27 @@
+"""What a request to the gallery is about: its filter, the model that it means, and the listing of both."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from flask import request
+
+from service.filters import Filter, read_filter
+from service.gallery.core import gallery
+from service.store.listing import Listing
+
+
+def asked_filter(*, also: Iterable[str] = (), **preset: tuple[str, ...]) -> Filter:
+    """The filter of this request's query string, with ``preset`` fields that its address gives. Raises Problem."""
+    shown = gallery()
+    database = shown.database  # says so where there is none yet
+    assert database is not None
+    return read_filter(request.args, model=shown.version or "", also=also).having(**preset)
+
+
+@contextlib.contextmanager
+def listing(wanted: Filter) -> Iterator[Listing]:
+    """The listing of a filter, as long as the block lasts: everything in it is of one moment."""
+    with gallery().database.read() as connection:
+        yield Listing(connection, wanted)

@@ -1,0 +1,89 @@
+"""Two models on the same photos: who fixed what, who broke what, and whether the difference is more than chance."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response, jsonify, request
+
+from service.filters import CHANGES, Filter
+from service.gallery.core import gallery
+from service.gallery.pages import address_of, render
+from service.problems import Problem
+from service.site import problem_page
+from service.store.comparing import Comparison, compare
+from service.store.listing import KnownModel, find_model, known_models
+
+REAL = 0.05
+
+bp = Blueprint("compare", __name__)
+json_bp = Blueprint("compare_json", __name__)  # whose problems are JSON too
+
+
+@bp.get("/compare")
+def page() -> Response:
+    """a is the older of the two and b the newer, where they are not named."""
+    models, a, b, outcome = _compared()
+    grids = {}
+    if a:
+        grids = {change: address_of(Filter(model=b.version, vs=a.version, change=change)) for change in CHANGES}
+    words = _in_words(a, b, outcome)
+    return render("gallery/compare.html", models=models, a=a, b=b, outcome=outcome, grids=grids, words=words)
+
+
+@json_bp.get("/compare.json")
+def as_json() -> Response:
+    _, a, b, outcome = _compared()
+    if a is None or outcome is None:
+        raise Problem("not_found", "There are fewer than two models to compare; name bundles in EVALUATIONS, or train another.")
+    answer = jsonify(
+        a=a.version,
+        b=b.version,
+        fixed=outcome.fixed,
+        broke=outcome.broke,
+        both_right=outcome.both_right,
+        both_wrong=outcome.both_wrong,
+        set_aside=outcome.set_aside,
+        disagree=outcome.disagree,
+        unlabelled=outcome.unlabelled,
+        only_a=outcome.only_a,
+        only_b=outcome.only_b,
+        p_value=outcome.p_value,
+        words=_in_words(a, b, outcome),
+    )
+    answer.headers["Cache-Control"] = "no-cache"
+    return answer
+
+
+@bp.errorhandler(Problem)
+def say(problem: Problem) -> Response:
+    return problem_page(problem)
+
+
+def _compared() -> tuple[list[KnownModel], KnownModel | None, KnownModel, Comparison | None]:
+    for name in request.args:
+        if name not in ("a", "b"):
+            raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there are a and b, versions of models.")
+    shown = gallery()
+    with shown.database.read() as connection:
+        models = known_models(connection)
+        b = find_model(connection, request.args.get("b") or shown.version or "")
+        others = [model for model in models if model.version != b.version and model.classes == b.classes]
+        named = request.args.get("a")
+        a = find_model(connection, named) if named else next(iter(others), None)
+        return models, a, b, compare(connection, a, b) if a else None
+
+
+def _in_words(a: KnownModel | None, b: KnownModel, outcome: Comparison | None) -> str:
+    """What McNemar's exact test says of the photos on which the two differ."""
+    if a is None or outcome is None:
+        return "There is one model only; name another bundle in EVALUATIONS, or train with the reviews and serve the new one."
+    if not outcome.together:
+        return "The two models have no labelled photos in common, so that there is nothing to compare."
+    changed = outcome.fixed + outcome.broke
+    if not changed:
+        return f"Both have the same {outcome.together:,} photos right and wrong: there is no difference between them."
+    better, most = (b, outcome.fixed) if outcome.fixed >= outcome.broke else (a, outcome.broke)
+    split = f"Of {changed:,} photos on which they differ, {better.version} has {most:,} right and the other {changed - most:,}"
+    p = f"p = {outcome.p_value:.2g}, McNemar's exact test"
+    if outcome.p_value < REAL:
+        return f"{split}: more than chance would explain ({p})."
+    return f"{split}: no more than chance would explain ({p})."

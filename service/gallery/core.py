@@ -1,0 +1,146 @@
+"""The gallery's state: the database, opened beside the loading model, and the evaluations that were read into it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+import numpy as np
+from flask import current_app
+from sqlalchemy.exc import IntegrityError
+
+from models.cache import default_data_dir
+from models.errors import UserError
+from models.evaluation import OUT_OF_FOLD, Results, open_results
+from models.lookalikes import Lookalikes
+from models.suspects import suspects
+from service.model import Model
+from service.problems import Problem
+from service.settings import Settings
+from service.store.database import Database
+from service.store.importing import Table, import_table, is_imported, know_model
+
+log = logging.getLogger("service.gallery")
+
+
+class Gallery:
+    """The database and what is known of each model's photos beside it. One for the application; until it is there,
+    ``database`` says so. What fails here is told on the gallery's pages and never stops a prediction."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._database: Database | None = None
+        self._error: str | None = None
+        self._lock = threading.Lock()
+        self._results: dict[str, list[Results]] = {}  # by the version of the bundle that they are of
+        self._lookalikes: dict[str, Lookalikes] = {}
+        self.version: str | None = None
+
+    @property
+    def database(self) -> Database:
+        """Raises Problem while there is none."""
+        if self._database is not None and self.version is not None:
+            return self._database
+        if self._error is not None:
+            raise Problem("database_unavailable", self._error)
+        raise Problem("not_ready", "The gallery is being prepared; ask again in a second.", headers={"Retry-After": "1"})
+
+    def show(self, model: Model) -> None:
+        """Read the predictions of the model that serves now, and those of EVALUATIONS, and show them."""
+        with self._lock:
+            try:
+                if self._database is None:
+                    self._database = Database(self._settings.database_url or _default_url())
+                for path in (model.bundle.path, *self._settings.evaluations):
+                    self._take(path)
+                self._know(model)
+            except UserError as error:
+                self._fail(str(error))
+            except Exception as error:
+                log.exception("the gallery cannot be shown")
+                self._fail(f"The gallery's database failed ({error!r}); look into the log, and start again.")
+            else:
+                self.version = model.bundle.version
+
+    def lookalikes(self, version: str) -> list[Lookalikes]:
+        """The embeddings and duplicates of a model's evaluations, as far as they are on this machine."""
+        found = []
+        for results in self._results.get(version, []):
+            if results.version not in self._lookalikes:
+                self._lookalikes[results.version] = results.lookalikes()
+            found.append(self._lookalikes[results.version])
+        return found
+
+    def bundle_path(self, version: str) -> Path | None:
+        """Where the bundle of a version is on this machine, if it is."""
+        kinds = {results.kind: results.path for results in self._results.get(version, [])}
+        return kinds.get("bundle")
+
+    def close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+
+    def _take(self, path: Path) -> None:
+        """Import a bundle's or an evaluation's predictions, if that was not done; one that is broken is logged and left out."""
+        assert self._database is not None
+        try:
+            results = open_results(path)
+            of_model = self._results.setdefault(results.bundle_version, [])
+            if all(known.version != results.version for known in of_model):
+                of_model.append(results)
+            with self._database.read() as connection:
+                if is_imported(connection, results.bundle_version, results.version):
+                    return
+            table = _table(results)
+        except UserError as error:
+            log.warning("%s", error)
+            return
+        try:
+            with self._database.write() as connection:
+                if is_imported(connection, results.bundle_version, results.version):  # by another worker, meanwhile
+                    return
+                model_id = know_model(connection, version=results.bundle_version, name=results.name, classes=results.classes)
+                photos = import_table(connection, model_id, table)
+        except IntegrityError:
+            log.info("imported by another process", extra={"version": results.version})
+            return
+        self._database.refresh_statistics()
+        log.info("imported", extra={"model": results.name, "version": results.bundle_version, "photos": photos})
+
+    def _know(self, model: Model) -> None:
+        """A bundle without predictions has none to show, but live ones may come."""
+        assert self._database is not None
+        bundle = model.bundle
+        with self._database.write() as connection:
+            know_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
+
+    def _fail(self, reason: str) -> None:
+        self._error = reason
+        log.error(reason)
+
+
+def gallery() -> Gallery:
+    """The application's own."""
+    found: Gallery = current_app.extensions["gallery"]
+    return found
+
+
+def _table(results: Results) -> Table:
+    predictions = results.predictions()
+    lookalikes = results.lookalikes()
+    duplicate = [
+        len({other.label for other in lookalikes.group_of(sha256)} | {predictions.classes[label]}) > 1
+        for sha256, label in zip(predictions.sha256s, predictions.labels, strict=True)
+    ]
+    return Table(
+        source="out-of-fold" if results.kind == OUT_OF_FOLD else "evaluation",
+        digest=results.version,
+        predictions=predictions,
+        duplicate=np.array(duplicate, dtype=np.bool_),
+        mislabelled=suspects(predictions),
+    )
+
+
+def _default_url() -> str:
+    return f"sqlite:///{default_data_dir() / 'reviews.db'}"

@@ -1,0 +1,194 @@
+"""The listings' twins for programs: every row of a filter as JSON or CSV, and what was decided as reviews.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Sequence
+from tempfile import SpooledTemporaryFile
+from typing import Any
+
+from flask import Blueprint, Response, send_file, stream_with_context, url_for
+
+from service.filters import Filter
+from service.gallery.asking import asked_filter, listing
+from service.gallery.core import gallery
+from service.store import live
+from service.store.importing import file_name
+from service.store.listing import KnownModel, Photo
+from service.store.reviewing import REVIEW_COLUMNS, reviews
+
+CHUNK = 500
+MIB = 1 << 20
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+Rows = Iterator[Photo]
+
+bp = Blueprint("exports", __name__)
+
+
+@bp.get("/gallery/photos.json", endpoint="photos_json")
+@bp.get("/gallery/correct.json", endpoint="correct_json", defaults={"verdict": "right"})
+@bp.get("/gallery/incorrect.json", endpoint="incorrect_json", defaults={"verdict": "wrong"})
+def as_json(verdict: str = "") -> Response:
+    """{"total": N, "rows": [...]} over the whole filter."""
+    wanted = _asked(verdict)
+    total, model, rows = _everything(wanted)
+
+    def text() -> Iterator[str]:
+        yield f'{{"total": {total}, "rows": ['
+        for number, photo in enumerate(rows):
+            yield (",\n" if number else "\n") + json.dumps(as_row(photo, model))
+        yield "]}\n"
+
+    return Response(stream_with_context(text()), headers={"Cache-Control": "no-cache"}, mimetype="application/json")
+
+
+@bp.get("/gallery/photos.csv", endpoint="photos_csv")
+@bp.get("/gallery/correct.csv", endpoint="correct_csv", defaults={"verdict": "right"})
+@bp.get("/gallery/incorrect.csv", endpoint="incorrect_csv", defaults={"verdict": "wrong"})
+def as_csv(verdict: str = "") -> Response:
+    """The columns of predictions.csv, then what the gallery knows beside."""
+    wanted = _asked(verdict)
+    _, model, rows = _everything(wanted)
+    header = ["photo", "label", "predicted", *(f"p_{name}" for name in model.classes), "loss", "split", "sha256"]
+    header += ["source", "verdict", "confidence", "margin", "review", "flags", "new_label", "note", "reviewer"]
+    lines = (_csv_row(photo) for photo in rows)
+    return _csv(header, lines, f"{verdict or 'photos'}.csv")
+
+
+@bp.get("/gallery/reviews.csv")
+def reviews_csv() -> Response:
+    """What holds of every photo that was decided about: what `finetune train --reviews` takes."""
+    with gallery().database.read() as connection:
+        found = [list(row) for row in reviews(connection)]
+    column = REVIEW_COLUMNS.index
+    for row in found:
+        row[column("photo")] = file_name(row[column("photo")])
+        row[column("decided_at")] = row[column("decided_at")].isoformat(timespec="seconds")
+        for name in ("note", "reviewer"):
+            row[column(name)] = _no_formula(row[column(name)])
+    return _csv(REVIEW_COLUMNS, iter(found), "reviews.csv")
+
+
+@bp.get("/gallery/live.zip")
+def live_zip() -> Response:
+    """The live photos that were given a class, as a folder that `finetune train --extra-data` takes."""
+    database = gallery().database
+    with database.read() as connection:
+        chosen = list(live.labelled(connection))
+    file = SpooledTemporaryFile(max_size=16 * MIB)  # noqa: SIM115 - the answer closes it
+    with zipfile.ZipFile(file, "w") as folder:  # stored: photos are compressed already
+        for sha256, label in chosen:
+            with database.read() as connection:
+                data = live.photo_of(connection, sha256)
+            if data is not None:
+                folder.writestr(f"live/train/{label}/{sha256[:16]}{live.suffix_of(data)}", data)
+    file.seek(0)
+    return send_file(file, mimetype="application/zip", as_attachment=True, download_name="live.zip")
+
+
+def as_row(photo: Photo, model: KnownModel) -> dict[str, Any]:
+    """A photo as JSON has it."""
+    decision = photo.decision
+    return {
+        "photo": photo.photo,
+        "sha256": photo.sha256,
+        "source": photo.source,
+        "split": photo.split,
+        "label": photo.label,
+        "predicted": photo.predicted,
+        "verdict": photo.verdict,
+        "confidence": photo.confidence,
+        "margin": photo.margin,
+        "loss": photo.loss,
+        "probabilities": dict(zip(model.classes, (round(float(p), 9) for p in photo.probabilities), strict=True)),
+        "flags": flags_of(photo),
+        "review": photo.review,
+        "decision": decision
+        and {
+            "id": decision.id,
+            "decision": decision.decision,
+            "new_label": decision.new_label,
+            "note": decision.note,
+            "reviewer": decision.reviewer,
+            "decided_at": decision.decided_at.isoformat(timespec="seconds"),
+        },
+        "page": url_for("photo.page", photo=photo.photo, sha256=photo.sha256, model=model.version),
+        "thumbnail": url_for("pictures.thumbnail", sha256=photo.sha256, photo=photo.photo),
+    }
+
+
+def flags_of(photo: Photo) -> list[str]:
+    return ["duplicate"] * photo.duplicate + ["mislabelled"] * photo.mislabelled
+
+
+def _asked(verdict: str) -> Filter:
+    return asked_filter(**({"verdicts": (verdict,)} if verdict else {}))
+
+
+def _everything(wanted: Filter) -> tuple[int, KnownModel, Rows]:
+    """Count, model and rows; no transaction is open while a slow client reads."""
+    with listing(wanted) as found:
+        ids, model = found.ids(), found.model
+    database = gallery().database
+
+    def rows() -> Rows:
+        for start in range(0, len(ids), CHUNK):
+            with database.read() as connection:
+                chunk = found.on(connection).photos(ids[start : start + CHUNK])
+            yield from chunk
+
+    return len(ids), model, rows()
+
+
+def _csv_row(photo: Photo) -> list[Any]:
+    probabilities = [f"{p:.9g}" for p in photo.probabilities]
+    loss = "" if photo.loss is None else f"{photo.loss:.9g}"
+    decision = photo.decision
+    return [
+        file_name(photo.photo),
+        photo.label or "",
+        photo.predicted,
+        *probabilities,
+        loss,
+        photo.split,
+        photo.sha256,
+        photo.source,
+        photo.verdict,
+        f"{photo.confidence:.9g}",
+        f"{photo.margin:.9g}",
+        photo.review,
+        " ".join(flags_of(photo)),
+        (decision and decision.new_label) or "",
+        _no_formula(decision.note) if decision else "",
+        _no_formula(decision.reviewer) if decision else "",
+    ]
+
+
+def _csv(header: Sequence[str], rows: Iterator[Sequence[Any]], name: str) -> Response:
+    def text() -> Iterator[bytes]:
+        buffer = io.StringIO(newline="")
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow(row)
+            if buffer.tell() > MIB // 16:
+                yield _taken(buffer)
+        yield _taken(buffer)
+
+    headers = {"Cache-Control": "no-cache", "Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(text(), headers=headers, content_type="text/csv; charset=utf-8")
+
+
+def _taken(buffer: io.StringIO) -> bytes:
+    text = buffer.getvalue().encode("utf-8", "surrogateescape")
+    buffer.seek(0)
+    buffer.truncate()
+    return text
+
+
+def _no_formula(text: str) -> str:
+    """People type these; a spreadsheet would compute what begins like a formula."""
+    return f"'{text}" if text.startswith(FORMULA) else text

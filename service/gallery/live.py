@@ -1,0 +1,95 @@
+"""Answered photos on their way into the gallery: handed over in no time, written together by a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.bundle import Bundle
+from service.gallery.core import Gallery
+from service.metrics import Metrics
+from service.problems import Problem
+from service.settings import Settings
+from service.store.importing import know_model
+from service.store.live import Answered, keep, prune
+
+log = logging.getLogger("service.gallery")
+WAITING = 128  # photos in memory; under a flood the others are not kept, and counted
+AT_ONCE = 32
+PRUNE_S = 60.0
+
+
+@dataclass(frozen=True, eq=False)
+class _Offer:
+    bundle: Bundle
+    answered: Answered
+
+
+class Keeper:
+    """Keeps what was answered, as KEEP_PREDICTIONS says; a thread that ends with ``close``, when all is written."""
+
+    def __init__(self, gallery: Gallery, settings: Settings, metrics: Metrics) -> None:
+        self._gallery = gallery
+        self._settings = settings
+        self._metrics = metrics
+        self._offers: queue.Queue[_Offer | None] = queue.Queue(WAITING)
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._thread.start()
+
+    def offer(self, bundle: Bundle, data: bytes, probabilities: NDArray[np.float32]) -> None:
+        """Hand a photo and its answer over; never waits."""
+        answered = Answered(data, hashlib.sha256(data).hexdigest(), probabilities, datetime.now(timezone.utc))
+        try:
+            self._offers.put_nowait(_Offer(bundle, answered))
+        except queue.Full:
+            self._metrics.live_photos.labels("dropped").inc()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Write what was handed over and end."""
+        self._offers.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        pruned_at, is_last = -PRUNE_S, False
+        while not is_last:
+            offers, is_last = self._take()
+            try:
+                self._write(offers)
+                if time.monotonic() - pruned_at >= PRUNE_S:
+                    pruned_at = time.monotonic()
+                    with self._gallery.database.write() as connection:
+                        prune(connection, most=self._settings.keep_photos, days=self._settings.keep_days)
+            except Exception as error:  # the next ones may be kept again
+                self._metrics.live_photos.labels("dropped").inc(len(offers))
+                log.warning("photos are not kept: %s", error, exc_info=not isinstance(error, Problem))
+
+    def _take(self) -> tuple[list[_Offer], bool]:
+        """What was handed over, AT_ONCE at most, and whether it is the end; nothing after a while without any."""
+        taken: list[_Offer] = []
+        with contextlib.suppress(queue.Empty):
+            while len(taken) < AT_ONCE:
+                offer = self._offers.get(block=not taken, timeout=PRUNE_S)
+                if offer is None:
+                    return taken, True
+                taken.append(offer)
+        return taken, False
+
+    def _write(self, offers: Sequence[_Offer]) -> None:
+        for version in dict.fromkeys(offer.bundle.version for offer in offers):
+            mine = [offer for offer in offers if offer.bundle.version == version]
+            bundle = mine[0].bundle
+            with self._gallery.database.write() as connection:
+                model_id = know_model(connection, version=version, name=bundle.name, classes=bundle.classes)
+                new = keep(connection, model_id, bundle.classes, [offer.answered for offer in mine])
+            self._metrics.live_photos.labels("kept").inc(new)
+            self._metrics.live_photos.labels("known").inc(len(mine) - new)

@@ -1,0 +1,59 @@
+"""The addresses of pictures. Each is named by its photo's sha256, so that a browser may keep it for ever."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response, request
+
+from service.gallery.album import album
+from service.gallery.core import gallery
+from service.heat import legend, overlay
+from service.pictures import png_of
+from service.site import YEAR_S
+
+bp = Blueprint("pictures", __name__, url_prefix="/gallery/pictures")
+
+
+@bp.get("/<sha256>/thumbnail.jpg")
+def thumbnail(sha256: str) -> Response:
+    return _forever(album().thumbnail(_photo(), sha256).data, "image/jpeg")
+
+
+@bp.get("/<sha256>/original.jpg")
+def original(sha256: str) -> Response:
+    return _forever(album().original(_photo(), sha256).data, "image/jpeg")
+
+
+@bp.get("/<sha256>/crop.png")
+def crop(sha256: str) -> Response:
+    """As the model saw it."""
+    return _forever(png_of(album().crop(_version(), _photo(), sha256)), "image/png")
+
+
+@bp.get("/<sha256>/attention.png")
+def attention(sha256: str) -> Response:
+    """The crop, with the places bright that speak for ``class``."""
+    version, photo = _version(), _photo()
+    explanation = album().explain(version, photo, sha256, request.args.get("class", ""))
+    pixels = album().crop(version, photo, sha256)
+    return _forever(overlay(pixels, explanation.heat(pixels.shape[0])), "image/png")
+
+
+@bp.get("/legend.png")
+def legend_png() -> Response:
+    """The colours of the attention, from none to the most."""
+    return _forever(legend(), "image/png")
+
+
+def _photo() -> str:
+    return request.args.get("photo", "")
+
+
+def _version() -> str:
+    return request.args.get("model") or gallery().version or ""
+
+
+def _forever(data: bytes, media_type: str) -> Response:
+    answer = Response(data, mimetype=media_type)
+    answer.headers["Cache-Control"] = f"private, max-age={YEAR_S}, immutable"
+    answer.set_etag(request.full_path[-200:])
+    return answer.make_conditional(request)  # type: ignore[return-value]

@@ -1,0 +1,74 @@
+"""The landing page's queues: what is worth looking at first, each a filter like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.filters import Filter
+
+SEED = 1
+MOST_CLASSES = 20  # with a queue of their own
+
+
+@dataclass(frozen=True)
+class Queue:
+    """``why`` says what a person gains by looking; ``empty`` what it means that there is nothing."""
+
+    title: str
+    why: str
+    empty: str
+    wanted: Filter
+
+
+def queues(version: str, classes: Sequence[str]) -> list[Queue]:
+    """In the order in which they repay looking."""
+    everything = Filter(model=version)
+    wrong, right = everything.having(verdicts=("wrong",)), everything.having(verdicts=("right",))
+    return [
+        Queue(
+            "Confidently wrong",
+            "Here the model is sure and the label says otherwise: first look whether the label is right.",
+            "The model has nothing wrong.",
+            wrong,
+        ),
+        Queue(
+            "Probably mislabelled",
+            "Photos whose probabilities fit another class better than the photos of that class themselves do.",
+            "Nothing looks mislabelled. With `finetune evaluate --folds 5` the training photos are looked through as well.",
+            everything.having(flags=("mislabelled",)),
+        ),
+        Queue(
+            "Least certain",
+            "The closest calls, right or wrong: more photos like these teach the model most.",
+            "There are no predictions yet.",
+            everything.having(sort="margin"),
+        ),
+        Queue(
+            "Same photo, another label",
+            "Photos that look like one with another label; one of the two labels is wrong.",
+            "No two photos that look the same have different labels.",
+            everything.having(flags=("duplicate",)),
+        ),
+        Queue(
+            "Live, not yet reviewed",
+            "What people sent to be classified, the least certain first; label some, and train with them.",
+            "None are kept. Start with KEEP_PREDICTIONS=1 to keep photos that are sent to /predict.",
+            everything.having(sources=("live",), reviews=("unreviewed",), sort="margin"),
+        ),
+        Queue("Random incorrect", "A fair sample of the mistakes.", "The model has nothing wrong.", _random(wrong)),
+        Queue("Random correct", "A fair sample of what it gets right.", "The model has nothing right.", _random(right)),
+        *(
+            Queue(
+                f"Most confident: {name}",
+                f"What the model takes for the clearest {name}.",
+                f"Nothing was called {name}.",
+                everything.having(predicted=(name,), sort="confidence"),
+            )
+            for name in classes[:MOST_CLASSES]
+        ),
+    ]
+
+
+def _random(wanted: Filter) -> Filter:
+    return wanted.having(sort="random", seed=SEED)
