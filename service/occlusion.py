@@ -1,0 +1,45 @@
+"""Occlusion (Zeiler and Fergus 2014, arXiv 1311.2901): cover a part of the photo, and see how much a class suffers.
+
+It asks nothing of the network but its answers. The cost is one answer for each place of the patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.engine import Pixels
+
+CELLS = 8  # along each side
+PATCH = 2  # cells that the patch covers along each side; it moves by one
+PASSES = (CELLS - PATCH + 1) ** 2 + 1
+SMALLEST = 1e-7
+
+Floats = NDArray[np.float32]
+
+
+def occlusion_map(run: Callable[[Pixels], Floats], pixels: Pixels, label: int, *, fill: NDArray[np.uint8]) -> Floats:
+    """How much the log-odds of class ``label`` fall where the photo is covered: (CELLS, CELLS), the mean over patches.
+
+    ``run`` gives the probabilities (1, classes) of pixels (1, H, W, C), and is asked PASSES times, one photo at a time, so that
+    memory is that of one. ``pixels`` is (H, W, C); ``fill`` (C,) is the patch's colour, the mean of what the network was
+    trained on. Log-odds and not probabilities: those of a photo that is certain hardly move.
+    """
+    edges = np.linspace(0, pixels.shape[0], CELLS + 1).round().astype(int)
+    whole = _log_odds(run(pixels[None])[0], label)
+    fall, covered = np.zeros((CELLS, CELLS)), np.zeros((CELLS, CELLS))
+    for y in range(CELLS - PATCH + 1):
+        for x in range(CELLS - PATCH + 1):
+            patched = pixels.copy()
+            patched[edges[y] : edges[y + PATCH], edges[x] : edges[x + PATCH]] = fill
+            cells = slice(y, y + PATCH), slice(x, x + PATCH)
+            fall[cells] += whole - _log_odds(run(patched[None])[0], label)
+            covered[cells] += 1
+    return (fall / covered).astype(np.float32)
+
+
+def _log_odds(probabilities: Floats, label: int) -> float:
+    others = float(np.delete(probabilities, label).sum())  # 1 - p would lose all digits where p is near 1
+    return float(np.log(max(float(probabilities[label]), SMALLEST)) - np.log(max(others, SMALLEST)))
