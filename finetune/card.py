@@ -30,7 +30,8 @@ def write_card(path: Path, info: Mapping[str, Any]) -> None:
         " these same photos, so a figure from photos that had no part in it is the one to trust:"
         " `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
         "## What it was trained on\n",
-        f"{_counts(dataset['photos'])} The labels are the folders' names. It knows only these classes: a photo of anything else"
+        f"{_counts(dataset['photos'])} The labels are the folders' names{_reviewed(dataset)}."
+        " It knows only these classes: a photo of anything else"
         " gets one of them all the same, often with confidence. Photos of other kinds (drawings, other cameras, crops) are"
         " outside of what was measured.\n",
         "## How it was trained\n",
@@ -92,6 +93,18 @@ def _row(title: str, measure: Mapping[str, float] | None) -> str:
 def _counts(photos: Mapping[str, Mapping[str, int]]) -> str:
     parts = [f"{split}: {', '.join(f'{n:,} {name}' for name, n in row.items())}" for split, row in photos.items()]
     return "Photos, " + "; ".join(parts) + "."
+
+
+def _reviewed(dataset: Mapping[str, Any]) -> str:
+    reviews = dataset.get("reviews")
+    if not reviews:
+        return ""
+    dropped = reviews["neither"] + reviews["bad"] + reviews["other_copies"]
+    return (
+        f", but for what people decided in a review: {reviews['relabelled']:,} labels were changed, {reviews['confirmed']:,}"
+        f" confirmed, and {dropped:,} photos left out, in training and validation alike, so that the figures above are on"
+        " corrected labels"
+    )
 
 
 def _contents(info: Mapping[str, Any]) -> str:

@@ -32,6 +32,13 @@ class Config:
     dataset: str | None = _setting(
         None, "fetch these pictures into --data-dir (default: data/DATASET) where they are not yet", choices=DATASETS
     )
+    extra_data: tuple[str, ...] = _setting(
+        (), "further folders, of the same classes, whose training photos are added; may be given again", metavar="DIR"
+    )
+    reviews: Path | None = _setting(None, "table of a gallery's decisions (reviews.csv), which come before the folders' names")
+    reviews_from: str | None = _setting(
+        None, "the same from a gallery's address (key in REVIEWS_KEY) or its database (sqlite:///FILE, postgresql://...)"
+    )
     output_dir: Path | None = _setting(None, "folder of the run (default: runs/DATA-BACKBONE)")
     weights: str | None = _setting(None, "state dict to start from, .pth or .safetensors; `none` trains from random weights")
     epochs: int | None = _setting(None, "passes over the training photos", low=1)
@@ -43,7 +50,9 @@ class Config:
     lr_schedule: str | None = _setting(None, "learning rate over the epochs", choices=("constant", "cosine"))
     patience: int = _setting(0, "stop after so many epochs without a better validation loss; 0 never stops early", low=0)
     min_delta: float = _setting(0.0, "a validation loss counts as better if it is lower by more than this", low=0)
-    unfreeze: tuple[str, ...] = _setting((), "also train these layers, such as features.28 or layer4; no feature cache then")
+    unfreeze: tuple[str, ...] = _setting(
+        (), "also train these layers, such as features.28 or layer4; no feature cache then", metavar="LAYER"
+    )
     unfreeze_lr_scale: float = _setting(0.1, "learning rate of unfrozen layers, as a part of --lr", low=0)
     augment: bool = _setting(False, "random resized crop, flip and colour jitter; no feature cache then")
     permute_pixels: int | None = _setting(
@@ -75,6 +84,9 @@ class Config:
         if self.export == "head" and self.weights == "none":
             raise ConfigError("--export head leaves the pretrained weights out, and --weights none has none; drop one of them.")
 
+        if self.reviews and self.reviews_from:
+            raise ConfigError("--reviews and --reviews-from both name reviews; give one of them.")
+
     def with_recipe(self, recipe: Recipe) -> Config:
         """Fill what was left open from the backbone's own recipe."""
         given = {key: value for key, value in dataclasses.asdict(recipe).items() if getattr(self, key) is None}
@@ -103,7 +115,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind is tuple:
-            options |= {"nargs": "+", "metavar": "LAYER"}
+            options |= {"nargs": "+", "action": "extend", "metavar": f.metadata["metavar"]}
         else:
             options["type"] = kind
             if "choices" in f.metadata:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -81,11 +82,12 @@ def is_stray(folder_name: str) -> bool:
     return folder_name.startswith((".", "__"))
 
 
-def read_dataset(root: Path, *, valid_fraction: float = 0.2, seed: int = 0) -> Dataset:
+def read_dataset(root: Path, *, valid_fraction: float = 0.2, seed: int = 0, extra: Iterable[Path] = ()) -> Dataset:
     """List the photos below ``root``, in the order of their names.
 
     ``root`` holds a training folder and one for validation; without the latter a part of each class is held out, and
-    without the former the classes lie in ``root`` itself. Raises DataError where that gives no photos or one class.
+    without the former the classes lie in ``root`` itself. The training photos of ``extra`` folders are added, named
+    "extra-1/..." and so on; none of them is held out. Raises DataError where that gives no photos or one class.
     """
     if not root.is_dir():
         raise DataError(f"There is no folder {root}; give one that holds train/CLASS/ and valid/CLASS/ with photos in them.")
@@ -105,7 +107,26 @@ def read_dataset(root: Path, *, valid_fraction: float = 0.2, seed: int = 0) -> D
     if not any(photo.split == "train" for photo in photos):
         raise DataError(f"{folders['train']} has no photos in its class folders; {', '.join(EXTENSIONS[:6])} are read.")
     dataset = Dataset(root, classes, tuple(photos), folders, split_classes)
-    return dataset if valid else _hold_out(dataset, valid_fraction, seed)
+    dataset = dataset if valid else _hold_out(dataset, valid_fraction, seed)
+    added = [read_extra(folder, classes, prefix=f"extra-{number}") for number, folder in enumerate(extra, start=1)]
+    return dataset.keep(itertools.chain(dataset.photos, *added))
+
+
+def read_extra(folder: Path, classes: Sequence[str], *, prefix: str) -> list[Photo]:
+    """The training photos of a further folder: CLASS/ in its folder train, or in itself where it has none.
+
+    Their names begin with ``prefix``. Raises DataError, also where it has a class that is not among ``classes``.
+    """
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}; give one that holds train/CLASS/ with photos in it to --extra-data.")
+    train = _first_folder(folder, TRAIN_FOLDERS) or folder
+    unknown = sorted(set(class_folders(train)) - set(classes))
+    if unknown:
+        raise DataError(f"{train} has the class {unknown[0]!r}, and the data's are {', '.join(classes)}; rename or remove it.")
+    photos = _list(folder, train, "train", classes)
+    if not photos:
+        raise DataError(f"{train} has no photos in folders named {', '.join(classes)}; leave it out of --extra-data.")
+    return [replace(photo, name=f"{prefix}/{photo.name}") for photo in photos]
 
 
 def read_split(root: Path, split: str, classes: Sequence[str]) -> list[Photo]:

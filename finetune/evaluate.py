@@ -18,9 +18,12 @@ from finetune.results import write_results
 from finetune.scan import PixelStash, fingerprint_context, scan
 from finetune.shards import ShardStore
 from models.cache import default_cache_dir
-from models.errors import DataError
+from models.errors import ConfigError, DataError
 from models.evaluation import MEASURED, write_evaluation
 from models.predictions import Predictions
+from models.suspects import rank_suspects, suggested_labels
+
+SHOWN = 10
 
 
 def evaluate_bundle(
@@ -82,9 +85,24 @@ def evaluate_bundle(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle to measure")
     parser.add_argument("--data-dir", type=Path, required=True, metavar="DATA", help="the folder of labelled photos")
-    parser.add_argument("--split", default="valid", help="which of its folders (default: valid)")
+    parser.add_argument("--split", help="which of its folders (default: valid)")
+    parser.add_argument(
+        "--folds",
+        type=int,
+        metavar="N",
+        help="instead, answer every photo of train and valid by a head trained on the other N - 1 parts of them",
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="with --folds: the base's weights, if not found by themselves"
+    )
+    parser.add_argument(
+        "--reviews", type=Path, metavar="FILE", help="with --folds: decisions that come before the folders' names"
+    )
     parser.add_argument(
         "--output-dir", type=Path, metavar="OUT", help="where the results go (default: evaluations/BUNDLE-DATA-SPLIT)"
+    )
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="PATH", help="folder of the feature cache (default: ~/.cache/finetune)"
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that decode photos")
 
@@ -92,8 +110,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """``finetune evaluate``: measure, write and print a summary."""
     bundle_name = args.bundle.resolve().parent.name if args.bundle.name == "bundle" else args.bundle.name
-    default = Path("evaluations") / f"{bundle_name}-{args.data_dir.resolve().name}-{args.split}"
-    out = args.output_dir or default
-    metrics = evaluate_bundle(args.bundle, args.data_dir, split=args.split, out=out, workers=args.workers)
-    print(f"{format_summary(metrics)}\n\nresults      {out}")
+    what = f"{args.folds}-folds" if args.folds else args.split or "valid"
+    out = args.output_dir or Path("evaluations") / f"{bundle_name}-{args.data_dir.resolve().name}-{what}"
+    if args.folds is not None:
+        _run_folds(args, out)
+    elif args.weights or args.reviews:
+        raise ConfigError("--weights and --reviews go with --folds; name the number of folds, or leave them out.")
+    else:
+        metrics = evaluate_bundle(
+            args.bundle, args.data_dir, split=args.split or "valid", out=out, workers=args.workers, cache_dir=args.cache_dir
+        )
+        print(format_summary(metrics))
+    print(f"\nresults      {out}")
     return 0
+
+
+def _run_folds(args: argparse.Namespace, out: Path) -> None:
+    from finetune.folds import evaluate_folds
+    from finetune.review_source import read_file
+
+    if args.folds < 2 or args.split:
+        raise ConfigError("--folds takes 2 or more, and goes over training and validation together; leave --split out.")
+    predictions, metrics = evaluate_folds(
+        args.bundle,
+        args.data_dir,
+        folds=args.folds,
+        out=out,
+        weights=args.weights,
+        reviews=read_file(args.reviews) if args.reviews else None,
+        workers=args.workers,
+        cache_dir=args.cache_dir,
+    )
+    print(format_summary(metrics))
+    named, suggested = rank_suspects(predictions), suggested_labels(predictions)
+    print(f"\nProbably mislabelled, by out-of-fold prediction: {len(named):,} of {len(predictions.photos):,} photos")
+    for row in named[:SHOWN]:
+        label, other = (predictions.classes[i] for i in (predictions.labels[row], suggested[row]))
+        print(f"  {predictions.photos[row]}: {label}, looks like {other}")
+    if len(named) > SHOWN:
+        print(f"  ... and {len(named) - SHOWN:,} more; the gallery shows them")

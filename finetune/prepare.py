@@ -14,6 +14,7 @@ from finetune.data import Dataset, move_to_train
 from finetune.device import Compute
 from finetune.duplicates import find_duplicates
 from finetune.features import FeatureCache, FrozenPart, cache_context
+from finetune.reviews import Applied, Reviews, apply_reviews
 from finetune.scan import PixelStash, Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
 from models.cache import default_cache_dir
@@ -37,12 +38,16 @@ class Network:
 
 @dataclass(frozen=True)
 class Survey:
-    """The dataset after one look at every photo: what was found, the readable photos by split, and their pixels."""
+    """The dataset after one look at every photo: what was found, the readable photos by split, and their pixels.
+
+    ``reviews`` is what people's decisions changed, where there are any.
+    """
 
     dataset: Dataset
     findings: Audit
     good: dict[str, list[Scan]]
     stash: PixelStash
+    reviews: Applied | None = None
 
 
 def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute) -> Network:
@@ -96,16 +101,22 @@ def feature_cache(config: Config, network: Network, compute: Compute) -> Feature
     return FeatureCache(network.frozen, store, workers=config.workers)
 
 
-def look(config: Config, dataset: Dataset, network: Network, cache: FeatureCache | None) -> Survey:
+def look(
+    config: Config, dataset: Dataset, network: Network, cache: FeatureCache | None, *, reviews: Reviews | None = None
+) -> Survey:
     """Scan and audit the photos, print the findings, and stop (DataError) where training on them would deceive.
 
-    Where validation was held out of training, photos that look alike are kept on one side: in training.
+    ``reviews`` are applied before that. Where validation was held out of training, photos that look alike are kept on one side: in training.
     """
     stash = PixelStash(network.spec.preprocessing)
     context = fingerprint_context(stash.preprocessing.decode_px)
     store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
     wanted = cache.missing if cache else None
     scans = scan(dataset.photos, store=store, stash=stash, wanted=wanted, workers=config.workers)
+    applied = None
+    if reviews:
+        dataset, scans, applied = apply_reviews(reviews, dataset, scans)
+        print(applied.text())
     if dataset.split_from_train:
         across = [group for group in find_duplicates(scans) if len({s.photo.split for s in group}) > 1]
         dataset = move_to_train(dataset, (s.photo.name for group in across for s in group))
@@ -114,7 +125,7 @@ def look(config: Config, dataset: Dataset, network: Network, cache: FeatureCache
     print(findings.text())
     findings.stop(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
     good = {split: [s for s in scans if s.damage is None and s.photo.split == split] for split in ("train", "valid")}
-    return Survey(dataset, findings, good, stash)
+    return Survey(dataset, findings, good, stash, applied)
 
 
 def make_batches(config: Config, network: Network, cache: FeatureCache | None, survey: Survey, split: str) -> Batches:

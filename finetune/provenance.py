@@ -21,7 +21,7 @@ from models.weights import Weights
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "openvino", "onnx", "onnxscript")
 # A bundle travels: where on this machine things lay is nobody's business.
-PRIVATE = ("data_dir", "output_dir", "cache_dir", "weights")
+PRIVATE = ("data_dir", "output_dir", "cache_dir", "weights", "extra_data", "reviews", "reviews_from")
 
 
 def describe_run(
@@ -37,6 +37,7 @@ def describe_run(
     progress: Progress,
     findings: Audit,
     scans: Sequence[Scan],
+    reviews: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the manifest says of a training."""
     return {
@@ -61,6 +62,8 @@ def describe_run(
                 "evaluated_split": "validation" if not findings.split_from_train else "held-out",
                 "left_out": len(findings.damaged),
                 "problems": findings.problems,
+                "extra_folders": len(config.extra_data),
+                "reviews": None if reviews is None else dict(reviews),
             },
             "git_commit": git_commit(),
             "python": platform.python_version(),

@@ -23,6 +23,7 @@ from finetune.metrics import format_summary
 from finetune.prepare import Network, Survey, feature_cache, look, make_batches, prepare
 from finetune.provenance import describe_run
 from finetune.results import write_results
+from finetune.review_source import find_reviews, hide_password
 from finetune.scan import PixelStash, Scan
 from finetune.tensorboard import EventWriter
 from finetune.train import Progress, fit, predict
@@ -44,6 +45,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     spec = get_spec(config.backbone)
     config = settle(config, spec)
     folder = config.output_dir or default_run_dir(config)
+    asked, config = config, dataclasses.replace(config, reviews_from=config.reviews_from and hide_password(config.reviews_from))
     if resume:
         rundir.check_same(folder, config)
         rundir.sweep(folder)
@@ -52,14 +54,17 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
             return open_bundle(folder / rundir.BUNDLE)
     else:
         rundir.check_free(folder)
+    reviews = find_reviews(asked, kept=folder / rundir.REVIEWS if resume else None)
     compute = choose_compute(config.device, config.precision)
-    dataset = read_dataset(config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
+    dataset = read_dataset(
+        config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
+    )
     print(f"Training {spec.title} on {config.data_dir} ({compute}); the run is in {folder}")
     network = prepare(spec, len(dataset.classes), config, compute)
     cache = feature_cache(config, network, compute)
-    survey = look(config, dataset, network, cache)
+    survey = look(config, dataset, network, cache, reviews=reviews)
     if not resume:
-        rundir.start(folder, config)
+        rundir.start(folder, config, reviews=reviews.data if reviews else None)
     with _resumable(folder):
         batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
@@ -145,6 +150,8 @@ def finish(
     )
     print(f"\nThe best epoch was {progress.best_epoch} of {progress.epoch}. On the validation photos:")
     print(format_summary(metrics))
+    if survey.reviews:
+        print("These figures are on the labels that the reviews corrected, in training and validation alike.")
     print("The best epoch and the temperature were chosen on these photos; `finetune evaluate` measures others.\n")
     state = network.classifier.net.cpu().state_dict()
     bundle = export_bundle(
@@ -164,6 +171,7 @@ def finish(
             progress=progress,
             findings=survey.findings,
             scans=[*survey.good["train"], *photos],
+            reviews=survey.reviews.as_dict() if survey.reviews else None,
         ),
         trained={name: state[name] for name in network.names},
         results=folder,
@@ -175,10 +183,11 @@ def finish(
 
 
 def name_inputs(survey: Survey, network: Network) -> str:
-    """Name what a run is trained on, photos, labels, splits and base weights, so that resuming on others is refused."""
+    """Name what a run is trained on, photos, labels, splits, reviews and base weights, so that resuming on others is refused."""
     photos = [[s.photo.split, s.photo.label, s.sha256] for scans in survey.good.values() for s in scans]
     base = network.base.sha256 if network.base else None
-    return hashlib.sha256(json.dumps([photos, base]).encode()).hexdigest()
+    reviews = [survey.reviews.reviews.sha256] if survey.reviews else []
+    return hashlib.sha256(json.dumps([photos, base, *reviews]).encode()).hexdigest()
 
 
 def _parity(scans: Sequence[Scan], predictions: Predictions, network: Network, compute: Compute) -> Parity:

@@ -20,6 +20,7 @@ from models.errors import RunError
 from models.files import atomic_write, write_text
 
 CONFIG, CHECKPOINT, HISTORY, BUNDLE = "config.yaml", "checkpoint.pt", "history.csv", "bundle"
+REVIEWS = "reviews.csv"
 # What a person may change when going on: none of these has a part in the weights.
 FREE = {
     "workers",
@@ -30,6 +31,7 @@ FREE = {
     "cache_limit_mb",
     "feature_cache",
     "data_dir",
+    "reviews",  # what it holds is named among a run's inputs
     "output_dir",
     "epochs",
 }
@@ -45,9 +47,12 @@ def check_free(folder: Path) -> None:
         raise RunError(f"{folder} is a file, and a run needs a folder; name another with --output-dir (RUN= with make).")
 
 
-def start(folder: Path, config: Config) -> None:
-    """Make a new run's folder and keep its settings there."""
+def start(folder: Path, config: Config, *, reviews: bytes | None = None) -> None:
+    """Make a new run's folder and keep its settings there, and the reviews as they arrived."""
     write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+    if reviews is not None:
+        with atomic_write(folder / REVIEWS) as part:
+            part.write_bytes(reviews)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

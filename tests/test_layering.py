@@ -21,6 +21,8 @@ WITHOUT_TORCH = (
     "predictions",
     "lookalikes",
     "evaluation",
+    "suspects",
+    "reviews",
 )
 
 

@@ -1,0 +1,209 @@
+"""Out-of-fold predictions: every photo of a dataset, answered by a head that was trained on others.
+
+The recipe is the bundle's own: its base weights, settings and seed. The photos of training and validation are dealt into folds,
+each with its share of every class; photos that look alike go into the same one. A head for each fold learns on the other folds
+for as many epochs as the bundle's best one took, so that no photo has a say in when to stop, and the bundle's temperature
+calibrates it. The frozen part's features come from the cache, so that this takes a few trainings of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedGroupKFold
+from tqdm import tqdm
+
+from finetune import config as settings
+from finetune.batches import CachedBatches
+from finetune.calibrate import apply_temperature
+from finetune.config import Config
+from finetune.data import read_dataset
+from finetune.device import Compute, choose_compute
+from finetune.duplicates import find_duplicates
+from finetune.folders import check_free
+from finetune.lookalikes import find_lookalikes, watch_embeddings
+from finetune.prepare import Network, feature_cache, look, prepare
+from finetune.results import write_results
+from finetune.reviews import Reviews
+from finetune.scan import Scan
+from finetune.train import learning_rate, make_optimizer, predict, train_one_epoch
+from models.bundle import Bundle, open_bundle
+from models.errors import BundleError, DataError
+from models.evaluation import OUT_OF_FOLD, write_evaluation
+from models.predictions import Predictions
+from models.registry import get_spec
+
+SPLIT = "train and valid"
+
+
+def evaluate_folds(
+    bundle_dir: Path,
+    data_dir: Path,
+    *,
+    folds: int,
+    out: Path,
+    weights: Path | None = None,
+    reviews: Reviews | None = None,
+    workers: int = 0,
+    cache_dir: Path | None = None,
+) -> tuple[Predictions, dict[str, Any]]:
+    """Write the results of an evaluation into ``out``, with a row for every photo, and give predictions and metrics.
+
+    Raises BundleError for a bundle whose training cannot be repeated on cached features, and DataError.
+    """
+    bundle = open_bundle(bundle_dir)
+    config = recipe_of(bundle, data_dir, weights=weights, workers=workers, cache_dir=cache_dir)
+    dataset = read_dataset(data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
+    if dataset.classes != bundle.classes:
+        raise DataError(
+            f"{data_dir} has the classes {', '.join(dataset.classes)}, and the bundle {', '.join(bundle.classes)}; give the data "
+            "that it was trained on."
+        )
+    check_free(out)
+    compute = choose_compute(config.device, config.precision)
+    network = prepare(get_spec(bundle.backbone), len(bundle.classes), config, compute)
+    if network.base is None or network.base.sha256 != bundle.info["base"]["sha256"]:
+        raise BundleError(f"The bundle {bundle_dir} was trained on other base weights; give the file with --weights.")
+    cache = feature_cache(config, network, compute)
+    assert cache is not None, "recipe_of lets through only what has a cache"
+    survey = look(config, dataset, network, cache, reviews=reviews)
+    scans = [*survey.good["train"], *survey.good["valid"]]
+    features = cache.features(scans, survey.stash, label="features")
+    labels = np.array([s.photo.label for s in scans], dtype=np.int64)
+    fold_of = deal(scans, labels, folds=folds, classes=bundle.classes, seed=config.seed)
+    epochs = int(bundle.info["provenance"]["best_epoch"])
+    raw, embeddings = predict_folds(network, features, labels, fold_of, config, epochs=epochs, compute=compute)
+    temperature = float(bundle.info["temperature"])
+    predictions = Predictions(
+        classes=bundle.classes,
+        photos=tuple(s.photo.name for s in scans),
+        labels=labels,
+        probabilities=apply_temperature(raw, temperature),
+        splits=tuple(s.photo.split for s in scans),
+        sha256s=tuple(s.sha256 for s in scans),
+    )
+    metrics = write_results(
+        out,
+        predictions,
+        lookalikes=find_lookalikes(predictions.sha256s, embeddings, scans, bundle.classes),
+        uncalibrated=apply_temperature(raw, 1.0),
+        temperature=temperature,
+        data_dir=data_dir,
+        seed=config.seed,
+    )
+    trained = {"epochs": epochs, "seed": config.seed, "reviews": survey.reviews.as_dict() if survey.reviews else None}
+    write_evaluation(
+        out,
+        bundle,
+        kind=OUT_OF_FOLD,
+        classes=bundle.classes,
+        split=SPLIT,
+        temperature=temperature,
+        folds=folds,
+        trained=trained,
+    )
+    return predictions, metrics
+
+
+def recipe_of(bundle: Bundle, data_dir: Path, *, weights: Path | None, workers: int, cache_dir: Path | None) -> Config:
+    """The settings that the bundle was trained with, on this data. Raises BundleError where its features cannot be cached."""
+    kept: Mapping[str, Any] = bundle.info["provenance"]["config"]
+    why = (
+        "all of its weights were trained"
+        if bundle.info["base"] is None
+        else "it was trained with --unfreeze"
+        if kept["unfreeze"]
+        else "it was trained with --augment"
+        if kept["augment"]
+        else None
+    )
+    if why:
+        raise BundleError(
+            f"--folds trains heads on features that are computed once, and {bundle.path} has none, as {why}; "
+            "evaluate it on photos that it has not seen (--split)."
+        )
+    return dataclasses.replace(
+        settings.from_mapping(kept),
+        data_dir=data_dir,
+        weights=str(weights) if weights else None,
+        workers=workers,
+        cache_dir=cache_dir,
+        feature_cache=True,
+        device="auto",
+        allow_leakage=True,  # what looks alike is in one fold
+        allow_class_mismatch=True,
+    )
+
+
+def deal(scans: list[Scan], labels: NDArray[np.int64], *, folds: int, classes: tuple[str, ...], seed: int) -> NDArray[np.int64]:
+    """The fold of each photo, (N,): stratified by class, and the same for photos that look alike. Raises DataError."""
+    fewest = int(np.bincount(labels, minlength=len(classes)).min())
+    if fewest < folds:
+        poorest = classes[int(np.bincount(labels, minlength=len(classes)).argmin())]
+        raise DataError(f"--folds is {folds}, and the class {poorest} has {fewest} photos; every fold needs one of each class.")
+    row_of = {id(scan): row for row, scan in enumerate(scans)}
+    groups = np.arange(len(scans))
+    for group in find_duplicates(scans):
+        rows = [row_of[id(scan)] for scan in group]
+        groups[rows] = rows[0]
+    fold_of = np.zeros(len(scans), dtype=np.int64)
+    dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for fold, (_, rows) in enumerate(dealer.split(groups, labels, groups)):
+        fold_of[rows] = fold
+    return fold_of
+
+
+def predict_folds(
+    network: Network,
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    fold_of: NDArray[np.int64],
+    config: Config,
+    *,
+    epochs: int,
+    compute: Compute,
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Log-probabilities (N, classes), each by the head that its own fold had no part in, and embeddings (N, d)."""
+    part = network.cut.trained
+    names = [f"net.{name}" for name in network.names]
+    fresh = {name: tensor.detach().clone() for name, tensor in part.state_dict().items() if name in names}
+    log_probs = np.zeros((len(labels), int(labels.max()) + 1))
+    embeddings: list[NDArray[np.float32]] = []
+    order: list[int] = []
+    folds = int(fold_of.max()) + 1
+    for fold in range(folds):
+        mine, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
+        part.load_state_dict(fresh, strict=False)
+        train = _batches(features, labels, others, config)
+        fit_fixed(network, train, config, epochs=epochs, compute=compute, label=f"fold {fold + 1} of {folds}")
+        with watch_embeddings(network.classifier, network.spec) as seen:
+            given, _ = predict(part, _batches(features, labels, mine, config), compute=compute)
+        log_probs[mine] = given.double().numpy()
+        embeddings += seen
+        order += mine.tolist()
+    return log_probs, np.concatenate(embeddings)[np.argsort(order)]
+
+
+def fit_fixed(network: Network, train: CachedBatches, config: Config, *, epochs: int, compute: Compute, label: str) -> None:
+    """Train what follows the cut for ``epochs`` of the recipe's epochs; nothing is measured in between and nothing chosen."""
+    part = network.cut.trained
+    part.to(compute.device)
+    heads = [f"net.{head}.{tensor}" for head in network.spec.heads for tensor in ("weight", "bias")]
+    optimizer = make_optimizer(part, config, head=heads)
+    with tqdm(total=epochs * len(train), desc=label, unit="photo", disable=None, leave=False) as bar:
+        for epoch in range(epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, epoch) * group["scale"]
+            torch.manual_seed(config.seed * 1_000_003 + epoch)
+            train_one_epoch(part, train, optimizer, epoch, compute=compute, bar=bar)
+
+
+def _batches(features: NDArray[np.float32], labels: NDArray[np.int64], rows: NDArray[np.intp], config: Config) -> CachedBatches:
+    assert config.batch_size is not None
+    return CachedBatches(features[rows], labels[rows].tolist(), batch_size=config.batch_size, seed=config.seed)

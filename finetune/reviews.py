@@ -1,0 +1,142 @@
+"""Apply what people decided about photos to a dataset: by sha256, never by name, and with a word on each photo."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.data import Dataset
+from finetune.duplicates import find_duplicates
+from finetune.scan import Scan
+from models.errors import DataError, did_you_mean
+from models.reviews import BAD, LABEL, NEITHER, Review, read_reviews
+
+WHY = {NEITHER: "it is of none of the classes", BAD: "it is a bad photo"}
+
+
+@dataclass(frozen=True)
+class Reviews:
+    """A table of reviews as it arrived: its bytes, where they came from, and the decision on each sha256."""
+
+    data: bytes
+    origin: str
+    decisions: dict[str, Review]
+
+    @classmethod
+    def parse(cls, data: bytes, *, origin: str) -> Reviews:
+        return cls(data, origin, {review.sha256: review for review in read_reviews(data, origin=origin)})
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass
+class Applied:
+    """What the reviews did to a dataset. ``changed`` maps a photo to its old and its new class, ``dropped`` to the reason."""
+
+    reviews: Reviews
+    changed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    confirmed: list[str] = field(default_factory=list)
+    dropped: dict[str, str] = field(default_factory=dict)
+    matched: set[str] = field(default_factory=set)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts, for a manifest: no names of people and no notes."""
+        reasons = list(self.dropped.values())
+        return {
+            "sha256": self.reviews.sha256,
+            "decisions": len(self.reviews.decisions),
+            "relabelled": len(self.changed),
+            "confirmed": len(self.confirmed),
+            "neither": reasons.count(WHY[NEITHER]),
+            "bad": reasons.count(WHY[BAD]),
+            "other_copies": len([reason for reason in reasons if reason not in WHY.values()]),
+            "unmatched": len(self.reviews.decisions) - len(self.matched),
+        }
+
+    def text(self) -> str:
+        """What was changed and dropped, photo by photo."""
+        counts = self.as_dict()
+        lines = [
+            f"Reviews from {self.reviews.origin}: {counts['decisions']:,} photos decided; here {len(self.changed):,} labels "
+            f"changed, {len(self.confirmed):,} confirmed, {len(self.dropped):,} photos left out, and "
+            f"{counts['unmatched']:,} rows matched no photo"
+        ]
+        lines += [f"  {photo}: {old} -> {new}" for photo, (old, new) in self.changed.items()]
+        lines += [f"  {photo}: left out, as {reason}" for photo, reason in self.dropped.items()]
+        return "\n".join(lines)
+
+
+def apply_reviews(reviews: Reviews, dataset: Dataset, scans: Sequence[Scan]) -> tuple[Dataset, list[Scan], Applied]:
+    """The dataset and its scans with the decisions in place of the folders' labels. Raises DataError for an unknown class.
+
+    A decision counts for every copy of the photo. Where the same photo lay in two classes, it settles that too: a copy that
+    looks the same and says otherwise is left out, and so is one whose folder was wrong if it lies in the other split.
+    """
+    _check_classes(reviews, dataset.classes)
+    applied = Applied(reviews)
+    for scan in scans:
+        _note(scan, reviews, dataset.classes, applied)
+    for group in find_duplicates(scans):
+        _settle(group, reviews, dataset.classes, applied)
+    classes = {name: index for index, name in enumerate(dataset.classes)}
+    kept = []
+    for scan in scans:
+        photo = scan.photo
+        if photo.name in applied.changed:
+            photo = dataclasses.replace(photo, label=classes[applied.changed[photo.name][1]])
+        if photo.name not in applied.dropped:
+            kept.append(dataclasses.replace(scan, photo=photo))
+    return dataset.keep(scan.photo for scan in kept), kept, applied
+
+
+def _check_classes(reviews: Reviews, classes: Sequence[str]) -> None:
+    for review in reviews.decisions.values():
+        if review.decision == LABEL and review.new_label not in classes:
+            raise DataError(
+                f"{reviews.origin} says that {review.photo} is {review.new_label!r}, and the classes are {', '.join(classes)}."
+                f"{did_you_mean(review.new_label, classes)} Mend the row, or add the class's folder."
+            )
+
+
+def _note(scan: Scan, reviews: Reviews, classes: Sequence[str], applied: Applied) -> None:
+    review = reviews.decisions.get(scan.sha256)
+    if review is None:
+        return
+    applied.matched.add(scan.sha256)
+    old = classes[scan.photo.label]
+    if review.decision != LABEL:
+        applied.dropped[scan.photo.name] = WHY[review.decision]
+    elif review.new_label == old:
+        applied.confirmed.append(scan.photo.name)
+    else:
+        applied.changed[scan.photo.name] = (old, review.new_label)
+
+
+def _settle(group: Sequence[Scan], reviews: Reviews, classes: Sequence[str], applied: Applied) -> None:
+    """Settle photos that look the same and lay in two classes, where the decisions on some of them agree."""
+    decisions = [reviews.decisions[s.sha256] for s in group if s.sha256 in reviews.decisions]
+    decided = {review.new_label for review in decisions if review.decision == LABEL}
+    if len({s.photo.label for s in group}) < 2 or len(decided) != 1:
+        return
+    label = decided.pop()
+    for scan in group:
+        if scan.sha256 not in reviews.decisions and classes[scan.photo.label] != label:
+            applied.dropped[scan.photo.name] = f"it looks the same as a photo that was decided to be {label}"
+    left = [s for s in group if s.photo.name not in applied.dropped]
+    right = [s for s in left if classes[s.photo.label] == label] or [s for s in left if s.photo.split == "train"]
+    if len({s.photo.split for s in left}) > 1:
+        for scan in left:
+            if scan not in right:
+                _forget(scan, applied)
+                applied.dropped[scan.photo.name] = f"the same photo, which was decided to be {label}, lies in the other split"
+
+
+def _forget(scan: Scan, applied: Applied) -> None:
+    applied.changed.pop(scan.photo.name, None)
+    if scan.photo.name in applied.confirmed:
+        applied.confirmed.remove(scan.photo.name)
