@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from service.openapi_gallery import gallery_paths
+from service.operations import answer, get, said
 from service.samples import models_samples, page_samples, predict_samples
 from service.schemas import STRING, described, headers, problem_answer, problem_answers, ref, schemas
 from service.settings import Settings
@@ -36,6 +38,7 @@ def document(settings: Settings, url: str) -> dict[str, Any]:
         "servers": [{"url": url}],
         "tags": [
             {"name": "Classification", "description": "Photos and the model that judges them."},
+            {"name": "Gallery", "description": "What the model gets right and wrong, and what people decided about it."},
             {"name": "Operation", "description": "For orchestrators and Prometheus."},
             {"name": "Pages", "description": "For people and for tools that read this."},
         ],
@@ -44,6 +47,7 @@ def document(settings: Settings, url: str) -> dict[str, Any]:
             "/models": {"get": _models(url)},
             **_operation_paths(),
             **_page_paths(settings, url),
+            **gallery_paths(keyed if settings.api_keys else [{}, *keyed]),
         },
         "components": {
             "schemas": schemas(),
@@ -122,38 +126,38 @@ def _photo_forms(settings: Settings) -> dict[str, Any]:
 
 
 def _models(url: str) -> dict[str, Any]:
-    answer = _answer("The model, its classes, its figures and its card.", "application/json", ref("Models"))
-    return _get("models", "Classification", "Describe the model", answer, "internal_error", "not_ready") | {
+    good = answer("The model, its classes, its figures and its card.", "application/json", ref("Models"))
+    return get("models", "Classification", "Describe the model", good, "internal_error", "not_ready") | {
         "x-codeSamples": models_samples(url)
     }
 
 
 def _operation_paths() -> dict[str, Any]:
-    live = _answer("It is alive.", "application/json", ref("Alive"))
-    ready = _answer("It is ready.", "application/json", ref("Ready"))
-    metrics = _answer("Prometheus's text format.", "text/plain", STRING)
+    live = answer("It is alive.", "application/json", ref("Alive"))
+    ready = answer("It is ready.", "application/json", ref("Ready"))
+    metrics = answer("Prometheus's text format.", "text/plain", STRING)
     return {
-        "/health/live": {"get": _get("live", "Operation", "Does the process answer", live)},
-        "/health/ready": {"get": _get("ready", "Operation", "Is the model loaded and checked", ready, "not_ready")},
-        "/metrics": {"get": _get("metrics", "Operation", "Counters and histograms", metrics)},
+        "/health/live": {"get": get("live", "Operation", "Does the process answer", live)},
+        "/health/ready": {"get": get("ready", "Operation", "Is the model loaded and checked", ready, "not_ready")},
+        "/metrics": {"get": get("metrics", "Operation", "Counters and histograms", metrics)},
     }
 
 
 def _page_paths(settings: Settings, url: str) -> dict[str, Any]:
-    page = _answer("The page.", "text/html", STRING)
-    file = _answer("The file; one that is asked for with its version, `?v=`, can be kept for ever.", "*/*", BINARY)
+    page = answer("The page.", "text/html", STRING)
+    file = answer("The file; one that is asked for with its version, `?v=`, can be kept for ever.", "*/*", BINARY)
     name = {"name": "filename", "in": "path", "required": True, "schema": STRING, "description": "Its name, without a version."}
-    fetch = _get("static", "Pages", "A file of the pages", file)
+    fetch = get("static", "Pages", "A file of the pages", file)
     fetch["responses"]["404"] = ref("NotFound", "responses")
-    openapi = _answer("This document.", "application/json", {"type": "object"})
+    openapi = answer("This document.", "application/json", {"type": "object"})
     return {
         "/": {
-            "get": _said(_get("home", "Pages", "The page that takes photos", page, "internal_error", "not_ready")),
-            "post": _said(_form_post(settings, url)),
+            "get": said(get("home", "Pages", "The page that takes photos", page, "internal_error", "not_ready")),
+            "post": said(_form_post(settings, url)),
         },
-        "/model": {"get": _said(_get("model", "Pages", "The model card", page, "internal_error", "not_ready"))},
-        "/docs": {"get": _get("docs", "Pages", "This, to be read", page)},
-        "/openapi.json": {"get": _get("openapi", "Pages", "This document", openapi)},
+        "/model": {"get": said(get("model", "Pages", "The model card", page, "internal_error", "not_ready"))},
+        "/docs": {"get": get("docs", "Pages", "This, to be read", page)},
+        "/openapi.json": {"get": get("openapi", "Pages", "This document", openapi)},
         "/static/{filename}": {"get": fetch | {"parameters": [name]}},
     }
 
@@ -168,31 +172,10 @@ def _form_post(settings: Settings, url: str) -> dict[str, Any]:
         "description": "For browsers that run no script: the answer is the page, and so is a problem, with its own status.",
         "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form | {"required": ["file"]}}}},
         "responses": {
-            "200": _answer("The page with the answers.", "text/html", STRING),
+            "200": answer("The page with the answers.", "text/html", STRING),
             **problem_answers("unauthorized", *SENDING, *READING, *FAILING),
         },
         "x-codeSamples": page_samples(url, needs_key=bool(settings.api_keys)),
-    }
-
-
-def _get(operation: str, tag: str, summary: str, answer: dict[str, Any], *codes: str) -> dict[str, Any]:
-    responses = {"200": answer, **problem_answers(*codes)}
-    return {"operationId": operation, "tags": [tag], "summary": summary, "responses": responses}
-
-
-def _said(operation: dict[str, Any]) -> dict[str, Any]:
-    """The same operation where its problems are said on a page."""
-    for status, answer in operation["responses"].items():
-        if status != "200":
-            answer["content"] = {"text/html": {"schema": STRING}}
-    return operation
-
-
-def _answer(description: str, media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "description": description,
-        "headers": {"X-Request-ID": ref("X-Request-ID", "headers")},
-        "content": {media_type: {"schema": schema}},
     }
 
 

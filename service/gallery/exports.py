@@ -86,7 +86,9 @@ def live_zip() -> Response:
             if data is not None:
                 folder.writestr(f"live/train/{label}/{sha256[:16]}{live.suffix_of(data)}", data)
     file.seek(0)
-    return send_file(file, mimetype="application/zip", as_attachment=True, download_name="live.zip")
+    answer = send_file(file, mimetype="application/zip", as_attachment=True, download_name="live.zip")
+    answer.call_on_close(file.close)
+    return answer
 
 
 def as_row(photo: Photo, model: KnownModel) -> dict[str, Any]:
