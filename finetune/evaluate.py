@@ -92,18 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="instead, answer every photo of train and valid by a head trained on the other N - 1 parts of them",
     )
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="with --folds: the base's weights, if not found by themselves"
-    )
-    parser.add_argument(
-        "--reviews", type=Path, metavar="FILE", help="with --folds: decisions that come before the folders' names"
-    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="with --folds: the base's weights, where not found")
+    parser.add_argument("--reviews", type=Path, metavar="FILE", help="with --folds: a gallery's decisions on labels")
     parser.add_argument(
         "--output-dir", type=Path, metavar="OUT", help="where the results go (default: evaluations/BUNDLE-DATA-SPLIT)"
     )
-    parser.add_argument(
-        "--cache-dir", type=Path, metavar="PATH", help="folder of the feature cache (default: ~/.cache/finetune)"
-    )
+    parser.add_argument("--cache-dir", type=Path, metavar="PATH", help="folder of the cache (default: ~/.cache/finetune)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that decode photos")
 
 

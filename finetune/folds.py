@@ -62,8 +62,8 @@ def evaluate_folds(
     dataset = read_dataset(data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
     if dataset.classes != bundle.classes:
         raise DataError(
-            f"{data_dir} has the classes {', '.join(dataset.classes)}, and the bundle {', '.join(bundle.classes)}; give the data "
-            "that it was trained on."
+            f"{data_dir} has the classes {', '.join(dataset.classes)}, and the bundle {', '.join(bundle.classes)}; give the "
+            "data that it was trained on."
         )
     check_free(out)
     compute = choose_compute(config.device, config.precision)

@@ -106,7 +106,8 @@ def look(
 ) -> Survey:
     """Scan and audit the photos, print the findings, and stop (DataError) where training on them would deceive.
 
-    ``reviews`` are applied before that. Where validation was held out of training, photos that look alike are kept on one side: in training.
+    ``reviews`` are applied before that. Where validation was held out of training, photos that look alike are kept on one
+    side: in training.
     """
     stash = PixelStash(network.spec.preprocessing)
     context = fingerprint_context(stash.preprocessing.decode_px)

@@ -61,7 +61,7 @@ def read_reviews(data: bytes, *, origin: str) -> tuple[Review, ...]:
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise DataError(
-                f"{origin}, row {number} has {len(row)} columns, not the header's {len(header)}; download it again."
+                f"{origin}, row {number} has {len(row)} columns, not {len(header)} as the header; download it again."
             )
         reviews.append(Review(*(row[place] for place in places)))
     return check_reviews(reviews, origin=origin)
