@@ -34,6 +34,7 @@ def test_every_flag_in_the_readme_is_a_flag() -> None:
         "--resume",
         "--bundle",
         "--split",
+        "--folds",
         "--json",
         "--csv",
         "--archive",
