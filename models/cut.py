@@ -160,7 +160,8 @@ def _name(node: Node) -> str:
 
 def _last_inside(layer: str, graph: Graph) -> Node:
     """The node of a layer, or, for one that holds others (a stage of blocks), the last thing that is computed inside it."""
-    return next(node for node in reversed(graph.nodes) if _name(node) == layer or layer in _stack(node))
+    nodes = (node for node in reversed(graph.nodes) if node.op != "output")  # a layer of that name is another thing
+    return next(node for node in nodes if _name(node) == layer or layer in _stack(node))
 
 
 def _place(node: Node, graph: Graph) -> str:

@@ -202,3 +202,15 @@ def test_the_heads_input_and_the_last_map_are_given_beside_the_answer(build: Bui
     assert torch.equal(log_probs, whole)
     assert torch.equal(embedding, seen["head"])
     assert torch.equal(feature_map, seen["map"])
+
+
+@pytest.mark.parametrize(("name", "width"), [("lenet5", 84), ("mobilenet_v1_025", 256)])
+@torch.inference_mode()
+def test_a_head_that_is_called_output_is_not_taken_for_the_graphs_own(name: str, width: int) -> None:
+    spec = get_spec(name)
+    classifier = build_classifier(spec, num_classes=3, base=None)
+    side, channels = spec.preprocessing.input_px, spec.preprocessing.channels
+    pixels = torch.randint(0, 256, (2, side, side, channels), dtype=torch.uint8)
+    log_probs, embedding = with_outputs(classifier, [(spec.head, True)])(pixels)
+    assert embedding.shape == (2, width)
+    assert torch.allclose(classifier.net.get_submodule(spec.head)(embedding).log_softmax(1), log_probs, atol=1e-5)

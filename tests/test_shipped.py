@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from finetune.__main__ import main
 from finetune.join import open_full
 from models.bundle import GRAPH, check_golden, open_bundle
 from models.engine import OnnxEngine
+from service.cam import LinearHead
+from service.explain import CAM, Explainer
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "shipped" / "dogs-vs-cats"
 
@@ -38,3 +41,20 @@ def test_joined_it_gives_its_golden_answers_and_answers_photos(
     assert main(["predict", "--bundle", str(SHIPPED), str(photos), "--json"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [set(answer["probabilities"]) for answer in answers] == [{"cats", "dogs"}] * 2
+
+
+def test_where_it_looks_is_exact(photo_folder: object, tmp_path: Path) -> None:
+    """Lite0 averages its last map and weighs it linearly: the maps' means give back the probabilities."""
+    bundle = open_full(SHIPPED)
+    photo = next(photo_folder(tmp_path / "drawn", train=1, valid=0).rglob("*.jpg"))  # type: ignore[attr-defined,operator]
+    pixels = bundle.preprocessing.pixels(photo.read_bytes())
+    explainer = Explainer(bundle)
+    found = [explainer.explain("a" * 64, label, lambda: pixels) for label in bundle.classes]
+    explainer.close()
+    assert [each.method for each in found] == [CAM, CAM]
+    head = LinearHead.of(bundle)
+    assert head is not None
+    scores = (np.array([each.evidence.mean() for each in found]) + head.bias) / head.temperature
+    given = np.exp(scores) / np.exp(scores).sum()
+    wanted = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"]).run(pixels[None])[0][0]
+    assert given == pytest.approx(wanted, abs=1e-4)
