@@ -21,7 +21,7 @@ from models.cache import compiled_dir
 from models.engine import OnnxEngine, Pixels
 from service.cam import LinearHead
 from service.crew import Crew
-from service.occlusion import PASSES, occlusion_map
+from service.occlusion import PASSES, blurred, occlusion_map
 from service.problems import Problem
 
 REMEMBERED = 1024
@@ -60,7 +60,7 @@ class Explanation:
                 "together its places give the score, but for a constant (class-activation map, Zhou et al. 2016)."
             )
         return (
-            f"The brighter a place, the less probable {self.label!r} became when a grey patch covered it. It is an "
+            f"The brighter a place, the less probable {self.label!r} became when a patch of it was blurred. It is an "
             f"approximation from {self.forward_passes} answers (occlusion, Zeiler and Fergus 2014)."
         )
 
@@ -123,8 +123,7 @@ class Explainer:
                 evidence = self._head.score_map(probabilities, embedding, feature_map, index)
                 if evidence is not None:
                     return Explanation(CAM, label, evidence, 1)
-        grey = np.round(255 * np.array(self.bundle.preprocessing.mean)).clip(0, 255).astype(np.uint8)
-        evidence = occlusion_map(lambda photos: engine.run(photos)[0], pixels, index, fill=grey)
+        evidence = occlusion_map(lambda photos: engine.run(photos)[0], pixels, index, cover=blurred(pixels))
         return Explanation(OCCLUSION, label, evidence, PASSES)
 
     def _compiled(self) -> OnnxEngine:

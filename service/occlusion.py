@@ -9,35 +9,48 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 
 from models.engine import Pixels
 
 CELLS = 8  # along each side
-PATCH = 2  # cells that the patch covers along each side; it moves by one
+PATCH = 3  # cells that the patch covers along each side; it moves by one
 PASSES = (CELLS - PATCH + 1) ** 2 + 1
+BLUR = 1 / 14  # of a side, the radius of the blur that takes a photo's details away
 SMALLEST = 1e-7
 
 Floats = NDArray[np.float32]
 
 
-def occlusion_map(run: Callable[[Pixels], Floats], pixels: Pixels, label: int, *, fill: NDArray[np.uint8]) -> Floats:
+def occlusion_map(run: Callable[[Pixels], Floats], pixels: Pixels, label: int, *, cover: Pixels) -> Floats:
     """How much the log-odds of class ``label`` fall where the photo is covered: (CELLS, CELLS), the mean over patches.
 
     ``run`` gives the probabilities (1, classes) of pixels (1, H, W, C), and is asked PASSES times, one photo at a time, so that
-    memory is that of one. ``pixels`` is (H, W, C); ``fill`` (C,) is the patch's colour, the mean of what the network was
-    trained on. Log-odds and not probabilities: those of a photo that is certain hardly move.
+    memory is that of one. ``pixels`` is (H, W, C), and ``cover``, of the same shape, what a patch shows instead. Log-odds and
+    not probabilities: those of a photo that is certain hardly move.
     """
     edges = np.linspace(0, pixels.shape[0], CELLS + 1).round().astype(int)
     whole = _log_odds(run(pixels[None])[0], label)
     fall, covered = np.zeros((CELLS, CELLS)), np.zeros((CELLS, CELLS))
     for y in range(CELLS - PATCH + 1):
         for x in range(CELLS - PATCH + 1):
+            part = slice(edges[y], edges[y + PATCH]), slice(edges[x], edges[x + PATCH])
             patched = pixels.copy()
-            patched[edges[y] : edges[y + PATCH], edges[x] : edges[x + PATCH]] = fill
+            patched[part] = cover[part]
             cells = slice(y, y + PATCH), slice(x, x + PATCH)
             fall[cells] += whole - _log_odds(run(patched[None])[0], label)
             covered[cells] += 1
     return (fall / covered).astype(np.float32)
+
+
+def blurred(pixels: Pixels) -> Pixels:
+    """The photo without its details, (H, W, C) as it came.
+
+    A patch of it has no edges that a network would take for something, as a grey one has (Fong and Vedaldi 2017, arXiv
+    1704.03296).
+    """
+    photo = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    return np.asarray(photo.filter(ImageFilter.GaussianBlur(pixels.shape[0] * BLUR))).reshape(pixels.shape)
 
 
 def _log_odds(probabilities: Floats, label: int) -> float:

@@ -158,7 +158,7 @@ def test_exactness_is_checked_and_not_believed(make: Callable[..., Bundle], wron
         bundle = replace(bundle, info={**bundle.info, "permute_pixels": 0})
     found = explain(bundle, "red")
     assert (found.method, found.forward_passes) == (OCCLUSION, PASSES)
-    assert "grey patch" in found.sentence
+    assert "was blurred" in found.sentence
 
 
 def test_a_head_that_is_a_convolution_is_linear_too(make: Callable[..., Bundle]) -> None:
@@ -192,7 +192,7 @@ def test_occlusion_asks_as_often_as_it_says_and_covers_every_pixel() -> None:
         return np.array([[0.5, 0.5]], np.float32)
 
     pixels = np.zeros((28, 28, 1), np.uint8)
-    assert (occlusion_map(run, pixels, 0, fill=np.array([200], np.uint8)) == 0).all()
+    assert (occlusion_map(run, pixels, 0, cover=np.full_like(pixels, 200)) == 0).all()
     assert len(asked) == PASSES
     assert (np.max(asked, axis=0) == 200).all()
     assert pixels.max() == 0
@@ -205,7 +205,7 @@ def test_occlusion_sees_what_moves_an_answer_that_is_certain() -> None:
         other = 1e-6 if (pixels[0, :8, :8] == 0).all() else 1e-5
         return np.array([[1 - other, other]], np.float32)
 
-    found = occlusion_map(run, np.zeros((32, 32, 3), np.uint8), 0, fill=np.array([9, 9, 9], np.uint8))
+    found = occlusion_map(run, np.zeros((32, 32, 3), np.uint8), 0, cover=np.full((32, 32, 3), 9, np.uint8))
     assert place(found) == (0, 0)
 
 
