@@ -1,4 +1,4 @@
-"""A few threads of the lowest priority behind a short queue: what pages show must not slow what /predict computes."""
+"""A few threads of low priority behind a short queue: what pages show must not slow what /predict computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from service.problems import Problem
 
-NICE = 19
+NICE = 15  # the threads that compute answers have 10, and with 19 these would hardly move beside them
 T = TypeVar("T")
 
 

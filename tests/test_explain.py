@@ -28,6 +28,7 @@ from service.occlusion import CELLS, PASSES, occlusion_map
 from service.problems import Problem
 
 SIDE = 32
+PATIENCE_S = 300.0  # its thread gives way to all others, and a machine that tests may be busy
 TEMPERATURE = 0.7
 CLASSES = ("red", "green", "blue")
 
@@ -91,7 +92,7 @@ def drawn() -> np.ndarray:
 
 
 def explain(bundle: Bundle, label: str, pixels: np.ndarray | None = None) -> Any:
-    explainer = Explainer(bundle)
+    explainer = Explainer(bundle, patience_s=PATIENCE_S)
     try:
         return explainer.explain("a" * 64, label, lambda: drawn() if pixels is None else pixels)
     finally:
@@ -175,13 +176,13 @@ def test_a_head_that_is_a_convolution_is_linear_too(make: Callable[..., Bundle])
 
 def test_occlusion_finds_the_object_that_was_drawn(make: Callable[..., Bundle]) -> None:
     """The largest value of each channel decides, so that nothing but the square itself can be missed."""
-    found = explain(make(bent=True, gain=4.0), "red")
+    pixels = np.full((SIDE, SIDE, 3), 128, np.uint8)
+    pixels[12:20, 12:20] = (255, 0, 0)
+    found = explain(make(bent=True, gain=4.0), "red", pixels)
     assert found.method == OCCLUSION
     assert found.evidence.shape == (CELLS, CELLS)
     heat = found.heat(SIDE)
-    y, x = place(heat)
-    assert (4 <= y < 12, 8 <= x < 16) == (True, True)
-    assert heat[20:, 24:].max() < 0.1
+    assert heat[12:20, 12:20].min() > 2 * max(heat[:8].max(), heat[24:].max(), heat[:, :8].max(), heat[:, 24:].max())
 
 
 def test_occlusion_asks_as_often_as_it_says_and_covers_every_pixel() -> None:
@@ -221,7 +222,7 @@ def test_a_trained_bundle_is_explained_by_occlusion_where_its_head_is_deep(tiny_
 
 
 def test_what_was_explained_is_kept_for_each_photo_and_class(make: Callable[..., Bundle]) -> None:
-    explainer, asked = Explainer(make()), []
+    explainer, asked = Explainer(make(), patience_s=PATIENCE_S), []
 
     def pixels() -> np.ndarray:
         asked.append(1)
@@ -234,12 +235,12 @@ def test_what_was_explained_is_kept_for_each_photo_and_class(make: Callable[...,
 
 
 def test_many_at_once_are_computed_one_by_one_or_refused(make: Callable[..., Bundle]) -> None:
-    explainer, inside, most, may_end = Explainer(make(), most_waiting=2), [], [], threading.Event()
+    explainer, inside, most, may_end = Explainer(make(), patience_s=PATIENCE_S, most_waiting=2), [], [], threading.Event()
 
     def pixels() -> np.ndarray:
         inside.append(1)
         most.append(len(inside))
-        may_end.wait(30)
+        may_end.wait(300)
         inside.pop()
         return drawn()
 
@@ -255,7 +256,7 @@ def test_many_at_once_are_computed_one_by_one_or_refused(make: Callable[..., Bun
         others = [pool.submit(ask, number) for number in range(1, 8)]
         poll(lambda: sum(other.done() for other in others) == 5)
         may_end.set()
-        answers = [first.result(30), *(other.result(30) for other in others)]
+        answers = [first.result(300), *(other.result(300) for other in others)]
     assert sorted(answers) == [CAM] * 3 + ["overloaded"] * 5
     assert max(most) == 1
     explainer.close()
@@ -268,7 +269,7 @@ def test_an_unknown_class_is_refused_by_name(make: Callable[..., Bundle]) -> Non
 
 
 def test_the_engine_is_given_back_when_nobody_asks_and_made_again(make: Callable[..., Bundle]) -> None:
-    explainer = Explainer(make(), idle_s=0.05)
+    explainer = Explainer(make(), patience_s=PATIENCE_S, idle_s=0.05)
     assert explainer._engine is None
     for sha256 in "ab":
         assert explainer.explain(sha256, "red", drawn).method == CAM

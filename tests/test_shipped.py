@@ -48,7 +48,7 @@ def test_where_it_looks_is_exact(photo_folder: object, tmp_path: Path) -> None:
     bundle = open_full(SHIPPED)
     photo = next(photo_folder(tmp_path / "drawn", train=1, valid=0).rglob("*.jpg"))  # type: ignore[attr-defined,operator]
     pixels = bundle.preprocessing.pixels(photo.read_bytes())
-    explainer = Explainer(bundle)
+    explainer = Explainer(bundle, patience_s=300.0)
     found = [explainer.explain("a" * 64, label, lambda: pixels) for label in bundle.classes]
     explainer.close()
     assert [each.method for each in found] == [CAM, CAM]

@@ -29,7 +29,7 @@ def photo(size: tuple[int, int] = (900, 600), colour: str = "red", **options: ob
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Thumbnails]]:
-    crew = Crew("thumbnails", threads=2, most_waiting=64, patience_s=30)
+    crew = Crew("thumbnails", threads=2, most_waiting=64, patience_s=300)
 
     def made(folder: Path | None, *, limit_mb: int = 8, max_pixels: int = 50_000_000) -> Thumbnails:
         return Thumbnails(folder, limit_mb=limit_mb, door=FrontDoor(max_pixels, waits=True), crew=crew)
@@ -97,7 +97,7 @@ def test_asked_for_by_24_at_once_the_photo_is_read_once(make: Callable[..., Thum
         return photo()
 
     def ask(_: int) -> bytes:
-        all_ask.wait(30)
+        all_ask.wait(300)
         return thumbnails.get("a", read).data
 
     with ThreadPoolExecutor(24) as pool:
