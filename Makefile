@@ -12,16 +12,21 @@ BUNDLE   ?=
 HOST     ?=
 PORT     ?=
 
+# Containers: docker or podman, whichever is there; IMAGE=finetune for the one that trains.
+CONTAINER ?= $(firstword $(foreach tool,docker podman,$(if $(shell command -v $(tool)),$(tool))))
+IMAGE    ?= serve
+TAG       = dogs-vs-cats$(if $(filter-out serve,$(IMAGE)),-$(IMAGE))
+
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
-.PHONY: help setup finetune serve demo test lint format lock benchmark benchmark-serve clean
+.PHONY: help setup finetune serve demo test lint format lock benchmark benchmark-serve image up down container clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
-	@echo "Variables: DATA=$(DATA) BACKBONE=$(BACKBONE) RUN= EPOCHS= WEIGHTS= ARGS= BUNDLE= HOST= PORT= (more flags: finetune train --help)"
+	@echo "Variables: DATA=$(DATA) BACKBONE=$(BACKBONE) RUN= EPOCHS= WEIGHTS= ARGS= BUNDLE= HOST= PORT= IMAGE=$(IMAGE) (more flags: finetune train --help)"
 
 setup: $(INSTALLED) ## .venv with everything, from a machine with Python 3.10+ and make
 
@@ -66,6 +71,18 @@ benchmark: $(INSTALLED) ## training on cached features against the textbook loop
 
 benchmark-serve: $(INSTALLED) ## photos a second over HTTP against the engine alone, for BUNDLE, with photos from DATA
 	$(BIN)/python benchmarks/serve_speed.py $(if $(BUNDLE),$(BUNDLE),models/shipped/dogs-vs-cats) $(DATA) $(ARGS)
+
+image: container ## an image of the service, or with IMAGE=finetune of everything, by docker or podman
+	$(CONTAINER) build --target $(IMAGE) -t $(TAG) --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) $(if $(PIP_ARGS),--build-arg PIP_ARGS='$(PIP_ARGS)') .
+
+up: container image ## the service with its database of reviews, on 127.0.0.1:8000 (compose.yaml)
+	$(CONTAINER) compose up --detach --wait
+
+down: container ## stop both; what they keep in volumes stays
+	$(CONTAINER) compose down
+
+container:
+	@$(if $(CONTAINER),:,echo "make: docker or podman is wanted, and neither was found; install one, or say CONTAINER=/path/to/it." >&2; exit 2)
 
 clean: ## remove what was built, but no run and no data
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo
