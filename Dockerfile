@@ -10,7 +10,7 @@
 FROM python:3.11-slim-bookworm AS wanted
 WORKDIR /wanted
 COPY pyproject.toml tools/requirements.py ./
-RUN python requirements.py serve > serve.txt && python requirements.py serve finetune > finetune.txt
+RUN python requirements.py serve > serve.txt && python requirements.py finetune > finetune.txt
 
 # ---- the service's packages, without what it never opens ------------------------------------------------------------------
 FROM python:3.11-slim-bookworm AS packages
@@ -32,6 +32,8 @@ COPY --from=wanted /wanted/finetune.txt ./
 RUN python -m venv --without-pip /opt/venv \
  && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --quiet $PIP_ARGS \
       -c requirements.lock -r finetune.txt
+COPY --from=wanted /wanted/serve.txt ./
+RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --quiet $PIP_ARGS -c requirements.lock -r serve.txt
 RUN groupadd --gid 10001 classifier \
  && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home classifier \
  && install -d -m 1777 /cache /state /work
