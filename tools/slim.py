@@ -29,7 +29,6 @@ UNNEEDED = {
     "numpy/_core/_*tests.*.so": "tests",
     "numpy/_core/_simd.*.so": "tests",
     "sqlalchemy/testing": "tests",
-    "sqlalchemy/dialects/[mo]*": "other databases than SQLite and PostgreSQL",
     "**/*.pyi": "types, for editors and mypy",
     "PIL/_avif.*.so": "AVIF, which the service does not take",
     "pillow.libs/libavif-*": "the same",

@@ -9,9 +9,11 @@ modules that the service imports, which a process that may not write could not k
 from __future__ import annotations
 
 import http.client
+import importlib
 import io
 import json
 import os
+import pkgutil
 import signal
 import socket
 import subprocess
@@ -20,12 +22,21 @@ import time
 
 from PIL import Image
 
+import service
+
+NOT_BY_ITSELF = ("service.__main__", "service.migrations.")  # run by Python and by Alembic
+BY_NAME = ("alembic.command", "psycopg")  # imported where a database is opened
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 PAGES = ("/", "/model", "/docs", "/openapi.json", "/models", "/metrics", "/health/live")
 READY_S = 120.0
 
 
 def main() -> int:
+    for module in pkgutil.walk_packages(service.__path__, "service."):
+        if not module.name.startswith(NOT_BY_ITSELF):
+            importlib.import_module(module.name)
+    for name in BY_NAME:
+        importlib.import_module(name)
     port = _free_port()
     environ = {**os.environ, "HOST": "127.0.0.1", "PORT": str(port)}
     process = subprocess.Popen([sys.executable, "-m", "service"], env=environ)
