@@ -53,6 +53,13 @@ def post_worker_init(worker: Any) -> None:
     worker.wsgi.extensions["model"].when_failed(lambda reason: os._exit(Arbiter.WORKER_BOOT_ERROR))
 
 
+def worker_exit(server: Any, worker: Any) -> None:
+    """End at once where all is done: to take engine and threads apart first would keep a stop waiting for nothing."""
+    ending = sys.exc_info()[1]
+    if isinstance(ending, SystemExit) and ending.code == 0:
+        os._exit(0)
+
+
 def child_exit(server: Any, worker: Any) -> None:
     """Forget a dead worker's gauges; its counters stay."""
     from prometheus_client.multiprocess import mark_process_dead

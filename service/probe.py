@@ -1,4 +1,4 @@
-"""``python -m service.probe``: exit code 0 when the service of this machine is ready. A container's health check, without curl."""
+"""``python -m service.probe`` exits with 0 when the service of this machine is ready: a health check without curl."""
 
 from __future__ import annotations
 

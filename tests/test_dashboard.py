@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shlex
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +116,17 @@ def test_the_guide_has_a_row_for_every_metric_and_every_alert_and_for_no_other()
 def test_the_files_that_the_guide_names_are_there() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", GUIDE):
         assert (ROOT / "docs" / target).exists(), target
+
+
+def test_the_backup_that_the_guide_says_holds_what_was_committed(tmp_path: Path) -> None:
+    """Also what is not in the database's file yet, as where a service still writes."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "reviews.sqlite")) as writing:
+        writing.execute("PRAGMA journal_mode = WAL")
+        writing.execute("CREATE TABLE decisions (photo TEXT)")
+        writing.execute("INSERT INTO decisions VALUES ('a.jpg')")
+        writing.commit()
+        (command,) = re.findall(r"^(python -c .*VACUUM INTO.*)$", GUIDE, flags=re.MULTILINE)
+        words = [sys.executable, *shlex.split(command)[1:]]
+        subprocess.run(words, cwd=tmp_path, check=True)
+    with contextlib.closing(sqlite3.connect(tmp_path / "backup.sqlite")) as saved:
+        assert saved.execute("SELECT photo FROM decisions").fetchall() == [("a.jpg",)]

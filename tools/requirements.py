@@ -9,8 +9,9 @@ So an image's packages stay as they are built while only the project's code chan
 from __future__ import annotations
 
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 
 def requirements(pyproject: str, extras: list[str]) -> list[str]:
