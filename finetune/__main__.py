@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import os
@@ -23,6 +24,7 @@ COMMANDS = {
     "kernels": "draw a network's filters, and what a photo leaves in its layers",
     "bakeoff": "train several networks on the same photos and compare them",
 }
+ALONE_OR_TOGETHER = ("train", "predict")
 MODULES = {"models": "zoo", "train": "training"}
 # What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.
 _FULL = "cannot be written, as the disk is full; make room and run it again."
@@ -55,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 done with findings, 2 a mistake to mend, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(arguments)
+        with _world(arguments):
+            code = _run(arguments)
         sys.stdout.flush()  # here, where a reader that has gone is noticed in time
         return code
     except UserError as error:
@@ -73,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _world(arguments: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """The other processes, where torchrun started several; those of ``predict`` do not need to know of each other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or arguments[:1] == ["predict"]:
+        return contextlib.nullcontext()
+    from finetune import ranks
+
+    return ranks.session()
+
+
 def _run(arguments: list[str]) -> int:
     parser = _Parser(
         prog="finetune", description="Transfer learning for image classifiers: from photos to a bundle that serves."
@@ -86,6 +98,8 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in COMMANDS and not name.startswith("-"):
         raise ConfigError(f"There is no command {name!r}.{did_you_mean(name, COMMANDS)} `finetune --help` lists them.")
+    if name not in ALONE_OR_TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"`finetune {name}` runs in one process; torchrun is for {' and '.join(ALONE_OR_TOGETHER)}.")
     if name in COMMANDS:  # only the command that is called is imported: torch takes seconds
         module = importlib.import_module(f"finetune.{MODULES.get(name, name)}")
         module.add_arguments(commands.choices[name])

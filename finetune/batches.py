@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from typing import Protocol
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finetune import ranks
 from finetune.augment import Augment
 from finetune.data import Photo
-from finetune.features import FrozenPart, batched
+from finetune.features import FrozenPart
 from finetune.prefetch import prefetch
 from models.preprocess import Preprocessing
 
@@ -22,7 +24,8 @@ Batch = tuple[Tensor, Tensor]
 class Batches(Protocol):
     """``shuffled(epoch)`` gives an epoch in that epoch's random order, ``ordered()`` the photos one after another.
 
-    A batch is features (n, ...) float32 and labels (n,) int64, on the CPU.
+    A batch is features (n, ...) float32 and labels (n,) int64, on the CPU. Where several processes train, each is given its
+    share of every batch, which may be empty, and of the photos in order.
     """
 
     def __len__(self) -> int: ...
@@ -43,13 +46,13 @@ class CachedBatches:
         return len(self._labels)
 
     def shuffled(self, epoch: int) -> Iterator[Batch]:
-        return self._take(epoch_order(len(self), self._seed, epoch))
+        return self._take(shuffled_shares(len(self), self._batch_size, self._seed, epoch))
 
     def ordered(self) -> Iterator[Batch]:
-        return self._take(torch.arange(len(self)))
+        return self._take(ordered_shares(len(self), self._batch_size))
 
-    def _take(self, order: Tensor) -> Iterator[Batch]:
-        for part in torch.split(order, self._batch_size):
+    def _take(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
+        for part in parts:
             yield self._features[part], self._labels[part]
 
 
@@ -88,12 +91,12 @@ class LiveBatches:
         return len(self._photos)
 
     def shuffled(self, epoch: int) -> Iterator[Batch]:
-        return self._load(epoch_order(len(self), self._seed, epoch).tolist(), epoch)
+        return self._load(shuffled_shares(len(self), self._batch_size, self._seed, epoch), epoch)
 
     def ordered(self) -> Iterator[Batch]:
-        return self._load(range(len(self)), None)
+        return self._load(ordered_shares(len(self), self._batch_size), None)
 
-    def _load(self, order: Sequence[int], epoch: int | None) -> Iterator[Batch]:
+    def _load(self, parts: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         def pixels(index: int) -> NDArray[np.uint8]:
             if index in self._kept:
                 return self._kept[index]
@@ -105,10 +108,24 @@ class LiveBatches:
                 self._kept[index] = picture
             return picture
 
-        loaded = prefetch(pixels, order, workers=self._workers, ahead=2 * self._batch_size)
-        for batch in batched(zip(order, loaded, strict=True), self._batch_size):
-            indices, pictures = zip(*batch, strict=True)
-            yield torch.from_numpy(self._frozen.run(np.stack(pictures))), torch.tensor([self._photos[i].label for i in indices])
+        lists = [part.tolist() for part in parts]
+        loaded = prefetch(pixels, chain.from_iterable(lists), workers=self._workers, ahead=2 * self._batch_size)
+        for indices in lists:
+            pictures = list(islice(loaded, len(indices)))
+            features = torch.from_numpy(self._frozen.run(np.stack(pictures))) if pictures else torch.empty(0)
+            yield features, torch.tensor([self._photos[i].label for i in indices], dtype=torch.long)
+
+
+def shuffled_shares(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """This process's share of each batch of an epoch, as indices; the batches are those of a single process."""
+    whole = torch.split(epoch_order(count, seed, epoch), batch_size)
+    return [part[ranks.share(len(part))] for part in whole]
+
+
+def ordered_shares(count: int, batch_size: int) -> list[Tensor]:
+    """This process's share of all photos in order, in batches; all shares one after another are all photos."""
+    mine = torch.arange(count)[ranks.share(count)]
+    return list(torch.split(mine, batch_size)) if len(mine) else []
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from finetune import ranks
 from finetune.device import Compute
-from finetune.prefetch import prefetch
+from finetune.prefetch import own_threads, prefetch
 from finetune.scan import PixelStash, Scan
 from finetune.shards import ShardStore
 from models.cut import Cut
@@ -66,7 +67,7 @@ class FrozenPart:
                 path=graph,
                 batch=CPU_BATCH,
             )
-            return OnnxEngine(graph, outputs=["features"], precision=self._compute.precision)
+            return OnnxEngine(graph, outputs=["features"], precision=self._compute.precision, threads=own_threads())
 
     def _run_torch(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         padded = np.zeros((GPU_BATCH, *pixels.shape[1:]), np.uint8)
@@ -91,7 +92,13 @@ class FeatureCache:
         return set(sha256s) - self._store.load(sha256s).keys()
 
     def features(self, scans: Sequence[Scan], stash: PixelStash, *, label: str) -> NDArray[np.float32]:
-        """The features (N, ...) of readable photos, in order; those not on disk are computed and kept."""
+        """The features (N, ...) of readable photos, in order; those not on disk are computed and kept.
+
+        Of several processes each sees to its own photos, keeps their features on its own disk and hands them to the others.
+        """
+        return ranks.spread_rows(scans, lambda own: self._own(own, stash, label), name=lambda scan: scan.photo.name)
+
+    def _own(self, scans: Sequence[Scan], stash: PixelStash, label: str) -> NDArray[np.float32]:
         sha256s = [scan.sha256 for scan in scans]
         rows = self._store.load(sha256s)
         todo = list({scan.sha256: scan for scan in scans if scan.sha256 not in rows}.values())

@@ -13,8 +13,18 @@ Result = TypeVar("Result")
 
 
 def processors() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processors that this process may use: where torchrun started several on this machine, its share of them."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there // _neighbours())
+
+
+def own_threads() -> int:
+    """How many threads an engine may take: 0, all that it likes, or this process's share of the machine."""
+    return processors() if _neighbours() > 1 else 0
+
+
+def _neighbours() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def prefetch(work: Callable[[Item], Result], items: Iterable[Item], *, workers: int, ahead: int = 64) -> Iterator[Result]:

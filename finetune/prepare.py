@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune import ranks
 from finetune.audit import Audit, audit
 from finetune.augment import Augment
 from finetune.batches import Batches, CachedBatches, LiveBatches
@@ -113,7 +114,13 @@ def look(
     context = fingerprint_context(stash.preprocessing.decode_px)
     store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
     wanted = cache.missing if cache else None
-    scans = scan(dataset.photos, store=store, stash=stash, wanted=wanted, workers=config.workers)
+    ranks.check_same(f"photos in {config.data_dir}", [[photo.name, photo.split] for photo in dataset.photos])
+    scans = ranks.spread(
+        dataset.photos,
+        lambda own: scan(own, store=store, stash=stash, wanted=wanted, workers=config.workers),
+        name=lambda photo: photo.name,
+    )
+    scans = [dataclasses.replace(s, photo=photo) for s, photo in zip(scans, dataset.photos, strict=True)]  # this host's paths
     applied = None
     if reviews:
         dataset, scans, applied = apply_reviews(reviews, dataset, scans)

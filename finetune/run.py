@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
-from finetune import rundir
+from finetune import ranks, rundir
 from finetune.batches import Batches
 from finetune.calibrate import apply_temperature, fit_temperature
 from finetune.config import Config
@@ -46,29 +48,39 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     config = settle(config, spec)
     folder = config.output_dir or default_run_dir(config)
     asked, config = config, dataclasses.replace(config, reviews_from=config.reviews_from and hide_password(config.reviews_from))
-    if resume:
-        rundir.check_same(folder, config)
-        rundir.sweep(folder)
-        if (folder / rundir.BUNDLE).is_dir():
-            print(f"The run in {folder} is finished.")
-            return open_bundle(folder / rundir.BUNDLE)
-    else:
-        rundir.check_free(folder)
-    reviews = find_reviews(asked, kept=folder / rundir.REVIEWS if resume else None)
+    if finished := ranks.from_first(lambda: enter(folder, config, resume=resume)):
+        print(f"The run in {folder} is finished.")
+        return finished
+    reviews = ranks.from_first(lambda: find_reviews(asked, kept=folder / rundir.REVIEWS if resume else None))
     compute = choose_compute(config.device, config.precision)
     dataset = read_dataset(
         config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
     )
     print(f"Training {spec.title} on {config.data_dir} ({compute}); the run is in {folder}")
-    network = prepare(spec, len(dataset.classes), config, compute)
+    network = ranks.one_a_host_first(lambda: prepare(spec, len(dataset.classes), config, compute))
+    ranks.check(compute, network.cut.trained)
+    ranks.check_same("pretrained weights", network.base.sha256 if network.base else None)
     cache = feature_cache(config, network, compute)
     survey = look(config, dataset, network, cache, reviews=reviews)
     if not resume:
-        rundir.start(folder, config, reviews=reviews.data if reviews else None)
+        ranks.from_first(lambda: rundir.start(folder, config, reviews=reviews.data if reviews else None))
     with _resumable(folder):
         batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
-        return finish(config, folder, network, compute, batches["valid"], survey, progress)
+        with watch_embeddings(network.classifier, network.spec) as seen:
+            answers = predict(network.cut.trained, batches["valid"], compute=compute)
+        embeddings = np.concatenate([rows for own in ranks.from_all(seen) for rows in own])
+        return ranks.from_first(lambda: finish(config, folder, network, compute, answers, embeddings, survey, progress))
+
+
+def enter(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
+    """Check that the run's folder is free, or that it holds this run to go on with; gives the bundle of a finished one."""
+    if not resume:
+        rundir.check_free(folder)
+        return None
+    rundir.check_same(folder, config)
+    rundir.sweep(folder)
+    return open_bundle(folder / rundir.BUNDLE) if (folder / rundir.BUNDLE).is_dir() else None
 
 
 def settle(config: Config, spec: ModelSpec) -> Config:
@@ -95,13 +107,13 @@ def fit_head(
     config: Config, folder: Path, network: Network, compute: Compute, batches: Mapping[str, Batches], *, inputs: str
 ) -> Progress:
     """Train what follows the cut, from the run's checkpoint where there is one, and keep a new one after each epoch."""
-    before = rundir.load_checkpoint(folder, inputs=inputs)
+    before = ranks.from_first(lambda: rundir.load_checkpoint(folder, inputs=inputs))
     if before:
         print(f"Going on after epoch {before.epoch}.")
-    with EventWriter(folder if config.tensorboard else None) as events:
+    with EventWriter(folder if config.tensorboard and ranks.is_first() else None) as events:
 
         def on_epoch(progress: Progress) -> None:
-            rundir.save_checkpoint(folder, progress, inputs=inputs)
+            ranks.from_first(lambda: rundir.save_checkpoint(folder, progress, inputs=inputs))
             events.write(progress.history[-1])
 
         return fit(
@@ -119,12 +131,18 @@ def fit_head(
 
 
 def finish(
-    config: Config, folder: Path, network: Network, compute: Compute, valid: Batches, survey: Survey, progress: Progress
+    config: Config,
+    folder: Path,
+    network: Network,
+    compute: Compute,
+    answers: tuple[Tensor, Tensor],
+    embeddings: NDArray[np.float32],
+    survey: Survey,
+    progress: Progress,
 ) -> Bundle:
-    """Calibrate, measure and export what was trained."""
+    """Calibrate, measure and export what was trained; ``answers`` and ``embeddings`` are those of the validation photos."""
     write_text(folder / "audit.json", json.dumps(survey.findings.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    with watch_embeddings(network.classifier, network.spec) as embeddings:
-        log_probs, labels = predict(network.cut.trained, valid, compute=compute)
+    log_probs, labels = answers
     photos = survey.good["valid"]
     raw = log_probs.double().numpy()
     temperature = fit_temperature(raw, labels.numpy())
@@ -139,9 +157,7 @@ def finish(
     metrics = write_results(
         folder,
         predictions,
-        lookalikes=find_lookalikes(
-            predictions.sha256s, np.concatenate(embeddings), [*survey.good["train"], *photos], survey.dataset.classes
-        ),
+        lookalikes=find_lookalikes(predictions.sha256s, embeddings, [*survey.good["train"], *photos], survey.dataset.classes),
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
         data_dir=survey.dataset.root,

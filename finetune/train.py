@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from finetune import ranks
 from finetune.batches import Batches
 from finetune.config import Config
 from finetune.device import Compute
@@ -62,6 +63,7 @@ def fit(
     if progress.epoch:
         part.load_state_dict(progress.last, strict=False)
         optimizer.load_state_dict(progress.optimizer)
+    ranks.start_alike(part)
     with tqdm(
         total=epochs * len(train), initial=progress.epoch * len(train), desc="training", unit="photo", disable=None
     ) as bar:
@@ -74,7 +76,7 @@ def fit(
             train_loss, train_accuracy = train_one_epoch(
                 part, train, optimizer, progress.epoch, compute=compute, aux_weight=aux_weight, bar=bar
             )
-            valid_loss, valid_accuracy = score(part, valid, compute=compute)
+            valid_loss, valid_accuracy = ranks.agreed(score(part, valid, compute=compute))
             if not math.isfinite(train_loss + valid_loss):
                 raise RunError(f"The loss is no longer a number in epoch {progress.epoch + 1}; lower --lr, which is {rate:g}.")
             progress.epoch += 1
@@ -135,21 +137,24 @@ def train_one_epoch(
     train_mode(part)
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
     loss_of = nn.NLLLoss()
-    total, right = 0.0, 0
+    loss_sum, right = 0.0, 0
     for features, labels in batches.shuffled(epoch):
         features, labels = features.to(compute.device), labels.to(compute.device)
-        with compute.autocast():
-            log_probs, *aux = _answers(part(features))
-        loss = loss_of(log_probs.float(), labels)
-        aux_loss = sum(loss_of(answer.float(), labels) for answer in aux)
+        count = ranks.total(len(labels))  # of the whole batch: several processes have a share of it each, which may be empty
         optimizer.zero_grad()
-        scaler.scale(loss + aux_weight * aux_loss).backward()
+        if len(labels):
+            with compute.autocast(), ranks.whole_draws(count):
+                log_probs, *aux = _answers(part(features))
+            loss = loss_of(log_probs.float(), labels)
+            aux_loss = sum(loss_of(answer.float(), labels) for answer in aux)
+            scaler.scale((loss + aux_weight * aux_loss) * (len(labels) / count)).backward()
+            loss_sum += loss.item() * len(labels)
+            right += int((log_probs.argmax(1) == labels).sum())
+        ranks.sum_gradients(part)
         scaler.step(optimizer)
         scaler.update()
-        total += loss.item() * len(labels)
-        right += int((log_probs.argmax(1) == labels).sum())
-        bar.update(len(labels))
-    return total / len(batches), right / len(batches)
+        bar.update(count)
+    return ranks.total(loss_sum) / len(batches), ranks.total(right) / len(batches)
 
 
 def score(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[float, float]:
@@ -162,13 +167,15 @@ def score(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[float
 def predict(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N, classes) float32 and labels (N,), in the photos' order, in evaluation mode."""
     part.eval()
-    outputs, truths = [], []
+    outputs: list[Tensor] = []
+    truths: list[Tensor] = []
     with torch.inference_mode():
         for features, labels in batches.ordered():
             with compute.autocast():
                 outputs.append(_answers(part(features.to(compute.device)))[0].float().cpu())
             truths.append(labels)
-    return torch.cat(outputs), torch.cat(truths)
+    parts = ranks.from_all((outputs, truths))
+    return torch.cat([rows for own, _ in parts for rows in own]), torch.cat([rows for _, own in parts for rows in own])
 
 
 def _answers(given: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
