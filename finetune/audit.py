@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.data import Dataset, in_stray, is_photo, is_stray, read_dataset
+from finetune.data import Dataset, read_dataset
 from finetune.duplicates import find_duplicates
+from finetune.photos import in_stray, is_photo, is_stray
 from finetune.scan import Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
 from models.cache import default_cache_dir

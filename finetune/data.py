@@ -11,12 +11,12 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from finetune.photos import EXTENSIONS, is_photo, is_stray
 from models.errors import DataError
 from models.preprocess import decode
 
 TRAIN_FOLDERS = ("train", "training")
 VALID_FOLDERS = ("valid", "val", "validation", "test")
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -63,23 +63,8 @@ def open_photo(path: str | Path) -> Image.Image:
     return decode(Path(path).read_bytes())
 
 
-def is_photo(path: Path, root: Path) -> bool:
-    """Whether a file is named as a photo is, and lies in no stray folder below ``root``."""
-    named = path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-    return named and not in_stray(path, root)
-
-
-def in_stray(path: Path, root: Path) -> bool:
-    return any(is_stray(folder) for folder in path.relative_to(root).parts[:-1])
-
-
 def class_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not is_stray(entry.name))
-
-
-def is_stray(folder_name: str) -> bool:
-    """Folders that notebooks, editors and operating systems leave behind."""
-    return folder_name.startswith((".", "__"))
 
 
 def read_dataset(root: Path, *, valid_fraction: float = 0.2, seed: int = 0, extra: Iterable[Path] = ()) -> Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from finetune import ranks
 from finetune.device import Compute
-from finetune.prefetch import own_threads, prefetch
+from finetune.prefetch import batched, own_threads, prefetch
 from finetune.scan import PixelStash, Scan
 from finetune.shards import ShardStore
 from models.cut import Cut
@@ -146,15 +146,3 @@ def cache_context(
         "pillow": PIL.__version__,
         "jpeg": PIL.features.version("jpg"),
     }
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of ``size`` items, the last one shorter (itertools.batched is Python 3.12's)."""
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data import is_photo
-from finetune.features import batched
 from finetune.join import open_full
-from finetune.prefetch import prefetch
-from models.bundle import GRAPH, Bundle
-from models.engine import OnnxEngine
-from models.errors import DataError, PhotoError
+from finetune.photos import is_photo, walk_photos
+from finetune.prefetch import batched, prefetch
+from models.bundle import GRAPH, Bundle, open_bundle
+from models.cache import whole_bundle
+from models.engine import OnnxEngine, supports_bf16
+from models.errors import ConfigError, DataError, PhotoError
+from models.precision import choose_precision
 
 BATCH = 16
 
@@ -73,17 +75,39 @@ def find_photos(paths: Sequence[Path]) -> list[Path]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle that answers")
-    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTO_OR_FOLDER", help="what to classify")
+    parser.add_argument("photos", type=Path, nargs="*", metavar="PHOTO_OR_FOLDER", help="what to classify")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that decode photos")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object a line")
     form.add_argument("--csv", action="store_true", help="a table with a column for each class")
+    form.add_argument(
+        "--output",
+        type=Path,
+        metavar="SCORES.parquet",
+        help="a folder of Parquet files, for any number of photos: what is there already is not done again",
+    )
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="with --output: a file that names the photos, one a line; - is standard input"
+    )
+    parser.add_argument(
+        "--part-photos", type=int, default=4096, metavar="N", help="photos in one file of --output (default: 4096)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "auto"),
+        default="fp32",
+        help="numbers of the network (default: fp32)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """``finetune predict``: print an answer for each photo. The exit code is 1 where a photo could not be read."""
+    if args.output:
+        return score_all(args)
+    if not args.photos or args.list or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("Name photos or folders to classify; a --list, or several processes, need --output SCORES.parquet.")
     bundle = open_full(args.bundle)
-    answers = classify(bundle, find_photos(args.photos), workers=args.workers)
+    answers = classify(bundle, find_photos(args.photos), precision=_precision(args, bundle), workers=args.workers)
     failed = False
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
@@ -97,6 +121,69 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(_as_line(answer, bundle))
     return 1 if failed else 0
+
+
+def score_all(args: argparse.Namespace) -> int:
+    """``--output``: this process's part of the photos, in RANK and WORLD_SIZE's world, into Parquet files."""
+    from finetune.scores import score
+
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if bool(args.photos) == bool(args.list):
+        raise ConfigError("--output takes photos and folders, or a --list of photos; name the one or the other.")
+    if args.part_photos < 1:
+        raise ConfigError(f"--part-photos is {args.part_photos}, and takes 1 or more.")
+    if size > 1 and args.list == Path("-"):
+        raise ConfigError("Only one process can read standard input; write the list to a file that all can read.")
+    bundle = open_full(args.bundle) if size == 1 else open_bundle(whole_bundle(args.bundle))
+    tally = score(
+        bundle,
+        stream_photos(args.photos, args.list),
+        args.output,
+        part_photos=args.part_photos,
+        precision=_precision(args, bundle),
+        workers=args.workers,
+        rank=rank,
+        size=size,
+    )
+    who = f"process {rank + 1} of {size}: " if size > 1 else ""
+    rate = tally.scored / tally.seconds
+    print(f"{who}{tally.scored:,} photos scored, {rate:,.1f} a second; {tally.before:,} were there already")
+    if tally.unreadable:
+        print(f"{who}{tally.unreadable:,} of them could not be read; column `error` says why")
+    if tally.complete:
+        print(f"{args.output} is complete.")
+    return 0
+
+
+def _precision(args: argparse.Namespace, bundle: Bundle) -> str:
+    if args.precision == "bf16" and not supports_bf16():
+        raise ConfigError("--precision is bf16, which this processor does not have; say fp32, or leave it out.")
+    return choose_precision(bundle, args.precision).name
+
+
+def stream_photos(paths: Sequence[Path], listed: Path | None) -> Iterator[Path]:
+    """The photos of a list, or those named and below folders, one after another. Raises DataError for what is not there."""
+    if listed == Path("-"):
+        yield from read_list(sys.stdin.buffer)
+    elif listed is not None:
+        if not listed.is_file():
+            raise DataError(f"There is no list {listed}; give a file that names a photo on each line.")
+        with listed.open("rb") as lines:
+            yield from read_list(lines)
+    for path in paths:
+        if path.is_dir():
+            yield from walk_photos(path)
+        elif path.is_file():
+            yield path
+        else:
+            raise DataError(f"There is no photo or folder {path}; name photos, or a folder that has some.")
+
+
+def read_list(lines: Iterable[bytes]) -> Iterator[Path]:
+    """What `find` prints: a name a line."""
+    for line in lines:
+        if name := line.rstrip(b"\r\n"):
+            yield Path(os.fsdecode(name))
 
 
 def _as_dict(answer: Answer, bundle: Bundle) -> dict[str, object]:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import socket
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -256,7 +255,8 @@ def _drops_nothing(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bo
 
 def _owners(items: Sequence[Item], name: Callable[[Item], str]) -> list[int]:
     """The rank that sees to each item. It follows from the name: who has decoded a photo also computes its features."""
-    return [zlib.crc32(name(item).encode("utf-8", "surrogateescape")) % size() for item in items]
+    digests = (hashlib.sha256(name(item).encode("utf-8", "surrogateescape")).digest() for item in items)
+    return [int.from_bytes(digest[:8], "big") % size() for digest in digests]
 
 
 def _of(number: int, items: Sequence[Item], owners: Sequence[int] | NDArray[np.int_]) -> list[Item]:
