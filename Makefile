@@ -21,7 +21,7 @@ BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
-.PHONY: help setup finetune serve demo test lint format lock benchmark benchmark-serve image up down container clean
+.PHONY: help setup finetune serve demo test lint format lock benchmark benchmark-serve image up down container benchmark-score clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -83,6 +83,9 @@ down: container ## stop both; what they keep in volumes stays
 
 container:
 	@$(if $(CONTAINER),:,echo "make: docker or podman is wanted, and neither was found; install one, or say CONTAINER=/path/to/it." >&2; exit 2)
+
+benchmark-score: $(INSTALLED) ## photos a second of finetune predict --output, and its growth with processes, on DATA
+	$(BIN)/python benchmarks/score_speed.py $(if $(BUNDLE),$(BUNDLE),models/shipped/dogs-vs-cats) $(DATA) $(ARGS)
 
 clean: ## remove what was built, but no run and no data
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo

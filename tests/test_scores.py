@@ -104,7 +104,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def test_killed_it_goes_on_and_no_photo_is_lost_or_twice(tiny_bundle: SimpleNamespace, photos: Path, tmp_path: Path) -> None:
-    """In parts of one photo, killed after some of them; then by two processes, which share what is left."""
+    """Killed after some of them; then by two processes, which share what is left."""
     out = tmp_path / "scores.parquet"
     for i in range(400):
         os.link(photos / "red" / "red.000.jpg", photos / "red" / f"again.{i:04d}.jpg")
@@ -154,11 +154,8 @@ def test_under_torchrun_each_process_scores_its_share(tiny_bundle: SimpleNamespa
 
 
 def test_it_needs_no_torch(tiny_bundle: SimpleNamespace, photos: Path, tmp_path: Path) -> None:
-    program = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from finetune.__main__ import main\n"
-        f"sys.exit(main(['predict', '--bundle', {str(tiny_bundle.path)!r}, '--output', {str(tmp_path / 'out')!r}, {str(photos)!r}]))"
-    )
+    words = ["predict", "--bundle", str(tiny_bundle.path), "--output", str(tmp_path / "out"), str(photos)]
+    program = f"import sys; sys.modules['torch'] = None; from finetune.__main__ import main; sys.exit(main({words!r}))"
     subprocess.run([sys.executable, "-c", program], env=environment(), check=True, capture_output=True)
     assert len(rows(tmp_path / "out")) == 37
 
