@@ -8,7 +8,7 @@ import json
 from functools import cache
 from typing import Any
 
-from models.cost import empty, macs, parameters, picture_shape
+from models.cost import cost_of
 from models.errors import ConfigError, did_you_mean
 from models.registry import get_spec, list_models
 
@@ -17,17 +17,15 @@ LIBRARY = "timm:NAME is any of timm's networks, as timm:convnext_tiny; `finetune
 
 @cache
 def describe(name: str) -> dict[str, Any]:
-    """What is known about a network; it is counted on its own architecture, without any weights."""
+    """What is known about a network, for one that records no cost counted on its own architecture, without any weights."""
     spec = get_spec(name)
-    net = empty(spec)
-    shape = picture_shape(spec)
-    weights = spec.weights
+    cost, weights = cost_of(spec), spec.weights
     return {
         "name": spec.name,
         "title": spec.title,
         "year": spec.year,
-        "parameters": parameters(net),
-        "macs": macs(net, *shape),
+        "parameters": cost.parameters,
+        "macs": cost.macs,
         "input_px": spec.preprocessing.input_px,
         "channels": spec.preprocessing.channels,
         "head": spec.head,

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from models.registry import create_model
-from models.spec import ModelSpec
+from models.spec import Cost, ModelSpec
+from models.watch import names_of, watching
 
 
 def parameters(net: nn.Module) -> int:
@@ -22,15 +23,23 @@ def macs(net: nn.Module, *shape: int) -> int:
     """
     counts: list[int] = []
 
-    def count(layer: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-        counts.append(result[0].numel() * layer.get_parameter("weight")[0].numel())
+    def add(name: str, given: Tensor, result: Tensor) -> None:
+        counts.append(result[0].numel() * net.get_submodule(name).get_parameter("weight")[0].numel())
 
-    hooks = [layer.register_forward_hook(count) for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    with torch.no_grad():
+    with torch.no_grad(), watching(net, names_of(net, nn.Conv2d, nn.Linear), add):
         net.eval()(torch.zeros(1, *shape, device=next(net.parameters()).device))
-    for hook in hooks:
-        hook.remove()
     return sum(counts)
+
+
+def cost_of(spec: ModelSpec) -> Cost:
+    """What ``spec`` records, or what is counted where it records nothing."""
+    return spec.cost or count(spec)
+
+
+def count(spec: ModelSpec) -> Cost:
+    """The cost of ``spec``'s network, counted on its own architecture without any weights."""
+    net = empty(spec)
+    return Cost(parameters(net), macs(net, *picture_shape(spec)))
 
 
 def empty(spec: ModelSpec) -> nn.Module:

@@ -61,8 +61,19 @@ class Recipe:
     lr_schedule: str = "constant"
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a network learns, and its multiply-accumulates for one picture, with ``pretrained_classes`` at its own size."""
+
+    parameters: int
+    macs: int
+
+
 # For a network that starts from random weights: Adam finds its own step for each of them.
 FROM_SCRATCH = Recipe(epochs=30, optimizer="adam", lr=0.001)
+# What the small networks see: pixels in -1..1, nothing cropped.
+GREY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
+COLOUR_32 = Preprocessing(input_px=32, resize_px=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,8 @@ class ModelSpec:
     Linear or a 1x1 convolution, and the last one whose output is still a map (N, C, h, w). ``more_heads`` are replaced and
     trained with it, for networks that answer with the mean of several. A network with ``aux_weight`` has auxiliary heads
     (Szegedy et al. 2014): its builder takes ``aux=True``, and training from random weights adds so much of their losses.
-    Without ``weights`` a network is always trained from random ones.
+    Without ``weights`` a network is always trained from random ones. ``cost`` spares the table of networks from counting each;
+    a test counts, and none recorded is counted when it is asked for.
     Where the frozen part ends is not written down: ``models.cut`` finds it from the network itself.
     """
 
@@ -89,6 +101,7 @@ class ModelSpec:
     pretrained_classes: int = 1000
     more_heads: tuple[str, ...] = ()
     aux_weight: float = 0.0
+    cost: Cost | None = None
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from models.cost import empty, macs, parameters, picture_shape
+from models.cost import cost_of, count, macs, parameters, picture_shape
 from models.registry import create_model, get_spec, list_models
 from models.zoo import inception_blocks
 from models.zoo.mobilenet import separable_share
@@ -59,9 +60,19 @@ BY_HAND = {"vgg_cifar"}
 VGG_CIFAR = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
 
 
+@pytest.mark.parametrize("name", list_models())
+def test_the_cost_that_a_network_records_is_what_is_counted(name: str) -> None:
+    assert get_spec(name).cost == count(get_spec(name))
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_network_has_the_published_number_of_parameters(name: str) -> None:
-    assert parameters(empty(get_spec(name))) == PARAMETERS[name]
+    assert cost_of(get_spec(name)).parameters == PARAMETERS[name]
+
+
+def test_a_network_that_records_no_cost_is_counted() -> None:
+    spec = get_spec("lenet5")
+    assert cost_of(replace(spec, cost=None)) == spec.cost
 
 
 def test_every_network_is_counted() -> None:
@@ -184,8 +195,8 @@ def test_selu_keeps_mean_and_variance_through_the_network() -> None:
 def test_the_inception_block_costs_what_its_file_says() -> None:
     costs = inception_blocks.compare(28)
     assert costs == {"naive": (387_296, 303_464_448), "reduced": (163_696, 128_049_152), "factorised": (164_752, 128_851_968)}
-    for count in (number for pair in costs.values() for number in pair):
-        assert f"{count:,}" in (inception_blocks.__doc__ or "")
+    for number in (number for pair in costs.values() for number in pair):
+        assert f"{number:,}" in (inception_blocks.__doc__ or "")
 
 
 @torch.inference_mode()

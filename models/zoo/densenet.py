@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from models.registry import register_model
-from models.spec import ModelSpec, WeightsSource
+from models.spec import Cost, ModelSpec, WeightsSource
 from models.surgery import with_channels
 
 
@@ -26,6 +26,7 @@ DENSENET121 = ModelSpec(
     head="classifier",
     cam_layer="features",
     weights=WeightsSource.torchvision("densenet121-a639ec97.pth", convert=rename),
+    cost=Cost(7_978_856, 2_834_161_664),
 )
 
 

@@ -9,13 +9,18 @@ from torch import nn
 
 from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import ModelSpec, Recipe, WeightsSource
+from models.spec import Cost, ModelSpec, Recipe, WeightsSource
 
 # The compound rule's input sizes, and the sha256 of the published weights.
 LITES = {
     0: (224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
     1: (240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
     2: (260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+}
+COSTS = {
+    0: Cost(4_652_008, 385_187_552),
+    1: Cost(5_416_680, 600_185_232),
+    2: Cost(6_092_072, 859_736_272),
 }
 CROP_PADDING_PX = 32  # the source resizes to so many pixels more than it crops, at every size
 
@@ -44,6 +49,7 @@ def _register(number: int, input_px: int, sha256: str) -> None:
         ),
         # With only the last layer to learn, an epoch is cheap and takes a larger step.
         recipe=Recipe(epochs=30, lr=0.01, lr_schedule="cosine"),
+        cost=COSTS[number],
     )
 
     @register_model(spec)

@@ -17,7 +17,7 @@ from torchvision.models.inception import Inception3
 
 from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import ModelSpec, WeightsSource
+from models.spec import Cost, ModelSpec, WeightsSource
 from models.surgery import with_channels
 
 MINUS_ONE_TO_ONE = (0.5, 0.5, 0.5)
@@ -39,6 +39,7 @@ GOOGLENET = ModelSpec(
     # torchvision turns ImageNet's normalisation back into TensorFlow's inside the network; here it comes so at once.
     preprocessing=Preprocessing(mean=MINUS_ONE_TO_ONE, std=MINUS_ONE_TO_ONE),
     aux_weight=0.3,
+    cost=Cost(6_624_904, 1_498_376_192),
 )
 INCEPTION_V3 = ModelSpec(
     name="inception_v3",
@@ -50,6 +51,7 @@ INCEPTION_V3 = ModelSpec(
     weights=WeightsSource.torchvision("inception_v3_google-0cc3c7bd.pth", convert=without_aux),
     preprocessing=Preprocessing(input_px=299, resize_px=342, mean=MINUS_ONE_TO_ONE, std=MINUS_ONE_TO_ONE),
     aux_weight=0.4,
+    cost=Cost(23_834_568, 5_713_216_096),
 )
 INCEPTION_V4 = ModelSpec(
     name="inception_v4",
@@ -66,6 +68,7 @@ INCEPTION_V4 = ModelSpec(
     preprocessing=Preprocessing(
         input_px=299, resize_px=341, interpolation="bicubic", mean=MINUS_ONE_TO_ONE, std=MINUS_ONE_TO_ONE
     ),
+    cost=Cost(42_679_816, 12_253_974_624),
 )
 
 

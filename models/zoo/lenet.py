@@ -11,9 +11,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import FROM_SCRATCH, ModelSpec
+from models.spec import COLOUR_32, FROM_SCRATCH, GREY_28, Cost, ModelSpec
 from models.zoo.initialise import xavier
 
 LENET5 = ModelSpec(
@@ -23,10 +22,11 @@ LENET5 = ModelSpec(
     paper="https://doi.org/10.1109/5.726791",
     head="output",
     cam_layer="sigmoid2",
-    preprocessing=Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,)),
+    preprocessing=GREY_28,
     # Behind four sigmoids little is left of a gradient: small batches, that is more steps, and a larger rate.
     recipe=replace(FROM_SCRATCH, batch_size=16, lr=0.003),
     pretrained_classes=10,
+    cost=Cost(61_706, 416_520),
 )
 LENET_CIFAR = ModelSpec(
     name="lenet_cifar",
@@ -35,9 +35,10 @@ LENET_CIFAR = ModelSpec(
     paper="https://doi.org/10.1109/5.726791",
     head="output",
     cam_layer="relu2",
-    preprocessing=Preprocessing(input_px=32, resize_px=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    preprocessing=COLOUR_32,
     recipe=FROM_SCRATCH,
     pretrained_classes=10,
+    cost=Cost(62_006, 651_720),
 )
 
 

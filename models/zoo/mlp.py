@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import FROM_SCRATCH, ModelSpec
-
-GREY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
+from models.spec import FROM_SCRATCH, GREY_28, Cost, ModelSpec
 
 MLP_SPEC = ModelSpec(
     name="mlp",
@@ -20,6 +17,7 @@ MLP_SPEC = ModelSpec(
     preprocessing=GREY_28,
     recipe=FROM_SCRATCH,
     pretrained_classes=10,
+    cost=Cost(6_442, 6_416),
 )
 
 

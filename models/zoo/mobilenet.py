@@ -12,7 +12,7 @@ from torchvision import models as torchvision_models
 
 from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import FROM_SCRATCH, ModelSpec, WeightsSource
+from models.spec import FROM_SCRATCH, Cost, ModelSpec, WeightsSource
 from models.surgery import with_channels
 
 # The paper's table 1: the stride and the width of each block behind the stem.
@@ -28,6 +28,12 @@ BLOCKS = (
     (1, 1024),
 )
 WIDTHS = {"": 1.0, "_075": 0.75, "_050": 0.5, "_025": 0.25}
+COSTS = {
+    "": Cost(4_231_976, 568_740_352),
+    "_075": Cost(2_585_560, 325_400_448),
+    "_050": Cost(1_331_592, 149_497_088),
+    "_025": Cost(470_072, 41_030_272),
+}
 
 
 def separable_share(outputs: int, kernel: int) -> float:
@@ -98,6 +104,7 @@ def _register_v1(suffix: str, share: float) -> None:
         cam_layer="block13",
         preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         recipe=FROM_SCRATCH,
+        cost=COSTS[suffix],
     )
 
     @register_model(spec)
@@ -119,6 +126,7 @@ MOBILENET_V2 = ModelSpec(
     # The second set of torchvision's weights: better by 0.3 points than the first, and trained for a resize to 232.
     weights=WeightsSource.torchvision("mobilenet_v2-7ebf99e0.pth"),
     preprocessing=Preprocessing(resize_px=232),
+    cost=Cost(3_504_872, 300_774_272),
 )
 MOBILENET_V3_SMALL = ModelSpec(
     name="mobilenet_v3_small",
@@ -128,6 +136,7 @@ MOBILENET_V3_SMALL = ModelSpec(
     head="classifier.3",
     cam_layer="features",
     weights=WeightsSource.torchvision("mobilenet_v3_small-047dcff4.pth"),
+    cost=Cost(2_542_856, 56_510_400),
 )
 MOBILENET_V3_LARGE = ModelSpec(
     name="mobilenet_v3_large",
@@ -137,6 +146,7 @@ MOBILENET_V3_LARGE = ModelSpec(
     head="classifier.3",
     cam_layer="features",
     weights=WeightsSource.torchvision("mobilenet_v3_large-8738ca79.pth"),
+    cost=Cost(5_483_032, 216_589_760),
 )
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from models.registry import register_model
-from models.spec import ModelSpec, WeightsSource
+from models.spec import Cost, ModelSpec, WeightsSource
 from models.surgery import with_channels
 
 # The paper's table 1: how many blocks each stage has. A basic block is two 3x3 convolutions; a bottleneck is 1x1, 3x3 and
@@ -30,6 +30,13 @@ FILES = {
     101: "resnet101-63fe2227.pth",
     152: "resnet152-394f9c45.pth",
 }
+COSTS = {
+    18: Cost(11_689_512, 1_814_073_344),
+    34: Cost(21_797_672, 3_663_761_408),
+    50: Cost(25_557_032, 4_089_184_256),
+    101: Cost(44_549_160, 7_801_405_440),
+    152: Cost(60_192_808, 11_513_626_624),
+}
 
 
 def _register(depth: int) -> None:
@@ -42,6 +49,7 @@ def _register(depth: int) -> None:
         head="fc",
         cam_layer="layer4",
         weights=WeightsSource.torchvision(FILES[depth]),
+        cost=COSTS[depth],
     )
 
     @register_model(spec)

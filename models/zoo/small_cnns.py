@@ -7,15 +7,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import FROM_SCRATCH, ModelSpec
+from models.spec import FROM_SCRATCH, GREY_28, Cost, ModelSpec
 from models.zoo.initialise import lecun
 
-GREY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
 
-
-def _spec(name: str, title: str, *, year: int, paper: str, cam_layer: str) -> ModelSpec:
+def _spec(name: str, title: str, *, year: int, paper: str, cam_layer: str, cost: Cost) -> ModelSpec:
     return ModelSpec(
         name=name,
         title=title,
@@ -26,19 +23,30 @@ def _spec(name: str, title: str, *, year: int, paper: str, cam_layer: str) -> Mo
         preprocessing=GREY_28,
         recipe=FROM_SCRATCH,
         pretrained_classes=10,
+        cost=cost,
     )
 
 
 LECUN_1989 = "https://doi.org/10.1162/neco.1989.1.4.541"
-CNN_MNIST = _spec("cnn_mnist", "CNN of six maps", year=1989, paper=LECUN_1989, cam_layer="relu2")
-CNN_TWO_CONV = _spec("cnn_two_conv", "CNN of two convolutions", year=1989, paper=LECUN_1989, cam_layer="relu2")
-CNN_SELU = _spec("cnn_selu", "CNN with SELU", year=2017, paper="https://arxiv.org/abs/1706.02515", cam_layer="features.selu6")
+CNN_MNIST = _spec("cnn_mnist", "CNN of six maps", year=1989, paper=LECUN_1989, cam_layer="relu2", cost=Cost(6_422, 149_300))
+CNN_TWO_CONV = _spec(
+    "cnn_two_conv", "CNN of two convolutions", year=1989, paper=LECUN_1989, cam_layer="relu2", cost=Cost(8_490, 467_200)
+)
+CNN_SELU = _spec(
+    "cnn_selu",
+    "CNN with SELU",
+    year=2017,
+    paper="https://arxiv.org/abs/1706.02515",
+    cam_layer="features.selu6",
+    cost=Cost(435_306, 29_275_904),
+)
 CNN_SEPARABLE = _spec(
     "cnn_separable",
     "CNN of depthwise separable convolutions",
     year=2017,
     paper="https://arxiv.org/abs/1610.02357",
     cam_layer="features.selu6",
+    cost=Cost(184_234, 4_065_600),
 )
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from models.registry import register_model
-from models.spec import ModelSpec, WeightsSource
+from models.spec import Cost, ModelSpec, WeightsSource
 from models.surgery import with_channels
 
 SQUEEZENET1_1 = ModelSpec(
@@ -17,6 +17,7 @@ SQUEEZENET1_1 = ModelSpec(
     head="classifier.1",  # a 1x1 convolution: it classifies every place of the map, and the answers are averaged
     cam_layer="features",
     weights=WeightsSource.torchvision("squeezenet1_1-b8a52dc0.pth"),
+    cost=Cost(1_235_496, 349_151_936),
 )
 
 

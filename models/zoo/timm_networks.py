@@ -6,7 +6,6 @@ head, weights and their licence. NAME may name one of several trainings: ``timm:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from models.errors import ConfigError, UnknownModelError, did_you_mean
 from models.preprocess import INTERPOLATIONS, Preprocessing
 from models.registry import register_library
 from models.spec import ModelSpec, Recipe, WeightsSource
+from models.watch import names_of, watching
 
 HOME = "https://github.com/huggingface/pytorch-image-models"
 IMAGENET_CLASSES = 1000  # the size of the head that is replaced, where timm publishes a network without one
@@ -139,23 +139,15 @@ def find_map(net: nn.Module, preprocessing: Preprocessing) -> str:
     maps: list[str] = []
     known = visible(Classifier(net, preprocessing))
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, given: Any, result: Any) -> None:
-            if isinstance(result, Tensor) and result.dim() == 4 and result.shape[2] == result.shape[3] > 1:
-                maps.append(name)
+    def note(name: str, given: Any, result: Any) -> None:
+        if isinstance(result, Tensor) and result.dim() == 4 and result.shape[2] == result.shape[3] > 1:
+            maps.append(name)
 
-        return hook
-
-    hooks = [
-        layer.register_forward_hook(note(name))
-        for name, layer in net.named_modules()
-        if name in known and not isinstance(layer, nn.Dropout | nn.Identity | nn.Softmax)
-    ]
+    silent = names_of(net, nn.Dropout, nn.Identity, nn.Softmax)
+    names = [name for name, _ in net.named_modules() if name in known and name not in silent]
     side = preprocessing.input_px
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack, torch.no_grad():
+    with warnings.catch_warnings(), watching(net, names, note), torch.no_grad():
         warnings.simplefilter("ignore")
-        for hook in hooks:
-            stack.callback(hook.remove)
         net(torch.zeros(1, preprocessing.channels, side, side, device="meta"))
     if not maps:
         raise ConfigError("This network of timm's has no layer that gives a map of features; choose another.")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models.vgg import VGG, make_layers
 
-from models.preprocess import Preprocessing
 from models.registry import register_model
-from models.spec import FROM_SCRATCH, ModelSpec, WeightsSource
+from models.spec import COLOUR_32, FROM_SCRATCH, Cost, ModelSpec, WeightsSource
 from models.surgery import with_channels
 
 PAPER = "https://arxiv.org/abs/1409.1556"
@@ -28,6 +27,16 @@ FILES = {
     "vgg13_bn": "vgg13_bn-abd245e5.pth",
     "vgg16_bn": "vgg16_bn-6c64b313.pth",
     "vgg19_bn": "vgg19_bn-c79401a0.pth",
+}
+COSTS = {
+    "vgg11": Cost(132_863_336, 7_609_090_048),
+    "vgg13": Cost(133_047_848, 11_308_466_176),
+    "vgg16": Cost(138_357_544, 15_470_264_320),
+    "vgg19": Cost(143_667_240, 19_632_062_464),
+    "vgg11_bn": Cost(132_868_840, 7_609_090_048),
+    "vgg13_bn": Cost(133_053_736, 11_308_466_176),
+    "vgg16_bn": Cost(138_365_992, 15_470_264_320),
+    "vgg19_bn": Cost(143_678_248, 19_632_062_464),
 }
 DIGESTS = {"vgg16": {"sha256": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"}}
 
@@ -50,6 +59,7 @@ def _register(depth: int, *, batch_norm: bool) -> None:
         head="classifier.6",
         cam_layer=f"features.{(3 if batch_norm else 2) * sum(DEPTHS[depth]) + 3}",  # the last ReLU, behind four poolings
         weights=WeightsSource.torchvision(FILES[name], **DIGESTS.get(name, {})),
+        cost=COSTS[name],
     )
 
     @register_model(spec)
@@ -78,9 +88,10 @@ VGG_CIFAR = ModelSpec(
     paper=PAPER,
     head="output",
     cam_layer="features.20",  # the ReLU behind the sixth convolution, (N, 512, 4, 4); the last maps are 2 px wide
-    preprocessing=Preprocessing(input_px=32, resize_px=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+    preprocessing=COLOUR_32,
     recipe=FROM_SCRATCH,
     pretrained_classes=10,
+    cost=Cost(9_231_114, 152_769_536),
 )
 
 
