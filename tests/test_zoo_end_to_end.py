@@ -1,4 +1,8 @@
-"""Every row of the zoo's table, end to end on drawn pictures: train, evaluate, a bundle, and the engine that serves it."""
+"""Every row of the zoo's table, end to end on drawn pictures: train, evaluate, a bundle, and the service that answers with it.
+
+A training checks its ONNX graph against its own probabilities, so that each row is that network's ONNX parity too, at its own
+size. The networks that are in no row are exported on their own, at the smallest size that they take.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +15,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import PhotoFolder
+from serving import serve
 from tiny import finetune
-from zoo_helpers import WIDE, made_small, random_state
+from zoo_helpers import WIDE, made_small, random_state, some_pixels
 
-from models.bundle import Bundle, check_golden, open_bundle
+from models.bundle import Bundle, open_bundle
+from models.classifier import build_classifier
+from models.cut import with_outputs
 from models.engine import OnnxEngine
-from models.registry import get_spec
+from models.graph import OUTPUTS, export_served
+from models.predictions import Predictions
+from models.registry import get_spec, list_models
 from models.weights import find_weights
 
 pytestmark = pytest.mark.heavy
-# One network for each row; of a family with one builder (VGG, ResNet, the widths of MobileNetV1) the smallest. A training
-# checks its ONNX graph against its own probabilities, so each row is also that network's ONNX parity, at its own size.
+# One network for each row; of a family with one builder (VGG, ResNet, the widths of MobileNetV1) the smallest.
 ROWS = [
     "mlp",
     "cnn_mnist",
@@ -46,6 +54,7 @@ ROWS = [
     "efficientnet_lite2",
     "timm:mobilenetv3_small_050",
 ]
+OTHERS = [name for name in list_models() if name not in ROWS]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +63,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder) 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_cache_and_no_plots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Plots are tested elsewhere, and take longer than the rest."""
+def _one_cache_and_nothing_on_the_side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plots and the measurement of bfloat16 are tested elsewhere, and take longer than the rest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("finetune.results.write_plots", lambda *a, **k: None)
+        patch.setattr("finetune.export.compare_bf16", lambda *a, **k: None)
         yield
 
 
@@ -86,19 +96,35 @@ def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: P
     frozen = "The frozen part ends behind" if spec.weights else "No feature cache, as all weights are trained"
     assert frozen in said
 
-    engine = OnnxEngine(bundle.path / "model.onnx", outputs=["probabilities", "embedding", "feature_map"], threads=1)
-    check_golden(bundle, lambda pixels: engine.run(pixels)[0])
-    data = sorted((photos / "valid").rglob("*.jpg"))[0].read_bytes()
-    probabilities, embedding, feature_map = engine.run(np.stack([bundle.preprocessing.pixels(data)]))
-    assert probabilities.shape == (1, 2)
-    assert probabilities.sum() == pytest.approx(1, abs=1e-5)
-    assert (embedding.ndim, feature_map.ndim) == (2, 4)
-
     code, _, err = finetune("evaluate", "--bundle", bundle.path, "--data-dir", photos, "--output-dir", tmp_path / "evaluation")
     assert (code, err) == (0, "")
     trained, evaluated = (json.loads((tmp_path / where / "metrics.json").read_text()) for where in ("run", "evaluation"))
     assert trained["photos"] == evaluated["photos"] == 4
     assert np.isclose(trained["log_loss"]["value"], evaluated["log_loss"]["value"], atol=1e-3)
+
+    told = Predictions.read_csv(tmp_path / "evaluation" / "predictions.csv")
+    with serve(bundle.path, max_batch=1, cpus=1) as server:
+        for photo, expected in zip(told.photos, told.probabilities, strict=True):
+            reply = server.post((photos / photo).read_bytes())
+            assert reply.status == 200
+            document = reply.json()
+            assert document["model"]["version"] == bundle.version
+            got = document["predictions"][0]["probabilities"]
+            np.testing.assert_allclose([got[label] for label in bundle.classes], expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_graph_of_a_network_in_no_row_gives_what_the_network_gives(name: str, tmp_path: Path) -> None:
+    with made_small(name) as spec:
+        classifier = build_classifier(spec, num_classes=2, base=random_state(name))
+        export_served(classifier, spec, temperature=1.5, path=tmp_path / "model.onnx")
+    pixels = some_pixels(spec, count=3)
+    probabilities, embedding, feature_map = OnnxEngine(tmp_path / "model.onnx", outputs=OUTPUTS, threads=1).run(pixels.numpy())
+    with torch.inference_mode():
+        log_probs, head_input, last_map = with_outputs(classifier, [(spec.head, True), (spec.cam_layer, False)])(pixels)
+    np.testing.assert_allclose(probabilities, torch.softmax(log_probs / 1.5, dim=1), rtol=0, atol=1e-4)
+    for found, wanted in ((embedding, head_input), (feature_map, last_map)):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 def test_lite2_starts_from_its_published_weights(photos: Path) -> None:

@@ -1,6 +1,6 @@
 """One walk through the whole registry: what holds for every network, checked on each, on pictures as small as it takes.
 
-ONNX is in test_zoo_end_to_end.py, which exports a network of every builder at its own size.
+ONNX is in test_zoo_end_to_end.py, which exports every network: one of each row at its own size, the others at the smallest.
 """
 
 from __future__ import annotations
