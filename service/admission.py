@@ -7,6 +7,8 @@ import threading
 import time
 from collections import deque
 
+from prometheus_client import Gauge
+
 from service.problems import Problem
 
 WINDOW = 256  # answered photos that the drain rate is measured on
@@ -16,11 +18,12 @@ FRESH_S = 10.0
 class Admission:
     """Count photos in, count them out, and refuse those over ``limit`` with the seconds until there is room.
 
-    A request counts as one photo from its arrival on, and as what it holds once that is known.
+    A request counts as one photo from its arrival on, and as what it holds once that is known. ``gauge`` follows the count.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, gauge: Gauge | None = None) -> None:
         self._limit = limit
+        self._gauge = gauge
         self._inside = 0
         self._lock = threading.Lock()
         self._left: deque[tuple[float, int]] = deque(maxlen=WINDOW)
@@ -33,7 +36,7 @@ class Admission:
         """Count ``photos`` in; raises Problem where there is no room for them."""
         with self._lock:
             if self._inside + photos <= self._limit:
-                self._inside += photos
+                self._count(photos)
                 return
             wait_s = self._wait_s(photos)
         raise Problem(
@@ -45,9 +48,14 @@ class Admission:
     def leave(self, photos: int = 1, *, answered: int = 0) -> None:
         """Count ``photos`` out, ``answered`` of them with an answer."""
         with self._lock:
-            self._inside -= photos
+            self._count(-photos)
             if answered:
                 self._left.append((time.monotonic(), answered))
+
+    def _count(self, more: int) -> None:
+        self._inside += more
+        if self._gauge:
+            self._gauge.inc(more)
 
     def _wait_s(self, photos: int) -> int:
         """Whole seconds until ``photos`` more have room at the measured rate, 1 to 60."""

@@ -15,6 +15,7 @@ from service.predict import Prediction, predictor, ranked
 from service.problems import Problem
 from service.security import require_key
 from service.settings import Settings
+from service.uploads import read_uploads
 
 bp = Blueprint("api", __name__)
 
@@ -24,7 +25,7 @@ def predict() -> Response:
     settings: Settings = current_app.extensions["settings"]
     g.key_name = require_key(request, settings)
     top_k, crop = _top_k(), _crop()
-    model, predictions = predictor().predict(request)
+    model, predictions = predictor().predict(request, read_uploads(request, settings).photos)
     rows = [_row(model, prediction, top_k=top_k, crop=crop) for prediction in predictions]
     answer = jsonify(model=model.named, request_id=g.request_id, predictions=rows)
     answer.headers["X-Model-Version"] = model.bundle.version

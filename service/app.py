@@ -32,7 +32,7 @@ METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"}
 def build_app(settings: Settings, model: ServedModel) -> Flask:
     """Wire the rooms together."""
     app = Flask("service")
-    admission = Admission(settings.queue)
+    admission = Admission(settings.queue, gauge=model.metrics.inside)
     gallery = Gallery(settings)
     keeper = Keeper(gallery, settings, model.metrics) if settings.keep_predictions else None
     predictor = Predictor(settings, model, admission, on_answer=keeper.offer if keeper else None)

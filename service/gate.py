@@ -59,11 +59,9 @@ class Gate:
                 environ["service.refused"] = problem
                 return self._app(environ, start_response)
             return self._refuse(problem, request_id, environ, start_response)
-        self._metrics.inside.inc()
         try:
             return self._app(environ, start_response)
         finally:  # the answer is complete here, as no route that computes streams
-            self._metrics.inside.dec()
             self._admission.leave(answered=0)
 
     def _refuse(self, problem: Problem, request_id: str, environ: WSGIEnvironment, start_response: Any) -> Iterable[bytes]:

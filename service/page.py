@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,15 @@ from pathlib import Path
 from flask import Blueprint, Request, Response, current_app, g, render_template, request
 
 from models.engine import Pixels
-from service.body import read_body
-from service.forms import read_form
 from service.markdown import render_markdown
 from service.model import Model
 from service.pipeline import Answer
 from service.predict import Prediction, predictor, ranked
 from service.problems import Problem
-from service.security import require_key
+from service.security import name_of_key
 from service.settings import Settings
 from service.site import problem_page, served_model
+from service.uploads import Upload, read_uploads
 
 log = logging.getLogger("service.page")
 ACCEPT = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff"  # with HEIC absent, phones send a JPEG instead
@@ -51,7 +49,7 @@ def home() -> Response:
 @bp.post("/")
 def classify() -> Response:
     """The form, for browsers that run no script; with one they send their photos to /predict."""
-    model, predictions = predictor().predict(_admitted(request))
+    model, predictions = predictor().predict(request, _admitted(request))
     cards = [_card(model, prediction, number) for number, prediction in enumerate(predictions, 1)]
     answer = _answer_home(model, cards)
     answer.headers["Cache-Control"] = "no-store"
@@ -95,26 +93,21 @@ def _form() -> dict[str, object]:
     return {"settings": settings, "accept": ACCEPT, "shown": SHOWN}
 
 
-def _admitted(asked: Request) -> Request:
-    """The request, if its photos may be computed: there is room, it is a form, and its field ``key`` is a known key."""
+def _admitted(asked: Request) -> list[Upload]:
+    """The photos, if they may be computed: there is room, it is a form, and its field ``key`` is a known key."""
     if refusal := asked.environ.get("service.refused"):
         raise refusal
     settings: Settings = current_app.extensions["settings"]
     if asked.mimetype != "multipart/form-data":
         raise Problem("unsupported_media_type", "The page takes its own form; send photos to POST /predict instead.")
-    if not settings.api_keys:
-        return asked
-    body = read_body(asked, settings)
-    parts = read_form(body, asked.mimetype_params.get("boundary"), max_photos=settings.max_photos)
-    key = next((part.data.decode(errors="replace").strip() for part in parts if part.name == "key"), "")
-    whole = {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body)), "HTTP_X_API_KEY": key}
-    again = Request(asked.environ | whole)
+    sent = read_uploads(asked, settings)
+    key = sent.fields.get("key", "").strip()
     try:
-        g.key_name = require_key(again, settings)
+        g.key_name = name_of_key(key, settings)
     except Problem as problem:
         what = "That key is not one that is known here" if key else "A key is wanted here"
         raise Problem(problem.code, f"{what}; type yours into the field Key.", headers=problem.headers) from None
-    return again
+    return sent.photos
 
 
 def _card(model: Model, prediction: Prediction, number: int) -> Card:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,15 +88,23 @@ class Pipeline:
         for thread in self._crew:
             thread.start()
 
-    def submit(self, data: bytes, is_wanted: Callable[[], bool]) -> Future[Answer]:
-        """Begin with a photo. The future raises Problem for a bad one, UnwantedError where ``is_wanted`` called it off."""
-        photo = _Photo(data, is_wanted)
+    def submit(self, photo: bytes | Prepared, is_wanted: Callable[[], bool]) -> Future[Answer]:
+        """Begin with a photo, as ``submit_all`` does with several."""
+        return self.submit_all([photo], is_wanted)[0]
+
+    def submit_all(self, photos: Sequence[bytes | Prepared], is_wanted: Callable[[], bool]) -> list[Future[Answer]]:
+        """Begin with photos, or with what was made of them elsewhere: with all of them, or with none (ClosedError).
+
+        A future raises Problem for a bad photo, and UnwantedError where ``is_wanted`` called it off.
+        """
+        submitted = [_as_photo(photo, is_wanted) for photo in photos]
         with self._changed:
             if self._closed:
                 raise ClosedError
-            self._arrived.append(photo)
-            self._changed.notify()
-        return photo.answer
+            for photo in submitted:
+                (self._decoded if photo.prepared else self._arrived).append(photo)
+            self._changed.notify(len(submitted))
+        return [photo.answer for photo in submitted]
 
     def close(self) -> None:
         """Finish what was submitted, and end the threads."""
@@ -204,6 +212,14 @@ class Pipeline:
             self._metrics.stage_s.labels("queue").observe(queue_s)
             answer = Answer(photo.prepared, row, photo.decode_s * 1e3, queue_s * 1e3, compute_s * 1e3, len(photos))
             photo.answer.set_result(answer)
+
+
+def _as_photo(photo: bytes | Prepared, is_wanted: Callable[[], bool]) -> _Photo:
+    if isinstance(photo, bytes):
+        return _Photo(photo, is_wanted)
+    made = _Photo(b"", is_wanted, prepared=photo)
+    made.ready = made.came
+    return made
 
 
 def _still_wanted(photo: _Photo) -> bool:

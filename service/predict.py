@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 
@@ -13,11 +14,12 @@ from numpy.typing import NDArray
 
 from models.bundle import Bundle
 from service.admission import Admission
+from service.images import Prepared
 from service.model import Model, ServedModel
 from service.pipeline import Answer, ClosedError, UnwantedError
 from service.problems import Problem
 from service.settings import Settings
-from service.uploads import Upload, client_is_there, read_uploads
+from service.uploads import Upload, client_is_there
 
 OnAnswer = Callable[[Bundle, bytes, NDArray[np.float32]], None]  # told of every photo that was answered
 
@@ -42,38 +44,37 @@ class Predictor:
         self._served = model
         self._admission = admission
 
-    def predict(self, request: Request) -> tuple[Model, list[Prediction]]:
-        """The predictions for a request's photos, in their order. Raises Problem where there is nothing to answer.
+    def predict(self, request: Request, uploads: list[Upload], *, all_or_none: bool = False) -> tuple[Model, list[Prediction]]:
+        """The model that answered, and its predictions for ``uploads`` in their order. Raises Problem where there are none.
 
-        A single photo's problem is raised; of several photos each carries its own. The request itself was admitted as one
-        photo before it came here (``service.gate``).
+        A single photo's problem is raised; of several photos each carries its own, but with ``all_or_none`` the first is
+        raised. The request itself was admitted as one photo before it came here (``service.gate``).
         """
-        model = self._served.get()
-        uploads = read_uploads(request, self._settings)
         more = len(uploads) - 1
         self._admission.enter(more)
         answered = 0
         try:
-            predictions = self._wait(request, model, uploads)
+            model, predictions = self._wait(request, uploads)
             answered = sum(prediction.answer is not None for prediction in predictions)
         finally:
             self._admission.leave(more, answered=answered)
-        if len(predictions) == 1 and predictions[0].problem:
-            raise predictions[0].problem
+        bad = [number for number, prediction in enumerate(predictions, 1) if prediction.problem]
+        if bad and (all_or_none or len(predictions) == 1):
+            raise _of_all(predictions, bad[0])
         for prediction in predictions:
             self._count(model, prediction)
         return model, predictions
 
-    def _wait(self, request: Request, model: Model, uploads: list[Upload]) -> list[Prediction]:
+    def _wait(self, request: Request, uploads: list[Upload]) -> tuple[Model, list[Prediction]]:
         until: float = g.began + self._settings.deadline_ms / 1e3
         environ = request.environ
 
         def is_wanted() -> bool:
             return time.perf_counter() < until and client_is_there(environ)
 
+        model, submitted = self._submit(uploads, is_wanted)
         predictions = []
         try:
-            submitted = [None if upload.problem else model.pipeline.submit(upload.data, is_wanted) for upload in uploads]
             for upload, future in zip(uploads, submitted, strict=True):
                 if future is None:
                     predictions.append(Prediction(upload, None, upload.problem))
@@ -87,11 +88,23 @@ class Predictor:
             raise Problem(
                 "deadline_exceeded", f"The answer was not there within {self._settings.deadline_ms} ms; send it again later."
             ) from None
-        except ClosedError:
-            raise Problem(
-                "not_ready", "The model was exchanged just now; send it again.", headers={"Retry-After": "1"}
-            ) from None
-        return predictions
+        return model, predictions
+
+    def _submit(self, uploads: list[Upload], is_wanted: Callable[[], bool]) -> tuple[Model, list[Future[Answer] | None]]:
+        """All photos to one model: where it was exchanged between the look and the touch, to the one that came after it."""
+        model = self._served.get()
+        while True:
+            photos = [_as_sent(upload, model) for upload in uploads if not upload.problem]
+            try:
+                futures = iter(model.pipeline.submit_all(photos, is_wanted))
+            except ClosedError:
+                if (now := self._served.get()) is model:
+                    raise Problem(
+                        "not_ready", "The server is being stopped; send it again.", headers={"Retry-After": "1"}
+                    ) from None
+                model = now
+                continue
+            return model, [None if upload.problem else next(futures) for upload in uploads]
 
     def _count(self, model: Model, prediction: Prediction) -> None:
         metrics = self._served.metrics
@@ -101,8 +114,28 @@ class Predictor:
             probabilities = prediction.answer.probabilities
             metrics.predictions.labels(model.bundle.classes[int(probabilities.argmax())]).inc()
             metrics.confidence.observe(float(probabilities.max()))
-            if self._on_answer:
+            if self._on_answer and prediction.upload.data:
                 self._on_answer(model.bundle, prediction.upload.data, probabilities)
+
+
+def _as_sent(upload: Upload, model: Model) -> bytes | Prepared:
+    """What the pipeline takes: a photo's bytes, or the pixels that came in their place. Raises Problem for a wrong shape."""
+    if upload.pixels is None:
+        return upload.data
+    seen = model.bundle.preprocessing
+    wanted = (seen.input_px, seen.input_px, seen.channels)
+    if upload.pixels.shape != wanted:
+        raise Problem("bad_tensor", f"The pixels have the shape {list(upload.pixels.shape)} a photo; {list(wanted)} is wanted.")
+    return Prepared(upload.pixels, width_px=seen.input_px, height_px=seen.input_px, format="pixels")
+
+
+def _of_all(predictions: list[Prediction], number: int) -> Problem:
+    """The problem of the photo ``number`` as that of the whole request."""
+    problem = predictions[number - 1].problem
+    assert problem is not None
+    if len(predictions) == 1:
+        return problem
+    return Problem(problem.code, f"Photo {number} of {len(predictions)}: {problem.detail}", headers=problem.headers)
 
 
 def predictor() -> Predictor:

@@ -17,6 +17,7 @@ CODES: dict[str, tuple[int, str]] = {
     "empty_photo": (400, "The file is empty"),
     "bad_json": (400, "The JSON cannot be read"),
     "bad_base64": (400, "The base64 cannot be read"),
+    "bad_tensor": (400, "The tensor is not what is taken"),
     "bad_form": (400, "The form cannot be read"),
     "bad_parameter": (400, "A parameter has a wrong value"),
     "bad_request": (400, "The request cannot be read"),

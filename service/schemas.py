@@ -13,6 +13,7 @@ ADVICE = {
     "empty_photo": "The file has no bytes; look whether it was read before it was sent.",
     "bad_json": "Mend the JSON; its form is shown above.",
     "bad_base64": "Encode the photo's bytes again, in standard base64.",
+    "bad_tensor": "Look at the inputs' names, datatypes and shapes: `GET /v2/models/{name}`.",
     "bad_form": "Let a library or the browser write the form, its boundary among it.",
     "bad_parameter": "`detail` names the parameter and what it can be.",
     "bad_request": "The body broke off or is malformed; send it again, whole.",

@@ -27,10 +27,15 @@ HEADERS = {
 def require_key(asked: Request, settings: Settings) -> str | None:
     """The name of the key that came with a request, or None where no keys are set. Raises Problem for a wrong one.
 
-    A key comes as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``; all are compared, each in constant time.
+    A key comes as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``.
     """
+    return name_of_key(key_of(asked), settings)
+
+
+def key_of(asked: Request) -> str:
+    """The key in a request's headers; empty where there is none."""
     scheme, _, token = asked.headers.get("Authorization", "").partition(" ")
-    return name_of_key(token.strip() if scheme.lower() == "bearer" else asked.headers.get("X-API-Key", ""), settings)
+    return token.strip() if scheme.lower() == "bearer" else asked.headers.get("X-API-Key", "")
 
 
 def require_key_or_cookie(asked: Request, settings: Settings) -> str | None:
@@ -53,11 +58,16 @@ def require_same_site(asked: Request) -> None:
 
 
 def name_of_key(given: str, settings: Settings) -> str | None:
-    """The name of a key, or None where no keys are set. Raises Problem for one that is not known; all are compared."""
-    if not settings.api_keys:
+    """What API_KEYS call a key, or None where no keys are set. Raises Problem for one that is not known."""
+    return name_among(settings.api_keys, given)
+
+
+def name_among(rows: tuple[str, ...], given: str) -> str | None:
+    """What the ``rows``, NAME:KEY or KEY, call a key: all are compared, each in constant time. Raises Problem for another."""
+    if not rows:
         return None
     found = None
-    for row in settings.api_keys:
+    for row in rows:
         name, _, key = row.rpartition(":")
         if hmac.compare_digest(key.encode(), given.encode()):
             found = name or "key"

@@ -6,11 +6,12 @@ import base64
 import binascii
 import json
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flask import Request
 
+from models.engine import Pixels
 from service.body import read_body
 from service.forms import read_form
 from service.problems import Problem
@@ -21,32 +22,45 @@ FORMS = "send multipart/form-data with the field `file`, a photo as the body (im
 
 @dataclass(frozen=True)
 class Upload:
-    """A photo's bytes as they arrived, or the reason why there are none; ``name`` is the sender's, or None."""
+    """A photo's bytes as they arrived, or the reason why there are none; ``name`` is the sender's, or None.
+
+    Where a program made the ``pixels`` (H, W, C) uint8 itself, there are those in place of bytes.
+    """
 
     name: str | None
     data: bytes
     problem: Problem | None = None
+    pixels: Pixels | None = None
 
 
-def read_uploads(request: Request, settings: Settings) -> list[Upload]:
+@dataclass(frozen=True)
+class Sent:
+    """What a request brought: its photos, and the text ``fields`` of its form."""
+
+    photos: list[Upload]
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+def read_uploads(request: Request, settings: Settings) -> Sent:
     """Read the body, whole and in time, and take the photos out of it. Raises Problem where there is none to be had."""
     kind = request.mimetype
     if kind not in ("multipart/form-data", "application/json", "application/octet-stream") and not kind.startswith("image/"):
         raise Problem("unsupported_media_type", f"The body came as {kind or 'no media type'}; {FORMS}.")
     body = read_body(request, settings)
     if kind == "multipart/form-data":
-        uploads = _from_form(request, body, settings)
+        sent = _from_form(request, body, settings)
     elif kind == "application/json":
-        uploads = _from_json(body, settings)
+        sent = Sent(_from_json(body, settings))
     else:
-        uploads = [Upload(None, body)] if body else []
-    if not uploads:
+        sent = Sent([Upload(None, body)] if body else [])
+    if not sent.photos:
         raise Problem("no_photo", f"No photo arrived; {FORMS}.")
-    _check_number(len(uploads), settings)
-    return uploads
+    check_number(len(sent.photos), settings)
+    return sent
 
 
-def _check_number(photos: int, settings: Settings) -> None:
+def check_number(photos: int, settings: Settings) -> None:
+    """Raise Problem for more photos than one request may bring."""
     if photos > settings.max_photos:
         raise Problem(
             "too_many_photos",
@@ -54,14 +68,15 @@ def _check_number(photos: int, settings: Settings) -> None:
         )
 
 
-def _from_form(request: Request, body: bytes, settings: Settings) -> list[Upload]:
+def _from_form(request: Request, body: bytes, settings: Settings) -> Sent:
     """Every file of the form, whatever its field is called; a browser sends a nameless empty one where none was chosen."""
     parts = read_form(body, request.mimetype_params.get("boundary"), max_photos=settings.max_photos)
     uploads = [Upload(part.filename or None, part.data) for part in parts if part.filename is not None]
     uploads = [upload for upload in uploads if upload.name or upload.data]
     if not uploads and any(part.name == "file" and part.filename is None for part in parts):
         raise Problem("no_photo", "The field `file` came without a file name, as text; with curl, write -F file=@photo.jpg.")
-    return uploads
+    fields = {part.name: part.data.decode(errors="replace") for part in parts if part.filename is None}
+    return Sent(uploads, fields)
 
 
 def _from_json(body: bytes, settings: Settings) -> list[Upload]:
@@ -79,7 +94,7 @@ def _from_json(body: bytes, settings: Settings) -> list[Upload]:
     instances = document.get("instances")
     if not isinstance(instances, list):
         raise Problem("bad_json", f"The JSON has neither `image` nor a list `instances`; {JSON_FORM}.")
-    _check_number(len(instances), settings)  # before each of a million empty ones gets a problem of its own
+    check_number(len(instances), settings)  # before each of a million empty ones gets a problem of its own
     return [_from_base64(row.get("b64") if isinstance(row, dict) else None) for row in instances]
 
 

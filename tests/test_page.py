@@ -133,7 +133,7 @@ def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: 
     prepared = Prepared(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ("It has several frames.",))
     row = Prediction(Upload("a.gif", b""), Answer(prepared, shares, 0, 0, 0, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=lambda request: (many, [row])))
+        patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=lambda request, photos: (many, [row])))
         (card,) = cards(post(app, (photo, "a.gif")))
     first, _, others = card.partition("<details")
     assert re.findall(r'data-slot="name">(.*?)<', first) == names[:14:-1]

@@ -381,3 +381,15 @@ def test_closing_finishes_what_is_inside_and_takes_no_more() -> None:
         assert [red(answer) for answer in answers] == list(range(50))
         assert not any(thread.is_alive() for thread in pipeline._crew)
         pipeline.close()
+
+
+# Several at once, and pixels in place of a photo
+
+
+def test_several_photos_are_taken_together_pixels_among_them() -> None:
+    pixels = Prepared(np.full((SIDE, SIDE, 3), 7, np.uint8), SIDE, SIDE, "pixels")
+    with running(Colours()) as pipeline:
+        answers = pipeline.submit_all([png((1, 0, 0)), pixels, png((3, 0, 0))], yes)
+        assert [red(answer) for answer in answers] == [1, 7, 3]
+    with pytest.raises(ClosedError):
+        pipeline.submit_all([pixels], yes)

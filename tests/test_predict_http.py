@@ -486,6 +486,7 @@ def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
         admission.enter(1)
         answer = send_form(client, *[("file", "a", photo)] * 4)  # the request is let in, and found to be of four photos
         refused(answer, "overloaded", "4 is the most")
+        assert "dvc_photos_inside 1.0" in client.get("/metrics").text
         admission.enter(3)
         answer = send(client, photo, X_Request_ID="full")
         assert refused(answer, "overloaded", "4 photos are waiting")["request_id"] == "full"
