@@ -23,4 +23,6 @@ def create_app(settings: Settings | None = None) -> Flask:
     model = ServedModel.start(settings)  # before Flask is imported: the two take their time side by side
     from service.app import build_app
 
-    return build_app(settings, model)
+    app = build_app(settings, model)
+    app.extensions["swapper"].watch()
+    return app

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import queue
 import threading
 import time
 
@@ -11,18 +11,19 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from service import api, docs, health, page, site
+from service import admin, api, docs, health, page, site
 from service.admission import Admission
 from service.gallery import compare, exports, pages, photo_page, pictures, review
 from service.gallery.album import Album
 from service.gallery.core import Gallery
 from service.gallery.live import Keeper
 from service.gate import Gate
-from service.model import ServedModel
+from service.model import Model, ServedModel
 from service.predict import Predictor
 from service.problems import MEDIA_TYPE, Problem, code_of_status
 from service.security import add_security
 from service.settings import Settings
+from service.swap import Swapper
 
 log = logging.getLogger("service.request")
 COMPUTING = ("/predict", "/")
@@ -38,15 +39,19 @@ def build_app(settings: Settings, model: ServedModel) -> Flask:
     predictor = Predictor(settings, model, admission, on_answer=keeper.offer if keeper else None)
     app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor)
     app.extensions.update(gallery=gallery, album=Album(settings, gallery), keeper=keeper)
+    app.extensions["swapper"] = Swapper(settings, model)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.register_blueprint(api.bp)
     app.register_blueprint(health.bp)
+    app.register_blueprint(admin.bp)
     app.register_blueprint(site.bp)
     app.register_blueprint(page.bp)
     app.register_blueprint(docs.bp)
     for part in (pages.bp, photo_page.bp, exports.bp, pictures.bp, review.bp, compare.bp, compare.json_bp):
         app.register_blueprint(part)
-    threading.Thread(target=_show_gallery, args=(gallery, model), name="gallery", daemon=True).start()
+    models: queue.SimpleQueue[Model] = queue.SimpleQueue()
+    model.when_serving(models.put)
+    threading.Thread(target=_show_gallery, args=(gallery, models), name="gallery", daemon=True).start()
     _add_hooks(app, model)
     add_security(app, settings)
     _add_error_handlers(app, model)
@@ -58,10 +63,10 @@ def build_app(settings: Settings, model: ServedModel) -> Flask:
     return app
 
 
-def _show_gallery(gallery: Gallery, model: ServedModel) -> None:
-    """The gallery comes after the model: who asks for a prediction does not wait for it."""
-    with contextlib.suppress(Problem):  # a model that cannot be loaded ends the server
-        gallery.show(model.wait(None))
+def _show_gallery(gallery: Gallery, models: queue.SimpleQueue[Model]) -> None:
+    """The gallery comes after the model: who asks for a prediction does not wait for it, and neither does the next bundle."""
+    while True:
+        gallery.show(models.get())
 
 
 def _add_hooks(app: Flask, model: ServedModel) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from models.cache import whole_bundle
 from models.errors import UserError
+from service.board import FOLDER, Board, forget_worker, make_folder
+from service.link import first_state
 from service.logs import log_config
 from service.plan import make_plan
 from service.settings import Settings
@@ -41,8 +43,9 @@ control_socket_disable = True
 
 
 def on_starting(server: Any) -> None:
-    """Give the workers' measures a folder, and say what was planned."""
+    """Give the workers' measures a folder, and what they have to agree on another; and say what was planned."""
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="dogs-vs-cats-metrics-")
+    Board(make_folder()).write(first_state(_settings))
     server.log.info(str(_plan))
 
 
@@ -61,11 +64,13 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """Forget a dead worker's gauges; its counters stay."""
+    """Forget a dead worker's gauges, and what it served; its counters stay."""
     from prometheus_client.multiprocess import mark_process_dead
 
     mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+    forget_worker(worker.pid)
 
 
 def on_exit(server: Any) -> None:
-    shutil.rmtree(Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]), ignore_errors=True)
+    for name in ("PROMETHEUS_MULTIPROC_DIR", FOLDER):
+        shutil.rmtree(Path(os.environ[name]), ignore_errors=True)

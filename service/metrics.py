@@ -54,10 +54,17 @@ class Metrics:
         self.ready = Gauge("dvc_ready", "Workers whose model is ready.", registry=r, multiprocess_mode="livesum")
         self.model = Gauge(
             "dvc_model_info",
-            "1 for the model that is served, with its name, version and precision.",
+            "1 for a model that a worker serves, with its name, version and precision; 0 once none does.",
             ["name", "version", "precision"],
             registry=r,
             multiprocess_mode="livemax",
+        )
+
+        self.swaps = Counter(
+            "dvc_bundle_swaps_total",
+            "Bundles that were swapped, rolled_back, followed (by the other workers), refused, or failed (to follow).",
+            ["outcome"],
+            registry=r,
         )
 
     def render(self) -> bytes:

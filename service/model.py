@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +23,18 @@ from models.cache import compiled_dir, whole_bundle
 from models.engine import Engine, OnnxEngine, Pixels
 from models.errors import UserError
 from models.precision import Precision, choose_precision
+from service.board import Board
 from service.images import FrontDoor
+from service.link import first_state
 from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.plan import Plan, make_plan
 from service.problems import Problem
+from service.recent import Recent, Seen
 from service.settings import Settings
 
 log = logging.getLogger("service")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Model:
     bundle: Bundle
     precision: Precision
     golden_difference: float
+    engine: Engine
     pipeline: Pipeline
 
     @cached_property
@@ -52,21 +59,29 @@ class Model:
 
 
 class ServedModel:
-    """The place where the model stands, once a thread has loaded it; until then, and where that failed, ``get`` says so."""
+    """The place where the model stands, and where another may take it; until there is one ``get`` says why there is none.
+
+    One thread of its own loads whatever is loaded.
+    """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.metrics = metrics
+        self.board = Board.of_this_server()
+        self.recent = Recent(settings.compare_photos)
+        self.closed = threading.Event()
         self._settings = settings
         self._model: Model | None = None
         self._error: str | None = None
         self._done = threading.Event()
         self._when_failed: list[Callable[[str], None]] = []
+        self._when_serving: list[Callable[[Model], None]] = []
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
     @classmethod
     def start(cls, settings: Settings) -> ServedModel:
         """Begin to load in a thread, so that /health/live answers meanwhile."""
         served = cls(settings, Metrics())
-        threading.Thread(target=served._load, name="load", daemon=True).start()
+        threading.Thread(target=served._work, name="load", daemon=True).start()
         return served
 
     def get(self) -> Model:
@@ -88,24 +103,69 @@ class ServedModel:
         if self._error is not None:
             call(self._error)
 
+    def when_serving(self, call: Callable[[Model], None]) -> None:
+        """Have ``call`` told of each model that begins to serve, and of the one that does: from the loading thread."""
+        self._jobs.put(lambda: self._tell_from_now_on(call))
+
+    def run(self, job: Callable[[], T]) -> T:
+        """Run ``job`` in the thread that loads, and give what it gives."""
+        done: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                done.set_result(job())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._jobs.put(work)
+        return done.result()
+
+    def install(self, model: Model, seen: Iterable[Seen] = ()) -> None:
+        """Serve ``model`` from now on; in the loading thread only. What was begun ends with the model that it began with.
+
+        ``seen`` are its answers to photos that the one before had answered.
+        """
+        before, self._model = self._model, model
+        self.recent.replace(seen)
+        if before:
+            self.metrics.model.labels(*_labels(before)).set(0)
+        self.metrics.model.labels(*_labels(model)).set(1)
+        self.board.tell(model.bundle.version)
+        if before:
+            before.pipeline.close()
+        for call in self._when_serving:
+            _tell(call, model)
+
     def close(self) -> None:
+        self.closed.set()
+        self._jobs.put(None)
         if self._model:
             self._model.pipeline.close()
 
-    def _load(self) -> None:
-        began = time.perf_counter()
+    def _work(self) -> None:
         with contextlib.suppress(OSError):  # this thread's children compute; those that talk to clients come first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        self._load()
+        while job := self._jobs.get():
+            job()
+
+    def _load(self) -> None:
+        began = time.perf_counter()
+        chosen = self.board.read().serving  # by the others, where this worker takes a dead one's place
+        path = Path(chosen.bundle) if chosen else self._settings.bundle
         try:
-            self._model = model = load_model(self._settings, make_plan(self._settings), self.metrics)
+            model = load_model(self._settings, make_plan(self._settings), self.metrics, path=path)
+            if chosen is None:
+                with self.board.deciding():
+                    self.board.write(first_state(self._settings))
         except UserError as error:
             self._fail(str(error))
         except Exception as error:
             log.exception("loading failed")
-            self._fail(f"The bundle {self._settings.bundle} could not be loaded: {error!r}")
+            self._fail(f"The bundle {path} could not be loaded: {error!r}")
         else:
+            self.install(model)
             self.metrics.ready.set(1)
-            self.metrics.model.labels(model.bundle.name, model.bundle.version, model.precision.name).set(1)
             log.info(
                 "ready",
                 extra={
@@ -125,10 +185,29 @@ class ServedModel:
         for call in self._when_failed:
             call(reason)
 
+    def _tell_from_now_on(self, call: Callable[[Model], None]) -> None:
+        self._when_serving.append(call)
+        if self._model:
+            _tell(call, self._model)
 
-def load_model(settings: Settings, plan: Plan, metrics: Metrics) -> Model:
-    """Open, compile, warm up and check. Raises BundleError or ConfigError; nothing answers before all of it is done."""
-    path = whole_bundle(settings.bundle)
+
+def _tell(call: Callable[[Model], None], model: Model) -> None:
+    try:
+        call(model)
+    except Exception:  # what others make of a model must not keep it from serving
+        log.exception("a call that was told of the model failed")
+
+
+def _labels(model: Model) -> tuple[str, str, str]:
+    return model.bundle.name, model.bundle.version, model.precision.name
+
+
+def load_model(settings: Settings, plan: Plan, metrics: Metrics, *, path: Path | None = None) -> Model:
+    """Open the bundle at ``path`` (that of the settings), compile, warm up and check it; nothing answers before that is done.
+
+    Raises BundleError or ConfigError.
+    """
+    path = whole_bundle(path or settings.bundle)
     sizes = batch_sizes(settings.max_batch)
     if wants_torch(settings):
         bundle = open_bundle(path, files=(WEIGHTS, GOLDEN))
@@ -159,7 +238,7 @@ def load_model(settings: Settings, plan: Plan, metrics: Metrics) -> Model:
         max_batch=settings.max_batch,
         max_wait_s=settings.max_wait_ms / 1e3,
     )
-    return Model(bundle, precision, difference, pipeline)
+    return Model(bundle, precision, difference, engine, pipeline)
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:

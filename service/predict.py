@@ -18,6 +18,7 @@ from service.images import Prepared
 from service.model import Model, ServedModel
 from service.pipeline import Answer, ClosedError, UnwantedError
 from service.problems import Problem
+from service.recent import Seen
 from service.settings import Settings
 from service.uploads import Upload, client_is_there
 
@@ -116,6 +117,8 @@ class Predictor:
             metrics.confidence.observe(float(probabilities.max()))
             if self._on_answer and prediction.upload.data:
                 self._on_answer(model.bundle, prediction.upload.data, probabilities)
+            seen = Seen(model.bundle.version, prediction.answer.prepared.pixels, probabilities)
+            self._served.recent.add(seen)
 
 
 def _as_sent(upload: Upload, model: Model) -> bytes | Prepared:

@@ -27,6 +27,16 @@ class Settings:
     """Every setting; its environment variable is its name in capitals. None is worked out from the machine (``plan.py``)."""
 
     bundle: Path = _setting(SHIPPED, "the bundle to serve: the folder that `finetune train` exported")
+    bundles: Path | None = _setting(
+        None, "folder below which POST /admin/bundle may open a bundle (default: the one that holds `BUNDLE`)"
+    )
+    bundle_poll_s: float = _setting(
+        1.0, "where `BUNDLE` is a link, how often to look whether it leads elsewhere; 0 never does", least=0, most=3600
+    )
+    compare_photos: int = _setting(
+        64, "last answered photos, as the model saw them, held in memory to compare a new bundle on", least=0, most=10_000
+    )
+    agreement: float = _setting(0.9, "share of them to which a new bundle must give the same label", least=0, most=1)
     data: Path | None = _setting(
         None, "the folder of labelled photos that the gallery shows, as it was evaluated; it is only read"
     )
@@ -66,6 +76,7 @@ class Settings:
         75, "how long an idle connection is kept; longer than the proxy in front keeps it", least=1, most=3600
     )
     api_keys: tuple[str, ...] = _setting((), "keys for /predict, with commas, each NAME:KEY or KEY; empty lets everybody in")
+    admin_keys: tuple[str, ...] = _setting((), "keys for /admin, with commas, each NAME:KEY or KEY; empty lets nobody in")
     cors_origins: tuple[str, ...] = _setting((), "origins whose pages may call /predict, with commas; * for all")
     proxies: int = _setting(0, "reverse proxies in front whose X-Forwarded-* headers are believed", least=0, most=10)
     database_url: str | None = _setting(
@@ -90,7 +101,8 @@ class Settings:
             if environ.get(row.name.upper(), "").strip()
         }
         settings = cls(**given)
-        _check_keys(environ.get("API_KEYS", ""), settings.api_keys)
+        _check_keys("API_KEYS", environ, settings.api_keys)
+        _check_keys("ADMIN_KEYS", environ, settings.admin_keys)
         if settings.data is not None and not settings.data.is_dir():
             raise ConfigError(
                 f"DATA is {str(settings.data)!r}, which is no folder; name the folder of photos that was evaluated."
@@ -100,6 +112,11 @@ class Settings:
                 f"MAX_PHOTOS is {settings.max_photos} and QUEUE {settings.queue}: a full request would never fit; raise QUEUE."
             )
         return settings
+
+    @property
+    def bundles_folder(self) -> Path:
+        """Where bundles may lie that come by HTTP, without links."""
+        return (self.bundles or self.bundle.absolute().parent).resolve()
 
     @property
     def max_body_bytes(self) -> int:
@@ -135,11 +152,12 @@ def _parse(row: dataclasses.Field[Any], wanted: Any, text: str) -> Any:
     return value
 
 
-def _check_keys(text: str, keys: tuple[str, ...]) -> None:
+def _check_keys(name: str, environ: Mapping[str, str], keys: tuple[str, ...]) -> None:
     """A key that is empty, as where a variable inside API_KEYS was, would let everybody in."""
+    text = environ.get(name, "")
     words = [row.rpartition(":")[2] for row in keys]
     if (text.strip() and not keys) or not all(word.isascii() and word.isprintable() and word.strip() for word in words):
-        raise ConfigError("API_KEYS has a key that is empty or not plain ASCII; write NAME:KEY or KEY, with commas between.")
+        raise ConfigError(f"{name} has a key that is empty or not plain ASCII; write NAME:KEY or KEY, with commas between.")
 
 
 def _is_optional(wanted: Any) -> bool:

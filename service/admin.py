@@ -1,0 +1,84 @@
+"""/admin: which bundle serves, another in its place, and back again. For those who have one of ADMIN_KEYS."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from flask import Blueprint, Response, current_app, g, jsonify, request
+
+from service.body import read_body
+from service.likeness import ALLOWANCES
+from service.model import ServedModel
+from service.problems import Problem
+from service.security import key_of, name_of_key
+from service.settings import Settings
+from service.swap import Swapper
+
+FORM = 'send {"bundle": "FOLDER"}, and with it "allow": ["classes", "disagreement"] where that is meant'
+
+bp = Blueprint("admin", __name__, url_prefix="/admin")
+
+
+@bp.before_request
+def admit() -> None:
+    """Only with a key in a header, which no page of another origin can send: a form cannot, and CORS is not granted here."""
+    settings: Settings = current_app.extensions["settings"]
+    if not settings.admin_keys:
+        raise Problem("admin_closed", "This server was started without ADMIN_KEYS, so nobody may administer it; set them.")
+    g.key_name = name_of_key(key_of(request), settings.admin_keys)
+
+
+@bp.get("/bundle")
+def bundle() -> Response:
+    return _status()
+
+
+@bp.post("/bundle")
+def choose() -> Response:
+    """Answers when this worker serves the bundle; the others follow within the time that loading takes."""
+    wanted, allow = _asked_for()
+    _swapper().choose(wanted, by=g.key_name, allow=allow)
+    return _status()
+
+
+@bp.post("/rollback")
+def rollback() -> Response:
+    _swapper().roll_back(by=g.key_name)
+    return _status()
+
+
+def _status() -> Response:
+    settings: Settings = current_app.extensions["settings"]
+    served: ServedModel = current_app.extensions["model"]
+    state, workers = served.board.read(), served.board.workers()
+    answer = dataclasses.asdict(state)
+    del answer["link"]
+    answer["settled"] = state.serving is not None and set(workers.values()) == {state.serving.version}
+    answer["lasts"] = state.serving is not None and state.serving.bundle == str(settings.bundle.resolve())
+    answer["workers"] = [{"process": pid, "version": version} for pid, version in workers.items()]
+    made = jsonify(answer)
+    made.headers["Cache-Control"] = "no-store"
+    return made
+
+
+def _asked_for() -> tuple[str, list[str]]:
+    settings: Settings = current_app.extensions["settings"]
+    if request.mimetype != "application/json":
+        raise Problem("unsupported_media_type", f"The body came as {request.mimetype or 'no media type'}; {FORM} as JSON.")
+    try:
+        document: Any = json.loads(read_body(request, settings))
+    except (ValueError, RecursionError) as error:
+        raise Problem("bad_json", f"The JSON cannot be read ({error}); {FORM}.") from None
+    if not isinstance(document, dict) or not isinstance(document.get("bundle"), str) or not document["bundle"]:
+        raise Problem("bad_json", f"The JSON names no bundle; {FORM}.")
+    allow = document.get("allow", [])
+    if not isinstance(allow, list) or not all(word in ALLOWANCES for word in allow):
+        raise Problem("bad_json", f"`allow` is no list of {' and '.join(ALLOWANCES)}; {FORM}.")
+    return document["bundle"], allow
+
+
+def _swapper() -> Swapper:
+    found: Swapper = current_app.extensions["swapper"]
+    return found

@@ -1,0 +1,50 @@
+"""Whether a bundle can follow the one that serves: the same classes, and the same labels for the last answered photos."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from service.model import Model
+from service.problems import Problem
+from service.recent import Agreement, Recent, Seen
+
+ALLOWANCES = ("classes", "disagreement")  # what may differ where it is said to be meant
+
+
+def compare(current: Model, model: Model, recent: Recent) -> tuple[Agreement, list[Seen]]:
+    """How far ``model`` gives the answers that ``current`` gave to ``recent`` photos, and its own answers to them.
+
+    Left out where the pixels that were kept are not those that ``model`` would be given.
+    """
+    if model.bundle.classes != current.bundle.classes:
+        return Agreement(left_out="the classes are others"), []
+    if _pixels_of(model) != _pixels_of(current):
+        return Agreement(left_out="photos are made into pixels in another way, and only pixels were kept"), []
+    return recent.compare(current.bundle.version, model.engine, model.bundle.version)
+
+
+def objection(current: Model, model: Model, agreement: Agreement, *, least: float, allow: Collection[str]) -> Problem | None:
+    """Why ``model`` should not follow ``current``: other classes, or fewer equal labels than the share ``least``."""
+    if model.bundle.classes != current.bundle.classes and "classes" not in allow:
+        return Problem(
+            "bundle_differs",
+            f"The bundle knows {_list(model)}, and the one that serves {_list(current)}, in this order; "
+            'where that is meant, send "allow": ["classes"].',
+        )
+    if agreement.share < least and "disagreement" not in allow:
+        return Problem(
+            "bundle_differs",
+            f"Of the last {agreement.compared} answered photos {agreement.agreed} get the same label from this bundle, "
+            f'and {least:.0%} are wanted; where it is right, send "allow": ["disagreement"].',
+        )
+    return None
+
+
+def _pixels_of(model: Model) -> tuple[object, ...]:
+    """What decides over a photo's pixels; normalisation is a part of the graph."""
+    seen = model.bundle.preprocessing
+    return seen.input_px, seen.resize_px, seen.interpolation, seen.channels
+
+
+def _list(model: Model) -> str:
+    return ", ".join(model.bundle.classes)[:200]

@@ -1,0 +1,82 @@
+"""The last answered photos, as the model saw them: what a new bundle has to agree on with the one that it follows.
+
+In memory only and bounded. Photos' files and names are not kept, and nothing of it is ever written or shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.engine import Engine, Pixels
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of ``compared`` photos ``agreed`` got the same label; ``left_out`` says why none were compared, where none were."""
+
+    compared: int = 0
+    agreed: int = 0
+    largest_difference: float = 0.0  # of a probability
+    left_out: str | None = None
+
+    @property
+    def share(self) -> float:
+        return self.agreed / self.compared if self.compared else 1.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A photo as the model saw it, (H, W, C) uint8, and the probabilities (classes,) that the model ``version`` gave it."""
+
+    version: str
+    pixels: Pixels
+    probabilities: NDArray[np.float32]
+
+
+class Recent:
+    """The last ``most`` different photos by their pixels' sha256, so that one that is sent again and again counts once."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._seen: OrderedDict[str, Seen] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, seen: Seen) -> None:
+        """Keep an answer; the oldest goes where there are too many."""
+        if not self._most:
+            return
+        digest = hashlib.sha256(np.ascontiguousarray(seen.pixels).data).hexdigest()
+        with self._lock:
+            self._seen[digest] = seen
+            self._seen.move_to_end(digest)
+            if len(self._seen) > self._most:
+                self._seen.popitem(last=False)
+
+    def compare(self, version: str, engine: Engine, other: str) -> tuple[Agreement, list[Seen]]:
+        """Run what the model ``version`` answered through the ``engine`` of the ``other``, which takes the same pixels.
+
+        Gives how far they agree, and the other's answers, to be ``replace``d by where it serves from now on.
+        """
+        with self._lock:
+            seen = [row for row in self._seen.values() if row.version == version]
+        if not seen:
+            return Agreement(left_out="no photo was answered lately" if self._most else "COMPARE_PHOTOS is 0"), []
+        before = np.stack([row.probabilities for row in seen])
+        after = engine.run(np.stack([row.pixels for row in seen]))[0]
+        agreed = int((before.argmax(axis=1) == after.argmax(axis=1)).sum())
+        answers = [Seen(other, row.pixels, values) for row, values in zip(seen, after, strict=True)]
+        return Agreement(len(seen), agreed, float(np.abs(before - after).max())), answers
+
+    def replace(self, seen: Iterable[Seen]) -> None:
+        """Forget all but these."""
+        with self._lock:
+            self._seen.clear()
+        for row in seen:
+            self.add(row)

@@ -1,0 +1,224 @@
+"""Put another bundle in the place of the one that serves, without a failed request: load beside it, check, then exchange.
+
+One worker decides, for all: the one that is asked, or the first that sees BUNDLE's link lead elsewhere. It writes what it
+chose on the board (``service.board``), and the other workers load the same. Who is in the middle of an answer finishes it with
+the model that it began with (``service.predict``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from models.bundle import open_bundle
+from models.cache import whole_bundle
+from models.errors import BundleError, UserError
+from service.board import Chosen, Refused, State
+from service.likeness import ALLOWANCES, compare, objection
+from service.link import goes_through_link, identity, now
+from service.model import Model, ServedModel, load_model
+from service.plan import make_plan
+from service.problems import Problem
+from service.recent import Agreement, Seen
+from service.settings import Settings
+
+log = logging.getLogger("service.swap")
+LOOK_S = 0.25  # how often a worker looks what the others chose
+RETRY_S = 10.0  # after it could not load that
+UNFINISHED = "The worker that loaded it ended before it was done; change the link again, or POST /admin/bundle."
+
+
+class Swapper:
+    """Decides over bundles, and follows what others decided. One for the application."""
+
+    def __init__(self, settings: Settings, served: ServedModel) -> None:
+        self._settings, self._served, self._board = settings, served, served.board
+        self._link_seen: str | None = None
+        self._not_before = 0.0
+
+    def choose(self, bundle: str, *, by: str, allow: Collection[str] = ()) -> None:
+        """Serve the ``bundle``, a folder below the setting BUNDLES, from now on. Raises Problem and changes nothing else.
+
+        ``allow`` names what may differ from the one that serves: ``ALLOWANCES``.
+        """
+        self._served.get()
+        path = self._inside(bundle)
+        with self._board.deciding():
+            self._served.run(partial(self._decide, path, by=by, allow=allow))
+
+    def roll_back(self, *, by: str) -> None:
+        """Serve the bundle that did before. It is loaded and checked as at a start, but not compared. Raises Problem."""
+        self._served.get()
+        with self._board.deciding():
+            before = self._board.read().before
+            if before is None:
+                raise Problem("nothing_before", "No bundle served before this one, since the server was started; name one.")
+            path = Path(before.bundle)
+            self._served.run(partial(self._decide, path, by=by, allow=ALLOWANCES, version=before.version))
+
+    def watch(self) -> None:
+        """Begin to look, in a thread, what other workers chose and where BUNDLE's link leads."""
+        if self._board.is_shared or self._follows_link():
+            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def _follows_link(self) -> bool:
+        return bool(self._settings.bundle_poll_s) and goes_through_link(self._settings.bundle)
+
+    def _watch(self) -> None:
+        next_look = 0.0
+        while not self._served.closed.wait(LOOK_S):
+            try:
+                if self._lags() and not self._adopt():
+                    self._served.run(self._follow)
+                if self._follows_link() and time.monotonic() >= next_look:
+                    next_look = time.monotonic() + self._settings.bundle_poll_s
+                    self._look_at_link()
+            except Problem as problem:
+                problem.bare()  # not ready yet, another decides, or it was refused, which is on the board
+            except Exception:
+                log.exception("looking for another bundle failed")
+
+    def _lags(self) -> bool:
+        wanted = self._board.read().serving
+        return wanted is not None and wanted.version != self._served.get().bundle.version
+
+    def _adopt(self) -> bool:
+        """Where this worker started after the folder was written anew, what it found there is what all serve."""
+        current, wanted = self._served.get(), self._board.read().serving
+        if wanted is None or _version_at(Path(wanted.bundle)) != current.bundle.version:
+            return False
+        log.warning("another bundle was found in the folder", extra={"bundle": wanted.bundle, "wanted": wanted.version})
+        with self._board.deciding():
+            found = _chosen(current, Path(wanted.bundle), by=wanted.by)
+            self._board.write(dataclasses.replace(self._board.read(), serving=found))
+        return True
+
+    def _follow(self) -> None:
+        """Load what another worker chose. After a failure not again for a while."""
+        current, wanted = self._served.get(), self._board.read().serving
+        if wanted is None or wanted.version == current.bundle.version or time.monotonic() < self._not_before:
+            return
+        try:
+            model = self._load(Path(wanted.bundle), version=wanted.version)
+        except Problem as problem:
+            self._not_before = time.monotonic() + RETRY_S
+            self._served.metrics.swaps.labels("failed").inc()
+            log.error("could not follow", extra={"bundle": wanted.bundle, "because": problem.detail})
+            return
+        self._exchange(model, *compare(current, model, self._served.recent), outcome="followed", by=wanted.by)
+
+    def _look_at_link(self) -> None:
+        """Serve what BUNDLE leads to where that is new, and was the same at the last look: not while it is copied."""
+        before, self._link_seen = self._link_seen, identity(self._settings.bundle)
+        if self._link_seen and self._link_seen == before and before != self._board.read().link:
+            with self._board.deciding():
+                self._served.run(partial(self._take_link, before))
+
+    def _take_link(self, seen: str) -> None:
+        state, path = self._board.read(), self._settings.bundle.resolve()
+        if state.link == seen:
+            return  # another worker was quicker
+        # Noted before it is loaded: a bundle that ends the process must not end one worker after the other.
+        unfinished = Refused(str(path), "bundle_refused", UNFINISHED, by="BUNDLE", at=now())
+        self._board.write(dataclasses.replace(state, link=seen, refusal=unfinished))
+        self._decide(path, by="BUNDLE")
+        self._board.write(dataclasses.replace(self._board.read(), refusal=state.refusal))
+
+    def _decide(self, path: Path, *, by: str, allow: Collection[str] = (), version: str | None = None) -> None:
+        """Load, check, note and exchange, or refuse. ``version`` is the one that has to be there, for going back."""
+        self._follow()
+        state, current = self._board.read(), self._served.get()
+        try:
+            if _version_at(path) == current.bundle.version and version in (None, current.bundle.version):
+                return
+            model = self._load(path, version=version)
+            agreement, seen = self._checked(current, model, allow)
+        except Problem as problem:
+            self._refuse(state, path, problem, by=by)
+            raise
+        chosen = _chosen(model, path, by=by, agreement=agreement)
+        try:
+            self._board.write(dataclasses.replace(state, serving=chosen, before=state.serving))
+        except BaseException:  # a full disk: nobody would follow
+            model.pipeline.close()
+            raise
+        self._exchange(model, agreement, seen, outcome="rolled_back" if version else "swapped", by=by)
+
+    def _checked(self, current: Model, model: Model, allow: Collection[str]) -> tuple[Agreement, list[Seen]]:
+        """How far the two agree. Raises Problem, with ``model`` closed, where that is not enough."""
+        try:
+            agreement, seen = compare(current, model, self._served.recent)
+            if problem := objection(current, model, agreement, least=self._settings.agreement, allow=allow):
+                raise problem
+        except BaseException:
+            model.pipeline.close()
+            raise
+        return agreement, seen
+
+    def _load(self, path: Path, *, version: str | None = None) -> Model:
+        """The model of the bundle at ``path``, checked as at a start. Raises Problem."""
+        try:
+            if version and _version_at(path) != version:
+                raise BundleError(f"{path} holds another bundle by now than the one with the version {version}.")
+            return load_model(self._settings, make_plan(self._settings), self._served.metrics, path=path)
+        except UserError as error:
+            raise Problem("bundle_refused", str(error)).bare() from None
+        except Exception as error:
+            log.exception("loading failed")
+            raise Problem("bundle_refused", f"The bundle {path} could not be loaded: {error!r}").bare() from None
+
+    def _exchange(self, model: Model, agreement: Agreement, seen: list[Seen], *, outcome: str, by: str) -> None:
+        before = self._served.get().bundle.version
+        self._served.install(model, seen)
+        self._served.metrics.swaps.labels(outcome).inc()
+        log.info(
+            outcome,
+            extra={
+                "model": model.bundle.name,
+                "version": model.bundle.version,
+                "before": before,
+                "by": by,
+                "agreement": asdict(agreement),
+            },
+        )
+
+    def _refuse(self, state: State, path: Path, problem: Problem, *, by: str) -> None:
+        refusal = Refused(str(path), problem.code, problem.detail, by=by, at=now())
+        self._board.write(dataclasses.replace(state, refusal=refusal))
+        self._served.metrics.swaps.labels("refused").inc()
+        log.warning("refused", extra={"bundle": str(path), "code": problem.code, "because": problem.detail, "by": by})
+
+    def _inside(self, bundle: str) -> Path:
+        """The folder that is meant, links followed. Raises Problem for one that does not lie below BUNDLES."""
+        folder = self._settings.bundles_folder
+        try:
+            path = (folder / bundle).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of links
+            raise Problem("bundle_refused", f"{bundle[:200]!r} cannot be looked up ({error}).") from None
+        if not path.is_relative_to(folder) or path == folder:
+            raise Problem(
+                "bundle_refused", f"{bundle[:200]!r} does not lie below {folder}; set BUNDLES to the folder of bundles."
+            )
+        return path
+
+
+def _version_at(path: Path) -> str:
+    """The version of the bundle that lies at ``path`` now. Raises Problem."""
+    try:
+        return open_bundle(whole_bundle(path), files=()).version
+    except UserError as error:
+        raise Problem("bundle_refused", str(error)).bare() from None
+    except Exception as error:  # a manifest may hold anything, and a file system fail in any way
+        raise Problem("bundle_refused", f"The bundle {str(path)[:200]} cannot be read: {repr(error)[:200]}").bare() from None
+
+
+def _chosen(model: Model, path: Path, *, by: str, agreement: Agreement | None = None) -> Chosen:
+    return Chosen(
+        str(path), model.bundle.name, model.bundle.version, by=by, at=now(), agreement=asdict(agreement) if agreement else None
+    )
