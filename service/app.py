@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import re
 import time
 
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from service import admin, api, docs, health, page, site
+from service import admin, api, docs, health, oip, page, site
 from service.admission import Admission
 from service.gallery import compare, exports, pages, photo_page, pictures, review
 from service.gallery.album import Album
@@ -26,7 +27,8 @@ from service.settings import Settings
 from service.swap import Swapper
 
 log = logging.getLogger("service.request")
-COMPUTING = ("/predict", "/")
+COMPUTING = re.compile(rf"/|/predict|{oip.INFER.pattern}")
+SPOKEN = re.compile(rf"/|{oip.INFER.pattern}")
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 
@@ -43,6 +45,7 @@ def build_app(settings: Settings, model: ServedModel) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.register_blueprint(api.bp)
     app.register_blueprint(health.bp)
+    app.register_blueprint(oip.bp)
     app.register_blueprint(admin.bp)
     app.register_blueprint(site.bp)
     app.register_blueprint(page.bp)
@@ -55,7 +58,7 @@ def build_app(settings: Settings, model: ServedModel) -> Flask:
     _add_hooks(app, model)
     add_security(app, settings)
     _add_error_handlers(app, model)
-    wsgi = Gate(app.wsgi_app, admission, model.metrics, paths=COMPUTING, pages=("/",), cors_origins=settings.cors_origins)
+    wsgi = Gate(app.wsgi_app, admission, model.metrics, paths=COMPUTING, spoken=SPOKEN, cors_origins=settings.cors_origins)
     app.wsgi_app = wsgi  # type: ignore[method-assign]
     if settings.proxies:
         hops = settings.proxies
@@ -108,6 +111,8 @@ def _add_error_handlers(app: Flask, model: ServedModel) -> None:
         error.bare()
         g.code = error.code
         model.metrics.errors.labels(error.code).inc()
+        if oip.speaks(request.path):
+            return oip.error_answer(error)
         return Response(error.body(g.request_id), error.status, error.headers, content_type=MEDIA_TYPE)
 
     @app.errorhandler(HTTPException)

@@ -24,7 +24,7 @@ class Gate:
     """A WSGI layer: admit what will be computed as one photo, until its answer is given, or refuse it at once.
 
     Refused here, a request costs a twentieth of what it costs in Flask, so that an overloaded server goes on answering.
-    ``pages`` are those of ``paths`` that people read: there the refusal goes on as ``service.refused``, to be said in words.
+    ``spoken`` are those of ``paths`` that say it in their own words: there the refusal goes on as ``service.refused``.
     """
 
     def __init__(
@@ -33,15 +33,14 @@ class Gate:
         admission: Admission,
         metrics: Metrics,
         *,
-        paths: Iterable[str],
-        pages: Iterable[str] = (),
+        paths: re.Pattern[str],
+        spoken: re.Pattern[str],
         cors_origins: tuple[str, ...] = (),
     ) -> None:
         self._app = app
         self._admission = admission
         self._metrics = metrics
-        self._paths = frozenset(paths)
-        self._pages = frozenset(pages)
+        self._paths, self._spoken = paths, spoken
         self._cors_origins = cors_origins
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -50,12 +49,12 @@ class Gate:
         environ["service.began"] = time.perf_counter()
         given = environ.get("HTTP_X_REQUEST_ID", "")
         request_id = environ["service.request_id"] = given if ID.fullmatch(given) else uuid.uuid4().hex
-        if environ["REQUEST_METHOD"] != "POST" or environ["PATH_INFO"] not in self._paths:
+        if environ["REQUEST_METHOD"] != "POST" or not self._paths.fullmatch(environ["PATH_INFO"]):
             return self._app(environ, start_response)
         try:
             self._admission.enter()
         except Problem as problem:
-            if environ["PATH_INFO"] in self._pages:
+            if self._spoken.fullmatch(environ["PATH_INFO"]):
                 environ["service.refused"] = problem
                 return self._app(environ, start_response)
             return self._refuse(problem, request_id, environ, start_response)

@@ -87,7 +87,7 @@ def _from_json(body: bytes, settings: Settings) -> list[Upload]:
     if not isinstance(document, dict):
         raise Problem("bad_json", f"The JSON is not an object; {JSON_FORM}.")
     if "image" in document:
-        upload = _from_base64(document["image"])
+        upload = upload_of_base64(document["image"])
         if upload.problem:
             raise upload.problem
         return [upload]
@@ -95,13 +95,13 @@ def _from_json(body: bytes, settings: Settings) -> list[Upload]:
     if not isinstance(instances, list):
         raise Problem("bad_json", f"The JSON has neither `image` nor a list `instances`; {JSON_FORM}.")
     check_number(len(instances), settings)  # before each of a million empty ones gets a problem of its own
-    return [_from_base64(row.get("b64") if isinstance(row, dict) else None) for row in instances]
+    return [upload_of_base64(row.get("b64") if isinstance(row, dict) else None) for row in instances]
 
 
 JSON_FORM = 'send {"image": "<base64>"} or {"instances": [{"b64": "<base64>"}]}'
 
 
-def _from_base64(text: Any) -> Upload:
+def upload_of_base64(text: Any) -> Upload:
     """The bytes behind base64, as it is or as a data: URL."""
     if not isinstance(text, str):
         return Upload(None, b"", Problem("bad_json", f"A photo in the JSON is no text; {JSON_FORM}."))

@@ -1,4 +1,4 @@
-"""Another bundle in the place of the one that serves: what is taken, what is refused, and that nobody notices but by the version."""
+"""Another bundle in the place of the one that serves: what is taken, what is refused, and what is said of it."""
 
 from __future__ import annotations
 
@@ -220,7 +220,11 @@ def test_a_bundle_from_elsewhere_is_none(client: FlaskClient, bundles: Bundles, 
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"{}", b'{"bundle": 5}', b'{"bundle": ""}', b'{"bundle": "two", "allow": "all"}', b'{"bundle": "two", "allow": [[]]}', b"[" * 100_000]
+    "body",
+    [
+        b"", b"{", b"[]", b"{}", b'{"bundle": 5}', b'{"bundle": ""}', b'{"bundle": "two", "allow": "all"}',
+        b'{"bundle": "two", "allow": [[]]}', b"[" * 100_000,
+    ],
 )  # fmt: skip
 def test_a_request_that_is_none(client: FlaskClient, bundles: Bundles, body: bytes) -> None:
     refused(client.post("/admin/bundle", data=body, content_type="application/json", headers=KEY), "bad_json")
@@ -321,7 +325,8 @@ def test_a_bundle_that_is_still_being_copied_is_waited_for(bundles: Bundles, lin
 
 
 def test_one_at_a_time_decides(tmp_path: Path) -> None:
-    for board, other in ((Board(tmp_path), Board(tmp_path)), (board := Board(), board)):
+    alone = Board()
+    for board, other in ((Board(tmp_path), Board(tmp_path)), (alone, alone)):
         with board.deciding():
             with pytest.raises(Problem) as caught, other.deciding():
                 pass

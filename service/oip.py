@@ -1,0 +1,172 @@
+"""The Open Inference Protocol (KServe's version 2, over REST): the same photos and the same answers as /predict.
+
+https://github.com/kserve/open-inference-protocol, with Triton's extensions ``binary_tensor_data`` and ``classification``.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from flask import Blueprint, Response, current_app, g, jsonify, request
+from numpy.typing import NDArray
+
+from service.body import read_body
+from service.model import Model, ServedModel
+from service.predict import Prediction, predictor
+from service.problems import Problem
+from service.security import require_key
+from service.settings import Settings
+from service.tensors import Asked, Input, read_inference, write_outputs, wrong
+from service.uploads import Upload, upload_of_base64
+
+INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
+JSON_LENGTH = "Inference-Header-Content-Length"
+NAME = "dogs-vs-cats"
+
+bp = Blueprint("oip", __name__, url_prefix="/v2")
+
+
+@bp.get("")
+def server() -> Response:
+    return jsonify(name=NAME, version=_own_version(), extensions=["binary_tensor_data", "classification"])
+
+
+@bp.get("/health/live")
+def live() -> Response:
+    return jsonify(live=True)
+
+
+@bp.get("/health/ready")
+def ready() -> Response:
+    _served().get()
+    return jsonify(ready=True)
+
+
+@bp.get("/models/<name>", defaults={"version": None})
+@bp.get("/models/<name>/versions/<version>")
+def metadata(name: str, version: str | None) -> Response:
+    model = _found(name, version)
+    seen, classes = model.bundle.preprocessing, len(model.bundle.classes)
+    return jsonify(
+        name=model.bundle.name,
+        versions=[model.bundle.version],
+        platform="onnx_onnxv1",
+        inputs=[
+            {"name": "photos", "datatype": "BYTES", "shape": [-1]},
+            {"name": "pixels", "datatype": "UINT8", "shape": [-1, seen.input_px, seen.input_px, seen.channels]},
+        ],
+        outputs=[
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]},
+            {"name": "label", "datatype": "BYTES", "shape": [-1]},
+        ],
+    )
+
+
+@bp.get("/models/<name>/ready", defaults={"version": None})
+@bp.get("/models/<name>/versions/<version>/ready")
+def model_ready(name: str, version: str | None) -> Response:
+    return jsonify(name=_found(name, version).bundle.name, ready=True)
+
+
+@bp.post("/models/<name>/infer", defaults={"version": None})
+@bp.post("/models/<name>/versions/<version>/infer")
+def infer(name: str, version: str | None) -> Response:
+    if refusal := request.environ.get("service.refused"):
+        raise refusal
+    settings: Settings = current_app.extensions["settings"]
+    g.key_name = require_key(request, settings)
+    _found(name, version)
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise Problem("unsupported_media_type", "The body came compressed; send it as it is.")
+    wanted = read_inference(read_body(request, settings), _json_bytes(), settings)
+    model, predictions = predictor().predict(request, _uploads(wanted.input), all_or_none=True)
+    _check(model, name, version)  # it may have been exchanged meanwhile
+    head = {"model_name": model.bundle.name, "model_version": model.bundle.version}
+    if wanted.id is not None:
+        head["id"] = wanted.id
+    values = np.stack([_probabilities(prediction) for prediction in predictions])
+    body, json_bytes = write_outputs(head, [(asked, _output(asked, values, model)) for asked in wanted.outputs])
+    answer = Response(body, mimetype="application/json" if json_bytes is None else "application/octet-stream")
+    answer.headers["X-Model-Version"] = model.bundle.version
+    if json_bytes is not None:
+        answer.headers[JSON_LENGTH] = str(json_bytes)
+    return answer
+
+
+def speaks(path: str) -> bool:
+    """Whether a path is the protocol's, so that its errors have the protocol's form."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+def error_answer(problem: Problem) -> Response:
+    """A problem as the protocol has it."""
+    answer = jsonify(error=problem.detail)
+    answer.status_code = problem.status
+    answer.headers.update(problem.headers)
+    return answer
+
+
+def _served() -> ServedModel:
+    served: ServedModel = current_app.extensions["model"]
+    return served
+
+
+def _found(name: str, version: str | None) -> Model:
+    model = _served().get()
+    _check(model, name, version)
+    return model
+
+
+def _check(model: Model, name: str, version: str | None) -> None:
+    if name != model.bundle.name or version not in (None, model.bundle.version):
+        asked = name if version is None else f"{name}, version {version}"
+        raise Problem("not_found", f"There is no {asked} here; {model.bundle.name}, version {model.bundle.version}, is served.")
+
+
+def _json_bytes() -> int | None:
+    text = request.headers.get(JSON_LENGTH)
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise wrong(f"{JSON_LENGTH} is {text[:40]!r}; it must be a whole number.")
+    return int(text)
+
+
+def _uploads(given: Input) -> list[Upload]:
+    rows: list[Any] = list(given.pixels if given.pixels is not None else given.elements or [])
+    if not rows:
+        raise Problem("no_photo", f"The tensor {given.name} is empty; send at least one photo.")
+    return [_upload(row) for row in rows]
+
+
+def _upload(row: Any) -> Upload:
+    if isinstance(row, bytes):
+        return Upload(None, row)
+    return upload_of_base64(row) if isinstance(row, str) else Upload(None, b"", pixels=row)
+
+
+def _probabilities(prediction: Prediction) -> NDArray[np.float32]:
+    assert prediction.answer is not None
+    return prediction.answer.probabilities
+
+
+def _output(asked: Asked, values: NDArray[np.float32], model: Model) -> NDArray[Any]:
+    """The tensor that is asked for, of the probabilities (N, classes)."""
+    names = np.array(model.bundle.classes, dtype=object)
+    if asked.name == "label":
+        return names[values.argmax(axis=1)]
+    if not asked.classes:
+        return values
+    order = np.argsort(-values, axis=1, kind="stable")[:, : asked.classes]
+    texts = [[f"{row[i]:f}:{i}:{names[i]}" for i in best] for row, best in zip(values, order, strict=True)]
+    return np.array(texts, dtype=object)
+
+
+def _own_version() -> str:
+    try:
+        return version(NAME)
+    except PackageNotFoundError:  # run from its folder
+        return "0"
