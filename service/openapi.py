@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from service import openapi_admin, openapi_oip
 from service.openapi_gallery import gallery_paths
 from service.operations import answer, get, said
 from service.samples import models_samples, page_samples, predict_samples
@@ -40,17 +41,21 @@ def document(settings: Settings, url: str) -> dict[str, Any]:
             {"name": "Classification", "description": "Photos and the model that judges them."},
             {"name": "Gallery", "description": "What the model gets right and wrong, and what people decided about it."},
             {"name": "Operation", "description": "For orchestrators and Prometheus."},
+            {"name": openapi_admin.TAG, "description": openapi_admin.ABOUT},
+            {"name": openapi_oip.TAG, "description": openapi_oip.ABOUT},
             {"name": "Pages", "description": "For people and for tools that read this."},
         ],
         "paths": {
             "/predict": {"post": _predict(settings, url) | {"security": keyed if settings.api_keys else [{}, *keyed]}},
             "/models": {"get": _models(url)},
             **_operation_paths(),
+            **openapi_admin.admin_paths(settings),
+            **openapi_oip.oip_paths(settings),
             **_page_paths(settings, url),
             **gallery_paths(keyed if settings.api_keys else [{}, *keyed]),
         },
         "components": {
-            "schemas": schemas(),
+            "schemas": schemas() | openapi_admin.admin_schemas() | openapi_oip.oip_schemas(),
             "headers": headers(),
             "responses": {
                 "NotFound": problem_answer(["not_found"]),
@@ -76,7 +81,12 @@ def _predict(settings: Settings, url: str) -> dict[str, Any]:
         "summary": "Classify photos",
         "description": f"One photo or several, in any of the three forms. {limits} {who}\n\nOf several photos each has its own "
         "row, with the answer or its own `error`; a single photo's problem is the answer's. A photo is turned as its EXIF data "
-        "says; of an animation the first frame counts. Photos are not kept.",
+        "says; of an animation the first frame counts. Photos are not stored"
+        + (
+            f"; the crops of the last {settings.compare_photos} stay in memory, to compare the next bundle with this one."
+            if settings.compare_photos
+            else "."
+        ),
         "parameters": [
             {
                 "name": "top_k",

@@ -157,7 +157,8 @@ def infer(server: Server, name: str, body: bytes, **headers: str) -> Reply:
     [
         5, [], {}, {"inputs": 5}, {"inputs": []}, {"inputs": [5]}, {"inputs": [{}]}, {"id": 5},
         {"name": "images"}, {"name": []}, {"datatype": "FP32"}, {"datatype": {}}, {"shape": "1"}, {"shape": [1.0]},
-        {"shape": [-1]}, {"shape": [True]}, {"shape": []}, {"shape": [2]}, {"shape": [1, 2]}, {"shape": [0, 1]}, {"shape": [1 << 40]},
+        {"shape": [-1]}, {"shape": [True]}, {"shape": []}, {"shape": [2]}, {"shape": [1, 2]}, {"shape": [0, 1]},
+        {"shape": [1 << 40]},
         {"data": None}, {"data": 5}, {"data": [5]}, {"data": [None]}, {"data": [[["eA=="], 5]]}, {"data": ["?"]},
         {"data": {"a": 1}},
         {"parameters": 5}, {"parameters": {"binary_data_size": 1}}, {"parameters": {"binary_data_size": "a"}},
