@@ -137,8 +137,9 @@ def check_golden(
 ) -> float:
     """Run the golden pixels through ``run`` and give the largest difference from what they must give.
 
-    ``run`` may answer for the first few alone; ``golden`` is what was read already, by who checks in several threads. Raises BundleError where the difference is over the bundle's own tolerance,
-    or over ``tolerance``, as for a coarser precision.
+    ``run`` may answer for the first few alone; ``golden`` is what was read already, by who checks in several threads.
+    Raises BundleError where the difference is over the bundle's own tolerance, or over ``tolerance``, as for a coarser
+    precision.
     """
     pixels, wanted, own = golden or bundle.golden()
     answers = run(pixels)

@@ -48,7 +48,7 @@ def api(app: Flask, tiny_bundle: SimpleNamespace) -> OpenApiSchema:
     """What schemathesis makes of the document; of the photos that it sends as they are, half can be read."""
     photo = (tiny_bundle.photos / "red" / "red.000.jpg").read_bytes()
     schemathesis.openapi.media_type("image/*", st.one_of(st.just(photo), st.binary()), aliases=["application/octet-stream"])
-    refusals = {"negative_data_rejection": {"expected-statuses": ["400", "404", "405", "413", "415", "422"]}}
+    refusals = {"negative_data_rejection": {"expected-statuses": ["400", "403", "404", "405", "413", "415", "422"]}}
     config = SchemathesisConfig.from_dict({"checks": refusals})
     return schemathesis.openapi.from_wsgi("/openapi.json", app, config=config)
 
