@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import re
+import threading
 import time
 
 from flask import Flask, Response, g, request
