@@ -12,7 +12,7 @@ from service.body import read_body
 from service.likeness import ALLOWANCES
 from service.model import ServedModel
 from service.problems import Problem
-from service.security import key_of, name_of_key
+from service.security import key_of, name_among
 from service.settings import Settings
 from service.swap import Swapper
 
@@ -27,7 +27,7 @@ def admit() -> None:
     settings: Settings = current_app.extensions["settings"]
     if not settings.admin_keys:
         raise Problem("admin_closed", "This server was started without ADMIN_KEYS, so nobody may administer it; set them.")
-    g.key_name = name_of_key(key_of(request), settings.admin_keys)
+    g.key_name = name_among(settings.admin_keys, key_of(request))
 
 
 @bp.get("/bundle")

@@ -37,7 +37,8 @@ def _filter(*, model_alone: bool = False) -> list[dict[str, Any]]:
     rows = [model]
     for name in FACETS:
         items = STRING | ({"enum": [*FIXED[name], ""]} if name in FIXED else {})
-        rows.append(parameter(name, {"type": "array", "items": items}, f"{MEANING[name]} Given several times: any of them; empty: all."))
+        words = f"{MEANING[name]} Given several times: any of them; empty: all."
+        rows.append(parameter(name, {"type": "array", "items": items}, words))
     whole = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
     return [
         *rows,
