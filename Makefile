@@ -19,6 +19,7 @@ TAG       = dogs-vs-cats$(if $(filter-out serve,$(IMAGE)),-$(IMAGE))
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SHOWN     := $(if $(filter file,$(origin DATA)),$(wildcard $(DATA)),$(DATA))
 FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
 .PHONY: help setup finetune serve demo test lint format lock benchmark benchmark-serve image up down container benchmark-score clean
@@ -40,16 +41,19 @@ $(INSTALLED): pyproject.toml requirements.lock
 finetune: $(INSTALLED) ## fine-tune on DATA: make finetune DATA=photos BACKBONE=efficientnet_lite0
 	$(BIN)/finetune train --data-dir $(DATA) --backbone $(BACKBONE) $(FLAGS)
 
-serve: $(INSTALLED) ## answer POST /predict on 127.0.0.1:8000: make serve BUNDLE=runs/NAME/bundle HOST=0.0.0.0 PORT=80
-	@BUNDLE='$(BUNDLE)' HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
+serve: $(INSTALLED) ## answer POST /predict and show the gallery on 127.0.0.1:8000: make serve BUNDLE=runs/NAME/bundle DATA=photos PORT=80
+	@BUNDLE='$(BUNDLE)' DATA='$(SHOWN)' HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
-demo: $(INSTALLED) ## the whole job on drawn pictures, without any data or download
+demo: $(INSTALLED) ## the whole job on drawn pictures, without any data or download; ends with the gallery running
 	rm -rf demo
 	$(BIN)/finetune sample demo/pictures
 	$(BIN)/finetune train --data-dir demo/pictures --backbone efficientnet_lite0 --output-dir demo/run
 	$(BIN)/finetune evaluate --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/evaluation
-	@echo "The pictures are in demo/pictures, the run in demo/run, its evaluation in demo/evaluation."
-	@echo "Next: $(BIN)/finetune predict --bundle demo/run/bundle PHOTO"
+	$(BIN)/finetune evaluate --folds 5 --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/folds
+	@echo "The pictures are in demo/pictures, the run in demo/run, its evaluation in demo/evaluation, the training photos' in demo/folds."
+	@echo "Look at http://$(or $(HOST),127.0.0.1):$(or $(PORT),8000)/gallery now; Ctrl-C ends it."
+	@BUNDLE=demo/run/bundle DATA=demo/pictures EVALUATIONS=demo/folds DATABASE_URL=sqlite:///demo/reviews.db \
+	  HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
 test: $(INSTALLED) ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

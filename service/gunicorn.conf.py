@@ -57,7 +57,12 @@ def post_worker_init(worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """End at once where all is done: to take engine and threads apart first would keep a stop waiting for nothing."""
+    """End at once where all is done: to take engine and threads apart first would keep a stop waiting for nothing.
+
+    Photos that were answered and are to be kept are written first.
+    """
+    if keeper := worker.wsgi and worker.wsgi.extensions["keeper"]:
+        keeper.close()
     ending = sys.exc_info()[1]
     if isinstance(ending, SystemExit) and ending.code == 0:
         os._exit(0)
