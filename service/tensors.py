@@ -79,7 +79,7 @@ def _read_input(given: dict[str, Any], rest: bytes, settings: Settings) -> Input
         raise wrong(f"The datatype of {name} is {str(given.get('datatype'))[:40]!r}; {DATATYPES[name]} is wanted.")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
         raise wrong(f"The shape of {name} is no list of whole numbers.")
-    if shape:
+    if len(shape) == (1 if name == "photos" else 4):
         check_number(shape[0], settings)  # before each of a million empty ones is looked at
     size = _parameters(given).get("binary_data_size")
     if size != (len(rest) if rest or size is not None else None):
@@ -89,7 +89,7 @@ def _read_input(given: dict[str, Any], rest: bytes, settings: Settings) -> Input
 
 
 def _photos(shape: list[int], data: Any) -> Input:
-    if len(shape) not in (1, 2) or shape[1:] not in ([], [1]):
+    if len(shape) != 1:
         raise wrong(f"The shape of photos is {shape}; [N] is wanted.")
     if not isinstance(data, (bytes, list)):
         raise wrong("photos has neither `data`, a list, nor binary_data_size.")
