@@ -14,6 +14,8 @@ from pathlib import Path
 
 UNNEEDED = {
     "openvino/libs/libopenvino_intel_[gn]pu_plugin.so": "the service computes on the CPU; GPUs are PyTorch's",
+    "openvino/libs/libopenvino_auto*_plugin.so": "chooses among devices; there is one",
+    "openvino/libs/libopenvino_hetero_plugin.so": "spreads a network over devices",
     "openvino/libs/cache.json": "the GPU plugin's table of kernels",
     "openvino/libs/libopenvino_[!io]*_frontend.so.*": "reads other formats than OpenVINO's own and ONNX",
     "openvino/libs/libopenvino_c.so.*": "OpenVINO for C",
@@ -24,6 +26,7 @@ UNNEEDED = {
     "openvino_telemetry": "reports to OpenVINO's makers",
     "numpy/**/tests": "tests",
     "numpy/f2py": "compiles Fortran",
+    "numpy/distutils": "builds extensions",
     "numpy/_core/include": "C headers",
     "numpy/**/*.a": "for linking C against it",
     "numpy/_core/_*tests.*.so": "tests",
@@ -32,6 +35,9 @@ UNNEEDED = {
     "**/*.pyi": "types, for editors and mypy",
     "PIL/_avif.*.so": "AVIF, which the service does not take",
     "pillow.libs/libavif-*": "the same",
+    "PIL/_imagingft.*.so": "letters, which the service does not draw",
+    "pillow.libs/libharfbuzz-*": "the same",
+    "pillow.libs/libfreetype-*": "the same",
 }
 
 
