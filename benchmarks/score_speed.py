@@ -56,8 +56,9 @@ def main() -> int:
                 rate, whole = score(bundle, listed, out, count, allowed, args)
                 rates[name].append(rate)
                 rates[f"{name}, whole"].append(whole)
+                print(f"round {number + 1}: {name}: {rate:.1f} photos/s, whole {whole:.1f}", file=sys.stderr, flush=True)
             rates["engine alone"].append(engine_alone(bundle, found, args.precision))
-            print(f"round {number + 1}: " + "; ".join(f"{name} {row[-1]:.1f}" for name, row in rates.items()), flush=True)
+            print(f"round {number + 1}: engine alone: {rates['engine alone'][-1]:.1f} photos/s", file=sys.stderr, flush=True)
     base = statistics.median(next(iter(rates.values())))
     print(f"{args.photos} photos, {args.precision}, median of {args.rounds}:")
     for name, row in rates.items():

@@ -36,6 +36,8 @@ from models.predictions import Predictions
 from models.registry import get_spec
 from models.spec import ModelSpec
 
+Embeddings = NDArray[np.float32]
+
 
 def train(config: Config, *, resume: bool = False) -> Bundle:
     """Train as ``config`` says, write the run's folder, and give its bundle.
@@ -67,10 +69,8 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     with _resumable(folder):
         batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
-        with watch_embeddings(network.classifier, network.spec) as seen:
-            answers = predict(network.cut.trained, batches["valid"], compute=compute)
-        embeddings = np.concatenate([rows for own in ranks.from_all(seen) for rows in own])
-        return ranks.from_first(lambda: finish(config, folder, network, compute, answers, embeddings, survey, progress))
+        answers = ask(network, batches["valid"], compute)
+        return ranks.from_first(lambda: finish(config, folder, network, compute, answers, survey, progress))
 
 
 def enter(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
@@ -130,19 +130,25 @@ def fit_head(
         )
 
 
+def ask(network: Network, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:
+    """The photos' log-probabilities (N, classes), labels (N,) and embeddings (N, d) by what was trained."""
+    with watch_embeddings(network.classifier, network.spec) as seen:
+        log_probs, labels = predict(network.cut.trained, batches, compute=compute)
+    return log_probs, labels, np.concatenate([rows for own in ranks.from_all(seen) for rows in own])
+
+
 def finish(
     config: Config,
     folder: Path,
     network: Network,
     compute: Compute,
-    answers: tuple[Tensor, Tensor],
-    embeddings: NDArray[np.float32],
+    answers: tuple[Tensor, Tensor, Embeddings],
     survey: Survey,
     progress: Progress,
 ) -> Bundle:
-    """Calibrate, measure and export what was trained; ``answers`` and ``embeddings`` are those of the validation photos."""
+    """Calibrate, measure and export what was trained; ``answers`` are what ``ask`` gave of validation."""
     write_text(folder / "audit.json", json.dumps(survey.findings.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    log_probs, labels = answers
+    log_probs, labels, embeddings = answers
     photos = survey.good["valid"]
     raw = log_probs.double().numpy()
     temperature = fit_temperature(raw, labels.numpy())
@@ -199,7 +205,7 @@ def finish(
 
 
 def name_inputs(survey: Survey, network: Network) -> str:
-    """Name what a run is trained on, so that resuming on other photos, labels, splits, reviews or base weights is refused."""
+    """Name what a run is trained on, photos, labels, splits, reviews and base weights, so that resuming on others is refused."""
     photos = [[s.photo.split, s.photo.label, s.sha256] for scans in survey.good.values() for s in scans]
     base = network.base.sha256 if network.base else None
     reviews = [survey.reviews.reviews.sha256] if survey.reviews else []
