@@ -4,7 +4,8 @@
 
 In turn, each alone as far as this program goes: one process on one processor; then as many processes as are named, which
 share all processors; and the engine alone, on pixels that are decoded already, on all processors. A process's rate is its own
-count, from the first photo to the last; `whole` has its start too (imports, compiling the network). The medians count.
+count, from the first photo to the last; `whole` has its start too (imports, compiling the network). The medians count. On a
+machine that is not idle look at the processor time a photo, which waits for nobody: it is printed too, with the start.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -46,6 +48,7 @@ def main() -> int:
         parser.error(f"no photos below {args.data}")
     processors = sorted(os.sched_getaffinity(0))
     rates: dict[str, list[float]] = defaultdict(list)
+    costs: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         listed = Path(folder) / "list.txt"
         listed.write_text("".join(f"{path.resolve()}\n" for path in islice(cycle(found), args.photos)))
@@ -53,16 +56,25 @@ def main() -> int:
             for count, allowed in ((1, processors[:1]), *((count, processors) for count in args.processes)):
                 name = f"{count} process{'es' if count > 1 else ''}, {len(allowed)} processor{'s' if len(allowed) > 1 else ''}"
                 out = Path(folder) / f"{number}-{count}-{len(allowed)}"
+                began = processor_seconds()
                 rate, whole = score(bundle, listed, out, count, allowed, args)
+                cost = 1000 * (processor_seconds() - began) / args.photos
+                costs[name].append(cost)
                 rates[name].append(rate)
                 rates[f"{name}, whole"].append(whole)
-                print(f"round {number + 1}: {name}: {rate:.1f} photos/s, whole {whole:.1f}", file=sys.stderr, flush=True)
+                print(
+                    f"round {number + 1}: {name}: {rate:.1f} photos/s, whole {whole:.1f}, {cost:.1f} ms",
+                    file=sys.stderr,
+                    flush=True,
+                )
             rates["engine alone"].append(engine_alone(bundle, found, args.precision))
             print(f"round {number + 1}: engine alone: {rates['engine alone'][-1]:.1f} photos/s", file=sys.stderr, flush=True)
     base = statistics.median(next(iter(rates.values())))
     print(f"{args.photos} photos, {args.precision}, median of {args.rounds}:")
     for name, row in rates.items():
         print(f"  {name:<34}{statistics.median(row):8.1f} photos/s  {statistics.median(row) / base:5.2f} times the first")
+    for name, row in costs.items():
+        print(f"  {name:<34}{statistics.median(row):8.1f} ms of processor time a photo")
     return 0
 
 
@@ -101,6 +113,12 @@ def score(
     own = [re.search(r"([\d,.]+) photos scored, ([\d,.]+) a second", text) for text in said]
     seconds = [int(match[1].replace(",", "")) / float(match[2].replace(",", "")) for match in own if match]
     return args.photos / max(seconds), whole
+
+
+def processor_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def engine_alone(path: Path, found: list[Path], precision: str, *, seconds: float = 5.0) -> float:
