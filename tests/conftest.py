@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from databases import Postgres, run_postgres
 from finetune.sample import CLASSES, draw
+from service.store.database import Database
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are small; threads on busy cores wait for each other
 
@@ -128,3 +131,40 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         photos=data / "valid",
         predictions=root / "run" / "predictions.csv",
     )
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server for the tests that ask for one."""
+    with run_postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the tables and nothing in them, to be copied."""
+    path = tmp_path_factory.mktemp("sqlite") / "migrated.db"
+    Database(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of a review database of the test's own, at the newest revision: the test runs on SQLite and on PostgreSQL."""
+    if request.param == "sqlite":
+        path = tmp_path / "reviews.db"
+        shutil.copyfile(request.getfixturevalue("migrated_sqlite"), path)
+        yield f"sqlite:///{path}"
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+    url = server.create()
+    yield url
+    server.drop(url)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A review database of the test's own, open."""
+    opened = Database(database_url)
+    yield opened
+    opened.close()
