@@ -77,7 +77,7 @@ class Filter:
             pairs.append(("sort", self.sort))
         if self.order != ORDERS[self.sort][0]:
             pairs.append(("order", self.order))
-        if self.sort == "random":
+        if self.sort == "random" and self.seed:
             pairs.append(("seed", self.seed))
         if self.per_page != 48:
             pairs.append(("per_page", self.per_page))
@@ -118,7 +118,9 @@ def read_filter(given: MultiDict[str, str], *, model: str, also: Iterable[str] =
     known = ("model", *FACETS, "confidence", "vs", "change", "sort", "order", "seed", "per_page")
     for name in given:
         if name not in (*known, *also):
-            raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there are {', '.join(known)}.")
+            raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there are {', '.join((*known, *also))}.")
+        if any("\0" in value for value in given.getlist(name)):
+            raise Problem("bad_parameter", f"The parameter `{name}` has a zero byte in it, which no name has.")
     sort = _one_of(given, "sort", tuple(ORDERS), "loss")
     found = Filter(
         model=given.get("model") or model,
@@ -143,7 +145,8 @@ def read_page(given: MultiDict[str, str]) -> int:
 
 def sentence(wanted: Filter, total: int, *, name: str, vs_name: str = "") -> str:
     """The filter in words: "3 photos of class dogs that dogs-vs-cats got wrong, highest loss first."."""
-    parts = [f"{total:,} photo{'' if total == 1 else 's'}"]
+    many = total != 1
+    parts = [f"{total:,} photo{'s' if many else ''}"]
     if wanted.labels:
         parts.append(_labelled(wanted.labels))
     if wanted.splits:
@@ -151,36 +154,42 @@ def sentence(wanted: Filter, total: int, *, name: str, vs_name: str = "") -> str
     if wanted.sources:
         parts.append(f"from {_either([_SOURCE[source] for source in wanted.sources])}")
     verdict = _either([_VERDICT[verdict] for verdict in wanted.verdicts]) or "has classified"
-    parts.append(f"that {name} {verdict}")
+    said = f"that {name} {verdict}"
     if wanted.predicted:
-        parts.append(f"as {_either(wanted.predicted)}" if not wanted.verdicts else f"and called {_either(wanted.predicted)}")
+        said += f" as {_either(wanted.predicted)}" if not wanted.verdicts else f" and called {_either(wanted.predicted)}"
     if wanted.confidence != (0, 100):
         low, high = wanted.confidence
-        parts.append(f"with a confidence {f'from {low} % up' if high == 100 else f'of {low} to {high} %'}")
+        said += f" with a confidence {f'from {low} % up' if high == 100 else f'of {low} to {high} %'}"
+    clauses = [said]
     if wanted.flags:
-        parts.append(_either([_FLAG[flag] for flag in wanted.flags]))
+        clauses.append(f"that {_either([_FLAG[flag][many] for flag in wanted.flags])}")
     if wanted.change:
-        parts.append(_CHANGE[wanted.change].format(vs=vs_name or wanted.vs))
+        clauses.append(f"that {_CHANGE[wanted.change].format(vs=vs_name or wanted.vs, name=name)}")
     if wanted.reviews:
-        parts.append(_either([_REVIEW[review] for review in wanted.reviews]))
-    return f"{' '.join(parts)}, {wanted.order_in_words}."
+        clauses.append(f"that {_either([_REVIEW[review] for review in wanted.reviews])}")
+    *first, last = clauses
+    told = f"{', '.join(first)} and {last}" if first else last
+    return f"{' '.join(parts)} {told}, {wanted.order_in_words}."
 
 
 _SOURCE = {"evaluation": "the evaluation", "out-of-fold": "the out-of-fold evaluation", "live": "live requests"}
 _VERDICT = {"right": "got right", "wrong": "got wrong", "unknown": "classified without a known label"}
-_FLAG = {"duplicate": "that look like a photo with another label", "mislabelled": "that are probably mislabelled"}
+_FLAG = {  # of one photo, of several
+    "duplicate": ("looks like a photo with another label", "look like a photo with another label"),
+    "mislabelled": ("is probably mislabelled", "are probably mislabelled"),
+}
 _CHANGE = {
-    "fixed": "that {vs} had wrong and this model has right",
-    "broke": "that {vs} had right and this model has wrong",
-    "both-right": "that {vs} has right as well",
-    "both-wrong": "that {vs} has wrong as well",
+    "fixed": "{vs} has wrong but {name} has right",
+    "broke": "{vs} has right but {name} has wrong",
+    "both-right": "{vs} has right as well",
+    "both-wrong": "{vs} has wrong as well",
 }
 _REVIEW = {
-    "unreviewed": "not yet reviewed",
-    "confirmed": "reviewed and confirmed",
-    "relabelled": "relabelled",
-    "neither": "reviewed as none of the classes",
-    "bad": "reviewed as bad photos",
+    "unreviewed": "nobody has reviewed yet",
+    "confirmed": "a reviewer has confirmed",
+    "relabelled": "a reviewer has relabelled",
+    "neither": "a reviewer has found to be none of the classes",
+    "bad": "a reviewer has called bad",
 }
 
 
@@ -221,6 +230,7 @@ def _range(text: str) -> tuple[int, int]:
     if not text:
         return (0, 100)
     low, dash, high = text.partition("-")
-    if not (dash and low.isascii() and low.isdigit() and high.isascii() and high.isdigit() and int(low) < int(high) <= 100):
+    numbers = all(end.isascii() and end.isdigit() and len(end) <= 3 for end in (low, high))
+    if not (dash and numbers and int(low) < int(high) <= 100):
         raise Problem("bad_parameter", f"The parameter `confidence` is {text!r}; a range in per cent is wanted, as 50-90.")
     return (int(low), int(high))

@@ -32,13 +32,13 @@ class Cell:
         return "unknown" if self.label == UNLABELLED else "right" if self.label == self.predicted else "wrong"
 
 
-# What a cell says of each facet: one value, but for flags, of which it can have none or both.
+# What a cell says of each facet: one value, but for flags, of which it can have none or both, and for live photos' split.
 _VALUES: dict[str, Callable[[Cell], tuple[str, ...]]] = {
     "verdict": lambda cell: (cell.verdict,),
     "class": lambda cell: (cell.label,),
     "predicted": lambda cell: (cell.predicted,),
     "source": lambda cell: (cell.source,),
-    "split": lambda cell: (cell.split,),
+    "split": lambda cell: (cell.split,) * bool(cell.split),
     "review": lambda cell: (cell.review,),
     "flag": lambda cell: ("duplicate",) * cell.duplicate + ("mislabelled",) * cell.mislabelled,
 }
