@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from service.store.tables import UNKNOWN, cells, current_reviews, imports, model
 
 CHUNK = 5_000
 DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabelled")
+_PERCENTS = [n / 100 for n in range(100)]  # confidence * 100 rounds: 0.29 * 100 is less than 29
 Place = tuple[Any, ...]  # a value for each of DIMENSIONS
 
 
@@ -127,7 +129,7 @@ def _rows(
             reviews.get(sha256), label=int(said.labels[i]), predicted=guess, classes=said.classes, source=table.source
         )
         flags = bool(table.duplicate[i]), bool(table.mislabelled[i])
-        place = (table.source, said.splits[i], label, guess, percent(float(confidence[i])), review, *flags)
+        place = (table.source, storable(said.splits[i]), label, guess, percent(float(confidence[i])), review, *flags)
         yield {
             "model_id": model_id,
             "cell_id": places.at(place),
@@ -150,8 +152,8 @@ def live_loss(probabilities: bytes, label: int) -> float:
 
 
 def percent(confidence: float) -> int:
-    """The whole per cent of a confidence; 100 % counts as 99."""
-    return min(99, int(confidence * 100))
+    """The whole per cent of a confidence, the highest n with n / 100 <= confidence; 100 % counts as 99."""
+    return bisect.bisect_right(_PERCENTS, confidence) - 1
 
 
 def margins_of(probabilities: NDArray[Any]) -> NDArray[np.float64]:
@@ -168,7 +170,7 @@ def shuffle_of(sha256: str) -> int:
 
 
 def storable(photo: str) -> str:
-    """A file's name may be bytes that are no UTF-8, which no database takes; they become characters of private use."""
+    """A file's name may be bytes that are no UTF-8, and a table may hold anything: what no database takes becomes private use."""
     return photo.translate(_TO_PRIVATE)
 
 
@@ -177,7 +179,7 @@ def file_name(photo: str) -> str:
     return photo.translate(_FROM_PRIVATE)
 
 
-_TO_PRIVATE = {0xDC00 + byte: 0xF700 + byte for byte in range(128, 256)}
+_TO_PRIVATE = {0: 0xF700} | {0xDC00 + byte: 0xF700 + byte for byte in range(128, 256)}
 _FROM_PRIVATE = {private: escaped for escaped, private in _TO_PRIVATE.items()}
 
 

@@ -17,7 +17,7 @@ from service.problems import Problem
 from service.store.comparing import changed
 from service.store.counts import Cell, Counts, count, name_cell
 from service.store.importing import DIMENSIONS
-from service.store.tables import cells, current_reviews, models, predictions
+from service.store.tables import can_be_kept, cells, current_reviews, models, predictions
 
 SORTED_BY = {
     "loss": predictions.c.loss,
@@ -134,11 +134,12 @@ class Listing:
 
     def find(self, photo: str, sha256: str = "") -> Photo:
         """The photo of that name, whether the filter lets it through or not; raises Problem where there is none."""
-        named = [predictions.c.model_id == self.model.id, predictions.c.photo == photo]
+        named = select(predictions.c.id).where(predictions.c.model_id == self.model.id, predictions.c.photo == photo)
         if sha256:
-            named.append(predictions.c.sha256 == sha256)
-        found = self._connection.execute(select(predictions.c.id).where(*named).order_by(predictions.c.id)).scalars().first()
-        if found is None:
+            named = named.where(predictions.c.sha256 == sha256)
+        named = named.order_by(predictions.c.id).limit(1)
+        found = can_be_kept(photo, sha256) and self._connection.execute(named).scalar()
+        if not found:
             raise Problem("not_found", f"The model {self.model.version} was not evaluated on a photo {photo!r}.")
         return self.photos([found])[0]
 
@@ -255,8 +256,8 @@ class Listing:
 
 def find_model(connection: Connection, version: str) -> KnownModel:
     """The model of that version; raises Problem where none is known."""
-    row = connection.execute(select(models).where(models.c.version == version)).first()
-    if row is None:
+    row = can_be_kept(version) and connection.execute(select(models).where(models.c.version == version)).first()
+    if not row:
         raise Problem(
             "not_found", f"There are no predictions of a model {version!r} here; /gallery lists those that there are."
         )

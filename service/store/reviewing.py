@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from service.problems import Problem
 from service.store.importing import DIMENSIONS, Cells, judge, live_loss
-from service.store.tables import cells, current_reviews, decisions, models, predictions
+from service.store.tables import can_be_kept, cells, current_reviews, decisions, models, predictions
 
 DECISIONS = ("label", "neither", "bad")
 REVIEW_COLUMNS = ("sha256", "photo", "label", "decision", "new_label", "note", "reviewer", "decided_at")
@@ -39,8 +39,10 @@ class Verdict:
 def decide(connection: Connection, verdict: Verdict) -> int:
     """Enter a verdict and all that follows from it; returns the id that it got.
 
-    Raises Problem: no such photo, nothing to undo, or somebody decided since.
+    Raises Problem: no such photo, nothing to undo, somebody decided since, or a text that no database takes.
     """
+    if not can_be_kept(verdict.new_label or "", verdict.note, verdict.reviewer):
+        raise Problem("bad_parameter", "A text arrived with a letter that cannot be kept, as a zero byte; leave it out.")
     label = _label_of(connection, verdict)
     holds = holding(connection, verdict.sha256)
     if verdict.decision != "note" and verdict.seen != (holds.id if holds else None):
@@ -130,7 +132,8 @@ def _hold(connection: Connection, sha256: str) -> None:
 
 def _label_of(connection: Connection, verdict: Verdict) -> str | None:
     """The class that the photo was evaluated with, None for a live one. Raises Problem where there is no such photo."""
-    found = connection.execute(
+    texts = verdict.model_version, verdict.photo, verdict.sha256
+    found = can_be_kept(*texts) and connection.execute(
         select(cells.c.label, cells.c.source, models.c.classes)
         .select_from(predictions)
         .join(cells, cells.c.id == predictions.c.cell_id)
@@ -141,7 +144,7 @@ def _label_of(connection: Connection, verdict: Verdict) -> str | None:
             predictions.c.sha256 == verdict.sha256,
         )
     ).first()
-    if found is None:
+    if not found:
         raise Problem("not_found", f"The model {verdict.model_version} was not evaluated on a photo {verdict.photo!r}.")
     return None if found.source == "live" else str(found.classes[found.label])
 

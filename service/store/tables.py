@@ -46,6 +46,13 @@ class Instant(TypeDecorator[datetime]):
 
 UNKNOWN = -1  # the label of a live photo that nobody has labelled, and its loss
 
+
+
+def can_be_kept(*texts: str) -> bool:
+    """Whether a database takes these texts: PostgreSQL no zero bytes, and neither any half of a surrogate pair."""
+    return not any("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text) for text in texts)
+
+
 metadata = MetaData(
     naming_convention={
         "pk": "pk_%(table_name)s",
@@ -54,6 +61,7 @@ metadata = MetaData(
         "fk": "fk_%(table_name)s_%(column_0_name)s",
     }
 )
+Name = Text().with_variant(Text(collation="C"), "postgresql")  # in the same order everywhere: by code points
 Key = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up an INTEGER alone
 
 models = Table(
@@ -112,7 +120,7 @@ predictions = Table(
     Column("id", Key, primary_key=True),
     Column("model_id", Key, ForeignKey("models.id"), nullable=False),
     Column("cell_id", Key, ForeignKey("cells.id"), nullable=False),
-    Column("photo", Text, nullable=False),  # relative to the data folder, as in predictions.csv
+    Column("photo", Name, nullable=False),  # relative to the data folder, as in predictions.csv
     Column("sha256", String(64), nullable=False),
     Column("loss", Double, nullable=False),
     Column("confidence", Double, nullable=False),
@@ -151,7 +159,7 @@ current_reviews = Table(  # what holds of each photo; training reads it, so its 
     "current_reviews",
     metadata,
     Column("sha256", String(64), primary_key=True),
-    Column("photo", Text, nullable=False),
+    Column("photo", Name, nullable=False),
     Column("label", Text),
     Column("decision", String(16), nullable=False),  # label, neither or bad
     Column("new_label", Text),

@@ -83,7 +83,7 @@ def upgrade() -> None:
     op.create_table(
         "current_reviews",
         sa.Column("sha256", sa.String(length=64), nullable=False),
-        sa.Column("photo", sa.Text(), nullable=False),
+        sa.Column("photo", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
         sa.Column("label", sa.Text(), nullable=True),
         sa.Column("decision", sa.String(length=16), nullable=False),
         sa.Column("new_label", sa.Text(), nullable=True),
@@ -111,7 +111,7 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("model_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
         sa.Column("cell_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
-        sa.Column("photo", sa.Text(), nullable=False),
+        sa.Column("photo", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
         sa.Column("sha256", sa.String(length=64), nullable=False),
         sa.Column("loss", sa.Double(), nullable=False),
         sa.Column("confidence", sa.Double(), nullable=False),

@@ -1,0 +1,175 @@
+"""Predictions as a bundle brings them, and what a page must say of them, worked out from the file in plain Python."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sqlalchemy import func, select
+
+from models.predictions import Predictions
+from service.filters import REVIEWS, UNLABELLED, Filter
+from service.store.database import Database
+from service.store.importing import Table, import_table, is_imported, know_model
+from service.store.listing import cells_of, known_models
+from service.store.tables import cells, predictions
+
+CLASSES = {2: ("cats", "dogs"), 5: ("a&b", "one, two", "Größe", "猫", UNLABELLED[:3])}
+VERSION = "v1"
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A row of predictions.csv, and what else is known of the photo."""
+
+    photo: str
+    sha256: str
+    label: str
+    predicted: str
+    confidence: float
+    margin: float
+    loss: float
+    split: str
+    source: str
+    duplicate: bool
+    mislabelled: bool
+    review: str = "unreviewed"
+
+    @property
+    def verdict(self) -> str:
+        return "right" if self.label == self.predicted else "wrong"
+
+    @property
+    def flags(self) -> set[str]:
+        return {name for name in ("duplicate", "mislabelled") if getattr(self, name)}
+
+
+def sha256_of(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def make_predictions(seed: int, photos: int, classes: Sequence[str]) -> Predictions:
+    """Random ones; many share their confidence, and a few have names that are no UTF-8."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, len(classes), photos)
+    exact = np.array([1.0, 0.99, 0.58, 0.57, 0.9])  # in floating point 0.58 * 100 is less than 58
+    highest = np.where(rng.random(photos) < 0.5, rng.choice(exact, photos), rng.uniform(0.52, 1, photos))
+    guess = np.where(rng.random(photos) < 0.7, labels, rng.integers(0, len(classes), photos))
+    probabilities = rng.dirichlet(np.ones(len(classes) - 1), photos) * (1 - highest)[:, None]
+    probabilities = np.stack([np.insert(row, at, high) for row, at, high in zip(probabilities, guess, highest, strict=True)])
+    tails = ["jpg", "Ä.jpg", "\udcff.jpg", "'%_\\.jpg", "a b.JPG"]
+    names = tuple(f"{'Zz'[i % 2]}/{i * 7919 % photos:04d}.{tails[i % 5 if i % 4 == 0 else 0]}" for i in range(photos))
+    splits = tuple(str(split) for split in rng.choice(["train", "valid", "test, of sorts"], photos))
+    return Predictions(tuple(classes), names, labels, probabilities, splits, tuple(sha256_of(name) for name in names))
+
+
+def enter(
+    database: Database,
+    said: Predictions,
+    folder: Path,
+    *,
+    version: str = VERSION,
+    source: str = "evaluation",
+    seed: int = 0,
+) -> list[Plain]:
+    """Write a table, read it and import it once, as the service does; gives its rows, read by the csv module alone."""
+    path = folder / f"{version}-{source}-{seed}.csv"
+    said.write_csv(path)
+    rng = random.Random(seed)
+    flags = [(rng.random() < 0.1, rng.random() < 0.2) for _ in said.photos]
+    duplicate, mislabelled = (np.array([row[i] for row in flags], dtype=np.bool_) for i in (0, 1))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with database.write() as connection:
+        if not is_imported(connection, version, digest):
+            model = know_model(connection, version=version, name=f"model {version}", classes=said.classes)
+            import_table(connection, model, Table(source, digest, Predictions.read_csv(path), duplicate, mislabelled))
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [_plain(row, source, *flag) for row, flag in zip(csv.DictReader(file), flags, strict=True)]
+
+
+def _plain(row: dict[str, str], source: str, duplicate: bool, mislabelled: bool) -> Plain:
+    sure = sorted((float(value) for name, value in row.items() if name.startswith("p_")), reverse=True)
+    photo = row["photo"].replace("\udcff", "\\xff")
+    facts = row["label"], row["predicted"], sure[0], sure[0] - sure[1], float(row["loss"]), row["split"]
+    return Plain(photo, row["sha256"], *facts, source, duplicate, mislabelled)
+
+
+CHECKS: dict[str, Callable[[Plain, Filter], bool]] = {
+    "verdict": lambda row, wanted: not wanted.verdicts or row.verdict in wanted.verdicts,
+    "class": lambda row, wanted: not wanted.labels or row.label in wanted.labels,
+    "predicted": lambda row, wanted: not wanted.predicted or row.predicted in wanted.predicted,
+    "source": lambda row, wanted: not wanted.sources or row.source in wanted.sources,
+    "split": lambda row, wanted: not wanted.splits or row.split in wanted.splits,
+    "review": lambda row, wanted: not wanted.reviews or row.review in wanted.reviews,
+    "flag": lambda row, wanted: not wanted.flags or bool(row.flags & set(wanted.flags)),
+    "confidence": lambda row, wanted: (
+        wanted.confidence[0] / 100 <= row.confidence
+        and (wanted.confidence[1] == 100 or row.confidence < wanted.confidence[1] / 100)
+    ),
+}
+
+
+def passes(row: Plain, wanted: Filter, *, but: str = "") -> bool:
+    """Whether a filter lets a row through, one facet of it left out."""
+    return all(check(row, wanted) for name, check in CHECKS.items() if name != but)
+
+
+def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]) -> Filter:
+    """A random filter of which something may well be left."""
+
+    def some(values: Sequence[str]) -> tuple[str, ...]:
+        return tuple(rng.sample(list(values), rng.choice((0, 0, 0, 1, min(2, len(values))))))
+
+    low = rng.choice((0, 0, 50, 57, 58, rng.randrange(99)))
+    return Filter(
+        model=VERSION,
+        verdicts=some(("right", "wrong")),
+        labels=some(classes),
+        predicted=some(classes),
+        sources=some(sorted({row.source for row in rows})),
+        splits=some(sorted({row.split for row in rows})),
+        reviews=some(REVIEWS) if any(row.review != "unreviewed" for row in rows) else (),
+        flags=some(("duplicate", "mislabelled")),
+        confidence=(low, rng.choice((100, 100, 58, 99)) if low < 58 else 100),
+    )
+
+
+def with_reviews(rows: Sequence[Plain], decided: dict[str, tuple[str, str | None]]) -> list[Plain]:
+    """The rows under the decisions that hold, given by sha256."""
+    found = []
+    for row in rows:
+        decision, new_label = decided.get(row.sha256, ("", None))
+        state = ("confirmed" if new_label == row.label else "relabelled") if decision == "label" else decision or "unreviewed"
+        found.append(replace(row, review=state))
+    return found
+
+
+def check_cells(database: Database) -> None:
+    """Each cell holds as many photos as there are predictions in it, and none fewer than none."""
+    with database.read() as connection:
+        counted = dict(
+            connection.execute(select(predictions.c.cell_id, func.count()).group_by(predictions.c.cell_id)).tuples().all()
+        )
+        kept = dict(connection.execute(select(cells.c.id, cells.c.photos)).tuples().all())
+    assert {id_: photos for id_, photos in kept.items() if photos} == counted
+
+
+def state_of(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
+    """What the cells say, by the models' versions and without the cells' ids."""
+    with database.read() as connection:
+        return {
+            model.version: Counter(
+                {
+                    (c.source, c.split, c.label, c.predicted, c.percent, c.review, c.duplicate, c.mislabelled): c.photos
+                    for c in cells_of(connection, model)
+                }
+            )
+            for model in known_models(connection)
+        }
