@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -22,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are small; th
 
 PhotoFolder = Callable[..., Path]
 RandomWeights = Callable[[str], dict[str, Any]]
+NewDatabase = Callable[[str], contextlib.AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -148,18 +150,32 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def new_database(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path
+) -> NewDatabase:
+    """``with new_database("sqlite") as url`` (or "postgresql") gives a review database at the newest revision."""
+
+    @contextlib.contextmanager
+    def make(kind: str) -> Iterator[str]:
+        if kind == "sqlite":
+            path = tmp_path_factory.mktemp("database") / "reviews.db"
+            shutil.copyfile(migrated_sqlite, path)
+            yield f"sqlite:///{path}"
+            return
+        server: Postgres = request.getfixturevalue("postgres")
+        url = server.create()
+        yield url
+        server.drop(url)
+
+    return make
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+def database_url(request: pytest.FixtureRequest, new_database: NewDatabase) -> Iterator[str]:
     """The URL of a review database of the test's own, at the newest revision: the test runs on SQLite and on PostgreSQL."""
-    if request.param == "sqlite":
-        path = tmp_path / "reviews.db"
-        shutil.copyfile(request.getfixturevalue("migrated_sqlite"), path)
-        yield f"sqlite:///{path}"
-        return
-    server: Postgres = request.getfixturevalue("postgres")
-    url = server.create()
-    yield url
-    server.drop(url)
+    with new_database(request.param) as url:
+        yield url
 
 
 @pytest.fixture

@@ -154,10 +154,9 @@ def with_reviews(rows: Sequence[Plain], decided: dict[str, tuple[str, str | None
 def check_cells(database: Database) -> None:
     """Each cell holds as many photos as there are predictions in it, and none fewer than none."""
     with database.read() as connection:
-        counted = dict(
-            connection.execute(select(predictions.c.cell_id, func.count()).group_by(predictions.c.cell_id)).tuples().all()
-        )
-        kept = dict(connection.execute(select(cells.c.id, cells.c.photos)).tuples().all())
+        by_cell = select(predictions.c.cell_id, func.count()).group_by(predictions.c.cell_id)
+        counted = {row[0]: row[1] for row in connection.execute(by_cell)}
+        kept = {row[0]: row[1] for row in connection.execute(select(cells.c.id, cells.c.photos))}
     assert {id_: photos for id_, photos in kept.items() if photos} == counted
 
 

@@ -6,11 +6,12 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import NewDatabase
 from sqlalchemy import func, select
 
 from gallery_rows import CHECKS, CLASSES, VERSION, Plain, any_filter, check_cells, enter, make_predictions, passes, with_reviews
@@ -23,14 +24,23 @@ from service.store.reviewing import Verdict, decide
 from service.store.tables import imports, predictions
 
 ROOT = Path(__file__).resolve().parent.parent
-PHOTOS = 400
+PHOTOS = 240
 EVERYTHING = Filter(model=VERSION)
 
 
-@pytest.fixture(params=[2, 5], ids=["2-classes", "5-classes"])
-def gallery(request: pytest.FixtureRequest, database: Database, tmp_path: Path) -> SimpleNamespace:
-    """Two sources of one model, with decisions on a tenth of the photos: ``rows`` are what must be found."""
-    classes = CLASSES[request.param]
+@pytest.fixture(scope="module", params=[("sqlite", 2), ("sqlite", 5), ("postgresql", 2), ("postgresql", 5)], ids=str)
+def gallery(
+    request: pytest.FixtureRequest, new_database: NewDatabase, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
+    """Two sources of one model, with decisions on a tenth of the photos: ``rows`` are what must be found. Tests read only."""
+    kind, count = request.param
+    with new_database(kind) as url:
+        database = Database(url)
+        yield fill(database, CLASSES[count], tmp_path_factory.mktemp("gallery"))
+        database.close()
+
+
+def fill(database: Database, classes: tuple[str, ...], tmp_path: Path) -> SimpleNamespace:
     rows = enter(database, make_predictions(1, PHOTOS, classes), tmp_path)
     other = make_predictions(2, PHOTOS // 2, classes)
     moved = tuple(photo.replace("/", "/fold/") for photo in other.photos)
@@ -50,7 +60,7 @@ def gallery(request: pytest.FixtureRequest, database: Database, tmp_path: Path) 
 
 def test_every_count_is_what_the_table_gives(gallery: SimpleNamespace) -> None:
     rng = random.Random(4)
-    filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(60))]
+    filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(25))]
     found_some = 0
     with gallery.database.read() as connection:
         for wanted in filters:
@@ -63,7 +73,7 @@ def test_every_count_is_what_the_table_gives(gallery: SimpleNamespace) -> None:
             assert counts.histogram == [more - fewer for more, fewer in zip(steps, [*steps[1:], 0], strict=True)]
             for parameter in FACETS:
                 assert counts.facets[parameter] == facet(gallery.rows, wanted, parameter), (parameter, wanted)
-    assert found_some > 20
+    assert found_some > 10
     check_cells(gallery.database)
 
 
@@ -99,7 +109,7 @@ KEYS = {
 @pytest.mark.parametrize("sort", ORDERS)
 def test_pages_hold_every_photo_once_and_in_order(gallery: SimpleNamespace, sort: str) -> None:
     rng = random.Random(sort)
-    filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(4))]
+    filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(2))]
     for number, wanted in enumerate(filters):
         there, back = (wanted.having(sort=sort, order=order, seed=number, per_page=24) for order in ("asc", "desc"))
         shown = {}
@@ -116,7 +126,7 @@ def test_pages_hold_every_photo_once_and_in_order(gallery: SimpleNamespace, sort
         by_sha = {row.sha256: row for row in rows}
         assert sorted(p.sha256 for p in shown["asc"]) == sorted(by_sha)
         keys = [KEYS[sort](by_sha[p.sha256]) for p in shown["asc"]]
-        assert keys == pytest.approx(sorted(keys), rel=1e-6) if sort != "name" else keys == sorted(keys)
+        assert keys == (sorted(keys) if sort in ("name", "random") else pytest.approx(sorted(keys), rel=1e-6, abs=1e-9))
         assert [p.id for p in shown["desc"]] == [p.id for p in reversed(shown["asc"])]
 
 
@@ -136,7 +146,7 @@ def test_a_photo_knows_its_neighbours(gallery: SimpleNamespace, sort: str, order
     with gallery.database.read() as connection:
         listing = Listing(connection, wanted)
         shown = list(listing.all())
-        assert len(shown) > 15
+        assert len(shown) > 5
         ids = [None, *(photo.id for photo in shown), None]
         for place, photo in enumerate(shown):
             before, previous, following = listing.around(photo)
@@ -198,7 +208,8 @@ def test_a_class_that_the_model_does_not_know(gallery: SimpleNamespace) -> None:
             Listing(connection, wanted)
 
 
-def test_a_table_comes_in_once(gallery: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
+    gallery = fill(database, CLASSES[5], tmp_path)
     said = make_predictions(1, PHOTOS, gallery.classes)
     enter(gallery.database, said, tmp_path)
     with gallery.database.read() as connection:
