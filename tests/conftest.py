@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
 from databases import Postgres, run_postgres
+
 from finetune.sample import CLASSES, draw
 from service.store.database import Database
 

@@ -89,7 +89,9 @@ def _programs() -> Path:
     """The folder of the newest server that Debian has installed; the test fails where there is none."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
     if not found:
-        pytest.fail("PostgreSQL is wanted in /usr/lib/postgresql and is not installed; apt-get install postgresql.", pytrace=False)
+        pytest.fail(
+            "PostgreSQL is wanted in /usr/lib/postgresql and is not installed; apt-get install postgresql.", pytrace=False
+        )
     return found[-1].parent
 
 

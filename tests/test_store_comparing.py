@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gallery_rows import CLASSES, enter, make_predictions
 from scipy.stats import binomtest
 
-from gallery_rows import CLASSES, enter, make_predictions
 from models.predictions import Predictions
 from service.filters import CHANGES, Filter
 from service.problems import Problem
@@ -38,7 +38,9 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
     old = {row.sha256: row for row in enter(database, one, tmp_path, version="v1")}
     new = {row.sha256: row for row in enter(database, two, tmp_path, version="v2")}
     rng = random.Random(3)
-    truth: dict[str, str | None] = {sha: row.label if row.label == new[sha].label else "?" for sha, row in old.items() if sha in new}
+    truth: dict[str, str | None] = {
+        sha: row.label if row.label == new[sha].label else "?" for sha, row in old.items() if sha in new
+    }
     with database.write() as connection:
         for sha in rng.sample(sorted(truth), 40):
             decision = rng.choice(("label", "neither", "bad"))

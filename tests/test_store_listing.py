@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import NewDatabase
+from gallery_rows import CHECKS, CLASSES, VERSION, Plain, any_filter, check_cells, enter, make_predictions, passes, with_reviews
 from sqlalchemy import func, select
 
-from gallery_rows import CHECKS, CLASSES, VERSION, Plain, any_filter, check_cells, enter, make_predictions, passes, with_reviews
 from service.filters import FACETS, ORDERS, Filter
 from service.problems import Problem
 from service.store.counts import BINS
@@ -256,7 +256,9 @@ def test_two_processes_that_import_at_once_give_one_import(database: Database, d
 
 def test_a_table_that_cannot_be_entered_whole_is_not_entered(database: Database, tmp_path: Path) -> None:
     said = make_predictions(1, 50, CLASSES[2])
-    broken = type(said)(said.classes, said.photos, said.labels, said.probabilities, said.splits, (*said.sha256s[:-1], "no hash"))
+    broken = type(said)(
+        said.classes, said.photos, said.labels, said.probabilities, said.splits, (*said.sha256s[:-1], "no hash")
+    )
     with pytest.raises(ValueError, match="no hash"):
         enter(database, broken, tmp_path)
     with database.read() as connection:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gallery_rows import VERSION, check_cells, enter, make_predictions
 from sqlalchemy import func, select
 
-from gallery_rows import VERSION, check_cells, enter, make_predictions
 from service.filters import UNLABELLED, Filter
 from service.store.database import Database
 from service.store.importing import know_model
@@ -60,7 +60,13 @@ def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
     assert keep_all(database, answered(1), answered(2), answered(1)) == 2
     assert keep_all(database, answered(1, p_dogs=0.1)) == 0
     photo = one(database, answered(1))
-    assert (photo.source, photo.label, photo.predicted, photo.verdict, photo.review) == ("live", None, "dogs", "unknown", "unreviewed")
+    assert (photo.source, photo.label, photo.predicted, photo.verdict, photo.review) == (
+        "live",
+        None,
+        "dogs",
+        "unknown",
+        "unreviewed",
+    )
     assert (photo.confidence, photo.margin, photo.loss, photo.p_true) == (0.75, 0.5, None, None)
     with database.read() as connection:
         counts = Listing(connection, Filter(model=VERSION)).counts

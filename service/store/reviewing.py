@@ -133,17 +133,20 @@ def _hold(connection: Connection, sha256: str) -> None:
 def _label_of(connection: Connection, verdict: Verdict) -> str | None:
     """The class that the photo was evaluated with, None for a live one. Raises Problem where there is no such photo."""
     texts = verdict.model_version, verdict.photo, verdict.sha256
-    found = can_be_kept(*texts) and connection.execute(
-        select(cells.c.label, cells.c.source, models.c.classes)
-        .select_from(predictions)
-        .join(cells, cells.c.id == predictions.c.cell_id)
-        .join(models, models.c.id == predictions.c.model_id)
-        .where(
-            models.c.version == verdict.model_version,
-            predictions.c.photo == verdict.photo,
-            predictions.c.sha256 == verdict.sha256,
-        )
-    ).first()
+    found = (
+        can_be_kept(*texts)
+        and connection.execute(
+            select(cells.c.label, cells.c.source, models.c.classes)
+            .select_from(predictions)
+            .join(cells, cells.c.id == predictions.c.cell_id)
+            .join(models, models.c.id == predictions.c.model_id)
+            .where(
+                models.c.version == verdict.model_version,
+                predictions.c.photo == verdict.photo,
+                predictions.c.sha256 == verdict.sha256,
+            )
+        ).first()
+    )
     if not found:
         raise Problem("not_found", f"The model {verdict.model_version} was not evaluated on a photo {verdict.photo!r}.")
     return None if found.source == "live" else str(found.classes[found.label])

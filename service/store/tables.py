@@ -47,7 +47,6 @@ class Instant(TypeDecorator[datetime]):
 UNKNOWN = -1  # the label of a live photo that nobody has labelled, and its loss
 
 
-
 def can_be_kept(*texts: str) -> bool:
     """Whether a database takes these texts: PostgreSQL no zero bytes, and neither any half of a surrogate pair."""
     return not any("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text) for text in texts)
