@@ -63,7 +63,8 @@ def make_predictions(seed: int, photos: int, classes: Sequence[str]) -> Predicti
     highest = np.where(rng.random(photos) < 0.5, rng.choice(exact, photos), rng.uniform(0.52, 1, photos))
     guess = np.where(rng.random(photos) < 0.7, labels, rng.integers(0, len(classes), photos))
     probabilities = rng.dirichlet(np.ones(len(classes) - 1), photos) * (1 - highest)[:, None]
-    probabilities = np.stack([np.insert(row, at, high) for row, at, high in zip(probabilities, guess, highest, strict=True)])
+    rows = [np.insert(row, at, high) for row, at, high in zip(probabilities, guess, highest, strict=True)]
+    probabilities = np.array(rows).reshape(photos, len(classes))
     tails = ["jpg", "Ä.jpg", "\udcff.jpg", "'%_\\.jpg", "a b.JPG"]
     names = tuple(f"{'Zz'[i % 2]}/{i * 7919 % photos:04d}.{tails[i % 5 if i % 4 == 0 else 0]}" for i in range(photos))
     splits = tuple(str(split) for split in rng.choice(["train", "valid", "test, of sorts"], photos))

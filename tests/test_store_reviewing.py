@@ -36,7 +36,7 @@ def photos(database: Database, tmp_path: Path) -> list[Plain]:
     return enter(database, make_predictions(1, 60, CLASSES[2]), tmp_path)
 
 
-def say(database: Database, photo: Plain, decision: str, label: str | None = None, **more: Any) -> int:
+def say(database: Database, photo: Plain, decision: str, label: str | None = None, /, **more: Any) -> int:
     """Decide, having seen what holds, unless ``seen`` says otherwise."""
     with database.write() as connection:
         holds = holding(connection, photo.sha256)
@@ -44,7 +44,7 @@ def say(database: Database, photo: Plain, decision: str, label: str | None = Non
         return decide(connection, Verdict(**words | {"new_label": label} | more, decision=decision))
 
 
-def refused(database: Database, photo: Plain, decision: str, **more: Any) -> tuple[str, str]:
+def refused(database: Database, photo: Plain, decision: str, /, **more: Any) -> tuple[str, str]:
     with pytest.raises(Problem) as caught:
         say(database, photo, decision, **more)
     return caught.value.code, caught.value.detail
