@@ -97,7 +97,7 @@ def enter(
 
 def _plain(row: dict[str, str], source: str, duplicate: bool, mislabelled: bool) -> Plain:
     sure = sorted((float(value) for name, value in row.items() if name.startswith("p_")), reverse=True)
-    photo = row["photo"].replace("\udcff", "\\xff")
+    photo = row["photo"].replace("\udcff", "\uf7ff")
     facts = row["label"], row["predicted"], sure[0], sure[0] - sure[1], float(row["loss"]), row["split"]
     return Plain(photo, row["sha256"], *facts, source, duplicate, mislabelled)
 

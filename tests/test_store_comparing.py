@@ -75,10 +75,10 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
             wanted = Filter(model="v2", vs="v1", change=change, per_page=24)
             listing = Listing(connection, wanted)
             assert listing.counts.total == len(expected[change])
-            assert {photo.sha256 for photo in listing.all()} == expected[change]
+            assert {photo.sha256 for photo in listing.photos(listing.ids())} == expected[change]
             assert sum(len(listing.page(page)) for page in range(1, listing.pages + 1)) == len(expected[change])
             narrow = Listing(connection, wanted.having(labels=classes[:1], sort="random", seed=3))
-            shown = list(narrow.all())
+            shown = narrow.photos(narrow.ids())
             assert {p.sha256 for p in shown} == {sha for sha in expected[change] if new[sha].label == classes[0]}
             assert narrow.counts.total == len(shown)
             assert narrow.counts.confusion == Counter((photo.label, photo.predicted) for photo in shown)

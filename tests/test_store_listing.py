@@ -120,7 +120,7 @@ def test_pages_hold_every_photo_once_and_in_order(gallery: SimpleNamespace, sort
                 assert all(len(page) == 24 for page in pages[:-1])
                 assert listing.page(listing.pages + 1) == []
                 shown[asked.order] = [photo for page in pages for photo in page]
-                assert [p.id for p in listing.all()] == [p.id for p in shown[asked.order]]
+                assert listing.ids() == [p.id for p in shown[asked.order]]
                 assert [p.id for p in listing.first(5)] == [p.id for p in shown[asked.order][:5]]
         rows = [row for row in gallery.rows if passes(row, wanted)]
         by_sha = {row.sha256: row for row in rows}
@@ -145,7 +145,7 @@ def test_a_photo_knows_its_neighbours(gallery: SimpleNamespace, sort: str, order
     wanted = EVERYTHING.having(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=order, seed=5)
     with gallery.database.read() as connection:
         listing = Listing(connection, wanted)
-        shown = list(listing.all())
+        shown = listing.photos(listing.ids())
         assert len(shown) > 5
         ids = [None, *(photo.id for photo in shown), None]
         for place, photo in enumerate(shown):
@@ -159,7 +159,8 @@ def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(gallery: Si
     everything = EVERYTHING.having(sort="name")
     wanted = everything.having(verdicts=("wrong",))
     with gallery.database.read() as connection:
-        order = list(Listing(connection, everything).all())
+        whole = Listing(connection, everything)
+        order = whole.photos(whole.ids())
         narrow = Listing(connection, wanted)
         for photo in order[::37]:
             if photo.verdict == "right":
@@ -174,7 +175,7 @@ def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(gallery: Si
 
 def test_a_photo_is_all_that_the_table_says(gallery: SimpleNamespace) -> None:
     by_name = {(row.photo, row.sha256): row for row in gallery.rows}
-    assert any("\\xff" in row.photo for row in gallery.rows), "a name that is no UTF-8"
+    assert any("\uf7ff" in row.photo for row in gallery.rows), "a name that is no UTF-8"
     with gallery.database.read() as connection:
         listing = Listing(connection, EVERYTHING.having(labels=gallery.classes[:1]))
         for (name, sha256), row in list(by_name.items())[::7]:
@@ -281,4 +282,4 @@ def test_nothing_at_all(database: Database, tmp_path: Path) -> None:
     enter(database, make_predictions(1, 0, CLASSES[2]), tmp_path)
     with database.read() as connection:
         listing = Listing(connection, EVERYTHING)
-        assert (listing.counts.total, listing.pages, listing.page(1), list(listing.all())) == (0, 1, [], [])
+        assert (listing.counts.total, listing.pages, listing.page(1), listing.photos(listing.ids())) == (0, 1, [], [])

@@ -163,7 +163,7 @@ def test_decisions_hold_for_a_later_model_with_other_classes(database: Database,
     enter(database, later, tmp_path, version="v2")
     with database.read() as connection:
         listing = Listing(connection, Filter(model="v2"))
-        found = {photo.sha256: photo for photo in listing.all()}
+        found = {photo.sha256: photo for photo in listing.photos(listing.ids())}
         of_dogs, of_cats, of_neither = (found[photo.sha256] for photo in (to_dogs, to_cats, neither))
         assert of_dogs.review == ("confirmed" if of_dogs.label == "dogs" else "relabelled")
         assert (of_cats.review, of_cats.decision and of_cats.decision.new_label) == ("relabelled", "cats")
