@@ -65,6 +65,8 @@ def _pages() -> dict[str, Any]:
         parameter("photo", STRING, "Its name, as in predictions.csv."),
         parameter("sha256", STRING, "Its sha256, where two have the name."),
         parameter("look", STRING, "A class: show where the model looked for it."),
+        parameter("saved", STRING, "The id of the decision that was just saved, to be said and undone."),
+        parameter("end", STRING, "The filter's last photo was just decided: say so."),
     ]
     found = {
         "/gallery": _page("gallery_home", "Queues of photos that are worth a look", _filter(model_alone=True)),
@@ -127,12 +129,12 @@ def _compare() -> dict[str, Any]:
 
 
 def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
-    words = ["label", "neither", "bad", "note", "undo"]
+    words = "One of label, neither, bad, note, undo; `label:CLASS` says `new_label` as well, as one button of a form must."
     fields = {
         "photo": described(STRING, "Its name, as in predictions.csv."),
         "sha256": STRING,
         "model": described(STRING, "The version of the model that was looked at; the served one's if not given."),
-        "decision": {"type": "string", "enum": words},
+        "decision": described({"type": "string", "pattern": "^(label(:.*)?|neither|bad|note|undo)$"}, words),
         "new_label": described(STRING, "With `label`: the true class."),
         "note": STRING | {"maxLength": 2000},
         "reviewer": STRING | {"maxLength": 80},

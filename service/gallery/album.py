@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from flask import current_app
 
 from models.bundle import Bundle, open_bundle
@@ -34,6 +36,7 @@ class Album:
             default_cache_dir() / "thumbnails", limit_mb=settings.thumbnails_mb, door=self._door, crew=self._crew
         )
         self._explainers: dict[str, Explainer] = {}
+        self._lock = threading.Lock()
 
     def read(self, photo: str, sha256: str) -> bytes:
         """A photo's bytes, of exactly this sha256. Raises Problem where it is missing or was replaced."""
@@ -78,11 +81,13 @@ class Album:
 
     def explain(self, version: str, photo: str, sha256: str, label: str) -> Explanation:
         """Where the photo speaks for a class. Raises Problem where the model's bundle is not on this machine."""
-        if version not in self._explainers:
-            if len(self._explainers) >= BUNDLES:
-                self._explainers.pop(next(iter(self._explainers))).close()
-            self._explainers[version] = Explainer(self._bundle(version))
-        return self._explainers[version].explain(sha256, label, lambda: self.crop(version, photo, sha256))
+        with self._lock:
+            if version not in self._explainers:
+                if len(self._explainers) >= BUNDLES:
+                    self._explainers.pop(next(iter(self._explainers))).close()
+                self._explainers[version] = Explainer(self._bundle(version))
+            explainer = self._explainers[version]
+        return explainer.explain(sha256, label, lambda: self.crop(version, photo, sha256))
 
     def close(self) -> None:
         for explainer in self._explainers.values():

@@ -11,6 +11,9 @@ from service.filters import Filter, read_filter
 from service.gallery.core import gallery
 from service.store.listing import Listing
 
+REVIEWER = "reviewer"  # the cookie with the name that somebody gave themselves
+GO_ON = "next"  # the cookie that says whether they go on to the next photo
+
 
 def asked_filter(*, also: Iterable[str] = (), **preset: tuple[str, ...]) -> Filter:
     """The filter of this request's query string, with ``preset`` fields that its address gives. Raises Problem."""

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
 
-from flask import Blueprint, Response, current_app, request
+from flask import Blueprint, Response, current_app, g, request, url_for
 
 from models.lookalikes import Duplicate
-from service.filters import sentence
+from service.explain import Explanation
+from service.filters import Filter, sentence
 from service.gallery.album import album
-from service.gallery.asking import asked_filter, listing
+from service.gallery.asking import GO_ON, REVIEWER, asked_filter, listing
 from service.gallery.core import gallery
-from service.gallery.pages import address_of, photo_address, render
-from service.gallery.review import NAME
+from service.gallery.pages import address_of, render
+from service.gallery.past import entries
+from service.model import ServedModel
 from service.problems import Problem
 from service.security import require_key_or_cookie
 from service.settings import Settings
 from service.site import problem_page
 from service.store.importing import storable
 from service.store.listing import Listing, Photo
-from service.store.reviewing import history
+from service.store.reviewing import decision_that_holds, history
 
 NEIGHBOURS = 8
+LOOKS = 20  # classes that one can look for by a link, the most probable ones
+USED = "bjkntu"  # keys of the page that are no class's
+KEYS = [*"123456789", *(letter for letter in string.ascii_lowercase if letter not in USED)]
+PROBABLE = 8  # with a button each, where there are more classes than keys
 
 bp = Blueprint("photo", __name__)
 
@@ -40,6 +47,14 @@ class Alike:
     photo: Photo | None  # where the model was evaluated on it
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A decision that was not saved: why, and the fields that came, so that nobody types them again."""
+
+    problem: Problem
+    given: Mapping[str, str]
+
+
 @bp.errorhandler(Problem)
 def say(problem: Problem) -> Response:
     return problem_page(problem)
@@ -48,45 +63,97 @@ def say(problem: Problem) -> Response:
 @bp.get("/gallery/photo")
 def page() -> Response:
     """One photo under the filter that one came with, which says what comes before and after it."""
-    wanted = asked_filter(also=("photo", "sha256", "look"))
+    wanted = asked_filter(also=("photo", "sha256", "look", "saved", "end"))
+    return show(wanted, request.args.get("photo", ""), request.args.get("sha256", ""), look=request.args.get("look", ""))
+
+
+def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Refused | None = None) -> Response:
+    """The page of a photo; with what was ``refused`` on top of it. Raises Problem."""
     shown = gallery()
     with listing(wanted) as found:
-        this = found.find(request.args.get("photo", ""), request.args.get("sha256", ""))
+        this = found.find(photo, sha256)
         before, previous, following = found.around(this)
+        is_in = found.lets_through(this)
+        first = next(iter(found.first(1)), None)
         neighbours = _neighbours(found, this)
         duplicates = _duplicates(found, this)
         with shown.database.read() as connection:
             past = history(connection, this.sha256)
+            saved = decision_that_holds(connection, request.args.get("saved", ""))
     model = found.model
     trouble = album().look_for(this.photo, this.sha256)
     has_bundle = shown.bundle_path(model.version) is not None
-    look = request.args.get("look", "")
-    explanation = None
-    if look and has_bundle and not trouble:
-        explanation = album().explain(model.version, this.photo, this.sha256, look)
-    return render(
+    explanation, no_look = _explain(model.version, this, look) if look and has_bundle and not trouble else (None, None)
+    probabilities = sorted(zip(model.classes, map(float, this.probabilities), strict=True), key=lambda row: -row[1])
+    answer = render(
         "gallery/photo.html",
         wanted=wanted,
         model=model,
         photo=this,
-        probabilities=sorted(zip(model.classes, map(float, this.probabilities), strict=True), key=lambda row: -row[1]),
+        probabilities=probabilities,
+        choices=_choices(model.classes, this, probabilities),
         trouble=trouble,
         has_bundle=has_bundle,
         look=look,
+        looks=_looks(this, probabilities),
         explanation=explanation,
+        no_look=no_look,
         neighbours=neighbours,
         duplicates=duplicates,
-        history=past,
+        warnings=_warnings(this, duplicates),
+        history=entries(past),
         said=sentence(wanted, found.counts.total, name=model.name),
         total=found.counts.total,
         before=before,
+        is_in=is_in,
         previous=previous,
         following=following,
-        grid=address_of(wanted, page=before // wanted.per_page + 1),
-        look_address=lambda label: f"{photo_address(wanted, this)}&{_look(label)}#look",
-        reviewer=request.cookies.get(NAME, ""),
+        first=first,
+        is_end="end" in request.args,
+        saved=saved and entries([saved])[0],
+        saved_row=saved,
+        refused=refused,
+        grid=address_of(wanted, page=min(before, max(0, found.counts.total - 1)) // wanted.per_page + 1),
+        look_address=lambda label: f"{url_for('photo.page')}?{_look(wanted, this, label)}#look",
+        reviewer=request.cookies.get(REVIEWER, ""),
+        goes_on=request.cookies.get(GO_ON, "1") == "1",
         key=_key(),
     )
+    if refused:
+        answer.status_code = refused.problem.status
+        answer.headers.update({**refused.problem.headers, "Cache-Control": "no-store"})
+        g.code = refused.problem.bare().code
+        served: ServedModel = current_app.extensions["model"]
+        served.metrics.errors.labels(refused.problem.code).inc()
+    return answer
+
+
+def _explain(version: str, this: Photo, look: str) -> tuple[Explanation | None, Problem | None]:
+    """Where the model looked, or why that cannot be said now; a class that there is none of is the caller's mistake."""
+    try:
+        return album().explain(version, this.photo, this.sha256, look), None
+    except Problem as problem:
+        if problem.code == "bad_parameter":
+            raise
+        return None, problem.bare()
+
+
+def _choices(
+    classes: Sequence[str], this: Photo, probabilities: Sequence[tuple[str, float]]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """The classes that have a button, with the key of each; and those, where there are many, that are chosen from a list."""
+    if len(classes) <= len(KEYS):
+        return list(zip(classes, KEYS, strict=False)), []
+    likely = [name for name, _ in probabilities[:PROBABLE]]
+    if this.label and this.label not in likely:
+        likely.append(this.label)
+    return list(zip(likely, KEYS, strict=False)), sorted(set(classes) - set(likely))
+
+
+def _looks(this: Photo, probabilities: Sequence[tuple[str, float]]) -> tuple[list[str], list[str]]:
+    """The classes to look for: first those that matter, then the most probable others."""
+    foremost = list(dict.fromkeys(name for name in (this.predicted, this.label) if name))
+    return foremost, [name for name, _ in probabilities if name not in foremost][:LOOKS]
 
 
 def _neighbours(found: Listing, this: Photo) -> list[Alike]:
@@ -115,6 +182,19 @@ def _duplicates(found: Listing, this: Photo) -> list[Alike]:
     ]
 
 
+def _warnings(this: Photo, duplicates: Sequence[Alike]) -> list[str]:
+    """What the near-duplicates say against the dataset."""
+    found = []
+    if labels := sorted({other.label for other in duplicates if this.label and other.label != this.label}):
+        found.append(f"This photo is labelled {this.label}, and one that looks the same {' or '.join(labels)}: one is wrong.")
+    if this.split and (splits := sorted({other.split for other in duplicates if other.split != this.split})):
+        found.append(
+            f"This photo lies in {this.split}, and one that looks the same in {' and '.join(splits)}: what is measured on "
+            "photos that were trained with says too much good of the model."
+        )
+    return found
+
+
 def _key() -> dict[str, Any]:
     """Whether decisions want a key here, and whose was given."""
     settings: Settings = current_app.extensions["settings"]
@@ -124,5 +204,5 @@ def _key() -> dict[str, Any]:
         return {"is_wanted": True, "name": None}
 
 
-def _look(label: str) -> str:
-    return urlencode({"look": label})
+def _look(wanted: Filter, this: Photo, label: str) -> str:
+    return wanted.query(photo=this.photo, sha256=this.sha256, look=label)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from flask import Blueprint, Response, request
 
 from service.gallery.album import album
@@ -55,5 +57,5 @@ def _version() -> str:
 def _forever(data: bytes, media_type: str) -> Response:
     answer = Response(data, mimetype=media_type)
     answer.headers["Cache-Control"] = f"private, max-age={YEAR_S}, immutable"
-    answer.set_etag(request.full_path[-200:])
+    answer.set_etag(hashlib.sha256(request.full_path.encode("utf-8", "surrogateescape")).hexdigest()[:32])
     return answer.make_conditional(request)  # type: ignore[return-value]

@@ -2,50 +2,90 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from urllib.parse import parse_qsl
 
 from flask import Blueprint, Response, current_app, g, jsonify, redirect, request, url_for
 from werkzeug.datastructures import MultiDict
+from werkzeug.exceptions import RequestEntityTooLarge
 
-from service.filters import read_filter
-from service.gallery.asking import listing
+from service.filters import Filter, read_filter
+from service.gallery.asking import GO_ON, REVIEWER, listing
 from service.gallery.core import gallery
-from service.problems import Problem
+from service.gallery.photo_page import Refused, show
+from service.model import ServedModel
+from service.problems import MEDIA_TYPE, Problem
 from service.security import KEY_COOKIE, name_of_key, require_key_or_cookie, require_same_site
 from service.settings import Settings
-from service.site import YEAR_S
+from service.site import YEAR_S, problem_page
+from service.store.listing import find_model
 from service.store.reviewing import Verdict, decide, history
 
-NAME = "reviewer"
 MOST_BYTES = 64 << 10
 TEXTS = {"note": 2_000, "reviewer": 80}
 WORDS = ("label", "neither", "bad", "note", "undo")
+STAYING = ("note", "undo")  # after these nobody goes on to the next photo
 FIELDS = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "seen", "filter", "next")
 
 bp = Blueprint("review", __name__)
 
 
+@bp.errorhandler(Problem)
+def refuse(problem: Problem) -> Response:
+    """In words on a page for a form, as problem+json for a program."""
+    if request.method == "POST" and not request.is_json:
+        return problem_page(problem)
+    g.code = problem.bare().code
+    served: ServedModel = current_app.extensions["model"]
+    served.metrics.errors.labels(problem.code).inc()
+    return Response(problem.body(g.request_id), problem.status, problem.headers, content_type=MEDIA_TYPE)
+
+
+@bp.errorhandler(RequestEntityTooLarge)
+def refuse_too_large(_: RequestEntityTooLarge) -> Response:
+    limit = f"{MOST_BYTES >> 10} KiB"
+    return refuse(Problem("body_too_large", f"The form has more than the {limit} that it may have; shorten the note."))
+
+
 @bp.post("/gallery/review")
 def review() -> Response:
-    """Save a decision: a form goes on to a page (the next photo of the filter with ``next``), JSON is answered with JSON."""
-    settings: Settings = current_app.extensions["settings"]
+    """Save a decision: a form goes on to a page (the next photo of the filter with ``next``), JSON is answered with JSON.
+
+    A form that is refused comes back on its photo's page, with what was typed in it and the reason.
+    """
     require_same_site(request)
-    g.key_name = require_key_or_cookie(request, settings)
     given = _fields()
+    if request.is_json:
+        return _review(given)
+    try:
+        return _review(given)
+    except Problem as problem:
+        if not (given.get("photo") and given.get("sha256")):
+            raise
+        with contextlib.suppress(Problem):  # of the page: the photo may be what is wrong
+            return show(_filter(given), given["photo"], given["sha256"], refused=Refused(_for_people(problem), given))
+        raise
+
+
+def _review(given: dict[str, str]) -> Response:
+    settings: Settings = current_app.extensions["settings"]
+    g.key_name = require_key_or_cookie(request, settings)
     verdict = _verdict(given, key_name=g.key_name)
     following = _next(given, verdict)
     with gallery().database.write() as connection:
         id_ = decide(connection, verdict)
+    way = following and f"{following}&saved={id_}"
     if request.is_json:
         with gallery().database.read() as connection:
             rows = [as_entry(row) for row in history(connection, verdict.sha256)]
-        answer = jsonify(id=id_, history=rows, next=following)
+        answer = jsonify(id=id_, history=rows, next=way)
     else:
-        answer = redirect(following or _photo_page(given, verdict.photo, verdict.sha256), 303)  # type: ignore[assignment]
-    if given.get("reviewer"):
-        secure = request.is_secure
-        answer.set_cookie(NAME, verdict.reviewer, max_age=YEAR_S, samesite="Strict", httponly=True, secure=secure)
+        answer = redirect(way or f"{_photo_page(given)}&saved={id_}", 303)  # type: ignore[assignment]
+        if verdict.decision not in STAYING:
+            _keep(answer, GO_ON, "1" if given.get("next") == "1" else "0")
+    if "reviewer" in given and g.key_name is None:
+        _keep(answer, REVIEWER, verdict.reviewer)
     answer.headers["Cache-Control"] = "no-store"
     return answer
 
@@ -57,9 +97,12 @@ def key() -> Response:
     require_same_site(request)
     request.max_content_length = MOST_BYTES
     given = request.form.get("key", "").strip()
-    g.key_name = name_of_key(given, settings)
     back = request.form.get("back", "")
     is_ours = back.startswith(("/gallery", "/compare")) and "//" not in back and "\\" not in back
+    try:
+        g.key_name = name_of_key(given, settings)
+    except Problem as problem:
+        return problem_page(_for_people(problem, key=given), "gallery/key.html", back=back if is_ours else "")
     answer = redirect(request.script_root + back if is_ours else url_for("gallery.home"), 303)
     answer.set_cookie(KEY_COOKIE, given, samesite="Strict", httponly=True, secure=request.is_secure)
     answer.headers["Cache-Control"] = "no-store"
@@ -103,7 +146,8 @@ def _fields() -> dict[str, str]:
     for name in fields:
         if name not in FIELDS:
             raise Problem("bad_parameter", f"The field {name!r} is not known here; there are {', '.join(FIELDS)}.")
-    return fields
+    decision, colon, label = fields.get("decision", "").partition(":")
+    return fields | ({"decision": decision, "new_label": label} if colon else {})
 
 
 def _verdict(given: dict[str, str], *, key_name: str | None) -> Verdict:
@@ -112,7 +156,7 @@ def _verdict(given: dict[str, str], *, key_name: str | None) -> Verdict:
             raise Problem("bad_parameter", f"The field `{name}` is missing; it is wanted with every decision.")
     decision = given["decision"]
     if decision not in WORDS:
-        raise Problem("bad_parameter", f"The field `decision` is {decision!r}; it can be {', '.join(WORDS)}.")
+        raise Problem("bad_parameter", f"The field `decision` is {decision[:80]!r}; it can be {', '.join(WORDS)}.")
     for name, most in TEXTS.items():
         if len(given.get(name, "")) > most:
             raise Problem("bad_parameter", f"The field `{name}` has {len(given[name]):,} letters; {most:,} is the most.")
@@ -132,7 +176,7 @@ def _verdict(given: dict[str, str], *, key_name: str | None) -> Verdict:
         decision=decision,
         new_label=new_label,
         note=_plain(given.get("note", "")),
-        reviewer=key_name or _plain(given.get("reviewer", "") or request.cookies.get(NAME, ""))[: TEXTS["reviewer"]],
+        reviewer=key_name or _plain(given.get("reviewer", request.cookies.get(REVIEWER, "")))[: TEXTS["reviewer"]],
         key_name=key_name,
         seen=int(seen) if seen else None,
     )
@@ -140,8 +184,6 @@ def _verdict(given: dict[str, str], *, key_name: str | None) -> Verdict:
 
 def _check_class(version: str, new_label: str | None) -> None:
     """Raises Problem for a label that is none of the model's classes."""
-    from service.store.listing import find_model
-
     with gallery().database.read() as connection:
         classes = find_model(connection, version).classes
     if new_label not in classes:
@@ -149,20 +191,44 @@ def _check_class(version: str, new_label: str | None) -> None:
 
 
 def _next(given: dict[str, str], verdict: Verdict) -> str | None:
-    """The page of the photo that follows in the filter, found before the decision may take this one out of it."""
-    if given.get("next") != "1" or not given.get("filter"):
+    """The page of the photo that follows in the filter, found before the decision may take this one out of it.
+
+    Behind the last photo there is none: its own page says then that the filter is through.
+    """
+    if given.get("next") != "1" or not given.get("filter") or verdict.decision in STAYING:
         return None
-    wanted = read_filter(MultiDict(parse_qsl(given["filter"])), model=verdict.model_version)
+    wanted = _filter(given)
     with listing(wanted) as found:
         _, _, following = found.around(found.find(verdict.photo, verdict.sha256))
     if following is None:
-        return f"{url_for('gallery.photos')}?{wanted.query()}"
+        return f"{_photo_page(given)}&end=1"
     return f"{url_for('photo.page')}?{wanted.query(photo=following.photo, sha256=following.sha256)}"
 
 
-def _photo_page(given: dict[str, str], photo: str, sha256: str) -> str:
-    wanted = read_filter(MultiDict(parse_qsl(given.get("filter", ""))), model=given.get("model") or gallery().version or "")
-    return f"{url_for('photo.page')}?{wanted.query(photo=photo, sha256=sha256)}"
+def _filter(given: dict[str, str]) -> Filter:
+    """The filter that the decision was made under. The model of the decision is the filter's. Raises Problem."""
+    asked = MultiDict(parse_qsl(given.get("filter", "")))
+    return read_filter(asked, model=given.get("model") or gallery().version or "")
+
+
+def _photo_page(given: dict[str, str]) -> str:
+    return f"{url_for('photo.page')}?{_filter(given).query(photo=given['photo'], sha256=given['sha256'])}"
+
+
+def _keep(answer: Response, name: str, value: str) -> None:
+    """In a cookie that no script reads and no other site's page sends; an empty value is forgotten."""
+    if value:
+        answer.set_cookie(name, value, max_age=YEAR_S, samesite="Strict", httponly=True, secure=request.is_secure)
+    else:
+        answer.delete_cookie(name, samesite="Strict", httponly=True, secure=request.is_secure)
+
+
+def _for_people(problem: Problem, *, key: str = "") -> Problem:
+    """What is said to a program of headers does not help in a form."""
+    if problem.code != "unauthorized":
+        return problem
+    what = "That key is not one that is known here" if key else "Decisions want a key here"
+    return Problem(problem.code, f"{what}; type yours into the field Key.", headers=problem.headers)
 
 
 def _plain(text: str) -> str:

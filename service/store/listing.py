@@ -143,6 +143,10 @@ class Listing:
             raise Problem("not_found", f"The model {self.model.version} was not evaluated on a photo {photo!r}.")
         return self.photos([found])[0]
 
+    def lets_through(self, photo: Photo) -> bool:
+        """Whether the photo is one of the filter's."""
+        return self._count([predictions.c.id == photo.id]) > 0
+
     def around(self, photo: Photo) -> tuple[int, Photo | None, Photo | None]:
         """How many photos of the filter come before this one, the last of them, and the first that comes after it."""
         before, later = 0, None

@@ -81,6 +81,15 @@ def holding(connection: Connection, sha256: str) -> Row[Any] | None:
     return connection.execute(found.order_by(decisions.c.id.desc()).limit(1)).first()
 
 
+def decision_that_holds(connection: Connection, id_: str) -> Row[Any] | None:
+    """The decision with an id that somebody typed or a link carries, where it still holds."""
+    if not (id_.isascii() and id_.isdigit() and len(id_) < 19):
+        return None
+    row = connection.execute(select(decisions).where(decisions.c.id == int(id_))).first()
+    holds = row and holding(connection, row.sha256)
+    return row if holds and row and holds.id == row.id else None
+
+
 def history(connection: Connection, sha256: str) -> list[Row[Any]]:
     """Everything that was said about a photo, the newest first."""
     return list(connection.execute(select(decisions).where(decisions.c.sha256 == sha256).order_by(decisions.c.id.desc())))
