@@ -205,7 +205,7 @@ def finish(
 
 
 def name_inputs(survey: Survey, network: Network) -> str:
-    """Name what a run is trained on, photos, labels, splits, reviews and base weights, so that resuming on others is refused."""
+    """Name what a run is trained on, so that resuming on other photos, labels, splits, reviews or base weights is refused."""
     photos = [[s.photo.split, s.photo.label, s.sha256] for scans in survey.good.values() for s in scans]
     base = network.base.sha256 if network.base else None
     reviews = [survey.reviews.reviews.sha256] if survey.reviews else []

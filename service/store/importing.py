@@ -170,7 +170,7 @@ def shuffle_of(sha256: str) -> int:
 
 
 def storable(photo: str) -> str:
-    """A file's name may be bytes that are no UTF-8, and a table may hold anything: what no database takes becomes private use."""
+    """With what no database takes, as bytes of a file's name that are no UTF-8, as characters of private use."""
     return photo.translate(_TO_PRIVATE)
 
 
