@@ -91,7 +91,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PORT=8000
 WORKDIR /app
 # Started once: what was left out and is needed shows here, and the byte code of just what it imports is kept.
-RUN --mount=type=bind,source=tools,target=/build XDG_CACHE_HOME=/tmp/smoke python /build/smoke.py && rm -rf /tmp/smoke
+RUN --mount=type=bind,source=tools,target=/build \
+    XDG_CACHE_HOME=/tmp/smoke DATABASE_URL=sqlite:////tmp/smoke/reviews.db python /build/smoke.py && rm -rf /tmp/smoke
 ARG REVISION=""
 LABEL org.opencontainers.image.title="dogs-vs-cats" \
       org.opencontainers.image.description="Says over HTTP what is on a photo" \

@@ -120,7 +120,7 @@ def test_the_files_that_the_guide_names_are_there() -> None:
 
 def test_the_backup_that_the_guide_says_holds_what_was_committed(tmp_path: Path) -> None:
     """Also what is not in the database's file yet, as where a service still writes."""
-    with contextlib.closing(sqlite3.connect(tmp_path / "reviews.sqlite")) as writing:
+    with contextlib.closing(sqlite3.connect(tmp_path / "reviews.db")) as writing:
         writing.execute("PRAGMA journal_mode = WAL")
         writing.execute("CREATE TABLE decisions (photo TEXT)")
         writing.execute("INSERT INTO decisions VALUES ('a.jpg')")
@@ -128,5 +128,5 @@ def test_the_backup_that_the_guide_says_holds_what_was_committed(tmp_path: Path)
         (command,) = re.findall(r"^(python -c .*VACUUM INTO.*)$", GUIDE, flags=re.MULTILINE)
         words = [sys.executable, *shlex.split(command)[1:]]
         subprocess.run(words, cwd=tmp_path, check=True)
-    with contextlib.closing(sqlite3.connect(tmp_path / "backup.sqlite")) as saved:
+    with contextlib.closing(sqlite3.connect(tmp_path / "backup.db")) as saved:
         assert saved.execute("SELECT photo FROM decisions").fetchall() == [("a.jpg",)]

@@ -19,7 +19,6 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 FOLDERS = sorted(path.parent for path in KUBERNETES.rglob("kustomization.yaml"))
 SETTINGS = {row.name.upper() for row in dataclasses.fields(Settings)}
-LATER = {"DATABASE_URL"}  # the review database's
 NAME = {"app.kubernetes.io/name": "dogs-vs-cats"}
 
 
@@ -86,7 +85,7 @@ def test_every_variable_is_a_setting_with_a_value_that_the_service_takes() -> No
     named = dict(variables(container()["env"])) | dict(variables(patched["env"]))
     given = config("base") | config("overlays/production")
     given |= {name: row["value"] for name, row in named.items() if "value" in row}
-    assert set(given) | set(named) <= SETTINGS | LATER
+    assert set(given) | set(named) <= SETTINGS
     Settings.from_environment(given)
 
 
