@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
     answer = render(
         "gallery/photo.html",
         wanted=wanted,
-        model=model,
+        judge=model,
         photo=this,
         probabilities=probabilities,
         choices=_choices(model.classes, this, probabilities),
@@ -175,11 +176,18 @@ def _duplicates(found: Listing, this: Photo) -> list[Alike]:
     groups: dict[str, Duplicate] = {}
     for table in gallery().lookalikes(found.model.version):
         groups |= {other.photo: other for other in table.group_of(this.sha256) if storable(other.photo) != this.photo}
-    known = found.with_sha256([other.sha256 for other in groups.values()])
     return [
-        Alike(storable(other.photo), other.sha256, other.label, other.split, None, known.get(other.sha256))
+        Alike(name, other.sha256, other.label, other.split, None, _evaluated(found, name, other.sha256))
         for other in groups.values()
+        if (name := storable(other.photo))
     ]
+
+
+def _evaluated(found: Listing, name: str, sha256: str) -> Photo | None:
+    """The photo of that very name, as a copy of it elsewhere has the same content."""
+    with contextlib.suppress(Problem):
+        return found.find(name, sha256)
+    return None
 
 
 def _warnings(this: Photo, duplicates: Sequence[Alike]) -> list[str]:
