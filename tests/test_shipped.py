@@ -13,7 +13,7 @@ from finetune.join import open_full
 from models.bundle import GRAPH, check_golden, open_bundle
 from models.engine import OnnxEngine
 from service.cam import LinearHead
-from service.explain import CAM, Explainer
+from service.explain import OUTPUTS
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "shipped" / "dogs-vs-cats"
 
@@ -48,13 +48,10 @@ def test_where_it_looks_is_exact(photo_folder: object, tmp_path: Path) -> None:
     bundle = open_full(SHIPPED)
     photo = next(photo_folder(tmp_path / "drawn", train=1, valid=0).rglob("*.jpg"))  # type: ignore[attr-defined,operator]
     pixels = bundle.preprocessing.pixels(photo.read_bytes())
-    explainer = Explainer(bundle, patience_s=300.0)
-    found = [explainer.explain("a" * 64, label, lambda: pixels) for label in bundle.classes]
-    explainer.close()
-    assert [each.method for each in found] == [CAM, CAM]
+    engine = OnnxEngine(bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,))
+    probabilities, embedding, feature_map = (rows[0] for rows in engine.run(pixels[None]))
     head = LinearHead.of(bundle)
     assert head is not None
-    scores = (np.array([each.evidence.mean() for each in found]) + head.bias) / head.temperature
-    given = np.exp(scores) / np.exp(scores).sum()
-    wanted = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"]).run(pixels[None])[0][0]
-    assert given == pytest.approx(wanted, abs=1e-4)
+    maps = [head.score_map(probabilities, embedding, feature_map, label) for label in range(2)]
+    scores = (np.array([each.mean() for each in maps if each is not None]) + head.bias) / head.temperature
+    assert np.exp(scores) / np.exp(scores).sum() == pytest.approx(probabilities, abs=1e-5)
