@@ -260,10 +260,11 @@ def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_p
             version = f"v{rng.randrange(2, 5)}"
             names = classes if version == "v2" else ("dogs", "foxes")
             enter(database, make_predictions(1, 40, names), tmp_path, version=version)
-        with database.read() as connection:
-            said = connection.execute(select(decisions).order_by(decisions.c.id)).all()
-        assert said[: len(before)] == before, "the history is only ever added to"
-        before = list(said)
+        if step % 25 == 24:
+            with database.read() as connection:
+                said = connection.execute(select(decisions).order_by(decisions.c.id)).all()
+            assert said[: len(before)] == before, "the history is only ever added to"
+            before = list(said)
     check_cells(database)
     assert len(before) > 200
     states = state_of(database)
