@@ -19,7 +19,7 @@ from service.model import Model
 from service.problems import Problem
 from service.settings import Settings
 from service.store.database import Database
-from service.store.importing import Table, import_table, is_imported, know_model
+from service.store.importing import Table, import_table, is_imported, know_model, touch
 
 log = logging.getLogger("service.gallery")
 
@@ -109,11 +109,12 @@ class Gallery:
         log.info("imported", extra={"model": results.name, "version": results.bundle_version, "photos": photos})
 
     def _know(self, model: Model) -> None:
-        """A bundle without predictions has none to show, but live ones may come."""
+        """Enter the model that serves, also one whose bundle has no predictions: live ones may come."""
         assert self._database is not None
         bundle = model.bundle
         with self._database.write() as connection:
-            know_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
+            model_id = know_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
+            touch(connection, model_id)
 
     def _fail(self, reason: str) -> None:
         self._error = reason

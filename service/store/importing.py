@@ -68,6 +68,11 @@ def know_model(connection: Connection, *, version: str, name: str, classes: Sequ
     return int(connection.execute(insert(models).values(row)).inserted_primary_key[0])  # type: ignore[index]
 
 
+def touch(connection: Connection, model_id: int) -> None:
+    """Note that a model was put to serve now."""
+    connection.execute(update(models).where(models.c.id == model_id).values(seen_at=datetime.now(timezone.utc)))
+
+
 def is_imported(connection: Connection, version: str, digest: str) -> bool:
     found = select(imports.c.id).join(models).where(models.c.version == version, imports.c.digest == digest)
     return connection.execute(found).first() is not None
