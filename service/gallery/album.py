@@ -7,7 +7,7 @@ import threading
 from flask import current_app
 
 from models.bundle import Bundle, open_bundle
-from models.cache import default_cache_dir, whole_bundle
+from models.cache import thumbnails_dir, whole_bundle
 from models.engine import Pixels
 from service.crew import Crew
 from service.explain import Explainer, Explanation
@@ -30,11 +30,9 @@ class Album:
     def __init__(self, settings: Settings, gallery: Gallery) -> None:
         self._gallery = gallery
         self._folder = PhotoFolder([settings.data] if settings.data else [])
-        self._door = FrontDoor(settings.max_pixels)
+        self._door = FrontDoor(settings.max_pixels, waits=True)
         self._crew = Crew("pictures", threads=1, most_waiting=256, patience_s=30.0)
-        self._thumbnails = Thumbnails(
-            default_cache_dir() / "thumbnails", limit_mb=settings.thumbnails_mb, door=self._door, crew=self._crew
-        )
+        self._thumbnails = Thumbnails(thumbnails_dir(), limit_mb=settings.thumbnails_mb, door=self._door, crew=self._crew)
         self._explainers: dict[str, Explainer] = {}
         self._lock = threading.Lock()
 
