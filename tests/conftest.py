@@ -30,6 +30,7 @@ NewDatabase = Callable[[str], contextlib.AbstractContextManager[str]]
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or fills a person's caches. A test sets its own with ``monkeypatch.setenv``."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("share")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch-home")))
         yield

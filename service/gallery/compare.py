@@ -6,7 +6,8 @@ from flask import Blueprint, Response, jsonify, request
 
 from service.filters import CHANGES, Filter
 from service.gallery.core import gallery
-from service.gallery.pages import address_of, render
+from service.gallery.pages import render
+from service.gallery.panel import address_of
 from service.problems import Problem
 from service.site import problem_page
 from service.store.comparing import Comparison, compare
@@ -25,8 +26,17 @@ def page() -> Response:
     grids = {}
     if a:
         grids = {change: address_of(Filter(model=b.version, vs=a.version, change=change)) for change in CHANGES}
-    words = _in_words(a, b, outcome)
-    return render("gallery/compare.html", models=models, a=a, b=b, outcome=outcome, grids=grids, words=words)
+    return render(
+        "gallery/compare.html",
+        models=models,
+        a=a,
+        b=b,
+        outcome=outcome,
+        grids=grids,
+        words=_in_words(a, b, outcome),
+        right={"a": outcome.both_right + outcome.broke, "b": outcome.both_right + outcome.fixed} if outcome else {},
+        served=gallery().version,
+    )
 
 
 @json_bp.get("/compare.json")

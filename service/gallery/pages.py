@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, Response, redirect, render_template, request, url_for
+from flask import Blueprint, Response, current_app, redirect, render_template, request
 
-from service.filters import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter, read_page, sentence
+from service.filters import Filter, read_page, sentence
+from service.gallery import panel
+from service.gallery.album import album
 from service.gallery.asking import asked_filter, listing
 from service.gallery.core import gallery
+from service.gallery.panel import address_of, photo_address
 from service.gallery.queues import Queue, queues
 from service.problems import Problem
-from service.site import problem_page
-from service.store.counts import BINS, Counts
+from service.settings import Settings
+from service.site import problem_page, served_model
 from service.store.listing import Listing, Photo, find_model, known_models
 
 THUMBNAILS = 8  # a queue's row
-FACET_TITLES = {
-    "verdict": "Right or wrong",
-    "class": "True class",
-    "predicted": "Predicted class",
-    "source": "Where from",
-    "split": "Split",
-    "review": "Review",
-    "flag": "Looks like",
-}
 
 bp = Blueprint("gallery", __name__)
 
@@ -39,22 +35,14 @@ class Shown:
     photos: list[Photo]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A value of a facet, how many photos it would show, and the address that adds it or takes it away."""
-
-    value: str
-    photos: int
-    is_chosen: bool
-    address: str
-
-
 @bp.get("/gallery")
 def home() -> Response:
-    version = request.args.get("model") or ""
+    for name in request.args:
+        if name != "model":
+            raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there is model, a model's version.")
     shown = gallery()
     database = shown.database
-    version = version or shown.version or ""
+    version = request.args.get("model") or shown.version or ""
     with database.read() as connection:
         model = find_model(connection, version)
         rows = []
@@ -63,22 +51,32 @@ def home() -> Response:
             rows.append(Shown(queue, found.counts.total, found.first(THUMBNAILS)))
         everything = Listing(connection, Filter(model=version)).counts
         models = known_models(connection)
-    return render("gallery/home.html", model=model, rows=rows, counts=everything, models=models, served=shown.version)
+    return render(
+        "gallery/home.html",
+        model_shown=model,
+        rows=rows,
+        counts=everything,
+        models=models,
+        served=shown.version,
+        everything=Filter(model=version),
+        train=_train_command(),
+        trouble=_trouble([photo for row in rows for photo in row.photos]),
+    )
 
 
 @bp.get("/gallery/photos")
 def photos() -> Response:
-    return _grid("photos")
+    return _grid()
 
 
 @bp.get("/gallery/correct")
 def correct() -> Response:
-    return _grid("correct", verdicts=("right",))
+    return _grid(verdicts=("right",))
 
 
 @bp.get("/gallery/incorrect")
 def incorrect() -> Response:
-    return _grid("incorrect", verdicts=("wrong",))
+    return _grid(verdicts=("wrong",))
 
 
 @bp.errorhandler(Problem)
@@ -86,95 +84,77 @@ def say(problem: Problem) -> Response:
     return problem_page(problem)
 
 
-def _grid(name: str, **preset: tuple[str, ...]) -> Response:
+def _grid(**preset: tuple[str, ...]) -> Response:
     """The grid under a filter. ``/gallery/correct`` and ``/gallery/incorrect`` are filters with a name."""
-    wanted = asked_filter(also=("page",), **preset)
+    asked = asked_filter(also=("page", *panel.FORM), **preset)
+    wanted = panel.with_form(asked, request.args)
+    if any(name in request.args for name in panel.FORM):
+        return redirect(address_of(wanted))  # type: ignore[return-value]
     number = read_page(request.args)
     with listing(wanted) as found:
         if number > found.pages:
             return redirect(address_of(wanted, page=found.pages))  # type: ignore[return-value]
         page = found.page(number)
+    vs_name = _name_of(wanted.vs)
+    total = found.counts.total
     return render(
         "gallery/photos.html",
         wanted=wanted,
-        model=found.model,
-        said=sentence(wanted, found.counts.total, name=found.model.name),
-        total=found.counts.total,
+        model_shown=found.model,
+        served=gallery().version,
+        said=sentence(wanted, total, name=found.model.name, vs_name=vs_name),
+        total=total,
+        known=found.everything,
         photos=page,
         first=(number - 1) * wanted.per_page + 1,
         page=number,
         pages=found.pages,
+        numbers=panel.numbers(number, found.pages),
         page_address=lambda page: address_of(wanted, page=page),
-        facets=_facets(wanted, found.counts),
-        confusion=_confusion(wanted, found),
-        histogram=_histogram(wanted, found.counts),
-        sorts=[
-            (sort, order, words, address_of(wanted.having(sort=sort, order=order)))
-            for sort, (_, named) in ORDERS.items()
-            for order, words in named.items()
-        ],
-        sizes=[(size, address_of(wanted.having(per_page=size))) for size in PER_PAGE],
+        active=panel.active(wanted, vs_name),
+        facets={facet.parameter: facet for facet in panel.facets(wanted, found.counts)},
+        confusion=panel.confusion(wanted, found),
+        bars=panel.histogram(wanted, found.counts),
+        hidden=panel.hidden,
+        sorts=panel.sorts(wanted),
+        sizes=panel.sizes(wanted),
         everything=address_of(wanted.cleared()),
-        twins={kind: f"{url_for(f'exports.photos_{kind}')}?{wanted.query()}" for kind in ("json", "csv")},
-        another=address_of(wanted.having(sort="random", seed=wanted.seed + 1)),
+        another=address_of(wanted.having(sort="random", order=wanted.order, seed=wanted.seed + 1)),
+        trouble=_trouble(page),
     )
 
 
-def address_of(wanted: Filter, **more: Any) -> str:
-    """The grid's address with this filter; page 1 is not said."""
-    if more.get("page") == 1:
-        del more["page"]
-    return f"{url_for('gallery.photos')}?{wanted.query(**more)}"
-
-
-def photo_address(wanted: Filter, photo: Photo) -> str:
-    """The address of a photo's page, which knows the filter that one came from."""
-    return f"{url_for('photo.page')}?{wanted.query(photo=photo.photo, sha256=photo.sha256)}"
-
-
-def _facets(wanted: Filter, counts: Counts) -> list[tuple[str, str, list[Choice]]]:
-    """Parameter, title and values of each facet that has anything to choose."""
-    rows = []
-    for parameter, field in FACETS.items():
-        chosen: tuple[str, ...] = getattr(wanted, field)
-        values = sorted({*counts.facets[parameter], *chosen}, key=lambda value: (-counts.facets[parameter][value], value))
-        choices = [
-            Choice(value, counts.facets[parameter][value], value in chosen, address_of(wanted.toggled(parameter, value)))
-            for value in values
-            if value
-        ]
-        if len(choices) > 1 or chosen or parameter == "flag":
-            rows.append((parameter, FACET_TITLES[parameter], choices))
-    return rows
-
-
-def _confusion(wanted: Filter, found: Listing) -> list[tuple[str, list[tuple[str, int, str]]]]:
-    """A row for each true class: its name, and for each predicted class the name, the number and the address of those."""
-    counts = found.counts.confusion
-    classes = found.model.classes
-    labels = [name for name in (*classes, UNLABELLED) if any(counts[name, other] for other in classes)]
-    return [
-        (
-            label,
-            [
-                (other, counts[label, other], address_of(wanted.having(labels=(label,), predicted=(other,))))
-                for other in classes
-            ],
-        )
-        for label in labels
-    ]
-
-
-def _histogram(wanted: Filter, counts: Counts) -> list[tuple[int, int, int, float, str]]:
-    """For each bar: from and to in per cent, the photos, the height from 0 to 1, the address of those."""
-    highest = max(counts.histogram) or 1
-    step = 100 // BINS
-    return [
-        (i * step, (i + 1) * step, photos, photos / highest, address_of(wanted.having(confidence=(i * step, (i + 1) * step))))
-        for i, photos in enumerate(counts.histogram)
-    ]
-
-
 def render(template: str, **context: Any) -> Response:
-    text = render_template(template, photo_address=photo_address, **context)
+    settings: Settings = current_app.extensions["settings"]
+    shared = {"photo_address": photo_address, "address_of": address_of, "has_folder": settings.data is not None}
+    text = render_template(template, **shared, **context)
     return Response(text, headers={"Cache-Control": "no-cache"}, mimetype="text/html")
+
+
+def _name_of(version: str) -> str:
+    if not version:
+        return ""
+    with gallery().database.read() as connection:
+        return find_model(connection, version).name
+
+
+def _trouble(photos: Sequence[Photo]) -> str | None:
+    """Why the first photo cannot be shown, if it cannot; where no folder is set, that goes for all of them."""
+    settings: Settings = current_app.extensions["settings"]
+    evaluated = [photo for photo in photos if photo.source != "live"]
+    if not evaluated:
+        return None
+    if settings.data is None:
+        return (
+            "No folder of photos is set. Start the service with DATA=FOLDER, the folder that was evaluated; until then the "
+            "gallery shows names, labels and probabilities."
+        )
+    problem = album().look_for(evaluated[0].photo, evaluated[0].sha256)
+    return problem and problem.detail
+
+
+def _train_command() -> str:
+    """What trains the served model again with the decisions."""
+    settings: Settings = current_app.extensions["settings"]
+    data = shlex.quote(str(settings.data)) if settings.data else "DATA"
+    return f"finetune train --data-dir {data} --backbone {served_model().bundle.backbone} --reviews reviews.csv"

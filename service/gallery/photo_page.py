@@ -16,7 +16,8 @@ from service.filters import Filter, sentence
 from service.gallery.album import album
 from service.gallery.asking import GO_ON, REVIEWER, asked_filter, listing
 from service.gallery.core import gallery
-from service.gallery.pages import address_of, render
+from service.gallery.pages import render
+from service.gallery.panel import address_of
 from service.gallery.past import entries
 from service.model import ServedModel
 from service.problems import Problem

@@ -1,0 +1,247 @@
+"""What stands beside a grid, every part of it a way into another one: facets, confusion matrix, histogram, forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
+
+from flask import url_for
+
+from service.filters import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter
+from service.problems import Problem
+from service.store.counts import BINS, Counts
+from service.store.listing import Listing, Photo
+
+# Parameter -> its title, and what its values are called; classes and splits have their own names.
+FACET_TITLES = {
+    "verdict": "Right or wrong",
+    "class": "True class",
+    "predicted": "Predicted class",
+    "review": "Review",
+    "flag": "Worth a look",
+    "source": "Where from",
+    "split": "Split",
+}
+VALUE_NAMES = {
+    "verdict": {"right": "Right", "wrong": "Wrong", "unknown": "No label yet"},
+    "review": {
+        "unreviewed": "Not yet reviewed",
+        "confirmed": "Confirmed",
+        "relabelled": "Relabelled",
+        "neither": "None of the classes",
+        "bad": "Bad photo",
+    },
+    "flag": {"duplicate": "Same photo, another label", "mislabelled": "Probably mislabelled"},
+    "source": {"evaluation": "Evaluation", "out-of-fold": "Out of fold", "live": "Live"},
+}
+CHANGE_NAMES = {"fixed": "Fixed", "broke": "Broke", "both-right": "Both right", "both-wrong": "Both wrong"}
+FORM = ("by", "from", "to")  # what the forms send beside a filter's own parameters
+MOST_CELLS = 900  # of a matrix; of more classes the confusions are listed, the most frequent first
+MOST_PAIRS = 20
+SHADES = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value of a facet, how many photos it would show, and the address that adds it or takes it away."""
+
+    value: str
+    name: str
+    photos: int
+    is_chosen: bool
+    address: str
+
+
+@dataclass(frozen=True)
+class Facet:
+    parameter: str
+    title: str
+    choices: list[Choice]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The photos of a true class that were called ``predicted``; ``shade`` from 0 to 4 is their share of the row's most."""
+
+    label: str
+    predicted: str
+    photos: int
+    shade: int
+    address: str
+
+    @property
+    def is_right(self) -> bool:
+        return self.label == self.predicted
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A matrix, its rows in the order of ``columns``, or where it would be too large only its most frequent mistakes."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[Pair]]]
+    mistakes: list[Pair]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Confidences from ``low`` to ``high`` per cent; ``height`` is from 0 to 1."""
+
+    low: int
+    high: int
+    photos: int
+    height: float
+    address: str
+
+
+def address_of(wanted: Filter, **more: Any) -> str:
+    """The grid's address with this filter; page 1 is not said."""
+    if more.get("page") == 1:
+        del more["page"]
+    return f"{url_for('gallery.photos')}?{wanted.query(**more)}"
+
+
+def photo_address(wanted: Filter, photo: Photo) -> str:
+    """The address of a photo's page, which knows the filter that one came from."""
+    return f"{url_for('photo.page')}?{wanted.query(photo=photo.photo, sha256=photo.sha256)}"
+
+
+def with_form(wanted: Filter, given: Mapping[str, str]) -> Filter:
+    """The filter together with what a form of the grid sent: ``by=loss.asc``, ``from=50``, ``to=90``. Raises Problem."""
+    if by := given.get("by"):
+        sort, _, order = by.partition(".")
+        if sort not in ORDERS or order not in ("asc", "desc"):
+            known = ", ".join(f"{sort}.{order}" for sort in ORDERS for order in ("asc", "desc"))
+            raise Problem("bad_parameter", f"The parameter `by` is {by!r}; it can be {known}.")
+        wanted = wanted.having(sort=sort, order=order)
+    if "from" in given or "to" in given:
+        low, high = _percent(given, "from", 0), _percent(given, "to", 100)
+        if low >= high:
+            raise Problem("bad_parameter", f"The range of confidence is from {low} to {high} %; the lower end comes first.")
+        wanted = wanted.having(confidence=(low, high))
+    return wanted
+
+
+def hidden(wanted: Filter, *without: str) -> list[tuple[str, str]]:
+    """The filter as the hidden fields of a form, without the parameters that the form asks for itself."""
+    return [(name, value) for name, value in parse_qsl(wanted.query(), keep_blank_values=True) if name not in without]
+
+
+def facets(wanted: Filter, counts: Counts) -> list[Facet]:
+    """Those that have anything to choose."""
+    rows = []
+    for parameter, title in FACET_TITLES.items():
+        chosen: tuple[str, ...] = getattr(wanted, FACETS[parameter])
+        photos = counts.facets[parameter]
+        choices = [
+            Choice(
+                value, name_of(parameter, value), photos[value], value in chosen, address_of(wanted.toggled(parameter, value))
+            )
+            for value in sorted({*photos, *chosen}, key=lambda value: (-photos[value], value))
+            if value
+        ]
+        if len(choices) > 1 or chosen or (parameter == "flag" and choices):
+            rows.append(Facet(parameter, title, choices))
+    return rows
+
+
+def active(wanted: Filter, vs_name: str) -> list[tuple[str, str, str]]:
+    """What narrows the grid: title, value, and the address without it."""
+    rows = [
+        (title, name_of(parameter, value), address_of(wanted.toggled(parameter, value)))
+        for parameter, title in FACET_TITLES.items()
+        for value in getattr(wanted, FACETS[parameter])
+    ]
+    if wanted.confidence != (0, 100):
+        low, high = wanted.confidence
+        rows.append(("Confidence", f"{low}\u2013{high}\u202f%", address_of(wanted.having(confidence=(0, 100)))))
+    if wanted.change:
+        title = f"Against {vs_name} {wanted.vs}"
+        rows.append((title, CHANGE_NAMES[wanted.change], address_of(wanted.having(vs="", change=""))))
+    return rows
+
+
+def name_of(parameter: str, value: str) -> str:
+    """A facet's value in words."""
+    return VALUE_NAMES.get(parameter, {}).get(value, value)
+
+
+def confusion(wanted: Filter, found: Listing) -> Confusion:
+    """The confusion matrix under the filter."""
+    counts = found.counts.confusion
+    labels = {label for (label, _), photos in counts.items() if photos}
+    answers = {predicted for (_, predicted), photos in counts.items() if photos}
+    columns = [name for name in found.model.classes if name in labels or name in answers]
+    rows = [name for name in (*columns, UNLABELLED) if name in labels]
+    highest = {label: max(counts[label, other] for other in columns) for label in rows}
+
+    def pair(label: str, predicted: str) -> Pair:
+        photos = counts[label, predicted]
+        address = address_of(wanted.having(labels=(label,), predicted=(predicted,))) if photos else ""
+        return Pair(label, predicted, photos, -(-SHADES * photos // highest[label]), address)
+
+    if len(rows) * len(columns) <= MOST_CELLS:
+        return Confusion(columns, [(label, [pair(label, other) for other in columns]) for label in rows], [])
+    wrong = [(photos, *key) for key, photos in counts.items() if photos and key[0] not in (key[1], UNLABELLED)]
+    most = sorted(wrong, key=lambda row: (-row[0], *row[1:]))[:MOST_PAIRS]
+    return Confusion(columns, [], [pair(label, other) for _, label, other in most])
+
+
+def histogram(wanted: Filter, counts: Counts) -> list[Bar]:
+    """Ten bars, which leave room for a thumb: over the upper half of the range where nothing is in the lower."""
+    step = 100 // BINS
+    half = BINS // 2
+    if any(counts.histogram[:half]):
+        bins = [(2 * i * step, 2 * (i + 1) * step, sum(counts.histogram[2 * i : 2 * i + 2])) for i in range(half)]
+    else:
+        bins = [(i * step, (i + 1) * step, counts.histogram[i]) for i in range(half, BINS)]
+    highest = max(photos for _, _, photos in bins) or 1
+    lowest, top = wanted.confidence
+    return [
+        Bar(
+            low,
+            high,
+            photos,
+            (photos / highest) ** 0.5,  # so that the few are seen beside the many
+            address_of(wanted.having(confidence=(max(low, lowest), min(high, top)))) if photos else "",
+        )
+        for low, high, photos in bins
+    ]
+
+
+def sorts(wanted: Filter) -> list[tuple[str, str, bool]]:
+    """What the form's ``by`` can be: value, words, and whether it is what is shown."""
+    return [
+        (f"{sort}.{order}", words[:1].upper() + words[1:], (sort, order) == (wanted.sort, wanted.order))
+        for sort, (natural, named) in ORDERS.items()
+        for order, words in sorted(named.items(), key=lambda row: row[0] != natural)
+        if sort != "random" or order == natural or order == wanted.order
+    ]
+
+
+def sizes(wanted: Filter) -> list[int]:
+    """What ``per_page`` can be, the one that an address gave among them."""
+    return sorted({*PER_PAGE, wanted.per_page})
+
+
+def numbers(page: int, pages: int) -> list[int | None]:
+    """The pages to offer, None for a gap: the first, the last, and those around this one."""
+    near = {1, pages, *range(max(1, page - 2), min(pages, page + 2) + 1)}
+    near |= {2} if 3 in near else set()
+    near |= {pages - 1} if pages - 2 in near else set()
+    found: list[int | None] = []
+    for number in sorted(near):
+        if found and found[-1] != number - 1:
+            found.append(None)
+        found.append(number)
+    return found
+
+
+def _percent(given: Mapping[str, str], name: str, default: int) -> int:
+    text = given.get(name, "").strip() or str(default)
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 4 else -1
+    if not 0 <= value <= 100:
+        raise Problem("bad_parameter", f"The parameter `{name}` is {text!r}; a whole number of per cent, 0 to 100, was wanted.")
+    return value
