@@ -72,7 +72,7 @@ def _review(given: dict[str, str]) -> Response:
     settings: Settings = current_app.extensions["settings"]
     g.key_name = require_key_or_cookie(request, settings)
     verdict = _verdict(given, key_name=g.key_name)
-    following = _next(given, verdict)
+    here, following = _photo_page(given), _next(given, verdict)  # before anything is saved: the filter may be no filter
     with gallery().database.write() as connection:
         id_ = decide(connection, verdict)
     way = following and f"{following}&saved={id_}"
@@ -81,7 +81,7 @@ def _review(given: dict[str, str]) -> Response:
             rows = [as_entry(row) for row in history(connection, verdict.sha256)]
         answer = jsonify(id=id_, history=rows, next=way)
     else:
-        answer = redirect(way or f"{_photo_page(given)}&saved={id_}", 303)  # type: ignore[assignment]
+        answer = redirect(way or f"{here}&saved={id_}", 303)  # type: ignore[assignment]
         if verdict.decision not in STAYING:
             _keep(answer, GO_ON, "1" if given.get("next") == "1" else "0")
     if "reviewer" in given and g.key_name is None:
