@@ -9,6 +9,7 @@
   const page = () => find("photo-page");
   const draft = () => `note ${page().dataset.sha256}`;
   let isBusy = false;
+  let shown = "";
   root.classList.add("js");
 
   const say = (text) => {
@@ -35,19 +36,23 @@
     if (note && !note.value) note.value = sessionStorage.getItem(draft()) ?? "";
     const { prefetch, prefetchCrop } = page().dataset;
     for (const address of [prefetch, prefetchCrop]) if (address) new Image().src = address;
-    const shown = new URL(location.href);
-    if (shown.searchParams.has("saved")) {
-      shown.searchParams.delete("saved");
-      history.replaceState(null, "", shown);
+    const here = new URL(location.href);
+    if (here.searchParams.has("saved")) {
+      here.searchParams.delete("saved"); // what was just saved is old news for whoever comes back
+      history.replaceState(null, "", here);
     }
+    shown = location.pathname + location.search;
   }
 
   function show(html, address) {
     const other = parse(html);
-    if (!other.getElementById("photo-page")) return location.assign(address ?? page().dataset.page);
-    if (address && address !== location.href) history.pushState(null, "", address);
+    const fresh = other.getElementById("photo-page");
+    if (!fresh && address) return location.assign(address); // it is saved; only the page that follows did not come
+    if (!fresh) return complain(words(other.querySelector(".alert")) || "The server gave no answer; nothing was saved.");
+    const isSame = fresh.dataset.sha256 === page().dataset.sha256;
+    if (address) history[isSame ? "replaceState" : "pushState"](null, "", address);
     document.title = other.title;
-    page().replaceWith(other.getElementById("photo-page"));
+    page().replaceWith(fresh);
     find("help").replaceWith(other.getElementById("help"));
     scrollTo(0, 0);
     begin();
@@ -122,6 +127,7 @@
     if (!fresh) return location.assign(link.href);
     section.replaceWith(fresh);
     history.replaceState(null, "", link.href);
+    shown = location.pathname + location.search;
     fresh.querySelector("[aria-current]")?.focus({ preventScroll: true });
     say(words(fresh.querySelector("figcaption")) + ". " + words(fresh.querySelector(".hint, .alert")));
   }
@@ -181,6 +187,6 @@
     setInterval(poll, POLL_MS);
     document.addEventListener("visibilitychange", poll);
   });
-  addEventListener("popstate", () => location.reload());
+  addEventListener("popstate", () => location.pathname + location.search !== shown && location.reload());
   addEventListener("pageshow", (event) => event.persisted && location.reload());
 }
