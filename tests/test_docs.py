@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from finetune import config
-from finetune.__main__ import COMMANDS
+from finetune.__main__ import COMMANDS, MODULES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,20 +28,12 @@ def test_every_make_target_in_the_readme_exists_and_is_helped() -> None:
 
 
 def test_every_flag_in_the_readme_is_a_flag() -> None:
-    parser = argparse.ArgumentParser()
-    config.add_arguments(parser)
-    known = set(parser.format_help().replace(",", " ").split()) | {
-        "--resume",
-        "--bundle",
-        "--split",
-        "--folds",
-        "--json",
-        "--csv",
-        "--archive",
-        "--photo",
-        "--backbones",
-        *("--read-only", "--tmpfs", "--stop-timeout", "--user"),  # docker's
-    }
+    known = {"--read-only", "--tmpfs", "--stop-timeout", "--user"}  # docker's
+    known |= {"--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port"}  # torchrun's
+    for name in COMMANDS:
+        parser = argparse.ArgumentParser(conflict_handler="resolve")
+        importlib.import_module(f"finetune.{MODULES.get(name, name)}").add_arguments(parser)
+        known |= set(parser.format_help().replace(",", " ").split())
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert flag in known, flag
 

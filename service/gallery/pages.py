@@ -150,7 +150,7 @@ def _trouble(photos: Sequence[Photo]) -> str | None:
             "gallery shows names, labels and probabilities."
         )
     problem = album().look_for(evaluated[0].photo, evaluated[0].sha256)
-    return problem and problem.detail
+    return problem.detail if problem else None
 
 
 def _train_command() -> str:
