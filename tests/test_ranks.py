@@ -87,7 +87,7 @@ def alone(data: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.heavy)])
 def test_processes_together_give_one_processs_weights(
     count: int, data: Path, tiny_weights: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +98,7 @@ def test_processes_together_give_one_processs_weights(
     assert largest_difference(tmp_path / "run", alone) < TOLERANCE
 
 
+@pytest.mark.heavy
 def test_photos_that_are_run_live_give_the_same_weights_too(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
     more = ("--augment", "--unfreeze", "classifier.3", "--optimizer", "adam", "--lr", 0.005)
     code, _, said = finetune("train", *flags(data, tiny_weights, tmp_path / "one", *more))
@@ -135,6 +136,7 @@ def test_what_the_first_alone_meets_ends_the_others(data: Path, tiny_weights: Pa
     assert "Traceback" not in err.split("finetune: ")[0]
 
 
+@pytest.mark.heavy
 def test_a_killed_process_loses_no_finished_epoch(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
     more = ("--epochs", 60, "--lr-schedule", "cosine")
     code, _, said = finetune("train", *flags(data, tiny_weights, tmp_path / "whole", *more))
