@@ -1,0 +1,415 @@
+"""The gallery's listing pages: every number on them is counted again from the tables, every link followed, in a browser too."""
+
+from __future__ import annotations
+
+import csv
+import html
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from serving import Server, poll, serve
+
+from models.bundle import open_bundle
+from models.predictions import Predictions
+from service.gallery.panel import numbers
+from service.store.database import Database
+from service.store.importing import Table, import_table, know_model
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+DESKTOP = {"viewport": {"width": 1280, "height": 900}}
+MORE = 100
+Row = dict[str, str]
+NewPage = Callable[..., Page]
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A service that shows ``rows``: the bundle's own predictions, and generated ones whose photos are in no folder."""
+
+    server: Server
+    rows: list[Row]
+    classes: tuple[str, ...]
+    version: str
+
+    def text(self, path: str) -> str:
+        answer = self.server.get(path)
+        assert answer.status == 200, (path, answer.status, answer.body[:300])
+        return answer.body.decode()
+
+    def total(self, path: str) -> int:
+        """The number that begins the sentence of the grid at an address."""
+        found = re.search(r'<h1 class="sentence">([\d,]+) photo', self.text(path))
+        assert found, path
+        return int(found[1].replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
+    folder = tmp_path_factory.mktemp("gallery")
+    bundle = open_bundle(tiny_bundle.path)
+    url = f"sqlite:///{folder / 'reviews.db'}"
+    generated = generate(bundle.classes)
+    generated.write_csv(folder / "generated.csv")
+    database = Database(url)
+    with database.write() as connection:
+        model = know_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
+        flags = np.arange(MORE) % 10 == 0
+        import_table(connection, model, Table("out-of-fold", "0" * 64, generated, np.roll(flags, 1), flags))
+    database.close()
+    rows = read(tiny_bundle.path / "predictions.csv", "evaluation") + read(folder / "generated.csv", "out-of-fold")
+    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url) as server:
+        poll(lambda: server.get("/gallery").status == 200)
+        yield Gallery(server, rows, bundle.classes, bundle.version)
+
+
+def generate(classes: tuple[str, ...]) -> Predictions:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, len(classes), MORE)
+    probabilities = rng.dirichlet(np.full(len(classes), 0.7), MORE)
+    names = tuple(f"train/{classes[label]}/more.{i:03d}.jpg" for i, label in enumerate(labels))
+    return Predictions(classes, names, labels, probabilities, ("train",) * MORE, tuple(rng.bytes(32).hex() for _ in names))
+
+
+def read(path: Path, source: str) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row | {"source": source} for row in csv.DictReader(file)]
+
+
+def is_right(row: Row) -> bool:
+    return row["label"] == row["predicted"]
+
+
+def confidence(row: Row) -> float:
+    return 100 * max(float(value) for name, value in row.items() if name.startswith("p_"))
+
+
+def links(text: str) -> list[str]:
+    return [html.unescape(address) for address in re.findall(r'<a [^>]*?href="([^"#]+)"', text)]
+
+
+def choices(text: str, facet: str) -> dict[str, tuple[int, str]]:
+    """A facet's values -> the count beside each, and the address that it leads to."""
+    section = re.search(rf'<section class="facet" aria-labelledby="facet-{facet}">.*?</section>', text, re.DOTALL)
+    assert section, facet
+    found = {}
+    for address, inner in re.findall(r'<a class="choice" href="([^"]*)"[^>]*>(.*?)</a>', section[0], re.DOTALL):
+        name = re.search(r'class="choice-name">([^<]*)', inner)
+        number = re.search(r'class="count">([\d,]+)', inner)
+        assert name
+        assert number
+        found[html.unescape(name[1])] = (int(number[1].replace(",", "")), html.unescape(address))
+    return found
+
+
+# Counts
+
+
+def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
+    text = gallery.text("/gallery")
+    rows = gallery.rows
+    right = sum(map(is_right, rows))
+    figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>(?:<a [^>]*>)?([^<]*)", text))
+    assert figures["Right"] == str(right)
+    assert figures["Wrong"] == str(len(rows) - right)
+    assert figures["All photos"] == str(len(rows))
+    assert figures["Reviewed so far"] == "0"
+    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(rows):.1%}"
+    queues = {
+        name: (int(number), html.unescape(address))
+        for address, name, number in re.findall(
+            r'<h3 id="queue-\d+"><a href="([^"]*)">([^<]*)</a> <span class="pill">(\d+)', text
+        )
+    }
+    called = Counter(row["predicted"] for row in rows)
+    wanted = {
+        "Confidently wrong": len(rows) - right,
+        "Least certain": len(rows),
+        "Random incorrect": len(rows) - right,
+        "Random correct": right,
+        "Probably mislabelled": MORE // 10,
+        "Same photo, another label": MORE // 10,
+    } | {f"Most confident: {name}": called[name] for name in gallery.classes}
+    assert {name: queues[name][0] for name in wanted} == wanted
+    for name, (number, address) in queues.items():
+        assert gallery.total(address) == number, name
+    for row in re.findall(r'<ul class="strip">.*?</ul>', text, re.DOTALL):
+        assert 1 <= row.count("<li>") <= 8
+
+
+@pytest.mark.parametrize("query", ["", "verdict=wrong", "class=red&class=blue&confidence=50-90"])
+def test_facets_and_confusions_and_bars_count_what_they_lead_to(gallery: Gallery, query: str) -> None:
+    given = parse_qs(query)
+    low, high = map(int, given.get("confidence", ["0-100"])[0].split("-"))
+
+    def fits(row: Row, but: str = "") -> bool:
+        return (
+            low <= confidence(row) < (high if high < 100 else 101)
+            and (but == "class" or row["label"] in given.get("class", [row["label"]]))
+            and (but == "verdict" or "verdict" not in given or not is_right(row))
+        )
+
+    rows = [row for row in gallery.rows if fits(row)]
+    text = gallery.text(f"/gallery/photos?{query}")
+    assert gallery.total(f"/gallery/photos?{query}") == len(rows)
+
+    for facet, value in (
+        ("class", lambda row: row["label"]),
+        ("predicted", lambda row: row["predicted"]),
+        ("verdict", lambda row: "Right" if is_right(row) else "Wrong"),
+        ("source", lambda row: {"evaluation": "Evaluation", "out-of-fold": "Out of fold"}[row["source"]]),
+        ("split", lambda row: row["split"]),
+    ):
+        wanted = Counter(value(row) for row in gallery.rows if fits(row, but=facet))
+        if len(wanted) < 2 and facet not in given:  # there is nothing to choose
+            assert f'"facet-{facet}"' not in text
+            continue
+        found = choices(text, facet)
+        assert {name: number for name, (number, _) in found.items()} == wanted, facet
+        for name, (number, address) in found.items():
+            if not given:
+                assert gallery.total(address) == number, (facet, name)
+
+    counted = Counter((row["label"], row["predicted"]) for row in rows)
+    cells = re.findall(
+        r'<td class="(diagonal|off) shade-\d">\s*<a href="([^"]*)" title="(\w+), called (\w+)">([\d,]+)<', text, re.DOTALL
+    )
+    assert {(label, called): int(number) for _, _, label, called, number in cells} == counted
+    for kind, address, label, called, number in cells:
+        assert (kind == "diagonal") == (label == called)
+        assert gallery.total(html.unescape(address)) == int(number)
+
+    bars = re.findall(r'<a href="([^"]*)" aria-label="(\d+) to (\d+) %: ([\d,]+) photo', text)
+    assert sum(int(number) for *_, number in bars) == len(rows)
+    for address, start, end, number in bars:
+        inside = [row for row in rows if int(start) <= confidence(row) < (int(end) if int(end) < 100 else 101)]
+        assert int(number) == len(inside) == gallery.total(html.unescape(address))
+
+
+def test_each_page_shows_its_part_of_the_order_and_the_last_the_rest(gallery: Gallery) -> None:
+    highest_first = sorted(gallery.rows, key=lambda row: -float(row["loss"]))
+    wanted = [row["photo"] for row in highest_first]
+    shown: list[str] = []
+    for page in range(1, -(-len(wanted) // 24) + 1):
+        text = gallery.text(f"/gallery/photos?per_page=24&page={page}")
+        tiles = re.findall(r'<span class="tile-name" title="([^"]*)"', text)
+        first = len(shown)
+        shown += tiles
+        assert f'<p class="span">{first + 1}\u2013{len(shown)} <span class="quiet">of {len(wanted)}</span>' in text
+        assert f'aria-current="page"><span class="unseen">Page </span>{page}</a>' in text
+    assert sorted(shown) == sorted(wanted)
+    assert shown[:5] == wanted[:5]
+
+
+def test_a_card_says_both_labels_with_their_probabilities(gallery: Gallery) -> None:
+    row = max(gallery.rows, key=lambda row: float(row["loss"]))
+    text = gallery.text("/gallery/incorrect?per_page=24")
+    tile = re.findall(r'<li class="tile.*?</dl>', text, re.DOTALL)[0]
+    words = " ".join(re.sub(r"<[^>]*>", " ", tile).replace("\u202f", "").split())
+    assert f"Wrong {Path(row['photo']).name} True {row['label']}" in words
+    assert f"Predicted {row['predicted']} {confidence(row):.1f}%" in words
+    assert 'width="320" height="240" loading="lazy"' in tile
+
+
+# Links and forms
+
+
+@pytest.mark.parametrize(
+    "path", ["/gallery", "/gallery/photos?per_page=24&page=2", "/gallery/incorrect?sort=random", "/compare"]
+)
+def test_every_link_leads_somewhere(gallery: Gallery, path: str) -> None:
+    text = gallery.text(path)
+    found = {address for address in links(text) if "/gallery/photo?" not in address}
+    found |= set([address for address in links(text) if "/gallery/photo?" in address][:3])
+    assert len(found) >= 5
+    for address in found:
+        assert gallery.server.get(address).status == 200, address
+
+
+def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
+    answer = gallery.server.get("/gallery/photos?class=red&by=margin.asc&per_page=24&from=40&to=95")
+    assert answer.status == 302
+    query = parse_qs(urlsplit(answer.headers["Location"]).query)
+    assert query == {
+        "model": [gallery.version],
+        "class": ["red"],
+        "confidence": ["40-95"],
+        "sort": ["margin"],
+        "per_page": ["24"],
+    }
+    assert gallery.server.get(answer.headers["Location"]).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/gallery?colour=red", 400, "The parameter &#39;colour&#39; is not known here"),
+        ("/gallery?model=nobody", 404, "no predictions of a model"),
+        ("/gallery/photos?class=zebra", 400, "the model knows"),
+        ("/gallery/photos?by=size", 400, "it can be loss.asc"),
+        ("/gallery/photos?from=90&to=50", 400, "the lower end comes first"),
+        ("/gallery/photos?from=-1", 400, "0 to 100"),
+        ("/gallery/photos?page=0", 400, "a whole number from 1"),
+        ("/gallery/photos?per_page=1000", 400, "from 24 to 96"),
+        ("/gallery/correct?sort=size", 400, "it can be loss"),
+        ("/compare?c=1", 400, "there are a and b"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_in_one_sentence(gallery: Gallery, path: str, status: int, words: str) -> None:
+    answer = gallery.server.get(path)
+    assert answer.status == status
+    assert answer.headers["Content-Type"].startswith("text/html")
+    alert = re.search(r'role="alert".*?</div>', answer.body.decode(), re.DOTALL)
+    assert alert
+    assert words in alert[0]
+
+
+def test_a_filter_that_nothing_fits_leads_back(gallery: Gallery) -> None:
+    text = gallery.text("/gallery/photos?confidence=0-10")
+    assert "No photo fits all of that." in text
+    assert gallery.total(next(address for address in links(text.partition("No photo fits")[2]))) == len(gallery.rows)
+
+
+def test_behind_the_last_page_comes_the_last_page(gallery: Gallery) -> None:
+    answer = gallery.server.get("/gallery/photos?per_page=24&page=999")
+    assert answer.status == 302
+    assert parse_qs(urlsplit(answer.headers["Location"]).query)["page"] == [str(-(-len(gallery.rows) // 24))]
+
+
+def test_below_the_gallery_the_navigation_still_says_where_one_is(gallery: Gallery) -> None:
+    assert '<a href="/gallery" aria-current="page">Gallery</a>' in gallery.text("/gallery")
+    assert '<a href="/gallery" aria-current="true">Gallery</a>' in gallery.text("/gallery/photos")
+
+
+def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to_do(
+    tiny_bundle: SimpleNamespace, tmp_path: Path
+) -> None:
+    with serve(tiny_bundle.path, database_url=f"sqlite:///{tmp_path / 'reviews.db'}") as server:
+        text = poll(lambda: (page := server.get("/gallery/photos")).status == 200 and page.body.decode())
+        assert "Start the service with DATA=FOLDER" in text
+        assert "Photo missing" in text
+        assert "thumbnail.jpg" not in text
+        text = server.get("/compare").body.decode()
+        assert "There is one model only." in text
+        assert "EVALUATIONS=OLD" in text
+
+
+@pytest.mark.parametrize(
+    ("page", "pages", "wanted"),
+    [
+        (1, 1, [1]),
+        (1, 4, [1, 2, 3, 4]),
+        (5, 9, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (1, 20, [1, 2, 3, None, 20]),
+        (10, 20, [1, None, 8, 9, 10, 11, 12, None, 20]),
+    ],
+)
+def test_the_pager_leaves_gaps_that_are_worth_it(page: int, pages: int, wanted: list[int | None]) -> None:
+    assert numbers(page, pages) == wanted
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_page(browser: Browser, gallery: Gallery) -> Iterator[NewPage]:
+    """Opens a page; at the end nothing may have been complained of on its console but photos that are not there."""
+    complaints: list[str] = []
+    pages: list[Page] = []
+
+    def hear(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning") and "the server responded with a status of 404" not in message.text:
+            complaints.append(message.text)
+
+    def open_page(path: str, **options: Any) -> Page:
+        context = browser.new_context(base_url=gallery.server.url, **(DESKTOP | options))
+        context.set_default_timeout(30_000)
+        page = context.new_page()
+        page.on("console", hear)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        pages.append(page)
+        page.goto(path)
+        return page
+
+    yield open_page
+    for page in pages:
+        page.context.close()
+    assert complaints == []
+
+
+@in_browser
+def test_arrow_keys_turn_pages_but_not_in_a_field(new_page: NewPage) -> None:
+    page = new_page("/gallery/photos?per_page=24")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url("**page=2")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_url(lambda address: "page=" not in address.replace("per_page", ""))
+    page.get_by_role("spinbutton", name="From").focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("spinbutton", name="From").press("Enter")
+    page.wait_for_url(lambda address: "from=" not in address)
+    expect(page.locator(".pager [aria-current]")).to_have_text("Page 1")
+
+
+@in_browser
+def test_a_choice_is_sent_at_once_and_without_javascript_by_its_button(new_page: NewPage) -> None:
+    page = new_page("/gallery/incorrect")
+    expect(page.get_by_role("button", name="Show")).to_be_hidden()
+    page.get_by_label("Sort").select_option("By name")
+    page.wait_for_url("**sort=name*")
+    expect(page.get_by_label("Sort")).to_have_value("name.asc")
+    expect(page.locator(".chip")).to_have_count(1)
+    plain = new_page("/gallery/incorrect", java_script_enabled=False)
+    plain.get_by_label("Sort").select_option("In a random order")
+    plain.get_by_role("button", name="Show").click()
+    plain.wait_for_url("**sort=random*")
+    plain.get_by_role("link", name="Another random sample").click()
+    plain.wait_for_url("**seed=1*")
+    plain.locator(".chip").click()
+    expect(plain.locator("h1")).to_contain_text("has classified")
+
+
+@in_browser
+def test_a_photo_that_is_missing_is_said_so_in_its_place(new_page: NewPage) -> None:
+    page = new_page("/gallery/photos?source=out-of-fold&sort=name&per_page=24")
+    tile = page.locator(".tile").first
+    expect(tile.locator(".gone")).to_have_text("Photo missing")
+    box = tile.locator(".frame").bounding_box()
+    assert box
+    assert box["width"] / box["height"] == pytest.approx(4 / 3, abs=0.02)
+    expect(page.locator(".alert")).to_contain_text("set DATA to the folder that was evaluated")
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("device", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_every_listing_page_is_accessible_and_fits(new_page: NewPage, scheme: str, device: dict[str, Any]) -> None:
+    page = new_page("/gallery", color_scheme=scheme, reduced_motion="reduce", **device)
+    for path in ("/gallery", "/gallery/photos?verdict=wrong&per_page=24", "/gallery/photos?confidence=0-10", "/compare"):
+        page.goto(path)
+        fold = page.locator("#panel > summary")
+        if fold.is_visible():
+            fold.click()
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
+        assert found.violations_count == 0, f"{path}: {found.generate_report()}"
+        assert page.evaluate("document.documentElement.scrollWidth") == device["viewport"]["width"]
