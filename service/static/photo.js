@@ -34,6 +34,8 @@
     adorn();
     const note = find("note");
     if (note && !note.value) note.value = sessionStorage.getItem(draft()) ?? "";
+    const goesOn = document.querySelector("input[name=next]");
+    if (goesOn && sessionStorage.getItem("next")) goesOn.checked = sessionStorage.getItem("next") === "1";
     const { prefetch, prefetchCrop } = page().dataset;
     for (const address of [prefetch, prefetchCrop]) if (address) new Image().src = address;
     const here = new URL(location.href);
@@ -150,6 +152,7 @@
 
   addEventListener("input", (event) => {
     if (event.target.id === "note") sessionStorage.setItem(draft(), event.target.value);
+    if (event.target.name === "next") sessionStorage.setItem("next", event.target.checked ? "1" : "0");
   });
 
   // Keys
