@@ -178,7 +178,15 @@ def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
     past = get("history", TAG, "What was decided about a photo", entries, *FAILING)
     sha256 = parameter("sha256", STRING, "The photo's sha256.")
     return {
-        "/gallery/review": {"post": review},
-        "/gallery/key": {"post": key},
+        "/gallery/review": {"post": _said_too(review)},
+        "/gallery/key": {"post": _said_too(key)},
         "/gallery/history.json": {"get": past | {"parameters": [sha256]}},
     }
+
+
+def _said_too(operation: dict[str, Any]) -> dict[str, Any]:
+    """The same operation where a form's problems are said on a page, and a program's come as JSON."""
+    for status, given in operation["responses"].items():
+        if int(status) >= 400:
+            given["content"] = {**given["content"], "text/html": {"schema": STRING}}
+    return operation
