@@ -96,17 +96,20 @@ class Board:
             write_text(self._folder / STATE, json.dumps(dataclasses.asdict(state)))
 
     @contextlib.contextmanager
-    def deciding(self) -> Iterator[None]:
-        """Nobody else decides meanwhile, in no worker. Raises Problem at once where somebody does; a killed one does not."""
+    def deciding(self, *, wait: bool = False) -> Iterator[None]:
+        """Nobody else decides meanwhile, in no worker. Where somebody does, ``wait`` for it, or raise Problem at once.
+
+        One that was killed decides no longer.
+        """
         with contextlib.ExitStack() as held:
             busy = Problem("swap_in_progress", "Another bundle is being loaded and checked; ask again when that is done.")
-            if not self._deciding.acquire(blocking=False):
+            if not self._deciding.acquire(blocking=wait):
                 raise busy
             held.callback(self._deciding.release)
             if self._folder is not None:
                 file = held.enter_context((self._folder / LOCK).open("w"))
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except OSError:
                     raise busy from None
             yield

@@ -156,7 +156,7 @@ class ServedModel:
         try:
             model = load_model(self._settings, make_plan(self._settings), self.metrics, path=path)
             if chosen is None:
-                with self.board.deciding():
+                with self.board.deciding(wait=True):
                     self.board.write(first_state(self._settings))
         except UserError as error:
             self._fail(str(error))

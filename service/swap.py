@@ -74,6 +74,7 @@ class Swapper:
         next_look = 0.0
         while not self._served.closed.wait(LOOK_S):
             try:
+                self._served.get()  # nothing is decided before the first one serves
                 if self._lags() and not self._adopt():
                     self._served.run(self._follow)
                 if self._follows_link() and time.monotonic() >= next_look:

@@ -33,7 +33,7 @@ def test_every_flag_in_the_readme_is_a_flag() -> None:
     for name in COMMANDS:
         parser = argparse.ArgumentParser(conflict_handler="resolve")
         importlib.import_module(f"finetune.{MODULES.get(name, name)}").add_arguments(parser)
-        known |= set(parser.format_help().replace(",", " ").split())
+        known |= set(re.findall(r"--[a-z-]+", parser.format_help()))
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
         assert flag in known, flag
 

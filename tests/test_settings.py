@@ -43,7 +43,9 @@ def test_every_setting_has_a_variable_a_help_and_a_default_that_its_own_limits_l
     for row in dataclasses.fields(Settings):
         assert row.metadata["help"]
         default = row.default
-        if isinstance(default, (int, float)):
+        if isinstance(default, bool):
+            assert getattr(read(**{row.name.upper(): str(int(default))}), row.name) == default
+        elif isinstance(default, (int, float)):
             assert getattr(read(**{row.name.upper(): str(default)}), row.name) == default
             assert row.metadata["least"] <= default <= row.metadata["most"]
 
