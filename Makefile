@@ -11,6 +11,7 @@ ARGS     ?=
 BUNDLE   ?=
 HOST     ?=
 PORT     ?=
+JOBS     ?= 2
 
 # Containers: docker or podman, whichever is there; IMAGE=finetune for the one that trains.
 CONTAINER ?= $(firstword $(foreach tool,docker podman,$(if $(shell command -v $(tool)),$(tool))))
@@ -55,8 +56,8 @@ demo: $(INSTALLED) ## the whole job on drawn pictures, without any data or downl
 	@BUNDLE=demo/run/bundle DATA=demo/pictures EVALUATIONS=demo/folds DATABASE_URL=sqlite:///demo/reviews.db \
 	  HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
-test: $(INSTALLED) ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## the whole test suite, in two processes (JOBS=1: in one, by itself)
+	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff check .
