@@ -17,6 +17,8 @@ from service.security import require_key
 from service.settings import Settings
 from service.uploads import read_uploads
 
+MOST_CLASSES = 1_000_000
+
 bp = Blueprint("api", __name__)
 
 
@@ -86,8 +88,8 @@ def _top_k() -> int | None:
     text = request.args.get("top_k")
     if text is None:
         return None
-    if not re.fullmatch(r"[0-9]{1,7}", text) or int(text) < 1:
-        raise Problem("bad_parameter", f"top_k is {text[:40]!r}; it must be a whole number from 1 on.")
+    if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= MOST_CLASSES:
+        raise Problem("bad_parameter", f"top_k is {text[:40]!r}; it must be a whole number from 1 to {MOST_CLASSES}.")
     return int(text)
 
 

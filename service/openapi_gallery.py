@@ -163,7 +163,7 @@ def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
         "security": security,
     }
     key_fields = {"key": STRING, "back": described(STRING, "The page to go back to.")}
-    key_form = {"application/x-www-form-urlencoded": {"schema": record("A key.", key_fields, optional=("back", "key"))}}
+    key_form = {"application/x-www-form-urlencoded": {"schema": record("A key.", key_fields, optional=("back",))}}
     key = {
         "operationId": "gallery_key",
         "tags": [TAG],
@@ -171,7 +171,7 @@ def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
         "requestBody": {"required": True, "content": key_form},
         "responses": {
             "303": {"description": "Back to the page."},
-            **problem_answers("unauthorized", "cross_site", "body_too_large"),
+            **problem_answers("unauthorized", "cross_site", "bad_parameter", "body_too_large"),
         },
     }
     entries = answer("The newest first.", "application/json", {"type": "object"})

@@ -7,15 +7,15 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
-from tempfile import SpooledTemporaryFile
 from typing import Any
 
-from flask import Blueprint, Response, send_file, stream_with_context, url_for
+from flask import Blueprint, Response, stream_with_context, url_for
 
 from service.filters import Filter
 from service.gallery.asking import asked_filter, listing
 from service.gallery.core import gallery
 from service.store import live
+from service.store.database import Database
 from service.store.importing import file_name
 from service.store.listing import KnownModel, Photo
 from service.store.reviewing import REVIEW_COLUMNS, reviews
@@ -78,17 +78,40 @@ def live_zip() -> Response:
     database = gallery().database
     with database.read() as connection:
         chosen = list(live.labelled(connection))
-    file = SpooledTemporaryFile(max_size=16 * MIB)  # noqa: SIM115 - the answer closes it
-    with zipfile.ZipFile(file, "w") as folder:  # stored: photos are compressed already
+    headers = {"Cache-Control": "no-cache", "Content-Disposition": 'attachment; filename="live.zip"'}
+    return Response(_zipped(database, chosen), headers=headers, mimetype="application/zip")
+
+
+def _zipped(database: Database, chosen: Sequence[tuple[str, str]]) -> Iterator[bytes]:
+    """The photos of these sha256s and classes as a ZIP file, one after the other, so that one is in memory at a time."""
+    outgoing = _Outgoing()
+    with zipfile.ZipFile(outgoing, "w") as folder:  # stored: photos are compressed already
         for sha256, label in chosen:
             with database.read() as connection:
                 data = live.photo_of(connection, sha256)
             if data is not None:
                 folder.writestr(f"live/train/{label}/{sha256[:16]}{live.suffix_of(data)}", data)
-    file.seek(0)
-    answer = send_file(file, mimetype="application/zip", as_attachment=True, download_name="live.zip")
-    answer.call_on_close(file.close)
-    return answer
+                yield outgoing.taken()
+    yield outgoing.taken()
+
+
+class _Outgoing(io.RawIOBase):
+    """A file that is written and taken away, never read or sought."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._bytes += data
+        return len(data)
+
+    def taken(self) -> bytes:
+        """What was written since the last time."""
+        taken, self._bytes = bytes(self._bytes), bytearray()
+        return taken
 
 
 def as_row(photo: Photo, model: KnownModel) -> dict[str, Any]:

@@ -96,6 +96,10 @@ def key() -> Response:
     settings: Settings = current_app.extensions["settings"]
     require_same_site(request)
     request.max_content_length = MOST_BYTES
+    if unknown := set(request.form) - {"key", "back"}:
+        raise Problem("bad_parameter", f"The field {min(unknown)!r} is not known here; there are key and back.")
+    if "key" not in request.form:
+        raise Problem("bad_parameter", "The field `key` is missing; it is the key that decisions want.")
     given = request.form.get("key", "").strip()
     back = request.form.get("back", "")
     is_ours = back.startswith(("/gallery", "/compare")) and "//" not in back and "\\" not in back
