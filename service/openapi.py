@@ -81,7 +81,8 @@ def _predict(settings: Settings, url: str) -> dict[str, Any]:
         "summary": "Classify photos",
         "description": f"One photo or several, in any of the three forms. {limits} {who}\n\nOf several photos each has its own "
         "row, with the answer or its own `error`; a single photo's problem is the answer's. A photo is turned as its EXIF data "
-        "says; of an animation the first frame counts. Photos are not stored"
+        "says; of an animation the first frame counts. "
+        + (f"Photos are kept for {settings.keep_days:g} days at most" if settings.keep_predictions else "Photos are not stored")
         + (
             f"; the crops of the last {settings.compare_photos} stay in memory, to compare the next bundle with this one."
             if settings.compare_photos

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import models
+from models.bundle import MANIFEST
 from models.errors import ConfigError
+from models.evaluation import EVALUATION
 
 SHIPPED = Path(models.__file__).parent / "shipped" / "dogs-vs-cats"
 MIB = 1 << 20
@@ -107,6 +109,11 @@ class Settings:
             raise ConfigError(
                 f"DATA is {str(settings.data)!r}, which is no folder; name the folder of photos that was evaluated."
             )
+        for path in settings.evaluations:
+            if not any((path / name).is_file() for name in (MANIFEST, EVALUATION)):
+                raise ConfigError(
+                    f"EVALUATIONS names {str(path)!r}, which is neither a bundle nor a folder that `finetune evaluate` wrote."
+                )
         if settings.max_photos > settings.queue:
             raise ConfigError(
                 f"MAX_PHOTOS is {settings.max_photos} and QUEUE {settings.queue}: a full request would never fit; raise QUEUE."

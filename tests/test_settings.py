@@ -50,6 +50,12 @@ def test_every_setting_has_a_variable_a_help_and_a_default_that_its_own_limits_l
             assert row.metadata["least"] <= default <= row.metadata["most"]
 
 
+def test_an_evaluation_that_is_none_is_refused(tmp_path: Path) -> None:
+    said = refused(EVALUATIONS=str(tmp_path))
+    assert str(tmp_path) in said
+    assert "finetune evaluate" in said
+
+
 def test_variables_are_read_by_their_kind() -> None:
     settings = read(
         BUNDLE="~/mine", HOST="::", PORT=" 0 ", THREADS="7", MAX_WAIT_MS="0.5", MAX_BODY_MB="0.5", MAX_MEGAPIXELS="2.5",

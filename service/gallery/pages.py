@@ -157,4 +157,6 @@ def _train_command() -> str:
     """What trains the served model again with the decisions."""
     settings: Settings = current_app.extensions["settings"]
     data = shlex.quote(str(settings.data)) if settings.data else "DATA"
-    return f"finetune train --data-dir {data} --backbone {served_model().bundle.backbone} --reviews reviews.csv"
+    bundle = served_model().bundle
+    run = shlex.quote(f"runs/{bundle.name}-reviewed")
+    return f"finetune train --data-dir {data} --backbone {bundle.backbone} --reviews reviews.csv --output-dir {run}"

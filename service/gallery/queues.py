@@ -28,7 +28,7 @@ def queues(version: str, classes: Sequence[str]) -> list[Queue]:
     return [
         Queue(
             "Confidently wrong",
-            "Here the model is sure and the label says otherwise: first look whether the label is right.",
+            "The surest mistakes first: look whether it is the label that is wrong.",
             "The model has nothing wrong.",
             wrong,
         ),
@@ -53,7 +53,7 @@ def queues(version: str, classes: Sequence[str]) -> list[Queue]:
         Queue(
             "Live, not yet reviewed",
             "What people sent to be classified, the least certain first; label some, and train with them.",
-            "None are kept. Start with KEEP_PREDICTIONS=1 to keep photos that are sent to /predict.",
+            "None wait. With KEEP_PREDICTIONS=1 photos that are sent to /predict are kept, and come here.",
             everything.having(sources=("live",), reviews=("unreviewed",), sort="margin"),
         ),
         Queue("Random incorrect", "A fair sample of the mistakes.", "The model has nothing wrong.", _random(wrong)),
