@@ -119,7 +119,8 @@ def _photo_forms(settings: Settings) -> dict[str, Any]:
     files = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": settings.max_photos}
     photo = {"type": "object", "properties": {"b64": BASE64}, "required": ["b64"]}
     one = {"type": "object", "properties": {"image": described(BASE64, "Or a data: URL.")}, "required": ["image"]}
-    instances = {"type": "array", "items": photo, "minItems": 1, "maxItems": settings.max_photos}
+    row = described({"anyOf": [photo, {}]}, "What is no photo is answered with an error of its own.")
+    instances = {"type": "array", "items": row, "minItems": 1, "maxItems": settings.max_photos}
     several = {"type": "object", "properties": {"instances": instances}, "required": ["instances"]}
     form = {"type": "object", "properties": {"file": files}, "required": ["file"]}
     return {

@@ -244,7 +244,7 @@ def test_a_manifest_that_names_a_file_outside_is_not_trusted(bundle: Bundle, nam
 
     def point_outside(info: dict[str, Any]) -> None:
         info["files"][name] = info["files"][GRAPH]
-        info["sha256"] = module._digest(info)
+        info["sha256"] = module.digest(info)
 
     change(bundle.path / MANIFEST, point_outside)
     with pytest.raises(BundleError, match=rf"'{name}', which lies outside the bundle"):
