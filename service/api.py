@@ -89,9 +89,7 @@ def _top_k() -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= MOST_CLASSES:
-        raise Problem(
-            "bad_parameter", f"top_k is {text[:40]!r}; it must be a whole number from 1 on, {MOST_CLASSES} at most."
-        )
+        raise Problem("bad_parameter", f"top_k is {text[:40]!r}; it must be a whole number from 1 on, {MOST_CLASSES} at most.")
     return int(text)
 
 
