@@ -21,7 +21,7 @@ from service.gallery.live import Keeper
 from service.gate import Gate
 from service.model import Model, ServedModel
 from service.predict import Predictor
-from service.problems import MEDIA_TYPE, Problem, code_of_status
+from service.problems import Problem, code_of_status
 from service.security import add_security
 from service.settings import Settings
 from service.swap import Swapper
@@ -108,12 +108,10 @@ def _add_hooks(app: Flask, model: ServedModel) -> None:
 def _add_error_handlers(app: Flask, model: ServedModel) -> None:
     @app.errorhandler(Problem)
     def problem(error: Problem) -> Response:
-        error.bare()
-        g.code = error.code
-        model.metrics.errors.labels(error.code).inc()
         if oip.speaks(request.path):
+            site.note_problem(error)
             return oip.error_answer(error)
-        return Response(error.body(g.request_id), error.status, error.headers, content_type=MEDIA_TYPE)
+        return site.problem_json(error)
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:

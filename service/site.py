@@ -12,7 +12,7 @@ from flask import Blueprint, Response, current_app, g, render_template, request
 from models.engine import Pixels
 from service.api import crop_as_url
 from service.model import Model, ServedModel
-from service.problems import Problem
+from service.problems import MEDIA_TYPE, Problem
 
 YEAR_S = 365 * 24 * 3600
 
@@ -41,11 +41,22 @@ def served_model() -> Model:
     return served.get()
 
 
-def problem_page(problem: Problem, template: str = "problem.html", **context: Any) -> Response:
-    """A problem in words on a page, counted and logged as the API's are. One that passes has the page asked for again."""
+def note_problem(problem: Problem) -> None:
+    """Count a problem that is answered, and have the request's line in the log name it."""
     g.code = problem.bare().code
     served: ServedModel = current_app.extensions["model"]
     served.metrics.errors.labels(problem.code).inc()
+
+
+def problem_json(problem: Problem) -> Response:
+    """A problem for a program."""
+    note_problem(problem)
+    return Response(problem.body(g.request_id), problem.status, problem.headers, content_type=MEDIA_TYPE)
+
+
+def problem_page(problem: Problem, template: str = "problem.html", **context: Any) -> Response:
+    """A problem in words on a page, counted and logged as the API's are. One that passes has the page asked for again."""
+    note_problem(problem)
     refresh_s = problem.headers.get("Retry-After") if request.method in ("GET", "HEAD") else None
     text = render_template(template, problem=problem, refresh_s=refresh_s, **context)
     return Response(text, problem.status, {**problem.headers, "Cache-Control": "no-store"}, mimetype="text/html")

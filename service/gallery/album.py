@@ -87,11 +87,6 @@ class Album:
             explainer = self._explainers[version]
         return explainer.explain(sha256, label, lambda: self.crop(version, photo, sha256))
 
-    def close(self) -> None:
-        for explainer in self._explainers.values():
-            explainer.close()
-        self._crew.close()
-
     def _bundle(self, version: str) -> Bundle:
         path = self._gallery.bundle_path(version)
         if path is None:

@@ -77,10 +77,6 @@ class Gallery:
         kinds = {results.kind: results.path for results in self._results.get(version, [])}
         return kinds.get("bundle")
 
-    def close(self) -> None:
-        if self._database is not None:
-            self._database.close()
-
     def _take(self, path: Path) -> None:
         """Import a bundle's or an evaluation's predictions, if that was not done; one that is broken is logged and left out."""
         assert self._database is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 from flask import Blueprint, Response, stream_with_context, url_for
 
+from models.reviews import Review, write_reviews
 from service.filters import Filter
 from service.gallery.asking import asked_filter, listing
 from service.gallery.core import gallery
@@ -18,7 +19,7 @@ from service.store import live
 from service.store.database import Database
 from service.store.importing import file_name
 from service.store.listing import KnownModel, Photo
-from service.store.reviewing import REVIEW_COLUMNS, reviews
+from service.store.reviewing import reviews
 
 CHUNK = 500
 MIB = 1 << 20
@@ -62,14 +63,9 @@ def as_csv(verdict: str = "") -> Response:
 def reviews_csv() -> Response:
     """What holds of every photo that was decided about: what `finetune train --reviews` takes."""
     with gallery().database.read() as connection:
-        found = [list(row) for row in reviews(connection)]
-    column = REVIEW_COLUMNS.index
-    for row in found:
-        row[column("photo")] = file_name(row[column("photo")])
-        row[column("decided_at")] = row[column("decided_at")].isoformat(timespec="seconds")
-        for name in ("note", "reviewer"):
-            row[column(name)] = _no_formula(row[column(name)])
-    return _csv(REVIEW_COLUMNS, iter(found), "reviews.csv")
+        found = [_review(row) for row in reviews(connection)]
+    headers = {"Cache-Control": "no-cache", "Content-Disposition": 'attachment; filename="reviews.csv"'}
+    return Response(write_reviews(found), headers=headers, content_type="text/csv; charset=utf-8")
 
 
 @bp.get("/gallery/live.zip")
@@ -147,6 +143,19 @@ def as_row(photo: Photo, model: KnownModel) -> dict[str, Any]:
 
 def flags_of(photo: Photo) -> list[str]:
     return ["duplicate"] * photo.duplicate + ["mislabelled"] * photo.mislabelled
+
+
+def _review(row: Any) -> Review:
+    return Review(
+        sha256=row.sha256,
+        photo=file_name(row.photo),
+        label=row.label or "",
+        decision=row.decision,
+        new_label=row.new_label or "",
+        note=_no_formula(row.note),
+        reviewer=_no_formula(row.reviewer),
+        decided_at=row.decided_at.isoformat(timespec="seconds"),
+    )
 
 
 def _asked(verdict: str) -> Filter:

@@ -44,21 +44,21 @@ def home() -> Response:
     database = shown.database
     version = request.args.get("model") or shown.version or ""
     with database.read() as connection:
-        model = find_model(connection, version)
+        everything = Listing(connection, Filter(model=version))
+        model = everything.model
         rows = []
         for queue in queues(version, model.classes):
-            found = Listing(connection, queue.wanted)
+            found = Listing(connection, queue.wanted, beside=everything)
             rows.append(Shown(queue, found.counts.total, found.first(THUMBNAILS)))
-        everything = Listing(connection, Filter(model=version)).counts
         models = known_models(connection)
     return render(
         "gallery/home.html",
         model_shown=model,
         rows=rows,
-        counts=everything,
+        counts=everything.counts,
         models=models,
         served=shown.version,
-        everything=Filter(model=version),
+        everything=everything.wanted,
         train=_train_command(),
         trouble=_trouble([photo for row in rows for photo in row.photos]),
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, Response, current_app, g, request, url_for
+from flask import Blueprint, Response, current_app, request, url_for
 
 from models.lookalikes import Duplicate
 from service.explain import Explanation
@@ -19,11 +19,10 @@ from service.gallery.core import gallery
 from service.gallery.pages import render
 from service.gallery.panel import address_of
 from service.gallery.past import entries
-from service.model import ServedModel
 from service.problems import Problem
 from service.security import require_key_or_cookie
 from service.settings import Settings
-from service.site import problem_page
+from service.site import note_problem, problem_page
 from service.store.importing import storable
 from service.store.listing import Listing, Photo
 from service.store.reviewing import decision_that_holds, history
@@ -79,9 +78,8 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
         first = next(iter(found.first(1)), None)
         neighbours = _neighbours(found, this)
         duplicates = _duplicates(found, this)
-        with shown.database.read() as connection:
-            past = history(connection, this.sha256)
-            saved = decision_that_holds(connection, request.args.get("saved", ""))
+        past = history(found.connection, this.sha256)
+        saved = decision_that_holds(found.connection, request.args.get("saved", ""))
     model = found.model
     trouble = album().look_for(this.photo, this.sha256)
     has_bundle = shown.bundle_path(model.version) is not None
@@ -127,9 +125,7 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
     if refused:
         answer.status_code = refused.problem.status
         answer.headers.update({**refused.problem.headers, "Cache-Control": "no-store"})
-        g.code = refused.problem.bare().code
-        served: ServedModel = current_app.extensions["model"]
-        served.metrics.errors.labels(refused.problem.code).inc()
+        note_problem(refused.problem)
     return answer
 
 

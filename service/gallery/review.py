@@ -14,11 +14,10 @@ from service.filters import Filter, read_filter
 from service.gallery.asking import GO_ON, REVIEWER, listing
 from service.gallery.core import gallery
 from service.gallery.photo_page import Refused, show
-from service.model import ServedModel
-from service.problems import MEDIA_TYPE, Problem
+from service.problems import Problem
 from service.security import KEY_COOKIE, name_of_key, require_key_or_cookie, require_same_site
 from service.settings import Settings
-from service.site import YEAR_S, problem_page
+from service.site import YEAR_S, problem_json, problem_page
 from service.store.listing import find_model
 from service.store.reviewing import Verdict, decide, history
 
@@ -36,10 +35,7 @@ def refuse(problem: Problem) -> Response:
     """In words on a page for a form, as problem+json for a program."""
     if request.method == "POST" and not request.is_json:
         return problem_page(problem)
-    g.code = problem.bare().code
-    served: ServedModel = current_app.extensions["model"]
-    served.metrics.errors.labels(problem.code).inc()
-    return Response(problem.body(g.request_id), problem.status, problem.headers, content_type=MEDIA_TYPE)
+    return problem_json(problem)
 
 
 @bp.errorhandler(RequestEntityTooLarge)

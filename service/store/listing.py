@@ -81,11 +81,14 @@ class Photo:
 class Listing:
     """One filter on one connection: its counts, its pages, its photos one after the other."""
 
-    def __init__(self, connection: Connection, wanted: Filter) -> None:
-        """Raises Problem for a model or a class that is not known."""
-        self._connection = connection
+    def __init__(self, connection: Connection, wanted: Filter, *, beside: Listing | None = None) -> None:
+        """What is known of the model is not read again where ``beside`` is another filter of the same model.
+
+        Raises Problem for a model or a class that is not known.
+        """
+        self.connection = connection
         self.wanted = wanted
-        self.model = find_model(connection, wanted.model)
+        self.model: KnownModel = beside.model if beside else find_model(connection, wanted.model)
         _check_classes(wanted, self.model)
         self._changed = None
         among = None
@@ -94,7 +97,7 @@ class Listing:
             of_cell = predictions.c.cell_id
             found = select(of_cell, func.count()).where(predictions.c.id.in_(self._changed)).group_by(of_cell)
             among = {row[0]: row[1] for row in connection.execute(found)}
-        self.cells = cells_of(connection, self.model)
+        self.cells: Sequence[Cell] = beside.cells if beside else cells_of(connection, self.model)
         self.everything = sum(cell.photos for cell in self.cells)
         self.counts: Counts = count(self.cells, wanted, among=among)
         self._column = SORTED_BY[wanted.sort]
@@ -102,7 +105,7 @@ class Listing:
     def on(self, connection: Connection) -> Listing:
         """The same listing on another connection, counted as it was."""
         other = copy.copy(self)
-        other._connection = connection
+        other.connection = connection
         return other
 
     @property
@@ -124,12 +127,12 @@ class Listing:
         """The model's photos of these contents, whether the filter lets them through or not."""
         mine = predictions.c.model_id == self.model.id
         found = select(predictions.c.id).where(mine, predictions.c.sha256.in_(sha256s)).order_by(predictions.c.id.desc())
-        return {photo.sha256: photo for photo in self.photos(list(self._connection.execute(found).scalars()))}
+        return {photo.sha256: photo for photo in self.photos(list(self.connection.execute(found).scalars()))}
 
     def photos(self, ids: Sequence[int]) -> list[Photo]:
         """The photos with these ids, in their order; one that is gone meanwhile is passed over."""
         found = select(*_COLUMNS).select_from(_JOINED).where(predictions.c.id.in_(ids))
-        rows = {row.id: self._photo(row) for row in self._connection.execute(found)}
+        rows = {row.id: self._photo(row) for row in self.connection.execute(found)}
         return [rows[id_] for id_ in ids if id_ in rows]
 
     def find(self, photo: str, sha256: str = "") -> Photo:
@@ -138,7 +141,7 @@ class Listing:
         if sha256:
             named = named.where(predictions.c.sha256 == sha256)
         named = named.order_by(predictions.c.id).limit(1)
-        found = can_be_kept(photo, sha256) and self._connection.execute(named).scalar()
+        found = can_be_kept(photo, sha256) and self.connection.execute(named).scalar()
         if not found:
             raise Problem("not_found", f"The model {self.model.version} was not evaluated on a photo {photo!r}.")
         return self.photos([found])[0]
@@ -222,11 +225,11 @@ class Listing:
         if (self.wanted.order == "desc") != backwards:
             keys = [key.desc() for key in keys]
         found = select(predictions.c.id).where(*self._conditions(), *more).order_by(*keys).limit(limit).offset(offset)
-        return list(self._connection.execute(found).scalars())
+        return list(self.connection.execute(found).scalars())
 
     def _count(self, more: list[ColumnElement[bool]]) -> int:
         found = select(func.count()).select_from(predictions).where(*self._conditions(), *more)
-        return int(self._connection.execute(found).scalar_one())
+        return int(self.connection.execute(found).scalar_one())
 
     def _photo(self, row: Any) -> Photo:
         cell = name_cell([row.cell_id, *(getattr(row, name) for name in DIMENSIONS), 1], self.model.classes)

@@ -9,12 +9,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
 
+from models.reviews import COLUMNS, DECISIONS
 from service.problems import Problem
 from service.store.importing import DIMENSIONS, Cells, judge, live_loss
 from service.store.tables import can_be_kept, cells, current_reviews, decisions, models, predictions
-
-DECISIONS = ("label", "neither", "bad")
-REVIEW_COLUMNS = ("sha256", "photo", "label", "decision", "new_label", "note", "reviewer", "decided_at")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ def history(connection: Connection, sha256: str) -> list[Row[Any]]:
 
 def reviews(connection: Connection) -> Iterator[Row[Any]]:
     """What holds of every photo that was decided about, in the order of their names: the rows of reviews.csv."""
-    columns = [current_reviews.c[name] for name in REVIEW_COLUMNS]
+    columns = [current_reviews.c[name] for name in COLUMNS]
     yield from connection.execute(select(*columns).order_by(current_reviews.c.photo, current_reviews.c.sha256))
 
 
@@ -134,7 +132,7 @@ def _hold(connection: Connection, sha256: str) -> None:
     connection.execute(delete(current_reviews).where(current_reviews.c.sha256 == sha256))
     holds = holding(connection, sha256)
     if holds is not None:
-        row = {name: getattr(holds, name) for name in REVIEW_COLUMNS}
+        row = {name: getattr(holds, name) for name in COLUMNS}
         connection.execute(insert(current_reviews).values(**row, decision_id=holds.id))
     settle(connection, sha256)
 
