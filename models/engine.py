@@ -57,8 +57,11 @@ class OnnxEngine:
     ``batch_sizes`` are the only ones that are computed: a batch is split into the largest and its rest padded to the next,
     as every further size costs its own time and memory at its first use. None named, every size is. A graph with a fixed
     batch size has that one. ``threads`` 0 means all processors that the process may use; ``streams`` batches are computed
-    at once, each by its share of the threads, when as many threads call ``run``. In the folder ``keep_compiled`` OpenVINO
-    keeps what it compiled, under the graph's and the settings' hash: the next start takes a quarter of the time.
+    at once, each by its share of the threads, when as many threads call ``run``. Threads are not tied to processors, which
+    others use as well: who decodes, who talks to clients, another process that computes.
+
+    In the folder ``keep_compiled`` OpenVINO keeps what it compiled, under the graph's and the settings' hash: the next start
+    takes a quarter of the time.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class OnnxEngine:
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if streams > 1:
             settings = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "NUM_STREAMS": streams}
+        settings["ENABLE_CPU_PINNING"] = False
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         self._tensor, self._outputs = openvino.Tensor, len(outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import queue
@@ -165,6 +166,7 @@ class ServedModel:
             self._fail(f"The bundle {path} could not be loaded: {error!r}")
         else:
             self.install(model)
+            gc.freeze()  # what is there by now stays; to look through all of it again and again costs every request
             self.metrics.ready.set(1)
             log.info(
                 "ready",
@@ -222,7 +224,7 @@ def load_model(settings: Settings, plan: Plan, metrics: Metrics, *, path: Path |
             path / GRAPH,
             outputs=["probabilities"],
             precision=precision.name,
-            threads=plan.crew,
+            threads=plan.share,
             streams=plan.streams,
             batch_sizes=sizes,
             keep_compiled=compiled_dir(),

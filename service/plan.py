@@ -13,11 +13,12 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs side by side. ``crew`` and ``streams`` are of each worker."""
+    """What runs side by side. ``share`` (of the processors), ``crew`` and ``streams`` are of each worker."""
 
     cpus: int
     workers: int
     threads: int
+    share: int
     crew: int
     streams: int
 
@@ -31,7 +32,8 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """Settings decide where they are given; the rest follows from the processors.
 
-    One stream a processor computes more photos a second than all processors on one batch after another.
+    One stream a processor computes more photos a second than all processors on one batch after another. The crew has one
+    thread more than there are processors: there is always one that waits for Python's lock.
     """
     cpus = settings.cpus or available_cpus()
     share = max(1, cpus // settings.web_concurrency)
@@ -39,7 +41,8 @@ def make_plan(settings: Settings) -> Plan:
         cpus=cpus,
         workers=settings.web_concurrency,
         threads=settings.threads or settings.queue + 16,
-        crew=share,
+        share=share,
+        crew=share + 1,
         streams=settings.streams or share,
     )
 

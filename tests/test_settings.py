@@ -148,13 +148,13 @@ def test_the_processors_are_those_of_the_quota(tmp_path: Path) -> None:
 def test_the_plan_shares_the_processors_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.plan.available_cpus", lambda: 8)
     plan = make_plan(Settings())
-    assert (plan.cpus, plan.workers, plan.threads, plan.crew, plan.streams) == (8, 1, 80, 8, 8)
+    assert (plan.cpus, plan.workers, plan.threads, plan.share, plan.crew, plan.streams) == (8, 1, 80, 8, 9, 8)
     plan = make_plan(Settings(web_concurrency=3, queue=32))
-    assert (plan.workers, plan.threads, plan.crew, plan.streams) == (3, 48, 2, 2)
+    assert (plan.workers, plan.threads, plan.share, plan.crew, plan.streams) == (3, 48, 2, 3, 2)
     plan = make_plan(Settings(web_concurrency=16))
-    assert (plan.crew, plan.streams) == (1, 1)
+    assert (plan.share, plan.crew, plan.streams) == (1, 2, 1)
     plan = make_plan(Settings(cpus=4, threads=9, streams=2))
-    assert (plan.cpus, plan.threads, plan.crew, plan.streams) == (4, 9, 4, 2)
+    assert (plan.cpus, plan.threads, plan.share, plan.crew, plan.streams) == (4, 9, 4, 5, 2)
     assert "4 processors" in str(plan)
 
 
