@@ -22,7 +22,6 @@ from service.gate import Gate
 from service.model import Model, ServedModel
 from service.predict import Predictor
 from service.problems import Problem, code_of_status
-from service.security import add_security
 from service.settings import Settings
 from service.swap import Swapper
 
@@ -56,7 +55,6 @@ def build_app(settings: Settings, model: ServedModel) -> Flask:
     model.when_serving(models.put)
     threading.Thread(target=_show_gallery, args=(gallery, models), name="gallery", daemon=True).start()
     _add_hooks(app, model)
-    add_security(app, settings)
     _add_error_handlers(app, model)
     wsgi = Gate(app.wsgi_app, admission, model.metrics, paths=COMPUTING, spoken=SPOKEN, cors_origins=settings.cors_origins)
     app.wsgi_app = wsgi  # type: ignore[method-assign]
@@ -80,7 +78,6 @@ def _add_hooks(app: Flask, model: ServedModel) -> None:
 
     @app.after_request
     def finish(answer: Response) -> Response:
-        answer.headers["X-Request-ID"] = g.request_id
         seconds = time.perf_counter() - g.began
         route = request.url_rule.rule if request.url_rule else "none"
         method = request.method if request.method in METHODS else "other"  # a label's every value is kept for ever

@@ -1,4 +1,4 @@
-"""What stands before Flask: the request's id, and a refusal that costs next to nothing when the house is full."""
+"""What stands before Flask: the request's id, the headers of every answer, and a refusal that costs next to nothing."""
 
 from __future__ import annotations
 
@@ -49,29 +49,32 @@ class Gate:
         environ["service.began"] = time.perf_counter()
         given = environ.get("HTTP_X_REQUEST_ID", "")
         request_id = environ["service.request_id"] = given if ID.fullmatch(given) else uuid.uuid4().hex
+        headers = self._headers(environ, request_id)
+
+        def start(status: str, own: list[tuple[str, str]], *error: Any) -> Any:
+            return start_response(status, own + headers, *error)
+
         if environ["REQUEST_METHOD"] != "POST" or not self._paths.fullmatch(environ["PATH_INFO"]):
-            return self._app(environ, start_response)
+            return self._app(environ, start)
         try:
             self._admission.enter()
         except Problem as problem:
             if self._spoken.fullmatch(environ["PATH_INFO"]):
                 environ["service.refused"] = problem
-                return self._app(environ, start_response)
-            return self._refuse(problem, request_id, environ, start_response)
+                return self._app(environ, start)
+            return self._refuse(problem, request_id, environ, start)
         try:
-            return self._app(environ, start_response)
+            return self._app(environ, start)
         finally:  # the answer is complete here, as no route that computes streams
             self._admission.leave(answered=0)
 
-    def _refuse(self, problem: Problem, request_id: str, environ: WSGIEnvironment, start_response: Any) -> Iterable[bytes]:
+    def _headers(self, environ: WSGIEnvironment, request_id: str) -> list[tuple[str, str]]:
+        origin = environ.get("HTTP_ORIGIN") if environ["PATH_INFO"] == "/predict" else None
+        return [*(HEADERS | cors_headers(origin, self._cors_origins)).items(), ("X-Request-ID", request_id)]
+
+    def _refuse(self, problem: Problem, request_id: str, environ: WSGIEnvironment, start: Any) -> Iterable[bytes]:
         body, route = problem.body(request_id), environ["PATH_INFO"]
-        headers = (
-            HEADERS
-            | cors_headers(environ.get("HTTP_ORIGIN"), self._cors_origins)
-            | problem.headers
-            | {"Content-Type": MEDIA_TYPE, "X-Request-ID": request_id, "Content-Length": str(len(body))}
-        )
         self._metrics.errors.labels(problem.code).inc()
         self._metrics.requests.labels(route, "POST", problem.status).inc()
-        start_response(problem.status_line, list(headers.items()))
+        start(problem.status_line, [("Content-Type", MEDIA_TYPE), ("Content-Length", str(len(body))), *problem.headers.items()])
         return [body]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 
-from flask import Flask, Request, Response, request
+from flask import Request
 
 from service.problems import Problem
 from service.settings import Settings
@@ -77,17 +77,6 @@ def name_among(rows: tuple[str, ...], given: str) -> str | None:
             "unauthorized", f"{what}; send it as `Authorization: Bearer KEY`.", headers={"WWW-Authenticate": "Bearer"}
         )
     return found
-
-
-def add_security(app: Flask, settings: Settings) -> None:
-    """Set the headers on every answer, and CORS's on /predict where origins are configured."""
-
-    @app.after_request
-    def secure(answer: Response) -> Response:
-        answer.headers.extend(HEADERS)
-        if request.path == "/predict":
-            answer.headers.update(cors_headers(request.headers.get("Origin"), settings.cors_origins))
-        return answer
 
 
 def cors_headers(origin: str | None, allowed: tuple[str, ...]) -> dict[str, str]:
