@@ -54,7 +54,7 @@ class Admission:
 
     def _count(self, more: int) -> None:
         self._inside += more
-        if self._gauge:
+        if self._gauge and more:
             self._gauge.inc(more)
 
     def _wait_s(self, photos: int) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 import time
 from typing import Any
 
@@ -34,6 +36,26 @@ class JsonFormatter(logging.Formatter):
         return _encode(line)
 
 
+class OneWrite(logging.Handler):
+    """Each line to standard error in one system call, so that the lines of threads and of processes do not mix.
+
+    logging's own holds a lock meanwhile, and in a busy server the threads queue for that.
+    """
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        if kept := bool(self.filter(record)):
+            self.emit(record)
+        return kept
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = memoryview((self.format(record) + "\n").encode(errors="backslashreplace"))
+            while line:
+                line = line[os.write(sys.stderr.fileno(), line) :]
+        except Exception:
+            self.handleError(record)
+
+
 class QuietLogger(Logger):
     """gunicorn's logger without its line for each request: the application's own knows more."""
 
@@ -47,7 +69,7 @@ def log_config(level: str) -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": {"()": JsonFormatter}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json", "stream": "ext://sys.stderr"}},
+        "handlers": {"stderr": {"()": OneWrite, "formatter": "json"}},
         "root": {"level": level.upper(), "handlers": ["stderr"]},
         "loggers": {"gunicorn.error": {"level": level.upper(), "propagate": True, "handlers": []}},
     }

@@ -34,6 +34,7 @@ class Metrics:
             buckets=SECONDS,
             registry=r,
         )
+        self.stage = {name: self.stage_s.labels(name) for name in STAGES}
         self.batch = Histogram("dvc_batch_photos", "Photos computed in one go.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r)
         self.inside = Gauge(
             "dvc_photos_inside", "Photos waiting, being decoded or computed.", registry=r, multiprocess_mode="livesum"

@@ -52,6 +52,7 @@ class _Photo:
     is_wanted: Callable[[], bool]
     answer: Future[Answer] = field(default_factory=Future)
     came: float = field(default_factory=time.perf_counter)
+    looked: float = 0.0  # when it was found that somebody waits for it
     prepared: Prepared | None = None
     decode_s: float = 0.0
     ready: float = 0.0  # when it was decoded
@@ -182,8 +183,8 @@ class Pipeline:
             if photo.prepared:
                 self._decoded.append(photo)
             self._changed.notify()
-        self._metrics.stage_s.labels("wait").observe(began - photo.came)
-        self._metrics.stage_s.labels("decode").observe(photo.decode_s)
+        self._metrics.stage["wait"].observe(began - photo.came)
+        self._metrics.stage["decode"].observe(photo.decode_s)
 
     def _compute(self, photos: list[_Photo]) -> None:
         try:
@@ -205,11 +206,11 @@ class Pipeline:
     def _answer(self, photos: list[_Photo], probabilities: NDArray[np.float32], began: float) -> None:
         compute_s = time.perf_counter() - began
         self._metrics.batch.observe(len(photos))
-        self._metrics.stage_s.labels("compute").observe(compute_s)
+        self._metrics.stage["compute"].observe(compute_s)
         for photo, row in zip(photos, probabilities, strict=True):
             assert photo.prepared is not None
             queue_s = began - photo.ready
-            self._metrics.stage_s.labels("queue").observe(queue_s)
+            self._metrics.stage["queue"].observe(queue_s)
             answer = Answer(photo.prepared, row, photo.decode_s * 1e3, queue_s * 1e3, compute_s * 1e3, len(photos))
             photo.answer.set_result(answer)
 
@@ -224,7 +225,11 @@ def _as_photo(photo: bytes | Prepared, is_wanted: Callable[[], bool]) -> _Photo:
 
 def _still_wanted(photo: _Photo) -> bool:
     """Whether anybody waits for the answer still; a photo that nobody wants is told so. One that came just now is wanted."""
-    if time.perf_counter() - photo.came < JUST_NOW_S or photo.is_wanted():
+    now = time.perf_counter()
+    if now - max(photo.came, photo.looked) < JUST_NOW_S:
+        return True
+    if photo.is_wanted():
+        photo.looked = now
         return True
     photo.answer.set_exception(UnwantedError())
     return False

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import socket
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flask import Request
 
 from models.engine import Pixels
@@ -31,6 +33,10 @@ class Upload:
     data: bytes
     problem: Problem | None = None
     pixels: Pixels | None = None
+
+    def digest(self) -> bytes:
+        """sha256 of what arrived."""
+        return hashlib.sha256(self.data if self.pixels is None else np.ascontiguousarray(self.pixels).data).digest()
 
 
 @dataclass(frozen=True)
