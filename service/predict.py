@@ -117,7 +117,7 @@ class Predictor:
             metrics.confidence.observe(float(probabilities.max()))
             if self._on_answer and prediction.upload.data:
                 self._on_answer(model.bundle, prediction.upload.data, probabilities)
-            seen = Seen(model.bundle.version, prediction.answer.prepared.pixels, probabilities, prediction.upload.digest())
+            seen = Seen(model.bundle.version, prediction.answer.prepared.pixels, probabilities, prediction.upload.key)
             self._served.recent.add(seen)
 
 

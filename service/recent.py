@@ -37,15 +37,15 @@ class Seen:
     version: str
     pixels: Pixels
     probabilities: NDArray[np.float32]
-    digest: bytes  # sha256 of the photo as it was sent, which is a fifth of its pixels
+    key: int  # a hash of what was sent, which is a fifth of the pixels
 
 
 class Recent:
-    """The last ``most`` different photos by their sha256, so that one that is sent again and again counts once."""
+    """The last ``most`` different photos by the hash of what was sent, so that one that is sent again and again counts once."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._seen: OrderedDict[bytes, Seen] = OrderedDict()
+        self._seen: OrderedDict[int, Seen] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, seen: Seen) -> None:
@@ -53,8 +53,8 @@ class Recent:
         if not self._most:
             return
         with self._lock:
-            self._seen[seen.digest] = seen
-            self._seen.move_to_end(seen.digest)
+            self._seen[seen.key] = seen
+            self._seen.move_to_end(seen.key)
             if len(self._seen) > self._most:
                 self._seen.popitem(last=False)
 
@@ -70,7 +70,7 @@ class Recent:
         before = np.stack([row.probabilities for row in seen])
         after = engine.run(np.stack([row.pixels for row in seen]))[0]
         agreed = int((before.argmax(axis=1) == after.argmax(axis=1)).sum())
-        answers = [Seen(other, row.pixels, values, row.digest) for row, values in zip(seen, after, strict=True)]
+        answers = [Seen(other, row.pixels, values, row.key) for row, values in zip(seen, after, strict=True)]
         return Agreement(len(seen), agreed, float(np.abs(before - after).max())), answers
 
     def replace(self, seen: Iterable[Seen]) -> None:
