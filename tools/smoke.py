@@ -27,7 +27,7 @@ import service
 NOT_BY_ITSELF = ("service.__main__", "service.migrations.")  # run by Python and by Alembic
 BY_NAME = ("alembic.command", "psycopg")  # imported where a database is opened
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-PAGES = ("/", "/model", "/docs", "/openapi.json", "/models", "/metrics", "/health/live")
+PAGES = ("/", "/model", "/docs", "/openapi.json", "/models", "/metrics", "/health/live", "/gallery", "/gallery/photos.json")
 READY_S = 120.0
 
 
@@ -65,15 +65,24 @@ def _wait_until_ready(process: subprocess.Popen[bytes], environ: dict[str, str])
 
 
 def _expect_200(port: int, path: str, photo: bytes | None = None) -> bytes:
+    until = time.monotonic() + READY_S
+    status, said = _ask(port, path, photo)
+    while status == 503 and time.monotonic() < until:  # the gallery is being filled
+        time.sleep(0.1)
+        status, said = _ask(port, path, photo)
+    if status != 200:
+        raise SystemExit(f"smoke: {path} gave {status}: {said.decode('utf-8', 'replace')}")
+    return said
+
+
+def _ask(port: int, path: str, photo: bytes | None) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     kind = {"Content-Type": "application/octet-stream"} if photo else {}
     connection.request("POST" if photo else "GET", path, photo, kind)
     answer = connection.getresponse()
     said = answer.read()
     connection.close()
-    if answer.status != 200:
-        raise SystemExit(f"smoke: {path} gave {answer.status}: {said.decode('utf-8', 'replace')}")
-    return said
+    return answer.status, said
 
 
 def _free_port() -> int:
