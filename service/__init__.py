@@ -1,4 +1,4 @@
-"""Serve a bundle over HTTP: ``create_app`` is the only place that wires the rooms together. No work at import."""
+"""Serve a bundle over HTTP. No work at import."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
+    from service.app import Core
+    from service.opening import Opening
     from service.settings import Settings
 
 
@@ -15,14 +17,33 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     Answers at once; ``/health/ready`` tells when the model is there.
     """
+    core = _core(settings)
+    from service.whole import build_app
+
+    return build_app(core)
+
+
+def open_server() -> Opening | Flask:
+    """What gunicorn runs: as ``create_app``, but photos are answered before the pages are there, unless they are to be kept."""
+    core = _core(None)
+    from service.opening import Opening
+
+    if core.settings.keep_predictions:
+        from service.whole import build_app
+
+        return build_app(core)
+    return Opening(core)
+
+
+def _core(settings: Settings | None) -> Core:
     from service.settings import Settings
 
     settings = settings or Settings.from_environment()
     from service.model import ServedModel
 
     model = ServedModel.start(settings)  # before Flask is imported: the two take their time side by side
-    from service.app import build_app
+    from service.app import Core
 
-    app = build_app(settings, model)
-    app.extensions["swapper"].watch()
-    return app
+    core = Core.of(settings, model)
+    core.swapper.watch()
+    return core

@@ -1,26 +1,21 @@
-"""The Flask application: blueprints, the hooks around every request, and errors in one form."""
+"""The Flask application that programs ask: blueprints, the hooks around every request, and errors in one form."""
 
 from __future__ import annotations
 
 import logging
-import queue
 import re
-import threading
 import time
+from dataclasses import dataclass
 
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from service import admin, api, docs, health, oip, page, site
+from service import admin, api, health, oip, site
 from service.admission import Admission
-from service.gallery import compare, exports, pages, photo_page, pictures, review
-from service.gallery.album import Album
-from service.gallery.core import Gallery
-from service.gallery.live import Keeper
 from service.gate import Gate
-from service.model import Model, ServedModel
-from service.predict import Predictor
+from service.model import ServedModel
+from service.predict import OnAnswer, Predictor
 from service.problems import Problem, code_of_status
 from service.settings import Settings
 from service.swap import Swapper
@@ -31,29 +26,29 @@ SPOKEN = re.compile(rf"/|{oip.INFER.pattern}")
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 
-def build_app(settings: Settings, model: ServedModel) -> Flask:
-    """Wire the rooms together."""
+@dataclass(frozen=True)
+class Core:
+    """What answers photos, whichever application stands before it."""
+
+    settings: Settings
+    model: ServedModel
+    admission: Admission
+    swapper: Swapper
+
+    @classmethod
+    def of(cls, settings: Settings, model: ServedModel) -> Core:
+        return cls(settings, model, Admission(settings.queue, gauge=model.metrics.inside), Swapper(settings, model))
+
+
+def build_api(core: Core, *, on_answer: OnAnswer | None = None) -> Flask:
+    """The application without its pages: what programs ask. ``on_answer`` is told of every photo that was answered."""
+    settings, model, admission = core.settings, core.model, core.admission
     app = Flask("service")
-    admission = Admission(settings.queue, gauge=model.metrics.inside)
-    gallery = Gallery(settings)
-    keeper = Keeper(gallery, settings, model.metrics) if settings.keep_predictions else None
-    predictor = Predictor(settings, model, admission, on_answer=keeper.offer if keeper else None)
-    app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor)
-    app.extensions.update(gallery=gallery, album=Album(settings, gallery), keeper=keeper)
-    app.extensions["swapper"] = Swapper(settings, model)
+    predictor = Predictor(settings, model, admission, on_answer=on_answer)
+    app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor, swapper=core.swapper)
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    app.register_blueprint(api.bp)
-    app.register_blueprint(health.bp)
-    app.register_blueprint(oip.bp)
-    app.register_blueprint(admin.bp)
-    app.register_blueprint(site.bp)
-    app.register_blueprint(page.bp)
-    app.register_blueprint(docs.bp)
-    for part in (pages.bp, photo_page.bp, exports.bp, pictures.bp, review.bp, compare.bp, compare.json_bp):
-        app.register_blueprint(part)
-    models: queue.SimpleQueue[Model] = queue.SimpleQueue()
-    model.when_serving(models.put)
-    threading.Thread(target=_show_gallery, args=(gallery, models), name="gallery", daemon=True).start()
+    for part in (api, health, oip, admin):
+        app.register_blueprint(part.bp)
     _add_hooks(app, model)
     _add_error_handlers(app, model)
     wsgi = Gate(app.wsgi_app, admission, model.metrics, paths=COMPUTING, spoken=SPOKEN, cors_origins=settings.cors_origins)
@@ -62,12 +57,6 @@ def build_app(settings: Settings, model: ServedModel) -> Flask:
         hops = settings.proxies
         app.wsgi_app = ProxyFix(wsgi, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops)  # type: ignore[method-assign]
     return app
-
-
-def _show_gallery(gallery: Gallery, models: queue.SimpleQueue[Model]) -> None:
-    """The gallery comes after the model: who asks for a prediction does not wait for it, and neither does the next bundle."""
-    while True:
-        gallery.show(models.get())
 
 
 def _add_hooks(app: Flask, model: ServedModel) -> None:

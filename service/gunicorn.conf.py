@@ -25,7 +25,7 @@ except UserError as error:
     sys.exit(2)
 _plan = make_plan(_settings)
 
-wsgi_app = "service:create_app()"
+wsgi_app = "service:open_server()"
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
 worker_class = "service.worker.Worker"
 workers = _plan.workers
@@ -61,7 +61,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
     Photos that were answered and are to be kept are written first.
     """
-    if keeper := worker.wsgi and worker.wsgi.extensions["keeper"]:
+    if keeper := worker.wsgi and worker.wsgi.extensions.get("keeper"):
         keeper.close()
     ending = sys.exc_info()[1]
     if isinstance(ending, SystemExit) and ending.code == 0:

@@ -73,7 +73,7 @@ class ServedModel:
         self._settings = settings
         self._model: Model | None = None
         self._error: str | None = None
-        self._done = threading.Event()
+        self.loaded = threading.Event()  # or failed
         self._when_failed: list[Callable[[str], None]] = []
         self._when_serving: list[Callable[[Model], None]] = []
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -95,7 +95,7 @@ class ServedModel:
 
     def wait(self, timeout_s: float | None) -> Model:
         """The model, once it is loaded."""
-        self._done.wait(timeout_s)
+        self.loaded.wait(timeout_s)
         return self.get()
 
     def when_failed(self, call: Callable[[str], None]) -> None:
@@ -179,7 +179,7 @@ class ServedModel:
                     "seconds": round(time.perf_counter() - began, 3),
                 },
             )
-        self._done.set()
+        self.loaded.set()
 
     def _fail(self, reason: str) -> None:
         self._error = reason

@@ -17,7 +17,7 @@ from serving import multipart
 from werkzeug.test import TestResponse
 
 from service import create_app
-from service.app import build_app
+from service.app import Core
 from service.images import Prepared
 from service.metrics import Metrics
 from service.model import ServedModel
@@ -27,6 +27,7 @@ from service.problems import Problem
 from service.settings import Settings
 from service.site import NAVIGATION, percent
 from service.uploads import Upload
+from service.whole import build_app
 
 HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"
 
@@ -51,7 +52,7 @@ def keyed(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
 def loading(tiny_bundle: SimpleNamespace) -> Flask:
     """An application whose model is never there."""
     settings = Settings(bundle=tiny_bundle.path)
-    return build_app(settings, ServedModel(settings, Metrics()))
+    return build_app(Core.of(settings, ServedModel(settings, Metrics())))
 
 
 @pytest.fixture

@@ -1,0 +1,58 @@
+"""The first second of a server: photos are answered as soon as the model is there, before the pages are."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import re
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from flask import Flask
+
+from service.app import Core, build_api
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+log = logging.getLogger("service")
+FOR_PROGRAMS = re.compile(r"/(predict|models|metrics|health/.*|v2|v2/.*|admin/.*)")
+MODEL_S = 2.0  # one that takes longer to load is not waited for: the pages say so
+
+
+class Opening:
+    """A WSGI application: the one for programs at once, and the whole one when it is there, for everybody.
+
+    What the pages need, SQLAlchemy most of all, takes as long to import as a model to load, and the two fight for Python's
+    lock. So it is imported when the model is ready; who asks for a page before waits for it.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._api = build_api(core)
+        self._whole: Future[Flask] = Future()
+        threading.Thread(target=self._build, args=(core,), name="opening", daemon=True).start()
+
+    @property
+    def extensions(self) -> dict[str, Any]:
+        """Flask's own, of the application that answers now."""
+        return (self._whole.result() if self._whole.done() else self._api).extensions
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        is_early = not self._whole.done() and FOR_PROGRAMS.fullmatch(environ["PATH_INFO"])
+        return (self._api if is_early else self._whole.result())(environ, start_response)
+
+    def _build(self, core: Core) -> None:
+        core.model.loaded.wait(MODEL_S)
+        try:
+            from service.whole import build_app
+
+            self._whole.set_result(build_app(core))
+            gc.freeze()
+        except BaseException:  # a server without its pages is none
+            log.exception("the pages could not be built")
+            from gunicorn.arbiter import Arbiter
+
+            os._exit(Arbiter.WORKER_BOOT_ERROR)

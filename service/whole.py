@@ -1,0 +1,38 @@
+"""The application with all its pages: the one that programs ask, and where people look."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+from flask import Flask
+
+from service import docs, page, site
+from service.app import Core, build_api
+from service.gallery import compare, exports, pages, photo_page, pictures, review
+from service.gallery.album import Album
+from service.gallery.core import Gallery
+from service.gallery.live import Keeper
+from service.model import Model
+
+
+def build_app(core: Core) -> Flask:
+    """Wire the rooms together."""
+    gallery = Gallery(core.settings)
+    keeper = Keeper(gallery, core.settings, core.model.metrics) if core.settings.keep_predictions else None
+    app = build_api(core, on_answer=keeper.offer if keeper else None)
+    app.extensions.update(gallery=gallery, album=Album(core.settings, gallery), keeper=keeper)
+    for part in (site.bp, page.bp, docs.bp):
+        app.register_blueprint(part)
+    for part in (pages.bp, photo_page.bp, exports.bp, pictures.bp, review.bp, compare.bp, compare.json_bp):
+        app.register_blueprint(part)
+    models: queue.SimpleQueue[Model] = queue.SimpleQueue()
+    core.model.when_serving(models.put)
+    threading.Thread(target=_show_gallery, args=(gallery, models), name="gallery", daemon=True).start()
+    return app
+
+
+def _show_gallery(gallery: Gallery, models: queue.SimpleQueue[Model]) -> None:
+    """The gallery comes after the model: who asks for a prediction does not wait for it, and neither does the next bundle."""
+    while True:
+        gallery.show(models.get())
