@@ -1,8 +1,8 @@
 """From photos' bytes to answers: one crew of threads that decodes and computes, in batches over all requests.
 
-As many threads as processors, and each does what is most wanted next: decode a photo, or compute a batch of decoded ones.
-So the processors are never fought over, an idle server decodes and computes a photo in one go, and a busy one fills its
-batches by itself. Both kinds of work leave Python's lock to the others.
+One thread more than processors, and each does what is most wanted next: decode a photo, or compute a batch of decoded ones.
+So the processors are hardly fought over, an idle server decodes and computes a photo in one go, and a busy one fills its
+batches by itself. Both kinds of work leave Python's lock to the others; the thread more works while one waits for it.
 """
 
 from __future__ import annotations
