@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy import func, select
+from sqlalchemy import and_, false, func, not_, select
 
 from models.predictions import Predictions
 from service.filters import REVIEWS, UNLABELLED, Filter
 from service.store.database import Database
 from service.store.importing import Table, import_table, is_imported, know_model
 from service.store.listing import cells_of, known_models
-from service.store.tables import cells, predictions
+from service.store.tables import RANGED, cells, predictions
 
 CLASSES = {2: ("cats", "dogs"), 5: ("a&b", "one, two", "Größe", "猫", UNLABELLED[:3])}
 VERSION = "v1"
@@ -153,8 +153,11 @@ def with_reviews(rows: Sequence[Plain], decided: dict[str, tuple[str, str | None
 
 
 def check_cells(database: Database) -> None:
-    """Each cell holds as many photos as there are predictions in it, and none fewer than none."""
+    """Each cell holds as many photos as there are predictions in it, none fewer than none, and reaches as far as they do."""
+    inside = [predictions.c[name].between(cells.c[f"{name}_low"], cells.c[f"{name}_high"]) for name in RANGED]
+    outside = select(predictions.c.id).join(cells).where(not_(func.coalesce(and_(*inside), false())))
     with database.read() as connection:
+        assert connection.execute(outside).all() == []
         by_cell = select(predictions.c.cell_id, func.count()).group_by(predictions.c.cell_id)
         counted = {row[0]: row[1] for row in connection.execute(by_cell)}
         kept = {row[0]: row[1] for row in connection.execute(select(cells.c.id, cells.c.photos))}

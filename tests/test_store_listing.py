@@ -17,6 +17,7 @@ from sqlalchemy import func, select
 
 from service.filters import FACETS, ORDERS, Filter
 from service.problems import Problem
+from service.store import order
 from service.store.counts import BINS
 from service.store.database import Database
 from service.store.listing import Listing, find_model, known_models
@@ -106,12 +107,17 @@ KEYS = {
 }
 
 
+@pytest.mark.parametrize("few", [order.FEW, 10])
 @pytest.mark.parametrize("sort", ORDERS)
-def test_pages_hold_every_photo_once_and_in_order(gallery: SimpleNamespace, sort: str) -> None:
-    rng = random.Random(sort)
+def test_pages_hold_every_photo_once_and_in_order(
+    gallery: SimpleNamespace, sort: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they are found: what is done for many photos is done for these few where few are fewer."""
+    monkeypatch.setattr(order, "FEW", few)
+    rng = random.Random(f"{sort} {few}")
     filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(2))]
     for number, wanted in enumerate(filters):
-        there, back = (wanted.having(sort=sort, order=order, seed=number, per_page=24) for order in ("asc", "desc"))
+        there, back = (wanted.having(sort=sort, order=way, seed=number, per_page=24) for way in ("asc", "desc"))
         shown = {}
         with gallery.database.read() as connection:
             for asked in (there, back):
@@ -140,9 +146,9 @@ def test_a_random_order_is_another_with_another_seed(gallery: SimpleNamespace) -
     assert names(1) != sorted(names(1))
 
 
-@pytest.mark.parametrize(("sort", "order"), [("loss", "desc"), ("confidence", "asc"), ("random", "asc"), ("random", "desc")])
-def test_a_photo_knows_its_neighbours(gallery: SimpleNamespace, sort: str, order: str) -> None:
-    wanted = EVERYTHING.having(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=order, seed=5)
+@pytest.mark.parametrize(("sort", "way"), [("loss", "desc"), ("confidence", "asc"), ("random", "asc"), ("random", "desc")])
+def test_a_photo_knows_its_neighbours(gallery: SimpleNamespace, sort: str, way: str) -> None:
+    wanted = EVERYTHING.having(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=way, seed=5)
     with gallery.database.read() as connection:
         listing = Listing(connection, wanted)
         shown = listing.photos(listing.ids())
@@ -151,22 +157,25 @@ def test_a_photo_knows_its_neighbours(gallery: SimpleNamespace, sort: str, order
         for place, photo in enumerate(shown):
             before, previous, following = listing.around(photo)
             found = (before, previous and previous.id, following and following.id)
+            assert listing.lets_through(photo)
             assert found == (place, ids[place], ids[place + 2])
 
 
-def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(gallery: SimpleNamespace) -> None:
+@pytest.mark.parametrize("sort", ["name", "loss"])
+def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(gallery: SimpleNamespace, sort: str) -> None:
     """After a decision the photo may be in the filter no longer; "next" goes on from where it was."""
-    everything = EVERYTHING.having(sort="name")
+    everything = EVERYTHING.having(sort=sort)
     wanted = everything.having(verdicts=("wrong",))
     with gallery.database.read() as connection:
         whole = Listing(connection, everything)
-        order = whole.photos(whole.ids())
+        shown = whole.photos(whole.ids())
         narrow = Listing(connection, wanted)
-        for photo in order[::37]:
+        for photo in shown[::37]:
             if photo.verdict == "right":
+                assert not narrow.lets_through(photo)
                 before, previous, following = narrow.around(photo)
-                place = order.index(next(p for p in order if p.id == photo.id))
-                wrong = [p.id if p.verdict == "wrong" else None for p in order]
+                place = shown.index(next(p for p in shown if p.id == photo.id))
+                wrong = [p.id if p.verdict == "wrong" else None for p in shown]
                 earlier, later = ([id_ for id_ in part if id_] for part in (wrong[:place], wrong[place:]))
                 assert before == len(earlier)
                 assert (previous and previous.id) == (earlier[-1] if earlier else None)

@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, case, insert, select, update
 
 from models.predictions import Predictions, cross_entropy
-from service.store.tables import UNKNOWN, cells, current_reviews, imports, models, predictions
+from service.store.tables import RANGED, UNKNOWN, cells, current_reviews, imports, models, predictions
 
 CHUNK = 5_000
 DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabelled")
@@ -31,6 +32,24 @@ class Table:
     predictions: Predictions
     duplicate: NDArray[np.bool_]
     mislabelled: NDArray[np.bool_]
+
+
+@dataclass
+class Tally:
+    """Rows of predictions that come into cells: how many for each cell's id, and between which values of RANGED."""
+
+    photos: Counter[int] = field(default_factory=Counter)
+    lows: dict[int, list[Any]] = field(default_factory=dict)
+    highs: dict[int, list[Any]] = field(default_factory=dict)
+
+    def count(self, row: Mapping[str, Any]) -> None:
+        id_, values = row["cell_id"], _ranged(row)
+        self.photos[id_] += 1
+        self.lows[id_] = list(map(min, self.lows.get(id_, values), values))
+        self.highs[id_] = list(map(max, self.highs.get(id_, values), values))
+
+
+_ranged = itemgetter(*RANGED)
 
 
 @dataclass
@@ -53,10 +72,19 @@ class Cells:
             self.ids[place] = id_
         return self.ids[place]
 
-    def add(self, photos: Mapping[int, int]) -> None:
-        """Count ``photos`` more for each cell's id; a negative number counts them out."""
-        for id_, number in sorted(photos.items()):
-            self.connection.execute(update(cells).where(cells.c.id == id_).values(photos=cells.c.photos + number))
+    def add(self, tally: Tally) -> None:
+        """Count photos into their cells, which from now on reach as far as these do."""
+        for id_, number in sorted(tally.photos.items()):
+            values: dict[str, Any] = {"photos": cells.c.photos + number}
+            for name, low, high in zip(RANGED, tally.lows[id_], tally.highs[id_], strict=True):
+                first, last = cells.c[f"{name}_low"], cells.c[f"{name}_high"]
+                values[first.name] = case((first < low, first), else_=low)  # nothing is less or more than null
+                values[last.name] = case((last > high, last), else_=high)
+            self.connection.execute(update(cells).where(cells.c.id == id_).values(values))
+
+    def remove(self, id_: int, photos: int = 1) -> None:
+        """Count photos out of a cell, which keeps its reach."""
+        self.connection.execute(update(cells).where(cells.c.id == id_).values(photos=cells.c.photos - photos))
 
 
 def know_model(connection: Connection, *, version: str, name: str, classes: Sequence[str]) -> int:
@@ -89,11 +117,12 @@ def import_table(connection: Connection, model_id: int, table: Table) -> int:
             new.append(i)
     reviews = _decisions_on(connection)
     places = Cells(connection, model_id)
-    counted: Counter[int] = Counter()
+    tally = Tally()
     for rows in _in_chunks(_rows(table, new, reviews, model_id, places)):
-        counted.update(row["cell_id"] for row in rows)
         connection.execute(insert(predictions), rows)
-    places.add(counted)
+        for row in rows:
+            tally.count(row)
+    places.add(tally)
     connection.execute(
         insert(imports).values(
             model_id=model_id,

@@ -10,23 +10,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import ColumnElement, Connection, false, func, select, tuple_
+from sqlalchemy import Connection, func, select
 
 from service.filters import UNLABELLED, Filter
 from service.problems import Problem
 from service.store.comparing import changed
 from service.store.counts import Cell, Counts, count, name_cell
 from service.store.importing import DIMENSIONS
+from service.store.order import Order
 from service.store.tables import can_be_kept, cells, current_reviews, models, predictions
-
-SORTED_BY = {
-    "loss": predictions.c.loss,
-    "confidence": predictions.c.confidence,
-    "margin": predictions.c.margin,
-    "name": predictions.c.photo,
-    "random": predictions.c.shuffle,
-}
-FEW = 4_000  # photos that are sooner found through their cells and sorted than met in the order's own index
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ class Listing:
         self.model: KnownModel = beside.model if beside else find_model(connection, wanted.model)
         _check_classes(wanted, self.model)
         self._changed = None
-        among = None
+        among: dict[int, int] | None = None
         if wanted.change:
             self._changed = changed(self.model, find_model(connection, wanted.vs), wanted.change)
             of_cell = predictions.c.cell_id
@@ -100,7 +92,8 @@ class Listing:
         self.cells: Sequence[Cell] = beside.cells if beside else cells_of(connection, self.model)
         self.everything = sum(cell.photos for cell in self.cells)
         self.counts: Counts = count(self.cells, wanted, among=among)
-        self._column = SORTED_BY[wanted.sort]
+        photos = among or {cell.id: cell.photos for cell in self.cells}
+        self._photos_in = {id_: photos[id_] for id_ in self.counts.cells}
 
     def on(self, connection: Connection) -> Listing:
         """The same listing on another connection, counted as it was."""
@@ -114,14 +107,14 @@ class Listing:
 
     def page(self, number: int) -> list[Photo]:
         """The photos of one page, from 1; empty behind the last."""
-        return self.photos(self._ids(limit=self.wanted.per_page, offset=(number - 1) * self.wanted.per_page))
+        return self.photos(self._order.ids(limit=self.wanted.per_page, offset=(number - 1) * self.wanted.per_page))
 
     def first(self, limit: int) -> list[Photo]:
-        return self.photos(self._ids(limit=limit))
+        return self.photos(self._order.ids(limit=limit))
 
     def ids(self) -> list[int]:
         """Every photo's id, in the filter's order: what ``photos`` takes."""
-        return self._ids()
+        return self._order.ids()
 
     def with_sha256(self, sha256s: Sequence[str]) -> dict[str, Photo]:
         """The model's photos of these contents, whether the filter lets them through or not."""
@@ -148,88 +141,30 @@ class Listing:
 
     def lets_through(self, photo: Photo) -> bool:
         """Whether the photo is one of the filter's."""
-        return self._count([predictions.c.id == photo.id]) > 0
+        return self._order.has(photo.id)
 
     def around(self, photo: Photo) -> tuple[int, Photo | None, Photo | None]:
         """How many photos of the filter come before this one, the last of them, and the first that comes after it."""
-        before, later = 0, None
-        own = self._segment_of(photo)
-        key = (self._key(photo), photo.id)
-        previous: Sequence[int] = ()
-        following: Sequence[int] = ()
-        for number, segment in enumerate(self._segments()):
-            if number == own:
-                here = tuple_(self._column, predictions.c.id)
-                low, high = here < tuple_(*key), here > tuple_(*key)
-                earlier, later = (low, high) if self.wanted.order == "asc" else (high, low)
-                before += self._count([*segment, earlier])
-                previous = self._select([*segment, earlier], limit=1, backwards=True) or previous
-                following = self._select([*segment, later], limit=1)
-            elif number < own:
-                before += self._count(segment)
-                previous = self._select(segment, limit=1, backwards=True) or previous
-            elif not following:
-                following = self._select(segment, limit=1)
+        before, previous, following = self._order.around(self._key(photo), photo.id)
         last, first = (next(iter(self.photos(ids)), None) for ids in (previous, following))
         return before, last, first
 
-    def _ids(self, *, limit: int | None = None, offset: int = 0) -> list[int]:
-        found: list[int] = []
-        segments = self._segments()
-        for number, segment in enumerate(segments, 1):
-            wanted = None if limit is None else limit - len(found)
-            more = self._select(segment, limit=wanted, offset=offset)
-            found += more
-            if number == len(segments) or (limit is not None and len(found) >= limit):
-                break
-            offset = 0 if more else max(0, offset - self._count(segment))
-        return found
-
-    def _segments(self) -> list[list[ColumnElement[bool]]]:
-        """A random order is the photos' own shuffled one, begun at a place that the seed gives and then round."""
-        if self.wanted.sort != "random":
-            return [[]]
-        first, second = [self._column >= self._start], [self._column < self._start]
-        return [first, second] if self.wanted.order == "asc" else [second, first]
-
     @property
-    def _start(self) -> int:
-        return self.wanted.seed * 2_654_435_761 % 2**31  # Knuth's multiplier: near seeds begin far apart
-
-    def _segment_of(self, photo: Photo) -> int:
-        if self.wanted.sort != "random":
-            return 0
-        return int((photo.shuffle < self._start) == (self.wanted.order == "asc"))
+    def _order(self) -> Order:
+        return Order(
+            self.connection,
+            self.model.id,
+            self.wanted,
+            self._photos_in,
+            everything=self.everything,
+            is_all=len(self.counts.cells) == len(self.cells),
+            among=self._changed,
+        )
 
     def _key(self, photo: Photo) -> Any:
         key = {"loss": photo.loss, "confidence": photo.confidence, "margin": photo.margin, "name": photo.photo}
         found = key.get(self.wanted.sort, photo.shuffle)
         return -1.0 if found is None else found
-
-    def _conditions(self) -> list[ColumnElement[bool]]:
-        chosen: list[ColumnElement[bool]] = [predictions.c.model_id == self.model.id]
-        ids, total = self.counts.cells, self.counts.total
-        if len(ids) < len(self.cells):
-            # + 0 keeps a planner, which cannot know how many photos the cells have, from going through them
-            is_few = total <= min(FEW, self.everything // 10)
-            cell = predictions.c.cell_id if is_few else predictions.c.cell_id + 0
-            chosen.append(cell.in_(ids) if ids else false())
-        if self._changed is not None:
-            chosen.append(predictions.c.id.in_(self._changed))
-        return chosen
-
-    def _select(
-        self, more: list[ColumnElement[bool]], *, limit: int | None, offset: int = 0, backwards: bool = False
-    ) -> list[int]:
-        keys: list[ColumnElement[Any]] = [self._column, predictions.c.id]
-        if (self.wanted.order == "desc") != backwards:
-            keys = [key.desc() for key in keys]
-        found = select(predictions.c.id).where(*self._conditions(), *more).order_by(*keys).limit(limit).offset(offset)
-        return list(self.connection.execute(found).scalars())
-
-    def _count(self, more: list[ColumnElement[bool]]) -> int:
-        found = select(func.count()).select_from(predictions).where(*self._conditions(), *more)
-        return int(self.connection.execute(found).scalar_one())
 
     def _photo(self, row: Any) -> Photo:
         cell = name_cell([row.cell_id, *(getattr(row, name) for name in DIMENSIONS), 1], self.model.classes)

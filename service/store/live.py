@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, case, delete, func, insert, select, update
 
-from service.store.importing import Cells, judge, live_loss, margins_of, percent, shuffle_of
+from service.store.importing import Cells, Tally, judge, live_loss, margins_of, percent, shuffle_of
 from service.store.tables import cells, current_reviews, live_photos, predictions
 
 FOLDER = "live"
@@ -34,12 +34,13 @@ def name_of(sha256: str) -> str:
 def keep(connection: Connection, model_id: int, classes: Sequence[str], answered: Sequence[Answered]) -> int:
     """Enter answered photos; one that the model has answered before stays as it is. Returns how many are new to it."""
     places = Cells(connection, model_id)
+    tally = Tally()
     new = 0
     for photo in answered:
         kept = select(live_photos.c.sha256).where(live_photos.c.sha256 == photo.sha256)
         if connection.execute(kept).first() is None:
-            row = {"sha256": photo.sha256, "data": photo.data, "received_at": photo.received_at}
-            connection.execute(insert(live_photos).values(row))
+            data = {"sha256": photo.sha256, "data": photo.data, "received_at": photo.received_at}
+            connection.execute(insert(live_photos).values(data))
         name = name_of(photo.sha256)
         known = select(predictions.c.id).where(
             predictions.c.model_id == model_id, predictions.c.photo == name, predictions.c.sha256 == photo.sha256
@@ -51,21 +52,21 @@ def keep(connection: Connection, model_id: int, classes: Sequence[str], answered
         label, state = judge(review, label=guess, predicted=guess, classes=classes, source="live")
         cell = places.at(("live", "", label, guess, percent(confidence), state, False, False))
         values = photo.probabilities.astype("<f4").tobytes()
-        connection.execute(
-            insert(predictions).values(
-                model_id=model_id,
-                cell_id=cell,
-                photo=name,
-                sha256=photo.sha256,
-                loss=live_loss(values, label),
-                confidence=confidence,
-                margin=float(margins_of(photo.probabilities[None])[0]),
-                shuffle=shuffle_of(photo.sha256),
-                probabilities=values,
-            )
-        )
-        places.add({cell: 1})
+        row = {
+            "model_id": model_id,
+            "cell_id": cell,
+            "photo": name,
+            "sha256": photo.sha256,
+            "loss": live_loss(values, label),
+            "confidence": confidence,
+            "margin": float(margins_of(photo.probabilities[None])[0]),
+            "shuffle": shuffle_of(photo.sha256),
+            "probabilities": values,
+        }
+        connection.execute(insert(predictions).values(row))
+        tally.count(row)
         new += 1
+    places.add(tally)
     return new
 
 

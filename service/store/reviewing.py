@@ -11,8 +11,8 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from models.reviews import COLUMNS, DECISIONS
 from service.problems import Problem
-from service.store.importing import DIMENSIONS, Cells, judge, live_loss
-from service.store.tables import can_be_kept, cells, current_reviews, decisions, models, predictions
+from service.store.importing import DIMENSIONS, Cells, Tally, judge, live_loss
+from service.store.tables import RANGED, can_be_kept, cells, current_reviews, decisions, models, predictions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +107,7 @@ def settle(connection: Connection, sha256: str) -> None:
         select(
             predictions.c.id.label("prediction_id"),
             predictions.c.probabilities,
+            *(predictions.c[name] for name in RANGED),
             cells.c.id.label("cell_id"),
             models.c.id.label("model_id"),
             models.c.classes,
@@ -119,12 +120,15 @@ def settle(connection: Connection, sha256: str) -> None:
     for row in found:
         label, state = judge(review, label=row.label, predicted=row.predicted, classes=row.classes, source=row.source)
         place = {name: getattr(row, name) for name in DIMENSIONS} | {"label": label, "review": state}
-        loss = {"loss": live_loss(row.probabilities, label)} if row.source == "live" else {}
+        loss = live_loss(row.probabilities, label) if row.source == "live" else row.loss
         places = Cells(connection, row.model_id)
         to = places.at(tuple(place[name] for name in DIMENSIONS))
-        connection.execute(update(predictions).where(predictions.c.id == row.prediction_id).values(cell_id=to, **loss))
+        connection.execute(update(predictions).where(predictions.c.id == row.prediction_id).values(cell_id=to, loss=loss))
         if to != row.cell_id:
-            places.add({row.cell_id: -1, to: 1})
+            tally = Tally()
+            tally.count({name: getattr(row, name) for name in RANGED} | {"cell_id": to, "loss": loss})
+            places.remove(row.cell_id)
+            places.add(tally)
 
 
 def _hold(connection: Connection, sha256: str) -> None:

@@ -45,6 +45,7 @@ class Instant(TypeDecorator[datetime]):
 
 
 UNKNOWN = -1  # the label of a live photo that nobody has labelled, and its loss
+RANGED = ("loss", "confidence", "margin", "photo")  # the columns of predictions of which a cell knows how far its own reach
 
 
 def can_be_kept(*texts: str) -> bool:
@@ -99,6 +100,8 @@ cells = Table(
     Column("duplicate", Boolean, nullable=False),  # looks like a photo with another label
     Column("mislabelled", Boolean, nullable=False),  # probably: see models.suspects
     Column("photos", Integer, nullable=False),
+    # Between which values its photos lie, or lay once; nulls before the first. See service/store/segments.py.
+    *(Column(f"{name}_{end}", Name if name == "photo" else Double) for name in RANGED for end in ("low", "high")),
     UniqueConstraint(
         "model_id",
         "source",
@@ -133,7 +136,7 @@ predictions = Table(
     Index("ix_predictions_margin", "model_id", "margin", "id", "cell_id"),
     Index("ix_predictions_photo", "model_id", "photo", "id", "cell_id"),
     Index("ix_predictions_shuffle", "model_id", "shuffle", "id", "cell_id"),
-    Index("ix_predictions_cell", "cell_id"),
+    Index("ix_predictions_cell", "cell_id", "shuffle", "id"),  # few photos, and a random order of some
     Index("ix_predictions_sha256", "sha256"),
 )
 

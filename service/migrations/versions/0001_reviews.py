@@ -65,6 +65,14 @@ def upgrade() -> None:
         sa.Column("duplicate", sa.Boolean(), nullable=False),
         sa.Column("mislabelled", sa.Boolean(), nullable=False),
         sa.Column("photos", sa.Integer(), nullable=False),
+        sa.Column("loss_low", sa.Double(), nullable=True),
+        sa.Column("loss_high", sa.Double(), nullable=True),
+        sa.Column("confidence_low", sa.Double(), nullable=True),
+        sa.Column("confidence_high", sa.Double(), nullable=True),
+        sa.Column("margin_low", sa.Double(), nullable=True),
+        sa.Column("margin_high", sa.Double(), nullable=True),
+        sa.Column("photo_low", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=True),
+        sa.Column("photo_high", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=True),
         sa.ForeignKeyConstraint(["model_id"], ["models.id"], name=op.f("fk_cells_model_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_cells")),
         sa.UniqueConstraint(
@@ -124,7 +132,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("model_id", "photo", "sha256", name=op.f("uq_predictions_model_id_photo_sha256")),
     )
     with op.batch_alter_table("predictions", schema=None) as batch_op:
-        batch_op.create_index("ix_predictions_cell", ["cell_id"], unique=False)
+        batch_op.create_index("ix_predictions_cell", ["cell_id", "shuffle", "id"], unique=False)
         batch_op.create_index("ix_predictions_confidence", ["model_id", "confidence", "id", "cell_id"], unique=False)
         batch_op.create_index("ix_predictions_loss", ["model_id", "loss", "id", "cell_id"], unique=False)
         batch_op.create_index("ix_predictions_margin", ["model_id", "margin", "id", "cell_id"], unique=False)

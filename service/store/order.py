@@ -1,0 +1,176 @@
+"""Where in an order the photos of a filter are: their ids, page by page, and what comes before and after one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, func, select, tuple_
+
+from service.filters import Filter
+from service.store.segments import Segment, cut
+from service.store.tables import cells, predictions
+
+SORTED_BY = {
+    "loss": predictions.c.loss,
+    "confidence": predictions.c.confidence,
+    "margin": predictions.c.margin,
+    "name": predictions.c.photo,
+    "random": predictions.c.shuffle,
+}
+FEW = 4_000  # photos that are sooner found through their cells and sorted than met in the order's own index
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The photos of one model that are in some cells: ``photos_in`` says how many of them each cell's id has.
+
+    ``everything`` is the number of the model's photos, and ``is_all`` whether these are those. ``among`` selects the ids that
+    are to be left, where not all photos of the cells are.
+    """
+
+    connection: Connection
+    model_id: int
+    wanted: Filter
+    photos_in: Mapping[int, int]
+    everything: int
+    is_all: bool
+    among: Select[Any] | None = None
+
+    def ids(self, *, limit: int | None = None, offset: int = 0) -> list[int]:
+        found: list[int] = []
+        segments = self._segments()
+        if offset > FEW:
+            self._count_random(segments)
+        for segment in segments:
+            if segment.photos is not None and segment.photos <= offset:
+                offset -= segment.photos
+                continue
+            more = self._page(segment, limit=None if limit is None else limit - len(found), offset=offset)
+            found += more
+            if limit is not None and len(found) >= limit:
+                break
+            offset = 0 if more else max(0, offset - self._count(segment))
+        return found
+
+    def around(self, key: Any, id_: int) -> tuple[int, list[int], list[int]]:
+        """How many ids come before the one with this sort key, the last of those, and the first after it, if there are any."""
+        earlier, own, later = self._place(key)
+        count = sum(map(self._count, earlier))
+        previous: list[int] = []
+        following: list[int] = []
+        if own:
+            here, this = tuple_(self._column, predictions.c.id), tuple_(key, id_)
+            lower = replace(own, high=key, photos=None), here < this
+            higher = replace(own, low=key, photos=None), here > this
+            before, after = (lower, higher) if self._is_ascending else (higher, lower)
+            count += self._count(*before)
+            previous = self._select(*before, limit=1, backwards=True)
+            following = self._select(*after, limit=1)
+        for segment in reversed(earlier):
+            previous = previous or self._select(segment, limit=1, backwards=True)
+        for segment in later:
+            following = following or self._select(segment, limit=1)
+        return count, previous, following
+
+    def has(self, id_: int) -> bool:
+        cell = (predictions.c.cell_id + 0).in_(list(self.photos_in))
+        this = select(predictions.c.id).where(predictions.c.id == id_, cell)
+        if self.among is not None:
+            this = this.where(predictions.c.id.in_(self.among))
+        return self.connection.execute(this).first() is not None
+
+    @property
+    def _column(self) -> ColumnElement[Any]:
+        return SORTED_BY[self.wanted.sort]
+
+    @property
+    def _is_random(self) -> bool:
+        return self.wanted.sort == "random"
+
+    @property
+    def _is_ascending(self) -> bool:
+        return self.wanted.order == "asc"
+
+    @property
+    def _total(self) -> int:
+        return sum(self.photos_in.values())
+
+    @property
+    def _are_few(self) -> bool:
+        """Whether the photos are found through their cells. As those' index has the random order in it, many are few there."""
+        most = self.everything // 10
+        return self._total <= (most if self._is_random else min(FEW, most))
+
+    def _segments(self) -> list[Segment]:
+        """The parts of the order that have photos, first to last.
+
+        A random order is the photos' own shuffled one, begun at a place that the seed gives and then round.
+        """
+        if self._is_random:
+            start = self.wanted.seed * 2_654_435_761 % 2**31  # Knuth's multiplier: near seeds begin far apart
+            ids = list(self.photos_in)
+            segments = [Segment(start, 2**31 - 1, None, ids), Segment(0, start - 1, None, ids)]
+        else:
+            name = SORTED_BY[self.wanted.sort].name
+            columns = cells.c.id, cells.c[f"{name}_low"], cells.c[f"{name}_high"]
+            rows = self.connection.execute(select(*columns).where(cells.c.model_id == self.model_id, cells.c.photos > 0))
+            photos = self.photos_in
+            segments = cut((low, high, photos[id_], id_) for id_, low, high in rows if id_ in photos)
+            if self._are_few and segments:  # to find and sort them once is enough
+                segments = [Segment(segments[0].low, segments[-1].high, self._total, list(photos))]
+        return segments if self._is_ascending else segments[::-1]
+
+    def _place(self, key: Any) -> tuple[list[Segment], Segment | None, list[Segment]]:
+        """The segments before a key, the one around it, and those after it."""
+        segments = self._segments()
+        for number, segment in enumerate(segments):
+            if segment.low <= key <= segment.high:
+                return segments[:number], segment, segments[number + 1 :]
+        lower, higher = [s for s in segments if s.high < key], [s for s in segments if s.low > key]
+        return (lower, None, higher) if self._is_ascending else (higher, None, lower)
+
+    def _count_random(self, segments: list[Segment]) -> None:
+        """Count one half of a random order; the other one has the rest."""
+        if self._is_random:
+            first, second = segments
+            second.photos = self._total - self._count(first)
+
+    def _page(self, segment: Segment, *, limit: int | None, offset: int) -> list[int]:
+        """As ``_select``, from the nearer end where the other one's place is known."""
+        if limit is None or segment.photos is None or offset <= segment.photos // 2:
+            return self._select(segment, limit=limit, offset=offset)
+        limit = min(limit, segment.photos - offset)
+        return self._select(segment, limit=limit, offset=segment.photos - offset - limit, backwards=True)[::-1]
+
+    def _select(
+        self, segment: Segment, *more: ColumnElement[bool], limit: int | None, offset: int = 0, backwards: bool = False
+    ) -> list[int]:
+        keys: list[ColumnElement[Any]] = [self._column, predictions.c.id]
+        if self._is_ascending == backwards:
+            keys = [key.desc() for key in keys]
+        conditions = self._conditions(segment, by_cell=self._are_few)
+        found = select(predictions.c.id).where(*conditions, *more).order_by(*keys).limit(limit).offset(offset)
+        return list(self.connection.execute(found).scalars())
+
+    def _count(self, segment: Segment, *more: ColumnElement[bool]) -> int:
+        """The segment's photos, counted once unless there are ``more`` conditions."""
+        if segment.photos is None:
+            conditions = self._conditions(segment, by_cell=self._are_few or self._is_random)
+            found = select(func.count()).select_from(predictions).where(*conditions, *more)
+            segment.photos = int(self.connection.execute(found).scalar_one())
+        return segment.photos
+
+    def _conditions(self, segment: Segment, *, by_cell: bool) -> list[ColumnElement[bool]]:
+        """What the photos of a segment have, said so that they are looked up in the cells' index or in the order's own."""
+        chosen = [self._column >= segment.low, self._column <= segment.high]
+        if self.is_all:
+            chosen.append(predictions.c.model_id == self.model_id)
+        elif by_cell:
+            chosen.append(predictions.c.cell_id.in_(segment.cells))
+        else:  # + 0 keeps a planner, which cannot know how many photos the cells have, from going through them
+            chosen += [predictions.c.model_id == self.model_id, (predictions.c.cell_id + 0).in_(segment.cells)]
+        if self.among is not None:
+            chosen.append(predictions.c.id.in_(self.among))
+        return chosen
