@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.data import Dataset, read_dataset
 from finetune.duplicates import find_duplicates
+from finetune.extras import Twin, in_words
 from finetune.photos import in_stray, is_photo, is_stray
 from finetune.scan import Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
@@ -26,7 +27,8 @@ class Audit:
     """The findings on a dataset. ``counts`` is {split: {class: photos}}; photos are named from the data folder.
 
     ``leakage`` are groups that lie in training and validation, ``conflicts`` groups that lie in two classes,
-    ``duplicates`` groups within one class and split; ``damaged`` maps a photo to the reason.
+    ``duplicates`` groups within one class and split; ``damaged`` maps a photo to the reason, ``known``
+    one of a further folder, which was left out, to the data folder's own.
     """
 
     root: str
@@ -41,6 +43,7 @@ class Audit:
     duplicates: list[list[str]]
     imbalance: float
     split_from_train: bool
+    known: dict[str, Twin] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,6 +61,8 @@ class Audit:
             found.append(f"{_count(self.conflicts, 'group')} of the same photo in two classes")
         if self.damaged:
             found.append(f"{_count(self.damaged, 'damaged file')}, left out")
+        if self.known:
+            found.append(in_words(self.known))
         if self.not_photos:
             found.append(f"{_count(self.not_photos, 'file')} that are not photos, passed over")
         if self.stray_folders:
@@ -103,6 +108,7 @@ class Audit:
                 f"- no harm, but good to know: {_count(self.duplicates, 'group')} of the same photo within one class and split"
             )
         lines += _section("Damaged", [f"{name}: {why}" for name, why in self.damaged.items()])
+        lines += _section("Of --extra-data, and in the data folder", [f"{name} = {twin}" for name, twin in self.known.items()])
         lines += _section("Not photos", self.not_photos)
         lines += _section("Stray folders", self.stray_folders)
         lines += _section("Empty classes", self.empty_classes)
@@ -112,8 +118,8 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit(dataset: Dataset, scans: Sequence[Scan]) -> Audit:
-    """Judge a dataset by one scan of each of its photos."""
+def audit(dataset: Dataset, scans: Sequence[Scan], *, known: Mapping[str, Twin] | None = None) -> Audit:
+    """Judge a dataset by one scan of each of its photos; ``known`` are those of further folders that were left out of it."""
     good = [s.photo for s in scans if s.damage is None]
     counts = {
         split: {
@@ -145,6 +151,7 @@ def audit(dataset: Dataset, scans: Sequence[Scan]) -> Audit:
         duplicates=duplicates,
         imbalance=max(sizes) / min(sizes) if sizes else 1.0,
         split_from_train=dataset.split_from_train,
+        known=dict(known or {}),
     )
 
 

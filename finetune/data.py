@@ -21,12 +21,16 @@ VALID_FOLDERS = ("valid", "val", "validation", "test")
 
 @dataclass(frozen=True)
 class Photo:
-    """One labelled file. ``name`` is its POSIX path from the data folder; ``label`` indexes the dataset's classes."""
+    """One labelled file. ``name`` is its POSIX path from the data folder; ``label`` indexes the dataset's classes.
+
+    ``is_extra`` says that it is of a further folder, whose number its name begins with.
+    """
 
     name: str
     path: Path
     label: int
     split: str
+    is_extra: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def read_extra(folder: Path, classes: Sequence[str], *, prefix: str) -> list[Pho
     photos = _list(folder, train, "train", classes)
     if not photos:
         raise DataError(f"{train} has no photos in folders named {', '.join(classes)}; leave it out of --extra-data.")
-    return [replace(photo, name=f"{prefix}/{photo.name}") for photo in photos]
+    return [replace(photo, name=f"{prefix}/{photo.name}", is_extra=True) for photo in photos]
 
 
 def read_split(root: Path, split: str, classes: Sequence[str]) -> list[Photo]:

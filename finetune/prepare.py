@@ -14,6 +14,7 @@ from finetune.config import Config
 from finetune.data import Dataset, move_to_train
 from finetune.device import Compute
 from finetune.duplicates import find_duplicates
+from finetune.extras import leave_out_known
 from finetune.features import FeatureCache, FrozenPart, cache_context
 from finetune.reviews import Applied, Reviews, apply_reviews
 from finetune.scan import PixelStash, Scan, fingerprint_context, scan
@@ -107,8 +108,8 @@ def look(
 ) -> Survey:
     """Scan and audit the photos, print the findings, and stop (DataError) where training on them would deceive.
 
-    ``reviews`` are applied before that. Where validation was held out of training, photos that look alike are kept on one
-    side: in training.
+    Photos of further folders that the data folder has are left out, and ``reviews`` applied, before that. Where validation
+    was held out of training, photos that look alike are kept on one side: in training.
     """
     stash = PixelStash(network.spec.preprocessing)
     context = fingerprint_context(stash.preprocessing.decode_px)
@@ -121,6 +122,7 @@ def look(
         name=lambda photo: photo.name,
     )
     scans = [dataclasses.replace(s, photo=photo) for s, photo in zip(scans, dataset.photos, strict=True)]  # this host's paths
+    dataset, scans, known = leave_out_known(dataset, scans)
     applied = None
     if reviews:
         dataset, scans, applied = apply_reviews(reviews, dataset, scans)
@@ -129,7 +131,7 @@ def look(
         across = [group for group in find_duplicates(scans) if len({s.photo.split for s in group}) > 1]
         dataset = move_to_train(dataset, (s.photo.name for group in across for s in group))
         scans = [dataclasses.replace(s, photo=photo) for s, photo in zip(scans, dataset.photos, strict=True)]
-    findings = audit(dataset, scans)
+    findings = audit(dataset, scans, known=known)
     print(findings.text())
     findings.stop(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
     good = {split: [s for s in scans if s.damage is None and s.photo.split == split] for split in ("train", "valid")}

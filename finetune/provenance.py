@@ -60,7 +60,7 @@ def describe_run(
                 "sha256": dataset_sha256(scans),
                 "photos": findings.counts,
                 "evaluated_split": "validation" if not findings.split_from_train else "held-out",
-                "left_out": len(findings.damaged),
+                "left_out": len(findings.damaged) + len(findings.known),
                 "problems": findings.problems,
                 "extra_folders": len(config.extra_data),
                 "reviews": None if reviews is None else dict(reviews),

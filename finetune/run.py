@@ -59,6 +59,8 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
     )
     print(f"Training {spec.title} on {config.data_dir} ({compute}); the run is in {folder}")
+    for number, extra in enumerate(config.extra_data, start=1):
+        print(f"Further photos, named extra-{number}/...: {extra}")
     network = ranks.one_a_host_first(lambda: prepare(spec, len(dataset.classes), config, compute))
     ranks.check(compute, network.cut.trained)
     ranks.check_same("pretrained weights", network.base.sha256 if network.base else None)

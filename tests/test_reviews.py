@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import colour_folder, finetune, save_weights
+from tiny import COLOURS, colour_folder, finetune, paint, save_weights
 
 from finetune import run as run_module
 from finetune.data import read_dataset
@@ -345,24 +345,62 @@ def test_photos_of_further_folders_are_added_to_training(
 ) -> None:
     live = colour_folder(tmp_path / "live", train=4, valid=2, classes=("blue", "red", "green"))
     shutil.rmtree(live / "train" / "green")
-    for photo in (live / "train").rglob("*.jpg"):
-        photo.rename(photo.with_name(f"{sha256_of(photo)}.jpg"))
+    for i in range(4):  # others than data has
+        paint(live / "train" / "red" / f"red.00{i}.jpg", COLOURS[1], seed=500 + i)
     more = tmp_path / "more"
     shutil.copytree(colour_folder(tmp_path / "x", train=8, valid=0) / "train" / "red", more / "red")
     for i in range(6):
         (more / "red" / f"red.00{i}.jpg").unlink()  # those that data has too
+    shutil.copyfile(live / "train" / "red" / "red.000.jpg", more / "red" / "again.jpg")
     shutil.rmtree(live / "train" / "blue")
-    code, _, err = train("--extra-data", live, "--extra-data", more)
+    code, out, err = train("--extra-data", live, "--extra-data", more)
     assert (code, err) == (0, "")
+    assert f"named extra-1/...: {live}" in out
     bundle = open_bundle(tmp_path / "run" / "bundle")
     dataset = bundle.info["provenance"]["dataset"]
-    assert dataset["photos"] == {"train": {"blue": 6, "red": 6 + 4 + 2}, "valid": {"blue": 3, "red": 3}}
-    assert dataset["extra_folders"] == 2
+    assert dataset["photos"] == {"train": {"blue": 6, "red": 6 + 4 + 3}, "valid": {"blue": 3, "red": 3}}
+    assert (dataset["extra_folders"], dataset["left_out"]) == (2, 0)
     assert str(tmp_path) not in json.dumps(dict(bundle.info))
     with (tmp_path / "run" / "duplicates.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["photo"].split("/")[0] for row in rows} == {"train", "extra-1"}
-    assert len(rows) == 8
+    assert {row["photo"] for row in rows} == {"extra-1/train/red/red.000.jpg", "extra-2/red/again.jpg"}
+
+
+def test_photos_of_further_folders_that_the_data_has_are_left_out(
+    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
+) -> None:
+    """By their bytes in whatever split and class; and a photo that looks the same as one of validation."""
+    from PIL import Image
+
+    live = tmp_path / "live" / "train"
+    for split, label, given in (("valid", "red", "red"), ("train", "blue", "blue"), ("valid", "blue", "red")):
+        (live / given).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data / split / label / f"{label}.000.jpg", live / given / f"{split}-{label}.jpg")
+    with Image.open(data / "valid" / "red" / "red.001.jpg") as picture:
+        picture.save(live / "red" / "alike.png")
+    paint(live / "red" / "new.jpg", COLOURS[1], seed=500)
+    code, out, err = train("--extra-data", tmp_path / "live")
+    assert (code, err) == (0, "")
+    assert (
+        "- 4 photos of --extra-data, left out, as the data folder has them; "
+        "1 of them in another class, which is for --reviews to change\n"
+    ) in out
+    assert "  extra-1/train/red/valid-blue.jpg = valid/blue/blue.000.jpg, which is blue there\n" in out
+    found = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert found["known"] == {
+        "extra-1/train/blue/train-blue.jpg": {"photo": "train/blue/blue.000.jpg", "label": None},
+        "extra-1/train/red/alike.png": {"photo": "valid/red/red.001.jpg", "label": None},
+        "extra-1/train/red/valid-blue.jpg": {"photo": "valid/blue/blue.000.jpg", "label": "blue"},
+        "extra-1/train/red/valid-red.jpg": {"photo": "valid/red/red.000.jpg", "label": None},
+    }
+    dataset = open_bundle(tmp_path / "run" / "bundle").info["provenance"]["dataset"]
+    assert dataset["photos"] == {"train": {"blue": 6, "red": 7}, "valid": {"blue": 3, "red": 3}}
+    assert dataset["left_out"] == 4
+    # A review changes the label of the data folder's own.
+    file = table(review(data / "valid" / "blue" / "blue.000.jpg", new_label="red"), path=tmp_path / "reviews.csv")
+    code, out, err = train("--extra-data", tmp_path / "live", "--reviews", file, out="again")
+    assert (code, err) == (0, "")
+    assert predictions_of(tmp_path / "again")["valid/blue/blue.000.jpg"] == "red"
 
 
 def test_a_further_folder_that_does_not_fit_is_refused(tmp_path: Path, train: Callable[..., tuple[int, str, str]]) -> None:

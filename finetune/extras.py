@@ -1,0 +1,54 @@
+"""Photos of further folders that the data folder has already: left out, so that none is in training and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from finetune.data import Dataset
+from finetune.duplicates import find_duplicates
+from finetune.scan import Scan
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The photo of the data folder for which a further one was left out; ``label`` is its class where that is another."""
+
+    photo: str
+    label: str | None
+
+    def __str__(self) -> str:
+        return f"{self.photo}, which is {self.label} there" if self.label else self.photo
+
+
+def leave_out_known(dataset: Dataset, scans: Sequence[Scan]) -> tuple[Dataset, list[Scan], dict[str, Twin]]:
+    """The dataset and its scans without them, and each one's twin.
+
+    Left out is a photo with the sha256 of one of the data folder, in whatever split and class, and one that looks the same
+    as a photo that validation measures with.
+    """
+    twins: dict[str, Twin] = {}
+    for group in find_duplicates(scans) if any(s.photo.is_extra for s in scans) else ():
+        own = [s for s in group if not s.photo.is_extra]
+        for scan in group:
+            if scan.photo.is_extra and (twin := _twin(scan, own, dataset.classes)):
+                twins[scan.photo.name] = twin
+    kept = [s for s in scans if s.photo.name not in twins]
+    return dataset.keep(s.photo for s in kept), kept, twins
+
+
+def in_words(twins: Mapping[str, Twin]) -> str:
+    """How many were left out and why."""
+    one = len(twins) == 1
+    many, it = f"{len(twins):,} photo{'' if one else 's'}", "it" if one else "them"
+    said = f"{many} of --extra-data, left out, as the data folder has {it}"
+    others = sum(twin.label is not None for twin in twins.values())
+    return f"{said}; {others:,} of them in another class, which is for --reviews to change" if others else said
+
+
+def _twin(scan: Scan, own: Sequence[Scan], classes: Sequence[str]) -> Twin | None:
+    copies = [s for s in own if s.sha256 == scan.sha256] or [s for s in own if s.photo.split == "valid"]
+    if not copies:
+        return None
+    chosen = min(copies, key=lambda s: s.photo.label != scan.photo.label)
+    return Twin(chosen.photo.name, classes[chosen.photo.label] if chosen.photo.label != scan.photo.label else None)
