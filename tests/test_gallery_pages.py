@@ -20,7 +20,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 from serving import Server, poll, serve
 
-from models.bundle import open_bundle
+from models.bundle import PREDICTIONS, open_bundle
+from models.evaluation import OUT_OF_FOLD, write_evaluation
+from models.lookalikes import LOOKALIKES
 from models.predictions import Predictions
 from service.gallery.panel import numbers
 from service.store.database import Database
@@ -304,6 +306,31 @@ def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to
         text = server.get("/compare").body.decode()
         assert "There is one model only." in text
         assert "EVALUATIONS=OLD" in text
+
+
+def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
+    tiny_bundle: SimpleNamespace, tmp_path: Path
+) -> None:
+    """With what was evaluated under the head's version, and where an older service kept that as a model of its own."""
+    head, folds = open_bundle(tiny_bundle.head), tmp_path / "folds"
+    folds.mkdir()
+    generate(head.classes).write_csv(folds / PREDICTIONS)
+    for name in LOOKALIKES:
+        shutil.copyfile(head.path / name, folds / name)
+    write_evaluation(folds, head, kind=OUT_OF_FOLD, classes=head.classes, split="train and valid", temperature=1.0, folds=2)
+    url = f"sqlite:///{tmp_path / 'reviews.db'}"
+    database = Database(url)
+    with database.write() as connection:
+        know_model(connection, version=head.version, name=head.name, classes=head.classes)
+    database.close()
+    with serve(tiny_bundle.path, evaluations=f"{folds},{head.path}", database_url=url) as server:
+        text = poll(lambda: (page := server.get("/gallery")).status == 200 and page.body.decode())
+        models = re.findall(r'<span class="model-name">[^<]*</span> <code>([^<]*)</code>', text)
+        assert models == [open_bundle(tiny_bundle.path).version]
+        assert "There is one model only." in server.get("/compare").body.decode()
+        assert server.get("/gallery/photos.json?source=out-of-fold").json()["total"] == MORE
+        evaluated = read(tiny_bundle.predictions, "evaluation")
+        assert server.get("/gallery/photos.json?source=evaluation").json()["total"] == len(evaluated)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from service.gallery.panel import address_of
 from service.problems import Problem
 from service.site import problem_page
 from service.store.comparing import Comparison, compare
-from service.store.listing import KnownModel, find_model, known_models
+from service.store.listing import KnownModel, find_model
 
 REAL = 0.05
 
@@ -74,7 +74,7 @@ def _compared() -> tuple[list[KnownModel], KnownModel | None, KnownModel, Compar
             raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there are a and b, versions of models.")
     shown = gallery()
     with shown.database.read() as connection:
-        models = known_models(connection)
+        models = shown.models(connection)
         b = find_model(connection, request.args.get("b") or shown.version or "")
         others = [model for model in models if model.version != b.version and model.classes == b.classes]
         named = request.args.get("a")

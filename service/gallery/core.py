@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import threading
 from pathlib import Path
 
 import numpy as np
 from flask import current_app
+from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from models.cache import default_data_dir
+from models.bundle import MANIFEST, Bundle, open_bundle
+from models.cache import default_data_dir, whole_bundle
 from models.errors import UserError
 from models.evaluation import OUT_OF_FOLD, Results, open_results
 from models.lookalikes import Lookalikes
@@ -20,6 +24,7 @@ from service.problems import Problem
 from service.settings import Settings
 from service.store.database import Database
 from service.store.importing import Table, import_table, is_imported, know_model, touch
+from service.store.listing import KnownModel, known_models
 
 log = logging.getLogger("service.gallery")
 
@@ -35,6 +40,7 @@ class Gallery:
         self._lock = threading.Lock()
         self._results: dict[str, list[Results]] = {}  # by the version of the bundle that they are of
         self._lookalikes: dict[str, Lookalikes] = {}
+        self._wholes: dict[str, str] = {}  # a head-only bundle's version -> that of the whole one, which stands for both
         self.version: str | None = None
 
     @property
@@ -52,7 +58,9 @@ class Gallery:
             try:
                 if self._database is None:
                     self._database = Database(self._settings.database_url or _default_url())
-                for path in (model.bundle.path, *self._settings.evaluations):
+                self._wholes |= _joined(model.bundle)
+                paths = [self._whole(path) for path in self._settings.evaluations]
+                for path in (model.bundle.path, *filter(None, paths)):
                     self._take(path)
                 self._know(model)
             except UserError as error:
@@ -62,6 +70,10 @@ class Gallery:
                 self._fail(f"The gallery's database failed ({error!r}); look into the log, and start again.")
             else:
                 self.version = model.bundle.version
+
+    def models(self, connection: Connection) -> list[KnownModel]:
+        """The models that the database knows, the one seen last first; each once, also one that serves joined with its base."""
+        return [model for model in known_models(connection) if model.version not in self._wholes]
 
     def lookalikes(self, version: str) -> list[Lookalikes]:
         """The embeddings and duplicates of a model's evaluations, as far as they are on this machine."""
@@ -77,11 +89,23 @@ class Gallery:
         kinds = {results.kind: results.path for results in self._results.get(version, [])}
         return kinds.get("bundle")
 
+    def _whole(self, path: Path) -> Path | None:
+        """What to read in place of a path of EVALUATIONS: the whole bundle for a head-only one, nothing where that is read."""
+        with contextlib.suppress(UserError):  # said when the path itself is read
+            if (path / MANIFEST).is_file() and (bundle := open_bundle(path, files=())).is_head_only:
+                if bundle.version in self._wholes:
+                    return None
+                path = whole_bundle(path)
+                self._wholes |= _joined(open_bundle(path, files=()))
+        return path
+
     def _take(self, path: Path) -> None:
         """Import a bundle's or an evaluation's predictions, if that was not done; one that is broken is logged and left out."""
         assert self._database is not None
         try:
             results = open_results(path)
+            version = self._wholes.get(results.bundle_version, results.bundle_version)
+            results = dataclasses.replace(results, bundle_version=version)
             of_model = self._results.setdefault(results.bundle_version, [])
             if all(known.version != results.version for known in of_model):
                 of_model.append(results)
@@ -121,6 +145,10 @@ def gallery() -> Gallery:
     """The application's own."""
     found: Gallery = current_app.extensions["gallery"]
     return found
+
+
+def _joined(bundle: Bundle) -> dict[str, str]:
+    return {bundle.info["joined_from"]: bundle.version} if bundle.info.get("joined_from") else {}
 
 
 def _table(results: Results) -> Table:

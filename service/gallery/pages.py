@@ -19,7 +19,7 @@ from service.gallery.queues import Queue, queues
 from service.problems import Problem
 from service.settings import Settings
 from service.site import problem_page, served_model
-from service.store.listing import Listing, Photo, find_model, known_models
+from service.store.listing import Listing, Photo, find_model
 
 THUMBNAILS = 8  # a queue's row
 
@@ -50,7 +50,7 @@ def home() -> Response:
         for queue in queues(version, model.classes):
             found = Listing(connection, queue.wanted, beside=everything)
             rows.append(Shown(queue, found.counts.total, found.first(THUMBNAILS)))
-        models = known_models(connection)
+        models = shown.models(connection)
     return render(
         "gallery/home.html",
         model_shown=model,
