@@ -75,6 +75,11 @@ class Pair:
     def is_right(self) -> bool:
         return self.label == self.predicted
 
+    @property
+    def kind(self) -> str:
+        """How a matrix shows it: what nobody has labelled is no mistake."""
+        return "diagonal" if self.is_right else "unlabelled" if self.label == UNLABELLED else "off"
+
 
 @dataclass(frozen=True)
 class Confusion:

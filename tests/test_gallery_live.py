@@ -1,0 +1,70 @@
+"""What the gallery says of photos that were kept live: labelled or not, they are told apart from what was evaluated."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from serving import Server, poll, serve
+from tiny import paint
+
+Row = dict[str, Any]
+DECISIONS = ("label:red", "label:blue", "neither", "bad")
+SENT = 6
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A service that was sent photos, of which the first were decided about as DECISIONS says; ``rows`` are all it shows."""
+
+    server: Server
+    rows: list[Row]
+
+    def text(self, path: str) -> str:
+        answer = self.server.get(path)
+        assert answer.status == 200, (path, answer.body[:300])
+        return answer.body.decode()
+
+    def live(self, *, decision: str = "") -> list[Row]:
+        """The live ones with this decision, or in whatever state."""
+        found = [row for row in self.rows if row["source"] == "live"]
+        return [row for row in found if not decision or (row["decision"] or {}).get("decision") == decision]
+
+
+@pytest.fixture(scope="module")
+def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
+    folder: Path = tmp_path_factory.mktemp("live")
+    url = f"sqlite:///{folder / 'reviews.db'}"
+    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url, keep_predictions=1) as server:
+        poll(lambda: server.get("/gallery").status == 200)
+        for number in range(SENT):
+            photo = paint(folder / "sent.jpg", (255, 40, 40), seed=900 + number)
+            assert server.post(photo.read_bytes()).status == 200
+        path = "/gallery/photos.json?source=live&sort=name"
+        sent = poll(lambda: len(rows := server.get(path).json()["rows"]) == SENT and rows)
+        for row, decision in zip(sent, DECISIONS, strict=False):
+            given = json.dumps({"photo": row["photo"], "sha256": row["sha256"], "decision": decision}).encode()
+            assert server.post(given, "application/json", path="/gallery/review").status == 200
+        yield Gallery(server, server.get("/gallery/photos.json").json()["rows"])
+
+
+def plain(text: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", text)).split())
+
+
+def test_what_nobody_has_labelled_is_no_mistake_in_the_matrix(gallery: Gallery) -> None:
+    text = gallery.text("/gallery/photos")
+    cells = re.findall(r'<td class="([\w-]+) shade-\d">\s*<a href="[^"]*" title="([^"]*), called (\w+)">([\d,]+)<', text)
+    kinds = {(label, predicted): kind for kind, label, predicted, _ in cells}
+    assert {label for label, _ in kinds} >= {"not labelled", "red"}
+    for (label, predicted), kind in kinds.items():
+        assert kind == ("unlabelled" if label == "not labelled" else "diagonal" if label == predicted else "off")
+    unlabelled = sum(int(number) for kind, *_, number in cells if kind == "unlabelled")
+    assert unlabelled == SENT - len(gallery.live(decision="label"))
