@@ -68,3 +68,20 @@ def test_what_nobody_has_labelled_is_no_mistake_in_the_matrix(gallery: Gallery) 
         assert kind == ("unlabelled" if label == "not labelled" else "diagonal" if label == predicted else "off")
     unlabelled = sum(int(number) for kind, *_, number in cells if kind == "unlabelled")
     assert unlabelled == SENT - len(gallery.live(decision="label"))
+
+
+def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> None:
+    for decision, words in (("neither", "None of the classes"), ("bad", "Bad photo")):
+        (row,) = gallery.live(decision=decision)
+        page = gallery.text(row["page"])
+        assert re.search(rf'<p class="verdict-mark unknown"><svg.*?</svg>{words}</p>', page, re.DOTALL)
+        grid = gallery.text(f"/gallery/photos?source=live&review={decision}")
+        assert re.search(rf'<span class="verdict-mark unknown"><svg.*?</svg>{words}</span>', grid, re.DOTALL)
+        for text in (page, grid):
+            assert "No label yet" not in plain(text)
+            assert "not labelled" not in plain(text.split('<table class="matrix')[0])
+    waiting = SENT - len(DECISIONS)
+    home = gallery.text("/gallery")
+    address, number = re.findall(r'<dt>No label yet</dt><dd><a href="([^"]*)">(\d+)</a>', home)[0]
+    assert int(number) == waiting
+    assert f'<h1 class="sentence">{waiting} photos' in gallery.text(html.unescape(address))

@@ -50,12 +50,14 @@ def home() -> Response:
         for queue in queues(version, model.classes):
             found = Listing(connection, queue.wanted, beside=everything)
             rows.append(Shown(queue, found.counts.total, found.first(THUMBNAILS)))
+        waiting = Listing(connection, Filter(model=version, verdicts=("unknown",), reviews=("unreviewed",)), beside=everything)
         models = shown.models(connection)
     return render(
         "gallery/home.html",
         model_shown=model,
         rows=rows,
         counts=everything.counts,
+        waiting=waiting,
         models=models,
         served=shown.version,
         everything=everything.wanted,

@@ -25,7 +25,7 @@ FACET_TITLES = {
     "split": "Split",
 }
 VALUE_NAMES = {
-    "verdict": {"right": "Right", "wrong": "Wrong", "unknown": "No label yet"},
+    "verdict": {"right": "Right", "wrong": "Wrong", "unknown": "No label"},
     "review": {
         "unreviewed": "Not yet reviewed",
         "confirmed": "Confirmed",
