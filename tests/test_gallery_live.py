@@ -85,3 +85,21 @@ def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> 
     address, number = re.findall(r'<dt>No label yet</dt><dd><a href="([^"]*)">(\d+)</a>', home)[0]
     assert int(number) == waiting
     assert f'<h1 class="sentence">{waiting} photos' in gallery.text(html.unescape(address))
+
+
+def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(gallery: Gallery) -> None:
+    text = gallery.text("/gallery")
+    evaluated = [row for row in gallery.rows if row["source"] != "live"]
+    right = sum(row["label"] == row["predicted"] for row in evaluated)
+    figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>(?:<a [^>]*>)?([^<]*)", text))
+    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(evaluated):.1%}"
+    labelled = gallery.live(decision="label")
+    right_live = sum(row["label"] == row["predicted"] for row in labelled)
+    assert (len(labelled), right_live) == (2, 1)
+    assert (
+        f"is that of the {len(evaluated)} evaluated photos alone. Of 2 live photos that were given a label, 1 is right"
+        in plain(text)
+    )
+    assert (figures["Right"], figures["Wrong"]) == (str(right + 1), str(len(evaluated) - right + 1))
+    address = re.findall(r'<a href="([^"]*)">2 live photos', text)[0]
+    assert '<h1 class="sentence">2 photos' in gallery.text(html.unescape(address))

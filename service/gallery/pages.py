@@ -50,6 +50,10 @@ def home() -> Response:
         for queue in queues(version, model.classes):
             found = Listing(connection, queue.wanted, beside=everything)
             rows.append(Shown(queue, found.counts.total, found.first(THUMBNAILS)))
+        evaluated, live = (
+            Listing(connection, Filter(model=version, sources=sources), beside=everything).counts.facets["verdict"]
+            for sources in (("evaluation", "out-of-fold"), ("live",))
+        )
         waiting = Listing(connection, Filter(model=version, verdicts=("unknown",), reviews=("unreviewed",)), beside=everything)
         models = shown.models(connection)
     return render(
@@ -57,6 +61,8 @@ def home() -> Response:
         model_shown=model,
         rows=rows,
         counts=everything.counts,
+        evaluated=evaluated,
+        live=live,
         waiting=waiting,
         models=models,
         served=shown.version,
