@@ -103,3 +103,10 @@ def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(ga
     assert (figures["Right"], figures["Wrong"]) == (str(right + 1), str(len(evaluated) - right + 1))
     address = re.findall(r'<a href="([^"]*)">2 live photos', text)[0]
     assert '<h1 class="sentence">2 photos' in gallery.text(html.unescape(address))
+
+
+def test_a_live_photo_has_no_label_to_keep(gallery: Gallery) -> None:
+    for row in gallery.live():
+        buttons = re.findall(r'<button [^>]*value="label:\w+"[^>]*><span>(.*?)</span>', gallery.text(row["page"]))
+        wanted = [f"It is {name}{' as predicted' if name == row['predicted'] else ''}" for name in row["probabilities"]]
+        assert [re.sub(r"<[^>]*>", "", words) for words in buttons] == wanted

@@ -228,6 +228,19 @@ def test_a_card_says_both_labels_with_their_probabilities(gallery: Gallery) -> N
 # Links and forms
 
 
+@pytest.mark.parametrize("verdict", ["right", "wrong"])
+def test_a_button_says_whether_it_keeps_the_label_or_gives_another(gallery: Gallery, verdict: str) -> None:
+    row = gallery.server.get(f"/gallery/photos.json?verdict={verdict}").json()["rows"][-1]
+    page = gallery.text(row["page"])
+    buttons = dict(re.findall(r'<button [^>]*value="label:(\w+)"[^>]*><span>(.*?)</span>', page))
+    wanted = {name: f"It is {name}" for name in gallery.classes}
+    wanted[row["predicted"]] += " as predicted"
+    wanted[row["label"]] = f"Keep {row['label']} its label is right"
+    assert {name: re.sub(r"<[^>]*>", "", words) for name, words in buttons.items()} == wanted
+    if verdict == "right":
+        assert re.findall(r"data-look>(\w+)<small>(.*?)</small>", page) == [(row["label"], "its label, as predicted")]
+
+
 @pytest.mark.parametrize(
     "path", ["/gallery", "/gallery/photos?per_page=24&page=2", "/gallery/incorrect?sort=random", "/compare"]
 )
