@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flask import Blueprint, Response, current_app, g, render_template, request
+from flask import Blueprint, Response, current_app, g, render_template, request, url_for
+from markupsafe import Markup, escape
+from werkzeug.urls import iri_to_uri
 
 from models.engine import Pixels
 from service.api import crop_as_url
@@ -58,8 +61,20 @@ def problem_page(problem: Problem, template: str = "problem.html", **context: An
     """A problem in words on a page, counted and logged as the API's are. One that passes has the page asked for again."""
     note_problem(problem)
     refresh_s = problem.headers.get("Retry-After") if request.method in ("GET", "HEAD") else None
-    text = render_template(template, problem=problem, refresh_s=refresh_s, **context)
+    text = render_template(template, problem=problem, refresh_s=refresh_s, way_back=_way_back(), **context)
     return Response(text, problem.status, {**problem.headers, "Cache-Control": "no-store"}, mimetype="text/html")
+
+
+def _way_back() -> tuple[str, str] | None:
+    """Address and words of a link to the page of this site that one came from, else to the gallery or the first page."""
+    before = request.referrer or ""
+    if before.startswith(request.host_url) and before != iri_to_uri(request.url):
+        return before, "Back to the page before"
+    here = request.script_root + request.full_path.removesuffix("?")
+    gallery, home = url_for("gallery.home"), url_for("page.home")
+    if here.startswith((gallery, url_for("compare.page"))) and here != gallery:
+        return gallery, "To the gallery"
+    return (home, "To the first page") if here != home else None
 
 
 @bp.app_context_processor
@@ -97,6 +112,12 @@ def percent(share: float) -> str:
     if 0.9995 <= share < 1:
         return ">\u202f99.9\u202f%"
     return f"{share:.1%}".replace("%", "\u202f%")
+
+
+@bp.app_template_filter("with_code")
+def with_code(text: str) -> Markup:
+    """What stands between backticks as code; all of it is text, whoever wrote it."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 @bp.app_template_filter("as_url")

@@ -291,6 +291,26 @@ def test_what_cannot_be_meant_is_said_in_one_sentence(gallery: Gallery, path: st
     assert words in alert[0]
 
 
+def test_a_problem_is_said_with_its_code_as_code_and_a_way_back(gallery: Gallery) -> None:
+    def said(path: str, referrer: str = "") -> tuple[str, str]:
+        answer = gallery.server.get(path, headers={"Referer": referrer} if referrer else {})
+        body = answer.body.decode()
+        link = re.search(r'<p><a href="([^"]*)">[^<]*</a></p>', body)
+        assert (answer.status, link is not None) == (400, True)
+        return body, html.unescape(link[1])  # type: ignore[index]
+
+    here = gallery.server.url
+    body, link = said("/gallery/photos?page=<b>`1`</b>")
+    assert "The parameter <code>page</code> is &#39;&lt;b&gt;<code>1</code>&lt;/b&gt;&#39;;" in body
+    assert link == "/gallery"
+    assert said("/gallery?colour=red")[1] == "/gallery"
+    before = f"{here}/gallery/photos?class=red&sort=margin"
+    assert said("/gallery/photos?page=0", before)[1] == before
+    assert said("/gallery/photos?page=0", f"{here}/gallery/photos?page=0")[1] == "/gallery"
+    assert said("/gallery/photos?page=0", "http://elsewhere.example/gallery")[1] == "/gallery"
+    assert said("/gallery/photos?page=0", f"{here}.example/gallery")[1] == "/gallery"
+
+
 def test_a_filter_that_nothing_fits_leads_back(gallery: Gallery) -> None:
     text = gallery.text("/gallery/photos?confidence=0-10")
     assert "No photo fits all of that." in text
