@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,14 +12,33 @@ from pathlib import Path
 
 from models.bundle import open_bundle
 from models.cache import joined_dir
-from models.errors import UserError
+from models.errors import ConfigError, UserError
 from service.settings import Settings
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise ConfigError where nothing can listen there. gunicorn would try five times, and say so in its log only."""
+    if {"LISTEN_FDS", "GUNICORN_FD"} & os.environ.keys():  # a socket that listens already was handed over
+        return
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gunicorn: what ended a moment ago is in no way
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"The port {port} of {host} is in use; stop what listens there, or name another with PORT (0: any free)."
+                ) from None
+            raise ConfigError(
+                f"Nothing can listen on the port {port} of {host} ({error.strerror}); name others with HOST and PORT."
+            ) from None
 
 
 def main() -> int:
     """Join a head-only bundle, if need be and if the training side is installed, then run gunicorn in this process."""
     try:
         settings = Settings.from_environment()
+        check_free(settings.host, settings.port)
         bundle = open_bundle(settings.bundle, files=())
     except UserError as error:
         print(f"service: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,6 +173,28 @@ def gives_up(code: int = 2, **env: object) -> str:
 
 def test_a_wrong_setting_ends_it_with_one_sentence(tiny_bundle: SimpleNamespace) -> None:
     assert gives_up(bundle=tiny_bundle.path, port="eighty") == "service: PORT is 'eighty'; it must be a whole number.\n"
+
+
+def taken_port(host: str) -> socket.socket:
+    try:
+        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        pytest.skip(f"{host}: {error}")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_port_in_use_ends_it_with_one_sentence(tiny_bundle: SimpleNamespace, host: str) -> None:
+    with taken_port(host) as taken:
+        port = taken.getsockname()[1]
+        said = gives_up(bundle=tiny_bundle.path, host=host, port=port)
+    assert said.startswith(f"service: The port {port} of {host} is in use; stop what listens there, or name another with PORT")
+    assert said.count("\n") == 1
+
+
+def test_an_address_of_another_machine_ends_it(tiny_bundle: SimpleNamespace) -> None:
+    said = gives_up(bundle=tiny_bundle.path, host="192.0.2.1", port=8000)
+    assert "Nothing can listen on the port 8000 of 192.0.2.1 (" in said
+    assert said.count("\n") == 1
 
 
 def test_a_bundle_that_is_not_there_ends_it(tmp_path: Path) -> None:
