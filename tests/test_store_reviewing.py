@@ -103,7 +103,7 @@ def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> 
     photo = photos[0]
     seen = say(database, photo, "label", "dogs", reviewer="Ann")
     found = refused(database, photo, "bad", seen=None)
-    assert found == ("decided_meanwhile", "Ann labelled it dogs meanwhile; look at it, and decide again to overrule it.")
+    assert found == ("decided_meanwhile", "Ann relabelled it dogs meanwhile; look at it, and decide again to overrule it.")
     assert refused(database, photo, "undo", seen=None)[0] == "decided_meanwhile"
     say(database, photo, "neither", reviewer="")
     assert "Somebody found it to be none of the classes" in refused(database, photo, "label", seen=seen)[1]

@@ -9,6 +9,8 @@ from typing import Any
 
 from sqlalchemy import Row
 
+from service.store.reviewing import in_words
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -37,16 +39,3 @@ def entries(rows: Sequence[Row[Any]]) -> list[Entry]:
         )
         for row in rows
     ]
-
-
-def in_words(row: Any) -> str:
-    """A decision, without who made it: "relabelled it dogs"."""
-    if row.decision == "label":
-        did = "confirmed" if row.new_label == row.label else "relabelled it" if row.label else "labelled it"
-        return f"{did} {row.new_label}"
-    return {
-        "neither": "found it to be none of the classes",
-        "bad": "called it a bad photo",
-        "note": "noted",
-        "undo": "took back",
-    }[row.decision]

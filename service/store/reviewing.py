@@ -44,7 +44,8 @@ def decide(connection: Connection, verdict: Verdict) -> int:
     label = _label_of(connection, verdict)
     holds = holding(connection, verdict.sha256)
     if verdict.decision != "note" and verdict.seen != (holds.id if holds else None):
-        raise Problem("decided_meanwhile", f"{_in_words(holds)} meanwhile; look at it, and decide again to overrule it.")
+        said = f"{holds.reviewer or 'Somebody'} {in_words(holds)}" if holds else "The decision was taken back"
+        raise Problem("decided_meanwhile", f"{said} meanwhile; look at it, and decide again to overrule it.")
     undoes = None
     if verdict.decision == "undo":
         if holds is None:
@@ -91,6 +92,19 @@ def decision_that_holds(connection: Connection, id_: str) -> Row[Any] | None:
 def history(connection: Connection, sha256: str) -> list[Row[Any]]:
     """Everything that was said about a photo, the newest first."""
     return list(connection.execute(select(decisions).where(decisions.c.sha256 == sha256).order_by(decisions.c.id.desc())))
+
+
+def in_words(decision: Row[Any]) -> str:
+    """A decision, without who made it: "relabelled it dogs"."""
+    if decision.decision == "label":
+        did = "confirmed" if decision.new_label == decision.label else "relabelled it" if decision.label else "labelled it"
+        return f"{did} {decision.new_label}"
+    return {
+        "neither": "found it to be none of the classes",
+        "bad": "called it a bad photo",
+        "note": "noted",
+        "undo": "took back",
+    }[str(decision.decision)]
 
 
 def reviews(connection: Connection) -> Iterator[Row[Any]]:
@@ -161,14 +175,3 @@ def _label_of(connection: Connection, verdict: Verdict) -> str | None:
     if not found:
         raise Problem("not_found", f"The model {verdict.model_version} was not evaluated on a photo {verdict.photo!r}.")
     return None if found.source == "live" else str(found.classes[found.label])
-
-
-def _in_words(holds: Row[Any] | None) -> str:
-    if holds is None:
-        return "The decision was taken back"
-    said = {
-        "label": f"labelled it {holds.new_label}",
-        "neither": "found it to be none of the classes",
-        "bad": "called it a bad photo",
-    }
-    return f"{holds.reviewer or 'Somebody'} {said[holds.decision]}"
