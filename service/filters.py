@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
@@ -130,8 +130,8 @@ def read_filter(given: MultiDict[str, str], *, model: str, also: Iterable[str] =
         change=_one_of(given, "change", CHANGES, ""),
         sort=sort,
         order=_one_of(given, "order", ("asc", "desc"), ORDERS[sort][0]),
-        seed=_whole(given, "seed", 0, least=0, most=2**31 - 1),
-        per_page=_whole(given, "per_page", 48, least=PER_PAGE[0], most=PER_PAGE[-1]),
+        seed=whole(given, "seed", 0, least=0, most=2**31 - 1),
+        per_page=whole(given, "per_page", 48, least=PER_PAGE[0], most=PER_PAGE[-1]),
     )
     if bool(found.vs) != bool(found.change):
         raise Problem("bad_parameter", "The parameters `vs`, another model's version, and `change` go together; one came.")
@@ -140,7 +140,7 @@ def read_filter(given: MultiDict[str, str], *, model: str, also: Iterable[str] =
 
 def read_page(given: MultiDict[str, str]) -> int:
     """The number of the page, from 1."""
-    return _whole(given, "page", 1, least=1, most=10**9)
+    return whole(given, "page", 1, least=1, most=10**9)
 
 
 def sentence(wanted: Filter, total: int, *, name: str, vs_name: str = "") -> str:
@@ -218,7 +218,8 @@ def _one_of(given: MultiDict[str, str], name: str, values: tuple[str, ...], defa
     return value
 
 
-def _whole(given: MultiDict[str, str], name: str, default: int, *, least: int, most: int) -> int:
+def whole(given: Mapping[str, str], name: str, default: int, *, least: int, most: int) -> int:
+    """A parameter that is a number, as it came or its default. Raises Problem."""
     text = given.get(name) or str(default)
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
     if not least <= value <= most:

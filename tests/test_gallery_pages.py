@@ -275,7 +275,7 @@ def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
         ("/gallery/photos?class=zebra", 400, "the model knows"),
         ("/gallery/photos?by=size", 400, "it can be loss.asc"),
         ("/gallery/photos?from=90&to=50", 400, "the lower end comes first"),
-        ("/gallery/photos?from=-1", 400, "0 to 100"),
+        ("/gallery/photos?from=-1", 400, "from 0 to 100"),
         ("/gallery/photos?page=0", 400, "a whole number from 1"),
         ("/gallery/photos?per_page=1000", 400, "from 24 to 96"),
         ("/gallery/correct?sort=size", 400, "it can be loss"),

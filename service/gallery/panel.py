@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 from flask import url_for
 
-from service.filters import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter
+from service.filters import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter, whole
 from service.problems import Problem
 from service.store.counts import BINS, Counts
 from service.store.listing import Listing, Photo
@@ -122,7 +122,7 @@ def with_form(wanted: Filter, given: Mapping[str, str]) -> Filter:
             raise Problem("bad_parameter", f"The parameter `by` is {by!r}; it can be {known}.")
         wanted = wanted.having(sort=sort, order=order)
     if "from" in given or "to" in given:
-        low, high = _percent(given, "from", 0), _percent(given, "to", 100)
+        low, high = whole(given, "from", 0, least=0, most=100), whole(given, "to", 100, least=0, most=100)
         if low >= high:
             raise Problem("bad_parameter", f"The range of confidence is from {low} to {high} %; the lower end comes first.")
         wanted = wanted.having(confidence=(low, high))
@@ -242,11 +242,3 @@ def numbers(page: int, pages: int) -> list[int | None]:
             found.append(None)
         found.append(number)
     return found
-
-
-def _percent(given: Mapping[str, str], name: str, default: int) -> int:
-    text = given.get(name, "").strip() or str(default)
-    value = int(text) if text.isascii() and text.isdigit() and len(text) < 4 else -1
-    if not 0 <= value <= 100:
-        raise Problem("bad_parameter", f"The parameter `{name}` is {text!r}; a whole number of per cent, 0 to 100, was wanted.")
-    return value
