@@ -44,8 +44,9 @@ def main() -> int:
             url = args.database or f"sqlite:///{Path(folder) / f'{photos}.db'}"
             database = Database(url)
             began = time.perf_counter()
-            fill(database, photos)
-            print(f"{photos:,} predictions imported in {time.perf_counter() - began:.1f} s", flush=True)
+            imported = fill(database, photos)
+            seconds = time.perf_counter() - began
+            print(f"{photos:,} predictions" + (f", {imported:,} imported in {seconds:.1f} s" if imported else ""), flush=True)
             database.close()
             client = start(url)
             for name, wanted, page in pages(photos):
@@ -66,9 +67,9 @@ def start(url: str) -> FlaskClient:
     return client
 
 
-def fill(database: Database, photos: int) -> None:
-    """Generate and import what is not there yet; the version names the number."""
-    version = f"v{photos}"
+def fill(database: Database, photos: int) -> int:
+    """Generate and import what is not there yet; the version names the number. Returns how many came in."""
+    version, imported = f"v{photos}", 0
     for start in range(0, photos, AT_ONCE):
         many, digest = min(AT_ONCE, photos - start), f"{start:064d}"
         with database.write() as connection:
@@ -76,8 +77,10 @@ def fill(database: Database, photos: int) -> None:
                 continue
             model = know_model(connection, version=version, name="generated", classes=CLASSES)
             none = np.zeros(many, dtype=np.bool_)
-            import_table(connection, model, Table("evaluation", digest, generate(start, many), none, none))
-    database.refresh_statistics()
+            imported += import_table(connection, model, Table("evaluation", digest, generate(start, many), none, none))
+    if imported:
+        database.refresh_statistics()
+    return imported
 
 
 def generate(start: int, photos: int) -> Predictions:

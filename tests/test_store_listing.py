@@ -107,13 +107,14 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("few", [order.FEW, 10])
+@pytest.mark.parametrize(("few", "sparse"), [(order.FEW, order.SPARSE), (10, 0)])
 @pytest.mark.parametrize("sort", ORDERS)
 def test_pages_hold_every_photo_once_and_in_order(
-    gallery: SimpleNamespace, sort: str, few: int, monkeypatch: pytest.MonkeyPatch
+    gallery: SimpleNamespace, sort: str, few: int, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However they are found: what is done for many photos is done for these few where few are fewer."""
+    """However they are found: what is done for a million photos is done for these where fewer are few."""
     monkeypatch.setattr(order, "FEW", few)
+    monkeypatch.setattr(order, "SPARSE", sparse)
     rng = random.Random(f"{sort} {few}")
     filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(2))]
     for number, wanted in enumerate(filters):
@@ -147,7 +148,11 @@ def test_a_random_order_is_another_with_another_seed(gallery: SimpleNamespace) -
 
 
 @pytest.mark.parametrize(("sort", "way"), [("loss", "desc"), ("confidence", "asc"), ("random", "asc"), ("random", "desc")])
-def test_a_photo_knows_its_neighbours(gallery: SimpleNamespace, sort: str, way: str) -> None:
+@pytest.mark.parametrize("sparse", [order.SPARSE, 0])
+def test_a_photo_knows_its_neighbours(
+    gallery: SimpleNamespace, sort: str, way: str, sparse: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "SPARSE", sparse)
     wanted = EVERYTHING.having(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=way, seed=5)
     with gallery.database.read() as connection:
         listing = Listing(connection, wanted)
@@ -162,8 +167,13 @@ def test_a_photo_knows_its_neighbours(gallery: SimpleNamespace, sort: str, way: 
 
 
 @pytest.mark.parametrize("sort", ["name", "loss"])
-def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(gallery: SimpleNamespace, sort: str) -> None:
+@pytest.mark.parametrize("sparse", [order.SPARSE, 0])
+def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(
+    gallery: SimpleNamespace, sort: str, sparse: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a decision the photo may be in the filter no longer; "next" goes on from where it was."""
+    monkeypatch.setattr(order, "SPARSE", sparse)
+    monkeypatch.setattr(order, "FEW", 10)
     everything = EVERYTHING.having(sort=sort)
     wanted = everything.having(verdicts=("wrong",))
     with gallery.database.read() as connection:

@@ -157,7 +157,7 @@ class Listing:
             self.wanted,
             self._photos_in,
             everything=self.everything,
-            is_all=len(self.counts.cells) == len(self.cells),
+            all_cells=len(self.cells),
             among=self._changed,
         )
 

@@ -20,14 +20,15 @@ SORTED_BY = {
     "random": predictions.c.shuffle,
 }
 FEW = 4_000  # photos that are sooner found through their cells and sorted than met in the order's own index
+SPARSE = 50  # photos to a cell: where there are fewer, to read how far the cells reach costs more than it spares
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
     """The photos of one model that are in some cells: ``photos_in`` says how many of them each cell's id has.
 
-    ``everything`` is the number of the model's photos, and ``is_all`` whether these are those. ``among`` selects the ids that
-    are to be left, where not all photos of the cells are.
+    ``everything`` is the number of the model's photos, and ``all_cells`` that of its cells. ``among`` selects the ids that are
+    to be left, where not all photos of the cells are.
     """
 
     connection: Connection
@@ -35,7 +36,7 @@ class Order:
     wanted: Filter
     photos_in: Mapping[int, int]
     everything: int
-    is_all: bool
+    all_cells: int
     among: Select[Any] | None = None
 
     def ids(self, *, limit: int | None = None, offset: int = 0) -> list[int]:
@@ -112,21 +113,21 @@ class Order:
             start = self.wanted.seed * 2_654_435_761 % 2**31  # Knuth's multiplier: near seeds begin far apart
             ids = list(self.photos_in)
             segments = [Segment(start, 2**31 - 1, None, ids), Segment(0, start - 1, None, ids)]
+        elif self._are_few or self.everything < SPARSE * self.all_cells:
+            segments = [Segment(None, None, self._total, list(self.photos_in))]
         else:
             name = SORTED_BY[self.wanted.sort].name
             columns = cells.c.id, cells.c[f"{name}_low"], cells.c[f"{name}_high"]
             rows = self.connection.execute(select(*columns).where(cells.c.model_id == self.model_id, cells.c.photos > 0))
             photos = self.photos_in
             segments = cut((low, high, photos[id_], id_) for id_, low, high in rows if id_ in photos)
-            if self._are_few and segments:  # to find and sort them once is enough
-                segments = [Segment(segments[0].low, segments[-1].high, self._total, list(photos))]
         return segments if self._is_ascending else segments[::-1]
 
     def _place(self, key: Any) -> tuple[list[Segment], Segment | None, list[Segment]]:
         """The segments before a key, the one around it, and those after it."""
         segments = self._segments()
         for number, segment in enumerate(segments):
-            if segment.low <= key <= segment.high:
+            if segment.low is None or segment.low <= key <= segment.high:
                 return segments[:number], segment, segments[number + 1 :]
         lower, higher = [s for s in segments if s.high < key], [s for s in segments if s.low > key]
         return (lower, None, higher) if self._is_ascending else (higher, None, lower)
@@ -164,8 +165,12 @@ class Order:
 
     def _conditions(self, segment: Segment, *, by_cell: bool) -> list[ColumnElement[bool]]:
         """What the photos of a segment have, said so that they are looked up in the cells' index or in the order's own."""
-        chosen = [self._column >= segment.low, self._column <= segment.high]
-        if self.is_all:
+        chosen: list[ColumnElement[bool]] = []
+        if segment.low is not None:
+            chosen.append(self._column >= segment.low)
+        if segment.high is not None:
+            chosen.append(self._column <= segment.high)
+        if len(self.photos_in) == self.all_cells:
             chosen.append(predictions.c.model_id == self.model_id)
         elif by_cell:
             chosen.append(predictions.c.cell_id.in_(segment.cells))

@@ -14,7 +14,10 @@ from typing import Any
 
 @dataclass
 class Segment:
-    """What has a sort key from ``low`` to ``high``, both included; ``photos`` of the filter's, None before they are counted."""
+    """What has a sort key from ``low`` to ``high``, both included, or any where they are None.
+
+    ``photos`` are the filter's there, None before they are counted.
+    """
 
     low: Any
     high: Any
