@@ -1,11 +1,11 @@
 """How long the gallery takes: to import predictions, and to answer a page of a grid on that many.
 
-    python benchmarks/gallery_speed.py [--photos 25000 1000000] [--database URL] [--limit-ms 50 200]
+    python benchmarks/gallery_speed.py [--photos 25000 1000000] [--classes 2] [--database URL] [--limit-ms 50 200]
 
-Rows are generated: two classes, 4 % of them wrong, as sure as a good classifier is. A page is all that the server does for
-it, from the request to the HTML: counts of every facet, the confusion matrix, the histogram, and 48 photos. Each kind of page
-is asked for five times, and its median is printed. With ``--limit-ms`` the program ends with 1 where a median is over it.
-With ``--database``, sqlite:///FILE or postgresql://USER@HOST/NAME, the rows are kept and serve the next run too.
+Rows are generated: of two classes or more, 4 % of them wrong, as sure as a good classifier is. A page is all that the server
+does for it, from the request to the HTML: counts of every facet, the confusion matrix, the histogram, and 48 photos. Each kind
+of page is asked for five times, and its median is printed. With ``--limit-ms`` the program ends with 1 where a median is over
+it. With ``--database``, sqlite:///FILE or postgresql://USER@HOST/NAME, the rows are kept and serve the next run too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +28,14 @@ from service.settings import Settings
 from service.store.database import Database
 from service.store.importing import Table, import_table, is_imported, know_model
 
-CLASSES = ("cats", "dogs")
+CLASSES = ("cats", "dogs", *(f"animals {number}" for number in range(3, 201)))
 AT_ONCE = 100_000
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, nargs="+", default=[25_000, 1_000_000])
+    parser.add_argument("--classes", type=int, default=2, choices=range(2, 201), metavar="N")
     parser.add_argument("--limit-ms", type=float, nargs="+", default=[])
     parser.add_argument("--database", help="empty, or filled by this program (default: SQLite in a temporary folder)")
     args = parser.parse_args()
@@ -44,12 +45,12 @@ def main() -> int:
             url = args.database or f"sqlite:///{Path(folder) / f'{photos}.db'}"
             database = Database(url)
             began = time.perf_counter()
-            imported = fill(database, photos)
+            imported = fill(database, photos, CLASSES[: args.classes])
             seconds = time.perf_counter() - began
             print(f"{photos:,} predictions" + (f", {imported:,} imported in {seconds:.1f} s" if imported else ""), flush=True)
             database.close()
             client = start(url)
-            for name, wanted, page in pages(photos):
+            for name, wanted, page in pages(photos, args.classes):
                 ms = statistics.median(time_page(client, wanted, page) for _ in range(5))
                 limit = args.limit_ms[number] if number < len(args.limit_ms) else None
                 late += limit is not None and ms > limit
@@ -67,7 +68,7 @@ def start(url: str) -> FlaskClient:
     return client
 
 
-def fill(database: Database, photos: int) -> int:
+def fill(database: Database, photos: int, classes: Sequence[str]) -> int:
     """Generate and import what is not there yet; the version names the number. Returns how many came in."""
     version, imported = f"v{photos}", 0
     for start in range(0, photos, AT_ONCE):
@@ -75,29 +76,30 @@ def fill(database: Database, photos: int) -> int:
         with database.write() as connection:
             if is_imported(connection, version, digest):
                 continue
-            model = know_model(connection, version=version, name="generated", classes=CLASSES)
+            model = know_model(connection, version=version, name="generated", classes=classes)
             none = np.zeros(many, dtype=np.bool_)
-            imported += import_table(connection, model, Table("evaluation", digest, generate(start, many), none, none))
+            imported += import_table(connection, model, Table("evaluation", digest, generate(start, many, classes), none, none))
     if imported:
         database.refresh_statistics()
     return imported
 
 
-def generate(start: int, photos: int) -> Predictions:
+def generate(start: int, photos: int, classes: Sequence[str]) -> Predictions:
     rng = np.random.default_rng(start)
-    labels = rng.integers(0, 2, photos)
+    labels = rng.integers(0, len(classes), photos)
     wrong = rng.random(photos) < 0.04
     sure = np.where(wrong, rng.beta(4, 2, photos), rng.beta(30, 1, photos)) / 2 + 0.5
-    guess = np.where(wrong, 1 - labels, labels)
-    probabilities = np.empty((photos, 2))
+    guess = np.where(wrong, (labels + rng.integers(1, len(classes), photos)) % len(classes), labels)
+    rest = rng.gamma(0.1, size=(photos, len(classes))) + 1e-9
+    rest[np.arange(photos), guess] = 0
+    probabilities = rest / rest.sum(axis=1, keepdims=True) * (1 - sure)[:, None]
     probabilities[np.arange(photos), guess] = sure
-    probabilities[np.arange(photos), 1 - guess] = 1 - sure
-    names = tuple(f"valid/{CLASSES[label]}/{start + i:08d}.jpg" for i, label in enumerate(labels))
+    names = tuple(f"valid/{classes[label]}/{start + i:08d}.jpg" for i, label in enumerate(labels))
     sha256s = tuple(rng.bytes(32).hex() for _ in range(photos))
-    return Predictions(CLASSES, names, labels, probabilities, ("valid",) * photos, sha256s)
+    return Predictions(tuple(classes), names, labels, probabilities, ("valid",) * photos, sha256s)
 
 
-def pages(photos: int) -> Iterator[tuple[str, Filter, int]]:
+def pages(photos: int, classes: int) -> Iterator[tuple[str, Filter, int]]:
     everything = Filter(model=f"v{photos}")
     wrong = everything.having(verdicts=("wrong",))
     last = photos // everything.per_page
@@ -105,7 +107,8 @@ def pages(photos: int) -> Iterator[tuple[str, Filter, int]]:
     yield "highest loss first, page in the middle", everything, last // 2
     yield "highest loss first, last page", everything, last
     yield "wrong, highest loss first", wrong, 1
-    yield "wrong cats, by name, page 3", wrong.having(labels=("cats",), sort="name"), 3
+    wrong_cats = int(photos * 0.03) // classes
+    yield "wrong cats, by name", wrong.having(labels=("cats",), sort="name"), min(3, 1 + wrong_cats // 48)
     yield "right dogs, least certain first", everything.having(verdicts=("right",), labels=("dogs",), sort="margin"), 1
     yield "right, random", everything.having(verdicts=("right",), sort="random", seed=7), 1
     yield "wrong, random, last page", wrong.having(sort="random", seed=7), max(1, int(photos * 0.04) // 48 - 20)
