@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote_plus
 
 from werkzeug.datastructures import MultiDict
 
@@ -82,7 +83,7 @@ class Filter:
         if self.per_page != 48:
             pairs.append(("per_page", self.per_page))
         pairs += [(name, value) for name, value in more.items() if value is not None]
-        return urlencode(pairs, errors="surrogateescape")
+        return "&".join([f"{name}={_quoted(str(value))}" for name, value in pairs])
 
     def having(self, **fields: Any) -> Filter:
         """The same filter with other ``fields``; another sort comes in its own direction."""
@@ -108,6 +109,12 @@ class Filter:
     @property
     def order_in_words(self) -> str:
         return ORDERS[self.sort][1][self.order]
+
+
+@functools.lru_cache(maxsize=4096)
+def _quoted(value: str) -> str:
+    """As in a query string. A page has hundreds of addresses, of the same few values."""
+    return quote_plus(value, errors="surrogateescape")
 
 
 def read_filter(given: MultiDict[str, str], *, model: str, also: Iterable[str] = ()) -> Filter:
