@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import NewDatabase
 from gallery_rows import CHECKS, CLASSES, VERSION, Plain, any_filter, check_cells, enter, make_predictions, passes, with_reviews
@@ -20,6 +21,7 @@ from service.problems import Problem
 from service.store import order
 from service.store.counts import BINS
 from service.store.database import Database
+from service.store.importing import Table, import_table, know_model, storable
 from service.store.listing import Listing, find_model, known_models
 from service.store.reviewing import Verdict, decide
 from service.store.tables import imports, predictions
@@ -302,3 +304,25 @@ def test_nothing_at_all(database: Database, tmp_path: Path) -> None:
     with database.read() as connection:
         listing = Listing(connection, EVERYTHING)
         assert (listing.counts.total, listing.pages, listing.page(1), listing.photos(listing.ids())) == (0, 1, [], [])
+
+
+def test_what_a_later_evaluation_suspects_is_suspected_though_it_is_known(database: Database) -> None:
+    """As the validation photos that a bundle carries and ``finetune evaluate --folds`` looks through again."""
+    said = make_predictions(3, 40, CLASSES[2])
+    none = np.zeros(40, dtype=np.bool_)
+    some = none.copy()
+    some[[4, 30]] = True
+    suspected = Filter(model=VERSION, flags=("mislabelled",))
+    with database.write() as connection:
+        model = know_model(connection, version=VERSION, name="one", classes=CLASSES[2])
+        assert import_table(connection, model, Table("evaluation", "a", said, none, none)) == 40
+    with database.read() as connection:
+        assert Listing(connection, suspected).counts.total == 0
+    for digest in ("b", "c"):  # the second time there is nothing to change
+        with database.write() as connection:
+            assert import_table(connection, model, Table("out-of-fold", digest, said, none, some)) == 0
+        with database.read() as connection:
+            found = Listing(connection, suspected).page(1)
+        assert sorted(photo.photo for photo in found) == sorted(storable(said.photos[i]) for i in (4, 30))
+        assert {photo.source for photo in found} == {"evaluation"}
+        check_cells(database)

@@ -107,14 +107,19 @@ def is_imported(connection: Connection, version: str, digest: str) -> bool:
 
 
 def import_table(connection: Connection, model_id: int, table: Table) -> int:
-    """Enter the predictions that the model does not have yet, under the decisions that there are; returns their number."""
+    """Enter the predictions that the model does not have yet, under the decisions that there are; returns their number.
+
+    Of those that it has, what looks mislabelled now is called so.
+    """
     said = table.predictions
-    known = {tuple(row) for row in connection.execute(_photos_of(model_id))}
-    new = []
+    known = {tuple(row): id_ for id_, *row in connection.execute(_photos_of(model_id))}
+    new, suspected = [], []
     for i, photo in enumerate(zip(map(storable, said.photos), said.sha256s, strict=True)):
         if photo not in known:
-            known.add(photo)
+            known[photo] = 0
             new.append(i)
+        elif known[photo] and table.mislabelled[i]:
+            suspected.append(known[photo])
     reviews = _decisions_on(connection)
     places = Cells(connection, model_id)
     tally = Tally()
@@ -122,6 +127,8 @@ def import_table(connection: Connection, model_id: int, table: Table) -> int:
         connection.execute(insert(predictions), rows)
         for row in rows:
             tally.count(row)
+    for id_ in suspected:
+        _suspect(connection, id_, places, tally)
     places.add(tally)
     connection.execute(
         insert(imports).values(
@@ -133,6 +140,17 @@ def import_table(connection: Connection, model_id: int, table: Table) -> int:
         )
     )
     return len(new)
+
+
+def _suspect(connection: Connection, id_: int, places: Cells, tally: Tally) -> None:
+    """Call a prediction that an earlier import brought probably mislabelled, as a later one found out."""
+    columns = (predictions.c.cell_id, *(predictions.c[name] for name in RANGED), *(cells.c[name] for name in DIMENSIONS))
+    row = connection.execute(select(*columns).join(cells).where(predictions.c.id == id_)).one()
+    to = places.at(tuple(name == "mislabelled" or getattr(row, name) for name in DIMENSIONS))
+    if to != row.cell_id:
+        connection.execute(update(predictions).where(predictions.c.id == id_).values(cell_id=to))
+        places.remove(row.cell_id)
+        tally.count({**row._mapping, "cell_id": to})
 
 
 def judge(review: Row[Any] | None, *, label: int, predicted: int, classes: Sequence[str], source: str) -> tuple[int, str]:
@@ -218,7 +236,7 @@ _FROM_PRIVATE = {private: escaped for escaped, private in _TO_PRIVATE.items()}
 
 
 def _photos_of(model_id: int) -> Any:
-    return select(predictions.c.photo, predictions.c.sha256).where(predictions.c.model_id == model_id)
+    return select(predictions.c.id, predictions.c.photo, predictions.c.sha256).where(predictions.c.model_id == model_id)
 
 
 def _decisions_on(connection: Connection) -> dict[str, Any]:
