@@ -42,7 +42,7 @@ CODES: dict[str, tuple[int, str]] = {
     "damaged_picture": (422, "The picture is damaged"),
     "bundle_refused": (422, "The bundle cannot be served"),
     "internal_error": (500, "Something went wrong here"),
-    "not_ready": (503, "The model is not ready"),
+    "not_ready": (503, "Not ready yet"),
     "database_unavailable": (503, "The review database cannot be used"),
     "overloaded": (503, "The server is overloaded"),
     "deadline_exceeded": (504, "The answer took too long"),
