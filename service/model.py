@@ -165,9 +165,9 @@ class ServedModel:
             log.exception("loading failed")
             self._fail(f"The bundle {path} could not be loaded: {error!r}")
         else:
-            self.install(model)
             gc.freeze()  # what is there by now stays; to look through all of it again and again costs every request
-            self.metrics.ready.set(1)
+            self.metrics.ready.set(1)  # before /health/ready says so
+            self.install(model)
             log.info(
                 "ready",
                 extra={
