@@ -52,6 +52,15 @@ class Tally:
 _ranged = itemgetter(*RANGED)
 
 
+# What has to be known of a prediction to move it from one cell to another.
+PLACED = (
+    predictions.c.id.label("prediction_id"),
+    predictions.c.cell_id,
+    *(predictions.c[name] for name in RANGED),
+    *(cells.c[name] for name in DIMENSIONS),
+)
+
+
 @dataclass
 class Cells:
     """The cells of one model, found or made as they are needed."""
@@ -81,6 +90,19 @@ class Cells:
                 values[first.name] = case((first < low, first), else_=low)  # nothing is less or more than null
                 values[last.name] = case((last > high, last), else_=high)
             self.connection.execute(update(cells).where(cells.c.id == id_).values(values))
+
+    def move(self, row: Mapping[Any, Any], **changes: Any) -> None:
+        """Put a prediction, a row of PLACED, into the cell where it has these ``changes``; its loss may be one of them."""
+        now = {**row, **changes}
+        to = self.at(tuple(now[name] for name in DIMENSIONS))
+        if to == row["cell_id"]:
+            return
+        moved = update(predictions).where(predictions.c.id == row["prediction_id"])
+        self.connection.execute(moved.values(cell_id=to, loss=now["loss"]))
+        self.remove(row["cell_id"])
+        tally = Tally()
+        tally.count({**now, "cell_id": to})
+        self.add(tally)
 
     def remove(self, id_: int, photos: int = 1) -> None:
         """Count photos out of a cell, which keeps its reach."""
@@ -127,9 +149,10 @@ def import_table(connection: Connection, model_id: int, table: Table) -> int:
         connection.execute(insert(predictions), rows)
         for row in rows:
             tally.count(row)
-    for id_ in suspected:
-        _suspect(connection, id_, places, tally)
     places.add(tally)
+    for id_ in suspected:  # an earlier import brought them
+        known_row = connection.execute(select(*PLACED).join(cells).where(predictions.c.id == id_)).one()
+        places.move(known_row._mapping, mislabelled=True)
     connection.execute(
         insert(imports).values(
             model_id=model_id,
@@ -140,17 +163,6 @@ def import_table(connection: Connection, model_id: int, table: Table) -> int:
         )
     )
     return len(new)
-
-
-def _suspect(connection: Connection, id_: int, places: Cells, tally: Tally) -> None:
-    """Call a prediction that an earlier import brought probably mislabelled, as a later one found out."""
-    columns = (predictions.c.cell_id, *(predictions.c[name] for name in RANGED), *(cells.c[name] for name in DIMENSIONS))
-    row = connection.execute(select(*columns).join(cells).where(predictions.c.id == id_)).one()
-    to = places.at(tuple(name == "mislabelled" or getattr(row, name) for name in DIMENSIONS))
-    if to != row.cell_id:
-        connection.execute(update(predictions).where(predictions.c.id == id_).values(cell_id=to))
-        places.remove(row.cell_id)
-        tally.count({**row._mapping, "cell_id": to})
 
 
 def judge(review: Row[Any] | None, *, label: int, predicted: int, classes: Sequence[str], source: str) -> tuple[int, str]:

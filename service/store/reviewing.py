@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, select
 
 from models.reviews import COLUMNS, DECISIONS
 from service.problems import Problem
-from service.store.importing import DIMENSIONS, Cells, Tally, judge, live_loss
-from service.store.tables import RANGED, can_be_kept, cells, current_reviews, decisions, models, predictions
+from service.store.importing import PLACED, Cells, judge, live_loss
+from service.store.tables import can_be_kept, cells, current_reviews, decisions, models, predictions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,33 +116,16 @@ def reviews(connection: Connection) -> Iterator[Row[Any]]:
 def settle(connection: Connection, sha256: str) -> None:
     """Put every prediction of a photo into the cell that the decision about it, or none, gives."""
     review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == sha256)).first()
-    columns = [cells.c[name] for name in DIMENSIONS]
     found = connection.execute(
-        select(
-            predictions.c.id.label("prediction_id"),
-            predictions.c.probabilities,
-            *(predictions.c[name] for name in RANGED),
-            cells.c.id.label("cell_id"),
-            models.c.id.label("model_id"),
-            models.c.classes,
-            *columns,
-        )
+        select(*PLACED, predictions.c.probabilities, models.c.id.label("model_id"), models.c.classes)
         .join(cells, cells.c.id == predictions.c.cell_id)
         .join(models, models.c.id == predictions.c.model_id)
         .where(predictions.c.sha256 == sha256)
     ).all()
     for row in found:
         label, state = judge(review, label=row.label, predicted=row.predicted, classes=row.classes, source=row.source)
-        place = {name: getattr(row, name) for name in DIMENSIONS} | {"label": label, "review": state}
         loss = live_loss(row.probabilities, label) if row.source == "live" else row.loss
-        places = Cells(connection, row.model_id)
-        to = places.at(tuple(place[name] for name in DIMENSIONS))
-        connection.execute(update(predictions).where(predictions.c.id == row.prediction_id).values(cell_id=to, loss=loss))
-        if to != row.cell_id:
-            tally = Tally()
-            tally.count({name: getattr(row, name) for name in RANGED} | {"cell_id": to, "loss": loss})
-            places.remove(row.cell_id)
-            places.add(tally)
+        Cells(connection, row.model_id).move(row._mapping, label=label, review=state, loss=loss)
 
 
 def _hold(connection: Connection, sha256: str) -> None:
