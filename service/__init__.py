@@ -17,7 +17,9 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     Answers at once; ``/health/ready`` tells when the model is there.
     """
-    core = _core(settings)
+    from service.settings import Settings
+
+    core = _core(settings or Settings.from_environment())
     from service.whole import build_app
 
     return build_app(core)
@@ -25,20 +27,18 @@ def create_app(settings: Settings | None = None) -> Flask:
 
 def open_server() -> Opening | Flask:
     """What gunicorn runs: as ``create_app``, but photos are answered before the pages are there, unless they are to be kept."""
-    core = _core(None)
+    from service.settings import Settings
+
+    settings = Settings.from_environment()
+    if settings.keep_predictions:
+        return create_app(settings)
+    core = _core(settings)
     from service.opening import Opening
 
-    if core.settings.keep_predictions:
-        from service.whole import build_app
-
-        return build_app(core)
     return Opening(core)
 
 
-def _core(settings: Settings | None) -> Core:
-    from service.settings import Settings
-
-    settings = settings or Settings.from_environment()
+def _core(settings: Settings) -> Core:
     from service.model import ServedModel
 
     model = ServedModel.start(settings)  # before Flask is imported: the two take their time side by side

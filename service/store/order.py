@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, func, select, tuple_
@@ -94,7 +95,7 @@ class Order:
     def _is_ascending(self) -> bool:
         return self.wanted.order == "asc"
 
-    @property
+    @cached_property
     def _total(self) -> int:
         return sum(self.photos_in.values())
 
