@@ -268,7 +268,7 @@ def test_an_answer_that_comes_too_late_is_none(tiny_bundle: SimpleNamespace) -> 
         assert (reply.status, reply.code) == (504, "deadline_exceeded")
         assert "within 100 ms" in reply.json()["detail"]
         poll(lambda: inside(server) == 0)
-        assert probabilities(server.post(RED, "image/png"))
+        poll(lambda: server.post(RED, "image/png").status == 200)  # a busy machine may need more than 100 ms for one or two
 
 
 # Too many
