@@ -13,11 +13,17 @@ from service.settings import Settings
 PIECE = 1 << 17
 
 
-def read_body(request: Request, settings: Settings) -> bytes:
-    """At most ``max_body_mb``, within ``body_timeout_s``. Raises Problem."""
-    limit, length = settings.max_body_bytes, request.content_length
+PHOTOS = "send fewer or smaller photos"
+
+
+def read_body(request: Request, settings: Settings, *, most_bytes: int | None = None, advice: str = PHOTOS) -> bytes:
+    """At most ``most_bytes``, ``max_body_mb`` where none are named, within ``body_timeout_s``.
+
+    Raises Problem, which gives ``advice`` to those who sent too much.
+    """
+    limit, length = most_bytes or settings.max_body_bytes, request.content_length
     if length is not None and length > limit:
-        raise _too_large(f"{length:,}", limit)
+        raise _too_large(f"{length:,}", limit, advice)
     if length is None and not request.environ.get("wsgi.input_terminated"):
         return b""  # without a length such a server would wait for ever
     connection: socket.socket | None = request.environ.get("gunicorn.socket")
@@ -26,7 +32,7 @@ def read_body(request: Request, settings: Settings) -> bytes:
     broken = ""
     body = b""
     try:
-        body = _read(request, limit, length)
+        body = _read(request, limit, length, advice)
     except Problem:
         raise
     except Exception as error:  # the server's parser raises what it likes on a body that breaks off or is malformed
@@ -46,7 +52,7 @@ def read_body(request: Request, settings: Settings) -> bytes:
     return body
 
 
-def _read(request: Request, limit: int, length: int | None) -> bytes:
+def _read(request: Request, limit: int, length: int | None, advice: str) -> bytes:
     source = request.environ["wsgi.input"]
     pieces, size = [], 0
     while length is None or size < length:
@@ -55,10 +61,10 @@ def _read(request: Request, limit: int, length: int | None) -> bytes:
             break
         size += len(piece)
         if size > limit:
-            raise _too_large(f"More than {limit:,}", limit)
+            raise _too_large(f"More than {limit:,}", limit, advice)
         pieces.append(piece)
     return b"".join(pieces)
 
 
-def _too_large(arrived: str, limit: int) -> Problem:
-    return Problem("body_too_large", f"{arrived} bytes arrived and {limit:,} is the most; send fewer or smaller photos.")
+def _too_large(arrived: str, limit: int, advice: str) -> Problem:
+    return Problem("body_too_large", f"{arrived} bytes arrived and {limit:,} is the most; {advice}.")

@@ -64,13 +64,13 @@ class Line:
     def __exit__(self, *_: object) -> None:
         self.socket.close()
 
-    def head(self, length: int | str, **headers: str) -> bytes:
+    def head(self, length: int | str, *, path: str = "/predict", **headers: str) -> bytes:
         lines = {"Host": "x", "Content-Type": "image/png", **{name.replace("_", "-"): text for name, text in headers.items()}}
         if length != "chunked":
             lines["Content-Length"] = str(length)
         else:
             lines["Transfer-Encoding"] = "chunked"
-        return b"POST /predict HTTP/1.1\r\n" + "".join(f"{a}: {b}\r\n" for a, b in lines.items()).encode() + b"\r\n"
+        return f"POST {path} HTTP/1.1\r\n".encode() + "".join(f"{a}: {b}\r\n" for a, b in lines.items()).encode() + b"\r\n"
 
     def begin(self, photo: bytes = RED, **headers: str) -> bytes:
         """Send the head of a request and half of its body; gives the other half."""
@@ -201,6 +201,22 @@ def test_a_body_that_stays_out_is_ended(tiny_bundle: SimpleNamespace) -> None:
             assert "within 0.4 s" in reply.json()["detail"]
             assert line.is_closed()
         assert inside(server) == 0
+
+
+@pytest.mark.parametrize("path", ["/gallery/review", "/gallery/key"])
+def test_a_form_that_stays_out_is_ended_too(tiny_bundle: SimpleNamespace, path: str) -> None:
+    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, Line(server) as line:
+        line.socket.sendall(line.head(100, path=path, Content_Type="application/x-www-form-urlencoded") + b"photo=")
+        reply = line.answer()
+        assert reply.status == 408
+        assert b"within 0.4 s" in reply.body
+        assert line.is_closed()
+
+
+def test_a_form_of_any_size_is_not(server: Server) -> None:
+    reply = server.post(b"note=" + b"x" * 70_000, "application/x-www-form-urlencoded", path="/gallery/review")
+    assert reply.status == 413
+    assert "70,005 bytes arrived and 65,536 is the most; shorten the text." in reply.body.decode()
 
 
 @pytest.mark.parametrize("length", [1_000_000, "chunked"])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from typing import Any
 from urllib.parse import parse_qsl
 
 from flask import Blueprint, Response, current_app, g, jsonify, redirect, request, url_for
 from werkzeug.datastructures import MultiDict
-from werkzeug.exceptions import RequestEntityTooLarge
 
+from service.body import read_body
 from service.filters import Filter, read_filter
 from service.gallery.asking import GO_ON, REVIEWER, listing
 from service.gallery.core import gallery
@@ -36,12 +37,6 @@ def refuse(problem: Problem) -> Response:
     if request.method == "POST" and not request.is_json:
         return problem_page(problem)
     return problem_json(problem)
-
-
-@bp.errorhandler(RequestEntityTooLarge)
-def refuse_too_large(_: RequestEntityTooLarge) -> Response:
-    limit = f"{MOST_BYTES >> 10} KiB"
-    return refuse(Problem("body_too_large", f"The form has more than the {limit} that it may have; shorten the note."))
 
 
 @bp.post("/gallery/review")
@@ -91,7 +86,7 @@ def key() -> Response:
     """Take a key from a form into a cookie, and go back to the page that it came from."""
     settings: Settings = current_app.extensions["settings"]
     require_same_site(request)
-    request.max_content_length = MOST_BYTES
+    _receive()
     if unknown := set(request.form) - {"key", "back"}:
         raise Problem("bad_parameter", f"The field {min(unknown)!r} is not known here; there are key and back.")
     if "key" not in request.form:
@@ -133,9 +128,15 @@ def as_entry(row: Any) -> dict[str, Any]:
     }
 
 
+def _receive() -> None:
+    """Read the body before Flask parses it, as Flask would wait for a client that trickles. Raises Problem."""
+    body = read_body(request, current_app.extensions["settings"], most_bytes=MOST_BYTES, advice="shorten the text")
+    request.environ["wsgi.input"] = io.BytesIO(body)
+
+
 def _fields() -> dict[str, str]:
     """The fields, from a form or from JSON. Raises Problem."""
-    request.max_content_length = MOST_BYTES
+    _receive()
     if request.is_json:
         given = request.get_json(silent=True)
         if not isinstance(given, dict):
