@@ -24,6 +24,7 @@ from models.errors import NotAPictureError, PhotoError, TooManyPixelsError, User
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not Pillow's others: EPS, say, starts Ghostscript
+FORMATS_IN_WORDS = "JPEG, PNG, WebP, GIF, BMP, TIFF or PPM"
 DECODE_PX = 512
 Inspect = Callable[[Image.Image], None]
 
@@ -118,9 +119,7 @@ def decode(data: bytes, *, at_least_px: int | None = None, inspect: Inspect | No
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise NotAPictureError(
-            f"{len(data)} bytes arrived that are not a picture; send a JPEG, PNG, WebP, GIF, BMP or TIFF file."
-        ) from None
+        raise NotAPictureError(f"{len(data)} bytes arrived that are not a picture; send a {FORMATS_IN_WORDS} file.") from None
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(f"The picture is too large to decode safely ({error}); send a smaller one.") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data: struct.error, SyntaxError, ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from models.preprocess import FORMATS_IN_WORDS
 from service import openapi_admin, openapi_oip
 from service.openapi_gallery import gallery_paths
 from service.operations import answer, get, said
@@ -211,7 +212,7 @@ EXAMPLE = {
                 "type": "/docs#not_a_picture",
                 "title": "The file is not a picture",
                 "status": 415,
-                "detail": "The photo is not a picture that can be read; send JPEG, PNG, WebP, GIF, BMP, TIFF or PPM.",
+                "detail": f"The photo is not a picture that can be read; send {FORMATS_IN_WORDS}.",
                 "code": "not_a_picture",
             },
         },

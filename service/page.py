@@ -9,6 +9,7 @@ from pathlib import Path
 from flask import Blueprint, Request, Response, current_app, g, render_template, request
 
 from models.engine import Pixels
+from models.preprocess import FORMATS_IN_WORDS
 from service.markdown import render_markdown
 from service.model import Model
 from service.pipeline import Answer
@@ -20,7 +21,7 @@ from service.site import problem_page, served_model
 from service.uploads import Upload, read_uploads
 
 log = logging.getLogger("service.page")
-ACCEPT = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff"  # with HEIC absent, phones send a JPEG instead
+ACCEPT = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,.ppm,.pgm"  # no HEIC: phones send a JPEG instead
 NOTHING = "No photo was chosen; choose one or more and press Classify."
 SHOWN = 10  # bars at once; the others are unfolded
 
@@ -90,7 +91,7 @@ def _page(text: str) -> Response:
 def _form() -> dict[str, object]:
     """What the form has to know of the settings."""
     settings: Settings = current_app.extensions["settings"]
-    return {"settings": settings, "accept": ACCEPT, "shown": SHOWN}
+    return {"settings": settings, "accept": ACCEPT, "formats": FORMATS_IN_WORDS, "shown": SHOWN}
 
 
 def _admitted(asked: Request) -> list[Upload]:
