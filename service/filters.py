@@ -83,7 +83,7 @@ class Filter:
         if self.per_page != 48:
             pairs.append(("per_page", self.per_page))
         pairs += [(name, value) for name, value in more.items() if value is not None]
-        return "&".join([f"{name}={_quoted(str(value))}" for name, value in pairs])
+        return "&".join([in_query(name, str(value)) for name, value in pairs])
 
     def having(self, **fields: Any) -> Filter:
         """The same filter with other ``fields``; another sort comes in its own direction."""
@@ -112,9 +112,9 @@ class Filter:
 
 
 @functools.lru_cache(maxsize=4096)
-def _quoted(value: str) -> str:
-    """As in a query string. A page has hundreds of addresses, of the same few values."""
-    return quote_plus(value, errors="surrogateescape")
+def in_query(parameter: str, value: str) -> str:
+    """A parameter as a query string has it. A page has hundreds of addresses, of the same few values."""
+    return f"{parameter}={quote_plus(value, errors='surrogateescape')}"
 
 
 def read_filter(given: MultiDict[str, str], *, model: str, also: Iterable[str] = ()) -> Filter:

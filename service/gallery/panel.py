@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl
 
 from flask import g, url_for
 
-from service.filters import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter, whole
+from service.filters import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter, in_query, whole
 from service.problems import Problem
 from service.store.counts import BINS, Counts
 from service.store.listing import Listing, Photo
@@ -72,13 +72,13 @@ class Pair:
     address: str
 
     @property
-    def is_right(self) -> bool:
-        return self.label == self.predicted
+    def words(self) -> str:
+        return f"{self.label}, called {self.predicted}"
 
     @property
     def kind(self) -> str:
         """How a matrix shows it: what nobody has labelled is no mistake."""
-        return "diagonal" if self.is_right else "unlabelled" if self.label == UNLABELLED else "off"
+        return "diagonal" if self.label == self.predicted else "unlabelled" if self.label == UNLABELLED else "off"
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,11 @@ def confusion(wanted: Filter, found: Listing) -> Confusion:
     rows = [name for name in (*columns, UNLABELLED) if name in labels]
     highest = {label: max(counts[label, other] for other in columns) for label in rows}
 
+    of_row = {label: address_of(wanted.having(labels=(label,), predicted=())) for label in rows}
+
     def pair(label: str, predicted: str) -> Pair:
         photos = counts[label, predicted]
-        address = address_of(wanted.having(labels=(label,), predicted=(predicted,))) if photos else ""
+        address = f"{of_row[label]}&{in_query('predicted', predicted)}" if photos else ""
         return Pair(label, predicted, photos, -(-SHADES * photos // highest[label]), address)
 
     if len(rows) * len(columns) <= MOST_CELLS:

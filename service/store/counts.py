@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from service.filters import FACETS, UNLABELLED, Filter
 from service.store.tables import UNKNOWN
@@ -12,8 +13,7 @@ from service.store.tables import UNKNOWN
 BINS = 20
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One combination of all that is filtered by, and how many photos have it. Classes are their names."""
 
     id: int
@@ -69,14 +69,14 @@ def count(cells: Iterable[Cell], wanted: Filter, *, among: Mapping[int, int] | N
 
     A cell that fails one facet alone still counts for that facet.
     """
-    chosen = [(parameter, set(getattr(wanted, field))) for parameter, field in FACETS.items()]
+    chosen = [(parameter, set(values)) for parameter, field in FACETS.items() if (values := getattr(wanted, field))]
     low, high = wanted.confidence
     counts = Counts()
     for cell in cells:
         photos = cell.photos if among is None else among.get(cell.id, 0)
         if not photos or not low <= cell.percent < high:
             continue
-        failed = [name for name, values in chosen if values and values.isdisjoint(_VALUES[name](cell))]
+        failed = [name for name, values in chosen if values.isdisjoint(_VALUES[name](cell))]
         if len(failed) > 1:
             continue
         for parameter, facet in counts.facets.items():
