@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
+from typing import Any
 
 from flask import Request
 
@@ -11,8 +13,8 @@ from service.problems import Problem
 from service.settings import Settings
 
 PIECE = 1 << 17
-
-
+READ_ON = 1 << 16  # gunicorn's
+STATE = "service.body"
 PHOTOS = "send fewer or smaller photos"
 
 
@@ -22,6 +24,7 @@ def read_body(request: Request, settings: Settings, *, most_bytes: int | None = 
     Raises Problem, which gives ``advice`` to those who sent too much.
     """
     limit, length = most_bytes or settings.max_body_bytes, request.content_length
+    request.environ[STATE] = "begun"
     if length is not None and length > limit:
         raise _too_large(f"{length:,}", limit, advice)
     if length is None and not request.environ.get("wsgi.input_terminated"):
@@ -40,16 +43,21 @@ def read_body(request: Request, settings: Settings, *, most_bytes: int | None = 
     finally:
         late = connection is not None and patience.end(connection)
     if late:
-        raise Problem(
-            "body_timeout",
-            f"The body had not arrived whole within {settings.body_timeout_s:g} s; send it again.",
-            headers={"Connection": "close"},
-        )
+        raise Problem("body_timeout", f"The body had not arrived whole within {settings.body_timeout_s:g} s; send it again.")
     if broken:
         raise Problem("bad_request", f"The body could not be read ({broken}); send it again.")
     if length is not None and len(body) < length:
         raise Problem("bad_request", f"{length:,} bytes were announced and {len(body):,} arrived; send it again.")
+    request.environ[STATE] = "whole"
     return body
+
+
+def is_left(environ: Mapping[str, Any]) -> bool:
+    """Whether more of a body is unread than the server reads on behind an answer, before it takes the next request."""
+    if STATE in environ:
+        return environ[STATE] != "whole"
+    length = environ.get("CONTENT_LENGTH", "")
+    return "HTTP_TRANSFER_ENCODING" in environ or (length.isdecimal() and int(length) >= READ_ON)
 
 
 def _read(request: Request, limit: int, length: int | None, advice: str) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from service.admission import Admission
+from service.body import is_left
 from service.metrics import Metrics
 from service.patience import patience
 from service.problems import MEDIA_TYPE, Problem
@@ -51,7 +52,11 @@ class Gate:
         request_id = environ["service.request_id"] = given if ID.fullmatch(given) else uuid.uuid4().hex
         headers = self._headers(environ, request_id)
 
+        end_connection = getattr(environ["wsgi.input"], "end_connection", None)  # service.worker's
+
         def start(status: str, own: list[tuple[str, str]], *error: Any) -> Any:
+            if end_connection and is_left(environ):
+                end_connection()
             return start_response(status, own + headers, *error)
 
         if environ["REQUEST_METHOD"] != "POST" or not self._paths.fullmatch(environ["PATH_INFO"]):

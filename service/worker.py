@@ -42,6 +42,11 @@ class Worker(ThreadWorker):
             _take_leave(conn.sock)
         return keep
 
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        # An answer must say that it is the connection's last: what a client sends behind one that does not is lost.
+        req.body.end_connection = req.force_close
+        return super().handle_request(req, conn)
+
     def _handle(self, conn: Any) -> Any:
         patience.begin(conn.sock, HEADERS_S)  # ended where the application takes over (service.gate)
         try:

@@ -316,6 +316,31 @@ def test_who_is_refused_hears_of_it_whatever_the_size_of_the_photo(tiny_bundle: 
             assert (reply.status, reply.code) == (503, "overloaded"), size
 
 
+@pytest.mark.parametrize(
+    ("path", "status", "length"),
+    [("/predict", 503, 1_000), ("/predict", 503, 100_000), ("/predict", 413, 30_000_000), ("/nowhere", 404, 100_000)],
+)
+def test_an_answer_says_whether_another_request_may_follow(
+    tiny_bundle: SimpleNamespace, path: str, status: int, length: int
+) -> None:
+    """What a client sends behind an answer on a connection that is being closed is lost: an application's next photo."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(serve(tiny_bundle.path, queue=1, max_photos=1))
+        if status == 503:
+            stack.enter_context(halves(server, 1))
+        line = stack.enter_context(Line(server))
+        line.socket.sendall(line.head(length, path=path) + bytes(min(length, 100_000)))
+        reply = line.answer()
+        assert reply.status == status
+        if length < 65_536:
+            assert reply.headers["Connection"] == "keep-alive"
+            line.socket.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert line.answer().status == 200
+        else:
+            assert reply.headers["Connection"] == "close"
+            assert line.is_closed()
+
+
 def test_overloaded_it_goes_on_answering(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, queue=4, max_photos=4) as server:
 
