@@ -23,11 +23,11 @@ INSTALLED := $(VENV)/.installed
 SHOWN     := $(if $(filter file,$(origin DATA)),$(wildcard $(DATA)),$(DATA))
 FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
-.PHONY: help setup finetune serve demo test lint format lock benchmark benchmark-serve image up down container benchmark-score clean
+.PHONY: help setup finetune serve demo test lint format lock benchmark benchmark-serve benchmark-overload benchmark-score image up down container clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
 	@echo "Variables: DATA=$(DATA) BACKBONE=$(BACKBONE) RUN= EPOCHS= WEIGHTS= ARGS= BUNDLE= HOST= PORT= IMAGE=$(IMAGE) (more flags: finetune train --help)"
 
 setup: $(INSTALLED) ## .venv with everything, from a machine with Python 3.10+ and make
@@ -77,6 +77,12 @@ benchmark: $(INSTALLED) ## training on cached features against the textbook loop
 benchmark-serve: $(INSTALLED) ## photos a second over HTTP against the engine alone, for BUNDLE, with photos from DATA
 	$(BIN)/python benchmarks/serve_speed.py $(if $(BUNDLE),$(BUNDLE),models/shipped/dogs-vs-cats) $(DATA) $(ARGS)
 
+benchmark-overload: $(INSTALLED) ## what is still answered when three times as much arrives, for BUNDLE, with photos from DATA
+	$(BIN)/python -m benchmarks.overload $(if $(BUNDLE),$(BUNDLE),models/shipped/dogs-vs-cats) $(DATA) $(ARGS)
+
+benchmark-score: $(INSTALLED) ## photos a second of finetune predict --output, and its growth with processes, on DATA
+	$(BIN)/python benchmarks/score_speed.py $(if $(BUNDLE),$(BUNDLE),models/shipped/dogs-vs-cats) $(DATA) $(ARGS)
+
 image: container ## an image of the service, or with IMAGE=finetune of everything, by docker or podman
 	$(CONTAINER) build --target $(IMAGE) -t $(TAG) --build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null) $(if $(PIP_ARGS),--build-arg PIP_ARGS='$(PIP_ARGS)') .
 
@@ -88,9 +94,6 @@ down: container ## stop both; what they keep in volumes stays
 
 container:
 	@$(if $(CONTAINER),:,echo "make: docker or podman is wanted, and neither was found; install one, or say CONTAINER=/path/to/it." >&2; exit 2)
-
-benchmark-score: $(INSTALLED) ## photos a second of finetune predict --output, and its growth with processes, on DATA
-	$(BIN)/python benchmarks/score_speed.py $(if $(BUNDLE),$(BUNDLE),models/shipped/dogs-vs-cats) $(DATA) $(ARGS)
 
 clean: ## remove what was built, but no run and no data
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo

@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this program's own child
     args = parser.parse_args()
     args.bundle = whole_bundle(args.bundle)
-    photos = [path.read_bytes() for path in _spread(sorted(args.photos.rglob("*.jpg")))]
+    photos = [path.read_bytes() for path in spread(sorted(args.photos.rglob("*.jpg")))]
     if not photos:
         parser.error(f"no .jpg below {args.photos}")
     if args.bare:
@@ -134,7 +134,7 @@ def ask(port: int, photos: list[bytes], connections: int, seconds: float) -> lis
 
     One thread, bytes made beforehand: the client runs on the server's processors, and must not cost much of them.
     """
-    requests = [_request(photo) for photo in photos]
+    requests = [request_of(photo) for photo in photos]
     selector = selectors.DefaultSelector()
     sent: dict[socket.socket, float] = {}
     answers: dict[socket.socket, bytes] = {}
@@ -152,7 +152,7 @@ def ask(port: int, photos: list[bytes], connections: int, seconds: float) -> lis
         for key, _ in selector.select(timeout=1.0):
             connection = key.fileobj  # type: ignore[assignment]
             answers[connection] += connection.recv(1 << 16)
-            if not _is_whole(answers[connection]):
+            if not is_whole(answers[connection]):
                 continue
             if not answers[connection].startswith(b"HTTP/1.1 200"):
                 raise RuntimeError(f"the service refused a photo: {answers[connection].decode()}")
@@ -167,13 +167,15 @@ def ask(port: int, photos: list[bytes], connections: int, seconds: float) -> lis
     return times_ms
 
 
-def _is_whole(answer: bytes) -> bool:
+def is_whole(answer: bytes) -> bool:
+    """Whether an answer's head and all of its body are there."""
     head, end, body = answer.partition(b"\r\n\r\n")
     length = next((line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), b":0")
     return bool(end) and len(body) >= int(length.partition(b":")[2])
 
 
-def _request(photo: bytes) -> bytes:
+def request_of(photo: bytes) -> bytes:
+    """A photo as a form, with the head that goes before it."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="photo.jpg"\r\n\r\n'
     body = head.encode() + photo + f"\r\n--{BOUNDARY}--\r\n".encode()
     return (
@@ -193,7 +195,8 @@ def _wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError("the service never got ready; start it by itself to see why: python -m service")
 
 
-def _spread(paths: list[Path]) -> list[Path]:
+def spread(paths: list[Path]) -> list[Path]:
+    """Some of many, from all over them."""
     return paths[:: max(1, len(paths) // MOST_PHOTOS)][:MOST_PHOTOS]
 
 
