@@ -18,6 +18,7 @@ from service.model import Model, ServedModel
 from service.problems import MEDIA_TYPE, Problem
 
 YEAR_S = 365 * 24 * 3600
+NEARLY_NOTHING = 1e-12
 
 bp = Blueprint("site", __name__)
 
@@ -105,13 +106,20 @@ def keep_static(answer: Response) -> Response:
 
 
 @bp.app_template_filter("percent")
-def percent(share: float) -> str:
-    """0.992 -> 99.2 %. Only a certain answer is written as 100 %, and only an impossible one as 0 %."""
-    if 0 < share < 0.0005:
-        return "<\u202f0.1\u202f%"
-    if 0.9995 <= share < 1:
-        return ">\u202f99.9\u202f%"
-    return f"{share:.1%}".replace("%", "\u202f%")
+def percent(share: float, digits: int = 1) -> str:
+    """0.992 -> 99.2 %. What is not quite all is not rounded up to 100 %, and what is not quite nothing not down to 0 %."""
+    said, step = f"{share:.{digits}%}", 10**-digits
+    if share > 0 and float(said[:-1]) == 0:
+        said = f"<\u202f{step:.{digits}f}%"
+    elif share < 1 and float(said[:-1]) == 100:
+        said = f">\u202f{100 - step:.{digits}f}%"
+    return said.replace("%", "\u202f%")
+
+
+@bp.app_template_filter("odds")
+def odds(probability: float) -> str:
+    """A model's probability. It is never quite 0 or 1, though it may be stored so, rounded."""
+    return percent(min(max(probability, NEARLY_NOTHING), 1 - NEARLY_NOTHING))
 
 
 @bp.app_template_filter("with_code")

@@ -93,7 +93,7 @@ def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(ga
     evaluated = [row for row in gallery.rows if row["source"] != "live"]
     right = sum(row["label"] == row["predicted"] for row in evaluated)
     figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>(?:<a [^>]*>)?([^<]*)", text))
-    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(evaluated):.1%}"
+    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(evaluated):.2%}"
     labelled = gallery.live(decision="label")
     right_live = sum(row["label"] == row["predicted"] for row in labelled)
     assert (len(labelled), right_live) == (2, 1)

@@ -81,6 +81,7 @@ def generate(classes: tuple[str, ...]) -> Predictions:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, len(classes), MORE)
     probabilities = rng.dirichlet(np.full(len(classes), 0.7), MORE)
+    probabilities[0] = np.where(np.arange(len(classes)) == labels[0], 1 - 1e-9, 1e-9 / (len(classes) - 1))
     names = tuple(f"train/{classes[label]}/more.{i:03d}.jpg" for i, label in enumerate(labels))
     return Predictions(classes, names, labels, probabilities, ("train",) * MORE, tuple(rng.bytes(32).hex() for _ in names))
 
@@ -128,7 +129,8 @@ def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
     assert figures["Wrong"] == str(len(rows) - right)
     assert figures["All photos"] == str(len(rows))
     assert figures["Reviewed so far"] == "0"
-    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(rows):.1%}"
+    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(rows):.2%}"
+    assert f"<small>{right} of {len(rows)}</small>" in text
     queues = {
         name: (int(number), html.unescape(address))
         for address, name, number in re.findall(
@@ -223,6 +225,18 @@ def test_a_card_says_both_labels_with_their_probabilities(gallery: Gallery) -> N
     assert f"Wrong {Path(row['photo']).name} True {row['label']}" in words
     assert f"Predicted {row['predicted']} {confidence(row):.1f}%" in words
     assert 'width="320" height="240" loading="lazy"' in tile
+
+
+def test_no_probability_is_rounded_to_a_certainty(gallery: Gallery) -> None:
+    """One is so near to 1 that it is stored as 1."""
+    query = "/gallery/photos{}?sort=confidence"
+    row = gallery.server.get(query.format(".json")).json()["rows"][0]
+    assert max(row["probabilities"].values()) == 1
+    for path in ("/gallery", query.format(""), row["page"]):
+        text = gallery.text(path).replace("\u202f", "")
+        assert "&gt;99.9%" in text
+        assert not re.search(r"\b100(\.0)?%|\D0\.0%", text), path
+    assert "&lt;0.1%" in gallery.text(row["page"]).replace("\u202f", "")
 
 
 # Links and forms

@@ -143,10 +143,35 @@ def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: 
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(1.0, "100.0 %"), (0.99996, "> 99.9 %"), (0.5, "50.0 %"), (0.0001, "< 0.1 %"), (0.0, "0.0 %")]
+    ("share", "digits", "text"),
+    [
+        (1.0, 1, "100.0 %"),
+        (0.99996, 1, "> 99.9 %"),
+        (0.99996, 2, "> 99.99 %"),
+        (0.99996, 3, "99.996 %"),
+        (0.9995, 0, "> 99 %"),
+        (0.9994, 1, "99.9 %"),
+        (0.5, 1, "50.0 %"),
+        (0.0004, 2, "0.04 %"),
+        (0.0001, 1, "< 0.1 %"),
+        (0.0001, 0, "< 1 %"),
+        (0.0, 2, "0.00 %"),
+    ],
 )
-def test_only_what_is_certain_is_written_as_certain(share: float, text: str) -> None:
-    assert percent(share).replace("\u202f", " ") == text
+def test_a_share_is_not_rounded_to_all_or_nothing(share: float, digits: int, text: str) -> None:
+    assert percent(share, digits).replace("\u202f", " ") == text
+
+
+def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, photo: bytes) -> None:
+    prepared = Prepared(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ())
+    model = app.extensions["model"].get()
+    shares = np.eye(len(model.bundle.classes), dtype=np.float32)[0]
+    row = Prediction(Upload("a.gif", b""), Answer(prepared, shares, 0, 0, 0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=lambda request, photos: (model, [row])))
+        (card,) = cards(post(app, (photo, "a.gif")))
+    said = re.findall(r'data-slot="(?:share|value)">([^<]*)<', card.replace("\u202f", " "))
+    assert said == ["&gt; 99.9 %"] * 2 + ["&lt; 0.1 %"] * (len(shares) - 1)
 
 
 # Problems of the whole request
@@ -305,6 +330,7 @@ def test_the_card_is_shown_with_its_table_of_figures(app: Flask) -> None:
     assert "<h3>How good it is</h3>" in text
     assert re.search(r"<td>accuracy</td>\s*<td>[\d.]+</td>\s*<td>[\d.]+ to [\d.]+</td>", text)
     assert len(re.findall("<h1", text)) == 1
+    assert re.search(r"<dt>Accuracy</dt><dd>[\d.]+\u202f%<small>\d+ of the \d+ photos", text)
 
 
 def test_html_in_a_card_is_text(app: Flask, tmp_path: Path) -> None:

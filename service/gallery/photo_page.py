@@ -84,10 +84,7 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
     trouble = album().look_for(this.photo, this.sha256)
     has_bundle = shown.bundle_path(model.version) is not None
     explanation, no_look = _explain(model.version, this, look) if look and has_bundle and not trouble else (None, None)
-    shares = zip(model.classes, map(float, this.probabilities), strict=True)
-    # Of single precision; what is known more exactly is not to be said as certain.
-    exact = ((name, this.confidence if name == this.predicted else share) for name, share in shares)
-    probabilities = sorted(exact, key=lambda row: -row[1])
+    probabilities = sorted(zip(model.classes, map(float, this.probabilities), strict=True), key=lambda row: -row[1])
     answer = render(
         "gallery/photo.html",
         wanted=wanted,

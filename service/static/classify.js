@@ -28,9 +28,10 @@ root.classList.add("js");
 const decimals = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 const whole = new Intl.NumberFormat("en");
 
+// As the server writes it: a probability is never quite 0 or 1, though it may come so, rounded.
 function percent(share) {
-  if (share > 0 && share < 0.0005) return "<\u202f0.1\u202f%";
-  if (share >= 0.9995 && share < 1) return ">\u202f99.9\u202f%";
+  if (share < 0.0005) return "<\u202f0.1\u202f%";
+  if (share >= 0.9995) return ">\u202f99.9\u202f%";
   return `${decimals.format(100 * share)}\u202f%`;
 }
 
