@@ -269,14 +269,16 @@ def test_a_server_that_is_gone_is_said_so(new_page: NewPage, photos: SimpleNames
 
 def test_of_many_classes_ten_are_shown_and_the_others_on_demand(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
-    shares = {f"kind <b>{i}</b>": i / 1000 for i in range(30)}
-    row = {"file": "a", "label": "kind <b>29</b>", "confidence": 0.029, "probabilities": shares, "width": 5, "height": 4}
+    shares = {f"kind <b>{i}</b>": i / 1e6 for i in range(29)} | {"kind <b>29</b>": 1}
+    row = {"file": "a", "label": "kind <b>29</b>", "confidence": 1, "probabilities": shares, "width": 5, "height": 4}
     body = json.dumps({"predictions": [row | {"format": "GIF", "notes": ["It has several frames."], "crop": ""}]})
     answer_with(page, {"status": 200, "body": body, "content_type": "application/json"})
     choose(page, photos.red[0])
     answers(page, 1)
     expect(page.locator(".bar:visible")).to_have_count(10)
     expect(page.locator(".bar").first).to_contain_text("kind <b>29</b>")
+    expect(page.locator(".share")).to_have_text("> 99.9 %")  # nothing is certain, however it is rounded on its way
+    expect(page.locator(".bar-value").nth(1)).to_have_text("< 0.1 %")
     expect(page.locator(".note")).to_have_text("It has several frames.")
     page.get_by_text("Show all 30").press("Enter")
     expect(page.locator(".bar:visible")).to_have_count(30)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import numpy as np
 import pytest
@@ -282,14 +282,38 @@ def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        ("90", "50", "is from 90 to 50 %; the lower end comes first"),
+        ("50", "50", "the lower end comes first"),
+        ("-1", "50", "a whole number from 0 to 100 was wanted"),
+        ('"><b>', "50", "a whole number from 0 to 100 was wanted"),
+    ],
+)
+def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low: str, high: str, words: str) -> None:
+    query = {"model": gallery.version, "predicted": "red", "confidence": "40-95"}
+    answer = gallery.server.get(f"/gallery/photos?{urlencode(query | {'from': low, 'to': high})}")
+    text = answer.body.decode()
+    assert (answer.status, answer.headers["Content-Type"]) == (400, "text/html; charset=utf-8")
+    before = gallery.text(f"/gallery/photos?{urlencode(query)}")
+    for part in (r'<h1 class="sentence">.*?</h1>', r'<ol class="tiles".*?</ol>'):
+        assert re.search(part, text, re.DOTALL)[0] == re.search(part, before, re.DOTALL)[0]  # type: ignore[index]
+    form = re.search(r'<form class="range".*?</form>', text, re.DOTALL)[0]  # type: ignore[index]
+    assert words in form
+    fields = {html.unescape(name): html.unescape(value) for name, value in re.findall(r'name="(\w+)"[^>]*? value="([^"]*)"', form)}
+    assert fields == query | {"from": low, "to": high}
+    assert form.count('aria-invalid="true" aria-describedby="range-refused"') == 2
+    assert '<details class="panel-fold" id="panel" open>' in text
+    assert gallery.server.get("/gallery/photos.json?confidence=90-50").headers["Content-Type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
     ("path", "status", "words"),
     [
         ("/gallery?colour=red", 400, "The parameter &#39;colour&#39; is not known here"),
         ("/gallery?model=nobody", 404, "no predictions of a model"),
         ("/gallery/photos?class=zebra", 400, "the model knows"),
         ("/gallery/photos?by=size", 400, "it can be loss.asc"),
-        ("/gallery/photos?from=90&to=50", 400, "the lower end comes first"),
-        ("/gallery/photos?from=-1", 400, "from 0 to 100"),
         ("/gallery/photos?page=0", 400, "a whole number from 1"),
         ("/gallery/photos?per_page=1000", 400, "from 24 to 96"),
         ("/gallery/correct?sort=size", 400, "it can be loss"),

@@ -18,7 +18,7 @@ from service.gallery.panel import address_of, photo_address
 from service.gallery.queues import Queue, queues
 from service.problems import Problem
 from service.settings import Settings
-from service.site import problem_page, served_model
+from service.site import note_problem, problem_page, served_model
 from service.store.listing import Listing, Photo, find_model
 
 THUMBNAILS = 8  # a queue's row
@@ -93,10 +93,18 @@ def say(problem: Problem) -> Response:
 
 
 def _grid(**preset: tuple[str, ...]) -> Response:
-    """The grid under a filter. ``/gallery/correct`` and ``/gallery/incorrect`` are filters with a name."""
+    """The grid under a filter. ``/gallery/correct`` and ``/gallery/incorrect`` are filters with a name.
+
+    A range of confidence that is none is refused beside its fields, on the grid that there was.
+    """
     asked = asked_filter(also=("page", *panel.FORM), **preset)
-    wanted = panel.with_form(asked, request.args)
-    if any(name in request.args for name in panel.FORM):
+    wanted = panel.with_sort(asked, request.args)
+    refused: Problem | None = None
+    try:
+        wanted = panel.with_range(wanted, request.args)
+    except Problem as problem:
+        refused = problem.bare()
+    if not refused and any(name in request.args for name in panel.FORM):
         return redirect(address_of(wanted))  # type: ignore[return-value]
     number = read_page(request.args)
     with listing(wanted) as found:
@@ -105,7 +113,8 @@ def _grid(**preset: tuple[str, ...]) -> Response:
         page = found.page(number)
     vs_name = _name_of(wanted.vs)
     total = found.counts.total
-    return render(
+    ends = [str(end) for end in wanted.confidence]
+    answer = render(
         "gallery/photos.html",
         wanted=wanted,
         model_shown=found.model,
@@ -123,6 +132,8 @@ def _grid(**preset: tuple[str, ...]) -> Response:
         facets={facet.parameter: facet for facet in panel.facets(wanted, found.counts)},
         confusion=panel.confusion(wanted, found),
         bars=panel.histogram(wanted, found.counts),
+        ends=[request.args.get(name, end) for name, end in zip(("from", "to"), ends, strict=True)],
+        refused=refused,
         hidden=panel.hidden,
         sorts=panel.sorts(wanted),
         sizes=panel.sizes(wanted),
@@ -130,6 +141,11 @@ def _grid(**preset: tuple[str, ...]) -> Response:
         another=address_of(wanted.having(sort="random", order=wanted.order, seed=wanted.seed + 1)),
         trouble=_trouble(page),
     )
+    if refused:
+        answer.status_code = refused.status
+        answer.headers["Cache-Control"] = "no-store"
+        note_problem(refused)
+    return answer
 
 
 def render(template: str, **context: Any) -> Response:

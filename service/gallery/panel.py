@@ -121,20 +121,27 @@ def _path(endpoint: str) -> str:
     return paths[endpoint]
 
 
-def with_form(wanted: Filter, given: Mapping[str, str]) -> Filter:
-    """The filter together with what a form of the grid sent: ``by=loss.asc``, ``from=50``, ``to=90``. Raises Problem."""
+def with_sort(wanted: Filter, given: Mapping[str, str]) -> Filter:
+    """The filter in the order that a form of the grid sent, as ``by=loss.asc``. Raises Problem."""
     if by := given.get("by"):
         sort, _, order = by.partition(".")
         if sort not in ORDERS or order not in ("asc", "desc"):
             known = ", ".join(f"{sort}.{order}" for sort in ORDERS for order in ("asc", "desc"))
             raise Problem("bad_parameter", f"The parameter `by` is {by!r}; it can be {known}.")
         wanted = wanted.having(sort=sort, order=order)
-    if "from" in given or "to" in given:
-        low, high = whole(given, "from", 0, least=0, most=100), whole(given, "to", 100, least=0, most=100)
-        if low >= high:
-            raise Problem("bad_parameter", f"The range of confidence is from {low} to {high} %; the lower end comes first.")
-        wanted = wanted.having(confidence=(low, high))
     return wanted
+
+
+def with_range(wanted: Filter, given: Mapping[str, str]) -> Filter:
+    """The filter with the confidences that a form of the grid sent, as ``from=50`` and ``to=90``. Raises Problem."""
+    if "from" not in given and "to" not in given:
+        return wanted
+    low, high = whole(given, "from", 0, least=0, most=100), whole(given, "to", 100, least=0, most=100)
+    if low >= high:
+        raise Problem(
+            "bad_parameter", f"The range of confidence is from {low} to {high} %; the lower end comes first, and is lower."
+        )
+    return wanted.having(confidence=(low, high))
 
 
 def hidden(wanted: Filter, *without: str) -> list[tuple[str, str]]:

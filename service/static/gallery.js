@@ -53,7 +53,7 @@
 
     const fold = document.getElementById("panel");
     if (fold) {
-      fold.open = sessionStorage.getItem(OPEN) === "1";
+      fold.open ||= sessionStorage.getItem(OPEN) === "1";
       fold.addEventListener("toggle", () => sessionStorage.setItem(OPEN, fold.open ? "1" : "0"));
     }
 
