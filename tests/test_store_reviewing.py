@@ -106,7 +106,7 @@ def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> 
     assert found == ("decided_meanwhile", "Ann relabelled it dogs meanwhile; look at it, and decide again to overrule it.")
     assert refused(database, photo, "undo", seen=None)[0] == "decided_meanwhile"
     say(database, photo, "neither", reviewer="")
-    assert "Somebody found it to be none of the classes" in refused(database, photo, "label", seen=seen)[1]
+    assert "Somebody found it to be none of the classes" in refused(database, photo, "label", new_label="cats", seen=seen)[1]
     say(database, photo, "undo")
     say(database, photo, "undo", seen=seen)
     assert "The decision was taken back meanwhile" in refused(database, photo, "bad", seen=seen)[1]
@@ -120,6 +120,26 @@ def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> 
 )
 def test_a_photo_that_was_not_evaluated(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
     assert refused(database, photos[0], "bad", **words)[0] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("decision", "words", "said"),
+    [
+        ("maybe", {}, "The field `decision` is 'maybe'; it can be label, neither, bad, note, undo."),
+        ("", {}, "The field `decision` is ''"),
+        ("label", {}, "The field `new_label` is None; it can be cats, dogs."),
+        ("label", {"new_label": "wolf"}, "The field `new_label` is 'wolf'; it can be cats, dogs."),
+        ("note", {"note": " \n"}, "The field `note` is empty"),
+    ],
+)
+def test_what_is_no_decision_is_not_entered(
+    database: Database, photos: list[Plain], decision: str, words: dict[str, str], said: str
+) -> None:
+    code, detail = refused(database, photos[0], decision, **words)
+    assert (code, said in detail) == ("bad_parameter", True)
+    assert state(database, photos[0]) == ("unreviewed", None)
+    with database.read() as connection:
+        assert history(connection, photos[0].sha256) == []
 
 
 @pytest.mark.parametrize("words", [{"note": "a\0b"}, {"reviewer": "\ud800"}, {"new_label": "a\0"}])

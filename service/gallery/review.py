@@ -19,12 +19,10 @@ from service.problems import Problem
 from service.security import KEY_COOKIE, name_of_key, require_key_or_cookie, require_same_site
 from service.settings import Settings
 from service.site import YEAR_S, problem_json, problem_page
-from service.store.listing import find_model
 from service.store.reviewing import Verdict, decide, history
 
 MOST_BYTES = 64 << 10
 TEXTS = {"note": 2_000, "reviewer": 80}
-WORDS = ("label", "neither", "bad", "note", "undo")
 STAYING = ("note", "undo")  # after these nobody goes on to the next photo
 FIELDS = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "seen", "filter", "next")
 
@@ -155,40 +153,23 @@ def _verdict(given: dict[str, str], *, key_name: str | None) -> Verdict:
     for name in ("photo", "sha256", "decision"):
         if not given.get(name):
             raise Problem("bad_parameter", f"The field `{name}` is missing; it is wanted with every decision.")
-    decision = given["decision"]
-    if decision not in WORDS:
-        raise Problem("bad_parameter", f"The field `decision` is {decision[:80]!r}; it can be {', '.join(WORDS)}.")
     for name, most in TEXTS.items():
         if len(given.get(name, "")) > most:
             raise Problem("bad_parameter", f"The field `{name}` has {len(given[name]):,} letters; {most:,} is the most.")
-    if decision == "note" and not given.get("note", "").strip():
-        raise Problem("bad_parameter", "The field `note` is empty; a note was to be saved.")
-    version = given.get("model") or gallery().version or ""
-    new_label = given.get("new_label") or None
-    if decision == "label":
-        _check_class(version, new_label)
     seen = given.get("seen", "")
     if seen and not (seen.isascii() and seen.isdigit() and len(seen) < 19):
         raise Problem("bad_parameter", f"The field `seen` is {seen!r}; the seen decision's id is wanted, or nothing.")
     return Verdict(
         photo=given["photo"],
         sha256=given["sha256"],
-        model_version=version,
-        decision=decision,
-        new_label=new_label,
+        model_version=given.get("model") or gallery().version or "",
+        decision=given["decision"],
+        new_label=given.get("new_label") or None,
         note=_plain(given.get("note", "")),
         reviewer=key_name or _plain(given.get("reviewer", request.cookies.get(REVIEWER, "")))[: TEXTS["reviewer"]],
         key_name=key_name,
         seen=int(seen) if seen else None,
     )
-
-
-def _check_class(version: str, new_label: str | None) -> None:
-    """Raises Problem for a label that is none of the model's classes."""
-    with gallery().database.read() as connection:
-        classes = find_model(connection, version).classes
-    if new_label not in classes:
-        raise Problem("bad_parameter", f"The field `new_label` is {new_label!r}; it can be {', '.join(classes)}.")
 
 
 def _next(given: dict[str, str], verdict: Verdict) -> str | None:

@@ -9,15 +9,17 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select
 
-from models.reviews import COLUMNS, DECISIONS
+from models.reviews import COLUMNS, DECISIONS, LABEL
 from service.problems import Problem
 from service.store.importing import PLACED, Cells, judge, live_loss
 from service.store.tables import can_be_kept, cells, current_reviews, decisions, models, predictions
 
+WORDS = (*DECISIONS, "note", "undo")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What somebody says about a photo. ``decision`` is label, neither, bad, note (which changes nothing) or undo.
+    """What somebody says about a photo. ``decision`` is one of WORDS, of which a note changes nothing.
 
     ``seen`` is the id of the decision that they saw holding, None where they saw none: another's in between is not
     overruled unseen.
@@ -37,8 +39,13 @@ class Verdict:
 def decide(connection: Connection, verdict: Verdict) -> int:
     """Enter a verdict and all that follows from it; returns the id that it got.
 
-    Raises Problem: no such photo, nothing to undo, somebody decided since, or a text that no database takes.
+    Raises Problem: no such decision, label or photo, an empty note, nothing to undo, somebody decided since, or a text that
+    no database takes.
     """
+    if verdict.decision not in WORDS:
+        raise Problem("bad_parameter", f"The field `decision` is {verdict.decision[:80]!r}; it can be {', '.join(WORDS)}.")
+    if verdict.decision == "note" and not verdict.note.strip():
+        raise Problem("bad_parameter", "The field `note` is empty; a note was to be saved.")
     if not can_be_kept(verdict.new_label or "", verdict.note, verdict.reviewer):
         raise Problem("bad_parameter", "A text arrived with a letter that cannot be kept, as a zero byte; leave it out.")
     label = _label_of(connection, verdict)
@@ -57,7 +64,7 @@ def decide(connection: Connection, verdict: Verdict) -> int:
             photo=verdict.photo,
             label=label,
             decision=verdict.decision,
-            new_label=verdict.new_label if verdict.decision == "label" else None,
+            new_label=verdict.new_label if verdict.decision == LABEL else None,
             note=verdict.note,
             reviewer=verdict.reviewer,
             key_name=verdict.key_name,
@@ -96,7 +103,7 @@ def history(connection: Connection, sha256: str) -> list[Row[Any]]:
 
 def in_words(decision: Row[Any]) -> str:
     """A decision, without who made it: "relabelled it dogs"."""
-    if decision.decision == "label":
+    if decision.decision == LABEL:
         did = "confirmed" if decision.new_label == decision.label else "relabelled it" if decision.label else "labelled it"
         return f"{did} {decision.new_label}"
     return {
@@ -139,7 +146,10 @@ def _hold(connection: Connection, sha256: str) -> None:
 
 
 def _label_of(connection: Connection, verdict: Verdict) -> str | None:
-    """The class that the photo was evaluated with, None for a live one. Raises Problem where there is no such photo."""
+    """The class that the photo was evaluated with, None for a live one.
+
+    Raises Problem where there is no such photo, or the label to give is none of the model's classes.
+    """
     texts = verdict.model_version, verdict.photo, verdict.sha256
     found = (
         can_be_kept(*texts)
@@ -157,4 +167,7 @@ def _label_of(connection: Connection, verdict: Verdict) -> str | None:
     )
     if not found:
         raise Problem("not_found", f"The model {verdict.model_version} was not evaluated on a photo {verdict.photo!r}.")
+    if verdict.decision == LABEL and verdict.new_label not in found.classes:
+        known = ", ".join(found.classes)
+        raise Problem("bad_parameter", f"The field `new_label` is {verdict.new_label!r}; it can be {known}.")
     return None if found.source == "live" else str(found.classes[found.label])
