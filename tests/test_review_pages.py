@@ -128,6 +128,20 @@ def test_where_the_model_looked_is_shown_by_a_link_with_its_method(server: Serve
     assert (refused.status, "this model's classes are" in text(refused)) == (400, True)
 
 
+def test_a_neighbour_with_another_label_is_called_so_and_wrong_only_where_the_model_is(server: Server) -> None:
+    kinds = set()
+    for row in rows(server, source="evaluation", sort="margin")[:8]:
+        body = server.get(page_of(row)).body.decode()
+        for alike in re.findall(r'<li class="alike">.*?</li>', body, re.DOTALL):
+            said = " ".join(re.sub(r"<[^>]*>", " ", alike).split())
+            label, predicted = re.search(r"Label (\w+).*Predicted (\w+)", said).groups()  # type: ignore[union-attr]
+            kind = label != row["label"], predicted != label
+            assert ("other label" in said, "wrong" in said) == kind
+            assert ('class="unlike"' in alike, 'class="mistake"' in alike) == kind
+            kinds.add(kind)
+    assert {(False, False), (True, False)} <= kinds
+
+
 def test_no_address_leads_out_of_the_data_folder(server: Server, data: Path) -> None:
     secret = paint(data.parent / "secret.jpg", (1, 2, 3), seed=5)
     (data / "valid" / "red" / "link.jpg").symlink_to(secret)
@@ -175,6 +189,33 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     assert query["photo"] == third["photo"]  # who undoes wants to see it
     assert [entry["decision"] for entry in past(server, third)] == ["undo", "neither"]
     assert third["sha256"] not in reviews_of(server)
+
+
+def test_a_card_says_what_was_decided_in_the_queues_too(server: Server) -> None:
+    row = next(row for row in rows(server, source="evaluation", sort="margin")[:8] if row["review"] == "unreviewed")
+    other = next(name for name in row["probabilities"] if name != row["label"])
+    name = re.escape(Path(row["photo"]).name)
+    seen = ""
+    for decision, words in (
+        (f"label:{other}", f"Relabelled to {other}"),
+        (f"label:{row['label']}", "Confirmed"),
+        ("neither", "None of the classes"),
+        ("bad", "Bad photo"),
+        ("undo", "None of the classes"),  # which was decided before it
+    ):
+        seen = str(post(server, row, decision, as_json=True, seen=seen).json()["id"])
+        queue = re.search(r">Least certain<.*?</section>", server.get("/gallery").body.decode(), re.DOTALL)[0]  # type: ignore[index]
+        grid = server.get("/gallery/photos?sort=margin").body.decode()
+        for text, card in (
+            (queue, rf'<li><a class="thumb [^>]*title="{name}:.*?</li>'),
+            (grid, rf'<li class="tile[^>]*>\s*<a[^>]*{name}.*?</dl>.*?(?=<li class="tile|</ol>)'),
+        ):
+            said = re.search(card, text, re.DOTALL)
+            assert said
+            marks = re.findall(
+                r'class="(?:thumb-review|badge reviewed)">(?:<span class="unseen">, </span>)?<svg.*?</svg>([^<]*)<', said[0]
+            )
+            assert marks == [words]
 
 
 def test_behind_the_last_photo_of_a_filter_it_is_said_so(server: Server) -> None:
