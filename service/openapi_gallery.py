@@ -65,7 +65,7 @@ def _pages() -> dict[str, Any]:
         parameter("photo", STRING, "Its name, as in predictions.csv."),
         parameter("sha256", STRING, "Its sha256, where two have the name."),
         parameter("look", STRING, "A class: show where the model looked for it."),
-        parameter("saved", STRING, "The id of the decision that was just saved, to be said and undone."),
+        parameter("saved", STRING, "The id of the decision, note or undo that was just saved, to be said."),
         parameter("end", STRING, "The filter's last photo was just decided: say so."),
     ]
     found = {

@@ -107,6 +107,8 @@ def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) ->
     assert "saved=" not in page.url
     page.keyboard.press("u")  # nothing is decided here: the one just saved is meant
     expect(heading).to_have_text(name_of(first))
+    expect(said).to_contain_text(f"Undone: {name_of(first)}, Somebody")
+    expect(said).to_contain_text("Nothing is decided about it now, and its label is")
     expect(page.locator("#history")).to_contain_text("took back: ")
     assert past(server, first) == ["undo", "label green"]
     page.get_by_label("Save and go to the next photo").uncheck()

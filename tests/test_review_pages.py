@@ -187,6 +187,10 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     assert "found it to be none of the classes" in text(server.get(f"{path}?{urlencode(query)}"))
     path, query = way(post(server, third, "undo", seen=query["saved"], next="1", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]  # who undoes wants to see it
+    said = text(server.get(f"{path}?{urlencode(query)}"))
+    undone = f"Undone: {Path(third['photo']).name}, Somebody found it to be none of the classes."
+    assert f"{undone} Nothing is decided about it now, and its label is {third['label']}." in said
+    assert "Not reviewed yet." in said
     assert [entry["decision"] for entry in past(server, third)] == ["undo", "neither"]
     assert third["sha256"] not in reviews_of(server)
 
@@ -255,8 +259,21 @@ def test_what_another_decided_meanwhile_is_shown_and_the_note_is_kept(server: Se
     assert post(server, row, "undo", as_json=True, seen=seen).code == "decided_meanwhile"
 
 
+def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(server: Server, row: Row) -> None:
+    _, query = way(post(server, row, "bad", reviewer="Ann"))
+    _, query = way(post(server, row, "neither", reviewer="Ben", seen=query["saved"]))
+    path, query = way(post(server, row, "undo", reviewer="Cid", seen=query["saved"]))
+    said = text(server.get(f"{path}?{urlencode(query)}"))
+    assert "Ben found it to be none of the classes. What was decided before holds again: Ann called it a bad photo." in said
+    seen = str(past(server, row)[-1]["id"])
+    post(server, row, f"label:{row['label']}", as_json=True, seen=seen)
+    assert "Undone" not in text(server.get(f"{path}?{urlencode(query)}"))  # somebody decided since
+
+
 def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> None:
-    way(post(server, row, "note", note="Is it a toy?"))
+    path, query = way(post(server, row, "note", note="Is it a toy?"))
+    said = text(server.get(f"{path}?{urlencode(query)}"))
+    assert f"Noted: {Path(row['photo']).name}, nothing else has changed." in said
     assert row["sha256"] not in reviews_of(server)
     assert past(server, row)[0]["note"] == "Is it a toy?"
     assert post(server, row, "undo", as_json=True).code == "nothing_to_undo"

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row
+from sqlalchemy import Connection, Row
 
-from service.store.reviewing import in_words
+from service.store.reviewing import history, holding, in_words, last_said
+
+SOMEBODY = "Somebody"
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,44 @@ class Entry:
     is_undone: bool
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What was just saved: what it is called, the photo that it is about, and the rest of the sentence, or of two.
+
+    ``undo`` is the id of the decision where it can be undone.
+    """
+
+    done: str
+    photo: str
+    sha256: str
+    words: str
+    undo: int | None = None
+
+
+def saved(connection: Connection, id_: str) -> Saved | None:
+    """The entry with an id that a link carries; of an undo, what it took back and what holds now."""
+    row = last_said(connection, id_)
+    if row is None:
+        return None
+    about = row.photo, row.sha256
+    if row.decision == "note":
+        return Saved("Noted", *about, "nothing else has changed.")
+    if row.decision != "undo":
+        return Saved("Saved", *about, f"{_said(row)}.", undo=row.id)
+    past = history(connection, row.sha256)
+    undone = next(entry for entry in past if entry.id == row.undoes)
+    holds = holding(connection, row.sha256)
+    if holds:
+        now = f"What was decided before holds again: {_said(holds)}."
+    else:
+        now = f"Nothing is decided about it now, and its label is {row.label}." if row.label else "It has no label now."
+    return Saved("Undone", *about, f"{_said(undone)}. {now}")
+
+
+def _said(row: Row[Any]) -> str:
+    return f"{row.reviewer or SOMEBODY} {in_words(row)}"
+
+
 def entries(rows: Sequence[Row[Any]]) -> list[Entry]:
     """A photo's decisions, as ``history`` gives them, in words."""
     undone = {row.undoes for row in rows if row.undoes}
@@ -31,7 +71,7 @@ def entries(rows: Sequence[Row[Any]]) -> list[Entry]:
     return [
         Entry(
             row.id,
-            row.reviewer or "Somebody",
+            row.reviewer or SOMEBODY,
             said[row.id] + (f": {said[row.undoes]}" if row.undoes in said else ""),
             row.note,
             row.decided_at,

@@ -18,14 +18,14 @@ from service.gallery.asking import GO_ON, REVIEWER, asked_filter, listing
 from service.gallery.core import gallery
 from service.gallery.pages import render
 from service.gallery.panel import address_of
-from service.gallery.past import entries
+from service.gallery.past import entries, saved
 from service.problems import Problem
 from service.security import require_key_or_cookie
 from service.settings import Settings
 from service.site import note_problem, problem_page
 from service.store.importing import storable
 from service.store.listing import Listing, Photo
-from service.store.reviewing import decision_that_holds, history
+from service.store.reviewing import history
 
 NEIGHBOURS = 8
 LOOKS = 20  # classes that one can look for by a link, the most probable ones
@@ -79,7 +79,7 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
         neighbours = _neighbours(found, this)
         duplicates = _duplicates(found, this)
         past = history(found.connection, this.sha256)
-        saved = decision_that_holds(found.connection, request.args.get("saved", ""))
+        just_saved = saved(found.connection, request.args.get("saved", ""))
     model = found.model
     trouble = album().look_for(this.photo, this.sha256)
     has_bundle = shown.bundle_path(model.version) is not None
@@ -110,8 +110,7 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
         following=following,
         first=first,
         is_end="end" in request.args,
-        saved=saved and entries([saved])[0],
-        saved_row=saved,
+        saved=just_saved,
         refused=refused,
         grid=address_of(wanted, page=min(before, max(0, found.counts.total - 1)) // wanted.per_page + 1),
         look_address=lambda label: f"{url_for('photo.page')}?{_look(wanted, this, label)}#look",

@@ -87,13 +87,15 @@ def holding(connection: Connection, sha256: str) -> Row[Any] | None:
     return connection.execute(found.order_by(decisions.c.id.desc()).limit(1)).first()
 
 
-def decision_that_holds(connection: Connection, id_: str) -> Row[Any] | None:
-    """The decision with an id that somebody typed or a link carries, where it still holds."""
+def last_said(connection: Connection, id_: str) -> Row[Any] | None:
+    """The decision, note or undo with an id that somebody typed or a link carries, where nothing was decided after it."""
     if not (id_.isascii() and id_.isdigit() and len(id_) < 19):
         return None
     row = connection.execute(select(decisions).where(decisions.c.id == int(id_))).first()
-    holds = row and holding(connection, row.sha256)
-    return row if holds and row and holds.id == row.id else None
+    if row is None:
+        return None
+    later = decisions.c.sha256 == row.sha256, decisions.c.id > row.id, decisions.c.decision != "note"
+    return None if connection.execute(select(decisions.c.id).where(*later).limit(1)).first() else row
 
 
 def history(connection: Connection, sha256: str) -> list[Row[Any]]:
