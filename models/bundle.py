@@ -66,6 +66,12 @@ class Bundle:
         return None if seed is None else int(seed)
 
     @property
+    def joined_from(self) -> str | None:
+        """The version of the head-only bundle that this one was made of, where it was."""
+        found: str | None = self.info.get("joined_from")
+        return found
+
+    @property
     def is_head_only(self) -> bool:
         return bool(self.info["kind"] == "head")
 

@@ -44,6 +44,7 @@ def models() -> Response:
         models=[
             model.named
             | {
+                "joined_from": bundle.joined_from,
                 "backbone": bundle.backbone,
                 "classes": bundle.classes,
                 "preprocessing": info["preprocessing"],

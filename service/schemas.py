@@ -149,6 +149,9 @@ def _prediction() -> dict[str, Any]:
 def _model_details() -> dict[str, Any]:
     metrics = "Accuracy, log loss and others: `value` with a 95 % interval, `low` to `high`."
     fields = {
+        "joined_from": described(
+            {"type": ["string", "null"]}, "The version of the head-only bundle that it was joined of with its base, or null."
+        ),
         "backbone": described(STRING, "The network's architecture."),
         "classes": {"type": "array", "items": STRING, "minItems": 1},
         "preprocessing": described({"type": "object"}, "Sizes in pixels, interpolation, mean and standard deviation."),

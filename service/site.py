@@ -82,10 +82,10 @@ def _way_back() -> tuple[str, str] | None:
 def shared() -> dict[str, Any]:
     """Names that every template knows."""
     try:
-        model: dict[str, str] | None = served_model().named
+        served = served_model()
     except Problem:
-        model = None
-    return {"navigation": NAVIGATION, "model": model}
+        return {"navigation": NAVIGATION, "model": None}
+    return {"navigation": NAVIGATION, "model": served.named | {"joined_from": served.bundle.joined_from}}
 
 
 @bp.app_url_defaults

@@ -84,6 +84,10 @@ class Gallery:
             found.append(self._lookalikes[results.version])
         return found
 
+    def joined_from(self, version: str) -> str | None:
+        """The version of the head-only bundle that a model was joined of, as far as that is known here."""
+        return next((head for head, whole in self._wholes.items() if whole == version), None)
+
     def bundle_path(self, version: str) -> Path | None:
         """Where the bundle of a version is on this machine, if it is."""
         kinds = {results.kind: results.path for results in self._results.get(version, [])}
@@ -148,7 +152,7 @@ def gallery() -> Gallery:
 
 
 def _joined(bundle: Bundle) -> dict[str, str]:
-    return {bundle.info["joined_from"]: bundle.version} if bundle.info.get("joined_from") else {}
+    return {bundle.joined_from: bundle.version} if bundle.joined_from else {}
 
 
 def _table(results: Results) -> Table:

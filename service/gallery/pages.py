@@ -150,7 +150,12 @@ def _grid(**preset: tuple[str, ...]) -> Response:
 
 def render(template: str, **context: Any) -> Response:
     settings: Settings = current_app.extensions["settings"]
-    shared = {"photo_address": photo_address, "address_of": address_of, "has_folder": settings.data is not None}
+    shared = {
+        "photo_address": photo_address,
+        "address_of": address_of,
+        "has_folder": settings.data is not None,
+        "joined_from": gallery().joined_from,
+    }
     text = render_template(template, **shared, **context)
     return Response(text, headers={"Cache-Control": "no-cache"}, mimetype="text/html")
 
