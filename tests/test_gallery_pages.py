@@ -376,7 +376,13 @@ def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to
         assert "thumbnail.jpg" not in text
         text = server.get("/compare").body.decode()
         assert "There is one model only." in text
-        assert "EVALUATIONS=OLD" in text
+        name = open_bundle(tiny_bundle.path).name
+        for command in (
+            f"finetune train --data-dir DATA --backbone tiny --reviews reviews.csv --output-dir runs/{name}-reviewed",
+            f"BUNDLE=runs/{name}-reviewed/bundle EVALUATIONS={tiny_bundle.path} DATA=DATA python -m service",
+        ):
+            assert f">{command}</code>" in text
+        assert "<select" not in text
 
 
 def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(

@@ -6,7 +6,7 @@ from flask import Blueprint, Response, jsonify, request
 
 from service.filters import CHANGES, Filter
 from service.gallery.core import gallery
-from service.gallery.pages import render
+from service.gallery.pages import render, serve_both_command, train_command
 from service.gallery.panel import address_of
 from service.problems import Problem
 from service.site import problem_page
@@ -36,6 +36,8 @@ def page() -> Response:
         words=_in_words(a, b, outcome),
         right={"a": outcome.both_right + outcome.broke, "b": outcome.both_right + outcome.fixed} if outcome else {},
         served=gallery().version,
+        train="" if a else train_command(),
+        serve_both="" if a else serve_both_command(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, redirect, render_template, request
 
+from models.cache import whole_bundle
+from models.errors import UserError
 from service.filters import Filter, read_page, sentence
 from service.gallery import panel
 from service.gallery.album import album
@@ -67,7 +70,7 @@ def home() -> Response:
         models=models,
         served=shown.version,
         everything=everything.wanted,
-        train=_train_command(),
+        train=train_command(),
         trouble=_trouble([photo for row in rows for photo in row.photos]),
     )
 
@@ -182,10 +185,25 @@ def _trouble(photos: Sequence[Photo]) -> str | None:
     return problem.detail if problem else None
 
 
-def _train_command() -> str:
+def train_command() -> str:
     """What trains the served model again with the decisions."""
-    settings: Settings = current_app.extensions["settings"]
-    data = shlex.quote(str(settings.data)) if settings.data else "DATA"
     bundle = served_model().bundle
-    run = shlex.quote(f"runs/{bundle.name}-reviewed")
-    return f"finetune train --data-dir {data} --backbone {bundle.backbone} --reviews reviews.csv --output-dir {run}"
+    return f"finetune train --data-dir {_data()} --backbone {bundle.backbone} --reviews reviews.csv --output-dir {_run()}"
+
+
+def serve_both_command() -> str:
+    """What serves the newly trained model, with the one that serves now beside it."""
+    settings: Settings = current_app.extensions["settings"]
+    now = served_model().bundle.path
+    with contextlib.suppress(UserError):  # as the operator calls it, if that is still it
+        now = settings.bundle if whole_bundle(settings.bundle) == now else now
+    return f"BUNDLE={_run()}/bundle EVALUATIONS={shlex.quote(str(now))} DATA={_data()} python -m service"
+
+
+def _data() -> str:
+    settings: Settings = current_app.extensions["settings"]
+    return shlex.quote(str(settings.data)) if settings.data else "DATA"
+
+
+def _run() -> str:
+    return shlex.quote(f"runs/{served_model().bundle.name}-reviewed")
