@@ -284,8 +284,8 @@ def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        ("90", "50", "is from 90 to 50 %; the lower end comes first"),
-        ("50", "50", "the lower end comes first"),
+        ("90", "50", "is from 90 to 50 %; the first number has to be the lower one"),
+        ("50", "50", "the first number has to be the lower one"),
         ("-1", "50", "a whole number from 0 to 100 was wanted"),
         ('"><b>', "50", "a whole number from 0 to 100 was wanted"),
     ],
@@ -479,6 +479,22 @@ def test_arrow_keys_turn_pages_but_not_in_a_field(new_page: NewPage) -> None:
     page.get_by_role("spinbutton", name="From").press("Enter")
     page.wait_for_url(lambda address: "from=" not in address)
     expect(page.locator(".pager [aria-current]")).to_have_text("Page 1")
+
+
+@in_browser
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_every_page_begins_at_the_same_place(new_page: NewPage, gallery: Gallery, width: int) -> None:
+    """And none is wider than the window, though a grid has more room than words."""
+    photo = gallery.server.get("/gallery/photos.json").json()["rows"][0]["page"]
+    page = new_page("/", viewport={"width": width, "height": 900})
+    found = []
+    for path in ("/", "/gallery", "/gallery/photos", photo, "/compare", "/model", "/docs"):
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth") == width, path
+        lefts = "names => names.map((name) => Math.round(document.querySelector(name).getBoundingClientRect().left))"
+        found.append(page.evaluate(lefts, [".brand", "nav[aria-label=Pages]", "main > *", "h1"]))
+    assert found == [found[0]] * len(found)
+    assert found[0][0] == found[0][2] == found[0][3]
 
 
 @in_browser

@@ -139,7 +139,7 @@ def with_range(wanted: Filter, given: Mapping[str, str]) -> Filter:
     low, high = whole(given, "from", 0, least=0, most=100), whole(given, "to", 100, least=0, most=100)
     if low >= high:
         raise Problem(
-            "bad_parameter", f"The range of confidence is from {low} to {high} %; the lower end comes first, and is lower."
+            "bad_parameter", f"The range of confidence is from {low} to {high} %; the first number has to be the lower one."
         )
     return wanted.having(confidence=(low, high))
 
