@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from flask import Blueprint, Response, current_app, render_template, request
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from service.markdown import render_markdown
 from service.openapi import document
@@ -31,7 +32,18 @@ def docs() -> Response:
 
 @bp.app_template_filter("markdown")
 def markdown(text: str) -> Markup:
-    return render_markdown(text)
+    """With paths in code that go on in the next line behind a slash, and nowhere else."""
+    return Markup(re.sub(r"(?<=<code>)[^<]+", lambda code: _slashed(code[0]), render_markdown(text)))
+
+
+@bp.app_template_filter("slashed")
+def slashed(text: str) -> Markup:
+    """A path or a media type that may go on in the next line behind a slash."""
+    return Markup(_slashed(str(escape(text))))
+
+
+def _slashed(html: str) -> str:
+    return re.sub(r"(?<=[^/])/(?=[^/])", "/<wbr>", html)
 
 
 @bp.app_template_filter("pretty_json")
