@@ -300,7 +300,9 @@ def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low
         assert re.search(part, text, re.DOTALL)[0] == re.search(part, before, re.DOTALL)[0]  # type: ignore[index]
     form = re.search(r'<form class="range".*?</form>', text, re.DOTALL)[0]  # type: ignore[index]
     assert words in form
-    fields = {html.unescape(name): html.unescape(value) for name, value in re.findall(r'name="(\w+)"[^>]*? value="([^"]*)"', form)}
+    fields = {
+        html.unescape(name): html.unescape(value) for name, value in re.findall(r'name="(\w+)"[^>]*? value="([^"]*)"', form)
+    }
     assert fields == query | {"from": low, "to": high}
     assert form.count('aria-invalid="true" aria-describedby="range-refused"') == 2
     assert '<details class="panel-fold" id="panel" open>' in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,12 @@ from tiny import colour_folder, finetune, registered, save_weights
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MISLABELLED = 3  # of each class, to be measured with
+ROOM_LEFT = """select => {
+  const style = getComputedStyle(select), context = document.createElement("canvas").getContext("2d");
+  context.font = style.font;
+  const arrow_px = 20, around_px = parseFloat(style.paddingLeft) + parseFloat(style.paddingRight) + arrow_px;
+  return select.clientWidth - around_px - context.measureText(select.selectedOptions[0].text).width;
+}"""
 OUTCOMES = {(True, True): "both-right", (False, True): "fixed", (True, False): "broke", (False, False): "both-wrong"}
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -117,6 +124,12 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
         wait(server)
         b = server.get("/models").json()["models"][0]["version"]
         page.goto(f"{server.url}/compare?a={a}&b={b}")
+        for letter, version in (("a", a), ("b", b)):
+            expect(page.locator("main")).to_contain_text(re.compile(rf"Model {letter} is .*?version {version}"))
+        page.set_viewport_size({"width": 390, "height": 844})
+        for choice in page.locator("select").all():
+            assert choice.evaluate(ROOM_LEFT) > 0, "on a phone what is chosen is cut off"
+        page.set_viewport_size({"width": 1280, "height": 900})
         for change in OUTCOMES.values():
             link = page.locator(f'a[href*="/gallery/photos?"][href*="change={change}"]').first
             if numbers[change]:
