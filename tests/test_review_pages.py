@@ -293,7 +293,7 @@ def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> Non
         ("bad", {"more": "1"}, "The field 'more' is not known here"),
         ("bad", {"sha256": "0" * 64}, "was not evaluated on a photo"),
         ("bad", {"sha256": ""}, "The field `sha256` is missing"),
-        ("bad", {"note": "x" * 70_000}, "shorten the note"),
+        ("bad", {"note": "x" * 70_000}, "shorten the text"),
     ],
 )
 def test_what_is_refused_is_said_on_a_page_and_to_a_program_as_a_problem(
