@@ -176,8 +176,8 @@ class Swapper:
 
     def _exchange(self, model: Model, agreement: Agreement, seen: list[Seen], *, outcome: str, by: str) -> None:
         before = self._served.get().bundle.version
+        self._served.metrics.swaps.labels(outcome).inc()  # before anybody can see that it serves
         self._served.install(model, seen)
-        self._served.metrics.swaps.labels(outcome).inc()
         log.info(
             outcome,
             extra={
