@@ -11,13 +11,16 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from databases import Postgres, run_postgres
 
 from finetune.sample import CLASSES, draw
 from service.store.database import Database
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are small; threads on busy cores wait for each other
 
@@ -33,6 +36,15 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("share")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch-home")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patient_databases() -> Iterator[None]:
+    """Who waits for a lock or a connection waits for as long as it takes on a busy machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.store.database.BUSY_MS", 300_000)
+        patch.setattr("service.store.database.CONNECT_S", "300")
         yield
 
 
@@ -134,6 +146,17 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         photos=data / "valid",
         predictions=root / "run" / "predictions.csv",
     )
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium, started once for all tests that look at pages; each opens contexts of its own (``browsing.visitor``)."""
+    from browsing import CHROMIUM, run_browser
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with run_browser() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -8,22 +8,16 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
+from browsing import PHONE, NewPage, visitor
+from playwright.sync_api import Browser, Page, Route, expect
 from serving import Server, serve
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
-NewPage = Callable[..., Page]
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +26,10 @@ def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def new_page(browser: Browser, server: Server) -> Iterator[NewPage]:
-    """Opens a page; at the end nothing may have been complained of on its console, a violated policy for one."""
-    complaints: list[str] = []
-    pages: list[Page] = []
-
-    def hear(message: ConsoleMessage) -> None:
-        refused = "the server responded with a status of" in message.text  # which the page says itself, in words
-        if message.type in ("error", "warning") and not refused:
-            complaints.append(message.text)
-
-    def open_page(path: str = "/", **options: Any) -> Page:
-        context = browser.new_context(base_url=server.url, **({"viewport": DESKTOP} | options))
-        context.set_default_timeout(20_000)
-        page = context.new_page()
-        page.on("console", hear)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        pages.append(page)
-        page.goto(path)
-        return page
-
-    yield open_page
-    for page in pages:
-        page.context.close()
-    assert complaints == []
+    with visitor(browser, server.url) as open_page:
+        yield open_page
 
 
 @pytest.fixture
@@ -214,7 +179,7 @@ def test_with_keys_only_a_photo_is_chosen_and_its_answer_heard(new_page: NewPage
 
 
 def test_on_a_phone_a_photo_can_be_taken(new_page: NewPage, photos: SimpleNamespace) -> None:
-    page = new_page(viewport=PHONE, has_touch=True, is_mobile=True)
+    page = new_page(**PHONE)
     camera = page.get_by_label("Take a photo")
     expect(page.get_by_text("Take a photo")).to_be_visible()
     expect(camera).to_have_attribute("capture", "environment")
@@ -239,11 +204,14 @@ def test_without_javascript_the_form_does_it_all(new_page: NewPage, photos: Simp
 
 
 def test_a_busy_server_is_asked_once_more_after_the_time_it_named(new_page: NewPage, photos: SimpleNamespace) -> None:
-    page = new_page()
-    busy = problem(503, "64 photos are waiting.", **{"Retry-After": "1"})
+    page = new_page(has_clock=True)
+    busy = problem(503, "64 photos are waiting.", **{"Retry-After": "3600"})
     asked = answer_with(page, busy)
     choose(page, photos.red[0])
-    expect(page.locator(".card.waiting")).to_contain_text("sent once more in 1 s")
+    expect(page.locator(".card.waiting")).to_contain_text("sent once more in 3600 s")
+    page.clock.fast_forward(3_000_000)
+    assert len(asked) == 1
+    page.clock.fast_forward(600_000)
     assert "red" in answers(page, 1)[0]
     assert len(asked) == 2
 
@@ -287,10 +255,8 @@ def test_of_many_classes_ten_are_shown_and_the_others_on_demand(new_page: NewPag
 def test_a_key_is_kept_for_the_session_and_sent(
     browser: Browser, tiny_bundle: SimpleNamespace, photos: SimpleNamespace
 ) -> None:
-    with serve(tiny_bundle.path, api_keys="ann:sesame") as keyed:
-        context = browser.new_context(base_url=keyed.url)
-        page = context.new_page()
-        page.goto("/")
+    with serve(tiny_bundle.path, api_keys="ann:sesame") as keyed, visitor(browser, keyed.url) as open_page:
+        page = open_page()
         choose(page, photos.red[0])
         expect(page.locator(".card.bad")).to_contain_text("A key is wanted here")
         expect(page.get_by_label("Key")).to_be_focused()
@@ -299,7 +265,6 @@ def test_a_key_is_kept_for_the_session_and_sent(
         assert "red" in answers(page, 1)[0]
         page.reload()
         expect(page.get_by_label("Key")).to_have_value("sesame")
-        context.close()
 
 
 # How it looks, and whether everybody can read it
@@ -310,8 +275,7 @@ def test_a_key_is_kept_for_the_session_and_sent(
 def test_every_page_is_accessible_and_fits(
     new_page: NewPage, photos: SimpleNamespace, tmp_path: Path, scheme: str, device: str
 ) -> None:
-    phone = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
-    page = new_page(color_scheme=scheme, reduced_motion="reduce", **(phone if device == "phone" else {}))
+    page = new_page(color_scheme=scheme, reduced_motion="reduce", **(PHONE if device == "phone" else {}))
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
     for name in ("home", "answers", "model", "docs"):
         if name == "answers":

@@ -7,7 +7,7 @@ import html
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,8 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from browsing import DESKTOP, PHONE, SAID_IN_WORDS, NewPage, visitor
+from playwright.sync_api import Browser, expect
 from serving import Server, poll, serve
 
 from models.bundle import PREDICTIONS, open_bundle
@@ -28,13 +29,8 @@ from service.gallery.panel import numbers
 from service.store.database import Database
 from service.store.importing import Table, import_table, know_model
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-DESKTOP = {"viewport": {"width": 1280, "height": 900}}
 MORE = 100
 Row = dict[str, str]
-NewPage = Callable[..., Page]
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
 @dataclass(frozen=True)
@@ -435,41 +431,13 @@ def test_the_pager_leaves_gaps_that_are_worth_it(page: int, pages: int, wanted: 
 # In a browser
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def new_page(browser: Browser, gallery: Gallery) -> Iterator[NewPage]:
-    """Opens a page; at the end nothing may have been complained of on its console but photos that are not there."""
-    complaints: list[str] = []
-    pages: list[Page] = []
-
-    def hear(message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning") and "the server responded with a status of 404" not in message.text:
-            complaints.append(message.text)
-
-    def open_page(path: str, **options: Any) -> Page:
-        context = browser.new_context(base_url=gallery.server.url, **(DESKTOP | options))
-        context.set_default_timeout(30_000)
-        page = context.new_page()
-        page.on("console", hear)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        pages.append(page)
-        page.goto(path)
-        return page
-
-    yield open_page
-    for page in pages:
-        page.context.close()
-    assert complaints == []
+    """Nothing may be complained of but photos that are not there."""
+    with visitor(browser, gallery.server.url, forgiven=f"{SAID_IN_WORDS} 404") as open_page:
+        yield open_page
 
 
-@in_browser
 def test_arrow_keys_turn_pages_but_not_in_a_field(new_page: NewPage) -> None:
     page = new_page("/gallery/photos?per_page=24")
     page.keyboard.press("ArrowRight")
@@ -483,7 +451,6 @@ def test_arrow_keys_turn_pages_but_not_in_a_field(new_page: NewPage) -> None:
     expect(page.locator(".pager [aria-current]")).to_have_text("Page 1")
 
 
-@in_browser
 @pytest.mark.parametrize("width", [390, 1280, 1920])
 def test_every_page_begins_at_the_same_place(new_page: NewPage, gallery: Gallery, width: int) -> None:
     """And none is wider than the window, though a grid has more room than words."""
@@ -499,7 +466,6 @@ def test_every_page_begins_at_the_same_place(new_page: NewPage, gallery: Gallery
     assert found[0][0] == found[0][2] == found[0][3]
 
 
-@in_browser
 def test_a_choice_is_sent_at_once_and_without_javascript_by_its_button(new_page: NewPage) -> None:
     page = new_page("/gallery/incorrect")
     expect(page.get_by_role("button", name="Show")).to_be_hidden()
@@ -517,7 +483,6 @@ def test_a_choice_is_sent_at_once_and_without_javascript_by_its_button(new_page:
     expect(plain.locator("h1")).to_contain_text("has classified")
 
 
-@in_browser
 def test_a_photo_that_is_missing_is_said_so_in_its_place(new_page: NewPage) -> None:
     page = new_page("/gallery/photos?source=out-of-fold&sort=name&per_page=24")
     tile = page.locator(".tile").first
@@ -528,7 +493,6 @@ def test_a_photo_that_is_missing_is_said_so_in_its_place(new_page: NewPage) -> N
     expect(page.locator(".alert")).to_contain_text("set DATA to the folder that was evaluated")
 
 
-@in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("device", [PHONE, DESKTOP], ids=["phone", "desktop"])
 def test_every_listing_page_is_accessible_and_fits(new_page: NewPage, scheme: str, device: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from playwright.sync_api import sync_playwright
+from browsing import visitor
+from playwright.sync_api import Browser
 from serving import Server, serve
 
 from service.settings import Settings
@@ -72,20 +73,16 @@ def test_python(server: Server, folder: Path) -> None:
     assert done.stdout.startswith("red 0.")
 
 
-def test_javascript(server: Server, folder: Path) -> None:
+def test_javascript(browser: Browser, server: Server, folder: Path) -> None:
     code = example("js").replace(f"http://{HERE}", server.url)
     photo = list((folder / "photo.jpg").read_bytes())
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        page = browser.new_page()
-        page.goto(f"{server.url}/health/live")
-        answer = page.evaluate(
+    with visitor(browser, server.url) as open_page:
+        answer = open_page("/health/live").evaluate(
             "async ([code, bytes]) => {"
             " const classify = (0, eval)(`(${code})`);"
             " return classify([new File([new Uint8Array(bytes)], 'photo.jpg')]); }",
             [code, photo],
         )
-        browser.close()
     assert [row["label"] for row in answer] == ["red"]
 
 

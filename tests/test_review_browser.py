@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +15,12 @@ from urllib.parse import urlencode
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+from browsing import PHONE, NewPage, visitor
+from playwright.sync_api import Browser, expect
 from serving import Server, poll, serve
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 LEFT = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
-NewPage = Callable[..., Page]
 Row = dict[str, Any]
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
 @pytest.fixture(scope="module")
@@ -36,41 +31,10 @@ def server(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactor
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def new_page(browser: Browser, server: Server) -> Iterator[NewPage]:
-    """Opens a page; at the end nothing may have been complained of on its console, a violated policy for one."""
-    complaints: list[str] = []
-    pages: list[Page] = []
-
-    def hear(message: ConsoleMessage) -> None:
-        refused = "the server responded with a status of" in message.text  # which the page says itself, in words
-        if message.type in ("error", "warning") and not refused:
-            complaints.append(message.text)
-
-    def open_page(path: str, *, has_clock: bool = False, **options: Any) -> Page:
-        context = browser.new_context(base_url=server.url, **({"viewport": DESKTOP} | options))
-        context.set_default_timeout(20_000)
-        page = context.new_page()
-        if has_clock:
-            page.clock.install()
-        page.on("console", hear)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        pages.append(page)
-        page.goto(path)
-        return page
-
-    yield open_page
-    for page in pages:
-        page.context.close()
-    assert complaints == []
+    with visitor(browser, server.url) as open_page:
+        yield open_page
 
 
 def rows(server: Server, **query: str) -> list[Row]:
@@ -91,6 +55,12 @@ def name_of(row: Row) -> str:
     return Path(row["photo"]).name
 
 
+def has_looked(server: Server, row: Row) -> None:
+    """Where the model looked is computed at a low priority, which a page does not wait for long on a busy machine."""
+    query = urlencode({"photo": row["photo"], "class": row["predicted"]})
+    poll(lambda: server.get(f"/gallery/pictures/{row['sha256']}/attention.png?{query}").status == 200)
+
+
 def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) -> None:
     first, second, third = rows(server, **LEFT)[:3]
     page = new_page(page_of(first, **LEFT))
@@ -104,7 +74,7 @@ def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) ->
     expect(said).to_contain_text(f"Saved: {name_of(first)}, Somebody")
     assert past(server, first) == ["label green"]
     expect(page.get_by_label("Note")).to_have_value("")
-    assert "saved=" not in page.url
+    expect(page).not_to_have_url(re.compile("saved="))
     page.keyboard.press("u")  # nothing is decided here: the one just saved is meant
     expect(heading).to_have_text(name_of(first))
     expect(said).to_contain_text(f"Undone: {name_of(first)}, Somebody")
@@ -122,8 +92,10 @@ def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) ->
     for key in ("ArrowRight", "j"):
         page.keyboard.press(key)
         expect(heading).to_have_text(name_of(second if key == "ArrowRight" else third))
+        page.wait_for_load_state()  # another page, which hears keys only when it is there
     page.keyboard.press("k")
     expect(heading).to_have_text(name_of(second))
+    page.wait_for_load_state()
     page.keyboard.press("b")
     expect(heading).to_have_text(name_of(third))
     page.go_back()
@@ -162,6 +134,7 @@ def test_two_people_see_each_others_decisions_and_none_is_overruled_unseen(new_p
     expect(ben.locator("#state")).to_contain_text("Ann called it a bad photo.")
     expect(ben.get_by_role("status")).to_contain_text("Ann called it a bad photo")
     expect(ben.get_by_label("Note")).to_have_value("It is a toy.")
+    ben.route("**/gallery/history.json?*", lambda route: route.fulfill(status=503))  # he hears nothing from now on
     ann.get_by_role("button", name="blue").click()
     expect(ann.locator("#state")).to_contain_text("blue.")
     ben.get_by_role("button", name="Neither").click()
@@ -188,10 +161,10 @@ def test_a_server_that_is_gone_loses_no_word(new_page: NewPage, server: Server) 
 
 def test_where_the_model_looked_comes_in_place_and_the_next_photo_beforehand(new_page: NewPage, server: Server) -> None:
     first, second = rows(server, **LEFT)[:2]
-    asked: list[str] = []
+    has_looked(server, first)
     page = new_page("/model")
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(page_of(first, **LEFT))
+    with page.expect_request(lambda request: f"{second['sha256']}/original.jpg" in request.url):
+        page.goto(page_of(first, **LEFT))
     page.get_by_label("Note").fill("Still typing")
     page.locator("a[data-look]").first.click()
     picture = page.get_by_role("img", name=re.compile("places that speak for"))
@@ -199,11 +172,11 @@ def test_where_the_model_looked_comes_in_place_and_the_next_photo_beforehand(new
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 32
     expect(page.get_by_label("Note")).to_have_value("Still typing")
     expect(page.get_by_role("status")).to_contain_text(re.compile("speaks for|brighter a place"))
-    assert any(f"{second['sha256']}/original.jpg" in url for url in asked)
 
 
 def test_without_javascript_everything_works_as_forms(new_page: NewPage, server: Server) -> None:
     first, second = rows(server, **LEFT)[:2]
+    has_looked(server, first)
     page = new_page(page_of(first, **LEFT), java_script_enabled=False)
     heading = page.get_by_role("heading", level=1)
     page.get_by_label("Your name").fill("Zoë Ångström")
@@ -226,8 +199,8 @@ def test_without_javascript_everything_works_as_forms(new_page: NewPage, server:
 @pytest.mark.parametrize("device", ["phone", "desktop"])
 def test_the_page_is_accessible_and_fits(new_page: NewPage, server: Server, tmp_path: Path, scheme: str, device: str) -> None:
     row = rows(server, source="evaluation", sort="name")[-1]
-    phone = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
-    options = phone if device == "phone" else {}
+    has_looked(server, row)
+    options = PHONE if device == "phone" else {}
     page = new_page(page_of(row, look=row["predicted"]), color_scheme=scheme, reduced_motion="reduce", **options)
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
     for name in ("photo", "decided", "keys"):

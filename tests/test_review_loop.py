@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import csv
 import re
-import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from playwright.sync_api import Browser, expect, sync_playwright
+from browsing import DESKTOP, PATIENCE_MS
+from playwright.sync_api import Browser, expect
 from serving import Server, poll, serve
 from tiny import colour_folder, finetune, registered, save_weights
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 MISLABELLED = 3  # of each class, to be measured with
 ROOM_LEFT = """select => {
   const style = getComputedStyle(select), context = document.createElement("canvas").getContext("2d");
@@ -24,16 +22,6 @@ ROOM_LEFT = """select => {
   return select.clientWidth - around_px - context.measureText(select.selectedOptions[0].text).width;
 }"""
 OUTCOMES = {(True, True): "both-right", (False, True): "fixed", (True, False): "broke", (False, False): "both-wrong"}
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +65,8 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
     made.train("old", "--epochs", 1, "--lr", 1e-6)  # in a hurry, so that the next one has something to put right
     old, new = made.root / "old", made.root / "new"
     settings = {"data": made.data, "database_url": f"sqlite:///{made.root / 'reviews.db'}"}
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    context.set_default_timeout(30_000)
+    context = browser.new_context(**DESKTOP, accept_downloads=True)
+    context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
     heading, state = page.get_by_role("heading", level=1), page.locator("#state")
 
@@ -95,6 +83,7 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
             if photo != first:
                 page.goto(f"{server.url}{row['page']}")
             expect(heading).to_have_text(Path(photo).name)
+            page.wait_for_load_state()  # it hears keys only when it is there
             page.get_by_label("Save and go to the next photo").uncheck()
             key = "1" if truth[photo] == "blue" else "2"
             page.keyboard.press(key)
