@@ -23,6 +23,7 @@ from torchvision.ops import StochasticDepth
 from finetune import ranks
 
 HERE = Path(__file__).parent
+PATIENCE_S = 900.0
 TOLERANCE = 1e-5  # of a weight; float32 sums in another order
 PROGRAM = (str(HERE / "tiny.py"), "train")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -59,7 +60,7 @@ def started(*words: object, prefix: Sequence[str] = (), **more: str) -> Iterator
 def torchrun(count: int, *words: object) -> tuple[int, str, str]:
     """``finetune train`` in ``count`` processes; gives torchrun's exit code, and what was printed and complained."""
     with started(*TORCHRUN, "--standalone", "--nproc-per-node", count, *PROGRAM, *words) as process:
-        out, err = process.communicate(timeout=400)
+        out, err = process.communicate(timeout=PATIENCE_S)
     return process.returncode, out, err
 
 
@@ -143,10 +144,10 @@ def test_a_killed_process_loses_no_finished_epoch(data: Path, tiny_weights: Path
     assert (code, said) == (0, "")
     run = tmp_path / "run"
     words = flags(data, tiny_weights, run, *more)
-    with started(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *PROGRAM, *words) as process:
+    with started(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *PROGRAM, *words, HOLD_AT="30") as process:
         wait_for(lambda: epochs(run) >= 3, process)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=PATIENCE_S)
     killed = epochs(run)
     assert process.returncode != 0
     assert 3 <= killed < 60, err
@@ -157,7 +158,7 @@ def test_a_killed_process_loses_no_finished_epoch(data: Path, tiny_weights: Path
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             pytest.fail(f"never came to be stopped: {process.communicate()}")
@@ -222,7 +223,7 @@ def test_two_hosts_without_a_shared_folder_but_the_photos(
             command = started(*TORCHRUN, *nodes, *meeting, *PROGRAM, *words, prefix=prefix, GLOO_SOCKET_IFNAME="cable")
             processes.append(stack.enter_context(command))
         for process in processes:
-            _, err = process.communicate(timeout=400)
+            _, err = process.communicate(timeout=PATIENCE_S)
             assert process.returncode == 0, err
     assert largest_difference(tmp_path / "host0" / "run", alone) < TOLERANCE
     assert not (tmp_path / "host1" / "run").exists()

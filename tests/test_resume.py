@@ -32,19 +32,19 @@ HERE = Path(__file__).parent
 
 
 class Training:
-    """A ``finetune train`` in a process of its own."""
+    """A ``finetune train`` in a process of its own, which never comes to the end of the epoch ``hold_at``."""
 
-    def __init__(self, *words: object) -> None:
+    def __init__(self, *words: object, hold_at: int) -> None:
         command = [sys.executable, str(HERE / "tiny.py"), "train", *map(str, words)]
         place = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": place, "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"PYTHONPATH": place, "PYTHONUNBUFFERED": "1", "HOLD_AT": str(hold_at)}
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
         )
 
     def stop_when(self, condition: Callable[[], bool], *, by: signal.Signals) -> tuple[int, str, str]:
         """Send a signal as soon as ``condition`` holds; gives the exit code and what was printed."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while not condition():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.005)
@@ -52,7 +52,7 @@ class Training:
                 self.process.kill()
                 pytest.fail(f"never came to be stopped: {self.process.communicate()}")
         self.process.send_signal(by)
-        out, err = self.process.communicate(timeout=120)
+        out, err = self.process.communicate(timeout=600)
         return self.process.returncode, out, err
 
 
@@ -76,17 +76,19 @@ def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_
     caches = [("--cache-dir", tmp_path / name) for name in ("cache", "other-cache")]
     resume = ("--resume", "--output-dir", run)
 
-    code, _, _ = Training(*flags, "--output-dir", run, *caches[0]).stop_when((run / "config.yaml").is_file, by=signal.SIGKILL)
+    training = Training(*flags, "--output-dir", run, *caches[0], hold_at=1)
+    code, _, _ = training.stop_when((run / "config.yaml").is_file, by=signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not (run / "checkpoint.pt").exists()
 
-    code, out, err = Training(*resume).stop_when(lambda: len(history(run)) >= 3, by=signal.SIGINT)
+    code, out, err = Training(*resume, hold_at=12).stop_when(lambda: len(history(run)) >= 3, by=signal.SIGINT)
     assert code == 130
     assert f"Interrupted; go on with: finetune train --resume --output-dir {run}" in out
     assert "Traceback" not in out + err
     interrupted = len(history(run))
 
-    code, out, _ = Training(*resume).stop_when(lambda: len(history(run)) >= interrupted + 15, by=signal.SIGKILL)
+    training = Training(*resume, hold_at=interrupted + 30)
+    code, out, _ = training.stop_when(lambda: len(history(run)) >= interrupted + 15, by=signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert f"Going on after epoch {interrupted}." in out
     (run / ".bundle.abc.part").mkdir()  # what a kill a moment later would have left

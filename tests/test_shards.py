@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from serving import poll
 
 from finetune import shards
 from finetune.shards import ShardStore, prune
@@ -168,31 +170,35 @@ store, first, last = open_store(Path(sys.argv[3])), int(sys.argv[4]), int(sys.ar
 for i in range(first, last):
     store.add(key(i), row(i, 20_000))
     store.flush()
+sys.stdin.read()
 """
 
 
-def start_writer(root: Path, first: int, last: int) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def writing(root: Path, first: int, last: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that writes those rows one by one, and lives on until its standard input ends."""
     here = Path(__file__).parent
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(here.parent), str(here), str(root), str(first), str(last)])
+    words = [sys.executable, "-c", WRITER, here.parent, here, root, first, last]
+    with subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE) as writer:
+        yield writer
 
 
 def wait_for_files(root: Path, count: int, writer: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while len(list(root.glob("*/*.safetensors"))) < count:
-        assert time.monotonic() < deadline, "the writer wrote nothing"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            writer.wait(0.005)
-        assert writer.returncode is None, "the writer ended by itself"
+    def are_there() -> bool:
+        assert writer.poll() is None, "the writer ended by itself"
+        return len(list(root.glob("*/*.safetensors"))) >= count
+
+    poll(are_there, every_s=0.005)
 
 
 def test_a_kill_between_or_within_writes_leaves_only_whole_rows(tmp_path: Path) -> None:
     for start, files in ((0, 1), (100_000, 8), (200_000, 21)):
-        writer = start_writer(tmp_path, start, start + 99_999)
-        wait_for_files(tmp_path, files, writer)
-        writer.send_signal(signal.SIGKILL)
-        assert writer.wait() == -signal.SIGKILL
+        with writing(tmp_path, start, start + 300) as writer:
+            wait_for_files(tmp_path, files, writer)
+            writer.send_signal(signal.SIGKILL)
+            assert writer.wait() == -signal.SIGKILL
     on_disk = len(list(tmp_path.glob("*/*.safetensors")))
-    there = {i for start in (0, 100_000, 200_000) for i in found(tmp_path, range(start, start + 500))}
+    there = {i for start in (0, 100_000, 200_000) for i in found(tmp_path, range(start, start + 300))}
     assert len(there) == on_disk >= 21
     assert {0, 100_000, 200_000} <= there
     fill(tmp_path, range(300_000, 300_010))
@@ -200,10 +206,10 @@ def test_a_kill_between_or_within_writes_leaves_only_whole_rows(tmp_path: Path) 
 
 
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
-    writers = [start_writer(tmp_path, first, first + 40) for first in (0, 20)]
-    wait_for_files(tmp_path, 1, writers[0])
-    assert found(tmp_path, range(60)) <= set(range(60))  # a reader meanwhile
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    with writing(tmp_path, 0, 40) as one, writing(tmp_path, 20, 60) as other:
+        wait_for_files(tmp_path, 1, one)
+        assert found(tmp_path, range(60)) <= set(range(60))  # a reader meanwhile
+    assert (one.returncode, other.returncode) == (0, 0)
     assert found(tmp_path, range(60)) == set(range(60))
 
 

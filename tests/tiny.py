@@ -1,6 +1,7 @@
 """A network of a few thousand numbers for tests of whole runs: frozen BatchNorm before the cut, dropout behind it, as in VGG.
 
 ``registered()`` makes it known for a while; ``python tests/tiny.py train ...`` is a command line that knows it, to be killed.
+With HOLD_AT=7 in its environment it does not write the seventh epoch's checkpoint but waits, so that no kill comes too late.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -23,6 +27,9 @@ from torch import nn
 from models import registry
 from models.preprocess import Preprocessing
 from models.spec import ModelSpec, Recipe
+
+if TYPE_CHECKING:
+    from finetune.train import Progress
 
 COLOURS = ((40, 60, 255), (255, 40, 40), (40, 200, 60), (255, 220, 0), (150, 60, 160))
 TINY = ModelSpec(
@@ -123,9 +130,25 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def hold_at(epoch: int) -> None:
+    """From now on a training goes no further than to the end of ``epoch``, which is not kept."""
+    from finetune import rundir
+
+    save = rundir.save_checkpoint
+
+    def save_or_wait(folder: Path, progress: Progress, *, inputs: str) -> None:
+        while progress.epoch >= epoch:
+            time.sleep(1)
+        save(folder, progress, inputs=inputs)
+
+    rundir.save_checkpoint = save_or_wait
+
+
 if __name__ == "__main__":
     from finetune.__main__ import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would ignore
+    if "HOLD_AT" in os.environ:
+        hold_at(int(os.environ["HOLD_AT"]))
     with registered():
         sys.exit(main())
