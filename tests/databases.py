@@ -20,6 +20,7 @@ from service.store.database import Database
 
 HOST = "127.0.0.1"
 TEMPLATE = "migrated"
+PATIENCE_S = 300
 FAST = ("fsync=off", "full_page_writes=off", "shared_buffers=32MB", "max_connections=300", "jit=off")
 _numbers = itertools.count()
 
@@ -68,19 +69,33 @@ def run_postgres() -> Iterator[Postgres]:
             raise AssertionError(f"{program} ended with {done.returncode}:\n{done.stdout}{done.stderr}{logs}")
 
     data = folder / "data"
-    port = _free_port()
-    options = " ".join(f"-c {setting}" for setting in (*FAST, f"listen_addresses={HOST}", f"port={port}"))
+    control = ("-D", data, "-w", "-t", PATIENCE_S)
+
+    def start() -> int:
+        """Gives its port. A free one may be another's by the time that it is bound: then the next is tried."""
+        for is_last in (False, False, False, True):
+            port = _free_port()
+            options = " ".join(f"-c {setting}" for setting in (*FAST, f"listen_addresses={HOST}", f"port={port}"))
+            try:
+                run("pg_ctl", *control, "-l", folder / "log", "-o", f"{options} -k {folder}", "start")
+            except AssertionError as error:
+                if is_last or "Address already in use" not in str(error):
+                    raise
+            else:
+                break
+        return port
+
     try:
         language = ("--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en")
         run("initdb", "-D", data, "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-sync", *language)
-        run("pg_ctl", "-D", data, "-l", folder / "log", "-o", f"{options} -k {folder}", "-w", "start")
+        port = start()
         try:
             server = Postgres(port)
             server.run(f"CREATE DATABASE {TEMPLATE}")
             Database(server.url(TEMPLATE)).close()
             yield server
         finally:
-            run("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
+            run("pg_ctl", *control, "-m", "immediate", "stop")
     finally:
         shutil.rmtree(folder)
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from serving import ROOT, serve
+from serving import ROOT, poll, serve
 
 from service.settings import Settings
 
@@ -155,9 +156,12 @@ def probe(**env: object) -> subprocess.CompletedProcess[str]:
 
 def test_the_health_check_passes_where_the_service_is_ready_and_says_why_where_not(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path) as server:
-        assert probe(PORT=server.port).returncode == 0
+        poll(lambda: probe(PORT=server.port).returncode == 0)  # it waits 4 s, which a busy machine may need
         assert server.stop() == 0
-        gone = probe(PORT=server.port)
+        with socket.socket() as nobody:  # nor may another take the port meanwhile
+            nobody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            nobody.bind(("127.0.0.1", server.port))
+            gone = probe(PORT=server.port)
     assert gone.returncode == 1
     assert f"no answer from port {server.port}" in gone.stderr
 

