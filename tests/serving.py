@@ -22,7 +22,9 @@ from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {"GUNICORN_CMD_ARGS", "PROMETHEUS_MULTIPROC_DIR"}
-START_S = 60.0
+PATIENT = {"deadline_ms": 300_000, "body_timeout_s": 300, "grace_s": 300}  # a busy machine is no reason to refuse a test
+START_S = 300.0  # a model is loaded with low priority
+ANSWER_S = 300.0
 T = TypeVar("T")
 
 
@@ -65,7 +67,7 @@ class Server:
 
     def log(self) -> list[dict[str, Any]]:
         """Every line that it logged so far; a line that is not JSON fails the test."""
-        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in _whole_lines(self.log_file)]
 
     def request(
         self,
@@ -74,7 +76,7 @@ class Server:
         body: bytes | Iterable[bytes] | None = None,
         *,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float = ANSWER_S,
     ) -> Reply:
         """One request on a connection of its own; an iterable body goes in chunks."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
@@ -95,7 +97,7 @@ class Server:
         *,
         path: str = "/predict",
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = 60.0,
+        timeout_s: float = ANSWER_S,
     ) -> Reply:
         return self.request("POST", path, body, headers={"Content-Type": content_type, **(headers or {})}, timeout_s=timeout_s)
 
@@ -103,7 +105,7 @@ class Server:
         """``dvc_requests_total{method="POST",...}`` -> its value, the labels in the order of their names."""
         return parse_metrics(self.get("/metrics").body.decode())
 
-    def stop(self, *, timeout_s: float = 60.0) -> int:
+    def stop(self, *, timeout_s: float = ANSWER_S) -> int:
         """Ask it to stop, as an orchestrator does; gives the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
@@ -113,8 +115,8 @@ class Server:
 def serve(bundle: Path, *, ready: bool = True, **env: object) -> Iterator[Server]:
     """Run the real service on a free port until the block ends; with ``ready`` its model is loaded when it begins.
 
-    ``env`` are settings by their names, ``queue=4`` as well as ``QUEUE="4"``. What it leaves in a temporary folder is
-    removed, and so is every process of its group.
+    ``env`` are settings by their names, ``queue=4`` as well as ``QUEUE="4"``; those of PATIENT hold unless they are given.
+    What it leaves in a temporary folder is removed, and so is every process of its group.
     """
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         log_file = Path(folder) / "stderr"
@@ -122,7 +124,7 @@ def serve(bundle: Path, *, ready: bool = True, **env: object) -> Iterator[Server
             process = subprocess.Popen(
                 [sys.executable, "-m", "service"],
                 cwd=ROOT,
-                env=environment({"bundle": bundle, "port": 0, "TMPDIR": folder, **env}),
+                env=environment({**PATIENT, "bundle": bundle, "port": 0, "TMPDIR": folder, **env}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -146,7 +148,7 @@ def run_service(**env: object) -> subprocess.CompletedProcess[str]:
             env=environment({"port": 0, "TMPDIR": folder, **env}),
             capture_output=True,
             text=True,
-            timeout=START_S,
+            timeout=ANSWER_S,
         )
 
 
@@ -156,7 +158,7 @@ def environment(settings: Mapping[str, object]) -> dict[str, str]:
     return kept | {name.upper(): str(value) for name, value in settings.items()}
 
 
-def poll(condition: Callable[[], T], *, within_s: float = 30.0, every_s: float = 0.02) -> T:
+def poll(condition: Callable[[], T], *, within_s: float = 120.0, every_s: float = 0.02) -> T:
     """Ask until ``condition()`` is true, and give what it gave; the test fails where that takes too long."""
     until = time.monotonic() + within_s
     while not (value := condition()):
@@ -208,12 +210,17 @@ def _port(process: subprocess.Popen[bytes], log_file: Path) -> int:
 
     def find() -> int | None:
         _alive(process, log_file)
-        for line in log_file.read_text(encoding="utf-8").splitlines():
+        for line in _whole_lines(log_file):
             if "Listening at: http://" in line:
                 return int(json.loads(line)["message"].rpartition(" (")[0].rpartition(":")[2])
         return None
 
     return poll(find, within_s=START_S) or 0
+
+
+def _whole_lines(log_file: Path) -> list[str]:
+    """The lines that are there to their ends: another may be being written just now."""
+    return log_file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
 
 
 def _is_ready(server: Server) -> bool:

@@ -98,7 +98,7 @@ def test_it_is_migrated_once_however_many_start_at_once(empty_url: str) -> None:
         assert process.stdin is not None
         process.stdin.write(b"\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=60)[1].decode() for process in started]
+    said = [process.communicate(timeout=300)[1].decode() for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     database = Database(empty_url)
     assert difference(database) == []
@@ -264,7 +264,7 @@ def test_a_writer_waits_for_the_one_before_and_sees_all_that_it_wrote(database: 
 def test_128_threads_read_at_once(tmp_path: Path) -> None:
     """As many as the service may have; each waits for all others while it holds its connection."""
     database = Database(f"sqlite:///{tmp_path}/reviews.db")
-    together = threading.Barrier(128, timeout=60)
+    together = threading.Barrier(128, timeout=300)
     found: list[int] = []
 
     def work() -> None:

@@ -46,7 +46,7 @@ def test_odd_pictures_are_answered_or_refused_and_do_no_harm(tiny_bundle: Simple
         watcher.start()
         try:
             for name, data in images.items():
-                reply = server.post(data, "application/octet-stream", timeout_s=30)
+                reply = server.post(data, "application/octet-stream")
                 seen[name] = reply.code
                 if reply.code:
                     assert reply.code in REFUSALS, (name, reply.body)
@@ -62,7 +62,7 @@ def test_odd_pictures_are_answered_or_refused_and_do_no_harm(tiny_bundle: Simple
 
         def together(start: int) -> list[tuple[str, str | None]]:
             names = sorted(images)[start::20]
-            reply = server.post(*multipart(*[("file", "x", images[name]) for name in names[:16]]), timeout_s=60)
+            reply = server.post(*multipart(*[("file", "x", images[name]) for name in names[:16]]))
             assert reply.status == 200, reply.body
             return list(zip(names, (row.get("error", {}).get("code") for row in reply.json()["predictions"]), strict=False))
 

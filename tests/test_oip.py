@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from serving import Reply, Server, serve
+from serving import ANSWER_S, PATIENT, START_S, Reply, Server, serve
 from tritonclient.utils import InferenceServerException
 
 from models.bundle import open_bundle
@@ -28,7 +28,9 @@ def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[Any]:
-    with triton.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+    with triton.InferenceServerClient(
+        f"127.0.0.1:{server.port}", connection_timeout=ANSWER_S, network_timeout=ANSWER_S
+    ) as client:
         yield client
 
 
@@ -207,9 +209,9 @@ def test_a_key_is_wanted_as_for_predict_and_the_full_house_is_told(tiny_bundle: 
     from service import create_app
     from service.settings import Settings
 
-    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("sesame",), queue=1, max_photos=1))
+    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("sesame",), queue=1, max_photos=1, **PATIENT))
     served = app.extensions["model"]
-    name = served.wait(60).bundle.name
+    name = served.wait(START_S).bundle.name
     body = {"inputs": [{"name": "photos", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}]}
     client = app.test_client()
 

@@ -21,7 +21,7 @@ from schemathesis.checks import CHECKS
 from schemathesis.config import SchemathesisConfig
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.schemas import OpenApiSchema
-from serving import serve
+from serving import ANSWER_S, PATIENT, START_S, poll, serve
 
 from service import create_app
 from service.openapi import document
@@ -32,8 +32,9 @@ from service.settings import Settings
 
 @pytest.fixture(scope="module")
 def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
-    app = create_app(Settings(bundle=tiny_bundle.path, max_photos=4, max_body_mb=1))
-    app.extensions["model"].wait(60)
+    app = create_app(Settings(bundle=tiny_bundle.path, max_photos=4, max_body_mb=1, **PATIENT))
+    app.extensions["model"].wait(START_S)
+    poll(lambda: app.test_client().get("/gallery").status_code == 200)
     yield app
     app.extensions["model"].close()
 
@@ -112,7 +113,7 @@ def test_the_docs_show_every_operation_parameter_and_form(app: Flask, said: dict
 
 def test_a_key_is_wanted_by_the_document_where_it_is_by_the_service(tiny_bundle: SimpleNamespace, said: dict[str, Any]) -> None:
     app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame",)))
-    app.extensions["model"].wait(60)
+    app.extensions["model"].wait(START_S)
     keyed = app.test_client().get("/openapi.json").get_json()["paths"]["/predict"]["post"]
     app.extensions["model"].close()
     assert keyed["security"] == [{"bearer": []}, {"apiKey": []}]
@@ -145,7 +146,7 @@ def test_the_examples_run_as_they_stand(tiny_bundle: SimpleNamespace, tmp_path: 
         samples = server.get("/openapi.json").json()["paths"]["/predict"]["post"]["x-codeSamples"]
         source = {sample["lang"]: sample["source"] for sample in samples}
         for command in ([sys.executable, "-c", source["python"]], ["sh", "-ec", source["shell"]]):
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=ANSWER_S)
             assert done.returncode == 0, done.stderr
             assert "red" in done.stdout
 

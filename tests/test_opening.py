@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from flask import Flask
 from gunicorn.arbiter import Arbiter
-from serving import poll
+from serving import ANSWER_S, PATIENT, START_S, poll
 from werkzeug.test import Client, TestResponse
 
 import service.whole
@@ -24,9 +24,9 @@ from service.settings import Settings
 
 @pytest.fixture
 def core(tiny_bundle: SimpleNamespace) -> Iterator[Core]:
-    settings = Settings(bundle=tiny_bundle.path)
+    settings = Settings(bundle=tiny_bundle.path, **PATIENT)
     core = Core.of(settings, ServedModel.start(settings))
-    core.model.wait(60)
+    core.model.wait(START_S)
     yield core
     core.model.close()
 
@@ -37,7 +37,7 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     held, build = threading.Event(), service.whole.build_app
 
     def build_later(core: Core) -> Flask:
-        held.wait(60)
+        held.wait(2 * ANSWER_S)
         return build(core)
 
     monkeypatch.setattr(service.whole, "build_app", build_later)
@@ -67,7 +67,7 @@ def test_photos_are_answered_before_the_pages_are_there_and_a_page_is_waited_for
         assert predict().status_code == 200
         assert not any(page.done() for page in pages)
         hold.set()
-        assert [page.result(60).status_code for page in pages] == [200, 200]
+        assert [page.result(ANSWER_S).status_code for page in pages] == [200, 200]
 
     late = predict()
     assert late.get_json()["predictions"] == early.get_json()["predictions"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flask import Flask
-from serving import multipart
+from serving import PATIENT, START_S, multipart
 from werkzeug.test import TestResponse
 
 from service import create_app
@@ -34,16 +34,16 @@ HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"
 
 @pytest.fixture(scope="module")
 def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
-    app = create_app(Settings(bundle=tiny_bundle.path, max_photos=4, max_body_mb=1, max_megapixels=1))
-    app.extensions["model"].wait(60)
+    app = create_app(Settings(bundle=tiny_bundle.path, max_photos=4, max_body_mb=1, max_megapixels=1, **PATIENT))
+    app.extensions["model"].wait(START_S)
     yield app
     app.extensions["model"].close()
 
 
 @pytest.fixture(scope="module")
 def keyed(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
-    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame", "grün")))
-    app.extensions["model"].wait(60)
+    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame", "grün"), **PATIENT))
+    app.extensions["model"].wait(START_S)
     yield app
     app.extensions["model"].close()
 
@@ -243,7 +243,7 @@ def test_while_the_model_loads_the_page_asks_again_by_itself(loading: Flask, pat
 def test_a_model_that_cannot_be_loaded_is_not_asked_for_again(tmp_path: Path) -> None:
     app = create_app(Settings(bundle=tmp_path))
     with pytest.raises(Problem):
-        app.extensions["model"].wait(60)
+        app.extensions["model"].wait(START_S)
     answer = app.test_client().get("/")
     assert answer.status_code == 503
     assert "is not a bundle" in answer.text
@@ -313,7 +313,7 @@ def test_a_static_file_is_kept_for_ever_under_its_version_only(app: Flask) -> No
 
 def test_behind_a_proxy_the_addresses_have_its_prefix(tiny_bundle: SimpleNamespace) -> None:
     app = create_app(Settings(bundle=tiny_bundle.path, proxies=1))
-    app.extensions["model"].wait(60)
+    app.extensions["model"].wait(START_S)
     headers = {"X-Forwarded-Prefix": "/animals", "X-Forwarded-Host": "example.org", "X-Forwarded-Proto": "https"}
     text = app.test_client().get("/", headers=headers).text
     assert 'action="/animals/#results"' in text

@@ -25,7 +25,7 @@ from service.pipeline import Answer, ClosedError, Pipeline, UnwantedError
 from service.problems import Problem
 
 SIDE = 8
-WAIT_S = 20.0  # for what has to come at once; nothing here takes that long unless it never comes
+WAIT_S = 120.0  # for what has to come at once; nothing here takes that long unless it never comes
 SEEN = Preprocessing(input_px=SIDE, resize_px=SIDE)
 
 

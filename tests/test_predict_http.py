@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 from PIL import ExifTags, Image
-from serving import multipart
+from serving import PATIENT, START_S, multipart
 from werkzeug.test import TestResponse
 
 from finetune.predict import classify
@@ -36,9 +36,9 @@ PROBLEM = "application/problem+json"
 @contextlib.contextmanager
 def serving(bundle: Path, **settings: Any) -> Iterator[FlaskClient]:
     """The application without a server before it."""
-    app = create_app(Settings(bundle=bundle, **settings))
+    app = create_app(Settings(bundle=bundle, **(PATIENT | settings)))
     served = app.extensions["model"]
-    served.wait(60)
+    served.wait(START_S)
     try:
         yield app.test_client()
     finally:

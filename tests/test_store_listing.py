@@ -267,7 +267,7 @@ def test_two_processes_that_import_at_once_give_one_import(database: Database, d
         assert process.stdin is not None
         process.stdin.write(b"\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=60)[1].decode() for process in started]
+    said = [process.communicate(timeout=300)[1].decode() for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     with database.read() as connection:
         assert [model.version for model in known_models(connection)] == [VERSION]

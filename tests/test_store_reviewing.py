@@ -150,7 +150,7 @@ def test_a_text_that_no_database_takes(database: Database, photos: list[Plain], 
 
 
 def test_of_two_at_once_one_learns_of_the_other(database: Database, photos: list[Plain]) -> None:
-    together = threading.Barrier(8, timeout=60)
+    together = threading.Barrier(8, timeout=300)
     codes: Counter[str] = Counter()
 
     def work(number: int) -> None:

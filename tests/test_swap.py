@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from bundles import Bundles, make_bundles
 from flask.testing import FlaskClient
-from serving import parse_metrics, poll
+from serving import PATIENT, START_S, parse_metrics, poll
 from werkzeug.test import TestResponse
 
 from service import create_app
@@ -33,9 +33,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
 @contextlib.contextmanager
 def serving(bundle: Path, **settings: Any) -> Iterator[FlaskClient]:
     """The application with a key for its administrator, without a server before it."""
-    app = create_app(Settings(bundle=bundle, **{"admin_keys": ("ann:sesame",), **settings}))
+    app = create_app(Settings(bundle=bundle, **{"admin_keys": ("ann:sesame",), **PATIENT, **settings}))
     served = app.extensions["model"]
-    served.wait(60)
+    served.wait(START_S)
     try:
         yield app.test_client()
     finally:
@@ -304,10 +304,12 @@ def test_a_link_that_leads_elsewhere_is_followed_and_a_bad_one_is_not(bundles: B
 
 def test_a_folder_is_not_followed_and_neither_is_a_link_where_that_is_off(bundles: Bundles, link: Path) -> None:
     for settings in ({"bundle": bundles.path("one")}, {"bundle": link, "bundle_poll_s": 0}):
+        before = set(threading.enumerate())  # of the tests before, whose threads may be ending still
         with serving(**settings) as client:
-            watching = [thread.name for thread in threading.enumerate()].count("watch")
+            begun = set(threading.enumerate()) - before
             assert predict(client, bundles.photo())
-        assert watching == 0
+        assert begun
+        assert "watch" not in {thread.name for thread in begun}
 
 
 def test_a_bundle_that_is_still_being_copied_is_waited_for(bundles: Bundles, link: Path, tmp_path: Path) -> None:
