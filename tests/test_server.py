@@ -268,12 +268,14 @@ def test_those_who_do_not_go_when_told_hold_nobody_up(tiny_bundle: SimpleNamespa
     """gunicorn waits 2 s for a client to close, in the thread that accepts: sixty in a row would be two minutes' silence."""
     with serve(tiny_bundle.path) as server, contextlib.ExitStack() as open_lines:
         lines = [open_lines.enter_context(Line(server)) for _ in range(60)]
+        began = time.monotonic()
         for line in lines:
-            line.socket.sendall(line.head(30_000_000))
+            line.socket.sendall(line.head(30_000_000, Connection="close"))
         for line in lines:
             assert line.answer().status == 413
-        assert server.get("/health/live", timeout_s=60).status == 200
+        assert server.get("/health/live").status == 200
         assert probabilities(server.post(RED, "image/png"))
+        assert time.monotonic() - began < 60  # a second or two; one after the other, they would take 120
 
 
 @pytest.mark.parametrize("rudely", [False, True])
