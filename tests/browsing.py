@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_play
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
-SAID_IN_WORDS = "the server responded with a status of"  # which the page says itself
+SAID_IN_WORDS = re.compile("the server responded with a status of")  # which the page says itself
 PATIENCE_MS = 120_000  # for what has to come at once, on however busy a machine
 NewPage = Callable[..., Page]
 
@@ -28,7 +29,7 @@ def run_browser() -> Iterator[Browser]:
 
 
 @contextlib.contextmanager
-def visitor(browser: Browser, url: str, *, forgiven: str = SAID_IN_WORDS) -> Iterator[NewPage]:
+def visitor(browser: Browser, url: str, *, forgiven: re.Pattern[str] = SAID_IN_WORDS) -> Iterator[NewPage]:
     """Gives ``open_page(path)``, each page with storage of its own; ``has_clock`` gives it a clock that the test can put on.
 
     When the block ends nothing may have been complained of on a console, a violated policy for one, but what is ``forgiven``.
@@ -37,7 +38,7 @@ def visitor(browser: Browser, url: str, *, forgiven: str = SAID_IN_WORDS) -> Ite
     with contextlib.ExitStack() as opened:
 
         def hear(message: ConsoleMessage) -> None:
-            if message.type in ("error", "warning") and forgiven not in message.text:
+            if message.type in ("error", "warning") and not forgiven.search(message.text):
                 complaints.append(message.text)
 
         def open_page(path: str = "/", *, has_clock: bool = False, **options: Any) -> Page:

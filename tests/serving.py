@@ -118,7 +118,7 @@ def serve(bundle: Path, *, ready: bool = True, **env: object) -> Iterator[Server
     ``env`` are settings by their names, ``queue=4`` as well as ``QUEUE="4"``; those of PATIENT hold unless they are given.
     What it leaves in a temporary folder is removed, and so is every process of its group.
     """
-    with tempfile.TemporaryDirectory(prefix="serving-") as folder:
+    with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:  # the killed may be at work yet
         log_file = Path(folder) / "stderr"
         with log_file.open("wb") as log:
             process = subprocess.Popen(
@@ -240,7 +240,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(10)
+        process.wait(60)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -335,7 +335,7 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     root = Path(__file__).parent.parent
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-m", "finetune"]
-    done = subprocess.run(command, cwd=root, env=buffered, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    done = subprocess.run(command, cwd=root, env=buffered, stdout=writer, stderr=subprocess.PIPE, timeout=600)
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
 
