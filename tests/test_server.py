@@ -238,7 +238,8 @@ def test_a_form_that_stays_out_is_ended_too(tiny_bundle: SimpleNamespace, path: 
 
 
 def test_a_form_of_any_size_is_not(server: Server) -> None:
-    reply = server.post(b"note=" + b"x" * 70_000, "application/x-www-form-urlencoded", path="/gallery/review")
+    form = b"note=" + b"x" * 70_000
+    reply = told(lambda: server.post(form, "application/x-www-form-urlencoded", path="/gallery/review"))
     assert reply.status == 413
     assert "70,005 bytes arrived and 65,536 is the most; shorten the text." in reply.body.decode()
 
