@@ -17,9 +17,10 @@ def fit_temperature(log_probs: NDArray[np.floating[Any]], labels: NDArray[np.int
     """The temperature T that makes softmax(log_probs / T) fit ``labels`` best, within 0.05 to 20.
 
     Takes log-softmax outputs or logits (N, C) and class indices (N,) of photos that training has not seen. Minimises
-    the summed negative log likelihood (Guo et al. 2017, arXiv 1706.04599) plus log(T)^2 / 2: that prior weighs about
-    as much as one photo, and keeps T from running to 0 where every photo is right. Raises ValueError for shapes that
-    do not fit, labels out of range and values that are not finite.
+    the summed negative log likelihood (Guo et al. 2017, arXiv 1706.04599) plus log(T)^2 / 2, a prior that weighs about
+    as much as one photo. Where every photo is right T is 1 at least: without a mistake nothing shows how sure is too
+    sure, and the surest would fit best. Raises ValueError for shapes that do not fit, labels out of range and values
+    that are not finite.
     """
     scores = _checked(log_probs)
     if labels.shape != (len(scores),):
@@ -33,7 +34,8 @@ def fit_temperature(log_probs: NDArray[np.floating[Any]], labels: NDArray[np.int
         loss = logsumexp(scores / temperature, axis=1).sum() - true.sum() / temperature
         return float(loss + 0.5 * log_temperature**2)
 
-    best = minimize_scalar(cost, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded")
+    lowest = 1.0 if (scores.argmax(axis=1) == labels).all() else LOWEST
+    best = minimize_scalar(cost, bounds=(math.log(lowest), math.log(HIGHEST)), method="bounded")
     return float(math.exp(best.x))
 
 

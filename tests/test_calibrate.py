@@ -32,16 +32,19 @@ def test_fitting_lowers_the_loss_of_an_overconfident_network_and_keeps_its_answe
     np.testing.assert_array_equal(calibrated.argmax(axis=1), overconfident.argmax(axis=1))
 
 
-def test_a_perfectly_separated_set_does_not_drive_the_temperature_to_its_bound() -> None:
+def test_a_perfectly_separated_set_makes_nobody_surer() -> None:
     labels = np.tile([0, 1], 200)
     log_probs = log_softmax(np.where(labels[:, None] == [0, 1], 3.0, -3.0), axis=1)
-    assert 0.1 < fit_temperature(log_probs, labels) < 1.0
+    assert fit_temperature(log_probs, labels) == pytest.approx(1.0, abs=1e-4)
+    labels[0] = 1  # with one mistake it can be told how sure to be
+    assert 0.1 < fit_temperature(log_probs, labels) < 1.2
 
 
 @pytest.mark.parametrize(("right", "bound"), [(True, 0.05), (False, 20.0)])
 def test_the_temperature_stays_within_its_bounds(right: bool, bound: float) -> None:
     labels = np.zeros(100_000, dtype=np.int64) if right else np.ones(100_000, dtype=np.int64)
     log_probs = np.tile(log_softmax([0.01 if right else 100.0, 0.0]), (100_000, 1))
+    log_probs[0], labels[0] = np.log(0.5), 1  # a mistake that no temperature changes
     assert fit_temperature(log_probs, labels) == pytest.approx(bound, rel=1e-3)
 
 
