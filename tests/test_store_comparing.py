@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gallery_rows import CLASSES, enter, make_predictions
 from scipy.stats import binomtest
@@ -37,6 +38,8 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
     two = replace(two, sha256s=(*two.sha256s[:190], *(sha[::-1] for sha in two.sha256s[190:])))  # replaced photos
     old = {row.sha256: row for row in enter(database, one, tmp_path, version="v1")}
     new = {row.sha256: row for row in enter(database, two, tmp_path, version="v2")}
+    more = replace(one, classes=(*classes, "another"), probabilities=np.pad(one.probabilities, ((0, 0), (0, 1))))
+    enter(database, more, tmp_path, version="v3")  # the decisions are made about a model that knows a class more
     rng = random.Random(3)
     truth: dict[str, str | None] = {
         sha: row.label if row.label == new[sha].label else "?" for sha, row in old.items() if sha in new
@@ -44,8 +47,8 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
     with database.write() as connection:
         for sha in rng.sample(sorted(truth), 40):
             decision = rng.choice(("label", "neither", "bad"))
-            truth[sha] = label = rng.choice((*classes, "a class of another model")) if decision == "label" else None
-            words = {"photo": old[sha].photo, "sha256": sha, "model_version": "v1", "decision": decision}
+            truth[sha] = label = rng.choice(more.classes) if decision == "label" else None
+            words = {"photo": old[sha].photo, "sha256": sha, "model_version": "v3", "decision": decision}
             decide(connection, Verdict(**words, new_label=label))  # type: ignore[arg-type]
     kinds = {(False, True): "fixed", (True, False): "broke", (True, True): "both-right", (False, False): "both-wrong"}
     expected: dict[str, set[str]] = {kind: set() for kind in (*CHANGES, "aside", "disagree")}

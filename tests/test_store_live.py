@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -29,16 +30,16 @@ def answered(number: int, *, age_days: float = 0.0, p_dogs: float = 0.75) -> Ans
     return Answered(data, hashlib.sha256(data).hexdigest(), values, NOW - timedelta(days=age_days, seconds=-number / 1e3))
 
 
-def keep_all(database: Database, *photos: Answered, version: str = VERSION) -> int:
+def keep_all(database: Database, *photos: Answered, version: str = VERSION, classes: tuple[str, ...] = CLASSES) -> int:
     with database.write() as connection:
-        model = know_model(connection, version=version, name="live", classes=CLASSES)
-        return keep(connection, model, CLASSES, photos)
+        model = know_model(connection, version=version, name="live", classes=classes)
+        return keep(connection, model, classes, photos)
 
 
-def say(database: Database, photo: Answered, decision: str, new_label: str | None = None) -> None:
+def say(database: Database, photo: Answered, decision: str, new_label: str | None = None, *, version: str = VERSION) -> None:
     with database.write() as connection:
         holds = holding(connection, photo.sha256)
-        words = {"photo": name_of(photo.sha256), "sha256": photo.sha256, "model_version": VERSION, "decision": decision}
+        words = {"photo": name_of(photo.sha256), "sha256": photo.sha256, "model_version": version, "decision": decision}
         decide(connection, Verdict(**words, new_label=new_label, seen=holds and holds.id))  # type: ignore[arg-type]
 
 
@@ -92,7 +93,9 @@ def test_a_decision_labels_it_and_undoing_takes_that_back(
 ) -> None:
     photo = answered(1)
     keep_all(database, photo)
-    say(database, photo, decision, new_label)
+    knows_birds = replace(photo, probabilities=np.append(photo.probabilities, np.float32(0)))
+    keep_all(database, knows_birds, version="birds", classes=(*CLASSES, "birds"))
+    say(database, photo, decision, new_label, version="birds")
     found = one(database, photo)
     assert (found.label, found.verdict, found.review) == wanted
     assert found.loss == (pytest.approx(-np.log(0.75 if wanted[0] == "dogs" else 0.25)) if wanted[0] else None)
