@@ -64,7 +64,7 @@ class Audit:
         if self.known:
             found.append(in_words(self.known))
         if self.not_photos:
-            found.append(f"{_count(self.not_photos, 'file')} that are not photos, passed over")
+            found.append(f"{_count(self.not_photos, 'file')} of another kind than photos, passed over")
         if self.stray_folders:
             found.append(f"{_count(self.stray_folders, 'stray folder')}, passed over")
         if self.empty_classes:

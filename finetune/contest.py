@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.intervals import mean_interval, wilson
+from finetune.intervals import mean_interval
 from finetune.predict import classify
 from models.bundle import GRAPH, PREDICTIONS, Bundle
 from models.cost import empty, parameters
 from models.engine import OnnxEngine
+from models.intervals import wilson
 from models.precision import choose_precision
 from models.predictions import Predictions, cross_entropy
 from models.registry import get_spec

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.intervals import mean_interval, wilson
+from finetune.intervals import mean_interval
 from finetune.reliability import BINS, calibration_error
 from finetune.roc import roc_auc
+from models.intervals import wilson
 from models.predictions import check_probabilities, count_confusions, cross_entropy
 
 MANY_CLASSES = 10

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.intervals import QUANTILES_95, chunks, interval, resampled_means
+from finetune.intervals import QUANTILES_95, chunks, resampled_means
+from models.intervals import interval
 
 BINS = 15
 

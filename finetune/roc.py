@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from finetune.intervals import QUANTILES_95, chunks, interval
+from finetune.intervals import QUANTILES_95, chunks
+from models.intervals import interval
 
 
 def roc_auc(labels: NDArray[np.int64], probabilities: NDArray[np.float64], *, seed: int, resamples: int) -> dict[str, float]:

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from finetune.intervals import resampled_means, wilson
+from finetune.intervals import resampled_means
 from finetune.metrics import evaluate, format_summary
 from finetune.reliability import calibration_error, equal_mass_bins
 from finetune.roc import weighted_areas
+from models.intervals import wilson
 
 
 def some_answers(
