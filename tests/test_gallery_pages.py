@@ -19,6 +19,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from browsing import DESKTOP, PHONE, SAID_IN_WORDS, NewPage, visitor
 from playwright.sync_api import Browser, expect
+from scipy.stats import binomtest
 from serving import Server, poll, serve
 
 from models.bundle import PREDICTIONS, open_bundle
@@ -126,7 +127,9 @@ def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
     assert figures["All photos"] == str(len(rows))
     assert figures["Reviewed so far"] == "0"
     assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(rows):.2%}"
-    assert f"<small>{right} of {len(rows)}</small>" in text
+    interval = binomtest(right, len(rows)).proportion_ci(method="wilson")
+    ends = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+    assert f"<small>{right} of {len(rows)}; 95% interval {ends}%</small>" in text.replace("\u202f", "")
     queues = {
         name: (int(number), html.unescape(address))
         for address, name, number in re.findall(
@@ -277,6 +280,15 @@ def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
     assert gallery.server.get(answer.headers["Location"]).status == 200
 
 
+def test_a_listing_takes_the_address_of_any_page_and_gives_the_whole_filter(gallery: Gallery) -> None:
+    page = "class=red&by=margin.asc&per_page=24&from=40&to=95&page=2"
+    whole = gallery.server.get("/gallery/photos.json?class=red&sort=margin&confidence=40-95").json()
+    assert whole["total"] == len(whole["rows"]) > 0
+    assert gallery.server.get(f"/gallery/photos.json?{page}").json() == whole
+    assert gallery.server.get(f"/gallery/photos.csv?{page}").body.count(b"\n") == 1 + whole["total"]
+    assert gallery.server.get("/gallery/photos.json?from=95&to=40").status == 400
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
@@ -374,9 +386,14 @@ def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to
         assert "thumbnail.jpg" not in text
         text = server.get("/compare").body.decode()
         assert "There is one model only." in text
-        name = open_bundle(tiny_bundle.path).name
+        bundle = open_bundle(tiny_bundle.path)
+        name, config = bundle.name, bundle.info["provenance"]["config"]
+        given = (
+            f"--epochs {config['epochs']} --batch-size {config['batch_size']} --optimizer sgd --lr {config['lr']} --momentum"
+            f" 0.9 --weight-decay {config['weight_decay']} --lr-schedule {config['lr_schedule']} --seed {config['seed']}"
+        )
         for command in (
-            f"finetune train --data-dir DATA --backbone tiny --reviews reviews.csv --output-dir runs/{name}-reviewed",
+            f"finetune train --data-dir DATA --backbone tiny {given} --reviews reviews.csv --output-dir runs/{name}-reviewed",
             f"BUNDLE=runs/{name}-reviewed/bundle EVALUATIONS={tiny_bundle.path} DATA=DATA python -m service",
         ):
             assert f">{command}</code>" in text
@@ -404,6 +421,7 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
         assert models == [open_bundle(tiny_bundle.path).version]
         assert "There is one model only." in server.get("/compare").body.decode()
         assert server.get("/gallery/photos.json?source=out-of-fold").json()["total"] == MORE
+        assert f">{MORE}</a> were answered out of fold" in server.get("/gallery").body.decode()
         origin = f"joined from the head-only bundle <code>{head.version}</code> and its pretrained base"
         for path in ("/", "/model", "/gallery", server.get("/gallery/photos.json").json()["rows"][0]["page"]):
             page = server.get(path).body.decode()

@@ -12,6 +12,7 @@ from flask import Blueprint, Response, current_app, redirect, render_template, r
 
 from models.cache import whole_bundle
 from models.errors import UserError
+from models.intervals import wilson
 from service.filters import Filter, read_page, sentence
 from service.gallery import panel
 from service.gallery.album import album
@@ -25,6 +26,7 @@ from service.site import note_problem, problem_page, served_model
 from service.store.listing import Listing, Photo, find_model
 
 THUMBNAILS = 8  # a queue's row
+TOLD = ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "seed")
 
 bp = Blueprint("gallery", __name__)
 
@@ -158,9 +160,16 @@ def render(template: str, **context: Any) -> Response:
         "address_of": address_of,
         "has_folder": settings.data is not None,
         "joined_from": gallery().joined_from,
+        "interval": _interval,
     }
     text = render_template(template, **shared, **context)
     return Response(text, headers={"Cache-Control": "no-cache"}, mimetype="text/html")
+
+
+def _interval(right: int, judged: int) -> str:
+    """What an accuracy on so many photos can mean."""
+    found = wilson(right, judged)
+    return f"95\u202f% interval {100 * found['low']:.1f} to {100 * found['high']:.1f}\u202f%"
 
 
 def _name_of(version: str) -> str:
@@ -186,9 +195,14 @@ def _trouble(photos: Sequence[Photo]) -> str | None:
 
 
 def train_command() -> str:
-    """What trains the served model again with the decisions."""
+    """What trains the served model again with the decisions, and as it was trained, so that they alone make the difference."""
     bundle = served_model().bundle
-    return f"finetune train --data-dir {_data()} --backbone {bundle.backbone} --reviews reviews.csv --output-dir {_run()}"
+    config = bundle.info.get("provenance", {}).get("config", {})
+    settings = [f"--{name.replace('_', '-')} {config[name]}" for name in TOLD if config.get(name) is not None]
+    settings += [f"--unfreeze {shlex.join(config['unfreeze'])}"] if config.get("unfreeze") else []
+    settings += ["--augment"] if config.get("augment") else []
+    given = " ".join(["--data-dir", _data(), "--backbone", bundle.backbone, *settings])
+    return f"finetune train {given} --reviews reviews.csv --output-dir {_run()}"
 
 
 def serve_both_command() -> str:

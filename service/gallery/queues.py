@@ -28,7 +28,7 @@ def queues(version: str, classes: Sequence[str]) -> list[Queue]:
     return [
         Queue(
             "Confidently wrong",
-            "The surest mistakes first: look whether it is the label that is wrong.",
+            "The mistakes that speak most against their label first: look whether it is the label that is wrong.",
             "The model has nothing wrong.",
             wrong,
         ),
