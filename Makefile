@@ -36,7 +36,8 @@ $(INSTALLED): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	  { echo "make: Python 3.10 or newer with its venv module is wanted, and $$($(PYTHON) --version 2>&1) was found as $(PYTHON); install one and say make setup PYTHON=python3.11." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[serve,finetune,dev]'
+	@echo "Installing what requirements.lock lists, PyTorch among it: some minutes."
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[serve,finetune,dev]'
 	@touch $@
 
 finetune: $(INSTALLED) ## fine-tune on DATA: make finetune DATA=photos BACKBONE=efficientnet_lite0

@@ -18,7 +18,7 @@ ADVICE = {
     "bad_form": "Let a library or the browser write the form, its boundary among it.",
     "bad_parameter": "`detail` names the parameter and what it can be.",
     "bad_request": "The body broke off or is malformed; send it again, whole.",
-    "unauthorized": "Send a key that is known here: `Authorization: Bearer KEY`.",
+    "unauthorized": "Send a key that is known here: `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
     "cross_site": "A decision is taken from the gallery's own pages, or from a program that is no browser.",
     "photo_missing": "Start the server with `DATA` set to the folder of photos that was evaluated.",
     "photo_replaced": "Another file lies where the photo was; evaluate again.",

@@ -74,7 +74,9 @@ def name_among(rows: tuple[str, ...], given: str) -> str | None:
     if found is None:
         what = "The key is not one that is known here" if given else "No key came with the request"
         raise Problem(
-            "unauthorized", f"{what}; send it as `Authorization: Bearer KEY`.", headers={"WWW-Authenticate": "Bearer"}
+            "unauthorized",
+            f"{what}; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
+            headers={"WWW-Authenticate": "Bearer"},
         )
     return found
 

@@ -65,7 +65,7 @@ class Settings:
     max_wait_ms: float = _setting(
         4.0, "how long a batch waits for photos that are being decoded; never for others", least=0, most=1000
     )
-    queue: int = _setting(64, "photos in the house at once; more are answered 503", least=1, most=10_000)
+    queue: int = _setting(64, "photos in the house at once, `MAX_PHOTOS` or more; beyond them 503", least=1, most=10_000)
     deadline_ms: int = _setting(10_000, "after this an answer is not worth its computing: 504", least=10, most=600_000)
     body_timeout_s: float = _setting(15.0, "how long a request's body may take to arrive", least=0.1, most=600)
     max_body_mb: float = _setting(20.0, "largest request body in MiB: 413", least=0.001, most=1024)
@@ -116,7 +116,8 @@ class Settings:
                 )
         if settings.max_photos > settings.queue:
             raise ConfigError(
-                f"MAX_PHOTOS is {settings.max_photos} and QUEUE {settings.queue}: a full request would never fit; raise QUEUE."
+                f"MAX_PHOTOS is {settings.max_photos} and QUEUE {settings.queue}: a full request would never fit;"
+                " raise QUEUE or lower MAX_PHOTOS."
             )
         return settings
 
