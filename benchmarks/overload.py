@@ -11,7 +11,6 @@ The program ends with 1 where any request got another answer, or none.
 
 from __future__ import annotations
 
-import argparse
 import selectors
 import socket
 import statistics
@@ -19,30 +18,23 @@ import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from benchmarks.serve_speed import ask, is_whole, request_of, serving, spread
+from benchmarks.serve_speed import CONNECTIONS, ask, is_whole, make_parser, read_photos, request_of, serving
 from models.cache import whole_bundle
 
 SETTLE_S = 1.0  # until the queue is full
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("photos", type=Path, help="a folder, looked through for .jpg")
+    parser = make_parser(__doc__, seconds=6.0, rounds=5)
     parser.add_argument("--times", type=float, default=3.0)
-    parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    photos = [path.read_bytes() for path in spread(sorted(args.photos.rglob("*.jpg")))]
-    if not photos:
-        parser.error(f"no .jpg below {args.photos}")
+    photos = read_photos(parser, args.photos)
     ratios, astray = [], 0
     with serving(whole_bundle(args.bundle)) as port:
-        ask(port, photos, 16, 2.0)  # warms up
+        ask(port, photos, CONNECTIONS, 2.0)  # warms up
         for number in range(args.rounds):
-            capacity = len(ask(port, photos, 16, args.seconds)) / args.seconds
+            capacity = len(ask(port, photos, CONNECTIONS, args.seconds)) / args.seconds
             flood = Flood(port, [request_of(photo) for photo in photos])
             answers, sent, cpu_s = flood.run(args.times * capacity, args.seconds)
             goodput = answers["200"] / args.seconds

@@ -28,22 +28,17 @@ from pathlib import Path
 from models.cache import whole_bundle
 
 MOST_PHOTOS = 64
+CONNECTIONS = 16
 BOUNDARY = "photo"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("photos", type=Path, help="a folder, looked through for .jpg")
-    parser.add_argument("--connections", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = make_parser(__doc__, seconds=3.0, rounds=9)
+    parser.add_argument("--connections", type=int, default=CONNECTIONS)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this program's own child
     args = parser.parse_args()
     args.bundle = whole_bundle(args.bundle)
-    photos = [path.read_bytes() for path in spread(sorted(args.photos.rglob("*.jpg")))]
-    if not photos:
-        parser.error(f"no .jpg below {args.photos}")
+    photos = read_photos(parser, args.photos)
     if args.bare:
         print(json.dumps(bare(args.bundle, photos, args.seconds)))
         return 0
@@ -65,6 +60,24 @@ def main() -> int:
     ratios = sorted(over / bare for bare, over in zip(*rates.values(), strict=True))
     print(f"{'ratio':<20}{statistics.median(ratios):8.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     return 0
+
+
+def make_parser(about: str | None, *, seconds: float, rounds: int) -> argparse.ArgumentParser:
+    """What a comparison in rounds has to be told."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("photos", type=Path, help="a folder, looked through for .jpg")
+    parser.add_argument("--seconds", type=float, default=seconds)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
+def read_photos(parser: argparse.ArgumentParser, folder: Path) -> list[bytes]:
+    """MOST_PHOTOS of a folder, from all over it; the program ends with the parser's error where there are none."""
+    paths = sorted(folder.rglob("*.jpg"))
+    if not paths:
+        parser.error(f"no .jpg below {folder}")
+    return [path.read_bytes() for path in paths[:: max(1, len(paths) // MOST_PHOTOS)][:MOST_PHOTOS]]
 
 
 def bare(path: Path, photos: list[bytes], seconds: float) -> float:
@@ -193,11 +206,6 @@ def _wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
         except OSError:
             time.sleep(0.05)
     raise RuntimeError("the service never got ready; start it by itself to see why: python -m service")
-
-
-def spread(paths: list[Path]) -> list[Path]:
-    """Some of many, from all over them."""
-    return paths[:: max(1, len(paths) // MOST_PHOTOS)][:MOST_PHOTOS]
 
 
 def _free_port() -> int:
