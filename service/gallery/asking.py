@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from flask import request
 
 from service.filters import Filter, read_filter
+from service.gallery import panel
 from service.gallery.core import gallery
 from service.store.listing import Listing
 
@@ -20,6 +21,11 @@ def asked_filter(*, also: Iterable[str] = (), **preset: tuple[str, ...]) -> Filt
     shown = gallery()
     _ = shown.database  # says so where there is none yet
     return read_filter(request.args, model=shown.version or "", also=also).having(**preset)
+
+
+def asked_page(**preset: tuple[str, ...]) -> Filter:
+    """As ``asked_filter``, of a page of the grid: in the order that its form may have sent, but for ``panel.with_range``."""
+    return panel.with_sort(asked_filter(also=("page", *panel.FORM), **preset), request.args)
 
 
 @contextlib.contextmanager

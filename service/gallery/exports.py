@@ -14,7 +14,7 @@ from flask import Blueprint, Response, request, stream_with_context, url_for
 from models.reviews import Review, write_reviews
 from service.filters import Filter
 from service.gallery import panel
-from service.gallery.asking import asked_filter, listing
+from service.gallery.asking import asked_page, listing
 from service.gallery.core import gallery
 from service.store import live
 from service.store.database import Database
@@ -161,8 +161,7 @@ def _review(row: Any) -> Review:
 
 def _asked(verdict: str) -> Filter:
     """The filter of the page's own address; which page of it that is makes no difference here."""
-    wanted = asked_filter(also=("page", *panel.FORM), **({"verdicts": (verdict,)} if verdict else {}))
-    return panel.with_range(panel.with_sort(wanted, request.args), request.args)
+    return panel.with_range(asked_page(**({"verdicts": (verdict,)} if verdict else {})), request.args)
 
 
 def _everything(wanted: Filter) -> tuple[int, KnownModel, Rows]:

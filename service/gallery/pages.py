@@ -16,7 +16,7 @@ from models.intervals import wilson
 from service.filters import Filter, read_page, sentence
 from service.gallery import panel
 from service.gallery.album import album
-from service.gallery.asking import asked_filter, listing
+from service.gallery.asking import asked_page, listing
 from service.gallery.core import gallery
 from service.gallery.panel import address_of, photo_address
 from service.gallery.queues import Queue, queues
@@ -102,8 +102,7 @@ def _grid(**preset: tuple[str, ...]) -> Response:
 
     A range of confidence that is none is refused beside its fields, on the grid that there was.
     """
-    asked = asked_filter(also=("page", *panel.FORM), **preset)
-    wanted = panel.with_sort(asked, request.args)
+    wanted = asked_page(**preset)
     refused: Problem | None = None
     try:
         wanted = panel.with_range(wanted, request.args)
