@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -197,11 +198,13 @@ def confusion(wanted: Filter, found: Listing) -> Confusion:
     rows = [name for name in (*columns, UNLABELLED) if name in labels]
     highest = {label: max(counts[label, other] for other in columns) for label in rows}
 
-    of_row = {label: address_of(wanted.having(labels=(label,), predicted=())) for label in rows}
+    @functools.cache
+    def row_address(label: str) -> str:
+        return address_of(wanted.having(labels=(label,), predicted=()))
 
     def pair(label: str, predicted: str) -> Pair:
         photos = counts[label, predicted]
-        address = f"{of_row[label]}&{in_query('predicted', predicted)}" if photos else ""
+        address = f"{row_address(label)}&{in_query('predicted', predicted)}" if photos else ""
         return Pair(label, predicted, photos, -(-SHADES * photos // highest[label]), address)
 
     if len(rows) * len(columns) <= MOST_CELLS:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from service.store.reviewing import history, holding, in_words, last_said
+from service.store.reviewing import entry, holding, in_words, last_said
 
 SOMEBODY = "Somebody"
 
@@ -50,9 +50,8 @@ def saved(connection: Connection, id_: str) -> Saved | None:
         return Saved("Noted", *about, "nothing else has changed.")
     if row.decision != "undo":
         return Saved("Saved", *about, f"{_said(row)}.", undo=row.id)
-    past = history(connection, row.sha256)
-    undone = next(entry for entry in past if entry.id == row.undoes)
-    holds = holding(connection, row.sha256)
+    undone, holds = entry(connection, row.undoes), holding(connection, row.sha256)
+    assert undone is not None  # entries are never deleted
     if holds:
         now = f"What was decided before holds again: {_said(holds)}."
     else:

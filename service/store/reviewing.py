@@ -91,11 +91,16 @@ def last_said(connection: Connection, id_: str) -> Row[Any] | None:
     """The decision, note or undo with an id that somebody typed or a link carries, where nothing was decided after it."""
     if not (id_.isascii() and id_.isdigit() and len(id_) < 19):
         return None
-    row = connection.execute(select(decisions).where(decisions.c.id == int(id_))).first()
+    row = entry(connection, int(id_))
     if row is None:
         return None
     later = decisions.c.sha256 == row.sha256, decisions.c.id > row.id, decisions.c.decision != "note"
     return None if connection.execute(select(decisions.c.id).where(*later).limit(1)).first() else row
+
+
+def entry(connection: Connection, id_: int) -> Row[Any] | None:
+    """The decision, note or undo with that id."""
+    return connection.execute(select(decisions).where(decisions.c.id == id_)).first()
 
 
 def history(connection: Connection, sha256: str) -> list[Row[Any]]:
