@@ -13,6 +13,19 @@ from service.problems import Problem
 
 WINDOW = 256  # answered photos that the drain rate is measured on
 FRESH_S = 10.0
+PAUSE_S = 0.02
+
+
+class Place:
+    """One photo's place in the house. Whoever has it gives it back; a second time changes nothing."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission: Admission | None = admission
+
+    def give_back(self) -> None:
+        if self._admission:
+            self._admission.leave()
+            self._admission = None
 
 
 class Admission:
@@ -32,14 +45,45 @@ class Admission:
     def inside(self) -> int:
         return self._inside
 
+    @property
+    def is_full(self) -> bool:
+        return self._inside >= self._limit
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is worth a look who comes: half of the house is full."""
+        return self._inside * 2 >= self._limit
+
+    @property
+    def pause_s(self) -> float:
+        """How long those who come to a full house can wait for a look, without it running empty meanwhile; 0: not at all."""
+        if not self.is_full:
+            return 0.0
+        with self._lock:
+            rate = self._rate()
+        return min(PAUSE_S, self._limit / rate / 16) if rate else 0.0
+
+    def let_in(self) -> Place | None:
+        """A place for one photo; None where there is none."""
+        with self._lock:
+            if self.is_full:
+                return None
+            self._count(1)
+        return Place(self)
+
     def enter(self, photos: int = 1) -> None:
         """Count ``photos`` in; raises Problem where there is no room for them."""
         with self._lock:
             if self._inside + photos <= self._limit:
                 self._count(photos)
                 return
+        raise self.refusal(photos)
+
+    def refusal(self, photos: int = 1) -> Problem:
+        """What they are told for whom there is no room."""
+        with self._lock:
             wait_s = self._wait_s(photos)
-        raise Problem(
+        return Problem(
             "overloaded",
             f"{self._inside} photos are waiting and {self._limit} is the most; send it again in {wait_s} s.",
             headers={"Retry-After": str(wait_s)},

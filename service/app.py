@@ -53,6 +53,7 @@ def build_api(core: Core, *, on_answer: OnAnswer | None = None) -> Flask:
     _add_error_handlers(app, model)
     wsgi = Gate(app.wsgi_app, admission, model.metrics, paths=COMPUTING, spoken=SPOKEN, cors_origins=settings.cors_origins)
     app.wsgi_app = wsgi  # type: ignore[method-assign]
+    app.extensions["gate"] = wsgi
     if settings.proxies:
         hops = settings.proxies
         app.wsgi_app = ProxyFix(wsgi, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops)  # type: ignore[method-assign]

@@ -8,12 +8,12 @@ from typing import Any
 
 from flask import Request
 
+from service.parting import READ_ON
 from service.patience import patience
 from service.problems import Problem
 from service.settings import Settings
 
 PIECE = 1 << 17
-READ_ON = 1 << 16  # gunicorn's
 STATE = "service.body"
 PHOTOS = "send fewer or smaller photos"
 

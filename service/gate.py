@@ -39,7 +39,7 @@ class Gate:
         cors_origins: tuple[str, ...] = (),
     ) -> None:
         self._app = app
-        self._admission = admission
+        self.admission = admission
         self._metrics = metrics
         self._paths, self._spoken = paths, spoken
         self._cors_origins = cors_origins
@@ -61,25 +61,29 @@ class Gate:
 
         if environ["REQUEST_METHOD"] != "POST" or not self._paths.fullmatch(environ["PATH_INFO"]):
             return self._app(environ, start)
-        try:
-            self._admission.enter()
-        except Problem as problem:
+        place = getattr(environ["wsgi.input"], "place", None)  # service.doorstep's; False where it knows that there is none
+        if place is None and not (place := self.admission.let_in()):
             if self._spoken.fullmatch(environ["PATH_INFO"]):
-                environ["service.refused"] = problem
+                environ["service.refused"] = self.admission.refusal()
                 return self._app(environ, start)
-            return self._refuse(problem, request_id, environ, start)
+            self.count_refusal()
+        if not place:
+            return _refuse(self.admission.refusal(), request_id, start)
         try:
             return self._app(environ, start)
         finally:  # the answer is complete here, as no route that computes streams
-            self._admission.leave(answered=0)
+            place.give_back()
 
     def _headers(self, environ: WSGIEnvironment, request_id: str) -> list[tuple[str, str]]:
         origin = environ.get("HTTP_ORIGIN") if environ["PATH_INFO"] == "/predict" else None
         return [*(HEADERS | cors_headers(origin, self._cors_origins)).items(), ("X-Request-ID", request_id)]
 
-    def _refuse(self, problem: Problem, request_id: str, environ: WSGIEnvironment, start: Any) -> Iterable[bytes]:
-        body, route = problem.body(request_id), environ["PATH_INFO"]
-        self._metrics.errors.labels(problem.code).inc()
-        self._metrics.requests.labels(route, "POST", problem.status).inc()
-        start(problem.status_line, [("Content-Type", MEDIA_TYPE), ("Content-Length", str(len(body))), *problem.headers.items()])
-        return [body]
+    def count_refusal(self) -> None:
+        self._metrics.errors.labels("overloaded").inc()
+        self._metrics.requests.labels("/predict", "POST", 503).inc()
+
+
+def _refuse(problem: Problem, request_id: str, start: Any) -> Iterable[bytes]:
+    body = problem.body(request_id)
+    start(problem.status_line, [("Content-Type", MEDIA_TYPE), ("Content-Length", str(len(body))), *problem.headers.items()])
+    return [body]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import http.client
-import io
 import json
 import os
 import random
@@ -14,32 +13,18 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from PIL import Image
+from lines import BOMB, HEAVY, RED, Line, halves, inside, photo_of, probabilities, told
 from serving import ANSWER_S, Reply, Server, multipart, poll, rss_mb, serve
 from tiny import COLOURS
 
-from service.worker import LEAVE_S
-
 LABELS = ("blue", "red", "green")
-
-
-def photo_of(colour: tuple[int, int, int], size: tuple[int, int] = (56, 44)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
-    return file.getvalue()
-
-
-RED = photo_of(COLOURS[1])
-HEAVY = photo_of(COLOURS[1], (3000, 2500))  # some kB that take a while to decode
-BOMB = photo_of((0, 0, 0), (9000, 9000))  # 81 million pixels
 
 
 @pytest.fixture(scope="module")
@@ -47,80 +32,6 @@ def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
     """One for the tests that leave it as it was."""
     with serve(tiny_bundle.path) as server:
         yield server
-
-
-def probabilities(reply: Reply) -> list[float]:
-    assert reply.status == 200, reply.body
-    (row,) = reply.json()["predictions"]
-    return [round(value, 5) for value in row["probabilities"].values()]
-
-
-class Line:
-    """A connection whose every byte is sent by hand."""
-
-    def __init__(self, server: Server) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=ANSWER_S)
-
-    def __enter__(self) -> Line:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def head(self, length: int | str, *, path: str = "/predict", **headers: str) -> bytes:
-        lines = {"Host": "x", "Content-Type": "image/png", **{name.replace("_", "-"): text for name, text in headers.items()}}
-        if length != "chunked":
-            lines["Content-Length"] = str(length)
-        else:
-            lines["Transfer-Encoding"] = "chunked"
-        return f"POST {path} HTTP/1.1\r\n".encode() + "".join(f"{a}: {b}\r\n" for a, b in lines.items()).encode() + b"\r\n"
-
-    def begin(self, photo: bytes = RED, **headers: str) -> bytes:
-        """Send the head of a request and half of its body; gives the other half."""
-        half = len(photo) // 2
-        self.socket.sendall(self.head(len(photo), **headers) + photo[:half])
-        return photo[half:]
-
-    def answer(self) -> Reply:
-        reply = http.client.HTTPResponse(self.socket, method="POST")
-        reply.begin()
-        return Reply(reply.status, reply.headers, reply.read())
-
-    def is_closed(self) -> bool:
-        """Whether the server ends the connection, in order: no reset, and nothing more said."""
-        return self.socket.recv(1) == b""
-
-
-def told(send: Callable[[], Reply]) -> Reply:
-    """What a client is answered that sends for longer than the server wants.
-
-    The server reads on for LEAVE_S. A client that the machine holds up for longer finds a reset, and begins again; one that
-    was quicker must not.
-    """
-
-    def answer() -> Reply | None:
-        began = time.monotonic()
-        try:
-            return send()
-        except ConnectionError:
-            assert time.monotonic() - began > LEAVE_S
-            return None
-
-    return poll(answer)
-
-
-def inside(server: Server) -> float:
-    return server.metrics()["dvc_photos_inside"]
-
-
-@contextlib.contextmanager
-def halves(server: Server, count: int) -> Iterator[list[tuple[Line, bytes]]]:
-    """So many requests that the server has begun to read, and the other half of each one's body."""
-    with contextlib.ExitStack() as open_lines:
-        lines = [open_lines.enter_context(Line(server)) for _ in range(count)]
-        begun = [(line, line.begin()) for line in lines]
-        poll(lambda: inside(server) == count)
-        yield begun
 
 
 # It starts
@@ -185,13 +96,10 @@ def test_requests_in_one_go_are_answered_in_their_order(server: Server) -> None:
     with Line(server) as line:
         requests = [line.head(len(photo), X_Request_ID=f"n{i}") + photo for i, photo in enumerate(photos)]
         threading.Thread(target=line.socket.sendall, args=(b"".join(requests),)).start()
-        source = line.socket.makefile("rb")
         for i, wanted in enumerate(alone):
-            assert b"200" in source.readline()
-            headers = http.client.parse_headers(source)
-            body = source.read(int(headers["Content-Length"]))
-            assert headers["X-Request-ID"] == f"n{i}"
-            assert probabilities(Reply(200, headers, body)) == wanted
+            reply = line.answer()
+            assert reply.headers["X-Request-ID"] == f"n{i}"
+            assert probabilities(reply) == wanted
 
 
 def test_many_clients_get_their_own_answers_on_connections_that_they_keep(server: Server) -> None:
@@ -285,7 +193,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(se
         for line, _ in begun:
             if rudely:  # the connection is reset, not ended
                 line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            line.socket.close()
+            line.close()
         poll(lambda: inside(server) == 0)
     assert probabilities(server.post(RED, "image/png"))
 
@@ -310,83 +218,6 @@ def test_an_answer_that_comes_too_late_is_none(tiny_bundle: SimpleNamespace) -> 
         assert "within 100 ms" in reply.json()["detail"]
         poll(lambda: inside(server) == 0)
         poll(lambda: server.post(RED, "image/png").status == 200)  # a busy machine may need more than 100 ms for one or two
-
-
-# Too many
-
-
-def test_a_full_house_says_when_to_come_again_and_finishes_what_it_took(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, queue=4, max_photos=4) as server:
-        with halves(server, 4) as begun:
-            for body, kind in ((RED, "image/png"), multipart(("file", "a.png", RED))):
-                reply = server.post(body, kind)
-                assert (reply.status, reply.code) == (503, "overloaded")
-                assert 1 <= int(reply.headers["Retry-After"]) <= 60
-                assert reply.headers["X-Content-Type-Options"] == "nosniff"
-            assert server.get("/health/live").status == 200
-            assert server.get("/health/ready").status == 200
-            for line, rest in begun:
-                line.socket.sendall(rest)
-                assert probabilities(line.answer())
-        poll(lambda: inside(server) == 0)
-        assert probabilities(server.post(RED, "image/png"))
-        assert server.metrics()['dvc_errors_total{code="overloaded"}'] == 2
-
-
-def test_who_is_refused_hears_of_it_whatever_the_size_of_the_photo(tiny_bundle: SimpleNamespace) -> None:
-    """A refusal is sent before the body is read; a client that is still sending must find it nevertheless."""
-    with serve(tiny_bundle.path, queue=1, max_photos=1) as server, halves(server, 1):
-        for size in (10_000, 300_000, 3_000_000, 15_000_000):
-            reply = told(partial(server.post, bytes(size), "image/png"))
-            assert (reply.status, reply.code) == (503, "overloaded"), size
-
-
-@pytest.mark.parametrize(
-    ("path", "status", "length"),
-    [("/predict", 503, 1_000), ("/predict", 503, 100_000), ("/predict", 413, 30_000_000), ("/nowhere", 404, 100_000)],
-)
-def test_an_answer_says_whether_another_request_may_follow(
-    tiny_bundle: SimpleNamespace, path: str, status: int, length: int
-) -> None:
-    """What a client sends behind an answer on a connection that is being closed is lost: an application's next photo."""
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(serve(tiny_bundle.path, queue=1, max_photos=1))
-        if status == 503:
-            stack.enter_context(halves(server, 1))
-        line = stack.enter_context(Line(server))
-        line.socket.sendall(line.head(length, path=path) + bytes(min(length, 100_000)))
-        reply = line.answer()
-        assert reply.status == status
-        if length < 65_536:
-            assert reply.headers["Connection"] == "keep-alive"
-            line.socket.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert line.answer().status == 200
-        else:
-            assert reply.headers["Connection"] == "close"
-            assert line.is_closed()
-
-
-def test_overloaded_it_goes_on_answering(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, queue=4, max_photos=4) as server:
-
-        def client(_: int) -> Counter[int]:
-            seen: Counter[int] = Counter()
-            for _ in range(15):
-                reply = server.post(HEAVY, "image/png")
-                seen[reply.status] += 1
-                assert reply.status == 200 or (reply.code == "overloaded" and int(reply.headers["Retry-After"]) >= 1)
-            return seen
-
-        with ThreadPoolExecutor(12) as clients:
-            asked = [clients.submit(client, i) for i in range(12)]
-            while not all(future.done() for future in asked):
-                assert server.get("/health/ready").status == 200
-            seen = sum((future.result() for future in asked), Counter())
-        assert seen.keys() == {200, 503}
-        poll(lambda: inside(server) == 0)
-        metrics = server.metrics()
-        for status, count in seen.items():
-            assert metrics[f'dvc_requests_total{{method="POST",route="/predict",status="{status}"}}'] == count
 
 
 # The end
