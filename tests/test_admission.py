@@ -136,3 +136,40 @@ def test_photos_without_an_answer_are_no_measure(clock: Clock) -> None:
         admission.leave(1, answered=0)
         admission.enter(1)
     assert retry_after(admission) == 1
+
+
+def test_a_place_is_given_back_once() -> None:
+    admission = Admission(2)
+    one, other = admission.let_in(), admission.let_in()
+    assert one is not None
+    assert other is not None
+    assert admission.let_in() is None
+    one.give_back()
+    one.give_back()
+    assert admission.inside == 1
+    assert admission.let_in()
+    assert admission.is_full
+
+
+@pytest.mark.parametrize("limit", [1, 4, 64])
+def test_a_full_house_is_looked_at_often_enough_not_to_run_empty(clock: Clock, limit: int) -> None:
+    admission = Admission(limit)
+    assert admission.pause_s == 0
+    admission.enter(limit)
+    assert admission.pause_s == 0  # nothing was measured yet
+    for _ in range(100):  # a hundred photos a second
+        clock.now += 0.01
+        admission.leave(1, answered=1)
+        admission.enter(1)
+    assert 0 < admission.pause_s <= 0.02
+    assert admission.pause_s * 100 <= limit / 10
+    admission.leave(1, answered=1)
+    assert admission.pause_s == 0
+
+
+def test_half_a_house_is_busy() -> None:
+    admission = Admission(5)
+    admission.enter(2)
+    assert not admission.is_busy
+    admission.enter(1)
+    assert admission.is_busy
