@@ -24,7 +24,7 @@ ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 class Gate:
     """A WSGI layer: admit what will be computed as one photo, until its answer is given, or refuse it at once.
 
-    Refused here, a request costs a twentieth of what it costs in Flask, so that an overloaded server goes on answering.
+    Refused here, a request costs a tenth of an answer; of a flood most are refused before it, in its words (service.doorstep).
     ``spoken`` are those of ``paths`` that say it in their own words: there the refusal goes on as ``service.refused``.
     """
 
