@@ -4,7 +4,8 @@
 
 Two in turn, while the other waits: threads that decode and compute photos with the engine itself, in batches and in the
 precision that the service chooses; and the service under gunicorn, asked by as many connections at a time. The medians of
-the rounds are printed, and that of their ratios: on a machine whose speed drifts, the two of a round are most alike.
+the rounds are printed, and that of their ratios: on a machine whose speed drifts, the two of a round are most alike. A round
+in which a virtual machine's host took much of the time away is repeated.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from models.cache import whole_bundle
 
 MOST_PHOTOS = 64
+MOST_STOLEN = 0.03
+ATTEMPTS = 4
 CONNECTIONS = 16
 BOUNDARY = "photo"
+T = TypeVar("T")
 
 
 def main() -> int:
@@ -45,12 +50,16 @@ def main() -> int:
     rates: dict[str, list[float]] = {"engine and decoding": [], "over HTTP": []}
     with serving(args.bundle) as port:
         ask(port, photos, args.connections, 2.0)  # warms up
-        for number in range(args.rounds):
+
+        def both() -> tuple[float, list[float]]:
             child = subprocess.run(
                 [sys.executable, __file__, *sys.argv[1:], "--bare"], capture_output=True, text=True, check=True
             )
-            rates["engine and decoding"].append(json.loads(child.stdout))
-            times_ms = sorted(ask(port, photos, args.connections, args.seconds))
+            return json.loads(child.stdout), sorted(ask(port, photos, args.connections, args.seconds))
+
+        for number in range(args.rounds):
+            rate, times_ms = quiet(both)
+            rates["engine and decoding"].append(rate)
             rates["over HTTP"].append(len(times_ms) / args.seconds)
             row = ", ".join(f"{name} {values[-1]:.1f}/s" for name, values in rates.items())
             p50, p99 = statistics.median(times_ms), times_ms[int(len(times_ms) * 0.99)]
@@ -70,6 +79,33 @@ def make_parser(about: str | None, *, seconds: float, rounds: int) -> argparse.A
     parser.add_argument("--seconds", type=float, default=seconds)
     parser.add_argument("--rounds", type=int, default=rounds)
     return parser
+
+
+def quiet(measure: Callable[[], T]) -> T:
+    """What ``measure`` gives while the host takes MOST_STOLEN of the time at most; else the quietest of ATTEMPTS.
+
+    On a rented machine the neighbours' turns fall on one part of a round and spare the other. Whether it counts is decided by
+    the kernel's count of the time that was taken away, and not by what came out.
+    """
+    attempts: list[tuple[float, T]] = []
+    while len(attempts) < ATTEMPTS and not (attempts and attempts[-1][0] <= MOST_STOLEN):
+        before = _processor_time()
+        found = measure()
+        stolen, passed = (now - then for now, then in zip(_processor_time(), before, strict=True))
+        attempts.append((stolen / passed if passed else 0.0, found))
+    share, found = min(attempts, key=lambda attempt: attempt[0])
+    if share > MOST_STOLEN:
+        print(f"the host took {share:.0%} of the time away, or more, in {ATTEMPTS} attempts", file=sys.stderr, flush=True)
+    return found
+
+
+def _processor_time() -> tuple[int, int]:
+    """What the host took away, and all that passed, in ticks of all processors; zeros where there is no telling."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return ticks[7], sum(ticks)
 
 
 def read_photos(parser: argparse.ArgumentParser, folder: Path) -> list[bytes]:

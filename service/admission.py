@@ -13,7 +13,7 @@ from service.problems import Problem
 
 WINDOW = 256  # answered photos that the drain rate is measured on
 FRESH_S = 10.0
-PAUSE_S = 0.02
+PAUSE_S = 0.05
 
 
 class Place:
@@ -61,7 +61,7 @@ class Admission:
             return 0.0
         with self._lock:
             rate = self._rate()
-        return min(PAUSE_S, self._limit / rate / 16) if rate else 0.0
+        return min(PAUSE_S, self._limit / rate / 8) if rate else 0.0
 
     def let_in(self) -> Place | None:
         """A place for one photo; None where there is none."""

@@ -161,8 +161,8 @@ def test_a_full_house_is_looked_at_often_enough_not_to_run_empty(clock: Clock, l
         clock.now += 0.01
         admission.leave(1, answered=1)
         admission.enter(1)
-    assert 0 < admission.pause_s <= 0.02
-    assert admission.pause_s * 100 <= limit / 10
+    assert 0 < admission.pause_s <= 0.05
+    assert admission.pause_s * 100 <= limit / 6  # photos that leave meanwhile
     admission.leave(1, answered=1)
     assert admission.pause_s == 0
 
