@@ -65,19 +65,12 @@ class Admission:
 
     def let_in(self) -> Place | None:
         """A place for one photo; None where there is none."""
-        with self._lock:
-            if self.is_full:
-                return None
-            self._count(1)
-        return Place(self)
+        return Place(self) if self._has_taken(1) else None
 
     def enter(self, photos: int = 1) -> None:
         """Count ``photos`` in; raises Problem where there is no room for them."""
-        with self._lock:
-            if self._inside + photos <= self._limit:
-                self._count(photos)
-                return
-        raise self.refusal(photos)
+        if not self._has_taken(photos):
+            raise self.refusal(photos)
 
     def refusal(self, photos: int = 1) -> Problem:
         """What they are told for whom there is no room."""
@@ -95,6 +88,14 @@ class Admission:
             self._count(-photos)
             if answered:
                 self._left.append((time.monotonic(), answered))
+
+    def _has_taken(self, photos: int) -> bool:
+        """Count ``photos`` in if there is room for all of them."""
+        with self._lock:
+            if self._inside + photos > self._limit:
+                return False
+            self._count(photos)
+            return True
 
     def _count(self, more: int) -> None:
         self._inside += more

@@ -129,11 +129,10 @@ class DoorstepWorker(PartingWorker):
         if not (size := self.receive(conn)):
             return None
         conn.init()
-        head = PLAIN.match(self.room, 0, min(size, LONGEST_HEAD))
-        is_plain = head and head[0].lower().count(b"content-length") == 1  # of two, somebody else may believe the other
-        if is_plain:
+        head = self._plain_head(size)
+        if head:
             conn.place = self.gate.admission.let_in()
-        if not head or not is_plain or conn.place:
+        if not head or conn.place:
             conn.parser.unreader.unread(bytes(self.room[:size]))
             return None
         request_id = head["id"] or uuid.uuid4().hex.encode()
@@ -145,6 +144,12 @@ class DoorstepWorker(PartingWorker):
             conn.unwanted = max(0, end - size)
             conn.parser.unreader.unread(bytes(self.room[end:size]))
         return refusal
+
+    def _plain_head(self, size: int) -> re.Match[bytes] | None:
+        """The head in ``room``, of which ``size`` bytes are filled, if it is plain and names one length."""
+        head = PLAIN.match(self.room, 0, min(size, LONGEST_HEAD))
+        # Of two lengths, somebody else may believe the other.
+        return head if head and head[0].lower().count(b"content-length") == 1 else None
 
     def _say(self, conn: Any, answer: bytes) -> bool:
         self.gate.count_refusal()
@@ -168,10 +173,8 @@ class DoorstepWorker(PartingWorker):
         got = self.receive(conn, conn.unwanted)
         conn.unwanted -= got or 0
         if got == 0:
-            self.poller.unregister(conn.sock)
             self.keepalived_conns.remove(conn)
-            self.nr_conns -= 1
-            conn.close()
+            self.let_go(conn)
 
 
 class _Nobody:

@@ -52,7 +52,7 @@ class Gate:
         request_id = environ["service.request_id"] = given if ID.fullmatch(given) else uuid.uuid4().hex
         headers = self._headers(environ, request_id)
 
-        end_connection = getattr(environ["wsgi.input"], "end_connection", None)  # service.worker's
+        end_connection = getattr(environ["wsgi.input"], "end_connection", None)  # service.doorstep's
 
         def start(status: str, own: list[tuple[str, str]], *error: Any) -> Any:
             if end_connection and is_left(environ):

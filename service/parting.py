@@ -41,7 +41,7 @@ class PartingWorker(ThreadWorker):
         super().murder_pending()
         now = time.monotonic()
         while self._parting and now > next(iter(self._parting.values())):
-            self._close(next(iter(self._parting)))
+            self.let_go(next(iter(self._parting)))
 
     def part(self, conn: Any) -> None:
         """Say that nothing more is said; ``conn`` is in the poller no more."""
@@ -49,8 +49,7 @@ class PartingWorker(ThreadWorker):
             conn.sock.setblocking(False)
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError:  # it is gone already
-            self.nr_conns -= 1
-            conn.close()
+            self.let_go(conn)
             return
         self._parting[conn] = time.monotonic() + LEAVE_S
         self.poller.register(conn.sock, EVENT_READ, partial(self._listen, conn))
@@ -64,13 +63,14 @@ class PartingWorker(ThreadWorker):
         except OSError:
             return 0
 
-    def _listen(self, conn: Any, _: Any) -> None:
-        if self.receive(conn) == 0:
-            self._close(conn)
-
-    def _close(self, conn: Any) -> None:
-        del self._parting[conn]
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a socket that its client reset
+    def let_go(self, conn: Any) -> None:
+        """Close ``conn``, whether it is listened to or not."""
+        self._parting.pop(conn, None)
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not in the poller, or a socket that its client reset
             self.poller.unregister(conn.sock)
         self.nr_conns -= 1
         conn.close()
+
+    def _listen(self, conn: Any, _: Any) -> None:
+        if self.receive(conn) == 0:
+            self.let_go(conn)

@@ -46,7 +46,10 @@ class Line:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
+    def close(self, *, rudely: bool = False) -> None:
+        """End the connection; ``rudely``, it is reset."""
+        if rudely:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self._source.close()
         self.socket.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -239,8 +238,7 @@ def test_who_leaves_takes_no_place_along(tiny_bundle: SimpleNamespace, rudely: b
         for _ in range(30):
             with Line(server) as line:
                 line.begin()
-                if rudely:  # the connection is reset, not ended
-                    line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                line.close(rudely=rudely)
         poll(lambda: inside(server) == 2)
         with contextlib.ExitStack() as open_lines:
             for _ in range(2):

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -191,9 +190,7 @@ def test_those_who_do_not_go_when_told_hold_nobody_up(tiny_bundle: SimpleNamespa
 def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(server: Server, rudely: bool) -> None:
     with halves(server, 5) as begun:
         for line, _ in begun:
-            if rudely:  # the connection is reset, not ended
-                line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            line.close()
+            line.close(rudely=rudely)
         poll(lambda: inside(server) == 0)
     assert probabilities(server.post(RED, "image/png"))
 
