@@ -8,6 +8,9 @@ import socket
 import struct
 from typing import Any
 
+from gunicorn.http import wsgi
+
+from service.answer import Response
 from service.doorstep import DoorstepWorker
 from service.patience import patience
 
@@ -16,6 +19,7 @@ LINGER_MS = 3
 PIECE = 1 << 17
 LINGER = struct.pack("ll", 0, LINGER_MS * 1000)  # a timeval
 NEVER = struct.pack("ll", 0, 0)
+wsgi.Response = Response  # gunicorn names no other place to say so
 
 
 class Worker(DoorstepWorker):
