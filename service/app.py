@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -61,6 +62,9 @@ def build_api(core: Core, *, on_answer: OnAnswer | None = None) -> Flask:
 
 
 def _add_hooks(app: Flask, model: ServedModel) -> None:
+    counted = functools.cache(model.metrics.requests.labels)
+    timed = functools.cache(model.metrics.request_s.labels)
+
     @app.before_request
     def begin() -> None:
         g.began = request.environ["service.began"]
@@ -68,25 +72,27 @@ def _add_hooks(app: Flask, model: ServedModel) -> None:
 
     @app.after_request
     def finish(answer: Response) -> Response:
-        seconds = time.perf_counter() - g.began
-        route = request.url_rule.rule if request.url_rule else "none"
-        method = request.method if request.method in METHODS else "other"  # a label's every value is kept for ever
-        model.metrics.requests.labels(route, method, answer.status_code).inc()
-        model.metrics.request_s.labels(route).observe(seconds)
+        # A look through either proxy takes as long as half of what is done here with what it finds.
+        asked, noted = request._get_current_object(), g._get_current_object()  # type: ignore[attr-defined]
+        seconds = time.perf_counter() - noted.began
+        route = asked.url_rule.rule if asked.url_rule else "none"
+        method = asked.method if asked.method in METHODS else "other"  # a label's every value is kept for ever
+        counted(route, method, answer.status_code).inc()
+        timed(route).observe(seconds)
         level = logging.DEBUG if route.startswith("/health") or route == "/metrics" else logging.INFO
         if log.isEnabledFor(level):
             log.log(
                 level,
                 "request",
                 extra={
-                    "request_id": g.request_id,
-                    "method": request.method,
-                    "path": request.path,
+                    "request_id": noted.request_id,
+                    "method": asked.method,
+                    "path": asked.path,
                     "status": answer.status_code,
-                    "code": g.get("code"),
+                    "code": noted.get("code"),
                     "ms": round(seconds * 1e3, 1),
-                    "client": request.remote_addr,
-                    "key": g.get("key_name"),
+                    "client": asked.remote_addr,
+                    "key": noted.get("key_name"),
                 },
             )
         return answer

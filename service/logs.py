@@ -13,6 +13,9 @@ from gunicorn.glogging import Logger
 
 # What a record has anyway; the rest is what the call named in ``extra``.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+# What no line shows is not looked for (logging's documentation, "Optimization"): the caller's place, its thread and task.
+logging._srcfile = None
+logging.logThreads = logging.logMultiprocessing = False
 _encode = json.JSONEncoder(default=str).encode
 
 

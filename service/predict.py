@@ -113,8 +113,9 @@ class Predictor:
             metrics.errors.labels(prediction.problem.code).inc()
         elif prediction.answer:
             probabilities = prediction.answer.probabilities
-            metrics.predictions.labels(model.bundle.classes[int(probabilities.argmax())]).inc()
-            metrics.confidence.observe(float(probabilities.max()))
+            best = int(probabilities.argmax())
+            metrics.predictions.labels(model.bundle.classes[best]).inc()
+            metrics.confidence.observe(float(probabilities[best]))
             if self._on_answer and prediction.upload.data:
                 self._on_answer(model.bundle, prediction.upload.data, probabilities)
             seen = Seen(model.bundle.version, prediction.answer.prepared.pixels, probabilities, prediction.upload.key)
