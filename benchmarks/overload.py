@@ -1,6 +1,6 @@
 """How much does the service still answer when three times as much arrives as it can do?
 
-    python -m benchmarks.overload BUNDLE PHOTOS [--times 3] [--seconds 5] [--rounds 9]
+    python -m benchmarks.overload BUNDLE PHOTOS [--times 3] [--seconds 3] [--rounds 15]
 
 In each round the service is asked by 16 connections first, each its next photo when it has its answer: what comes out is its
 capacity. Then photos arrive at so many times that rate, whether it has answered the ones before or not, as they do from many
@@ -28,7 +28,7 @@ SETTLE_S = 1.0  # until the queue is full
 
 
 def main() -> int:
-    parser = make_parser(__doc__, seconds=5.0, rounds=9)
+    parser = make_parser(__doc__, seconds=3.0, rounds=15)
     parser.add_argument("--times", type=float, default=3.0)
     args = parser.parse_args()
     photos = read_photos(parser, args.photos)

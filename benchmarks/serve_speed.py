@@ -1,18 +1,17 @@
 """How much of what the engine and decoding can do is left when photos come over HTTP?
 
-    python benchmarks/serve_speed.py BUNDLE PHOTOS [--connections 16] [--seconds 3] [--rounds 9]
+    python benchmarks/serve_speed.py BUNDLE PHOTOS [--connections 16] [--seconds 2] [--rounds 25]
 
 Two in turn, while the other waits: threads that decode and compute photos with the engine itself, in batches and in the
 precision that the service chooses; and the service under gunicorn, asked by as many connections at a time. The medians of
-the rounds are printed, and that of their ratios: on a machine whose speed drifts, the two of a round are most alike. A round
-in which a virtual machine's host took much of the time away is repeated.
+the rounds are printed, and that of their ratios: on a machine whose speed drifts, the two of a round are most alike, and the
+more so the shorter it is. A round in which a virtual machine's host took much of the time away is repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import selectors
@@ -21,10 +20,10 @@ import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,30 +33,27 @@ MOST_PHOTOS = 64
 MOST_STOLEN = 0.03
 ATTEMPTS = 4
 CONNECTIONS = 16
-BOUNDARY = "photo"
+BOUNDARY = f"{'':->24}kwZt0Zq3XoNRVLqYxOa7Bn"  # as long as curl's
 T = TypeVar("T")
 
 
 def main() -> int:
-    parser = make_parser(__doc__, seconds=3.0, rounds=9)
+    parser = make_parser(__doc__, seconds=2.0, rounds=25)
     parser.add_argument("--connections", type=int, default=CONNECTIONS)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this program's own child
     args = parser.parse_args()
     args.bundle = whole_bundle(args.bundle)
     photos = read_photos(parser, args.photos)
     if args.bare:
-        print(json.dumps(bare(args.bundle, photos, args.seconds)))
+        answer_rounds(Bare(args.bundle, photos))
         return 0
     rates: dict[str, list[float]] = {"engine and decoding": [], "over HTTP": []}
-    with serving(args.bundle) as port:
-        ask(port, photos, args.connections, 2.0)  # warms up
+    with bare_child() as bare, serving(args.bundle) as port:
 
         def both() -> tuple[float, list[float]]:
-            child = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--bare"], capture_output=True, text=True, check=True
-            )
-            return json.loads(child.stdout), sorted(ask(port, photos, args.connections, args.seconds))
+            return bare(args.seconds), sorted(ask(port, photos, args.connections, args.seconds))
 
+        both()  # warms up
         for number in range(args.rounds):
             rate, times_ms = quiet(both)
             rates["engine and decoding"].append(rate)
@@ -117,52 +113,73 @@ def read_photos(parser: argparse.ArgumentParser, folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in paths[:: max(1, len(paths) // MOST_PHOTOS)][:MOST_PHOTOS]]
 
 
-def bare(path: Path, photos: list[bytes], seconds: float) -> float:
-    """Photos a second through decoding and engine alone, with the service's own settings."""
-    import numpy as np
+class Bare:
+    """Decoding and engine alone, with the service's own settings."""
 
-    from models.bundle import GRAPH, open_bundle
-    from models.engine import OnnxEngine
-    from models.precision import choose_precision
-    from service.plan import make_plan
-    from service.settings import Settings
+    def __init__(self, path: Path, photos: list[bytes]) -> None:
+        from models.bundle import GRAPH, open_bundle
+        from models.engine import OnnxEngine
+        from models.precision import choose_precision
+        from service.plan import make_plan
+        from service.settings import Settings
 
-    settings = Settings.from_environment({})
-    plan = make_plan(settings)
-    bundle = open_bundle(path, files=(GRAPH,))
-    precision = choose_precision(bundle).name
-    batch = settings.max_batch
-    engine = OnnxEngine(
-        path / GRAPH,
-        outputs=["probabilities"],
-        precision=precision,
-        threads=plan.share,
-        streams=plan.streams,
-        batch_sizes=(batch,),
-    )
-    done = [0] * plan.crew
-    until = 0.0
+        settings = Settings.from_environment({})
+        plan = make_plan(settings)
+        bundle = open_bundle(path, files=(GRAPH,))
+        self._preprocessing, self._photos = bundle.preprocessing, photos
+        self._threads, self._batch = plan.crew, settings.max_batch
+        self._engine = OnnxEngine(
+            path / GRAPH,
+            outputs=["probabilities"],
+            precision=choose_precision(bundle).name,
+            threads=plan.share,
+            streams=plan.streams,
+            batch_sizes=(settings.max_batch,),
+        )
 
-    def work(number: int) -> None:
-        at = number
-        while time.perf_counter() < until:
-            taken = [photos[(at + i) % len(photos)] for i in range(batch)]
-            engine.run(np.stack([bundle.preprocessing.pixels(data) for data in taken]))
-            done[number] += batch
-            at += batch
+    def rate(self, seconds: float) -> float:
+        """Photos a second, over the ``seconds`` that begin when there were as many batches as threads."""
+        ends: list[float] = []
+        with ThreadPoolExecutor(self._threads) as crew:
+            for working in [crew.submit(self._work, number, ends, seconds) for number in range(self._threads)]:
+                working.result()
+        began = ends[self._threads - 1]
+        return sum(began < end <= began + seconds for end in ends) * self._batch / seconds
 
-    rate = 0.0
-    for length in (1.0, seconds):  # the first warms up
-        done[:] = [0] * plan.crew
-        began = time.perf_counter()
-        until = began + length
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(plan.crew)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rate = sum(done) / (time.perf_counter() - began)
-    return rate
+    def _work(self, at: int, ends: list[float], seconds: float) -> None:
+        """Compute batches, and add to ``ends`` when each of them was done."""
+        import numpy as np
+
+        while len(ends) < self._threads or time.perf_counter() < ends[self._threads - 1] + seconds:
+            taken = [self._photos[(at + i) % len(self._photos)] for i in range(self._batch)]
+            self._engine.run(np.stack([self._preprocessing.pixels(data) for data in taken]))
+            ends.append(time.perf_counter())
+            at += self._batch
+
+
+def answer_rounds(bare: Bare) -> None:
+    """Measure for as many seconds as each line of standard input names."""
+    for line in sys.stdin:
+        print(bare.rate(float(line)), flush=True)
+
+
+@contextlib.contextmanager
+def bare_child() -> Iterator[Callable[[float], float]]:
+    """Measures decoding and engine, for the seconds given, in a process that does nothing else and waits in between."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--bare"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as child:
+        told, heard = child.stdin, child.stdout
+        assert told
+        assert heard
+
+        def rate(seconds: float) -> float:
+            print(seconds, file=told)
+            if not (line := heard.readline()):
+                raise RuntimeError("the engine alone could not be measured; its error stands above")
+            return float(line)
+
+        yield rate
+        told.close()
 
 
 @contextlib.contextmanager
