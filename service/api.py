@@ -67,10 +67,9 @@ def _row(model: Model, prediction: Prediction, *, top_k: int | None, crop: bool)
     assert prediction.answer is not None
     answer = prediction.answer
     values = answer.probabilities
-    best = int(values.argmax())
     row = name | {
-        "label": model.bundle.classes[best],
-        "confidence": float(values[best]),
+        "label": model.bundle.classes[answer.best],
+        "confidence": float(values[answer.best]),
         "probabilities": ranked(model, answer, top_k),
         "width": answer.prepared.width_px,
         "height": answer.prepared.height_px,

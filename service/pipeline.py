@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,11 @@ class Answer:
     queue_ms: float
     compute_ms: float
     batch: int
+
+    @cached_property
+    def best(self) -> int:
+        """The class of the highest probability."""
+        return int(self.probabilities.argmax())
 
 
 @dataclass

@@ -112,8 +112,7 @@ class Predictor:
         if prediction.problem:
             metrics.errors.labels(prediction.problem.code).inc()
         elif prediction.answer:
-            probabilities = prediction.answer.probabilities
-            best = int(probabilities.argmax())
+            probabilities, best = prediction.answer.probabilities, prediction.answer.best
             metrics.predictions.labels(model.bundle.classes[best]).inc()
             metrics.confidence.observe(float(probabilities[best]))
             if self._on_answer and prediction.upload.data:
