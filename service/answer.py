@@ -17,7 +17,7 @@ class Response(wsgi.Response):
         if self.headers_sent:
             super().write(data)
             return
-        connection, self.sock = self.sock, _Piece()
+        connection, self.sock = self.sock, Piece()
         try:
             super().write(data)
             piece = self.sock
@@ -26,7 +26,7 @@ class Response(wsgi.Response):
         util.write(connection, bytes(piece))
 
 
-class _Piece(bytearray):
+class Piece(bytearray):
     """What a socket would have been given."""
 
     sendall = bytearray.extend

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gunicorn.http import get_parser
 
+from service.answer import Piece
 from service.parting import READ_ON, PartingWorker
 
 if TYPE_CHECKING:  # this module is imported before the fork: Flask must not be yet, nor prometheus_client without its folder
@@ -165,7 +166,7 @@ class DoorstepWorker(PartingWorker):
             head = SAMPLE % (b"0" * id_length, READ_ON if too_long else 0)
             nobody = _Nobody()
             keep = self.handle_request(next(get_parser(self.cfg, [head], nobody.client)), nobody)
-            self._refusals[key] = Refusal(bytes(nobody.heard), keep, now + FRESH_S)
+            self._refusals[key] = Refusal(bytes(nobody.sock), keep, now + FRESH_S)
         return self._refusals[key]
 
     def _drop(self, conn: Any) -> None:
@@ -178,17 +179,10 @@ class DoorstepWorker(PartingWorker):
 
 
 class _Nobody:
-    """A connection, and its socket, of nobody: to hear what would be said."""
+    """A connection of nobody: to hear what would be said."""
 
     client = server = ("", 0)
     place = False
 
     def __init__(self) -> None:
-        self.heard = bytearray()
-
-    @property
-    def sock(self) -> _Nobody:
-        return self
-
-    def sendall(self, data: bytes) -> None:
-        self.heard += data
+        self.sock = Piece()
