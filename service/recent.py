@@ -37,11 +37,11 @@ class Seen:
     version: str
     pixels: Pixels
     probabilities: NDArray[np.float32]
-    key: int  # a hash of what was sent, which is a fifth of the pixels
+    key: int  # tells what was sent from other photos (service.uploads)
 
 
 class Recent:
-    """The last ``most`` different photos by the hash of what was sent, so that one that is sent again and again counts once."""
+    """The last ``most`` different photos by what was sent, so that one that is sent again and again counts once."""
 
     def __init__(self, most: int) -> None:
         self._most = most

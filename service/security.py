@@ -29,7 +29,7 @@ def require_key(asked: Request, settings: Settings) -> str | None:
 
     A key comes as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``.
     """
-    return name_of_key(key_of(asked), settings) if settings.api_keys else None
+    return name_of_key(key_of(asked), settings)
 
 
 def key_of(asked: Request) -> str:
