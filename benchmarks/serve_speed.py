@@ -27,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from models.cache import whole_bundle
 
 MOST_PHOTOS = 64
@@ -85,14 +87,16 @@ def quiet(measure: Callable[[], T]) -> T:
     the kernel's count of the time that was taken away, and not by what came out.
     """
     attempts: list[tuple[float, T]] = []
-    while len(attempts) < ATTEMPTS and not (attempts and attempts[-1][0] <= MOST_STOLEN):
+    for _ in range(ATTEMPTS):
         before = _processor_time()
         found = measure()
         stolen, passed = (now - then for now, then in zip(_processor_time(), before, strict=True))
-        attempts.append((stolen / passed if passed else 0.0, found))
+        share = stolen / passed if passed else 0.0
+        if share <= MOST_STOLEN:
+            return found
+        attempts.append((share, found))
     share, found = min(attempts, key=lambda attempt: attempt[0])
-    if share > MOST_STOLEN:
-        print(f"the host took {share:.0%} of the time away, or more, in {ATTEMPTS} attempts", file=sys.stderr, flush=True)
+    print(f"the host took {share:.0%} of the time away, or more, in {ATTEMPTS} attempts", file=sys.stderr, flush=True)
     return found
 
 
@@ -148,8 +152,6 @@ class Bare:
 
     def _work(self, at: int, ends: list[float], seconds: float) -> None:
         """Compute batches, and add to ``ends`` when each of them was done."""
-        import numpy as np
-
         while len(ends) < self._threads or time.perf_counter() < ends[self._threads - 1] + seconds:
             taken = [self._photos[(at + i) % len(self._photos)] for i in range(self._batch)]
             self._engine.run(np.stack([self._preprocessing.pixels(data) for data in taken]))
@@ -179,7 +181,6 @@ def bare_child() -> Iterator[Callable[[float], float]]:
             return float(line)
 
         yield rate
-        told.close()
 
 
 @contextlib.contextmanager
@@ -207,7 +208,7 @@ def ask(port: int, photos: list[bytes], connections: int, seconds: float) -> lis
     sent: dict[socket.socket, float] = {}
     answers: dict[socket.socket, bytes] = {}
     times_ms: list[float] = []
-    number, settling = 0, connections
+    number = 0
     for _ in range(connections):
         connection = socket.create_connection(("127.0.0.1", port))
         selector.register(connection, selectors.EVENT_READ)
@@ -226,17 +227,15 @@ def ask(port: int, photos: list[bytes], connections: int, seconds: float) -> lis
                 raise RuntimeError(f"the service refused a photo: {answers[connection].decode()}")
             now = time.perf_counter()
             answers[connection] = b""
-            if settling:
-                settling -= 1
-                until = math.inf if settling else now + seconds
-            else:
-                times_ms.append((now - sent[connection]) * 1e3)
+            times_ms.append((now - sent[connection]) * 1e3)
+            if len(times_ms) == connections:
+                until = now + seconds
             connection.sendall(requests[number % len(requests)])
             sent[connection] = now
             number += 1
     for connection in sent:
         connection.close()
-    return times_ms
+    return times_ms[connections:]
 
 
 def is_whole(answer: bytes) -> bool:
