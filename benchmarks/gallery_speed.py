@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from flask.testing import FlaskClient
 
-from models.predictions import Predictions
+from models.artifacts.predictions import Predictions
 from service import create_app
 from service.filters import Filter
 from service.settings import Settings

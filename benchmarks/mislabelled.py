@@ -20,7 +20,7 @@ from finetune.config import Config
 from finetune.data import read_dataset
 from finetune.folds import evaluate_folds
 from finetune.run import train
-from models.suspects import rank_suspects
+from models.artifacts.label_issues import rank_suspects
 
 
 def flip_labels(data: Path, out: Path, *, flips: int, seed: int) -> set[str]:

@@ -22,7 +22,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from benchmarks.serve_speed import CONNECTIONS, ask, is_whole, make_parser, quiet, read_photos, request_of, serving
-from models.cache import whole_bundle
+from models.artifacts.paths import whole_bundle
 
 SETTLE_S = 1.0  # until the queue is full
 

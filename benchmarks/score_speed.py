@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 
 from finetune.photos import walk_photos
-from models.bundle import GRAPH, open_bundle
-from models.cache import whole_bundle
+from models.artifacts.bundle import GRAPH, open_bundle
+from models.artifacts.paths import whole_bundle
 from models.engine import OnnxEngine
 
 PART = 100

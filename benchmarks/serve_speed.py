@@ -29,7 +29,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from models.cache import whole_bundle
+from models.artifacts.paths import whole_bundle
 
 MOST_PHOTOS = 64
 MOST_STOLEN = 0.03
@@ -121,7 +121,7 @@ class Bare:
     """Decoding and engine alone, with the service's own settings."""
 
     def __init__(self, path: Path, photos: list[bytes]) -> None:
-        from models.bundle import GRAPH, open_bundle
+        from models.artifacts.bundle import GRAPH, open_bundle
         from models.engine import OnnxEngine
         from models.precision import choose_precision
         from service.plan import make_plan

@@ -15,7 +15,7 @@ from finetune.extras import Twin, in_words
 from finetune.photos import in_stray, is_photo, is_stray
 from finetune.scan import Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
-from models.cache import default_cache_dir
+from models.artifacts.paths import default_cache_dir
 from models.errors import DataError
 
 IMBALANCE = 3.0

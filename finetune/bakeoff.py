@@ -20,9 +20,9 @@ from finetune.contest import Measured, measure
 from finetune.data import read_dataset
 from finetune.lineup import check_size, folder_name, line_up
 from finetune.run import settle, train
-from models.bundle import Bundle
+from models.artifacts.atomic_io import sha256_of, write_text
+from models.artifacts.bundle import Bundle
 from models.errors import RunError, WeightsError
-from models.files import sha256_of, write_text
 from models.registry import get_spec
 
 RECORD = "bakeoff-run.json"

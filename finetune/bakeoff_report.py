@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from finetune import plots
 from finetune.comparison import Pair, compare
 from finetune.contest import ROUNDS, Measured
-from models.files import write_text
+from models.artifacts.atomic_io import write_text
 
 COLUMNS = (
     "network",

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from finetune.intervals import mean_interval
 from finetune.predict import classify
-from models.bundle import GRAPH, PREDICTIONS, Bundle
+from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
+from models.artifacts.predictions import Predictions, cross_entropy
+from models.artifacts.statistics import wilson
 from models.cost import empty, parameters
 from models.engine import OnnxEngine
-from models.intervals import wilson
 from models.precision import choose_precision
-from models.predictions import Predictions, cross_entropy
 from models.registry import get_spec
 from models.surgery import replace_heads
 from models.turns import seconds_in_turns

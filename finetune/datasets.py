@@ -28,9 +28,9 @@ from tqdm import tqdm
 from finetune.config import Config
 from finetune.folders import check_free, new_folder
 from finetune.prefetch import prefetch
-from models.bundle import Bundle
+from models.artifacts.atomic_io import write_text
+from models.artifacts.bundle import Bundle
 from models.errors import DataError
-from models.files import write_text
 
 RECORD, RAW, TEST = "DATASET.json", "raw", "test"
 HELD_OUT = 0.1

@@ -24,8 +24,8 @@ from finetune.fetch import fetch
 from finetune.folders import check_free, new_folder
 from finetune.kaggle import fetch_competition
 from finetune.sources import SOURCES, Source
+from models.artifacts.atomic_io import sha256_of
 from models.errors import DataError, did_you_mean
-from models.files import sha256_of
 
 __all__ = ["SOURCES", "DownloadSummary", "Source", "add_arguments", "download", "run"]
 

@@ -17,11 +17,11 @@ from finetune.predict import classify
 from finetune.results import write_results
 from finetune.scan import PixelStash, fingerprint_context, scan
 from finetune.shards import ShardStore
-from models.cache import default_cache_dir
+from models.artifacts.evaluation import MEASURED, write_evaluation
+from models.artifacts.label_issues import rank_suspects, suggested_labels
+from models.artifacts.paths import default_cache_dir
+from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
-from models.evaluation import MEASURED, write_evaluation
-from models.predictions import Predictions
-from models.suspects import rank_suspects, suggested_labels
 
 SHOWN = 10
 

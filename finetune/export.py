@@ -15,12 +15,12 @@ from torch import Tensor
 from finetune.card import write_card
 from finetune.golden import golden_pixels
 from finetune.results import PLOTS
-from models.bundle import CARD, GOLDEN, GRAPH, HEAD, PREDICTIONS, WEIGHTS, Bundle, describe, write_bundle
+from models.artifacts.bundle import CARD, GOLDEN, GRAPH, HEAD, PREDICTIONS, WEIGHTS, Bundle, describe, write_bundle
+from models.artifacts.similarity import LOOKALIKES
 from models.classifier import Classifier
 from models.engine import OnnxEngine
 from models.errors import BundleError
 from models.graph import OUTPUTS, PIXELS, export_served
-from models.lookalikes import LOOKALIKES
 from models.precision import compare_bf16
 from models.spec import ModelSpec
 from models.weights import write_tensors

@@ -17,8 +17,8 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from models.artifacts.atomic_io import write_text
 from models.errors import DataError
-from models.files import write_text
 
 _PIECE_BYTES = 1 << 16
 _BY_HAND = "or download it in a browser and pass --archive FILE"

@@ -33,10 +33,10 @@ from finetune.results import write_results
 from finetune.reviews import Reviews
 from finetune.scan import Scan
 from finetune.train import learning_rate, make_optimizer, predict, train_one_epoch
-from models.bundle import Bundle, open_bundle
+from models.artifacts.bundle import Bundle, open_bundle
+from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
+from models.artifacts.predictions import Predictions
 from models.errors import BundleError, DataError
-from models.evaluation import OUT_OF_FOLD, write_evaluation
-from models.predictions import Predictions
 from models.registry import get_spec
 
 SPLIT = "train and valid"

@@ -1,4 +1,4 @@
-"""95 % intervals of means that are measured on a limited number of photos: bootstraps. Proportions: ``models.intervals``."""
+"""95 % intervals of means that are measured on a limited number of photos: bootstraps. Proportions: ``models.artifacts.statistics``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from models.intervals import interval
+from models.artifacts.statistics import interval
 
 QUANTILES_95 = (0.025, 0.975)
 CELLS_AT_ONCE = 4_000_000  # photos x resamples that are in memory together: 32 MB for each array of them

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from models.bundle import (
+from models.artifacts.bundle import (
     CARD,
     GOLDEN,
     GRAPH,
@@ -19,10 +19,10 @@ from models.bundle import (
     open_bundle,
     write_bundle,
 )
-from models.cache import joined_dir
+from models.artifacts.paths import joined_dir
+from models.artifacts.similarity import LOOKALIKES
 from models.engine import OnnxEngine
 from models.errors import BundleError
-from models.lookalikes import LOOKALIKES
 
 
 def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:

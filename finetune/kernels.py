@@ -18,7 +18,7 @@ from finetune import plots
 from finetune.folders import check_free
 from finetune.join import open_full
 from finetune.tiles import normalised, sheet
-from models.bundle import Bundle
+from models.artifacts.bundle import Bundle
 from models.classifier import Classifier, load_classifier
 from models.errors import BundleError, ConfigError, DataError
 from models.watch import names_of, watching

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from finetune.duplicates import find_duplicates
 from finetune.scan import Scan
+from models.artifacts.similarity import Duplicate, Lookalikes
 from models.classifier import Classifier
-from models.lookalikes import Duplicate, Lookalikes
 from models.spec import ModelSpec
 
 MOST_NUMBERS = 64

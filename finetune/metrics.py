@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from finetune.intervals import mean_interval
 from finetune.reliability import BINS, calibration_error
 from finetune.roc import roc_auc
-from models.intervals import wilson
-from models.predictions import check_probabilities, count_confusions, cross_entropy
+from models.artifacts.predictions import check_probabilities, count_confusions, cross_entropy
+from models.artifacts.statistics import wilson
 
 MANY_CLASSES = 10
 WEAKEST_SHOWN = 5

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from models.files import atomic_write
+from models.artifacts.atomic_io import atomic_write
 
 # Okabe and Ito (2008): told apart with any kind of colour blindness
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"

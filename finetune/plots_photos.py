@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from finetune.plots import BLUE, ORANGE, TILE, printable, save
+from models.artifacts.predictions import Predictions
 from models.errors import PhotoError
-from models.predictions import Predictions
 from models.preprocess import decode
 
 PHOTOS_SHOWN = 12

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.plots import BLUE, FAINT, ORANGE, save
 from finetune.reliability import calibration_error, equal_mass_bins
-from models.intervals import wilson
+from models.artifacts.statistics import wilson
 
 CROWDED = 0.95  # a median confidence above this leaves nothing to see on an even axis
 SMALLEST_MISS = 1e-5  # what is missing to 1 is told apart down to here on the stretched axis

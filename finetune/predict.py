@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from finetune.join import open_full
 from finetune.photos import is_photo, walk_photos
 from finetune.prefetch import batched, prefetch
-from models.bundle import GRAPH, Bundle, open_bundle
-from models.cache import whole_bundle
+from models.artifacts.bundle import GRAPH, Bundle, open_bundle
+from models.artifacts.paths import whole_bundle
 from models.engine import OnnxEngine, supports_bf16
 from models.errors import ConfigError, DataError, PhotoError
 from models.precision import choose_precision

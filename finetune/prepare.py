@@ -19,7 +19,7 @@ from finetune.features import FeatureCache, FrozenPart, cache_context
 from finetune.reviews import Applied, Reviews, apply_reviews
 from finetune.scan import PixelStash, Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
-from models.cache import default_cache_dir
+from models.artifacts.paths import default_cache_dir
 from models.classifier import Classifier, build_classifier, trained_names
 from models.cut import Cut, cut
 from models.spec import ModelSpec

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.intervals import QUANTILES_95, chunks, resampled_means
-from models.intervals import interval
+from models.artifacts.statistics import interval
 
 BINS = 15
 

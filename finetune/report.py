@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetune import plots, plots_photos
 from finetune.plots_reliability import reliability_diagram
-from models.predictions import Predictions, check_probabilities, count_confusions
+from models.artifacts.predictions import Predictions, check_probabilities, count_confusions
 
 CLASSES_WITH_PHOTOS = 20
 LONGEST_SLUG = 40

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from finetune.metrics import evaluate
 from finetune.report import write_plots
-from models.files import write_text
-from models.lookalikes import Lookalikes
-from models.predictions import Predictions
+from models.artifacts.atomic_io import write_text
+from models.artifacts.predictions import Predictions
+from models.artifacts.similarity import Lookalikes
 
 METRICS, PREDICTIONS, PLOTS = "metrics.json", "predictions.csv", "plots"
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.reviews import Reviews
+from models.artifacts.reviews import COLUMNS, Review, write_reviews
 from models.errors import DataError
-from models.reviews import COLUMNS, Review, write_reviews
 
 KEY = "REVIEWS_KEY"
 TIMEOUT_S = 60

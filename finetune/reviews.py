@@ -11,8 +11,8 @@ from typing import Any
 from finetune.data import Dataset
 from finetune.duplicates import find_duplicates
 from finetune.scan import Scan
+from models.artifacts.reviews import BAD, LABEL, NEITHER, Review, read_reviews
 from models.errors import DataError, did_you_mean
-from models.reviews import BAD, LABEL, NEITHER, Review, read_reviews
 
 WHY = {NEITHER: "it is of none of the classes", BAD: "it is a bad photo"}
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from finetune.intervals import QUANTILES_95, chunks
-from models.intervals import interval
+from models.artifacts.statistics import interval
 
 
 def roc_auc(labels: NDArray[np.int64], probabilities: NDArray[np.float64], *, seed: int, resamples: int) -> dict[str, float]:

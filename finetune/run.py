@@ -29,10 +29,10 @@ from finetune.review_source import find_reviews, hide_password
 from finetune.scan import PixelStash, Scan
 from finetune.tensorboard import EventWriter
 from finetune.train import Progress, fit, predict
-from models.bundle import Bundle, open_bundle
+from models.artifacts.atomic_io import write_text
+from models.artifacts.bundle import Bundle, open_bundle
+from models.artifacts.predictions import Predictions
 from models.errors import ConfigError
-from models.files import write_text
-from models.predictions import Predictions
 from models.registry import get_spec
 from models.spec import ModelSpec
 

@@ -16,8 +16,8 @@ import yaml
 
 from finetune.config import Config, from_mapping, read_yaml
 from finetune.train import Progress
+from models.artifacts.atomic_io import atomic_write, write_text
 from models.errors import RunError
-from models.files import atomic_write, write_text
 
 CONFIG, CHECKPOINT, HISTORY, BUNDLE = "config.yaml", "checkpoint.pt", "history.csv", "bundle"
 REVIEWS = "reviews.csv"

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from finetune.data import Photo
 from finetune.prefetch import prefetch
 from finetune.shards import ShardStore
+from models.artifacts.atomic_io import sha256_of
 from models.errors import PhotoError
-from models.files import sha256_of
 from models.preprocess import DECODE_PX, Preprocessing, decode
 
 THUMB_PX = 16

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetune.prefetch import batched, prefetch, processors
-from models.bundle import GRAPH, Bundle
+from models.artifacts.atomic_io import atomic_write, write_text
+from models.artifacts.bundle import GRAPH, Bundle
 from models.engine import OnnxEngine
 from models.errors import DataError, PhotoError, RunError
-from models.files import atomic_write, write_text
 
 BATCH = 16
 SETTINGS, DONE = "_settings.json", "_SUCCESS"

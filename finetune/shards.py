@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from models.files import atomic_write, write_text
+from models.artifacts.atomic_io import atomic_write, write_text
 
 ROWS_A_FILE = 256
 

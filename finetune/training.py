@@ -7,7 +7,7 @@ import csv
 from pathlib import Path
 
 from finetune import config as settings
-from models.bundle import Bundle
+from models.artifacts.bundle import Bundle
 from models.errors import RunError
 
 

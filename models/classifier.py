@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from models.bundle import WEIGHTS, Bundle
+from models.artifacts.bundle import WEIGHTS, Bundle
 from models.errors import BundleError, ConfigError, WeightsError, did_you_mean
 from models.preprocess import Preprocessing
 from models.registry import create_model, get_spec

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from models.bundle import Bundle
+from models.artifacts.bundle import Bundle
 from models.engine import OnnxEngine, Pixels, supports_bf16
 from models.errors import ConfigError
 from models.turns import seconds_in_turns

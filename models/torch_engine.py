@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from models.bundle import Bundle
+from models.artifacts.bundle import Bundle
 from models.classifier import load_classifier
 from models.engine import Arrays, Pixels
 

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from models.artifacts.atomic_io import sha256_of
 from models.errors import WeightsError
-from models.files import sha256_of
 from models.spec import ModelSpec, WeightsSource
 
 NO_DOWNLOAD_BACKBONE = "efficientnet_lite0"

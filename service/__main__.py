@@ -10,8 +10,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from models.bundle import open_bundle
-from models.cache import joined_dir
+from models.artifacts.bundle import open_bundle
+from models.artifacts.paths import joined_dir
 from models.errors import ConfigError, UserError
 from service.settings import Settings
 

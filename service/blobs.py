@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from models.files import atomic_write
+from models.artifacts.atomic_io import atomic_write
 
 MEMORY_BYTES = 16 << 20
 USED_S = 3600.0  # how coarsely the last use is noted, as noting it is a write

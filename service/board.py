@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.files import write_text
+from models.artifacts.atomic_io import write_text
 from service.problems import Problem
 
 FOLDER = "SERVICE_BOARD_DIR"

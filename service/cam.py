@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from models.bundle import WEIGHTS, Bundle
+from models.artifacts.bundle import WEIGHTS, Bundle
 
 Floats = NDArray[np.float32]
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.bundle import GRAPH, Bundle
-from models.cache import compiled_dir
+from models.artifacts.bundle import GRAPH, Bundle
+from models.artifacts.paths import compiled_dir
 from models.engine import OnnxEngine, Pixels
 from service.cam import LinearHead
 from service.crew import Crew

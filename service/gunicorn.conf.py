@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from models.cache import whole_bundle
+from models.artifacts.paths import whole_bundle
 from models.errors import UserError
 from service.board import FOLDER, Board, forget_worker, make_folder
 from service.link import first_state

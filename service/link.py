@@ -8,8 +8,8 @@ import os
 from datetime import datetime, timezone
 from pathlib import Path
 
-from models.bundle import MANIFEST, open_bundle
-from models.cache import whole_bundle
+from models.artifacts.bundle import MANIFEST, open_bundle
+from models.artifacts.paths import whole_bundle
 from service.board import Chosen, State
 from service.settings import Settings
 

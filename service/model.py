@@ -19,8 +19,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
-from models.cache import compiled_dir, whole_bundle
+from models.artifacts.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
+from models.artifacts.paths import compiled_dir, whole_bundle
 from models.engine import Engine, OnnxEngine, Pixels
 from models.errors import UserError
 from models.precision import Precision, choose_precision

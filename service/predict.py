@@ -12,7 +12,7 @@ import numpy as np
 from flask import Request, current_app, g
 from numpy.typing import NDArray
 
-from models.bundle import Bundle
+from models.artifacts.bundle import Bundle
 from service.admission import Admission
 from service.images import Prepared
 from service.model import Model, ServedModel

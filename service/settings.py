@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import models
-from models.bundle import MANIFEST
+from models.artifacts.bundle import MANIFEST
+from models.artifacts.evaluation import EVALUATION
 from models.errors import ConfigError
-from models.evaluation import EVALUATION
 
 SHIPPED = Path(models.__file__).parent / "shipped" / "dogs-vs-cats"
 MIB = 1 << 20

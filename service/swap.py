@@ -16,8 +16,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from models.bundle import open_bundle
-from models.cache import whole_bundle
+from models.artifacts.bundle import open_bundle
+from models.artifacts.paths import whole_bundle
 from models.errors import BundleError, UserError
 from service.board import Chosen, Refused, State
 from service.likeness import ALLOWANCES, compare, objection

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tiny
 
-from models.bundle import GOLDEN, GRAPH, MANIFEST, Bundle, open_bundle, write_bundle
+from models.artifacts.bundle import GOLDEN, GRAPH, MANIFEST, Bundle, open_bundle, write_bundle
 
 CLASSES = ("blue", "red", "green")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import and_, false, func, not_, select
 
-from models.predictions import Predictions
+from models.artifacts.predictions import Predictions
 from service.filters import REVIEWS, UNLABELLED, Filter
 from service.store.database import Database
 from service.store.importing import Table, import_table, is_imported, know_model

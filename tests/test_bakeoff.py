@@ -16,7 +16,7 @@ from tiny import colour_folder, finetune, paint
 
 from finetune.comparison import compare, holm
 from finetune.lineup import line_up
-from models.bundle import open_bundle
+from models.artifacts.bundle import open_bundle
 from models.errors import ConfigError, UnknownModelError
 
 FLAGS = ("--epochs", 6, "--batch-size", 4)

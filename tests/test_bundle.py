@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models import bundle as module
-from models.bundle import CARD, GOLDEN, GRAPH, MANIFEST, Bundle, check_golden, describe, open_bundle, write_bundle
+from models.artifacts import bundle as module
+from models.artifacts.bundle import CARD, GOLDEN, GRAPH, MANIFEST, Bundle, check_golden, describe, open_bundle, write_bundle
 from models.errors import BundleError
 from models.preprocess import Preprocessing
 
@@ -115,7 +115,7 @@ def test_an_error_while_writing_leaves_the_older_bundle_and_nothing_else(bundle:
 
 def test_a_kill_while_writing_leaves_the_older_bundle(bundle: Bundle) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from models.bundle import write_bundle\n"
+        "import os, signal, sys; from pathlib import Path; from models.artifacts.bundle import write_bundle\n"
         "def fill(folder):\n"
         "    (folder / 'model.onnx').write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from tiny import COLOURS, TINY, Tiny, colour_folder, finetune, paint, save_weights
 
 from models import registry
-from models.bundle import MANIFEST, check_golden, open_bundle
+from models.artifacts.atomic_io import sha256_of
+from models.artifacts.bundle import MANIFEST, check_golden, open_bundle
 from models.engine import OnnxEngine
-from models.files import sha256_of
 from models.spec import WeightsSource
 from models.weights import read_tensors
 

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from finetune.calibrate import apply_temperature, fit_temperature
-from models.predictions import cross_entropy
+from models.artifacts.predictions import cross_entropy
 
 
 def drawn_from(true_log_probs: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:

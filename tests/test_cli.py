@@ -23,7 +23,7 @@ from tiny import TINY, Tiny, colour_folder, file_size_limit, finetune, paint, sa
 from finetune import run as run_module
 from finetune.__main__ import main
 from models import registry
-from models.files import sha256_of
+from models.artifacts.atomic_io import sha256_of
 from models.registry import list_models
 from models.spec import WeightsSource
 

@@ -10,7 +10,7 @@ import yaml
 from finetune import config as settings
 from finetune.__main__ import main
 from finetune.config import Config
-from models.cache import default_cache_dir
+from models.artifacts.paths import default_cache_dir
 from models.errors import ConfigError
 from models.spec import Recipe
 

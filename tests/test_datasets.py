@@ -20,7 +20,7 @@ from finetune.datasets import KNOWN, fetch
 from finetune.duplicates import find_duplicates
 from finetune.scan import fingerprint_context, scan
 from finetune.shards import ShardStore
-from models.bundle import open_bundle
+from models.artifacts.bundle import open_bundle
 from models.classifier import Normalise
 from models.errors import DataError
 from models.preprocess import Preprocessing

@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from models import precision
-from models.bundle import GRAPH, Bundle, open_bundle
+from models.artifacts.bundle import GRAPH, Bundle, open_bundle
 from models.engine import OnnxEngine, Pixels
 from models.errors import ConfigError
 from models.precision import BF16_TOLERANCE, choose_precision, compare_bf16

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tiny import finetune, registered
 
-from models.bundle import open_bundle
+from models.artifacts.bundle import open_bundle
+from models.artifacts.evaluation import open_results
+from models.artifacts.predictions import Predictions
+from models.artifacts.similarity import LOOKALIKES, Lookalikes
 from models.errors import BundleError
-from models.evaluation import open_results
-from models.lookalikes import LOOKALIKES, Lookalikes
-from models.predictions import Predictions
 
 
 @pytest.fixture(scope="module")

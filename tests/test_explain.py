@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from serving import poll
 
-from models.bundle import GRAPH, WEIGHTS, Bundle, open_bundle
+from models.artifacts.bundle import GRAPH, WEIGHTS, Bundle, open_bundle
 from models.engine import OnnxEngine
 from service.cam import LinearHead
 from service.explain import CAM, OCCLUSION, OUTPUTS, Explainer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.files import atomic_write, sha256_of, write_text
+from models.artifacts.atomic_io import atomic_write, sha256_of, write_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +45,7 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
     target.write_text("old")
     code = (
-        "import os, signal, sys; from pathlib import Path; from models.files import atomic_write\n"
+        "import os, signal, sys; from pathlib import Path; from models.artifacts.atomic_io import atomic_write\n"
         "with atomic_write(Path(sys.argv[1])) as part:\n"
         "    part.write_text('ne')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -22,10 +22,10 @@ from playwright.sync_api import Browser, expect
 from scipy.stats import binomtest
 from serving import Server, poll, serve
 
-from models.bundle import PREDICTIONS, open_bundle
-from models.evaluation import OUT_OF_FOLD, write_evaluation
-from models.lookalikes import LOOKALIKES
-from models.predictions import Predictions
+from models.artifacts.bundle import PREDICTIONS, open_bundle
+from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
+from models.artifacts.predictions import Predictions
+from models.artifacts.similarity import LOOKALIKES
 from service.gallery.panel import numbers
 from service.store.database import Database
 from service.store.importing import Table, import_table, know_model

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from finetune.lookalikes import shrink
+from models.artifacts.similarity import DUPLICATES, EMBEDDINGS, Duplicate, Lookalikes
 from models.errors import BundleError
-from models.lookalikes import DUPLICATES, EMBEDDINGS, Duplicate, Lookalikes
 
 
 def some_lookalikes() -> Lookalikes:

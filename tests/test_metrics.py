@@ -14,7 +14,7 @@ from finetune.intervals import resampled_means
 from finetune.metrics import evaluate, format_summary
 from finetune.reliability import calibration_error, equal_mass_bins
 from finetune.roc import weighted_areas
-from models.intervals import wilson
+from models.artifacts.statistics import wilson
 
 
 def some_answers(

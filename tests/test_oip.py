@@ -15,7 +15,7 @@ import tritonclient.http as triton
 from serving import ANSWER_S, PATIENT, START_S, Reply, Server, serve
 from tritonclient.utils import InferenceServerException
 
-from models.bundle import open_bundle
+from models.artifacts.bundle import open_bundle
 
 SIDE = 32
 

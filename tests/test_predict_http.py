@@ -23,7 +23,7 @@ from serving import PATIENT, START_S, multipart
 from werkzeug.test import TestResponse
 
 from finetune.predict import classify
-from models.bundle import open_bundle
+from models.artifacts.bundle import open_bundle
 from models.preprocess import Preprocessing
 from service import create_app
 from service.problems import CODES

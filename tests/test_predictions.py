@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.artifacts.predictions import Predictions, cross_entropy
 from models.errors import BundleError
-from models.predictions import Predictions, cross_entropy
 
 
 def some_predictions(**changes: object) -> Predictions:

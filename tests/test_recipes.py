@@ -15,7 +15,7 @@ from tiny import finetune
 from zoo_helpers import WIDE, made_small
 
 from finetune.config import from_mapping, read_yaml
-from models.bundle import open_bundle
+from models.artifacts.bundle import open_bundle
 
 __all__ = ["mirror"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from finetune import plots, plots_photos
 from finetune.report import slugs, write_plots
 from models import preprocess
-from models.predictions import Predictions
+from models.artifacts.predictions import Predictions
 
 HISTORY = [
     {

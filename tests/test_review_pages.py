@@ -23,7 +23,7 @@ import pytest
 from serving import ANSWER_S, Reply, Server, poll, serve
 from tiny import finetune, paint, registered, save_weights
 
-from models.files import sha256_of
+from models.artifacts.atomic_io import sha256_of
 
 BROWSER = {"Sec-Fetch-Site": "same-origin"}
 Row = dict[str, Any]

@@ -24,10 +24,10 @@ from finetune.review_source import hide_password
 from finetune.reviews import Reviews, apply_reviews
 from finetune.scan import fingerprint_context, scan
 from finetune.shards import ShardStore
-from models.bundle import open_bundle
+from models.artifacts.atomic_io import sha256_of
+from models.artifacts.bundle import open_bundle
+from models.artifacts.reviews import COLUMNS, Review, read_reviews, write_reviews
 from models.errors import DataError
-from models.files import sha256_of
-from models.reviews import COLUMNS, Review, read_reviews, write_reviews
 
 
 @pytest.fixture
@@ -421,7 +421,7 @@ def test_a_further_folder_that_does_not_fit_is_refused(tmp_path: Path, train: Ca
 def test_every_photo_is_answered_by_a_head_that_did_not_see_it(
     data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]], tiny_weights: Path
 ) -> None:
-    from models.evaluation import open_results
+    from models.artifacts.evaluation import open_results
 
     wrong = data / "train" / "red" / "blue.jpg"
     (data / "train" / "blue" / "blue.003.jpg").rename(wrong)

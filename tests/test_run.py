@@ -28,7 +28,7 @@ from torchvision import transforms
 from finetune.config import Config
 from finetune.device import choose_compute
 from finetune.prepare import feature_cache, prepare
-from models.bundle import Bundle, open_bundle
+from models.artifacts.bundle import Bundle, open_bundle
 from models.engine import OnnxEngine
 from models.weights import read_tensors
 

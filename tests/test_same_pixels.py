@@ -20,7 +20,7 @@ from finetune.duplicates import find_duplicates
 from finetune.sample import draw
 from finetune.scan import PixelStash, Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
-from models.bundle import Bundle
+from models.artifacts.bundle import Bundle
 from models.preprocess import Preprocessing, decode
 
 WANTED = Preprocessing(interpolation="bicubic")

@@ -18,7 +18,7 @@ from serving import poll
 from tiny import finetune
 
 from finetune.predict import classify, stream_photos
-from models.bundle import open_bundle
+from models.artifacts.bundle import open_bundle
 
 HERE = Path(__file__).parent
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from serving import run_service
 
-from models.bundle import GOLDEN, MANIFEST, open_bundle, write_bundle
+from models.artifacts.bundle import GOLDEN, MANIFEST, open_bundle, write_bundle
 from models.errors import ConfigError
 from service.plan import available_cpus, make_plan
 from service.settings import SHIPPED, Settings

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from models.bundle import GRAPH, check_golden, open_bundle
 
 from finetune.__main__ import main
 from finetune.join import open_full
-from models.bundle import GRAPH, check_golden, open_bundle
 from models.engine import OnnxEngine
 from service.cam import LinearHead
 from service.explain import OUTPUTS

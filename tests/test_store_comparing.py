@@ -12,7 +12,7 @@ import pytest
 from gallery_rows import CLASSES, enter, make_predictions
 from scipy.stats import binomtest
 
-from models.predictions import Predictions
+from models.artifacts.predictions import Predictions
 from service.filters import CHANGES, Filter
 from service.problems import Problem
 from service.store.comparing import Comparison, compare

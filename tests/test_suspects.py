@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.predictions import Predictions
-from models.suspects import normalised_margins, rank_suspects, suggested_labels, suspects, thresholds
+from models.artifacts.label_issues import normalised_margins, rank_suspects, suggested_labels, suspects, thresholds
+from models.artifacts.predictions import Predictions
 
 
 def predictions(labels: list[int], probabilities: list[list[float]]) -> Predictions:

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.artifacts.atomic_io import sha256_of
 from models.errors import WeightsError
-from models.files import sha256_of
 from models.registry import get_spec
 from models.spec import ModelSpec, WeightsSource
 from models.weights import find_weights, read_tensors

@@ -19,12 +19,12 @@ from serving import serve
 from tiny import finetune
 from zoo_helpers import WIDE, made_small, random_state, some_pixels
 
-from models.bundle import Bundle, open_bundle
+from models.artifacts.bundle import Bundle, open_bundle
+from models.artifacts.predictions import Predictions
 from models.classifier import build_classifier
 from models.cut import with_outputs
 from models.engine import OnnxEngine
 from models.graph import OUTPUTS, export_served
-from models.predictions import Predictions
 from models.registry import get_spec, list_models
 from models.weights import find_weights
 

@@ -14,7 +14,7 @@ from tiny import colour_folder, finetune
 
 import models.zoo
 from models import registry
-from models.bundle import open_bundle
+from models.artifacts.bundle import open_bundle
 from models.engine import OnnxEngine
 from models.registry import create_model, list_models
 

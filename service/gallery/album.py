@@ -6,8 +6,8 @@ import threading
 
 from flask import current_app
 
-from models.bundle import Bundle, open_bundle
-from models.cache import thumbnails_dir, whole_bundle
+from models.artifacts.bundle import Bundle, open_bundle
+from models.artifacts.paths import thumbnails_dir, whole_bundle
 from models.engine import Pixels
 from service.crew import Crew
 from service.explain import Explainer, Explanation

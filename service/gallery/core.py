@@ -13,12 +13,12 @@ from flask import current_app
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from models.bundle import MANIFEST, Bundle, open_bundle
-from models.cache import default_data_dir, whole_bundle
+from models.artifacts.bundle import MANIFEST, Bundle, open_bundle
+from models.artifacts.evaluation import OUT_OF_FOLD, Results, open_results
+from models.artifacts.label_issues import suspects
+from models.artifacts.paths import default_data_dir, whole_bundle
+from models.artifacts.similarity import Lookalikes
 from models.errors import UserError
-from models.evaluation import OUT_OF_FOLD, Results, open_results
-from models.lookalikes import Lookalikes
-from models.suspects import suspects
 from service.model import Model
 from service.problems import Problem
 from service.settings import Settings

@@ -11,7 +11,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request, stream_with_context, url_for
 
-from models.reviews import Review, write_reviews
+from models.artifacts.reviews import Review, write_reviews
 from service.filters import Filter
 from service.gallery import panel
 from service.gallery.asking import asked_page, listing

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 import numpy as np
 from numpy.typing import NDArray
 
-from models.bundle import Bundle
+from models.artifacts.bundle import Bundle
 from service.gallery.core import Gallery
 from service.metrics import Metrics
 from service.problems import Problem

@@ -10,9 +10,9 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, redirect, render_template, request
 
-from models.cache import whole_bundle
+from models.artifacts.paths import whole_bundle
+from models.artifacts.statistics import wilson
 from models.errors import UserError
-from models.intervals import wilson
 from service.filters import Filter, read_page, sentence
 from service.gallery import panel
 from service.gallery.album import album

@@ -10,7 +10,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, request, url_for
 
-from models.lookalikes import Duplicate
+from models.artifacts.similarity import Duplicate
 from service.explain import Explanation
 from service.filters import Filter, sentence
 from service.gallery.album import album

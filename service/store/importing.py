@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, Row, case, insert, select, update
 
-from models.predictions import Predictions, cross_entropy
+from models.artifacts.predictions import Predictions, cross_entropy
 from service.store.tables import RANGED, UNKNOWN, cells, current_reviews, imports, models, predictions
 
 CHUNK = 5_000

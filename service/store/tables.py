@@ -98,7 +98,7 @@ cells = Table(
     Column("percent", SmallInteger, nullable=False),  # the confidence, rounded down, 99 at most
     Column("review", String(16), nullable=False),  # unreviewed, confirmed, relabelled, neither or bad
     Column("duplicate", Boolean, nullable=False),  # looks like a photo with another label
-    Column("mislabelled", Boolean, nullable=False),  # probably: see models.suspects
+    Column("mislabelled", Boolean, nullable=False),  # probably: see models.artifacts.label_issues
     Column("photos", Integer, nullable=False),
     # Between which values its photos lie, or lay once; nulls before the first. See service/store/segments.py.
     *(Column(f"{name}_{end}", Name if name == "photo" else Double) for name in RANGED for end in ("low", "high")),

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from models.artifacts.atomic_io import atomic_write
 from models.errors import BundleError
-from models.files import atomic_write
 
 SMALLEST_PROBABILITY = 1e-12
 SUM_TOLERANCE = 1e-3  # half precision on some runtimes misses 1 by this much

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from models.bundle import Bundle, open_bundle
+from models.artifacts.bundle import Bundle, open_bundle
 from models.errors import BundleError
 
 

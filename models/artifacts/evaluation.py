@@ -13,11 +13,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from models.bundle import MANIFEST, PREDICTIONS, Bundle, check_file, digest, list_files, open_bundle
+from models.artifacts.atomic_io import write_text
+from models.artifacts.bundle import MANIFEST, PREDICTIONS, Bundle, check_file, digest, list_files, open_bundle
+from models.artifacts.predictions import Predictions
+from models.artifacts.similarity import LOOKALIKES, Lookalikes
 from models.errors import BundleError
-from models.files import write_text
-from models.lookalikes import LOOKALIKES, Lookalikes
-from models.predictions import Predictions
 
 FORMAT = 1
 EVALUATION = "evaluation.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from models.predictions import Predictions
+from models.artifacts.predictions import Predictions
 
 
 def thresholds(predictions: Predictions) -> NDArray[np.float64]:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.artifacts.atomic_io import sha256_of
 from models.errors import BundleError
-from models.files import sha256_of
 from models.preprocess import Preprocessing
 
 FORMAT = 1

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from models.artifacts.atomic_io import atomic_write
 from models.errors import BundleError
-from models.files import atomic_write
 
 EMBEDDINGS, DUPLICATES = "embeddings.npz", "duplicates.csv"
 LOOKALIKES = (EMBEDDINGS, DUPLICATES)

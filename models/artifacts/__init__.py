@@ -1,0 +1,1 @@
+"""File formats that pass between training and serving: the bundle, predictions, reviews. Never imports torch."""
