@@ -32,10 +32,10 @@ from finetune.data import read_dataset
 from finetune.device import choose_compute
 from finetune.prepare import feature_cache, look, make_batches, prepare
 from finetune.run import fit_head, name_inputs
-from models.classifier import build_classifier
-from models.registry import get_spec
-from models.spec import ModelSpec
-from models.weights import find_weights
+from models.networks.classifier import build_classifier
+from models.networks.registry import get_spec
+from models.networks.spec import ModelSpec
+from models.networks.weights import find_weights
 
 EPOCHS = 10
 
@@ -139,7 +139,7 @@ def subset(data: Path, photos: int, out: Path) -> Path:
 
 def random_weights(backbone: str, folder: Path) -> str:
     """A file of random weights: speed does not depend on what the numbers are."""
-    from models.registry import create_model
+    from models.networks.registry import create_model
 
     torch.manual_seed(0)
     torch.save(create_model(backbone).state_dict(), folder / "random.pth")

@@ -11,12 +11,12 @@ import torch
 import torchinfo
 from torch import Tensor, nn
 
-from models.classifier import Classifier
-from models.cost import empty, picture_shape
-from models.cut import cut
-from models.registry import get_spec
-from models.spec import ModelSpec
-from models.watch import names_of, watching
+from models.networks.classifier import Classifier
+from models.networks.flops import empty, picture_shape
+from models.networks.hooks import names_of, watching
+from models.networks.registry import get_spec
+from models.networks.spec import ModelSpec
+from models.networks.split_point import cut
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from finetune.run import settle, train
 from models.artifacts.atomic_io import sha256_of, write_text
 from models.artifacts.bundle import Bundle
 from models.errors import RunError, WeightsError
-from models.registry import get_spec
+from models.networks.registry import get_spec
 
 RECORD = "bakeoff-run.json"
 # What a person may give for all networks alike; what is not given is each one's own recipe.

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from models.errors import ConfigError, did_you_mean
-from models.spec import Recipe
+from models.networks.spec import Recipe
 
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "digits")
 

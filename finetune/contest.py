@@ -15,11 +15,11 @@ from finetune.predict import classify
 from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
 from models.artifacts.predictions import Predictions, cross_entropy
 from models.artifacts.statistics import wilson
-from models.cost import empty, parameters
 from models.engine import OnnxEngine
+from models.networks.flops import empty, parameters
+from models.networks.head_replacement import replace_heads
+from models.networks.registry import get_spec
 from models.precision import choose_precision
-from models.registry import get_spec
-from models.surgery import replace_heads
 from models.turns import seconds_in_turns
 
 ROUNDS, PHOTOS_A_ROUND = 20, 5

@@ -37,7 +37,7 @@ from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions
 from models.errors import BundleError, DataError
-from models.registry import get_spec
+from models.networks.registry import get_spec
 
 SPLIT = "train and valid"
 

@@ -30,10 +30,10 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
 
     Raises WeightsError where the base is not to be had, BundleError where it is not the one that the head was trained on.
     """
-    from models.classifier import build_classifier
-    from models.graph import export_served
-    from models.registry import get_spec
-    from models.weights import find_weights, read_tensors, write_tensors
+    from models.networks.classifier import build_classifier
+    from models.networks.onnx_export import export_served
+    from models.networks.registry import get_spec
+    from models.networks.weights import find_weights, read_tensors, write_tensors
 
     spec = get_spec(bundle.backbone)
     if spec.preprocessing != bundle.preprocessing:

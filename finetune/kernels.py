@@ -19,9 +19,9 @@ from finetune.folders import check_free
 from finetune.join import open_full
 from finetune.tiles import normalised, sheet
 from models.artifacts.bundle import Bundle
-from models.classifier import Classifier, load_classifier
 from models.errors import BundleError, ConfigError, DataError
-from models.watch import names_of, watching
+from models.networks.classifier import Classifier, load_classifier
+from models.networks.hooks import names_of, watching
 
 FILTER_PX, MAP_PX, INPUT_PX = 60, 112, 224
 MOST_FILTERS = 256

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from models.errors import ConfigError
-from models.registry import get_spec, list_models
-from models.spec import ModelSpec
-from models.weights import has_weights_here
+from models.networks.registry import get_spec, list_models
+from models.networks.spec import ModelSpec
+from models.networks.weights import has_weights_here
 
 SMALL_PX = 64
 SMALL, ALL = "small", "all"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from finetune.duplicates import find_duplicates
 from finetune.scan import Scan
 from models.artifacts.similarity import Duplicate, Lookalikes
-from models.classifier import Classifier
-from models.spec import ModelSpec
+from models.networks.classifier import Classifier
+from models.networks.spec import ModelSpec
 
 MOST_NUMBERS = 64
 

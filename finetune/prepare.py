@@ -20,10 +20,10 @@ from finetune.reviews import Applied, Reviews, apply_reviews
 from finetune.scan import PixelStash, Scan, fingerprint_context, scan
 from finetune.shards import ShardStore
 from models.artifacts.paths import default_cache_dir
-from models.classifier import Classifier, build_classifier, trained_names
-from models.cut import Cut, cut
-from models.spec import ModelSpec
-from models.weights import Weights, find_weights
+from models.networks.classifier import Classifier, build_classifier, trained_names
+from models.networks.spec import ModelSpec
+from models.networks.split_point import Cut, cut
+from models.networks.weights import Weights, find_weights
 
 
 @dataclass(frozen=True)

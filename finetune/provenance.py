@@ -16,8 +16,8 @@ from finetune.audit import Audit
 from finetune.config import Config
 from finetune.scan import Scan
 from finetune.train import Progress
-from models.spec import ModelSpec
-from models.weights import Weights
+from models.networks.spec import ModelSpec
+from models.networks.weights import Weights
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "openvino", "onnx", "onnxscript")
 # A bundle travels: where on this machine things lay is nobody's business.

@@ -33,8 +33,8 @@ from models.artifacts.atomic_io import write_text
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError
-from models.registry import get_spec
-from models.spec import ModelSpec
+from models.networks.registry import get_spec
+from models.networks.spec import ModelSpec
 
 Embeddings = NDArray[np.float32]
 

@@ -17,8 +17,8 @@ from finetune import ranks
 from finetune.batches import Batches
 from finetune.config import Config
 from finetune.device import Compute
-from models.cut import train_mode
 from models.errors import RunError
+from models.networks.split_point import train_mode
 
 Row = dict[str, float]
 

@@ -56,7 +56,7 @@ def _with_dataset(config: settings.Config, *, resume: bool) -> settings.Config:
     """Fetch the data set that is named, once the network is known and the run's place is free: it may be large."""
     from finetune import datasets, rundir
     from finetune.run import default_run_dir
-    from models.registry import get_spec
+    from models.networks.registry import get_spec
 
     get_spec(config.backbone)
     config = datasets.locate(config)

@@ -8,9 +8,9 @@ import json
 from functools import cache
 from typing import Any
 
-from models.cost import cost_of
 from models.errors import ConfigError, did_you_mean
-from models.registry import get_spec, list_models
+from models.networks.flops import cost_of
+from models.networks.registry import get_spec, list_models
 
 LIBRARY = "timm:NAME is any of timm's networks, as timm:convnext_tiny; `finetune models show NAME` has one layer by layer."
 

@@ -12,7 +12,7 @@ __all__ = ["create_model", "get_spec", "list_models", "register_model"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from models import registry
+        from models.networks import registry
 
         return getattr(registry, name)
     raise AttributeError(f"module 'models' has no attribute {name!r}")

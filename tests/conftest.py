@@ -78,7 +78,7 @@ def random_weights() -> RandomWeights:
     """``random_weights(name)`` gives a state dict with random numbers for a network, the same ones every time."""
     import torch
 
-    from models.registry import create_model
+    from models.networks.registry import create_model
 
     @functools.cache
     def make(name: str) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def vgg16_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A state dict of VGG16 with random numbers: 550 MB, so it is made once and only where a test asks for it."""
     import torch
 
-    from models.registry import create_model
+    from models.networks.registry import create_model
 
     with torch.device("meta"):
         empty = create_model("vgg16").state_dict()

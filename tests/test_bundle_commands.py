@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import COLOURS, TINY, Tiny, colour_folder, finetune, paint, save_weights
 
-from models import registry
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import MANIFEST, check_golden, open_bundle
 from models.engine import OnnxEngine
-from models.spec import WeightsSource
-from models.weights import read_tensors
+from models.networks import registry
+from models.networks.spec import WeightsSource
+from models.networks.weights import read_tensors
 
 CLASSES = ("blue", "red, or so")
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 from torchvision.transforms import functional
 
-from models.classifier import Classifier, Normalise, build_classifier, trained_names
 from models.errors import ConfigError, WeightsError
+from models.networks.classifier import Classifier, Normalise, build_classifier, trained_names
+from models.networks.registry import get_spec
+from models.networks.weights import find_weights
 from models.preprocess import Preprocessing
-from models.registry import get_spec
-from models.weights import find_weights
 
 State = dict[str, Tensor]
 RESNET = get_spec("resnet18")

@@ -22,10 +22,10 @@ from tiny import TINY, Tiny, colour_folder, file_size_limit, finetune, paint, sa
 
 from finetune import run as run_module
 from finetune.__main__ import main
-from models import registry
 from models.artifacts.atomic_io import sha256_of
-from models.registry import list_models
-from models.spec import WeightsSource
+from models.networks import registry
+from models.networks.registry import list_models
+from models.networks.spec import WeightsSource
 
 
 @pytest.fixture(scope="module")

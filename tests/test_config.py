@@ -12,7 +12,7 @@ from finetune.__main__ import main
 from finetune.config import Config
 from models.artifacts.paths import default_cache_dir
 from models.errors import ConfigError
-from models.spec import Recipe
+from models.networks.spec import Recipe
 
 
 def parse(*words: str) -> Config:

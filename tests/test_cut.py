@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.classifier import Classifier, build_classifier
-from models.cut import cut, trace, train_mode, with_outputs
-from models.registry import create_model, get_spec
-from models.weights import find_weights
+from models.networks.classifier import Classifier, build_classifier
+from models.networks.registry import create_model, get_spec
+from models.networks.split_point import cut, trace, train_mode, with_outputs
+from models.networks.weights import find_weights
 
 State = dict[str, Tensor]
 BuildFrom = Callable[..., Classifier]

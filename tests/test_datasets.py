@@ -21,8 +21,8 @@ from finetune.duplicates import find_duplicates
 from finetune.scan import fingerprint_context, scan
 from finetune.shards import ShardStore
 from models.artifacts.bundle import open_bundle
-from models.classifier import Normalise
 from models.errors import DataError
+from models.networks.classifier import Normalise
 from models.preprocess import Preprocessing
 
 __all__ = ["mirror"]

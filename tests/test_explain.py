@@ -278,7 +278,7 @@ def test_the_engine_is_given_back_when_nobody_asks_and_made_again(make: Callable
 
 
 def test_outputs_are_those_that_are_exported() -> None:
-    from models import graph
+    from models.networks import onnx_export as graph
 
     assert graph.OUTPUTS == OUTPUTS
 

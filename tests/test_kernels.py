@@ -14,10 +14,10 @@ from zoo_helpers import made_small
 
 from finetune.kernels import draw_filters, first_filters, maps_of, stages
 from finetune.tiles import normalised, sheet
-from models.classifier import Classifier, build_classifier
-from models.cost import empty
+from models.networks.classifier import Classifier, build_classifier
+from models.networks.flops import empty
+from models.networks.registry import get_spec
 from models.preprocess import Preprocessing
-from models.registry import get_spec
 
 SHIPPED = Path(__file__).resolve().parent.parent / "models" / "shipped" / "dogs-vs-cats"
 GREY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))

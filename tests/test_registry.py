@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import models
-from models import registry
 from models.errors import UnknownModelError
-from models.registry import create_model, get_spec, list_models, register_model
-from models.spec import ModelSpec
+from models.networks import registry
+from models.networks.registry import create_model, get_spec, list_models, register_model
+from models.networks.spec import ModelSpec
 
 PARAMETERS = {
     "alexnet": 61_100_840,

@@ -24,8 +24,8 @@ from finetune.device import choose_compute
 from finetune.features import FeatureCache, FrozenPart
 from finetune.scan import PixelStash, Scan
 from finetune.shards import ShardStore
-from models.classifier import build_classifier
-from models.cut import cut
+from models.networks.classifier import build_classifier
+from models.networks.split_point import cut
 
 EPOCHS = 60
 HERE = Path(__file__).parent

@@ -20,11 +20,11 @@ from finetune.config import Config
 from finetune.device import Compute
 from finetune.features import FrozenPart
 from finetune.train import Progress, fit, learning_rate
-from models.classifier import Classifier, build_classifier, trained_names
-from models.cut import Cut, cut
 from models.errors import RunError
-from models.registry import create_model, get_spec
-from models.weights import read_tensors
+from models.networks.classifier import Classifier, build_classifier, trained_names
+from models.networks.registry import create_model, get_spec
+from models.networks.split_point import Cut, cut
+from models.networks.weights import read_tensors
 
 CPU = Compute(torch.device("cpu"), "fp32")
 CONFIG = Config(backbone="tiny", epochs=4, seed=5).with_recipe(TINY.recipe)

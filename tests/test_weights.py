@@ -21,9 +21,9 @@ from torch import Tensor
 
 from models.artifacts.atomic_io import sha256_of
 from models.errors import WeightsError
-from models.registry import get_spec
-from models.spec import ModelSpec, WeightsSource
-from models.weights import find_weights, read_tensors
+from models.networks.registry import get_spec
+from models.networks.spec import ModelSpec, WeightsSource
+from models.networks.weights import find_weights, read_tensors
 
 LITE = get_spec("efficientnet_lite0")
 STATE = {"conv.weight": torch.arange(12.0).reshape(3, 4), "conv.bias": torch.ones(3)}

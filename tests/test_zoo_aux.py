@@ -13,9 +13,9 @@ from finetune.batches import CachedBatches
 from finetune.config import Config
 from finetune.device import Compute
 from finetune.train import fit, predict
-from models.classifier import build_classifier, trained_names
-from models.cut import cut, train_mode, with_outputs
-from models.registry import get_spec
+from models.networks.classifier import build_classifier, trained_names
+from models.networks.registry import get_spec
+from models.networks.split_point import cut, train_mode, with_outputs
 
 CPU = Compute(torch.device("cpu"), "fp32")
 CONFIG = Config(weights="none", epochs=1, batch_size=4).with_recipe(get_spec("lenet5").recipe)

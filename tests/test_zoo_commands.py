@@ -12,8 +12,8 @@ from torch import nn
 
 from finetune.anatomy import convolutions, frozen_until
 from finetune.zoo import describe, line, short
-from models.cost import empty, picture_shape
-from models.registry import get_spec
+from models.networks.flops import empty, picture_shape
+from models.networks.registry import get_spec
 
 
 def shown(*words: str) -> str:

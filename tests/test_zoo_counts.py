@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.cost import cost_of, count, macs, parameters, picture_shape
-from models.registry import create_model, get_spec, list_models
+from models.networks.flops import cost_of, count, macs, parameters, picture_shape
+from models.networks.registry import create_model, get_spec, list_models
 from models.zoo import inception_blocks
 from models.zoo.mobilenet import separable_share
 from models.zoo.vgg import DEPTHS, stages

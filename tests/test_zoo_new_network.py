@@ -13,10 +13,10 @@ import pytest
 from tiny import colour_folder, finetune
 
 import models.zoo
-from models import registry
 from models.artifacts.bundle import open_bundle
 from models.engine import OnnxEngine
-from models.registry import create_model, list_models
+from models.networks import registry
+from models.networks.registry import create_model, list_models
 
 DOC = (Path(__file__).parents[1] / "docs" / "adding-a-network.md").read_text(encoding="utf-8")
 
@@ -71,7 +71,7 @@ def test_a_name_that_is_taken_is_refused_at_import(zoo: Path) -> None:
 def test_the_guide_names_every_field_of_a_spec() -> None:
     from dataclasses import fields
 
-    from models.spec import ModelSpec
+    from models.networks.spec import ModelSpec
 
     rows = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", DOC, flags=re.MULTILINE))))
     assert rows == {field.name for field in fields(ModelSpec)}

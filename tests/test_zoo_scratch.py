@@ -20,9 +20,9 @@ from finetune.data import Photo
 from finetune.device import Compute
 from finetune.features import FrozenPart
 from finetune.train import make_optimizer
-from models.classifier import Classifier
-from models.cut import cut
-from models.registry import create_model, get_spec
+from models.networks.classifier import Classifier
+from models.networks.registry import create_model, get_spec
+from models.networks.split_point import cut
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import nn
 from zoo_helpers import random_state, some_pixels
 
-from models.classifier import build_classifier, trained_names
-from models.cut import cut, with_outputs
 from models.errors import ConfigError, UnknownModelError
-from models.registry import create_model, get_spec, list_models
-from models.weights import find_weights
+from models.networks.classifier import build_classifier, trained_names
+from models.networks.registry import create_model, get_spec, list_models
+from models.networks.split_point import cut, with_outputs
+from models.networks.weights import find_weights
 
 # A convolutional network, one that fx cannot look into everywhere, a transformer with a class token, one with two heads,
 # one whose head is a 1x1 convolution, and one with stochastic depth and numbers that are in no state dict.

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from zoo_helpers import made_small, random_state, some_pixels
 
-from models.classifier import Classifier, build_classifier, trained_names
-from models.cut import Cut, cut, train_mode, with_outputs
-from models.registry import create_model, list_models
-from models.spec import ModelSpec
-from models.weights import write_tensors
+from models.networks.classifier import Classifier, build_classifier, trained_names
+from models.networks.registry import create_model, list_models
+from models.networks.spec import ModelSpec
+from models.networks.split_point import Cut, cut, train_mode, with_outputs
+from models.networks.weights import write_tensors
 
 pytestmark = pytest.mark.heavy
 

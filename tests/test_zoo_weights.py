@@ -12,11 +12,11 @@ from torch import Tensor
 from torchvision import models as torchvision_models
 from zoo_helpers import random_state, some_pixels
 
-from models.classifier import build_classifier
 from models.errors import WeightsError
-from models.registry import create_model, get_spec, list_models
-from models.spec import WeightsSource
-from models.weights import find_weights
+from models.networks.classifier import build_classifier
+from models.networks.registry import create_model, get_spec, list_models
+from models.networks.spec import WeightsSource
+from models.networks.weights import find_weights
 
 PRETRAINED = [name for name in list_models() if get_spec(name).weights]
 TORCHVISION = [name for name in PRETRAINED if "download.pytorch.org" in get_spec(name).weights.place]  # type: ignore[union-attr]

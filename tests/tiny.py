@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from models import registry
+from models.networks import registry
+from models.networks.spec import ModelSpec, Recipe
 from models.preprocess import Preprocessing
-from models.spec import ModelSpec, Recipe
 
 if TYPE_CHECKING:
     from finetune.train import Progress

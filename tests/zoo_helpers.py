@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import registry
-from models.registry import create_model, get_spec, list_models
-from models.spec import ModelSpec
+from models.networks import registry
+from models.networks.registry import create_model, get_spec, list_models
+from models.networks.spec import ModelSpec
 
 # Their first Linear layer wants a map of one size only, or (Inception) their windows a map of some size at least.
 SMALLEST_PX = {"alexnet": 64, "inception_v3": 75, "inception_v4": 75, "squeezenet1_1": 96}

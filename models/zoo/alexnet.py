@@ -7,10 +7,10 @@ from collections import OrderedDict
 from torch import nn
 from torchvision import models as torchvision_models
 
+from models.networks.head_replacement import with_channels
+from models.networks.registry import register_model
+from models.networks.spec import FROM_SCRATCH, Cost, ModelSpec, WeightsSource
 from models.preprocess import Preprocessing
-from models.registry import register_model
-from models.spec import FROM_SCRATCH, Cost, ModelSpec, WeightsSource
-from models.surgery import with_channels
 from models.zoo.initialise import xavier
 
 ALEXNET_2012 = ModelSpec(

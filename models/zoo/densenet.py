@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from models.registry import register_model
-from models.spec import Cost, ModelSpec, WeightsSource
-from models.surgery import with_channels
+from models.networks.head_replacement import with_channels
+from models.networks.registry import register_model
+from models.networks.spec import Cost, ModelSpec, WeightsSource
 
 
 def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

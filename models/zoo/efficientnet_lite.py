@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from models.networks.registry import register_model
+from models.networks.spec import Cost, ModelSpec, Recipe, WeightsSource
 from models.preprocess import Preprocessing
-from models.registry import register_model
-from models.spec import Cost, ModelSpec, Recipe, WeightsSource
 
 # The compound rule's input sizes, and the sha256 of the published weights.
 LITES = {

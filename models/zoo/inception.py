@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNet
 from torchvision.models.inception import Inception3
 
+from models.networks.head_replacement import with_channels
+from models.networks.registry import register_model
+from models.networks.spec import Cost, ModelSpec, WeightsSource
 from models.preprocess import Preprocessing
-from models.registry import register_model
-from models.spec import Cost, ModelSpec, WeightsSource
-from models.surgery import with_channels
 
 MINUS_ONE_TO_ONE = (0.5, 0.5, 0.5)
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.cost import macs, parameters
+from models.networks.flops import macs, parameters
 
 # GoogLeNet's table 1, row "inception (3a)": how many maps each branch gives, and to how many the 1x1 before it reduces.
 INPUTS = 192

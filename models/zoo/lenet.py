@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from models.registry import register_model
-from models.spec import COLOUR_32, FROM_SCRATCH, GREY_28, Cost, ModelSpec
+from models.networks.registry import register_model
+from models.networks.spec import COLOUR_32, FROM_SCRATCH, GREY_28, Cost, ModelSpec
 from models.zoo.initialise import xavier
 
 LENET5 = ModelSpec(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from models.registry import register_model
-from models.spec import FROM_SCRATCH, GREY_28, Cost, ModelSpec
+from models.networks.registry import register_model
+from models.networks.spec import FROM_SCRATCH, GREY_28, Cost, ModelSpec
 
 MLP_SPEC = ModelSpec(
     name="mlp",

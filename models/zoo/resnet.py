@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from models.registry import register_model
-from models.spec import Cost, ModelSpec, WeightsSource
-from models.surgery import with_channels
+from models.networks.head_replacement import with_channels
+from models.networks.registry import register_model
+from models.networks.spec import Cost, ModelSpec, WeightsSource
 
 # The paper's table 1: how many blocks each stage has. A basic block is two 3x3 convolutions; a bottleneck is 1x1, 3x3 and
 # 1x1, and four times as wide behind as inside.

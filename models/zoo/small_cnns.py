@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from models.registry import register_model
-from models.spec import FROM_SCRATCH, GREY_28, Cost, ModelSpec
+from models.networks.registry import register_model
+from models.networks.spec import FROM_SCRATCH, GREY_28, Cost, ModelSpec
 from models.zoo.initialise import lecun
 
 

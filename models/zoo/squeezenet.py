@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torchvision import models as torchvision_models
 
-from models.registry import register_model
-from models.spec import Cost, ModelSpec, WeightsSource
-from models.surgery import with_channels
+from models.networks.head_replacement import with_channels
+from models.networks.registry import register_model
+from models.networks.spec import Cost, ModelSpec, WeightsSource
 
 SQUEEZENET1_1 = ModelSpec(
     name="squeezenet1_1",

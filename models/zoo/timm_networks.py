@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ConfigError, UnknownModelError, did_you_mean
+from models.networks.hooks import names_of, watching
+from models.networks.registry import register_library
+from models.networks.spec import ModelSpec, Recipe, WeightsSource
 from models.preprocess import INTERPOLATIONS, Preprocessing
-from models.registry import register_library
-from models.spec import ModelSpec, Recipe, WeightsSource
-from models.watch import names_of, watching
 
 HOME = "https://github.com/huggingface/pytorch-image-models"
 IMAGENET_CLASSES = 1000  # the size of the head that is replaced, where timm publishes a network without one
@@ -133,8 +133,8 @@ def find_map(net: nn.Module, preprocessing: Preprocessing) -> str:
 
     Dropout is no such layer: in a transformer it gives maps of which place looks at which.
     """
-    from models.classifier import Classifier  # here, as they know the registry that this file registers with
-    from models.cut import visible
+    from models.networks.classifier import Classifier  # here, as they know the registry that this file registers with
+    from models.networks.split_point import visible
 
     maps: list[str] = []
     known = visible(Classifier(net, preprocessing))

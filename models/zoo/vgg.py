@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models.vgg import VGG, make_layers
 
-from models.registry import register_model
-from models.spec import COLOUR_32, FROM_SCRATCH, Cost, ModelSpec, WeightsSource
-from models.surgery import with_channels
+from models.networks.head_replacement import with_channels
+from models.networks.registry import register_model
+from models.networks.spec import COLOUR_32, FROM_SCRATCH, Cost, ModelSpec, WeightsSource
 
 PAPER = "https://arxiv.org/abs/1409.1556"
 WIDTHS = (64, 128, 256, 512, 512)

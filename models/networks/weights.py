@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models.artifacts.atomic_io import sha256_of
 from models.errors import WeightsError
-from models.spec import ModelSpec, WeightsSource
+from models.networks.spec import ModelSpec, WeightsSource
 
 NO_DOWNLOAD_BACKBONE = "efficientnet_lite0"
 

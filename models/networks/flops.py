@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.registry import create_model
-from models.spec import Cost, ModelSpec
-from models.watch import names_of, watching
+from models.networks.hooks import names_of, watching
+from models.networks.registry import create_model
+from models.networks.spec import Cost, ModelSpec
 
 
 def parameters(net: nn.Module) -> int:

@@ -18,8 +18,8 @@ from torch.fx import Graph, GraphModule, Node, Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from models.classifier import Classifier
 from models.errors import ConfigError
+from models.networks.classifier import Classifier
 
 
 class _LeafTracer(Tracer):

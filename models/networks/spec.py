@@ -86,7 +86,7 @@ class ModelSpec:
     (Szegedy et al. 2014): its builder takes ``aux=True``, and training from random weights adds so much of their losses.
     Without ``weights`` a network is always trained from random ones. ``cost`` spares the table of networks from counting each;
     a test counts, and none recorded is counted when it is asked for.
-    Where the frozen part ends is not written down: ``models.cut`` finds it from the network itself.
+    Where the frozen part ends is not written down: ``models.networks.split_point`` finds it from the network itself.
     """
 
     name: str

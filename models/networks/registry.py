@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from models.errors import UnknownModelError, did_you_mean
-from models.spec import ModelSpec
+from models.networks.spec import ModelSpec
 
 Builder = Callable[..., nn.Module]
 Entry = tuple[ModelSpec, Builder]

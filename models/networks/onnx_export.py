@@ -12,11 +12,11 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
-from models.classifier import Classifier
-from models.cut import with_outputs
-from models.fold import fold_batchnorm
+from models.networks.batchnorm_fusion import fold_batchnorm
+from models.networks.classifier import Classifier
+from models.networks.spec import ModelSpec
+from models.networks.split_point import with_outputs
 from models.preprocess import Preprocessing
-from models.spec import ModelSpec
 
 PIXELS = "pixels"
 OUTPUTS = ("probabilities", "embedding", "feature_map")

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from models.artifacts.bundle import WEIGHTS, Bundle
 from models.errors import BundleError, ConfigError, WeightsError, did_you_mean
+from models.networks.head_replacement import replace_heads
+from models.networks.registry import create_model, get_spec
+from models.networks.spec import ModelSpec
+from models.networks.weights import read_tensors
 from models.preprocess import Preprocessing
-from models.registry import create_model, get_spec
-from models.spec import ModelSpec
-from models.surgery import replace_heads
-from models.weights import read_tensors
 
 State = Mapping[str, Tensor]
 

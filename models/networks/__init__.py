@@ -1,0 +1,1 @@
+"""Networks in torch: the registry, pretrained weights, the classifier built on them, and its ONNX export."""
