@@ -28,7 +28,7 @@ import numpy as np
 from finetune.photos import walk_photos
 from models.artifacts.bundle import GRAPH, open_bundle
 from models.artifacts.paths import whole_bundle
-from models.engine import OnnxEngine
+from models.runtime.openvino_engine import OnnxEngine
 
 PART = 100
 ENGINE_PHOTOS = 64

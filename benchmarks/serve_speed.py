@@ -122,8 +122,8 @@ class Bare:
 
     def __init__(self, path: Path, photos: list[bytes]) -> None:
         from models.artifacts.bundle import GRAPH, open_bundle
-        from models.engine import OnnxEngine
-        from models.precision import choose_precision
+        from models.runtime.openvino_engine import OnnxEngine
+        from models.runtime.precision import choose_precision
         from service.plan import make_plan
         from service.settings import Settings
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from models.artifacts.atomic_io import write_text
-from models.precision import agrees, describe
+from models.runtime.precision import agrees, describe
 
 TITLES = {"accuracy": "accuracy", "log_loss": "log loss", "roc_auc": "ROC AUC", "calibration_error": "calibration error"}
 

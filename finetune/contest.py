@@ -15,12 +15,12 @@ from finetune.predict import classify
 from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
 from models.artifacts.predictions import Predictions, cross_entropy
 from models.artifacts.statistics import wilson
-from models.engine import OnnxEngine
 from models.networks.flops import empty, parameters
 from models.networks.head_replacement import replace_heads
 from models.networks.registry import get_spec
-from models.precision import choose_precision
-from models.turns import seconds_in_turns
+from models.runtime.interleaved_timing import seconds_in_turns
+from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.precision import choose_precision
 
 ROUNDS, PHOTOS_A_ROUND = 20, 5
 Measure = dict[str, float]

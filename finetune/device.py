@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from models.engine import supports_bf16
 from models.errors import ConfigError
+from models.runtime.openvino_engine import supports_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

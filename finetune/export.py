@@ -17,13 +17,13 @@ from finetune.golden import golden_pixels
 from finetune.results import PLOTS
 from models.artifacts.bundle import CARD, GOLDEN, GRAPH, HEAD, PREDICTIONS, WEIGHTS, Bundle, describe, write_bundle
 from models.artifacts.similarity import LOOKALIKES
-from models.engine import OnnxEngine
 from models.errors import BundleError
 from models.networks.classifier import Classifier
 from models.networks.onnx_export import OUTPUTS, PIXELS, export_served
 from models.networks.spec import ModelSpec
 from models.networks.weights import write_tensors
-from models.precision import compare_bf16
+from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.precision import compare_bf16
 
 # The largest difference of a probability. In float32 two engines differ by rounding alone. In bfloat16 a feature has 8
 # significant bits: what was trained on rounded features is served on exact ones.

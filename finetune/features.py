@@ -20,11 +20,11 @@ from finetune.device import Compute
 from finetune.prefetch import batched, own_threads, prefetch
 from finetune.scan import PixelStash, Scan
 from finetune.shards import ShardStore
-from models.engine import OnnxEngine, load_openvino
 from models.networks.batchnorm_fusion import fold_batchnorm
 from models.networks.onnx_export import export_onnx
 from models.networks.split_point import Cut
 from models.preprocess import Preprocessing
+from models.runtime.openvino_engine import OnnxEngine, load_openvino
 
 CPU_BATCH, GPU_BATCH = 8, 64
 

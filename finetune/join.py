@@ -21,8 +21,8 @@ from models.artifacts.bundle import (
 )
 from models.artifacts.paths import joined_dir
 from models.artifacts.similarity import LOOKALIKES
-from models.engine import OnnxEngine
 from models.errors import BundleError
+from models.runtime.openvino_engine import OnnxEngine
 
 
 def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:

@@ -19,9 +19,9 @@ from finetune.photos import is_photo, walk_photos
 from finetune.prefetch import batched, prefetch
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
 from models.artifacts.paths import whole_bundle
-from models.engine import OnnxEngine, supports_bf16
 from models.errors import ConfigError, DataError, PhotoError
-from models.precision import choose_precision
+from models.runtime.openvino_engine import OnnxEngine, supports_bf16
+from models.runtime.precision import choose_precision
 
 BATCH = 16
 

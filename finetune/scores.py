@@ -26,8 +26,8 @@ from tqdm import tqdm
 from finetune.prefetch import batched, prefetch, processors
 from models.artifacts.atomic_io import atomic_write, write_text
 from models.artifacts.bundle import GRAPH, Bundle
-from models.engine import OnnxEngine
 from models.errors import DataError, PhotoError, RunError
+from models.runtime.openvino_engine import OnnxEngine
 
 BATCH = 16
 SETTINGS, DONE = "_settings.json", "_SUCCESS"

@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, g, jsonify, request
 
-from models.engine import Pixels
+from models.runtime.openvino_engine import Pixels
 from service.model import Model, ServedModel
 from service.pictures import png_of
 from service.predict import Prediction, predictor, ranked

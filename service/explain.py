@@ -18,7 +18,7 @@ from PIL import Image
 
 from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.paths import compiled_dir
-from models.engine import OnnxEngine, Pixels
+from models.runtime.openvino_engine import OnnxEngine, Pixels
 from service.cam import LinearHead
 from service.crew import Crew
 from service.occlusion import PASSES, blurred, occlusion_map

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from models.engine import Pixels
 from models.errors import NotAPictureError, PhotoError, TooManyPixelsError, UserError
 from models.preprocess import Inspect, Preprocessing, decode
+from models.runtime.openvino_engine import Pixels
 from service.problems import Problem
 
 HEAVY_PIXELS = 16_000_000

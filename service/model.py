@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from models.artifacts.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
 from models.artifacts.paths import compiled_dir, whole_bundle
-from models.engine import Engine, OnnxEngine, Pixels
 from models.errors import UserError
-from models.precision import Precision, choose_precision
+from models.runtime.openvino_engine import Engine, OnnxEngine, Pixels
+from models.runtime.precision import Precision, choose_precision
 from service.board import Board
 from service.images import FrontDoor
 from service.link import first_state
@@ -214,7 +214,7 @@ def load_model(settings: Settings, plan: Plan, metrics: Metrics, *, path: Path |
     if wants_torch(settings):
         bundle = open_bundle(path, files=(WEIGHTS, GOLDEN))
         precision = Precision("fp32", float(bundle.info["golden"]["tolerance"]), "torch computes it")
-        from models.torch_engine import TorchEngine
+        from models.runtime.torch_engine import TorchEngine
 
         engine: Engine = TorchEngine(bundle)
     else:

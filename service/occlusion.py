@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from models.engine import Pixels
+from models.runtime.openvino_engine import Pixels
 
 CELLS = 8  # along each side
 PATCH = 3  # cells that the patch covers along each side; it moves by one

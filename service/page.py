@@ -8,8 +8,8 @@ from pathlib import Path
 
 from flask import Blueprint, Request, Response, current_app, g, render_template, request
 
-from models.engine import Pixels
 from models.preprocess import FORMATS_IN_WORDS
+from models.runtime.openvino_engine import Pixels
 from service.markdown import render_markdown
 from service.model import Model
 from service.pipeline import Answer

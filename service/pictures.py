@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageCms
 
-from models.engine import Pixels
+from models.runtime.openvino_engine import Pixels
 from service.images import FrontDoor
 
 LARGEST_PROFILE = 1 << 20

@@ -18,8 +18,8 @@ from functools import cached_property, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from models.engine import Engine
 from models.preprocess import Preprocessing
+from models.runtime.openvino_engine import Engine
 from service.images import FrontDoor, HeavyError, Prepared
 from service.metrics import Metrics
 

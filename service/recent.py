@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.engine import Engine, Pixels
+from models.runtime.openvino_engine import Engine, Pixels
 
 
 @dataclass(frozen=True)

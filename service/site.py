@@ -12,7 +12,7 @@ from flask import Blueprint, Response, current_app, g, render_template, request,
 from markupsafe import Markup, escape
 from werkzeug.urls import iri_to_uri
 
-from models.engine import Pixels
+from models.runtime.openvino_engine import Pixels
 from service.api import crop_as_url
 from service.model import Model, ServedModel
 from service.problems import MEDIA_TYPE, Problem

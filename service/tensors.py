@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.engine import Pixels
+from models.runtime.openvino_engine import Pixels
 from service.problems import Problem
 from service.settings import Settings
 from service.uploads import check_number

@@ -11,7 +11,7 @@ from typing import Any
 
 from flask import Request
 
-from models.engine import Pixels
+from models.runtime.openvino_engine import Pixels
 from service.body import read_body
 from service.forms import read_form
 from service.problems import Problem

@@ -20,10 +20,10 @@ from tiny import COLOURS, TINY, Tiny, colour_folder, finetune, paint, save_weigh
 
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import MANIFEST, check_golden, open_bundle
-from models.engine import OnnxEngine
 from models.networks import registry
 from models.networks.spec import WeightsSource
 from models.networks.weights import read_tensors
+from models.runtime.openvino_engine import OnnxEngine
 
 CLASSES = ("blue", "red, or so")
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import tiny
 
-from models import precision
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
-from models.engine import OnnxEngine, Pixels
 from models.errors import ConfigError
-from models.precision import BF16_TOLERANCE, choose_precision, compare_bf16
-from models.torch_engine import TorchEngine
+from models.runtime import precision
+from models.runtime.openvino_engine import OnnxEngine, Pixels
+from models.runtime.precision import BF16_TOLERANCE, choose_precision, compare_bf16
+from models.runtime.torch_engine import TorchEngine
 
 GOOD = {"photos": 64, "largest_difference": 0.01, "other_labels": 0, "times_as_fast": 1.8}
 
@@ -63,7 +63,7 @@ def test_torch_gives_the_graphs_answers(bundle: Bundle, pixels: Pixels) -> None:
 
 def test_importing_openvino_starts_no_other_process_and_leaves_its_converter_to_others() -> None:
     code = (
-        "import os, sys; from models.engine import load_openvino; load_openvino().Core(); "
+        "import os, sys; from models.runtime.openvino_engine import load_openvino; load_openvino().Core(); "
         "assert 'openvino_telemetry' not in sys.modules; assert 'openvino.tools.ovc' not in sys.modules; "
         "print(open(f'/proc/self/task/{os.getpid()}/children').read().strip())"
     )

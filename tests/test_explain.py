@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from serving import poll
 
 from models.artifacts.bundle import GRAPH, WEIGHTS, Bundle, open_bundle
-from models.engine import OnnxEngine
+from models.runtime.openvino_engine import OnnxEngine
 from service.cam import LinearHead
 from service.explain import CAM, OCCLUSION, OUTPUTS, Explainer
 from service.heat import colours, legend, overlay

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.engine import OnnxEngine
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.onnx_export import OUTPUTS, export_onnx, export_served
 from models.networks.registry import get_spec
 from models.networks.split_point import cut
 from models.networks.weights import find_weights
+from models.runtime.openvino_engine import OnnxEngine
 
 SPEC = get_spec("efficientnet_lite0")
 TEMPERATURE = 1.7

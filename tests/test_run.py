@@ -29,8 +29,8 @@ from finetune.config import Config
 from finetune.device import choose_compute
 from finetune.prepare import feature_cache, prepare
 from models.artifacts.bundle import Bundle, open_bundle
-from models.engine import OnnxEngine
 from models.networks.weights import read_tensors
+from models.runtime.openvino_engine import OnnxEngine
 
 MEASURES = ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_uncalibrated", "calibration_error_uncalibrated")
 

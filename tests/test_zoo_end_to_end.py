@@ -21,12 +21,12 @@ from zoo_helpers import WIDE, made_small, random_state, some_pixels
 
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.predictions import Predictions
-from models.engine import OnnxEngine
 from models.networks.classifier import build_classifier
 from models.networks.onnx_export import OUTPUTS, export_served
 from models.networks.registry import get_spec, list_models
 from models.networks.split_point import with_outputs
 from models.networks.weights import find_weights
+from models.runtime.openvino_engine import OnnxEngine
 
 pytestmark = pytest.mark.heavy
 # One network for each row; of a family with one builder (VGG, ResNet, the widths of MobileNetV1) the smallest.

@@ -14,9 +14,9 @@ from tiny import colour_folder, finetune
 
 import models.zoo
 from models.artifacts.bundle import open_bundle
-from models.engine import OnnxEngine
 from models.networks import registry
 from models.networks.registry import create_model, list_models
+from models.runtime.openvino_engine import OnnxEngine
 
 DOC = (Path(__file__).parents[1] / "docs" / "adding-a-network.md").read_text(encoding="utf-8")
 

@@ -8,7 +8,7 @@ from flask import current_app
 
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.paths import thumbnails_dir, whole_bundle
-from models.engine import Pixels
+from models.runtime.openvino_engine import Pixels
 from service.crew import Crew
 from service.explain import Explainer, Explanation
 from service.gallery.core import Gallery

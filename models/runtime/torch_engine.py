@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from models.artifacts.bundle import Bundle
-from models.engine import Arrays, Pixels
 from models.networks.classifier import load_classifier
+from models.runtime.openvino_engine import Arrays, Pixels
 
 
 class TorchEngine:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from models.artifacts.bundle import Bundle
-from models.engine import OnnxEngine, Pixels, supports_bf16
 from models.errors import ConfigError
-from models.turns import seconds_in_turns
+from models.runtime.interleaved_timing import seconds_in_turns
+from models.runtime.openvino_engine import OnnxEngine, Pixels, supports_bf16
 
 BF16_TOLERANCE = 0.1  # of a probability: 8 significant bits through 50 layers; 0.05 was seen on 400 photos of cats and dogs
 OTHER_LABELS = 0.02  # the share of photos that may get another label: those that are near to even
