@@ -11,7 +11,8 @@ import pytest
 import yaml
 from kubernetes_validate import validate
 
-from finetune import predict, training
+from finetune import predict
+from finetune.cli import train
 
 FOLDER = Path(__file__).parent.parent / "deploy" / "kubernetes" / "training"
 VERSION = "1.32"
@@ -62,7 +63,7 @@ def test_the_training_starts_as_many_processes_as_it_declares() -> None:
     assert f"--nnodes {sum(replica['replicas'] for replica in replicas.values())} " in command
     assert f"--nproc-per-node {job['spec']['nprocPerNode']} " in command
     parser = argparse.ArgumentParser()
-    training.add_arguments(parser)
+    train.add_arguments(parser)
     args = parser.parse_args(words_of(command))
     assert f"{args.output_dir}/config.yaml" in command
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}

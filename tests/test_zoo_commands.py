@@ -11,7 +11,7 @@ from tiny import finetune
 from torch import nn
 
 from finetune.anatomy import convolutions, frozen_until
-from finetune.zoo import describe, line, short
+from finetune.cli.models import describe, line, short
 from models.networks.flops import empty, picture_shape
 from models.networks.registry import get_spec
 

@@ -1,0 +1,1 @@
+"""The commands of ``finetune``, one module each."""
