@@ -125,7 +125,7 @@ def engine_alone(path: Path, found: list[Path], precision: str, *, seconds: floa
     """Photos a second through the engine, as scoring runs it, without reading or decoding."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from finetune.prefetch import processors
+    from finetune.io.threaded_map import processors
     from finetune.scores import BATCH
 
     bundle, threads = open_bundle(path, files=(GRAPH,)), processors()

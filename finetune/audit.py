@@ -12,9 +12,9 @@ from typing import Any
 from finetune.data import Dataset, read_dataset
 from finetune.duplicates import find_duplicates
 from finetune.extras import Twin, in_words
+from finetune.io.array_store import ShardStore
 from finetune.photos import in_stray, is_photo, is_stray
 from finetune.scan import Scan, fingerprint_context, scan
-from finetune.shards import ShardStore
 from models.artifacts.paths import default_cache_dir
 from models.errors import DataError
 

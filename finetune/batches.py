@@ -15,7 +15,7 @@ from finetune import ranks
 from finetune.augment import Augment
 from finetune.data import Photo
 from finetune.features import FrozenPart
-from finetune.prefetch import prefetch
+from finetune.io.threaded_map import prefetch
 from models.preprocess import Preprocessing
 
 Batch = tuple[Tensor, Tensor]

@@ -26,8 +26,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetune.config import Config
-from finetune.folders import check_free, new_folder
-from finetune.prefetch import prefetch
+from finetune.io.output_folder import check_free, new_folder
+from finetune.io.threaded_map import prefetch
 from models.artifacts.atomic_io import write_text
 from models.artifacts.bundle import Bundle
 from models.errors import DataError

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from finetune.archive import ArchiveError, extract, open_zip, safe_members
 from finetune.fetch import fetch
-from finetune.folders import check_free, new_folder
+from finetune.io.output_folder import check_free, new_folder
 from finetune.kaggle import fetch_competition
 from finetune.sources import SOURCES, Source
 from models.artifacts.atomic_io import sha256_of

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from finetune.data import read_split
-from finetune.folders import check_free
+from finetune.io.array_store import ShardStore
+from finetune.io.output_folder import check_free
 from finetune.join import open_full
 from finetune.lookalikes import find_lookalikes
 from finetune.metrics import format_summary
 from finetune.predict import classify
 from finetune.results import write_results
 from finetune.scan import PixelStash, fingerprint_context, scan
-from finetune.shards import ShardStore
 from models.artifacts.evaluation import MEASURED, write_evaluation
 from models.artifacts.label_issues import rank_suspects, suggested_labels
 from models.artifacts.paths import default_cache_dir

@@ -26,7 +26,7 @@ from finetune.config import Config
 from finetune.data import read_dataset
 from finetune.device import Compute, choose_compute
 from finetune.duplicates import find_duplicates
-from finetune.folders import check_free
+from finetune.io.output_folder import check_free
 from finetune.lookalikes import find_lookalikes, watch_embeddings
 from finetune.prepare import Network, feature_cache, look, prepare
 from finetune.results import write_results

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finetune import plots
-from finetune.folders import check_free
+from finetune.io.output_folder import check_free
 from finetune.join import open_full
 from finetune.tiles import normalised, sheet
 from models.artifacts.bundle import Bundle

@@ -16,9 +16,9 @@ from finetune.device import Compute
 from finetune.duplicates import find_duplicates
 from finetune.extras import leave_out_known
 from finetune.features import FeatureCache, FrozenPart, cache_context
+from finetune.io.array_store import ShardStore
 from finetune.reviews import Applied, Reviews, apply_reviews
 from finetune.scan import PixelStash, Scan, fingerprint_context, scan
-from finetune.shards import ShardStore
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trained_names
 from models.networks.spec import ModelSpec

@@ -15,7 +15,7 @@ from finetune.drawing.bodies import POSES, draw_animal
 from finetune.drawing.look import random_look
 from finetune.drawing.pen import Pen
 from finetune.drawing.scenes import draw_scene, gradient
-from finetune.folders import new_folder
+from finetune.io.output_folder import new_folder
 from models.errors import DataError, did_you_mean
 
 CLASSES = ("cats", "dogs")

@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetune.data import Photo
-from finetune.prefetch import prefetch
-from finetune.shards import ShardStore
+from finetune.io.array_store import ShardStore
+from finetune.io.threaded_map import prefetch
 from models.artifacts.atomic_io import sha256_of
 from models.errors import PhotoError
 from models.preprocess import DECODE_PX, Preprocessing, decode

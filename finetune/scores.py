@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from finetune.prefetch import batched, prefetch, processors
+from finetune.io.threaded_map import batched, prefetch, processors
 from models.artifacts.atomic_io import atomic_write, write_text
 from models.artifacts.bundle import GRAPH, Bundle
 from models.errors import DataError, PhotoError, RunError

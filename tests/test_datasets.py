@@ -18,8 +18,8 @@ from torchvision.datasets import CIFAR10, MNIST
 from finetune.data import read_dataset
 from finetune.datasets import KNOWN, fetch
 from finetune.duplicates import find_duplicates
+from finetune.io.array_store import ShardStore
 from finetune.scan import fingerprint_context, scan
-from finetune.shards import ShardStore
 from models.artifacts.bundle import open_bundle
 from models.errors import DataError
 from models.networks.classifier import Normalise

@@ -22,8 +22,8 @@ from tiny import TINY, colour_folder, finetune
 from finetune.data import Photo
 from finetune.device import choose_compute
 from finetune.features import FeatureCache, FrozenPart
+from finetune.io.array_store import ShardStore
 from finetune.scan import PixelStash, Scan
-from finetune.shards import ShardStore
 from models.networks.classifier import build_classifier
 from models.networks.split_point import cut
 

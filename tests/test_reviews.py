@@ -20,10 +20,10 @@ from tiny import COLOURS, colour_folder, finetune, paint, save_weights
 
 from finetune import run as run_module
 from finetune.data import read_dataset
+from finetune.io.array_store import ShardStore
 from finetune.review_source import hide_password
 from finetune.reviews import Reviews, apply_reviews
 from finetune.scan import fingerprint_context, scan
-from finetune.shards import ShardStore
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import open_bundle
 from models.artifacts.reviews import COLUMNS, Review, read_reviews, write_reviews

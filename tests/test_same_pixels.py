@@ -17,9 +17,9 @@ from finetune import predict
 from finetune.batches import LiveBatches
 from finetune.data import Photo
 from finetune.duplicates import find_duplicates
+from finetune.io.array_store import ShardStore
 from finetune.sample import draw
 from finetune.scan import PixelStash, Scan, fingerprint_context, scan
-from finetune.shards import ShardStore
 from models.artifacts.bundle import Bundle
 from models.preprocess import Preprocessing, decode
 

@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from serving import poll
 
-from finetune import shards
-from finetune.shards import ShardStore, prune
+from finetune.io import array_store
+from finetune.io.array_store import ShardStore, prune
 
 CONTEXT = {"what": "numbers", "version": 1}
 
@@ -80,10 +80,10 @@ def test_a_store_that_is_not_there_is_empty_and_makes_no_folder(tmp_path: Path) 
 
 def test_rows_are_there_before_they_are_on_disk_and_some_hundred_go_by_themselves(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    for i in range(shards.ROWS_A_FILE + 1):
+    for i in range(array_store.ROWS_A_FILE + 1):
         store.add(key(i), row(i))
-    assert len(store.load([key(i) for i in range(shards.ROWS_A_FILE + 1)])) == shards.ROWS_A_FILE + 1
-    assert found(tmp_path, range(300)) == set(range(shards.ROWS_A_FILE))
+    assert len(store.load([key(i) for i in range(array_store.ROWS_A_FILE + 1)])) == array_store.ROWS_A_FILE + 1
+    assert found(tmp_path, range(300)) == set(range(array_store.ROWS_A_FILE))
 
 
 def test_contexts_do_not_meet(tmp_path: Path) -> None:
