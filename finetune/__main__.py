@@ -80,9 +80,9 @@ def _world(arguments: Sequence[str]) -> contextlib.AbstractContextManager[None]:
     """The other processes, where torchrun started several; those of ``predict`` do not need to know of each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or arguments[:1] == ["predict"]:
         return contextlib.nullcontext()
-    from finetune import ranks
+    from finetune.compute import distributed
 
-    return ranks.session()
+    return distributed.session()
 
 
 def _run(arguments: list[str]) -> int:

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune import ranks
 from finetune.augment import Augment
+from finetune.compute import distributed
 from finetune.data import Photo
 from finetune.features import FrozenPart
 from finetune.io.threaded_map import prefetch
@@ -119,12 +119,12 @@ class LiveBatches:
 def shuffled_shares(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """This process's share of each batch of an epoch, as indices; the batches are those of a single process."""
     whole = torch.split(epoch_order(count, seed, epoch), batch_size)
-    return [part[ranks.share(len(part))] for part in whole]
+    return [part[distributed.share(len(part))] for part in whole]
 
 
 def ordered_shares(count: int, batch_size: int) -> list[Tensor]:
     """This process's share of all photos in order, in batches; all shares one after another are all photos."""
-    mine = torch.arange(count)[ranks.share(count)]
+    mine = torch.arange(count)[distributed.share(count)]
     return list(torch.split(mine, batch_size)) if len(mine) else []
 
 

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from finetune import ranks
-from finetune.device import Compute
+from finetune.compute import distributed
+from finetune.compute.device import Compute
 from finetune.io.array_store import ShardStore
 from finetune.io.threaded_map import batched, own_threads, prefetch
 from finetune.scan import PixelStash, Scan
@@ -96,7 +96,7 @@ class FeatureCache:
 
         Of several processes each sees to its own photos, keeps their features on its own disk and hands them to the others.
         """
-        return ranks.spread_rows(scans, lambda own: self._own(own, stash, label), name=lambda scan: scan.photo.name)
+        return distributed.spread_rows(scans, lambda own: self._own(own, stash, label), name=lambda scan: scan.photo.name)
 
     def _own(self, scans: Sequence[Scan], stash: PixelStash, label: str) -> NDArray[np.float32]:
         sha256s = [scan.sha256 for scan in scans]

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from finetune import config as settings
 from finetune.batches import CachedBatches
 from finetune.calibrate import apply_temperature
+from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
 from finetune.data import read_dataset
-from finetune.device import Compute, choose_compute
 from finetune.duplicates import find_duplicates
 from finetune.io.output_folder import check_free
 from finetune.lookalikes import find_lookalikes, watch_embeddings

@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import ranks
 from finetune.audit import Audit, audit
 from finetune.augment import Augment
 from finetune.batches import Batches, CachedBatches, LiveBatches
+from finetune.compute import distributed
+from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data import Dataset, move_to_train
-from finetune.device import Compute
 from finetune.duplicates import find_duplicates
 from finetune.extras import leave_out_known
 from finetune.features import FeatureCache, FrozenPart, cache_context
@@ -115,8 +115,8 @@ def look(
     context = fingerprint_context(stash.preprocessing.decode_px)
     store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
     wanted = cache.missing if cache else None
-    ranks.check_same(f"photos in {config.data_dir}", [[photo.name, photo.split] for photo in dataset.photos])
-    scans = ranks.spread(
+    distributed.check_same(f"photos in {config.data_dir}", [[photo.name, photo.split] for photo in dataset.photos])
+    scans = distributed.spread(
         dataset.photos,
         lambda own: scan(own, store=store, stash=stash, wanted=wanted, workers=config.workers),
         name=lambda photo: photo.name,

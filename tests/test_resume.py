@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tiny import TINY, colour_folder, finetune
 
+from finetune.compute.device import choose_compute
 from finetune.data import Photo
-from finetune.device import choose_compute
 from finetune.features import FeatureCache, FrozenPart
 from finetune.io.array_store import ShardStore
 from finetune.scan import PixelStash, Scan

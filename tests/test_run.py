@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 from torchvision import transforms
 
+from finetune.compute.device import choose_compute
 from finetune.config import Config
-from finetune.device import choose_compute
 from finetune.prepare import feature_cache, prepare
 from models.artifacts.bundle import Bundle, open_bundle
 from models.networks.weights import read_tensors

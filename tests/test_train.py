@@ -16,8 +16,8 @@ from torchvision import transforms
 
 from finetune import rundir, train
 from finetune.batches import CachedBatches, epoch_order
+from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.device import Compute
 from finetune.features import FrozenPart
 from finetune.train import Progress, fit, learning_rate
 from models.errors import RunError

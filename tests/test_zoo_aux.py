@@ -10,8 +10,8 @@ from torch import nn
 from zoo_helpers import made_small, random_state, some_pixels
 
 from finetune.batches import CachedBatches
+from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.device import Compute
 from finetune.train import fit, predict
 from models.networks.classifier import build_classifier, trained_names
 from models.networks.registry import get_spec

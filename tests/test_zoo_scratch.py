@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tiny import colour_folder, finetune, paint
 
 from finetune.batches import LiveBatches
+from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data import Photo
-from finetune.device import Compute
 from finetune.features import FrozenPart
 from finetune.train import make_optimizer
 from models.networks.classifier import Classifier

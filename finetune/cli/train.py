@@ -22,19 +22,20 @@ def run(args: argparse.Namespace) -> int:
         given = settings.given(args)
         if "output_dir" not in given:
             raise RunError("--resume needs the run to go on with; name it with --output-dir runs/NAME.")
-        from finetune import ranks, rundir  # as below
+        from finetune import rundir
+        from finetune.compute import distributed  # as below
 
-        kept = ranks.from_first(lambda: rundir.read_config(Path(given["output_dir"])))
+        kept = distributed.from_first(lambda: rundir.read_config(Path(given["output_dir"])))
         config = settings.from_mapping({**kept, **given})
     else:
         config = settings.from_arguments(args)
-    from finetune import ranks
+    from finetune.compute import distributed
     from finetune.run import train  # here, as torch takes seconds to import and a wrong flag should not wait for it
 
     if config.dataset:
-        config = ranks.one_a_host_first(lambda: _with_dataset(config, resume=args.resume))
+        config = distributed.one_a_host_first(lambda: _with_dataset(config, resume=args.resume))
     bundle = train(config, resume=args.resume)
-    if not ranks.is_first():
+    if not distributed.is_first():
         return 0
     print(f"speed        {photos_per_second(bundle):,.0f} training photos a second, validation included")
     if config.dataset:

@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.device import Compute
+from finetune.compute.device import Compute
 from models.errors import ConfigError, DataError, RunError
 
 Item = TypeVar("Item")
