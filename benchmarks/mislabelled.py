@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.config import Config
-from finetune.data import read_dataset
+from finetune.data.image_folder import read_dataset
 from finetune.folds import evaluate_folds
 from finetune.run import train
 from models.artifacts.label_issues import rank_suspects

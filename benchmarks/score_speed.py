@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.photos import walk_photos
+from finetune.data.image_files import walk_photos
 from models.artifacts.bundle import GRAPH, open_bundle
 from models.artifacts.paths import whole_bundle
 from models.runtime.openvino_engine import OnnxEngine

@@ -29,7 +29,7 @@ from torchvision.datasets import ImageFolder
 
 from finetune.compute.device import choose_compute
 from finetune.config import Config
-from finetune.data import read_dataset
+from finetune.data.image_folder import read_dataset
 from finetune.prepare import feature_cache, look, make_batches, prepare
 from finetune.run import fit_head, name_inputs
 from models.networks.classifier import build_classifier

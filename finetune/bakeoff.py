@@ -17,7 +17,7 @@ from finetune import rundir
 from finetune.bakeoff_report import write_report
 from finetune.config import Config
 from finetune.contest import Measured, measure
-from finetune.data import read_dataset
+from finetune.data.image_folder import read_dataset
 from finetune.lineup import check_size, folder_name, line_up
 from finetune.run import settle, train
 from models.artifacts.atomic_io import sha256_of, write_text

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data import read_split
+from finetune.data.embeddings import find_lookalikes
+from finetune.data.image_folder import read_split
+from finetune.data.inspection import PixelStash, fingerprint_context, scan
 from finetune.io.array_store import ShardStore
 from finetune.io.output_folder import check_free
 from finetune.join import open_full
-from finetune.lookalikes import find_lookalikes
 from finetune.metrics import format_summary
 from finetune.predict import classify
 from finetune.results import write_results
-from finetune.scan import PixelStash, fingerprint_context, scan
 from models.artifacts.evaluation import MEASURED, write_evaluation
 from models.artifacts.label_issues import rank_suspects, suggested_labels
 from models.artifacts.paths import default_cache_dir
@@ -120,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_folds(args: argparse.Namespace, out: Path) -> None:
+    from finetune.data.review_source import read_file
     from finetune.folds import evaluate_folds
-    from finetune.review_source import read_file
 
     if args.folds < 2 or args.split:
         raise ConfigError("--folds takes 2 or more, and goes over training and validation together; leave --split out.")

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from finetune.compute import distributed
 from finetune.compute.device import Compute
+from finetune.data.inspection import PixelStash, Scan
 from finetune.io.array_store import ShardStore
 from finetune.io.threaded_map import batched, own_threads, prefetch
-from finetune.scan import PixelStash, Scan
 from models.networks.batchnorm_fusion import fold_batchnorm
 from models.networks.onnx_export import export_onnx
 from models.networks.split_point import Cut

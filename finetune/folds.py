@@ -24,14 +24,14 @@ from finetune.batches import CachedBatches
 from finetune.calibrate import apply_temperature
 from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
-from finetune.data import read_dataset
-from finetune.duplicates import find_duplicates
+from finetune.data.apply_reviews import Reviews
+from finetune.data.duplicates import find_duplicates
+from finetune.data.embeddings import find_lookalikes, watch_embeddings
+from finetune.data.image_folder import read_dataset
+from finetune.data.inspection import Scan
 from finetune.io.output_folder import check_free
-from finetune.lookalikes import find_lookalikes, watch_embeddings
 from finetune.prepare import Network, feature_cache, look, prepare
 from finetune.results import write_results
-from finetune.reviews import Reviews
-from finetune.scan import Scan
 from finetune.train import learning_rate, make_optimizer, predict, train_one_epoch
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation

@@ -6,19 +6,19 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.audit import Audit, audit
 from finetune.augment import Augment
 from finetune.batches import Batches, CachedBatches, LiveBatches
 from finetune.compute import distributed
 from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.data import Dataset, move_to_train
-from finetune.duplicates import find_duplicates
-from finetune.extras import leave_out_known
+from finetune.data.apply_reviews import Applied, Reviews, apply_reviews
+from finetune.data.audit import Audit, audit
+from finetune.data.duplicates import find_duplicates
+from finetune.data.extra_data import leave_out_known
+from finetune.data.image_folder import Dataset, move_to_train
+from finetune.data.inspection import PixelStash, Scan, fingerprint_context, scan
 from finetune.features import FeatureCache, FrozenPart, cache_context
 from finetune.io.array_store import ShardStore
-from finetune.reviews import Applied, Reviews, apply_reviews
-from finetune.scan import PixelStash, Scan, fingerprint_context, scan
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trained_names
 from models.networks.spec import ModelSpec

@@ -12,9 +12,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from finetune.audit import Audit
 from finetune.config import Config
-from finetune.scan import Scan
+from finetune.data.audit import Audit
+from finetune.data.inspection import Scan
 from finetune.train import Progress
 from models.networks.spec import ModelSpec
 from models.networks.weights import Weights

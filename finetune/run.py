@@ -19,15 +19,15 @@ from finetune.calibrate import apply_temperature, fit_temperature
 from finetune.compute import distributed
 from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
-from finetune.data import read_dataset
+from finetune.data.embeddings import find_lookalikes, watch_embeddings
+from finetune.data.image_folder import read_dataset
+from finetune.data.inspection import PixelStash, Scan
+from finetune.data.review_source import find_reviews, hide_password
 from finetune.export import PARITY_PHOTOS, Parity, export_bundle
-from finetune.lookalikes import find_lookalikes, watch_embeddings
 from finetune.metrics import format_summary
 from finetune.prepare import Network, Survey, feature_cache, look, make_batches, prepare
 from finetune.provenance import describe_run
 from finetune.results import write_results
-from finetune.review_source import find_reviews, hide_password
-from finetune.scan import PixelStash, Scan
 from finetune.tensorboard import EventWriter
 from finetune.train import Progress, fit, predict
 from models.artifacts.atomic_io import write_text

@@ -12,12 +12,12 @@ from conftest import PhotoFolder
 from PIL import Image
 from tiny import COLOURS, colour_folder, paint
 
-from finetune import duplicates
 from finetune.__main__ import main
 from finetune.config import Config
-from finetune.data import Photo
-from finetune.duplicates import find_duplicates
-from finetune.scan import Scan, fingerprint
+from finetune.data import duplicates
+from finetune.data.duplicates import find_duplicates
+from finetune.data.image_folder import Photo
+from finetune.data.inspection import Scan, fingerprint
 from finetune.train import Progress
 from models.errors import DataError
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import PhotoFolder
 from tiny import colour_folder, paint
 
-from finetune.data import PhotoFolder as ImageFolder
-from finetune.data import read_dataset, read_split
+from finetune.data.image_folder import PhotoFolder as ImageFolder
+from finetune.data.image_folder import read_dataset, read_split
 from models.errors import DataError, PhotoError
 
 CLASSES = ("cats", "dogs")

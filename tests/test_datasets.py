@@ -15,11 +15,11 @@ from PIL import Image
 from tiny import finetune
 from torchvision.datasets import CIFAR10, MNIST
 
-from finetune.data import read_dataset
-from finetune.datasets import KNOWN, fetch
-from finetune.duplicates import find_duplicates
+from finetune.data.builtin_datasets import KNOWN, fetch
+from finetune.data.duplicates import find_duplicates
+from finetune.data.image_folder import read_dataset
+from finetune.data.inspection import fingerprint_context, scan
 from finetune.io.array_store import ShardStore
-from finetune.scan import fingerprint_context, scan
 from models.artifacts.bundle import open_bundle
 from models.errors import DataError
 from models.networks.classifier import Normalise
@@ -126,13 +126,15 @@ def test_of_small_pictures_only_exact_repeats_are_repeats(tmp_path: Path) -> Non
 
 
 def test_no_picture_that_is_there_twice_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune import datasets
+    from finetune.data import builtin_datasets
 
     pixels, labels = pictures(4, (28, 28), seed=0)
     pixels[10:] = np.concatenate([pixels[:10]] * 3)  # of each class one picture, four times
     pixels[30:] = pictures(1, (28, 28), seed=9)[0]  # but for the last
-    part = datasets.Part(pixels, labels.astype(np.int64))
-    monkeypatch.setitem(KNOWN, "mnist", datasets.Known("Doubles", lambda raw: ([str(i) for i in range(10)], part, part)))
+    part = builtin_datasets.Part(pixels, labels.astype(np.int64))
+    monkeypatch.setitem(
+        KNOWN, "mnist", builtin_datasets.Known("Doubles", lambda raw: ([str(i) for i in range(10)], part, part))
+    )
     fetch("mnist", tmp_path / "doubles")
     held = sorted(int(file.stem) for file in (tmp_path / "doubles" / "valid").rglob("*.png"))
     assert held == list(range(30, 40))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.lookalikes import shrink
+from finetune.data.embeddings import shrink
 from models.artifacts.similarity import DUPLICATES, EMBEDDINGS, Duplicate, Lookalikes
 from models.errors import BundleError
 

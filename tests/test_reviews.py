@@ -19,11 +19,11 @@ import pytest
 from tiny import COLOURS, colour_folder, finetune, paint, save_weights
 
 from finetune import run as run_module
-from finetune.data import read_dataset
+from finetune.data.apply_reviews import Reviews, apply_reviews
+from finetune.data.image_folder import read_dataset
+from finetune.data.inspection import fingerprint_context, scan
+from finetune.data.review_source import hide_password
 from finetune.io.array_store import ShardStore
-from finetune.review_source import hide_password
-from finetune.reviews import Reviews, apply_reviews
-from finetune.scan import fingerprint_context, scan
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import open_bundle
 from models.artifacts.reviews import COLUMNS, Review, read_reviews, write_reviews

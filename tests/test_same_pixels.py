@@ -15,11 +15,11 @@ from PIL import Image
 
 from finetune import predict
 from finetune.batches import LiveBatches
-from finetune.data import Photo
-from finetune.duplicates import find_duplicates
+from finetune.data.duplicates import find_duplicates
+from finetune.data.image_folder import Photo
+from finetune.data.inspection import PixelStash, Scan, fingerprint_context, scan
 from finetune.io.array_store import ShardStore
 from finetune.sample import draw
-from finetune.scan import PixelStash, Scan, fingerprint_context, scan
 from models.artifacts.bundle import Bundle
 from models.preprocess import Preprocessing, decode
 

@@ -17,7 +17,7 @@ from tiny import colour_folder, finetune, paint
 from finetune.batches import LiveBatches
 from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.data import Photo
+from finetune.data.image_folder import Photo
 from finetune.features import FrozenPart
 from finetune.train import make_optimizer
 from models.networks.classifier import Classifier

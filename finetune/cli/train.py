@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"speed        {photos_per_second(bundle):,.0f} training photos a second, validation included")
     if config.dataset:
-        from finetune.datasets import measure
+        from finetune.data.builtin_datasets import measure
 
         measure(bundle, config)
     return 0
@@ -55,14 +55,15 @@ def photos_per_second(bundle: Bundle) -> float:
 
 def _with_dataset(config: settings.Config, *, resume: bool) -> settings.Config:
     """Fetch the data set that is named, once the network is known and the run's place is free: it may be large."""
-    from finetune import datasets, rundir
+    from finetune import rundir
+    from finetune.data import builtin_datasets
     from finetune.run import default_run_dir
     from models.networks.registry import get_spec
 
     get_spec(config.backbone)
-    config = datasets.locate(config)
+    config = builtin_datasets.locate(config)
     if not resume:
         rundir.check_free(config.output_dir or default_run_dir(config))
     assert config.dataset is not None
-    datasets.fetch(config.dataset, config.data_dir)
+    builtin_datasets.fetch(config.dataset, config.data_dir)
     return config

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from finetune.photos import EXTENSIONS, is_photo, is_stray
+from finetune.data.image_files import EXTENSIONS, is_photo, is_stray
 from models.errors import DataError
 from models.preprocess import decode
 

@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.scan import Scan
+from finetune.data.inspection import Scan
 
 HASH_BYTES = 8
 MOST_BITS_APART = 3

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.data import Dataset
-from finetune.duplicates import find_duplicates
-from finetune.scan import Scan
+from finetune.data.duplicates import find_duplicates
+from finetune.data.image_folder import Dataset
+from finetune.data.inspection import Scan
 from models.artifacts.reviews import BAD, LABEL, NEITHER, Review, read_reviews
 from models.errors import DataError, did_you_mean
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from finetune.duplicates import find_duplicates
-from finetune.scan import Scan
+from finetune.data.duplicates import find_duplicates
+from finetune.data.inspection import Scan
 from models.artifacts.similarity import Duplicate, Lookalikes
 from models.networks.classifier import Classifier
 from models.networks.spec import ModelSpec

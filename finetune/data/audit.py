@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.data import Dataset, read_dataset
-from finetune.duplicates import find_duplicates
-from finetune.extras import Twin, in_words
+from finetune.data.duplicates import find_duplicates
+from finetune.data.extra_data import Twin, in_words
+from finetune.data.image_files import in_stray, is_photo, is_stray
+from finetune.data.image_folder import Dataset, read_dataset
+from finetune.data.inspection import Scan, fingerprint_context, scan
 from finetune.io.array_store import ShardStore
-from finetune.photos import in_stray, is_photo, is_stray
-from finetune.scan import Scan, fingerprint_context, scan
 from models.artifacts.paths import default_cache_dir
 from models.errors import DataError
 

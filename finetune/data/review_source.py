@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.reviews import Reviews
+from finetune.data.apply_reviews import Reviews
 from models.artifacts.reviews import COLUMNS, Review, write_reviews
 from models.errors import DataError
 

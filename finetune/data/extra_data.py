@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.data import Dataset
-from finetune.duplicates import find_duplicates
-from finetune.scan import Scan
+from finetune.data.duplicates import find_duplicates
+from finetune.data.image_folder import Dataset
+from finetune.data.inspection import Scan
 
 
 @dataclass(frozen=True)

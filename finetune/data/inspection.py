@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from finetune.data import Photo
+from finetune.data.image_folder import Photo
 from finetune.io.array_store import ShardStore
 from finetune.io.threaded_map import prefetch
 from models.artifacts.atomic_io import sha256_of

@@ -1,0 +1,1 @@
+"""Image folders: reading, inspecting, auditing, downloading and correcting them."""
