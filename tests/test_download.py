@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from finetune import download as module
-from finetune.download import SOURCES, download
+from finetune.data.download import downloader as module
+from finetune.data.download.downloader import SOURCES, download
 from models.errors import DataError
 
 PHOTO = b"\xff\xd8 not much of a photo \xff\xd9"

@@ -19,11 +19,11 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from finetune.archive import ArchiveError, extract, open_zip, safe_members
-from finetune.fetch import fetch
+from finetune.data.download.archive import ArchiveError, extract, open_zip, safe_members
+from finetune.data.download.http import fetch
+from finetune.data.download.kaggle import fetch_competition
+from finetune.data.download.sources import SOURCES, Source
 from finetune.io.output_folder import check_free, new_folder
-from finetune.kaggle import fetch_competition
-from finetune.sources import SOURCES, Source
 from models.artifacts.atomic_io import sha256_of
 from models.errors import DataError, did_you_mean
 

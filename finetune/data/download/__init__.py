@@ -1,0 +1,1 @@
+"""Download published photos of cats and dogs into an image folder."""
