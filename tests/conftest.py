@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from databases import Postgres, run_postgres
 
-from finetune.sample import CLASSES, draw
+from finetune.data.synthetic.dataset import CLASSES, draw
 from service.store.database import Database
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from finetune.sample import draw
+from finetune.data.synthetic.dataset import draw
 from models.errors import PhotoError
 from models.preprocess import Preprocessing, decode
 

@@ -18,8 +18,8 @@ from finetune.batches import LiveBatches
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import Photo
 from finetune.data.inspection import PixelStash, Scan, fingerprint_context, scan
+from finetune.data.synthetic.dataset import draw
 from finetune.io.array_store import ShardStore
-from finetune.sample import draw
 from models.artifacts.bundle import Bundle
 from models.preprocess import Preprocessing, decode
 

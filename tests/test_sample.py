@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune import sample
-from finetune.sample import CLASSES, draw, write_sample
+from finetune.data.synthetic import dataset
+from finetune.data.synthetic.dataset import CLASSES, draw, write_sample
 from models.errors import DataError
 
 
@@ -29,7 +29,7 @@ def photos(folder: Path) -> list[Path]:
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    sample.add_arguments(parser)
+    dataset.add_arguments(parser)
     return parser.parse_args(words)
 
 
@@ -141,7 +141,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return draw(label, rng=rng)
 
-    monkeypatch.setattr(sample, "draw", draw_two)
+    monkeypatch.setattr(dataset, "draw", draw_two)
     with pytest.raises(KeyboardInterrupt):
         write_sample(tmp_path / "pets", train=4, valid=2)
     assert list(tmp_path.iterdir()) == []
@@ -151,7 +151,7 @@ def test_the_command_says_where_the_pictures_are_and_what_to_type_next(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "my pets"
-    assert sample.run(parse(str(out), "--train", "6", "--valid", "4", "--seed", "1")) == 0
+    assert dataset.run(parse(str(out), "--train", "6", "--valid", "4", "--seed", "1")) == 0
     printed = capsys.readouterr().out
     assert "6 training and 4 validation pictures" in printed
     assert "nothing about photos" in printed

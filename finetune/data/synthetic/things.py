@@ -5,7 +5,7 @@ A place's unit is the picture's height; ``edge`` is how far down the wall meets 
 
 from __future__ import annotations
 
-from finetune.drawing.pen import Colour, Pen, darker, lighter, mirrored, mix
+from finetune.data.synthetic.pen import Colour, Pen, darker, lighter, mirrored, mix
 
 WALLS: tuple[Colour, ...] = (
     (214, 198, 176), (176, 196, 190), (196, 176, 190), (232, 214, 160), (160, 180, 206),

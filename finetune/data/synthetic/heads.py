@@ -5,8 +5,8 @@ A head's middle is (0, 0) and half its width about one unit.
 
 from __future__ import annotations
 
-from finetune.drawing.look import Look
-from finetune.drawing.pen import Colour, Pen, brightness, darker, lighter, mirrored, mix
+from finetune.data.synthetic.appearance import Look
+from finetune.data.synthetic.pen import Colour, Pen, brightness, darker, lighter, mirrored, mix
 
 PINK: Colour = (228, 150, 148)
 TONGUE: Colour = (232, 112, 122)

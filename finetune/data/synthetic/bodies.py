@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from finetune.drawing.heads import draw_head
-from finetune.drawing.look import Look
-from finetune.drawing.pen import Colour, Pen, darker, lighter, mirrored, mix
+from finetune.data.synthetic.appearance import Look
+from finetune.data.synthetic.heads import draw_head
+from finetune.data.synthetic.pen import Colour, Pen, darker, lighter, mirrored, mix
 
 POSES = ("portrait", "sitting", "standing", "lying")
 

@@ -9,8 +9,8 @@ import random
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from finetune.drawing.pen import Colour, Pen, darker, lighter, mirrored, mix
-from finetune.drawing.things import (
+from finetune.data.synthetic.pen import Colour, Pen, darker, lighter, mirrored, mix
+from finetune.data.synthetic.things import (
     FLOORS,
     GREENS,
     SKIES,

@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from finetune.drawing.bodies import POSES, draw_animal
-from finetune.drawing.look import random_look
-from finetune.drawing.pen import Pen
-from finetune.drawing.scenes import draw_scene, gradient
+from finetune.data.synthetic.appearance import random_look
+from finetune.data.synthetic.bodies import POSES, draw_animal
+from finetune.data.synthetic.pen import Pen
+from finetune.data.synthetic.scenes import draw_scene, gradient
 from finetune.io.output_folder import new_folder
 from models.errors import DataError, did_you_mean
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from finetune.drawing.pen import Colour, brightness, darker, lighter, mix
+from finetune.data.synthetic.pen import Colour, brightness, darker, lighter, mix
 
 FURS: tuple[Colour, ...] = (
     (52, 48, 54),  # black

@@ -1,0 +1,1 @@
+"""Synthetic images of cats and dogs for demos and tests."""
