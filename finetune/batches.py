@@ -14,7 +14,7 @@ from torch import Tensor
 from finetune.augment import Augment
 from finetune.compute import distributed
 from finetune.data.image_folder import Photo
-from finetune.features import FrozenPart
+from finetune.features.extractor import FrozenPart
 from finetune.io.threaded_map import prefetch
 from models.preprocess import Preprocessing
 

@@ -17,7 +17,7 @@ from finetune.data.duplicates import find_duplicates
 from finetune.data.extra_data import leave_out_known
 from finetune.data.image_folder import Dataset, move_to_train
 from finetune.data.inspection import PixelStash, Scan, fingerprint_context, scan
-from finetune.features import FeatureCache, FrozenPart, cache_context
+from finetune.features.extractor import FeatureCache, FrozenPart, cache_context
 from finetune.io.array_store import ShardStore
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trained_names

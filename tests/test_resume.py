@@ -22,7 +22,7 @@ from tiny import TINY, colour_folder, finetune
 from finetune.compute.device import choose_compute
 from finetune.data.image_folder import Photo
 from finetune.data.inspection import PixelStash, Scan
-from finetune.features import FeatureCache, FrozenPart
+from finetune.features.extractor import FeatureCache, FrozenPart
 from finetune.io.array_store import ShardStore
 from models.networks.classifier import build_classifier
 from models.networks.split_point import cut

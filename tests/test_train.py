@@ -18,7 +18,7 @@ from finetune import rundir, train
 from finetune.batches import CachedBatches, epoch_order
 from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.features import FrozenPart
+from finetune.features.extractor import FrozenPart
 from finetune.train import Progress, fit, learning_rate
 from models.errors import RunError
 from models.networks.classifier import Classifier, build_classifier, trained_names

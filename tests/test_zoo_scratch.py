@@ -18,7 +18,7 @@ from finetune.batches import LiveBatches
 from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data.image_folder import Photo
-from finetune.features import FrozenPart
+from finetune.features.extractor import FrozenPart
 from finetune.train import make_optimizer
 from models.networks.classifier import Classifier
 from models.networks.registry import create_model, get_spec

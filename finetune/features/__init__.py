@@ -1,0 +1,1 @@
+"""Features of the frozen layers: computed once per image and cached on disk."""
