@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import config as settings
-from finetune import rundir
 from finetune.bakeoff_report import write_report
 from finetune.config import Config
 from finetune.contest import Measured, measure
 from finetune.data.image_folder import read_dataset
 from finetune.lineup import check_size, folder_name, line_up
 from finetune.run import settle, train
+from finetune.training import run_directory
 from models.artifacts.atomic_io import sha256_of, write_text
 from models.artifacts.bundle import Bundle
 from models.errors import RunError, WeightsError
@@ -49,7 +49,7 @@ SHARED = (
     "cache_dir",
     "cache_limit_mb",
 )
-NO_MATTER = rundir.FREE - {"epochs", "export"}
+NO_MATTER = run_directory.FREE - {"epochs", "export"}
 
 
 @dataclass(frozen=True)
@@ -106,25 +106,25 @@ def _entry(name: str, data: Path, out: Path, shared: dict[str, Any]) -> Entry:
 def _train(entry: Entry, inputs: str) -> Bundle:
     """The run's bundle; one that is finished is reused, and one that was interrupted goes on. Keeps the seconds it took."""
     record = _read_record(entry.folder)
-    if record and (entry.folder / rundir.BUNDLE).is_dir():
+    if record and (entry.folder / run_directory.BUNDLE).is_dir():
         print(f"Reusing the finished run in {entry.folder}.")
-    resume = (entry.folder / rundir.CONFIG).is_file()
+    resume = (entry.folder / run_directory.CONFIG).is_file()
     began = time.perf_counter()
-    had = (entry.folder / rundir.BUNDLE).is_dir()
+    had = (entry.folder / run_directory.BUNDLE).is_dir()
     try:
         return train(entry.config, resume=resume)
     finally:
-        if (entry.folder / rundir.CONFIG).is_file() and not (had and record):
+        if (entry.folder / run_directory.CONFIG).is_file() and not (had and record):
             seconds = record.get("seconds", 0.0) + time.perf_counter() - began
             write_text(entry.folder / RECORD, json.dumps({"photos": inputs, "seconds": seconds}) + "\n")
 
 
 def _check_same(entry: Entry, inputs: str) -> None:
     """Raise RunError where the run in the way was started with other settings or photos."""
-    if not (entry.folder / rundir.CONFIG).is_file():
-        rundir.check_free(entry.folder)
+    if not (entry.folder / run_directory.CONFIG).is_file():
+        run_directory.check_free(entry.folder)
         return
-    kept = settings.from_mapping(rundir.read_config(entry.folder))
+    kept = settings.from_mapping(run_directory.read_config(entry.folder))
     for f in dataclasses.fields(Config):
         before, now = getattr(kept, f.name), getattr(entry.config, f.name)
         if f.name not in NO_MATTER and before != now:

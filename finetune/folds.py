@@ -20,7 +20,6 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
 from finetune import config as settings
-from finetune.batches import CachedBatches
 from finetune.calibrate import apply_temperature
 from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
@@ -30,9 +29,10 @@ from finetune.data.embeddings import find_lookalikes, watch_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import Scan
 from finetune.io.output_folder import check_free
-from finetune.prepare import Network, feature_cache, look, prepare
 from finetune.results import write_results
-from finetune.train import learning_rate, make_optimizer, predict, train_one_epoch
+from finetune.training.data_loaders import CachedBatches
+from finetune.training.setup import Network, feature_cache, look, prepare
+from finetune.training.trainer import learning_rate, make_optimizer, predict, train_one_epoch
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions

@@ -15,7 +15,7 @@ from typing import Any
 from finetune.config import Config
 from finetune.data.audit import Audit
 from finetune.data.inspection import Scan
-from finetune.train import Progress
+from finetune.training.trainer import Progress
 from models.networks.spec import ModelSpec
 from models.networks.weights import Weights
 

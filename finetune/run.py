@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune import rundir
-from finetune.batches import Batches
 from finetune.calibrate import apply_temperature, fit_temperature
 from finetune.compute import distributed
 from finetune.compute.device import Compute, choose_compute
@@ -25,11 +23,13 @@ from finetune.data.inspection import PixelStash, Scan
 from finetune.data.review_source import find_reviews, hide_password
 from finetune.export import PARITY_PHOTOS, Parity, export_bundle
 from finetune.metrics import format_summary
-from finetune.prepare import Network, Survey, feature_cache, look, make_batches, prepare
 from finetune.provenance import describe_run
 from finetune.results import write_results
-from finetune.tensorboard import EventWriter
-from finetune.train import Progress, fit, predict
+from finetune.training import run_directory
+from finetune.training.data_loaders import Batches
+from finetune.training.setup import Network, Survey, feature_cache, look, make_batches, prepare
+from finetune.training.tensorboard import EventWriter
+from finetune.training.trainer import Progress, fit, predict
 from models.artifacts.atomic_io import write_text
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.predictions import Predictions
@@ -54,7 +54,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     if finished := distributed.from_first(lambda: enter(folder, config, resume=resume)):
         print(f"The run in {folder} is finished.")
         return finished
-    reviews = distributed.from_first(lambda: find_reviews(asked, kept=folder / rundir.REVIEWS if resume else None))
+    reviews = distributed.from_first(lambda: find_reviews(asked, kept=folder / run_directory.REVIEWS if resume else None))
     compute = choose_compute(config.device, config.precision)
     dataset = read_dataset(
         config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
@@ -68,7 +68,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     cache = feature_cache(config, network, compute)
     survey = look(config, dataset, network, cache, reviews=reviews)
     if not resume:
-        distributed.from_first(lambda: rundir.start(folder, config, reviews=reviews.data if reviews else None))
+        distributed.from_first(lambda: run_directory.start(folder, config, reviews=reviews.data if reviews else None))
     with _resumable(folder):
         batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
@@ -79,11 +79,11 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
 def enter(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
     """Check that the run's folder is free, or that it holds this run to go on with; gives the bundle of a finished one."""
     if not resume:
-        rundir.check_free(folder)
+        run_directory.check_free(folder)
         return None
-    rundir.check_same(folder, config)
-    rundir.sweep(folder)
-    return open_bundle(folder / rundir.BUNDLE) if (folder / rundir.BUNDLE).is_dir() else None
+    run_directory.check_same(folder, config)
+    run_directory.sweep(folder)
+    return open_bundle(folder / run_directory.BUNDLE) if (folder / run_directory.BUNDLE).is_dir() else None
 
 
 def settle(config: Config, spec: ModelSpec) -> Config:
@@ -110,13 +110,13 @@ def fit_head(
     config: Config, folder: Path, network: Network, compute: Compute, batches: Mapping[str, Batches], *, inputs: str
 ) -> Progress:
     """Train what follows the cut, from the run's checkpoint where there is one, and keep a new one after each epoch."""
-    before = distributed.from_first(lambda: rundir.load_checkpoint(folder, inputs=inputs))
+    before = distributed.from_first(lambda: run_directory.load_checkpoint(folder, inputs=inputs))
     if before:
         print(f"Going on after epoch {before.epoch}.")
     with EventWriter(folder if config.tensorboard and distributed.is_first() else None) as events:
 
         def on_epoch(progress: Progress) -> None:
-            distributed.from_first(lambda: rundir.save_checkpoint(folder, progress, inputs=inputs))
+            distributed.from_first(lambda: run_directory.save_checkpoint(folder, progress, inputs=inputs))
             events.write(progress.history[-1])
 
         return fit(
@@ -180,7 +180,7 @@ def finish(
     print("The best epoch and the temperature were chosen on these photos; `finetune evaluate` measures others.\n")
     state = network.classifier.net.cpu().state_dict()
     bundle = export_bundle(
-        folder / rundir.BUNDLE,
+        folder / run_directory.BUNDLE,
         network.classifier.cpu(),
         network.spec,
         temperature=temperature,

@@ -18,7 +18,7 @@ from finetune.data import duplicates
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import Photo
 from finetune.data.inspection import Scan, fingerprint
-from finetune.train import Progress
+from finetune.training.trainer import Progress
 from models.errors import DataError
 
 Findings = dict[str, Any]

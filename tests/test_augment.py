@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny import COLOURS, TINY, paint
 
-from finetune.augment import AREA, Augment
+from finetune.training.augment import AREA, Augment
 
 PREPROCESSING = TINY.preprocessing
 

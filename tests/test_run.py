@@ -27,7 +27,7 @@ from torchvision import transforms
 
 from finetune.compute.device import choose_compute
 from finetune.config import Config
-from finetune.prepare import feature_cache, prepare
+from finetune.training.setup import feature_cache, prepare
 from models.artifacts.bundle import Bundle, open_bundle
 from models.networks.weights import read_tensors
 from models.runtime.openvino_engine import OnnxEngine

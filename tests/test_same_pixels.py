@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune import predict
-from finetune.batches import LiveBatches
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import Photo
 from finetune.data.inspection import PixelStash, Scan, fingerprint_context, scan
 from finetune.data.synthetic.dataset import draw
 from finetune.io.array_store import ShardStore
+from finetune.training.data_loaders import LiveBatches
 from models.artifacts.bundle import Bundle
 from models.preprocess import Preprocessing, decode
 

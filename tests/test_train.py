@@ -14,12 +14,12 @@ from tiny import TINY
 from torch import Tensor, nn
 from torchvision import transforms
 
-from finetune import rundir, train
-from finetune.batches import CachedBatches, epoch_order
 from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.features.extractor import FrozenPart
-from finetune.train import Progress, fit, learning_rate
+from finetune.training import run_directory, trainer
+from finetune.training.data_loaders import CachedBatches, epoch_order
+from finetune.training.trainer import Progress, fit, learning_rate
 from models.errors import RunError
 from models.networks.classifier import Classifier, build_classifier, trained_names
 from models.networks.registry import create_model, get_spec
@@ -69,7 +69,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Let the validation losses be these; the accuracy stays at one half."""
     script: Iterator[float] = iter(losses)
-    monkeypatch.setattr(train, "score", lambda part, batches, *, compute: (next(script), 0.5))
+    monkeypatch.setattr(trainer, "score", lambda part, batches, *, compute: (next(script), 0.5))
 
 
 # The textbook
@@ -201,14 +201,14 @@ def test_going_on_from_a_checkpoint_gives_the_same_weights_bit_for_bit(
         pass
 
     def keep_and_die(progress: Progress) -> None:
-        rundir.save_checkpoint(tmp_path, progress, inputs="photos")
+        run_directory.save_checkpoint(tmp_path, progress, inputs="photos")
         if progress.epoch == epochs_before:
             raise Killed
 
     whole, net = run(base, config)
     with pytest.raises(Killed):
         run(base, config, on_epoch=keep_and_die)
-    kept = rundir.load_checkpoint(tmp_path, inputs="photos")
+    kept = run_directory.load_checkpoint(tmp_path, inputs="photos")
     assert kept is not None
     assert kept.epoch == epochs_before
     resumed, resumed_net = run(base, config, progress=kept)
@@ -222,16 +222,16 @@ def test_going_on_from_a_checkpoint_gives_the_same_weights_bit_for_bit(
 
 def test_a_checkpoint_of_other_photos_or_a_damaged_one_is_refused(tmp_path: Path, base: dict[str, Tensor]) -> None:
     progress = run(base)[0]
-    assert rundir.load_checkpoint(tmp_path, inputs="photos") is None
-    rundir.save_checkpoint(tmp_path, progress, inputs="photos")
+    assert run_directory.load_checkpoint(tmp_path, inputs="photos") is None
+    run_directory.save_checkpoint(tmp_path, progress, inputs="photos")
     with pytest.raises(RunError, match="are not those that the run"):
-        rundir.load_checkpoint(tmp_path, inputs="other photos")
-    file = tmp_path / rundir.CHECKPOINT
+        run_directory.load_checkpoint(tmp_path, inputs="other photos")
+    file = tmp_path / run_directory.CHECKPOINT
     whole = file.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"no checkpoint"):
         file.write_bytes(damaged)
         with pytest.raises(RunError, match=r"checkpoint\.pt is damaged"):
-            rundir.load_checkpoint(tmp_path, inputs="photos")
+            run_directory.load_checkpoint(tmp_path, inputs="photos")
 
 
 @pytest.mark.parametrize(
@@ -289,8 +289,8 @@ def test_unfrozen_layers_learn_at_their_part_of_the_rate(base: dict[str, Tensor]
 
 def test_history_says_how_it_went(tmp_path: Path, base: dict[str, Tensor]) -> None:
     progress = run(base, replace(CONFIG, epochs=12))[0]
-    rundir.save_checkpoint(tmp_path, progress, inputs="")
-    header, *rows = (tmp_path / rundir.HISTORY).read_text(encoding="utf-8").splitlines()
+    run_directory.save_checkpoint(tmp_path, progress, inputs="")
+    header, *rows = (tmp_path / run_directory.HISTORY).read_text(encoding="utf-8").splitlines()
     assert header.split(",") == COLUMNS
     assert [row.split(",")[0] for row in rows] == [str(epoch) for epoch in range(1, 13)]
     assert progress.history[-1]["train_loss"] < progress.history[0]["train_loss"]

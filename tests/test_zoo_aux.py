@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from zoo_helpers import made_small, random_state, some_pixels
 
-from finetune.batches import CachedBatches
 from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.train import fit, predict
+from finetune.training.data_loaders import CachedBatches
+from finetune.training.trainer import fit, predict
 from models.networks.classifier import build_classifier, trained_names
 from models.networks.registry import get_spec
 from models.networks.split_point import cut, train_mode, with_outputs

@@ -14,12 +14,12 @@ import yaml
 from safetensors.torch import load_file
 from tiny import colour_folder, finetune, paint
 
-from finetune.batches import LiveBatches
 from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data.image_folder import Photo
 from finetune.features.extractor import FrozenPart
-from finetune.train import make_optimizer
+from finetune.training.data_loaders import LiveBatches
+from finetune.training.trainer import make_optimizer
 from models.networks.classifier import Classifier
 from models.networks.registry import create_model, get_spec
 from models.networks.split_point import cut

@@ -29,7 +29,7 @@ from models.networks.spec import ModelSpec, Recipe
 from models.preprocess import Preprocessing
 
 if TYPE_CHECKING:
-    from finetune.train import Progress
+    from finetune.training.trainer import Progress
 
 COLOURS = ((40, 60, 255), (255, 40, 40), (40, 200, 60), (255, 220, 0), (150, 60, 160))
 TINY = ModelSpec(
@@ -132,16 +132,16 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 def hold_at(epoch: int) -> None:
     """From now on a training goes no further than to the end of ``epoch``, which is not kept."""
-    from finetune import rundir
+    from finetune.training import run_directory
 
-    save = rundir.save_checkpoint
+    save = run_directory.save_checkpoint
 
     def save_or_wait(folder: Path, progress: Progress, *, inputs: str) -> None:
         while progress.epoch >= epoch:
             time.sleep(1)
         save(folder, progress, inputs=inputs)
 
-    rundir.save_checkpoint = save_or_wait
+    run_directory.save_checkpoint = save_or_wait
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ def run(args: argparse.Namespace) -> int:
         given = settings.given(args)
         if "output_dir" not in given:
             raise RunError("--resume needs the run to go on with; name it with --output-dir runs/NAME.")
-        from finetune import rundir
         from finetune.compute import distributed  # as below
+        from finetune.training import run_directory
 
-        kept = distributed.from_first(lambda: rundir.read_config(Path(given["output_dir"])))
+        kept = distributed.from_first(lambda: run_directory.read_config(Path(given["output_dir"])))
         config = settings.from_mapping({**kept, **given})
     else:
         config = settings.from_arguments(args)
@@ -55,15 +55,15 @@ def photos_per_second(bundle: Bundle) -> float:
 
 def _with_dataset(config: settings.Config, *, resume: bool) -> settings.Config:
     """Fetch the data set that is named, once the network is known and the run's place is free: it may be large."""
-    from finetune import rundir
     from finetune.data import builtin_datasets
     from finetune.run import default_run_dir
+    from finetune.training import run_directory
     from models.networks.registry import get_spec
 
     get_spec(config.backbone)
     config = builtin_datasets.locate(config)
     if not resume:
-        rundir.check_free(config.output_dir or default_run_dir(config))
+        run_directory.check_free(config.output_dir or default_run_dir(config))
     assert config.dataset is not None
     builtin_datasets.fetch(config.dataset, config.data_dir)
     return config

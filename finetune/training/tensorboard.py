@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from finetune.train import Row
+from finetune.training.trainer import Row
 
 
 class EventWriter:

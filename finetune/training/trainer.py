@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from finetune.batches import Batches
 from finetune.compute import distributed
 from finetune.compute.device import Compute
 from finetune.config import Config
+from finetune.training.data_loaders import Batches
 from models.errors import RunError
 from models.networks.split_point import train_mode
 

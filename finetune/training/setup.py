@@ -6,8 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.augment import Augment
-from finetune.batches import Batches, CachedBatches, LiveBatches
 from finetune.compute import distributed
 from finetune.compute.device import Compute
 from finetune.config import Config
@@ -19,6 +17,8 @@ from finetune.data.image_folder import Dataset, move_to_train
 from finetune.data.inspection import PixelStash, Scan, fingerprint_context, scan
 from finetune.features.extractor import FeatureCache, FrozenPart, cache_context
 from finetune.io.array_store import ShardStore
+from finetune.training.augment import Augment
+from finetune.training.data_loaders import Batches, CachedBatches, LiveBatches
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trained_names
 from models.networks.spec import ModelSpec

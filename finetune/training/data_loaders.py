@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.augment import Augment
 from finetune.compute import distributed
 from finetune.data.image_folder import Photo
 from finetune.features.extractor import FrozenPart
 from finetune.io.threaded_map import prefetch
+from finetune.training.augment import Augment
 from models.preprocess import Preprocessing
 
 Batch = tuple[Tensor, Tensor]

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from finetune.config import Config, from_mapping, read_yaml
-from finetune.train import Progress
+from finetune.training.trainer import Progress
 from models.artifacts.atomic_io import atomic_write, write_text
 from models.errors import RunError
 

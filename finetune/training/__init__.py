@@ -1,0 +1,1 @@
+"""Training: from an image folder to a trained network and its run directory."""
