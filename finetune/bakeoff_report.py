@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from finetune import plots
-from finetune.comparison import Pair, compare
 from finetune.contest import ROUNDS, Measured
+from finetune.metrics.significance import Pair, compare
 from models.artifacts.atomic_io import write_text
 
 COLUMNS = (

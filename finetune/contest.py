@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.intervals import mean_interval
+from finetune.metrics.bootstrap import mean_interval
 from finetune.predict import classify
 from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
 from models.artifacts.predictions import Predictions, cross_entropy

@@ -14,7 +14,7 @@ from finetune.data.inspection import PixelStash, fingerprint_context, scan
 from finetune.io.array_store import ShardStore
 from finetune.io.output_folder import check_free
 from finetune.join import open_full
-from finetune.metrics import format_summary
+from finetune.metrics.classification import format_summary
 from finetune.predict import classify
 from finetune.results import write_results
 from models.artifacts.evaluation import MEASURED, write_evaluation

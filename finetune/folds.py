@@ -20,7 +20,6 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
 from finetune import config as settings
-from finetune.calibrate import apply_temperature
 from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
 from finetune.data.apply_reviews import Reviews
@@ -29,6 +28,7 @@ from finetune.data.embeddings import find_lookalikes, watch_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import Scan
 from finetune.io.output_folder import check_free
+from finetune.metrics.calibration import apply_temperature
 from finetune.results import write_results
 from finetune.training.data_loaders import CachedBatches
 from finetune.training.setup import Network, feature_cache, look, prepare

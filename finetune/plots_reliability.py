@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from finetune.metrics.reliability import calibration_error, equal_mass_bins
 from finetune.plots import BLUE, FAINT, ORANGE, save
-from finetune.reliability import calibration_error, equal_mass_bins
 from models.artifacts.statistics import wilson
 
 CROWDED = 0.95  # a median confidence above this leaves nothing to see on an even axis

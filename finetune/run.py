@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.calibrate import apply_temperature, fit_temperature
 from finetune.compute import distributed
 from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
@@ -22,7 +21,8 @@ from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import PixelStash, Scan
 from finetune.data.review_source import find_reviews, hide_password
 from finetune.export import PARITY_PHOTOS, Parity, export_bundle
-from finetune.metrics import format_summary
+from finetune.metrics.calibration import apply_temperature, fit_temperature
+from finetune.metrics.classification import format_summary
 from finetune.provenance import describe_run
 from finetune.results import write_results
 from finetune.training import run_directory

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import log_softmax
 
-from finetune.calibrate import apply_temperature, fit_temperature
+from finetune.metrics.calibration import apply_temperature, fit_temperature
 from models.artifacts.predictions import cross_entropy
 
 

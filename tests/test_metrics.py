@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from finetune.intervals import resampled_means
-from finetune.metrics import evaluate, format_summary
-from finetune.reliability import calibration_error, equal_mass_bins
-from finetune.roc import weighted_areas
+from finetune.metrics.bootstrap import resampled_means
+from finetune.metrics.classification import evaluate, format_summary
+from finetune.metrics.reliability import calibration_error, equal_mass_bins
+from finetune.metrics.roc import weighted_areas
 from models.artifacts.statistics import wilson
 
 
@@ -100,7 +100,7 @@ def test_resampled_means_vary_as_means_of_photos_do() -> None:
 
 def test_memory_is_bounded_without_losing_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     labels, probabilities = some_answers(100, 3)
-    monkeypatch.setattr("finetune.intervals.CELLS_AT_ONCE", 700)
+    monkeypatch.setattr("finetune.metrics.bootstrap.CELLS_AT_ONCE", 700)
     assert resampled_means(probabilities, seed=0, resamples=50).shape == (50, 3)
     result = evaluate(labels, probabilities, classes=names(3), resamples=50)
     assert all(measure["low"] < measure["high"] for measure in intervals_in(result))

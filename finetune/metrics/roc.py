@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from finetune.intervals import QUANTILES_95, chunks
+from finetune.metrics.bootstrap import QUANTILES_95, chunks
 from models.artifacts.statistics import interval
 
 

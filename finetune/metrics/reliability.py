@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.intervals import QUANTILES_95, chunks, resampled_means
+from finetune.metrics.bootstrap import QUANTILES_95, chunks, resampled_means
 from models.artifacts.statistics import interval
 
 BINS = 15

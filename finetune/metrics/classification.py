@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.intervals import mean_interval
-from finetune.reliability import BINS, calibration_error
-from finetune.roc import roc_auc
+from finetune.metrics.bootstrap import mean_interval
+from finetune.metrics.reliability import BINS, calibration_error
+from finetune.metrics.roc import roc_auc
 from models.artifacts.predictions import check_probabilities, count_confusions, cross_entropy
 from models.artifacts.statistics import wilson
 

@@ -1,0 +1,1 @@
+"""Metrics with confidence intervals, calibration, and tests of significance."""
