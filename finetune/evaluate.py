@@ -16,7 +16,7 @@ from finetune.io.output_folder import check_free
 from finetune.join import open_full
 from finetune.metrics.classification import format_summary
 from finetune.predict import classify
-from finetune.results import write_results
+from finetune.reports.results import write_results
 from models.artifacts.evaluation import MEASURED, write_evaluation
 from models.artifacts.label_issues import rank_suspects, suggested_labels
 from models.artifacts.paths import default_cache_dir

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.card import write_card
 from finetune.golden import golden_pixels
-from finetune.results import PLOTS
+from finetune.reports.model_card import write_card
+from finetune.reports.results import PLOTS
 from models.artifacts.bundle import CARD, GOLDEN, GRAPH, HEAD, PREDICTIONS, WEIGHTS, Bundle, describe, write_bundle
 from models.artifacts.similarity import LOOKALIKES
 from models.errors import BundleError

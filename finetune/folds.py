@@ -29,7 +29,7 @@ from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import Scan
 from finetune.io.output_folder import check_free
 from finetune.metrics.calibration import apply_temperature
-from finetune.results import write_results
+from finetune.reports.results import write_results
 from finetune.training.data_loaders import CachedBatches
 from finetune.training.setup import Network, feature_cache, look, prepare
 from finetune.training.trainer import learning_rate, make_optimizer, predict, train_one_epoch

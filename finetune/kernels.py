@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finetune import plots
 from finetune.io.output_folder import check_free
 from finetune.join import open_full
-from finetune.tiles import normalised, sheet
+from finetune.reports import plots
+from finetune.reports.tiles import normalised, sheet
 from models.artifacts.bundle import Bundle
 from models.errors import BundleError, ConfigError, DataError
 from models.networks.classifier import Classifier, load_classifier

@@ -24,7 +24,7 @@ from finetune.export import PARITY_PHOTOS, Parity, export_bundle
 from finetune.metrics.calibration import apply_temperature, fit_temperature
 from finetune.metrics.classification import format_summary
 from finetune.provenance import describe_run
-from finetune.results import write_results
+from finetune.reports.results import write_results
 from finetune.training import run_directory
 from finetune.training.data_loaders import Batches
 from finetune.training.setup import Network, Survey, feature_cache, look, make_batches, prepare

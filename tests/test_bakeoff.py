@@ -28,7 +28,7 @@ def _no_plots_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no network here")
 
-    monkeypatch.setattr("finetune.results.write_plots", lambda *a, **k: None)
+    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
 
 

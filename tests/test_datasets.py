@@ -30,7 +30,7 @@ __all__ = ["mirror"]
 
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.results.write_plots", lambda *a, **k: None)
+    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
 
 
 @pytest.mark.parametrize(("name", "shape"), [("mnist", (28, 28)), ("fashion-mnist", (28, 28)), ("cifar10", (32, 32, 3))])

@@ -13,7 +13,7 @@ from torch import nn
 from zoo_helpers import made_small
 
 from finetune.kernels import draw_filters, first_filters, maps_of, stages
-from finetune.tiles import normalised, sheet
+from finetune.reports.tiles import normalised, sheet
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.flops import empty
 from models.networks.registry import get_spec
@@ -37,7 +37,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small colour network after an epoch."""
     root = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.results.write_plots", lambda *a, **k: None)
+        patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
         data = colour_folder(root / "data")
         words = ("train", "--data-dir", data, "--backbone", "lenet_cifar", "--epochs", 1, "--permute-pixels", 3)
         code, _, err = finetune(*words, "--output-dir", root / "run")

@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_trains(
     file: Path, data: Path, mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetune.results.write_plots", lambda *a, **k: None)
+    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
     recipe = from_mapping(read_yaml(file))
     assert recipe.dataset is not None
     with made_small(recipe.backbone, small_pictures=False) if recipe.backbone in WIDE else contextlib.nullcontext():

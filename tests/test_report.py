@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune import plots, plots_photos
-from finetune.report import slugs, write_plots
+from finetune.reports import image_sheets, plots
+from finetune.reports.figures import slugs, write_plots
 from models import preprocess
 from models.artifacts.predictions import Predictions
 
@@ -28,7 +28,7 @@ HISTORY = [
 def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw fewer pixels, for speed."""
     monkeypatch.setitem(plots.STYLE, "figure.dpi", 50)
-    monkeypatch.setattr(plots_photos, "TILE_PX", 100)
+    monkeypatch.setattr(image_sheets, "TILE_PX", 100)
 
 
 def some_predictions(classes: tuple[str, ...], p_true: list[float], *, repeat: int = 1) -> Predictions:
@@ -108,26 +108,26 @@ def test_a_class_with_nothing_to_show_gets_no_sheet(tmp_path: Path) -> None:
 
 def test_sheets_choose_the_photos_that_they_name() -> None:
     predictions = some_predictions(("cats", "dogs"), [0.4, 0.01, 0.25, 0.9, 0.52, 0.7])
-    assert plots_photos.confident_mistakes(predictions, 0).tolist() == [1, 2, 0]
-    assert plots_photos.confident_mistakes(predictions, 1).tolist() == [7, 8, 6]
-    assert plots_photos.least_certain(predictions, 0).tolist() == [4, 0, 5, 2, 3, 1]
-    assert plots_photos.random_correct(predictions, 1, seed=0).tolist() == [9, 10, 11]
+    assert image_sheets.confident_mistakes(predictions, 0).tolist() == [1, 2, 0]
+    assert image_sheets.confident_mistakes(predictions, 1).tolist() == [7, 8, 6]
+    assert image_sheets.least_certain(predictions, 0).tolist() == [4, 0, 5, 2, 3, 1]
+    assert image_sheets.random_correct(predictions, 1, seed=0).tolist() == [9, 10, 11]
 
 
 def test_random_photos_are_twelve_the_same_for_the_same_seed() -> None:
     predictions = some_predictions(("cats", "dogs"), [0.8], repeat=60)
-    drawn = [plots_photos.random_correct(predictions, 1, seed=seed).tolist() for seed in (0, 0, 1)]
+    drawn = [image_sheets.random_correct(predictions, 1, seed=seed).tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert len(set(drawn[0])) == 12
     assert min(drawn[0]) >= 60
-    assert len(plots_photos.least_certain(predictions, 1)) == 12
+    assert len(image_sheets.least_certain(predictions, 1)) == 12
 
 
 def test_only_the_photos_that_are_shown_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictions = some_predictions(("cats", "dogs"), [0.8], repeat=40)
     save_photos(predictions, tmp_path / "data")
     decode = Mock(wraps=preprocess.decode)
-    monkeypatch.setattr(plots_photos, "decode", decode)
+    monkeypatch.setattr(image_sheets, "decode", decode)
     plots_of(tmp_path / "out", predictions, tmp_path / "data")
     assert decode.call_count == 2 * 2 * 12
 
@@ -162,7 +162,7 @@ def test_frames_tell_right_from_wrong(tmp_path: Path) -> None:
 
 
 def test_beyond_twenty_classes_those_with_most_mistakes_have_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots_photos, "photo_sheet", lambda *arguments: arguments[-1])  # drawing 40 takes long
+    monkeypatch.setattr(image_sheets, "photo_sheet", lambda *arguments: arguments[-1])  # drawing 40 takes long
     predictions = some_predictions(tuple(f"class{i}" for i in range(24)), [0.9])
     probabilities = predictions.probabilities.copy()
     probabilities[[21, 22, 23]] = probabilities[[21, 22, 23]][:, ::-1]

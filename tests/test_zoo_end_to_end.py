@@ -67,7 +67,7 @@ def _one_cache_and_nothing_on_the_side(tmp_path_factory: pytest.TempPathFactory)
     """Plots and the measurement of bfloat16 are tested elsewhere, and take longer than the rest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("finetune.results.write_plots", lambda *a, **k: None)
+        patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
         patch.setattr("finetune.export.compare_bf16", lambda *a, **k: None)
         yield
 

@@ -44,7 +44,7 @@ def code_of(file: str) -> str:
 
 
 def test_one_file_is_all_that_a_network_takes(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.results.write_plots", lambda *a, **k: None)
+    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
     (zoo / "thumbnail.py").write_text(code_of("thumbnail.py"), encoding="utf-8")
     assert "thumbnail" in list_models()
     assert create_model("thumbnail", num_classes=3)

@@ -32,7 +32,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.results.write_plots", lambda *a, **k: None)
+    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
 
 
 def test_a_network_without_weights_learns_from_pixels(data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNL
 from numpy.typing import NDArray
 
 from finetune.metrics.reliability import calibration_error, equal_mass_bins
-from finetune.plots import BLUE, FAINT, ORANGE, save
+from finetune.reports.plots import BLUE, FAINT, ORANGE, save
 from models.artifacts.statistics import wilson
 
 CROWDED = 0.95  # a median confidence above this leaves nothing to see on an even axis

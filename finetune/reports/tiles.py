@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.plots import save
+from finetune.reports.plots import save
 
 DPI = 110
 GAP_PX, NUMBER_PX, TITLE_PX, MARGIN_PX = 6, 15, 44, 12

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import plots, plots_photos
-from finetune.plots_reliability import reliability_diagram
+from finetune.reports import image_sheets, plots
+from finetune.reports.reliability_diagram import reliability_diagram
 from models.artifacts.predictions import Predictions, check_probabilities, count_confusions
 
 CLASSES_WITH_PHOTOS = 20
@@ -63,16 +63,16 @@ def _with_most_mistakes(counts: NDArray[np.int64]) -> list[int]:
 
 def _photo_sheets(out_dir: Path, predictions: Predictions, label: int, slug: str, data_dir: Path, *, seed: int) -> list[Path]:
     photos_of = f"Photos of {plots.printable(predictions.classes[label], 30)}"
-    mistakes = plots_photos.confident_mistakes(predictions, label)
-    doubts = plots_photos.least_certain(predictions, label)
-    sample = plots_photos.random_correct(predictions, label, seed=seed)
+    mistakes = image_sheets.confident_mistakes(predictions, label)
+    doubts = image_sheets.least_certain(predictions, label)
+    sample = image_sheets.random_correct(predictions, label, seed=seed)
     sheets = [
         ("confident_mistakes", mistakes, f"{photos_of} predicted wrong,\nhighest loss first"),
         ("least_certain", doubts, f"{photos_of}, least certain first\n(frames: blue right, orange wrong)"),
         ("random_correct", sample, f"{photos_of} predicted right,\ndrawn at random"),
     ]
     return [
-        plots_photos.photo_sheet(predictions, indices, title, data_dir, out_dir / f"{kind}_{slug}.png")
+        image_sheets.photo_sheet(predictions, indices, title, data_dir, out_dir / f"{kind}_{slug}.png")
         for kind, indices, title in sheets
         if len(indices)
     ]

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from finetune.metrics.classification import evaluate
-from finetune.report import write_plots
+from finetune.reports.figures import write_plots
 from models.artifacts.atomic_io import write_text
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import Lookalikes

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from finetune.plots import BLUE, ORANGE, TILE, printable, save
+from finetune.reports.plots import BLUE, ORANGE, TILE, printable, save
 from models.artifacts.predictions import Predictions
 from models.errors import PhotoError
 from models.preprocess import decode

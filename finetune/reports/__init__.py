@@ -1,0 +1,1 @@
+"""Reports for people: plots, image sheets and the model card."""
