@@ -11,9 +11,9 @@ import numpy as np
 from finetune.data.embeddings import find_lookalikes
 from finetune.data.image_folder import read_split
 from finetune.data.inspection import PixelStash, fingerprint_context, scan
+from finetune.export.merge_head import open_full
 from finetune.io.array_store import ShardStore
 from finetune.io.output_folder import check_free
-from finetune.join import open_full
 from finetune.metrics.classification import format_summary
 from finetune.predict import classify
 from finetune.reports.results import write_results

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from finetune.export.merge_head import open_full
 from finetune.io.output_folder import check_free
-from finetune.join import open_full
 from finetune.reports import plots
 from finetune.reports.tiles import normalised, sheet
 from models.artifacts.bundle import Bundle

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.image_files import is_photo, walk_photos
+from finetune.export.merge_head import open_full
 from finetune.io.threaded_map import batched, prefetch
-from finetune.join import open_full
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
 from models.artifacts.paths import whole_bundle
 from models.errors import ConfigError, DataError, PhotoError

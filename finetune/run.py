@@ -20,10 +20,10 @@ from finetune.data.embeddings import find_lookalikes, watch_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import PixelStash, Scan
 from finetune.data.review_source import find_reviews, hide_password
-from finetune.export import PARITY_PHOTOS, Parity, export_bundle
+from finetune.export.exporter import PARITY_PHOTOS, Parity, export_bundle
+from finetune.export.provenance import describe_run
 from finetune.metrics.calibration import apply_temperature, fit_temperature
 from finetune.metrics.classification import format_summary
-from finetune.provenance import describe_run
 from finetune.reports.results import write_results
 from finetune.training import run_directory
 from finetune.training.data_loaders import Batches

@@ -68,7 +68,7 @@ def _one_cache_and_nothing_on_the_side(tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
-        patch.setattr("finetune.export.compare_bf16", lambda *a, **k: None)
+        patch.setattr("finetune.export.exporter.compare_bf16", lambda *a, **k: None)
         yield
 
 

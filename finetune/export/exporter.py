@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.golden import golden_pixels
+from finetune.export.golden import golden_pixels
 from finetune.reports.model_card import write_card
 from finetune.reports.results import PLOTS
 from models.artifacts.bundle import CARD, GOLDEN, GRAPH, HEAD, PREDICTIONS, WEIGHTS, Bundle, describe, write_bundle
