@@ -125,8 +125,8 @@ def engine_alone(path: Path, found: list[Path], precision: str, *, seconds: floa
     """Photos a second through the engine, as scoring runs it, without reading or decoding."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from finetune.batch_inference.parquet import BATCH
     from finetune.io.threaded_map import processors
-    from finetune.scores import BATCH
 
     bundle, threads = open_bundle(path, files=(GRAPH,)), processors()
     pixels = np.stack([bundle.preprocessing.pixels(photo.read_bytes()) for photo in islice(cycle(found), ENGINE_PHOTOS)])

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.batch_inference.predict import classify
 from finetune.metrics.bootstrap import mean_interval
-from finetune.predict import classify
 from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
 from models.artifacts.predictions import Predictions, cross_entropy
 from models.artifacts.statistics import wilson

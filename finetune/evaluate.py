@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.batch_inference.predict import classify
 from finetune.data.embeddings import find_lookalikes
 from finetune.data.image_folder import read_split
 from finetune.data.inspection import PixelStash, fingerprint_context, scan
@@ -15,7 +16,6 @@ from finetune.export.merge_head import open_full
 from finetune.io.array_store import ShardStore
 from finetune.io.output_folder import check_free
 from finetune.metrics.classification import format_summary
-from finetune.predict import classify
 from finetune.reports.results import write_results
 from models.artifacts.evaluation import MEASURED, write_evaluation
 from models.artifacts.label_issues import rank_suspects, suggested_labels

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 from serving import PATIENT, START_S, multipart
 from werkzeug.test import TestResponse
 
-from finetune.predict import classify
+from finetune.batch_inference.predict import classify
 from models.artifacts.bundle import open_bundle
 from models.preprocess import Preprocessing
 from service import create_app

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune import predict
+from finetune.batch_inference import predict
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import Photo
 from finetune.data.inspection import PixelStash, Scan, fingerprint_context, scan

@@ -17,7 +17,7 @@ import pytest
 from serving import poll
 from tiny import finetune
 
-from finetune.predict import classify, stream_photos
+from finetune.batch_inference.predict import classify, stream_photos
 from models.artifacts.bundle import open_bundle
 
 HERE = Path(__file__).parent

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from kubernetes_validate import validate
 
-from finetune import predict
+from finetune.batch_inference import predict
 from finetune.cli import train
 
 FOLDER = Path(__file__).parent.parent / "deploy" / "kubernetes" / "training"

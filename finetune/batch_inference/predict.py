@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 def score_all(args: argparse.Namespace) -> int:
     """``--output``: this process's part of the photos, in RANK and WORLD_SIZE's world, into Parquet files."""
-    from finetune.scores import score
+    from finetune.batch_inference.parquet import score
 
     rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if bool(args.photos) == bool(args.list):

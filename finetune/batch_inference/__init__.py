@@ -1,0 +1,1 @@
+"""Classify many images with a bundle, without a server. Never imports torch."""
