@@ -455,7 +455,7 @@ def test_every_photo_is_answered_by_a_head_that_did_not_see_it(
 def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> None:
     import numpy as np
 
-    from finetune.folds import deal
+    from finetune.evaluation.cross_validation import deal
 
     for i in range(4):
         shutil.copyfile(data / "train" / "blue" / f"blue.00{i}.jpg", data / "valid" / "red" / f"same{i}.jpg")

@@ -99,7 +99,7 @@ def fetch(name: str, folder: Path) -> None:
 
 def measure(bundle: Bundle, config: Config) -> None:
     """Measure a finished run on its data set's test part, once, into the folder ``test`` beside the bundle."""
-    from finetune.evaluate import evaluate_bundle
+    from finetune.evaluation.evaluate import evaluate_bundle
     from finetune.metrics.classification import format_summary
 
     out = bundle.path.parent / TEST

@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_folds(args: argparse.Namespace, out: Path) -> None:
     from finetune.data.review_source import read_file
-    from finetune.folds import evaluate_folds
+    from finetune.evaluation.cross_validation import evaluate_folds
 
     if args.folds < 2 or args.split:
         raise ConfigError("--folds takes 2 or more, and goes over training and validation together; leave --split out.")
