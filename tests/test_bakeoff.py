@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from tiny import colour_folder, finetune, paint
 
-from finetune.lineup import line_up
+from finetune.compare.selection import line_up
 from finetune.metrics.significance import compare, holm
 from models.artifacts.bundle import open_bundle
 from models.errors import ConfigError, UnknownModelError

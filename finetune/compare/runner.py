@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune import config as settings
-from finetune.bakeoff_report import write_report
+from finetune.compare.benchmark import Measured, measure
+from finetune.compare.comparison_report import write_report
+from finetune.compare.selection import check_size, folder_name, line_up
 from finetune.config import Config
-from finetune.contest import Measured, measure
 from finetune.data.image_folder import read_dataset
-from finetune.lineup import check_size, folder_name, line_up
 from finetune.run import settle, train
 from finetune.training import run_directory
 from models.artifacts.atomic_io import sha256_of, write_text

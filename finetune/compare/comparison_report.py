@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from finetune.contest import ROUNDS, Measured
+from finetune.compare.benchmark import ROUNDS, Measured
 from finetune.metrics.significance import Pair, compare
 from finetune.reports import plots
 from models.artifacts.atomic_io import write_text
