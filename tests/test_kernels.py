@@ -12,7 +12,7 @@ from tiny import colour_folder, finetune, paint
 from torch import nn
 from zoo_helpers import made_small
 
-from finetune.kernels import draw_filters, first_filters, maps_of, stages
+from finetune.introspection.feature_maps import draw_filters, first_filters, maps_of, stages
 from finetune.reports.tiles import normalised, sheet
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.flops import empty

@@ -10,8 +10,8 @@ import torch
 from tiny import finetune
 from torch import nn
 
-from finetune.anatomy import convolutions, frozen_until
 from finetune.cli.models import describe, line, short
+from finetune.introspection.summary import convolutions, frozen_until
 from models.networks.flops import empty, picture_shape
 from models.networks.registry import get_spec
 

@@ -82,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
     if args.action != "show" or args.name is None:
         near = did_you_mean(args.action, ["show"]) if args.action != "show" else ""
         raise ConfigError(f"`finetune models` takes nothing or `show NAME`, and got {args.action!r} alone.{near}")
-    from finetune import anatomy
+    from finetune.introspection import summary
 
     shown = describe(args.name)
     if args.json:
-        print(json.dumps({**shown, **anatomy.as_dict(args.name)}, indent=2))
+        print(json.dumps({**shown, **summary.as_dict(args.name)}, indent=2))
     else:
         counts = f"{shown['parameters']:,} parameters, {shown['macs']:,} MACs a picture"
-        print(anatomy.text(args.name, counts=counts))
+        print(summary.text(args.name, counts=counts))
     return 0

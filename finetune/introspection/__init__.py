@@ -1,0 +1,1 @@
+"""Look inside a network: layer summaries, filters and feature maps."""
