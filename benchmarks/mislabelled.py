@@ -19,7 +19,7 @@ import numpy as np
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
 from finetune.evaluation.cross_validation import evaluate_folds
-from finetune.run import train
+from finetune.pipeline import train
 from models.artifacts.label_issues import rank_suspects
 
 

@@ -30,7 +30,7 @@ from torchvision.datasets import ImageFolder
 from finetune.compute.device import choose_compute
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
-from finetune.run import fit_head, name_inputs
+from finetune.pipeline import fit_head, name_inputs
 from finetune.training.setup import feature_cache, look, make_batches, prepare
 from models.networks.classifier import build_classifier
 from models.networks.registry import get_spec

@@ -244,7 +244,7 @@ class Started(Exception):  # noqa: N818
 
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -> Any:
-    from finetune import run
+    from finetune import pipeline
 
     seen: dict[str, Any] = {}
 
@@ -252,13 +252,13 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -
         seen.update({split: len(batches[split]) for split in batches})
         raise Started
 
-    monkeypatch.setattr(run, "fit_head", fit_head)
+    monkeypatch.setattr(pipeline, "fit_head", fit_head)
 
     def start(data: Path, **options: Any) -> dict[str, Any]:
         config = Config(data_dir=data, backbone="tiny", weights=str(tiny_weights), output_dir=tmp_path / "run", **options)
         config = replace(config, feature_cache=False)  # nothing is computed before the first epoch
         with pytest.raises(Started):
-            run.train(config)
+            pipeline.train(config)
         return seen
 
     return start

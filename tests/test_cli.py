@@ -20,7 +20,7 @@ import pytest
 import torch
 from tiny import TINY, Tiny, colour_folder, file_size_limit, finetune, paint, save_weights
 
-from finetune import run as run_module
+from finetune import pipeline as run_module
 from finetune.__main__ import main
 from models.artifacts.atomic_io import sha256_of
 from models.networks import registry

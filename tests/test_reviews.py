@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tiny import COLOURS, colour_folder, finetune, paint, save_weights
 
-from finetune import run as run_module
+from finetune import pipeline as run_module
 from finetune.data.apply_reviews import Reviews, apply_reviews
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import fingerprint_context, scan

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         config = settings.from_arguments(args)
     from finetune.compute import distributed
-    from finetune.run import train  # here, as torch takes seconds to import and a wrong flag should not wait for it
+    from finetune.pipeline import train  # here, as torch takes seconds to import and a wrong flag should not wait for it
 
     if config.dataset:
         config = distributed.one_a_host_first(lambda: _with_dataset(config, resume=args.resume))
@@ -56,7 +56,7 @@ def photos_per_second(bundle: Bundle) -> float:
 def _with_dataset(config: settings.Config, *, resume: bool) -> settings.Config:
     """Fetch the data set that is named, once the network is known and the run's place is free: it may be large."""
     from finetune.data import builtin_datasets
-    from finetune.run import default_run_dir
+    from finetune.pipeline import default_run_dir
     from finetune.training import run_directory
     from models.networks.registry import get_spec
 

@@ -18,7 +18,7 @@ from finetune.compare.comparison_report import write_report
 from finetune.compare.selection import check_size, folder_name, line_up
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
-from finetune.run import settle, train
+from finetune.pipeline import settle, train
 from finetune.training import run_directory
 from models.artifacts.atomic_io import sha256_of, write_text
 from models.artifacts.bundle import Bundle
