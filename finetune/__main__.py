@@ -24,8 +24,19 @@ COMMANDS = {
     "kernels": "draw a network's filters, and what a photo leaves in its layers",
     "bakeoff": "train several networks on the same photos and compare them",
 }
+MODULES = {
+    "train": "cli.train",
+    "evaluate": "evaluation.evaluate",
+    "predict": "batch_inference.predict",
+    "audit": "data.audit",
+    "download": "data.download.downloader",
+    "sample": "data.synthetic.dataset",
+    "join": "export.merge_head",
+    "models": "cli.models",
+    "kernels": "introspection.feature_maps",
+    "bakeoff": "compare.runner",
+}
 ALONE_OR_TOGETHER = ("train", "predict")
-MODULES = {"models": "zoo", "train": "training"}
 # What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.
 _FULL = "cannot be written, as the disk is full; make room and run it again."
 _DENIED = "may not be read or written by you; mend its permissions, or name another."
@@ -101,7 +112,7 @@ def _run(arguments: list[str]) -> int:
     if name not in ALONE_OR_TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"`finetune {name}` runs in one process; torchrun is for {' and '.join(ALONE_OR_TOGETHER)}.")
     if name in COMMANDS:  # only the command that is called is imported: torch takes seconds
-        module = importlib.import_module(f"finetune.{MODULES.get(name, name)}")
+        module = importlib.import_module(f"finetune.{MODULES[name]}")
         module.add_arguments(commands.choices[name])
         return int(module.run(commands.choices[name].parse_args(arguments[1:])))
     parser.parse_args(arguments)

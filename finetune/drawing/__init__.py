@@ -1,1 +1,0 @@
-"""Drawings of cats and dogs: a pen, places, and the animals themselves."""
