@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from service.admission import Admission
 from service.body import is_left
-from service.metrics import Metrics
 from service.patience import patience
 from service.problems import MEDIA_TYPE, Problem
 from service.security import HEADERS, cors_headers
+from service.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment

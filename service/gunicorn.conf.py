@@ -13,9 +13,9 @@ from models.artifacts.paths import whole_bundle
 from models.errors import UserError
 from service.board import FOLDER, Board, forget_worker, make_folder
 from service.link import first_state
-from service.logs import log_config
 from service.plan import make_plan
 from service.settings import Settings
+from service.telemetry.json_logging import log_config
 
 try:
     _settings = Settings.from_environment()
@@ -37,7 +37,7 @@ graceful_timeout = _settings.grace_s
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a heartbeat must not wait for a disk
 preload_app = False  # an engine's threads do not live through a fork
 logconfig_dict = log_config(_settings.log_level)
-logger_class = "service.logs.QuietLogger"
+logger_class = "service.telemetry.json_logging.QuietLogger"
 proc_name = "dogs-vs-cats"
 control_socket_disable = True
 

@@ -27,12 +27,12 @@ from models.runtime.precision import Precision, choose_precision
 from service.board import Board
 from service.images import FrontDoor
 from service.link import first_state
-from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.plan import Plan, make_plan
 from service.problems import Problem
 from service.recent import Recent, Seen
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 log = logging.getLogger("service")
 T = TypeVar("T")

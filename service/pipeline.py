@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import Engine
 from service.images import FrontDoor, HeavyError, Prepared
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 JUST_NOW_S = 0.02  # to look whether a client is still there costs more than it saves
 

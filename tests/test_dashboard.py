@@ -15,8 +15,8 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from service.metrics import STAGES, Metrics
 from service.problems import CODES
+from service.telemetry.metrics import STAGES, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "dashboard.json").read_text(encoding="utf-8"))

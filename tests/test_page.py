@@ -19,13 +19,13 @@ from werkzeug.test import TestResponse
 from service import create_app
 from service.app import Core
 from service.images import Prepared
-from service.metrics import Metrics
 from service.model import ServedModel
 from service.pipeline import Answer
 from service.predict import Prediction
 from service.problems import Problem
 from service.settings import Settings
 from service.site import NAVIGATION, percent
+from service.telemetry.metrics import Metrics
 from service.uploads import Upload
 from service.whole import build_app
 

@@ -20,9 +20,9 @@ from models.preprocess import Preprocessing
 from service import images
 from service import pipeline as module
 from service.images import FrontDoor, Prepared
-from service.metrics import Metrics
 from service.pipeline import Answer, ClosedError, Pipeline, UnwantedError
 from service.problems import Problem
+from service.telemetry.metrics import Metrics
 
 SIDE = 8
 WAIT_S = 120.0  # for what has to come at once; nothing here takes that long unless it never comes

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
 from service.gallery.core import Gallery
-from service.metrics import Metrics
 from service.problems import Problem
 from service.settings import Settings
 from service.store.importing import know_model
 from service.store.live import Answered, keep, prune
+from service.telemetry.metrics import Metrics
 
 log = logging.getLogger("service.gallery")
 WAITING = 128  # photos in memory; under a flood the others are not kept, and counted
