@@ -9,13 +9,13 @@ from typing import Any
 from flask import Blueprint, Response, current_app, g, jsonify, request
 
 from models.runtime.openvino_engine import Pixels
+from service.http.errors import Problem
+from service.http.security import require_key
+from service.http.uploads import read_uploads
 from service.model import Model, ServedModel
 from service.pictures import png_of
 from service.predict import Prediction, predictor, ranked
-from service.problems import Problem
-from service.security import require_key
 from service.settings import Settings
-from service.uploads import read_uploads
 
 MOST_CLASSES = 1_000_000
 

@@ -12,11 +12,11 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from service import admin, api, health, oip, site
-from service.admission import Admission
-from service.gate import Gate
+from service.http.admission import Admission
+from service.http.errors import Problem, code_of_status
+from service.http.middleware import Gate
 from service.model import ServedModel
 from service.predict import OnAnswer, Predictor
-from service.problems import Problem, code_of_status
 from service.settings import Settings
 from service.swap import Swapper
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from models.artifacts.atomic_io import write_text
-from service.problems import Problem
+from service.http.errors import Problem
 
 FOLDER = "SERVICE_BOARD_DIR"
 STATE, LOCK, WORKER = "state.json", "lock", "worker-"

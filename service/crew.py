@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, NamedTuple, TypeVar
 
-from service.problems import Problem
+from service.http.errors import Problem
 
 NICE = 15  # the threads that compute answers have 10, and with 19 these would hardly move beside them
 T = TypeVar("T")

@@ -9,9 +9,9 @@ from typing import Any
 from flask import Blueprint, Response, current_app, render_template, request
 from markupsafe import Markup, escape
 
+from service.http.errors import CODES
 from service.markdown import render_markdown
 from service.openapi import document
-from service.problems import CODES
 from service.schemas import ADVICE
 from service.settings import Settings
 

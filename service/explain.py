@@ -21,8 +21,8 @@ from models.artifacts.paths import compiled_dir
 from models.runtime.openvino_engine import OnnxEngine, Pixels
 from service.cam import LinearHead
 from service.crew import Crew
+from service.http.errors import Problem
 from service.occlusion import PASSES, blurred, occlusion_map
-from service.problems import Problem
 
 REMEMBERED = 1024
 OUTPUTS = ("probabilities", "embedding", "feature_map")

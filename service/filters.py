@@ -11,7 +11,7 @@ from urllib.parse import quote_plus
 
 from werkzeug.datastructures import MultiDict
 
-from service.problems import Problem
+from service.http.errors import Problem
 
 UNLABELLED = "not labelled"  # stands for the class of a live photo that nobody has labelled
 VERDICTS = ("right", "wrong", "unknown")

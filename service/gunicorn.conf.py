@@ -27,7 +27,7 @@ _plan = make_plan(_settings)
 
 wsgi_app = "service:open_server()"
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
-worker_class = "service.worker.Worker"
+worker_class = "service.http.gunicorn_worker.Worker"
 workers = _plan.workers
 threads = _plan.threads
 worker_connections = _plan.threads + 1000

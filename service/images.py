@@ -13,7 +13,7 @@ from PIL import Image
 from models.errors import NotAPictureError, PhotoError, TooManyPixelsError, UserError
 from models.preprocess import Inspect, Preprocessing, decode
 from models.runtime.openvino_engine import Pixels
-from service.problems import Problem
+from service.http.errors import Problem
 
 HEAVY_PIXELS = 16_000_000
 T = TypeVar("T")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from service.http.errors import Problem
 from service.model import Model
-from service.problems import Problem
 from service.recent import Agreement, Recent, Seen
 
 ALLOWANCES = ("classes", "disagreement")  # what may differ where it is said to be meant

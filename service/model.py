@@ -25,11 +25,11 @@ from models.errors import UserError
 from models.runtime.openvino_engine import Engine, OnnxEngine, Pixels
 from models.runtime.precision import Precision, choose_precision
 from service.board import Board
+from service.http.errors import Problem
 from service.images import FrontDoor
 from service.link import first_state
 from service.pipeline import Pipeline
 from service.plan import Plan, make_plan
-from service.problems import Problem
 from service.recent import Recent, Seen
 from service.settings import Settings
 from service.telemetry.metrics import Metrics

@@ -13,14 +13,14 @@ import numpy as np
 from flask import Blueprint, Response, current_app, g, jsonify, request
 from numpy.typing import NDArray
 
-from service.body import read_body
+from service.http.errors import Problem
+from service.http.request_body import read_body
+from service.http.security import require_key
+from service.http.uploads import Upload, upload_of_base64
 from service.model import Model, ServedModel
 from service.predict import Prediction, predictor
-from service.problems import Problem
-from service.security import require_key
 from service.settings import Settings
 from service.tensors import Asked, Input, read_inference, write_outputs, wrong
-from service.uploads import Upload, upload_of_base64
 
 INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 JSON_LENGTH = "Inference-Header-Content-Length"

@@ -10,15 +10,15 @@ from flask import Blueprint, Request, Response, current_app, g, render_template,
 
 from models.preprocess import FORMATS_IN_WORDS
 from models.runtime.openvino_engine import Pixels
+from service.http.errors import Problem
+from service.http.security import name_of_key
+from service.http.uploads import Upload, read_uploads
 from service.markdown import render_markdown
 from service.model import Model
 from service.pipeline import Answer
 from service.predict import Prediction, predictor, ranked
-from service.problems import Problem
-from service.security import name_of_key
 from service.settings import Settings
 from service.site import problem_page, served_model
-from service.uploads import Upload, read_uploads
 
 log = logging.getLogger("service.page")
 ACCEPT = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,.ppm,.pgm"  # no HEIC: phones send a JPEG instead

@@ -67,7 +67,7 @@ class Pipeline:
     """One model's crew. ``streams`` batches of up to ``max_batch`` photos are computed at a time.
 
     A batch that is not full waits only for photos that are being decoded, and for ``max_wait_s`` at most. How many photos
-    may wait is bounded by who admits them (``service.admission``).
+    may wait is bounded by who admits them (``service.http.admission``).
     """
 
     def __init__(

@@ -13,14 +13,14 @@ from flask import Request, current_app, g
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
-from service.admission import Admission
+from service.http.admission import Admission
+from service.http.errors import Problem
+from service.http.uploads import Upload, client_is_there
 from service.images import Prepared
 from service.model import Model, ServedModel
 from service.pipeline import Answer, ClosedError, UnwantedError
-from service.problems import Problem
 from service.recent import Seen
 from service.settings import Settings
-from service.uploads import Upload, client_is_there
 
 OnAnswer = Callable[[Bundle, bytes, NDArray[np.float32]], None]  # told of every photo that was answered
 
@@ -49,7 +49,7 @@ class Predictor:
         """The model that answered, and its predictions for ``uploads`` in their order. Raises Problem where there are none.
 
         A single photo's problem is raised; of several photos each carries its own, but with ``all_or_none`` the first is
-        raised. The request itself was admitted as one photo before it came here (``service.gate``).
+        raised. The request itself was admitted as one photo before it came here (``service.http.middleware``).
         """
         more = len(uploads) - 1
         self._admission.enter(more)

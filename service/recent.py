@@ -37,7 +37,7 @@ class Seen:
     version: str
     pixels: Pixels
     probabilities: NDArray[np.float32]
-    key: int  # tells what was sent from other photos (service.uploads)
+    key: int  # tells what was sent from other photos (service.http.uploads)
 
 
 class Recent:

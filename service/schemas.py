@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 from models.preprocess import FORMATS_IN_WORDS
-from service.problems import CODES, MEDIA_TYPE
+from service.http.errors import CODES, MEDIA_TYPE
 
 # What the one who asks can do about each code.
 ADVICE = {

@@ -14,8 +14,8 @@ from werkzeug.urls import iri_to_uri
 
 from models.runtime.openvino_engine import Pixels
 from service.api import crop_as_url
+from service.http.errors import MEDIA_TYPE, Problem
 from service.model import Model, ServedModel
-from service.problems import MEDIA_TYPE, Problem
 
 YEAR_S = 365 * 24 * 3600
 NEARLY_NOTHING = 1e-12

@@ -20,11 +20,11 @@ from models.artifacts.bundle import open_bundle
 from models.artifacts.paths import whole_bundle
 from models.errors import BundleError, UserError
 from service.board import Chosen, Refused, State
+from service.http.errors import Problem
 from service.likeness import ALLOWANCES, compare, objection
 from service.link import goes_through_link, identity, now
 from service.model import Model, ServedModel, load_model
 from service.plan import make_plan
-from service.problems import Problem
 from service.recent import Agreement, Seen
 from service.settings import Settings
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.runtime.openvino_engine import Pixels
-from service.problems import Problem
+from service.http.errors import Problem
+from service.http.uploads import check_number
 from service.settings import Settings
-from service.uploads import check_number
 
 DATATYPES = {"photos": "BYTES", "pixels": "UINT8"}
 LENGTH = struct.Struct("<I")  # before each element of BYTES

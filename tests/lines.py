@@ -13,7 +13,7 @@ from PIL import Image
 from serving import ANSWER_S, Reply, Server, poll
 from tiny import COLOURS
 
-from service.parting import LEAVE_S
+from service.http.lingering_close import LEAVE_S
 
 
 def photo_of(colour: tuple[int, int, int], size: tuple[int, int] = (56, 44)) -> bytes:

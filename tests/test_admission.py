@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from service import admission as module
-from service.admission import Admission
-from service.problems import Problem
+from service.http import admission as module
+from service.http.admission import Admission
+from service.http.errors import Problem
 
 
 class Clock:

@@ -6,8 +6,8 @@ import pytest
 from gunicorn.config import Config
 from gunicorn.http import get_parser, wsgi
 
-import service.worker  # noqa: F401 - which puts the answer in gunicorn's place
-from service.answer import Response
+import service.http.gunicorn_worker  # noqa: F401 - which puts the answer in gunicorn's place
+from service.http.response import Response
 
 LENGTH_5 = [("Content-Type", "text/plain"), ("Content-Length", "5")]
 UNTOLD = [("Content-Type", "text/plain")]

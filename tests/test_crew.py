@@ -11,7 +11,7 @@ import pytest
 from serving import poll
 
 from service.crew import NICE, Crew
-from service.problems import Problem
+from service.http.errors import Problem
 
 
 def crew(**options: Any) -> Crew:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from service.problems import CODES
+from service.http.errors import CODES
 from service.telemetry.metrics import STAGES, Metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,8 +24,8 @@ from models.runtime.openvino_engine import OnnxEngine
 from service.cam import LinearHead
 from service.explain import CAM, OCCLUSION, OUTPUTS, Explainer
 from service.heat import colours, legend, overlay
+from service.http.errors import Problem
 from service.occlusion import CELLS, PASSES, occlusion_map
-from service.problems import Problem
 
 SIDE = 32
 PATIENCE_S = 300.0  # its thread gives way to all others, and a machine that tests may be busy

@@ -23,7 +23,7 @@ from service.filters import (
     read_page,
     sentence,
 )
-from service.problems import Problem
+from service.http.errors import Problem
 
 NAMES = (
     "cats",

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from odd_images import odd_images, picture, saved
 from serving import multipart, poll, rss_mb, serve
 
-from service.problems import CODES
+from service.http.errors import CODES
 
 REFUSALS = {"not_a_picture", "damaged_picture", "too_many_pixels"}
 SURE = {  # what has to be answered, odd as it is

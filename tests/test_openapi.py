@@ -24,8 +24,8 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from serving import ANSWER_S, PATIENT, START_S, poll, serve
 
 from service import create_app
+from service.http.errors import CODES
 from service.openapi import document
-from service.problems import CODES
 from service.schemas import ADVICE
 from service.settings import Settings
 

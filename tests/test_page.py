@@ -18,15 +18,15 @@ from werkzeug.test import TestResponse
 
 from service import create_app
 from service.app import Core
+from service.http.errors import Problem
+from service.http.uploads import Upload
 from service.images import Prepared
 from service.model import ServedModel
 from service.pipeline import Answer
 from service.predict import Prediction
-from service.problems import Problem
 from service.settings import Settings
 from service.site import NAVIGATION, percent
 from service.telemetry.metrics import Metrics
-from service.uploads import Upload
 from service.whole import build_app
 
 HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from service.http.errors import Problem
 from service.images import FrontDoor
 from service.pictures import make_picture, png_of
-from service.problems import Problem
 
 DOOR = FrontDoor(50_000_000)
 

@@ -19,9 +19,9 @@ from serving import poll
 from models.preprocess import Preprocessing
 from service import images
 from service import pipeline as module
+from service.http.errors import Problem
 from service.images import FrontDoor, Prepared
 from service.pipeline import Answer, ClosedError, Pipeline, UnwantedError
-from service.problems import Problem
 from service.telemetry.metrics import Metrics
 
 SIDE = 8

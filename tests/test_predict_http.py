@@ -26,7 +26,7 @@ from finetune.batch_inference.predict import classify
 from models.artifacts.bundle import open_bundle
 from models.preprocess import Preprocessing
 from service import create_app
-from service.problems import CODES
+from service.http.errors import CODES
 from service.settings import Settings
 
 T = Image.Transpose

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from models.artifacts.predictions import Predictions
 from service.filters import CHANGES, Filter
-from service.problems import Problem
+from service.http.errors import Problem
 from service.store.comparing import Comparison, compare
 from service.store.database import Database
 from service.store.listing import Listing, find_model

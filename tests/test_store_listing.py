@@ -17,7 +17,7 @@ from gallery_rows import CHECKS, CLASSES, VERSION, Plain, any_filter, check_cell
 from sqlalchemy import func, select
 
 from service.filters import FACETS, ORDERS, Filter
-from service.problems import Problem
+from service.http.errors import Problem
 from service.store import order
 from service.store.counts import BINS
 from service.store.database import Database

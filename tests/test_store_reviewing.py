@@ -19,7 +19,7 @@ from gallery_rows import CLASSES, VERSION, Plain, check_cells, enter, make_predi
 from sqlalchemy import select
 
 from service.filters import Filter
-from service.problems import Problem
+from service.http.errors import Problem
 from service.store.database import Database
 from service.store.importing import DIMENSIONS, judge
 from service.store.listing import Listing, known_models

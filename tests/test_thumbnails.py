@@ -16,8 +16,8 @@ from PIL import Image
 
 from service.blobs import Blobs
 from service.crew import Crew
+from service.http.errors import Problem
 from service.images import FrontDoor
-from service.problems import Problem
 from service.thumbnails import LONGEST_PX, Thumbnails
 
 

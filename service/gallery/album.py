@@ -12,10 +12,10 @@ from models.runtime.openvino_engine import Pixels
 from service.crew import Crew
 from service.explain import Explainer, Explanation
 from service.gallery.core import Gallery
+from service.http.errors import Problem
 from service.images import FrontDoor
 from service.photos import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
 from service.pictures import Picture, make_picture
-from service.problems import Problem
 from service.settings import Settings
 from service.store import live
 from service.store.importing import file_name

@@ -8,7 +8,7 @@ from service.filters import CHANGES, Filter
 from service.gallery.core import gallery
 from service.gallery.pages import render, serve_both_command, train_command
 from service.gallery.panel import address_of
-from service.problems import Problem
+from service.http.errors import Problem
 from service.site import problem_page
 from service.store.comparing import Comparison, compare
 from service.store.listing import KnownModel, find_model

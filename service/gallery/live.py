@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
 from service.gallery.core import Gallery
-from service.problems import Problem
+from service.http.errors import Problem
 from service.settings import Settings
 from service.store.importing import know_model
 from service.store.live import Answered, keep, prune

@@ -20,7 +20,7 @@ from service.gallery.asking import asked_page, listing
 from service.gallery.core import gallery
 from service.gallery.panel import address_of, photo_address
 from service.gallery.queues import Queue, queues
-from service.problems import Problem
+from service.http.errors import Problem
 from service.settings import Settings
 from service.site import note_problem, problem_page, served_model
 from service.store.listing import Listing, Photo, find_model

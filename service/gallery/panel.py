@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 from flask import g, url_for
 
 from service.filters import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter, in_query, whole
-from service.problems import Problem
+from service.http.errors import Problem
 from service.store.counts import BINS, Counts
 from service.store.listing import Listing, Photo
 

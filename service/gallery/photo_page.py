@@ -19,8 +19,8 @@ from service.gallery.core import gallery
 from service.gallery.pages import render
 from service.gallery.panel import address_of
 from service.gallery.past import entries, saved
-from service.problems import Problem
-from service.security import require_key_or_cookie
+from service.http.errors import Problem
+from service.http.security import require_key_or_cookie
 from service.settings import Settings
 from service.site import note_problem, problem_page
 from service.store.importing import storable

@@ -10,13 +10,13 @@ from urllib.parse import parse_qsl
 from flask import Blueprint, Response, current_app, g, jsonify, redirect, request, url_for
 from werkzeug.datastructures import MultiDict
 
-from service.body import read_body
 from service.filters import Filter, read_filter
 from service.gallery.asking import GO_ON, REVIEWER, listing
 from service.gallery.core import gallery
 from service.gallery.photo_page import Refused, show
-from service.problems import Problem
-from service.security import KEY_COOKIE, name_of_key, require_key_or_cookie, require_same_site
+from service.http.errors import Problem
+from service.http.request_body import read_body
+from service.http.security import KEY_COOKIE, name_of_key, require_key_or_cookie, require_same_site
 from service.settings import Settings
 from service.site import YEAR_S, problem_json, problem_page
 from service.store.reviewing import Verdict, decide, history

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, select
 
-from service.problems import Problem
+from service.http.errors import Problem
 from service.store.tables import UNKNOWN, cells, current_reviews, predictions
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, func, select
 
 from service.filters import UNLABELLED, Filter
-from service.problems import Problem
+from service.http.errors import Problem
 from service.store.comparing import changed
 from service.store.counts import Cell, Counts, count, name_cell
 from service.store.importing import DIMENSIONS

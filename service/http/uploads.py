@@ -12,9 +12,9 @@ from typing import Any
 from flask import Request
 
 from models.runtime.openvino_engine import Pixels
-from service.body import read_body
-from service.forms import read_form
-from service.problems import Problem
+from service.http.errors import Problem
+from service.http.multipart_form import read_form
+from service.http.request_body import read_body
 from service.settings import Settings
 
 STRIDE = 61  # a prime, so that it falls on other columns in each row of pixels that are not compressed

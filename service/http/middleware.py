@@ -8,11 +8,11 @@ import uuid
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from service.admission import Admission
-from service.body import is_left
-from service.patience import patience
-from service.problems import MEDIA_TYPE, Problem
-from service.security import HEADERS, cors_headers
+from service.http.admission import Admission
+from service.http.errors import MEDIA_TYPE, Problem
+from service.http.read_deadline import patience
+from service.http.request_body import is_left
+from service.http.security import HEADERS, cors_headers
 from service.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 class Gate:
     """A WSGI layer: admit what will be computed as one photo, until its answer is given, or refuse it at once.
 
-    Refused here, a request costs a tenth of an answer; of a flood most are refused before it, in its words (service.doorstep).
+    Refused here, a request costs a tenth of an answer; of a flood most are refused before it, in its words (service.http.early_rejection).
     ``spoken`` are those of ``paths`` that say it in their own words: there the refusal goes on as ``service.refused``.
     """
 
@@ -52,7 +52,7 @@ class Gate:
         request_id = environ["service.request_id"] = given if ID.fullmatch(given) else uuid.uuid4().hex
         headers = self._headers(environ, request_id)
 
-        end_connection = getattr(environ["wsgi.input"], "end_connection", None)  # service.doorstep's
+        end_connection = getattr(environ["wsgi.input"], "end_connection", None)  # service.http.early_rejection's
 
         def start(status: str, own: list[tuple[str, str]], *error: Any) -> Any:
             if end_connection and is_left(environ):
@@ -61,7 +61,9 @@ class Gate:
 
         if environ["REQUEST_METHOD"] != "POST" or not self._paths.fullmatch(environ["PATH_INFO"]):
             return self._app(environ, start)
-        place = getattr(environ["wsgi.input"], "place", None)  # service.doorstep's; False where it knows that there is none
+        place = getattr(
+            environ["wsgi.input"], "place", None
+        )  # service.http.early_rejection's; False where it knows that there is none
         if place is None and not (place := self.admission.let_in()):
             if self._spoken.fullmatch(environ["PATH_INFO"]):
                 environ["service.refused"] = self.admission.refusal()

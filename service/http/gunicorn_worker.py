@@ -10,9 +10,9 @@ from typing import Any
 
 from gunicorn.http import wsgi
 
-from service.answer import Response
-from service.doorstep import DoorstepWorker
-from service.patience import patience
+from service.http.early_rejection import DoorstepWorker
+from service.http.read_deadline import patience
+from service.http.response import Response
 
 HEADERS_S = 15.0
 LINGER_MS = 3
@@ -42,7 +42,7 @@ class Worker(DoorstepWorker):
         return keep
 
     def _handle(self, conn: Any) -> Any:
-        patience.begin(conn.sock, HEADERS_S)  # ended where the application takes over (service.gate)
+        patience.begin(conn.sock, HEADERS_S)  # ended where the application takes over (service.http.middleware)
         try:
             return super().handle(conn)
         finally:

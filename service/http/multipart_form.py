@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from multipart import MultipartError, MultipartSegment, ParserLimitReached, PushMultipartParser
 
-from service.problems import Problem
+from service.http.errors import Problem
 
 MORE_PARTS = 32  # what a form may have beside photos
 FORM = "write the form as curl -F file=@photo.jpg does"

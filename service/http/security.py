@@ -6,7 +6,7 @@ import hmac
 
 from flask import Request
 
-from service.problems import Problem
+from service.http.errors import Problem
 from service.settings import Settings
 
 KEY_COOKIE = "key"

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gunicorn.http import get_parser
 
-from service.answer import Piece
-from service.parting import READ_ON, PartingWorker
+from service.http.lingering_close import READ_ON, PartingWorker
+from service.http.response import Piece
 
 if TYPE_CHECKING:  # this module is imported before the fork: Flask must not be yet, nor prometheus_client without its folder
-    from service.gate import Gate
+    from service.http.middleware import Gate
 
 FRESH_S = 0.25
 ACCEPTED = 32

@@ -9,7 +9,7 @@ from collections import deque
 
 from prometheus_client import Gauge
 
-from service.problems import Problem
+from service.http.errors import Problem
 
 WINDOW = 256  # answered photos that the drain rate is measured on
 FRESH_S = 10.0

@@ -8,13 +8,13 @@ from typing import Any
 
 from flask import Request
 
-from service.parting import READ_ON
-from service.patience import patience
-from service.problems import Problem
+from service.http.errors import Problem
+from service.http.lingering_close import READ_ON
+from service.http.read_deadline import patience
 from service.settings import Settings
 
 PIECE = 1 << 17
-STATE = "service.body"
+STATE = "service.http.request_body"
 PHOTOS = "send fewer or smaller photos"
 
 

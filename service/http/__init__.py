@@ -1,0 +1,1 @@
+"""The HTTP layer: gunicorn worker, admission control, request bodies, errors and security headers."""
