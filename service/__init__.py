@@ -39,7 +39,7 @@ def open_server() -> Opening | Flask:
 
 
 def _core(settings: Settings) -> Core:
-    from service.model import ServedModel
+    from service.inference.model_manager import ServedModel
 
     model = ServedModel.start(settings)  # before Flask is imported: the two take their time side by side
     from service.app import Core

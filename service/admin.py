@@ -11,8 +11,8 @@ from flask import Blueprint, Response, current_app, g, jsonify, request
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import key_of, name_among
+from service.inference.model_manager import ServedModel
 from service.likeness import ALLOWANCES
-from service.model import ServedModel
 from service.settings import Settings
 from service.swap import Swapper
 

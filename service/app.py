@@ -15,8 +15,8 @@ from service import admin, api, health, oip, site
 from service.http.admission import Admission
 from service.http.errors import Problem, code_of_status
 from service.http.middleware import Gate
-from service.model import ServedModel
-from service.predict import OnAnswer, Predictor
+from service.inference.model_manager import ServedModel
+from service.inference.predictor import OnAnswer, Predictor
 from service.settings import Settings
 from service.swap import Swapper
 

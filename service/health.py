@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Blueprint, Response, current_app, jsonify
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.model import ServedModel
+from service.inference.model_manager import ServedModel
 
 bp = Blueprint("health", __name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from service.http.errors import Problem
-from service.model import Model
-from service.recent import Agreement, Recent, Seen
+from service.inference.model_manager import Model
+from service.inference.recent_predictions import Agreement, Recent, Seen
 
 ALLOWANCES = ("classes", "disagreement")  # what may differ where it is said to be meant
 

@@ -17,8 +17,8 @@ from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import require_key
 from service.http.uploads import Upload, upload_of_base64
-from service.model import Model, ServedModel
-from service.predict import Prediction, predictor
+from service.inference.model_manager import Model, ServedModel
+from service.inference.predictor import Prediction, predictor
 from service.settings import Settings
 from service.tensors import Asked, Input, read_inference, write_outputs, wrong
 

@@ -13,10 +13,10 @@ from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
 from service.http.security import name_of_key
 from service.http.uploads import Upload, read_uploads
+from service.inference.batcher import Answer
+from service.inference.model_manager import Model
+from service.inference.predictor import Prediction, predictor, ranked
 from service.markdown import render_markdown
-from service.model import Model
-from service.pipeline import Answer
-from service.predict import Prediction, predictor, ranked
 from service.settings import Settings
 from service.site import problem_page, served_model
 

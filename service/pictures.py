@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageCms
 
 from models.runtime.openvino_engine import Pixels
-from service.images import FrontDoor
+from service.inference.image_decoder import FrontDoor
 
 LARGEST_PROFILE = 1 << 20
 ORIGINAL_PX = 2048

@@ -15,7 +15,7 @@ from werkzeug.urls import iri_to_uri
 from models.runtime.openvino_engine import Pixels
 from service.api import crop_as_url
 from service.http.errors import MEDIA_TYPE, Problem
-from service.model import Model, ServedModel
+from service.inference.model_manager import Model, ServedModel
 
 YEAR_S = 365 * 24 * 3600
 NEARLY_NOTHING = 1e-12

@@ -2,7 +2,7 @@
 
 One worker decides, for all: the one that is asked, or the first that sees BUNDLE's link lead elsewhere. It writes what it
 chose on the board (``service.board``), and the other workers load the same. Who is in the middle of an answer finishes it with
-the model that it began with (``service.predict``).
+the model that it began with (``service.inference.predictor``).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from models.artifacts.paths import whole_bundle
 from models.errors import BundleError, UserError
 from service.board import Chosen, Refused, State
 from service.http.errors import Problem
+from service.inference.model_manager import Model, ServedModel, load_model
+from service.inference.recent_predictions import Agreement, Seen
 from service.likeness import ALLOWANCES, compare, objection
 from service.link import goes_through_link, identity, now
-from service.model import Model, ServedModel, load_model
 from service.plan import make_plan
-from service.recent import Agreement, Seen
 from service.settings import Settings
 
 log = logging.getLogger("service.swap")

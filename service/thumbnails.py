@@ -12,7 +12,7 @@ from PIL import Image
 from models.preprocess import FORMATS
 from service.blobs import Blobs
 from service.crew import Crew
-from service.images import FrontDoor
+from service.inference.image_decoder import FrontDoor
 from service.pictures import Picture, make_picture
 
 LONGEST_PX = 320

@@ -13,7 +13,7 @@ from service.gallery import compare, exports, pages, photo_page, pictures, revie
 from service.gallery.album import Album
 from service.gallery.core import Gallery
 from service.gallery.live import Keeper
-from service.model import Model
+from service.inference.model_manager import Model
 
 
 def build_app(core: Core) -> Flask:

@@ -17,7 +17,7 @@ from werkzeug.test import Client, TestResponse
 
 import service.whole
 from service.app import Core
-from service.model import ServedModel
+from service.inference.model_manager import ServedModel
 from service.opening import Opening
 from service.settings import Settings
 

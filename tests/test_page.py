@@ -20,10 +20,10 @@ from service import create_app
 from service.app import Core
 from service.http.errors import Problem
 from service.http.uploads import Upload
-from service.images import Prepared
-from service.model import ServedModel
-from service.pipeline import Answer
-from service.predict import Prediction
+from service.inference.batcher import Answer
+from service.inference.image_decoder import Prepared
+from service.inference.model_manager import ServedModel
+from service.inference.predictor import Prediction
 from service.settings import Settings
 from service.site import NAVIGATION, percent
 from service.telemetry.metrics import Metrics

@@ -17,11 +17,11 @@ from PIL import Image
 from serving import poll
 
 from models.preprocess import Preprocessing
-from service import images
-from service import pipeline as module
 from service.http.errors import Problem
-from service.images import FrontDoor, Prepared
-from service.pipeline import Answer, ClosedError, Pipeline, UnwantedError
+from service.inference import batcher as module
+from service.inference import image_decoder
+from service.inference.batcher import Answer, ClosedError, Pipeline, UnwantedError
+from service.inference.image_decoder import FrontDoor, Prepared
 from service.telemetry.metrics import Metrics
 
 SIDE = 8
@@ -211,7 +211,7 @@ def test_its_times_and_batches_are_measured() -> None:
 
 def test_heavy_photos_hold_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are decoded one at a time, for their memory; those that have to wait for it must not keep the crew waiting."""
-    monkeypatch.setattr(images, "HEAVY_PIXELS", SIDE * SIDE)
+    monkeypatch.setattr(image_decoder, "HEAVY_PIXELS", SIDE * SIDE)
     heavy = [png((number, 0, 0), SIDE + 1) for number in range(10)]
     door = FrontDoor(1_000_000)
     with running(Colours(), door=door) as pipeline:

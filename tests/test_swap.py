@@ -19,7 +19,7 @@ from werkzeug.test import TestResponse
 from service import create_app
 from service.board import Board, State
 from service.http.errors import CODES, Problem
-from service.model import Model
+from service.inference.model_manager import Model
 from service.settings import Settings
 
 KEY = {"X-API-Key": "sesame"}

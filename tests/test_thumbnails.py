@@ -17,7 +17,7 @@ from PIL import Image
 from service.blobs import Blobs
 from service.crew import Crew
 from service.http.errors import Problem
-from service.images import FrontDoor
+from service.inference.image_decoder import FrontDoor
 from service.thumbnails import LONGEST_PX, Thumbnails
 
 
@@ -123,7 +123,7 @@ def test_what_is_no_photo_and_what_is_too_large_is_refused_before_it_is_decoded(
 
 
 def test_heavy_photos_wait_for_each_other(make: Callable[..., Thumbnails], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.images.HEAVY_PIXELS", 1000)
+    monkeypatch.setattr("service.inference.image_decoder.HEAVY_PIXELS", 1000)
     thumbnails = make(None)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda name: thumbnails.get(str(name), photo), range(8)))

@@ -13,7 +13,7 @@ from service.crew import Crew
 from service.explain import Explainer, Explanation
 from service.gallery.core import Gallery
 from service.http.errors import Problem
-from service.images import FrontDoor
+from service.inference.image_decoder import FrontDoor
 from service.photos import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
 from service.pictures import Picture, make_picture
 from service.settings import Settings

@@ -20,7 +20,7 @@ from models.artifacts.paths import default_data_dir, whole_bundle
 from models.artifacts.similarity import Lookalikes
 from models.errors import UserError
 from service.http.errors import Problem
-from service.model import Model
+from service.inference.model_manager import Model
 from service.settings import Settings
 from service.store.database import Database
 from service.store.importing import Table, import_table, is_imported, know_model, touch

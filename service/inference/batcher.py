@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import Engine
-from service.images import FrontDoor, HeavyError, Prepared
+from service.inference.image_decoder import FrontDoor, HeavyError, Prepared
 from service.telemetry.metrics import Metrics
 
 JUST_NOW_S = 0.02  # to look whether a client is still there costs more than it saves

@@ -26,11 +26,11 @@ from models.runtime.openvino_engine import Engine, OnnxEngine, Pixels
 from models.runtime.precision import Precision, choose_precision
 from service.board import Board
 from service.http.errors import Problem
-from service.images import FrontDoor
+from service.inference.batcher import Pipeline
+from service.inference.image_decoder import FrontDoor
+from service.inference.recent_predictions import Recent, Seen
 from service.link import first_state
-from service.pipeline import Pipeline
 from service.plan import Plan, make_plan
-from service.recent import Recent, Seen
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 

@@ -16,10 +16,10 @@ from models.artifacts.bundle import Bundle
 from service.http.admission import Admission
 from service.http.errors import Problem
 from service.http.uploads import Upload, client_is_there
-from service.images import Prepared
-from service.model import Model, ServedModel
-from service.pipeline import Answer, ClosedError, UnwantedError
-from service.recent import Seen
+from service.inference.batcher import Answer, ClosedError, UnwantedError
+from service.inference.image_decoder import Prepared
+from service.inference.model_manager import Model, ServedModel
+from service.inference.recent_predictions import Seen
 from service.settings import Settings
 
 OnAnswer = Callable[[Bundle, bytes, NDArray[np.float32]], None]  # told of every photo that was answered
