@@ -11,7 +11,8 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from service import admin, api, health, oip, site
+from service import site
+from service.api import admin, health, inference_protocol, predict
 from service.http.admission import Admission
 from service.http.errors import Problem, code_of_status
 from service.http.middleware import Gate
@@ -21,8 +22,8 @@ from service.settings import Settings
 from service.swap import Swapper
 
 log = logging.getLogger("service.request")
-COMPUTING = re.compile(rf"/|/predict|{oip.INFER.pattern}")
-SPOKEN = re.compile(rf"/|{oip.INFER.pattern}")
+COMPUTING = re.compile(rf"/|/predict|{inference_protocol.INFER.pattern}")
+SPOKEN = re.compile(rf"/|{inference_protocol.INFER.pattern}")
 METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 
@@ -47,7 +48,7 @@ def build_api(core: Core, *, on_answer: OnAnswer | None = None) -> Flask:
     predictor = Predictor(settings, model, admission, on_answer=on_answer)
     app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor, swapper=core.swapper)
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    for part in (api, health, oip, admin):
+    for part in (predict, health, inference_protocol, admin):
         app.register_blueprint(part.bp)
     _add_hooks(app, model)
     _add_error_handlers(app, model)
@@ -97,9 +98,9 @@ def _add_hooks(app: Flask, model: ServedModel) -> None:
 def _add_error_handlers(app: Flask, model: ServedModel) -> None:
     @app.errorhandler(Problem)
     def problem(error: Problem) -> Response:
-        if oip.speaks(request.path):
+        if inference_protocol.speaks(request.path):
             site.note_problem(error)
-            return oip.error_answer(error)
+            return inference_protocol.error_answer(error)
         return site.problem_json(error)
 
     @app.errorhandler(HTTPException)

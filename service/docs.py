@@ -9,10 +9,10 @@ from typing import Any
 from flask import Blueprint, Response, current_app, render_template, request
 from markupsafe import Markup, escape
 
+from service.api.openapi import document
+from service.api.openapi_schemas import ADVICE
 from service.http.errors import CODES
 from service.markdown import render_markdown
-from service.openapi import document
-from service.schemas import ADVICE
 from service.settings import Settings
 
 bp = Blueprint("docs", __name__)

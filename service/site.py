@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from werkzeug.urls import iri_to_uri
 
 from models.runtime.openvino_engine import Pixels
-from service.api import crop_as_url
+from service.api.predict import crop_as_url
 from service.http.errors import MEDIA_TYPE, Problem
 from service.inference.model_manager import Model, ServedModel
 

@@ -24,9 +24,9 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from serving import ANSWER_S, PATIENT, START_S, poll, serve
 
 from service import create_app
+from service.api.openapi import document
+from service.api.openapi_schemas import ADVICE
 from service.http.errors import CODES
-from service.openapi import document
-from service.schemas import ADVICE
 from service.settings import Settings
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from flask import Blueprint, Response, current_app, g, jsonify, request
 from numpy.typing import NDArray
 
+from service.api.tensor_codec import Asked, Input, read_inference, write_outputs, wrong
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import require_key
@@ -20,7 +21,6 @@ from service.http.uploads import Upload, upload_of_base64
 from service.inference.model_manager import Model, ServedModel
 from service.inference.predictor import Prediction, predictor
 from service.settings import Settings
-from service.tensors import Asked, Input, read_inference, write_outputs, wrong
 
 INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 JSON_LENGTH = "Inference-Header-Content-Length"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from models.preprocess import FORMATS_IN_WORDS
-from service import openapi_admin, openapi_oip
-from service.openapi_gallery import gallery_paths
-from service.operations import answer, get, said
-from service.samples import models_samples, page_samples, predict_samples
-from service.schemas import STRING, described, headers, problem_answer, problem_answers, ref, schemas
+from service.api import openapi_admin, openapi_inference_protocol
+from service.api.openapi_examples import models_samples, page_samples, predict_samples
+from service.api.openapi_gallery import gallery_paths
+from service.api.openapi_operations import answer, get, said
+from service.api.openapi_schemas import STRING, described, headers, problem_answer, problem_answers, ref, schemas
 from service.settings import Settings
 
 API_VERSION = "1.0.0"
@@ -43,7 +43,7 @@ def document(settings: Settings, url: str) -> dict[str, Any]:
             {"name": "Gallery", "description": "What the model gets right and wrong, and what people decided about it."},
             {"name": "Operation", "description": "For orchestrators and Prometheus."},
             {"name": openapi_admin.TAG, "description": openapi_admin.ABOUT},
-            {"name": openapi_oip.TAG, "description": openapi_oip.ABOUT},
+            {"name": openapi_inference_protocol.TAG, "description": openapi_inference_protocol.ABOUT},
             {"name": "Pages", "description": "For people and for tools that read this."},
         ],
         "paths": {
@@ -51,12 +51,12 @@ def document(settings: Settings, url: str) -> dict[str, Any]:
             "/models": {"get": _models(url)},
             **_operation_paths(),
             **openapi_admin.admin_paths(settings),
-            **openapi_oip.oip_paths(settings),
+            **openapi_inference_protocol.oip_paths(settings),
             **_page_paths(settings, url),
             **gallery_paths(keyed if settings.api_keys else [{}, *keyed]),
         },
         "components": {
-            "schemas": schemas() | openapi_admin.admin_schemas() | openapi_oip.oip_schemas(),
+            "schemas": schemas() | openapi_admin.admin_schemas() | openapi_inference_protocol.oip_schemas(),
             "headers": headers(),
             "responses": {
                 "NotFound": problem_answer(["not_found"]),

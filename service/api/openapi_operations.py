@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.schemas import STRING, problem_answers, ref
+from service.api.openapi_schemas import STRING, problem_answers, ref
 
 
 def get(operation: str, tag: str, summary: str, good: dict[str, Any], *codes: str) -> dict[str, Any]:

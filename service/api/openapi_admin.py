@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from service.api.openapi_schemas import STRING, described, problem_answers, record, ref
 from service.likeness import ALLOWANCES
-from service.schemas import STRING, described, problem_answers, record, ref
 from service.settings import Settings
 
 TAG = "Administration"

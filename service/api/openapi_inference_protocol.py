@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from service.schemas import STRING, described, problem_answers, record, ref
+from service.api.openapi_schemas import STRING, described, problem_answers, record, ref
 from service.settings import Settings
 
 TAG = "Open Inference Protocol"

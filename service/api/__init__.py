@@ -1,0 +1,1 @@
+"""The JSON API: predictions, health, administration and the Open Inference Protocol."""
