@@ -18,8 +18,8 @@ from service.http.errors import Problem, code_of_status
 from service.http.middleware import Gate
 from service.inference.model_manager import ServedModel
 from service.inference.predictor import OnAnswer, Predictor
+from service.rollout.rollout import Swapper
 from service.settings import Settings
-from service.swap import Swapper
 
 log = logging.getLogger("service.request")
 COMPUTING = re.compile(rf"/|/predict|{inference_protocol.INFER.pattern}")

@@ -11,9 +11,9 @@ from typing import Any
 
 from models.artifacts.paths import whole_bundle
 from models.errors import UserError
-from service.board import FOLDER, Board, forget_worker, make_folder
-from service.link import first_state
 from service.plan import make_plan
+from service.rollout.bundle_link import first_state
+from service.rollout.state import FOLDER, Board, forget_worker, make_folder
 from service.settings import Settings
 from service.telemetry.json_logging import log_config
 

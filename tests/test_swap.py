@@ -17,9 +17,9 @@ from serving import PATIENT, START_S, parse_metrics, poll
 from werkzeug.test import TestResponse
 
 from service import create_app
-from service.board import Board, State
 from service.http.errors import CODES, Problem
 from service.inference.model_manager import Model
+from service.rollout.state import Board, State
 from service.settings import Settings
 
 KEY = {"X-API-Key": "sesame"}

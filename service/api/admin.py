@@ -12,9 +12,9 @@ from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import key_of, name_among
 from service.inference.model_manager import ServedModel
-from service.likeness import ALLOWANCES
+from service.rollout.agreement import ALLOWANCES
+from service.rollout.rollout import Swapper
 from service.settings import Settings
-from service.swap import Swapper
 
 FORM = 'send {"bundle": "FOLDER"}, and with it "allow": ["classes", "disagreement"] where that is meant'
 

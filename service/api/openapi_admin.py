@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from service.api.openapi_schemas import STRING, described, problem_answers, record, ref
-from service.likeness import ALLOWANCES
+from service.rollout.agreement import ALLOWANCES
 from service.settings import Settings
 
 TAG = "Administration"

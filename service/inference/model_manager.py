@@ -24,13 +24,13 @@ from models.artifacts.paths import compiled_dir, whole_bundle
 from models.errors import UserError
 from models.runtime.openvino_engine import Engine, OnnxEngine, Pixels
 from models.runtime.precision import Precision, choose_precision
-from service.board import Board
 from service.http.errors import Problem
 from service.inference.batcher import Pipeline
 from service.inference.image_decoder import FrontDoor
 from service.inference.recent_predictions import Recent, Seen
-from service.link import first_state
 from service.plan import Plan, make_plan
+from service.rollout.bundle_link import first_state
+from service.rollout.state import Board
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 

@@ -1,7 +1,7 @@
 """Put another bundle in the place of the one that serves, without a failed request: load beside it, check, then exchange.
 
 One worker decides, for all: the one that is asked, or the first that sees BUNDLE's link lead elsewhere. It writes what it
-chose on the board (``service.board``), and the other workers load the same. Who is in the middle of an answer finishes it with
+chose on the board (``service.rollout.state``), and the other workers load the same. Who is in the middle of an answer finishes it with
 the model that it began with (``service.inference.predictor``).
 """
 
@@ -19,16 +19,16 @@ from pathlib import Path
 from models.artifacts.bundle import open_bundle
 from models.artifacts.paths import whole_bundle
 from models.errors import BundleError, UserError
-from service.board import Chosen, Refused, State
 from service.http.errors import Problem
 from service.inference.model_manager import Model, ServedModel, load_model
 from service.inference.recent_predictions import Agreement, Seen
-from service.likeness import ALLOWANCES, compare, objection
-from service.link import goes_through_link, identity, now
 from service.plan import make_plan
+from service.rollout.agreement import ALLOWANCES, compare, objection
+from service.rollout.bundle_link import goes_through_link, identity, now
+from service.rollout.state import Chosen, Refused, State
 from service.settings import Settings
 
-log = logging.getLogger("service.swap")
+log = logging.getLogger("service.rollout.rollout")
 LOOK_S = 0.25  # how often a worker looks what the others chose
 RETRY_S = 10.0  # after it could not load that
 UNFINISHED = "The worker that loaded it ended before it was done; change the link again, or POST /admin/bundle."

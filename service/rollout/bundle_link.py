@@ -10,7 +10,7 @@ from pathlib import Path
 
 from models.artifacts.bundle import MANIFEST, open_bundle
 from models.artifacts.paths import whole_bundle
-from service.board import Chosen, State
+from service.rollout.state import Chosen, State
 from service.settings import Settings
 
 

@@ -1,0 +1,1 @@
+"""Rollout: replace the serving bundle without a failed request, and roll back."""
