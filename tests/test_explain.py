@@ -21,11 +21,11 @@ from serving import poll
 
 from models.artifacts.bundle import GRAPH, WEIGHTS, Bundle, open_bundle
 from models.runtime.openvino_engine import OnnxEngine
-from service.cam import LinearHead
-from service.explain import CAM, OCCLUSION, OUTPUTS, Explainer
-from service.heat import colours, legend, overlay
+from service.explain.cam import LinearHead
+from service.explain.explainer import CAM, OCCLUSION, OUTPUTS, Explainer
+from service.explain.heatmap import colours, legend, overlay
+from service.explain.occlusion import CELLS, PASSES, occlusion_map
 from service.http.errors import Problem
-from service.occlusion import CELLS, PASSES, occlusion_map
 
 SIDE = 32
 PATIENCE_S = 300.0  # its thread gives way to all others, and a machine that tests may be busy

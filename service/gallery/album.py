@@ -10,7 +10,7 @@ from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.paths import thumbnails_dir, whole_bundle
 from models.runtime.openvino_engine import Pixels
 from service.crew import Crew
-from service.explain import Explainer, Explanation
+from service.explain.explainer import Explainer, Explanation
 from service.gallery.core import Gallery
 from service.http.errors import Problem
 from service.inference.image_decoder import FrontDoor

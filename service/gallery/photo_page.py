@@ -11,7 +11,7 @@ from typing import Any
 from flask import Blueprint, Response, current_app, request, url_for
 
 from models.artifacts.similarity import Duplicate
-from service.explain import Explanation
+from service.explain.explainer import Explanation
 from service.filters import Filter, sentence
 from service.gallery.album import album
 from service.gallery.asking import GO_ON, REVIEWER, asked_filter, listing

@@ -6,9 +6,9 @@ import hashlib
 
 from flask import Blueprint, Response, request
 
+from service.explain.heatmap import legend, overlay
 from service.gallery.album import album
 from service.gallery.core import gallery
-from service.heat import legend, overlay
 from service.pictures import png_of
 from service.site import YEAR_S
 

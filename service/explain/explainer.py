@@ -1,7 +1,7 @@
 """Where did the model look? Computed when somebody asks, by a second engine that gives way to the first one.
 
-The class-activation map is exact for networks that average their last feature map and weigh it linearly (``service.cam``);
-for all others a patch is moved over the photo (``service.occlusion``), as that needs nothing but answers. Score-CAM (Wang et
+The class-activation map is exact for networks that average their last feature map and weigh it linearly (``service.explain.cam``);
+for all others a patch is moved over the photo (``service.explain.occlusion``), as that needs nothing but answers. Score-CAM (Wang et
 al. 2020) needs as many answers as the last map has channels, hundreds, and was left out for it.
 """
 
@@ -19,10 +19,10 @@ from PIL import Image
 from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.paths import compiled_dir
 from models.runtime.openvino_engine import OnnxEngine, Pixels
-from service.cam import LinearHead
 from service.crew import Crew
+from service.explain.cam import LinearHead
+from service.explain.occlusion import PASSES, blurred, occlusion_map
 from service.http.errors import Problem
-from service.occlusion import PASSES, blurred, occlusion_map
 
 REMEMBERED = 1024
 OUTPUTS = ("probabilities", "embedding", "feature_map")

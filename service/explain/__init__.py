@@ -1,0 +1,1 @@
+"""Heat maps of the image regions that support a class."""
