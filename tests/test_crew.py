@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from serving import poll
 
-from service.crew import NICE, Crew
 from service.http.errors import Problem
+from service.images.worker_pool import NICE, Crew
 
 
 def crew(**options: Any) -> Crew:

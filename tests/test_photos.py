@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.photos import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
+from service.images.source_folder import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
 
 CAT = b"the bytes of a cat"
 CAT_SHA256 = hashlib.sha256(CAT).hexdigest()
@@ -131,7 +131,7 @@ def test_a_photo_that_was_checked_is_not_read_again(root: Path, monkeypatch: pyt
 
 
 def test_what_is_remembered_is_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.photos.REMEMBERED", 3)
+    monkeypatch.setattr("service.images.source_folder.REMEMBERED", 3)
     folder = PhotoFolder([root])
     for number in range(10):
         (root / f"{number}.jpg").write_bytes(CAT)

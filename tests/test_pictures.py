@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from service.http.errors import Problem
+from service.images.render import make_picture, png_of
 from service.inference.image_decoder import FrontDoor
-from service.pictures import make_picture, png_of
 
 DOOR = FrontDoor(50_000_000)
 

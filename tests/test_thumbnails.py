@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from service.blobs import Blobs
-from service.crew import Crew
 from service.http.errors import Problem
+from service.images.disk_cache import Blobs
+from service.images.thumbnails import LONGEST_PX, Thumbnails
+from service.images.worker_pool import Crew
 from service.inference.image_decoder import FrontDoor
-from service.thumbnails import LONGEST_PX, Thumbnails
 
 
 def photo(size: tuple[int, int] = (900, 600), colour: str = "red", **options: object) -> bytes:
@@ -72,7 +72,7 @@ def test_a_disk_that_cannot_be_written_is_no_obstacle(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("service.blobs.atomic_write", full)
+    monkeypatch.setattr("service.images.disk_cache.atomic_write", full)
     thumbnails = make(tmp_path)
     made = thumbnails.get("a", photo)
     assert thumbnails.get("a", never) == made
@@ -173,7 +173,7 @@ def test_what_was_used_lately_is_kept(tmp_path: Path) -> None:
 
 
 def _place(folder: Path, blobs: Blobs, name: str) -> Path:
-    from service.blobs import _path
+    from service.images.disk_cache import _path
 
     return _path(folder, name)
 

@@ -12,9 +12,9 @@ from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
 from service.http.security import require_key
 from service.http.uploads import read_uploads
+from service.images.render import png_of
 from service.inference.model_manager import Model, ServedModel
 from service.inference.predictor import Prediction, predictor, ranked
-from service.pictures import png_of
 from service.settings import Settings
 
 MOST_CLASSES = 1_000_000

@@ -19,10 +19,10 @@ from PIL import Image
 from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.paths import compiled_dir
 from models.runtime.openvino_engine import OnnxEngine, Pixels
-from service.crew import Crew
 from service.explain.cam import LinearHead
 from service.explain.occlusion import PASSES, blurred, occlusion_map
 from service.http.errors import Problem
+from service.images.worker_pool import Crew
 
 REMEMBERED = 1024
 OUTPUTS = ("probabilities", "embedding", "feature_map")

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.runtime.openvino_engine import Pixels
-from service.pictures import png_of
+from service.images.render import png_of
 
 # Every eighth of the 256 colours of viridis (Smith and van der Walt 2015, matplotlib, CC0); between them 2 levels off at most.
 VIRIDIS = (

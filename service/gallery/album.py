@@ -9,17 +9,17 @@ from flask import current_app
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.paths import thumbnails_dir, whole_bundle
 from models.runtime.openvino_engine import Pixels
-from service.crew import Crew
 from service.explain.explainer import Explainer, Explanation
 from service.gallery.core import Gallery
 from service.http.errors import Problem
+from service.images.render import Picture, make_picture
+from service.images.source_folder import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
+from service.images.thumbnails import Thumbnails
+from service.images.worker_pool import Crew
 from service.inference.image_decoder import FrontDoor
-from service.photos import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
-from service.pictures import Picture, make_picture
 from service.settings import Settings
 from service.store import live
 from service.store.importing import file_name
-from service.thumbnails import Thumbnails
 
 BUNDLES = 4  # of which an explainer is held
 

@@ -9,7 +9,7 @@ from flask import Blueprint, Response, request
 from service.explain.heatmap import legend, overlay
 from service.gallery.album import album
 from service.gallery.core import gallery
-from service.pictures import png_of
+from service.images.render import png_of
 from service.site import YEAR_S
 
 bp = Blueprint("pictures", __name__, url_prefix="/gallery/pictures")

@@ -10,10 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from models.preprocess import FORMATS
-from service.blobs import Blobs
-from service.crew import Crew
+from service.images.disk_cache import Blobs
+from service.images.render import Picture, make_picture
+from service.images.worker_pool import Crew
 from service.inference.image_decoder import FrontDoor
-from service.pictures import Picture, make_picture
 
 LONGEST_PX = 320
 QUALITY = 80  # JPEG: WebP of the same fidelity is a sixth smaller, and takes ten times as long to make

@@ -1,0 +1,1 @@
+"""Images for people: rendering, thumbnails and the folder they come from."""
