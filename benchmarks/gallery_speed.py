@@ -23,10 +23,10 @@ from flask.testing import FlaskClient
 
 from models.artifacts.predictions import Predictions
 from service import create_app
-from service.filters import Filter
+from service.db.connection import Database
+from service.db.filter import Filter
+from service.db.ingest import Table, import_table, is_imported, know_model
 from service.settings import Settings
-from service.store.database import Database
-from service.store.importing import Table, import_table, is_imported, know_model
 
 CLASSES = ("cats", "dogs", *(f"animals {number}" for number in range(3, 201)))
 AT_ONCE = 100_000

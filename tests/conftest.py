@@ -17,7 +17,7 @@ import pytest
 from databases import Postgres, run_postgres
 
 from finetune.data.synthetic.dataset import CLASSES, draw
-from service.store.database import Database
+from service.db.connection import Database
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -43,8 +43,8 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _patient_databases() -> Iterator[None]:
     """Who waits for a lock or a connection waits for as long as it takes on a busy machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.store.database.BUSY_MS", 300_000)
-        patch.setattr("service.store.database.CONNECT_S", "300")
+        patch.setattr("service.db.connection.BUSY_MS", 300_000)
+        patch.setattr("service.db.connection.CONNECT_S", "300")
         yield
 
 

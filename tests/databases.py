@@ -16,7 +16,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from service.store.database import Database
+from service.db.connection import Database
 
 HOST = "127.0.0.1"
 TEMPLATE = "migrated"

@@ -15,11 +15,11 @@ import numpy as np
 from sqlalchemy import and_, false, func, not_, select
 
 from models.artifacts.predictions import Predictions
-from service.filters import REVIEWS, UNLABELLED, Filter
-from service.store.database import Database
-from service.store.importing import Table, import_table, is_imported, know_model
-from service.store.listing import cells_of, known_models
-from service.store.tables import RANGED, cells, predictions
+from service.db.connection import Database
+from service.db.filter import REVIEWS, UNLABELLED, Filter
+from service.db.ingest import Table, import_table, is_imported, know_model
+from service.db.query import cells_of, known_models
+from service.db.schema import RANGED, cells, predictions
 
 CLASSES = {2: ("cats", "dogs"), 5: ("a&b", "one, two", "Größe", "猫", UNLABELLED[:3])}
 VERSION = "v1"

@@ -1,4 +1,4 @@
-"""service.store.database: migrations, one sentence for each thing that can be wrong with DATABASE_URL, writers one by one."""
+"""service.db.connection: migrations, one sentence for each thing that can be wrong with DATABASE_URL, writers one by one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from databases import Postgres
 from sqlalchemy import insert, select, text
 
 from models.errors import ConfigError
-from service.store.database import HEAD, MIGRATIONS, Database
-from service.store.importing import know_model
-from service.store.tables import cells, metadata, models
+from service.db.connection import HEAD, MIGRATIONS, Database
+from service.db.ingest import know_model
+from service.db.schema import cells, metadata, models
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "hunter2"
@@ -40,7 +40,7 @@ def tables_of(database: Database) -> set[str]:
 
 
 def difference(database: Database) -> list[object]:
-    """What Alembic would have to change for the database to be what service.store.tables says."""
+    """What Alembic would have to change for the database to be what service.db.schema says."""
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         return list(compare_metadata(context, metadata))
@@ -89,7 +89,7 @@ def test_down_to_nothing_and_up_again(empty_url: str) -> None:
 
 
 def test_it_is_migrated_once_however_many_start_at_once(empty_url: str) -> None:
-    program = "import sys; from service.store.database import Database; sys.stdin.read(1); Database(sys.argv[1]).close()"
+    program = "import sys; from service.db.connection import Database; sys.stdin.read(1); Database(sys.argv[1]).close()"
     started = [
         subprocess.Popen([sys.executable, "-c", program, empty_url], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(2)

@@ -1,4 +1,4 @@
-"""service.filters: a query string and what it means, there and back; and the sentence that says it."""
+"""service.db.filter: a query string and what it means, there and back; and the sentence that says it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 import pytest
 from werkzeug.datastructures import MultiDict
 
-from service.filters import (
+from service.db.filter import (
     CHANGES,
     FACETS,
     FLAGS,

@@ -26,9 +26,9 @@ from models.artifacts.bundle import PREDICTIONS, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import LOOKALIKES
+from service.db.connection import Database
+from service.db.ingest import Table, import_table, know_model
 from service.gallery.panel import numbers
-from service.store.database import Database
-from service.store.importing import Table, import_table, know_model
 
 MORE = 100
 Row = dict[str, str]

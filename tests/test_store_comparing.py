@@ -1,4 +1,4 @@
-"""service.store.comparing: who fixed what and who broke what, against plain Python and scipy."""
+"""service.db.model_comparison: who fixed what and who broke what, against plain Python and scipy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gallery_rows import CLASSES, enter, make_predictions
 from scipy.stats import binomtest
 
 from models.artifacts.predictions import Predictions
-from service.filters import CHANGES, Filter
+from service.db.connection import Database
+from service.db.filter import CHANGES, Filter
+from service.db.model_comparison import Comparison, compare
+from service.db.query import Listing, find_model
 from service.http.errors import Problem
-from service.store.comparing import Comparison, compare
-from service.store.database import Database
-from service.store.listing import Listing, find_model
 from service.store.reviewing import Verdict, decide
 
 NONE = Comparison(both_right=0, both_wrong=0, fixed=0, broke=0, set_aside=0, disagree=0, unlabelled=0, only_a=0, only_b=0)

@@ -16,15 +16,15 @@ from conftest import NewDatabase
 from gallery_rows import CHECKS, CLASSES, VERSION, Plain, any_filter, check_cells, enter, make_predictions, passes, with_reviews
 from sqlalchemy import func, select
 
-from service.filters import FACETS, ORDERS, Filter
+from service.db import pagination
+from service.db.aggregates import BINS
+from service.db.connection import Database
+from service.db.filter import FACETS, ORDERS, Filter
+from service.db.ingest import Table, import_table, know_model, storable
+from service.db.query import Listing, find_model, known_models
+from service.db.schema import imports, predictions
 from service.http.errors import Problem
-from service.store import order
-from service.store.counts import BINS
-from service.store.database import Database
-from service.store.importing import Table, import_table, know_model, storable
-from service.store.listing import Listing, find_model, known_models
 from service.store.reviewing import Verdict, decide
-from service.store.tables import imports, predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = 240
@@ -109,14 +109,14 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize(("few", "sparse"), [(order.FEW, order.SPARSE), (10, 0)])
+@pytest.mark.parametrize(("few", "sparse"), [(pagination.FEW, pagination.SPARSE), (10, 0)])
 @pytest.mark.parametrize("sort", ORDERS)
 def test_pages_hold_every_photo_once_and_in_order(
     gallery: SimpleNamespace, sort: str, few: int, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However they are found: what is done for a million photos is done for these where fewer are few."""
-    monkeypatch.setattr(order, "FEW", few)
-    monkeypatch.setattr(order, "SPARSE", sparse)
+    monkeypatch.setattr(pagination, "FEW", few)
+    monkeypatch.setattr(pagination, "SPARSE", sparse)
     rng = random.Random(f"{sort} {few}")
     filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(2))]
     for number, wanted in enumerate(filters):
@@ -150,11 +150,11 @@ def test_a_random_order_is_another_with_another_seed(gallery: SimpleNamespace) -
 
 
 @pytest.mark.parametrize(("sort", "way"), [("loss", "desc"), ("confidence", "asc"), ("random", "asc"), ("random", "desc")])
-@pytest.mark.parametrize("sparse", [order.SPARSE, 0])
+@pytest.mark.parametrize("sparse", [pagination.SPARSE, 0])
 def test_a_photo_knows_its_neighbours(
     gallery: SimpleNamespace, sort: str, way: str, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(order, "SPARSE", sparse)
+    monkeypatch.setattr(pagination, "SPARSE", sparse)
     wanted = EVERYTHING.having(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=way, seed=5)
     with gallery.database.read() as connection:
         listing = Listing(connection, wanted)
@@ -169,13 +169,13 @@ def test_a_photo_knows_its_neighbours(
 
 
 @pytest.mark.parametrize("sort", ["name", "loss"])
-@pytest.mark.parametrize("sparse", [order.SPARSE, 0])
+@pytest.mark.parametrize("sparse", [pagination.SPARSE, 0])
 def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(
     gallery: SimpleNamespace, sort: str, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a decision the photo may be in the filter no longer; "next" goes on from where it was."""
-    monkeypatch.setattr(order, "SPARSE", sparse)
-    monkeypatch.setattr(order, "FEW", 10)
+    monkeypatch.setattr(pagination, "SPARSE", sparse)
+    monkeypatch.setattr(pagination, "FEW", 10)
     everything = EVERYTHING.having(sort=sort)
     wanted = everything.having(verdicts=("wrong",))
     with gallery.database.read() as connection:
@@ -251,7 +251,7 @@ def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
 def test_two_processes_that_import_at_once_give_one_import(database: Database, database_url: str, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; sys.path.insert(0, 'tests'); import gallery_rows as g;"
-        "from service.store.database import Database; d = Database(sys.argv[1]);"
+        "from service.db.connection import Database; d = Database(sys.argv[1]);"
         "said = g.make_predictions(1, 300, g.CLASSES[2]); sys.stdin.read(1); g.enter(d, said, Path(sys.argv[2]))"
     )
     folders = [tmp_path / "one", tmp_path / "two"]

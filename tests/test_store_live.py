@@ -1,4 +1,4 @@
-"""service.store.live: answered photos are kept within a number and an age, those that people decided about the longest."""
+"""service.db.production: answered photos are kept within a number and an age, those that people decided about the longest."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from gallery_rows import VERSION, check_cells, enter, make_predictions
 from sqlalchemy import func, select
 
-from service.filters import UNLABELLED, Filter
-from service.store.database import Database
-from service.store.importing import know_model
-from service.store.listing import Listing, Photo
-from service.store.live import Answered, keep, labelled, name_of, photo_of, prune
+from service.db.connection import Database
+from service.db.filter import UNLABELLED, Filter
+from service.db.ingest import know_model
+from service.db.production import Answered, keep, labelled, name_of, photo_of, prune
+from service.db.query import Listing, Photo
+from service.db.schema import live_photos, predictions
 from service.store.reviewing import Verdict, decide, history, holding
-from service.store.tables import live_photos, predictions
 
 CLASSES = ("cats", "dogs")
 NOW = datetime.now(timezone.utc)

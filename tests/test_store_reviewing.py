@@ -18,14 +18,14 @@ import pytest
 from gallery_rows import CLASSES, VERSION, Plain, check_cells, enter, make_predictions, state_of
 from sqlalchemy import select
 
-from service.filters import Filter
+from service.db.connection import Database
+from service.db.filter import Filter
+from service.db.ingest import DIMENSIONS, judge
+from service.db.production import Answered, keep, name_of, prune
+from service.db.query import Listing, known_models
+from service.db.schema import cells, current_reviews, decisions, models, predictions
 from service.http.errors import Problem
-from service.store.database import Database
-from service.store.importing import DIMENSIONS, judge
-from service.store.listing import Listing, known_models
-from service.store.live import Answered, keep, name_of, prune
 from service.store.reviewing import Verdict, decide, history, holding, reviews, settle
-from service.store.tables import cells, current_reviews, decisions, models, predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLED_AFTER = 25
@@ -301,7 +301,7 @@ def test_every_decision_that_was_acknowledged_outlives_a_kill(
     database: Database, database_url: str, photos: list[Plain]
 ) -> None:
     program = (
-        "import itertools, sys; from service.store.database import Database;"
+        "import itertools, sys; from service.db.connection import Database;"
         "from service.store.reviewing import Verdict, decide, holding\n"
         "database = Database(sys.argv[1])\n"
         "for number in itertools.count():\n"

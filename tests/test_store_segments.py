@@ -1,11 +1,11 @@
-"""service.store.segments: an order cut where nothing of a filter is, on ranges drawn at random and on names."""
+"""service.db.key_ranges: an order cut where nothing of a filter is, on ranges drawn at random and on names."""
 
 from __future__ import annotations
 
 import itertools
 import random
 
-from service.store.segments import cut
+from service.db.key_ranges import cut
 
 
 def test_every_cell_is_in_one_segment_that_covers_it_and_none_touches_another() -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 
 import service
 
-NOT_BY_ITSELF = ("service.__main__", "service.migrations.")  # run by Python and by Alembic
+NOT_BY_ITSELF = ("service.__main__", "service.db.migrations.")  # run by Python and by Alembic
 BY_NAME = ("alembic.command", "psycopg")  # imported where a database is opened
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 PAGES = ("/", "/model", "/docs", "/openapi.json", "/models", "/metrics", "/health/live", "/gallery", "/gallery/photos.json")

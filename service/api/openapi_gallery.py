@@ -6,7 +6,7 @@ from typing import Any
 
 from service.api.openapi_operations import answer, get, parameter, said
 from service.api.openapi_schemas import STRING, described, problem_answers, record
-from service.filters import CHANGES, FACETS, FLAGS, ORDERS, PER_PAGE, REVIEWS, SOURCES, VERDICTS
+from service.db.filter import CHANGES, FACETS, FLAGS, ORDERS, PER_PAGE, REVIEWS, SOURCES, VERDICTS
 
 TAG = "Gallery"
 FIXED = {"verdict": VERDICTS, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}

@@ -9,6 +9,8 @@ from flask import current_app
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.paths import thumbnails_dir, whole_bundle
 from models.runtime.openvino_engine import Pixels
+from service.db import production
+from service.db.ingest import file_name
 from service.explain.explainer import Explainer, Explanation
 from service.gallery.core import Gallery
 from service.http.errors import Problem
@@ -18,8 +20,6 @@ from service.images.thumbnails import Thumbnails
 from service.images.worker_pool import Crew
 from service.inference.image_decoder import FrontDoor
 from service.settings import Settings
-from service.store import live
-from service.store.importing import file_name
 
 BUNDLES = 4  # of which an explainer is held
 
@@ -38,9 +38,9 @@ class Album:
 
     def read(self, photo: str, sha256: str) -> bytes:
         """A photo's bytes, of exactly this sha256. Raises Problem where it is missing or was replaced."""
-        if photo == live.name_of(sha256):
+        if photo == production.name_of(sha256):
             with self._gallery.database.read() as connection:
-                data = live.photo_of(connection, sha256)
+                data = production.photo_of(connection, sha256)
             if data is None:
                 raise _forgotten(photo)
             return data
@@ -51,9 +51,9 @@ class Album:
 
     def look_for(self, photo: str, sha256: str) -> Problem | None:
         """Why a photo cannot be shown, if it cannot; cheap for one that was looked at before."""
-        if photo == live.name_of(sha256):
+        if photo == production.name_of(sha256):
             with self._gallery.database.read() as connection:
-                return None if live.is_kept(connection, sha256) else _forgotten(photo)
+                return None if production.is_kept(connection, sha256) else _forgotten(photo)
         try:
             self._folder.check(file_name(photo), sha256)
         except PhotoUnavailableError as error:

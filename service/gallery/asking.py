@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 
 from flask import request
 
-from service.filters import Filter, read_filter
+from service.db.filter import Filter, read_filter
+from service.db.query import Listing
 from service.gallery import panel
 from service.gallery.core import gallery
-from service.store.listing import Listing
 
 REVIEWER = "reviewer"  # the cookie with the name that somebody gave themselves
 GO_ON = "next"  # the cookie that says whether they go on to the next photo

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, jsonify, request
 
-from service.filters import CHANGES, Filter
+from service.db.filter import CHANGES, Filter
+from service.db.model_comparison import Comparison, compare
+from service.db.query import KnownModel, find_model
 from service.gallery.core import gallery
 from service.gallery.pages import render, serve_both_command, train_command
 from service.gallery.panel import address_of
 from service.http.errors import Problem
 from service.site import problem_page
-from service.store.comparing import Comparison, compare
-from service.store.listing import KnownModel, find_model
 
 REAL = 0.05
 

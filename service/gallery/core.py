@@ -19,12 +19,12 @@ from models.artifacts.label_issues import suspects
 from models.artifacts.paths import default_data_dir, whole_bundle
 from models.artifacts.similarity import Lookalikes
 from models.errors import UserError
+from service.db.connection import Database
+from service.db.ingest import Table, import_table, is_imported, know_model, touch
+from service.db.query import KnownModel, known_models
 from service.http.errors import Problem
 from service.inference.model_manager import Model
 from service.settings import Settings
-from service.store.database import Database
-from service.store.importing import Table, import_table, is_imported, know_model, touch
-from service.store.listing import KnownModel, known_models
 
 log = logging.getLogger("service.gallery")
 

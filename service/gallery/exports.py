@@ -12,14 +12,14 @@ from typing import Any
 from flask import Blueprint, Response, request, stream_with_context, url_for
 
 from models.artifacts.reviews import Review, write_reviews
-from service.filters import Filter
+from service.db import production
+from service.db.connection import Database
+from service.db.filter import Filter
+from service.db.ingest import file_name
+from service.db.query import KnownModel, Photo
 from service.gallery import panel
 from service.gallery.asking import asked_page, listing
 from service.gallery.core import gallery
-from service.store import live
-from service.store.database import Database
-from service.store.importing import file_name
-from service.store.listing import KnownModel, Photo
 from service.store.reviewing import reviews
 
 CHUNK = 500
@@ -74,7 +74,7 @@ def live_zip() -> Response:
     """The live photos that were given a class, as a folder that `finetune train --extra-data` takes."""
     database = gallery().database
     with database.read() as connection:
-        chosen = list(live.labelled(connection))
+        chosen = list(production.labelled(connection))
     headers = {"Cache-Control": "no-cache", "Content-Disposition": 'attachment; filename="live.zip"'}
     return Response(_zipped(database, chosen), headers=headers, mimetype="application/zip")
 
@@ -85,9 +85,9 @@ def _zipped(database: Database, chosen: Sequence[tuple[str, str]]) -> Iterator[b
     with zipfile.ZipFile(outgoing, "w") as folder:  # stored: photos are compressed already
         for sha256, label in chosen:
             with database.read() as connection:
-                data = live.photo_of(connection, sha256)
+                data = production.photo_of(connection, sha256)
             if data is not None:
-                folder.writestr(f"live/train/{label}/{sha256[:16]}{live.suffix_of(data)}", data)
+                folder.writestr(f"live/train/{label}/{sha256[:16]}{production.suffix_of(data)}", data)
                 yield outgoing.taken()
     yield outgoing.taken()
 

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
+from service.db.ingest import know_model
+from service.db.production import Answered, keep, prune
 from service.gallery.core import Gallery
 from service.http.errors import Problem
 from service.settings import Settings
-from service.store.importing import know_model
-from service.store.live import Answered, keep, prune
 from service.telemetry.metrics import Metrics
 
 log = logging.getLogger("service.gallery")

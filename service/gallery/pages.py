@@ -13,7 +13,8 @@ from flask import Blueprint, Response, current_app, redirect, render_template, r
 from models.artifacts.paths import whole_bundle
 from models.artifacts.statistics import wilson
 from models.errors import UserError
-from service.filters import Filter, read_page, sentence
+from service.db.filter import Filter, read_page, sentence
+from service.db.query import Listing, Photo, find_model
 from service.gallery import panel
 from service.gallery.album import album
 from service.gallery.asking import asked_page, listing
@@ -23,7 +24,6 @@ from service.gallery.queues import Queue, queues
 from service.http.errors import Problem
 from service.settings import Settings
 from service.site import note_problem, problem_page, served_model
-from service.store.listing import Listing, Photo, find_model
 
 THUMBNAILS = 8  # a queue's row
 TOLD = ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "seed")

@@ -10,10 +10,10 @@ from urllib.parse import parse_qsl
 
 from flask import g, url_for
 
-from service.filters import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter, in_query, whole
+from service.db.aggregates import BINS, Counts
+from service.db.filter import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter, in_query, whole
+from service.db.query import Listing, Photo
 from service.http.errors import Problem
-from service.store.counts import BINS, Counts
-from service.store.listing import Listing, Photo
 
 # Parameter -> its title, and what its values are called; classes and splits have their own names.
 FACET_TITLES = {

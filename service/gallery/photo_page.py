@@ -11,8 +11,10 @@ from typing import Any
 from flask import Blueprint, Response, current_app, request, url_for
 
 from models.artifacts.similarity import Duplicate
+from service.db.filter import Filter, sentence
+from service.db.ingest import storable
+from service.db.query import Listing, Photo
 from service.explain.explainer import Explanation
-from service.filters import Filter, sentence
 from service.gallery.album import album
 from service.gallery.asking import GO_ON, REVIEWER, asked_filter, listing
 from service.gallery.core import gallery
@@ -23,8 +25,6 @@ from service.http.errors import Problem
 from service.http.security import require_key_or_cookie
 from service.settings import Settings
 from service.site import note_problem, problem_page
-from service.store.importing import storable
-from service.store.listing import Listing, Photo
 from service.store.reviewing import history
 
 NEIGHBOURS = 8

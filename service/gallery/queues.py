@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.filters import Filter
+from service.db.filter import Filter
 
 SEED = 1
 MOST_CLASSES = 20  # with a queue of their own

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 from flask import Blueprint, Response, current_app, g, jsonify, redirect, request, url_for
 from werkzeug.datastructures import MultiDict
 
-from service.filters import Filter, read_filter
+from service.db.filter import Filter, read_filter
 from service.gallery.asking import GO_ON, REVIEWER, listing
 from service.gallery.core import gallery
 from service.gallery.photo_page import Refused, show

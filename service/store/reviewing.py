@@ -10,9 +10,9 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, insert, select
 
 from models.artifacts.reviews import COLUMNS, DECISIONS, LABEL
+from service.db.ingest import PLACED, Cells, judge, live_loss
+from service.db.schema import can_be_kept, cells, current_reviews, decisions, models, predictions
 from service.http.errors import Problem
-from service.store.importing import PLACED, Cells, judge, live_loss
-from service.store.tables import can_be_kept, cells, current_reviews, decisions, models, predictions
 
 WORDS = (*DECISIONS, "note", "undo")
 

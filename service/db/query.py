@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, func, select
 
-from service.filters import UNLABELLED, Filter
+from service.db.aggregates import Cell, Counts, count, name_cell
+from service.db.filter import UNLABELLED, Filter
+from service.db.ingest import DIMENSIONS
+from service.db.model_comparison import changed
+from service.db.pagination import Order
+from service.db.schema import can_be_kept, cells, current_reviews, models, predictions
 from service.http.errors import Problem
-from service.store.comparing import changed
-from service.store.counts import Cell, Counts, count, name_cell
-from service.store.importing import DIMENSIONS
-from service.store.order import Order
-from service.store.tables import can_be_kept, cells, current_reviews, models, predictions
 
 
 @dataclass(frozen=True)

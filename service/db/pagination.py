@@ -9,9 +9,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, func, select, tuple_
 
-from service.filters import Filter
-from service.store.segments import Segment, cut
-from service.store.tables import cells, predictions
+from service.db.filter import Filter
+from service.db.key_ranges import Segment, cut
+from service.db.schema import cells, predictions
 
 SORTED_BY = {
     "loss": predictions.c.loss,

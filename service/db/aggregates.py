@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from service.filters import FACETS, UNLABELLED, Filter
-from service.store.tables import UNKNOWN
+from service.db.filter import FACETS, UNLABELLED, Filter
+from service.db.schema import UNKNOWN
 
 BINS = 20
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, select
 
+from service.db.schema import UNKNOWN, cells, current_reviews, predictions
 from service.http.errors import Problem
-from service.store.tables import UNKNOWN, cells, current_reviews, predictions
 
 if TYPE_CHECKING:
-    from service.store.listing import KnownModel
+    from service.db.query import KnownModel
 
 SET_ASIDE, DISAGREE = -2, -3  # in place of a true class: neither or a bad photo; two labels and no decision
 

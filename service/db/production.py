@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, case, delete, func, insert, select, update
 
-from service.store.importing import Cells, Tally, judge, live_loss, margins_of, percent, shuffle_of
-from service.store.tables import cells, current_reviews, live_photos, predictions
+from service.db.ingest import Cells, Tally, judge, live_loss, margins_of, percent, shuffle_of
+from service.db.schema import cells, current_reviews, live_photos, predictions
 
 FOLDER = "live"
 

@@ -100,7 +100,7 @@ cells = Table(
     Column("duplicate", Boolean, nullable=False),  # looks like a photo with another label
     Column("mislabelled", Boolean, nullable=False),  # probably: see models.artifacts.label_issues
     Column("photos", Integer, nullable=False),
-    # Between which values its photos lie, or lay once; nulls before the first. See service/store/segments.py.
+    # Between which values its photos lie, or lay once; nulls before the first. See service/db/key_ranges.py.
     *(Column(f"{name}_{end}", Name if name == "photo" else Double) for name in RANGED for end in ("low", "high")),
     UniqueConstraint(
         "model_id",

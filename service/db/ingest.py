@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, Row, case, insert, select, update
 
 from models.artifacts.predictions import Predictions, cross_entropy
-from service.store.tables import RANGED, UNKNOWN, cells, current_reviews, imports, models, predictions
+from service.db.schema import RANGED, UNKNOWN, cells, current_reviews, imports, models, predictions
 
 CHUNK = 5_000
 DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabelled")
