@@ -18,7 +18,7 @@ from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import Comparison, compare
 from service.db.query import Listing, find_model
 from service.http.errors import Problem
-from service.store.reviewing import Verdict, decide
+from service.reviews.decisions import Verdict, decide
 
 NONE = Comparison(both_right=0, both_wrong=0, fixed=0, broke=0, set_aside=0, disagree=0, unlabelled=0, only_a=0, only_b=0)
 

@@ -1,4 +1,4 @@
-"""service.store: every count and every page against the same worked out in plain Python from predictions.csv."""
+"""service.db: every count and every page against the same worked out in plain Python from predictions.csv."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from service.db.ingest import Table, import_table, know_model, storable
 from service.db.query import Listing, find_model, known_models
 from service.db.schema import imports, predictions
 from service.http.errors import Problem
-from service.store.reviewing import Verdict, decide
+from service.reviews.decisions import Verdict, decide
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = 240

@@ -18,7 +18,7 @@ from service.db.ingest import know_model
 from service.db.production import Answered, keep, labelled, name_of, photo_of, prune
 from service.db.query import Listing, Photo
 from service.db.schema import live_photos, predictions
-from service.store.reviewing import Verdict, decide, history, holding
+from service.reviews.decisions import Verdict, decide, history, holding
 
 CLASSES = ("cats", "dogs")
 NOW = datetime.now(timezone.utc)

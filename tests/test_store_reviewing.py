@@ -1,4 +1,4 @@
-"""service.store.reviewing: decisions hold, are taken back, are never lost and never overruled unseen."""
+"""service.reviews.decisions: decisions hold, are taken back, are never lost and never overruled unseen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from service.db.production import Answered, keep, name_of, prune
 from service.db.query import Listing, known_models
 from service.db.schema import cells, current_reviews, decisions, models, predictions
 from service.http.errors import Problem
-from service.store.reviewing import Verdict, decide, history, holding, reviews, settle
+from service.reviews.decisions import Verdict, decide, history, holding, reviews, settle
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLED_AFTER = 25
@@ -302,7 +302,7 @@ def test_every_decision_that_was_acknowledged_outlives_a_kill(
 ) -> None:
     program = (
         "import itertools, sys; from service.db.connection import Database;"
-        "from service.store.reviewing import Verdict, decide, holding\n"
+        "from service.reviews.decisions import Verdict, decide, holding\n"
         "database = Database(sys.argv[1])\n"
         "for number in itertools.count():\n"
         "    photo, sha256 = sys.argv[2 + number % 20].split('|')\n"

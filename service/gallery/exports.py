@@ -20,7 +20,7 @@ from service.db.query import KnownModel, Photo
 from service.gallery import panel
 from service.gallery.asking import asked_page, listing
 from service.gallery.core import gallery
-from service.store.reviewing import reviews
+from service.reviews.decisions import reviews
 
 CHUNK = 500
 MIB = 1 << 20

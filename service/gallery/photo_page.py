@@ -20,12 +20,12 @@ from service.gallery.asking import GO_ON, REVIEWER, asked_filter, listing
 from service.gallery.core import gallery
 from service.gallery.pages import render
 from service.gallery.panel import address_of
-from service.gallery.past import entries, saved
 from service.http.errors import Problem
 from service.http.security import require_key_or_cookie
+from service.reviews.decisions import history
+from service.reviews.history import entries, saved
 from service.settings import Settings
 from service.site import note_problem, problem_page
-from service.store.reviewing import history
 
 NEIGHBOURS = 8
 LOOKS = 20  # classes that one can look for by a link, the most probable ones

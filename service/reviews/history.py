@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from service.store.reviewing import entry, holding, in_words, last_said
+from service.reviews.decisions import entry, holding, in_words, last_said
 
 SOMEBODY = "Somebody"
 
