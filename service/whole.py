@@ -9,10 +9,10 @@ from flask import Flask
 
 from service import docs, page, site
 from service.app import Core, build_api
-from service.gallery import compare, exports, pages, photo_page, pictures, review
-from service.gallery.album import Album
-from service.gallery.core import Gallery
-from service.gallery.live import Keeper
+from service.gallery import compare, export, grid, image_routes, photo, review
+from service.gallery.image_access import Album
+from service.gallery.index import Gallery
+from service.gallery.recorder import Keeper
 from service.inference.model_manager import Model
 
 
@@ -24,7 +24,7 @@ def build_app(core: Core) -> Flask:
     app.extensions.update(gallery=gallery, album=Album(core.settings, gallery), keeper=keeper)
     for part in (site.bp, page.bp, docs.bp):
         app.register_blueprint(part)
-    for part in (pages.bp, photo_page.bp, exports.bp, pictures.bp, review.bp, compare.bp, compare.json_bp):
+    for part in (grid.bp, photo.bp, export.bp, image_routes.bp, review.bp, compare.bp, compare.json_bp):
         app.register_blueprint(part)
     models: queue.SimpleQueue[Model] = queue.SimpleQueue()
     core.model.when_serving(models.put)

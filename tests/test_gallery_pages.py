@@ -28,7 +28,7 @@ from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import LOOKALIKES
 from service.db.connection import Database
 from service.db.ingest import Table, import_table, know_model
-from service.gallery.panel import numbers
+from service.gallery.sidebar import numbers
 
 MORE = 100
 Row = dict[str, str]

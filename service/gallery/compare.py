@@ -7,9 +7,9 @@ from flask import Blueprint, Response, jsonify, request
 from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import Comparison, compare
 from service.db.query import KnownModel, find_model
-from service.gallery.core import gallery
-from service.gallery.pages import render, serve_both_command, train_command
-from service.gallery.panel import address_of
+from service.gallery.grid import render, serve_both_command, train_command
+from service.gallery.index import gallery
+from service.gallery.sidebar import address_of
 from service.http.errors import Problem
 from service.site import problem_page
 

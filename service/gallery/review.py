@@ -11,9 +11,9 @@ from flask import Blueprint, Response, current_app, g, jsonify, redirect, reques
 from werkzeug.datastructures import MultiDict
 
 from service.db.filter import Filter, read_filter
-from service.gallery.asking import GO_ON, REVIEWER, listing
-from service.gallery.core import gallery
-from service.gallery.photo_page import Refused, show
+from service.gallery.filter_params import GO_ON, REVIEWER, listing
+from service.gallery.index import gallery
+from service.gallery.photo import Refused, show
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import KEY_COOKIE, name_of_key, require_key_or_cookie, require_same_site

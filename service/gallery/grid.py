@@ -15,12 +15,12 @@ from models.artifacts.statistics import wilson
 from models.errors import UserError
 from service.db.filter import Filter, read_page, sentence
 from service.db.query import Listing, Photo, find_model
-from service.gallery import panel
-from service.gallery.album import album
-from service.gallery.asking import asked_page, listing
-from service.gallery.core import gallery
-from service.gallery.panel import address_of, photo_address
+from service.gallery import sidebar
+from service.gallery.filter_params import asked_page, listing
+from service.gallery.image_access import album
+from service.gallery.index import gallery
 from service.gallery.queues import Queue, queues
+from service.gallery.sidebar import address_of, photo_address
 from service.http.errors import Problem
 from service.settings import Settings
 from service.site import note_problem, problem_page, served_model
@@ -105,10 +105,10 @@ def _grid(**preset: tuple[str, ...]) -> Response:
     wanted = asked_page(**preset)
     refused: Problem | None = None
     try:
-        wanted = panel.with_range(wanted, request.args)
+        wanted = sidebar.with_range(wanted, request.args)
     except Problem as problem:
         refused = problem.bare()
-    if not refused and any(name in request.args for name in panel.FORM):
+    if not refused and any(name in request.args for name in sidebar.FORM):
         return redirect(address_of(wanted))  # type: ignore[return-value]
     number = read_page(request.args)
     with listing(wanted) as found:
@@ -130,17 +130,17 @@ def _grid(**preset: tuple[str, ...]) -> Response:
         first=(number - 1) * wanted.per_page + 1,
         page=number,
         pages=found.pages,
-        numbers=panel.numbers(number, found.pages),
+        numbers=sidebar.numbers(number, found.pages),
         page_address=lambda page: address_of(wanted, page=page),
-        active=panel.active(wanted, vs_name),
-        facets={facet.parameter: facet for facet in panel.facets(wanted, found.counts)},
-        confusion=panel.confusion(wanted, found),
-        bars=panel.histogram(wanted, found.counts),
+        active=sidebar.active(wanted, vs_name),
+        facets={facet.parameter: facet for facet in sidebar.facets(wanted, found.counts)},
+        confusion=sidebar.confusion(wanted, found),
+        bars=sidebar.histogram(wanted, found.counts),
         ends=[request.args.get(name, end) for name, end in zip(("from", "to"), ends, strict=True)],
         refused=refused,
-        hidden=panel.hidden,
-        sorts=panel.sorts(wanted),
-        sizes=panel.sizes(wanted),
+        hidden=sidebar.hidden,
+        sorts=sidebar.sorts(wanted),
+        sizes=sidebar.sizes(wanted),
         everything=address_of(wanted.cleared()),
         another=address_of(wanted.having(sort="random", order=wanted.order, seed=wanted.seed + 1)),
         trouble=_trouble(page),

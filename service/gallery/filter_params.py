@@ -9,8 +9,8 @@ from flask import request
 
 from service.db.filter import Filter, read_filter
 from service.db.query import Listing
-from service.gallery import panel
-from service.gallery.core import gallery
+from service.gallery import sidebar
+from service.gallery.index import gallery
 
 REVIEWER = "reviewer"  # the cookie with the name that somebody gave themselves
 GO_ON = "next"  # the cookie that says whether they go on to the next photo
@@ -25,7 +25,7 @@ def asked_filter(*, also: Iterable[str] = (), **preset: tuple[str, ...]) -> Filt
 
 def asked_page(**preset: tuple[str, ...]) -> Filter:
     """As ``asked_filter``, of a page of the grid: in the order that its form may have sent, but for ``panel.with_range``."""
-    return panel.with_sort(asked_filter(also=("page", *panel.FORM), **preset), request.args)
+    return sidebar.with_sort(asked_filter(also=("page", *sidebar.FORM), **preset), request.args)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from service.db.connection import Database
 from service.db.filter import Filter
 from service.db.ingest import file_name
 from service.db.query import KnownModel, Photo
-from service.gallery import panel
-from service.gallery.asking import asked_page, listing
-from service.gallery.core import gallery
+from service.gallery import sidebar
+from service.gallery.filter_params import asked_page, listing
+from service.gallery.index import gallery
 from service.reviews.decisions import reviews
 
 CHUNK = 500
@@ -161,7 +161,7 @@ def _review(row: Any) -> Review:
 
 def _asked(verdict: str) -> Filter:
     """The filter of the page's own address; which page of it that is makes no difference here."""
-    return panel.with_range(asked_page(**({"verdicts": (verdict,)} if verdict else {})), request.args)
+    return sidebar.with_range(asked_page(**({"verdicts": (verdict,)} if verdict else {})), request.args)
 
 
 def _everything(wanted: Filter) -> tuple[int, KnownModel, Rows]:

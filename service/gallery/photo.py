@@ -15,11 +15,11 @@ from service.db.filter import Filter, sentence
 from service.db.ingest import storable
 from service.db.query import Listing, Photo
 from service.explain.explainer import Explanation
-from service.gallery.album import album
-from service.gallery.asking import GO_ON, REVIEWER, asked_filter, listing
-from service.gallery.core import gallery
-from service.gallery.pages import render
-from service.gallery.panel import address_of
+from service.gallery.filter_params import GO_ON, REVIEWER, asked_filter, listing
+from service.gallery.grid import render
+from service.gallery.image_access import album
+from service.gallery.index import gallery
+from service.gallery.sidebar import address_of
 from service.http.errors import Problem
 from service.http.security import require_key_or_cookie
 from service.reviews.decisions import history

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from models.artifacts.bundle import Bundle
 from service.db.ingest import know_model
 from service.db.production import Answered, keep, prune
-from service.gallery.core import Gallery
+from service.gallery.index import Gallery
 from service.http.errors import Problem
 from service.settings import Settings
 from service.telemetry.metrics import Metrics

@@ -7,8 +7,8 @@ import hashlib
 from flask import Blueprint, Response, request
 
 from service.explain.heatmap import legend, overlay
-from service.gallery.album import album
-from service.gallery.core import gallery
+from service.gallery.image_access import album
+from service.gallery.index import gallery
 from service.images.render import png_of
 from service.site import YEAR_S
 

@@ -12,7 +12,7 @@ from models.runtime.openvino_engine import Pixels
 from service.db import production
 from service.db.ingest import file_name
 from service.explain.explainer import Explainer, Explanation
-from service.gallery.core import Gallery
+from service.gallery.index import Gallery
 from service.http.errors import Problem
 from service.images.render import Picture, make_picture
 from service.images.source_folder import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
