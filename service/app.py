@@ -11,7 +11,6 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from service import site
 from service.api import admin, health, inference_protocol, predict
 from service.http.admission import Admission
 from service.http.errors import Problem, code_of_status
@@ -20,6 +19,7 @@ from service.inference.model_manager import ServedModel
 from service.inference.predictor import OnAnswer, Predictor
 from service.rollout.rollout import Swapper
 from service.settings import Settings
+from service.web import layout
 
 log = logging.getLogger("service.request")
 COMPUTING = re.compile(rf"/|/predict|{inference_protocol.INFER.pattern}")
@@ -99,9 +99,9 @@ def _add_error_handlers(app: Flask, model: ServedModel) -> None:
     @app.errorhandler(Problem)
     def problem(error: Problem) -> Response:
         if inference_protocol.speaks(request.path):
-            site.note_problem(error)
+            layout.note_problem(error)
             return inference_protocol.error_answer(error)
-        return site.problem_json(error)
+        return layout.problem_json(error)
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:

@@ -7,13 +7,13 @@ import threading
 
 from flask import Flask
 
-from service import docs, page, site
 from service.app import Core, build_api
 from service.gallery import compare, export, grid, image_routes, photo, review
 from service.gallery.image_access import Album
 from service.gallery.index import Gallery
 from service.gallery.recorder import Keeper
 from service.inference.model_manager import Model
+from service.web import api_docs, layout, upload_page
 
 
 def build_app(core: Core) -> Flask:
@@ -22,7 +22,7 @@ def build_app(core: Core) -> Flask:
     keeper = Keeper(gallery, core.settings, core.model.metrics) if core.settings.keep_predictions else None
     app = build_api(core, on_answer=keeper.offer if keeper else None)
     app.extensions.update(gallery=gallery, album=Album(core.settings, gallery), keeper=keeper)
-    for part in (site.bp, page.bp, docs.bp):
+    for part in (layout.bp, upload_page.bp, api_docs.bp):
         app.register_blueprint(part)
     for part in (grid.bp, photo.bp, export.bp, image_routes.bp, review.bp, compare.bp, compare.json_bp):
         app.register_blueprint(part)

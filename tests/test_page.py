@@ -25,8 +25,8 @@ from service.inference.image_decoder import Prepared
 from service.inference.model_manager import ServedModel
 from service.inference.predictor import Prediction
 from service.settings import Settings
-from service.site import NAVIGATION, percent
 from service.telemetry.metrics import Metrics
+from service.web.layout import NAVIGATION, percent
 from service.whole import build_app
 
 HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"

@@ -11,7 +11,7 @@ from service.gallery.grid import render, serve_both_command, train_command
 from service.gallery.index import gallery
 from service.gallery.sidebar import address_of
 from service.http.errors import Problem
-from service.site import problem_page
+from service.web.layout import problem_page
 
 REAL = 0.05
 

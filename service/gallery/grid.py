@@ -23,7 +23,7 @@ from service.gallery.queues import Queue, queues
 from service.gallery.sidebar import address_of, photo_address
 from service.http.errors import Problem
 from service.settings import Settings
-from service.site import note_problem, problem_page, served_model
+from service.web.layout import note_problem, problem_page, served_model
 
 THUMBNAILS = 8  # a queue's row
 TOLD = ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "seed")

@@ -10,7 +10,7 @@ from service.explain.heatmap import legend, overlay
 from service.gallery.image_access import album
 from service.gallery.index import gallery
 from service.images.render import png_of
-from service.site import YEAR_S
+from service.web.layout import YEAR_S
 
 bp = Blueprint("pictures", __name__, url_prefix="/gallery/pictures")
 

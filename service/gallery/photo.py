@@ -25,7 +25,7 @@ from service.http.security import require_key_or_cookie
 from service.reviews.decisions import history
 from service.reviews.history import entries, saved
 from service.settings import Settings
-from service.site import note_problem, problem_page
+from service.web.layout import note_problem, problem_page
 
 NEIGHBOURS = 8
 LOOKS = 20  # classes that one can look for by a link, the most probable ones

@@ -19,7 +19,7 @@ from service.http.request_body import read_body
 from service.http.security import KEY_COOKIE, name_of_key, require_key_or_cookie, require_same_site
 from service.reviews.decisions import Verdict, decide, history
 from service.settings import Settings
-from service.site import YEAR_S, problem_json, problem_page
+from service.web.layout import YEAR_S, problem_json, problem_page
 
 MOST_BYTES = 64 << 10
 TEXTS = {"note": 2_000, "reviewer": 80}

@@ -16,11 +16,11 @@ from service.http.uploads import Upload, read_uploads
 from service.inference.batcher import Answer
 from service.inference.model_manager import Model
 from service.inference.predictor import Prediction, predictor, ranked
-from service.markdown import render_markdown
 from service.settings import Settings
-from service.site import problem_page, served_model
+from service.web.layout import problem_page, served_model
+from service.web.markdown import render_markdown
 
-log = logging.getLogger("service.page")
+log = logging.getLogger("service.web.upload_page")
 ACCEPT = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,.ppm,.pgm"  # no HEIC: phones send a JPEG instead
 NOTHING = "No photo was chosen; choose one or more and press Classify."
 SHOWN = 10  # bars at once; the others are unfolded

@@ -12,8 +12,8 @@ from markupsafe import Markup, escape
 from service.api.openapi import document
 from service.api.openapi_schemas import ADVICE
 from service.http.errors import CODES
-from service.markdown import render_markdown
 from service.settings import Settings
+from service.web.markdown import render_markdown
 
 bp = Blueprint("docs", __name__)
 

@@ -1,0 +1,1 @@
+"""Pages outside the gallery, and the layout that all pages share."""
