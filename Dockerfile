@@ -101,5 +101,5 @@ LABEL org.opencontainers.image.title="dogs-vs-cats" \
       org.opencontainers.image.revision="$REVISION"
 USER 10001:10001
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-m", "service.probe"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 CMD ["python", "-m", "service.healthcheck"]
 CMD ["python", "-m", "service"]

@@ -124,7 +124,7 @@ class Bare:
         from models.artifacts.bundle import GRAPH, open_bundle
         from models.runtime.openvino_engine import OnnxEngine
         from models.runtime.precision import choose_precision
-        from service.plan import make_plan
+        from service.resources import make_plan
         from service.settings import Settings
 
         settings = Settings.from_environment({})

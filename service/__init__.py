@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from flask import Flask
 
     from service.app import Core
-    from service.opening import Opening
+    from service.deferred_app import Opening
     from service.settings import Settings
 
 
@@ -20,7 +20,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     from service.settings import Settings
 
     core = _core(settings or Settings.from_environment())
-    from service.whole import build_app
+    from service.full_app import build_app
 
     return build_app(core)
 
@@ -33,7 +33,7 @@ def open_server() -> Opening | Flask:
     if settings.keep_predictions:
         return create_app(settings)
     core = _core(settings)
-    from service.opening import Opening
+    from service.deferred_app import Opening
 
     return Opening(core)
 

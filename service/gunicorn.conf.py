@@ -11,7 +11,7 @@ from typing import Any
 
 from models.artifacts.paths import whole_bundle
 from models.errors import UserError
-from service.plan import make_plan
+from service.resources import make_plan
 from service.rollout.bundle_link import first_state
 from service.rollout.state import FOLDER, Board, forget_worker, make_folder
 from service.settings import Settings

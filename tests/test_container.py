@@ -151,7 +151,7 @@ def fake_engine(engine: str, folder: Path, *words: str) -> subprocess.CompletedP
 
 def probe(**env: object) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, **{name: str(value) for name, value in env.items()}}
-    return subprocess.run([sys.executable, "-m", "service.probe"], cwd=ROOT, env=environ, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "service.healthcheck"], cwd=ROOT, env=environ, capture_output=True, text=True)
 
 
 def test_the_health_check_passes_where_the_service_is_ready_and_says_why_where_not(tiny_bundle: SimpleNamespace) -> None:
@@ -167,7 +167,7 @@ def test_the_health_check_passes_where_the_service_is_ready_and_says_why_where_n
 
 
 def test_the_health_check_imports_next_to_nothing() -> None:
-    code = "import sys, service.probe; print([name for name in ('flask', 'numpy', 'openvino', 'ssl') if name in sys.modules])"
+    code = "import sys, service.healthcheck; print([name for name in ('flask', 'numpy', 'openvino', 'ssl') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("[]", "['ssl']")
 

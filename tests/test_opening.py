@@ -15,10 +15,10 @@ from gunicorn.arbiter import Arbiter
 from serving import ANSWER_S, PATIENT, START_S, poll
 from werkzeug.test import Client, TestResponse
 
-import service.whole
+import service.full_app
 from service.app import Core
+from service.deferred_app import Opening
 from service.inference.model_manager import ServedModel
-from service.opening import Opening
 from service.settings import Settings
 
 
@@ -34,13 +34,13 @@ def core(tiny_bundle: SimpleNamespace) -> Iterator[Core]:
 @pytest.fixture
 def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The pages are not built before it is set."""
-    held, build = threading.Event(), service.whole.build_app
+    held, build = threading.Event(), service.full_app.build_app
 
     def build_later(core: Core) -> Flask:
         held.wait(2 * ANSWER_S)
         return build(core)
 
-    monkeypatch.setattr(service.whole, "build_app", build_later)
+    monkeypatch.setattr(service.full_app, "build_app", build_later)
     yield held
     held.set()
 
@@ -79,7 +79,7 @@ def test_photos_are_answered_before_the_pages_are_there_and_a_page_is_waited_for
 def test_a_server_whose_pages_cannot_be_built_ends(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setitem(sys.modules, "service.whole", None)
+    monkeypatch.setitem(sys.modules, "service.full_app", None)
     Opening(core)
     poll(lambda: codes)
     assert codes == [Arbiter.WORKER_BOOT_ERROR]

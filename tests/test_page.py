@@ -18,6 +18,7 @@ from werkzeug.test import TestResponse
 
 from service import create_app
 from service.app import Core
+from service.full_app import build_app
 from service.http.errors import Problem
 from service.http.uploads import Upload
 from service.inference.batcher import Answer
@@ -27,7 +28,6 @@ from service.inference.predictor import Prediction
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.web.layout import NAVIGATION, percent
-from service.whole import build_app
 
 HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"
 

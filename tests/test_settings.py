@@ -16,7 +16,7 @@ from serving import run_service
 
 from models.artifacts.bundle import GOLDEN, MANIFEST, open_bundle, write_bundle
 from models.errors import ConfigError
-from service.plan import available_cpus, make_plan
+from service.resources import available_cpus, make_plan
 from service.settings import SHIPPED, Settings
 
 
@@ -147,7 +147,7 @@ def test_the_processors_are_those_of_the_quota(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("eight")
 def test_the_plan_shares_the_processors_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.plan.available_cpus", lambda: 8)
+    monkeypatch.setattr("service.resources.available_cpus", lambda: 8)
     plan = make_plan(Settings())
     assert (plan.cpus, plan.workers, plan.threads, plan.share, plan.crew, plan.streams) == (8, 1, 80, 8, 9, 8)
     plan = make_plan(Settings(web_concurrency=3, queue=32))

@@ -58,7 +58,7 @@ def main() -> int:
 
 def _wait_until_ready(process: subprocess.Popen[bytes], environ: dict[str, str]) -> None:
     until = time.monotonic() + READY_S
-    while subprocess.run([sys.executable, "-m", "service.probe"], env=environ, stderr=subprocess.DEVNULL).returncode:
+    while subprocess.run([sys.executable, "-m", "service.healthcheck"], env=environ, stderr=subprocess.DEVNULL).returncode:
         if process.poll() is not None or time.monotonic() > until:
             raise SystemExit("smoke: the service never got ready; its log says why")
         time.sleep(0.1)

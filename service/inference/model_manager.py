@@ -28,7 +28,7 @@ from service.http.errors import Problem
 from service.inference.batcher import Pipeline
 from service.inference.image_decoder import FrontDoor
 from service.inference.recent_predictions import Recent, Seen
-from service.plan import Plan, make_plan
+from service.resources import Plan, make_plan
 from service.rollout.bundle_link import first_state
 from service.rollout.state import Board
 from service.settings import Settings

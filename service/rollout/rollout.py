@@ -22,7 +22,7 @@ from models.errors import BundleError, UserError
 from service.http.errors import Problem
 from service.inference.model_manager import Model, ServedModel, load_model
 from service.inference.recent_predictions import Agreement, Seen
-from service.plan import make_plan
+from service.resources import make_plan
 from service.rollout.agreement import ALLOWANCES, compare, objection
 from service.rollout.bundle_link import goes_through_link, identity, now
 from service.rollout.state import Chosen, Refused, State

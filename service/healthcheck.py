@@ -1,4 +1,4 @@
-"""``python -m service.probe`` exits with 0 when the service of this machine is ready: a health check without curl."""
+"""``python -m service.healthcheck`` exits with 0 when the service of this machine is ready: a health check without curl."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Opening:
     def _build(self, core: Core) -> None:
         core.model.loaded.wait(MODEL_S)
         try:
-            from service.whole import build_app
+            from service.full_app import build_app
 
             self._whole.set_result(build_app(core))
             gc.freeze()
