@@ -14,10 +14,10 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from databases import Postgres, run_postgres
 
 from finetune.data.synthetic.dataset import CLASSES, draw
 from service.db.connection import Database
+from tests.helpers.databases import Postgres, run_postgres
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -111,11 +111,11 @@ def vgg16_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Random weights for the network ``tiny`` of tests/tiny.py, which is registered while the module's tests run."""
-    import tiny
+    """Random weights for the network ``tiny`` of tests/helpers/tiny_network.py, which is registered while the module's tests run."""
+    from tests.helpers import tiny_network
 
-    with tiny.registered():
-        yield tiny.save_weights(tmp_path_factory.mktemp("tiny") / "tiny.pth")
+    with tiny_network.registered():
+        yield tiny_network.save_weights(tmp_path_factory.mktemp("tiny") / "tiny.pth")
 
 
 @pytest.fixture(scope="session")
@@ -126,18 +126,18 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     it does not know the network; ``photos`` is the folder of the validation photos, and ``predictions`` the table of what
     training gave them, whose photos are relative to ``data``.
     """
-    import tiny
+    from tests.helpers import tiny_network
 
     root = tmp_path_factory.mktemp("tiny-bundle")
-    data = tiny.colour_folder(root / "data", train=12, valid=6, classes=("blue", "red", "green"))
-    with tiny.registered():
-        weights = tiny.save_weights(root / "tiny.pth")
+    data = tiny_network.colour_folder(root / "data", train=12, valid=6, classes=("blue", "red", "green"))
+    with tiny_network.registered():
+        weights = tiny_network.save_weights(root / "tiny.pth")
         flags = ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--output-dir", root / "run")
         for words in (
             ("train", *flags, "--export", "head"),
             ("join", root / "run" / "bundle", root / "whole", "--weights", weights),
         ):
-            code, _, said = tiny.finetune(*words)
+            code, _, said = tiny_network.finetune(*words)
             assert code == 0, said
     return SimpleNamespace(
         path=root / "whole",
@@ -151,7 +151,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """Chromium, started once for all tests that look at pages; each opens contexts of its own (``browsing.visitor``)."""
-    from browsing import CHROMIUM, run_browser
+    from tests.helpers.browser import CHROMIUM, run_browser
 
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")

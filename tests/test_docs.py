@@ -12,7 +12,7 @@ import pytest
 
 from finetune.__main__ import COMMANDS, MODULES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from models.errors import ConfigError
 
 HEAD = "0001"  # the newest of service/migrations; a test holds it against them
-MIGRATIONS = Path(__file__).parent.parent / "migrations"
+MIGRATIONS = Path(__file__).parent / "migrations"
 WRITING = 7_201_931  # the advisory lock that one writer at a time holds in PostgreSQL
 BUSY_MS = 15_000
 CONNECT_S = "10"

@@ -1,0 +1,131 @@
+"""Every row of the zoo's table, end to end on drawn pictures: train, evaluate, a bundle, and the service that answers with it.
+
+A training checks its ONNX graph against its own probabilities, so that each row is that network's ONNX parity too, at its own
+size. The networks that are in no row are exported on their own, at the smallest size that they take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PhotoFolder
+
+from models.artifacts.bundle import Bundle, open_bundle
+from models.artifacts.predictions import Predictions
+from models.networks.classifier import build_classifier
+from models.networks.onnx_export import OUTPUTS, export_served
+from models.networks.registry import get_spec, list_models
+from models.networks.split_point import with_outputs
+from models.networks.weights import find_weights
+from models.runtime.openvino_engine import OnnxEngine
+from tests.helpers.server import serve
+from tests.helpers.small_networks import WIDE, made_small, random_state, some_pixels
+from tests.helpers.tiny_network import finetune
+
+pytestmark = pytest.mark.heavy
+# One network for each row; of a family with one builder (VGG, ResNet, the widths of MobileNetV1) the smallest.
+ROWS = [
+    "mlp",
+    "cnn_mnist",
+    "lenet5",
+    "lenet_cifar",
+    "cnn_two_conv",
+    "cnn_selu",
+    "cnn_separable",
+    "alexnet_2012",
+    "alexnet",
+    "vgg_cifar",
+    "vgg11",
+    "googlenet",
+    "inception_v3",
+    "inception_v4",
+    "resnet18",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "densenet121",
+    "squeezenet1_1",
+    "efficientnet_lite2",
+    "timm:mobilenetv3_small_050",
+]
+OTHERS = [name for name in list_models() if name not in ROWS]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder) -> Path:
+    return photo_folder(tmp_path_factory.mktemp("photos") / "pets", train=3, valid=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_cache_and_nothing_on_the_side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plots and the measurement of bfloat16 are tested elsewhere, and take longer than the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
+        patch.setattr("finetune.export.exporter.compare_bf16", lambda *a, **k: None)
+        yield
+
+
+def train(name: str, photos: Path, folder: Path) -> tuple[Bundle, str]:
+    """One epoch, from random numbers in the weights' place where there are weights to be had (the Lites' are here)."""
+    spec = get_spec(name)
+    flags: list[object] = ["--epochs", 1, "--batch-size", 3]
+    if spec.weights and not spec.weights.package:
+        torch.save(random_state(name), folder / "weights.pth")
+        flags += ["--weights", folder / "weights.pth"]
+    code, said, err = finetune(
+        "train", "--data-dir", photos, "--backbone", name, "--output-dir", folder / "run", "--name", "row", *flags
+    )
+    assert (code, err) == (0, ""), err
+    return open_bundle(folder / "run" / "bundle"), said
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: Path, tmp_path: Path) -> None:
+    with made_small(name, small_pictures=False) if name in WIDE else contextlib.nullcontext():
+        bundle, said = train(name, photos, tmp_path)
+    spec = get_spec(name)
+    assert bundle.backbone == name
+    assert bundle.preprocessing == spec.preprocessing
+    frozen = "The frozen part ends behind" if spec.weights else "No feature cache, as all weights are trained"
+    assert frozen in said
+
+    code, _, err = finetune("evaluate", "--bundle", bundle.path, "--data-dir", photos, "--output-dir", tmp_path / "evaluation")
+    assert (code, err) == (0, "")
+    trained, evaluated = (json.loads((tmp_path / where / "metrics.json").read_text()) for where in ("run", "evaluation"))
+    assert trained["photos"] == evaluated["photos"] == 4
+    assert np.isclose(trained["log_loss"]["value"], evaluated["log_loss"]["value"], atol=1e-3)
+
+    told = Predictions.read_csv(tmp_path / "evaluation" / "predictions.csv")
+    with serve(bundle.path, max_batch=1, cpus=1) as server:
+        for photo, expected in zip(told.photos, told.probabilities, strict=True):
+            reply = server.post((photos / photo).read_bytes())
+            assert reply.status == 200
+            document = reply.json()
+            assert document["model"]["version"] == bundle.version
+            got = document["predictions"][0]["probabilities"]
+            np.testing.assert_allclose([got[label] for label in bundle.classes], expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_graph_of_a_network_in_no_row_gives_what_the_network_gives(name: str, tmp_path: Path) -> None:
+    with made_small(name) as spec:
+        classifier = build_classifier(spec, num_classes=2, base=random_state(name))
+        export_served(classifier, spec, temperature=1.5, path=tmp_path / "model.onnx")
+    pixels = some_pixels(spec, count=3)
+    probabilities, embedding, feature_map = OnnxEngine(tmp_path / "model.onnx", outputs=OUTPUTS, threads=1).run(pixels.numpy())
+    with torch.inference_mode():
+        log_probs, head_input, last_map = with_outputs(classifier, [(spec.head, True), (spec.cam_layer, False)])(pixels)
+    np.testing.assert_allclose(probabilities, torch.softmax(log_probs / 1.5, dim=1), rtol=0, atol=1e-4)
+    for found, wanted in ((embedding, head_input), (feature_map, last_map)):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_lite2_starts_from_its_published_weights(photos: Path) -> None:
+    assert find_weights(get_spec("efficientnet_lite2")).published

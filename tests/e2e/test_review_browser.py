@@ -1,0 +1,217 @@
+"""Reviewing in a real browser: by keys, by two people at once, without JavaScript; and how the page looks.
+
+Where no Chromium is installed these tests are skipped. ``SCREENSHOTS=folder`` keeps the pictures that they take.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, expect
+
+from tests.helpers.browser import PHONE, NewPage, visitor
+from tests.helpers.server import Server, poll, serve
+
+LEFT = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    url = f"sqlite:///{tmp_path_factory.mktemp('review') / 'reviews.db'}"
+    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url) as server:
+        poll(lambda: server.get("/gallery/photos.json").status == 200)
+        yield server
+
+
+@pytest.fixture
+def new_page(browser: Browser, server: Server) -> Iterator[NewPage]:
+    with visitor(browser, server.url) as open_page:
+        yield open_page
+
+
+def rows(server: Server, **query: str) -> list[Row]:
+    found: list[Row] = server.get(f"/gallery/photos.json?{urlencode(query)}").json()["rows"]
+    return found
+
+
+def page_of(row: Row, **query: str) -> str:
+    return f"/gallery/photo?{urlencode(query | {'photo': row['photo'], 'sha256': row['sha256']})}"
+
+
+def past(server: Server, row: Row) -> list[str]:
+    entries = server.get(f"/gallery/history.json?sha256={row['sha256']}").json()["history"]
+    return [f"{entry['decision']} {entry['new_label'] or ''}".strip() for entry in entries]
+
+
+def name_of(row: Row) -> str:
+    return Path(row["photo"]).name
+
+
+def has_looked(server: Server, row: Row) -> None:
+    """Where the model looked is computed at a low priority, which a page does not wait for long on a busy machine."""
+    query = urlencode({"photo": row["photo"], "class": row["predicted"]})
+    poll(lambda: server.get(f"/gallery/pictures/{row['sha256']}/attention.png?{query}").status == 200)
+
+
+def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) -> None:
+    first, second, third = rows(server, **LEFT)[:3]
+    page = new_page(page_of(first, **LEFT))
+    heading, said = page.get_by_role("heading", level=1), page.get_by_role("status")
+    expect(heading).to_have_text(name_of(first))
+    page.keyboard.press("t")
+    page.keyboard.type("1 and bad: keys are letters here")
+    page.keyboard.press("Escape")
+    page.keyboard.press("2")  # blue, green, red
+    expect(heading).to_have_text(name_of(second))
+    expect(said).to_contain_text(f"Saved: {name_of(first)}, Somebody")
+    assert past(server, first) == ["label green"]
+    expect(page.get_by_label("Note")).to_have_value("")
+    expect(page).not_to_have_url(re.compile("saved="))
+    page.keyboard.press("u")  # nothing is decided here: the one just saved is meant
+    expect(heading).to_have_text(name_of(first))
+    expect(said).to_contain_text(f"Undone: {name_of(first)}, Somebody")
+    expect(said).to_contain_text("Nothing is decided about it now, and its label is")
+    expect(page.locator("#history")).to_contain_text("took back: ")
+    assert past(server, first) == ["undo", "label green"]
+    page.get_by_label("Save and go to the next photo").uncheck()
+    page.keyboard.press("n")
+    expect(page.locator("#state")).to_contain_text("Somebody found it to be none of the classes.")
+    expect(heading).to_have_text(name_of(first))
+    expect(page.get_by_label("Save and go to the next photo")).not_to_be_checked()
+    page.keyboard.press("u")
+    expect(page.locator("#state")).to_contain_text("Not reviewed yet.")
+    page.get_by_label("Save and go to the next photo").check()
+    for key in ("ArrowRight", "j"):
+        page.keyboard.press(key)
+        expect(heading).to_have_text(name_of(second if key == "ArrowRight" else third))
+        page.wait_for_load_state()  # another page, which hears keys only when it is there
+    page.keyboard.press("k")
+    expect(heading).to_have_text(name_of(second))
+    page.wait_for_load_state()
+    page.keyboard.press("b")
+    expect(heading).to_have_text(name_of(third))
+    page.go_back()
+    expect(heading).to_have_text(name_of(second))
+    assert past(server, second) == ["bad"]
+
+
+def test_the_keys_are_listed_and_do_nothing_while_they_are(new_page: NewPage, server: Server) -> None:
+    row = rows(server, **LEFT)[0]
+    page = new_page(page_of(row))
+    page.keyboard.press("?")
+    dialog = page.get_by_role("dialog", name="Keys")
+    expect(dialog).to_be_visible()
+    for words in ("blue", "Undo the decision", "Previous photo"):
+        expect(dialog).to_contain_text(words)
+    page.keyboard.press("b")
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    page.get_by_role("button", name="Keys").click()
+    expect(dialog).to_be_visible()
+    dialog.get_by_role("button", name="Close").press("Enter")
+    expect(dialog).to_be_hidden()
+    assert past(server, row)[:1] != ["bad"]
+
+
+def test_two_people_see_each_others_decisions_and_none_is_overruled_unseen(new_page: NewPage, server: Server) -> None:
+    row = rows(server, **LEFT)[0]
+    ann, ben = new_page(page_of(row)), new_page(page_of(row), has_clock=True)
+    for page, name in ((ann, "Ann"), (ben, "Ben")):
+        page.get_by_label("Your name").fill(name)
+        page.get_by_label("Save and go to the next photo").uncheck()
+    ben.get_by_label("Note").fill("It is a toy.")
+    ann.get_by_role("button", name="Bad photo").click()
+    expect(ann.locator("#state")).to_contain_text("Ann called it a bad photo.")
+    ben.clock.fast_forward(11_000)
+    expect(ben.locator("#state")).to_contain_text("Ann called it a bad photo.")
+    expect(ben.get_by_role("status")).to_contain_text("Ann called it a bad photo")
+    expect(ben.get_by_label("Note")).to_have_value("It is a toy.")
+    ben.route("**/gallery/history.json?*", lambda route: route.fulfill(status=503))  # he hears nothing from now on
+    ann.get_by_role("button", name="blue").click()
+    expect(ann.locator("#state")).to_contain_text("blue.")
+    ben.get_by_role("button", name="Neither").click()
+    expect(ben.get_by_role("alert")).to_contain_text("blue meanwhile")
+    expect(ben.get_by_label("Note")).to_have_value("It is a toy.")
+    expect(ben.get_by_role("button", name="Overrule it: none of the classes")).to_be_focused()
+    ben.keyboard.press("Enter")
+    expect(ben.locator("#state")).to_contain_text("Ben found it to be none of the classes.")
+    expect(ben.locator("#history")).to_contain_text("It is a toy.")
+    assert past(server, row)[:3] == ["neither", "label blue", "bad"]
+
+
+def test_a_server_that_is_gone_loses_no_word(new_page: NewPage, server: Server) -> None:
+    row = rows(server, **LEFT)[0]
+    page = new_page(page_of(row))
+    page.get_by_label("Note").fill("Long thoughts.")
+    page.route("**/gallery/review", lambda route: route.fulfill(status=502, body="Bad gateway", content_type="text/plain"))
+    page.get_by_role("button", name="Bad photo").click()
+    expect(page.get_by_role("alert")).to_contain_text("nothing was saved")
+    expect(page.get_by_label("Note")).to_have_value("Long thoughts.")
+    page.reload()
+    expect(page.get_by_label("Note")).to_have_value("Long thoughts.")
+
+
+def test_where_the_model_looked_comes_in_place_and_the_next_photo_beforehand(new_page: NewPage, server: Server) -> None:
+    first, second = rows(server, **LEFT)[:2]
+    has_looked(server, first)
+    page = new_page("/model")
+    with page.expect_request(lambda request: f"{second['sha256']}/original.jpg" in request.url):
+        page.goto(page_of(first, **LEFT))
+    page.get_by_label("Note").fill("Still typing")
+    page.locator("a[data-look]").first.click()
+    picture = page.get_by_role("img", name=re.compile("places that speak for"))
+    expect(picture).to_be_visible()
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 32
+    expect(page.get_by_label("Note")).to_have_value("Still typing")
+    expect(page.get_by_role("status")).to_contain_text(re.compile("speaks for|brighter a place"))
+
+
+def test_without_javascript_everything_works_as_forms(new_page: NewPage, server: Server) -> None:
+    first, second = rows(server, **LEFT)[:2]
+    has_looked(server, first)
+    page = new_page(page_of(first, **LEFT), java_script_enabled=False)
+    heading = page.get_by_role("heading", level=1)
+    page.get_by_label("Your name").fill("Zoë Ångström")
+    page.get_by_label("Your name").press("Enter")  # decides nothing
+    page.get_by_label("Note").fill("By hand")
+    page.get_by_role("button", name="Neither").click()
+    expect(heading).to_have_text(name_of(second))
+    expect(page.locator("#saved")).to_contain_text("Zoë Ångström found it to be none of the classes")
+    expect(page.get_by_label("Your name")).to_have_value("Zoë Ångström")
+    page.locator("#saved").get_by_role("button", name="Undo").click()
+    expect(heading).to_have_text(name_of(first))
+    expect(page.locator("#history")).to_contain_text("By hand")
+    page.locator("a[data-look]").first.click()
+    expect(page.get_by_role("img", name=re.compile("places that speak for"))).to_be_visible()
+    expect(page.get_by_role("button", name="Keys")).to_be_hidden()
+    assert past(server, first)[:2] == ["undo", "neither"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("device", ["phone", "desktop"])
+def test_the_page_is_accessible_and_fits(new_page: NewPage, server: Server, tmp_path: Path, scheme: str, device: str) -> None:
+    row = rows(server, source="evaluation", sort="name")[-1]
+    has_looked(server, row)
+    options = PHONE if device == "phone" else {}
+    page = new_page(page_of(row, look=row["predicted"]), color_scheme=scheme, reduced_motion="reduce", **options)
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    for name in ("photo", "decided", "keys"):
+        if name == "decided":
+            page.get_by_label("Save and go to the next photo").uncheck()
+            page.get_by_role("button", name="Bad photo").click()
+            expect(page.locator("#saved")).to_be_visible()
+        elif name == "keys":
+            page.get_by_role("button", name="Keys").click()
+        page.screenshot(path=folder / f"{name}-{device}-{scheme}.png", full_page=True)
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
+        assert found.violations_count == 0, f"{name}: {found.generate_report()}"
+        assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]

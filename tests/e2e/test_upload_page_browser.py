@@ -1,0 +1,309 @@
+"""The page in a real browser, before the real service: with a mouse, with keys only, on a phone, and without JavaScript.
+
+Where no Chromium is installed these tests are skipped. ``SCREENSHOTS=folder`` keeps the pictures that they take.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, Route, expect
+
+from tests.helpers.browser import PHONE, NewPage, visitor
+from tests.helpers.server import Server, serve
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
+    with serve(tiny_bundle.path, max_photos=4, max_body_mb=1) as server:
+        yield server
+
+
+@pytest.fixture
+def new_page(browser: Browser, server: Server) -> Iterator[NewPage]:
+    with visitor(browser, server.url) as open_page:
+        yield open_page
+
+
+@pytest.fixture
+def photos(tiny_bundle: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
+    bad = tmp_path / "notes.txt"
+    bad.write_text("no picture")
+    red, blue = (sorted((tiny_bundle.photos / name).iterdir()) for name in ("red", "blue"))
+    return SimpleNamespace(red=red, blue=blue, bad=bad)
+
+
+def choose(page: Page, *files: Path, by: str = "#files") -> None:
+    page.set_input_files(by, list(files))
+
+
+def answers(page: Page, count: int) -> list[str]:
+    """The headings of ``count`` cards, once all of them are answered: file, class, probability."""
+    expect(page.locator("#cards > .card")).to_have_count(count)
+    expect(page.locator("#cards > .waiting")).to_have_count(0)
+    return [" ".join(text.split()) for text in page.locator("#cards h3").all_text_contents()]
+
+
+def put(page: Page, kind: str, *files: Path) -> None:
+    """Drop or paste files, as the browser would hand them over; ``kind`` is the event's name."""
+    given = [{"name": file.name, "bytes": list(file.read_bytes())} for file in files]
+    page.evaluate(
+        """([kind, given]) => {
+            const carried = new DataTransfer();
+            for (const { name, bytes } of given) carried.items.add(new File([new Uint8Array(bytes)], name));
+            const options = { bubbles: true, cancelable: true };
+            const event = kind === "paste"
+                ? new ClipboardEvent("paste", { ...options, clipboardData: carried })
+                : new DragEvent(kind, { ...options, dataTransfer: carried });
+            document.querySelector("#zone").dispatchEvent(event);
+        }""",
+        [kind, given],
+    )
+
+
+def answer_with(page: Page, *replies: dict[str, Any]) -> list[str]:
+    """The service's next answers to /predict are these, then its own again; gives the list of who asked."""
+    asked: list[str] = []
+    left = list(replies)
+
+    def reply(route: Route) -> None:
+        asked.append(route.request.headers.get("x-api-key", ""))
+        if left:
+            route.fulfill(**left.pop(0))
+        else:
+            route.continue_()
+
+    page.route("**/predict?*", reply)
+    return asked
+
+
+def problem(status: int, detail: str, **headers: str) -> dict[str, Any]:
+    body = json.dumps({"code": "overloaded", "status": status, "detail": detail})
+    return {"status": status, "body": body, "headers": headers, "content_type": "application/problem+json"}
+
+
+# What a person does
+
+
+def test_several_chosen_photos_get_a_card_each_and_a_bad_one_its_sentence(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page()
+    choose(page, photos.red[0], photos.bad, photos.blue[0])
+    red, bad, blue = answers(page, 3)
+    assert re.fullmatch(r"red\.000\.jpg: red, .+ %", red.replace("\u202f", " "))
+    assert bad == "notes.txt:"
+    assert blue.startswith("blue.000.jpg: blue,")
+    expect(page.locator(".card").nth(1)).to_contain_text("are not a picture")
+    picture = page.locator(".card").first.locator("img")
+    expect(picture).to_have_attribute("alt", "The part of red.000.jpg that the model saw")
+    assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [32, 32]
+    assert page.locator(".card").first.locator(".bar").count() == 3
+    expect(page.get_by_role("status")).to_contain_text("red.000.jpg: red,")
+    expect(page.locator("#progress")).to_be_hidden()
+
+
+@pytest.mark.parametrize("kind", ["drop", "paste"])
+def test_photos_can_be_dropped_and_pasted(new_page: NewPage, photos: SimpleNamespace, kind: str) -> None:
+    page = new_page()
+    put(page, kind, photos.red[0], photos.blue[0])
+    assert len(answers(page, 2)) == 2
+
+
+def test_a_drag_is_shown_and_ends(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page()
+    put(page, "dragover", photos.red[0])
+    expect(page.locator("#zone.over")).to_be_visible()
+    put(page, "dragleave")
+    expect(page.locator("#zone.over")).to_have_count(0)
+    put(page, "drop")
+    expect(page.get_by_role("status")).to_contain_text("no photo in that")
+
+
+def test_later_answers_come_on_top_and_the_earlier_ones_stay(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page()
+    choose(page, photos.red[0])
+    answers(page, 1)
+    choose(page, photos.blue[0], photos.blue[1])
+    names = [heading.split(".jpg")[0] for heading in answers(page, 3)]
+    assert names == ["blue.000", "blue.001", "red.000"]
+    page.get_by_role("button", name="Clear").click()
+    expect(page.locator("#results")).to_be_hidden()
+    expect(page.locator("#files")).to_be_focused()
+
+
+def test_more_photos_than_a_request_may_hold_go_in_several(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page()
+    asked = answer_with(page)
+    choose(page, *photos.red[:5], *photos.blue[:5])
+    assert len(answers(page, 10)) == 10
+    assert len(asked) == 3
+    assert page.locator(".card.bad").count() == 0
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_sent(
+    new_page: NewPage, photos: SimpleNamespace, tmp_path: Path
+) -> None:
+    page = new_page()
+    asked = answer_with(page)
+    (tmp_path / "huge.jpg").write_bytes(bytes(1_100_000))
+    choose(page, tmp_path / "huge.jpg", photos.red[0])
+    answers(page, 2)
+    expect(page.locator(".card").first).to_contain_text("larger than 1.0 MiB")
+    assert len(asked) == 1
+
+
+def test_with_keys_only_a_photo_is_chosen_and_its_answer_heard(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        if page.locator("#files").evaluate("input => input === document.activeElement"):
+            break
+    expect(page.get_by_label("Choose photos")).to_be_focused()
+    outline = page.locator("label[for=files]").evaluate("label => getComputedStyle(label).outlineStyle")
+    assert outline == "solid"
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Space")
+    assert chooser.value.is_multiple()
+    chooser.value.set_files(photos.red[0])
+    answers(page, 1)
+    expect(page.get_by_role("status")).to_contain_text("red.000.jpg: red,")
+    expect(page.get_by_label("Choose photos")).to_be_focused()
+
+
+def test_on_a_phone_a_photo_can_be_taken(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page(**PHONE)
+    camera = page.get_by_label("Take a photo")
+    expect(page.get_by_text("Take a photo")).to_be_visible()
+    expect(camera).to_have_attribute("capture", "environment")
+    choose(page, photos.red[0], by="#camera")
+    answers(page, 1)
+    expect(page.get_by_text("Take a photo")).to_be_visible()
+    desktop = new_page()
+    expect(desktop.get_by_text("Take a photo")).to_be_hidden()
+
+
+def test_without_javascript_the_form_does_it_all(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page(java_script_enabled=False)
+    choose(page, photos.red[0], photos.bad)
+    page.get_by_role("button", name="Classify").click()
+    assert len(answers(page, 2)) == 2
+    assert page.url.endswith("/#results")
+    page.get_by_role("button", name="Classify").click()
+    expect(page.get_by_role("alert")).to_contain_text("No photo was chosen")
+
+
+# When something is amiss
+
+
+def test_a_busy_server_is_asked_once_more_after_the_time_it_named(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page(has_clock=True)
+    busy = problem(503, "64 photos are waiting.", **{"Retry-After": "3600"})
+    asked = answer_with(page, busy)
+    choose(page, photos.red[0])
+    expect(page.locator(".card.waiting")).to_contain_text("sent once more in 3600 s")
+    page.clock.fast_forward(3_000_000)
+    assert len(asked) == 1
+    page.clock.fast_forward(600_000)
+    assert "red" in answers(page, 1)[0]
+    assert len(asked) == 2
+
+
+def test_what_failed_in_passing_can_be_tried_again(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page()
+    answer_with(page, problem(504, "The answer was not there within 10 ms."))
+    choose(page, photos.red[0])
+    expect(page.locator(".card.bad")).to_contain_text("not there within")
+    page.get_by_role("button", name="Try again").press("Enter")
+    expect(page.locator(".card h3")).to_be_focused()
+    assert "red" in answers(page, 1)[0]
+    assert page.locator(".card.bad").count() == 0
+
+
+def test_a_server_that_is_gone_is_said_so(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page()
+    page.route("**/predict?*", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>", content_type="text/html"))
+    choose(page, photos.red[0])
+    expect(page.locator(".card.bad")).to_contain_text("The server answered 502.")
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+
+
+def test_of_many_classes_ten_are_shown_and_the_others_on_demand(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page()
+    shares = {f"kind <b>{i}</b>": i / 1e6 for i in range(29)} | {"kind <b>29</b>": 1}
+    row = {"file": "a", "label": "kind <b>29</b>", "confidence": 1, "probabilities": shares, "width": 5, "height": 4}
+    body = json.dumps({"predictions": [row | {"format": "GIF", "notes": ["It has several frames."], "crop": ""}]})
+    answer_with(page, {"status": 200, "body": body, "content_type": "application/json"})
+    choose(page, photos.red[0])
+    answers(page, 1)
+    expect(page.locator(".bar:visible")).to_have_count(10)
+    expect(page.locator(".bar").first).to_contain_text("kind <b>29</b>")
+    expect(page.locator(".share")).to_have_text("> 99.9 %")  # nothing is certain, however it is rounded on its way
+    expect(page.locator(".bar-value").nth(1)).to_have_text("< 0.1 %")
+    expect(page.locator(".note")).to_have_text("It has several frames.")
+    page.get_by_text("Show all 30").press("Enter")
+    expect(page.locator(".bar:visible")).to_have_count(30)
+
+
+def test_a_key_is_kept_for_the_session_and_sent(
+    browser: Browser, tiny_bundle: SimpleNamespace, photos: SimpleNamespace
+) -> None:
+    with serve(tiny_bundle.path, api_keys="ann:sesame") as keyed, visitor(browser, keyed.url) as open_page:
+        page = open_page()
+        choose(page, photos.red[0])
+        expect(page.locator(".card.bad")).to_contain_text("A key is wanted here")
+        expect(page.get_by_label("Key")).to_be_focused()
+        page.get_by_label("Key").fill("sesame")
+        page.get_by_role("button", name="Try again").click()
+        assert "red" in answers(page, 1)[0]
+        page.reload()
+        expect(page.get_by_label("Key")).to_have_value("sesame")
+
+
+# How it looks, and whether everybody can read it
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("device", ["phone", "desktop"])
+def test_every_page_is_accessible_and_fits(
+    new_page: NewPage, photos: SimpleNamespace, tmp_path: Path, scheme: str, device: str
+) -> None:
+    page = new_page(color_scheme=scheme, reduced_motion="reduce", **(PHONE if device == "phone" else {}))
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
+    for name in ("home", "answers", "model", "docs"):
+        if name == "answers":
+            choose(page, photos.red[0], photos.bad, photos.blue[0])
+            answers(page, 3)
+        elif name != "home":
+            page.goto(f"/{name}")
+        page.screenshot(path=folder / f"{name}-{device}-{scheme}.png", full_page=True)
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
+        assert found.violations_count == 0, f"{name}: {found.generate_report()}"
+        assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
+    assert (
+        page.evaluate("getComputedStyle(document.body).backgroundColor")
+        == {
+            "light": "rgb(246, 245, 241)",
+            "dark": "rgb(21, 22, 20)",
+        }[scheme]
+    )
+
+
+def test_the_narrowest_phone_has_room_and_targets_for_thumbs(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page(viewport={"width": 320, "height": 600}, has_touch=True, is_mobile=True)
+    choose(page, photos.red[0], photos.bad)
+    answers(page, 2)
+    assert page.evaluate("document.documentElement.scrollWidth") == 320
+    for target in page.locator("nav a, .button:visible").all():
+        box = target.bounding_box()
+        assert box is not None
+        assert box["height"] >= 44
+        assert box["width"] >= 44

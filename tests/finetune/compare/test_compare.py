@@ -1,0 +1,192 @@
+"""``finetune bakeoff``: several networks on the same photos, compared honestly, and nothing trained twice."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+
+from finetune.compare.selection import line_up
+from finetune.metrics.significance import compare, holm
+from models.artifacts.bundle import open_bundle
+from models.errors import ConfigError, UnknownModelError
+from tests.helpers.tiny_network import colour_folder, finetune, paint
+
+FLAGS = ("--epochs", 6, "--batch-size", 4)
+NAMES = "lenet_cifar,resnet18,cnn_mnist,efficientnet_lite0"
+
+
+@pytest.fixture(autouse=True)
+def _no_plots_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise OSError("no network here")
+
+    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("bakeoff")
+    colour_folder(home / "colours", train=12, valid=8)
+    return home
+
+
+def bake(home: Path, *words: object, backbones: str = NAMES) -> tuple[int, str, str]:
+    return finetune("bakeoff", home / "colours", "--backbones", backbones, "--output-dir", home / "out", *words)
+
+
+class TestOneBakeoff:
+    """The first test trains; the others look at what it left, and run it again."""
+
+    def test_networks_are_trained_measured_and_compared(self, home: Path) -> None:
+        code, said, err = bake(home, *FLAGS)
+        assert code == 0, err
+        assert "[4 of 4] efficientnet_lite0" in said
+        assert "The frozen part ends behind" in said  # the head on cached features
+        text = (home / "out" / "bakeoff.md").read_text()
+        assert text in said
+        assert "Bake-off on colours: 16 validation photos" in text
+        assert "## Skipped\n\n- resnet18: The weights of resnet18 are not on this machine" in text
+        assert "| lenet_cifar * | " in text
+        assert "lenet_cifar and cnn_mnist" in text or "cnn_mnist and lenet_cifar" in text or "is better than" in text
+
+    def test_the_numbers_are_those_of_the_bundles(self, home: Path) -> None:
+        told = json.loads((home / "out" / "bakeoff.json").read_text())
+        assert told["photos"] == 16
+        assert set(told["skipped"]) == {"resnet18"}
+        rows = {row["backbone"]: row for row in told["networks"]}
+        assert set(rows) == {"lenet_cifar", "cnn_mnist", "efficientnet_lite0"}
+        for name, row in rows.items():
+            bundle = open_bundle(home / "out" / name / "bundle")
+            metrics = bundle.info["metrics"]
+            if row["precision"] == "fp32":
+                assert row["accuracy"] == metrics["accuracy"]
+                assert row["log_loss"]["value"] == pytest.approx(metrics["log_loss"]["value"], abs=2e-3)
+            assert row["graph_mb"] == pytest.approx(bundle.info["files"]["model.onnx"]["bytes"] / 1e6)
+            assert row["ms_a_photo"] > 0
+            assert row["training_s"] > 0
+            assert row["epochs"] == 6
+        assert rows["lenet_cifar"]["parameters"] == 62_006 - 8 * 85
+        assert not rows["lenet_cifar"]["pretrained"]
+        assert rows["efficientnet_lite0"]["pretrained"]
+        assert len(told["pairs"]) == 3
+
+    def test_the_table_is_there_for_a_spreadsheet_too(self, home: Path) -> None:
+        with (home / "out" / "bakeoff.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["network"] for row in rows] == [
+            row["backbone"] for row in json.loads((home / "out" / "bakeoff.json").read_text())["networks"]
+        ]
+        values = [float(row["accuracy_value"]) for row in rows]
+        assert values == sorted(values, reverse=True)
+
+    def test_the_picture_shows_something(self, home: Path) -> None:
+        pixels = np.asarray(Image.open(home / "out" / "bakeoff.png").convert("RGB")).astype(int)
+        assert pixels.std() > 10
+        assert np.ptp(pixels, axis=2).max() > 100  # points in colour
+
+    def test_a_finished_run_is_reused(self, home: Path) -> None:
+        before = {file: file.stat().st_mtime_ns for file in (home / "out").glob("*/checkpoint.pt")}
+        seconds = [row["training_s"] for row in json.loads((home / "out" / "bakeoff.json").read_text())["networks"]]
+        code, said, err = bake(home, *FLAGS)
+        assert code == 0, err
+        assert said.count("Reusing the finished run") == 3
+        assert before == {file: file.stat().st_mtime_ns for file in (home / "out").glob("*/checkpoint.pt")}
+        again = [row["training_s"] for row in json.loads((home / "out" / "bakeoff.json").read_text())["networks"]]
+        assert again == seconds
+
+    def test_other_settings_or_photos_are_refused(self, home: Path) -> None:
+        code, _, err = bake(home, "--epochs", 2, "--batch-size", 4)
+        assert code == 2
+        assert "was made with --epochs 6, not 2" in err
+        extra = paint(home / "colours" / "train" / "red" / "more.jpg", (250, 30, 30), seed=77)
+        code, _, err = bake(home, *FLAGS)
+        extra.unlink()
+        assert code == 2
+        assert "was made with other photos" in err
+
+    def test_a_run_that_was_interrupted_goes_on(self, home: Path) -> None:
+        """As after a kill between the last epoch and the bundle."""
+        shutil.rmtree(home / "out" / "cnn_mnist" / "bundle")
+        code, said, err = bake(home, *FLAGS)
+        assert code == 0, err
+        assert "Going on after epoch 6" in said
+        assert said.count("Reusing the finished run") == 2
+
+
+@pytest.mark.parametrize(
+    ("backbones", "said"),
+    [
+        ("lenet_cifar", "names lenet_cifar alone, and a comparison takes two or more"),
+        ("lenet_cifar,lenet6", "no network named 'lenet6'. Did you mean 'lenet5'?"),
+        (",", "takes names of networks with commas, `small` or `all`"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(backbones: str, said: str, home: Path) -> None:
+    code, _, err = bake(home, backbones=backbones)
+    assert code == 2
+    assert said in err
+
+
+def test_where_nothing_can_be_trained_there_is_no_report(home: Path, tmp_path: Path) -> None:
+    words = ("bakeoff", home / "colours", "--backbones", "vgg11,resnet18", "--output-dir", tmp_path / "out")
+    code, _, err = finetune(*words)
+    assert code == 2
+    assert "None of the networks could be trained" in err
+    assert not (tmp_path / "out" / "bakeoff.md").exists()
+
+
+def test_words_stand_for_networks() -> None:
+    small = line_up("small")
+    assert {"lenet5", "mlp", "cnn_mnist", "lenet_cifar", "vgg_cifar", "cnn_selu", "cnn_separable", "cnn_two_conv"} == set(small)
+    assert line_up("mlp, small")[0] == "mlp"
+    assert len(line_up("mlp,small")) == len(small)
+    here = line_up("all")
+    assert {"efficientnet_lite0", "efficientnet_lite2"} <= set(here)
+    assert not {"vgg16", "lenet5"} & set(here)
+    with pytest.raises(UnknownModelError):
+        line_up("smal")
+    with pytest.raises(ConfigError):
+        line_up("")
+
+
+def test_weights_in_the_hub_cache_count_as_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").touch()
+    assert "resnet18" in line_up("all")
+
+
+def test_only_the_photos_that_one_of_two_has_right_decide() -> None:
+    rights = {"a": [1] * 12 + [0] * 1 + [1] * 87, "b": [0] * 12 + [1] * 1 + [1] * 87, "c": [0] * 10 + [1] * 90}
+    pairs = compare({name: np.array(values, dtype=bool) for name, values in rights.items()})
+    found = {frozenset((pair.better, pair.worse)): pair for pair in pairs}
+    ab, ac, bc = (found[frozenset(pair)] for pair in ("ab", "ac", "bc"))
+    assert (ab.better, ab.only_better, ab.only_worse) == ("a", 12, 1)
+    assert (bc.better, bc.only_better, bc.only_worse) == ("c", 2, 0)
+    assert ab.p == pytest.approx(3 * binomtest(1, 13, 0.5).pvalue)
+    assert ab.p == pytest.approx(3 * 28 / 8192)
+    assert ac.p == pytest.approx(2 * binomtest(1, 11, 0.5).pvalue)
+    assert ab.is_real
+    assert not bc.is_real
+    assert ab.text() == "a is better than b: 12 photos that only it has right, against 1 (p = 0.010)."
+    assert bc.text().startswith("No difference is shown between c and b: 2 photos that only the first has right")
+
+
+def test_equal_networks_do_not_differ() -> None:
+    right = np.array([True, False, True])
+    (pair,) = compare({"a": right, "b": right})
+    assert (pair.p, pair.is_real) == (1.0, False)
+
+
+def test_holm_never_lets_a_larger_p_overtake() -> None:
+    assert holm([0.01, 0.011, 0.5]) == pytest.approx([0.03, 0.03, 0.5])
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])

@@ -1,0 +1,301 @@
+"""Several processes, started by torchrun, train as one: the same weights, one that writes, one end for all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from finetune.compute import distributed
+from tests.helpers.tiny_network import colour_folder, finetune
+
+ROOT = Path(__file__).resolve().parents[3]
+PATIENCE_S = 900.0
+TOLERANCE = 1e-5  # of a weight; float32 sums in another order
+PROGRAM = ("-m", "tests.helpers.tiny_network", "train")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+def environment(**more: str) -> dict[str, str]:
+    place = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": place, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"} | threads | more
+
+
+@contextlib.contextmanager
+def started(*words: object, prefix: Sequence[str] = (), **more: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that is ended, if need be by force, when the block ends."""
+    process = subprocess.Popen(
+        [*prefix, *map(str, words)],
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its processes then
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=30)
+            process.kill()
+        process.communicate()
+
+
+def torchrun(count: int, *words: object) -> tuple[int, str, str]:
+    """``finetune train`` in ``count`` processes; gives torchrun's exit code, and what was printed and complained."""
+    with started(*TORCHRUN, "--standalone", "--nproc-per-node", count, *PROGRAM, *words) as process:
+        out, err = process.communicate(timeout=PATIENCE_S)
+    return process.returncode, out, err
+
+
+def flags(data: Path, weights: Path, out: Path, *more: object) -> tuple[object, ...]:
+    return ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--epochs", 3, "--output-dir", out, *more)
+
+
+def largest_difference(run: Path, other: Path) -> float:
+    ours, theirs = (load_file(folder / "bundle" / "model.safetensors") for folder in (run, other))
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name].double() - theirs[name].double()).abs().max()) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """22 photos in batches of 5: a last one of 2, of which two ranks of four have none."""
+    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=11, valid=5)
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    code, _, said = finetune("train", *flags(data, tiny_weights, out))
+    assert (code, said) == (0, "")
+    return out
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.heavy)])
+def test_processes_together_give_one_processs_weights(
+    count: int, data: Path, tiny_weights: Path, alone: Path, tmp_path: Path
+) -> None:
+    """With dropout before the head, an uneven last batch, and each photo's features computed by one of them."""
+    code, out, err = torchrun(count, *flags(data, tiny_weights, tmp_path / "run", "--cache-dir", tmp_path / "cache"))
+    assert code == 0, err
+    assert out.count("The best epoch was") == out.count("bundle       ") == 1
+    assert largest_difference(tmp_path / "run", alone) < TOLERANCE
+
+
+@pytest.mark.heavy
+def test_photos_that_are_run_live_give_the_same_weights_too(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    more = ("--augment", "--unfreeze", "classifier.3", "--optimizer", "adam", "--lr", 0.005)
+    code, _, said = finetune("train", *flags(data, tiny_weights, tmp_path / "one", *more))
+    assert (code, said) == (0, "")
+    code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "two", *more))
+    assert code == 0, err
+    assert largest_difference(tmp_path / "two", tmp_path / "one") < 10 * TOLERANCE  # Adam divides by small numbers
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--data-dir": "no-such-folder"}, "There is no folder no-such-folder"),
+        ({"--lr": "-1"}, "--lr is -1.0, and takes 0 or more."),
+        ({"--unfreeze": "features.4"}, "features.4 is BatchNorm that learns"),
+    ],
+)
+def test_all_end_and_the_reason_is_said_once(
+    change: dict[str, str], said: str, data: Path, tiny_weights: Path, tmp_path: Path
+) -> None:
+    more = [word for pair in change.items() for word in pair]
+    code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "run", *more))
+    assert code != 0
+    assert err.count(said) == 1, err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_first_alone_meets_ends_the_others(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    """Only the first looks at the run's folder, which another run has."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "run"))
+    assert code != 0
+    assert err.count("holds another run") == 1
+    assert "Traceback" not in err.split("finetune: ")[0]
+
+
+@pytest.mark.heavy
+def test_a_killed_process_loses_no_finished_epoch(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    more = ("--epochs", 60, "--lr-schedule", "cosine")
+    code, _, said = finetune("train", *flags(data, tiny_weights, tmp_path / "whole", *more))
+    assert (code, said) == (0, "")
+    run = tmp_path / "run"
+    words = flags(data, tiny_weights, run, *more)
+    with started(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *PROGRAM, *words, HOLD_AT="30") as process:
+        wait_for(lambda: epochs(run) >= 3, process)
+        os.kill(children(process.pid)[-1], signal.SIGKILL)
+        _, err = process.communicate(timeout=PATIENCE_S)
+    killed = epochs(run)
+    assert process.returncode != 0
+    assert 3 <= killed < 60, err
+    code, out, err = torchrun(2, "--resume", "--output-dir", run)
+    assert code == 0, err
+    assert f"Going on after epoch {killed}" in out or f"Going on after epoch {killed + 1}" in out  # between two files
+    assert largest_difference(run, tmp_path / "whole") < TOLERANCE
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"never came to be stopped: {process.communicate()}")
+        time.sleep(0.005)
+
+
+def epochs(run: Path) -> int:
+    file = run / "history.csv"
+    return len(file.read_text().splitlines()) - 1 if file.is_file() else 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# Two hosts
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[list[str]]]:
+    """Two network namespaces with a cable between them; gives the words before a command that runs it in one of them."""
+    if shutil.which("ip") is None:
+        pytest.skip("there is no `ip` command (Debian's iproute2) to make network namespaces with")
+    names = [f"finetune-{os.getpid()}-{i}" for i in range(2)]
+    ends = [f"ft{os.getpid() % 100_000}-{i}" for i in range(2)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces are not permitted here: {error.stderr.strip()}")
+        for number, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
+            ip("link", "set", end, "netns", name)
+            ip("-n", name, "link", "set", end, "name", "cable")
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def test_two_hosts_without_a_shared_folder_but_the_photos(
+    two_hosts: list[list[str]], data: Path, tiny_weights: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Each has a copy of the photos and a cache of its own; only the first writes a run."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for number, prefix in enumerate(two_hosts):
+            home = tmp_path / f"host{number}"
+            shutil.copytree(data, home / "photos")
+            shutil.copy(tiny_weights, home / "tiny.pth")
+            words = flags(home / "photos", home / "tiny.pth", home / "run", "--cache-dir", home / "cache")
+            nodes = ("--nnodes", 2, "--nproc-per-node", 1, "--node-rank", number)
+            meeting = ("--master-addr", "10.77.0.1", "--master-port", 29517)
+            command = started(*TORCHRUN, *nodes, *meeting, *PROGRAM, *words, prefix=prefix, GLOO_SOCKET_IFNAME="cable")
+            processes.append(stack.enter_context(command))
+        for process in processes:
+            _, err = process.communicate(timeout=PATIENCE_S)
+            assert process.returncode == 0, err
+    assert largest_difference(tmp_path / "host0" / "run", alone) < TOLERANCE
+    assert not (tmp_path / "host1" / "run").exists()
+    assert list((tmp_path / "host1" / "cache").rglob("*.safetensors"))
+
+
+# Dropout
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout2d(0.3), StochasticDepth(0.4, "row"), nn.Flatten())
+        self.head = nn.Sequential(nn.Linear(144, 32), nn.AlphaDropout(0.2), nn.Dropout(0.5), nn.Linear(32, 2))
+
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        return self.head(self.maps(photos))
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, number: int, count: int) -> None:
+    monkeypatch.setattr(distributed, "rank", lambda: number)
+    monkeypatch.setattr(distributed, "size", lambda: count)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_dropout_of_every_kind_drops_what_one_process_drops(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network, photos = Block().train(), torch.randn(7, 3, 8, 8)
+    torch.manual_seed(1)
+    whole = [network(photos) for _ in range(2)]  # the second batch goes on where the first one's numbers ended
+    shares: list[list[torch.Tensor]] = [[], []]
+    for number in range(count):
+        as_rank(monkeypatch, number, count)
+        torch.manual_seed(1)
+        for step in range(2):
+            with distributed.whole_draws(7):
+                shares[step].append(network(photos[distributed.share(7)]))
+    for step in range(2):
+        torch.testing.assert_close(torch.cat(shares[step]), whole[step])
+
+
+def test_a_gpus_own_dropout_is_shared_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """native_dropout is what a GPU calls; every rank drops its rows of one mask, and gradients pass where it kept them."""
+    ones = torch.ones(6, 50)
+    parts = []
+    for number in range(2):
+        as_rank(monkeypatch, number, 2)
+        torch.manual_seed(1)
+        own = ones[distributed.share(6)].clone().requires_grad_()
+        with distributed.whole_draws(6):
+            dropped, kept = torch.native_dropout(own, 0.25, True)
+        dropped.sum().backward()
+        assert own.grad is not None
+        torch.testing.assert_close(own.grad, kept / 0.75)
+        torch.testing.assert_close(dropped.detach(), kept / 0.75)
+        parts.append(kept)
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.cat(parts), torch.empty(6, 50).bernoulli_(0.75).bool())
+
+
+@pytest.mark.parametrize("draw", [lambda x: x + torch.randn(x.shape), lambda x: x * torch.empty(9).bernoulli_(0.5).sum()])
+def test_other_random_numbers_are_refused(draw: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch, 0, 2)
+    with distributed.whole_draws(6), pytest.raises(distributed.RunError, match=r"train it in one|random numbers"):
+        draw(torch.ones(3, 2))
+
+
+def test_shares_are_all_of_a_batch_and_even(monkeypatch: pytest.MonkeyPatch) -> None:
+    for total in range(12):
+        parts = []
+        for number in range(4):
+            as_rank(monkeypatch, number, 4)
+            parts.append(list(range(total))[distributed.share(total)])
+        assert [index for part in parts for index in part] == list(range(total))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1

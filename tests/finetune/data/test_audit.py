@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import PhotoFolder
+from PIL import Image
+
+from finetune.__main__ import main
+from finetune.config import Config
+from finetune.data import duplicates
+from finetune.data.duplicates import find_duplicates
+from finetune.data.image_folder import Photo
+from finetune.data.inspection import Scan, fingerprint
+from finetune.training.trainer import Progress
+from models.errors import DataError
+from tests.helpers.tiny_network import COLOURS, colour_folder, paint
+
+Findings = dict[str, Any]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return colour_folder(tmp_path / "data", train=4, valid=2)
+
+
+def audit_json(data: Path, capsys: pytest.CaptureFixture[str], *, code: int) -> Findings:
+    assert main(["audit", str(data), "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def audit_text(data: Path, capsys: pytest.CaptureFixture[str], *, code: int) -> str:
+    assert main(["audit", str(data)]) == code
+    return capsys.readouterr().out
+
+
+def test_a_clean_folder_has_no_findings(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = audit_json(data, capsys, code=0)
+    assert found["counts"] == {"train": {"blue": 4, "red": 4}, "valid": {"blue": 2, "red": 2}}
+    assert found["imbalance"] == 1.0
+    assert not any(found[key] for key in ("damaged", "leakage", "conflicts", "duplicates", "not_photos", "stray_folders"))
+    text = audit_text(data, capsys, code=0)
+    assert "12 photos" in text
+    assert "nothing wrong was found" in text
+
+
+def test_drawn_pictures_are_not_taken_for_one_another(
+    tmp_path: Path, photo_folder: PhotoFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = audit_json(photo_folder(tmp_path, train=25, valid=10), capsys, code=0)
+    assert (found["leakage"], found["conflicts"], found["duplicates"]) == ([], [], [])
+
+
+def _truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+DAMAGE = {
+    "cut.jpg": lambda path: _truncate(paint(path, COLOURS[0], seed=50)),
+    "page.jpg": lambda path: path.write_text("<html>not found</html>"),
+    "empty.png": lambda path: path.write_bytes(b""),
+    "movie.jpeg": lambda path: path.write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(500)),
+}
+
+
+def test_damaged_photos_are_named_with_the_reason(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, make in DAMAGE.items():
+        make(data / "train" / "red" / name)
+    found = audit_json(data, capsys, code=1)
+    assert set(found["damaged"]) == {f"train/red/{name}" for name in DAMAGE}
+    assert "damaged" in found["damaged"]["train/red/cut.jpg"]
+    assert "not a picture" in found["damaged"]["train/red/page.jpg"]
+    assert "0 bytes" in found["damaged"]["train/red/empty.png"]
+    assert found["counts"]["train"] == {"blue": 4, "red": 4}
+    text = audit_text(data, capsys, code=1)
+    assert "4 damaged files, left out" in text
+    assert "train/red/cut.jpg: The picture is damaged" in text
+
+
+def test_other_files_and_stray_folders_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "train" / "red" / "Thumbs.db").write_bytes(b"x")
+    (data / "valid" / "blue" / "notes.txt").write_text("x")
+    (data / "train" / "blue" / "cat.heic").write_bytes(b"x")
+    for stray in ("train/.ipynb_checkpoints", "__MACOSX", "train/red/.ipynb_checkpoints"):
+        (data / stray).mkdir()
+        paint(data / stray / "copy.jpg", COLOURS[0], seed=70)
+    found = audit_json(data, capsys, code=1)
+    assert set(found["not_photos"]) == {"train/red/Thumbs.db", "valid/blue/notes.txt", "train/blue/cat.heic"}
+    assert found["stray_folders"] == ["__MACOSX", "train/.ipynb_checkpoints", "train/red/.ipynb_checkpoints"]
+    assert found["counts"]["train"] == {"blue": 4, "red": 4}
+    text = audit_text(data, capsys, code=1)
+    assert "3 stray folders" in text
+    assert "train/red/Thumbs.db" in text
+    assert "train/.ipynb_checkpoints" in text
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copy(source, target)
+
+
+def _encode_again(source: Path, target: Path) -> None:
+    Image.open(source).save(target, quality=70)
+
+
+def _shrink(source: Path, target: Path) -> None:
+    photo = Image.open(source)
+    photo.resize((photo.width * 2 // 3, photo.height * 2 // 3), Image.Resampling.LANCZOS).save(target, quality=85)
+
+
+def _as_png(source: Path, target: Path) -> None:
+    Image.open(source).save(target.with_suffix(".png"))
+
+
+LOOKALIKES = [_copy, _encode_again, _shrink, _as_png]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder) -> Path:
+    return photo_folder(tmp_path_factory.mktemp("drawn"), train=6, valid=3)
+
+
+@pytest.mark.parametrize("make", LOOKALIKES)
+@pytest.mark.parametrize(
+    ("target", "kinds"),
+    [
+        ("valid/cats/z.jpg", {"leakage"}),
+        ("train/dogs/z.jpg", {"conflicts"}),
+        ("valid/dogs/z.jpg", {"leakage", "conflicts"}),
+        ("train/cats/z.jpg", {"duplicates"}),
+    ],
+)
+def test_the_same_photo_twice_is_found_wherever_it_lies(
+    tmp_path: Path, drawn: Path, capsys: pytest.CaptureFixture[str], make: Any, target: str, kinds: set[str]
+) -> None:
+    data = Path(shutil.copytree(drawn, tmp_path / "data"))
+    make(data / "train/cats/cats.0001.jpg", data / target)
+    found = audit_json(data, capsys, code=0 if kinds == {"duplicates"} else 1)
+    (twin,) = sorted((data / target).parent.glob("z.*"))
+    pair = sorted(["train/cats/cats.0001.jpg", twin.relative_to(data).as_posix()])
+    assert {kind: found[kind] for kind in ("leakage", "conflicts", "duplicates") if found[kind]} == {
+        kind: [pair] for kind in kinds
+    }
+    assert " = ".join(pair) in audit_text(data, capsys, code=0 if kinds == {"duplicates"} else 1)
+
+
+def test_three_copies_are_one_group(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = data / "train/red/red.001.jpg"
+    for name in ("valid/red/a.jpg", "valid/blue/b.jpg"):
+        shutil.copy(source, data / name)
+    found = audit_json(data, capsys, code=1)
+    assert found["leakage"] == [["train/red/red.001.jpg", "valid/blue/b.jpg", "valid/red/a.jpg"]]
+
+
+def test_flat_pictures_of_other_colours_are_no_twins(tmp_path: Path) -> None:
+    scans = []
+    for i, colour in enumerate(COLOURS):
+        picture = Image.new("RGB", (64, 48), colour)
+        scans.append(Scan(Photo(f"{i}.png", tmp_path, 0, "train"), f"{i:064x}", fingerprint(picture), None))
+    assert find_duplicates(scans) == []
+
+
+@pytest.mark.parametrize(
+    ("flips", "levels", "alike"),
+    [
+        ({}, 0, True),
+        ({0: 1, 3: 2, 7: 128}, 0, True),
+        ({6: 0b0111}, 10, True),
+        ({6: 0b1111}, 0, False),
+        ({}, 11, False),
+    ],
+)
+def test_how_far_apart_two_pictures_of_the_same_may_be(tmp_path: Path, flips: dict[int, int], levels: int, alike: bool) -> None:
+    """Three bits of the hash, wherever they are, and ten levels of the thumbnail."""
+    first = np.full(776, 100, np.uint8)
+    second = first.copy()
+    for byte, mask in flips.items():
+        second[byte] ^= mask
+    second[8:] += levels
+    scans = [Scan(Photo(f"{i}.jpg", tmp_path, 0, "train"), f"{i:064x}", row, None) for i, row in enumerate((first, second))]
+    assert bool(find_duplicates(scans)) == alike
+
+
+def test_a_crowded_bucket_still_finds_the_twins_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Many flat photos share a hash quarter, and then not every pair is compared; equal hashes are all the same."""
+    monkeypatch.setattr(duplicates, "PAIRS_A_BUCKET", 3)
+    rng = np.random.default_rng(0)
+    prints = [rng.integers(0, 256, 776).astype(np.uint8) for _ in range(10)]
+    for row in prints:
+        row[:2] = 7
+    prints += [prints[4], prints[8]]
+    scans = [Scan(Photo(f"{i:02}", tmp_path, 0, "train"), f"{i:064x}", row, None) for i, row in enumerate(prints)]
+    assert [[s.photo.name for s in group] for group in find_duplicates(scans)] == [["04", "10"], ["08", "11"]]
+
+
+def test_empty_classes_and_classes_of_one_split_only(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train/amber", "valid/amber", "train/green", "valid/grey"):
+        (data / name).mkdir()
+    paint(data / "train/green/1.jpg", COLOURS[2], seed=80)
+    found = audit_json(data, capsys, code=1)
+    assert found["class_mismatch"] == {"training": ["green"], "validation": ["grey"]}
+    assert set(found["empty_classes"]) >= {"train/amber", "valid/amber"}
+    text = audit_text(data, capsys, code=1)
+    assert "only training has green; only validation has grey" in text
+    assert "train/amber" in text
+
+
+def test_a_large_imbalance_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = colour_folder(tmp_path, train=2, valid=2)
+    for i in range(8):
+        paint(data / "train" / "red" / f"more{i}.jpg", COLOURS[1], seed=600 + i)
+    assert audit_json(data, capsys, code=1)["imbalance"] == 5.0
+    assert "the largest class has 5.0 times the photos of the smallest" in audit_text(data, capsys, code=1)
+
+
+def test_more_than_ten_of_a_kind_are_cut_in_text_and_whole_in_json(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(13):
+        (data / "train" / "red" / f"bad{i:02}.jpg").write_bytes(b"x")
+    text = audit_text(data, capsys, code=1)
+    assert "... and 3 more; --json lists all" in text
+    assert "bad09.jpg" in text
+    assert "bad10.jpg" not in text
+    assert len(audit_json(data, capsys, code=1)["damaged"]) == 13
+
+
+def test_a_second_look_finds_the_same(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one reads what photos look like from the cache."""
+    shutil.copy(data / "train/red/red.001.jpg", data / "valid/red/z.jpg")
+    (data / "train/red/bad.jpg").write_bytes(b"x")
+    assert audit_json(data, capsys, code=1) == audit_json(data, capsys, code=1)
+
+
+# What training does about findings; `fit` is left out, as whether it starts is the question.
+
+
+class Started(Exception):  # noqa: N818
+    pass
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -> Any:
+    from finetune import pipeline
+
+    seen: dict[str, Any] = {}
+
+    def fit_head(config: Config, folder: Path, network: Any, compute: Any, batches: Any, *, inputs: str) -> Progress:
+        seen.update({split: len(batches[split]) for split in batches})
+        raise Started
+
+    monkeypatch.setattr(pipeline, "fit_head", fit_head)
+
+    def start(data: Path, **options: Any) -> dict[str, Any]:
+        config = Config(data_dir=data, backbone="tiny", weights=str(tiny_weights), output_dir=tmp_path / "run", **options)
+        config = replace(config, feature_cache=False)  # nothing is computed before the first epoch
+        with pytest.raises(Started):
+            pipeline.train(config)
+        return seen
+
+    return start
+
+
+@pytest.mark.parametrize("make", LOOKALIKES)
+def test_leakage_stops_training_until_it_is_allowed(tmp_path: Path, drawn: Path, train: Any, make: Any) -> None:
+    data = Path(shutil.copytree(drawn, tmp_path / "data"))
+    make(data / "train/cats/cats.0001.jpg", data / "valid/cats/z.jpg")
+    with pytest.raises(DataError, match=r"1 photo in both training and validation .*--allow-leakage"):
+        train(data)
+    assert not (tmp_path / "run").exists()
+    assert train(data, allow_leakage=True) == {"train": 12, "valid": 7}
+
+
+def test_a_class_mismatch_stops_training_until_it_is_allowed(tmp_path: Path, data: Path, train: Any) -> None:
+    paint(data / "valid/green/1.jpg", COLOURS[2], seed=80)
+    with pytest.raises(DataError, match=r"only validation has green; .*--allow-class-mismatch"):
+        train(data)
+    assert not (tmp_path / "run").exists()
+    assert train(data, allow_class_mismatch=True) == {"train": 8, "valid": 4}
+
+
+def test_an_empty_class_stops_training_until_it_is_allowed(tmp_path: Path, data: Path, train: Any) -> None:
+    for photo in (data / "train/red").iterdir():
+        photo.write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"train/red has no photo that can be read; .*--allow-class-mismatch"):
+        train(data)
+    assert train(data, allow_class_mismatch=True) == {"train": 4, "valid": 4}
+
+
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_split_without_any_photo_stops_training_whatever_is_allowed(data: Path, train: Any, split: str) -> None:
+    for photo in (data / split[:5]).glob("*/*.jpg"):
+        photo.write_bytes(b"damaged")
+    with pytest.raises(DataError, match=f"no photo for {split} that can be read"):
+        train(data, allow_class_mismatch=True)
+
+
+def test_a_validation_folder_without_class_folders_is_refused(tmp_path: Path, train: Any) -> None:
+    data = colour_folder(tmp_path / "data", train=4, valid=0)
+    (data / "valid").mkdir()
+    with pytest.raises(DataError, match="no photo for validation"):
+        train(data)
+
+
+def test_damaged_photos_are_left_out_of_training(data: Path, train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "train/red/red.001.jpg").write_bytes(b"damaged")
+    (data / "valid/blue/empty.jpg").write_bytes(b"")
+    assert train(data) == {"train": 7, "valid": 4}
+    assert "2 damaged files, left out" in capsys.readouterr().out
+
+
+def test_photos_alike_are_kept_on_one_side_of_a_hold_out(tmp_path: Path, photo_folder: PhotoFolder, train: Any) -> None:
+    """Every photo has a smaller copy: with any hold-out that does not look, training would know the validation photos."""
+    data = photo_folder(tmp_path / "data", train=10, valid=0)
+    for photo in sorted((data / "train").glob("*/*.jpg"))[::4]:
+        _shrink(photo, photo.with_name(f"small-{photo.name}"))
+    counts = train(data, valid_fraction=0.5)
+    assert sum(counts.values()) == 25
+    assert counts["valid"] >= 4

@@ -1,0 +1,202 @@
+"""Data sets by name: fetched, checked, laid out as folders, split honestly, and learned from."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, MNIST
+
+from finetune.data.builtin_datasets import KNOWN, fetch
+from finetune.data.duplicates import find_duplicates
+from finetune.data.image_folder import read_dataset
+from finetune.data.inspection import fingerprint_context, scan
+from finetune.io.array_store import ShardStore
+from models.artifacts.bundle import open_bundle
+from models.errors import DataError
+from models.networks.classifier import Normalise
+from models.preprocess import Preprocessing
+from tests.helpers.dataset_server import CIFAR_NAMES, TEST, TRAIN, mirror, pictures
+from tests.helpers.tiny_network import finetune
+
+__all__ = ["mirror"]
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("mnist", (28, 28)), ("fashion-mnist", (28, 28)), ("cifar10", (32, 32, 3))])
+def test_a_data_set_becomes_folders_of_its_own_pixels(
+    name: str, shape: tuple[int, ...], mirror: ThreadingHTTPServer, tmp_path: Path
+) -> None:
+    fetch(name, tmp_path / name)
+    dataset = read_dataset(tmp_path / name)
+    counts = {split: len(list((tmp_path / name / split).rglob("*.png"))) for split in ("train", "valid", "test")}
+    assert counts == {"train": 10 * (TRAIN - 1), "valid": 10, "test": 10 * TEST}
+    assert len(dataset.of("train")) == 10 * (TRAIN - 1)
+    assert len(dataset.of("valid")) == 10
+    assert len(dataset.classes) == 10
+    assert all(len(list((tmp_path / name / "valid" / label).iterdir())) == 1 for label in dataset.classes)
+    seed = {"mnist": TEST, "fashion-mnist": 10 + TEST, "cifar10": 4}[name]
+    wanted, labels = pictures(TEST, shape, seed=seed)
+    for file in (tmp_path / name / "test").rglob("*.png"):
+        index = int(file.stem)
+        assert np.array_equal(np.asarray(Image.open(file)), wanted[index])
+        if name == "cifar10":
+            assert file.parent.name == CIFAR_NAMES[labels[index]]
+    fetch(name, tmp_path / name)  # it is there, and nothing is read again
+
+
+def test_files_that_are_there_are_not_downloaded_again(
+    mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch("mnist", tmp_path / "one")
+    fetch("cifar10", tmp_path / "two")
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing")
+    for name in ("mnist", "cifar10"):
+        fetch(name, tmp_path / f"{name}-again")
+        assert (tmp_path / f"{name}-again" / "test").is_dir()
+
+
+def test_without_a_network_a_sentence_says_what_to_put_where(
+    mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    code, _, err = finetune("train", "--dataset", "mnist", "--data-dir", tmp_path / "mnist", "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert "MNIST could not be fetched" in err
+    assert str(tmp_path / "raw") in err
+    assert not (tmp_path / "mnist").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_download_is_refused(mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MNIST, "resources", [(name, "0" * 32) for name, _ in MNIST.resources])
+    with pytest.raises(DataError, match="could not be fetched"):
+        fetch("mnist", tmp_path / "mnist")
+    assert not (tmp_path / "mnist").exists()
+
+
+def test_another_data_set_or_a_folder_of_photos_is_not_overwritten(mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
+    fetch("mnist", tmp_path / "here")
+    with pytest.raises(DataError, match="holds the data set mnist, not cifar10"):
+        fetch("cifar10", tmp_path / "here")
+    (tmp_path / "photos" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="not empty"):
+        fetch("mnist", tmp_path / "photos")
+
+
+def test_a_misspelt_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    code, _, err = finetune("train", "--dataset", "minst")
+    assert code == 2
+    assert "Did you mean 'mnist'?" in err
+
+
+def test_a_run_in_the_way_is_found_before_anything_is_fetched(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    code, _, err = finetune("train", "--dataset", "digits", "--data-dir", tmp_path / "digits", "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert "is not empty and is no run" in err
+    assert not (tmp_path / "digits").exists()
+
+
+def test_of_small_pictures_only_exact_repeats_are_repeats(tmp_path: Path) -> None:
+    """A one looks like any other one, and that is no leak; the same pixels in another format are the same picture."""
+    one = np.zeros((28, 28), np.uint8)
+    one[4:24, 13:15] = 250
+    other = one.copy()
+    other[5, 13] = 245
+    for split, name, pixels in (("train", "a.png", one), ("train", "b.png", other), ("valid", "c.bmp", one)):
+        (tmp_path / split / "one").mkdir(parents=True, exist_ok=True)
+        (tmp_path / split / "two").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / split / "one" / name)
+    store = ShardStore(tmp_path / "cache", fingerprint_context(), limit_mb=10)
+    found = find_duplicates(scan(read_dataset(tmp_path).photos, store=store, quiet=True))
+    assert [[s.photo.name for s in group] for group in found] == [["train/one/a.png", "valid/one/c.bmp"]]
+
+
+def test_no_picture_that_is_there_twice_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.data import builtin_datasets
+
+    pixels, labels = pictures(4, (28, 28), seed=0)
+    pixels[10:] = np.concatenate([pixels[:10]] * 3)  # of each class one picture, four times
+    pixels[30:] = pictures(1, (28, 28), seed=9)[0]  # but for the last
+    part = builtin_datasets.Part(pixels, labels.astype(np.int64))
+    monkeypatch.setitem(
+        KNOWN, "mnist", builtin_datasets.Known("Doubles", lambda raw: ([str(i) for i in range(10)], part, part))
+    )
+    fetch("mnist", tmp_path / "doubles")
+    held = sorted(int(file.stem) for file in (tmp_path / "doubles" / "valid").rglob("*.png"))
+    assert held == list(range(30, 40))
+    assert json.loads((tmp_path / "doubles" / "DATASET.json").read_text())["in_train_and_test"] == 20
+
+
+def test_the_idx_files_are_as_the_data_set_has_them(mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
+    fetch("mnist", tmp_path / "mnist")
+    head = gzip.decompress((tmp_path / "raw" / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").read_bytes())[:16]
+    assert head == bytes([0, 0, 8, 3, 0, 0, 0, 10 * TRAIN, 0, 0, 0, 28, 0, 0, 0, 28])
+
+
+def test_permuted_pixels_are_the_same_pixels_elsewhere() -> None:
+    preprocessing = Preprocessing(input_px=4, resize_px=4, mean=(0.5,), std=(0.5,))
+    pixels = torch.arange(32, dtype=torch.uint8).reshape(2, 4, 4, 1)
+    plain = Normalise(preprocessing)(pixels)
+    mixed, again, other = (Normalise(preprocessing, permute_pixels=seed)(pixels) for seed in (0, 0, 1))
+    assert torch.equal(mixed, again)
+    assert not torch.equal(mixed, other)
+    assert not torch.equal(mixed, plain)
+    assert torch.equal(mixed.flatten(1).sort(1).values, plain.flatten(1))
+    assert torch.equal((mixed[1] - mixed[0]).unique(), (plain[1] - plain[0]).unique())  # both in the same way
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("digits")
+
+
+class TestDigits:
+    """Scikit-learn's real digits, through the command line."""
+
+    def learn(self, home: Path, backbone: str, *flags: object) -> dict[str, dict[str, float]]:
+        out = home / "-".join(map(str, [backbone, *flags]))
+        words = ("train", "--dataset", "digits", "--data-dir", home / "digits", "--backbone", backbone, "--output-dir", out)
+        code, said, err = finetune(*words, "--epochs", 15, "--batch-size", 16, *flags)
+        assert code == 0, err
+        assert "training photos a second" in said
+        assert "On the test pictures, which had no part in training" in said
+        metrics = json.loads((out / "test" / "metrics.json").read_text())
+        assert metrics["photos"] == 359
+        return metrics
+
+    def test_lenet5_learns_them(self, home: Path) -> None:
+        assert self.learn(home, "lenet5")["accuracy"]["value"] > 0.93
+
+    def test_permuted_pixels_cost_the_convolutional_network_only(self, home: Path) -> None:
+        seed = ("--permute-pixels", 1)
+        mlp, mlp_permuted = self.learn(home, "mlp"), self.learn(home, "mlp", *seed)
+        cnn, cnn_permuted = self.learn(home, "cnn_mnist"), self.learn(home, "cnn_mnist", *seed)
+        assert min(mlp["accuracy"]["value"], mlp_permuted["accuracy"]["value"]) > 0.85
+        assert mlp["accuracy"]["low"] < mlp_permuted["accuracy"]["high"]
+        assert mlp_permuted["accuracy"]["low"] < mlp["accuracy"]["high"]
+        assert cnn["accuracy"]["value"] > 0.95
+        assert cnn_permuted["accuracy"]["value"] < cnn["accuracy"]["value"]
+        assert cnn_permuted["log_loss"]["value"] > 1.2 * cnn["log_loss"]["value"]
+        bundle = open_bundle(home / "cnn_mnist---permute-pixels-1" / "bundle")
+        assert bundle.permute_pixels == 1
+        assert "change places" in (bundle.path / "README.md").read_text()
+        assert open_bundle(home / "cnn_mnist" / "bundle").permute_pixels is None
+
+    def test_a_finished_run_is_only_opened(self, home: Path) -> None:
+        code, said, err = finetune("train", "--resume", "--output-dir", home / "lenet5")
+        assert (code, err) == (0, "")
+        assert "is finished" in said

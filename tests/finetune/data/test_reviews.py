@@ -1,0 +1,496 @@
+"""Correct labels and train again: decisions on photos, by sha256, through the command line."""
+
+from __future__ import annotations
+
+import csv
+import http.server
+import json
+import re
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import pipeline as run_module
+from finetune.data.apply_reviews import Reviews, apply_reviews
+from finetune.data.image_folder import read_dataset
+from finetune.data.inspection import fingerprint_context, scan
+from finetune.data.review_source import hide_password
+from finetune.io.array_store import ShardStore
+from models.artifacts.atomic_io import sha256_of
+from models.artifacts.bundle import open_bundle
+from models.artifacts.reviews import COLUMNS, Review, read_reviews, write_reviews
+from models.errors import DataError
+from tests.helpers.tiny_network import COLOURS, colour_folder, finetune, paint, save_weights
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return colour_folder(tmp_path / "colours", train=6, valid=3)
+
+
+def review(photo: Path, decision: str = "label", new_label: str = "", **more: str) -> Review:
+    given = {"label": photo.parent.name, "note": "", "reviewer": "Ada", "decided_at": "2024-05-01T10:00:00+00:00"} | more
+    return Review(sha256_of(photo), photo.name, decision=decision, new_label=new_label, **given)
+
+
+def table(*reviews: Review, path: Path) -> Path:
+    path.write_bytes(write_reviews(reviews))
+    return path
+
+
+def applied(data: Path, *reviews: Review) -> tuple[dict[str, str], str]:
+    """The photos that are left with their class, and what is said."""
+    dataset = read_dataset(data)
+    store = ShardStore(data.parent / "cache", fingerprint_context(), limit_mb=10)
+    scans = scan(dataset.photos, store=store, quiet=True)
+    changed, kept, what = apply_reviews(Reviews.parse(write_reviews(reviews), origin="reviews.csv"), dataset, scans)
+    assert [s.photo for s in kept] == list(changed.photos)
+    return {p.name: changed.classes[p.label] for p in changed.photos}, what.text()
+
+
+# The table
+
+
+def test_a_table_comes_back_as_it_was_also_from_a_spreadsheet() -> None:
+    reviews = (
+        Review("a" * 64, "train/cats/1, or so.jpg", "cats", "label", "dogs", 'a "dog"\nclearly', "Ada", "2024-05-01"),
+        Review("b" * 64, "train/cats/猫.jpg", "cats", "bad", "", "", "", ""),
+    )
+    data = write_reviews(reviews)
+    assert data.decode().splitlines()[0] == "sha256,photo,label,decision,new_label,note,reviewer,decided_at"
+    assert read_reviews(data, origin="r.csv") == reviews
+    assert read_reviews(b"\xef\xbb\xbf" + data, origin="r.csv") == reviews
+    assert read_reviews(write_reviews([]), origin="r.csv") == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"decision": "maybe"}, "row 2 .* has the decision 'maybe'; label, neither, bad are known"),
+        ({"decision": "label"}, "has the decision 'label' and no new_label"),
+        ({"sha256": "abc"}, "has the sha256 'abc', which is none"),
+    ],
+)
+def test_a_malformed_row_is_named(changes: dict[str, str], said: str) -> None:
+    row = replace(Review("a" * 64, "1.jpg", "cats", "bad", "", "", "", ""), **changes)
+    with pytest.raises(DataError, match=said):
+        read_reviews(write_reviews([row]), origin="r.csv")
+
+
+def test_two_decisions_on_one_photo_are_refused() -> None:
+    row = Review("a" * 64, "1.jpg", "cats", "bad", "", "", "", "")
+    with pytest.raises(DataError, match=r"row 3 \(2\.jpg\) decides otherwise than another row of the same photo"):
+        read_reviews(write_reviews([row, replace(row, photo="2.jpg", decision="neither")]), origin="r.csv")
+    assert len(read_reviews(write_reviews([row, replace(row, photo="2.jpg")]), origin="r.csv")) == 2
+
+
+# What decisions do
+
+
+def test_decisions_change_confirm_and_drop_by_sha256(data: Path) -> None:
+    blue, red = data / "train" / "blue", data / "train" / "red"
+    decisions = (
+        review(blue / "blue.000.jpg", new_label="red"),
+        review(blue / "blue.001.jpg", new_label="blue"),
+        review(red / "red.000.jpg", "neither"),
+        review(data / "valid" / "red" / "red.001.jpg", "bad"),
+        replace(review(blue / "blue.002.jpg", "bad"), sha256="0" * 64),  # a name is no reason
+    )
+    (blue / "blue.000.jpg").rename(blue / "renamed.jpg")
+    labels, said = applied(data, *decisions)
+    assert labels["train/blue/renamed.jpg"] == "red"
+    assert labels["train/blue/blue.001.jpg"] == labels["train/blue/blue.002.jpg"] == "blue"
+    assert not {"train/red/red.000.jpg", "valid/red/red.001.jpg"} & labels.keys()
+    assert len(labels) == 16
+    assert "5 photos decided; here 1 labels changed, 1 confirmed, 2 photos left out, and 1 rows matched no photo" in said
+    assert "  train/blue/renamed.jpg: blue -> red" in said
+    assert "  train/red/red.000.jpg: left out, as it is of none of the classes" in said
+    assert "  valid/red/red.001.jpg: left out, as it is a bad photo" in said
+
+
+def test_the_same_photo_in_two_classes_is_settled_by_the_decision(data: Path) -> None:
+    """Within a split every copy gets the label; across splits the copy whose folder was right stays alone."""
+    first, second = (data / "train" / "blue" / f"blue.00{i}.jpg" for i in (0, 1))
+    shutil.copyfile(first, data / "train" / "red" / "same.jpg")
+    shutil.copyfile(second, data / "valid" / "red" / "same.jpg")
+    labels, said = applied(data, review(first, new_label="red"), review(second, new_label="red"))
+    assert labels["train/blue/blue.000.jpg"] == labels["train/red/same.jpg"] == labels["valid/red/same.jpg"] == "red"
+    assert "train/blue/blue.001.jpg" not in labels
+    assert "blue.001.jpg: left out, as the same photo, which was decided to be red, lies in the other split" in said
+
+
+def test_a_look_alike_that_says_otherwise_is_left_out(data: Path) -> None:
+    from PIL import Image
+
+    first = data / "train" / "blue" / "blue.000.jpg"
+    with Image.open(first) as picture:
+        picture.save(data / "train" / "red" / "again.png")
+    untouched, _ = applied(data)
+    assert "train/red/again.png" in untouched
+    labels, said = applied(data, review(first, new_label="blue"))
+    assert labels["train/blue/blue.000.jpg"] == "blue"
+    assert "train/red/again.png" not in labels
+    assert "again.png: left out, as it looks the same as a photo that was decided to be blue" in said
+
+
+# Through the command line
+
+
+@pytest.fixture
+def train(data: Path, tmp_path: Path, tiny_weights: Path) -> Callable[..., tuple[int, str, str]]:
+    def run(*flags: object, out: str = "run") -> tuple[int, str, str]:
+        fine = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--output-dir", tmp_path / out)
+        return finetune("train", *fine, *flags)
+
+    return run
+
+
+def predictions_of(run: Path) -> dict[str, str]:
+    with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        return {row["photo"]: row["label"] for row in csv.DictReader(file)}
+
+
+def test_a_training_with_reviews_says_and_keeps_what_it_did(
+    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Also where the same photo lies in two classes and both splits, which without a decision is leakage and stops."""
+    shutil.copyfile(data / "train" / "blue" / "blue.005.jpg", data / "valid" / "red" / "same.jpg")
+    code, _, err = train()
+    assert (code, "in both training and validation" in err) == (2, True)
+    file = table(
+        review(data / "train" / "blue" / "blue.000.jpg", new_label="red", note="secret note"),
+        review(data / "valid" / "blue" / "blue.000.jpg", new_label="red"),
+        review(data / "valid" / "blue" / "blue.001.jpg", "bad"),
+        review(data / "train" / "blue" / "blue.005.jpg", new_label="blue"),
+        path=tmp_path / "reviews.csv",
+    )
+    code, out, err = train("--reviews", file)
+    assert (code, err) == (0, "")
+    assert "train/blue/blue.000.jpg: blue -> red" in out
+    assert "These figures are on the labels that the reviews corrected" in out
+    run = tmp_path / "run"
+    assert predictions_of(run) == {
+        "valid/blue/blue.000.jpg": "red",
+        "valid/blue/blue.002.jpg": "blue",
+        **{f"valid/red/red.00{i}.jpg": "red" for i in range(3)},
+    }
+    assert (run / "reviews.csv").read_bytes() == file.read_bytes()
+    dataset = open_bundle(run / "bundle").info["provenance"]["dataset"]
+    assert dataset["reviews"] == {
+        "sha256": sha256_of(file),
+        "decisions": 4,
+        "relabelled": 2,
+        "confirmed": 1,
+        "neither": 0,
+        "bad": 1,
+        "other_copies": 1,
+        "unmatched": 0,
+    }
+    assert dataset["photos"]["train"] == {"blue": 5, "red": 7}
+    card = (run / "bundle" / "README.md").read_text(encoding="utf-8")
+    assert "but for what people decided in a review: 2 labels were changed, 1 confirmed, and 2 photos left out" in card
+    for kept in run.joinpath("bundle").rglob("*"):
+        if kept.is_file():
+            assert b"secret note" not in kept.read_bytes()
+            assert b"Ada" not in kept.read_bytes()
+
+
+def test_resuming_on_other_reviews_is_refused(
+    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(*args: object, **more: object) -> None:
+        raise Stop
+
+    photo = data / "train" / "blue" / "blue.000.jpg"
+    file = table(review(photo, new_label="red"), path=tmp_path / "reviews.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "finish", stop)
+        with pytest.raises(Stop):
+            train("--reviews", file)
+    table(review(photo, new_label="red", note="on second thoughts"), path=file)
+    resume = ("train", "--resume", "--output-dir", tmp_path / "run")
+    code, _, err = finetune(*resume)
+    assert (code, "are not those that the run in" in err) == (2, True)
+    table(review(photo, new_label="red"), path=file)
+    assert finetune(*resume)[0] == 0
+
+
+def test_a_mistake_in_the_reviews_is_one_sentence(
+    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
+) -> None:
+    def refused(*flags: object) -> str:
+        code, _, err = train(*flags)
+        assert code == 2
+        assert re.fullmatch(r"finetune: [^\n]{20,600}\n", err), err
+        assert not (tmp_path / "run").exists()
+        return err
+
+    photo = data / "train" / "blue" / "blue.000.jpg"
+    file = table(review(photo, new_label="rde"), path=tmp_path / "reviews.csv")
+    assert "says that blue.000.jpg is 'rde', and the classes are blue, red. Did you mean 'red'?" in refused("--reviews", file)
+    file.write_text("photo,label\n")
+    assert "has no column 'sha256'" in refused("--reviews", file)
+    assert "cannot be read (No such file or directory)" in refused("--reviews", tmp_path / "no.csv")
+    assert "give one of them" in refused("--reviews", file, "--reviews-from", "sqlite:///x")
+    assert "--reviews-from is 'reviews.csv'; give an address" in refused("--reviews-from", "reviews.csv")
+    assert "There is no database" in refused("--reviews-from", f"sqlite:///{tmp_path}/no.db")
+    assert not (tmp_path / "no.db").exists()
+    sqlite3.connect(tmp_path / "empty.db").close()
+    assert "no such table: current_reviews" in refused("--reviews-from", f"sqlite:///{tmp_path}/empty.db")
+    assert "cannot be reached" in refused("--reviews-from", "http://127.0.0.1:9/reviews.csv")
+    err = refused("--reviews-from", "postgresql://ada:opensesame@127.0.0.1:9/gallery")
+    assert "postgresql://ada:***@127.0.0.1:9/gallery" in err
+    assert "opensesame" not in err
+
+
+def test_reviews_are_read_from_a_database(data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]) -> None:
+    folder = data / "train"
+    rows = [review(folder / "blue" / "blue.000.jpg", new_label="red"), review(folder / "red" / "red.000.jpg", "bad")]
+    with closing(sqlite3.connect(tmp_path / "gallery.db")) as database, database:
+        database.execute(f"CREATE TABLE kept ({', '.join(COLUMNS)})")
+        database.execute(f"CREATE VIEW current_reviews AS SELECT {', '.join(COLUMNS)} FROM kept")
+        values = [[getattr(row, name) or None for name in COLUMNS] for row in rows]
+        database.executemany(f"INSERT INTO kept VALUES ({','.join('?' * len(COLUMNS))})", values)
+    code, out, err = train("--reviews-from", f"sqlite:///{tmp_path}/gallery.db")
+    assert (code, err) == (0, "")
+    assert "2 photos decided; here 1 labels changed, 0 confirmed, 1 photos left out, and 0 rows matched no photo" in out
+    assert read_reviews((tmp_path / "run" / "reviews.csv").read_bytes(), origin="run") == tuple(rows)
+
+
+class Gallery(http.server.BaseHTTPRequestHandler):
+    """Answers reviews.csv to who has the key, and sends everybody away from elsewhere."""
+
+    table = b""
+
+    def do_GET(self) -> None:
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/reviews.csv")
+            self.end_headers()
+            return
+        known = self.headers.get("X-API-Key") == "opensesame"
+        self.send_response(200 if known else 401)
+        self.end_headers()
+        self.wfile.write(self.table if known else b"")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def gallery() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Gallery) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_reviews_are_fetched_from_a_gallery_with_its_key(
+    data: Path, tmp_path: Path, gallery: str, train: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Gallery, "table", write_reviews([review(data / "train" / "blue" / "blue.000.jpg", new_label="red")]))
+    code, _, err = train("--reviews-from", f"{gallery}/reviews.csv")
+    assert (code, "answered 401 Unauthorized; put the gallery's key into REVIEWS_KEY" in err) == (2, True)
+    monkeypatch.setenv("REVIEWS_KEY", "opensesame")
+    code, _, err = train("--reviews-from", f"{gallery}/moved")
+    assert (code, "answered 302" in err) == (2, True)
+    code, out, err = train("--reviews-from", f"{gallery.replace('//', '//ada:word@')}/reviews.csv?x=1")
+    assert code == 2  # urllib knows no password in an address
+    assert "word" not in err
+    code, out, err = train("--reviews-from", f"{gallery}/reviews.csv?x=1")
+    assert (code, err) == (0, "")
+    assert "train/blue/blue.000.jpg: blue -> red" in out
+    run = tmp_path / "run"
+    assert (run / "reviews.csv").read_bytes() == Gallery.table
+    assert "x=1" not in (run / "config.yaml").read_text()
+    monkeypatch.delenv("REVIEWS_KEY")
+    (run / "checkpoint.pt").unlink()
+    shutil.rmtree(run / "bundle")
+    code, out, _ = finetune("train", "--resume", "--output-dir", run)  # goes on with what it fetched
+    assert code == 0
+    assert "train/blue/blue.000.jpg: blue -> red" in out
+
+
+def test_a_password_is_never_shown() -> None:
+    assert hide_password("postgresql://ada:a@b:c@db:5432/gallery?sslmode=require") == "postgresql://ada:***@db:5432/gallery"
+    assert hide_password("sqlite:////data/gallery.db") == "sqlite:////data/gallery.db"
+    assert hide_password("https://host:8080/reviews.csv?key=1") == "https://host:8080/reviews.csv"
+
+
+# Further folders, such as what was photographed live
+
+
+def test_a_folder_with_training_photos_alone_is_trained_on(tmp_path: Path, tiny_weights: Path) -> None:
+    data = colour_folder(tmp_path / "live", train=6, valid=0)
+    flags = ("--backbone", "tiny", "--weights", tiny_weights, "--output-dir", tmp_path / "run")
+    code, out, err = finetune("train", "--data-dir", data, *flags)
+    assert (code, err) == (0, "")
+    assert "valid, held out from training: blue 1, red 1" in out
+
+
+def test_photos_of_further_folders_are_added_to_training(
+    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
+) -> None:
+    live = colour_folder(tmp_path / "live", train=4, valid=2, classes=("blue", "red", "green"))
+    shutil.rmtree(live / "train" / "green")
+    for i in range(4):  # others than data has
+        paint(live / "train" / "red" / f"red.00{i}.jpg", COLOURS[1], seed=500 + i)
+    more = tmp_path / "more"
+    shutil.copytree(colour_folder(tmp_path / "x", train=8, valid=0) / "train" / "red", more / "red")
+    for i in range(6):
+        (more / "red" / f"red.00{i}.jpg").unlink()  # those that data has too
+    shutil.copyfile(live / "train" / "red" / "red.000.jpg", more / "red" / "again.jpg")
+    shutil.rmtree(live / "train" / "blue")
+    code, out, err = train("--extra-data", live, "--extra-data", more)
+    assert (code, err) == (0, "")
+    assert f"named extra-1/...: {live}" in out
+    bundle = open_bundle(tmp_path / "run" / "bundle")
+    dataset = bundle.info["provenance"]["dataset"]
+    assert dataset["photos"] == {"train": {"blue": 6, "red": 6 + 4 + 3}, "valid": {"blue": 3, "red": 3}}
+    assert (dataset["extra_folders"], dataset["left_out"]) == (2, 0)
+    assert str(tmp_path) not in json.dumps(dict(bundle.info))
+    with (tmp_path / "run" / "duplicates.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["photo"] for row in rows} == {"extra-1/train/red/red.000.jpg", "extra-2/red/again.jpg"}
+
+
+def test_photos_of_further_folders_that_the_data_has_are_left_out(
+    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
+) -> None:
+    """By their bytes in whatever split and class; and a photo that looks the same as one of validation."""
+    from PIL import Image
+
+    live = tmp_path / "live" / "train"
+    for split, label, given in (("valid", "red", "red"), ("train", "blue", "blue"), ("valid", "blue", "red")):
+        (live / given).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(data / split / label / f"{label}.000.jpg", live / given / f"{split}-{label}.jpg")
+    with Image.open(data / "valid" / "red" / "red.001.jpg") as picture:
+        picture.save(live / "red" / "alike.png")
+    paint(live / "red" / "new.jpg", COLOURS[1], seed=500)
+    code, out, err = train("--extra-data", tmp_path / "live")
+    assert (code, err) == (0, "")
+    assert (
+        "- 4 photos of --extra-data, left out, as the data folder has them; "
+        "1 of them in another class, which is for --reviews to change\n"
+    ) in out
+    assert "  extra-1/train/red/valid-blue.jpg = valid/blue/blue.000.jpg, which is blue there\n" in out
+    found = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert found["known"] == {
+        "extra-1/train/blue/train-blue.jpg": {"photo": "train/blue/blue.000.jpg", "label": None},
+        "extra-1/train/red/alike.png": {"photo": "valid/red/red.001.jpg", "label": None},
+        "extra-1/train/red/valid-blue.jpg": {"photo": "valid/blue/blue.000.jpg", "label": "blue"},
+        "extra-1/train/red/valid-red.jpg": {"photo": "valid/red/red.000.jpg", "label": None},
+    }
+    dataset = open_bundle(tmp_path / "run" / "bundle").info["provenance"]["dataset"]
+    assert dataset["photos"] == {"train": {"blue": 6, "red": 7}, "valid": {"blue": 3, "red": 3}}
+    assert dataset["left_out"] == 4
+    # A review changes the label of the data folder's own.
+    file = table(review(data / "valid" / "blue" / "blue.000.jpg", new_label="red"), path=tmp_path / "reviews.csv")
+    code, out, err = train("--extra-data", tmp_path / "live", "--reviews", file, out="again")
+    assert (code, err) == (0, "")
+    assert predictions_of(tmp_path / "again")["valid/blue/blue.000.jpg"] == "red"
+
+
+def test_a_further_folder_that_does_not_fit_is_refused(tmp_path: Path, train: Callable[..., tuple[int, str, str]]) -> None:
+    (tmp_path / "none" / "train" / "blue").mkdir(parents=True)
+    (tmp_path / "other" / "green").mkdir(parents=True)
+    for folder, said in (
+        ("nowhere", "There is no folder"),
+        ("none", "has no photos in folders named blue, red; leave it out of --extra-data"),
+        ("other", "has the class 'green', and the data's are blue, red"),
+    ):
+        code, _, err = train("--extra-data", tmp_path / folder)
+        assert (code, said in err) == (2, True), err
+
+
+# Out of fold
+
+
+def test_every_photo_is_answered_by_a_head_that_did_not_see_it(
+    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]], tiny_weights: Path
+) -> None:
+    from models.artifacts.evaluation import open_results
+
+    wrong = data / "train" / "red" / "blue.jpg"
+    (data / "train" / "blue" / "blue.003.jpg").rename(wrong)
+    shutil.copyfile(data / "train" / "blue" / "blue.001.jpg", data / "train" / "blue" / "again.jpg")
+    assert train("--epochs", 12)[0] == 0
+    bundle, out = tmp_path / "run" / "bundle", tmp_path / "folds"
+    flags = ("--bundle", bundle, "--data-dir", data, "--weights", tiny_weights, "--folds", 3)
+    code, said, err = finetune("evaluate", *flags, "--output-dir", out)
+    assert (code, err) == (0, "")
+    assert "train/red/blue.jpg: red, looks like blue" in said
+    results = open_results(out)
+    assert (results.kind, results.folds, results.split) == ("out-of-fold", 3, "train and valid")
+    predictions, lookalikes = results.predictions(), results.lookalikes()
+    names = {path.relative_to(data).as_posix() for path in data.rglob("*.jpg")}
+    assert set(predictions.photos) == names
+    assert all(name.startswith(f"{split}/") for name, split in zip(predictions.photos, predictions.splits, strict=True))
+    assert lookalikes.sha256s == predictions.sha256s
+    assert len(lookalikes.group_of("train/blue/again.jpg")) == 2
+    row = predictions.photos.index("train/red/blue.jpg")
+    assert predictions.classes[predictions.predicted[row]] == "blue"
+    assert {predictions.photos[other].split("/")[1] for other, _ in lookalikes.nearest(row, 3)} == {"blue"}
+    assert (out / "metrics.json").is_file()
+    assert results.bundle_version == open_bundle(bundle).version
+
+    file = table(review(wrong, new_label="blue"), path=tmp_path / "reviews.csv")
+    assert finetune("evaluate", *flags, "--output-dir", tmp_path / "again", "--reviews", file)[0] == 0
+    corrected = open_results(tmp_path / "again").predictions()
+    assert corrected.classes[corrected.labels[corrected.photos.index("train/red/blue.jpg")]] == "blue"
+
+
+def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    from finetune.evaluation.cross_validation import deal
+
+    for i in range(4):
+        shutil.copyfile(data / "train" / "blue" / f"blue.00{i}.jpg", data / "valid" / "red" / f"same{i}.jpg")
+    dataset = read_dataset(data)
+    scans = scan(dataset.photos, store=ShardStore(tmp_path / "cache", fingerprint_context(), limit_mb=10), quiet=True)
+    labels = np.array([photo.label for photo in dataset.photos])
+    fold_of = deal(scans, labels, folds=3, classes=dataset.classes, seed=0)
+    by_sha: dict[str, set[int]] = {}
+    for s, fold in zip(scans, fold_of, strict=True):
+        by_sha.setdefault(s.sha256, set()).add(int(fold))
+    assert all(len(folds) == 1 for folds in by_sha.values())
+    for fold in range(3):
+        assert set(labels[fold_of == fold]) == {0, 1}
+    with pytest.raises(DataError, match="--folds is 10, and the class blue has 9 photos"):
+        deal(scans, labels, folds=10, classes=dataset.classes, seed=0)
+
+
+def test_folds_that_cannot_be_are_refused(
+    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]], tiny_weights: Path
+) -> None:
+    assert train("--epochs", 1)[0] == 0
+    assert train("--epochs", 1, "--unfreeze", "classifier.3", out="deep")[0] == 0
+    other = save_weights(tmp_path / "other.pth", seed=1)
+
+    def refused(*flags: object, run: str = "run") -> str:
+        fine = ("--bundle", tmp_path / run / "bundle", "--data-dir", data, "--output-dir", tmp_path / "out")
+        code, _, err = finetune("evaluate", *fine, *flags)
+        assert code == 2
+        assert not (tmp_path / "out").exists()
+        return err
+
+    base = ("--weights", tiny_weights)
+    assert "takes 2 or more" in refused("--folds", 1, *base)
+    assert "leave --split out" in refused("--folds", 3, "--split", "train", *base)
+    assert "the class blue has 9 photos" in refused("--folds", 10, *base)
+    assert "was trained on other base weights" in refused("--folds", 3, "--weights", other)
+    assert "go with --folds" in refused("--reviews", tmp_path / "reviews.csv")
+    assert "has none, as it was trained with --unfreeze" in refused("--folds", 3, *base, run="deep")

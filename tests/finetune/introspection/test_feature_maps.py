@@ -1,0 +1,167 @@
+"""``finetune kernels``: pictures of filters and maps, for a bundle of any network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from finetune.introspection.feature_maps import draw_filters, first_filters, maps_of, stages
+from finetune.reports.tiles import normalised, sheet
+from models.networks.classifier import Classifier, build_classifier
+from models.networks.flops import empty
+from models.networks.registry import get_spec
+from models.preprocess import Preprocessing
+from tests.helpers.small_networks import made_small
+from tests.helpers.tiny_network import colour_folder, finetune, paint
+
+SHIPPED = Path(__file__).resolve().parents[3] / "models" / "shipped" / "dogs-vs-cats"
+GREY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
+
+
+def pixels_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def is_blank(path: Path) -> bool:
+    """Whether there is nothing but white and the title's black below the title."""
+    return float(pixels_of(path)[44:].std()) < 5
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small colour network after an epoch."""
+    root = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
+        data = colour_folder(root / "data")
+        words = ("train", "--data-dir", data, "--backbone", "lenet_cifar", "--epochs", 1, "--permute-pixels", 3)
+        code, _, err = finetune(*words, "--output-dir", root / "run")
+    assert code == 0, err
+    return root / "run" / "bundle"
+
+
+def test_a_photo_goes_through_the_layers(bundle: Path, tmp_path: Path) -> None:
+    photo = paint(tmp_path / "photo.jpg", (250, 40, 40), seed=1)
+    out = tmp_path / "out"
+    code, said, err = finetune("kernels", "--bundle", bundle, "--photo", photo, "--output-dir", out, "--maps", 4)
+    assert (code, err) == (0, "")
+    assert f"filters      {out / 'kernels.png'}" in said
+    files = sorted(file.relative_to(out).as_posix() for file in out.rglob("*.png"))
+    assert files == ["kernels.png", "maps/00-input.png", "maps/01-conv1.png", "maps/02-conv2.png"]
+    assert not any(is_blank(out / file) for file in files)
+    colours = pixels_of(out / "kernels.png")[44:].astype(int)
+    assert np.abs(colours[..., 0] - colours[..., 1]).max() > 50  # three channels: in colour
+    maps = pixels_of(out / "maps" / "01-conv1.png")[44:].astype(int)
+    assert np.ptp(maps, axis=2).max() == 0  # maps: in grey
+
+
+def test_without_a_photo_there_are_the_filters_alone(bundle: Path, tmp_path: Path) -> None:
+    code, _, err = finetune("kernels", "--bundle", bundle, "--output-dir", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["kernels.png"]
+
+
+def test_a_head_only_bundle_of_a_large_network_is_shown_by_stages(tmp_path: Path) -> None:
+    photo = paint(tmp_path / "photo.jpg", (40, 40, 250), seed=1, size=(320, 300))
+    out = tmp_path / "out"
+    code, _, err = finetune("kernels", "--bundle", SHIPPED, "--photo", photo, "--output-dir", out)
+    assert code == 0, err
+    names = sorted(file.name for file in (out / "maps").iterdir())
+    assert names[:2] == ["00-input.png", "01-conv_stem.png"]
+    assert names[-1].endswith("conv_head.png")
+    assert 5 < len(names) < 17
+    assert not any(is_blank(file) for file in out.rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--photo", "nothing.jpg"), "There is no photo nothing.jpg"),
+        (("--maps", 0), "--maps is 0, and takes 1 or more"),
+        (("--photo", __file__), "not a picture"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(words: tuple[object, ...], said: str, bundle: Path, tmp_path: Path) -> None:
+    code, _, err = finetune("kernels", "--bundle", bundle, "--output-dir", tmp_path / "out", *words)
+    assert code == 2
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_are_not_written_over_others(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, err = finetune("kernels", "--bundle", bundle, "--output-dir", tmp_path)
+    assert code == 2
+    assert "is not empty" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "shape"),
+    [("vgg11", "features.0", (64, 3, 3, 3)), ("alexnet_2012", "conv1", (96, 1, 11, 11)), ("mlp", "hidden1", (8, 1, 28, 28))],
+)
+def test_filters_of_any_size_fill_a_sheet(name: str, layer: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    with made_small(name, small_pictures=False):
+        classifier = build_classifier(get_spec(name), num_classes=2, base=None)
+    found, weights = first_filters(classifier)
+    assert (found, weights.shape) == (layer, shape)
+    path = draw_filters(classifier, tmp_path / "kernels.png", name=name)
+    assert not is_blank(path)
+    height, width, _ = pixels_of(path).shape
+    assert height < 1500
+    assert width < 1500
+
+
+def test_other_numbers_of_channels_get_a_grey_grid_each(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(5, 4, 3), nn.Flatten(), nn.LazyLinear(2))
+    path = draw_filters(Classifier(net, GREY_28), tmp_path / "kernels.png", name="five")
+    tiles = pixels_of(path)[44:].astype(int)
+    assert np.ptp(tiles, axis=2).max() == 0
+    assert len(np.unique(tiles)) > 20
+
+
+def test_filters_of_permuted_pixels_are_put_in_order_again() -> None:
+    """A unit that looks for one pixel of the picture shows that pixel, wherever the network was given it."""
+    spec = get_spec("mlp")
+    classifier = build_classifier(spec, num_classes=2, base=None, permute_pixels=5)
+    photo = torch.zeros(1, 28, 28, 1, dtype=torch.uint8)
+    photo[0, 20, 7, 0] = 255
+    given = classifier.normalise(photo).flatten()
+    with torch.no_grad():
+        classifier.net.get_parameter("hidden1.weight")[0] = (given > 0).float()
+    _, weights = first_filters(classifier)
+    assert np.argwhere(weights[0, 0] == 1).tolist() == [[20, 7]]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("alexnet", ["features.0", "features.3", "features.6", "features.8", "features.10"]),
+        ("resnet18", ["conv1", "layer1", "layer2", "layer3", "layer4"]),
+        ("mlp", ["hidden1", "hidden2", "output"]),
+    ],
+)
+def test_what_is_shown_of_a_network(name: str, wanted: list[str]) -> None:
+    assert stages(empty(get_spec(name))) == wanted
+
+
+def test_maps_are_those_that_the_layers_give() -> None:
+    classifier = build_classifier(get_spec("lenet5"), num_classes=3, base=None)
+    photo = np.random.default_rng(0).integers(0, 256, (28, 28, 1), dtype=np.uint8)
+    maps = dict(maps_of(classifier, photo))
+    assert {name: one.shape for name, one in maps.items()} == {"conv1": (6, 28, 28), "conv2": (16, 10, 10)}
+    with torch.inference_mode():
+        wanted = classifier.net.get_submodule("conv1")(classifier.normalise(torch.from_numpy(photo[None])))[0]
+    assert np.array_equal(maps["conv1"], wanted.numpy())
+
+
+def test_numbers_fill_the_range_from_black_to_white(tmp_path: Path) -> None:
+    assert normalised(np.array([[-2.0, 0.0], [1.0, 2.0]], np.float32)).tolist() == [[0, 128], [191, 255]]
+    assert normalised(np.full((2, 2), 7.0, np.float32)).tolist() == [[128, 128], [128, 128]]
+    path = sheet([np.zeros((2, 2), np.uint8)], tmp_path / "one.png", title="one", tile_px=40)
+    assert (pixels_of(path)[44:84, 12:52] == 0).all()

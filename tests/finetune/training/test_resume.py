@@ -1,0 +1,156 @@
+"""A training that is killed goes on where it was, and gives the weights that it would have given."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from finetune.compute.device import choose_compute
+from finetune.data.image_folder import Photo
+from finetune.data.inspection import PixelStash, Scan
+from finetune.features.extractor import FeatureCache, FrozenPart
+from finetune.io.array_store import ShardStore
+from models.networks.classifier import build_classifier
+from models.networks.split_point import cut
+from tests.helpers.tiny_network import TINY, colour_folder, finetune
+
+EPOCHS = 60
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Training:
+    """A ``finetune train`` in a process of its own, which never comes to the end of the epoch ``hold_at``."""
+
+    def __init__(self, *words: object, hold_at: int) -> None:
+        command = [sys.executable, "-m", "tests.helpers.tiny_network", "train", *map(str, words)]
+        place = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": place, "PYTHONUNBUFFERED": "1", "HOLD_AT": str(hold_at)}
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        )
+
+    def stop_when(self, condition: Callable[[], bool], *, by: signal.Signals) -> tuple[int, str, str]:
+        """Send a signal as soon as ``condition`` holds; gives the exit code and what was printed."""
+        deadline = time.monotonic() + 600
+        while not condition():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.005)
+            if self.process.returncode is not None or time.monotonic() > deadline:
+                self.process.kill()
+                pytest.fail(f"never came to be stopped: {self.process.communicate()}")
+        self.process.send_signal(by)
+        out, err = self.process.communicate(timeout=600)
+        return self.process.returncode, out, err
+
+
+def history(run: Path) -> list[dict[str, str]]:
+    file = run / "history.csv"
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8", newline="") as rows:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(rows)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=9, valid=5)
+
+
+def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_path: Path, tiny_weights: Path) -> None:
+    """Killed before the first feature, interrupted and killed between epochs; compared with a run that nothing happened to."""
+    flags = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--epochs", EPOCHS, "--lr-schedule", "cosine")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    caches = [("--cache-dir", tmp_path / name) for name in ("cache", "other-cache")]
+    resume = ("--resume", "--output-dir", run)
+
+    training = Training(*flags, "--output-dir", run, *caches[0], hold_at=1)
+    code, _, _ = training.stop_when((run / "config.yaml").is_file, by=signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert not (run / "checkpoint.pt").exists()
+
+    code, out, err = Training(*resume, hold_at=12).stop_when(lambda: len(history(run)) >= 3, by=signal.SIGINT)
+    assert code == 130
+    assert f"Interrupted; go on with: finetune train --resume --output-dir {run}" in out
+    assert "Traceback" not in out + err
+    interrupted = len(history(run))
+
+    training = Training(*resume, hold_at=interrupted + 30)
+    code, out, _ = training.stop_when(lambda: len(history(run)) >= interrupted + 15, by=signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert f"Going on after epoch {interrupted}." in out
+    (run / ".bundle.abc.part").mkdir()  # what a kill a moment later would have left
+    (run / "plots").mkdir()
+    (run / "plots" / ".reliability.png.xyz.part").write_bytes(b"half")
+    killed = len(history(run))
+    assert interrupted + 15 <= killed < EPOCHS
+
+    code, out, err = finetune("train", *resume)
+    assert (code, err) == (0, "")
+    assert f"Going on after epoch {killed}" in out or f"Going on after epoch {killed + 1}" in out  # between two files
+    assert finetune("train", *flags, "--output-dir", whole, *caches[1])[0] == 0
+
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, whole))
+    assert ours["epoch"] == theirs["epoch"] == EPOCHS
+    assert ours["best_epoch"] == theirs["best_epoch"]
+    for state in ("best", "last"):
+        assert ours[state].keys() == theirs[state].keys()
+        assert all(torch.equal(ours[state][name], theirs[state][name]) for name in ours[state])
+    ours, theirs = (load_file(folder / "bundle" / "model.safetensors") for folder in (run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert history(run) == history(whole)
+    assert (run / "predictions.csv").read_text() == (whole / "predictions.csv").read_text()
+    assert not list(run.rglob("*.part"))
+
+    code, out, _ = finetune("train", *resume)
+    assert (code, out.splitlines()[0]) == (0, f"The run in {run} is finished.")
+    code, _, err = finetune("train", *resume, "--lr", 0.3)
+    assert code == 2
+    assert "was started with --lr 0.05, not 0.3" in err
+
+
+class _TiresAfter(FrozenPart):
+    """A frozen part that a person interrupts after some batches."""
+
+    batches = 1
+
+    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if not self.batches:
+            raise KeyboardInterrupt
+        self.batches -= 1
+        return pixels.reshape(len(pixels), -1)[:, :7].astype(np.float32)
+
+
+def test_features_that_were_computed_before_an_interrupt_are_kept(tmp_path: Path) -> None:
+    photos = sorted((colour_folder(tmp_path / "data", train=40, valid=0) / "train").glob("*/*.jpg"))
+    scans = [Scan(Photo(path.name, path, 0, "train"), f"{i:064x}", None, None) for i, path in enumerate(photos)]
+    parts = cut(build_classifier(TINY, num_classes=2, base=None))
+    frozen = _TiresAfter(parts, TINY.preprocessing, choose_compute("cpu", "fp32"))
+    stash = PixelStash(TINY.preprocessing)
+
+    def cache() -> FeatureCache:
+        return FeatureCache(frozen, ShardStore(tmp_path / "cache", {"what": "features"}, limit_mb=10))
+
+    sha256s = [scan.sha256 for scan in scans]
+    with pytest.raises(KeyboardInterrupt):
+        cache().features(scans, stash, label="features")
+    missing = cache().missing(sha256s)
+    assert 0 < len(missing) < 80
+    assert missing == set(sha256s[-len(missing) :])
+    frozen.batches = 1
+    rows = cache().features(scans, stash, label="features")
+    assert cache().missing(sha256s) == set()
+    for i in (3, 75):
+        np.testing.assert_array_equal(rows[i], stash.take("", photos[i]).reshape(-1)[:7])

@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision import transforms
+
+from finetune.compute.device import Compute
+from finetune.config import Config
+from finetune.features.extractor import FrozenPart
+from finetune.training import run_directory, trainer
+from finetune.training.data_loaders import CachedBatches, epoch_order
+from finetune.training.trainer import Progress, fit, learning_rate
+from models.errors import RunError
+from models.networks.classifier import Classifier, build_classifier, trained_names
+from models.networks.registry import create_model, get_spec
+from models.networks.split_point import Cut, cut
+from models.networks.weights import read_tensors
+from tests.helpers.tiny_network import TINY
+
+CPU = Compute(torch.device("cpu"), "fp32")
+CONFIG = Config(backbone="tiny", epochs=4, seed=5).with_recipe(TINY.recipe)
+COLUMNS = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "learning_rate", "seconds"]
+
+
+@pytest.fixture(autouse=True)
+def base(tiny_weights: Path) -> dict[str, Tensor]:
+    return read_tensors(tiny_weights)
+
+
+def fresh(base: dict[str, Tensor], config: Config) -> Classifier:
+    own = {name: tensor.clone() for name, tensor in base.items()}  # the network takes them as they are and trains them
+    return build_classifier(TINY, num_classes=2, base=own, unfreeze=config.unfreeze, seed=config.seed)
+
+
+def batches_for(parts: Cut, config: Config, *, count: int, seed: int) -> CachedBatches:
+    """What the frozen part says of noisy pictures, which are a little brighter in the second class."""
+    labels = torch.arange(count) % 2
+    noise = torch.randint(0, 200, (count, 32, 32, 3), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        rows = parts.frozen((noise + 40 * labels.reshape(-1, 1, 1, 1)).to(torch.uint8))
+    return CachedBatches(rows.numpy(), labels.tolist(), batch_size=config.batch_size or 1, seed=config.seed)
+
+
+def run(base: dict[str, Tensor], config: Config = CONFIG, **options: Any) -> tuple[Progress, Classifier]:
+    """Fit ``tiny`` on 23 + 10 pictures; gives the progress and the network, which then holds the best epoch."""
+    classifier = fresh(base, config)
+    parts = cut(classifier)
+    batches = [batches_for(parts, config, count=count, seed=seed) for count, seed in ((23, 0), (10, 1))]
+    names = [f"net.{name}" for name in trained_names(classifier.net)]
+    head = ["net.classifier.4.weight", "net.classifier.4.bias"]
+    return fit(parts.trained, names, *batches, config, compute=CPU, head=head, **options), classifier
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
+    """Let the validation losses be these; the accuracy stays at one half."""
+    script: Iterator[float] = iter(losses)
+    monkeypatch.setattr(trainer, "score", lambda part, batches, *, compute: (next(script), 0.5))
+
+
+# The textbook
+
+
+def random_state(backbone: str) -> dict[str, Tensor]:
+    """Random weights whose BatchNorm statistics fit them, so that signals neither fade nor grow."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        net = create_model(backbone).train()
+        if any(isinstance(layer, nn.BatchNorm2d) for layer in net.modules()):
+            net(torch.randn(4, 3, 224, 224))
+    return net.state_dict()
+
+
+def textbook(
+    net: nn.Module, pixels: Tensor, labels: Tensor, config: Config, head: str, start: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The loop that everybody writes: torchvision's network, all of it, over every photo in every epoch, in eager torch."""
+    for parameter in net.parameters():
+        parameter.requires_grad = False
+    layer = net.get_submodule(head)
+    assert isinstance(layer, nn.Linear)
+    layer.load_state_dict(start)
+    layer.requires_grad_(True)
+    normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    images = normalise(pixels.permute(0, 3, 1, 2).float() / 255)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=config.lr or 0, momentum=config.momentum or 0)
+    loss_of = nn.NLLLoss()
+    for epoch in range(config.epochs or 0):
+        torch.manual_seed(config.seed * 1_000_003 + epoch)
+        net.train()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        for batch in epoch_order(len(labels), config.seed, epoch).split(config.batch_size or 1):
+            optimizer.zero_grad()
+            loss_of(torch.log_softmax(net(images[batch]), dim=1), labels[batch]).backward()
+            optimizer.step()
+    return {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+
+
+@pytest.mark.parametrize(("backbone", "after"), [("alexnet", "flatten"), ("resnet18", "flatten")])
+def test_the_head_is_the_one_that_the_textbook_loop_trains(backbone: str, after: str) -> None:
+    """AlexNet has two dropouts behind the cut: drawn from the same seeds, they drop the same numbers in both loops.
+
+    The frozen parts run in two engines, OpenVINO here and eager torch there, which add in different orders. Float32's rounding
+    (6e-8) grows over layers and steps: measured are 2e-6 (AlexNet) and 4e-5 (ResNet-18) of the way that the head has moved. One
+    dropped number that differs, or BatchNorm statistics that move, change more than a hundredth.
+    """
+    config = Config(backbone=backbone, epochs=3, batch_size=4, lr=0.01, seed=2).with_recipe(get_spec(backbone).recipe)
+    state = random_state(backbone)
+    spec = get_spec(backbone)
+    pixels = torch.randint(0, 256, (10, 224, 224, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
+
+    classifier = build_classifier(spec, num_classes=3, base=state, seed=config.seed)
+    parts = cut(classifier)
+    assert parts.after == after
+    rows = FrozenPart(parts, spec.preprocessing, CPU).run(pixels.numpy())
+    cached = CachedBatches(rows, labels.tolist(), batch_size=4, seed=config.seed)
+    names = [f"net.{spec.head}.{name}" for name in ("weight", "bias")]
+    start = copy.deepcopy(classifier.net.get_submodule(spec.head).state_dict())
+    ours = fit(parts.trained, names, cached, cached, config, compute=CPU, head=names).last
+
+    net = getattr(torchvision.models, backbone)(num_classes=3)
+    net.load_state_dict({k: v for k, v in state.items() if not k.startswith(f"{spec.head}.")}, strict=False)
+    theirs = textbook(net, pixels, labels, config, spec.head, start)
+    for name, tensor in theirs.items():
+        moved = (tensor - start[name]).abs().max()
+        print(backbone, name, moved, (ours[f"net.{spec.head}.{name}"] - tensor).abs().max() / moved)
+        assert moved > 1e-3
+        assert (ours[f"net.{spec.head}.{name}"] - tensor).abs().max() <= 5e-4 * moved
+
+
+# Frozen means frozen
+
+
+@pytest.mark.parametrize("unfreeze", [(), ("classifier.3",), ("features.3",), ("features.3", "features.4")])
+def test_no_frozen_tensor_moves_and_every_trained_one_does(base: dict[str, Tensor], unfreeze: tuple[str, ...]) -> None:
+    """Behind features.3, a convolution, BatchNorm is frozen and runs in every epoch: its statistics stay as they were."""
+    config = replace(CONFIG, unfreeze=unfreeze, unfreeze_lr_scale=0.5)
+    before = {name: tensor.clone() for name, tensor in fresh(base, config).net.state_dict().items()}
+    progress, classifier = run(base, config)
+    assert progress.epoch == 4
+    after = classifier.net.state_dict()
+    learned = tuple(f"{layer}." for layer in (*unfreeze, "classifier.4"))
+    for name in after:
+        assert torch.equal(after[name], before[name]) != name.startswith(learned), name
+
+
+def test_without_pretrained_weights_everything_learns(base: dict[str, Tensor]) -> None:
+    config = replace(CONFIG, weights="none")
+    classifier = build_classifier(TINY, num_classes=2, base=None, seed=config.seed)
+    before = {name: tensor.clone() for name, tensor in classifier.net.state_dict().items()}
+    parts = cut(classifier)
+    batches = batches_for(parts, config, count=12, seed=0)
+    names = [f"net.{name}" for name in trained_names(classifier.net)]
+    fit(parts.trained, names, batches, batches, config, compute=CPU, head=[])
+    after = classifier.net.state_dict()
+    assert [name for name in after if torch.equal(after[name], before[name])] == []
+
+
+# Seeds, resuming and the best epoch
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others(base: dict[str, Tensor]) -> None:
+    first, again, other = run(base)[0], run(base)[0], run(base, replace(CONFIG, seed=6))[0]
+    assert_same(first.last, again.last)
+    assert [row["train_loss"] for row in first.history] == [row["train_loss"] for row in again.history]
+    assert all(not torch.equal(first.last[name], other.last[name]) for name in first.last)
+
+
+def test_dropout_is_drawn_from_the_seed_and_the_epoch_not_from_what_ran_before(base: dict[str, Tensor]) -> None:
+    first = run(base)[0]
+    torch.manual_seed(99)
+    torch.rand(1000)
+    assert_same(first.last, run(base)[0].last)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr_schedule": "cosine"}, {"unfreeze": ("classifier.3",), "weight_decay": 0.01}])
+@pytest.mark.parametrize("epochs_before", [1, 3])
+def test_going_on_from_a_checkpoint_gives_the_same_weights_bit_for_bit(
+    tmp_path: Path, base: dict[str, Tensor], settings: dict[str, Any], epochs_before: int
+) -> None:
+    config = replace(CONFIG, **settings)
+
+    class Killed(Exception):  # noqa: N818
+        pass
+
+    def keep_and_die(progress: Progress) -> None:
+        run_directory.save_checkpoint(tmp_path, progress, inputs="photos")
+        if progress.epoch == epochs_before:
+            raise Killed
+
+    whole, net = run(base, config)
+    with pytest.raises(Killed):
+        run(base, config, on_epoch=keep_and_die)
+    kept = run_directory.load_checkpoint(tmp_path, inputs="photos")
+    assert kept is not None
+    assert kept.epoch == epochs_before
+    resumed, resumed_net = run(base, config, progress=kept)
+    assert_same(resumed.last, whole.last)
+    assert_same(resumed.best, whole.best)
+    assert_same(resumed_net.state_dict(), net.state_dict())
+    assert resumed.best_epoch == whole.best_epoch
+    for ours, theirs in zip(resumed.history, whole.history, strict=True):
+        assert {k: v for k, v in ours.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
+
+
+def test_a_checkpoint_of_other_photos_or_a_damaged_one_is_refused(tmp_path: Path, base: dict[str, Tensor]) -> None:
+    progress = run(base)[0]
+    assert run_directory.load_checkpoint(tmp_path, inputs="photos") is None
+    run_directory.save_checkpoint(tmp_path, progress, inputs="photos")
+    with pytest.raises(RunError, match="are not those that the run"):
+        run_directory.load_checkpoint(tmp_path, inputs="other photos")
+    file = tmp_path / run_directory.CHECKPOINT
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"no checkpoint"):
+        file.write_bytes(damaged)
+        with pytest.raises(RunError, match=r"checkpoint\.pt is damaged"):
+            run_directory.load_checkpoint(tmp_path, inputs="photos")
+
+
+@pytest.mark.parametrize(
+    ("patience", "min_delta", "epochs", "best"),
+    [(0, 0.0, 6, 5), (2, 0.0, 4, 2), (3, 0.0, 6, 5), (1, 0.0, 3, 2), (3, 0.15, 4, 1), (4, 0.15, 6, 5)],
+)
+def test_patience_and_min_delta_say_when_to_stop_and_what_is_best(
+    base: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    patience: int,
+    min_delta: float,
+    epochs: int,
+    best: int,
+) -> None:
+    scripted(monkeypatch, [1.0, 0.9, 0.95, 0.92, 0.5, 0.6])
+    states: list[dict[str, Tensor]] = []
+    config = replace(CONFIG, epochs=6, patience=patience, min_delta=min_delta)
+    progress, classifier = run(base, config, on_epoch=lambda p: states.append(dict(p.last)))
+    assert (progress.epoch, progress.best_epoch) == (epochs, best)
+    assert_same(progress.best, states[best - 1])
+    own = classifier.state_dict()
+    assert_same({name: own[name] for name in progress.best}, states[best - 1])  # what is exported is the best epoch
+
+
+def test_a_run_that_stopped_early_stays_where_it_is(base: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, [1.0, 2.0, 3.0])
+    config = replace(CONFIG, epochs=9, patience=2)
+    stopped = run(base, config)[0]
+    assert run(base, config, progress=stopped)[0].epoch == 3
+
+
+def test_a_loss_that_is_no_number_stops_with_what_to_do(base: dict[str, Tensor]) -> None:
+    with pytest.raises(RunError, match=r"no longer a number in epoch \d; lower --lr, which is 1e\+38"):
+        run(base, replace(CONFIG, lr=1e38))
+
+
+def test_the_learning_rate_is_constant_or_half_a_cosine(base: dict[str, Tensor]) -> None:
+    cosine = replace(CONFIG, lr=0.1, lr_schedule="cosine")
+    assert [learning_rate(CONFIG, epoch) for epoch in range(4)] == [0.05] * 4
+    want = [0.1 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+    assert [row["learning_rate"] for row in run(base, cosine)[0].history] == pytest.approx(want)
+    assert want[0] == 0.1
+    assert want[3] < 0.015
+
+
+def test_unfrozen_layers_learn_at_their_part_of_the_rate(base: dict[str, Tensor]) -> None:
+    moved = {}
+    for scale in (0.0, 0.1, 1.0):
+        config = replace(CONFIG, unfreeze=("classifier.3",), unfreeze_lr_scale=scale, epochs=1, batch_size=99, momentum=0.0)
+        start = fresh(base, config).net.state_dict()["classifier.3.weight"]
+        moved[scale] = run(base, config)[0].last["net.classifier.3.weight"] - start
+    assert moved[0.0].abs().max() == 0
+    torch.testing.assert_close(moved[0.1] * 10, moved[1.0], rtol=1e-3, atol=1e-6)
+
+
+def test_history_says_how_it_went(tmp_path: Path, base: dict[str, Tensor]) -> None:
+    progress = run(base, replace(CONFIG, epochs=12))[0]
+    run_directory.save_checkpoint(tmp_path, progress, inputs="")
+    header, *rows = (tmp_path / run_directory.HISTORY).read_text(encoding="utf-8").splitlines()
+    assert header.split(",") == COLUMNS
+    assert [row.split(",")[0] for row in rows] == [str(epoch) for epoch in range(1, 13)]
+    assert progress.history[-1]["train_loss"] < progress.history[0]["train_loss"]
+    assert progress.best_loss == min(row["valid_loss"] for row in progress.history)
+    for row in progress.history:
+        assert 0 <= row["train_accuracy"] <= 1
+        assert row["valid_accuracy"] * 10 == pytest.approx(round(row["valid_accuracy"] * 10))
+
+
+def test_every_epoch_has_its_own_order_with_every_photo_once() -> None:
+    orders = [epoch_order(50, 3, epoch).tolist() for epoch in range(3)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert epoch_order(50, 3, 1).tolist() == orders[1]
+    assert epoch_order(50, 4, 1).tolist() != orders[1]

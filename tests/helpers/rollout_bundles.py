@@ -1,0 +1,87 @@
+"""Bundles to be put in each other's place: of the network ``tiny``, alike, contrary, of other classes, and broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from models.artifacts.bundle import GOLDEN, GRAPH, MANIFEST, Bundle, open_bundle, write_bundle
+from tests.helpers import tiny_network
+
+CLASSES = ("blue", "red", "green")
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """A folder of bundles: ``one`` and ``two`` give the same labels with other probabilities."""
+
+    folder: Path
+    photos: Path
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def version(self, name: str) -> str:
+        return open_bundle(self.path(name), files=()).version
+
+    def photo(self, label: str = "red", number: int = 0) -> bytes:
+        return sorted((self.photos / label).iterdir())[number].read_bytes()
+
+    def all_photos(self) -> list[bytes]:
+        return [file.read_bytes() for file in sorted(self.photos.rglob("*.jpg"))]
+
+
+def make_bundles(root: Path) -> Bundles:
+    """Train them all, and break some: ``contrary`` gives other labels, ``fewer`` knows two classes only."""
+    folder, data = root / "bundles", tiny_network.colour_folder(root / "data", train=8, valid=6, classes=CLASSES)
+    with tiny_network.registered():
+        for seed, name in enumerate(("one", "two")):
+            _train(root, folder / name, data, seed=seed)
+        turned = tiny_network.colour_folder(root / "turned", train=8, valid=4, classes=(*CLASSES[1:], CLASSES[0]))
+        _train(root, folder / "contrary", turned, seed=0)
+        _train(
+            root, folder / "fewer", tiny_network.colour_folder(root / "fewer", train=8, valid=4, classes=CLASSES[:2]), seed=0
+        )
+    changed = shutil.copytree(folder / "two", folder / "changed")
+    graph = bytearray((changed / GRAPH).read_bytes())
+    graph[len(graph) // 2] ^= 1
+    (changed / GRAPH).write_bytes(graph)
+    edited = shutil.copytree(folder / "two", folder / "edited")
+    manifest = json.loads((edited / MANIFEST).read_text(encoding="utf-8"))
+    (edited / MANIFEST).write_text(json.dumps(manifest | {"backbone": "another"}), encoding="utf-8")
+    rewritten(folder / "two", folder / "wrong-golden", wrong_golden=True)
+    rewritten(folder / "one", folder / "other-crop", resize_px=40)
+    (folder / "nothing").mkdir()
+    return Bundles(folder, data / "valid")
+
+
+def rewritten(source: Path, target: Path, *, wrong_golden: bool = False, resize_px: int | None = None) -> Bundle:
+    """A copy that is whole, but was exported with something else."""
+    bundle = open_bundle(source)
+    pixels, probabilities, _ = bundle.golden()
+
+    def fill(folder: Path) -> None:
+        for name in bundle.info["files"]:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+        if wrong_golden:
+            np.savez_compressed(folder / GOLDEN, pixels=pixels, probabilities=probabilities[:, ::-1])
+
+    info = {key: value for key, value in bundle.info.items() if key not in ("format", "files", "sha256")}
+    if resize_px:
+        info["preprocessing"] = dict(info["preprocessing"]) | {"resize_px": resize_px}
+    return write_bundle(target, info, fill=fill)
+
+
+def _train(root: Path, target: Path, data: Path, *, seed: int) -> None:
+    weights = tiny_network.save_weights(root / f"tiny-{seed}.pth", seed=seed)
+    words: Sequence[object] = ("train", "--data-dir", data, "--backbone", "tiny", "--weights", weights, "--epochs", 6)
+    run = root / f"run-{target.name}"
+    code, _, said = tiny_network.finetune(*words, "--output-dir", run)
+    assert code == 0, said
+    shutil.copytree(run / "bundle", target)

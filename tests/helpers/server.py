@@ -1,0 +1,246 @@
+"""The service as people run it: ``serve(bundle)`` starts ``python -m service``; and what a client sends and reads."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from service.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {"GUNICORN_CMD_ARGS", "PROMETHEUS_MULTIPROC_DIR"}
+PATIENT = {"deadline_ms": 300_000, "body_timeout_s": 300, "grace_s": 300}  # a busy machine is no reason to refuse a test
+START_S = 300.0  # a model is loaded with low priority
+ANSWER_S = 300.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: its status, its headers and its body."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str | None:
+        """The problem's code, or None where it is no problem."""
+        return self.json()["code"] if self.headers["Content-Type"] == "application/problem+json" else None
+
+
+@dataclass(frozen=True)
+class Server:
+    """A service that runs; ``process`` is the master, in a process group of its own."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log_file: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def workers(self) -> list[int]:
+        """The worker processes' ids."""
+        return children(self.pid)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Every line that it logged so far; a line that is not JSON fails the test."""
+        return [json.loads(line) for line in _whole_lines(self.log_file)]
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> Reply:
+        """One request on a connection of its own; an iterable body goes in chunks."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        try:
+            connection.request(method, path, body, headers=dict(headers or {}))
+            answer = connection.getresponse()
+            return Reply(answer.status, answer.headers, answer.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **options: Any) -> Reply:
+        return self.request("GET", path, **options)
+
+    def post(
+        self,
+        body: bytes | Iterable[bytes],
+        content_type: str = "image/jpeg",
+        *,
+        path: str = "/predict",
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = ANSWER_S,
+    ) -> Reply:
+        return self.request("POST", path, body, headers={"Content-Type": content_type, **(headers or {})}, timeout_s=timeout_s)
+
+    def metrics(self) -> dict[str, float]:
+        """``dvc_requests_total{method="POST",...}`` -> its value, the labels in the order of their names."""
+        return parse_metrics(self.get("/metrics").body.decode())
+
+    def stop(self, *, timeout_s: float = ANSWER_S) -> int:
+        """Ask it to stop, as an orchestrator does; gives the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout_s)
+
+
+@contextlib.contextmanager
+def serve(bundle: Path, *, ready: bool = True, **env: object) -> Iterator[Server]:
+    """Run the real service on a free port until the block ends; with ``ready`` its model is loaded when it begins.
+
+    ``env`` are settings by their names, ``queue=4`` as well as ``QUEUE="4"``; those of PATIENT hold unless they are given.
+    What it leaves in a temporary folder is removed, and so is every process of its group.
+    """
+    with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:  # the killed may be at work yet
+        log_file = Path(folder) / "stderr"
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "service"],
+                cwd=ROOT,
+                env=environment({**PATIENT, "bundle": bundle, "port": 0, "TMPDIR": folder, **env}),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            server = Server(process, _port(process, log_file), log_file)
+            if ready:
+                poll(lambda: _alive(process, log_file) and _is_ready(server), within_s=START_S)
+            yield server
+        finally:
+            _end(process)
+
+
+def run_service(**env: object) -> subprocess.CompletedProcess[str]:
+    """``python -m service`` where it is expected to give up by itself."""
+    with tempfile.TemporaryDirectory(prefix="serving-") as folder:
+        return subprocess.run(
+            [sys.executable, "-m", "service"],
+            cwd=ROOT,
+            env=environment({"port": 0, "TMPDIR": folder, **env}),
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_S,
+        )
+
+
+def environment(settings: Mapping[str, object]) -> dict[str, str]:
+    """This process's environment with ``settings`` and no other of the service's."""
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return kept | {name.upper(): str(value) for name, value in settings.items()}
+
+
+def poll(condition: Callable[[], T], *, within_s: float = 120.0, every_s: float = 0.02) -> T:
+    """Ask until ``condition()`` is true, and give what it gave; the test fails where that takes too long."""
+    until = time.monotonic() + within_s
+    while not (value := condition()):
+        if time.monotonic() > until:
+            raise AssertionError(f"did not come true within {within_s:g} s")
+        time.sleep(every_s)
+    return value
+
+
+def children(pid: int) -> list[int]:
+    """The ids of a process's children."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def rss_mb(pid: int) -> float:
+    """The memory that a process holds, in MiB."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """Prometheus's text -> name and labels -> value."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def multipart(*parts: tuple[str, str | None, bytes] | tuple[str, str | None, bytes, str]) -> tuple[bytes, str]:
+    """``(field, file name or None, bytes[, media type])`` each -> the body and its Content-Type."""
+    boundary = uuid.uuid4().hex
+    body = b""
+    for field, name, data, *kind in parts:
+        file = "" if name is None else f'; filename="{name}"'
+        body += f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"{file}\r\n'.encode()
+        body += f"Content-Type: {kind[0]}\r\n".encode() if kind else b""
+        body += b"\r\n" + data + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
+
+
+def _port(process: subprocess.Popen[bytes], log_file: Path) -> int:
+    """The port that it took, out of its log."""
+
+    def find() -> int | None:
+        _alive(process, log_file)
+        for line in _whole_lines(log_file):
+            if "Listening at: http://" in line:
+                return int(json.loads(line)["message"].rpartition(" (")[0].rpartition(":")[2])
+        return None
+
+    return poll(find, within_s=START_S) or 0
+
+
+def _whole_lines(log_file: Path) -> list[str]:
+    """The lines that are there to their ends: another may be being written just now."""
+    return log_file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+
+
+def _is_ready(server: Server) -> bool:
+    try:
+        return server.get("/health/ready").status == 200
+    except (OSError, http.client.HTTPException):  # it may be about to end, and say why
+        return False
+
+
+def _alive(process: subprocess.Popen[bytes], log_file: Path) -> bool:
+    if process.poll() is not None:
+        raise AssertionError(f"the service ended with {process.returncode}:\n{log_file.read_text(encoding='utf-8')}")
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,154 @@
+"""A network of a few thousand numbers for tests of whole runs: frozen BatchNorm before the cut, dropout behind it, as in VGG.
+
+``registered()`` makes it known for a while; ``python -m tests.helpers.tiny_network train ...`` is a command line that knows it, to be killed.
+With HOLD_AT=7 in its environment it does not write the seventh epoch's checkpoint but waits, so that no kill comes too late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from models.networks import registry
+from models.networks.spec import ModelSpec, Recipe
+from models.preprocess import Preprocessing
+
+if TYPE_CHECKING:
+    from finetune.training.trainer import Progress
+
+COLOURS = ((40, 60, 255), (255, 40, 40), (40, 200, 60), (255, 220, 0), (150, 60, 160))
+TINY = ModelSpec(
+    name="tiny",
+    title="Tiny",
+    year=2024,
+    paper="https://arxiv.org/abs/1409.1556",
+    head="classifier.4",
+    cam_layer="features.5",
+    preprocessing=Preprocessing(input_px=32, resize_px=36),
+    recipe=Recipe(epochs=3, batch_size=5, lr=0.05),
+    pretrained_classes=10,
+)
+
+
+class Tiny(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+        )
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.classifier = nn.Sequential(
+            nn.Linear(64, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 32), nn.Linear(32, num_classes)
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.flatten(self.pool(self.features(images)), 1))
+
+
+@contextlib.contextmanager
+def registered() -> Iterator[None]:
+    """``tiny`` is among the networks inside the block only, so that tests of all networks do not meet it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._ENTRIES, TINY.name, (TINY, Tiny))
+        yield
+
+
+def save_weights(path: Path, *, backbone: str = "tiny", seed: int = 0) -> Path:
+    """A state dict of random numbers for ``backbone``, BatchNorm statistics among them, as if it had been pretrained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = registry.create_model(backbone).state_dict()
+        for name, tensor in state.items():
+            if tensor.dim() > 1:
+                nn.init.kaiming_normal_(tensor)
+            elif name.endswith("running_mean"):
+                tensor.uniform_(-0.2, 0.2)
+            elif name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+    torch.save(state, path)
+    return path
+
+
+def paint(path: Path, colour: tuple[int, int, int], *, seed: int, size: tuple[int, int] = (56, 44)) -> Path:
+    """A photo of soft random spots around ``colour``: unlike any other seed's, and easy to tell from another colour's."""
+    spots = np.random.default_rng(seed).integers(0, 256, (6, 6, 3))
+    pixels = ((spots + np.array(colour)) // 2).astype(np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
+    return path
+
+
+def colour_folder(
+    root: Path, *, train: int = 6, valid: int = 3, classes: Sequence[str] = ("blue", "red"), valid_name: str = "valid"
+) -> Path:
+    """``train`` and ``valid`` painted photos of each class, in a data folder."""
+    for split, (name, count) in enumerate((("train", train), (valid_name, valid))):
+        for (index, label), number in itertools.product(enumerate(classes), range(count)):
+            seed = 10_000 * split + 100 * index + number
+            paint(root / name / label / f"{label[:4]}.{number:03d}.jpg", COLOURS[index], seed=seed)
+    return root
+
+
+def finetune(*words: object) -> tuple[int, str, str]:
+    """Run a command as ``finetune`` does; gives the exit code, and what it printed and complained."""
+    from finetune.__main__ import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow over ``size`` bytes: writing fails half-way as on a full disk, with an error that needs no mount."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def hold_at(epoch: int) -> None:
+    """From now on a training goes no further than to the end of ``epoch``, which is not kept."""
+    from finetune.training import run_directory
+
+    save = run_directory.save_checkpoint
+
+    def save_or_wait(folder: Path, progress: Progress, *, inputs: str) -> None:
+        while progress.epoch >= epoch:
+            time.sleep(1)
+        save(folder, progress, inputs=inputs)
+
+    run_directory.save_checkpoint = save_or_wait
+
+
+if __name__ == "__main__":
+    from finetune.__main__ import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would ignore
+    if "HOLD_AT" in os.environ:
+        hold_at(int(os.environ["HOLD_AT"]))
+    with registered():
+        sys.exit(main())

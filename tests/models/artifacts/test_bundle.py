@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.artifacts import bundle as module
+from models.artifacts.bundle import CARD, GOLDEN, GRAPH, MANIFEST, Bundle, check_golden, describe, open_bundle, write_bundle
+from models.errors import BundleError
+from models.preprocess import Preprocessing
+
+ROOT = Path(__file__).resolve().parents[3]
+WANTED = Preprocessing(interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
+INFO: dict[str, Any] = {
+    "kind": "full", "name": "pets", "backbone": "vgg16", "classes": ["cats", "Hündchen"], "temperature": 1.25,
+    **describe(WANTED), "golden": {"tolerance": 1e-3},
+}  # fmt: skip
+ANSWERS = np.array([[0.9, 0.1], [0.2, 0.8]], dtype=np.float32)
+FILES = [GRAPH, GOLDEN, CARD, "plots/roc.png"]
+
+
+def fill(folder: Path, *, graph: bytes = b"the graph") -> None:
+    (folder / GRAPH).write_bytes(graph)
+    (folder / CARD).write_text("# Card\n")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "roc.png").write_bytes(b"\x89PNG")
+    np.savez_compressed(folder / GOLDEN, pixels=np.full((2, 8, 8, 3), 7, np.uint8), probabilities=ANSWERS)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write_bundle(tmp_path / "bundle", INFO, fill=fill)
+
+
+def change(file: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    info = json.loads(file.read_text(encoding="utf-8"))
+    edit(info)
+    file.write_text(json.dumps(info, ensure_ascii=False), encoding="utf-8")
+
+
+# Writing and opening
+
+
+def test_what_is_written_is_opened(bundle: Bundle) -> None:
+    opened = open_bundle(bundle.path)
+    assert opened == bundle
+    assert (opened.name, opened.backbone, opened.classes) == ("pets", "vgg16", ("cats", "Hündchen"))
+    assert opened.preprocessing == WANTED
+    assert opened.info["preprocessing_sha256"] == WANTED.sha256()
+    assert set(opened.info["files"]) == set(FILES)
+    assert not opened.is_head_only
+    assert sorted(p.name for p in bundle.path.parent.iterdir()) == ["bundle"]
+
+
+def test_the_version_changes_with_a_file_and_with_the_manifest(tmp_path: Path, bundle: Bundle) -> None:
+    same = write_bundle(tmp_path / "same", INFO, fill=lambda folder: fill_like(bundle, folder))
+    other_file = write_bundle(tmp_path / "other", INFO, fill=lambda folder: fill(folder, graph=b"another graph"))
+    other_info = write_bundle(tmp_path / "info", INFO | {"temperature": 1.3}, fill=lambda folder: fill_like(bundle, folder))
+    assert len(bundle.version) == 12
+    assert same.version == bundle.version
+    assert len({bundle.version, other_file.version, other_info.version}) == 3
+
+
+def fill_like(bundle: Bundle, folder: Path) -> None:
+    for name in FILES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((bundle.path / name).read_bytes())
+
+
+@pytest.fixture
+def private_umask() -> Iterator[None]:
+    old = os.umask(0o077)
+    yield
+    os.umask(old)
+
+
+@pytest.mark.usefixtures("private_umask")
+def test_another_user_may_read_it(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "bundle", INFO, fill=fill).path
+    modes = {p.relative_to(path).as_posix(): p.stat().st_mode & 0o777 for p in (path, *path.rglob("*"))}
+    folders = {".", "plots"}
+    assert modes == {name: 0o755 if name in folders else 0o644 for name in (*FILES, MANIFEST, *folders)}
+
+
+def test_an_older_bundle_is_replaced_whole(bundle: Bundle) -> None:
+    def smaller(folder: Path) -> None:
+        (folder / GRAPH).write_bytes(b"new")
+
+    new = write_bundle(bundle.path, INFO | {"name": "new"}, fill=smaller)
+    assert open_bundle(bundle.path) == new
+    assert sorted(p.name for p in bundle.path.iterdir()) == [MANIFEST, GRAPH]
+    assert [p.name for p in bundle.path.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("full"), KeyboardInterrupt()])
+def test_an_error_while_writing_leaves_the_older_bundle_and_nothing_else(bundle: Bundle, error: BaseException) -> None:
+    def broken(folder: Path) -> None:
+        (folder / GRAPH).write_bytes(b"half")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_bundle(bundle.path, INFO, fill=broken)
+    assert open_bundle(bundle.path) == bundle
+    assert [p.name for p in bundle.path.parent.iterdir()] == ["bundle"]
+
+
+def test_a_kill_while_writing_leaves_the_older_bundle(bundle: Bundle) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from models.artifacts.bundle import write_bundle\n"
+        "def fill(folder):\n"
+        "    (folder / 'model.onnx').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_bundle(Path(sys.argv[1]), {'name': 'new'}, fill=fill)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(bundle.path)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert open_bundle(bundle.path) == bundle
+    again = write_bundle(bundle.path, INFO | {"name": "again"}, fill=fill)
+    assert open_bundle(bundle.path) == again
+
+
+def test_the_older_bundle_comes_back_where_the_new_one_cannot_take_its_place(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if target == bundle.path:
+            raise PermissionError(13, "refused")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        write_bundle(bundle.path, INFO | {"name": "new"}, fill=fill)
+    monkeypatch.undo()
+    assert open_bundle(bundle.path) == bundle
+    assert [p.name for p in bundle.path.parent.iterdir()] == ["bundle"]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_changed_by_one_byte_is_refused_by_name(bundle: Bundle, name: str) -> None:
+    file = bundle.path / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match=rf"{name} was changed or damaged"):
+        open_bundle(bundle.path)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_longer_or_gone_is_refused_by_name(bundle: Bundle, name: str) -> None:
+    file = bundle.path / name
+    with file.open("ab") as end:
+        end.write(b"\0")
+    with pytest.raises(BundleError, match=rf"{name} was changed or damaged"):
+        open_bundle(bundle.path)
+    file.unlink()
+    with pytest.raises(BundleError, match=rf"lacks {name}, which its manifest names"):
+        open_bundle(bundle.path)
+
+
+def test_only_the_files_that_are_asked_for_are_checked(bundle: Bundle) -> None:
+    (bundle.path / CARD).write_text("# Another card\n")
+    assert open_bundle(bundle.path, files=[GRAPH]) == bundle
+    assert open_bundle(bundle.path, files=[]) == bundle
+    with pytest.raises(BundleError, match=r"has no head\.safetensors"):
+        open_bundle(bundle.path, files=["head.safetensors"])
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "classes in another order": lambda info: info["classes"].reverse(),
+    "a class renamed": lambda info: info["classes"].__setitem__(0, "dogs"),
+    "another mean": lambda info: info["preprocessing"].update(mean=[0.485, 0.456, 0.406]),
+    "another size": lambda info: info["preprocessing"].update(resize_px=224),
+    "another temperature": lambda info: info.update(temperature=1.0),
+    "a file's sha256": lambda info: info["files"][GRAPH].update(sha256="0" * 64),
+    "a file left out": lambda info: info["files"].pop(GRAPH),
+    "no sha256": lambda info: info.pop("sha256"),
+    "something added": lambda info: info.update(note="x"),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_an_edited_manifest_is_refused(bundle: Bundle, what: str) -> None:
+    change(bundle.path / MANIFEST, EDITS[what])
+    with pytest.raises(BundleError, match=r"manifest\.json was changed after it was written"):
+        open_bundle(bundle.path)
+
+
+def test_no_byte_of_the_manifest_changes_unseen(bundle: Bundle) -> None:
+    """Beside the spaces between its words."""
+    file = bundle.path / MANIFEST
+    whole = file.read_bytes()
+    unseen = []
+    for i in range(len(whole)):
+        file.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        try:
+            open_bundle(bundle.path, files=[])
+        except BundleError:
+            continue
+        unseen.append(whole[i : i + 1])
+    assert set(unseen) <= {b" ", b"\n"}
+
+
+def test_a_newer_format_asks_for_an_upgrade(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FORMAT", 2)
+    newer = write_bundle(bundle.path, INFO, fill=fill)
+    monkeypatch.undo()
+    with pytest.raises(BundleError, match=r"has format 2 and this version reads up to 1; upgrade this program\.$"):
+        open_bundle(newer.path)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "file"])
+def test_what_is_no_bundle_is_told_apart(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BundleError, match=rf"{name} is not a bundle: it has no manifest\.json; give a folder"):
+        open_bundle(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "1", '{"name": "x"}', '{"format": "one"}', "\ufeff{}", "\0"])
+def test_a_manifest_that_cannot_be_read_is_refused(bundle: Bundle, text: str) -> None:
+    (bundle.path / MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
+        open_bundle(bundle.path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "plots/../../secret", "/etc/hostname"])
+@pytest.mark.parametrize("files", [None, [GRAPH]])
+def test_a_manifest_that_names_a_file_outside_is_not_trusted(bundle: Bundle, name: str, files: list[str] | None) -> None:
+    (bundle.path.parent / "secret").write_bytes(b"the graph")
+
+    def point_outside(info: dict[str, Any]) -> None:
+        info["files"][name] = info["files"][GRAPH]
+        info["sha256"] = module.digest(info)
+
+    change(bundle.path / MANIFEST, point_outside)
+    with pytest.raises(BundleError, match=rf"'{name}', which lies outside the bundle"):
+        open_bundle(bundle.path, files=files)
+
+
+# The golden answers
+
+
+def answering(rows: NDArray[np.float32]) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert pixels.shape == (2, 8, 8, 3)
+        assert (pixels == 7).all()
+        return rows
+
+    return run
+
+
+def test_golden_answers_within_the_tolerance_are_accepted(bundle: Bundle) -> None:
+    assert check_golden(bundle, answering(ANSWERS)) == 0
+    assert check_golden(bundle, answering(ANSWERS + np.float32(5e-4))) == pytest.approx(5e-4, rel=1e-3)
+    assert check_golden(bundle, answering(ANSWERS + np.float32(0.01)), tolerance=0.02) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [0.002, -0.3, np.nan])
+def test_other_golden_answers_are_refused(bundle: Bundle, wrong: float) -> None:
+    rows = ANSWERS.copy()
+    rows[1, 0] += wrong
+    with pytest.raises(BundleError, match="does not give its golden answers"):
+        check_golden(bundle, answering(rows))
+
+
+def test_a_stricter_tolerance_refuses_what_the_bundles_own_would_accept(bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match=r"1e-05 is allowed"):
+        check_golden(bundle, answering(ANSWERS + np.float32(5e-4)), tolerance=1e-5)

@@ -1,0 +1,133 @@
+"""The exported graph and the engine that runs it, against torch, on EfficientNet-Lite0's real weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.networks.classifier import Classifier, build_classifier
+from models.networks.onnx_export import OUTPUTS, export_onnx, export_served
+from models.networks.registry import get_spec
+from models.networks.split_point import cut
+from models.networks.weights import find_weights
+from models.runtime.openvino_engine import OnnxEngine
+
+SPEC = get_spec("efficientnet_lite0")
+TEMPERATURE = 1.7
+BATCH = 4
+Pixels = NDArray[np.uint8]
+Rows = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return build_classifier(SPEC, num_classes=3, base=find_weights(SPEC).tensors, seed=4)
+
+
+@pytest.fixture(scope="module")
+def graph(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graph") / "model.onnx"
+    export_served(classifier, SPEC, temperature=TEMPERATURE, path=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def frozen(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> OnnxEngine:
+    """The frozen part with a batch that is fixed, as training runs it."""
+    path = tmp_path_factory.mktemp("graph") / "frozen.onnx"
+    frozen_part = cut(classifier).frozen
+    export_onnx(frozen_part, preprocessing=SPEC.preprocessing, outputs=["features"], path=path, batch=BATCH)
+    return OnnxEngine(path, outputs=["features"])
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Pixels:
+    """Forty pictures: noise over flat colours, so that the network tells them apart."""
+    rng = np.random.default_rng(0)
+    flat = rng.integers(0, 256, (40, 1, 1, 3))
+    return np.clip(flat + rng.normal(0, 40, (40, 224, 224, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+@torch.inference_mode()
+def in_torch(classifier: Classifier, pixels: Pixels) -> dict[str, Rows]:
+    """What torch gives for the first six."""
+    seen: dict[str, Tensor] = {}
+    head, last = classifier.net.get_submodule(SPEC.head), classifier.net.get_submodule(SPEC.cam_layer)
+    hooks = (
+        head.register_forward_hook(lambda _, given, logits: seen.update(embedding=given[0], logits=logits)),
+        last.register_forward_hook(lambda *a: seen.update(feature_map=a[2])),
+    )
+    classifier(torch.from_numpy(pixels[:6]))
+    for hook in hooks:
+        hook.remove()
+    seen["probabilities"] = torch.softmax(seen.pop("logits") / TEMPERATURE, dim=1)
+    return {name: tensor.numpy() for name, tensor in seen.items()}
+
+
+def test_the_graph_gives_torchs_calibrated_probabilities(graph: Path, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
+    (ours,) = OnnxEngine(graph, outputs=["probabilities"]).run(pixels[:6])
+    assert ours.dtype == np.float32
+    assert np.ptp(ours, axis=0).max() > 0.01  # else anything would do
+    assert np.abs(ours - in_torch["probabilities"]).max() < 1e-4
+
+
+def test_the_graph_gives_what_explains_them(graph: Path, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
+    probabilities, embedding, feature_map = OnnxEngine(graph, outputs=OUTPUTS).run(pixels[:6])
+    assert np.abs(probabilities - in_torch["probabilities"]).max() < 1e-4
+    assert embedding.shape == (6, 1280)
+    assert np.allclose(embedding, in_torch["embedding"], atol=1e-3)
+    assert feature_map.shape == (6, 1280, 7, 7)
+    assert np.allclose(feature_map, in_torch["feature_map"], atol=5e-3)
+    assert np.allclose(feature_map.mean(axis=(2, 3)), embedding, atol=1e-4)
+
+
+def test_the_batch_is_free_and_does_not_change_the_answer(graph: Path, pixels: Pixels) -> None:
+    engine = OnnxEngine(graph, outputs=["probabilities"], threads=1)
+    (all_at_once,) = engine.run(pixels)
+    assert all_at_once.shape == (40, 3)
+    for count in (1, 3):
+        assert np.abs(engine.run(pixels[:count])[0] - all_at_once[:count]).max() < 1e-5
+
+
+def test_a_result_is_not_overwritten_by_the_next(graph: Path, pixels: Pixels) -> None:
+    engine = OnnxEngine(graph, outputs=["probabilities"])
+    (first,) = engine.run(pixels[:1])
+    kept = first.copy()
+    engine.run(pixels[1:2])
+    assert np.array_equal(first, kept)
+
+
+@pytest.mark.parametrize(("output", "is_computed"), [("probabilities", True), ("embedding", False), ("feature_map", False)])
+def test_what_is_not_asked_for_is_not_computed(graph: Path, output: str, is_computed: bool) -> None:
+    compiled = OnnxEngine(graph, outputs=[output]).compiled
+    steps = {step.get_rt_info()["layerType"].astype(str) for step in compiled.get_runtime_model().get_ops()}
+    assert len(compiled.outputs) == 1
+    assert ("Softmax" in steps) == is_computed
+
+
+def test_the_graph_says_nothing_of_the_machine_that_wrote_it(graph: Path) -> None:
+    data = graph.read_bytes()
+    assert len(data) > 10_000_000  # the weights are inside, not in a file beside it
+    assert [file.name for file in graph.parent.iterdir()] == ["model.onnx"]
+    for path in (Path(__file__).resolve().parents[3], Path(torch.__file__).parent, "site-packages"):
+        assert str(path).encode() not in data
+
+
+def test_a_fixed_batch_gives_a_photo_the_same_numbers_wherever_it_stands(frozen: OnnxEngine, pixels: Pixels) -> None:
+    ten = pixels[:10]
+    (features,) = frozen.run(ten)  # 4 + 4 + 2 and padding
+    assert features.shape == (10, 1280)
+    order = np.random.default_rng(1).permutation(10)
+    assert np.array_equal(frozen.run(ten[order])[0], features[order])
+    for i in (0, 5, 9):
+        assert np.array_equal(frozen.run(ten[i : i + 1])[0], features[i : i + 1])
+
+
+def test_the_frozen_graph_gives_torchs_features(frozen: OnnxEngine, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
+    assert np.allclose(frozen.run(pixels[:6])[0], in_torch["embedding"], atol=1e-3)

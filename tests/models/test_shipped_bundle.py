@@ -1,0 +1,57 @@
+"""The classifier that comes with the project: small, without photos, and right after it is joined with its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from finetune.join import open_full
+from models.bundle import GRAPH, check_golden, open_bundle
+from models.engine import OnnxEngine
+from service.cam import LinearHead
+
+from finetune.__main__ import main
+from service.explain import OUTPUTS
+
+SHIPPED = Path(__file__).resolve().parents[2] / "models" / "shipped" / "dogs-vs-cats"
+
+
+def test_it_is_small_and_holds_no_pictures() -> None:
+    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 300_000
+    assert {file.name for file in files} == set(open_bundle(SHIPPED).info["files"]) | {"manifest.json"}
+    assert not [file for file in files if file.suffix in (".png", ".jpg")]
+
+
+def test_its_card_states_the_accuracy_that_its_manifest_has() -> None:
+    value = open_bundle(SHIPPED).info["metrics"]["accuracy"]["value"]
+    assert f"| accuracy | {value:.4f} |" in (SHIPPED / "README.md").read_text(encoding="utf-8")
+    assert value >= 0.985
+
+
+def test_joined_it_gives_its_golden_answers_and_answers_photos(
+    photo_folder: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = open_full(SHIPPED)
+    engine = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"])
+    assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) <= 1e-3
+    photos = photo_folder(tmp_path / "drawn", train=1, valid=0)  # type: ignore[operator]
+    assert main(["predict", "--bundle", str(SHIPPED), str(photos), "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(answer["probabilities"]) for answer in answers] == [{"cats", "dogs"}] * 2
+
+
+def test_where_it_looks_is_exact(photo_folder: object, tmp_path: Path) -> None:
+    """Lite0 averages its last map and weighs it linearly: the maps' means give back the probabilities."""
+    bundle = open_full(SHIPPED)
+    photo = next(photo_folder(tmp_path / "drawn", train=1, valid=0).rglob("*.jpg"))  # type: ignore[attr-defined,operator]
+    pixels = bundle.preprocessing.pixels(photo.read_bytes())
+    engine = OnnxEngine(bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,))
+    probabilities, embedding, feature_map = (rows[0] for rows in engine.run(pixels[None]))
+    head = LinearHead.of(bundle)
+    assert head is not None
+    maps = [head.score_map(probabilities, embedding, feature_map, label) for label in range(2)]
+    scores = (np.array([each.mean() for each in maps if each is not None]) + head.bias) / head.temperature
+    assert np.exp(scores) / np.exp(scores).sum() == pytest.approx(probabilities, abs=1e-5)

@@ -1,0 +1,97 @@
+"""Auxiliary heads: trained with the network from random weights, gone where it is fine-tuned or served."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.compute.device import Compute
+from finetune.config import Config
+from finetune.training.data_loaders import CachedBatches
+from finetune.training.trainer import fit, predict
+from models.networks.classifier import build_classifier, trained_names
+from models.networks.registry import get_spec
+from models.networks.split_point import cut, train_mode, with_outputs
+from tests.helpers.small_networks import made_small, random_state, some_pixels
+
+CPU = Compute(torch.device("cpu"), "fp32")
+CONFIG = Config(weights="none", epochs=1, batch_size=4).with_recipe(get_spec("lenet5").recipe)
+
+
+def test_from_random_weights_googlenet_answers_three_times_while_training() -> None:
+    with made_small("googlenet") as spec:
+        classifier = build_classifier(spec, num_classes=3, base=None)
+        parts = cut(classifier)
+        answers = parts.trained(parts.frozen(some_pixels(spec)))
+        assert [answer.shape for answer in answers] == [(2, 3)] * 3
+        assert not classifier.training
+        assert classifier(some_pixels(spec)).shape == (2, 3)
+        assert torch.allclose(answers[0].exp().sum(1), torch.ones(2))
+
+
+def test_training_moves_the_auxiliary_heads_and_measures_the_network_alone() -> None:
+    with made_small("googlenet") as spec:
+        classifier = build_classifier(spec, num_classes=2, base=None)
+        parts = cut(classifier)
+        before = {name: p.detach().clone() for name, p in classifier.net.named_parameters()}
+        with torch.no_grad():
+            rows = parts.frozen(some_pixels(spec, 8)).numpy()
+        batches = CachedBatches(rows, [0, 1] * 4, batch_size=4, seed=0)
+        names = [f"net.{name}" for name in trained_names(classifier.net)]
+        progress = fit(parts.trained, names, batches, batches, CONFIG, compute=CPU, head=[], aux_weight=classifier.aux_weight)
+        assert progress.epoch == 1
+        still = [name for name, p in classifier.net.named_parameters() if torch.equal(p, before[name])]
+        assert still == []
+        log_probs, _ = predict(parts.trained, batches, compute=CPU)
+        with torch.inference_mode():
+            assert torch.allclose(log_probs, classifier(some_pixels(spec, 8)), atol=1e-5)
+
+
+def test_an_auxiliary_loss_counts_as_much_as_its_weight() -> None:
+    """A part that answers twice: the second answer's gradient is the first's times the weight."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main, self.aux = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.main(x).log_softmax(1), self.aux(x).log_softmax(1)
+
+    part = Twice()
+    part.aux.load_state_dict(part.main.state_dict())
+    before = part.main.weight.detach().clone()
+    rows = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).numpy()
+    batches = CachedBatches(rows, [0, 1, 0, 1], batch_size=4, seed=0)
+    config = replace(CONFIG, optimizer="sgd", lr=0.1, momentum=0.0)
+    fit(part, list(part.state_dict()), batches, batches, config, compute=CPU, head=[], aux_weight=0.3)
+    assert torch.allclose(part.aux.weight - before, 0.3 * (part.main.weight - before), atol=1e-6)
+    assert not torch.equal(part.main.weight, before)
+
+
+@pytest.mark.heavy
+def test_inception_v3s_auxiliary_head_learns_at_its_own_size() -> None:
+    spec = get_spec("inception_v3")
+    classifier = build_classifier(spec, num_classes=2, base=None)
+    parts = cut(classifier)
+    train_mode(parts.trained)
+    main, aux = parts.trained(parts.frozen(some_pixels(spec)))
+    assert main.shape == aux.shape == (2, 2)
+    torch.nn.functional.nll_loss(aux, torch.tensor([0, 1])).backward()
+    assert classifier.net.get_parameter("AuxLogits.fc.weight").grad is not None
+    assert classifier.net.get_parameter("fc.weight").grad is None
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_fine_tuning_and_serving_know_no_auxiliary_head(name: str) -> None:
+    with made_small(name) as spec:
+        classifier = build_classifier(spec, num_classes=2, base=random_state(name))
+        assert not [key for key in classifier.net.state_dict() if key.startswith(("aux", "Aux"))]
+        assert isinstance(cut(classifier).trained(torch.zeros(2, classifier.net.fc.in_features)), torch.Tensor)
+        if name == "googlenet":
+            trained = build_classifier(spec, num_classes=2, base=None)
+            log_probs, embedding = with_outputs(trained, [(spec.head, True)])(some_pixels(spec))
+            assert (log_probs.shape, embedding.shape) == ((2, 2), (2, 1024))

@@ -1,0 +1,124 @@
+"""Networks without pretrained weights are trained from random ones by the same command, and it says so."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from finetune.compute.device import Compute
+from finetune.config import Config
+from finetune.data.image_folder import Photo
+from finetune.features.extractor import FrozenPart
+from finetune.training.data_loaders import LiveBatches
+from finetune.training.trainer import make_optimizer
+from models.networks.classifier import Classifier
+from models.networks.registry import create_model, get_spec
+from models.networks.split_point import cut
+from tests.helpers.tiny_network import colour_folder, finetune, paint
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=12, valid=4)
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
+
+
+def test_a_network_without_weights_learns_from_pixels(data: Path, tmp_path: Path) -> None:
+    words = ("train", "--data-dir", data, "--backbone", "lenet_cifar", "--epochs", 12, "--batch-size", 4)
+    code, said, err = finetune(*words, "--output-dir", tmp_path / "run")
+    assert (code, err) == (0, "")
+    (line,) = (line for line in said.splitlines() if "frozen" in line)
+    assert line.startswith("No feature cache, as all weights are trained and nothing is frozen")
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (settings["weights"], settings["optimizer"], settings["lr"], settings["augment"]) == ("none", "adam", 0.001, False)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["accuracy"]["value"] == 1.0
+    manifest = json.loads((tmp_path / "run" / "bundle" / "manifest.json").read_text())
+    assert manifest["base"] is None
+    assert "Adam with learning rate 0.001" in (tmp_path / "run" / "bundle" / "README.md").read_text()
+    net = create_model("lenet_cifar", num_classes=2)
+    net.load_state_dict(load_file(tmp_path / "run" / "bundle" / "model.safetensors"))
+
+
+def test_a_run_from_random_weights_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
+    """Adam's own memory is in the checkpoint, so two epochs and two more are four."""
+    rest = ("train", "--data-dir", data, "--backbone", "cnn_mnist", "--batch-size", 4)
+    weights = []
+    for name, steps in (("whole", [4]), ("parts", [2, 4])):
+        for number, epochs in enumerate(steps):
+            resume = ("--resume",) if number else ()
+            if number:
+                shutil.rmtree(tmp_path / name / "bundle")
+            code, _, err = finetune(*rest, "--output-dir", tmp_path / name, "--epochs", epochs, *resume)
+            assert (code, err) == (0, "")
+        weights.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["last"])
+        with (tmp_path / name / "history.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == 4
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_weights_from_a_file_freeze_a_small_network_too(data: Path, tmp_path: Path) -> None:
+    torch.save(create_model("lenet5").state_dict(), tmp_path / "lenet5.pth")
+    words = ("train", "--data-dir", data, "--backbone", "lenet5", "--weights", tmp_path / "lenet5.pth", "--epochs", 1)
+    code, said, err = finetune(*words, "--output-dir", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert "The frozen part ends behind sigmoid4" in said
+
+
+def test_there_is_nothing_to_leave_out_of_a_bundle(data: Path, tmp_path: Path) -> None:
+    code, _, err = finetune(
+        "train", "--data-dir", data, "--backbone", "lenet5", "--export", "head", "--output-dir", tmp_path / "run"
+    )
+    assert code == 2
+    assert "--export head leaves the pretrained weights out, and LeNet-5 has none" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
+def test_the_optimizer_is_the_one_that_was_asked_for(name: str, kind: type) -> None:
+    config = Config(weights="none", optimizer=name, lr=0.25, weight_decay=0.5).with_recipe(get_spec("lenet5").recipe)
+    optimizer = make_optimizer(create_model("lenet5"), config, head=[])
+    assert type(optimizer) is kind
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["scale"]) == (0.25, 0.5, 1.0)
+
+
+def test_an_unknown_optimizer_is_answered_with_the_nearest(data: Path) -> None:
+    code, _, err = finetune("train", "--data-dir", data, "--optimizer", "adma")
+    assert code == 2
+    assert "--optimizer is 'adma', and takes sgd, adam. Did you mean 'adam'?" in err
+
+
+def test_pixels_are_decoded_once_where_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = get_spec("lenet5")
+    photos = [Photo(f"{i}.jpg", paint(tmp_path / f"{i}.jpg", (250, 30, 30), seed=i), 0, "train") for i in range(3)]
+    decoded: list[int] = []
+    pixels = type(spec.preprocessing).pixels
+    monkeypatch.setattr(type(spec.preprocessing), "pixels", lambda self, data: (decoded.append(1), pixels(self, data))[1])
+    parts = cut(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
+    frozen = FrozenPart(parts, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
+    batches = LiveBatches(
+        photos, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1
+    )
+    first, again = (torch.cat([rows for rows, _ in batches.ordered()]) for _ in range(2))
+    assert first.shape == (3, 1, 28, 28)
+    assert torch.equal(first, again)
+    assert len(decoded) == 3
+
+
+def test_a_recipe_can_be_overruled(tmp_path: Path) -> None:
+    config = Config(optimizer="sgd", epochs=2).with_recipe(get_spec("lenet5").recipe)
+    assert (config.optimizer, config.epochs, config.batch_size) == ("sgd", 2, 16)
+    assert replace(config, lr=0.9).lr == 0.9

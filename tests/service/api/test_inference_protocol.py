@@ -1,0 +1,228 @@
+"""The Open Inference Protocol, asked by the client that others ask with: tritonclient, over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
+
+from models.artifacts.bundle import open_bundle
+from tests.helpers.server import ANSWER_S, PATIENT, START_S, Reply, Server, serve
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
+    with serve(tiny_bundle.path, max_photos=4, max_body_mb=1) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Any]:
+    with triton.InferenceServerClient(
+        f"127.0.0.1:{server.port}", connection_timeout=ANSWER_S, network_timeout=ANSWER_S
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def name(tiny_bundle: SimpleNamespace) -> str:
+    return open_bundle(tiny_bundle.path).name
+
+
+@pytest.fixture(scope="module")
+def photos(tiny_bundle: SimpleNamespace) -> list[bytes]:
+    """One of each class, in the classes' order."""
+    return [(tiny_bundle.photos / label / f"{label[:4]}.000.jpg").read_bytes() for label in ("blue", "green", "red")]
+
+
+def photos_input(photos: list[bytes], *, binary: bool = True) -> Any:
+    given = photos if binary else [base64.b64encode(photo) for photo in photos]
+    made = triton.InferInput("photos", [len(photos)], "BYTES")
+    return made.set_data_from_numpy(np.array(given, dtype=object), binary_data=binary)
+
+
+def pixels_input(pixels: Any, *, binary: bool = True) -> Any:
+    made = triton.InferInput("pixels", list(pixels.shape), "UINT8")
+    return made.set_data_from_numpy(pixels, binary_data=binary)
+
+
+def predicted(server: Server, photo: bytes) -> dict[str, Any]:
+    return dict(server.post(photo).json()["predictions"][0])
+
+
+def test_it_says_what_it_is(server: Server, client: Any, name: str, tiny_bundle: SimpleNamespace) -> None:
+    version = open_bundle(tiny_bundle.path).version
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready(name)
+    assert client.is_model_ready(name, version)
+    assert not client.is_model_ready("another")
+    assert not client.is_model_ready(name, "1")
+    about = client.get_server_metadata()
+    assert set(about) == {"name", "version", "extensions"}
+    assert about["extensions"] == ["binary_tensor_data", "classification"]
+    for described in (client.get_model_metadata(name), client.get_model_metadata(name, version)):
+        assert (described["name"], described["versions"]) == (name, [version])
+        assert described["inputs"] == [
+            {"name": "photos", "datatype": "BYTES", "shape": [-1]},
+            {"name": "pixels", "datatype": "UINT8", "shape": [-1, SIDE, SIDE, 3]},
+        ]
+        assert described["outputs"] == [
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, 3]},
+            {"name": "label", "datatype": "BYTES", "shape": [-1]},
+        ]
+    assert server.get("/v2/health/live").json() == {"live": True}
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False, None])
+def test_photos_get_the_answers_of_predict(
+    server: Server, client: Any, name: str, photos: list[bytes], binary_in: bool, binary_out: bool | None
+) -> None:
+    outputs = None
+    if binary_out is not None:
+        outputs = [triton.InferRequestedOutput(output, binary_data=binary_out) for output in ("label", "probabilities")]
+    result = client.infer(name, [photos_input(photos, binary=binary_in)], outputs=outputs, request_id="mine")
+    said = result.get_response()
+    assert (said["model_name"], said["id"]) == (name, "mine")
+    assert said["model_version"] == server.get("/models").json()["models"][0]["version"]
+    values = result.as_numpy("probabilities")
+    assert (values.dtype, values.shape) == (np.float32, (3, 3))
+    for row, photo in zip(values, photos, strict=True):
+        assert row == pytest.approx(list(predicted(server, photo)["probabilities"].values()), abs=1e-5)
+    labels = [label.decode() if isinstance(label, bytes) else label for label in result.as_numpy("label")]
+    assert labels == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_pixels_get_the_golden_answers(client: Any, name: str, tiny_bundle: SimpleNamespace, binary: bool) -> None:
+    bundle = open_bundle(tiny_bundle.path)
+    pixels, wanted, _ = bundle.golden()
+    result = client.infer(name, [pixels_input(pixels[:4], binary=binary)], model_version=bundle.version)
+    assert result.as_numpy("probabilities") == pytest.approx(wanted[:4], abs=0.1)  # in bfloat16, where that is used
+    (top,) = client.infer(
+        name, [pixels_input(pixels[:1])], outputs=[triton.InferRequestedOutput("probabilities", class_count=2)]
+    ).as_numpy("probabilities")
+    best = np.argsort(-wanted[0])[:2]
+    found = [text.decode().split(":") for text in top]
+    assert [(int(index), label) for _, index, label in found] == [(index, bundle.classes[index]) for index in best]
+    assert float(found[0][0]) == pytest.approx(wanted[0][best[0]], abs=0.1)
+
+
+def test_one_bad_photo_refuses_all(server: Server, client: Any, name: str, photos: list[bytes]) -> None:
+    before = server.metrics()
+    with pytest.raises(InferenceServerException, match=r"Photo 2 of 3: .*not a picture"):
+        client.infer(name, [photos_input([photos[0], b"no photo", photos[2]])])
+    after = server.metrics()
+    assert after['dvc_errors_total{code="not_a_picture"}'] == before.get('dvc_errors_total{code="not_a_picture"}', 0) + 1
+    assert after.get('dvc_predictions_total{label="red"}', 0) == before.get('dvc_predictions_total{label="red"}', 0)
+    assert after["dvc_photos_inside"] == 0
+
+
+def test_what_cannot_be_is_told(client: Any, name: str, photos: list[bytes]) -> None:
+    for model, version, given, words in (
+        ("another", "", photos_input(photos), "There is no another here"),
+        (name, "7", photos_input(photos), "version 7"),
+        (name, "", photos_input(photos * 2), "6 photos arrived and 4 is the most"),
+        (name, "", photos_input([b""]), "has no bytes"),
+        (name, "", photos_input([]), "is empty"),
+        (name, "", pixels_input(np.zeros((1, 8, 8, 3), np.uint8)), r"\[32, 32, 3\] is wanted"),
+        (name, "", pixels_input(np.zeros((8, 8, 3), np.uint8)), r"\[N, H, W, C\] is wanted"),
+    ):
+        with pytest.raises(InferenceServerException, match=words):
+            client.infer(model, [given], model_version=version)
+    with pytest.raises(InferenceServerException, match="One input is wanted"):
+        client.infer(name, [photos_input(photos), pixels_input(np.zeros((3, SIDE, SIDE, 3), np.uint8))])
+    with pytest.raises(InferenceServerException, match="embedding"):
+        client.infer(name, [photos_input(photos)], outputs=[triton.InferRequestedOutput("embedding")])
+    with pytest.raises(InferenceServerException, match="compressed"):
+        client.infer(name, [photos_input(photos)], request_compression_algorithm="gzip")
+
+
+def infer(server: Server, name: str, body: bytes, **headers: str) -> Reply:
+    sent = {key.replace("_", "-"): value for key, value in headers.items()}
+    return server.post(body, "application/json", path=f"/v2/models/{name}/infer", headers=sent)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        5, [], {}, {"inputs": 5}, {"inputs": []}, {"inputs": [5]}, {"inputs": [{}]}, {"id": 5},
+        {"name": "images"}, {"name": []}, {"datatype": "FP32"}, {"datatype": {}}, {"shape": "1"}, {"shape": [1.0]},
+        {"shape": [-1]}, {"shape": [True]}, {"shape": []}, {"shape": [2]}, {"shape": [1, 2]}, {"shape": [0, 1]},
+        {"shape": [1 << 40]},
+        {"data": None}, {"data": 5}, {"data": [5]}, {"data": [None]}, {"data": [[["eA=="], 5]]}, {"data": ["?"]},
+        {"data": {"a": 1}},
+        {"parameters": 5}, {"parameters": {"binary_data_size": 1}}, {"parameters": {"binary_data_size": "a"}},
+        {"parameters": {"shared_memory_region": "x"}},
+        {"outputs": 5}, {"outputs": [5]}, {"outputs": [{}]},
+        {"outputs": [{"name": "label", "parameters": {"classification": 2}}]},
+        {"outputs": [{"name": "probabilities", "parameters": {"classification": -1}}]},
+        {"name": "pixels", "datatype": "UINT8", "shape": [4, 0, 0, 3], "data": []},
+        {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 256]},
+        {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, "a"]},
+        {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3]},
+    ],
+)  # fmt: skip
+def test_a_request_that_is_none_is_refused_in_the_protocols_form(server: Server, name: str, given: Any) -> None:
+    whole = {"name": "photos", "datatype": "BYTES", "shape": [1], "data": ["eA=="]}
+    if isinstance(given, dict) and not given.keys() & {"inputs"}:
+        apart = {key: value for key, value in given.items() if key in ("id", "outputs")}
+        given = (
+            apart | {"inputs": [whole | {key: value for key, value in given.items() if key not in apart}]} if given else given
+        )
+    reply = infer(server, name, json.dumps(given).encode())
+    assert 400 <= reply.status < 500
+    assert reply.json().keys() == {"error"}
+
+
+def test_bytes_that_break_off_are_refused(server: Server, name: str) -> None:
+    def send(tail: bytes, shape: int = 1, size: int | None = None, header: str | None = None) -> Reply:
+        given = {"name": "photos", "datatype": "BYTES", "shape": [shape], "parameters": {"binary_data_size": size or len(tail)}}
+        text = json.dumps({"inputs": [given]}).encode()
+        return infer(server, name, text + tail, Inference_Header_Content_Length=header or str(len(text)))
+
+    for tail in (b"abc", struct.pack("<I", 5) + b"abc", struct.pack("<I", 1) + b"ab", struct.pack("<I", 0) * 100_000):
+        assert send(tail).status == 400
+    for header in ("-1", "x", "999999", "5"):
+        assert send(struct.pack("<I", 1) + b"a", header=header).status == 400
+    assert send(struct.pack("<I", 1) + b"a", size=9).status == 400
+
+
+def test_an_address_that_is_none_is_told_in_the_protocols_form(server: Server, name: str) -> None:
+    for path in ("/v2/nowhere", f"/v2/models/{name}/versions/x/nowhere", "/v2/repository/index"):
+        assert (server.get(path).status, server.get(path).json().keys()) == (404, {"error"})
+    assert server.get(f"/v2/models/{name}/infer").status == 405
+
+
+def test_a_key_is_wanted_as_for_predict_and_the_full_house_is_told(tiny_bundle: SimpleNamespace, photos: list[bytes]) -> None:
+    from service import create_app
+    from service.settings import Settings
+
+    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("sesame",), queue=1, max_photos=1, **PATIENT))
+    served = app.extensions["model"]
+    name = served.wait(START_S).bundle.name
+    body = {"inputs": [{"name": "photos", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}]}
+    client = app.test_client()
+
+    def send(**headers: str) -> Any:
+        sent = {key.replace("_", "-"): value for key, value in headers.items()}
+        return client.post(f"/v2/models/{name}/infer", json=body, headers=sent)
+
+    assert send(Authorization="Bearer sesame").get_json()["outputs"][1]["data"] == ["blue"]
+    assert (send().status_code, "error" in send().get_json()) == (401, True)
+    assert client.get(f"/v2/models/{name}").status_code == 200
+    app.extensions["admission"].enter()
+    answer = send(Authorization="Bearer sesame")
+    assert (answer.status_code, answer.headers["Retry-After"], answer.get_json().keys()) == (503, "1", {"error"})
+    served.close()

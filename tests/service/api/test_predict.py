@@ -1,0 +1,673 @@
+"""POST /predict as a client sees it: what goes in, what comes out, and every refusal."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import logging
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from flask.testing import FlaskClient
+from PIL import ExifTags, Image
+from werkzeug.test import TestResponse
+
+from finetune.batch_inference.predict import classify
+from models.artifacts.bundle import open_bundle
+from models.preprocess import Preprocessing
+from service import create_app
+from service.http.errors import CODES
+from service.settings import Settings
+from tests.helpers.server import PATIENT, START_S, multipart
+
+T = Image.Transpose
+PROBLEM = "application/problem+json"
+
+
+@contextlib.contextmanager
+def serving(bundle: Path, **settings: Any) -> Iterator[FlaskClient]:
+    """The application without a server before it."""
+    app = create_app(Settings(bundle=bundle, **(PATIENT | settings)))
+    served = app.extensions["model"]
+    served.wait(START_S)
+    try:
+        yield app.test_client()
+    finally:
+        served.close()
+
+
+@pytest.fixture(scope="module")
+def client(tiny_bundle: SimpleNamespace) -> Iterator[FlaskClient]:
+    with serving(tiny_bundle.path) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    """Of every class a part, in no order that turning it would keep, so that the answer is sure of nothing."""
+    colours = np.array([[[60, 80, 220], [220, 60, 60]], [[200, 90, 90], [60, 190, 80]]], np.uint8)
+    return Image.fromarray(colours).resize((56, 44), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def photo(picture: Image.Image) -> bytes:
+    return saved(picture, "JPEG", quality=90)
+
+
+def send(client: FlaskClient, data: bytes, content_type: str = "image/jpeg", query: str = "", **headers: str) -> TestResponse:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return client.post(f"/predict{query}", data=data, content_type=content_type, headers=named)
+
+
+def send_json(client: FlaskClient, document: object) -> TestResponse:
+    return send(client, json.dumps(document).encode(), "application/json")
+
+
+def send_form(client: FlaskClient, *parts: Any, query: str = "") -> TestResponse:
+    return send(client, *multipart(*parts), query)
+
+
+def rows(answer: TestResponse) -> list[dict[str, Any]]:
+    assert answer.status_code == 200, answer.text
+    return answer.get_json()["predictions"]
+
+
+def one(answer: TestResponse) -> dict[str, Any]:
+    (row,) = rows(answer)
+    return row
+
+
+def same(a: dict[str, Any], b: dict[str, Any], within: float = 1e-5) -> bool:
+    """Whether two rows give the same answer, whatever the file was called."""
+    pairs = zip(a["probabilities"].values(), b["probabilities"].values(), strict=True)
+    return a["label"] == b["label"] and all(abs(x - y) <= within for x, y in pairs)
+
+
+def refused(answer: TestResponse, code: str, *words: str) -> dict[str, Any]:
+    """Check that it is the problem ``code``, whole, and that its sentence has the ``words`` in it."""
+    status, title = CODES[code]
+    assert (answer.status_code, answer.content_type) == (status, PROBLEM), answer.text
+    problem = answer.get_json()
+    assert problem.keys() == {"type", "title", "status", "detail", "code", "request_id"}
+    assert (problem["code"], problem["status"], problem["title"]) == (code, status, title)
+    assert problem["type"] == f"/docs#{code}"
+    assert problem["request_id"] == answer.headers["X-Request-ID"]
+    for word in words:
+        assert word in problem["detail"]
+    return problem
+
+
+def saved(picture: Image.Image, form: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return file.getvalue()
+
+
+# What goes in
+
+
+def test_a_photo_comes_in_every_form_and_gets_the_same_answer(client: FlaskClient, photo: bytes) -> None:
+    plain = one(send(client, photo))
+    text = base64.b64encode(photo).decode()
+    wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    forms = {
+        "image/*": send(client, photo, "image/whatever"),
+        "octet-stream": send(client, photo, "application/octet-stream"),
+        "with a parameter": send(client, photo, "IMAGE/JPEG; charset=binary"),
+        "another format than it says": send(client, photo, "image/png"),
+        "multipart": send_form(client, ("file", "a.jpg", photo, "image/jpeg")),
+        "another field": send_form(client, ("anything", "a.jpg", photo)),
+        "a form with text beside it": send_form(client, ("token", None, b"x"), ("file", "a.jpg", photo)),
+        "JSON": send_json(client, {"image": text}),
+        "JSON in lines": send_json(client, {"image": wrapped}),
+        "data: URL": send_json(client, {"image": f"data:image/jpeg;base64,{text}"}),
+        "instances": send_json(client, {"instances": [{"b64": text}]}),
+        "a data: URL in instances": send_json(client, {"instances": [{"b64": f"data:image/jpeg;base64,{text}"}]}),
+    }
+    for form, answer in forms.items():
+        row = one(answer)
+        assert same(row, plain), form
+        assert (row["width"], row["height"], row["format"]) == (56, 44, "JPEG"), form
+
+
+def test_several_photos_are_answered_in_their_order_with_their_names(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
+    files = [sorted((tiny_bundle.photos / label).iterdir())[2] for label in ("green", "red", "blue", "red")]
+    alone = [one(send(client, file.read_bytes())) for file in files]
+    parts = [("file" if i % 2 else "files[]", file.name, file.read_bytes()) for i, file in enumerate(files)]
+    together = rows(send_form(client, *parts))
+    assert [row["file"] for row in together] == [file.name for file in files]
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+    coded = [{"b64": base64.b64encode(file.read_bytes()).decode()} for file in files]
+    listed = rows(send_json(client, {"instances": coded}))
+    assert [row["file"] for row in listed] == [None] * 4
+    assert all(same(a, b) for a, b in zip(listed, alone, strict=True))
+
+
+def test_a_name_in_any_script_comes_back_as_it_went(client: FlaskClient, photo: bytes) -> None:
+    for name in ("Kätzchen.jpg", "猫 1.jpg", "a'b;c.jpg"):
+        assert one(send_form(client, ("file", name, photo)))["file"] == name
+
+
+def test_a_form_without_a_chosen_file_is_told_so(client: FlaskClient, photo: bytes) -> None:
+    refused(send_form(client, ("file", "", b"", "application/octet-stream")), "no_photo")
+    assert len(rows(send_form(client, ("file", "", b""), ("file", "a.jpg", photo)))) == 1
+    refused(send_form(client, ("file", None, photo)), "no_photo", "without a file name", "-F file=@")
+
+
+# What comes out
+
+
+def test_an_answer_says_what_was_seen_and_who_says_so(client: FlaskClient, photo: bytes, tiny_bundle: SimpleNamespace) -> None:
+    answer = send_form(client, ("file", "red.jpg", photo))
+    bundle = open_bundle(tiny_bundle.path)
+    document = answer.get_json()
+    assert document.keys() == {"model", "request_id", "predictions"}
+    assert document["model"] == {
+        "name": bundle.name,
+        "version": bundle.version,
+        "precision": document["model"]["precision"],
+        "preprocessing_sha256": bundle.info["preprocessing_sha256"],
+    }
+    assert document["request_id"] == answer.headers["X-Request-ID"]
+    assert answer.headers["X-Model-Version"] == bundle.version
+    assert re.fullmatch(r"decode;dur=[\d.]+, queue;dur=[\d.]+, compute;dur=[\d.]+", answer.headers["Server-Timing"])
+    (row,) = document["predictions"]
+    assert list(row) == ["file", "label", "confidence", "probabilities", "width", "height", "format", "notes"]
+    assert list(row["probabilities"]) == list(bundle.classes)
+    assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert row["confidence"] == max(row["probabilities"].values()) == row["probabilities"][row["label"]]
+    assert row["notes"] == []
+
+
+def test_top_k_gives_the_most_probable_first(client: FlaskClient, photo: bytes) -> None:
+    everything = one(send(client, photo))["probabilities"]
+    best = sorted(everything, key=lambda name: -everything[name])
+    for k in (1, 2, 3, 4, 1_000_000):
+        row = one(send(client, photo, query=f"?top_k={k}"))
+        assert list(row["probabilities"]) == best[:k]
+        assert row["label"] == best[0]
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "two", "", "1e3", "%C2%B2", "9" * 30, "000000001" + "9" * 5000])
+def test_a_top_k_that_is_none_is_refused(client: FlaskClient, photo: bytes, text: str) -> None:
+    refused(send(client, photo, query=f"?top_k={text}"), "bad_parameter", "top_k is", "whole number from 1 on")
+
+
+def test_the_crop_is_what_the_model_saw(client: FlaskClient, picture: Image.Image, tiny_bundle: SimpleNamespace) -> None:
+    preprocessing = open_bundle(tiny_bundle.path).preprocessing
+    data = saved(picture, "PNG")
+    head, _, text = one(send(client, data, "image/png", "?crop=1"))["crop"].partition(",")
+    assert head == "data:image/png;base64"
+    seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+    assert np.array_equal(seen, preprocessing.pixels(data))
+    assert "crop" not in one(send(client, data, "image/png", "?crop=0"))
+    refused(send(client, data, "image/png", "?crop=yes"), "bad_parameter", "crop is 'yes'")
+
+
+def test_answers_are_those_of_the_command_line(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
+    """Training, ``finetune predict`` and the service see the same photo, and say the same of it."""
+    bundle = open_bundle(tiny_bundle.path)
+    tolerance = client.get("/models").get_json()["models"][0]["tolerance"]
+    photos = sorted(tiny_bundle.data.glob("*/*/*.jpg"))
+    assert len(photos) > 40
+    for answer in classify(bundle, photos):
+        assert answer.probabilities is not None
+        got = one(send(client, answer.path.read_bytes()))["probabilities"]
+        np.testing.assert_allclose([got[name] for name in bundle.classes], answer.probabilities, rtol=0, atol=tolerance)
+
+
+# Photos of every kind
+
+STORED_AS = {
+    1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM,
+    5: T.TRANSPOSE, 6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270,
+}  # fmt: skip
+
+
+def test_a_turned_photo_is_answered_as_the_upright_one(client: FlaskClient, picture: Image.Image) -> None:
+    upright = one(send(client, saved(picture, "PNG"), "image/png"))
+    sideways = one(send(client, saved(picture.transpose(T.ROTATE_90), "PNG"), "image/png"))
+    assert not same(upright, sideways, 0.01)  # or the rest would prove nothing
+    for orientation, how in STORED_AS.items():
+        tags = Image.Exif()
+        tags[ExifTags.Base.Orientation] = orientation
+        stored = picture if how is None else picture.transpose(how)
+        assert same(one(send(client, saved(stored, "PNG", exif=tags), "image/png")), upright), orientation
+
+
+def test_photos_of_other_modes_are_answered_as_they_look(client: FlaskClient, picture: Image.Image) -> None:
+    upright = one(send(client, saved(picture, "PNG"), "image/png"))
+    grey = picture.convert("L")
+    plain_grey = one(send(client, saved(grey.convert("RGB"), "PNG"), "image/png"))
+    deep = Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257)
+    see_through = picture.convert("RGBA")
+    see_through.putalpha(255)
+    cases: dict[str, tuple[bytes, dict[str, Any], float]] = {
+        "grey": (saved(grey, "PNG"), plain_grey, 1e-5),
+        "16-bit": (saved(deep, "PNG"), plain_grey, 1e-5),
+        "16-bit TIFF": (saved(deep, "TIFF"), plain_grey, 1e-5),
+        "RGBA": (saved(see_through, "PNG"), upright, 1e-5),
+        "BMP": (saved(picture, "BMP"), upright, 1e-5),
+        "PPM": (saved(picture, "PPM"), upright, 1e-5),
+        "TIFF": (saved(picture, "TIFF", compression="tiff_lzw"), upright, 1e-5),
+        "lossless WebP": (saved(picture, "WEBP", lossless=True), upright, 1e-5),
+        "CMYK TIFF": (saved(picture.convert("CMYK"), "TIFF"), upright, 0.02),
+        "CMYK JPEG": (saved(picture.convert("CMYK"), "JPEG", quality=98), upright, 0.1),
+    }
+    for name, (data, wanted, within) in cases.items():
+        assert same(one(send(client, data, "image/x")), wanted, within), name
+
+
+def test_what_cannot_be_seen_is_white(client: FlaskClient) -> None:
+    white = one(send(client, saved(Image.new("RGB", (40, 40), "white"), "PNG"), "image/png"))
+    palette = Image.new("P", (40, 40), 0)
+    palette.putpalette([255, 0, 0] * 256)
+    for data in (
+        saved(Image.new("RGBA", (40, 40), (255, 0, 0, 0)), "PNG"),
+        saved(Image.new("LA", (40, 40), (0, 0)), "PNG"),
+        saved(palette, "PNG", transparency=0),
+        saved(palette, "GIF", transparency=0),
+    ):
+        assert same(one(send(client, data, "image/x")), white)
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_is_answered_for_its_first_frame_and_says_so(client: FlaskClient, form: str) -> None:
+    first, second = Image.new("RGB", (40, 40), (255, 40, 40)), Image.new("RGB", (40, 40), (40, 60, 255))
+    lossless = {"lossless": True} if form == "WEBP" else {}
+    still, moving = (
+        one(send(client, data, "image/x"))
+        for data in (
+            saved(first, form, **lossless),
+            saved(first, form, save_all=True, append_images=[second], **lossless),
+        )
+    )
+    assert same(still, moving)
+    assert still["notes"] == []
+    assert moving["notes"] == ["It has several frames; the first was classified."]
+
+
+def test_a_phones_jpeg_with_a_second_picture_is_no_animation(client: FlaskClient, picture: Image.Image) -> None:
+    row = one(send(client, saved(picture, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]), "image/jpeg"))
+    assert (row["format"], row["notes"]) == ("MPO", [])
+    assert same(row, one(send(client, saved(picture, "JPEG"))))
+
+
+# Refusals
+
+
+def test_no_photo(client: FlaskClient) -> None:
+    refused(send(client, b""), "no_photo", "No photo arrived", "multipart/form-data")
+    refused(send(client, b"", "application/octet-stream"), "no_photo")
+    refused(send(client, b"", "application/json"), "bad_json")
+    refused(send_form(client), "no_photo")
+    refused(send_json(client, {"instances": []}), "no_photo")
+
+
+def test_an_empty_file(client: FlaskClient) -> None:
+    refused(send_form(client, ("file", "a.jpg", b"")), "empty_photo", "no bytes")
+    refused(send_json(client, {"image": ""}), "empty_photo")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "video/mp4", "", "nonsense"])
+def test_a_body_of_another_kind(client: FlaskClient, photo: bytes, kind: str) -> None:
+    refused(send(client, photo, kind), "unsupported_media_type", "The body came as", "image/*")
+
+
+@pytest.mark.parametrize(
+    "data", [b"no picture", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0", b"8BPS\0\1"]
+)
+def test_what_is_no_picture(client: FlaskClient, data: bytes) -> None:
+    refused(send(client, data), "not_a_picture", f"{len(data)} bytes arrived", "send a JPEG")
+
+
+def test_formats_that_run_programs_or_are_not_photos(client: FlaskClient, picture: Image.Image) -> None:
+    for form in ("EPS", "PDF", "ICO", "TGA", "JPEG2000", "DDS"):
+        refused(send(client, saved(picture, form)), "not_a_picture")
+
+
+def test_a_damaged_picture(client: FlaskClient, photo: bytes, picture: Image.Image) -> None:
+    refused(send(client, photo[: len(photo) // 2]), "damaged_picture", "damaged", "send it again")
+    png = bytearray(saved(picture, "PNG"))
+    png[len(png) // 2] ^= 0xFF
+    refused(send(client, bytes(png)), "damaged_picture")
+    refused(send_form(client, ("file", "a.jpg", photo[:300])), "damaged_picture")
+
+
+def flat_png(width: int, height: int) -> bytes:
+    """A PNG of one colour that says it has so many pixels, and has them: a few kB for a hundred million."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    line = b"\0" * ((width + 7) // 8 + 1)
+    lines = b"".join(packer.compress(line) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as models.preprocess has it outside of tests
+def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(client: FlaskClient) -> None:
+    bomb = flat_png(10_000, 10_000)
+    assert len(bomb) < 50_000
+    refused(send(client, bomb, "image/png"), "too_many_pixels", "10,000 x 10,000 pixels", "50,000,000 in all are allowed")
+    refused(send(client, flat_png(20_000, 20_000), "image/png"), "too_many_pixels")
+    assert rows(send(client, flat_png(5_000, 5_000), "image/png"))
+
+
+def test_the_most_pixels_can_be_set(tiny_bundle: SimpleNamespace) -> None:
+    with serving(tiny_bundle.path, max_megapixels=0.01) as client:
+        assert rows(send(client, flat_png(100, 100), "image/png"))
+        refused(send(client, flat_png(100, 101), "image/png"), "too_many_pixels", "100 x 101 pixels and 10,000 in all")
+
+
+def test_a_body_that_is_too_large(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+    with serving(tiny_bundle.path, max_body_mb=0.01) as client:
+        assert len(photo) < 0.01 * 2**20
+        assert rows(send(client, photo))
+        refused(send(client, bytes(10_486)), "body_too_large", "10,486 bytes arrived and 10,485 is the most")
+
+
+def test_too_many_photos(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+    with serving(tiny_bundle.path, max_photos=3) as client:
+        assert len(rows(send_form(client, *[("file", "a.jpg", photo)] * 3))) == 3
+        said = "4 photos arrived and 3 is the most"
+        refused(send_form(client, *[("file", "a.jpg", photo)] * 4), "too_many_photos", said)
+        refused(send_form(client, *[("file", "a.jpg", b"x")] * 200), "too_many_photos", "too many parts")
+        refused(send_json(client, {"instances": [{"b64": "eA=="}] * 4}), "too_many_photos", said)
+        refused(send_json(client, {"instances": [{}] * 100_000}), "too_many_photos", "100000 photos arrived")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{", b"[]", b"null", b'"text"', b"{}", b'{"image": null}', b'{"image": 5}', b'{"image": ["a"]}',
+        b'{"instances": {}}', b'{"instances": null}', b'{"instances": [5]}', b'{"instances": [{"b64": 5}]}',
+        b'{"instances": [{}]}', b"\xff\xfe\x00", b"[" * 100_000, b'{"a":' * 50_000, b'{"image": ' + b"9" * 10_000 + b"}",
+    ],
+)  # fmt: skip
+def test_json_that_is_not_as_it_should_be(client: FlaskClient, body: bytes) -> None:
+    refused(send(client, body, "application/json"), "bad_json")
+
+
+@pytest.mark.parametrize("text", ["?", "abc", "a=b=", "ü", "\ud800", "data:image/png;base64,!!!!", "eA==eA=="])
+def test_base64_that_is_none(client: FlaskClient, text: str) -> None:
+    refused(send_json(client, {"image": text}), "bad_base64", "base64")
+    refused(send_json(client, {"instances": [{"b64": text}]}), "bad_base64", "base64")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        (b"anything", "multipart/form-data"),
+        (b"anything", "multipart/form-data; boundary="),
+        (b"anything", "multipart/form-data; boundary=x"),
+        (b"--x\r\n", "multipart/form-data; boundary=x"),
+        (b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nabc', "multipart/form-data; boundary=x"),
+        (b"--x\r\nnonsense\r\n\r\nabc\r\n--x--\r\n", "multipart/form-data; boundary=x"),
+        (b"--x\r\n\r\nabc\r\n--x--\r\n", "multipart/form-data; boundary=x"),
+        (b"--x\r\n\xff\xfe: \xff\r\n\r\nabc\r\n--x--\r\n", "multipart/form-data; boundary=x"),
+        (b"--x\r\nContent-Disposition: form-data\r\n\r\nabc\r\n--x--\r\n", "multipart/form-data; boundary=x"),
+        (b"--x\r\nContent-Disposition: attachment\r\n\r\nabc\r\n--x--\r\n", "multipart/form-data; boundary=x"),
+        (b"--x\r\n" + b"A: b\r\n" * 5000 + b"\r\nabc\r\n--x--\r\n", "multipart/form-data; boundary=x"),
+    ],
+)
+def test_a_form_that_is_none(client: FlaskClient, body: bytes, kind: str) -> None:
+    answer = send(client, body, kind)
+    assert answer.get_json()["code"] in ("bad_form", "no_photo")
+    refused(answer, answer.get_json()["code"])
+
+
+def test_one_bad_photo_among_several_gets_its_own_problem(client: FlaskClient, photo: bytes) -> None:
+    parts = [("file", name, data) for name, data in (("a", photo), ("b", b"no"), ("c", photo), ("d", b""), ("e", photo[:200]))]
+    first, second, third, fourth, fifth = rows(send_form(client, *parts))
+    assert same(first, third)
+    for row, code in ((second, "not_a_picture"), (fourth, "empty_photo"), (fifth, "damaged_picture")):
+        assert row.keys() == {"file", "error"}
+        assert row["error"].keys() == {"type", "title", "status", "detail", "code"}
+        assert (row["error"]["code"], row["error"]["status"]) == (code, CODES[code][0])
+    text = base64.b64encode(photo).decode()
+    listed = rows(send_json(client, {"instances": [{"b64": "?"}, {"b64": text}, 5]}))
+    assert [row.get("error", {}).get("code") for row in listed] == ["bad_base64", None, "bad_json"]
+
+
+def test_when_all_of_several_are_bad_each_says_why(client: FlaskClient) -> None:
+    answered = rows(send_form(client, ("file", "a", b"no"), ("file", "b", b"nor this")))
+    assert [row["error"]["code"] for row in answered] == ["not_a_picture"] * 2
+
+
+def test_another_address(client: FlaskClient) -> None:
+    for answer in (client.get("/nowhere"), client.post("/predict/"), client.get("/%ff%fe")):
+        refused(answer, "not_found", "There is no", "GET /docs")
+
+
+def test_another_method(client: FlaskClient) -> None:
+    answer = client.get("/predict")
+    refused(answer, "method_not_allowed", "GET is not allowed on /predict")
+    assert set(answer.headers["Allow"].split(", ")) == {"POST", "OPTIONS"}
+    refused(client.post("/models"), "method_not_allowed")
+    refused(client.open("/predict", method="BREW"), "method_not_allowed")
+
+
+def test_a_fault_of_the_servers_own_is_logged_and_not_told(
+    tiny_bundle: SimpleNamespace, photo: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: object, pixels: object) -> None:
+        raise ZeroDivisionError("the secret of the engine")
+
+    with serving(tiny_bundle.path) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("models.runtime.openvino_engine.OnnxEngine.run", fail)
+            answer = send(client, photo, X_Request_ID="mine-7")
+        problem = refused(answer, "internal_error")
+        assert "secret" not in answer.text
+        assert "ZeroDivision" not in answer.text
+        assert problem["request_id"] == "mine-7"
+        (record,) = [record for record in caplog.records if record.exc_info]
+        assert record.request_id == "mine-7"
+        assert "the secret of the engine" in str(record.exc_info[1])
+        assert rows(send(client, photo))
+
+
+def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+    with serving(tiny_bundle.path, queue=4, max_photos=4) as client:
+        admission = client.application.extensions["admission"]
+        assert len(rows(send_form(client, *[("file", "a", photo)] * 4))) == 4
+        admission.enter(1)
+        answer = send_form(client, *[("file", "a", photo)] * 4)  # the request is let in, and found to be of four photos
+        refused(answer, "overloaded", "4 is the most")
+        assert "dvc_photos_inside 1.0" in client.get("/metrics").text
+        admission.enter(3)
+        answer = send(client, photo, X_Request_ID="full")
+        assert refused(answer, "overloaded", "4 photos are waiting")["request_id"] == "full"
+        assert answer.headers["Retry-After"] == "1"
+        assert client.get("/health/ready").status_code == 200
+        admission.leave(4)
+        assert rows(send(client, photo))
+        assert admission.inside == 0
+
+
+# Headers and logs
+
+
+def test_a_requests_id_is_kept_if_it_is_one(client: FlaskClient, photo: bytes) -> None:
+    for given in ("a", "A-b_c.d:9", "x" * 64):
+        answer = send(client, photo, X_Request_ID=given)
+        assert answer.headers["X-Request-ID"] == answer.get_json()["request_id"] == given
+    made = set()
+    for odd in ("", " ", "x" * 65, "a b", "<script>", "ä", "a,b"):
+        answer = send(client, photo, X_Request_ID=odd)
+        made.add(answer.headers["X-Request-ID"])
+    assert all(re.fullmatch(r"[0-9a-f]{32}", name) for name in made)
+    assert len(made) == 7
+
+
+SECURE = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def test_every_answer_is_safe_in_a_browser(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+    with serving(tiny_bundle.path, queue=1, max_photos=1) as client:
+        admission = client.application.extensions["admission"]
+        answers = [
+            send(client, photo),
+            send(client, b"no"),
+            client.get("/nowhere"),
+            client.get("/predict"),
+            client.get("/health/live"),
+            client.get("/metrics"),
+            client.options("/predict"),
+        ]
+        admission.enter()
+        answers.append(send(client, photo))
+        assert [answer.status_code for answer in answers] == [200, 415, 404, 405, 200, 200, 200, 503]
+        for answer in answers:
+            assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+            assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+            assert answer.headers["X-Request-ID"]
+            for name, value in SECURE.items():
+                assert answer.headers.getlist(name) == [value], (answer.status, name)
+
+
+def test_pages_of_other_origins_may_ask_only_where_they_are_named(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+    mine, other = "https://cats.example", "https://dogs.example"
+
+    def allowed(client: FlaskClient, origin: str) -> list[str | None]:
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+        answers = [
+            client.options("/predict", headers={"Origin": origin, **asked}),
+            send(client, photo, Origin=origin),
+            send(client, b"no", Origin=origin),
+        ]
+        return [answer.headers.get("Access-Control-Allow-Origin") for answer in answers]
+
+    with serving(tiny_bundle.path) as client:
+        assert allowed(client, mine) == [None] * 3
+    with serving(tiny_bundle.path, cors_origins=("*",)) as client:
+        assert allowed(client, mine) == ["*"] * 3
+    with serving(tiny_bundle.path, cors_origins=(mine, "https://x.example"), api_keys=("secret-1",)) as client:
+        assert allowed(client, mine) == [mine] * 3
+        assert allowed(client, other) == [None] * 3
+        preflight = client.options("/predict", headers={"Origin": mine, "Access-Control-Request-Method": "POST"})
+        assert preflight.status_code == 200  # without a key: browsers send none
+        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        assert {"Authorization", "Content-Type", "X-API-Key"} <= set(
+            preflight.headers["Access-Control-Allow-Headers"].split(", ")
+        )
+        answer = send(client, photo, Origin=mine, X_API_Key="secret-1")
+        assert "Origin" in answer.headers["Vary"]
+        assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
+        assert "Access-Control-Allow-Origin" not in client.get("/models", headers={"Origin": mine}).headers
+
+
+def test_a_full_house_is_told_to_pages_of_other_origins_too(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+    """Without the header a browser keeps the answer from the page, which then cannot tell it from a dead server."""
+    with serving(tiny_bundle.path, cors_origins=("https://cats.example",), queue=1, max_photos=1) as client:
+        client.application.extensions["admission"].enter()
+        answer = send(client, photo, Origin="https://cats.example")
+        refused(answer, "overloaded")
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://cats.example"
+        assert "Access-Control-Allow-Origin" not in send(client, photo, Origin="https://dogs.example").headers
+
+
+def test_a_key_is_wanted_where_there_are_keys(
+    tiny_bundle: SimpleNamespace, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="service.request")
+    with serving(tiny_bundle.path, api_keys=("ann:key-of-ann", "key-of-nobody")) as client:
+        assert rows(send(client, photo, Authorization="Bearer key-of-ann"))
+        assert rows(send(client, photo, Authorization="bearer key-of-ann"))
+        assert rows(send(client, photo, X_API_Key="key-of-ann"))
+        assert rows(send(client, photo, X_API_Key="key-of-nobody"))
+        for headers in ({}, {"Authorization": "Bearer"}, {"X_API_Key": ""}):
+            answer = send(client, photo, **headers)
+            refused(answer, "unauthorized", "No key came", "Authorization: Bearer KEY")
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+        for headers in (
+            {"X_API_Key": "ann"},
+            {"X_API_Key": "ann:key-of-ann"},
+            {"X_API_Key": "key-of-ann "[:-2]},
+            {"X_API_Key": "schlüssel"},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic a2V5LW9mLWFubg=="},
+        ):
+            refused(send(client, photo, **headers), "unauthorized")
+        refused(send(client, b"no photo, and no key"), "unauthorized")
+        assert client.get("/health/ready").status_code == 200
+    named = [record.key for record in caplog.records if record.name == "service.request" and record.status == 200]
+    assert named[:4] == ["ann", "ann", "ann", "key"]
+    assert "key-of" not in caplog.text + str([vars(record) for record in caplog.records])
+
+
+def test_the_log_tells_of_a_request_and_nothing_of_a_photo(
+    client: FlaskClient, photo: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    send_form(client, ("file", "Annas-Hund.jpg", photo), query="?top_k=1")
+    send_form(client, ("file", "Annas-Hund.jpg", photo[:100]))
+    send_form(client, ("file", "Annas-Hund.jpg", b"a secret text"))
+    send(client, b'{"image": "a secret text"}', "application/json", X_Request_ID="last")
+    lines = [vars(record) for record in caplog.records if record.name == "service.request"]
+    assert [(line["status"], line["code"]) for line in lines] == [
+        (200, None), (422, "damaged_picture"), (415, "not_a_picture"), (400, "bad_base64"),
+    ]  # fmt: skip
+    for line in lines:
+        assert (line["method"], line["path"], line["client"], line["key"]) == ("POST", "/predict", "127.0.0.1", None)
+        assert line["ms"] > 0
+    assert lines[-1]["request_id"] == "last"
+    everything = str([vars(record) for record in caplog.records])
+    assert "Annas" not in everything
+    assert "secret" not in everything
+
+
+def test_methods_that_nobody_knows_are_counted_as_one(client: FlaskClient) -> None:
+    """Every new label is kept in memory for ever, so that a stranger must not be able to make them."""
+    for i in range(20):
+        client.open("/predict", method=f"ODD{i}")
+    assert "ODD" not in client.get("/metrics").get_data(as_text=True)
+
+
+# What else is asked
+
+
+def test_the_model_is_described(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
+    (model,) = client.get("/models").get_json()["models"]
+    bundle = open_bundle(tiny_bundle.path)
+    assert (model["name"], model["version"], model["classes"]) == (bundle.name, bundle.version, list(bundle.classes))
+    given = model["preprocessing"] | {name: tuple(model["preprocessing"][name]) for name in ("mean", "std")}
+    assert Preprocessing(**given).sha256() == model["preprocessing_sha256"]
+    assert model["golden_difference"] <= model["tolerance"]
+    assert model["card"] == (tiny_bundle.path / "README.md").read_text(encoding="utf-8")
+    assert model["metrics"] == bundle.info["metrics"]
+
+
+def test_health(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
+    assert client.get("/health/live").get_json() == {"status": "alive"}
+    ready = client.get("/health/ready").get_json()
+    assert (ready["status"], ready["model"]["version"]) == ("ready", open_bundle(tiny_bundle.path).version)
+
+
+def test_until_the_model_is_loaded_it_is_alive_but_not_ready(
+    tiny_bundle: SimpleNamespace, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.inference.model_manager.ServedModel._load", lambda self: None)
+    client = create_app(Settings(bundle=tiny_bundle.path)).test_client()
+    assert client.get("/health/live").status_code == 200
+    for answer in (client.get("/health/ready"), client.get("/models"), send(client, photo)):
+        refused(answer, "not_ready", "being loaded")
+        assert answer.headers["Retry-After"] == "1"

@@ -1,0 +1,149 @@
+"""service.db.production: answered photos are kept within a number and an age, those that people decided about the longest."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import func, select
+
+from service.db.connection import Database
+from service.db.filter import UNLABELLED, Filter
+from service.db.ingest import know_model
+from service.db.production import Answered, keep, labelled, name_of, photo_of, prune
+from service.db.query import Listing, Photo
+from service.db.schema import live_photos, predictions
+from service.reviews.decisions import Verdict, decide, history, holding
+from tests.helpers.gallery_rows import VERSION, check_cells, enter, make_predictions
+
+CLASSES = ("cats", "dogs")
+NOW = datetime.now(timezone.utc)
+
+
+def answered(number: int, *, age_days: float = 0.0, p_dogs: float = 0.75) -> Answered:
+    data = f"photo {number}".encode()
+    values = np.array([1 - p_dogs, p_dogs], dtype=np.float32)
+    return Answered(data, hashlib.sha256(data).hexdigest(), values, NOW - timedelta(days=age_days, seconds=-number / 1e3))
+
+
+def keep_all(database: Database, *photos: Answered, version: str = VERSION, classes: tuple[str, ...] = CLASSES) -> int:
+    with database.write() as connection:
+        model = know_model(connection, version=version, name="live", classes=classes)
+        return keep(connection, model, classes, photos)
+
+
+def say(database: Database, photo: Answered, decision: str, new_label: str | None = None, *, version: str = VERSION) -> None:
+    with database.write() as connection:
+        holds = holding(connection, photo.sha256)
+        words = {"photo": name_of(photo.sha256), "sha256": photo.sha256, "model_version": version, "decision": decision}
+        decide(connection, Verdict(**words, new_label=new_label, seen=holds and holds.id))  # type: ignore[arg-type]
+
+
+def one(database: Database, photo: Answered) -> Photo:
+    with database.read() as connection:
+        return Listing(connection, Filter(model=VERSION)).find(name_of(photo.sha256))
+
+
+def kept(database: Database) -> set[str]:
+    """The sha256s of the photos that are there; their predictions and the cells must agree."""
+    check_cells(database)
+    with database.read() as connection:
+        found = set(connection.execute(select(live_photos.c.sha256)).scalars())
+        assert found == set(connection.execute(select(predictions.c.sha256)).scalars())
+    return found
+
+
+def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
+    assert keep_all(database, answered(1), answered(2), answered(1)) == 2
+    assert keep_all(database, answered(1, p_dogs=0.1)) == 0
+    photo = one(database, answered(1))
+    assert (photo.source, photo.label, photo.predicted, photo.verdict, photo.review) == (
+        "live",
+        None,
+        "dogs",
+        "unknown",
+        "unreviewed",
+    )
+    assert (photo.confidence, photo.margin, photo.loss, photo.p_true) == (0.75, 0.5, None, None)
+    with database.read() as connection:
+        counts = Listing(connection, Filter(model=VERSION)).counts
+        assert counts.facets["verdict"] == {"unknown": 2}
+        assert counts.facets["class"] == {UNLABELLED: 2}
+        assert counts.facets["split"] == {}
+        assert photo_of(connection, answered(2).sha256) == b"photo 2"
+        assert photo_of(connection, answered(3).sha256) is None
+
+
+@pytest.mark.parametrize(
+    ("decision", "new_label", "wanted"),
+    [
+        ("label", "dogs", ("dogs", "right", "confirmed")),
+        ("label", "cats", ("cats", "wrong", "relabelled")),
+        ("label", "birds", (None, "unknown", "relabelled")),
+        ("neither", None, (None, "unknown", "neither")),
+        ("bad", None, (None, "unknown", "bad")),
+    ],
+)
+def test_a_decision_labels_it_and_undoing_takes_that_back(
+    database: Database, decision: str, new_label: str | None, wanted: tuple[str | None, str, str]
+) -> None:
+    photo = answered(1)
+    keep_all(database, photo)
+    knows_birds = replace(photo, probabilities=np.append(photo.probabilities, np.float32(0)))
+    keep_all(database, knows_birds, version="birds", classes=(*CLASSES, "birds"))
+    say(database, photo, decision, new_label, version="birds")
+    found = one(database, photo)
+    assert (found.label, found.verdict, found.review) == wanted
+    assert found.loss == (pytest.approx(-np.log(0.75 if wanted[0] == "dogs" else 0.25)) if wanted[0] else None)
+    keep_all(database, photo, version="v2")  # another model is asked of it: the decision holds there too
+    with database.read() as connection:
+        other = Listing(connection, Filter(model="v2")).find(name_of(photo.sha256))
+        assert (other.label, other.verdict, other.review) == wanted
+        assert list(labelled(connection)) == ([(photo.sha256, new_label)] if decision == "label" else [])
+    say(database, photo, "undo")
+    found = one(database, photo)
+    assert (found.label, found.verdict, found.review, found.loss) == (None, "unknown", "unreviewed", None)
+    check_cells(database)
+
+
+def test_of_too_many_the_oldest_without_a_decision_go_first(database: Database) -> None:
+    photos = [answered(number, age_days=10 - number) for number in range(10)]
+    keep_all(database, *photos)
+    keep_all(database, photos[4], version="v2")
+    for number in (0, 3):
+        say(database, photos[number], "label", "cats")
+
+    def prune_to(most: int) -> tuple[int, list[int]]:
+        with database.write() as connection:
+            gone = prune(connection, most=most, days=365)
+        return gone, [number for number, photo in enumerate(photos) if photo.sha256 in kept(database)]
+
+    assert prune_to(10) == (0, list(range(10)))
+    assert prune_to(7) == (3, [0, 3, 5, 6, 7, 8, 9])
+    assert prune_to(3) == (4, [0, 3, 9])
+    assert prune_to(1) == (2, [3])
+    with database.read() as connection:
+        assert [row.new_label for row in history(connection, photos[0].sha256)] == ["cats"]
+    assert prune_to(0) == (1, [])
+    keep_all(database, photos[0])  # it comes back, and what was decided about it holds
+    assert one(database, photos[0]).label == "cats"
+
+
+def test_what_is_too_old_goes_and_evaluated_photos_stay(database: Database, tmp_path: Path) -> None:
+    photos = [answered(number, age_days=number) for number in range(6)]
+    keep_all(database, *photos)
+    say(database, photos[5], "label", "cats")
+    with database.write() as connection:
+        assert prune(connection, most=100, days=2.5) == 3
+    assert kept(database) == {photo.sha256 for photo in photos[:3]}
+    enter(database, make_predictions(1, 20, CLASSES), tmp_path, version="v2")
+    with database.write() as connection:
+        assert prune(connection, most=1, days=2.5) == 2
+        assert prune(connection, most=1, days=0) == 1
+        assert prune(connection, most=1, days=0) == 0
+        assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 20
+    check_cells(database)

@@ -1,0 +1,339 @@
+"""service.db: every count and every page against the same worked out in plain Python from predictions.csv."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import NewDatabase
+from sqlalchemy import func, select
+
+from service.db import pagination
+from service.db.aggregates import BINS
+from service.db.connection import Database
+from service.db.filter import FACETS, ORDERS, Filter
+from service.db.ingest import Table, import_table, know_model, storable
+from service.db.query import Listing, find_model, known_models
+from service.db.schema import imports, predictions
+from service.http.errors import Problem
+from service.reviews.decisions import Verdict, decide
+from tests.helpers.gallery_rows import (
+    CHECKS,
+    CLASSES,
+    VERSION,
+    Plain,
+    any_filter,
+    check_cells,
+    enter,
+    make_predictions,
+    passes,
+    with_reviews,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+PHOTOS = 240
+EVERYTHING = Filter(model=VERSION)
+
+
+@pytest.fixture(scope="module", params=[("sqlite", 2), ("sqlite", 5), ("postgresql", 2), ("postgresql", 5)], ids=str)
+def gallery(
+    request: pytest.FixtureRequest, new_database: NewDatabase, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SimpleNamespace]:
+    """Two sources of one model, with decisions on a tenth of the photos: ``rows`` are what must be found. Tests read only."""
+    kind, count = request.param
+    with new_database(kind) as url:
+        database = Database(url)
+        yield fill(database, CLASSES[count], tmp_path_factory.mktemp("gallery"))
+        database.close()
+
+
+def fill(database: Database, classes: tuple[str, ...], tmp_path: Path) -> SimpleNamespace:
+    rows = enter(database, make_predictions(1, PHOTOS, classes), tmp_path)
+    other = make_predictions(2, PHOTOS // 2, classes)
+    moved = tuple(photo.replace("/", "/fold/") for photo in other.photos)
+    other = type(other)(classes, moved, other.labels, other.probabilities, other.splits, tuple(s[::-1] for s in other.sha256s))
+    rows += enter(database, other, tmp_path, source="out-of-fold", seed=2)
+    rng = random.Random(3)
+    decided: dict[str, tuple[str, str | None]] = {}
+    with database.write() as connection:
+        for row in rng.sample(rows, PHOTOS // 10):
+            decision = rng.choice(("label", "label", "neither", "bad"))
+            new_label = rng.choice(classes) if decision == "label" else None
+            words = {"photo": row.photo, "sha256": row.sha256, "model_version": VERSION}
+            decide(connection, Verdict(**words, decision=decision, new_label=new_label))  # type: ignore[arg-type]
+            decided[row.sha256] = (decision, new_label)
+    return SimpleNamespace(database=database, classes=classes, rows=with_reviews(rows, decided))
+
+
+def test_every_count_is_what_the_table_gives(gallery: SimpleNamespace) -> None:
+    rng = random.Random(4)
+    filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(25))]
+    found_some = 0
+    with gallery.database.read() as connection:
+        for wanted in filters:
+            counts = Listing(connection, wanted).counts
+            rows = [row for row in gallery.rows if passes(row, wanted)]
+            found_some += bool(rows)
+            assert counts.total == len(rows)
+            assert counts.confusion == Counter((row.label, row.predicted) for row in rows)
+            steps = [sum(i / BINS <= row.confidence for row in rows) for i in range(BINS)]
+            assert counts.histogram == [more - fewer for more, fewer in zip(steps, [*steps[1:], 0], strict=True)]
+            for parameter in FACETS:
+                assert counts.facets[parameter] == facet(gallery.rows, wanted, parameter), (parameter, wanted)
+    assert found_some > 10
+    check_cells(gallery.database)
+
+
+def facet(rows: Sequence[Plain], wanted: Filter, parameter: str) -> Counter[str]:
+    """What each value of a facet would show, the rest of the filter staying as it is."""
+    others = [row for row in rows if passes(row, wanted, but=parameter)]
+    values = values_of(rows)[parameter]
+    only = {value: EVERYTHING.toggled(parameter, value) for value in values}
+    return Counter({value: n for value in values if (n := sum(CHECKS[parameter](row, only[value]) for row in others))})
+
+
+def values_of(rows: Sequence[Plain]) -> dict[str, set[str]]:
+    return {
+        "verdict": {"right", "wrong"},
+        "class": {row.label for row in rows},
+        "predicted": {row.predicted for row in rows},
+        "source": {row.source for row in rows},
+        "split": {row.split for row in rows},
+        "review": {row.review for row in rows},
+        "flag": {"duplicate", "mislabelled"},
+    }
+
+
+KEYS = {
+    "loss": lambda row: row.loss,
+    "confidence": lambda row: row.confidence,
+    "margin": lambda row: row.margin,
+    "name": lambda row: row.photo,
+    "random": lambda row: 0,
+}
+
+
+@pytest.mark.parametrize(("few", "sparse"), [(pagination.FEW, pagination.SPARSE), (10, 0)])
+@pytest.mark.parametrize("sort", ORDERS)
+def test_pages_hold_every_photo_once_and_in_order(
+    gallery: SimpleNamespace, sort: str, few: int, sparse: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they are found: what is done for a million photos is done for these where fewer are few."""
+    monkeypatch.setattr(pagination, "FEW", few)
+    monkeypatch.setattr(pagination, "SPARSE", sparse)
+    rng = random.Random(f"{sort} {few}")
+    filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(2))]
+    for number, wanted in enumerate(filters):
+        there, back = (wanted.having(sort=sort, order=way, seed=number, per_page=24) for way in ("asc", "desc"))
+        shown = {}
+        with gallery.database.read() as connection:
+            for asked in (there, back):
+                listing = Listing(connection, asked)
+                pages = [listing.page(page) for page in range(1, listing.pages + 1)]
+                assert all(len(page) == 24 for page in pages[:-1])
+                assert listing.page(listing.pages + 1) == []
+                shown[asked.order] = [photo for page in pages for photo in page]
+                assert listing.ids() == [p.id for p in shown[asked.order]]
+                assert [p.id for p in listing.first(5)] == [p.id for p in shown[asked.order][:5]]
+        rows = [row for row in gallery.rows if passes(row, wanted)]
+        by_sha = {row.sha256: row for row in rows}
+        assert sorted(p.sha256 for p in shown["asc"]) == sorted(by_sha)
+        keys = [KEYS[sort](by_sha[p.sha256]) for p in shown["asc"]]
+        assert keys == (sorted(keys) if sort in ("name", "random") else pytest.approx(sorted(keys), rel=1e-6, abs=1e-9))
+        assert [p.id for p in shown["desc"]] == [p.id for p in reversed(shown["asc"])]
+
+
+def test_a_random_order_is_another_with_another_seed(gallery: SimpleNamespace) -> None:
+    def names(seed: int) -> list[str]:
+        with gallery.database.read() as connection:
+            return [photo.photo for photo in Listing(connection, EVERYTHING.having(sort="random", seed=seed)).page(1)]
+
+    assert names(1) == names(1)
+    assert len({tuple(names(seed)) for seed in range(6)}) == 6
+    assert names(1) != sorted(names(1))
+
+
+@pytest.mark.parametrize(("sort", "way"), [("loss", "desc"), ("confidence", "asc"), ("random", "asc"), ("random", "desc")])
+@pytest.mark.parametrize("sparse", [pagination.SPARSE, 0])
+def test_a_photo_knows_its_neighbours(
+    gallery: SimpleNamespace, sort: str, way: str, sparse: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pagination, "SPARSE", sparse)
+    wanted = EVERYTHING.having(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=way, seed=5)
+    with gallery.database.read() as connection:
+        listing = Listing(connection, wanted)
+        shown = listing.photos(listing.ids())
+        assert len(shown) > 5
+        ids = [None, *(photo.id for photo in shown), None]
+        for place, photo in enumerate(shown):
+            before, previous, following = listing.around(photo)
+            found = (before, previous and previous.id, following and following.id)
+            assert listing.lets_through(photo)
+            assert found == (place, ids[place], ids[place + 2])
+
+
+@pytest.mark.parametrize("sort", ["name", "loss"])
+@pytest.mark.parametrize("sparse", [pagination.SPARSE, 0])
+def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(
+    gallery: SimpleNamespace, sort: str, sparse: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a decision the photo may be in the filter no longer; "next" goes on from where it was."""
+    monkeypatch.setattr(pagination, "SPARSE", sparse)
+    monkeypatch.setattr(pagination, "FEW", 10)
+    everything = EVERYTHING.having(sort=sort)
+    wanted = everything.having(verdicts=("wrong",))
+    with gallery.database.read() as connection:
+        whole = Listing(connection, everything)
+        shown = whole.photos(whole.ids())
+        narrow = Listing(connection, wanted)
+        for photo in shown[::37]:
+            if photo.verdict == "right":
+                assert not narrow.lets_through(photo)
+                before, previous, following = narrow.around(photo)
+                place = shown.index(next(p for p in shown if p.id == photo.id))
+                wrong = [p.id if p.verdict == "wrong" else None for p in shown]
+                earlier, later = ([id_ for id_ in part if id_] for part in (wrong[:place], wrong[place:]))
+                assert before == len(earlier)
+                assert (previous and previous.id) == (earlier[-1] if earlier else None)
+                assert (following and following.id) == (later[0] if later else None)
+
+
+def test_a_photo_is_all_that_the_table_says(gallery: SimpleNamespace) -> None:
+    by_name = {(row.photo, row.sha256): row for row in gallery.rows}
+    assert any("\uf7ff" in row.photo for row in gallery.rows), "a name that is no UTF-8"
+    with gallery.database.read() as connection:
+        listing = Listing(connection, EVERYTHING.having(labels=gallery.classes[:1]))
+        for (name, sha256), row in list(by_name.items())[::7]:
+            photo = listing.find(name, sha256)
+            said = (photo.label, photo.predicted, photo.split, photo.source, photo.review, photo.duplicate, photo.mislabelled)
+            assert said == (row.label, row.predicted, row.split, row.source, row.review, row.duplicate, row.mislabelled)
+            assert photo.verdict == row.verdict
+            assert (photo.confidence, photo.margin, photo.loss) == pytest.approx((row.confidence, row.margin, row.loss))
+            assert photo.probabilities.sum() == pytest.approx(1)
+            assert photo.p_true == pytest.approx(photo.probabilities[gallery.classes.index(row.label)])
+            assert (photo.decision is None) == (row.review == "unreviewed")
+
+
+@pytest.mark.parametrize("name", ["nothing.jpg", "a\0b", "half \udcff", ""])
+def test_a_photo_that_there_is_none_of(gallery: SimpleNamespace, name: str) -> None:
+    with gallery.database.read() as connection, pytest.raises(Problem) as caught:
+        Listing(connection, EVERYTHING).find(name)
+    assert caught.value.code == "not_found"
+
+
+@pytest.mark.parametrize("version", ["v9", "", "a\0b", "half \udcff"])
+def test_a_model_that_there_is_none_of(database: Database, version: str) -> None:
+    with database.read() as connection, pytest.raises(Problem) as caught:
+        Listing(connection, Filter(model=version))
+    assert caught.value.code == "not_found"
+
+
+def test_a_class_that_the_model_does_not_know(gallery: SimpleNamespace) -> None:
+    for wanted in (EVERYTHING.having(labels=("birds",)), EVERYTHING.having(predicted=("birds",))):
+        with gallery.database.read() as connection, pytest.raises(Problem, match="is 'birds'; the model knows"):
+            Listing(connection, wanted)
+
+
+def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
+    gallery = fill(database, CLASSES[5], tmp_path)
+    said = make_predictions(1, PHOTOS, gallery.classes)
+    enter(gallery.database, said, tmp_path)
+    with gallery.database.read() as connection:
+        assert Listing(connection, EVERYTHING).everything == len(gallery.rows)
+        assert connection.execute(select(func.count()).select_from(imports)).scalar_one() == 2
+    again = make_predictions(1, PHOTOS, gallery.classes)
+    probabilities = again.probabilities[:, ::-1].copy()
+    again = type(again)(again.classes, again.photos, again.labels, probabilities, again.splits, again.sha256s)
+    enter(gallery.database, again, tmp_path)  # another evaluation of the same photos: the first one stays
+    with gallery.database.read() as connection:
+        listing = Listing(connection, EVERYTHING)
+        assert listing.everything == len(gallery.rows)
+        assert listing.counts.confusion == Counter((row.label, row.predicted) for row in gallery.rows)
+    check_cells(gallery.database)
+
+
+def test_two_processes_that_import_at_once_give_one_import(database: Database, database_url: str, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, 'tests'); import gallery_rows as g;"
+        "from service.db.connection import Database; d = Database(sys.argv[1]);"
+        "said = g.make_predictions(1, 300, g.CLASSES[2]); sys.stdin.read(1); g.enter(d, said, Path(sys.argv[2]))"
+    )
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, database_url, folder], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for folder in folders
+    ]
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=300)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    with database.read() as connection:
+        assert [model.version for model in known_models(connection)] == [VERSION]
+        assert connection.execute(select(imports.c.photos)).scalars().all() == [300]
+        assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 300
+    check_cells(database)
+
+
+def test_a_table_that_cannot_be_entered_whole_is_not_entered(database: Database, tmp_path: Path) -> None:
+    said = make_predictions(1, 50, CLASSES[2])
+    broken = type(said)(
+        said.classes, said.photos, said.labels, said.probabilities, said.splits, (*said.sha256s[:-1], "no hash")
+    )
+    with pytest.raises(ValueError, match="no hash"):
+        enter(database, broken, tmp_path)
+    with database.read() as connection:
+        assert known_models(connection) == []
+        assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 0
+
+
+def test_models_are_listed_the_newest_first(database: Database, tmp_path: Path) -> None:
+    for number, classes in enumerate(CLASSES.values(), 1):
+        enter(database, make_predictions(number, 10, classes), tmp_path, version=f"v{number}")
+    with database.read() as connection:
+        assert [(model.version, model.name, model.classes) for model in known_models(connection)] == [
+            ("v2", "model v2", CLASSES[5]),
+            ("v1", "model v1", CLASSES[2]),
+        ]
+        assert find_model(connection, "v1").classes == CLASSES[2]
+
+
+def test_nothing_at_all(database: Database, tmp_path: Path) -> None:
+    enter(database, make_predictions(1, 0, CLASSES[2]), tmp_path)
+    with database.read() as connection:
+        listing = Listing(connection, EVERYTHING)
+        assert (listing.counts.total, listing.pages, listing.page(1), listing.photos(listing.ids())) == (0, 1, [], [])
+
+
+def test_what_a_later_evaluation_suspects_is_suspected_though_it_is_known(database: Database) -> None:
+    """As the validation photos that a bundle carries and ``finetune evaluate --folds`` looks through again."""
+    said = make_predictions(3, 40, CLASSES[2])
+    none = np.zeros(40, dtype=np.bool_)
+    some = none.copy()
+    some[[4, 30]] = True
+    suspected = Filter(model=VERSION, flags=("mislabelled",))
+    with database.write() as connection:
+        model = know_model(connection, version=VERSION, name="one", classes=CLASSES[2])
+        assert import_table(connection, model, Table("evaluation", "a", said, none, none)) == 40
+    with database.read() as connection:
+        assert Listing(connection, suspected).counts.total == 0
+    for digest in ("b", "c"):  # the second time there is nothing to change
+        with database.write() as connection:
+            assert import_table(connection, model, Table("out-of-fold", digest, said, none, some)) == 0
+        with database.read() as connection:
+            found = Listing(connection, suspected).page(1)
+        assert sorted(photo.photo for photo in found) == sorted(storable(said.photos[i]) for i in (4, 30))
+        assert {photo.source for photo in found} == {"evaluation"}
+        check_cells(database)

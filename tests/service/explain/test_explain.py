@@ -1,0 +1,322 @@
+"""Where the model looked: exact where it can be, and found by covering elsewhere; one at a time, and kept."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from safetensors.numpy import save_file
+
+from models.artifacts.bundle import GRAPH, WEIGHTS, Bundle, open_bundle
+from models.runtime.openvino_engine import OnnxEngine
+from service.explain.cam import LinearHead
+from service.explain.explainer import CAM, OCCLUSION, OUTPUTS, Explainer
+from service.explain.heatmap import colours, legend, overlay
+from service.explain.occlusion import CELLS, PASSES, occlusion_map
+from service.http.errors import Problem
+from tests.helpers.server import poll
+
+SIDE = 32
+PATIENCE_S = 300.0  # its thread gives way to all others, and a machine that tests may be busy
+TEMPERATURE = 0.7
+CLASSES = ("red", "green", "blue")
+
+
+def graph(path: Path, *, weight: np.ndarray, bias: np.ndarray, relu: bool, bent: bool) -> None:
+    """A network whose last map is each channel's mean over 4 x 4 px; ``relu`` follows it, or what is not linear (``bent``)."""
+    constants = {"scale": np.float32(1 / 255), "half": np.float32(0.5 if relu else 0.0), "w": weight.T.copy(), "b": bias}
+    constants["t"] = np.float32(TEMPERATURE)
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "scale"], ["scaled"]),
+        helper.make_node("Transpose", ["scaled"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("AveragePool", ["planes"], ["means"], kernel_shape=[4, 4], strides=[4, 4]),
+        helper.make_node("Sub", ["means", "half"], ["feature_map"]),
+        helper.make_node("Relu" if relu else "Identity", ["feature_map"], ["active"]),
+        helper.make_node("GlobalMaxPool" if bent else "GlobalAveragePool", ["active"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["embedding"]),
+        helper.make_node("MatMul", ["embedding", "w"], ["scores"]),
+        helper.make_node("Add", ["scores", "b"], ["shifted"]),
+        helper.make_node("Div", ["shifted", "t"], ["calibrated"]),
+        helper.make_node("Softmax", ["calibrated"], ["probabilities"], axis=1),
+    ]
+    shapes = {"probabilities": ["N", 3], "embedding": ["N", 3], "feature_map": ["N", 3, 8, 8]}
+    model = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "drawn",
+            [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", SIDE, SIDE, 3])],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()],
+            [numpy_helper.from_array(np.asarray(value, np.float32), name) for name, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Bundle]:
+    """``make(relu=, bent=)``: a bundle of that network, as far as explanations need one."""
+
+    def made(*, relu: bool = False, bent: bool = False, in_bundle: np.ndarray | None = None, gain: float = 20.0) -> Bundle:
+        weight = (gain * np.eye(3)).astype(np.float32)
+        bias = np.array([0.1, -0.2, 0.3], np.float32)
+        graph(tmp_path / GRAPH, weight=weight, bias=bias, relu=relu, bent=bent)
+        save_file({"fc.weight": weight if in_bundle is None else in_bundle, "fc.bias": bias}, tmp_path / WEIGHTS)
+        preprocessing = {"input_px": SIDE, "resize_px": SIDE, "mean": [0.5] * 3, "std": [0.25] * 3}
+        info = {"head": "fc", "temperature": TEMPERATURE, "classes": list(CLASSES), "preprocessing": preprocessing}
+        return Bundle(tmp_path, MappingProxyType(info | {"sha256": "0" * 64}))
+
+    return made
+
+
+def drawn() -> np.ndarray:
+    """A grey picture with a red square at the upper left, and a smaller green one at the lower right."""
+    pixels = np.full((SIDE, SIDE, 3), 128, np.uint8)
+    pixels[4:12, 8:16] = (255, 0, 0)
+    pixels[24:28, 20:24] = (0, 255, 0)
+    return pixels
+
+
+def explain(bundle: Bundle, label: str, pixels: np.ndarray | None = None) -> Any:
+    explainer = Explainer(bundle, patience_s=PATIENCE_S)
+    try:
+        return explainer.explain("a" * 64, label, lambda: drawn() if pixels is None else pixels)
+    finally:
+        explainer.close()
+
+
+def place(heat: np.ndarray) -> tuple[int, int]:
+    y, x = np.unravel_index(heat.argmax(), heat.shape)
+    return int(y), int(x)
+
+
+# The class-activation map
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_the_map_adds_up_to_the_scores_and_so_to_the_probabilities(make: Callable[..., Bundle], relu: bool) -> None:
+    bundle = make(relu=relu)
+    found = [explain(bundle, label) for label in CLASSES]
+    assert {each.method for each in found} == {CAM}
+    head = LinearHead.of(bundle)
+    assert head is not None
+    scores = np.array([each.evidence.mean() for each in found]) + head.bias
+    wanted = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"]).run(drawn()[None])[0][0]
+    given = np.exp(scores / TEMPERATURE) / np.exp(scores / TEMPERATURE).sum()
+    assert given == pytest.approx(wanted, abs=1e-5)
+    assert abs(scores.sum()) < 1e-4
+
+
+def test_the_map_is_warm_on_what_speaks_for_the_class(make: Callable[..., Bundle]) -> None:
+    bundle = make()
+    y, x = place(explain(bundle, "red").heat(SIDE))
+    assert (4 <= y < 12, 8 <= x < 16) == (True, True)
+    y, x = place(explain(bundle, "green").heat(SIDE))
+    assert (24 <= y < 28, 20 <= x < 24) == (True, True)
+    assert "exact for this network" in explain(bundle, "red").sentence
+
+
+def test_heat_is_between_0_and_1_and_little_evidence_stays_little(make: Callable[..., Bundle]) -> None:
+    pixels = np.full((SIDE, SIDE, 3), 128, np.uint8)
+    pixels[:16] = (255, 0, 0)
+    pixels[24:] = (128, 140, 128)  # a breath of green
+    bundle = make()
+    strong, weak = explain(bundle, "red", pixels).heat(SIDE), explain(bundle, "green", pixels).heat(SIDE)
+    assert (strong.shape, strong.dtype) == ((SIDE, SIDE), np.float32)
+    assert strong.min() == 0
+    assert strong.max() == pytest.approx(1)
+    assert 0 < weak.max() < 0.2
+
+
+def test_where_nothing_speaks_for_a_class_it_says_so(make: Callable[..., Bundle]) -> None:
+    pixels = np.full((SIDE, SIDE, 3), (255, 0, 0), np.uint8)
+    found = explain(make(gain=2.0), "blue", pixels)
+    assert found.is_empty
+    assert found.heat(SIDE).max() == 0
+    assert found.sentence == "No place of the photo speaks for 'blue' rather than for the other classes (class-activation map)."
+
+
+@pytest.mark.parametrize("wrong", ["weights", "no weights", "max pooling", "shuffled"])
+def test_exactness_is_checked_and_not_believed(make: Callable[..., Bundle], wrong: str) -> None:
+    bundle = make(bent=wrong == "max pooling", in_bundle=np.eye(3, dtype=np.float32) if wrong == "weights" else None)
+    if wrong == "no weights":
+        (bundle.path / WEIGHTS).unlink()
+    if wrong == "shuffled":
+        bundle = replace(bundle, info={**bundle.info, "permute_pixels": 0})
+    found = explain(bundle, "red")
+    assert (found.method, found.forward_passes) == (OCCLUSION, PASSES)
+    assert "was blurred" in found.sentence
+
+
+def test_a_head_that_is_a_convolution_is_linear_too(make: Callable[..., Bundle]) -> None:
+    bundle = make()
+    save_file(
+        {"fc.weight": (20 * np.eye(3, dtype=np.float32)).reshape(3, 3, 1, 1), "fc.bias": np.float32([0.1, -0.2, 0.3])},
+        bundle.path / WEIGHTS,
+    )
+    assert explain(bundle, "red").method == CAM
+
+
+# Occlusion
+
+
+def test_occlusion_finds_the_object_that_was_drawn(make: Callable[..., Bundle]) -> None:
+    """The largest value of each channel decides, so that nothing but the square itself can be missed."""
+    pixels = np.full((SIDE, SIDE, 3), 128, np.uint8)
+    pixels[12:20, 12:20] = (255, 0, 0)
+    found = explain(make(bent=True, gain=4.0), "red", pixels)
+    assert found.method == OCCLUSION
+    assert found.evidence.shape == (CELLS, CELLS)
+    heat = found.heat(SIDE)
+    assert heat[12:20, 12:20].min() > 2 * max(heat[:8].max(), heat[24:].max(), heat[:, :8].max(), heat[:, 24:].max())
+
+
+def test_occlusion_asks_as_often_as_it_says_and_covers_every_pixel() -> None:
+    asked: list[np.ndarray] = []
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        asked.append(pixels[0])
+        return np.array([[0.5, 0.5]], np.float32)
+
+    pixels = np.zeros((28, 28, 1), np.uint8)
+    assert (occlusion_map(run, pixels, 0, cover=np.full_like(pixels, 200)) == 0).all()
+    assert len(asked) == PASSES
+    assert (np.max(asked, axis=0) == 200).all()
+    assert pixels.max() == 0
+
+
+def test_occlusion_sees_what_moves_an_answer_that_is_certain() -> None:
+    """Probabilities near 1 differ in the others' digits alone."""
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        other = 1e-6 if (pixels[0, :8, :8] == 0).all() else 1e-5
+        return np.array([[1 - other, other]], np.float32)
+
+    found = occlusion_map(run, np.zeros((32, 32, 3), np.uint8), 0, cover=np.full((32, 32, 3), 9, np.uint8))
+    assert place(found) == (0, 0)
+
+
+def test_a_trained_bundle_is_explained_by_occlusion_where_its_head_is_deep(tiny_bundle: SimpleNamespace) -> None:
+    bundle = open_bundle(tiny_bundle.path)
+    pixels = bundle.preprocessing.pixels(next(iter(sorted((tiny_bundle.photos / "red").iterdir()))).read_bytes())
+    found = explain(bundle, "red", pixels)
+    assert found.method == OCCLUSION
+    assert np.isfinite(found.evidence).all()
+
+
+# One at a time, and kept
+
+
+def test_what_was_explained_is_kept_for_each_photo_and_class(make: Callable[..., Bundle]) -> None:
+    explainer, asked = Explainer(make(), patience_s=PATIENCE_S), []
+
+    def pixels() -> np.ndarray:
+        asked.append(1)
+        return drawn()
+
+    for sha256, label in (("a", "red"), ("a", "red"), ("a", "green"), ("b", "red"), ("a", "red")):
+        assert explainer.explain(sha256, label, pixels).label == label
+    assert len(asked) == 3
+    explainer.close()
+
+
+def test_many_at_once_are_computed_one_by_one_or_refused(make: Callable[..., Bundle]) -> None:
+    explainer, inside, most, may_end = Explainer(make(), patience_s=PATIENCE_S, most_waiting=2), [], [], threading.Event()
+
+    def pixels() -> np.ndarray:
+        inside.append(1)
+        most.append(len(inside))
+        may_end.wait(300)
+        inside.pop()
+        return drawn()
+
+    def ask(number: int) -> str:
+        try:
+            return str(explainer.explain(str(number), "red", pixels).method)
+        except Problem as problem:
+            return problem.code
+
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(ask, 0)
+        poll(lambda: inside)
+        others = [pool.submit(ask, number) for number in range(1, 8)]
+        poll(lambda: sum(other.done() for other in others) == 5)
+        may_end.set()
+        answers = [first.result(300), *(other.result(300) for other in others)]
+    assert sorted(answers) == [CAM] * 3 + ["overloaded"] * 5
+    assert max(most) == 1
+    explainer.close()
+
+
+def test_an_unknown_class_is_refused_by_name(make: Callable[..., Bundle]) -> None:
+    with pytest.raises(Problem, match="red, green, blue") as caught:
+        explain(make(), "zebra")
+    assert caught.value.code == "bad_parameter"
+
+
+def test_the_engine_is_given_back_when_nobody_asks_and_made_again(make: Callable[..., Bundle]) -> None:
+    explainer = Explainer(make(), patience_s=PATIENCE_S, idle_s=0.05)
+    assert explainer._engine is None
+    for sha256 in "ab":
+        assert explainer.explain(sha256, "red", drawn).method == CAM
+        poll(lambda: explainer._engine is None and not explainer._crew._threads)
+    explainer.close()
+
+
+def test_outputs_are_those_that_are_exported() -> None:
+    from models.networks import onnx_export as graph
+
+    assert graph.OUTPUTS == OUTPUTS
+
+
+# The picture
+
+
+def test_the_overlay_is_the_photo_in_grey_with_warm_colours_where_heat_is() -> None:
+    pixels = np.full((SIDE, SIDE, 3), 200, np.uint8)
+    heat = np.zeros((SIDE, SIDE), np.float32)
+    heat[8:16, 8:16] = 1
+    seen = np.asarray(Image.open(io.BytesIO(overlay(pixels, heat)))).astype(int)
+    assert seen.shape == (SIDE, SIDE, 3)
+    hot, cold = seen[12, 12], seen[30, 30]
+    assert hot[0] > hot[2] + 80  # yellow
+    assert cold[2] > cold[1]  # violet
+    assert Image.open(io.BytesIO(overlay(pixels[..., :1], heat))).size == (SIDE, SIDE)
+
+
+def test_colours_grow_evenly_lighter() -> None:
+    """So that they are told apart without their hues as well: every step is as large as the next, within a half."""
+    rgb = colours(np.linspace(0, 1, 9, dtype=np.float32)) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    lightness = 116 * np.cbrt(linear @ np.array([0.2126, 0.7152, 0.0722])) - 16
+    steps = np.diff(lightness)
+    assert steps.min() > 0.5 * steps.mean()
+    assert steps.max() < 1.5 * steps.mean()
+
+
+def test_colours_are_those_of_viridis() -> None:
+    from matplotlib import colormaps
+
+    numbers = np.arange(256, dtype=np.float32) / 255
+    assert np.abs(colours(numbers) - 255 * colormaps["viridis"](numbers)[:, :3]).max() <= 3
+
+
+def test_the_legend_runs_from_cold_to_hot() -> None:
+    bar = np.asarray(Image.open(io.BytesIO(legend(width_px=64, height_px=4))))
+    assert bar.shape == (4, 64, 3)
+    assert np.abs(bar[0, 0] - np.array([68, 1, 84])).max() <= 1
+    assert np.abs(bar[0, -1] - np.array([253, 231, 37])).max() <= 1

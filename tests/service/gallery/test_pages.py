@@ -1,0 +1,526 @@
+"""The gallery's listing pages: every number on them is counted again from the tables, every link followed, in a browser too."""
+
+from __future__ import annotations
+
+import csv
+import html
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, expect
+from scipy.stats import binomtest
+
+from models.artifacts.bundle import PREDICTIONS, open_bundle
+from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
+from models.artifacts.predictions import Predictions
+from models.artifacts.similarity import LOOKALIKES
+from service.db.connection import Database
+from service.db.ingest import Table, import_table, know_model
+from service.gallery.sidebar import numbers
+from tests.helpers.browser import DESKTOP, PHONE, SAID_IN_WORDS, NewPage, visitor
+from tests.helpers.server import Server, poll, serve
+
+MORE = 100
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A service that shows ``rows``: the bundle's own predictions, and generated ones whose photos are in no folder."""
+
+    server: Server
+    rows: list[Row]
+    classes: tuple[str, ...]
+    version: str
+
+    def text(self, path: str) -> str:
+        answer = self.server.get(path)
+        assert answer.status == 200, (path, answer.status, answer.body[:300])
+        return answer.body.decode()
+
+    def total(self, path: str) -> int:
+        """The number that begins the sentence of the grid at an address."""
+        found = re.search(r'<h1 class="sentence">([\d,]+) photo', self.text(path))
+        assert found, path
+        return int(found[1].replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
+    folder = tmp_path_factory.mktemp("gallery")
+    bundle = open_bundle(tiny_bundle.path)
+    url = f"sqlite:///{folder / 'reviews.db'}"
+    generated = generate(bundle.classes)
+    generated.write_csv(folder / "generated.csv")
+    database = Database(url)
+    with database.write() as connection:
+        model = know_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
+        flags = np.arange(MORE) % 10 == 0
+        import_table(connection, model, Table("out-of-fold", "0" * 64, generated, np.roll(flags, 1), flags))
+    database.close()
+    rows = read(tiny_bundle.path / "predictions.csv", "evaluation") + read(folder / "generated.csv", "out-of-fold")
+    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url) as server:
+        poll(lambda: server.get("/gallery").status == 200)
+        yield Gallery(server, rows, bundle.classes, bundle.version)
+
+
+def generate(classes: tuple[str, ...]) -> Predictions:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, len(classes), MORE)
+    probabilities = rng.dirichlet(np.full(len(classes), 0.7), MORE)
+    probabilities[0] = np.where(np.arange(len(classes)) == labels[0], 1 - 1e-9, 1e-9 / (len(classes) - 1))
+    names = tuple(f"train/{classes[label]}/more.{i:03d}.jpg" for i, label in enumerate(labels))
+    return Predictions(classes, names, labels, probabilities, ("train",) * MORE, tuple(rng.bytes(32).hex() for _ in names))
+
+
+def read(path: Path, source: str) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row | {"source": source} for row in csv.DictReader(file)]
+
+
+def is_right(row: Row) -> bool:
+    return row["label"] == row["predicted"]
+
+
+def confidence(row: Row) -> float:
+    return 100 * max(float(value) for name, value in row.items() if name.startswith("p_"))
+
+
+def links(text: str) -> list[str]:
+    return [html.unescape(address) for address in re.findall(r'<a [^>]*?href="([^"#]+)"', text)]
+
+
+def choices(text: str, facet: str) -> dict[str, tuple[int, str]]:
+    """A facet's values -> the count beside each, and the address that it leads to."""
+    section = re.search(rf'<section class="facet" aria-labelledby="facet-{facet}">.*?</section>', text, re.DOTALL)
+    assert section, facet
+    found = {}
+    for address, inner in re.findall(r'<a class="choice" href="([^"]*)"[^>]*>(.*?)</a>', section[0], re.DOTALL):
+        name = re.search(r'class="choice-name">([^<]*)', inner)
+        number = re.search(r'class="count">([\d,]+)', inner)
+        assert name
+        assert number
+        found[html.unescape(name[1])] = (int(number[1].replace(",", "")), html.unescape(address))
+    return found
+
+
+# Counts
+
+
+def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
+    text = gallery.text("/gallery")
+    rows = gallery.rows
+    right = sum(map(is_right, rows))
+    figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>(?:<a [^>]*>)?([^<]*)", text))
+    assert figures["Right"] == str(right)
+    assert figures["Wrong"] == str(len(rows) - right)
+    assert figures["All photos"] == str(len(rows))
+    assert figures["Reviewed so far"] == "0"
+    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(rows):.2%}"
+    interval = binomtest(right, len(rows)).proportion_ci(method="wilson")
+    ends = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+    assert f"<small>{right} of {len(rows)}; 95% interval {ends}%</small>" in text.replace("\u202f", "")
+    queues = {
+        name: (int(number), html.unescape(address))
+        for address, name, number in re.findall(
+            r'<h3 id="queue-\d+"><a href="([^"]*)">([^<]*)</a> <span class="pill">(\d+)', text
+        )
+    }
+    called = Counter(row["predicted"] for row in rows)
+    wanted = {
+        "Confidently wrong": len(rows) - right,
+        "Least certain": len(rows),
+        "Random incorrect": len(rows) - right,
+        "Random correct": right,
+        "Probably mislabelled": MORE // 10,
+        "Same photo, another label": MORE // 10,
+    } | {f"Most confident: {name}": called[name] for name in gallery.classes}
+    assert {name: queues[name][0] for name in wanted} == wanted
+    for name, (number, address) in queues.items():
+        assert gallery.total(address) == number, name
+    for row in re.findall(r'<ul class="strip">.*?</ul>', text, re.DOTALL):
+        assert 1 <= row.count("<li>") <= 8
+
+
+@pytest.mark.parametrize("query", ["", "verdict=wrong", "class=red&class=blue&confidence=50-90"])
+def test_facets_and_confusions_and_bars_count_what_they_lead_to(gallery: Gallery, query: str) -> None:
+    given = parse_qs(query)
+    low, high = map(int, given.get("confidence", ["0-100"])[0].split("-"))
+
+    def fits(row: Row, but: str = "") -> bool:
+        return (
+            low <= confidence(row) < (high if high < 100 else 101)
+            and (but == "class" or row["label"] in given.get("class", [row["label"]]))
+            and (but == "verdict" or "verdict" not in given or not is_right(row))
+        )
+
+    rows = [row for row in gallery.rows if fits(row)]
+    text = gallery.text(f"/gallery/photos?{query}")
+    assert gallery.total(f"/gallery/photos?{query}") == len(rows)
+
+    for facet, value in (
+        ("class", lambda row: row["label"]),
+        ("predicted", lambda row: row["predicted"]),
+        ("verdict", lambda row: "Right" if is_right(row) else "Wrong"),
+        ("source", lambda row: {"evaluation": "Evaluation", "out-of-fold": "Out of fold"}[row["source"]]),
+        ("split", lambda row: row["split"]),
+    ):
+        wanted = Counter(value(row) for row in gallery.rows if fits(row, but=facet))
+        if len(wanted) < 2 and facet not in given:  # there is nothing to choose
+            assert f'"facet-{facet}"' not in text
+            continue
+        found = choices(text, facet)
+        assert {name: number for name, (number, _) in found.items()} == wanted, facet
+        for name, (number, address) in found.items():
+            if not given:
+                assert gallery.total(address) == number, (facet, name)
+
+    counted = Counter((row["label"], row["predicted"]) for row in rows)
+    cells = re.findall(
+        r'<td class="(diagonal|off) shade-\d">\s*<a href="([^"]*)" title="(\w+), called (\w+)">([\d,]+)<', text, re.DOTALL
+    )
+    assert {(label, called): int(number) for _, _, label, called, number in cells} == counted
+    for kind, address, label, called, number in cells:
+        assert (kind == "diagonal") == (label == called)
+        assert gallery.total(html.unescape(address)) == int(number)
+
+    bars = re.findall(r'<a href="([^"]*)" aria-label="(\d+) to (\d+) %: ([\d,]+) photo', text)
+    assert sum(int(number) for *_, number in bars) == len(rows)
+    for address, start, end, number in bars:
+        inside = [row for row in rows if int(start) <= confidence(row) < (int(end) if int(end) < 100 else 101)]
+        assert int(number) == len(inside) == gallery.total(html.unescape(address))
+
+
+def test_each_page_shows_its_part_of_the_order_and_the_last_the_rest(gallery: Gallery) -> None:
+    highest_first = sorted(gallery.rows, key=lambda row: -float(row["loss"]))
+    wanted = [row["photo"] for row in highest_first]
+    shown: list[str] = []
+    for page in range(1, -(-len(wanted) // 24) + 1):
+        text = gallery.text(f"/gallery/photos?per_page=24&page={page}")
+        tiles = re.findall(r'<span class="tile-name" title="([^"]*)"', text)
+        first = len(shown)
+        shown += tiles
+        assert f'<p class="span">{first + 1}\u2013{len(shown)} <span class="quiet">of {len(wanted)}</span>' in text
+        assert f'aria-current="page"><span class="unseen">Page </span>{page}</a>' in text
+    assert sorted(shown) == sorted(wanted)
+    assert shown[:5] == wanted[:5]
+
+
+def test_a_card_says_both_labels_with_their_probabilities(gallery: Gallery) -> None:
+    row = max(gallery.rows, key=lambda row: float(row["loss"]))
+    text = gallery.text("/gallery/incorrect?per_page=24")
+    tile = re.findall(r'<li class="tile.*?</dl>', text, re.DOTALL)[0]
+    words = " ".join(re.sub(r"<[^>]*>", " ", tile).replace("\u202f", "").split())
+    assert f"Wrong {Path(row['photo']).name} True {row['label']}" in words
+    assert f"Predicted {row['predicted']} {confidence(row):.1f}%" in words
+    assert 'width="320" height="240" loading="lazy"' in tile
+
+
+def test_no_probability_is_rounded_to_a_certainty(gallery: Gallery) -> None:
+    """One is so near to 1 that it is stored as 1."""
+    query = "/gallery/photos{}?sort=confidence"
+    row = gallery.server.get(query.format(".json")).json()["rows"][0]
+    assert max(row["probabilities"].values()) == 1
+    for path in ("/gallery", query.format(""), row["page"]):
+        text = gallery.text(path).replace("\u202f", "")
+        assert "&gt;99.9%" in text
+        assert not re.search(r"\b100(\.0)?%|\D0\.0%", text), path
+    assert "&lt;0.1%" in gallery.text(row["page"]).replace("\u202f", "")
+
+
+# Links and forms
+
+
+@pytest.mark.parametrize("verdict", ["right", "wrong"])
+def test_a_button_says_whether_it_keeps_the_label_or_gives_another(gallery: Gallery, verdict: str) -> None:
+    row = gallery.server.get(f"/gallery/photos.json?verdict={verdict}").json()["rows"][-1]
+    page = gallery.text(row["page"])
+    buttons = dict(re.findall(r'<button [^>]*value="label:(\w+)"[^>]*><span>(.*?)</span>', page))
+    wanted = {name: f"It is {name}" for name in gallery.classes}
+    wanted[row["predicted"]] += " as predicted"
+    wanted[row["label"]] = f"Keep {row['label']} its label is right"
+    assert {name: re.sub(r"<[^>]*>", "", words) for name, words in buttons.items()} == wanted
+    if verdict == "right":
+        assert re.findall(r"data-look>(\w+)<small>(.*?)</small>", page) == [(row["label"], "its label, as predicted")]
+
+
+@pytest.mark.parametrize(
+    "path", ["/gallery", "/gallery/photos?per_page=24&page=2", "/gallery/incorrect?sort=random", "/compare"]
+)
+def test_every_link_leads_somewhere(gallery: Gallery, path: str) -> None:
+    text = gallery.text(path)
+    found = {address for address in links(text) if "/gallery/photo?" not in address}
+    found |= set([address for address in links(text) if "/gallery/photo?" in address][:3])
+    assert len(found) >= 5
+    for address in found:
+        assert gallery.server.get(address).status == 200, address
+
+
+def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
+    answer = gallery.server.get("/gallery/photos?class=red&by=margin.asc&per_page=24&from=40&to=95")
+    assert answer.status == 302
+    query = parse_qs(urlsplit(answer.headers["Location"]).query)
+    assert query == {
+        "model": [gallery.version],
+        "class": ["red"],
+        "confidence": ["40-95"],
+        "sort": ["margin"],
+        "per_page": ["24"],
+    }
+    assert gallery.server.get(answer.headers["Location"]).status == 200
+
+
+def test_a_listing_takes_the_address_of_any_page_and_gives_the_whole_filter(gallery: Gallery) -> None:
+    page = "class=red&by=margin.asc&per_page=24&from=40&to=95&page=2"
+    whole = gallery.server.get("/gallery/photos.json?class=red&sort=margin&confidence=40-95").json()
+    assert whole["total"] == len(whole["rows"]) > 0
+    assert gallery.server.get(f"/gallery/photos.json?{page}").json() == whole
+    assert gallery.server.get(f"/gallery/photos.csv?{page}").body.count(b"\n") == 1 + whole["total"]
+    assert gallery.server.get("/gallery/photos.json?from=95&to=40").status == 400
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        ("90", "50", "is from 90 to 50 %; the first number has to be the lower one"),
+        ("50", "50", "the first number has to be the lower one"),
+        ("-1", "50", "a whole number from 0 to 100 was wanted"),
+        ('"><b>', "50", "a whole number from 0 to 100 was wanted"),
+    ],
+)
+def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low: str, high: str, words: str) -> None:
+    query = {"model": gallery.version, "predicted": "red", "confidence": "40-95"}
+    answer = gallery.server.get(f"/gallery/photos?{urlencode(query | {'from': low, 'to': high})}")
+    text = answer.body.decode()
+    assert (answer.status, answer.headers["Content-Type"]) == (400, "text/html; charset=utf-8")
+    before = gallery.text(f"/gallery/photos?{urlencode(query)}")
+    for part in (r'<h1 class="sentence">.*?</h1>', r'<ol class="tiles".*?</ol>'):
+        assert re.search(part, text, re.DOTALL)[0] == re.search(part, before, re.DOTALL)[0]  # type: ignore[index]
+    form = re.search(r'<form class="range".*?</form>', text, re.DOTALL)[0]  # type: ignore[index]
+    assert words in form
+    fields = {
+        html.unescape(name): html.unescape(value) for name, value in re.findall(r'name="(\w+)"[^>]*? value="([^"]*)"', form)
+    }
+    assert fields == query | {"from": low, "to": high}
+    assert form.count('aria-invalid="true" aria-describedby="range-refused"') == 2
+    assert '<details class="panel-fold" id="panel" open>' in text
+    assert gallery.server.get("/gallery/photos.json?confidence=90-50").headers["Content-Type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "words"),
+    [
+        ("/gallery?colour=red", 400, "The parameter &#39;colour&#39; is not known here"),
+        ("/gallery?model=nobody", 404, "no predictions of a model"),
+        ("/gallery/photos?class=zebra", 400, "the model knows"),
+        ("/gallery/photos?by=size", 400, "it can be loss.asc"),
+        ("/gallery/photos?page=0", 400, "a whole number from 1"),
+        ("/gallery/photos?per_page=1000", 400, "from 24 to 96"),
+        ("/gallery/correct?sort=size", 400, "it can be loss"),
+        ("/compare?c=1", 400, "there are a and b"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_in_one_sentence(gallery: Gallery, path: str, status: int, words: str) -> None:
+    answer = gallery.server.get(path)
+    assert answer.status == status
+    assert answer.headers["Content-Type"].startswith("text/html")
+    alert = re.search(r'role="alert".*?</div>', answer.body.decode(), re.DOTALL)
+    assert alert
+    assert words in alert[0]
+
+
+def test_a_problem_is_said_with_its_code_as_code_and_a_way_back(gallery: Gallery) -> None:
+    def said(path: str, referrer: str = "") -> tuple[str, str]:
+        answer = gallery.server.get(path, headers={"Referer": referrer} if referrer else {})
+        body = answer.body.decode()
+        link = re.search(r'<p><a href="([^"]*)">[^<]*</a></p>', body)
+        assert (answer.status, link is not None) == (400, True)
+        return body, html.unescape(link[1])  # type: ignore[index]
+
+    here = gallery.server.url
+    body, link = said("/gallery/photos?page=<b>`1`</b>")
+    assert "The parameter <code>page</code> is &#39;&lt;b&gt;<code>1</code>&lt;/b&gt;&#39;;" in body
+    assert link == "/gallery"
+    assert said("/gallery?colour=red")[1] == "/gallery"
+    before = f"{here}/gallery/photos?class=red&sort=margin"
+    assert said("/gallery/photos?page=0", before)[1] == before
+    assert said("/gallery/photos?page=0", f"{here}/gallery/photos?page=0")[1] == "/gallery"
+    assert said("/gallery/photos?page=0", "http://elsewhere.example/gallery")[1] == "/gallery"
+    assert said("/gallery/photos?page=0", f"{here}.example/gallery")[1] == "/gallery"
+
+
+def test_a_filter_that_nothing_fits_leads_back(gallery: Gallery) -> None:
+    text = gallery.text("/gallery/photos?confidence=0-10")
+    assert "No photo fits all of that." in text
+    assert gallery.total(next(address for address in links(text.partition("No photo fits")[2]))) == len(gallery.rows)
+
+
+def test_behind_the_last_page_comes_the_last_page(gallery: Gallery) -> None:
+    answer = gallery.server.get("/gallery/photos?per_page=24&page=999")
+    assert answer.status == 302
+    assert parse_qs(urlsplit(answer.headers["Location"]).query)["page"] == [str(-(-len(gallery.rows) // 24))]
+
+
+def test_below_the_gallery_the_navigation_still_says_where_one_is(gallery: Gallery) -> None:
+    assert '<a href="/gallery" aria-current="page">Gallery</a>' in gallery.text("/gallery")
+    assert '<a href="/gallery" aria-current="true">Gallery</a>' in gallery.text("/gallery/photos")
+
+
+def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to_do(
+    tiny_bundle: SimpleNamespace, tmp_path: Path
+) -> None:
+    with serve(tiny_bundle.path, database_url=f"sqlite:///{tmp_path / 'reviews.db'}") as server:
+        text = poll(lambda: (page := server.get("/gallery/photos")).status == 200 and page.body.decode())
+        assert "Start the service with DATA=FOLDER" in text
+        assert "Photo missing" in text
+        assert "thumbnail.jpg" not in text
+        text = server.get("/compare").body.decode()
+        assert "There is one model only." in text
+        bundle = open_bundle(tiny_bundle.path)
+        name, config = bundle.name, bundle.info["provenance"]["config"]
+        given = (
+            f"--epochs {config['epochs']} --batch-size {config['batch_size']} --optimizer sgd --lr {config['lr']} --momentum"
+            f" 0.9 --weight-decay {config['weight_decay']} --lr-schedule {config['lr_schedule']} --seed {config['seed']}"
+        )
+        for command in (
+            f"finetune train --data-dir DATA --backbone tiny {given} --reviews reviews.csv --output-dir runs/{name}-reviewed",
+            f"BUNDLE=runs/{name}-reviewed/bundle EVALUATIONS={tiny_bundle.path} DATA=DATA python -m service",
+        ):
+            assert f">{command}</code>" in text
+        assert "<select" not in text
+
+
+def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
+    tiny_bundle: SimpleNamespace, tmp_path: Path
+) -> None:
+    """With what was evaluated under the head's version, and where an older service kept that as a model of its own."""
+    head, folds = open_bundle(tiny_bundle.head), tmp_path / "folds"
+    folds.mkdir()
+    generate(head.classes).write_csv(folds / PREDICTIONS)
+    for name in LOOKALIKES:
+        shutil.copyfile(head.path / name, folds / name)
+    write_evaluation(folds, head, kind=OUT_OF_FOLD, classes=head.classes, split="train and valid", temperature=1.0, folds=2)
+    url = f"sqlite:///{tmp_path / 'reviews.db'}"
+    database = Database(url)
+    with database.write() as connection:
+        know_model(connection, version=head.version, name=head.name, classes=head.classes)
+    database.close()
+    with serve(tiny_bundle.path, evaluations=f"{folds},{head.path}", database_url=url) as server:
+        text = poll(lambda: (page := server.get("/gallery")).status == 200 and page.body.decode())
+        models = re.findall(r'<span class="model-name">[^<]*</span> <code>([^<]*)</code>', text)
+        assert models == [open_bundle(tiny_bundle.path).version]
+        assert "There is one model only." in server.get("/compare").body.decode()
+        assert server.get("/gallery/photos.json?source=out-of-fold").json()["total"] == MORE
+        assert f">{MORE}</a> were answered out of fold" in server.get("/gallery").body.decode()
+        origin = f"joined from the head-only bundle <code>{head.version}</code> and its pretrained base"
+        for path in ("/", "/model", "/gallery", server.get("/gallery/photos.json").json()["rows"][0]["page"]):
+            page = server.get(path).body.decode()
+            assert origin in page, path
+            assert f'{models[0]}<span class="origin">, joined from {head.version}</span>' in page, path
+        assert server.get("/models").json()["models"][0]["joined_from"] == head.version
+        evaluated = read(tiny_bundle.predictions, "evaluation")
+        assert server.get("/gallery/photos.json?source=evaluation").json()["total"] == len(evaluated)
+
+
+@pytest.mark.parametrize(
+    ("page", "pages", "wanted"),
+    [
+        (1, 1, [1]),
+        (1, 4, [1, 2, 3, 4]),
+        (5, 9, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (1, 20, [1, 2, 3, None, 20]),
+        (10, 20, [1, None, 8, 9, 10, 11, 12, None, 20]),
+    ],
+)
+def test_the_pager_leaves_gaps_that_are_worth_it(page: int, pages: int, wanted: list[int | None]) -> None:
+    assert numbers(page, pages) == wanted
+
+
+# In a browser
+
+
+@pytest.fixture
+def new_page(browser: Browser, gallery: Gallery) -> Iterator[NewPage]:
+    """Nothing may be complained of but photos that are not there, or not in time, as they are made at a low priority."""
+    gone = re.compile(f"{SAID_IN_WORDS.pattern} (404|503|504)")
+    with visitor(browser, gallery.server.url, forgiven=gone) as open_page:
+        yield open_page
+
+
+def test_arrow_keys_turn_pages_but_not_in_a_field(new_page: NewPage) -> None:
+    page = new_page("/gallery/photos?per_page=24")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url("**page=2")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_url(lambda address: "page=" not in address.replace("per_page", ""))
+    page.get_by_role("spinbutton", name="From").focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("spinbutton", name="From").press("Enter")
+    page.wait_for_url(lambda address: "from=" not in address)
+    expect(page.locator(".pager [aria-current]")).to_have_text("Page 1")
+
+
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_every_page_begins_at_the_same_place(new_page: NewPage, gallery: Gallery, width: int) -> None:
+    """And none is wider than the window, though a grid has more room than words."""
+    photo = gallery.server.get("/gallery/photos.json").json()["rows"][0]["page"]
+    page = new_page("/", viewport={"width": width, "height": 900})
+    found = []
+    for path in ("/", "/gallery", "/gallery/photos", photo, "/compare", "/model", "/docs"):
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth") == width, path
+        lefts = "names => names.map((name) => Math.round(document.querySelector(name).getBoundingClientRect().left))"
+        found.append(page.evaluate(lefts, [".brand", "nav[aria-label=Pages]", "main > *", "h1"]))
+    assert found == [found[0]] * len(found)
+    assert found[0][0] == found[0][2] == found[0][3]
+
+
+def test_a_choice_is_sent_at_once_and_without_javascript_by_its_button(new_page: NewPage) -> None:
+    page = new_page("/gallery/incorrect")
+    expect(page.get_by_role("button", name="Show")).to_be_hidden()
+    page.get_by_label("Sort").select_option("By name")
+    page.wait_for_url("**sort=name*")
+    expect(page.get_by_label("Sort")).to_have_value("name.asc")
+    expect(page.locator(".chip")).to_have_count(1)
+    plain = new_page("/gallery/incorrect", java_script_enabled=False)
+    plain.get_by_label("Sort").select_option("In a random order")
+    plain.get_by_role("button", name="Show").click()
+    plain.wait_for_url("**sort=random*")
+    plain.get_by_role("link", name="Another random sample").click()
+    plain.wait_for_url("**seed=1*")
+    plain.locator(".chip").click()
+    expect(plain.locator("h1")).to_contain_text("has classified")
+
+
+def test_a_photo_that_is_missing_is_said_so_in_its_place(new_page: NewPage) -> None:
+    page = new_page("/gallery/photos?source=out-of-fold&sort=name&per_page=24")
+    tile = page.locator(".tile").first
+    expect(tile.locator(".gone")).to_have_text("Photo missing")
+    box = tile.locator(".frame").bounding_box()
+    assert box
+    assert box["width"] / box["height"] == pytest.approx(4 / 3, abs=0.02)
+    expect(page.locator(".alert")).to_contain_text("set DATA to the folder that was evaluated")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("device", [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_every_listing_page_is_accessible_and_fits(new_page: NewPage, scheme: str, device: dict[str, Any]) -> None:
+    page = new_page("/gallery", color_scheme=scheme, reduced_motion="reduce", **device)
+    for path in ("/gallery", "/gallery/photos?verdict=wrong&per_page=24", "/gallery/photos?confidence=0-10", "/compare"):
+        page.goto(path)
+        fold = page.locator("#panel > summary")
+        if fold.is_visible():
+            fold.click()
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
+        assert found.violations_count == 0, f"{path}: {found.generate_report()}"
+        assert page.evaluate("document.documentElement.scrollWidth") == device["viewport"]["width"]

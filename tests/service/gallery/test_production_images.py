@@ -1,0 +1,114 @@
+"""What the gallery says of photos that were kept live: labelled or not, they are told apart from what was evaluated."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.helpers.server import Server, poll, serve
+from tests.helpers.tiny_network import paint
+
+Row = dict[str, Any]
+DECISIONS = ("label:red", "label:blue", "neither", "bad")
+SENT = 6
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A service that was sent photos, of which the first were decided about as DECISIONS says; ``rows`` are all it shows."""
+
+    server: Server
+    rows: list[Row]
+
+    def text(self, path: str) -> str:
+        answer = self.server.get(path)
+        assert answer.status == 200, (path, answer.body[:300])
+        return answer.body.decode()
+
+    def live(self, *, decision: str = "") -> list[Row]:
+        """The live ones with this decision, or in whatever state."""
+        found = [row for row in self.rows if row["source"] == "live"]
+        return [row for row in found if not decision or (row["decision"] or {}).get("decision") == decision]
+
+
+@pytest.fixture(scope="module")
+def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
+    folder: Path = tmp_path_factory.mktemp("live")
+    url = f"sqlite:///{folder / 'reviews.db'}"
+    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url, keep_predictions=1) as server:
+        poll(lambda: server.get("/gallery").status == 200)
+        for number in range(SENT):
+            photo = paint(folder / "sent.jpg", (255, 40, 40), seed=900 + number)
+            assert server.post(photo.read_bytes()).status == 200
+        path = "/gallery/photos.json?source=live&sort=name"
+        sent = poll(lambda: len(rows := server.get(path).json()["rows"]) == SENT and rows)
+        for row, decision in zip(sent, DECISIONS, strict=False):
+            given = json.dumps({"photo": row["photo"], "sha256": row["sha256"], "decision": decision}).encode()
+            assert server.post(given, "application/json", path="/gallery/review").status == 200
+        yield Gallery(server, server.get("/gallery/photos.json").json()["rows"])
+
+
+def plain(text: str) -> str:
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", text)).split())
+
+
+def test_what_nobody_has_labelled_is_no_mistake_in_the_matrix(gallery: Gallery) -> None:
+    text = gallery.text("/gallery/photos")
+    cells = re.findall(r'<td class="([\w-]+) shade-\d">\s*<a href="[^"]*" title="([^"]*), called (\w+)">([\d,]+)<', text)
+    kinds = {(label, predicted): kind for kind, label, predicted, _ in cells}
+    assert {label for label, _ in kinds} >= {"not labelled", "red"}
+    for (label, predicted), kind in kinds.items():
+        assert kind == ("unlabelled" if label == "not labelled" else "diagonal" if label == predicted else "off")
+    unlabelled = sum(int(number) for kind, *_, number in cells if kind == "unlabelled")
+    assert unlabelled == SENT - len(gallery.live(decision="label"))
+
+
+def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> None:
+    for decision, words in (("neither", "None of the classes"), ("bad", "Bad photo")):
+        (row,) = gallery.live(decision=decision)
+        page = gallery.text(row["page"])
+        assert re.search(r'<p class="verdict-mark unknown"><svg.*?</svg>Set aside</p>', page, re.DOTALL)
+        grid = gallery.text(f"/gallery/photos?source=live&review={decision}")
+        assert re.search(r'<span class="verdict-mark unknown"><svg.*?</svg>Set aside</span>', grid, re.DOTALL)
+        assert re.search(rf'<li class="badge reviewed"><svg.*?</svg>{words}</li>', grid, re.DOTALL)
+        for text in (page, grid):
+            assert "No label yet" not in plain(text)
+            assert "not labelled" not in plain(text.split('<table class="matrix')[0])
+    waiting = SENT - len(DECISIONS)
+    home = gallery.text("/gallery")
+    address, number = re.findall(r'<dt>No label yet</dt><dd><a href="([^"]*)">(\d+)</a>', home)[0]
+    assert int(number) == waiting
+    assert f'<h1 class="sentence">{waiting} photos' in gallery.text(html.unescape(address))
+
+
+def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(gallery: Gallery) -> None:
+    text = gallery.text("/gallery")
+    evaluated = [row for row in gallery.rows if row["source"] != "live"]
+    right = sum(row["label"] == row["predicted"] for row in evaluated)
+    figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>(?:<a [^>]*>)?([^<]*)", text))
+    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(evaluated):.2%}"
+    labelled = gallery.live(decision="label")
+    right_live = sum(row["label"] == row["predicted"] for row in labelled)
+    assert (len(labelled), right_live) == (2, 1)
+    assert (
+        f"is that of the {len(evaluated)} evaluated photos alone. Of 2 live photos that were given a label, 1 is right"
+        in plain(text)
+    )
+    assert (figures["Right"], figures["Wrong"]) == (str(right + 1), str(len(evaluated) - right + 1))
+    address = re.findall(r'<a href="([^"]*)">2 live photos', text)[0]
+    assert '<h1 class="sentence">2 photos' in gallery.text(html.unescape(address))
+
+
+def test_a_live_photo_has_no_label_to_keep(gallery: Gallery) -> None:
+    for row in gallery.live():
+        buttons = re.findall(r'<button [^>]*value="label:\w+"[^>]*><span>(.*?)</span>', gallery.text(row["page"]))
+        wanted = [f"It is {name}{' as predicted' if name == row['predicted'] else ''}" for name in row["probabilities"]]
+        assert [re.sub(r"<[^>]*>", "", words) for words in buttons] == wanted

@@ -1,0 +1,425 @@
+"""The photo's page and reviewing through HTTP: forms, JSON, keys, other sites, photos that are gone, a server that dies."""
+
+from __future__ import annotations
+
+import csv
+import html
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import parse_qs, urlencode, urlsplit
+
+import pytest
+
+from models.artifacts.atomic_io import sha256_of
+from tests.helpers.server import ANSWER_S, Reply, Server, poll, serve
+from tests.helpers.tiny_network import finetune, paint, registered, save_weights
+
+BROWSER = {"Sec-Fetch-Site": "same-origin"}
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def data(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of the module's own, in which photos get lost."""
+    folder = tmp_path_factory.mktemp("review") / "data"
+    shutil.copytree(tiny_bundle.data, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tiny_bundle: SimpleNamespace, data: Path) -> Iterator[Server]:
+    url = f"sqlite:///{data.parent / 'reviews.db'}"
+    with serve(tiny_bundle.path, data=data, database_url=url, keep_predictions=1) as server:
+        _wait(server)
+        yield server
+
+
+def _wait(server: Server) -> None:
+    poll(lambda: server.get("/gallery/photos.json").status == 200)
+
+
+def rows(server: Server, **query: str) -> list[Row]:
+    found: list[Row] = server.get(f"/gallery/photos.json?{urlencode(query)}").json()["rows"]
+    return found
+
+
+@pytest.fixture
+def row(server: Server) -> Row:
+    """A photo about which nobody has said anything."""
+    found = rows(server, source="evaluation", review="unreviewed", sort="name")
+    return next(row for row in found if not past(server, row))
+
+
+def page_of(row: Row, **query: str) -> str:
+    return f"/gallery/photo?{urlencode(query | {'photo': row['photo'], 'sha256': row['sha256']})}"
+
+
+def post(
+    server: Server, row: Row, decision: str, *, as_json: bool = False, headers: dict[str, str] | None = None, **fields: str
+) -> Reply:
+    given = {"photo": row["photo"], "sha256": row["sha256"], "decision": decision} | fields
+    body, kind = (json.dumps(given), "json") if as_json else (urlencode(given), "x-www-form-urlencoded")
+    headers = {"Content-Type": f"application/{kind}"} | (BROWSER if headers is None else headers)
+    return server.request("POST", "/gallery/review", body.encode(), headers=headers)
+
+
+def text(reply: Reply) -> str:
+    assert reply.headers["Content-Type"].startswith("text/html")
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", "", reply.body.decode())).split())
+
+
+def way(reply: Reply) -> tuple[str, dict[str, str]]:
+    """Where a form leads: the path, and the query."""
+    assert reply.status == 303, reply.body.decode()
+    address = urlsplit(reply.headers["Location"])
+    return address.path, {name: values[-1] for name, values in parse_qs(address.query).items()}
+
+
+def past(server: Server, row: Row) -> list[Row]:
+    found: list[Row] = server.get(f"/gallery/history.json?sha256={row['sha256']}").json()["history"]
+    return found
+
+
+def reviews_of(server: Server) -> dict[str, dict[str, str]]:
+    table = csv.DictReader(io.StringIO(server.get("/gallery/reviews.csv").body.decode(), newline=""))
+    return {line["sha256"]: line for line in table}
+
+
+# Reading
+
+
+def test_the_page_says_what_is_known_of_a_photo(server: Server) -> None:
+    row = rows(server, sort="name", review="unreviewed")[0]
+    reply = server.get(page_of(row, sort="name", review="unreviewed"))
+    said = text(reply)
+    left = rows(server, sort="name", review="unreviewed")
+    assert f"1 of {len(left)}" in said
+    assert f"{len(left)} photos that" in said
+    for fact in (row["photo"], row["sha256"], row["label"], row["predicted"], f"{row['loss']:.4f}"):
+        assert fact in said
+    assert f'rel="next" href="/gallery/photo?model={_version(server)}' in reply.body.decode()
+    assert 'rel="prev"' not in reply.body.decode()
+    assert "Nobody has decided about this photo." in said
+    for picture in re.findall(r'<img [^>]*src="([^"]+)"', reply.body.decode()):
+        poll(lambda picture=picture: server.get(html.unescape(picture)).status == 200)  # type: ignore[misc]
+
+
+def _version(server: Server) -> str:
+    version: str = server.get("/models").json()["models"][0]["version"]
+    return version
+
+
+def explained(server: Server, row: Row) -> Reply | None:
+    """The page with where the model looked, once it was computed: at a low priority, which a page does not wait for long."""
+    reply = server.get(page_of(row, look=row["predicted"]))
+    return reply if re.search("The brighter a place|No place of the photo", text(reply)) else None
+
+
+def test_where_the_model_looked_is_shown_by_a_link_with_its_method(server: Server, row: Row) -> None:
+    reply = poll(lambda: explained(server, row))
+    picture = html.unescape(re.search(r'src="([^"]+attention.png[^"]+)"', reply.body.decode())[1])  # type: ignore[index]
+    assert server.get(picture).headers["Content-Type"] == "image/png"
+    refused = server.get(page_of(row, look="no such class"))
+    assert (refused.status, "this model's classes are" in text(refused)) == (400, True)
+
+
+def test_a_neighbour_with_another_label_is_called_so_and_wrong_only_where_the_model_is(server: Server) -> None:
+    kinds = set()
+    for row in rows(server, source="evaluation", sort="margin")[:8]:
+        body = server.get(page_of(row)).body.decode()
+        for alike in re.findall(r'<li class="alike">.*?</li>', body, re.DOTALL):
+            said = " ".join(re.sub(r"<[^>]*>", " ", alike).split())
+            label, predicted = re.search(r"Label (\w+).*Predicted (\w+)", said).groups()  # type: ignore[union-attr]
+            kind = label != row["label"], predicted != label
+            assert ("other label" in said, "wrong" in said) == kind
+            assert ('class="unlike"' in alike, 'class="mistake"' in alike) == kind
+            kinds.add(kind)
+    assert {(False, False), (True, False)} <= kinds
+
+
+def test_no_address_leads_out_of_the_data_folder(server: Server, data: Path) -> None:
+    secret = paint(data.parent / "secret.jpg", (1, 2, 3), seed=5)
+    (data / "valid" / "red" / "link.jpg").symlink_to(secret)
+    for photo in ("../secret.jpg", str(secret), "valid/red/link.jpg", "valid/../../secret.jpg", "", "\0", "valid/red"):
+        for kind in ("thumbnail.jpg", "original.jpg", "crop.png"):
+            query = urlencode({"photo": photo, "model": _version(server)})
+            reply = server.get(f"/gallery/pictures/{sha256_of(secret)}/{kind}?{query}")
+            assert (reply.status, reply.code) == (404, "photo_missing"), photo
+
+
+def test_a_missing_and_a_replaced_photo_are_said_and_not_shown(server: Server, data: Path) -> None:
+    missing, replaced = rows(server, source="evaluation", review="unreviewed", sort="name", order="desc")[:2]
+    (data / missing["photo"]).unlink()
+    paint(data / replaced["photo"], (9, 9, 9), seed=77)
+    for row, words, code in ((missing, "is not in the data folder", 404), (replaced, "is not the one that was evaluated", 409)):
+        reply = server.get(page_of(row, look=row["predicted"]))
+        assert (reply.status, words in text(reply)) == (200, True)
+        assert not re.search(rf'src="/gallery/pictures/{row["sha256"]}', reply.body.decode())
+        assert server.get(f"/gallery/pictures/{row['sha256']}/original.jpg?photo={row['photo']}").status == code
+
+
+# Deciding
+
+
+def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Server) -> None:
+    filter_ = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
+    first, second, third = rows(server, **filter_)[:3]
+    reply = post(server, first, f"label:{first['label']}", next="1", filter=urlencode(filter_), reviewer="Ada", note="a\r\nb")
+    path, query = way(reply)
+    assert (path, query["photo"], query["review"]) == ("/gallery/photo", second["photo"], "unreviewed")
+    cookies = reply.headers.get_all("Set-Cookie")
+    assert any(cookie.startswith("reviewer=Ada;") for cookie in cookies)
+    assert all("HttpOnly" in cookie and "SameSite=Strict" in cookie for cookie in cookies)
+    said = server.get(reply.headers["Location"])
+    assert f"Saved: {Path(first['photo']).name}, Ada confirmed {first['label']}." in text(said)
+    assert f'name="seen" value="{query["saved"]}"' in said.body.decode()
+    [entry] = past(server, first)
+    assert (entry["decision"], entry["new_label"], entry["note"], entry["reviewer"]) == ("label", first["label"], "a\nb", "Ada")
+    path, query = way(post(server, second, "bad", next="1", filter=urlencode(filter_)))
+    assert query["photo"] == third["photo"]
+    path, query = way(post(server, third, "neither", filter=urlencode(filter_)))
+    assert query["photo"] == third["photo"]  # nothing said to go on
+    assert "found it to be none of the classes" in text(server.get(f"{path}?{urlencode(query)}"))
+    path, query = way(post(server, third, "undo", seen=query["saved"], next="1", filter=urlencode(filter_)))
+    assert query["photo"] == third["photo"]  # who undoes wants to see it
+    said = text(server.get(f"{path}?{urlencode(query)}"))
+    undone = f"Undone: {Path(third['photo']).name}, Somebody found it to be none of the classes."
+    assert f"{undone} Nothing is decided about it now, and its label is {third['label']}." in said
+    assert "Not reviewed yet." in said
+    assert [entry["decision"] for entry in past(server, third)] == ["undo", "neither"]
+    assert third["sha256"] not in reviews_of(server)
+
+
+def test_a_card_says_what_was_decided_in_the_queues_too(server: Server) -> None:
+    row = next(row for row in rows(server, source="evaluation", sort="margin")[:8] if row["review"] == "unreviewed")
+    other = next(name for name in row["probabilities"] if name != row["label"])
+    name = re.escape(Path(row["photo"]).name)
+    seen = ""
+    for decision, words in (
+        (f"label:{other}", f"Relabelled to {other}"),
+        (f"label:{row['label']}", "Confirmed"),
+        ("neither", "None of the classes"),
+        ("bad", "Bad photo"),
+        ("undo", "None of the classes"),  # which was decided before it
+    ):
+        seen = str(post(server, row, decision, as_json=True, seen=seen).json()["id"])
+        queue = re.search(r">Least certain<.*?</section>", server.get("/gallery").body.decode(), re.DOTALL)[0]  # type: ignore[index]
+        grid = server.get("/gallery/photos?sort=margin").body.decode()
+        for text, card in (
+            (queue, rf'<li><a class="thumb [^>]*title="{name}:.*?</li>'),
+            (grid, rf'<li class="tile[^>]*>\s*<a[^>]*{name}.*?</dl>.*?(?=<li class="tile|</ol>)'),
+        ):
+            said = re.search(card, text, re.DOTALL)
+            assert said
+            marks = re.findall(
+                r'class="(?:thumb-review|badge reviewed)">(?:<span class="unseen">, </span>)?<svg.*?</svg>([^<]*)<', said[0]
+            )
+            assert marks == [words]
+
+
+def test_behind_the_last_photo_of_a_filter_it_is_said_so(server: Server) -> None:
+    filter_ = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
+    left = rows(server, **filter_)
+    reply = post(server, left[-1], "bad", next="1", filter=urlencode(filter_))
+    _, query = way(reply)
+    assert (query["photo"], query["end"]) == (left[-1]["photo"], "1")
+    said = text(server.get(reply.headers["Location"]))
+    assert f"That was the last photo of this filter. Begin again with the first of {len(left) - 1}" in said
+    assert f"not among the {len(left) - 1}" in said
+
+
+def test_json_is_answered_with_the_history_and_the_way_on(server: Server, row: Row) -> None:
+    other = next(name for name in row["probabilities"] if name != row["label"])
+    answer = post(server, row, "label", new_label=other, as_json=True, headers={}).json()
+    assert answer["next"] is None
+    assert answer["history"] == past(server, row)
+    assert answer["history"][0]["id"] == answer["id"]
+    assert reviews_of(server)[row["sha256"]]["new_label"] == other
+
+
+def test_what_another_decided_meanwhile_is_shown_and_the_note_is_kept(server: Server, row: Row) -> None:
+    first = post(server, row, "bad", as_json=True, reviewer="Ann").json()["id"]
+    fields = {"note": 'My <b>"own"</b> note', "reviewer": "Ben", "filter": "sort=name", "next": "1"}
+    reply = post(server, row, f"label:{row['label']}", **fields)
+    assert reply.status == 409
+    said, body = text(reply), reply.body.decode()
+    assert "Ann called it a bad photo meanwhile" in said
+    assert f"Overrule it: {row['label']}" in said
+    assert "My &lt;b&gt;&#34;own&#34;&lt;/b&gt; note</textarea>" in body
+    assert 'value="Ben"' in body
+    seen = re.search(r'id="about".*?name="seen" value="(\d+)"', body, re.DOTALL)[1]  # type: ignore[index]
+    assert int(seen) == first
+    way(post(server, row, f"label:{row['label']}", seen=seen, **fields))
+    assert [entry["decision"] for entry in past(server, row)] == ["label", "bad"]
+    assert post(server, row, "undo", as_json=True, seen=seen).code == "decided_meanwhile"
+
+
+def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(server: Server, row: Row) -> None:
+    _, query = way(post(server, row, "bad", reviewer="Ann"))
+    _, query = way(post(server, row, "neither", reviewer="Ben", seen=query["saved"]))
+    path, query = way(post(server, row, "undo", reviewer="Cid", seen=query["saved"]))
+    said = text(server.get(f"{path}?{urlencode(query)}"))
+    assert "Ben found it to be none of the classes. What was decided before holds again: Ann called it a bad photo." in said
+    seen = str(past(server, row)[-1]["id"])
+    post(server, row, f"label:{row['label']}", as_json=True, seen=seen)
+    assert "Undone" not in text(server.get(f"{path}?{urlencode(query)}"))  # somebody decided since
+
+
+def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> None:
+    path, query = way(post(server, row, "note", note="Is it a toy?"))
+    said = text(server.get(f"{path}?{urlencode(query)}"))
+    assert f"Noted: {Path(row['photo']).name}, nothing else has changed." in said
+    assert row["sha256"] not in reviews_of(server)
+    assert past(server, row)[0]["note"] == "Is it a toy?"
+    assert post(server, row, "undo", as_json=True).code == "nothing_to_undo"
+    refused = post(server, row, "note", note="  ")
+    assert (refused.status, "a note was to be saved" in text(refused)) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("decision", "fields", "said"),
+    [
+        ("label:wolf", {}, "it can be blue, green, red"),
+        ("maybe", {}, "it can be label, neither, bad, note, undo"),
+        ("bad", {"note": "x" * 2_001}, "2,000 is the most"),
+        ("bad", {"reviewer": "x" * 81}, "80 is the most"),
+        ("bad", {"seen": "-1"}, "the seen decision's id is wanted"),
+        ("bad", {"filter": "sort=colour"}, "`sort` is 'colour'"),
+        ("bad", {"more": "1"}, "The field 'more' is not known here"),
+        ("bad", {"sha256": "0" * 64}, "was not evaluated on a photo"),
+        ("bad", {"sha256": ""}, "The field `sha256` is missing"),
+        ("bad", {"note": "x" * 70_000}, "shorten the text"),
+    ],
+)
+def test_what_is_refused_is_said_on_a_page_and_to_a_program_as_a_problem(
+    server: Server, row: Row, decision: str, fields: dict[str, str], said: str
+) -> None:
+    page = post(server, row, decision, **fields)
+    assert page.status >= 400
+    assert said.replace("`", "") in text(page)  # where it is shown as code
+    if "more" not in fields and len(fields.get("note", "")) < 60_000:
+        program = post(server, row, decision, as_json=True, **({"next": "1"} | fields))
+        assert (program.status, program.headers["Content-Type"]) == (page.status, "application/problem+json")
+        assert said in program.json()["detail"]
+    assert past(server, row) == []
+
+
+def test_another_site_can_make_nobody_decide(server: Server, row: Row) -> None:
+    for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "https://evil.example"}):
+        reply = post(server, row, "bad", headers=headers)
+        assert (reply.status, "decide on the gallery's own pages" in text(reply)) == (403, True)
+        assert post(server, row, "bad", headers=headers, as_json=True).code == "cross_site"
+        assert server.post(b"key=x", "application/x-www-form-urlencoded", path="/gallery/key", headers=headers).status == 403
+    assert past(server, row) == []
+
+
+def test_with_keys_anybody_looks_and_who_has_one_decides(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'keyed.db'}"
+    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url, api_keys="ann:sesame,ben:open") as keyed:
+        _wait(keyed)
+        row = rows(keyed)[0]
+        page = keyed.get(page_of(row))
+        assert "Decisions want a key here" in text(page)
+        assert 'action="/gallery/review"' not in page.body.decode()
+        refused = post(keyed, row, "bad", note="kept")
+        assert (refused.status, "Your note: kept" in text(refused)) == (401, True)
+        assert post(keyed, row, "bad", as_json=True, headers={"X-API-Key": "guess"}).code == "unauthorized"
+        form, kind = {"key": "guess", "back": page_of(row)}, "application/x-www-form-urlencoded"
+        wrong = keyed.post(urlencode(form).encode(), kind, path="/gallery/key", headers=BROWSER)
+        assert (wrong.status, "That key is not one that is known here" in text(wrong)) == (401, True)
+        assert "Set-Cookie" not in wrong.headers
+        right = keyed.post(urlencode(form | {"key": "sesame"}).encode(), kind, path="/gallery/key", headers=BROWSER)
+        assert (right.status, right.headers["Location"]) == (303, page_of(row))
+        cookie = right.headers["Set-Cookie"]
+        assert "; HttpOnly" in cookie
+        assert "; SameSite=Strict" in cookie
+        away = form | {"key": "sesame", "back": "//evil.example/"}
+        gone = keyed.post(urlencode(away).encode(), kind, path="/gallery/key", headers=BROWSER)
+        assert gone.headers["Location"] == "/gallery"
+        mine = {"Cookie": cookie.partition(";")[0]}
+        assert "You decide as ann, by your key." in text(keyed.get(page_of(row), headers=mine))
+        way(post(keyed, row, "bad", headers=BROWSER | mine, reviewer="Somebody Else"))
+        assert past(keyed, row)[0]["reviewer"] == "ann"
+        assert post(keyed, row, "undo", as_json=True, seen="1", headers={"Authorization": "Bearer open"}).status == 200
+        assert past(keyed, row)[0]["reviewer"] == "ben"
+
+
+# Live photos, and a server that dies
+
+
+def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
+    tiny_bundle: SimpleNamespace, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'live.db'}"
+    settings = {"data": tiny_bundle.data, "database_url": url, "keep_predictions": 1}
+    with serve(tiny_bundle.path, **settings) as server:
+        _wait(server)
+        for number in range(4):
+            assert server.post(paint(tmp_path / "sent.jpg", (255, 40, 40), seed=900 + number).read_bytes()).status == 200
+        live = poll(lambda: (found := rows(server, source="live", sort="name")) and len(found) == 4 and found)
+        page = text(server.get(page_of(live[0], source="live")))
+        for words in ("No label", "What is it?", "not labelled"):
+            assert words in page
+        way(post(server, live[0], "label:red", next="1", filter="source=live&sort=name"))
+        way(post(server, live[1], "label:blue"))
+        assert "labelled it red" in text(server.get(page_of(live[0])))
+        archive = server.get("/gallery/live.zip").body
+        acknowledged = _decide_until_killed(server)
+    with serve(tiny_bundle.path, keep_photos=3, **settings) as server:
+        _wait(server)
+        kept = reviews_of(server)
+        assert acknowledged
+        for sha256, (decision, id_) in acknowledged.items():
+            assert kept[sha256]["decision"] == decision
+            assert any(entry["id"] == id_ for entry in past(server, {"sha256": sha256}))
+        assert server.post(paint(tmp_path / "sent.jpg", (255, 40, 40), seed=990).read_bytes()).status == 200
+        poll(lambda: len(rows(server, source="live")) == 3)
+        assert {live[0]["sha256"], live[1]["sha256"]} <= {row["sha256"] for row in rows(server, source="live")}
+    folder = tmp_path / "unpacked"
+    with zipfile.ZipFile(io.BytesIO(archive)) as packed:
+        packed.extractall(folder)
+    names = {path.parent.name: sha256_of(path) for path in (folder / "live" / "train").rglob("*.jpg")}
+    assert names == {"red": live[0]["sha256"], "blue": live[1]["sha256"]}
+    with registered():
+        flags = ("--backbone", "tiny", "--weights", save_weights(tmp_path / "tiny.pth"), "--output-dir", tmp_path / "run")
+        code, said, failed = finetune("train", "--data-dir", tiny_bundle.data, *flags, "--extra-data", folder / "live")
+    assert code == 0, failed
+    assert "train: blue 13, green 12, red 13" in said
+
+
+def _decide_until_killed(server: Server) -> dict[str, tuple[str, int]]:
+    """Two clients decide while every process of the server is killed; gives what was acknowledged."""
+    photos = rows(server, source="evaluation")
+    acknowledged: dict[str, tuple[str, int]] = {}
+    enough = threading.Event()
+
+    def client(mine: list[Row]) -> None:
+        for row in mine:
+            try:
+                reply = post(server, row, "bad", as_json=True)
+            except (OSError, http.client.HTTPException):  # it may break off in the middle of an answer
+                return
+            if reply.status == 200:
+                acknowledged[row["sha256"]] = ("bad", reply.json()["id"])
+            if len(acknowledged) >= 4:
+                enough.set()
+
+    clients = [threading.Thread(target=client, args=(photos[start::2],)) for start in (0, 1)]
+    for thread in clients:
+        thread.start()
+    assert enough.wait(ANSWER_S)
+    os.killpg(server.pid, signal.SIGKILL)
+    for thread in clients:
+        thread.join(ANSWER_S)
+    return acknowledged

@@ -1,0 +1,332 @@
+"""service.reviews.decisions: decisions hold, are taken back, are never lost and never overruled unseen."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import subprocess
+import sys
+import threading
+from collections import Counter
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sqlalchemy import select
+
+from service.db.connection import Database
+from service.db.filter import Filter
+from service.db.ingest import DIMENSIONS, judge
+from service.db.production import Answered, keep, name_of, prune
+from service.db.query import Listing, known_models
+from service.db.schema import cells, current_reviews, decisions, models, predictions
+from service.http.errors import Problem
+from service.reviews.decisions import Verdict, decide, history, holding, reviews, settle
+from tests.helpers.gallery_rows import CLASSES, VERSION, Plain, check_cells, enter, make_predictions, state_of
+
+ROOT = Path(__file__).resolve().parents[3]
+KILLED_AFTER = 25
+
+
+@pytest.fixture
+def photos(database: Database, tmp_path: Path) -> list[Plain]:
+    return enter(database, make_predictions(1, 60, CLASSES[2]), tmp_path)
+
+
+def say(database: Database, photo: Plain, decision: str, label: str | None = None, /, **more: Any) -> int:
+    """Decide, having seen what holds, unless ``seen`` says otherwise."""
+    with database.write() as connection:
+        holds = holding(connection, photo.sha256)
+        words = {"photo": photo.photo, "sha256": photo.sha256, "model_version": VERSION, "seen": holds and holds.id}
+        return decide(connection, Verdict(**words | {"new_label": label} | more, decision=decision))
+
+
+def refused(database: Database, photo: Plain, decision: str, /, **more: Any) -> tuple[str, str]:
+    with pytest.raises(Problem) as caught:
+        say(database, photo, decision, **more)
+    return caught.value.code, caught.value.detail
+
+
+def state(database: Database, photo: Plain) -> tuple[str, str | None]:
+    """The review's state and the label that holds."""
+    with database.read() as connection:
+        found = Listing(connection, Filter(model=VERSION)).find(photo.photo)
+        return found.review, found.decision and found.decision.new_label
+
+
+def test_decide_undo_and_undo_again(database: Database, photos: list[Plain]) -> None:
+    photo = next(row for row in photos if row.label == "cats")
+    first = say(database, photo, "label", "dogs", reviewer="Ann", note="has a tail", key_name="key-1")
+    assert state(database, photo) == ("relabelled", "dogs")
+    second = say(database, photo, "label", "cats", reviewer="Ben")
+    assert state(database, photo) == ("confirmed", "cats")
+    third = say(database, photo, "bad")
+    assert state(database, photo) == ("bad", None)
+    for undone, left in ((third, ("confirmed", "cats")), (second, ("relabelled", "dogs")), (first, ("unreviewed", None))):
+        id_ = say(database, photo, "undo", reviewer="Cid")
+        with database.read() as connection:
+            assert history(connection, photo.sha256)[0].id == id_
+            assert history(connection, photo.sha256)[0].undoes == undone
+        assert state(database, photo) == left
+    assert refused(database, photo, "undo") == (
+        "nothing_to_undo",
+        f"Nothing is decided about {photo.photo}; there is nothing to undo.",
+    )
+    say(database, photo, "neither")
+    assert state(database, photo) == ("neither", None)
+    with database.read() as connection:
+        rows = history(connection, photo.sha256)
+    assert [row.decision for row in rows] == ["neither", "undo", "undo", "undo", "bad", "label", "label"]
+    eldest = rows[-1]
+    assert (eldest.reviewer, eldest.note, eldest.key_name, eldest.label) == ("Ann", "has a tail", "key-1", "cats")
+    assert abs(eldest.decided_at - datetime.now(timezone.utc)) < timedelta(minutes=10)
+    check_cells(database)
+
+
+def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, photos: list[Plain]) -> None:
+    photo = photos[0]
+    say(database, photo, "note", note="look again\nÄ 猫")
+    assert state(database, photo) == ("unreviewed", None)
+    say(database, photo, "bad")
+    say(database, photo, "note", note="really", seen=None)
+    assert state(database, photo) == ("bad", None)
+    say(database, photo, "undo")
+    assert state(database, photo) == ("unreviewed", None)
+    with database.read() as connection:
+        assert [row.note for row in history(connection, photo.sha256)] == ["", "really", "", "look again\nÄ 猫"]
+
+
+def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> None:
+    photo = photos[0]
+    seen = say(database, photo, "label", "dogs", reviewer="Ann")
+    found = refused(database, photo, "bad", seen=None)
+    assert found == ("decided_meanwhile", "Ann relabelled it dogs meanwhile; look at it, and decide again to overrule it.")
+    assert refused(database, photo, "undo", seen=None)[0] == "decided_meanwhile"
+    say(database, photo, "neither", reviewer="")
+    assert "Somebody found it to be none of the classes" in refused(database, photo, "label", new_label="cats", seen=seen)[1]
+    say(database, photo, "undo")
+    say(database, photo, "undo", seen=seen)
+    assert "The decision was taken back meanwhile" in refused(database, photo, "bad", seen=seen)[1]
+    with database.read() as connection:
+        assert len(history(connection, photo.sha256)) == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [{"photo": "none.jpg"}, {"sha256": "0" * 64}, {"model_version": "v9"}, {"photo": "a\0"}, {"model_version": "\udcff"}],
+)
+def test_a_photo_that_was_not_evaluated(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
+    assert refused(database, photos[0], "bad", **words)[0] == "not_found"
+
+
+@pytest.mark.parametrize(
+    ("decision", "words", "said"),
+    [
+        ("maybe", {}, "The field `decision` is 'maybe'; it can be label, neither, bad, note, undo."),
+        ("", {}, "The field `decision` is ''"),
+        ("label", {}, "The field `new_label` is None; it can be cats, dogs."),
+        ("label", {"new_label": "wolf"}, "The field `new_label` is 'wolf'; it can be cats, dogs."),
+        ("note", {"note": " \n"}, "The field `note` is empty"),
+    ],
+)
+def test_what_is_no_decision_is_not_entered(
+    database: Database, photos: list[Plain], decision: str, words: dict[str, str], said: str
+) -> None:
+    code, detail = refused(database, photos[0], decision, **words)
+    assert (code, said in detail) == ("bad_parameter", True)
+    assert state(database, photos[0]) == ("unreviewed", None)
+    with database.read() as connection:
+        assert history(connection, photos[0].sha256) == []
+
+
+@pytest.mark.parametrize("words", [{"note": "a\0b"}, {"reviewer": "\ud800"}, {"new_label": "a\0"}])
+def test_a_text_that_no_database_takes(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
+    code, detail = refused(database, photos[0], "label", **words)
+    assert code == "bad_parameter"
+    assert "a letter that cannot be kept" in detail
+
+
+def test_of_two_at_once_one_learns_of_the_other(database: Database, photos: list[Plain]) -> None:
+    together = threading.Barrier(8, timeout=300)
+    codes: Counter[str] = Counter()
+
+    def work(number: int) -> None:
+        together.wait()
+        try:
+            say(database, photos[0], "label", "dogs", reviewer=str(number), seen=None)
+            codes["decided"] += 1
+        except Problem as problem:
+            codes[problem.code] += 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == {"decided": 1, "decided_meanwhile": 7}
+    with database.read() as connection:
+        assert len(history(connection, photos[0].sha256)) == 1
+    check_cells(database)
+
+
+def test_decisions_hold_for_a_later_model_with_other_classes(database: Database, photos: list[Plain], tmp_path: Path) -> None:
+    """What was decided is about the photo, not about the model; a class that the later model has not is another."""
+    to_dogs, to_cats, neither = photos[:3]
+    say(database, to_dogs, "label", "dogs")
+    say(database, to_cats, "label", "cats")
+    say(database, neither, "neither")
+    names = ("dogs", "foxes")
+    later = make_predictions(1, 60, names)
+    enter(database, later, tmp_path, version="v2")
+    with database.read() as connection:
+        listing = Listing(connection, Filter(model="v2"))
+        found = {photo.sha256: photo for photo in listing.photos(listing.ids())}
+        of_dogs, of_cats, of_neither = (found[photo.sha256] for photo in (to_dogs, to_cats, neither))
+        assert of_dogs.review == ("confirmed" if of_dogs.label == "dogs" else "relabelled")
+        assert (of_cats.review, of_cats.decision and of_cats.decision.new_label) == ("relabelled", "cats")
+        assert of_neither.review == "neither"
+        assert listing.counts.facets["review"]["unreviewed"] == 57
+    say(database, neither, "undo")
+    with database.read() as connection:
+        assert Listing(connection, Filter(model="v2")).counts.facets["review"]["unreviewed"] == 58
+    check_cells(database)
+
+
+def test_a_decision_is_about_every_photo_with_the_same_bytes(database: Database, tmp_path: Path) -> None:
+    said = make_predictions(1, 20, CLASSES[2])
+    twins = type(said)(said.classes, said.photos, said.labels, said.probabilities, said.splits, (said.sha256s[0],) * 20)
+    rows = enter(database, twins, tmp_path)
+    say(database, rows[3], "label", "cats")
+    with database.read() as connection:
+        counts = Listing(connection, Filter(model=VERSION)).counts
+    cats = sum(row.label == "cats" for row in rows)
+    assert counts.facets["review"] == {"confirmed": cats, "relabelled": 20 - cats}
+    check_cells(database)
+
+
+def test_the_rows_of_reviews_csv(database: Database, photos: list[Plain]) -> None:
+    chosen = random.Random(1).sample(photos, 10)
+    for photo in chosen:
+        say(database, photo, "label", "dogs", reviewer="Ann", note="n")
+    say(database, chosen[0], "undo")
+    with database.read() as connection:
+        rows = list(reviews(connection))
+    wanted = sorted((photo.photo, photo.sha256, photo.label, "label", "dogs", "n", "Ann") for photo in chosen[1:])
+    assert [(r.photo, r.sha256, r.label, r.decision, r.new_label, r.note, r.reviewer) for r in rows] == wanted
+
+
+def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
+    """What the cells would say if every prediction were judged anew by the decisions that hold, found from the history."""
+    found: dict[str, Counter[tuple[Any, ...]]] = {}
+    with database.read() as connection:
+        for model in known_models(connection):
+            found[model.version] = Counter()
+            rows = connection.execute(
+                select(predictions.c.sha256, *(cells.c[name] for name in DIMENSIONS))
+                .join(cells, cells.c.id == predictions.c.cell_id)
+                .join(models, models.c.id == predictions.c.model_id)
+                .where(models.c.id == model.id)
+            )
+            for row in rows.all():
+                stack: list[Any] = []
+                for said in reversed(history(connection, row.sha256)):
+                    if said.decision == "undo":
+                        stack.pop()
+                    elif said.decision != "note":
+                        stack.append(said)
+                review = stack[-1] if stack else None
+                held = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == row.sha256)).first()
+                assert (held and held.decision_id) == (review and review.id)
+                label, after = judge(review, label=row.label, predicted=row.predicted, classes=model.classes, source=row.source)
+                name = "not labelled" if label < 0 else model.classes[label]
+                place = (row.source, row.split, name, model.classes[row.predicted], row.percent, after)
+                found[model.version][(*place, row.duplicate, row.mislabelled)] += 1
+    return found
+
+
+def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_path: Path) -> None:
+    """Imports, live photos, decisions, undoing and forgetting in a random order: counting anew gives the same."""
+    rng = random.Random(11)
+    classes = CLASSES[2]
+    evaluated = enter(database, make_predictions(1, 40, classes), tmp_path)
+    places = [(row.photo, row.sha256) for row in evaluated]
+    before: list[Any] = []
+    for step in range(500):
+        kind = rng.choices(("decide", "undo", "note", "keep", "prune", "import"), (50, 15, 5, 20, 2, 1))[0]
+        with database.write() as connection:
+            if kind in ("decide", "undo", "note"):
+                photo, sha256 = rng.choice(places)
+                decision = rng.choice(("label", "label", "neither", "bad")) if kind == "decide" else kind
+                holds = holding(connection, sha256)
+                label = rng.choice((*classes, "foxes")) if decision == "label" else None
+                words = {"photo": photo, "sha256": sha256, "model_version": VERSION, "decision": decision, "new_label": label}
+                with contextlib.suppress(Problem):  # nothing to undo, or a photo that was forgotten
+                    decide(connection, Verdict(**words, seen=holds and holds.id))  # type: ignore[arg-type]
+            elif kind == "keep":
+                data = bytes([rng.randrange(30)])
+                sha256 = hashlib.sha256(data).hexdigest()
+                values = np.array([0.25, 0.75], dtype=np.float32)
+                for model in rng.sample(known_models(connection), 1):
+                    if model.classes == classes:
+                        arrived = Answered(data, sha256, values, datetime.now(timezone.utc) - timedelta(seconds=step))
+                        keep(connection, model.id, classes, [arrived])
+                        places.append((name_of(sha256), sha256))
+            elif kind == "prune":
+                prune(connection, most=rng.randrange(5, 15), days=1)
+        if kind == "import":
+            version = f"v{rng.randrange(2, 5)}"
+            names = classes if version == "v2" else ("dogs", "foxes")
+            enter(database, make_predictions(1, 40, names), tmp_path, version=version)
+        if step % 25 == 24:
+            with database.read() as connection:
+                said = connection.execute(select(decisions).order_by(decisions.c.id)).all()
+            assert said[: len(before)] == before, "the history is only ever added to"
+            before = list(said)
+    check_cells(database)
+    assert len(before) > 200
+    states = state_of(database)
+    assert states == recounted(database)
+    assert len({place[5] for cells_of in states.values() for place in cells_of}) == 5
+    with database.write() as connection:
+        for _, sha256 in places:
+            settle(connection, sha256)
+    assert state_of(database) == states
+    check_cells(database)
+
+
+def test_every_decision_that_was_acknowledged_outlives_a_kill(
+    database: Database, database_url: str, photos: list[Plain]
+) -> None:
+    program = (
+        "import itertools, sys; from service.db.connection import Database;"
+        "from service.reviews.decisions import Verdict, decide, holding\n"
+        "database = Database(sys.argv[1])\n"
+        "for number in itertools.count():\n"
+        "    photo, sha256 = sys.argv[2 + number % 20].split('|')\n"
+        "    with database.write() as connection:\n"
+        "        holds = holding(connection, sha256)\n"
+        "        verdict = Verdict(photo=photo, sha256=sha256, model_version='v1', decision='label', new_label='dogs',\n"
+        "                          note=str(number), seen=holds and holds.id)\n"
+        "        made = decide(connection, verdict)\n"
+        "    print(made, number, flush=True)\n"
+    )
+    words = [f"{photo.photo}|{photo.sha256}" for photo in photos[:20]]
+    process = subprocess.Popen([sys.executable, "-c", program, database_url, *words], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    acknowledged = [process.stdout.readline() for _ in range(KILLED_AFTER)]
+    process.kill()
+    acknowledged += process.stdout.readlines()
+    process.stdout.close()
+    process.wait()
+    whole = [tuple(map(int, line.split())) for line in acknowledged if line.endswith(b"\n")]
+    assert len(whole) >= KILLED_AFTER
+    with database.read() as connection:
+        found = {row.id: int(row.note) for row in connection.execute(select(decisions))}
+        held = set(connection.execute(select(current_reviews.c.decision_id)).scalars())
+    assert {id_: found.get(id_) for id_, _ in whole} == dict(whole)
+    assert len(found) - len(whole) in (0, 1)  # one more may have been written and not acknowledged
+    assert held == set(sorted(found)[-20:])
+    check_cells(database)

@@ -1,0 +1,359 @@
+"""The page as a browser without JavaScript sees it, the model's card, and what every page carries."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from flask import Flask
+from werkzeug.test import TestResponse
+
+from service import create_app
+from service.app import Core
+from service.full_app import build_app
+from service.http.errors import Problem
+from service.http.uploads import Upload
+from service.inference.batcher import Answer
+from service.inference.image_decoder import Prepared
+from service.inference.model_manager import ServedModel
+from service.inference.predictor import Prediction
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+from service.web.layout import NAVIGATION, percent
+from tests.helpers.server import PATIENT, START_S, multipart
+
+HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"
+
+
+@pytest.fixture(scope="module")
+def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
+    app = create_app(Settings(bundle=tiny_bundle.path, max_photos=4, max_body_mb=1, max_megapixels=1, **PATIENT))
+    app.extensions["model"].wait(START_S)
+    yield app
+    app.extensions["model"].close()
+
+
+@pytest.fixture(scope="module")
+def keyed(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
+    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame", "grün"), **PATIENT))
+    app.extensions["model"].wait(START_S)
+    yield app
+    app.extensions["model"].close()
+
+
+@pytest.fixture
+def loading(tiny_bundle: SimpleNamespace) -> Flask:
+    """An application whose model is never there."""
+    settings = Settings(bundle=tiny_bundle.path)
+    return build_app(Core.of(settings, ServedModel(settings, Metrics())))
+
+
+@pytest.fixture
+def photo(tiny_bundle: SimpleNamespace) -> bytes:
+    return (tiny_bundle.photos / "red" / "red.000.jpg").read_bytes()
+
+
+def post(app: Flask, *files: tuple[bytes, str], **fields: str) -> TestResponse:
+    parts = [("file", name, content) for content, name in files] + [(key, None, text.encode()) for key, text in fields.items()]
+    body, kind = multipart(*parts)
+    return app.test_client().post("/", data=body, content_type=kind)
+
+
+def get(app: Flask, path: str, **options: Any) -> TestResponse:
+    """The answer, with its file closed where it is one."""
+    with app.test_client().get(path, **options) as answer:
+        answer.get_data()
+        return answer
+
+
+def cards(answer: TestResponse) -> list[str]:
+    """The cards' HTML, without the one that the script fills."""
+    shown = answer.text.partition("<template")[0]
+    return re.findall(r'<li class="card.*?(?=<li class="card|</ol>)', shown, re.DOTALL)
+
+
+# The form
+
+
+def test_the_page_invites_to_choose_photos(app: Flask) -> None:
+    answer = app.test_client().get("/")
+    assert answer.status_code == 200
+    assert answer.mimetype == "text/html"
+    assert 'enctype="multipart/form-data"' in answer.text
+    assert re.search(r'<input id="files" type="file" name="file" multiple accept="image/jpeg,', answer.text)
+    assert "<strong>blue</strong>, <strong>green</strong> and <strong>red</strong>" in answer.text
+    assert not cards(answer)
+    assert 'name="key"' not in answer.text
+
+
+def test_several_photos_are_answered_in_their_order_with_the_bad_one_among_them(app: Flask, photo: bytes) -> None:
+    answer = post(app, (photo, "one.jpg"), (b"no picture", "two.txt"), (photo, "three.jpg"))
+    assert answer.status_code == 200
+    assert answer.headers["Cache-Control"] == "no-store"
+    one, two, three = cards(answer)
+    assert all(name in card for name, card in (("one.jpg", one), ("two.txt", two), ("three.jpg", three)))
+    assert ">red</span>" in one
+    assert re.findall(r'data-slot="name">(\w+)<', one)[0] == "red"
+    assert 'src="data:image/png;base64,' in one
+    assert "JPEG, 56 \u00d7 44 pixels" in one
+    assert "10 bytes arrived that are not a picture" in two
+    assert "<img" not in two
+    assert 'role="alert"' not in answer.text
+
+
+def test_the_bars_are_the_probabilities_of_the_api(app: Flask, photo: bytes) -> None:
+    page = cards(post(app, (photo, "a.jpg")))[0]
+    body = {"file": (io.BytesIO(photo), "a.jpg")}
+    api = app.test_client().post("/predict?crop=1", data=body).get_json()["predictions"][0]
+    highest_first = sorted(api["probabilities"].items(), key=lambda row: -row[1])
+    widths = [float(text) for text in re.findall(r'<rect data-slot="fill" width="([\d.]+)"', page)]
+    assert re.findall(r'data-slot="name">(\w+)<', page) == [name for name, _ in highest_first]
+    assert widths == pytest.approx([100 * share for _, share in highest_first], abs=0.01)
+    assert api["crop"] in page
+
+
+def test_a_file_name_is_text_and_nothing_else(app: Flask, photo: bytes) -> None:
+    answer = post(app, (photo, HOSTILE), (b"no picture", "../" + HOSTILE))
+    assert len(cards(answer)) == 2
+    assert "<img src=x" not in answer.text
+    assert "&lt;img src=x onerror=alert(1)&gt;" in answer.text
+
+
+def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: Flask, photo: bytes) -> None:
+    model = app.extensions["model"].get()
+    names = [f"kind {i}" for i in range(25)]
+    many = dataclasses.replace(model, bundle=dataclasses.replace(model.bundle, info={**model.bundle.info, "classes": names}))
+    shares = np.arange(25, dtype=np.float32) / 300
+    prepared = Prepared(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ("It has several frames.",))
+    row = Prediction(Upload("a.gif", b""), Answer(prepared, shares, 0, 0, 0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=lambda request, photos: (many, [row])))
+        (card,) = cards(post(app, (photo, "a.gif")))
+    first, _, others = card.partition("<details")
+    assert re.findall(r'data-slot="name">(.*?)<', first) == names[:14:-1]
+    assert len(re.findall(r'data-slot="name">', others)) == 15
+    assert "It has several frames." in card
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "text"),
+    [
+        (1.0, 1, "100.0 %"),
+        (0.99996, 1, "> 99.9 %"),
+        (0.99996, 2, "> 99.99 %"),
+        (0.99996, 3, "99.996 %"),
+        (0.9995, 0, "> 99 %"),
+        (0.9994, 1, "99.9 %"),
+        (0.5, 1, "50.0 %"),
+        (0.0004, 2, "0.04 %"),
+        (0.0001, 1, "< 0.1 %"),
+        (0.0001, 0, "< 1 %"),
+        (0.0, 2, "0.00 %"),
+    ],
+)
+def test_a_share_is_not_rounded_to_all_or_nothing(share: float, digits: int, text: str) -> None:
+    assert percent(share, digits).replace("\u202f", " ") == text
+
+
+def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, photo: bytes) -> None:
+    prepared = Prepared(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ())
+    model = app.extensions["model"].get()
+    shares = np.eye(len(model.bundle.classes), dtype=np.float32)[0]
+    row = Prediction(Upload("a.gif", b""), Answer(prepared, shares, 0, 0, 0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=lambda request, photos: (model, [row])))
+        (card,) = cards(post(app, (photo, "a.gif")))
+    said = re.findall(r'data-slot="(?:share|value)">([^<]*)<', card.replace("\u202f", " "))
+    assert said == ["&gt; 99.9 %"] * 2 + ["&lt; 0.1 %"] * (len(shares) - 1)
+
+
+# Problems of the whole request
+
+
+@pytest.mark.parametrize(
+    ("files", "status", "words"),
+    [
+        ([], 400, "No photo was chosen"),
+        ([(b"", "")], 400, "No photo was chosen"),
+        ([(b"", "empty.jpg")], 400, "has no bytes"),
+        ([(b"no picture", "a.jpg")], 415, "are not a picture"),
+        ([(b"x", "a.jpg")] * 5, 413, "5 photos arrived and 4 is the most"),
+        ([(b"x" * 1_100_000, "a.jpg")], 413, "1,048,576 is the most"),
+    ],
+    ids=["nothing", "nothing chosen", "empty", "one bad", "too many", "too large"],
+)
+def test_a_problem_is_said_on_the_page(app: Flask, files: list[tuple[bytes, str]], status: int, words: str) -> None:
+    answer = post(app, *files)
+    assert answer.status_code == status
+    assert answer.mimetype == "text/html"
+    alert = re.search(r'role="alert".*?</div>', answer.text, re.DOTALL)
+    assert alert
+    assert words in alert[0]
+    assert re.search(r"<strong>\w.*\.</strong>", alert[0])
+    assert '<input id="files"' in answer.text
+
+
+def test_another_body_than_a_form_is_refused(app: Flask, photo: bytes) -> None:
+    answer = app.test_client().post("/", data=photo, content_type="image/jpeg")
+    assert answer.status_code == 415
+    assert "POST /predict" in answer.text
+
+
+def test_a_full_house_is_said_on_the_page_with_the_time_to_wait(app: Flask, photo: bytes) -> None:
+    admission = app.extensions["admission"]
+    admission.enter(64)
+    try:
+        answer = post(app, (photo, "a.jpg"))
+    finally:
+        admission.leave(64)
+    assert (answer.status_code, answer.mimetype) == (503, "text/html")
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert "64 photos are waiting" in answer.text
+    assert 'http-equiv="refresh"' not in answer.text
+    assert admission.inside == 0
+
+
+def test_an_unforeseen_error_is_said_with_the_id_under_which_it_was_logged(app: Flask, photo: bytes) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=fail))
+        answer = post(app, (photo, "a.jpg"))
+    assert answer.status_code == 500
+    assert answer.headers["X-Request-ID"] in answer.text
+    assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/", "/model"])
+def test_while_the_model_loads_the_page_asks_again_by_itself(loading: Flask, path: str) -> None:
+    answer = loading.test_client().get(path)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert '<meta http-equiv="refresh" content="1">' in answer.text
+    assert "being loaded" in answer.text
+
+
+def test_a_model_that_cannot_be_loaded_is_not_asked_for_again(tmp_path: Path) -> None:
+    app = create_app(Settings(bundle=tmp_path))
+    with pytest.raises(Problem):
+        app.extensions["model"].wait(START_S)
+    answer = app.test_client().get("/")
+    assert answer.status_code == 503
+    assert "is not a bundle" in answer.text
+    assert "refresh" not in answer.text
+
+
+def test_problems_on_the_page_are_counted(app: Flask) -> None:
+    errors = app.extensions["model"].metrics.errors.labels("no_photo")
+    before = errors._value.get()
+    post(app)
+    assert errors._value.get() == before + 1
+
+
+# Keys
+
+
+def test_where_keys_are_set_the_page_has_a_field_and_wants_one(keyed: Flask, photo: bytes) -> None:
+    assert re.search(r'<input id="key" name="key" type="password"', keyed.test_client().get("/").text)
+    without, wrong = post(keyed, (photo, "a.jpg")), post(keyed, (photo, "a.jpg"), key="open")
+    assert (without.status_code, wrong.status_code) == (401, 401)
+    assert "A key is wanted here" in without.text
+    assert "not one that is known here" in wrong.text
+    assert "Bearer" in wrong.headers["WWW-Authenticate"]
+    assert not cards(wrong)
+
+
+@pytest.mark.parametrize("key", ["sesame", " sesame ", "grün"])
+def test_a_known_key_opens_and_is_not_sent_back(keyed: Flask, photo: bytes, key: str) -> None:
+    answer = post(keyed, (photo, "a.jpg"), key=key)
+    assert answer.status_code == 200
+    assert len(cards(answer)) == 1
+    assert key.strip() not in answer.text
+
+
+# What every page carries
+
+
+@pytest.mark.parametrize("path", ["/", "/model", "/docs"])
+def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing_inline(app: Flask, path: str) -> None:
+    answer = app.test_client().get(path)
+    assert answer.status_code == 200
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son\w+=", answer.text)
+    for address in re.findall(r'<(?:script|link|img)[^>]* (?:src|href)="([^"]*)"', answer.text):
+        assert address.startswith("/static/")
+        assert get(app, address).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/model", "/docs"])
+def test_the_header_names_the_model_and_the_way(app: Flask, path: str) -> None:
+    text = app.test_client().get(path).text
+    model = app.extensions["model"].get()
+    assert all(words in text for words in (model.bundle.name, model.bundle.version, model.precision.name))
+    assert all(f">{entry.label}</a>" in text for entry in NAVIGATION)
+    assert re.findall(r'<a href="([^"]*)" aria-current="page">', text) == [path]
+
+
+def test_a_static_file_is_kept_for_ever_under_its_version_only(app: Flask) -> None:
+    address = re.findall(r'href="(/static/site\.css\?v=\w+)"', get(app, "/").text)[0]
+    first = get(app, address)
+    assert first.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+    for other in ("/static/site.css", "/static/site.css?v=older"):
+        assert get(app, other).headers["Cache-Control"] == "no-cache"
+    assert get(app, address, headers={"If-None-Match": first.headers["ETag"]}).status_code == 304
+    assert get(app, "/static/../app.py").status_code == 404
+
+
+def test_behind_a_proxy_the_addresses_have_its_prefix(tiny_bundle: SimpleNamespace) -> None:
+    app = create_app(Settings(bundle=tiny_bundle.path, proxies=1))
+    app.extensions["model"].wait(START_S)
+    headers = {"X-Forwarded-Prefix": "/animals", "X-Forwarded-Host": "example.org", "X-Forwarded-Proto": "https"}
+    text = app.test_client().get("/", headers=headers).text
+    assert 'action="/animals/#results"' in text
+    assert 'data-predict="/animals/predict"' in text
+    assert "https://example.org/animals/predict" in text
+    app.extensions["model"].close()
+
+
+# The card
+
+
+def test_the_card_is_shown_with_its_table_of_figures(app: Flask) -> None:
+    text = app.test_client().get("/model").text
+    assert "<h3>How good it is</h3>" in text
+    assert re.search(r"<td>accuracy</td>\s*<td>[\d.]+</td>\s*<td>[\d.]+ to [\d.]+</td>", text)
+    assert len(re.findall("<h1", text)) == 1
+    assert re.search(r"<dt>Accuracy</dt><dd>[\d.]+\u202f%<small>\d+ of the \d+ photos", text)
+
+
+def test_html_in_a_card_is_text(app: Flask, tmp_path: Path) -> None:
+    hostile = "# Card\n\n<script>alert(1)</script> ![x](https://example.org/x.png) [go](javascript:alert(1))\n"
+    (tmp_path / "README.md").write_text(hostile, encoding="utf-8")
+    text = _with_bundle_at(app, tmp_path).text
+    assert "<script>alert" not in text
+    assert 'javascript:alert(1)"' not in text
+    assert not re.search("<img[^>]*example.org", text)
+
+
+def test_without_a_card_the_manifest_tells_the_figures(app: Flask, tmp_path: Path) -> None:
+    answer = _with_bundle_at(app, tmp_path)
+    assert answer.status_code == 200
+    assert "came without a card" in answer.text
+    assert re.search(r'<th scope="row">accuracy</th><td>[\d.]+</td>', answer.text)
+
+
+def _with_bundle_at(app: Flask, path: Path) -> TestResponse:
+    """GET /model, where the bundle's other files are in ``path``."""
+    served = app.extensions["model"]
+    model = served.get()
+    moved = dataclasses.replace(model, bundle=dataclasses.replace(model.bundle, path=path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served, "_model", moved)
+        return app.test_client().get("/model")
