@@ -111,7 +111,7 @@ def vgg16_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Random weights for the network ``tiny`` of tests/helpers/tiny_network.py, which is registered while the module's tests run."""
+    """Random weights for the network ``tiny``, which is registered while the module's tests run."""
     from tests.helpers import tiny_network
 
     with tiny_network.registered():

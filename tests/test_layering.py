@@ -1,40 +1,96 @@
+"""The packages and their shelves import each other in one direction only."""
+
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("models", "finetune", "service")
 FORBIDDEN = {"models": {"finetune", "service"}, "finetune": {"service"}, "service": {"finetune"}}
+# From the bottom up: a module imports its own shelf and those above it in this list; shelves of one line may import each other.
+LAYERS = {
+    "models": ("errors preprocess", "artifacts", "networks zoo", "runtime", "__init__"),
+    "finetune": (
+        "config",
+        "io",
+        "compute",
+        "data",
+        "features",
+        "training",
+        "metrics",
+        "reports",
+        "export",
+        "batch_inference",
+        "evaluation",
+        "pipeline",
+        "compare introspection",
+        "cli",
+        "__main__ __init__",
+    ),
+}
 WITHOUT_TORCH = ("errors", "preprocess", "artifacts", "networks.spec", "runtime.openvino_engine", "runtime.precision")
 
 
-def imported(file: Path) -> set[str]:
-    """The top-level names of what a file imports, wherever in it the import stands."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found.update(alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file} has a relative import"
-            found.add((node.module or "").split(".")[0])
-    return found
-
-
-@pytest.mark.parametrize("package", FORBIDDEN)
-def test_a_layer_imports_only_those_below_it(package: str) -> None:
+def modules(package: str) -> dict[str, Path]:
+    """Every module of a package by its dotted name."""
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
-    wrong = {str(file.relative_to(ROOT)): bad for file in files if (bad := imported(file) & FORBIDDEN[package])}
-    assert wrong == {}
+    return {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
 
 
-def test_what_a_server_imports_of_models_comes_without_torch() -> None:
+def imports(file: Path) -> Iterator[str]:
+    """The dotted names that a file imports, wherever in it the import stands; ``from a import b`` gives ``a.b``."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer_of(package: str, dotted: str) -> int:
+    """The position of the shelf, or root module, that a dotted name belongs to."""
+    shelf = (dotted.split(".") + ["__init__"])[1]
+    layers = [index for index, names in enumerate(LAYERS[package]) if shelf in names.split()]
+    return layers[0] if layers else len(LAYERS[package])
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_only_those_below_it(package: str) -> None:
+    steps_up = {
+        name: bad
+        for name, file in modules(package).items()
+        if (bad := {dotted.split(".")[0] for dotted in imports(file)} & FORBIDDEN[package])
+    }
+    assert steps_up == {}
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_a_shelf_imports_only_those_below_it(package: str) -> None:
+    steps_up = sorted(
+        f"{name} imports {dotted}"
+        for name, file in modules(package).items()
+        for dotted in imports(file)
+        if dotted.split(".")[0] == package and layer_of(package, dotted) > layer_of(package, name)
+    )
+    assert steps_up == []
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_every_shelf_has_its_layer(package: str) -> None:
+    shelves = {name.split(".")[1] for name in modules(package)}
+    assert shelves == {shelf for names in LAYERS[package] for shelf in names.split()}
+
+
+def test_a_server_imports_models_without_torch() -> None:
     artifacts = [f"artifacts.{file.stem}" for file in (ROOT / "models" / "artifacts").glob("[a-z]*.py")]
-    imports = ", ".join(f"models.{name}" for name in (*WITHOUT_TORCH, *artifacts))
-    code = f"import sys, {imports}; print(sorted({{'torch', 'torchvision', 'timm'}} & set(sys.modules)))"
+    names = ", ".join(f"models.{name}" for name in (*WITHOUT_TORCH, *artifacts))
+    code = f"import sys, {names}; print(sorted({{'torch', 'torchvision', 'timm'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 from pathlib import Path
 
 from finetune import config as settings
@@ -39,9 +40,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"speed        {photos_per_second(bundle):,.0f} training photos a second, validation included")
     if config.dataset:
-        from finetune.data.builtin_datasets import measure
-
-        measure(bundle, config)
+        _evaluate_test_split(bundle, config)
     return 0
 
 
@@ -51,6 +50,21 @@ def photos_per_second(bundle: Bundle) -> float:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     photos = sum(bundle.info["provenance"]["dataset"]["photos"]["train"].values())
     return float(photos * len(seconds) / sum(seconds))
+
+
+def _evaluate_test_split(bundle: Bundle, config: settings.Config) -> None:
+    """Evaluate a finished run on its data set's test split, once, into the folder ``test`` next to the bundle."""
+    from finetune.data.builtin_datasets import TEST
+    from finetune.evaluation.evaluate import evaluate_bundle
+    from finetune.metrics.classification import format_summary
+
+    out = bundle.path.parent / TEST
+    if (out / "metrics.json").is_file():
+        return
+    shutil.rmtree(out, ignore_errors=True)  # left by an interrupted evaluation
+    metrics = evaluate_bundle(bundle.path, config.data_dir, split=TEST, out=out, workers=config.workers, seed=config.seed)
+    print("\nOn the test pictures, which had no part in training:")
+    print(f"{format_summary(metrics)}\nresults      {out}")
 
 
 def _with_dataset(config: settings.Config, *, resume: bool) -> settings.Config:

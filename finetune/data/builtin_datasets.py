@@ -13,7 +13,6 @@ import json
 import pickle
 import random
 import shlex
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from finetune.config import Config
 from finetune.io.output_folder import check_free, new_folder
 from finetune.io.threaded_map import prefetch
 from models.artifacts.atomic_io import write_text
-from models.artifacts.bundle import Bundle
 from models.errors import DataError
 
 RECORD, RAW, TEST = "DATASET.json", "raw", "test"
@@ -95,20 +93,6 @@ def fetch(name: str, folder: Path) -> None:
         + (f" ({repeated:,} of them are in the training part too, as published)." if repeated else ".")
     )
     print("Pictures this small are searched for exact repeats alone: to a perceptual hash many of a kind look the same.")
-
-
-def measure(bundle: Bundle, config: Config) -> None:
-    """Measure a finished run on its data set's test part, once, into the folder ``test`` beside the bundle."""
-    from finetune.evaluation.evaluate import evaluate_bundle
-    from finetune.metrics.classification import format_summary
-
-    out = bundle.path.parent / TEST
-    if (out / "metrics.json").is_file():
-        return
-    shutil.rmtree(out, ignore_errors=True)  # what an interrupted measurement left
-    metrics = evaluate_bundle(bundle.path, config.data_dir, split=TEST, out=out, workers=config.workers, seed=config.seed)
-    print("\nOn the test pictures, which had no part in training:")
-    print(f"{format_summary(metrics)}\nresults      {out}")
 
 
 def _read(known: Known, raw: Path) -> tuple[Sequence[str], Part, Part]:

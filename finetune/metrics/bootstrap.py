@@ -1,4 +1,4 @@
-"""95 % intervals of means that are measured on a limited number of photos: bootstraps. Proportions: ``models.artifacts.statistics``."""
+"""Bootstrap 95% confidence intervals of means. Intervals of proportions are in ``models.artifacts.statistics``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A network of a few thousand numbers for tests of whole runs: frozen BatchNorm before the cut, dropout behind it, as in VGG.
 
-``registered()`` makes it known for a while; ``python -m tests.helpers.tiny_network train ...`` is a command line that knows it, to be killed.
+``registered()`` registers it for a while; ``python -m tests.helpers.tiny_network train ...`` is a command line that knows it.
 With HOLD_AT=7 in its environment it does not write the seventh epoch's checkpoint but waits, so that no kill comes too late.
 """
 
