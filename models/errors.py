@@ -26,15 +26,15 @@ class BundleError(UserError):
     """A bundle is missing, changed, incomplete or too new."""
 
 
-class PhotoError(UserError):
+class ImageError(UserError):
     """A file is not a photo that can be decoded."""
 
 
-class NotAPictureError(PhotoError):
+class UnsupportedImageError(ImageError):
     """Bytes are not a picture, or of a format that is not taken."""
 
 
-class TooManyPixelsError(PhotoError):
+class ImageTooLargeError(ImageError):
     """A picture is larger than can be decoded safely."""
 
 

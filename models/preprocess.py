@@ -20,13 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from models.errors import NotAPictureError, PhotoError, TooManyPixelsError, UserError
+from models.errors import ImageError, ImageTooLargeError, UnsupportedImageError, UserError
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not Pillow's others: EPS, say, starts Ghostscript
-FORMATS_IN_WORDS = "JPEG, PNG, WebP, GIF, BMP, TIFF or PPM"
-DECODE_PX = 512
-Inspect = Callable[[Image.Image], None]
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not Pillow's others: EPS, say, starts Ghostscript
+IMAGE_FORMATS_TEXT = "JPEG, PNG, WebP, GIF, BMP, TIFF or PPM"
+MIN_DECODE_PX = 512
+ImageInspector = Callable[[Image.Image], None]
 
 # Pillow warns of odd metadata, which is no reason to refuse the pixels. Not in decode: catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -56,18 +56,18 @@ class Preprocessing:
         JPEG can be decoded at a half, a quarter or an eighth of its size. For a phone's 12-megapixel photo that takes a
         third of the time; the crop differs by 0.3 levels in the mean, and in 99 of 100 values by 2 at most.
         """
-        return max(DECODE_PX, 2 * self.resize_px)
+        return max(MIN_DECODE_PX, 2 * self.resize_px)
 
     def sha256(self) -> str:
         """Name this preprocessing by its content, so that a change of it cannot go unseen."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def decode(self, data: bytes, *, inspect: Inspect | None = None) -> Image.Image:
-        """Decode a photo's bytes as far as this network needs it (``decode_px``). Raises PhotoError."""
-        return decode(data, at_least_px=self.decode_px, inspect=inspect)
+    def decode(self, data: bytes, *, inspect: ImageInspector | None = None) -> Image.Image:
+        """Decode a photo's bytes as far as this network needs it (``decode_px``). Raises ImageError."""
+        return decode(data, min_side_px=self.decode_px, inspect=inspect)
 
-    def pixels(self, data: bytes, *, inspect: Inspect | None = None) -> NDArray[np.uint8]:
-        """From a photo's bytes to what the network sees: (input_px, input_px, channels) uint8. Raises PhotoError."""
+    def pixels(self, data: bytes, *, inspect: ImageInspector | None = None) -> NDArray[np.uint8]:
+        """From a photo's bytes to what the network sees: (input_px, input_px, channels) uint8. Raises ImageError."""
         return self.crop(self.decode(data, inspect=inspect))
 
     def crop(self, photo: Image.Image) -> NDArray[np.uint8]:
@@ -97,38 +97,40 @@ class Preprocessing:
         return first, min(side_px, math.ceil(end + reach)), begin - first, end - first
 
 
-def decode(data: bytes, *, at_least_px: int | None = None, inspect: Inspect | None = None) -> Image.Image:
+def decode(data: bytes, *, min_side_px: int | None = None, inspect: ImageInspector | None = None) -> Image.Image:
     """Decode a photo's bytes: first frame, upright by its EXIF orientation, RGB whatever it was.
 
-    Transparent parts become white; 16-bit grey is scaled to 8 bit, not clipped; CMYK is converted. With ``at_least_px`` a
+    Transparent parts become white; 16-bit grey is scaled to 8 bit, not clipped; CMYK is converted. With ``min_side_px`` a
     large photo may come at a half of its size, a quarter and so on, as long as its shorter side keeps that many pixels.
     ``inspect`` is given the opened photo before a pixel of it is decoded, and may refuse it with a UserError of its own.
-    Raises PhotoError for bytes that are no picture, and for a picture that breaks off.
+    Raises ImageError for bytes that are no picture, and for a picture that breaks off.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
             if inspect:
                 inspect(file)
-            if at_least_px:
-                file.draft(None, (at_least_px, at_least_px))
+            if min_side_px:
+                file.draft(None, (min_side_px, min_side_px))
             file.load()
-            photo = _reduced(file, at_least_px) if at_least_px else file
+            photo = _reduced(file, min_side_px) if min_side_px else file
             with contextlib.suppress(Exception):  # EXIF that cannot be read: the pixels are as good as ever
                 ImageOps.exif_transpose(photo, in_place=True)
             return to_rgb(photo)
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise NotAPictureError(f"{len(data)} bytes arrived that are not a picture; send a {FORMATS_IN_WORDS} file.") from None
+        raise UnsupportedImageError(
+            f"{len(data)} bytes arrived that are not a picture; send a {IMAGE_FORMATS_TEXT} file."
+        ) from None
     except Image.DecompressionBombError as error:
-        raise TooManyPixelsError(f"The picture is too large to decode safely ({error}); send a smaller one.") from None
+        raise ImageTooLargeError(f"The picture is too large to decode safely ({error}); send a smaller one.") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data: struct.error, SyntaxError, ...
-        raise PhotoError(f"The picture is damaged and cannot be decoded ({error}); send it again or another.") from None
+        raise ImageError(f"The picture is damaged and cannot be decoded ({error}); send it again or another.") from None
 
 
-def _reduced(photo: Image.Image, at_least_px: int) -> Image.Image:
+def _reduced(photo: Image.Image, min_side_px: int) -> Image.Image:
     """Halve a large photo before anything else converts it: at full size that would take many times its memory."""
-    halvings = int(math.log2(max(1, min(photo.size) // at_least_px)))
+    halvings = int(math.log2(max(1, min(photo.size) // min_side_px)))
     if halvings == 0:
         return photo
     info = photo.info

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from finetune.io.threaded_map import batched, prefetch, processors
 from models.artifacts.atomic_io import atomic_write, write_text
 from models.artifacts.bundle import GRAPH, Bundle
-from models.errors import DataError, PhotoError, RunError
+from models.errors import DataError, ImageError, RunError
 from models.runtime.openvino_engine import OnnxEngine
 
 BATCH = 16
@@ -135,7 +135,7 @@ class _Scorer:
     def _pixels(self, photo: Path) -> NDArray[np.uint8] | str:
         try:
             return self._bundle.preprocessing.pixels(photo.read_bytes())
-        except PhotoError as error:
+        except ImageError as error:
             return str(error)
         except OF_ONE_FILE as error:
             return error.strerror or type(error).__name__

@@ -19,7 +19,7 @@ from finetune.export.merge_head import open_full
 from finetune.io.threaded_map import batched, prefetch
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
 from models.artifacts.paths import whole_bundle
-from models.errors import ConfigError, DataError, PhotoError
+from models.errors import ConfigError, DataError, ImageError
 from models.runtime.openvino_engine import OnnxEngine, supports_bf16
 from models.runtime.precision import choose_precision
 
@@ -43,7 +43,7 @@ def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", 
     def pixels(path: Path) -> NDArray[np.uint8] | str:
         try:
             return bundle.preprocessing.pixels(path.read_bytes())
-        except (PhotoError, OSError) as error:
+        except (ImageError, OSError) as error:
             return str(error)
 
     for batch in batched(zip(paths, prefetch(pixels, paths, workers=workers), strict=True), BATCH):

@@ -63,7 +63,7 @@ class PhotoFolder(ImageFolder):
 
 
 def open_photo(path: str | Path) -> Image.Image:
-    """Read a file as an upright RGB picture. Raises PhotoError."""
+    """Read a file as an upright RGB picture. Raises ImageError."""
     return decode(Path(path).read_bytes())
 
 

@@ -24,8 +24,8 @@ from finetune.data.image_folder import Photo
 from finetune.io.array_store import ShardStore
 from finetune.io.threaded_map import prefetch
 from models.artifacts.atomic_io import sha256_of
-from models.errors import PhotoError
-from models.preprocess import DECODE_PX, Preprocessing, decode
+from models.errors import ImageError
+from models.preprocess import MIN_DECODE_PX, Preprocessing, decode
 
 THUMB_PX = 16
 EXACT_PX = 32  # what the perceptual hash shrinks a photo to: of one no larger, any two of a kind look alike to it
@@ -73,7 +73,7 @@ def scan(
 
     Photos are decoded as far as ``stash`` needs them, and ``store`` is that of ``fingerprint_context`` for as many pixels.
     """
-    decode_px = stash.preprocessing.decode_px if stash else DECODE_PX
+    decode_px = stash.preprocessing.decode_px if stash else MIN_DECODE_PX
     sha256s = list(prefetch(lambda photo: _sha256(photo.path), photos, workers=workers))
     known = store.load([sha for sha in sha256s if sha])
     keep = wanted([sha for sha in sha256s if sha]) if wanted else set()
@@ -86,8 +86,8 @@ def scan(
         if sha256 in known and sha256 not in keep:
             return Scan(photo, sha256, known[sha256], None)
         try:
-            picture = decode(photo.path.read_bytes(), at_least_px=decode_px)
-        except (PhotoError, OSError) as error:
+            picture = decode(photo.path.read_bytes(), min_side_px=decode_px)
+        except (ImageError, OSError) as error:
             return Scan(photo, sha256, None, str(error))
         if stash and sha256 in keep:
             stash.put(sha256, picture)
@@ -104,7 +104,7 @@ def scan(
     return scans
 
 
-def fingerprint_context(decode_px: int = DECODE_PX) -> dict[str, Any]:
+def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
     """Everything beside the photo that its fingerprint depends on: a large JPEG is decoded to ``decode_px`` at least."""
     return {
         "what": "fingerprint",

@@ -104,7 +104,7 @@ def maps_of(classifier: Classifier, pixels: NDArray[np.uint8]) -> list[tuple[str
 
 
 def draw_maps(classifier: Classifier, bundle: Bundle, photo: Path, folder: Path, *, most: int) -> list[Path]:
-    """Write what the network is given of ``photo``, then a sheet for each stage; raises PhotoError, DataError."""
+    """Write what the network is given of ``photo``, then a sheet for each stage; raises ImageError, DataError."""
     try:
         pixels = bundle.preprocessing.pixels(photo.read_bytes())
     except (FileNotFoundError, IsADirectoryError):

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from finetune.reports.plots import BLUE, ORANGE, TILE, printable, save
 from models.artifacts.predictions import Predictions
-from models.errors import PhotoError
+from models.errors import ImageError
 from models.preprocess import decode
 
 PHOTOS_SHOWN = 12
@@ -90,7 +90,7 @@ def _tile(photo: Path, colour: str) -> tuple[Image.Image, str]:
         return tile, "photo is missing"
     except (OSError, ValueError):  # ValueError: a path that no file system can hold
         return tile, "photo cannot be read"
-    except PhotoError:
+    except ImageError:
         return tile, "photo cannot be decoded"
     picture = ImageOps.contain(picture, (inner_px, inner_px))
     tile.paste(picture, ((TILE_PX - picture.width) // 2, (TILE_PX - picture.height) // 2))

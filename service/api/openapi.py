@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.preprocess import FORMATS_IN_WORDS
+from models.preprocess import IMAGE_FORMATS_TEXT
 from service.api import openapi_admin, openapi_inference_protocol
 from service.api.openapi_examples import models_samples, page_samples, predict_samples
 from service.api.openapi_gallery import gallery_paths
@@ -212,7 +212,7 @@ EXAMPLE = {
                 "type": "/docs#not_a_picture",
                 "title": "The file is not a picture",
                 "status": 415,
-                "detail": f"The photo is not a picture that can be read; send {FORMATS_IN_WORDS}.",
+                "detail": f"The photo is not a picture that can be read; send {IMAGE_FORMATS_TEXT}.",
                 "code": "not_a_picture",
             },
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-from models.preprocess import FORMATS_IN_WORDS
+from models.preprocess import IMAGE_FORMATS_TEXT
 from service.http.errors import CODES, MEDIA_TYPE
 
 # What the one who asks can do about each code.
@@ -35,7 +35,7 @@ ADVICE = {
     "too_many_photos": "Send them in several requests.",
     "too_many_pixels": "Scale the photo down first.",
     "unsupported_media_type": "Set the header `Content-Type` to one of those that are listed above.",
-    "not_a_picture": f"Send {FORMATS_IN_WORDS}.",
+    "not_a_picture": f"Send {IMAGE_FORMATS_TEXT}.",
     "damaged_picture": "The picture cannot be decoded; look whether it opens elsewhere, and save it anew.",
     "bundle_refused": "`detail` says what is wrong with it; copy or export it again.",
     "internal_error": "Tell the operator the request id; the log has more under it.",

@@ -33,7 +33,7 @@ def make_picture(data: bytes, *, door: FrontDoor, longest_px: int = ORIGINAL_PX,
     """
     profiles: list[bytes] = []
     photo = door.decode(
-        data, at_least_px=longest_px, look=lambda opened: profiles.append(opened.info.get("icc_profile") or b"")
+        data, min_side_px=longest_px, look=lambda opened: profiles.append(opened.info.get("icc_profile") or b"")
     )
     scale = min(1.0, longest_px / max(photo.size))
     if scale < 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.preprocess import FORMATS
+from models.preprocess import IMAGE_FORMATS
 from service.images.disk_cache import Blobs
 from service.images.render import Picture, make_picture
 from service.images.worker_pool import Crew
@@ -44,7 +44,7 @@ class Thumbnails:
         if data is None:
             return None
         # A disk may give back anything; a file that is whole has both ends.
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS[:1]) as file:
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS[:1]) as file:
             if data.endswith(END):
                 return Picture(data, *file.size)
         self._kept.drop(_name(sha256))

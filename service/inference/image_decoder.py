@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from models.errors import NotAPictureError, PhotoError, TooManyPixelsError, UserError
-from models.preprocess import Inspect, Preprocessing, decode
+from models.errors import ImageError, ImageTooLargeError, UnsupportedImageError, UserError
+from models.preprocess import ImageInspector, Preprocessing, decode
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
 
@@ -62,14 +62,14 @@ class FrontDoor:
         pixels = self._guarded(data, lambda inspect: preprocessing.pixels(data, inspect=inspect), look)
         return Prepared(pixels, **seen)
 
-    def decode(self, data: bytes, *, at_least_px: int, look: Inspect) -> Image.Image:
+    def decode(self, data: bytes, *, min_side_px: int, look: ImageInspector) -> Image.Image:
         """Check and decode a photo for people: upright, in RGB, a large one coarser (``models.preprocess.decode``).
 
         ``look`` is given the opened photo before a pixel of it is decoded. Raises as ``prepare`` does.
         """
-        return self._guarded(data, lambda inspect: decode(data, at_least_px=at_least_px, inspect=inspect), look)
+        return self._guarded(data, lambda inspect: decode(data, min_side_px=min_side_px, inspect=inspect), look)
 
-    def _guarded(self, data: bytes, make: Callable[[Inspect], T], look: Inspect) -> T:
+    def _guarded(self, data: bytes, make: Callable[[ImageInspector], T], look: ImageInspector) -> T:
         if not data:
             raise Problem("empty_photo", "The file that arrived has no bytes; send a photo.")
         with contextlib.ExitStack() as held:
@@ -84,11 +84,11 @@ class FrontDoor:
 
             try:
                 return make(inspect)
-            except NotAPictureError as error:
+            except UnsupportedImageError as error:
                 raise Problem("not_a_picture", str(error)) from None
-            except TooManyPixelsError as error:
+            except ImageTooLargeError as error:
                 raise Problem("too_many_pixels", str(error)) from None
-            except PhotoError as error:
+            except ImageError as error:
                 raise Problem("damaged_picture", str(error)) from None
 
     def _check_size(self, photo: Image.Image) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flask import Blueprint, Request, Response, current_app, g, render_template, request
 
-from models.preprocess import FORMATS_IN_WORDS
+from models.preprocess import IMAGE_FORMATS_TEXT
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
 from service.http.security import name_of_key
@@ -91,7 +91,7 @@ def _page(text: str) -> Response:
 def _form() -> dict[str, object]:
     """What the form has to know of the settings."""
     settings: Settings = current_app.extensions["settings"]
-    return {"settings": settings, "accept": ACCEPT, "formats": FORMATS_IN_WORDS, "shown": SHOWN}
+    return {"settings": settings, "accept": ACCEPT, "formats": IMAGE_FORMATS_TEXT, "shown": SHOWN}
 
 
 def _admitted(asked: Request) -> list[Upload]:

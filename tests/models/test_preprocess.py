@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from finetune.data.synthetic.dataset import draw
-from models.errors import PhotoError
+from models.errors import ImageError
 from models.preprocess import Preprocessing, decode
 
 ORIENTATION = ExifTags.Base.Orientation
@@ -129,7 +129,7 @@ def test_every_exif_orientation_comes_out_upright(orientation: int, form: str) -
 def test_a_large_jpeg_that_lies_on_its_side_comes_out_upright_and_smaller() -> None:
     upright = Image.new("RGB", (1536, 2048), "red")
     upright.paste((0, 0, 255), (0, 1024, 1536, 2048))
-    photo = decode(saved(upright.transpose(T.ROTATE_90), "JPEG", exif=exif(6)), at_least_px=512)
+    photo = decode(saved(upright.transpose(T.ROTATE_90), "JPEG", exif=exif(6)), min_side_px=512)
     assert photo.size == (768, 1024)
     assert photo.getpixel((384, 100))[0] > 250
     assert photo.getpixel((384, 900))[2] > 250
@@ -230,11 +230,11 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("at_least_px", [None, 512])
-def test_what_is_no_whole_picture_is_refused_with_a_sentence(name: str, at_least_px: int | None) -> None:
+@pytest.mark.parametrize("min_side_px", [None, 512])
+def test_what_is_no_whole_picture_is_refused_with_a_sentence(name: str, min_side_px: int | None) -> None:
     data, reason = BAD[name]
-    with pytest.raises(PhotoError, match=reason) as caught:
-        decode(data, at_least_px=at_least_px)
+    with pytest.raises(ImageError, match=reason) as caught:
+        decode(data, min_side_px=min_side_px)
     assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
 
@@ -251,7 +251,7 @@ def test_decoding_in_threads_leaves_the_warning_filters_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "at_least_px", "decoded"),
+    ("size", "min_side_px", "decoded"),
     [
         ((4000, 3000), 512, (1000, 750)),
         ((3000, 4000), 512, (750, 1000)),
@@ -263,9 +263,9 @@ def test_decoding_in_threads_leaves_the_warning_filters_alone() -> None:
     ],
 )
 def test_a_jpeg_is_decoded_no_smaller_than_asked_for(
-    size: tuple[int, int], at_least_px: int | None, decoded: tuple[int, int]
+    size: tuple[int, int], min_side_px: int | None, decoded: tuple[int, int]
 ) -> None:
-    assert decode(saved(Image.new("RGB", size), "JPEG"), at_least_px=at_least_px).size == decoded
+    assert decode(saved(Image.new("RGB", size), "JPEG"), min_side_px=min_side_px).size == decoded
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
@@ -273,7 +273,7 @@ def test_a_large_picture_of_another_format_is_halved_before_it_is_converted(mode
     ramp = Image.linear_gradient("L").resize((2000, 1600))
     picture = ramp.convert("I").point(lambda level: level * 256).convert("I;16") if mode == "I;16" else ramp.convert(mode)
     data = saved(picture, "PNG")
-    halved, whole = decode(data, at_least_px=512), decode(data)
+    halved, whole = decode(data, min_side_px=512), decode(data)
     assert (halved.mode, halved.size, whole.size) == ("RGB", (1000, 800), (2000, 1600))
     seen, wanted = (np.asarray(Preprocessing().crop(photo), dtype=int) for photo in (halved, whole))
     assert np.abs(seen - wanted).max() <= (24 if mode == "1" else 2)  # a dithered picture is noise up close
@@ -284,7 +284,7 @@ def test_a_large_picture_of_another_format_is_halved_upright() -> None:
     exif[0x112] = 6
     file = io.BytesIO()
     Image.new("RGB", (2000, 1600)).save(file, "PNG", exif=exif)
-    assert decode(file.getvalue(), at_least_px=512).size == (800, 1000)
+    assert decode(file.getvalue(), min_side_px=512).size == (800, 1000)
 
 
 @pytest.mark.parametrize(("resize_px", "decode_px"), [(232, 512), (256, 512), (384, 768)])

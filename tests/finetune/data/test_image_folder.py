@@ -9,7 +9,7 @@ from conftest import PhotoFolder
 
 from finetune.data.image_folder import PhotoFolder as ImageFolder
 from finetune.data.image_folder import read_dataset, read_split
-from models.errors import DataError, PhotoError
+from models.errors import DataError, ImageError
 from tests.helpers.tiny_network import colour_folder, paint
 
 CLASSES = ("cats", "dogs")
@@ -138,7 +138,7 @@ def test_the_loader_is_an_image_folder_of_upright_rgb_photos(tmp_path: Path, pho
     photo, label = ImageFolder(tmp_path / "train")[1]
     assert (photo.mode, label) == ("RGB", 1)
     (tmp_path / "train" / "cats" / "a.jpg").write_bytes(b"no photo")
-    with pytest.raises(PhotoError):
+    with pytest.raises(ImageError):
         ImageFolder(tmp_path / "train")[0]
 
 
