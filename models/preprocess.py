@@ -1,6 +1,6 @@
 """From a photo's bytes to the pixels that a network sees: decode, turn upright, resize, crop.
 
-Normalisation is the network's first layer (``models.networks.classifier.Normalise``), so that the exported graph takes pixels.
+Normalisation is the network's first layer (``models.networks.classifier.Normalize``), so that the exported graph takes pixels.
 
 Pillow and NumPy only, written once: training and the service both call ``Preprocessing.pixels``, and so see the same.
 """

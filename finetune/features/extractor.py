@@ -20,7 +20,7 @@ from finetune.compute.device import Compute
 from finetune.data.inspection import PixelStash, Scan
 from finetune.io.array_store import ShardStore
 from finetune.io.threaded_map import batched, own_threads, prefetch
-from models.networks.batchnorm_fusion import fold_batchnorm
+from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.onnx_export import export_onnx
 from models.networks.split_point import Cut
 from models.preprocess import Preprocessing
@@ -49,7 +49,7 @@ class FrozenPart:
         return f"openvino {load_openvino().__version__}" if on_cpu else f"torch {torch.__version__} {self._compute.device.type}"
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        if self._cut.after == "normalise":
+        if self._cut.after == "normalize":
             with torch.inference_mode():
                 return self._cut.frozen.cpu()(torch.from_numpy(pixels)).numpy()
         if self._compute.device.type == "cpu":
@@ -61,7 +61,7 @@ class FrozenPart:
         with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
             graph = Path(folder) / "frozen.onnx"
             export_onnx(
-                fold_batchnorm(self._cut.frozen),
+                fuse_batchnorm(self._cut.frozen),
                 preprocessing=self._preprocessing,
                 outputs=["features"],
                 path=graph,

@@ -21,7 +21,7 @@ from finetune.reports.tiles import normalised, sheet
 from models.artifacts.bundle import Bundle
 from models.errors import BundleError, ConfigError, DataError
 from models.networks.classifier import Classifier, load_classifier
-from models.networks.hooks import names_of, watching
+from models.networks.hooks import forward_hooks, layer_names
 
 FILTER_PX, MAP_PX, INPUT_PX = 60, 112, 224
 MOST_FILTERS = 256
@@ -57,12 +57,12 @@ def first_filters(classifier: Classifier) -> tuple[str, Maps]:
             return name, layer.weight.detach().numpy()
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Linear):
-            channels = classifier.normalise.scale.shape[1]
+            channels = classifier.normalize.scale.shape[1]
             side = round((layer.in_features / channels) ** 0.5)
             weights = layer.weight.detach().reshape(-1, channels, side * side)
-            if classifier.normalise.permutes:
+            if classifier.normalize.is_permuting:
                 unmixed = torch.empty_like(weights)
-                unmixed[:, :, classifier.normalise.order] = weights
+                unmixed[:, :, classifier.normalize.order] = weights
                 weights = unmixed
             return name, weights.reshape(-1, channels, side, side).numpy()
     raise BundleError("The network has neither a convolution nor a Linear layer to draw; give a bundle of another one.")
@@ -70,9 +70,9 @@ def first_filters(classifier: Classifier) -> tuple[str, Maps]:
 
 def stages(net: nn.Module) -> list[str]:
     """The layers whose maps are worth a picture: each convolution, or the stages of a network that has many of them."""
-    convolutions = names_of(net, nn.Conv2d)
+    convolutions = layer_names(net, nn.Conv2d)
     if not convolutions:
-        return names_of(net, nn.Linear)
+        return layer_names(net, nn.Linear)
     return convolutions if len(convolutions) <= EACH_CONVOLUTION else _split(net, "", len(convolutions))
 
 
@@ -98,7 +98,7 @@ def maps_of(classifier: Classifier, pixels: NDArray[np.uint8]) -> list[tuple[str
         maps = result[0].float()
         found.append((name, (maps if maps.ndim == 3 else maps.reshape(1, 1, -1)).numpy()))
 
-    with watching(classifier.net, stages(classifier.net), look):
+    with forward_hooks(classifier.net, stages(classifier.net), look):
         classifier(torch.from_numpy(pixels[None].copy()))
     return found
 
@@ -110,8 +110,8 @@ def draw_maps(classifier: Classifier, bundle: Bundle, photo: Path, folder: Path,
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"There is no photo {photo}; name a file with --photo.") from None
     crops, labels = [pixels.squeeze()], ["as cropped"]
-    if classifier.normalise.permutes:
-        flat = pixels.reshape(-1, pixels.shape[2])[classifier.normalise.order.numpy()]
+    if classifier.normalize.is_permuting:
+        flat = pixels.reshape(-1, pixels.shape[2])[classifier.normalize.order.numpy()]
         crops, labels = [*crops, flat.reshape(pixels.shape).squeeze()], [*labels, "as the network gets it"]
     height, width, channels = pixels.shape
     title = f"{bundle.name}: the input, {channels} x {height} x {width}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.networks.classifier import Classifier
 from models.networks.flops import empty, picture_shape
-from models.networks.hooks import names_of, watching
+from models.networks.hooks import forward_hooks, layer_names
 from models.networks.registry import get_spec
 from models.networks.spec import ModelSpec
 from models.networks.split_point import cut
@@ -71,7 +71,7 @@ def convolutions(net: nn.Module, *shape: int) -> list[Convolution]:
         assert isinstance(layer, nn.Conv2d)
         found.append(_convolution(name, layer, given, result))
 
-    with torch.no_grad(), watching(net, names_of(net, nn.Conv2d), look):
+    with torch.no_grad(), forward_hooks(net, layer_names(net, nn.Conv2d), look):
         net(torch.zeros(1, *shape, device=next(net.parameters()).device))
     return found
 

@@ -20,7 +20,7 @@ from finetune.io.array_store import ShardStore
 from finetune.training.augment import Augment
 from finetune.training.data_loaders import Batches, CachedBatches, LiveBatches
 from models.artifacts.paths import default_cache_dir
-from models.networks.classifier import Classifier, build_classifier, trained_names
+from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.spec import ModelSpec
 from models.networks.split_point import Cut, cut
 from models.networks.weights import Weights, find_weights
@@ -69,7 +69,7 @@ def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute)
     )
     parts = cut(classifier)
     frozen = FrozenPart(parts, spec.preprocessing, compute)
-    return Network(spec, classifier, parts, frozen, base, trained_names(classifier.net))
+    return Network(spec, classifier, parts, frozen, base, trainable_names(classifier.net))
 
 
 def feature_cache(config: Config, network: Network, compute: Compute) -> FeatureCache | None:

@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-def fold_batchnorm(part: GraphModule) -> GraphModule:
+def fuse_batchnorm(part: GraphModule) -> GraphModule:
     """``part`` in evaluation mode, with each BatchNorm folded that alone follows a convolution; ``part`` stays as it is.
 
     The results differ from the unfolded network's by float rounding. timm's BatchNorm has its activation in it, which stays.

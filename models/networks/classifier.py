@@ -16,10 +16,10 @@ from models.networks.spec import ModelSpec
 from models.networks.weights import read_tensors
 from models.preprocess import Preprocessing
 
-State = Mapping[str, Tensor]
+StateDict = Mapping[str, Tensor]
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     """(N, H, W, C) uint8 pixels -> (N, C, H, W) float32, scaled to 0..1, less the mean, over the standard deviation.
 
     It is a layer, so that the exported graph takes plain pixels and nobody can normalise a second time or in another way.
@@ -38,14 +38,14 @@ class Normalise(nn.Module):
         shape = (1, -1, 1, 1)
         self.register_buffer("scale", (1 / (255 * std)).float().reshape(shape), persistent=False)
         self.register_buffer("shift", (-mean / std).float().reshape(shape), persistent=False)
-        self.permutes = permute_pixels is not None
+        self.is_permuting = permute_pixels is not None
         if permute_pixels is not None:
             order = list(range(preprocessing.input_px**2))
             random.Random(permute_pixels).shuffle(order)
             self.register_buffer("order", torch.tensor(order), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if self.permutes:
+        if self.is_permuting:
             side, channels = pixels.shape[1], pixels.shape[3]
             pixels = pixels.flatten(1, 2).index_select(1, self.order).reshape(-1, side, side, channels)
         return pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
@@ -63,13 +63,13 @@ class Classifier(nn.Module):
         self, net: nn.Module, preprocessing: Preprocessing, *, aux_weight: float = 0.0, permute_pixels: int | None = None
     ) -> None:
         super().__init__()
-        self.normalise = Normalise(preprocessing, permute_pixels=permute_pixels)
+        self.normalize = Normalize(preprocessing, permute_pixels=permute_pixels)
         self.net = net
         self.log_softmax = nn.LogSoftmax(dim=1)
         self.aux_weight = aux_weight
 
     def forward(self, pixels: Tensor) -> Tensor | tuple[Tensor, ...]:
-        logits = self.net(self.normalise(pixels))
+        logits = self.net(self.normalize(pixels))
         if isinstance(logits, tuple):
             return tuple(self.log_softmax(answer) for answer in logits)
         return self.log_softmax(logits)
@@ -79,7 +79,7 @@ def build_classifier(
     spec: ModelSpec,
     *,
     num_classes: int,
-    base: State | None,
+    base: StateDict | None,
     unfreeze: Iterable[str] = (),
     seed: int = 0,
     permute_pixels: int | None = None,
@@ -88,7 +88,7 @@ def build_classifier(
 
     With ``base`` (pretrained weights) everything is frozen but the head and the layers named in ``unfreeze``; without it
     nothing is, as random weights have to learn, with the help of auxiliary heads where the network has them. ``seed`` fixes
-    the random numbers of the new weights, ``permute_pixels`` is ``Normalise``'s. The network is in evaluation mode. Raises
+    the random numbers of the new weights, ``permute_pixels`` is ``Normalize``'s. The network is in evaluation mode. Raises
     WeightsError where ``base`` is made for another network, ConfigError for an unknown layer.
     """
     with torch.random.fork_rng(devices=[]):
@@ -99,7 +99,7 @@ def build_classifier(
             classifier = Classifier(net, spec.preprocessing, aux_weight=spec.aux_weight, permute_pixels=permute_pixels)
             return classifier.eval()
         net = _to_be_filled(spec)
-        load_base(net, base, spec)
+        load_base_weights(net, base, spec)
         net.requires_grad_(False)
         replace_heads(net, spec.heads, num_classes)
         for name in unfreeze:
@@ -118,7 +118,7 @@ def load_classifier(bundle: Bundle) -> Classifier:
     return classifier
 
 
-def load_base(net: nn.Module, base: State, spec: ModelSpec) -> None:
+def load_base_weights(net: nn.Module, base: StateDict, spec: ModelSpec) -> None:
     """Put pretrained tensors into ``net`` without copying them; heads may be of another size or missing, as they are replaced.
 
     Half-precision numbers become float32. Names are matched, or, where none of them is the network's own, the order (a
@@ -151,7 +151,7 @@ def load_base(net: nn.Module, base: State, spec: ModelSpec) -> None:
     net.load_state_dict({name: given[name].to(tensor.dtype).contiguous() for name, tensor in wanted.items()}, assign=True)
 
 
-def trained_names(net: nn.Module) -> list[str]:
+def trainable_names(net: nn.Module) -> list[str]:
     """The state-dict names that training may change: trainable parameters and their layers' own statistics."""
     names = []
     for prefix, layer in net.named_modules():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.networks.hooks import names_of, watching
+from models.networks.hooks import forward_hooks, layer_names
 from models.networks.registry import create_model
 from models.networks.spec import Cost, ModelSpec
 
@@ -26,7 +26,7 @@ def macs(net: nn.Module, *shape: int) -> int:
     def add(name: str, given: Tensor, result: Tensor) -> None:
         counts.append(result[0].numel() * net.get_submodule(name).get_parameter("weight")[0].numel())
 
-    with torch.no_grad(), watching(net, names_of(net, nn.Conv2d, nn.Linear), add):
+    with torch.no_grad(), forward_hooks(net, layer_names(net, nn.Conv2d, nn.Linear), add):
         net.eval()(torch.zeros(1, *shape, device=next(net.parameters()).device))
     return sum(counts)
 

@@ -24,7 +24,7 @@ def replace_heads(net: nn.Module, heads: Sequence[str], num_classes: int) -> Non
         net.set_submodule(name, new)
 
 
-def with_channels(net: nn.Module, in_channels: int) -> nn.Module:
+def adapt_in_channels(net: nn.Module, in_channels: int) -> nn.Module:
     """``net``, its first convolution replaced where it takes another number of channels; its weights are new then."""
     name, first = next((name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d))
     if first.in_channels != in_channels:

@@ -9,25 +9,25 @@ from typing import Any
 
 from torch import nn
 
-Look = Callable[[str, Any, Any], None]
+LayerHook = Callable[[str, Any, Any], None]
 
 
 @contextlib.contextmanager
-def watching(net: nn.Module, names: Iterable[str], look: Look) -> Iterator[None]:
-    """Inside the block ``look(name, given, result)`` is called whenever one of ``net``'s layers ``names`` has run.
+def forward_hooks(net: nn.Module, names: Iterable[str], hook: LayerHook) -> Iterator[None]:
+    """Inside the block ``hook(name, given, result)`` is called whenever one of ``net``'s layers ``names`` has run.
 
     ``given`` is its first argument; both are tensors, or what else the layer takes and gives.
     """
 
-    def hook(name: str, layer: nn.Module, given: tuple[Any, ...], result: Any) -> None:
-        look(name, given[0], result)
+    def call(name: str, layer: nn.Module, given: tuple[Any, ...], result: Any) -> None:
+        hook(name, given[0], result)
 
     with contextlib.ExitStack() as stack:
         for name in names:
-            stack.callback(net.get_submodule(name).register_forward_hook(partial(hook, name)).remove)
+            stack.callback(net.get_submodule(name).register_forward_hook(partial(call, name)).remove)
         yield
 
 
-def names_of(net: nn.Module, *kinds: type[nn.Module]) -> list[str]:
+def layer_names(net: nn.Module, *kinds: type[nn.Module]) -> list[str]:
     """The names of the layers of these kinds, in the order in which the network lists them."""
     return [name for name, layer in net.named_modules() if isinstance(layer, kinds)]

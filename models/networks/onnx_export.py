@@ -12,7 +12,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
-from models.networks.batchnorm_fusion import fold_batchnorm
+from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.classifier import Classifier
 from models.networks.spec import ModelSpec
 from models.networks.split_point import with_outputs
@@ -32,7 +32,7 @@ class _Served(nn.Module):
 
     def __init__(self, classifier: Classifier, spec: ModelSpec, temperature: float) -> None:
         super().__init__()
-        self.net = fold_batchnorm(with_outputs(classifier, [(spec.head, True), (spec.cam_layer, False)]))
+        self.net = fuse_batchnorm(with_outputs(classifier, [(spec.head, True), (spec.cam_layer, False)]))
         self.temperature = temperature
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

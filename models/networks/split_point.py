@@ -30,7 +30,7 @@ class _LeafTracer(Tracer):
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name == "normalise" or isinstance(m, _BatchNorm) or not any(True for _ in m.children())
+        return module_qualified_name == "normalize" or isinstance(m, _BatchNorm) or not any(True for _ in m.children())
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nodes, depth = len(self.graph.nodes), len(self.module_stack)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from torch import nn
 from torchvision import models as torchvision_models
 
-from models.networks.head_replacement import with_channels
+from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
 from models.networks.spec import FROM_SCRATCH, Cost, ModelSpec, WeightsSource
 from models.preprocess import Preprocessing
@@ -82,4 +82,4 @@ def alexnet(num_classes: int, in_channels: int = 3) -> nn.Module:
                  conv 3x3 384, 256, 256 -> (N, 256, 13, 13), pool -> (N, 256, 6, 6)
     classifier   dropout, 9216 -> 4096, dropout, 4096 -> 4096 -> num_classes
     """
-    return with_channels(torchvision_models.alexnet(num_classes=num_classes), in_channels)
+    return adapt_in_channels(torchvision_models.alexnet(num_classes=num_classes), in_channels)

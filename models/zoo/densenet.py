@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from models.networks.head_replacement import with_channels
+from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
 from models.networks.spec import Cost, ModelSpec, WeightsSource
 
@@ -42,4 +42,4 @@ def densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
     denseblock4   (N, 1024, 7, 7)
     classifier    mean over the map, 1024 -> num_classes
     """
-    return with_channels(torchvision_models.densenet121(num_classes=num_classes), in_channels)
+    return adapt_in_channels(torchvision_models.densenet121(num_classes=num_classes), in_channels)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.googlenet import GoogLeNet
 from torchvision.models.inception import Inception3
 
-from models.networks.head_replacement import with_channels
+from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
 from models.networks.spec import Cost, ModelSpec, WeightsSource
 from models.preprocess import Preprocessing
@@ -83,7 +83,7 @@ def googlenet(num_classes: int, in_channels: int = 3, *, aux: bool = False) -> n
     inception5a-b  (N, 832, 7, 7), (N, 1024, 7, 7)
     fc             mean over the map, dropout, 1024 -> num_classes
     """
-    return with_channels(GoogLeNet(num_classes=num_classes, aux_logits=aux, init_weights=True), in_channels)
+    return adapt_in_channels(GoogLeNet(num_classes=num_classes, aux_logits=aux, init_weights=True), in_channels)
 
 
 @register_model(INCEPTION_V3)
@@ -97,7 +97,7 @@ def inception_v3(num_classes: int, in_channels: int = 3, *, aux: bool = False) -
     Mixed_7    (N, 1280, 8, 8), (N, 2048, 8, 8), (N, 2048, 8, 8)
     fc         mean over the map, dropout, 2048 -> num_classes
     """
-    return with_channels(Inception3(num_classes=num_classes, aux_logits=aux, init_weights=True), in_channels)
+    return adapt_in_channels(Inception3(num_classes=num_classes, aux_logits=aux, init_weights=True), in_channels)
 
 
 @register_model(INCEPTION_V4)

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from torch import nn
 from torchvision import models as torchvision_models
 
-from models.networks.head_replacement import with_channels
+from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
 from models.networks.spec import FROM_SCRATCH, Cost, ModelSpec, WeightsSource
 from models.preprocess import Preprocessing
@@ -158,7 +158,7 @@ def mobilenet_v2(num_classes: int, in_channels: int = 3) -> nn.Module:
     features     stem (N, 32, 112, 112), 17 blocks -> (N, 320, 7, 7), conv 1x1 -> (N, 1280, 7, 7)
     classifier   mean over the map, dropout, 1280 -> num_classes
     """
-    return with_channels(torchvision_models.mobilenet_v2(num_classes=num_classes), in_channels)
+    return adapt_in_channels(torchvision_models.mobilenet_v2(num_classes=num_classes), in_channels)
 
 
 @register_model(MOBILENET_V3_SMALL)
@@ -169,7 +169,7 @@ def mobilenet_v3_small(num_classes: int, in_channels: int = 3) -> nn.Module:
     features     stem (N, 16, 112, 112), 11 blocks -> (N, 96, 7, 7), conv 1x1 -> (N, 576, 7, 7)
     classifier   mean over the map, 576 -> 1024, dropout, 1024 -> num_classes
     """
-    return with_channels(torchvision_models.mobilenet_v3_small(num_classes=num_classes), in_channels)
+    return adapt_in_channels(torchvision_models.mobilenet_v3_small(num_classes=num_classes), in_channels)
 
 
 @register_model(MOBILENET_V3_LARGE)
@@ -180,4 +180,4 @@ def mobilenet_v3_large(num_classes: int, in_channels: int = 3) -> nn.Module:
     features     stem (N, 16, 112, 112), 15 blocks -> (N, 160, 7, 7), conv 1x1 -> (N, 960, 7, 7)
     classifier   mean over the map, 960 -> 1280, dropout, 1280 -> num_classes
     """
-    return with_channels(torchvision_models.mobilenet_v3_large(num_classes=num_classes), in_channels)
+    return adapt_in_channels(torchvision_models.mobilenet_v3_large(num_classes=num_classes), in_channels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from models.networks.head_replacement import with_channels
+from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
 from models.networks.spec import Cost, ModelSpec, WeightsSource
 
@@ -64,7 +64,7 @@ def _register(depth: int) -> None:
         layer4   (N, 512, 7, 7)     or (N, 2048, 7, 7)
         fc       mean over the map, 512 or 2048 -> num_classes
         """
-        return with_channels(ResNet(block, list(blocks), num_classes=num_classes), in_channels)
+        return adapt_in_channels(ResNet(block, list(blocks), num_classes=num_classes), in_channels)
 
 
 for _depth in (*BASIC, *BOTTLENECK):

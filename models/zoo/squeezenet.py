@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torchvision import models as torchvision_models
 
-from models.networks.head_replacement import with_channels
+from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
 from models.networks.spec import Cost, ModelSpec, WeightsSource
 
@@ -32,4 +32,4 @@ def squeezenet1_1(num_classes: int, in_channels: int = 3) -> nn.Module:
                  4 x -> (N, 512, 13, 13)
     classifier   dropout, conv 1x1 -> (N, num_classes, 13, 13), ReLU, mean over the map
     """
-    return with_channels(torchvision_models.squeezenet1_1(num_classes=num_classes), in_channels)
+    return adapt_in_channels(torchvision_models.squeezenet1_1(num_classes=num_classes), in_channels)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import ConfigError, UnknownModelError, did_you_mean
-from models.networks.hooks import names_of, watching
+from models.networks.hooks import forward_hooks, layer_names
 from models.networks.registry import register_library
 from models.networks.spec import ModelSpec, Recipe, WeightsSource
 from models.preprocess import INTERPOLATIONS, Preprocessing
@@ -143,10 +143,10 @@ def find_map(net: nn.Module, preprocessing: Preprocessing) -> str:
         if isinstance(result, Tensor) and result.dim() == 4 and result.shape[2] == result.shape[3] > 1:
             maps.append(name)
 
-    silent = names_of(net, nn.Dropout, nn.Identity, nn.Softmax)
+    silent = layer_names(net, nn.Dropout, nn.Identity, nn.Softmax)
     names = [name for name, _ in net.named_modules() if name in known and name not in silent]
     side = preprocessing.input_px
-    with warnings.catch_warnings(), watching(net, names, note), torch.no_grad():
+    with warnings.catch_warnings(), forward_hooks(net, names, note), torch.no_grad():
         warnings.simplefilter("ignore")
         net(torch.zeros(1, preprocessing.channels, side, side, device="meta"))
     if not maps:

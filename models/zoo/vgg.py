@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models.vgg import VGG, make_layers
 
-from models.networks.head_replacement import with_channels
+from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
 from models.networks.spec import COLOUR_32, FROM_SCRATCH, Cost, ModelSpec, WeightsSource
 
@@ -74,7 +74,7 @@ def _register(depth: int, *, batch_norm: bool) -> None:
                      512 wide, pool -> (N, 512, 7, 7)
         classifier   25088 -> 4096 -> 4096 -> num_classes, dropout between them
         """
-        return with_channels(VGG(make_layers(stages(depth), batch_norm=batch_norm), num_classes=num_classes), in_channels)
+        return adapt_in_channels(VGG(make_layers(stages(depth), batch_norm=batch_norm), num_classes=num_classes), in_channels)
 
 
 for _depth in DEPTHS:
@@ -111,4 +111,4 @@ def vgg_cifar(num_classes: int, in_channels: int = 3) -> nn.Module:
     net.add_module("features", make_layers(stages(11), batch_norm=True))
     net.add_module("flatten", nn.Flatten())
     net.add_module("output", nn.Linear(512, num_classes))
-    return with_channels(net, in_channels)
+    return adapt_in_channels(net, in_channels)

@@ -20,7 +20,7 @@ from finetune.data.inspection import fingerprint_context, scan
 from finetune.io.array_store import ShardStore
 from models.artifacts.bundle import open_bundle
 from models.errors import DataError
-from models.networks.classifier import Normalise
+from models.networks.classifier import Normalize
 from models.preprocess import Preprocessing
 from tests.helpers.dataset_server import CIFAR_NAMES, TEST, TRAIN, mirror, pictures
 from tests.helpers.tiny_network import finetune
@@ -150,8 +150,8 @@ def test_the_idx_files_are_as_the_data_set_has_them(mirror: ThreadingHTTPServer,
 def test_permuted_pixels_are_the_same_pixels_elsewhere() -> None:
     preprocessing = Preprocessing(input_px=4, resize_px=4, mean=(0.5,), std=(0.5,))
     pixels = torch.arange(32, dtype=torch.uint8).reshape(2, 4, 4, 1)
-    plain = Normalise(preprocessing)(pixels)
-    mixed, again, other = (Normalise(preprocessing, permute_pixels=seed)(pixels) for seed in (0, 0, 1))
+    plain = Normalize(preprocessing)(pixels)
+    mixed, again, other = (Normalize(preprocessing, permute_pixels=seed)(pixels) for seed in (0, 0, 1))
     assert torch.equal(mixed, again)
     assert not torch.equal(mixed, other)
     assert not torch.equal(mixed, plain)

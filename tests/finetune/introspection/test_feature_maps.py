@@ -131,7 +131,7 @@ def test_filters_of_permuted_pixels_are_put_in_order_again() -> None:
     classifier = build_classifier(spec, num_classes=2, base=None, permute_pixels=5)
     photo = torch.zeros(1, 28, 28, 1, dtype=torch.uint8)
     photo[0, 20, 7, 0] = 255
-    given = classifier.normalise(photo).flatten()
+    given = classifier.normalize(photo).flatten()
     with torch.no_grad():
         classifier.net.get_parameter("hidden1.weight")[0] = (given > 0).float()
     _, weights = first_filters(classifier)
@@ -156,7 +156,7 @@ def test_maps_are_those_that_the_layers_give() -> None:
     maps = dict(maps_of(classifier, photo))
     assert {name: one.shape for name, one in maps.items()} == {"conv1": (6, 28, 28), "conv2": (16, 10, 10)}
     with torch.inference_mode():
-        wanted = classifier.net.get_submodule("conv1")(classifier.normalise(torch.from_numpy(photo[None])))[0]
+        wanted = classifier.net.get_submodule("conv1")(classifier.normalize(torch.from_numpy(photo[None])))[0]
     assert np.array_equal(maps["conv1"], wanted.numpy())
 
 

@@ -20,7 +20,7 @@ from finetune.training import run_directory, trainer
 from finetune.training.data_loaders import CachedBatches, epoch_order
 from finetune.training.trainer import Progress, fit, learning_rate
 from models.errors import RunError
-from models.networks.classifier import Classifier, build_classifier, trained_names
+from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.registry import create_model, get_spec
 from models.networks.split_point import Cut, cut
 from models.networks.weights import read_tensors
@@ -55,7 +55,7 @@ def run(base: dict[str, Tensor], config: Config = CONFIG, **options: Any) -> tup
     classifier = fresh(base, config)
     parts = cut(classifier)
     batches = [batches_for(parts, config, count=count, seed=seed) for count, seed in ((23, 0), (10, 1))]
-    names = [f"net.{name}" for name in trained_names(classifier.net)]
+    names = [f"net.{name}" for name in trainable_names(classifier.net)]
     head = ["net.classifier.4.weight", "net.classifier.4.bias"]
     return fit(parts.trained, names, *batches, config, compute=CPU, head=head, **options), classifier
 
@@ -95,8 +95,8 @@ def textbook(
     assert isinstance(layer, nn.Linear)
     layer.load_state_dict(start)
     layer.requires_grad_(True)
-    normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    images = normalise(pixels.permute(0, 3, 1, 2).float() / 255)
+    normalize = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    images = normalize(pixels.permute(0, 3, 1, 2).float() / 255)
     optimizer = torch.optim.SGD(layer.parameters(), lr=config.lr or 0, momentum=config.momentum or 0)
     loss_of = nn.NLLLoss()
     for epoch in range(config.epochs or 0):
@@ -167,7 +167,7 @@ def test_without_pretrained_weights_everything_learns(base: dict[str, Tensor]) -
     before = {name: tensor.clone() for name, tensor in classifier.net.state_dict().items()}
     parts = cut(classifier)
     batches = batches_for(parts, config, count=12, seed=0)
-    names = [f"net.{name}" for name in trained_names(classifier.net)]
+    names = [f"net.{name}" for name in trainable_names(classifier.net)]
     fit(parts.trained, names, batches, batches, config, compute=CPU, head=[])
     after = classifier.net.state_dict()
     assert [name for name in after if torch.equal(after[name], before[name])] == []

@@ -13,7 +13,7 @@ from models.networks.registry import create_model, get_spec
 from models.networks.split_point import cut, trace, train_mode, with_outputs
 from models.networks.weights import find_weights
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 BuildFrom = Callable[..., Classifier]
 CUTS = {
     "alexnet": ("flatten", 9216),
@@ -28,17 +28,17 @@ def some_pixels(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def statistics(net: nn.Module) -> State:
+def statistics(net: nn.Module) -> StateDict:
     return {name: tensor.clone() for name, tensor in net.state_dict().items() if "running" in name or "tracked" in name}
 
 
-def moved(before: State, net: nn.Module) -> set[str]:
+def moved(before: StateDict, net: nn.Module) -> set[str]:
     """The names of the statistics that are not what they were."""
     return {name for name, tensor in statistics(net).items() if not torch.equal(tensor, before[name])}
 
 
 @pytest.fixture(scope="module")
-def build(random_weights: Callable[[str], State]) -> BuildFrom:
+def build(random_weights: Callable[[str], StateDict]) -> BuildFrom:
     """A classifier on weights that are random, as are the statistics of its BatchNorm."""
 
     def make(name: str, unfreeze: tuple[str, ...] = ()) -> Classifier:
@@ -97,8 +97,8 @@ def test_from_random_weights_only_normalisation_comes_before_the_cut(name: str) 
     with torch.device("meta"):
         classifier = Classifier(create_model(name, num_classes=3), get_spec(name).preprocessing)
     parts = cut(classifier)
-    assert parts.after == "normalise"
-    assert [str(node.target) for node in parts.frozen.graph.nodes if node.op == "call_module"] == ["normalise"]
+    assert parts.after == "normalize"
+    assert [str(node.target) for node in parts.frozen.graph.nodes if node.op == "call_module"] == ["normalize"]
 
 
 @pytest.mark.parametrize("name", [*CUTS, "vgg16"])

@@ -12,7 +12,7 @@ from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.training.data_loaders import CachedBatches
 from finetune.training.trainer import fit, predict
-from models.networks.classifier import build_classifier, trained_names
+from models.networks.classifier import build_classifier, trainable_names
 from models.networks.registry import get_spec
 from models.networks.split_point import cut, train_mode, with_outputs
 from tests.helpers.small_networks import made_small, random_state, some_pixels
@@ -40,7 +40,7 @@ def test_training_moves_the_auxiliary_heads_and_measures_the_network_alone() -> 
         with torch.no_grad():
             rows = parts.frozen(some_pixels(spec, 8)).numpy()
         batches = CachedBatches(rows, [0, 1] * 4, batch_size=4, seed=0)
-        names = [f"net.{name}" for name in trained_names(classifier.net)]
+        names = [f"net.{name}" for name in trainable_names(classifier.net)]
         progress = fit(parts.trained, names, batches, batches, CONFIG, compute=CPU, head=[], aux_weight=classifier.aux_weight)
         assert progress.epoch == 1
         still = [name for name, p in classifier.net.named_parameters() if torch.equal(p, before[name])]

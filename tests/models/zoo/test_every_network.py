@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.networks.classifier import Classifier, build_classifier, trained_names
+from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.registry import create_model, list_models
 from models.networks.spec import ModelSpec
 from models.networks.split_point import Cut, cut, train_mode, with_outputs
@@ -57,13 +57,13 @@ def test_its_head_is_replaced_for_five_classes(walked: Walked) -> None:
     with torch.inference_mode():
         assert five(walked.pixels).shape == (2, 5)
     heads = [f"{head}.{tensor}" for head in walked.spec.heads for tensor in ("weight", "bias")]
-    assert trained_names(five.net) == heads
+    assert trainable_names(five.net) == heads
 
 
 def test_a_gradient_reaches_every_parameter(walked: Walked) -> None:
     torch.manual_seed(0)
     net = create_model(walked.spec.name, num_classes=3)
-    images = walked.classifier.normalise(walked.pixels)
+    images = walked.classifier.normalize(walked.pixels)
     net(images).log_softmax(1)[:, 0].sum().backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
@@ -112,7 +112,7 @@ def test_the_layer_for_grad_cam_gives_a_map_that_decides(walked: Walked) -> None
     spec, seen = walked.spec, {}
     layer = walked.classifier.net.get_submodule(spec.cam_layer)
     hook = layer.register_forward_hook(lambda *a: seen.update(map=a[2]))
-    walked.classifier.normalise.register_forward_hook(lambda *a: a[2].requires_grad_())
+    walked.classifier.normalize.register_forward_hook(lambda *a: a[2].requires_grad_())
     log_probs = walked.classifier(walked.pixels)
     hook.remove()
     feature_map = seen["map"]

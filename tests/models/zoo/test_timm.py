@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models.errors import ConfigError, UnknownModelError
-from models.networks.classifier import build_classifier, trained_names
+from models.networks.classifier import build_classifier, trainable_names
 from models.networks.registry import create_model, get_spec, list_models
 from models.networks.split_point import cut, with_outputs
 from models.networks.weights import find_weights
@@ -44,7 +44,7 @@ def test_a_network_of_timms_is_cut_and_trained_like_any_other(name: str) -> None
     spec = get_spec(f"timm:{name}")
     classifier = build_classifier(spec, num_classes=3, base=random_state(spec.name))
     assert spec.heads == HEADS[name]
-    assert set(trained_names(classifier.net)) == {f"{h}.{tensor}" for h in spec.heads for tensor in ("weight", "bias")} | {
+    assert set(trainable_names(classifier.net)) == {f"{h}.{tensor}" for h in spec.heads for tensor in ("weight", "bias")} | {
         key for key in classifier.net.state_dict() if key.startswith(tuple(f"{h}." for h in spec.heads))
     }
     parts, pixels = cut(classifier), some_pixels(spec)
