@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from models.errors import ConfigError, did_you_mean
-from models.networks.flops import cost_of
+from models.networks.flops import get_cost
 from models.networks.registry import get_spec, list_models
 
 LIBRARY = "timm:NAME is any of timm's networks, as timm:convnext_tiny; `finetune models show NAME` has one layer by layer."
@@ -19,7 +19,7 @@ LIBRARY = "timm:NAME is any of timm's networks, as timm:convnext_tiny; `finetune
 def describe(name: str) -> dict[str, Any]:
     """What is known about a network, for one that records no cost counted on its own architecture, without any weights."""
     spec = get_spec(name)
-    cost, weights = cost_of(spec), spec.weights
+    cost, weights = get_cost(spec), spec.weights
     return {
         "name": spec.name,
         "title": spec.title,

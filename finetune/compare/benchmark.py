@@ -15,7 +15,7 @@ from finetune.metrics.bootstrap import mean_interval
 from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
 from models.artifacts.predictions import Predictions, cross_entropy
 from models.artifacts.statistics import wilson
-from models.networks.flops import empty, parameters
+from models.networks.flops import build_on_meta, count_parameters
 from models.networks.head_replacement import replace_heads
 from models.networks.registry import get_spec
 from models.runtime.interleaved_timing import seconds_in_turns
@@ -71,7 +71,7 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
                 log_loss=mean_interval(cross_entropy(labels, probabilities), seed=0, resamples=1000),
                 ms_a_photo=times[name],
                 graph_mb=(bundle.path / GRAPH).stat().st_size / 1e6,
-                parameters=count_parameters(bundle),
+                parameters=bundle_parameters(bundle),
                 training_s=seconds[name],
                 epochs=int(bundle.info["provenance"]["epochs"]),
                 correct=correct,
@@ -100,9 +100,9 @@ def time_in_turns(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisio
     return {name: 1000 * float(np.median(values)) / len(paths) for name, values in took.items()}
 
 
-def count_parameters(bundle: Bundle) -> int:
+def bundle_parameters(bundle: Bundle) -> int:
     """What the network has to learn with the bundle's own number of classes."""
     spec = get_spec(bundle.backbone)
-    net = empty(spec)
+    net = build_on_meta(spec)
     replace_heads(net, spec.heads, len(bundle.classes))
-    return parameters(net)
+    return count_parameters(net)

@@ -12,7 +12,7 @@ import torchinfo
 from torch import Tensor, nn
 
 from models.networks.classifier import Classifier
-from models.networks.flops import empty, picture_shape
+from models.networks.flops import build_on_meta, input_shape
 from models.networks.hooks import forward_hooks, layer_names
 from models.networks.registry import get_spec
 from models.networks.spec import ModelSpec
@@ -80,7 +80,7 @@ def frozen_until(spec: ModelSpec) -> str | None:
     """The last layer that fine-tuning leaves as it is, or None for a network that is trained from random weights."""
     if spec.weights is None:
         return None
-    net = empty(spec).requires_grad_(False)
+    net = build_on_meta(spec).requires_grad_(False)
     for head in spec.heads:
         net.get_submodule(head).requires_grad_(True)
     return cut(Classifier(net, spec.preprocessing)).after
@@ -88,7 +88,7 @@ def frozen_until(spec: ModelSpec) -> str | None:
 
 def layers(spec: ModelSpec, net: nn.Module) -> torchinfo.ModelStatistics:
     """torchinfo's account of all layers, for one picture."""
-    picture = torch.zeros(1, *picture_shape(spec), device="meta")
+    picture = torch.zeros(1, *input_shape(spec), device="meta")
     return torchinfo.summary(
         net,
         input_data=picture,
@@ -103,10 +103,10 @@ def layers(spec: ModelSpec, net: nn.Module) -> torchinfo.ModelStatistics:
 def text(name: str, *, counts: str) -> str:
     """All of it, for a person."""
     spec = get_spec(name)
-    net = empty(spec)
+    net = build_on_meta(spec)
     wanted, weights, after = spec.preprocessing, spec.weights, frozen_until(spec)
     table = re.split(r"^=+\n", str(layers(spec, net)), flags=re.MULTILINE)
-    worked = [convolution.text() for convolution in convolutions(net, *picture_shape(spec))]
+    worked = [convolution.text() for convolution in convolutions(net, *input_shape(spec))]
     about = [
         f"{spec.title}{f' ({spec.year})' if spec.year else ''}, {spec.paper}",
         f"input        {wanted.channels} x {wanted.input_px} x {wanted.input_px} px, the middle of a photo resized to "
@@ -123,7 +123,7 @@ def text(name: str, *, counts: str) -> str:
 def as_dict(name: str) -> dict[str, Any]:
     """The same for a program: ``layers`` and ``convolutions``."""
     spec = get_spec(name)
-    net = empty(spec)
+    net = build_on_meta(spec)
     names = {id(layer): path for path, layer in net.named_modules()}
     rows = [
         {
@@ -134,7 +134,7 @@ def as_dict(name: str) -> dict[str, Any]:
         }
         for row in layers(spec, net).summary_list
     ]
-    found = convolutions(net, *picture_shape(spec))
+    found = convolutions(net, *input_shape(spec))
     worked = [{**dataclasses.asdict(c), "parameters_formula": c.parameters, "size_formula": c.size} for c in found]
     return {"frozen_until": frozen_until(spec), "layers": rows, "convolutions": worked}
 

@@ -10,12 +10,12 @@ from models.networks.registry import create_model
 from models.networks.spec import Cost, ModelSpec
 
 
-def parameters(net: nn.Module) -> int:
+def count_parameters(net: nn.Module) -> int:
     """How many numbers the network learns."""
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def macs(net: nn.Module, *shape: int) -> int:
+def count_macs(net: nn.Module, *shape: int) -> int:
     """The multiply-accumulates of one picture of ``shape`` (C, h, w), in convolutions and Linear layers, as papers count them.
 
     Each number that such a layer gives costs as many as a row of its weights is long. A network on the meta device is counted
@@ -31,24 +31,24 @@ def macs(net: nn.Module, *shape: int) -> int:
     return sum(counts)
 
 
-def cost_of(spec: ModelSpec) -> Cost:
+def get_cost(spec: ModelSpec) -> Cost:
     """What ``spec`` records, or what is counted where it records nothing."""
-    return spec.cost or count(spec)
+    return spec.cost or measure_cost(spec)
 
 
-def count(spec: ModelSpec) -> Cost:
+def measure_cost(spec: ModelSpec) -> Cost:
     """The cost of ``spec``'s network, counted on its own architecture without any weights."""
-    net = empty(spec)
-    return Cost(parameters(net), macs(net, *picture_shape(spec)))
+    net = build_on_meta(spec)
+    return Cost(count_parameters(net), count_macs(net, *input_shape(spec)))
 
 
-def empty(spec: ModelSpec) -> nn.Module:
+def build_on_meta(spec: ModelSpec) -> nn.Module:
     """The network of ``spec`` without any numbers, to be counted."""
     with torch.device("meta"):
         return create_model(spec.name).eval()
 
 
-def picture_shape(spec: ModelSpec) -> tuple[int, int, int]:
+def input_shape(spec: ModelSpec) -> tuple[int, int, int]:
     """What the network takes: (C, h, w)."""
     side = spec.preprocessing.input_px
     return spec.preprocessing.channels, side, side

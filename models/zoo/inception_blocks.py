@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.networks.flops import macs, parameters
+from models.networks.flops import count_macs, count_parameters
 
 # GoogLeNet's table 1, row "inception (3a)": how many maps each branch gives, and to how many the 1x1 before it reduces.
 INPUTS = 192
@@ -81,4 +81,4 @@ def two_for_one(inputs: int, outputs: int) -> nn.Module:
 def compare(side_px: int = 28) -> dict[str, tuple[int, int]]:
     """Parameters and MACs of each form on a map of ``side_px``, by name."""
     blocks = {"naive": naive(), "reduced": reduced(), "factorised": factorised()}
-    return {name: (parameters(block), macs(block, INPUTS, side_px, side_px)) for name, block in blocks.items()}
+    return {name: (count_parameters(block), count_macs(block, INPUTS, side_px, side_px)) for name, block in blocks.items()}

@@ -11,7 +11,7 @@ from torch import nn
 
 from finetune.cli.models import describe, line, short
 from finetune.introspection.summary import convolutions, frozen_until
-from models.networks.flops import empty, picture_shape
+from models.networks.flops import build_on_meta, input_shape
 from models.networks.registry import get_spec
 from tests.helpers.tiny_network import finetune
 
@@ -74,8 +74,8 @@ def test_a_pretrained_network_shows_where_its_frozen_part_ends() -> None:
 def test_the_formulas_give_what_the_layers_give(name: str) -> None:
     """Depthwise, strided, 1x7, dilated or TensorFlow's "same": each formula, read as arithmetic, is right."""
     spec = get_spec(name)
-    net = empty(spec)
-    found = convolutions(net, *picture_shape(spec))
+    net = build_on_meta(spec)
+    found = convolutions(net, *input_shape(spec))
     assert len(found) == sum(isinstance(layer, nn.Conv2d) for layer in net.modules())
     for conv in found:
         layer = net.get_submodule(conv.name)
@@ -140,4 +140,4 @@ def test_a_slip_gets_the_nearest(words: tuple[str, ...], said: str) -> None:
 
 
 def test_counting_computes_nothing() -> None:
-    assert {parameter.device for parameter in empty(get_spec("vgg19")).parameters()} == {torch.device("meta")}
+    assert {parameter.device for parameter in build_on_meta(get_spec("vgg19")).parameters()} == {torch.device("meta")}

@@ -13,7 +13,7 @@ from torch import nn
 from finetune.introspection.feature_maps import draw_filters, first_filters, maps_of, stages
 from finetune.reports.tiles import normalised, sheet
 from models.networks.classifier import Classifier, build_classifier
-from models.networks.flops import empty
+from models.networks.flops import build_on_meta
 from models.networks.registry import get_spec
 from models.preprocess import Preprocessing
 from tests.helpers.small_networks import made_small
@@ -147,7 +147,7 @@ def test_filters_of_permuted_pixels_are_put_in_order_again() -> None:
     ],
 )
 def test_what_is_shown_of_a_network(name: str, wanted: list[str]) -> None:
-    assert stages(empty(get_spec(name))) == wanted
+    assert stages(build_on_meta(get_spec(name))) == wanted
 
 
 def test_maps_are_those_that_the_layers_give() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.networks.flops import cost_of, count, macs, parameters, picture_shape
+from models.networks.flops import count_macs, count_parameters, get_cost, input_shape, measure_cost
 from models.networks.registry import create_model, get_spec, list_models
 from models.zoo import inception_blocks
 from models.zoo.mobilenet import separable_share
@@ -62,17 +62,17 @@ VGG_CIFAR = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512),
 
 @pytest.mark.parametrize("name", list_models())
 def test_the_cost_that_a_network_records_is_what_is_counted(name: str) -> None:
-    assert get_spec(name).cost == count(get_spec(name))
+    assert get_spec(name).cost == measure_cost(get_spec(name))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_network_has_the_published_number_of_parameters(name: str) -> None:
-    assert cost_of(get_spec(name)).parameters == PARAMETERS[name]
+    assert get_cost(get_spec(name)).parameters == PARAMETERS[name]
 
 
 def test_a_network_that_records_no_cost_is_counted() -> None:
     spec = get_spec("lenet5")
-    assert cost_of(replace(spec, cost=None)) == spec.cost
+    assert get_cost(replace(spec, cost=None)) == spec.cost
 
 
 def test_every_network_is_counted() -> None:
@@ -81,19 +81,19 @@ def test_every_network_is_counted() -> None:
 
 def test_vgg_for_cifar_counted_by_hand() -> None:
     by_hand = sum(9 * a * b + b + 2 * b for a, b in VGG_CIFAR) + 512 * 10 + 10
-    assert parameters(create_model("vgg_cifar")) == by_hand == 9_231_114
+    assert count_parameters(create_model("vgg_cifar")) == by_hand == 9_231_114
 
 
 def test_inception_v3_with_its_auxiliary_head_is_torchvisions() -> None:
     with torch.device("meta"):
-        assert parameters(create_model("inception_v3", aux=True)) == 27_161_264
-        assert parameters(create_model("googlenet", aux=True)) == 13_004_888
+        assert count_parameters(create_model("inception_v3", aux=True)) == 27_161_264
+        assert count_parameters(create_model("googlenet", aux=True)) == 13_004_888
 
 
 def test_the_perceptron_takes_any_number_of_units() -> None:
     for units in (8, 30, 100):
         net = create_model("mlp", num_classes=10, units=units)
-        assert parameters(net) == 784 * units + units + units * units + units + 10 * units + 10
+        assert count_parameters(net) == 784 * units + units + units * units + units + 10 * units + 10
 
 
 # Shapes
@@ -138,7 +138,7 @@ def test_alexnets_shapes_are_those_of_the_notes() -> None:
 @torch.inference_mode()
 def test_the_small_networks_shapes(name: str, before_flatten: tuple[int, ...]) -> None:
     net = create_model(name)
-    found = shapes(net, *picture_shape(get_spec(name)))
+    found = shapes(net, *input_shape(get_spec(name)))
     at = [child for child, _ in net.named_children()].index("flatten")
     assert found[at - 1] == before_flatten
     assert found[at] == (math.prod(before_flatten),)
@@ -156,7 +156,7 @@ def test_vggs_table_is_the_papers() -> None:
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("channels", [1, 4])
 def test_any_number_of_channels_and_classes(name: str, channels: int) -> None:
-    _, height, width = picture_shape(get_spec(name))
+    _, height, width = input_shape(get_spec(name))
     with torch.device("meta"):
         net = create_model(name, num_classes=7, in_channels=channels).eval()
         assert net(torch.zeros(2, channels, height, width)).shape == (2, 7)
@@ -209,7 +209,7 @@ def test_the_naive_block_grows_and_the_reduced_ones_do_not() -> None:
 def test_two_3x3_windows_see_what_one_of_5x5_sees_for_18_25ths() -> None:
     five = nn.Conv2d(64, 64, 5, padding=2, bias=False)
     two = inception_blocks.two_for_one(64, 64)
-    assert macs(two, 64, 28, 28) / macs(five, 64, 28, 28) == pytest.approx(18 / 25)
+    assert count_macs(two, 64, 28, 28) / count_macs(five, 64, 28, 28) == pytest.approx(18 / 25)
     picture = torch.zeros(1, 64, 9, 9, requires_grad=True)
     two(picture + torch.randn(1, 64, 9, 9))[0, :, 4, 4].sum().backward()
     seen = (picture.grad[0].abs().sum(0) > 0).nonzero()  # type: ignore[index]
@@ -226,7 +226,7 @@ def test_a_separable_convolution_costs_1_n_plus_1_d2_of_an_ordinary_one() -> Non
         ordinary = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
         pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
-        share = macs(nn.Sequential(depthwise, pointwise), inputs, 14, 14) / macs(ordinary, inputs, 14, 14)
+        share = count_macs(nn.Sequential(depthwise, pointwise), inputs, 14, 14) / count_macs(ordinary, inputs, 14, 14)
         assert share == pytest.approx(separable_share(outputs, 3)) == pytest.approx(1 / outputs + 1 / 9)
 
 
@@ -234,9 +234,9 @@ def test_mobilenets_macs_against_ordinary_convolutions_are_the_papers() -> None:
     """Howard et al. 2017, table 4: 569 million against 4,866, 4.2 million parameters against 29.3."""
     with torch.device("meta"):
         thin, full = create_model("mobilenet_v1"), create_model("mobilenet_v1", block="ordinary")
-    assert macs(thin, 3, 224, 224) == pytest.approx(569e6, rel=0.001)
-    assert macs(full, 3, 224, 224) == pytest.approx(4866e6, rel=0.005)
-    assert parameters(full) == pytest.approx(29.3e6, rel=0.005)
+    assert count_macs(thin, 3, 224, 224) == pytest.approx(569e6, rel=0.001)
+    assert count_macs(full, 3, 224, 224) == pytest.approx(4866e6, rel=0.005)
+    assert count_parameters(full) == pytest.approx(29.3e6, rel=0.005)
 
 
 def test_the_width_multiplier_is_the_papers() -> None:
@@ -244,5 +244,5 @@ def test_the_width_multiplier_is_the_papers() -> None:
     for suffix, width, millions in (("_075", 0.75, 325), ("_050", 0.5, 149), ("_025", 0.25, 41)):
         with torch.device("meta"):
             named, made = create_model(f"mobilenet_v1{suffix}"), create_model("mobilenet_v1", width=width)
-        assert round(macs(named, 3, 224, 224) / 1e6) == millions
-        assert parameters(named) == parameters(made)
+        assert round(count_macs(named, 3, 224, 224) / 1e6) == millions
+        assert count_parameters(named) == count_parameters(made)
