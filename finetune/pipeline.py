@@ -63,7 +63,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     for number, extra in enumerate(config.extra_data, start=1):
         print(f"Further photos, named extra-{number}/...: {extra}")
     network = distributed.one_a_host_first(lambda: prepare(spec, len(dataset.classes), config, compute))
-    distributed.check(compute, network.cut.trained)
+    distributed.check(compute, network.split_model.trainable)
     distributed.check_same("pretrained weights", network.base.sha256 if network.base else None)
     cache = feature_cache(config, network, compute)
     survey = look(config, dataset, network, cache, reviews=reviews)
@@ -120,7 +120,7 @@ def fit_head(
             events.write(progress.history[-1])
 
         return fit(
-            network.cut.trained,
+            network.split_model.trainable,
             [f"net.{name}" for name in network.names],
             batches["train"],
             batches["valid"],
@@ -136,7 +136,7 @@ def fit_head(
 def ask(network: Network, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:
     """The photos' log-probabilities (N, classes), labels (N,) and embeddings (N, d) by what was trained."""
     with watch_embeddings(network.classifier, network.spec) as seen:
-        log_probs, labels = predict(network.cut.trained, batches, compute=compute)
+        log_probs, labels = predict(network.split_model.trainable, batches, compute=compute)
     return log_probs, labels, np.concatenate([rows for own in distributed.from_all(seen) for rows in own])
 
 
@@ -188,7 +188,7 @@ def finish(
             name=config.name or default_name(config),
             spec=network.spec,
             base=network.base,
-            cut_after=network.cut.after,
+            cut_after=network.split_model.last_frozen,
             classes=survey.dataset.classes,
             metrics=metrics,
             config=config,

@@ -170,7 +170,7 @@ def predict_folds(
     compute: Compute,
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Log-probabilities (N, classes), each by the head that its own fold had no part in, and embeddings (N, d)."""
-    part = network.cut.trained
+    part = network.split_model.trainable
     names = [f"net.{name}" for name in network.names]
     fresh = {name: tensor.detach().clone() for name, tensor in part.state_dict().items() if name in names}
     log_probs = np.zeros((len(labels), int(labels.max()) + 1))
@@ -192,7 +192,7 @@ def predict_folds(
 
 def fit_fixed(network: Network, train: CachedBatches, config: Config, *, epochs: int, compute: Compute, label: str) -> None:
     """Train what follows the cut for ``epochs`` of the recipe's epochs; nothing is measured in between and nothing chosen."""
-    part = network.cut.trained
+    part = network.split_model.trainable
     part.to(compute.device)
     heads = [f"net.{head}.{tensor}" for head in network.spec.heads for tensor in ("weight", "bias")]
     optimizer = make_optimizer(part, config, head=heads)

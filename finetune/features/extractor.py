@@ -22,7 +22,7 @@ from finetune.io.array_store import ShardStore
 from finetune.io.threaded_map import batched, own_threads, prefetch
 from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.onnx_export import export_onnx
-from models.networks.split_point import Cut
+from models.networks.split_point import SplitModel
 from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import OnnxEngine, load_openvino
 
@@ -38,8 +38,8 @@ class FrozenPart:
     left, which needs none of that.
     """
 
-    def __init__(self, cut: Cut, preprocessing: Preprocessing, compute: Compute) -> None:
-        self._cut = cut
+    def __init__(self, split_model: SplitModel, preprocessing: Preprocessing, compute: Compute) -> None:
+        self._split_model = split_model
         self._preprocessing = preprocessing
         self._compute = compute
 
@@ -49,9 +49,9 @@ class FrozenPart:
         return f"openvino {load_openvino().__version__}" if on_cpu else f"torch {torch.__version__} {self._compute.device.type}"
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        if self._cut.after == "normalize":
+        if self._split_model.last_frozen == "normalize":
             with torch.inference_mode():
-                return self._cut.frozen.cpu()(torch.from_numpy(pixels)).numpy()
+                return self._split_model.frozen.cpu()(torch.from_numpy(pixels)).numpy()
         if self._compute.device.type == "cpu":
             return self._compiled.run(pixels)[0]
         return np.concatenate([self._run_torch(pixels[i : i + GPU_BATCH]) for i in range(0, len(pixels), GPU_BATCH)])
@@ -61,7 +61,7 @@ class FrozenPart:
         with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
             graph = Path(folder) / "frozen.onnx"
             export_onnx(
-                fuse_batchnorm(self._cut.frozen),
+                fuse_batchnorm(self._split_model.frozen),
                 preprocessing=self._preprocessing,
                 outputs=["features"],
                 path=graph,
@@ -73,7 +73,7 @@ class FrozenPart:
         padded = np.zeros((GPU_BATCH, *pixels.shape[1:]), np.uint8)
         padded[: len(pixels)] = pixels
         device = self._compute.device
-        frozen = self._cut.frozen.to(device).to(memory_format=torch.channels_last)
+        frozen = self._split_model.frozen.to(device).to(memory_format=torch.channels_last)
         with torch.inference_mode(), self._compute.autocast():
             features = frozen(torch.from_numpy(padded).to(device))
         return features[: len(pixels)].float().cpu().numpy()
@@ -128,7 +128,7 @@ def cache_context(
     backbone: str,
     weights_sha256: str,
     preprocessing: Preprocessing,
-    after: str,
+    last_frozen: str,
     precision: str,
     engine: str,
     permute_pixels: int | None = None,
@@ -140,7 +140,7 @@ def cache_context(
         "backbone": backbone,
         "weights": weights_sha256,
         "preprocessing": preprocessing.sha256(),
-        "after": after,
+        "last_frozen": last_frozen,
         "precision": precision,
         "engine": engine,
         "pillow": PIL.__version__,

@@ -16,7 +16,7 @@ from models.networks.flops import build_on_meta, input_shape
 from models.networks.hooks import forward_hooks, layer_names
 from models.networks.registry import get_spec
 from models.networks.spec import ModelSpec
-from models.networks.split_point import cut
+from models.networks.split_point import split_model
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def frozen_until(spec: ModelSpec) -> str | None:
     net = build_on_meta(spec).requires_grad_(False)
     for head in spec.heads:
         net.get_submodule(head).requires_grad_(True)
-    return cut(Classifier(net, spec.preprocessing)).after
+    return split_model(Classifier(net, spec.preprocessing)).last_frozen
 
 
 def layers(spec: ModelSpec, net: nn.Module) -> torchinfo.ModelStatistics:
@@ -104,7 +104,7 @@ def text(name: str, *, counts: str) -> str:
     """All of it, for a person."""
     spec = get_spec(name)
     net = build_on_meta(spec)
-    wanted, weights, after = spec.preprocessing, spec.weights, frozen_until(spec)
+    wanted, weights, last_frozen = spec.preprocessing, spec.weights, frozen_until(spec)
     table = re.split(r"^=+\n", str(layers(spec, net)), flags=re.MULTILINE)
     worked = [convolution.text() for convolution in convolutions(net, *input_shape(spec))]
     about = [
@@ -113,7 +113,7 @@ def text(name: str, *, counts: str) -> str:
         f"{wanted.resize_px} px ({wanted.interpolation}); mean {_numbers(wanted.mean)}, deviation {_numbers(wanted.std)}",
         f"cost         {counts}",
         f"weights      {f'{weights.place}, {weights.licence}' if weights else 'none: it is trained from random ones'}",
-        f"frozen       {f'up to {after}' if after else 'nothing'}",
+        f"frozen       {f'up to {last_frozen}' if last_frozen else 'nothing'}",
         f"head         {' and '.join(spec.heads)}; Grad-CAM on {spec.cam_layer}",
     ]
     title = "Convolutions, worked out:" if worked else ""

@@ -22,7 +22,7 @@ from finetune.training.data_loaders import Batches, CachedBatches, LiveBatches
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.spec import ModelSpec
-from models.networks.split_point import Cut, cut
+from models.networks.split_point import SplitModel, split_model
 from models.networks.weights import Weights, find_weights
 
 
@@ -32,7 +32,7 @@ class Network:
 
     spec: ModelSpec
     classifier: Classifier
-    cut: Cut
+    split_model: SplitModel
     frozen: FrozenPart
     base: Weights | None
     names: list[str]
@@ -67,7 +67,7 @@ def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute)
         seed=config.seed,
         permute_pixels=config.permute_pixels,
     )
-    parts = cut(classifier)
+    parts = split_model(classifier)
     frozen = FrozenPart(parts, spec.preprocessing, compute)
     return Network(spec, classifier, parts, frozen, base, trainable_names(classifier.net))
 
@@ -93,13 +93,13 @@ def feature_cache(config: Config, network: Network, compute: Compute) -> Feature
         backbone=network.spec.name,
         weights_sha256=network.base.sha256,
         preprocessing=network.spec.preprocessing,
-        after=network.cut.after,
+        last_frozen=network.split_model.last_frozen,
         precision=compute.precision,
         engine=network.frozen.engine,
         permute_pixels=config.permute_pixels,
     )
     store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
-    print(f"The frozen part ends behind {network.cut.after}; it runs once for each photo.")
+    print(f"The frozen part ends behind {network.split_model.last_frozen}; it runs once for each photo.")
     return FeatureCache(network.frozen, store, workers=config.workers)
 
 

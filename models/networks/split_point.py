@@ -45,12 +45,12 @@ class _LeafTracer(Tracer):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """``trained(frozen(pixels))`` is the whole network; both share its parameters. ``after`` names the last frozen layer."""
+class SplitModel:
+    """``trainable(frozen(pixels))`` is the whole network; both share its parameters. ``last_frozen`` is a layer's name."""
 
     frozen: GraphModule
-    trained: GraphModule
-    after: str
+    trainable: GraphModule
+    last_frozen: str
 
 
 def trace(classifier: Classifier) -> Graph:
@@ -64,12 +64,12 @@ def trace(classifier: Classifier) -> Graph:
     return graph
 
 
-def visible(classifier: Classifier) -> set[str]:
+def traced_layers(classifier: Classifier) -> set[str]:
     """The names of the layers whose output the traced graph knows: all of them, but for those inside of one taken whole."""
     return {name for node in trace(classifier).nodes for name in {_name(node), *_stack(node)}}
 
 
-def cut(classifier: Classifier) -> Cut:
+def split_model(classifier: Classifier) -> SplitModel:
     """Cut the network behind its last deterministic frozen layer, at a place that a single tensor crosses.
 
     What is trained gives a tuple where the network has auxiliary heads: its own answer, then theirs.
@@ -83,8 +83,8 @@ def cut(classifier: Classifier) -> Cut:
     at = next(i for i in range(alive, 0, -1) if len(_crossing(nodes, i)) == 1)
     (crossing,) = _crossing(nodes, at)
     frozen = GraphModule(classifier, _copy(nodes[:at], outputs=[crossing]))
-    trained = GraphModule(classifier, _copy(nodes[at:], outputs=_results(graph), given=crossing))
-    return Cut(frozen=frozen, trained=trained, after=_place(crossing, graph))
+    trainable = GraphModule(classifier, _copy(nodes[at:], outputs=_results(graph), given=crossing))
+    return SplitModel(frozen=frozen, trainable=trainable, last_frozen=_place(crossing, graph))
 
 
 def with_outputs(classifier: Classifier, layers: Sequence[tuple[str, bool]]) -> GraphModule:

@@ -134,10 +134,10 @@ def find_map(net: nn.Module, preprocessing: Preprocessing) -> str:
     Dropout is no such layer: in a transformer it gives maps of which place looks at which.
     """
     from models.networks.classifier import Classifier  # here, as they know the registry that this file registers with
-    from models.networks.split_point import visible
+    from models.networks.split_point import traced_layers
 
     maps: list[str] = []
-    known = visible(Classifier(net, preprocessing))
+    known = traced_layers(Classifier(net, preprocessing))
 
     def note(name: str, given: Any, result: Any) -> None:
         if isinstance(result, Tensor) and result.dim() == 4 and result.shape[2] == result.shape[3] > 1:

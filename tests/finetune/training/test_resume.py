@@ -24,7 +24,7 @@ from finetune.data.inspection import PixelStash, Scan
 from finetune.features.extractor import FeatureCache, FrozenPart
 from finetune.io.array_store import ShardStore
 from models.networks.classifier import build_classifier
-from models.networks.split_point import cut
+from models.networks.split_point import split_model
 from tests.helpers.tiny_network import TINY, colour_folder, finetune
 
 EPOCHS = 60
@@ -136,7 +136,7 @@ class _TiresAfter(FrozenPart):
 def test_features_that_were_computed_before_an_interrupt_are_kept(tmp_path: Path) -> None:
     photos = sorted((colour_folder(tmp_path / "data", train=40, valid=0) / "train").glob("*/*.jpg"))
     scans = [Scan(Photo(path.name, path, 0, "train"), f"{i:064x}", None, None) for i, path in enumerate(photos)]
-    parts = cut(build_classifier(TINY, num_classes=2, base=None))
+    parts = split_model(build_classifier(TINY, num_classes=2, base=None))
     frozen = _TiresAfter(parts, TINY.preprocessing, choose_compute("cpu", "fp32"))
     stash = PixelStash(TINY.preprocessing)
 

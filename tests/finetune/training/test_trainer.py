@@ -22,7 +22,7 @@ from finetune.training.trainer import Progress, fit, learning_rate
 from models.errors import RunError
 from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.registry import create_model, get_spec
-from models.networks.split_point import Cut, cut
+from models.networks.split_point import SplitModel, split_model
 from models.networks.weights import read_tensors
 from tests.helpers.tiny_network import TINY
 
@@ -41,7 +41,7 @@ def fresh(base: dict[str, Tensor], config: Config) -> Classifier:
     return build_classifier(TINY, num_classes=2, base=own, unfreeze=config.unfreeze, seed=config.seed)
 
 
-def batches_for(parts: Cut, config: Config, *, count: int, seed: int) -> CachedBatches:
+def batches_for(parts: SplitModel, config: Config, *, count: int, seed: int) -> CachedBatches:
     """What the frozen part says of noisy pictures, which are a little brighter in the second class."""
     labels = torch.arange(count) % 2
     noise = torch.randint(0, 200, (count, 32, 32, 3), generator=torch.Generator().manual_seed(seed))
@@ -53,11 +53,11 @@ def batches_for(parts: Cut, config: Config, *, count: int, seed: int) -> CachedB
 def run(base: dict[str, Tensor], config: Config = CONFIG, **options: Any) -> tuple[Progress, Classifier]:
     """Fit ``tiny`` on 23 + 10 pictures; gives the progress and the network, which then holds the best epoch."""
     classifier = fresh(base, config)
-    parts = cut(classifier)
+    parts = split_model(classifier)
     batches = [batches_for(parts, config, count=count, seed=seed) for count, seed in ((23, 0), (10, 1))]
     names = [f"net.{name}" for name in trainable_names(classifier.net)]
     head = ["net.classifier.4.weight", "net.classifier.4.bias"]
-    return fit(parts.trained, names, *batches, config, compute=CPU, head=head, **options), classifier
+    return fit(parts.trainable, names, *batches, config, compute=CPU, head=head, **options), classifier
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -127,13 +127,13 @@ def test_the_head_is_the_one_that_the_textbook_loop_trains(backbone: str, after:
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
 
     classifier = build_classifier(spec, num_classes=3, base=state, seed=config.seed)
-    parts = cut(classifier)
-    assert parts.after == after
+    parts = split_model(classifier)
+    assert parts.last_frozen == after
     rows = FrozenPart(parts, spec.preprocessing, CPU).run(pixels.numpy())
     cached = CachedBatches(rows, labels.tolist(), batch_size=4, seed=config.seed)
     names = [f"net.{spec.head}.{name}" for name in ("weight", "bias")]
     start = copy.deepcopy(classifier.net.get_submodule(spec.head).state_dict())
-    ours = fit(parts.trained, names, cached, cached, config, compute=CPU, head=names).last
+    ours = fit(parts.trainable, names, cached, cached, config, compute=CPU, head=names).last
 
     net = getattr(torchvision.models, backbone)(num_classes=3)
     net.load_state_dict({k: v for k, v in state.items() if not k.startswith(f"{spec.head}.")}, strict=False)
@@ -165,10 +165,10 @@ def test_without_pretrained_weights_everything_learns(base: dict[str, Tensor]) -
     config = replace(CONFIG, weights="none")
     classifier = build_classifier(TINY, num_classes=2, base=None, seed=config.seed)
     before = {name: tensor.clone() for name, tensor in classifier.net.state_dict().items()}
-    parts = cut(classifier)
+    parts = split_model(classifier)
     batches = batches_for(parts, config, count=12, seed=0)
     names = [f"net.{name}" for name in trainable_names(classifier.net)]
-    fit(parts.trained, names, batches, batches, config, compute=CPU, head=[])
+    fit(parts.trainable, names, batches, batches, config, compute=CPU, head=[])
     after = classifier.net.state_dict()
     assert [name for name in after if torch.equal(after[name], before[name])] == []
 

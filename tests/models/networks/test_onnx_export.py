@@ -13,7 +13,7 @@ from torch import Tensor
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.onnx_export import OUTPUTS, export_onnx, export_served
 from models.networks.registry import get_spec
-from models.networks.split_point import cut
+from models.networks.split_point import split_model
 from models.networks.weights import find_weights
 from models.runtime.openvino_engine import OnnxEngine
 
@@ -40,7 +40,7 @@ def graph(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> P
 def frozen(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> OnnxEngine:
     """The frozen part with a batch that is fixed, as training runs it."""
     path = tmp_path_factory.mktemp("graph") / "frozen.onnx"
-    frozen_part = cut(classifier).frozen
+    frozen_part = split_model(classifier).frozen
     export_onnx(frozen_part, preprocessing=SPEC.preprocessing, outputs=["features"], path=path, batch=BATCH)
     return OnnxEngine(path, outputs=["features"])
 

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.registry import create_model, get_spec
-from models.networks.split_point import cut, trace, train_mode, with_outputs
+from models.networks.split_point import split_model, trace, train_mode, with_outputs
 from models.networks.weights import find_weights
 
 StateDict = dict[str, Tensor]
@@ -58,20 +58,20 @@ def build(random_weights: Callable[[str], StateDict]) -> BuildFrom:
 @torch.inference_mode()
 def test_frozen_then_trained_is_the_whole_network(build: BuildFrom, name: str) -> None:
     classifier, pixels = build(name), some_pixels(2)
-    parts = cut(classifier)
+    parts = split_model(classifier)
     features = parts.frozen(pixels)
-    assert (parts.after, tuple(features.shape)) == (CUTS[name][0], (2, CUTS[name][1]))
-    assert torch.equal(parts.trained(features), classifier(pixels))
+    assert (parts.last_frozen, tuple(features.shape)) == (CUTS[name][0], (2, CUTS[name][1]))
+    assert torch.equal(parts.trainable(features), classifier(pixels))
 
 
 @torch.inference_mode()
 def test_vgg16_is_cut_behind_its_first_fully_connected_layers_activation(vgg16_weights: Path) -> None:
     base = find_weights(get_spec("vgg16"), file=vgg16_weights).tensors
     classifier, pixels = build_classifier(get_spec("vgg16"), num_classes=2, base=base), some_pixels(1)
-    parts = cut(classifier)
+    parts = split_model(classifier)
     features = parts.frozen(pixels)
-    assert (parts.after, tuple(features.shape)) == ("classifier.1", (1, 4096))
-    assert torch.equal(parts.trained(features), classifier(pixels))
+    assert (parts.last_frozen, tuple(features.shape)) == ("classifier.1", (1, 4096))
+    assert torch.equal(parts.trainable(features), classifier(pixels))
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_vgg16_is_cut_behind_its_first_fully_connected_layers_activation(vgg16_w
 @torch.inference_mode()
 def test_unfreezing_moves_the_cut_before_the_layer(build: BuildFrom, name: str, unfreeze: str, after: str) -> None:
     classifier, pixels = build(name, (unfreeze,)), some_pixels(2)
-    parts = cut(classifier)
-    assert parts.after == after
-    assert torch.equal(parts.trained(parts.frozen(pixels)), classifier(pixels))
+    parts = split_model(classifier)
+    assert parts.last_frozen == after
+    assert torch.equal(parts.trainable(parts.frozen(pixels)), classifier(pixels))
 
 
 @pytest.mark.parametrize("name", CUTS)
 def test_from_random_weights_only_normalisation_comes_before_the_cut(name: str) -> None:
     with torch.device("meta"):
         classifier = Classifier(create_model(name, num_classes=3), get_spec(name).preprocessing)
-    parts = cut(classifier)
-    assert parts.after == "normalize"
+    parts = split_model(classifier)
+    assert parts.last_frozen == "normalize"
     assert [str(node.target) for node in parts.frozen.graph.nodes if node.op == "call_module"] == ["normalize"]
 
 
@@ -115,8 +115,8 @@ def test_every_parameter_is_read_by_a_layer_that_the_trace_sees(name: str) -> No
 
 def test_both_parts_share_the_networks_parameters(build: BuildFrom) -> None:
     classifier = build("resnet18")
-    parts = cut(classifier)
-    assert parts.trained.get_parameter("net.fc.weight") is classifier.net.get_parameter("fc.weight")
+    parts = split_model(classifier)
+    assert parts.trainable.get_parameter("net.fc.weight") is classifier.net.get_parameter("fc.weight")
     assert parts.frozen.get_parameter("net.conv1.weight") is classifier.net.get_parameter("conv1.weight")
 
 
@@ -125,11 +125,11 @@ def test_both_parts_share_the_networks_parameters(build: BuildFrom) -> None:
 
 def test_what_learns_gets_a_gradient_and_nothing_else(build: BuildFrom) -> None:
     classifier = build("efficientnet_lite0", ("bn2",))
-    parts = cut(classifier)
-    train_mode(parts.trained)
+    parts = split_model(classifier)
+    train_mode(parts.trainable)
     with torch.no_grad():
         features = parts.frozen(some_pixels(2))
-    parts.trained(features)[:, 0].sum().backward()
+    parts.trainable(features)[:, 0].sum().backward()
     learnt = {name for name, p in classifier.net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert learnt == {"bn2.weight", "bn2.bias", "classifier.weight", "classifier.bias"}
 
@@ -137,11 +137,11 @@ def test_what_learns_gets_a_gradient_and_nothing_else(build: BuildFrom) -> None:
 @torch.no_grad()
 def test_statistics_of_unfrozen_layers_move_and_those_of_frozen_ones_stay(build: BuildFrom) -> None:
     classifier = build("resnet18", ("layer4.0",))  # the frozen layer4.1 is in the trained part
-    parts = cut(classifier)
+    parts = split_model(classifier)
     before = statistics(classifier.net)
-    train_mode(parts.trained)
+    train_mode(parts.trainable)
     for _ in range(2):
-        parts.trained(parts.frozen(some_pixels(4)))
+        parts.trainable(parts.frozen(some_pixels(4)))
     changed = moved(before, classifier.net)
     assert {name for name in before if name.startswith("layer4.0.")} == changed
     assert any(name.startswith("layer4.1.") for name in before)
@@ -151,10 +151,10 @@ def test_statistics_of_unfrozen_layers_move_and_those_of_frozen_ones_stay(build:
 @torch.no_grad()
 def test_from_random_weights_all_statistics_move(name: str) -> None:
     classifier = build_classifier(get_spec(name), num_classes=2, base=None)
-    parts = cut(classifier)
+    parts = split_model(classifier)
     before = statistics(classifier.net)
-    train_mode(parts.trained)
-    parts.trained(parts.frozen(some_pixels(2)))
+    train_mode(parts.trainable)
+    parts.trainable(parts.frozen(some_pixels(2)))
     assert moved(before, classifier.net) == set(before)
 
 
@@ -171,15 +171,15 @@ def test_training_the_whole_network_leaves_frozen_statistics_as_they_are(build: 
 
 @torch.no_grad()
 def test_dropout_is_random_behind_the_cut_alone_and_off_in_evaluation(build: BuildFrom) -> None:
-    parts = cut(build("alexnet"))
+    parts = split_model(build("alexnet"))
     train_mode(parts.frozen)
-    train_mode(parts.trained)
+    train_mode(parts.trainable)
     pixels = some_pixels(1)
     features = parts.frozen(pixels)
     assert torch.equal(parts.frozen(pixels), features)
-    assert not torch.equal(parts.trained(features), parts.trained(features))
-    parts.trained.eval()
-    assert torch.equal(parts.trained(features), parts.trained(features))
+    assert not torch.equal(parts.trainable(features), parts.trainable(features))
+    parts.trainable.eval()
+    assert torch.equal(parts.trainable(features), parts.trainable(features))
 
 
 # More outputs

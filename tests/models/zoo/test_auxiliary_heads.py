@@ -14,7 +14,7 @@ from finetune.training.data_loaders import CachedBatches
 from finetune.training.trainer import fit, predict
 from models.networks.classifier import build_classifier, trainable_names
 from models.networks.registry import get_spec
-from models.networks.split_point import cut, train_mode, with_outputs
+from models.networks.split_point import split_model, train_mode, with_outputs
 from tests.helpers.small_networks import made_small, random_state, some_pixels
 
 CPU = Compute(torch.device("cpu"), "fp32")
@@ -24,8 +24,8 @@ CONFIG = Config(weights="none", epochs=1, batch_size=4).with_recipe(get_spec("le
 def test_from_random_weights_googlenet_answers_three_times_while_training() -> None:
     with made_small("googlenet") as spec:
         classifier = build_classifier(spec, num_classes=3, base=None)
-        parts = cut(classifier)
-        answers = parts.trained(parts.frozen(some_pixels(spec)))
+        parts = split_model(classifier)
+        answers = parts.trainable(parts.frozen(some_pixels(spec)))
         assert [answer.shape for answer in answers] == [(2, 3)] * 3
         assert not classifier.training
         assert classifier(some_pixels(spec)).shape == (2, 3)
@@ -35,17 +35,17 @@ def test_from_random_weights_googlenet_answers_three_times_while_training() -> N
 def test_training_moves_the_auxiliary_heads_and_measures_the_network_alone() -> None:
     with made_small("googlenet") as spec:
         classifier = build_classifier(spec, num_classes=2, base=None)
-        parts = cut(classifier)
+        parts = split_model(classifier)
         before = {name: p.detach().clone() for name, p in classifier.net.named_parameters()}
         with torch.no_grad():
             rows = parts.frozen(some_pixels(spec, 8)).numpy()
         batches = CachedBatches(rows, [0, 1] * 4, batch_size=4, seed=0)
         names = [f"net.{name}" for name in trainable_names(classifier.net)]
-        progress = fit(parts.trained, names, batches, batches, CONFIG, compute=CPU, head=[], aux_weight=classifier.aux_weight)
+        progress = fit(parts.trainable, names, batches, batches, CONFIG, compute=CPU, head=[], aux_weight=classifier.aux_weight)
         assert progress.epoch == 1
         still = [name for name, p in classifier.net.named_parameters() if torch.equal(p, before[name])]
         assert still == []
-        log_probs, _ = predict(parts.trained, batches, compute=CPU)
+        log_probs, _ = predict(parts.trainable, batches, compute=CPU)
         with torch.inference_mode():
             assert torch.allclose(log_probs, classifier(some_pixels(spec, 8)), atol=1e-5)
 
@@ -76,9 +76,9 @@ def test_an_auxiliary_loss_counts_as_much_as_its_weight() -> None:
 def test_inception_v3s_auxiliary_head_learns_at_its_own_size() -> None:
     spec = get_spec("inception_v3")
     classifier = build_classifier(spec, num_classes=2, base=None)
-    parts = cut(classifier)
-    train_mode(parts.trained)
-    main, aux = parts.trained(parts.frozen(some_pixels(spec)))
+    parts = split_model(classifier)
+    train_mode(parts.trainable)
+    main, aux = parts.trainable(parts.frozen(some_pixels(spec)))
     assert main.shape == aux.shape == (2, 2)
     torch.nn.functional.nll_loss(aux, torch.tensor([0, 1])).backward()
     assert classifier.net.get_parameter("AuxLogits.fc.weight").grad is not None
@@ -90,7 +90,7 @@ def test_fine_tuning_and_serving_know_no_auxiliary_head(name: str) -> None:
     with made_small(name) as spec:
         classifier = build_classifier(spec, num_classes=2, base=random_state(name))
         assert not [key for key in classifier.net.state_dict() if key.startswith(("aux", "Aux"))]
-        assert isinstance(cut(classifier).trained(torch.zeros(2, classifier.net.fc.in_features)), torch.Tensor)
+        assert isinstance(split_model(classifier).trainable(torch.zeros(2, classifier.net.fc.in_features)), torch.Tensor)
         if name == "googlenet":
             trained = build_classifier(spec, num_classes=2, base=None)
             log_probs, embedding = with_outputs(trained, [(spec.head, True)])(some_pixels(spec))

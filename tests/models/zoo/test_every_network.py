@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.registry import create_model, list_models
 from models.networks.spec import ModelSpec
-from models.networks.split_point import Cut, cut, train_mode, with_outputs
+from models.networks.split_point import SplitModel, split_model, train_mode, with_outputs
 from models.networks.weights import write_tensors
 from tests.helpers.small_networks import made_small, random_state, some_pixels
 
@@ -32,7 +32,7 @@ class Walked:
     spec: ModelSpec
     base: dict[str, Tensor]
     classifier: Classifier
-    parts: Cut
+    parts: SplitModel
     pixels: Tensor
 
 
@@ -41,7 +41,7 @@ def walked(request: pytest.FixtureRequest) -> Iterator[Walked]:
     with made_small(request.param) as spec:
         base = random_state(spec.name)
         classifier = build_classifier(spec, num_classes=2, base=base)
-        yield Walked(spec, base, classifier, cut(classifier), some_pixels(spec))
+        yield Walked(spec, base, classifier, split_model(classifier), some_pixels(spec))
 
 
 def test_it_gives_a_row_of_log_probabilities_for_each_picture(walked: Walked) -> None:
@@ -73,7 +73,7 @@ def test_a_gradient_reaches_every_parameter(walked: Walked) -> None:
 def test_what_runs_once_and_what_is_trained_make_the_whole_network(walked: Walked) -> None:
     with torch.inference_mode():
         features = walked.parts.frozen(walked.pixels)
-        assert torch.equal(walked.parts.trained(features), walked.classifier(walked.pixels))
+        assert torch.equal(walked.parts.trainable(features), walked.classifier(walked.pixels))
     assert not any(isinstance(layer, nn.Dropout) and layer.p > 0 for layer in walked.parts.frozen.modules())
     assert not any(parameter.requires_grad for parameter in walked.parts.frozen.parameters())
     assert features[0].numel() <= 512 * 13 * 13  # what is cached of a photo: SqueezeNet's map is the largest
@@ -81,16 +81,16 @@ def test_what_runs_once_and_what_is_trained_make_the_whole_network(walked: Walke
 
 def test_training_moves_the_head_and_nothing_else_bit_for_bit(walked: Walked) -> None:
     classifier = build_classifier(walked.spec, num_classes=2, base=walked.base)
-    parts = cut(classifier)
+    parts = split_model(classifier)
     before = {name: tensor.clone() for name, tensor in classifier.net.state_dict().items()}
     norms = [layer for layer in classifier.modules() if isinstance(layer, _BatchNorm)]
     train_mode(classifier)
-    train_mode(parts.trained)
+    train_mode(parts.trainable)
     assert not any(layer.training for layer in norms)
     optimizer = torch.optim.SGD([p for p in classifier.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
         optimizer.zero_grad()
-        torch.nn.functional.nll_loss(parts.trained(parts.frozen(walked.pixels)), torch.tensor([0, 1])).backward()
+        torch.nn.functional.nll_loss(parts.trainable(parts.frozen(walked.pixels)), torch.tensor([0, 1])).backward()
         optimizer.step()
     changed = {name for name, tensor in classifier.net.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed

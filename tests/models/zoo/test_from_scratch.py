@@ -21,7 +21,7 @@ from finetune.training.data_loaders import LiveBatches
 from finetune.training.trainer import make_optimizer
 from models.networks.classifier import Classifier
 from models.networks.registry import create_model, get_spec
-from models.networks.split_point import cut
+from models.networks.split_point import split_model
 from tests.helpers.tiny_network import colour_folder, finetune, paint
 
 
@@ -107,7 +107,7 @@ def test_pixels_are_decoded_once_where_they_fit(tmp_path: Path, monkeypatch: pyt
     decoded: list[int] = []
     pixels = type(spec.preprocessing).pixels
     monkeypatch.setattr(type(spec.preprocessing), "pixels", lambda self, data: (decoded.append(1), pixels(self, data))[1])
-    parts = cut(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
+    parts = split_model(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
     frozen = FrozenPart(parts, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
     batches = LiveBatches(
         photos, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1

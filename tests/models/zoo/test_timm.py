@@ -14,7 +14,7 @@ from torch import nn
 from models.errors import ConfigError, UnknownModelError
 from models.networks.classifier import build_classifier, trainable_names
 from models.networks.registry import create_model, get_spec, list_models
-from models.networks.split_point import cut, with_outputs
+from models.networks.split_point import split_model, with_outputs
 from models.networks.weights import find_weights
 from tests.helpers.small_networks import random_state, some_pixels
 
@@ -47,11 +47,11 @@ def test_a_network_of_timms_is_cut_and_trained_like_any_other(name: str) -> None
     assert set(trainable_names(classifier.net)) == {f"{h}.{tensor}" for h in spec.heads for tensor in ("weight", "bias")} | {
         key for key in classifier.net.state_dict() if key.startswith(tuple(f"{h}." for h in spec.heads))
     }
-    parts, pixels = cut(classifier), some_pixels(spec)
+    parts, pixels = split_model(classifier), some_pixels(spec)
     with torch.inference_mode():
         features = parts.frozen(pixels)
-        assert (parts.after, tuple(features.shape[1:])) == AFTER[name]
-        assert torch.equal(parts.trained(features), classifier(pixels))
+        assert (parts.last_frozen, tuple(features.shape[1:])) == AFTER[name]
+        assert torch.equal(parts.trainable(features), classifier(pixels))
         log_probs, embedding, feature_map = with_outputs(classifier, [(spec.head, True), (spec.cam_layer, False)])(pixels)
     assert (log_probs.shape, embedding.dim()) == ((2, 3), 2)
     assert feature_map.shape[2] == feature_map.shape[3] > 1
