@@ -35,7 +35,7 @@ from finetune.training.setup import feature_cache, look, make_batches, prepare
 from models.networks.classifier import build_classifier
 from models.networks.registry import get_spec
 from models.networks.spec import ModelSpec
-from models.networks.weights import find_weights
+from models.networks.weights import load_weights
 
 EPOCHS = 10
 
@@ -105,7 +105,7 @@ def time_textbook(config: Config, epochs: int) -> float:
 
 def textbook_network(config: Config, spec: ModelSpec) -> tuple[nn.Module, nn.Module]:
     """The network with its own normalisation left out (the loader does it), and its trainable head."""
-    base = find_weights(spec, file=Path(config.weights) if config.weights else None)
+    base = load_weights(spec, file=Path(config.weights) if config.weights else None)
     classifier = build_classifier(spec, num_classes=2, base=base.tensors)
     return nn.Sequential(classifier.net, classifier.log_softmax), classifier.net.get_submodule(spec.head)
 

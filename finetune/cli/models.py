@@ -30,14 +30,14 @@ def describe(name: str) -> dict[str, Any]:
         "channels": spec.preprocessing.channels,
         "head": spec.head,
         "cam_layer": spec.cam_layer,
-        "weights": weights.place if weights else None,
-        "licence": weights.licence if weights else None,
+        "weights": weights.location if weights else None,
+        "license": weights.license if weights else None,
         "paper": spec.paper,
         "recipe": dataclasses.asdict(spec.recipe),
     }
 
 
-HEADER = f"{'name':<20} {'year':>4} {'parameters':>12} {'MACs':>8} {'input':>10}  {'weights':<34} licence of the weights"
+HEADER = f"{'name':<20} {'year':>4} {'parameters':>12} {'MACs':>8} {'input':>10}  {'weights':<34} license of the weights"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -45,7 +45,7 @@ def line(row: dict[str, Any]) -> str:
     weights = (row["weights"] or "none, trained from scratch").rsplit("/", 1)[-1]
     size = f"{row['channels']} x {row['input_px']:>3} px"
     counts = f"{row['parameters']:>12,} {short(row['macs']):>8} {size:>10}"
-    return f"{row['name']:<20} {row['year'] or '':>4} {counts}  {weights:<34} {row['licence'] or ''}".rstrip()
+    return f"{row['name']:<20} {row['year'] or '':>4} {counts}  {weights:<34} {row['license'] or ''}".rstrip()
 
 
 def short(count: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from models.errors import ConfigError
 from models.networks.registry import get_spec, list_models
 from models.networks.spec import ModelSpec
-from models.networks.weights import has_weights_here
+from models.networks.weights import has_local_weights
 
 SMALL_PX = 64
 SMALL, ALL = "small", "all"
@@ -25,7 +25,7 @@ def line_up(words: str) -> list[str]:
         if word == SMALL:
             names += [name for name in list_models() if is_small(get_spec(name))]
         elif word == ALL:
-            names += [name for name in list_models() if has_weights_here(get_spec(name))]
+            names += [name for name in list_models() if has_local_weights(get_spec(name))]
         else:
             names.append(get_spec(word).name)
     if not names:

@@ -19,7 +19,7 @@ from models.artifacts.bundle import CARD, GOLDEN, GRAPH, HEAD, PREDICTIONS, WEIG
 from models.artifacts.similarity import LOOKALIKES
 from models.errors import BundleError
 from models.networks.classifier import Classifier
-from models.networks.onnx_export import OUTPUTS, PIXELS, export_served
+from models.networks.onnx_export import OUTPUTS, PIXELS, export_serving_graph
 from models.networks.spec import ModelSpec
 from models.networks.weights import write_tensors
 from models.runtime.openvino_engine import OnnxEngine
@@ -63,7 +63,7 @@ def export_bundle(
 
     def fill(folder: Path) -> None:
         graph = folder / GRAPH
-        export_served(classifier, spec, temperature=temperature, path=graph)
+        export_serving_graph(classifier, spec, temperature=temperature, path=graph)
         engine = OnnxEngine(graph, outputs=OUTPUTS[:1])
         manifest["parity"] = check_parity(engine, parity)
         manifest["bf16"] = compare_bf16(graph, parity.pixels)

@@ -31,16 +31,16 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
     Raises WeightsError where the base is not to be had, BundleError where it is not the one that the head was trained on.
     """
     from models.networks.classifier import build_classifier
-    from models.networks.onnx_export import export_served
+    from models.networks.onnx_export import export_serving_graph
     from models.networks.registry import get_spec
-    from models.networks.weights import find_weights, read_tensors, write_tensors
+    from models.networks.weights import load_weights, read_tensors, write_tensors
 
     spec = get_spec(bundle.backbone)
     if spec.preprocessing != bundle.preprocessing:
         raise BundleError(
             f"The bundle {bundle.path} was made for another preprocessing than this version's {spec.name}; train it again."
         )
-    base = find_weights(spec, file=weights)
+    base = load_weights(spec, file=weights)
     if base.sha256 != bundle.info["base"]["sha256"]:
         raise BundleError(
             f"The bundle {bundle.path} was trained on weights with sha256 {bundle.info['base']['sha256'][:12]}..., and "
@@ -52,7 +52,7 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
     classifier.net.load_state_dict(read_tensors(bundle.path / HEAD), strict=False)
 
     def fill(folder: Path) -> None:
-        export_served(classifier, spec, temperature=float(bundle.info["temperature"]), path=folder / GRAPH)
+        export_serving_graph(classifier, spec, temperature=float(bundle.info["temperature"]), path=folder / GRAPH)
         engine = OnnxEngine(folder / GRAPH, outputs=["probabilities"])
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())

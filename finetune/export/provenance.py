@@ -75,8 +75,8 @@ def describe_run(
 def describe_base(spec: ModelSpec, base: Weights | None) -> dict[str, Any] | None:
     if base is None:
         return None
-    licence = spec.weights.licence if spec.weights and base.published else "unknown licence"
-    return {"sha256": base.sha256, "origin": base.origin, "published": base.published, "licence": licence}
+    license = spec.weights.license if spec.weights and base.published else "unknown licence"
+    return {"sha256": base.sha256, "origin": base.origin, "published": base.published, "licence": license}
 
 
 def dataset_sha256(scans: Sequence[Scan]) -> str:

@@ -65,7 +65,7 @@ class FrozenPart:
                 preprocessing=self._preprocessing,
                 outputs=["features"],
                 path=graph,
-                batch=CPU_BATCH,
+                batch_size=CPU_BATCH,
             )
             return OnnxEngine(graph, outputs=["features"], precision=self._compute.precision, threads=own_threads())
 

@@ -112,7 +112,7 @@ def text(name: str, *, counts: str) -> str:
         f"input        {wanted.channels} x {wanted.input_px} x {wanted.input_px} px, the middle of a photo resized to "
         f"{wanted.resize_px} px ({wanted.interpolation}); mean {_numbers(wanted.mean)}, deviation {_numbers(wanted.std)}",
         f"cost         {counts}",
-        f"weights      {f'{weights.place}, {weights.licence}' if weights else 'none: it is trained from random ones'}",
+        f"weights      {f'{weights.location}, {weights.license}' if weights else 'none: it is trained from random ones'}",
         f"frozen       {f'up to {last_frozen}' if last_frozen else 'nothing'}",
         f"head         {' and '.join(spec.heads)}; Grad-CAM on {spec.cam_layer}",
     ]

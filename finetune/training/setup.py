@@ -23,7 +23,7 @@ from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.spec import ModelSpec
 from models.networks.split_point import SplitModel, split_model
-from models.networks.weights import Weights, find_weights
+from models.networks.weights import Weights, load_weights
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute)
     """Load the pretrained weights, put the new head in and cut the network."""
     base = None
     if config.weights != "none":
-        base = find_weights(spec, file=Path(config.weights) if config.weights else None)
+        base = load_weights(spec, file=Path(config.weights) if config.weights else None)
         known = "" if base.published else " (not the published ones)"
         print(f"Weights: {base.origin}, sha256 {base.sha256[:12]}...{known}")
     classifier = build_classifier(

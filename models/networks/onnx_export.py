@@ -22,7 +22,7 @@ PIXELS = "pixels"
 OUTPUTS = ("probabilities", "embedding", "feature_map")
 
 
-class _Served(nn.Module):
+class _ServingGraph(nn.Module):
     """Calibrated probabilities and what explains them: the head's input, and the last map.
 
     pixels (N, H, W, C) uint8 -> probabilities (N, classes), embedding (N, d), feature_map (N, c, h, w), all float32.
@@ -40,25 +40,25 @@ class _Served(nn.Module):
         return torch.softmax(log_probs / self.temperature, dim=1), embedding, feature_map
 
 
-def export_served(classifier: Classifier, spec: ModelSpec, *, temperature: float, path: Path) -> None:
+def export_serving_graph(classifier: Classifier, spec: ModelSpec, *, temperature: float, path: Path) -> None:
     """Write the graph that a bundle carries: ``pixels`` in, ``probabilities``, ``embedding`` and ``feature_map`` out.
 
     The extra outputs lie on the way to the probabilities; an engine that asks for the probabilities alone drops them.
     """
-    served = _Served(classifier, spec, temperature).eval()
+    served = _ServingGraph(classifier, spec, temperature).eval()
     export_onnx(served, preprocessing=spec.preprocessing, outputs=OUTPUTS, path=path)
 
 
 def export_onnx(
-    module: nn.Module, *, preprocessing: Preprocessing, outputs: Sequence[str], path: Path, batch: int | None = None
+    module: nn.Module, *, preprocessing: Preprocessing, outputs: Sequence[str], path: Path, batch_size: int | None = None
 ) -> None:
     """Write ``module``, which takes (N, H, W, C) uint8 pixels, as ONNX in a single file.
 
-    ``batch`` fixes N, which halves the exporter's time; without it N is free.
+    ``batch_size`` fixes N, which halves the exporter's time; without it N is free.
     """
     side, channels = preprocessing.input_px, preprocessing.channels
-    example = torch.zeros((batch or 2, side, side, channels), dtype=torch.uint8)
-    free = ({0: torch.export.Dim("batch", min=1, max=4096)},) if batch is None else None
+    example = torch.zeros((batch_size or 2, side, side, channels), dtype=torch.uint8)
+    free = ({0: torch.export.Dim("batch", min=1, max=4096)},) if batch_size is None else None
     with _quiet():
         program = torch.onnx.export(
             module,

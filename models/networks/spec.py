@@ -9,8 +9,8 @@ from typing import Any
 
 from models.preprocess import Preprocessing
 
-TORCHVISION = "https://download.pytorch.org/models/"
-TORCHVISION_LICENCE = "BSD-3-Clause (trained on ImageNet, whose photos are for research)"
+TORCHVISION_URL = "https://download.pytorch.org/models/"
+TORCHVISION_LICENSE = "BSD-3-Clause (trained on ImageNet, whose photos are for research)"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class WeightsSource:
     """
 
     sha256: str
-    licence: str
+    license: str
     url: str | None = None
     package: str | None = None
     package_file: str | None = None
@@ -36,14 +36,14 @@ class WeightsSource:
     def torchvision(cls, file: str, **more: Any) -> WeightsSource:
         """One of torchvision's files: ``resnet18-f37072fd.pth`` carries the first digits of its sha256."""
         (digits,) = re.findall(r"-([0-9a-f]{8})\.pth$", file)
-        return cls(**{"sha256": digits, "licence": TORCHVISION_LICENCE, "url": TORCHVISION + file} | more)
+        return cls(**{"sha256": digits, "license": TORCHVISION_LICENSE, "url": TORCHVISION_URL + file} | more)
 
     @property
     def file_name(self) -> str:
         return (self.url or self.package_file or self.hub_file).rsplit("/", 1)[-1]
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where a person would look for them: the address, the package or the repository."""
         return self.url or self.package or f"hf.co/{self.hub_id}"
 
@@ -70,10 +70,10 @@ class Cost:
 
 
 # For a network that starts from random weights: Adam finds its own step for each of them.
-FROM_SCRATCH = Recipe(epochs=30, optimizer="adam", lr=0.001)
+SCRATCH_RECIPE = Recipe(epochs=30, optimizer="adam", lr=0.001)
 # What the small networks see: pixels in -1..1, nothing cropped.
-GREY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
-COLOUR_32 = Preprocessing(input_px=32, resize_px=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+GRAY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
+RGB_32 = Preprocessing(input_px=32, resize_px=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ModelSpec:
     """One network: what it is called, what it sees, which layer is its head and where its weights come from.
 
     ``head`` and ``cam_layer`` are module names as ``named_modules`` gives them: the layer that is replaced for new classes, a
-    Linear or a 1x1 convolution, and the last one whose output is still a map (N, C, h, w). ``more_heads`` are replaced and
+    Linear or a 1x1 convolution, and the last one whose output is still a map (N, C, h, w). ``extra_heads`` are replaced and
     trained with it, for networks that answer with the mean of several. A network with ``aux_weight`` has auxiliary heads
     (Szegedy et al. 2014): its builder takes ``aux=True``, and training from random weights adds so much of their losses.
     Without ``weights`` a network is always trained from random ones. ``cost`` spares the table of networks from counting each;
@@ -99,10 +99,10 @@ class ModelSpec:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     recipe: Recipe = field(default_factory=Recipe)
     pretrained_classes: int = 1000
-    more_heads: tuple[str, ...] = ()
+    extra_heads: tuple[str, ...] = ()
     aux_weight: float = 0.0
     cost: Cost | None = None
 
     @property
     def heads(self) -> tuple[str, ...]:
-        return (self.head, *self.more_heads)
+        return (self.head, *self.extra_heads)

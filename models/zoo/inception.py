@@ -62,7 +62,7 @@ INCEPTION_V4 = ModelSpec(
     cam_layer="features.21",
     weights=WeightsSource(
         sha256="8e4777a0",
-        licence="Apache-2.0",
+        license="Apache-2.0",
         url="https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-cadene/inceptionv4-8e4777a0.pth",
     ),
     preprocessing=Preprocessing(

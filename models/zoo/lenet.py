@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from models.networks.registry import register_model
-from models.networks.spec import COLOUR_32, FROM_SCRATCH, GREY_28, Cost, ModelSpec
+from models.networks.spec import GRAY_28, RGB_32, SCRATCH_RECIPE, Cost, ModelSpec
 from models.zoo.initialise import xavier
 
 LENET5 = ModelSpec(
@@ -22,9 +22,9 @@ LENET5 = ModelSpec(
     paper="https://doi.org/10.1109/5.726791",
     head="output",
     cam_layer="sigmoid2",
-    preprocessing=GREY_28,
+    preprocessing=GRAY_28,
     # Behind four sigmoids little is left of a gradient: small batches, that is more steps, and a larger rate.
-    recipe=replace(FROM_SCRATCH, batch_size=16, lr=0.003),
+    recipe=replace(SCRATCH_RECIPE, batch_size=16, lr=0.003),
     pretrained_classes=10,
     cost=Cost(61_706, 416_520),
 )
@@ -35,8 +35,8 @@ LENET_CIFAR = ModelSpec(
     paper="https://doi.org/10.1109/5.726791",
     head="output",
     cam_layer="relu2",
-    preprocessing=COLOUR_32,
-    recipe=FROM_SCRATCH,
+    preprocessing=RGB_32,
+    recipe=SCRATCH_RECIPE,
     pretrained_classes=10,
     cost=Cost(62_006, 651_720),
 )

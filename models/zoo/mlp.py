@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from models.networks.registry import register_model
-from models.networks.spec import FROM_SCRATCH, GREY_28, Cost, ModelSpec
+from models.networks.spec import GRAY_28, SCRATCH_RECIPE, Cost, ModelSpec
 
 MLP_SPEC = ModelSpec(
     name="mlp",
@@ -14,8 +14,8 @@ MLP_SPEC = ModelSpec(
     paper="https://doi.org/10.1038/323533a0",
     head="output",
     cam_layer="picture",  # it has no other map: what explains it is the pixels themselves
-    preprocessing=GREY_28,
-    recipe=FROM_SCRATCH,
+    preprocessing=GRAY_28,
+    recipe=SCRATCH_RECIPE,
     pretrained_classes=10,
     cost=Cost(6_442, 6_416),
 )

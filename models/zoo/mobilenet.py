@@ -12,7 +12,7 @@ from torchvision import models as torchvision_models
 
 from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
-from models.networks.spec import FROM_SCRATCH, Cost, ModelSpec, WeightsSource
+from models.networks.spec import SCRATCH_RECIPE, Cost, ModelSpec, WeightsSource
 from models.preprocess import Preprocessing
 
 # The paper's table 1: the stride and the width of each block behind the stem.
@@ -103,7 +103,7 @@ def _register_v1(suffix: str, share: float) -> None:
         head="output",
         cam_layer="block13",
         preprocessing=Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
-        recipe=FROM_SCRATCH,
+        recipe=SCRATCH_RECIPE,
         cost=COSTS[suffix],
     )
 

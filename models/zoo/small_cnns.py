@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from models.networks.registry import register_model
-from models.networks.spec import FROM_SCRATCH, GREY_28, Cost, ModelSpec
+from models.networks.spec import GRAY_28, SCRATCH_RECIPE, Cost, ModelSpec
 from models.zoo.initialise import lecun
 
 
@@ -20,8 +20,8 @@ def _spec(name: str, title: str, *, year: int, paper: str, cam_layer: str, cost:
         paper=paper,
         head="output",
         cam_layer=cam_layer,
-        preprocessing=GREY_28,
-        recipe=FROM_SCRATCH,
+        preprocessing=GRAY_28,
+        recipe=SCRATCH_RECIPE,
         pretrained_classes=10,
         cost=cost,
     )

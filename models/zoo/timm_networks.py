@@ -1,7 +1,7 @@
 """Any of timm's networks, as ``timm:NAME`` (Wightman 2019, https://github.com/huggingface/pytorch-image-models).
 
 Everything comes from timm's own account of the network (``pretrained_cfg``): input size, mean, deviation, interpolation, crop,
-head, weights and their licence. NAME may name one of several trainings: ``timm:convnext_tiny.fb_in22k``.
+head, weights and their license. NAME may name one of several trainings: ``timm:convnext_tiny.fb_in22k``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def find(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
         year=None,
         paper=read_paper(cfg),
         head=heads[0],
-        more_heads=tuple(heads[1:]),
+        extra_heads=tuple(heads[1:]),
         cam_layer=find_map(net, preprocessing),
         weights=read_source(name, classes, cfg),
         preprocessing=preprocessing,
@@ -84,13 +84,13 @@ def read_preprocessing(name: str, cfg: Any) -> Preprocessing:
 def read_source(name: str, classes: int, cfg: Any) -> WeightsSource | None:
     """Where timm has the weights: on the Hugging Face Hub, or at an address; None where it has none."""
     convert = partial(through_timm, name, classes)
-    licence = cfg.license or "unknown licence"
+    license = cfg.license or "unknown license"
     if cfg.hf_hub_id and cfg.custom_load != "hf":  # a custom load is for files at the address, such as NumPy's
         repository = cfg.hf_hub_id if not cfg.hf_hub_id.endswith("/") else f"{cfg.hf_hub_id}{name}"
         file = {"hub_file": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
-        return WeightsSource(sha256="", licence=licence, hub_id=repository, convert=convert, **file)
+        return WeightsSource(sha256="", license=license, hub_id=repository, convert=convert, **file)
     if cfg.url and not cfg.custom_load:
-        return WeightsSource(sha256="", licence=licence, url=cfg.url, convert=convert)
+        return WeightsSource(sha256="", license=license, url=cfg.url, convert=convert)
     return None
 
 

@@ -7,7 +7,7 @@ from torchvision.models.vgg import VGG, make_layers
 
 from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
-from models.networks.spec import COLOUR_32, FROM_SCRATCH, Cost, ModelSpec, WeightsSource
+from models.networks.spec import RGB_32, SCRATCH_RECIPE, Cost, ModelSpec, WeightsSource
 
 PAPER = "https://arxiv.org/abs/1409.1556"
 WIDTHS = (64, 128, 256, 512, 512)
@@ -88,8 +88,8 @@ VGG_CIFAR = ModelSpec(
     paper=PAPER,
     head="output",
     cam_layer="features.20",  # the ReLU behind the sixth convolution, (N, 512, 4, 4); the last maps are 2 px wide
-    preprocessing=COLOUR_32,
-    recipe=FROM_SCRATCH,
+    preprocessing=RGB_32,
+    recipe=SCRATCH_RECIPE,
     pretrained_classes=10,
     cost=Cost(9_231_114, 152_769_536),
 )

@@ -19,10 +19,10 @@ from conftest import PhotoFolder
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.predictions import Predictions
 from models.networks.classifier import build_classifier
-from models.networks.onnx_export import OUTPUTS, export_served
+from models.networks.onnx_export import OUTPUTS, export_serving_graph
 from models.networks.registry import get_spec, list_models
 from models.networks.split_point import with_outputs
-from models.networks.weights import find_weights
+from models.networks.weights import load_weights
 from models.runtime.openvino_engine import OnnxEngine
 from tests.helpers.server import serve
 from tests.helpers.small_networks import WIDE, made_small, random_state, some_pixels
@@ -117,7 +117,7 @@ def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: P
 def test_the_graph_of_a_network_in_no_row_gives_what_the_network_gives(name: str, tmp_path: Path) -> None:
     with made_small(name) as spec:
         classifier = build_classifier(spec, num_classes=2, base=random_state(name))
-        export_served(classifier, spec, temperature=1.5, path=tmp_path / "model.onnx")
+        export_serving_graph(classifier, spec, temperature=1.5, path=tmp_path / "model.onnx")
     pixels = some_pixels(spec, count=3)
     probabilities, embedding, feature_map = OnnxEngine(tmp_path / "model.onnx", outputs=OUTPUTS, threads=1).run(pixels.numpy())
     with torch.inference_mode():
@@ -128,4 +128,4 @@ def test_the_graph_of_a_network_in_no_row_gives_what_the_network_gives(name: str
 
 
 def test_lite2_starts_from_its_published_weights(photos: Path) -> None:
-    assert find_weights(get_spec("efficientnet_lite2")).published
+    assert load_weights(get_spec("efficientnet_lite2")).published

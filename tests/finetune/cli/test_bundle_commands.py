@@ -186,7 +186,7 @@ def test_a_head_only_bundle_is_joined_once_to_answer(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
 ) -> None:
     """The base is looked for where torchvision's downloads lie; the whole bundle is kept."""
-    source = WeightsSource(url="https://example.org/tiny.pth", sha256=sha256_of(tiny_weights), licence="MIT")
+    source = WeightsSource(url="https://example.org/tiny.pth", sha256=sha256_of(tiny_weights), license="MIT")
     monkeypatch.setitem(registry._ENTRIES, "tiny", (replace(TINY, weights=source), Tiny))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))

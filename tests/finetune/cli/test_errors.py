@@ -278,7 +278,7 @@ def test_a_download_that_breaks_off_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for url in (f"{server}/tiny.pth", "http://127.0.0.1:9/tiny.pth"):  # breaks off; nobody listens
-        source = WeightsSource(url=url, sha256="00c0ffee", licence="MIT")
+        source = WeightsSource(url=url, sha256="00c0ffee", license="MIT")
         monkeypatch.setitem(registry._ENTRIES, "tiny", (replace(TINY, weights=source), Tiny))
         code, _, err = finetune("train", "--data-dir", data, "--backbone", "tiny", "--output-dir", tmp_path / "run")
         assert code == 2
@@ -292,7 +292,7 @@ def test_a_download_that_breaks_off_leaves_nothing(
 def test_a_damaged_file_among_the_downloads_is_named(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
 ) -> None:
-    source = WeightsSource(url="https://example.org/tiny.pth", sha256=sha256_of(tiny_weights), licence="MIT")
+    source = WeightsSource(url="https://example.org/tiny.pth", sha256=sha256_of(tiny_weights), license="MIT")
     monkeypatch.setitem(registry._ENTRIES, "tiny", (replace(TINY, weights=source), Tiny))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     kept = tmp_path / "torch" / "hub" / "checkpoints" / "tiny.pth"

@@ -20,7 +20,7 @@ from tests.helpers.small_networks import made_small
 from tests.helpers.tiny_network import colour_folder, finetune, paint
 
 SHIPPED = Path(__file__).resolve().parents[3] / "models" / "shipped" / "dogs-vs-cats"
-GREY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
+GRAY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -119,7 +119,7 @@ def test_filters_of_any_size_fill_a_sheet(name: str, layer: str, shape: tuple[in
 
 def test_other_numbers_of_channels_get_a_grey_grid_each(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(5, 4, 3), nn.Flatten(), nn.LazyLinear(2))
-    path = draw_filters(Classifier(net, GREY_28), tmp_path / "kernels.png", name="five")
+    path = draw_filters(Classifier(net, GRAY_28), tmp_path / "kernels.png", name="five")
     tiles = pixels_of(path)[44:].astype(int)
     assert np.ptp(tiles, axis=2).max() == 0
     assert len(np.unique(tiles)) > 20

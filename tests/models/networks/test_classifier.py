@@ -14,7 +14,7 @@ from torchvision.transforms import functional
 from models.errors import ConfigError, WeightsError
 from models.networks.classifier import Classifier, Normalize, build_classifier, trainable_names
 from models.networks.registry import get_spec
-from models.networks.weights import find_weights
+from models.networks.weights import load_weights
 from models.preprocess import Preprocessing
 
 StateDict = dict[str, Tensor]
@@ -36,7 +36,7 @@ def base(random_weights: Callable[[str], StateDict]) -> StateDict:
 
 @pytest.fixture(scope="module")
 def vgg16(vgg16_weights: Path) -> tuple[Classifier, StateDict]:
-    weights = find_weights(get_spec("vgg16"), file=vgg16_weights)
+    weights = load_weights(get_spec("vgg16"), file=vgg16_weights)
     assert not weights.published
     return build_classifier(get_spec("vgg16"), num_classes=2, base=weights.tensors), weights.tensors
 

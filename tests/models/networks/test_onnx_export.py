@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.networks.classifier import Classifier, build_classifier
-from models.networks.onnx_export import OUTPUTS, export_onnx, export_served
+from models.networks.onnx_export import OUTPUTS, export_onnx, export_serving_graph
 from models.networks.registry import get_spec
 from models.networks.split_point import split_model
-from models.networks.weights import find_weights
+from models.networks.weights import load_weights
 from models.runtime.openvino_engine import OnnxEngine
 
 SPEC = get_spec("efficientnet_lite0")
@@ -26,13 +26,13 @@ Rows = NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    return build_classifier(SPEC, num_classes=3, base=find_weights(SPEC).tensors, seed=4)
+    return build_classifier(SPEC, num_classes=3, base=load_weights(SPEC).tensors, seed=4)
 
 
 @pytest.fixture(scope="module")
 def graph(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("graph") / "model.onnx"
-    export_served(classifier, SPEC, temperature=TEMPERATURE, path=path)
+    export_serving_graph(classifier, SPEC, temperature=TEMPERATURE, path=path)
     return path
 
 
@@ -41,7 +41,7 @@ def frozen(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> 
     """The frozen part with a batch that is fixed, as training runs it."""
     path = tmp_path_factory.mktemp("graph") / "frozen.onnx"
     frozen_part = split_model(classifier).frozen
-    export_onnx(frozen_part, preprocessing=SPEC.preprocessing, outputs=["features"], path=path, batch=BATCH)
+    export_onnx(frozen_part, preprocessing=SPEC.preprocessing, outputs=["features"], path=path, batch_size=BATCH)
     return OnnxEngine(path, outputs=["features"])
 
 

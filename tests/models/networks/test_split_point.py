@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.registry import create_model, get_spec
 from models.networks.split_point import split_model, trace, train_mode, with_outputs
-from models.networks.weights import find_weights
+from models.networks.weights import load_weights
 
 StateDict = dict[str, Tensor]
 BuildFrom = Callable[..., Classifier]
@@ -66,7 +66,7 @@ def test_frozen_then_trained_is_the_whole_network(build: BuildFrom, name: str) -
 
 @torch.inference_mode()
 def test_vgg16_is_cut_behind_its_first_fully_connected_layers_activation(vgg16_weights: Path) -> None:
-    base = find_weights(get_spec("vgg16"), file=vgg16_weights).tensors
+    base = load_weights(get_spec("vgg16"), file=vgg16_weights).tensors
     classifier, pixels = build_classifier(get_spec("vgg16"), num_classes=2, base=base), some_pixels(1)
     parts = split_model(classifier)
     features = parts.frozen(pixels)

