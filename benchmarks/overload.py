@@ -22,7 +22,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from benchmarks.serve_speed import CONNECTIONS, ask, is_whole, make_parser, quiet, read_photos, request_of, serving
-from models.artifacts.paths import whole_bundle
+from models.artifacts.paths import resolve_bundle
 
 SETTLE_S = 1.0  # until the queue is full
 
@@ -33,7 +33,7 @@ def main() -> int:
     args = parser.parse_args()
     photos = read_photos(parser, args.photos)
     ratios, astray = [], 0
-    with serving(whole_bundle(args.bundle)) as port:
+    with serving(resolve_bundle(args.bundle)) as port:
         ask(port, photos, CONNECTIONS, 2.0)  # warms up
         requests = [request_of(photo) for photo in photos]
 

@@ -29,7 +29,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from models.artifacts.paths import whole_bundle
+from models.artifacts.paths import resolve_bundle
 
 MOST_PHOTOS = 64
 MOST_STOLEN = 0.03
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=CONNECTIONS)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this program's own child
     args = parser.parse_args()
-    args.bundle = whole_bundle(args.bundle)
+    args.bundle = resolve_bundle(args.bundle)
     photos = read_photos(parser, args.photos)
     if args.bare:
         answer_rounds(Bare(args.bundle, photos))

@@ -30,7 +30,7 @@ from finetune.training.data_loaders import Batches
 from finetune.training.setup import Network, Survey, feature_cache, look, make_batches, prepare
 from finetune.training.tensorboard import EventWriter
 from finetune.training.trainer import Progress, fit, predict
-from models.artifacts.atomic_io import write_text
+from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError
@@ -150,7 +150,7 @@ def finish(
     progress: Progress,
 ) -> Bundle:
     """Calibrate, measure and export what was trained; ``answers`` are what ``ask`` gave of validation."""
-    write_text(folder / "audit.json", json.dumps(survey.findings.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(folder / "audit.json", json.dumps(survey.findings.as_dict(), indent=2, ensure_ascii=False) + "\n")
     log_probs, labels, embeddings = answers
     photos = survey.good["valid"]
     raw = log_probs.double().numpy()
@@ -184,7 +184,7 @@ def finish(
         network.classifier.cpu(),
         network.spec,
         temperature=temperature,
-        info=describe_run(
+        training=describe_run(
             name=config.name or default_name(config),
             spec=network.spec,
             base=network.base,

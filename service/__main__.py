@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from models.artifacts.bundle import open_bundle
-from models.artifacts.paths import joined_dir
+from models.artifacts.paths import merged_dir
 from models.errors import ConfigError, UserError
 from service.settings import Settings
 
@@ -43,7 +43,7 @@ def main() -> int:
     except UserError as error:
         print(f"service: {error}", file=sys.stderr)
         return 2
-    if bundle.is_head_only and not joined_dir(bundle).is_dir() and find_spec("torch"):
+    if bundle.is_head_only and not merged_dir(bundle).is_dir() and find_spec("torch"):
         done = subprocess.run([sys.executable, "-m", "finetune", "join", str(settings.bundle)], stdout=subprocess.DEVNULL)
         if done.returncode:
             return done.returncode

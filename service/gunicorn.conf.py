@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from models.artifacts.paths import whole_bundle
+from models.artifacts.paths import resolve_bundle
 from models.errors import UserError
 from service.resources import make_plan
 from service.rollout.bundle_link import first_state
@@ -19,7 +19,7 @@ from service.telemetry.json_logging import log_config
 
 try:
     _settings = Settings.from_environment()
-    whole_bundle(_settings.bundle)  # an obvious mistake is told before anything is bound or forked
+    resolve_bundle(_settings.bundle)  # an obvious mistake is told before anything is bound or forked
 except UserError as error:
     print(f"service: {error}", file=sys.stderr)
     sys.exit(2)

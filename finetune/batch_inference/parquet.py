@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetune.io.threaded_map import batched, prefetch, processors
-from models.artifacts.atomic_io import atomic_write, write_text
+from models.artifacts.atomic_io import atomic_write, atomic_write_text
 from models.artifacts.bundle import GRAPH, Bundle
 from models.errors import DataError, ImageError, RunError
 from models.runtime.openvino_engine import OnnxEngine
@@ -154,7 +154,7 @@ def _enter(out: Path, settings: dict[str, Any]) -> None:
     except FileNotFoundError:
         if out.is_dir() and any(not path.name.startswith((".", "_")) for path in out.iterdir()):
             raise RunError(f"{out} is not empty and holds no scores; name another folder with --output.") from None
-        write_text(out / SETTINGS, json.dumps(settings) + "\n")
+        atomic_write_text(out / SETTINGS, json.dumps(settings) + "\n")
         return
     for name, value in settings.items():
         if before.get(name) != value:
@@ -175,7 +175,7 @@ def _finish(out: Path, parts: int, total: int) -> bool:
     if not (out / DONE).exists():
         for left in out.glob(".part-*.part"):
             left.unlink(missing_ok=True)
-        write_text(out / DONE, json.dumps({"photos": total, "parts": parts}) + "\n")
+        atomic_write_text(out / DONE, json.dumps({"photos": total, "parts": parts}) + "\n")
     return True
 
 

@@ -18,7 +18,7 @@ from finetune.data.image_files import is_photo, walk_photos
 from finetune.export.merge_head import open_full
 from finetune.io.threaded_map import batched, prefetch
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
-from models.artifacts.paths import whole_bundle
+from models.artifacts.paths import resolve_bundle
 from models.errors import ConfigError, DataError, ImageError
 from models.runtime.openvino_engine import OnnxEngine, supports_bf16
 from models.runtime.precision import choose_precision
@@ -134,7 +134,7 @@ def score_all(args: argparse.Namespace) -> int:
         raise ConfigError(f"--part-photos is {args.part_photos}, and takes 1 or more.")
     if size > 1 and args.list == Path("-"):
         raise ConfigError("Only one process can read standard input; write the list to a file that all can read.")
-    bundle = open_full(args.bundle) if size == 1 else open_bundle(whole_bundle(args.bundle))
+    bundle = open_full(args.bundle) if size == 1 else open_bundle(resolve_bundle(args.bundle))
     tally = score(
         bundle,
         stream_photos(args.photos, args.list),

@@ -48,7 +48,7 @@ def photos_per_second(bundle: Bundle) -> float:
     """How many training photos a second its run took in, over all epochs; the time holds the look at validation too."""
     with (bundle.path.parent / "history.csv").open(newline="") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
-    photos = sum(bundle.info["provenance"]["dataset"]["photos"]["train"].values())
+    photos = sum(bundle.manifest["provenance"]["dataset"]["photos"]["train"].values())
     return float(photos * len(seconds) / sum(seconds))
 
 

@@ -65,7 +65,7 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
         rows.append(
             Measured(
                 backbone=name,
-                pretrained=bundle.info["base"] is not None,
+                pretrained=bundle.manifest["base"] is not None,
                 precision=precisions[name],
                 accuracy=wilson(int(correct.sum()), len(labels)),
                 log_loss=mean_interval(cross_entropy(labels, probabilities), seed=0, resamples=1000),
@@ -73,7 +73,7 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
                 graph_mb=(bundle.path / GRAPH).stat().st_size / 1e6,
                 parameters=bundle_parameters(bundle),
                 training_s=seconds[name],
-                epochs=int(bundle.info["provenance"]["epochs"]),
+                epochs=int(bundle.manifest["provenance"]["epochs"]),
                 correct=correct,
             )
         )

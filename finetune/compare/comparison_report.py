@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from finetune.compare.benchmark import ROUNDS, Measured
 from finetune.metrics.significance import Pair, compare
 from finetune.reports import plots
-from models.artifacts.atomic_io import write_text
+from models.artifacts.atomic_io import atomic_write_text
 
 COLUMNS = (
     "network",
@@ -36,8 +36,8 @@ def write_report(out: Path, rows: Sequence[Measured], *, data: Path, skipped: Ma
     """Write bakeoff.md, .csv, .json and .png into ``out``; returns the Markdown."""
     pairs = compare({row.backbone: row.correct for row in rows})
     text = markdown(rows, pairs, name=data.resolve().name, skipped=skipped)
-    write_text(out / "bakeoff.md", text)
-    write_text(out / "bakeoff.csv", _csv(rows))
+    atomic_write_text(out / "bakeoff.md", text)
+    atomic_write_text(out / "bakeoff.csv", _csv(rows))
     numbers = {
         "data": data.resolve().name,
         "photos": len(rows[0].correct),
@@ -45,7 +45,7 @@ def write_report(out: Path, rows: Sequence[Measured], *, data: Path, skipped: Ma
         "pairs": [{**dataclasses.asdict(pair), "is_real": pair.is_real} for pair in pairs],
         "skipped": dict(skipped),
     }
-    write_text(out / "bakeoff.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(out / "bakeoff.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
     with plots.calm_style():
         picture(rows, out / "bakeoff.png")
     return text

@@ -20,7 +20,7 @@ from finetune.config import Config
 from finetune.data.image_folder import read_dataset
 from finetune.pipeline import settle, train
 from finetune.training import run_directory
-from models.artifacts.atomic_io import sha256_of, write_text
+from models.artifacts.atomic_io import atomic_write_text, sha256_of
 from models.artifacts.bundle import Bundle
 from models.errors import RunError, WeightsError
 from models.networks.registry import get_spec
@@ -116,7 +116,7 @@ def _train(entry: Entry, inputs: str) -> Bundle:
     finally:
         if (entry.folder / run_directory.CONFIG).is_file() and not (had and record):
             seconds = record.get("seconds", 0.0) + time.perf_counter() - began
-            write_text(entry.folder / RECORD, json.dumps({"photos": inputs, "seconds": seconds}) + "\n")
+            atomic_write_text(entry.folder / RECORD, json.dumps({"photos": inputs, "seconds": seconds}) + "\n")
 
 
 def _check_same(entry: Entry, inputs: str) -> None:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from finetune.config import Config
 from finetune.io.output_folder import check_free, new_folder
 from finetune.io.threaded_map import prefetch
-from models.artifacts.atomic_io import write_text
+from models.artifacts.atomic_io import atomic_write_text
 from models.errors import DataError
 
 RECORD, RAW, TEST = "DATASET.json", "raw", "test"
@@ -86,7 +86,7 @@ def fetch(name: str, folder: Path) -> None:
         counts = {split: len(chosen) for split, (_, chosen) in parts.items()}
         repeated = len(set(map(_digest, train.pictures)) & set(map(_digest, test.pictures)))
         facts = {"dataset": name, "title": known.title, "pictures": counts, "in_train_and_test": repeated}
-        write_text(new / RECORD, json.dumps(facts, indent=2) + "\n")
+        atomic_write_text(new / RECORD, json.dumps(facts, indent=2) + "\n")
     print(
         f"{known.title} is in {folder}: {counts['train']:,} pictures for training, {counts['valid']:,} of its training part "
         f"held out for validation, and {counts[TEST]:,} for the test, which have no part in training"

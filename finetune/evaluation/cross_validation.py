@@ -68,7 +68,7 @@ def evaluate_folds(
     check_free(out)
     compute = choose_compute(config.device, config.precision)
     network = prepare(get_spec(bundle.backbone), len(bundle.classes), config, compute)
-    if network.base is None or network.base.sha256 != bundle.info["base"]["sha256"]:
+    if network.base is None or network.base.sha256 != bundle.manifest["base"]["sha256"]:
         raise BundleError(f"The bundle {bundle_dir} was trained on other base weights; give the file with --weights.")
     cache = feature_cache(config, network, compute)
     assert cache is not None, "recipe_of lets through only what has a cache"
@@ -77,9 +77,9 @@ def evaluate_folds(
     features = cache.features(scans, survey.stash, label="features")
     labels = np.array([s.photo.label for s in scans], dtype=np.int64)
     fold_of = deal(scans, labels, folds=folds, classes=bundle.classes, seed=config.seed)
-    epochs = int(bundle.info["provenance"]["best_epoch"])
+    epochs = int(bundle.manifest["provenance"]["best_epoch"])
     raw, embeddings = predict_folds(network, features, labels, fold_of, config, epochs=epochs, compute=compute)
-    temperature = float(bundle.info["temperature"])
+    temperature = float(bundle.manifest["temperature"])
     predictions = Predictions(
         classes=bundle.classes,
         photos=tuple(s.photo.name for s in scans),
@@ -113,10 +113,10 @@ def evaluate_folds(
 
 def recipe_of(bundle: Bundle, data_dir: Path, *, weights: Path | None, workers: int, cache_dir: Path | None) -> Config:
     """The settings that the bundle was trained with, on this data. Raises BundleError where its features cannot be cached."""
-    kept: Mapping[str, Any] = bundle.info["provenance"]["config"]
+    kept: Mapping[str, Any] = bundle.manifest["provenance"]["config"]
     why = (
         "all of its weights were trained"
-        if bundle.info["base"] is None
+        if bundle.manifest["base"] is None
         else "it was trained with --unfreeze"
         if kept["unfreeze"]
         else "it was trained with --augment"

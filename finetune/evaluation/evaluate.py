@@ -66,7 +66,7 @@ def evaluate_bundle(
         splits=tuple(s.photo.split for s, _, _ in good),
         sha256s=tuple(s.sha256 for s, _, _ in good),
     )
-    temperature = float(bundle.info["temperature"])
+    temperature = float(bundle.manifest["temperature"])
     raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) to the power T is softmax(z), but for its sum
     embeddings = np.stack([row for _, _, row in good])
     metrics = write_results(

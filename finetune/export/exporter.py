@@ -15,7 +15,17 @@ from torch import Tensor
 from finetune.export.golden import golden_pixels
 from finetune.reports.model_card import write_card
 from finetune.reports.results import PLOTS
-from models.artifacts.bundle import CARD, GOLDEN, GRAPH, HEAD, PREDICTIONS, WEIGHTS, Bundle, describe, write_bundle
+from models.artifacts.bundle import (
+    GOLDEN,
+    GRAPH,
+    HEAD,
+    MODEL_CARD,
+    PREDICTIONS,
+    WEIGHTS,
+    Bundle,
+    preprocessing_fields,
+    write_bundle,
+)
 from models.artifacts.similarity import LOOKALIKES
 from models.errors import BundleError
 from models.networks.classifier import Classifier
@@ -47,7 +57,7 @@ def export_bundle(
     spec: ModelSpec,
     *,
     temperature: float,
-    info: Mapping[str, Any],
+    training: Mapping[str, Any],
     trained: Mapping[str, Tensor],
     results: Path,
     parity: Parity,
@@ -55,13 +65,13 @@ def export_bundle(
 ) -> Bundle:
     """Write the bundle, if its graph gives the training path's probabilities; raises BundleError, and writes none, else.
 
-    ``info`` is what the manifest says of training; ``trained`` the tensors that training changed; ``results`` the folder
+    ``training`` is what the manifest says of training; ``trained`` the tensors that training changed; ``results`` the folder
     of the evaluation, whose predictions.csv, lookalikes and plots go along. A head-only bundle holds ``trained`` in place
     of the whole weights and of the graph, and no plots, as they show photos.
     """
     golden = golden_pixels(spec.preprocessing)
 
-    def fill(folder: Path) -> None:
+    def write_files(folder: Path) -> None:
         graph = folder / GRAPH
         export_serving_graph(classifier, spec, temperature=temperature, path=graph)
         engine = OnnxEngine(graph, outputs=OUTPUTS[:1])
@@ -77,19 +87,19 @@ def export_bundle(
                 shutil.copytree(results / PLOTS, folder / PLOTS)
         for name in (PREDICTIONS, *LOOKALIKES):
             shutil.copyfile(results / name, folder / name)
-        write_card(folder / CARD, manifest)
+        write_card(folder / MODEL_CARD, manifest)
 
     manifest = {
         "kind": "head" if head_only else "full",
-        **info,
-        **describe(spec.preprocessing),
+        **training,
+        **preprocessing_fields(spec.preprocessing),
         "head": spec.head,
         "cam_layer": spec.cam_layer,
         "temperature": temperature,
         "graph": describe_graph(spec),
         "golden": {"tolerance": GOLDEN_TOLERANCE},
     }
-    return write_bundle(path, manifest, fill=fill)
+    return write_bundle(path, manifest, write_files=write_files)
 
 
 def describe_graph(spec: ModelSpec) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from models.artifacts.bundle import (
-    CARD,
     GOLDEN,
     GRAPH,
     HEAD,
+    MODEL_CARD,
     PREDICTIONS,
     WEIGHTS,
     Bundle,
@@ -19,7 +19,7 @@ from models.artifacts.bundle import (
     open_bundle,
     write_bundle,
 )
-from models.artifacts.paths import joined_dir
+from models.artifacts.paths import merged_dir
 from models.artifacts.similarity import LOOKALIKES
 from models.errors import BundleError
 from models.runtime.openvino_engine import OnnxEngine
@@ -41,9 +41,9 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
             f"The bundle {bundle.path} was made for another preprocessing than this version's {spec.name}; train it again."
         )
     base = load_weights(spec, file=weights)
-    if base.sha256 != bundle.info["base"]["sha256"]:
+    if base.sha256 != bundle.manifest["base"]["sha256"]:
         raise BundleError(
-            f"The bundle {bundle.path} was trained on weights with sha256 {bundle.info['base']['sha256'][:12]}..., and "
+            f"The bundle {bundle.path} was trained on weights with sha256 {bundle.manifest['base']['sha256'][:12]}..., and "
             f"{base.origin} has {base.sha256[:12]}...; give the right file with --weights."
         )
     classifier = build_classifier(
@@ -51,17 +51,17 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
     )
     classifier.net.load_state_dict(read_tensors(bundle.path / HEAD), strict=False)
 
-    def fill(folder: Path) -> None:
-        export_serving_graph(classifier, spec, temperature=float(bundle.info["temperature"]), path=folder / GRAPH)
+    def write_files(folder: Path) -> None:
+        export_serving_graph(classifier, spec, temperature=float(bundle.manifest["temperature"]), path=folder / GRAPH)
         engine = OnnxEngine(folder / GRAPH, outputs=["probabilities"])
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())
-        older = [name for name in LOOKALIKES if name not in bundle.info["files"]]
-        for name in {GOLDEN, PREDICTIONS, CARD, *LOOKALIKES} - set(older):
+        older = [name for name in LOOKALIKES if name not in bundle.manifest["files"]]
+        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, *LOOKALIKES} - set(older):
             shutil.copyfile(bundle.path / name, folder / name)
 
-    kept = {key: value for key, value in bundle.info.items() if key not in ("format", "files", "sha256")}
-    return write_bundle(out, {**kept, "kind": "full", "joined_from": bundle.version}, fill=fill)
+    kept = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}
+    return write_bundle(out, {**kept, "kind": "full", "merged_from": bundle.version}, write_files=write_files)
 
 
 def open_full(path: Path, *, weights: Path | None = None) -> Bundle:
@@ -69,7 +69,7 @@ def open_full(path: Path, *, weights: Path | None = None) -> Bundle:
     bundle = open_bundle(path)
     if not bundle.is_head_only:
         return bundle
-    kept = joined_dir(bundle)
+    kept = merged_dir(bundle)
     try:
         return open_bundle(kept)
     except BundleError:

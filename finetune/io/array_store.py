@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from models.artifacts.atomic_io import atomic_write, write_text
+from models.artifacts.atomic_io import atomic_write, atomic_write_text
 
 ROWS_A_FILE = 256
 
@@ -61,7 +61,7 @@ class ShardStore:
         rows = np.stack(list(self._pending.values()))
         self._folder.mkdir(parents=True, exist_ok=True)
         if not (self._folder / "context.json").exists():
-            write_text(self._folder / "context.json", self._context + "\n")
+            atomic_write_text(self._folder / "context.json", self._context + "\n")
         with atomic_write(self._folder / f"{uuid.uuid4().hex}.safetensors") as part:
             part.write_bytes(save({"keys": keys, "rows": rows}, {"crc32": str(_checksum(keys, rows))}))
         self._pending.clear()

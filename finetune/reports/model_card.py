@@ -6,27 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models.artifacts.atomic_io import write_text
-from models.runtime.precision import agrees, describe
+from models.artifacts.atomic_io import atomic_write_text
+from models.runtime.precision import describe_bf16, is_bf16_acceptable
 
 TITLES = {"accuracy": "accuracy", "log_loss": "log loss", "roc_auc": "ROC AUC", "calibration_error": "calibration error"}
 
 
-def write_card(path: Path, info: Mapping[str, Any]) -> None:
+def write_card(path: Path, manifest: Mapping[str, Any]) -> None:
     """Write the card of a bundle from its manifest."""
-    metrics, provenance = info["metrics"], info["provenance"]
+    metrics, provenance = manifest["metrics"], manifest["provenance"]
     dataset = provenance["dataset"]
     config = provenance["config"]
     sections = [
-        f"# {info['name']}\n",
-        f"An image classifier for {_and(info['classes'])}: {info['title']} ([paper]({info['paper']})), "
-        f"{_how(info)}, made on {provenance['created'][:10]}.\n",
+        f"# {manifest['name']}\n",
+        f"An image classifier for {_and(manifest['classes'])}: {manifest['title']} ([paper]({manifest['paper']})), "
+        f"{_how(manifest)}, made on {provenance['created'][:10]}.\n",
         "## How good it is\n",
         f"On {metrics['photos']:,} photos of the {dataset['evaluated_split']} split:\n",
         _table(metrics),
         "How each was measured:\n",
         "\n".join(f"- {TITLES.get(name, name)}: {method}" for name, method in metrics["methods"].items()) + "\n",
-        f"The best epoch ({provenance['best_epoch']}) and the temperature ({info['temperature']:.3f}) were chosen on"
+        f"The best epoch ({provenance['best_epoch']}) and the temperature ({manifest['temperature']:.3f}) were chosen on"
         " these same photos, so a figure from photos that had no part in it is the one to trust:"
         " `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
         "## What it was trained on\n",
@@ -35,36 +35,37 @@ def write_card(path: Path, info: Mapping[str, Any]) -> None:
         " gets one of them all the same, often with confidence. Photos of other kinds (drawings, other cameras, crops) are"
         " outside of what was measured.\n",
         "## How it was trained\n",
-        f"{_base(info)} {_trained(info)} {_permuted(info)}Epochs: {provenance['epochs']}. Batch size: {config['batch_size']}."
+        f"{_base(manifest)} {_trained(manifest)} {_permuted(manifest)}"
+        f"Epochs: {provenance['epochs']}. Batch size: {config['batch_size']}."
         f" {_optimizer(config)} with learning rate {config['lr']:g} ({config['lr_schedule']}), weight decay"
         f" {config['weight_decay']:g}; NLLLoss on log-probabilities; seed {config['seed']}; {provenance['compute']}.\n",
         "## What is in the folder\n",
-        _contents(info),
+        _contents(manifest),
     ]
-    write_text(path, "\n".join(sections))
+    atomic_write_text(path, "\n".join(sections))
 
 
-def _how(info: Mapping[str, Any]) -> str:
-    if info["base"] is None:
+def _how(manifest: Mapping[str, Any]) -> str:
+    if manifest["base"] is None:
         return "trained from random weights"
-    return f"fine-tuned from pretrained weights ({info['base']['licence']})"
+    return f"fine-tuned from pretrained weights ({manifest['base']['licence']})"
 
 
-def _base(info: Mapping[str, Any]) -> str:
-    base = info["base"]
+def _base(manifest: Mapping[str, Any]) -> str:
+    base = manifest["base"]
     if base is None:
         return "All weights were random at the start and all of them were trained."
     return f"The pretrained weights came from {base['origin']}, sha256 `{base['sha256'][:16]}...`."
 
 
-def _trained(info: Mapping[str, Any]) -> str:
-    if info["base"] is None:
+def _trained(manifest: Mapping[str, Any]) -> str:
+    if manifest["base"] is None:
         return ""
-    return f"Everything was frozen but {_and([info['head'], *info['provenance']['config']['unfreeze']])}."
+    return f"Everything was frozen but {_and([manifest['head'], *manifest['provenance']['config']['unfreeze']])}."
 
 
-def _permuted(info: Mapping[str, Any]) -> str:
-    seed = info.get("permute_pixels")
+def _permuted(manifest: Mapping[str, Any]) -> str:
+    seed = manifest.get("permute_pixels")
     if seed is None:
         return ""
     return f"The pixels of every picture change places in the network's first layer, always in the same way (seed {seed}). "
@@ -107,12 +108,12 @@ def _reviewed(dataset: Mapping[str, Any]) -> str:
     )
 
 
-def _contents(info: Mapping[str, Any]) -> str:
+def _contents(manifest: Mapping[str, Any]) -> str:
     lines = [
         "`manifest.json` names every file with its sha256. `predictions.csv` has a row for each evaluated photo,"
         " `embeddings.npz` numbers that are alike for photos that are, and `duplicates.csv` the photos that are the same."
     ]
-    if info["kind"] == "head":
+    if manifest["kind"] == "head":
         lines.append(
             "`head.safetensors` holds only what was trained; `finetune join` makes the whole bundle of it and the pretrained"
             " weights."
@@ -122,9 +123,13 @@ def _contents(info: Mapping[str, Any]) -> str:
             "`model.safetensors` is the network's state dict. `model.onnx` takes pixels (N, H, W, C) uint8, resized and cropped"
             " as the manifest says, and gives calibrated probabilities."
         )
-    if info["bf16"]:
-        use = "The service uses it where the processor has it" if agrees(info["bf16"]) else "The service does not use it"
-        lines.append(f"In bfloat16: {describe(info['bf16'])}. {use}.")
+    if manifest["bf16"]:
+        use = (
+            "The service uses it where the processor has it"
+            if is_bf16_acceptable(manifest["bf16"])
+            else "The service does not use it"
+        )
+        lines.append(f"In bfloat16: {describe_bf16(manifest['bf16'])}. {use}.")
     return " ".join(lines) + "\n"
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from finetune.metrics.classification import evaluate
 from finetune.reports.figures import write_plots
-from models.artifacts.atomic_io import write_text
+from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import Lookalikes
 
@@ -37,7 +37,7 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     predictions.write_csv(folder / PREDICTIONS)
     lookalikes.write(folder)
-    write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     write_plots(
         folder / PLOTS,
         predictions=predictions,

@@ -16,7 +16,7 @@ import yaml
 
 from finetune.config import Config, from_mapping, read_yaml
 from finetune.training.trainer import Progress
-from models.artifacts.atomic_io import atomic_write, write_text
+from models.artifacts.atomic_io import atomic_write, atomic_write_text
 from models.errors import RunError
 
 CONFIG, CHECKPOINT, HISTORY, BUNDLE = "config.yaml", "checkpoint.pt", "history.csv", "bundle"
@@ -49,7 +49,7 @@ def check_free(folder: Path) -> None:
 
 def start(folder: Path, config: Config, *, reviews: bytes | None = None) -> None:
     """Make a new run's folder and keep its settings there, and the reviews as they arrived."""
-    write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+    atomic_write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
     if reviews is not None:
         with atomic_write(folder / REVIEWS) as part:
             part.write_bytes(reviews)
@@ -115,4 +115,4 @@ def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     writer = csv.DictWriter(text, list(history[0]) if history else ["epoch"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    write_text(path, text.getvalue())
+    atomic_write_text(path, text.getvalue())

@@ -23,67 +23,67 @@ from models.artifacts.atomic_io import sha256_of
 from models.errors import BundleError
 from models.preprocess import Preprocessing
 
-FORMAT = 1
+FORMAT_VERSION = 1
 MANIFEST, GRAPH, WEIGHTS, HEAD = "manifest.json", "model.onnx", "model.safetensors", "head.safetensors"
-PREDICTIONS, GOLDEN, CARD = "predictions.csv", "golden.npz", "README.md"
+PREDICTIONS, GOLDEN, MODEL_CARD = "predictions.csv", "golden.npz", "README.md"
 
 Golden = tuple[NDArray[np.uint8], NDArray[np.float32], float]
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. ``info`` is the whole manifest; what code needs of it has a name of its own."""
+    """An opened bundle. ``manifest`` is the whole manifest; what code needs of it has a name of its own."""
 
     path: Path
-    info: Mapping[str, Any]
+    manifest: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        return str(self.info["name"])
+        return str(self.manifest["name"])
 
     @property
     def version(self) -> str:
         """The first 12 digits of the manifest's sha256: it changes when anything in the bundle does."""
-        return str(self.info["sha256"])[:12]
+        return str(self.manifest["sha256"])[:12]
 
     @property
     def backbone(self) -> str:
-        return str(self.info["backbone"])
+        return str(self.manifest["backbone"])
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(self.info["classes"])
+        return tuple(self.manifest["classes"])
 
     @property
     def preprocessing(self) -> Preprocessing:
-        given = dict(self.info["preprocessing"])
+        given = dict(self.manifest["preprocessing"])
         return Preprocessing(**given | {"mean": tuple(given["mean"]), "std": tuple(given["std"])})
 
     @property
     def permute_pixels(self) -> int | None:
         """The seed of the places that the network's first layer gives to the pixels; None where it leaves them alone."""
-        seed = self.info.get("permute_pixels")
+        seed = self.manifest.get("permute_pixels")
         return None if seed is None else int(seed)
 
     @property
-    def joined_from(self) -> str | None:
+    def merged_from(self) -> str | None:
         """The version of the head-only bundle that this one was made of, where it was."""
-        found: str | None = self.info.get("joined_from")
+        found: str | None = self.manifest.get("merged_from")
         return found
 
     @property
     def is_head_only(self) -> bool:
-        return bool(self.info["kind"] == "head")
+        return bool(self.manifest["kind"] == "head")
 
-    def card(self) -> str | None:
+    def model_card(self) -> str | None:
         """The model card, as Markdown, where the bundle has one."""
-        file = self.path / CARD
+        file = self.path / MODEL_CARD
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def golden(self) -> Golden:
         """The golden pixels (N, H, W, C), the probabilities (N, classes) that they must give, and the tolerance."""
         with np.load(self.path / GOLDEN) as arrays:
-            return arrays["pixels"], arrays["probabilities"], float(self.info["golden"]["tolerance"])
+            return arrays["pixels"], arrays["probabilities"], float(self.manifest["golden"]["tolerance"])
 
 
 def open_bundle(path: Path, *, files: Iterable[str] | None = None) -> Bundle:
@@ -91,33 +91,34 @@ def open_bundle(path: Path, *, files: Iterable[str] | None = None) -> Bundle:
 
     Raises BundleError: no bundle, a newer format, a file that is missing or was changed, an edited manifest.
     """
-    info = _read_manifest(path)
-    if info["format"] > FORMAT:
+    manifest = _read_manifest(path)
+    if manifest["format"] > FORMAT_VERSION:
         raise BundleError(
-            f"The bundle {path} has format {info['format']} and this version reads up to {FORMAT}; upgrade this program."
+            f"The bundle {path} has format {manifest['format']} and this version reads up to {FORMAT_VERSION}; "
+            "upgrade this program."
         )
-    if info.get("sha256") != digest(info):
+    if manifest.get("sha256") != manifest_sha256(manifest):
         raise BundleError(f"{path / MANIFEST} was changed after it was written; export the bundle again.")
-    known: Mapping[str, Mapping[str, Any]] = info["files"]
+    known: Mapping[str, Mapping[str, Any]] = manifest["files"]
     for named in map(PurePosixPath, known):
         if named.is_absolute() or ".." in named.parts:
             raise BundleError(f"{path / MANIFEST} names {str(named)!r}, which lies outside the bundle; do not trust it.")
     for name in known if files is None else files:
         check_file(path, name, known)
-    return Bundle(path, info)
+    return Bundle(path, manifest)
 
 
-def write_bundle(path: Path, info: Mapping[str, Any], *, fill: Callable[[Path], None]) -> Bundle:
-    """Write a bundle whole or not at all: ``fill(folder)`` writes its files beside ``path``, then it takes its place.
+def write_bundle(path: Path, fields: Mapping[str, Any], *, write_files: Callable[[Path], None]) -> Bundle:
+    """Write a bundle whole or not at all: ``write_files(folder)`` writes its files beside ``path``, then it takes its place.
 
-    The manifest is ``info`` with the format, the files and its own sha256 added. An older bundle at ``path`` is replaced.
+    The manifest is ``fields`` with the format, the files and its own sha256 added. An older bundle at ``path`` is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
-        fill(part)
-        manifest = {"format": FORMAT, **info, "files": list_files(part)}
-        manifest["sha256"] = digest(manifest)
+        write_files(part)
+        manifest = {"format": FORMAT_VERSION, **fields, "files": hash_files(part)}
+        manifest["sha256"] = manifest_sha256(manifest)
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
         part.chmod(0o755)  # mkdtemp gives 0700 and safetensors 0600; a bundle is read by the service's user too
@@ -129,7 +130,7 @@ def write_bundle(path: Path, info: Mapping[str, Any], *, fill: Callable[[Path], 
     return Bundle(path, json.loads(text))
 
 
-def describe(preprocessing: Preprocessing) -> dict[str, Any]:
+def preprocessing_fields(preprocessing: Preprocessing) -> dict[str, Any]:
     """The preprocessing as the manifest holds it, with its own sha256 beside it."""
     return {"preprocessing": asdict(preprocessing), "preprocessing_sha256": preprocessing.sha256()}
 
@@ -166,12 +167,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path} is not a bundle: it has no {MANIFEST}; give a folder that `finetune train` wrote (runs/NAME/bundle)."
         )
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(info, dict) or not isinstance(info["format"], int):
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest["format"], int):
             raise ValueError("no format number")
     except (ValueError, KeyError) as error:
         raise BundleError(f"{file} cannot be read ({error}); export the bundle again.") from None
-    return info
+    return manifest
 
 
 def check_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) -> None:
@@ -185,15 +186,15 @@ def check_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) ->
         raise BundleError(f"{file} was changed or damaged: its sha256 is not the manifest's; copy or export the bundle again.")
 
 
-def list_files(folder: Path) -> dict[str, dict[str, Any]]:
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     """The size and the sha256 of every file below ``folder``, by its name from there."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): {"sha256": sha256_of(file), "bytes": file.stat().st_size} for file in files}
 
 
-def digest(info: Mapping[str, Any]) -> str:
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
     """The sha256 of a manifest, but for the one that it carries itself."""
-    rest = {key: value for key, value in info.items() if key != "sha256"}
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

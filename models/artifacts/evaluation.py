@@ -13,13 +13,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from models.artifacts.atomic_io import write_text
-from models.artifacts.bundle import MANIFEST, PREDICTIONS, Bundle, check_file, digest, list_files, open_bundle
+from models.artifacts.atomic_io import atomic_write_text
+from models.artifacts.bundle import MANIFEST, PREDICTIONS, Bundle, check_file, hash_files, manifest_sha256, open_bundle
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import LOOKALIKES, Lookalikes
 from models.errors import BundleError
 
-FORMAT = 1
+FORMAT_VERSION = 1
 EVALUATION = "evaluation.json"
 BUNDLE, MEASURED, OUT_OF_FOLD = "bundle", "evaluation", "out-of-fold"
 TABLES = (PREDICTIONS, *LOOKALIKES)
@@ -82,9 +82,9 @@ def write_evaluation(
 
     The sha256 is of all but the time, so that measuring the same again gives the same one.
     """
-    files = list_files(folder)
+    files = hash_files(folder)
     info = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "kind": kind,
         "bundle": {"name": bundle.name, "version": bundle.version},
         "backbone": bundle.backbone,
@@ -95,13 +95,13 @@ def write_evaluation(
         "temperature": temperature,
         "files": {name: files[name] for name in TABLES},
     }
-    info = {**info, "sha256": digest(info), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    write_text(folder / EVALUATION, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    info = {**info, "sha256": manifest_sha256(info), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    atomic_write_text(folder / EVALUATION, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
 def _of_bundle(path: Path) -> Results:
     bundle = open_bundle(path, files=())
-    open_bundle(path, files=[PREDICTIONS, *(name for name in LOOKALIKES if name in bundle.info["files"])])
+    open_bundle(path, files=[PREDICTIONS, *(name for name in LOOKALIKES if name in bundle.manifest["files"])])
     return Results(
         path=path,
         name=bundle.name,
@@ -110,8 +110,8 @@ def _of_bundle(path: Path) -> Results:
         classes=bundle.classes,
         backbone=bundle.backbone,
         bundle_version=bundle.version,
-        temperature=float(bundle.info["temperature"]),
-        created=bundle.info.get("provenance", {}).get("created"),
+        temperature=float(bundle.manifest["temperature"]),
+        created=bundle.manifest.get("provenance", {}).get("created"),
     )
 
 
@@ -119,9 +119,9 @@ def _of_evaluation(path: Path) -> Results:
     file = path / EVALUATION
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
-        if info["format"] > FORMAT:
-            raise BundleError(f"{file} has format {info['format']}, and this version reads up to {FORMAT}; upgrade it.")
-        if info["sha256"] != digest({key: value for key, value in info.items() if key != "created"}):
+        if info["format"] > FORMAT_VERSION:
+            raise BundleError(f"{file} has format {info['format']}, and this version reads up to {FORMAT_VERSION}; upgrade it.")
+        if info["sha256"] != manifest_sha256({key: value for key, value in info.items() if key != "created"}):
             raise BundleError(f"{file} was changed after it was written; evaluate again.")
         results = Results(
             path=path,

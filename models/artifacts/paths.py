@@ -19,9 +19,9 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "finetune"
 
 
-def joined_dir(bundle: Bundle) -> Path:
+def merged_dir(bundle: Bundle) -> Path:
     """Where the whole bundle lies that was made of this head-only one, if it was: training puts it, the service looks."""
-    return default_cache_dir() / "joined" / f"{bundle.name}-{bundle.version}"
+    return default_cache_dir() / "merged" / f"{bundle.name}-{bundle.version}"
 
 
 def compiled_dir() -> Path | None:
@@ -43,7 +43,7 @@ def _writable(name: str) -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def whole_bundle(path: Path) -> Path:
+def resolve_bundle(path: Path) -> Path:
     """Where the bundle is that can answer: at ``path``, or where it was joined to. Raises BundleError where there is none.
 
     Only the manifest is looked at; who opens the bundle checks its files.
@@ -51,8 +51,8 @@ def whole_bundle(path: Path) -> Path:
     bundle = open_bundle(path, files=())
     if not bundle.is_head_only:
         return path
-    if joined_dir(bundle).is_dir():
-        return joined_dir(bundle)
+    if merged_dir(bundle).is_dir():
+        return merged_dir(bundle)
     raise BundleError(
         f"The bundle {path} holds only what was trained; make it whole with `finetune join {path}`, once, and start again."
     )

@@ -56,8 +56,8 @@ def choose_precision(bundle: Bundle, wanted: str = "auto") -> Precision:
 
     Raises ConfigError where bf16 is demanded of a processor that has none.
     """
-    measured = bundle.info.get("bf16")
-    exact = float(bundle.info["golden"]["tolerance"])
+    measured = bundle.manifest.get("bf16")
+    exact = float(bundle.manifest["golden"]["tolerance"])
     if wanted == "fp32":
         return Precision("fp32", exact, "it was asked for")
     if not supports_bf16():
@@ -68,16 +68,16 @@ def choose_precision(bundle: Bundle, wanted: str = "auto") -> Precision:
         return Precision("bf16", BF16_TOLERANCE, "it was asked for")
     if measured is None:
         return Precision("fp32", exact, "the bundle was exported without a measurement of bfloat16")
-    if not agrees(measured):
+    if not is_bf16_acceptable(measured):
         return Precision("fp32", exact, "bfloat16 was measured when the bundle was exported, and was too coarse or no faster")
     return Precision(
         "bf16",
         BF16_TOLERANCE,
-        describe(measured),
+        describe_bf16(measured),
     )
 
 
-def describe(measured: Mapping[str, Any]) -> str:
+def describe_bf16(measured: Mapping[str, Any]) -> str:
     """A measurement in words."""
     return (
         f"on {measured['photos']} photos it was {measured['times_as_fast']:.1f} times as fast as fp32, a probability differed"
@@ -85,7 +85,7 @@ def describe(measured: Mapping[str, Any]) -> str:
     )
 
 
-def agrees(measured: Mapping[str, Any]) -> bool:
+def is_bf16_acceptable(measured: Mapping[str, Any]) -> bool:
     """Whether a measurement speaks for bfloat16."""
     return bool(
         measured["largest_difference"] <= BF16_TOLERANCE

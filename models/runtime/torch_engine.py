@@ -16,7 +16,7 @@ class TorchEngine:
     def __init__(self, bundle: Bundle, *, device: str | None = None) -> None:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._classifier = load_classifier(bundle).to(self._device)
-        self._temperature = float(bundle.info["temperature"])
+        self._temperature = float(bundle.manifest["temperature"])
 
     @torch.inference_mode()
     def run(self, pixels: Pixels) -> Arrays:

@@ -149,7 +149,7 @@ def _prediction() -> dict[str, Any]:
 def _model_details() -> dict[str, Any]:
     metrics = "Accuracy, log loss and others: `value` with a 95 % interval, `low` to `high`."
     fields = {
-        "joined_from": described(
+        "merged_from": described(
             {"type": ["string", "null"]}, "The version of the head-only bundle that it was joined of with its base, or null."
         ),
         "backbone": described(STRING, "The network's architecture."),

@@ -39,22 +39,22 @@ def predict() -> Response:
 def models() -> Response:
     served: ServedModel = current_app.extensions["model"]
     model = served.get()
-    bundle, info = model.bundle, model.bundle.info
+    bundle, manifest = model.bundle, model.bundle.manifest
     return jsonify(
         models=[
             model.named
             | {
-                "joined_from": bundle.joined_from,
+                "merged_from": bundle.merged_from,
                 "backbone": bundle.backbone,
                 "classes": bundle.classes,
-                "preprocessing": info["preprocessing"],
-                "metrics": info["metrics"],
-                "bf16": info.get("bf16"),
+                "preprocessing": manifest["preprocessing"],
+                "metrics": manifest["metrics"],
+                "bf16": manifest.get("bf16"),
                 "precision_because": model.precision.reason,
                 "tolerance": model.precision.tolerance,
                 "golden_difference": model.golden_difference,
-                "created": info["provenance"]["created"],
-                "card": bundle.card(),
+                "created": manifest["provenance"]["created"],
+                "card": bundle.model_card(),
             }
         ]
     )

@@ -40,7 +40,7 @@ class LinearHead:
     @classmethod
     def of(cls, bundle: Bundle) -> LinearHead | None:
         """The head of a whole bundle, or None where its weights hold none by that name."""
-        name = bundle.info["head"]
+        name = bundle.manifest["head"]
         try:
             with safe_open(bundle.path / WEIGHTS, framework="numpy") as tensors:
                 weight = tensors.get_tensor(f"{name}.weight")
@@ -49,7 +49,7 @@ class LinearHead:
         except (OSError, SafetensorError):
             return None
         weight = weight.reshape(len(weight), math.prod(weight.shape[1:])).astype(np.float32)
-        return cls(weight - weight.mean(axis=0), (bias - bias.mean()).astype(np.float32), float(bundle.info["temperature"]))
+        return cls(weight - weight.mean(axis=0), (bias - bias.mean()).astype(np.float32), float(bundle.manifest["temperature"]))
 
     def score_map(self, probabilities: Floats, embedding: Floats, feature_map: Floats, label: int) -> Floats | None:
         """What each place adds to the score of class ``label``: (h, w), whose mean plus the class's bias is the score.

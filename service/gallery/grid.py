@@ -10,7 +10,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, redirect, render_template, request
 
-from models.artifacts.paths import whole_bundle
+from models.artifacts.paths import resolve_bundle
 from models.artifacts.statistics import wilson
 from models.errors import UserError
 from service.db.filter import Filter, read_page, sentence
@@ -158,7 +158,7 @@ def render(template: str, **context: Any) -> Response:
         "photo_address": photo_address,
         "address_of": address_of,
         "has_folder": settings.data is not None,
-        "joined_from": gallery().joined_from,
+        "merged_from": gallery().merged_from,
         "interval": _interval,
     }
     text = render_template(template, **shared, **context)
@@ -196,7 +196,7 @@ def _trouble(photos: Sequence[Photo]) -> str | None:
 def train_command() -> str:
     """What trains the served model again with the decisions, and as it was trained, so that they alone make the difference."""
     bundle = served_model().bundle
-    config = bundle.info.get("provenance", {}).get("config", {})
+    config = bundle.manifest.get("provenance", {}).get("config", {})
     settings = [f"--{name.replace('_', '-')} {config[name]}" for name in TOLD if config.get(name) is not None]
     settings += [f"--unfreeze {shlex.join(config['unfreeze'])}"] if config.get("unfreeze") else []
     settings += ["--augment"] if config.get("augment") else []
@@ -209,7 +209,7 @@ def serve_both_command() -> str:
     settings: Settings = current_app.extensions["settings"]
     now = served_model().bundle.path
     with contextlib.suppress(UserError):  # as the operator calls it, if that is still it
-        now = settings.bundle if whole_bundle(settings.bundle) == now else now
+        now = settings.bundle if resolve_bundle(settings.bundle) == now else now
     return f"BUNDLE={_run()}/bundle EVALUATIONS={shlex.quote(str(now))} DATA={_data()} python -m service"
 
 

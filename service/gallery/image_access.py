@@ -7,7 +7,7 @@ import threading
 from flask import current_app
 
 from models.artifacts.bundle import Bundle, open_bundle
-from models.artifacts.paths import thumbnails_dir, whole_bundle
+from models.artifacts.paths import resolve_bundle, thumbnails_dir
 from models.runtime.openvino_engine import Pixels
 from service.db import production
 from service.db.ingest import file_name
@@ -91,7 +91,7 @@ class Album:
         path = self._gallery.bundle_path(version)
         if path is None:
             raise Problem("not_found", f"The bundle {version} is not on this machine; name its folder in EVALUATIONS.")
-        return open_bundle(whole_bundle(path), files=())
+        return open_bundle(resolve_bundle(path), files=())
 
 
 def album() -> Album:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from models.artifacts.bundle import MANIFEST, Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, Results, open_results
 from models.artifacts.label_issues import suspects
-from models.artifacts.paths import default_data_dir, whole_bundle
+from models.artifacts.paths import default_data_dir, resolve_bundle
 from models.artifacts.similarity import Lookalikes
 from models.errors import UserError
 from service.db.connection import Database
@@ -84,7 +84,7 @@ class Gallery:
             found.append(self._lookalikes[results.version])
         return found
 
-    def joined_from(self, version: str) -> str | None:
+    def merged_from(self, version: str) -> str | None:
         """The version of the head-only bundle that a model was joined of, as far as that is known here."""
         return next((head for head, whole in self._wholes.items() if whole == version), None)
 
@@ -99,7 +99,7 @@ class Gallery:
             if (path / MANIFEST).is_file() and (bundle := open_bundle(path, files=())).is_head_only:
                 if bundle.version in self._wholes:
                     return None
-                path = whole_bundle(path)
+                path = resolve_bundle(path)
                 self._wholes |= _joined(open_bundle(path, files=()))
         return path
 
@@ -152,7 +152,7 @@ def gallery() -> Gallery:
 
 
 def _joined(bundle: Bundle) -> dict[str, str]:
-    return {bundle.joined_from: bundle.version} if bundle.joined_from else {}
+    return {bundle.merged_from: bundle.version} if bundle.merged_from else {}
 
 
 def _table(results: Results) -> Table:

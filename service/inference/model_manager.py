@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
-from models.artifacts.paths import compiled_dir, whole_bundle
+from models.artifacts.paths import compiled_dir, resolve_bundle
 from models.errors import UserError
 from models.runtime.openvino_engine import Engine, OnnxEngine, Pixels
 from models.runtime.precision import Precision, choose_precision
@@ -209,11 +209,11 @@ def load_model(settings: Settings, plan: Plan, metrics: Metrics, *, path: Path |
 
     Raises BundleError or ConfigError.
     """
-    path = whole_bundle(path or settings.bundle)
+    path = resolve_bundle(path or settings.bundle)
     sizes = batch_sizes(settings.max_batch)
     if wants_torch(settings):
         bundle = open_bundle(path, files=(WEIGHTS, GOLDEN))
-        precision = Precision("fp32", float(bundle.info["golden"]["tolerance"]), "torch computes it")
+        precision = Precision("fp32", float(bundle.manifest["golden"]["tolerance"]), "torch computes it")
         from models.runtime.torch_engine import TorchEngine
 
         engine: Engine = TorchEngine(bundle)

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from models.artifacts.bundle import MANIFEST, open_bundle
-from models.artifacts.paths import whole_bundle
+from models.artifacts.paths import resolve_bundle
 from service.rollout.state import Chosen, State
 from service.settings import Settings
 
@@ -37,7 +37,7 @@ def identity(path: Path) -> str | None:
 def first_state(settings: Settings) -> State:
     """What serves when the server starts. Raises BundleError."""
     folder = settings.bundle.resolve()
-    bundle = open_bundle(whole_bundle(folder), files=())
+    bundle = open_bundle(resolve_bundle(folder), files=())
     serving = Chosen(str(folder), bundle.name, bundle.version, by="BUNDLE", at=now())
     return State(serving=serving, link=identity(settings.bundle))
 

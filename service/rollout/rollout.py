@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from models.artifacts.bundle import open_bundle
-from models.artifacts.paths import whole_bundle
+from models.artifacts.paths import resolve_bundle
 from models.errors import BundleError, UserError
 from service.http.errors import Problem
 from service.inference.model_manager import Model, ServedModel, load_model
@@ -212,7 +212,7 @@ class Swapper:
 def _version_at(path: Path) -> str:
     """The version of the bundle that lies at ``path`` now. Raises Problem."""
     try:
-        return open_bundle(whole_bundle(path), files=()).version
+        return open_bundle(resolve_bundle(path), files=()).version
     except UserError as error:
         raise Problem("bundle_refused", str(error)).bare() from None
     except Exception as error:  # a manifest may hold anything, and a file system fail in any way

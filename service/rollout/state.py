@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.artifacts.atomic_io import write_text
+from models.artifacts.atomic_io import atomic_write_text
 from service.http.errors import Problem
 
 FOLDER = "SERVICE_BOARD_DIR"
@@ -93,7 +93,7 @@ class Board:
         if self._folder is None:
             self._state = state
         else:
-            write_text(self._folder / STATE, json.dumps(dataclasses.asdict(state)))
+            atomic_write_text(self._folder / STATE, json.dumps(dataclasses.asdict(state)))
 
     @contextlib.contextmanager
     def deciding(self, *, wait: bool = False) -> Iterator[None]:
@@ -118,7 +118,7 @@ class Board:
         """Note what this process serves."""
         self._workers[os.getpid()] = version
         if self._folder is not None:
-            write_text(self._folder / f"{WORKER}{os.getpid()}", version)
+            atomic_write_text(self._folder / f"{WORKER}{os.getpid()}", version)
 
     def workers(self) -> dict[int, str]:
         """Process id -> the version that it serves."""

@@ -85,7 +85,7 @@ def shared() -> dict[str, Any]:
         served = served_model()
     except Problem:
         return {"navigation": NAVIGATION, "model": None}
-    return {"navigation": NAVIGATION, "model": served.named | {"joined_from": served.bundle.joined_from}}
+    return {"navigation": NAVIGATION, "model": served.named | {"merged_from": served.bundle.merged_from}}
 
 
 @bp.app_url_defaults

@@ -60,7 +60,7 @@ def classify() -> Response:
 @bp.get("/model")
 def model() -> Response:
     served = served_model()
-    text = served.bundle.card()
+    text = served.bundle.model_card()
     return _page(render_template("model.html", served=served, card=text and render_markdown(text)))
 
 

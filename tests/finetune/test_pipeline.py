@@ -145,8 +145,8 @@ def test_metrics_have_intervals_and_follow_from_the_predictions(lite: SimpleName
     for measure in MEASURES:
         assert metrics[measure].keys() == {"value", "low", "high"}, measure
         assert metrics[measure]["low"] <= metrics[measure]["value"] <= metrics[measure]["high"], measure
-    assert metrics["temperature"] == lite.bundle.info["temperature"] > 0
-    assert metrics == lite.bundle.info["metrics"]
+    assert metrics["temperature"] == lite.bundle.manifest["temperature"] > 0
+    assert metrics == lite.bundle.manifest["metrics"]
     rows = predictions_of(lite.folder)
     right = [row["label"] == row["predicted"] for row in rows]
     assert metrics["photos"] == len(rows) == 8
@@ -169,7 +169,7 @@ def test_predictions_have_a_row_for_each_photo(lite: SimpleNamespace) -> None:
 
 def test_the_model_card_says_what_it_is_and_how_good(lite: SimpleNamespace) -> None:
     card = (lite.bundle.path / "README.md").read_text(encoding="utf-8")
-    accuracy = lite.bundle.info["metrics"]["accuracy"]
+    accuracy = lite.bundle.manifest["metrics"]["accuracy"]
     assert card.startswith("# pets\n")
     assert "cats and dogs" in card
     assert "EfficientNet-Lite0" in card
@@ -195,12 +195,12 @@ def cached(colours: Path, tmp_path_factory: pytest.TempPathFactory, tiny_weights
 def test_training_on_cached_features_changes_the_head_alone(cached: SimpleNamespace, tiny_weights: Path) -> None:
     base = read_tensors(tiny_weights)
     assert changed(cached.bundle, base) == {"classifier.4.weight", "classifier.4.bias"}
-    assert cached.bundle.info["cut_after"] == "classifier.1"
-    assert cached.bundle.info["base"]["sha256"] == hashlib.sha256(tiny_weights.read_bytes()).hexdigest()
+    assert cached.bundle.manifest["cut_after"] == "classifier.1"
+    assert cached.bundle.manifest["base"]["sha256"] == hashlib.sha256(tiny_weights.read_bytes()).hexdigest()
 
 
 def test_it_learns_what_can_be_learned(cached: SimpleNamespace) -> None:
-    assert cached.bundle.info["metrics"]["accuracy"]["value"] == 1.0
+    assert cached.bundle.manifest["metrics"]["accuracy"]["value"] == 1.0
 
 
 def test_without_the_feature_cache_the_weights_are_the_same_bit_for_bit(
@@ -260,17 +260,17 @@ def test_random_weights_five_classes_held_out_photos_and_a_damaged_file(tmp_path
     audit = json.loads((run.folder / "audit.json").read_text(encoding="utf-8"))
     assert list(audit["damaged"]) == ["train/violet/broken.jpg"]
     assert {split: sum(row.values()) for split, row in audit["counts"].items()} == {"train": 30, "valid": 20}
-    dataset = run.bundle.info["provenance"]["dataset"]
+    dataset = run.bundle.manifest["provenance"]["dataset"]
     assert (dataset["left_out"], dataset["photos"], dataset["evaluated_split"]) == (1, audit["counts"], "held-out")
     rows = predictions_of(run.folder)
     assert len(rows) == 20
     assert list(rows[0])[3:8] == [f"p_{name}" for name in sorted(names)]
-    metrics = run.bundle.info["metrics"]
+    metrics = run.bundle.manifest["metrics"]
     assert metrics["accuracy"]["value"] > 0.6  # 0.2 by chance
     assert set(metrics["precision"]) == set(names)
     assert np.array(metrics["confusion_matrix"]).sum() == 20
     assert OnnxEngine(run.bundle.path / "model.onnx", outputs=["probabilities"]).run(run.bundle.golden()[0])[0].shape == (4, 5)
-    assert run.bundle.info["base"] is None
+    assert run.bundle.manifest["base"] is None
     assert "trained from random weights" in (run.bundle.path / "README.md").read_text(encoding="utf-8")
     Tiny(5).load_state_dict(weights_of(run.bundle))
 
@@ -288,7 +288,7 @@ def vgg(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder, vgg
 
 def test_vgg16_keeps_all_but_its_head_and_is_torchvisions_own(vgg: SimpleNamespace, vgg16_weights: Path) -> None:
     assert changed(vgg.bundle, read_tensors(vgg16_weights)) == {"classifier.6.weight", "classifier.6.bias"}
-    assert vgg.bundle.info["cut_after"] == "classifier.1"
+    assert vgg.bundle.manifest["cut_after"] == "classifier.1"
     assert "not the published ones" in vgg.printed
     with torch.device("meta"):
         net: nn.Module = torchvision_models.vgg16(num_classes=2)
@@ -305,7 +305,7 @@ def test_vgg16_keeps_all_but_its_head_and_is_torchvisions_own(vgg: SimpleNamespa
     rows = predictions_of(vgg.folder)[::3]
     with torch.inference_mode():
         photos = torch.stack([form(Image.open(vgg.data / row["photo"]).convert("RGB")) for row in rows])
-        probabilities = torch.softmax(net(photos) / vgg.bundle.info["temperature"], dim=1)
+        probabilities = torch.softmax(net(photos) / vgg.bundle.manifest["temperature"], dim=1)
     wanted = [[float(row["p_cats"]), float(row["p_dogs"])] for row in rows]
     np.testing.assert_allclose(probabilities.numpy(), wanted, atol=1e-3)
 

@@ -65,17 +65,17 @@ def rewritten(source: Path, target: Path, *, wrong_golden: bool = False, resize_
     bundle = open_bundle(source)
     pixels, probabilities, _ = bundle.golden()
 
-    def fill(folder: Path) -> None:
-        for name in bundle.info["files"]:
+    def write_files(folder: Path) -> None:
+        for name in bundle.manifest["files"]:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
         if wrong_golden:
             np.savez_compressed(folder / GOLDEN, pixels=pixels, probabilities=probabilities[:, ::-1])
 
-    info = {key: value for key, value in bundle.info.items() if key not in ("format", "files", "sha256")}
+    manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}
     if resize_px:
-        info["preprocessing"] = dict(info["preprocessing"]) | {"resize_px": resize_px}
-    return write_bundle(target, info, fill=fill)
+        manifest["preprocessing"] = dict(manifest["preprocessing"]) | {"resize_px": resize_px}
+    return write_bundle(target, manifest, write_files=write_files)
 
 
 def _train(root: Path, target: Path, data: Path, *, seed: int) -> None:

@@ -21,12 +21,12 @@ SHIPPED = Path(__file__).resolve().parents[2] / "models" / "shipped" / "dogs-vs-
 def test_it_is_small_and_holds_no_pictures() -> None:
     files = [file for file in SHIPPED.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 300_000
-    assert {file.name for file in files} == set(open_bundle(SHIPPED).info["files"]) | {"manifest.json"}
+    assert {file.name for file in files} == set(open_bundle(SHIPPED).manifest["files"]) | {"manifest.json"}
     assert not [file for file in files if file.suffix in (".png", ".jpg")]
 
 
 def test_its_card_states_the_accuracy_that_its_manifest_has() -> None:
-    value = open_bundle(SHIPPED).info["metrics"]["accuracy"]["value"]
+    value = open_bundle(SHIPPED).manifest["metrics"]["accuracy"]["value"]
     assert f"| accuracy | {value:.4f} |" in (SHIPPED / "README.md").read_text(encoding="utf-8")
     assert value >= 0.985
 

@@ -242,14 +242,14 @@ def test_a_model_that_does_not_give_its_golden_answers_is_never_served(spoilt: P
     bundle = open_bundle(spoilt)
     pixels, probabilities, _ = bundle.golden()
 
-    def fill(folder: Path) -> None:
-        for name in bundle.info["files"]:
+    def write_files(folder: Path) -> None:
+        for name in bundle.manifest["files"]:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(spoilt / name, folder / name)
         np.savez_compressed(folder / GOLDEN, pixels=pixels, probabilities=probabilities[:, ::-1])
 
-    info = {key: value for key, value in bundle.info.items() if key not in ("format", "files", "sha256")}
-    write_bundle(spoilt.parent / "other", info, fill=fill)
+    manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}
+    write_bundle(spoilt.parent / "other", manifest, write_files=write_files)
     said = logged(gives_up(3, bundle=spoilt.parent / "other"))
     assert "does not give its golden answers" in said
     assert "ready" not in said.splitlines()

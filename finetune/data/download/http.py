@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from models.artifacts.atomic_io import write_text
+from models.artifacts.atomic_io import atomic_write_text
 from models.errors import DataError
 
 _PIECE_BYTES = 1 << 16
@@ -134,7 +134,7 @@ def _fetch_rest(url: str, part: Path, note_path: Path, timeout_s: float) -> None
             have, total = 0, _content_length(response)
             note = _Note(_validator(response), total)
             part.unlink(missing_ok=True)
-            write_text(note_path, json.dumps(asdict(note)))
+            atomic_write_text(note_path, json.dumps(asdict(note)))
         _append(response, part, have, total)
     if total is not None and _size(part) != total:
         raise _DroppedError(f"the connection closed after {_size(part):,} of {total:,} bytes")

@@ -90,7 +90,7 @@ def test_the_joined_bundle_gives_the_golden_answers_of_the_head(made: SimpleName
     engine = OnnxEngine(made.whole / "model.onnx", outputs=["probabilities"])
     for bundle in (open_bundle(made.whole), open_bundle(made.head)):
         assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) < 1e-5
-    assert open_bundle(made.whole).info["joined_from"] == open_bundle(made.head).version
+    assert open_bundle(made.whole).manifest["merged_from"] == open_bundle(made.head).version
 
 
 def test_another_base_is_refused_and_nothing_is_written(made: SimpleNamespace, tmp_path: Path) -> None:

@@ -66,11 +66,11 @@ class TestOneBakeoff:
         assert set(rows) == {"lenet_cifar", "cnn_mnist", "efficientnet_lite0"}
         for name, row in rows.items():
             bundle = open_bundle(home / "out" / name / "bundle")
-            metrics = bundle.info["metrics"]
+            metrics = bundle.manifest["metrics"]
             if row["precision"] == "fp32":
                 assert row["accuracy"] == metrics["accuracy"]
                 assert row["log_loss"]["value"] == pytest.approx(metrics["log_loss"]["value"], abs=2e-3)
-            assert row["graph_mb"] == pytest.approx(bundle.info["files"]["model.onnx"]["bytes"] / 1e6)
+            assert row["graph_mb"] == pytest.approx(bundle.manifest["files"]["model.onnx"]["bytes"] / 1e6)
             assert row["ms_a_photo"] > 0
             assert row["training_s"] > 0
             assert row["epochs"] == 6

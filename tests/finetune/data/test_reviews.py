@@ -182,7 +182,7 @@ def test_a_training_with_reviews_says_and_keeps_what_it_did(
         **{f"valid/red/red.00{i}.jpg": "red" for i in range(3)},
     }
     assert (run / "reviews.csv").read_bytes() == file.read_bytes()
-    dataset = open_bundle(run / "bundle").info["provenance"]["dataset"]
+    dataset = open_bundle(run / "bundle").manifest["provenance"]["dataset"]
     assert dataset["reviews"] == {
         "sha256": sha256_of(file),
         "decisions": 4,
@@ -357,10 +357,10 @@ def test_photos_of_further_folders_are_added_to_training(
     assert (code, err) == (0, "")
     assert f"named extra-1/...: {live}" in out
     bundle = open_bundle(tmp_path / "run" / "bundle")
-    dataset = bundle.info["provenance"]["dataset"]
+    dataset = bundle.manifest["provenance"]["dataset"]
     assert dataset["photos"] == {"train": {"blue": 6, "red": 6 + 4 + 3}, "valid": {"blue": 3, "red": 3}}
     assert (dataset["extra_folders"], dataset["left_out"]) == (2, 0)
-    assert str(tmp_path) not in json.dumps(dict(bundle.info))
+    assert str(tmp_path) not in json.dumps(dict(bundle.manifest))
     with (tmp_path / "run" / "duplicates.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["photo"] for row in rows} == {"extra-1/train/red/red.000.jpg", "extra-2/red/again.jpg"}
@@ -393,7 +393,7 @@ def test_photos_of_further_folders_that_the_data_has_are_left_out(
         "extra-1/train/red/valid-blue.jpg": {"photo": "valid/blue/blue.000.jpg", "label": "blue"},
         "extra-1/train/red/valid-red.jpg": {"photo": "valid/red/red.000.jpg", "label": None},
     }
-    dataset = open_bundle(tmp_path / "run" / "bundle").info["provenance"]["dataset"]
+    dataset = open_bundle(tmp_path / "run" / "bundle").manifest["provenance"]["dataset"]
     assert dataset["photos"] == {"train": {"blue": 6, "red": 7}, "valid": {"blue": 3, "red": 3}}
     assert dataset["left_out"] == 4
     # A review changes the label of the data folder's own.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models.artifacts.atomic_io import atomic_write, sha256_of, write_text
+from models.artifacts.atomic_io import atomic_write, atomic_write_text, sha256_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -56,7 +56,7 @@ def test_a_kill_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_text_is_written_as_utf8(tmp_path: Path) -> None:
-    write_text(tmp_path / "file.txt", "Käse\n")
+    atomic_write_text(tmp_path / "file.txt", "Käse\n")
     assert (tmp_path / "file.txt").read_bytes() == b"K\xc3\xa4se\n"
 
 

@@ -14,7 +14,17 @@ import pytest
 from numpy.typing import NDArray
 
 from models.artifacts import bundle as module
-from models.artifacts.bundle import CARD, GOLDEN, GRAPH, MANIFEST, Bundle, check_golden, describe, open_bundle, write_bundle
+from models.artifacts.bundle import (
+    GOLDEN,
+    GRAPH,
+    MANIFEST,
+    MODEL_CARD,
+    Bundle,
+    check_golden,
+    open_bundle,
+    preprocessing_fields,
+    write_bundle,
+)
 from models.errors import BundleError
 from models.preprocess import Preprocessing
 
@@ -22,15 +32,15 @@ ROOT = Path(__file__).resolve().parents[3]
 WANTED = Preprocessing(interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
 INFO: dict[str, Any] = {
     "kind": "full", "name": "pets", "backbone": "vgg16", "classes": ["cats", "Hündchen"], "temperature": 1.25,
-    **describe(WANTED), "golden": {"tolerance": 1e-3},
+    **preprocessing_fields(WANTED), "golden": {"tolerance": 1e-3},
 }  # fmt: skip
 ANSWERS = np.array([[0.9, 0.1], [0.2, 0.8]], dtype=np.float32)
-FILES = [GRAPH, GOLDEN, CARD, "plots/roc.png"]
+FILES = [GRAPH, GOLDEN, MODEL_CARD, "plots/roc.png"]
 
 
-def fill(folder: Path, *, graph: bytes = b"the graph") -> None:
+def write_files(folder: Path, *, graph: bytes = b"the graph") -> None:
     (folder / GRAPH).write_bytes(graph)
-    (folder / CARD).write_text("# Card\n")
+    (folder / MODEL_CARD).write_text("# Card\n")
     (folder / "plots").mkdir()
     (folder / "plots" / "roc.png").write_bytes(b"\x89PNG")
     np.savez_compressed(folder / GOLDEN, pixels=np.full((2, 8, 8, 3), 7, np.uint8), probabilities=ANSWERS)
@@ -38,13 +48,13 @@ def fill(folder: Path, *, graph: bytes = b"the graph") -> None:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    return write_bundle(tmp_path / "bundle", INFO, fill=fill)
+    return write_bundle(tmp_path / "bundle", INFO, write_files=write_files)
 
 
 def change(file: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    info = json.loads(file.read_text(encoding="utf-8"))
-    edit(info)
-    file.write_text(json.dumps(info, ensure_ascii=False), encoding="utf-8")
+    manifest = json.loads(file.read_text(encoding="utf-8"))
+    edit(manifest)
+    file.write_text(json.dumps(manifest, ensure_ascii=False), encoding="utf-8")
 
 
 # Writing and opening
@@ -55,16 +65,18 @@ def test_what_is_written_is_opened(bundle: Bundle) -> None:
     assert opened == bundle
     assert (opened.name, opened.backbone, opened.classes) == ("pets", "vgg16", ("cats", "Hündchen"))
     assert opened.preprocessing == WANTED
-    assert opened.info["preprocessing_sha256"] == WANTED.sha256()
-    assert set(opened.info["files"]) == set(FILES)
+    assert opened.manifest["preprocessing_sha256"] == WANTED.sha256()
+    assert set(opened.manifest["files"]) == set(FILES)
     assert not opened.is_head_only
     assert sorted(p.name for p in bundle.path.parent.iterdir()) == ["bundle"]
 
 
 def test_the_version_changes_with_a_file_and_with_the_manifest(tmp_path: Path, bundle: Bundle) -> None:
-    same = write_bundle(tmp_path / "same", INFO, fill=lambda folder: fill_like(bundle, folder))
-    other_file = write_bundle(tmp_path / "other", INFO, fill=lambda folder: fill(folder, graph=b"another graph"))
-    other_info = write_bundle(tmp_path / "info", INFO | {"temperature": 1.3}, fill=lambda folder: fill_like(bundle, folder))
+    same = write_bundle(tmp_path / "same", INFO, write_files=lambda folder: fill_like(bundle, folder))
+    other_file = write_bundle(tmp_path / "other", INFO, write_files=lambda folder: write_files(folder, graph=b"another graph"))
+    other_info = write_bundle(
+        tmp_path / "info", INFO | {"temperature": 1.3}, write_files=lambda folder: fill_like(bundle, folder)
+    )
     assert len(bundle.version) == 12
     assert same.version == bundle.version
     assert len({bundle.version, other_file.version, other_info.version}) == 3
@@ -85,7 +97,7 @@ def private_umask() -> Iterator[None]:
 
 @pytest.mark.usefixtures("private_umask")
 def test_another_user_may_read_it(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "bundle", INFO, fill=fill).path
+    path = write_bundle(tmp_path / "bundle", INFO, write_files=write_files).path
     modes = {p.relative_to(path).as_posix(): p.stat().st_mode & 0o777 for p in (path, *path.rglob("*"))}
     folders = {".", "plots"}
     assert modes == {name: 0o755 if name in folders else 0o644 for name in (*FILES, MANIFEST, *folders)}
@@ -95,7 +107,7 @@ def test_an_older_bundle_is_replaced_whole(bundle: Bundle) -> None:
     def smaller(folder: Path) -> None:
         (folder / GRAPH).write_bytes(b"new")
 
-    new = write_bundle(bundle.path, INFO | {"name": "new"}, fill=smaller)
+    new = write_bundle(bundle.path, INFO | {"name": "new"}, write_files=smaller)
     assert open_bundle(bundle.path) == new
     assert sorted(p.name for p in bundle.path.iterdir()) == [MANIFEST, GRAPH]
     assert [p.name for p in bundle.path.parent.iterdir()] == ["bundle"]
@@ -108,7 +120,7 @@ def test_an_error_while_writing_leaves_the_older_bundle_and_nothing_else(bundle:
         raise error
 
     with pytest.raises(type(error)):
-        write_bundle(bundle.path, INFO, fill=broken)
+        write_bundle(bundle.path, INFO, write_files=broken)
     assert open_bundle(bundle.path) == bundle
     assert [p.name for p in bundle.path.parent.iterdir()] == ["bundle"]
 
@@ -124,7 +136,7 @@ def test_a_kill_while_writing_leaves_the_older_bundle(bundle: Bundle) -> None:
     killed = subprocess.run([sys.executable, "-c", code, str(bundle.path)], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
     assert open_bundle(bundle.path) == bundle
-    again = write_bundle(bundle.path, INFO | {"name": "again"}, fill=fill)
+    again = write_bundle(bundle.path, INFO | {"name": "again"}, write_files=write_files)
     assert open_bundle(bundle.path) == again
 
 
@@ -140,7 +152,7 @@ def test_the_older_bundle_comes_back_where_the_new_one_cannot_take_its_place(
 
     monkeypatch.setattr(Path, "rename", refused)
     with pytest.raises(PermissionError):
-        write_bundle(bundle.path, INFO | {"name": "new"}, fill=fill)
+        write_bundle(bundle.path, INFO | {"name": "new"}, write_files=write_files)
     monkeypatch.undo()
     assert open_bundle(bundle.path) == bundle
     assert [p.name for p in bundle.path.parent.iterdir()] == ["bundle"]
@@ -172,7 +184,7 @@ def test_a_file_that_is_longer_or_gone_is_refused_by_name(bundle: Bundle, name: 
 
 
 def test_only_the_files_that_are_asked_for_are_checked(bundle: Bundle) -> None:
-    (bundle.path / CARD).write_text("# Another card\n")
+    (bundle.path / MODEL_CARD).write_text("# Another card\n")
     assert open_bundle(bundle.path, files=[GRAPH]) == bundle
     assert open_bundle(bundle.path, files=[]) == bundle
     with pytest.raises(BundleError, match=r"has no head\.safetensors"):
@@ -180,15 +192,15 @@ def test_only_the_files_that_are_asked_for_are_checked(bundle: Bundle) -> None:
 
 
 EDITS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "classes in another order": lambda info: info["classes"].reverse(),
-    "a class renamed": lambda info: info["classes"].__setitem__(0, "dogs"),
-    "another mean": lambda info: info["preprocessing"].update(mean=[0.485, 0.456, 0.406]),
-    "another size": lambda info: info["preprocessing"].update(resize_px=224),
-    "another temperature": lambda info: info.update(temperature=1.0),
-    "a file's sha256": lambda info: info["files"][GRAPH].update(sha256="0" * 64),
-    "a file left out": lambda info: info["files"].pop(GRAPH),
-    "no sha256": lambda info: info.pop("sha256"),
-    "something added": lambda info: info.update(note="x"),
+    "classes in another order": lambda manifest: manifest["classes"].reverse(),
+    "a class renamed": lambda manifest: manifest["classes"].__setitem__(0, "dogs"),
+    "another mean": lambda manifest: manifest["preprocessing"].update(mean=[0.485, 0.456, 0.406]),
+    "another size": lambda manifest: manifest["preprocessing"].update(resize_px=224),
+    "another temperature": lambda manifest: manifest.update(temperature=1.0),
+    "a file's sha256": lambda manifest: manifest["files"][GRAPH].update(sha256="0" * 64),
+    "a file left out": lambda manifest: manifest["files"].pop(GRAPH),
+    "no sha256": lambda manifest: manifest.pop("sha256"),
+    "something added": lambda manifest: manifest.update(note="x"),
 }
 
 
@@ -215,8 +227,8 @@ def test_no_byte_of_the_manifest_changes_unseen(bundle: Bundle) -> None:
 
 
 def test_a_newer_format_asks_for_an_upgrade(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FORMAT", 2)
-    newer = write_bundle(bundle.path, INFO, fill=fill)
+    monkeypatch.setattr(module, "FORMAT_VERSION", 2)
+    newer = write_bundle(bundle.path, INFO, write_files=write_files)
     monkeypatch.undo()
     with pytest.raises(BundleError, match=r"has format 2 and this version reads up to 1; upgrade this program\.$"):
         open_bundle(newer.path)
@@ -242,9 +254,9 @@ def test_a_manifest_that_cannot_be_read_is_refused(bundle: Bundle, text: str) ->
 def test_a_manifest_that_names_a_file_outside_is_not_trusted(bundle: Bundle, name: str, files: list[str] | None) -> None:
     (bundle.path.parent / "secret").write_bytes(b"the graph")
 
-    def point_outside(info: dict[str, Any]) -> None:
-        info["files"][name] = info["files"][GRAPH]
-        info["sha256"] = module.digest(info)
+    def point_outside(manifest: dict[str, Any]) -> None:
+        manifest["files"][name] = manifest["files"][GRAPH]
+        manifest["sha256"] = module.manifest_sha256(manifest)
 
     change(bundle.path / MANIFEST, point_outside)
     with pytest.raises(BundleError, match=rf"'{name}', which lies outside the bundle"):

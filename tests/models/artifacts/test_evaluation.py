@@ -38,7 +38,7 @@ def test_a_bundle_opens_with_what_its_run_wrote(tiny_bundle: SimpleNamespace) ->
     for path in (tiny_bundle.path, tiny_bundle.head):
         results, bundle = open_results(path), open_bundle(path)
         assert (results.name, results.version, results.kind) == (bundle.name, bundle.version, "bundle")
-        assert (results.classes, results.temperature) == (("blue", "green", "red"), bundle.info["temperature"])
+        assert (results.classes, results.temperature) == (("blue", "green", "red"), bundle.manifest["temperature"])
         wanted = Predictions.read_csv(tiny_bundle.predictions)
         assert results.predictions().sha256s == results.lookalikes().sha256s == wanted.sha256s
         assert results.lookalikes().embeddings.shape == (18, 18)  # as many as photos, which are fewer than numbers

@@ -88,7 +88,7 @@ def test_what_was_compiled_is_kept_and_may_be_damaged(bundle: Bundle, pixels: Pi
 
 
 def with_measured(bundle: Bundle, measured: dict[str, Any] | None) -> Bundle:
-    return dataclasses.replace(bundle, info={**bundle.info, "bf16": measured})
+    return dataclasses.replace(bundle, manifest={**bundle.manifest, "bf16": measured})
 
 
 def test_bfloat16_is_chosen_where_the_export_speaks_for_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_bfloat16_is_chosen_where_the_export_speaks_for_it(bundle: Bundle, monke
 def test_float32_is_kept_where_it_does_not(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, measured: Any) -> None:
     monkeypatch.setattr(precision, "supports_bf16", lambda: True)
     chosen = choose_precision(with_measured(bundle, measured))
-    assert (chosen.name, chosen.tolerance) == ("fp32", bundle.info["golden"]["tolerance"])
+    assert (chosen.name, chosen.tolerance) == ("fp32", bundle.manifest["golden"]["tolerance"])
 
 
 def test_a_processor_without_bfloat16(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,4 +130,4 @@ def test_the_export_measures_bfloat16(bundle: Bundle, pixels: Pixels, monkeypatc
     assert measured["photos"] == len(pixels)
     assert 0 <= measured["largest_difference"] < BF16_TOLERANCE
     assert measured["times_as_fast"] > 0
-    assert "bf16" in bundle.info
+    assert "bf16" in bundle.manifest

@@ -175,7 +175,7 @@ def test_an_answer_says_what_was_seen_and_who_says_so(client: FlaskClient, photo
         "name": bundle.name,
         "version": bundle.version,
         "precision": document["model"]["precision"],
-        "preprocessing_sha256": bundle.info["preprocessing_sha256"],
+        "preprocessing_sha256": bundle.manifest["preprocessing_sha256"],
     }
     assert document["request_id"] == answer.headers["X-Request-ID"]
     assert answer.headers["X-Model-Version"] == bundle.version
@@ -653,7 +653,7 @@ def test_the_model_is_described(client: FlaskClient, tiny_bundle: SimpleNamespac
     assert Preprocessing(**given).sha256() == model["preprocessing_sha256"]
     assert model["golden_difference"] <= model["tolerance"]
     assert model["card"] == (tiny_bundle.path / "README.md").read_text(encoding="utf-8")
-    assert model["metrics"] == bundle.info["metrics"]
+    assert model["metrics"] == bundle.manifest["metrics"]
 
 
 def test_health(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:

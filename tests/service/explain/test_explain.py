@@ -77,8 +77,8 @@ def make(tmp_path: Path) -> Callable[..., Bundle]:
         graph(tmp_path / GRAPH, weight=weight, bias=bias, relu=relu, bent=bent)
         save_file({"fc.weight": weight if in_bundle is None else in_bundle, "fc.bias": bias}, tmp_path / WEIGHTS)
         preprocessing = {"input_px": SIDE, "resize_px": SIDE, "mean": [0.5] * 3, "std": [0.25] * 3}
-        info = {"head": "fc", "temperature": TEMPERATURE, "classes": list(CLASSES), "preprocessing": preprocessing}
-        return Bundle(tmp_path, MappingProxyType(info | {"sha256": "0" * 64}))
+        manifest = {"head": "fc", "temperature": TEMPERATURE, "classes": list(CLASSES), "preprocessing": preprocessing}
+        return Bundle(tmp_path, MappingProxyType(manifest | {"sha256": "0" * 64}))
 
     return made
 
@@ -156,7 +156,7 @@ def test_exactness_is_checked_and_not_believed(make: Callable[..., Bundle], wron
     if wrong == "no weights":
         (bundle.path / WEIGHTS).unlink()
     if wrong == "shuffled":
-        bundle = replace(bundle, info={**bundle.info, "permute_pixels": 0})
+        bundle = replace(bundle, manifest={**bundle.manifest, "permute_pixels": 0})
     found = explain(bundle, "red")
     assert (found.method, found.forward_passes) == (OCCLUSION, PASSES)
     assert "was blurred" in found.sentence

@@ -387,7 +387,7 @@ def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to
         text = server.get("/compare").body.decode()
         assert "There is one model only." in text
         bundle = open_bundle(tiny_bundle.path)
-        name, config = bundle.name, bundle.info["provenance"]["config"]
+        name, config = bundle.name, bundle.manifest["provenance"]["config"]
         given = (
             f"--epochs {config['epochs']} --batch-size {config['batch_size']} --optimizer sgd --lr {config['lr']} --momentum"
             f" 0.9 --weight-decay {config['weight_decay']} --lr-schedule {config['lr_schedule']} --seed {config['seed']}"
@@ -427,7 +427,7 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
             page = server.get(path).body.decode()
             assert origin in page, path
             assert f'{models[0]}<span class="origin">, joined from {head.version}</span>' in page, path
-        assert server.get("/models").json()["models"][0]["joined_from"] == head.version
+        assert server.get("/models").json()["models"][0]["merged_from"] == head.version
         evaluated = read(tiny_bundle.predictions, "evaluation")
         assert server.get("/gallery/photos.json?source=evaluation").json()["total"] == len(evaluated)
 

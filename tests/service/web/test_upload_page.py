@@ -129,7 +129,8 @@ def test_a_file_name_is_text_and_nothing_else(app: Flask, photo: bytes) -> None:
 def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: Flask, photo: bytes) -> None:
     model = app.extensions["model"].get()
     names = [f"kind {i}" for i in range(25)]
-    many = dataclasses.replace(model, bundle=dataclasses.replace(model.bundle, info={**model.bundle.info, "classes": names}))
+    bundle = dataclasses.replace(model.bundle, manifest={**model.bundle.manifest, "classes": names})
+    many = dataclasses.replace(model, bundle=bundle)
     shares = np.arange(25, dtype=np.float32) / 300
     prepared = Prepared(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ("It has several frames.",))
     row = Prediction(Upload("a.gif", b""), Answer(prepared, shares, 0, 0, 0, 1))
