@@ -58,9 +58,9 @@ def main() -> None:
         began = time.perf_counter()
         predictions, _ = evaluate_folds(bundle.path, data, folds=args.folds, out=Path(folder) / "folds")
         seconds = time.perf_counter() - began
-    named = [predictions.photos[row] for row in rank_suspects(predictions)]
+    named = [predictions.image_names[row] for row in rank_suspects(predictions)]
     found = flipped & set(named)
-    wrong = {predictions.photos[row] for row in np.flatnonzero(~predictions.correct)}
+    wrong = {predictions.image_names[row] for row in np.flatnonzero(~predictions.correct)}
     first = len(flipped & set(named[: len(flipped)]))
     print(f"\n{len(flipped)} of {predictions.splits.count('train'):,} training labels flipped; {seconds:.0f} s for the folds")
     print(f"named: {len(named)}; of the flips {len(found)} are found, and {len(named) - len(found)} others are named")

@@ -157,7 +157,7 @@ def finish(
     temperature = fit_temperature(raw, labels.numpy())
     predictions = Predictions(
         classes=survey.dataset.classes,
-        photos=tuple(s.photo.name for s in photos),
+        image_names=tuple(s.photo.name for s in photos),
         labels=labels.numpy(),
         probabilities=apply_temperature(raw, temperature),
         splits=tuple(s.photo.split for s in photos),

@@ -51,10 +51,10 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
     """
     known = {name: Predictions.read_csv(bundle.path / PREDICTIONS) for name, bundle in bundles.items()}
     first = next(iter(known.values()))
-    shared = set.intersection(*(set(table.photos) for table in known.values()))
-    chosen = [i for i, photo in enumerate(first.photos) if photo in shared]
+    shared = set.intersection(*(set(table.image_names) for table in known.values()))
+    chosen = [i for i, photo in enumerate(first.image_names) if photo in shared]
     labels = first.labels[chosen]
-    paths = [data / first.photos[i] for i in chosen]
+    paths = [data / first.image_names[i] for i in chosen]
     precisions = {name: choose_precision(bundle).name for name, bundle in bundles.items()}
     times = time_in_turns(bundles, paths[:PHOTOS_A_ROUND], precisions)
     rows = []

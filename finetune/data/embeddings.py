@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finetune.data.duplicates import find_duplicates
 from finetune.data.inspection import Scan
-from models.artifacts.similarity import Duplicate, Lookalikes
+from models.artifacts.similarity import DuplicateRow, SimilarityIndex
 from models.networks.classifier import Classifier
 from models.networks.spec import ModelSpec
 
@@ -38,14 +38,14 @@ def watch_embeddings(classifier: Classifier, spec: ModelSpec) -> Iterator[list[N
 
 def find_lookalikes(
     sha256s: Sequence[str], embeddings: NDArray[np.floating[Any]], scans: Sequence[Scan], classes: Sequence[str]
-) -> Lookalikes:
+) -> SimilarityIndex:
     """What looks alike: ``embeddings`` (N, d) of the evaluated photos, and the duplicates among ``scans`` of more of them."""
     duplicates = [
-        Duplicate(number, s.photo.name, classes[s.photo.label], s.photo.split, s.sha256)
+        DuplicateRow(number, s.photo.name, classes[s.photo.label], s.photo.split, s.sha256)
         for number, group in enumerate(find_duplicates(scans), start=1)
         for s in group
     ]
-    return Lookalikes(tuple(sha256s), shrink(embeddings), tuple(duplicates))
+    return SimilarityIndex(tuple(sha256s), shrink(embeddings), tuple(duplicates))
 
 
 def shrink(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float16]:

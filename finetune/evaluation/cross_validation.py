@@ -82,7 +82,7 @@ def evaluate_folds(
     temperature = float(bundle.manifest["temperature"])
     predictions = Predictions(
         classes=bundle.classes,
-        photos=tuple(s.photo.name for s in scans),
+        image_names=tuple(s.photo.name for s in scans),
         labels=labels,
         probabilities=apply_temperature(raw, temperature),
         splits=tuple(s.photo.split for s in scans),
@@ -106,7 +106,7 @@ def evaluate_folds(
         split=SPLIT,
         temperature=temperature,
         folds=folds,
-        trained=trained,
+        fold_training=trained,
     )
     return predictions, metrics
 

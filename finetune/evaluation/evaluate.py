@@ -17,7 +17,7 @@ from finetune.io.array_store import ShardStore
 from finetune.io.output_folder import check_free
 from finetune.metrics.classification import format_summary
 from finetune.reports.results import write_results
-from models.artifacts.evaluation import MEASURED, write_evaluation
+from models.artifacts.evaluation import EVALUATED, write_evaluation
 from models.artifacts.label_issues import rank_suspects, suggested_labels
 from models.artifacts.paths import default_cache_dir
 from models.artifacts.predictions import Predictions
@@ -60,7 +60,7 @@ def evaluate_bundle(
     probabilities = np.stack([row for _, row, _ in good]).astype(np.float64)
     predictions = Predictions(
         classes=bundle.classes,
-        photos=tuple(s.photo.name for s, _, _ in good),
+        image_names=tuple(s.photo.name for s, _, _ in good),
         labels=np.array([s.photo.label for s, _, _ in good], dtype=np.int64),
         probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
         splits=tuple(s.photo.split for s, _, _ in good),
@@ -78,7 +78,7 @@ def evaluate_bundle(
         data_dir=data_dir,
         seed=seed,
     )
-    write_evaluation(out, bundle, kind=MEASURED, classes=bundle.classes, split=split, temperature=temperature)
+    write_evaluation(out, bundle, kind=EVALUATED, classes=bundle.classes, split=split, temperature=temperature)
     return metrics
 
 
@@ -137,9 +137,9 @@ def _run_folds(args: argparse.Namespace, out: Path) -> None:
     )
     print(format_summary(metrics))
     named, suggested = rank_suspects(predictions), suggested_labels(predictions)
-    print(f"\nProbably mislabelled, by out-of-fold prediction: {len(named):,} of {len(predictions.photos):,} photos")
+    print(f"\nProbably mislabelled, by out-of-fold prediction: {len(named):,} of {len(predictions.image_names):,} photos")
     for row in named[:SHOWN]:
         label, other = (predictions.classes[i] for i in (predictions.labels[row], suggested[row]))
-        print(f"  {predictions.photos[row]}: {label}, looks like {other}")
+        print(f"  {predictions.image_names[row]}: {label}, looks like {other}")
     if len(named) > SHOWN:
         print(f"  ... and {len(named) - SHOWN:,} more; the gallery shows them")

@@ -26,7 +26,7 @@ from models.artifacts.bundle import (
     preprocessing_fields,
     write_bundle,
 )
-from models.artifacts.similarity import LOOKALIKES
+from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError
 from models.networks.classifier import Classifier
 from models.networks.onnx_export import OUTPUTS, PIXELS, export_serving_graph
@@ -85,7 +85,7 @@ def export_bundle(
             write_tensors(folder / WEIGHTS, classifier.net.state_dict())
             if (results / PLOTS).is_dir():
                 shutil.copytree(results / PLOTS, folder / PLOTS)
-        for name in (PREDICTIONS, *LOOKALIKES):
+        for name in (PREDICTIONS, *SIMILARITY_FILES):
             shutil.copyfile(results / name, folder / name)
         write_card(folder / MODEL_CARD, manifest)
 

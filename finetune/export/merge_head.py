@@ -20,7 +20,7 @@ from models.artifacts.bundle import (
     write_bundle,
 )
 from models.artifacts.paths import merged_dir
-from models.artifacts.similarity import LOOKALIKES
+from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError
 from models.runtime.openvino_engine import OnnxEngine
 
@@ -56,8 +56,8 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
         engine = OnnxEngine(folder / GRAPH, outputs=["probabilities"])
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())
-        older = [name for name in LOOKALIKES if name not in bundle.manifest["files"]]
-        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, *LOOKALIKES} - set(older):
+        older = [name for name in SIMILARITY_FILES if name not in bundle.manifest["files"]]
+        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, *SIMILARITY_FILES} - set(older):
             shutil.copyfile(bundle.path / name, folder / name)
 
     kept = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from finetune.metrics.bootstrap import mean_interval
 from finetune.metrics.reliability import BINS, calibration_error
 from finetune.metrics.roc import roc_auc
-from models.artifacts.predictions import check_probabilities, count_confusions, cross_entropy
+from models.artifacts.predictions import check_probabilities, confusion_counts, cross_entropy
 from models.artifacts.statistics import wilson
 
 MANY_CLASSES = 10
@@ -36,7 +36,7 @@ def evaluate(
     check_probabilities(labels, probabilities, len(classes))
     if not len(labels):
         raise ValueError("No photos arrived; at least one was wanted.")
-    counts = count_confusions(labels, probabilities.argmax(axis=1), len(classes))
+    counts = confusion_counts(labels, probabilities.argmax(axis=1), len(classes))
     notes: list[str] = []
     metrics: dict[str, Any] = {
         "photos": len(labels),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.reports import image_sheets, plots
 from finetune.reports.reliability_diagram import reliability_diagram
-from models.artifacts.predictions import Predictions, check_probabilities, count_confusions
+from models.artifacts.predictions import Predictions, check_probabilities, confusion_counts
 
 CLASSES_WITH_PHOTOS = 20
 LONGEST_SLUG = 40
@@ -36,7 +36,7 @@ def write_plots(
     ``uncalibrated`` (N, C) are the probabilities before temperature scaling. Raises ValueError for shapes that do not
     fit, and where there are no photos.
     """
-    if not predictions.photos:
+    if not predictions.image_names:
         raise ValueError("No photos arrived; at least one was wanted.")
     if uncalibrated is not None:
         check_probabilities(predictions.labels, uncalibrated, len(predictions.classes))
@@ -45,7 +45,7 @@ def write_plots(
     with plots.calm_style():
         if history:
             written.append(plots.learning_curves(history, out_dir / "learning_curves.png"))
-        counts = count_confusions(predictions.labels, predictions.predicted, len(classes))
+        counts = confusion_counts(predictions.labels, predictions.predicted, len(classes))
         written.append(plots.confusion_matrix(counts, classes, out_dir / "confusion_matrix.png"))
         path = out_dir / "reliability.png"
         written.append(reliability_diagram(predictions.labels, predictions.probabilities, uncalibrated, path, seed=seed))

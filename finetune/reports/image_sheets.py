@@ -62,7 +62,7 @@ def photo_sheet(predictions: Predictions, indices: NDArray[np.intp], title: str,
     for place, index in enumerate(indices.tolist()):
         left = GAP_PX + place % columns * (TILE_PX + GAP_PX)
         top = HEADER_PX + place // columns * (TILE_PX + CAPTION_PX)
-        tile, trouble = _tile(data_dir / predictions.photos[index], BLUE if predictions.correct[index] else ORANGE)
+        tile, trouble = _tile(data_dir / predictions.image_names[index], BLUE if predictions.correct[index] else ORANGE)
         sheet.paste(tile, (left, top))
         middle = left + TILE_PX / 2
         write(middle, top + TILE_PX / 2, trouble, ha="center", va="center")
@@ -75,7 +75,7 @@ def _caption(predictions: Predictions, index: int) -> str:
     true, predicted = predictions.labels[index], predictions.predicted[index]
     p_true = predictions.probabilities[index, true]
     shown = f"{p_true:.3f}" if p_true >= 0.001 else f"{p_true:.0e}"
-    file = printable(PurePosixPath(predictions.photos[index]).name, 32)
+    file = printable(PurePosixPath(predictions.image_names[index]).name, 32)
     names = [printable(predictions.classes[k], 22) for k in (predicted, true)]
     return f"{file}\npredicted {names[0]}\np({names[1]}) = {shown}"
 

@@ -13,7 +13,7 @@ from finetune.metrics.classification import evaluate
 from finetune.reports.figures import write_plots
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.predictions import Predictions
-from models.artifacts.similarity import Lookalikes
+from models.artifacts.similarity import SimilarityIndex
 
 METRICS, PREDICTIONS, PLOTS = "metrics.json", "predictions.csv", "plots"
 
@@ -22,7 +22,7 @@ def write_results(
     folder: Path,
     predictions: Predictions,
     *,
-    lookalikes: Lookalikes,
+    lookalikes: SimilarityIndex,
     uncalibrated: NDArray[Any],
     temperature: float,
     data_dir: Path,

@@ -16,17 +16,17 @@ from typing import Any
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.bundle import MANIFEST, PREDICTIONS, Bundle, check_file, hash_files, manifest_sha256, open_bundle
 from models.artifacts.predictions import Predictions
-from models.artifacts.similarity import LOOKALIKES, Lookalikes
+from models.artifacts.similarity import SIMILARITY_FILES, SimilarityIndex
 from models.errors import BundleError
 
 FORMAT_VERSION = 1
 EVALUATION = "evaluation.json"
-BUNDLE, MEASURED, OUT_OF_FOLD = "bundle", "evaluation", "out-of-fold"
-TABLES = (PREDICTIONS, *LOOKALIKES)
+BUNDLE_KIND, EVALUATED, OUT_OF_FOLD = "bundle", "evaluation", "out-of-fold"
+DATA_FILES = (PREDICTIONS, *SIMILARITY_FILES)
 
 
 @dataclass(frozen=True)
-class Results:
+class PredictionSource:
     """The predictions of a bundle or an evaluation, opened and checked.
 
     ``kind`` is "bundle" (its validation photos), "evaluation" (other photos) or "out-of-fold" (every photo by a head that was
@@ -50,12 +50,12 @@ class Results:
         """Read the table. Raises BundleError where it is missing or malformed."""
         return Predictions.read_csv(self.path / PREDICTIONS)
 
-    def lookalikes(self) -> Lookalikes:
+    def similarity(self) -> SimilarityIndex:
         """Read what looks alike; empty where an older version wrote none. Raises BundleError for what is malformed."""
-        return Lookalikes.read(self.path)
+        return SimilarityIndex.read(self.path)
 
 
-def open_results(path: Path) -> Results:
+def open_predictions(path: Path) -> PredictionSource:
     """Open a bundle's or an evaluation's folder and check its tables. Raises BundleError for neither, and for changed files."""
     if (path / MANIFEST).is_file():
         return _of_bundle(path)
@@ -76,9 +76,9 @@ def write_evaluation(
     split: str,
     temperature: float,
     folds: int | None = None,
-    trained: Mapping[str, Any] | None = None,
+    fold_training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Say in ``folder``, beside tables that are there already, what they are; ``trained`` is how the heads of folds were.
+    """Say in ``folder``, beside tables that are there already, what they are; ``fold_training`` is how the heads of folds were.
 
     The sha256 is of all but the time, so that measuring the same again gives the same one.
     """
@@ -91,22 +91,22 @@ def write_evaluation(
         "classes": list(classes),
         "split": split,
         "folds": folds,
-        "trained": None if trained is None else dict(trained),
+        "fold_training": None if fold_training is None else dict(fold_training),
         "temperature": temperature,
-        "files": {name: files[name] for name in TABLES},
+        "files": {name: files[name] for name in DATA_FILES},
     }
     info = {**info, "sha256": manifest_sha256(info), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     atomic_write_text(folder / EVALUATION, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
-def _of_bundle(path: Path) -> Results:
+def _of_bundle(path: Path) -> PredictionSource:
     bundle = open_bundle(path, files=())
-    open_bundle(path, files=[PREDICTIONS, *(name for name in LOOKALIKES if name in bundle.manifest["files"])])
-    return Results(
+    open_bundle(path, files=[PREDICTIONS, *(name for name in SIMILARITY_FILES if name in bundle.manifest["files"])])
+    return PredictionSource(
         path=path,
         name=bundle.name,
         version=bundle.version,
-        kind=BUNDLE,
+        kind=BUNDLE_KIND,
         classes=bundle.classes,
         backbone=bundle.backbone,
         bundle_version=bundle.version,
@@ -115,7 +115,7 @@ def _of_bundle(path: Path) -> Results:
     )
 
 
-def _of_evaluation(path: Path) -> Results:
+def _of_evaluation(path: Path) -> PredictionSource:
     file = path / EVALUATION
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
@@ -123,7 +123,7 @@ def _of_evaluation(path: Path) -> Results:
             raise BundleError(f"{file} has format {info['format']}, and this version reads up to {FORMAT_VERSION}; upgrade it.")
         if info["sha256"] != manifest_sha256({key: value for key, value in info.items() if key != "created"}):
             raise BundleError(f"{file} was changed after it was written; evaluate again.")
-        results = Results(
+        results = PredictionSource(
             path=path,
             name=str(info["bundle"]["name"]),
             version=str(info["sha256"])[:12],
@@ -138,6 +138,6 @@ def _of_evaluation(path: Path) -> Results:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{file} cannot be read as an evaluation ({error!r}); evaluate again.") from None
-    for name in TABLES:
+    for name in DATA_FILES:
         check_file(path, name, info["files"])
     return results

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from models.artifacts.atomic_io import atomic_write
 from models.errors import BundleError
 
-SMALLEST_PROBABILITY = 1e-12
+MIN_PROBABILITY = 1e-12
 SUM_TOLERANCE = 1e-3  # half precision on some runtimes misses 1 by this much
-BEFORE = ["photo", "label", "predicted"]
-AFTER = ["loss", "split", "sha256"]
+LEADING_COLUMNS = ["photo", "label", "predicted"]
+TRAILING_COLUMNS = ["loss", "split", "sha256"]
 
 
 def cross_entropy(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -26,10 +26,10 @@ def cross_entropy(labels: NDArray[np.int64], probabilities: NDArray[np.float64])
     Takes labels (N,) and probabilities (N, C); returns (N,).
     """
     true = probabilities[np.arange(len(labels)), labels]
-    return -np.log(np.clip(true, SMALLEST_PROBABILITY, 1.0)) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return -np.log(np.clip(true, MIN_PROBABILITY, 1.0)) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
-def count_confusions(labels: NDArray[np.int64], predicted: NDArray[np.int64], class_count: int) -> NDArray[np.int64]:
+def confusion_counts(labels: NDArray[np.int64], predicted: NDArray[np.int64], class_count: int) -> NDArray[np.int64]:
     """How many photos of each true class (rows) were predicted as each class (columns): (class_count, class_count).
 
     As scikit-learn's confusion_matrix, which however warns where there is one class only.
@@ -62,13 +62,13 @@ def _no_distribution(probabilities: NDArray[np.float64]) -> NDArray[np.intp]:
 class Predictions:
     """The class probabilities of N photos, beside what the photos are.
 
-    ``photos`` are POSIX paths relative to the data folder ("valid/cats/cat.1.jpg"); ``labels`` (N,) index ``classes``;
+    ``image_names`` are POSIX paths relative to the data folder ("valid/cats/cat.1.jpg"); ``labels`` (N,) index ``classes``;
     ``probabilities`` is (N, C); ``splits`` and ``sha256s`` hold one text for each photo. Raises ValueError where
     lengths, shapes or values do not fit together.
     """
 
     classes: tuple[str, ...]
-    photos: tuple[str, ...]
+    image_names: tuple[str, ...]
     labels: NDArray[np.int64]
     probabilities: NDArray[np.float64]
     splits: tuple[str, ...]
@@ -77,9 +77,9 @@ class Predictions:
     def __post_init__(self) -> None:
         if not self.classes or len(set(self.classes)) != len(self.classes):
             raise ValueError(f"Classes {self.classes} arrived; at least one was wanted, each with its own name.")
-        if len({len(self.photos), len(self.labels), len(self.splits), len(self.sha256s)}) != 1:
+        if len({len(self.image_names), len(self.labels), len(self.splits), len(self.sha256s)}) != 1:
             raise ValueError(
-                f"{len(self.photos)} photos, {len(self.labels)} labels, {len(self.splits)} splits and "
+                f"{len(self.image_names)} photos, {len(self.labels)} labels, {len(self.splits)} splits and "
                 f"{len(self.sha256s)} sha256s arrived; one of each for each photo was wanted."
             )
         check_probabilities(self.labels, self.probabilities, len(self.classes))
@@ -113,8 +113,8 @@ class Predictions:
         # surrogateescape: on Linux a file's name can be bytes that are no UTF-8
         with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*BEFORE, *(f"p_{name}" for name in self.classes), *AFTER])
-            for i, photo in enumerate(self.photos):
+            writer.writerow([*LEADING_COLUMNS, *(f"p_{name}" for name in self.classes), *TRAILING_COLUMNS])
+            for i, photo in enumerate(self.image_names):
                 numbers = [f"{probability:.9g}" for probability in self.probabilities[i]]
                 names = [self.classes[self.labels[i]], self.classes[predicted[i]]]
                 writer.writerow([photo, *names, *numbers, f"{losses[i]:.9g}", self.splits[i], self.sha256s[i]])
@@ -136,14 +136,14 @@ class Predictions:
         probabilities = np.zeros((len(rows), len(classes)))
         for i, row in enumerate(rows):
             labels[i], probabilities[i] = _parse(row, header, classes, f"{path}, row {i + 2}")
-        photos, splits, sha256s = (tuple(row[column] for row in rows) for column in (0, -2, -1))
-        return cls(classes, photos, labels, probabilities, splits, sha256s)
+        image_names, splits, sha256s = (tuple(row[column] for row in rows) for column in (0, -2, -1))
+        return cls(classes, image_names, labels, probabilities, splits, sha256s)
 
 
 def _classes_of(header: Sequence[str], path: Path) -> tuple[str, ...]:
-    middle = header[len(BEFORE) : -len(AFTER)]
+    middle = header[len(LEADING_COLUMNS) : -len(TRAILING_COLUMNS)]
     named = bool(middle) and all(name.startswith("p_") for name in middle) and len(set(middle)) == len(middle)
-    if not named or header[: len(BEFORE)] != BEFORE or header[-len(AFTER) :] != AFTER:
+    if not named or header[: len(LEADING_COLUMNS)] != LEADING_COLUMNS or header[-len(TRAILING_COLUMNS) :] != TRAILING_COLUMNS:
         raise BundleError(
             f"{path}, row 1 has the columns {','.join(header)!r}; photo,label,predicted,p_<class>...,loss,split,sha256 "
             "were wanted, one p_ column for each class; evaluate again to write the file anew."
@@ -159,7 +159,7 @@ def _parse(row: Sequence[str], header: Sequence[str], classes: Sequence[str], pl
         raise BundleError(f"{place} has {len(row)} columns, up to {last!r}, not the header's {len(header)}; {again}")
     if row[1] not in classes:
         raise BundleError(f"{place}, column 'label' is {row[1]!r}, but there is no column 'p_{row[1]}'; {again}")
-    columns = slice(len(BEFORE), -len(AFTER))
+    columns = slice(len(LEADING_COLUMNS), -len(TRAILING_COLUMNS))
     numbers = [_number(text) for text in row[columns]]
     for name, text, number in zip(header[columns], row[columns], numbers, strict=True):
         if not 0.0 <= number <= 1.0 + SUM_TOLERANCE:

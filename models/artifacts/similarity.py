@@ -19,12 +19,12 @@ from models.artifacts.atomic_io import atomic_write
 from models.errors import BundleError
 
 EMBEDDINGS, DUPLICATES = "embeddings.npz", "duplicates.csv"
-LOOKALIKES = (EMBEDDINGS, DUPLICATES)
+SIMILARITY_FILES = (EMBEDDINGS, DUPLICATES)
 AGAIN = "evaluate again to write the file anew."
 
 
 @dataclass(frozen=True)
-class Duplicate:
+class DuplicateRow:
     """A photo of a group that is the same to the byte or to the eye; ``group`` counts from 1, ``label`` is a class's name."""
 
     group: int
@@ -34,11 +34,11 @@ class Duplicate:
     sha256: str
 
 
-COLUMNS = [field.name for field in fields(Duplicate)]
+COLUMNS = [field.name for field in fields(DuplicateRow)]
 
 
 @dataclass(frozen=True, eq=False)
-class Lookalikes:
+class SimilarityIndex:
     """``embeddings`` (N, d) float16 of unit length, a row for each of ``sha256s``, in the order of predictions.csv.
 
     ``duplicates`` are photos of the whole dataset, a group's one after another. Raises ValueError where lengths do not fit.
@@ -46,7 +46,7 @@ class Lookalikes:
 
     sha256s: tuple[str, ...]
     embeddings: NDArray[np.float16]
-    duplicates: tuple[Duplicate, ...] = ()
+    duplicates: tuple[DuplicateRow, ...] = ()
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or len(self.embeddings) != len(self.sha256s):
@@ -55,11 +55,11 @@ class Lookalikes:
             )
 
     @classmethod
-    def none(cls) -> Lookalikes:
+    def empty(cls) -> SimilarityIndex:
         return cls((), np.zeros((0, 1), dtype=np.float16))
 
     @classmethod
-    def read(cls, folder: Path) -> Lookalikes:
+    def read(cls, folder: Path) -> SimilarityIndex:
         """Read both files of a bundle or an evaluation; a missing one is empty. Raises BundleError for a malformed one."""
         sha256s, embeddings = _read_embeddings(folder / EMBEDDINGS)
         return cls(sha256s, embeddings, _read_duplicates(folder / DUPLICATES))
@@ -90,7 +90,7 @@ class Lookalikes:
         ordered = sorted(chosen.tolist(), key=lambda other: (-similarity[other], other))
         return [(other, float(similarity[other])) for other in ordered]
 
-    def group_of(self, name: str) -> tuple[Duplicate, ...]:
+    def duplicates_of(self, name: str) -> tuple[DuplicateRow, ...]:
         """The photos that are the same as the one with this sha256 or name, itself among them; nothing if there are none."""
         return self._groups[self._group_by_name[name]] if name in self._group_by_name else ()
 
@@ -99,8 +99,8 @@ class Lookalikes:
         return self.embeddings.astype(np.float32)
 
     @cached_property
-    def _groups(self) -> dict[int, tuple[Duplicate, ...]]:
-        groups: dict[int, list[Duplicate]] = {}
+    def _groups(self) -> dict[int, tuple[DuplicateRow, ...]]:
+        groups: dict[int, list[DuplicateRow]] = {}
         for duplicate in self.duplicates:
             groups.setdefault(duplicate.group, []).append(duplicate)
         return {group: tuple(members) for group, members in groups.items()}
@@ -112,7 +112,7 @@ class Lookalikes:
 
 def _read_embeddings(path: Path) -> tuple[tuple[str, ...], NDArray[np.float16]]:
     if not path.is_file():
-        return (), Lookalikes.none().embeddings
+        return (), SimilarityIndex.empty().embeddings
     try:
         if not zipfile.is_zipfile(path):  # numpy would leave a part of one open
             raise ValueError("it is no archive")
@@ -127,7 +127,7 @@ def _read_embeddings(path: Path) -> tuple[tuple[str, ...], NDArray[np.float16]]:
         raise BundleError(f"{path} cannot be read as embeddings of photos ({reason}); {AGAIN}") from None
 
 
-def _read_duplicates(path: Path) -> tuple[Duplicate, ...]:
+def _read_duplicates(path: Path) -> tuple[DuplicateRow, ...]:
     if not path.is_file():
         return ()
     try:
@@ -140,7 +140,7 @@ def _read_duplicates(path: Path) -> tuple[Duplicate, ...]:
     return tuple(_parse(row, f"{path}, row {number}") for number, row in enumerate(rows, start=2))
 
 
-def _parse(row: Sequence[str], place: str) -> Duplicate:
+def _parse(row: Sequence[str], place: str) -> DuplicateRow:
     if len(row) != len(COLUMNS) or not row[0].isdecimal():
         raise BundleError(f"{place} is {','.join(row)!r}; a group's number and {len(COLUMNS) - 1} texts were wanted; {AGAIN}")
-    return Duplicate(int(row[0]), *row[1:])
+    return DuplicateRow(int(row[0]), *row[1:])

@@ -136,7 +136,7 @@ def import_table(connection: Connection, model_id: int, table: Table) -> int:
     said = table.predictions
     known = {tuple(row): id_ for id_, *row in connection.execute(_photos_of(model_id))}
     new, suspected = [], []
-    for i, photo in enumerate(zip(map(storable, said.photos), said.sha256s, strict=True)):
+    for i, photo in enumerate(zip(map(storable, said.image_names), said.sha256s, strict=True)):
         if photo not in known:
             known[photo] = 0
             new.append(i)
@@ -197,7 +197,7 @@ def _rows(
         yield {
             "model_id": model_id,
             "cell_id": places.at(place),
-            "photo": storable(said.photos[i]),
+            "photo": storable(said.image_names[i]),
             "sha256": sha256,
             "loss": float(losses[i]),
             "confidence": float(confidence[i]),

@@ -14,10 +14,10 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from models.artifacts.bundle import MANIFEST, Bundle, open_bundle
-from models.artifacts.evaluation import OUT_OF_FOLD, Results, open_results
+from models.artifacts.evaluation import OUT_OF_FOLD, PredictionSource, open_predictions
 from models.artifacts.label_issues import suspects
 from models.artifacts.paths import default_data_dir, resolve_bundle
-from models.artifacts.similarity import Lookalikes
+from models.artifacts.similarity import SimilarityIndex
 from models.errors import UserError
 from service.db.connection import Database
 from service.db.ingest import Table, import_table, is_imported, know_model, touch
@@ -38,8 +38,8 @@ class Gallery:
         self._database: Database | None = None
         self._error: str | None = None
         self._lock = threading.Lock()
-        self._results: dict[str, list[Results]] = {}  # by the version of the bundle that they are of
-        self._lookalikes: dict[str, Lookalikes] = {}
+        self._results: dict[str, list[PredictionSource]] = {}  # by the version of the bundle that they are of
+        self._lookalikes: dict[str, SimilarityIndex] = {}
         self._wholes: dict[str, str] = {}  # a head-only bundle's version -> that of the whole one, which stands for both
         self.version: str | None = None
 
@@ -75,12 +75,12 @@ class Gallery:
         """The models that the database knows, the one seen last first; each once, also one that serves joined with its base."""
         return [model for model in known_models(connection) if model.version not in self._wholes]
 
-    def lookalikes(self, version: str) -> list[Lookalikes]:
+    def lookalikes(self, version: str) -> list[SimilarityIndex]:
         """The embeddings and duplicates of a model's evaluations, as far as they are on this machine."""
         found = []
         for results in self._results.get(version, []):
             if results.version not in self._lookalikes:
-                self._lookalikes[results.version] = results.lookalikes()
+                self._lookalikes[results.version] = results.similarity()
             found.append(self._lookalikes[results.version])
         return found
 
@@ -107,7 +107,7 @@ class Gallery:
         """Import a bundle's or an evaluation's predictions, if that was not done; one that is broken is logged and left out."""
         assert self._database is not None
         try:
-            results = open_results(path)
+            results = open_predictions(path)
             version = self._wholes.get(results.bundle_version, results.bundle_version)
             results = dataclasses.replace(results, bundle_version=version)
             of_model = self._results.setdefault(results.bundle_version, [])
@@ -155,11 +155,11 @@ def _joined(bundle: Bundle) -> dict[str, str]:
     return {bundle.merged_from: bundle.version} if bundle.merged_from else {}
 
 
-def _table(results: Results) -> Table:
+def _table(results: PredictionSource) -> Table:
     predictions = results.predictions()
-    lookalikes = results.lookalikes()
+    lookalikes = results.similarity()
     duplicate = [
-        len({other.label for other in lookalikes.group_of(sha256)} | {predictions.classes[label]}) > 1
+        len({other.label for other in lookalikes.duplicates_of(sha256)} | {predictions.classes[label]}) > 1
         for sha256, label in zip(predictions.sha256s, predictions.labels, strict=True)
     ]
     return Table(

@@ -10,7 +10,7 @@ from typing import Any
 
 from flask import Blueprint, Response, current_app, request, url_for
 
-from models.artifacts.similarity import Duplicate
+from models.artifacts.similarity import DuplicateRow
 from service.db.filter import Filter, sentence
 from service.db.ingest import storable
 from service.db.query import Listing, Photo
@@ -169,9 +169,9 @@ def _neighbours(found: Listing, this: Photo) -> list[Alike]:
 
 def _duplicates(found: Listing, this: Photo) -> list[Alike]:
     """Photos of the dataset that are the same to the byte or to the eye, in whatever split."""
-    groups: dict[str, Duplicate] = {}
+    groups: dict[str, DuplicateRow] = {}
     for table in gallery().lookalikes(found.model.version):
-        groups |= {other.photo: other for other in table.group_of(this.sha256) if storable(other.photo) != this.photo}
+        groups |= {other.photo: other for other in table.duplicates_of(this.sha256) if storable(other.photo) != this.photo}
     return [
         Alike(name, other.sha256, other.label, other.split, None, _evaluated(found, name, other.sha256))
         for other in groups.values()

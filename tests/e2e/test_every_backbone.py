@@ -104,7 +104,7 @@ def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: P
 
     told = Predictions.read_csv(tmp_path / "evaluation" / "predictions.csv")
     with serve(bundle.path, max_batch=1, cpus=1) as server:
-        for photo, expected in zip(told.photos, told.probabilities, strict=True):
+        for photo, expected in zip(told.image_names, told.probabilities, strict=True):
             reply = server.post((photos / photo).read_bytes())
             assert reply.status == 200
             document = reply.json()

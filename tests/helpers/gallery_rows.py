@@ -84,7 +84,7 @@ def enter(
     path = folder / f"{version}-{source}-{seed}.csv"
     said.write_csv(path)
     rng = random.Random(seed)
-    flags = [(rng.random() < 0.1, rng.random() < 0.2) for _ in said.photos]
+    flags = [(rng.random() < 0.1, rng.random() < 0.2) for _ in said.image_names]
     duplicate, mislabelled = (np.array([row[i] for row in flags], dtype=np.bool_) for i in (0, 1))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with database.write() as connection:

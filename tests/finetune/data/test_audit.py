@@ -117,7 +117,7 @@ def _as_png(source: Path, target: Path) -> None:
     Image.open(source).save(target.with_suffix(".png"))
 
 
-LOOKALIKES = [_copy, _encode_again, _shrink, _as_png]
+SIMILARITY_FILES = [_copy, _encode_again, _shrink, _as_png]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder) -
     return photo_folder(tmp_path_factory.mktemp("drawn"), train=6, valid=3)
 
 
-@pytest.mark.parametrize("make", LOOKALIKES)
+@pytest.mark.parametrize("make", SIMILARITY_FILES)
 @pytest.mark.parametrize(
     ("target", "kinds"),
     [
@@ -264,7 +264,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -
     return start
 
 
-@pytest.mark.parametrize("make", LOOKALIKES)
+@pytest.mark.parametrize("make", SIMILARITY_FILES)
 def test_leakage_stops_training_until_it_is_allowed(tmp_path: Path, drawn: Path, train: Any, make: Any) -> None:
     data = Path(shutil.copytree(drawn, tmp_path / "data"))
     make(data / "train/cats/cats.0001.jpg", data / "valid/cats/z.jpg")

@@ -421,7 +421,7 @@ def test_a_further_folder_that_does_not_fit_is_refused(tmp_path: Path, train: Ca
 def test_every_photo_is_answered_by_a_head_that_did_not_see_it(
     data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]], tiny_weights: Path
 ) -> None:
-    from models.artifacts.evaluation import open_results
+    from models.artifacts.evaluation import open_predictions
 
     wrong = data / "train" / "red" / "blue.jpg"
     (data / "train" / "blue" / "blue.003.jpg").rename(wrong)
@@ -432,24 +432,24 @@ def test_every_photo_is_answered_by_a_head_that_did_not_see_it(
     code, said, err = finetune("evaluate", *flags, "--output-dir", out)
     assert (code, err) == (0, "")
     assert "train/red/blue.jpg: red, looks like blue" in said
-    results = open_results(out)
+    results = open_predictions(out)
     assert (results.kind, results.folds, results.split) == ("out-of-fold", 3, "train and valid")
-    predictions, lookalikes = results.predictions(), results.lookalikes()
+    predictions, similarity = results.predictions(), results.similarity()
     names = {path.relative_to(data).as_posix() for path in data.rglob("*.jpg")}
-    assert set(predictions.photos) == names
-    assert all(name.startswith(f"{split}/") for name, split in zip(predictions.photos, predictions.splits, strict=True))
-    assert lookalikes.sha256s == predictions.sha256s
-    assert len(lookalikes.group_of("train/blue/again.jpg")) == 2
-    row = predictions.photos.index("train/red/blue.jpg")
+    assert set(predictions.image_names) == names
+    assert all(name.startswith(f"{split}/") for name, split in zip(predictions.image_names, predictions.splits, strict=True))
+    assert similarity.sha256s == predictions.sha256s
+    assert len(similarity.duplicates_of("train/blue/again.jpg")) == 2
+    row = predictions.image_names.index("train/red/blue.jpg")
     assert predictions.classes[predictions.predicted[row]] == "blue"
-    assert {predictions.photos[other].split("/")[1] for other, _ in lookalikes.nearest(row, 3)} == {"blue"}
+    assert {predictions.image_names[other].split("/")[1] for other, _ in similarity.nearest(row, 3)} == {"blue"}
     assert (out / "metrics.json").is_file()
     assert results.bundle_version == open_bundle(bundle).version
 
     file = table(review(wrong, new_label="blue"), path=tmp_path / "reviews.csv")
     assert finetune("evaluate", *flags, "--output-dir", tmp_path / "again", "--reviews", file)[0] == 0
-    corrected = open_results(tmp_path / "again").predictions()
-    assert corrected.classes[corrected.labels[corrected.photos.index("train/red/blue.jpg")]] == "blue"
+    corrected = open_predictions(tmp_path / "again").predictions()
+    assert corrected.classes[corrected.labels[corrected.image_names.index("train/red/blue.jpg")]] == "blue"
 
 
 def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def some_predictions(classes: tuple[str, ...], p_true: list[float], *, repeat: i
 
 
 def save_photos(predictions: Predictions, data_dir: Path) -> None:
-    for photo in predictions.photos:
+    for photo in predictions.image_names:
         (data_dir / photo).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), "green").save(data_dir / photo)
 
@@ -95,7 +95,7 @@ def test_a_class_with_nothing_to_show_gets_no_sheet(tmp_path: Path) -> None:
     chosen = predictions.labels < 2
     fewer = Predictions(
         predictions.classes,
-        predictions.photos[:2],
+        predictions.image_names[:2],
         predictions.labels[chosen],
         predictions.probabilities[chosen],
         predictions.splits[:2],
@@ -135,7 +135,7 @@ def test_only_the_photos_that_are_shown_are_decoded(tmp_path: Path, monkeypatch:
 def test_photos_are_shown_and_missing_or_damaged_ones_are_grey(tmp_path: Path) -> None:
     predictions = some_predictions(("cats", "dogs"), [0.9, 0.9])
     save_photos(predictions, tmp_path / "data")
-    gone, damaged, folder, whole = (tmp_path / "data" / photo for photo in predictions.photos)
+    gone, damaged, folder, whole = (tmp_path / "data" / photo for photo in predictions.image_names)
     gone.unlink()
     damaged.write_bytes(whole.read_bytes()[:200])
     folder.unlink()
@@ -190,7 +190,7 @@ def test_names_in_any_script_are_drawn_without_a_warning_and_stay_in_the_folder(
     names = ("猫", "कुत्ता", "قط", "$5_{x$", "\udc80\x00\n", "../../up", "x" * 300, "", "🐈")
     plain = some_predictions(names, [0.2])
     photos = tuple(f"valid/{name}.jpg" for name in names)
-    odd = dataclasses.replace(plain, photos=photos)
+    odd = dataclasses.replace(plain, image_names=photos)
     assert len(plots_of(tmp_path / "out", odd, tmp_path / "data")) == 2 + 2 * len(names)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -16,7 +16,7 @@ def some_predictions(**changes: object) -> Predictions:
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]], dtype=np.float32).astype(np.float64)
     fields = {
         "classes": ("cats", "dogs"),
-        "photos": ("valid/cats/cat.1.jpg", "valid/dogs/dog.1.jpg", "valid/cats/cat.2.jpg"),
+        "image_names": ("valid/cats/cat.1.jpg", "valid/dogs/dog.1.jpg", "valid/cats/cat.2.jpg"),
         "labels": np.array([0, 1, 0]),
         "probabilities": probabilities,
         "splits": ("valid", "valid", "test"),
@@ -73,11 +73,11 @@ def test_csv_columns_are_what_other_tools_expect(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a,b", 'say "cat"', "猫", "p_", " cats ", "two\nlines", "=1+1", "é;\t'"])
 def test_odd_class_and_file_names_survive(tmp_path: Path, name: str) -> None:
-    photos = (f"valid/{name}/1.jpg", "x", os.fsdecode(b"valid/\xff.jpg"))
-    predictions = some_predictions(classes=(name, "dogs"), photos=photos)
+    image_names = (f"valid/{name}/1.jpg", "x", os.fsdecode(b"valid/\xff.jpg"))
+    predictions = some_predictions(classes=(name, "dogs"), image_names=image_names)
     predictions.write_csv(tmp_path / "p.csv")
     again = Predictions.read_csv(tmp_path / "p.csv")
-    assert (again.classes, again.photos, again.labels.tolist()) == ((name, "dogs"), photos, [0, 1, 0])
+    assert (again.classes, again.image_names, again.labels.tolist()) == ((name, "dogs"), image_names, [0, 1, 0])
 
 
 def test_csv_saved_by_a_spreadsheet_is_read(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: bytes | Non
 @pytest.mark.parametrize(
     "changes",
     [
-        {"photos": ("only one",)},
+        {"image_names": ("only one",)},
         {"splits": ("valid",) * 4},
         {"labels": np.array([0, 1])},
         {"labels": np.array([[0, 1, 0]]).T},

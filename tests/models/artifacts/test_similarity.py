@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 
 from finetune.data.embeddings import shrink
-from models.artifacts.similarity import DUPLICATES, EMBEDDINGS, Duplicate, Lookalikes
+from models.artifacts.similarity import DUPLICATES, EMBEDDINGS, DuplicateRow, SimilarityIndex
 from models.errors import BundleError
 
 
-def some_lookalikes() -> Lookalikes:
+def some_lookalikes() -> SimilarityIndex:
     angles = np.array([0.0, 0.1, 1.0, 3.0])
-    return Lookalikes(
+    return SimilarityIndex(
         tuple(letter * 64 for letter in "abcd"),
         np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16),
         (
-            Duplicate(1, "train/cats/1.jpg", "cats", "train", "a" * 64),
-            Duplicate(1, "valid/dogs/1, or so.jpg", "dogs", "valid", "e" * 64),
-            Duplicate(2, "train/cats/2.jpg", "cats", "train", "f" * 64),
-            Duplicate(2, "train/cats/3.jpg", "cats", "train", "f" * 64),
+            DuplicateRow(1, "train/cats/1.jpg", "cats", "train", "a" * 64),
+            DuplicateRow(1, "valid/dogs/1, or so.jpg", "dogs", "valid", "e" * 64),
+            DuplicateRow(2, "train/cats/2.jpg", "cats", "train", "f" * 64),
+            DuplicateRow(2, "train/cats/3.jpg", "cats", "train", "f" * 64),
         ),
     )
 
@@ -27,7 +27,7 @@ def some_lookalikes() -> Lookalikes:
 def test_both_files_bring_everything_back(tmp_path: Path) -> None:
     wanted = some_lookalikes()
     wanted.write(tmp_path)
-    again = Lookalikes.read(tmp_path)
+    again = SimilarityIndex.read(tmp_path)
     assert again.sha256s == wanted.sha256s
     np.testing.assert_array_equal(again.embeddings, wanted.embeddings)
     assert again.duplicates == wanted.duplicates
@@ -41,19 +41,21 @@ def test_the_nearest_are_those_at_the_smallest_angle() -> None:
     assert [row for row, _ in near] == [1, 2]
     assert [similarity for _, similarity in near] == pytest.approx([np.cos(0.1), np.cos(1.0)], abs=2e-3)
     assert [row for row, _ in some_lookalikes().nearest(3, 99)] == [2, 1, 0]
-    assert Lookalikes(("a",), np.ones((1, 1), np.float16)).nearest(0, 5) == []
+    assert SimilarityIndex(("a",), np.ones((1, 1), np.float16)).nearest(0, 5) == []
 
 
 def test_a_group_is_found_by_sha256_and_by_name() -> None:
     lookalikes = some_lookalikes()
-    assert lookalikes.group_of("a" * 64) == lookalikes.group_of("valid/dogs/1, or so.jpg") == lookalikes.duplicates[:2]
-    assert lookalikes.group_of("f" * 64) == lookalikes.duplicates[2:]
-    assert lookalikes.group_of("b" * 64) == ()
+    assert (
+        lookalikes.duplicates_of("a" * 64) == lookalikes.duplicates_of("valid/dogs/1, or so.jpg") == lookalikes.duplicates[:2]
+    )
+    assert lookalikes.duplicates_of("f" * 64) == lookalikes.duplicates[2:]
+    assert lookalikes.duplicates_of("b" * 64) == ()
 
 
 def test_where_there_are_no_files_nothing_looks_alike(tmp_path: Path) -> None:
-    nothing = Lookalikes.read(tmp_path)
-    assert (nothing.sha256s, nothing.duplicates, nothing.nearest(3, 5), nothing.group_of("x")) == ((), (), [], ())
+    nothing = SimilarityIndex.read(tmp_path)
+    assert (nothing.sha256s, nothing.duplicates, nothing.nearest(3, 5), nothing.duplicates_of("x")) == ((), (), [], ())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_malformed_embeddings_are_refused(tmp_path: Path, arrays: dict[str, obje
     else:
         np.savez(tmp_path / EMBEDDINGS, **arrays)  # type: ignore[arg-type]
     with pytest.raises(BundleError, match=r"embeddings\.npz cannot be read as embeddings of photos"):
-        Lookalikes.read(tmp_path)
+        SimilarityIndex.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_malformed_embeddings_are_refused(tmp_path: Path, arrays: dict[str, obje
 def test_a_malformed_table_of_duplicates_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / DUPLICATES).write_text(text)
     with pytest.raises(BundleError, match=said):
-        Lookalikes.read(tmp_path)
+        SimilarityIndex.read(tmp_path)
 
 
 def test_shrunk_embeddings_keep_who_is_near_whom() -> None:
@@ -102,7 +104,7 @@ def test_shrunk_embeddings_keep_who_is_near_whom() -> None:
     small = shrink(whole)
     assert (small.shape, small.dtype) == ((90, 64), np.float16)
     np.testing.assert_allclose(np.linalg.norm(small.astype(np.float64), axis=1), 1, atol=2e-3)
-    lookalikes = Lookalikes(tuple(map(str, range(90))), small)
+    lookalikes = SimilarityIndex(tuple(map(str, range(90))), small)
     for row in range(90):
         assert {other % 3 for other, _ in lookalikes.nearest(row, 20)} == {row % 3}
 

@@ -57,7 +57,7 @@ def gallery(
 def fill(database: Database, classes: tuple[str, ...], tmp_path: Path) -> SimpleNamespace:
     rows = enter(database, make_predictions(1, PHOTOS, classes), tmp_path)
     other = make_predictions(2, PHOTOS // 2, classes)
-    moved = tuple(photo.replace("/", "/fold/") for photo in other.photos)
+    moved = tuple(photo.replace("/", "/fold/") for photo in other.image_names)
     other = type(other)(classes, moved, other.labels, other.probabilities, other.splits, tuple(s[::-1] for s in other.sha256s))
     rows += enter(database, other, tmp_path, source="out-of-fold", seed=2)
     rng = random.Random(3)
@@ -250,7 +250,7 @@ def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
         assert connection.execute(select(func.count()).select_from(imports)).scalar_one() == 2
     again = make_predictions(1, PHOTOS, gallery.classes)
     probabilities = again.probabilities[:, ::-1].copy()
-    again = type(again)(again.classes, again.photos, again.labels, probabilities, again.splits, again.sha256s)
+    again = type(again)(again.classes, again.image_names, again.labels, probabilities, again.splits, again.sha256s)
     enter(gallery.database, again, tmp_path)  # another evaluation of the same photos: the first one stays
     with gallery.database.read() as connection:
         listing = Listing(connection, EVERYTHING)
@@ -290,7 +290,7 @@ def test_two_processes_that_import_at_once_give_one_import(database: Database, d
 def test_a_table_that_cannot_be_entered_whole_is_not_entered(database: Database, tmp_path: Path) -> None:
     said = make_predictions(1, 50, CLASSES[2])
     broken = type(said)(
-        said.classes, said.photos, said.labels, said.probabilities, said.splits, (*said.sha256s[:-1], "no hash")
+        said.classes, said.image_names, said.labels, said.probabilities, said.splits, (*said.sha256s[:-1], "no hash")
     )
     with pytest.raises(ValueError, match="no hash"):
         enter(database, broken, tmp_path)
@@ -334,6 +334,6 @@ def test_what_a_later_evaluation_suspects_is_suspected_though_it_is_known(databa
             assert import_table(connection, model, Table("out-of-fold", digest, said, none, some)) == 0
         with database.read() as connection:
             found = Listing(connection, suspected).page(1)
-        assert sorted(photo.photo for photo in found) == sorted(storable(said.photos[i]) for i in (4, 30))
+        assert sorted(photo.photo for photo in found) == sorted(storable(said.image_names[i]) for i in (4, 30))
         assert {photo.source for photo in found} == {"evaluation"}
         check_cells(database)

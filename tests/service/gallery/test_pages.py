@@ -23,7 +23,7 @@ from scipy.stats import binomtest
 from models.artifacts.bundle import PREDICTIONS, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions
-from models.artifacts.similarity import LOOKALIKES
+from models.artifacts.similarity import SIMILARITY_FILES
 from service.db.connection import Database
 from service.db.ingest import Table, import_table, know_model
 from service.gallery.sidebar import numbers
@@ -407,7 +407,7 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
     head, folds = open_bundle(tiny_bundle.head), tmp_path / "folds"
     folds.mkdir()
     generate(head.classes).write_csv(folds / PREDICTIONS)
-    for name in LOOKALIKES:
+    for name in SIMILARITY_FILES:
         shutil.copyfile(head.path / name, folds / name)
     write_evaluation(folds, head, kind=OUT_OF_FOLD, classes=head.classes, split="train and valid", temperature=1.0, folds=2)
     url = f"sqlite:///{tmp_path / 'reviews.db'}"

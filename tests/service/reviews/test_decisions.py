@@ -197,7 +197,7 @@ def test_decisions_hold_for_a_later_model_with_other_classes(database: Database,
 
 def test_a_decision_is_about_every_photo_with_the_same_bytes(database: Database, tmp_path: Path) -> None:
     said = make_predictions(1, 20, CLASSES[2])
-    twins = type(said)(said.classes, said.photos, said.labels, said.probabilities, said.splits, (said.sha256s[0],) * 20)
+    twins = type(said)(said.classes, said.image_names, said.labels, said.probabilities, said.splits, (said.sha256s[0],) * 20)
     rows = enter(database, twins, tmp_path)
     say(database, rows[3], "label", "cats")
     with database.read() as connection:
