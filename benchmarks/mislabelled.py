@@ -20,7 +20,7 @@ from finetune.config import Config
 from finetune.data.image_folder import read_dataset
 from finetune.evaluation.cross_validation import evaluate_folds
 from finetune.pipeline import train
-from models.artifacts.label_issues import rank_suspects
+from models.artifacts.label_issues import rank_label_issues
 
 
 def flip_labels(data: Path, out: Path, *, flips: int, seed: int) -> set[str]:
@@ -58,7 +58,7 @@ def main() -> None:
         began = time.perf_counter()
         predictions, _ = evaluate_folds(bundle.path, data, folds=args.folds, out=Path(folder) / "folds")
         seconds = time.perf_counter() - began
-    named = [predictions.image_names[row] for row in rank_suspects(predictions)]
+    named = [predictions.image_names[row] for row in rank_label_issues(predictions)]
     found = flipped & set(named)
     wrong = {predictions.image_names[row] for row in np.flatnonzero(~predictions.correct)}
     first = len(flipped & set(named[: len(flipped)]))

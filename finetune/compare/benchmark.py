@@ -14,7 +14,7 @@ from finetune.batch_inference.predict import classify
 from finetune.metrics.bootstrap import mean_interval
 from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
 from models.artifacts.predictions import Predictions, cross_entropy
-from models.artifacts.statistics import wilson
+from models.artifacts.statistics import wilson_interval
 from models.networks.flops import build_on_meta, count_parameters
 from models.networks.head_replacement import replace_heads
 from models.networks.registry import get_spec
@@ -67,7 +67,7 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
                 backbone=name,
                 pretrained=bundle.manifest["base"] is not None,
                 precision=precisions[name],
-                accuracy=wilson(int(correct.sum()), len(labels)),
+                accuracy=wilson_interval(int(correct.sum()), len(labels)),
                 log_loss=mean_interval(cross_entropy(labels, probabilities), seed=0, resamples=1000),
                 ms_a_photo=times[name],
                 graph_mb=(bundle.path / GRAPH).stat().st_size / 1e6,

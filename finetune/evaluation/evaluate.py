@@ -18,7 +18,7 @@ from finetune.io.output_folder import check_free
 from finetune.metrics.classification import format_summary
 from finetune.reports.results import write_results
 from models.artifacts.evaluation import EVALUATED, write_evaluation
-from models.artifacts.label_issues import rank_suspects, suggested_labels
+from models.artifacts.label_issues import rank_label_issues, suggested_labels
 from models.artifacts.paths import default_cache_dir
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
@@ -136,7 +136,7 @@ def _run_folds(args: argparse.Namespace, out: Path) -> None:
         cache_dir=args.cache_dir,
     )
     print(format_summary(metrics))
-    named, suggested = rank_suspects(predictions), suggested_labels(predictions)
+    named, suggested = rank_label_issues(predictions), suggested_labels(predictions)
     print(f"\nProbably mislabelled, by out-of-fold prediction: {len(named):,} of {len(predictions.image_names):,} photos")
     for row in named[:SHOWN]:
         label, other = (predictions.classes[i] for i in (predictions.labels[row], suggested[row]))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifacts.statistics import interval
+from models.artifacts.statistics import confidence_interval
 
 QUANTILES_95 = (0.025, 0.975)
 CELLS_AT_ONCE = 4_000_000  # photos x resamples that are in memory together: 32 MB for each array of them
@@ -36,4 +36,4 @@ def mean_interval(values: NDArray[np.float64], *, seed: int, resamples: int) -> 
     """The mean of (N,) values with the interval of the percentile bootstrap (Efron 1979)."""
     means = resampled_means(values[:, None], seed=seed, resamples=resamples)
     low, high = np.quantile(means, QUANTILES_95)
-    return interval(values.mean(), low, high)
+    return confidence_interval(values.mean(), low, high)

@@ -12,7 +12,7 @@ from finetune.metrics.bootstrap import mean_interval
 from finetune.metrics.reliability import BINS, calibration_error
 from finetune.metrics.roc import roc_auc
 from models.artifacts.predictions import check_probabilities, confusion_counts, cross_entropy
-from models.artifacts.statistics import wilson
+from models.artifacts.statistics import wilson_interval
 
 MANY_CLASSES = 10
 WEAKEST_SHOWN = 5
@@ -42,7 +42,7 @@ def evaluate(
         "photos": len(labels),
         "classes": list(classes),
         "support": {name: int(n) for name, n in zip(classes, counts.sum(axis=1), strict=True)},
-        "accuracy": wilson(int(counts.trace()), len(labels)),
+        "accuracy": wilson_interval(int(counts.trace()), len(labels)),
         **_by_probability(labels, probabilities, seed=seed, resamples=resamples),
         "roc_auc": _roc_auc(labels, probabilities, classes, notes, seed=seed, resamples=resamples),
     }
@@ -95,7 +95,7 @@ def _shares(
     """Precision (axis 0: of the photos predicted so) or recall (axis 1: of the photos that are so) of each class."""
     shares: dict[str, dict[str, float] | None] = {}
     for class_name, right, total in zip(classes, counts.diagonal(), counts.sum(axis=axis), strict=True):
-        shares[class_name] = wilson(int(right), int(total)) if total else None
+        shares[class_name] = wilson_interval(int(right), int(total)) if total else None
         if not total:
             notes.append(f"{name} of {class_name!r} is not defined: the class {why}.")
     return shares

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.metrics.bootstrap import QUANTILES_95, chunks, resampled_means
-from models.artifacts.statistics import interval
+from models.artifacts.statistics import confidence_interval
 
 BINS = 15
 
@@ -42,8 +42,8 @@ def calibration_error(
     errors = np.abs(resampled_means(gaps, seed=seed, resamples=resamples)).sum(axis=1)
     percentile_high = np.quantile(errors, QUANTILES_95[1])
     if value <= np.quantile(_errors_by_chance(confidence, member, seed, resamples), QUANTILES_95[1]):
-        return interval(value, 0.0, percentile_high)
-    return interval(value, max(0.0, 2.0 * value - percentile_high), percentile_high)
+        return confidence_interval(value, 0.0, percentile_high)
+    return confidence_interval(value, max(0.0, 2.0 * value - percentile_high), percentile_high)
 
 
 def _errors_by_chance(

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from finetune.metrics.bootstrap import QUANTILES_95, chunks
-from models.artifacts.statistics import interval
+from models.artifacts.statistics import confidence_interval
 
 
 def roc_auc(labels: NDArray[np.int64], probabilities: NDArray[np.float64], *, seed: int, resamples: int) -> dict[str, float]:
@@ -26,7 +26,7 @@ def roc_auc(labels: NDArray[np.int64], probabilities: NDArray[np.float64], *, se
         counts = _stratified_counts(members, size, rng)
         areas.append(np.mean([weighted_areas(labels == k, probabilities[:, k], counts) for k in positives], axis=0))
     low, high = np.quantile(np.concatenate(areas), QUANTILES_95)
-    return interval(value, low, high)
+    return confidence_interval(value, low, high)
 
 
 def _stratified_counts(members: list[NDArray[np.intp]], size: int, rng: np.random.Generator) -> NDArray[np.float32]:

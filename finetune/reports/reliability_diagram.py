@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.metrics.reliability import calibration_error, equal_mass_bins
 from finetune.reports.plots import BLUE, FAINT, ORANGE, save
-from models.artifacts.statistics import wilson
+from models.artifacts.statistics import wilson_interval
 
 CROWDED = 0.95  # a median confidence above this leaves nothing to see on an even axis
 SMALLEST_MISS = 1e-5  # what is missing to 1 is told apart down to here on the stretched axis
@@ -68,7 +68,7 @@ def _draw_bins(axes: Axes, confidence: NDArray[np.float64], correct: NDArray[np.
     even = _spread(lowest, 200)
     axes.plot(even, even, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label="perfectly calibrated")
     means = np.array([confidence[bins == k].mean() for k in np.unique(bins)])
-    shares = [wilson(int(correct[bins == k].sum()), int((bins == k).sum())) for k in np.unique(bins)]
+    shares = [wilson_interval(int(correct[bins == k].sum()), int((bins == k).sum())) for k in np.unique(bins)]
     value, low, high = (np.array([share[end] for share in shares]) for end in ("value", "low", "high"))
     axes.vlines(means, low, high, color=BLUE, alpha=0.35, linewidth=2)
     label = "bins of equal numbers of photos, 95 % interval"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from models.artifacts.predictions import Predictions
 
 
-def thresholds(predictions: Predictions) -> NDArray[np.float64]:
+def class_thresholds(predictions: Predictions) -> NDArray[np.float64]:
     """(C,) the mean probability that photos labelled j get for j; infinite for a class without photos."""
     found = np.full(len(predictions.classes), np.inf)
     for j in range(len(found)):
@@ -27,16 +27,16 @@ def suggested_labels(predictions: Predictions) -> NDArray[np.int64]:
 
     A photo that reaches none keeps its label.
     """
-    confident = np.where(predictions.probabilities >= thresholds(predictions), predictions.probabilities, -1.0)
+    confident = np.where(predictions.probabilities >= class_thresholds(predictions), predictions.probabilities, -1.0)
     return np.where(confident.max(axis=1, initial=-1.0) < 0, predictions.labels, confident.argmax(axis=1)).astype(np.int64)
 
 
-def suspects(predictions: Predictions) -> NDArray[np.bool_]:
+def find_label_issues(predictions: Predictions) -> NDArray[np.bool_]:
     """(N,) whether a photo is probably mislabelled: it is confidently of another class."""
     return np.asarray(suggested_labels(predictions) != predictions.labels)
 
 
-def normalised_margins(predictions: Predictions) -> NDArray[np.float64]:
+def normalized_margins(predictions: Predictions) -> NDArray[np.float64]:
     """(N,) p(label) less the largest other probability, brought to 0..1: the lower, the less its label is believed."""
     rows = np.arange(len(predictions.labels))
     others = predictions.probabilities.copy()
@@ -44,7 +44,7 @@ def normalised_margins(predictions: Predictions) -> NDArray[np.float64]:
     return np.asarray((predictions.probabilities[rows, predictions.labels] - others.max(axis=1, initial=0.0) + 1.0) / 2.0)
 
 
-def rank_suspects(predictions: Predictions) -> NDArray[np.intp]:
+def rank_label_issues(predictions: Predictions) -> NDArray[np.intp]:
     """The rows that are probably mislabelled, the least believed label first; equal ones in their own order."""
-    rows = np.flatnonzero(suspects(predictions))
-    return rows[np.argsort(normalised_margins(predictions)[rows], kind="stable")]
+    rows = np.flatnonzero(find_label_issues(predictions))
+    return rows[np.argsort(normalized_margins(predictions)[rows], kind="stable")]

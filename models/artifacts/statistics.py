@@ -7,20 +7,20 @@ import math
 Z_95 = 1.959963984540054
 
 
-def interval(value: float, low: float, high: float) -> dict[str, float]:
+def confidence_interval(value: float, low: float, high: float) -> dict[str, float]:
     """Value and ends as JSON-ready numbers; an end never crosses the value, not even by a rounding error."""
     return {"value": float(value), "low": float(min(low, value)), "high": float(max(high, value))}
 
 
-def wilson(right: int, total: int) -> dict[str, float]:
-    """The proportion right / total with its Wilson score interval (Wilson 1927; Newcombe 1998, method 3).
+def wilson_interval(correct: int, total: int) -> dict[str, float]:
+    """The proportion correct / total with its Wilson score interval (Wilson 1927; Newcombe 1998, method 3).
 
     Raises ValueError for a total below 1 and for a count that is not within 0..total.
     """
-    if total < 1 or not 0 <= right <= total:
-        raise ValueError(f"{right} of {total} arrived; a count from 0 to a positive total was wanted.")
-    share = right / total
+    if total < 1 or not 0 <= correct <= total:
+        raise ValueError(f"{correct} of {total} arrived; a count from 0 to a positive total was wanted.")
+    share = correct / total
     middle = share + Z_95**2 / (2 * total)
     half = Z_95 * math.sqrt(share * (1 - share) / total + Z_95**2 / (4 * total**2))
     scale = 1 + Z_95**2 / total
-    return interval(share, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
+    return confidence_interval(share, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))

@@ -11,7 +11,7 @@ from typing import Any
 from flask import Blueprint, Response, current_app, redirect, render_template, request
 
 from models.artifacts.paths import resolve_bundle
-from models.artifacts.statistics import wilson
+from models.artifacts.statistics import wilson_interval
 from models.errors import UserError
 from service.db.filter import Filter, read_page, sentence
 from service.db.query import Listing, Photo, find_model
@@ -167,7 +167,7 @@ def render(template: str, **context: Any) -> Response:
 
 def _interval(right: int, judged: int) -> str:
     """What an accuracy on so many photos can mean."""
-    found = wilson(right, judged)
+    found = wilson_interval(right, judged)
     return f"95\u202f% interval {100 * found['low']:.1f} to {100 * found['high']:.1f}\u202f%"
 
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 from models.artifacts.bundle import MANIFEST, Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, PredictionSource, open_predictions
-from models.artifacts.label_issues import suspects
+from models.artifacts.label_issues import find_label_issues
 from models.artifacts.paths import default_data_dir, resolve_bundle
 from models.artifacts.similarity import SimilarityIndex
 from models.errors import UserError
@@ -167,7 +167,7 @@ def _table(results: PredictionSource) -> Table:
         digest=results.version,
         predictions=predictions,
         duplicate=np.array(duplicate, dtype=np.bool_),
-        mislabelled=suspects(predictions),
+        mislabelled=find_label_issues(predictions),
     )
 
 

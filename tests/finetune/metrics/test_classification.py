@@ -14,7 +14,7 @@ from finetune.metrics.bootstrap import resampled_means
 from finetune.metrics.classification import evaluate, format_summary
 from finetune.metrics.reliability import calibration_error, equal_mass_bins
 from finetune.metrics.roc import weighted_areas
-from models.artifacts.statistics import wilson
+from models.artifacts.statistics import wilson_interval
 
 
 def some_answers(
@@ -46,21 +46,21 @@ def intervals_in(value: object) -> Iterator[dict[str, float]]:
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_gives_the_intervals_of_newcombe_1998(right: int, total: int, low: float, high: float) -> None:
-    measure = wilson(right, total)
+    measure = wilson_interval(right, total)
     assert [measure["low"], measure["high"]] == pytest.approx([low, high], abs=5e-5)
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 1), (1, 1), (5, 5), (395, 400), (4999, 5000)])
 def test_wilson_agrees_with_scipy(right: int, total: int) -> None:
     theirs = binomtest(right, total).proportion_ci(method="wilson")
-    measure = wilson(right, total)
+    measure = wilson_interval(right, total)
     assert [measure["low"], measure["high"]] == pytest.approx([theirs.low, theirs.high])
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 0), (3, 2), (-1, 2)])
 def test_wilson_refuses_what_is_no_proportion(right: int, total: int) -> None:
     with pytest.raises(ValueError, match="arrived"):
-        wilson(right, total)
+        wilson_interval(right, total)
 
 
 @pytest.mark.parametrize("class_count", [2, 5])

@@ -3,7 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from models.artifacts.label_issues import normalised_margins, rank_suspects, suggested_labels, suspects, thresholds
+from models.artifacts.label_issues import (
+    class_thresholds,
+    find_label_issues,
+    normalized_margins,
+    rank_label_issues,
+    suggested_labels,
+)
 from models.artifacts.predictions import Predictions
 
 
@@ -16,18 +22,19 @@ def predictions(labels: list[int], probabilities: list[list[float]]) -> Predicti
 def test_a_photo_that_is_confidently_of_another_class_is_a_suspect() -> None:
     """Thresholds by hand: a (0.9 + 0.7 + 0.2) / 3 = 0.6, b (0.6 + 0.8 + 0.45) / 3 = 0.617."""
     given = predictions([0, 0, 0, 1, 1, 1], [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.4, 0.6], [0.2, 0.8], [0.55, 0.45]])
-    assert thresholds(given) == pytest.approx([0.6, 1.85 / 3])
-    assert suspects(given).tolist() == [False, False, True, False, False, False]  # the last is wrong, but not confidently
+    assert class_thresholds(given) == pytest.approx([0.6, 1.85 / 3])
+    # the last is wrong, but not confidently
+    assert find_label_issues(given).tolist() == [False, False, True, False, False, False]
     assert suggested_labels(given).tolist() == [0, 0, 1, 1, 1, 1]
-    assert normalised_margins(given) == pytest.approx([0.9, 0.7, 0.2, 0.6, 0.8, 0.45])
-    assert rank_suspects(given).tolist() == [2]
+    assert normalized_margins(given) == pytest.approx([0.9, 0.7, 0.2, 0.6, 0.8, 0.45])
+    assert rank_label_issues(given).tolist() == [2]
 
 
 def test_of_several_classes_over_their_thresholds_the_most_probable_counts() -> None:
     """A class that its own photos reach with 0.3 only has a low threshold; the label's own class may still be above it."""
     rows = [[0.5, 0.2, 0.3], [0.3, 0.5, 0.2], [0.4, 0.3, 0.3], [0.45, 0.1, 0.45]]
     given = predictions([0, 1, 2, 2], rows)
-    assert thresholds(given) == pytest.approx([0.5, 0.5, 0.375])
+    assert class_thresholds(given) == pytest.approx([0.5, 0.5, 0.375])
     assert suggested_labels(given).tolist() == [0, 1, 2, 2]
     given = predictions([0, 1, 2, 2], [*rows[:3], [0.52, 0.03, 0.45]])
     assert suggested_labels(given).tolist() == [0, 1, 2, 0]
@@ -36,7 +43,7 @@ def test_of_several_classes_over_their_thresholds_the_most_probable_counts() -> 
 def test_the_least_believed_label_comes_first() -> None:
     rows = [[0.9, 0.1]] * 8 + [[0.1, 0.9]] * 8 + [[0.95, 0.05], [0.9, 0.1], [0.03, 0.97]]
     given = predictions([0] * 8 + [1] * 8 + [1, 1, 0], rows)
-    assert rank_suspects(given).tolist() == [18, 16, 17]
+    assert rank_label_issues(given).tolist() == [18, 16, 17]
 
 
 def test_flipped_labels_are_found_among_many() -> None:
@@ -46,14 +53,14 @@ def test_flipped_labels_are_found_among_many() -> None:
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = truth.copy()
     labels[:20] = (truth[:20] + 1) % 3
-    named = set(rank_suspects(predictions(labels.tolist(), probabilities.tolist())).tolist())
+    named = set(rank_label_issues(predictions(labels.tolist(), probabilities.tolist())).tolist())
     assert len(named & set(range(20))) >= 18
     assert len(named - set(range(20))) <= 12
 
 
 def test_classes_without_photos_and_no_photos_at_all() -> None:
     given = predictions([0, 0], [[0.2, 0.8], [0.9, 0.1]])
-    assert thresholds(given).tolist() == [pytest.approx(0.55), np.inf]
-    assert not suspects(given).any()
+    assert class_thresholds(given).tolist() == [pytest.approx(0.55), np.inf]
+    assert not find_label_issues(given).any()
     empty = Predictions(("a", "b"), (), np.zeros(0, dtype=np.int64), np.zeros((0, 2)), (), ())
-    assert (suspects(empty).shape, rank_suspects(empty).shape) == ((0,), (0,))
+    assert (find_label_issues(empty).shape, rank_label_issues(empty).shape) == ((0,), (0,))
