@@ -28,7 +28,7 @@ import numpy as np
 from finetune.data.image_files import walk_photos
 from models.artifacts.bundle import GRAPH, open_bundle
 from models.artifacts.paths import resolve_bundle
-from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.openvino_engine import OpenVINOEngine
 
 PART = 100
 ENGINE_PHOTOS = 64
@@ -130,7 +130,7 @@ def engine_alone(path: Path, found: list[Path], precision: str, *, seconds: floa
 
     bundle, threads = open_bundle(path, files=(GRAPH,)), processors()
     pixels = np.stack([bundle.preprocessing.pixels(photo.read_bytes()) for photo in islice(cycle(found), ENGINE_PHOTOS)])
-    engine = OnnxEngine(
+    engine = OpenVINOEngine(
         path / GRAPH,
         outputs=["probabilities"],
         precision=precision,

@@ -122,8 +122,8 @@ class Bare:
 
     def __init__(self, path: Path, photos: list[bytes]) -> None:
         from models.artifacts.bundle import GRAPH, open_bundle
-        from models.runtime.openvino_engine import OnnxEngine
-        from models.runtime.precision import choose_precision
+        from models.runtime.openvino_engine import OpenVINOEngine
+        from models.runtime.precision import select_precision
         from service.resources import make_plan
         from service.settings import Settings
 
@@ -132,10 +132,10 @@ class Bare:
         bundle = open_bundle(path, files=(GRAPH,))
         self._preprocessing, self._photos = bundle.preprocessing, photos
         self._threads, self._batch = plan.crew, settings.max_batch
-        self._engine = OnnxEngine(
+        self._engine = OpenVINOEngine(
             path / GRAPH,
             outputs=["probabilities"],
-            precision=choose_precision(bundle).name,
+            precision=select_precision(bundle).name,
             threads=plan.share,
             streams=plan.streams,
             batch_sizes=(settings.max_batch,),

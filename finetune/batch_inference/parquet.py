@@ -27,7 +27,7 @@ from finetune.io.threaded_map import batched, prefetch, processors
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
 from models.artifacts.bundle import GRAPH, Bundle
 from models.errors import DataError, ImageError, RunError
-from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.openvino_engine import OpenVINOEngine
 
 BATCH = 16
 SETTINGS, DONE = "_settings.json", "_SUCCESS"
@@ -96,7 +96,7 @@ class _Scorer:
 
     def __init__(self, bundle: Bundle, precision: str, threads: int) -> None:
         self._bundle, self._threads = bundle, threads
-        self._engine = OnnxEngine(
+        self._engine = OpenVINOEngine(
             bundle.path / GRAPH,
             outputs=["probabilities"],
             precision=precision,

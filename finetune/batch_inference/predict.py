@@ -20,8 +20,8 @@ from finetune.io.threaded_map import batched, prefetch
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
 from models.artifacts.paths import resolve_bundle
 from models.errors import ConfigError, DataError, ImageError
-from models.runtime.openvino_engine import OnnxEngine, supports_bf16
-from models.runtime.precision import choose_precision
+from models.runtime.openvino_engine import OpenVINOEngine, supports_bf16
+from models.runtime.precision import select_precision
 
 BATCH = 16
 
@@ -38,7 +38,7 @@ class Answer:
 
 def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", workers: int = 0) -> Iterator[Answer]:
     """Calibrated probabilities for each photo, in order; a photo that cannot be read gets its error, the others go on."""
-    engine = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"], precision=precision)
+    engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"], precision=precision)
 
     def pixels(path: Path) -> NDArray[np.uint8] | str:
         try:
@@ -158,7 +158,7 @@ def score_all(args: argparse.Namespace) -> int:
 def _precision(args: argparse.Namespace, bundle: Bundle) -> str:
     if args.precision == "bf16" and not supports_bf16():
         raise ConfigError("--precision is bf16, which this processor does not have; say fp32, or leave it out.")
-    return choose_precision(bundle, args.precision).name
+    return select_precision(bundle, args.precision).name
 
 
 def stream_photos(paths: Sequence[Path], listed: Path | None) -> Iterator[Path]:

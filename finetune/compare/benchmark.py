@@ -18,9 +18,9 @@ from models.artifacts.statistics import wilson_interval
 from models.networks.flops import build_on_meta, count_parameters
 from models.networks.head_replacement import replace_heads
 from models.networks.registry import get_spec
-from models.runtime.interleaved_timing import seconds_in_turns
-from models.runtime.openvino_engine import OnnxEngine
-from models.runtime.precision import choose_precision
+from models.runtime.interleaved_timing import time_interleaved
+from models.runtime.openvino_engine import OpenVINOEngine
+from models.runtime.precision import select_precision
 
 ROUNDS, PHOTOS_A_ROUND = 20, 5
 Measure = dict[str, float]
@@ -55,7 +55,7 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
     chosen = [i for i, photo in enumerate(first.image_names) if photo in shared]
     labels = first.labels[chosen]
     paths = [data / first.image_names[i] for i in chosen]
-    precisions = {name: choose_precision(bundle).name for name, bundle in bundles.items()}
+    precisions = {name: select_precision(bundle).name for name, bundle in bundles.items()}
     times = time_in_turns(bundles, paths[:PHOTOS_A_ROUND], precisions)
     rows = []
     for name, bundle in bundles.items():
@@ -83,7 +83,7 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
 def time_in_turns(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisions: Mapping[str, str]) -> dict[str, float]:
     """Milliseconds for one photo, batch 1, all processors, decoding left out: the median of 20 rounds."""
     engines = {
-        name: OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"], precision=precisions[name])
+        name: OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"], precision=precisions[name])
         for name, bundle in bundles.items()
     }
     pixels = {
@@ -95,8 +95,8 @@ def time_in_turns(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisio
             engines[name].run(photo)
 
     calls = {name: partial(run_all, name) for name in bundles}
-    seconds_in_turns(calls, rounds=1)  # the first round compiles kernels
-    took = seconds_in_turns(calls, rounds=ROUNDS)
+    time_interleaved(calls, rounds=1)  # the first round compiles kernels
+    took = time_interleaved(calls, rounds=ROUNDS)
     return {name: 1000 * float(np.median(values)) / len(paths) for name, values in took.items()}
 
 

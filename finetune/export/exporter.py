@@ -32,8 +32,8 @@ from models.networks.classifier import Classifier
 from models.networks.onnx_export import OUTPUTS, PIXELS, export_serving_graph
 from models.networks.spec import ModelSpec
 from models.networks.weights import write_tensors
-from models.runtime.openvino_engine import OnnxEngine
-from models.runtime.precision import compare_bf16
+from models.runtime.openvino_engine import OpenVINOEngine
+from models.runtime.precision import measure_bf16
 
 # The largest difference of a probability. In float32 two engines differ by rounding alone. In bfloat16 a feature has 8
 # significant bits: what was trained on rounded features is served on exact ones.
@@ -74,9 +74,9 @@ def export_bundle(
     def write_files(folder: Path) -> None:
         graph = folder / GRAPH
         export_serving_graph(classifier, spec, temperature=temperature, path=graph)
-        engine = OnnxEngine(graph, outputs=OUTPUTS[:1])
+        engine = OpenVINOEngine(graph, outputs=OUTPUTS[:1])
         manifest["parity"] = check_parity(engine, parity)
-        manifest["bf16"] = compare_bf16(graph, parity.pixels)
+        manifest["bf16"] = measure_bf16(graph, parity.pixels)
         np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])
         if head_only:
             graph.unlink()
@@ -120,7 +120,7 @@ def describe_graph(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def check_parity(engine: OnnxEngine, parity: Parity) -> dict[str, Any]:
+def check_parity(engine: OpenVINOEngine, parity: Parity) -> dict[str, Any]:
     """Run real photos through the exported graph; raises BundleError where it does not give what training gave."""
     difference = float(np.abs(engine.run(parity.pixels)[0] - parity.probabilities).max())
     tolerance = PARITY_TOLERANCE[parity.precision]

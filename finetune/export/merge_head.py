@@ -22,7 +22,7 @@ from models.artifacts.bundle import (
 from models.artifacts.paths import merged_dir
 from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError
-from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.openvino_engine import OpenVINOEngine
 
 
 def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
@@ -53,7 +53,7 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
 
     def write_files(folder: Path) -> None:
         export_serving_graph(classifier, spec, temperature=float(bundle.manifest["temperature"]), path=folder / GRAPH)
-        engine = OnnxEngine(folder / GRAPH, outputs=["probabilities"])
+        engine = OpenVINOEngine(folder / GRAPH, outputs=["probabilities"])
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())
         older = [name for name in SIMILARITY_FILES if name not in bundle.manifest["files"]]

@@ -24,7 +24,7 @@ from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.onnx_export import export_onnx
 from models.networks.split_point import SplitModel
 from models.preprocess import Preprocessing
-from models.runtime.openvino_engine import OnnxEngine, load_openvino
+from models.runtime.openvino_engine import OpenVINOEngine, load_openvino
 
 CPU_BATCH, GPU_BATCH = 8, 64
 
@@ -57,7 +57,7 @@ class FrozenPart:
         return np.concatenate([self._run_torch(pixels[i : i + GPU_BATCH]) for i in range(0, len(pixels), GPU_BATCH)])
 
     @cached_property
-    def _compiled(self) -> OnnxEngine:
+    def _compiled(self) -> OpenVINOEngine:
         with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
             graph = Path(folder) / "frozen.onnx"
             export_onnx(
@@ -67,7 +67,7 @@ class FrozenPart:
                 path=graph,
                 batch_size=CPU_BATCH,
             )
-            return OnnxEngine(graph, outputs=["features"], precision=self._compute.precision, threads=own_threads())
+            return OpenVINOEngine(graph, outputs=["features"], precision=self._compute.precision, threads=own_threads())
 
     def _run_torch(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         padded = np.zeros((GPU_BATCH, *pixels.shape[1:]), np.uint8)

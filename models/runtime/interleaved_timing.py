@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def seconds_in_turns(calls: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+def time_interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
     """Make every call once a round, one after another; gives the seconds of each, round by round."""
     took: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

@@ -51,7 +51,7 @@ def supports_bf16() -> bool:
     return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-class OnnxEngine:
+class OpenVINOEngine:
     """A compiled ONNX graph: ``run(pixels)`` gives one array for each of ``outputs``, and nothing else is computed.
 
     ``batch_sizes`` are the only ones that are computed: a batch is split into the largest and its rest padded to the next,
@@ -60,7 +60,7 @@ class OnnxEngine:
     at once, each by its share of the threads, when as many threads call ``run``. Threads are not tied to processors, which
     others use as well: who decodes, who talks to clients, another process that computes.
 
-    In the folder ``keep_compiled`` OpenVINO keeps what it compiled, under the graph's and the settings' hash: the next start
+    In the folder ``cache_dir`` OpenVINO keeps what it compiled, under the graph's and the settings' hash: the next start
     takes a quarter of the time.
     """
 
@@ -73,7 +73,7 @@ class OnnxEngine:
         threads: int = 0,
         streams: int = 1,
         batch_sizes: Sequence[int] = (),
-        keep_compiled: Path | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         openvino = load_openvino()
         core = openvino.Core()
@@ -88,10 +88,10 @@ class OnnxEngine:
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         self._tensor, self._outputs = openvino.Tensor, len(outputs)
-        self.compiled = _compile(core, model, settings, keep_compiled)
+        self.compiled_model = _compile(core, model, settings, cache_dir)
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(streams):
-            self._requests.put(self.compiled.create_infer_request())
+            self._requests.put(self.compiled_model.create_infer_request())
 
     def run(self, pixels: Pixels) -> Arrays:
         """(N, H, W, C) uint8 -> one float32 array (N, ...) for each of the outputs asked for."""
@@ -120,8 +120,8 @@ class OnnxEngine:
             self._requests.put(request)
 
 
-def _compile(core: Any, model: Any, settings: Mapping[str, Any], keep: Path | None) -> Any:
-    if keep is not None:
+def _compile(core: Any, model: Any, settings: Mapping[str, Any], cache_dir: Path | None) -> Any:
+    if cache_dir is not None:
         with contextlib.suppress(RuntimeError):  # a kept file that is damaged, half-written or of another machine
-            return core.compile_model(model, "CPU", {**settings, "CACHE_DIR": str(keep)})
+            return core.compile_model(model, "CPU", {**settings, "CACHE_DIR": str(cache_dir)})
     return core.compile_model(model, "CPU", settings)

@@ -12,13 +12,13 @@ import numpy as np
 
 from models.artifacts.bundle import Bundle
 from models.errors import ConfigError
-from models.runtime.interleaved_timing import seconds_in_turns
-from models.runtime.openvino_engine import OnnxEngine, Pixels, supports_bf16
+from models.runtime.interleaved_timing import time_interleaved
+from models.runtime.openvino_engine import OpenVINOEngine, Pixels, supports_bf16
 
 BF16_TOLERANCE = 0.1  # of a probability: 8 significant bits through 50 layers; 0.05 was seen on 400 photos of cats and dogs
-OTHER_LABELS = 0.02  # the share of photos that may get another label: those that are near to even
-WORTH_IT = 1.2  # times as fast as float32
-TIMED_PHOTOS, TIMED_ROUNDS = 16, 3
+MAX_CHANGED_LABELS = 0.02  # the share of photos that may get another label: those that are near to even
+MIN_SPEEDUP = 1.2  # times as fast as float32
+TIMED_IMAGES, TIMED_ROUNDS = 16, 3
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Precision:
     reason: str
 
 
-def compare_bf16(graph: Path, pixels: Pixels) -> dict[str, Any] | None:
+def measure_bf16(graph: Path, pixels: Pixels) -> dict[str, Any] | None:
     """Run real photos' ``pixels`` (N, H, W, C) in float32 and in bfloat16: how much they differ, and the gain in speed.
 
     Gives None where this processor has no bfloat16: emulated, it says nothing of the speed.
@@ -38,11 +38,11 @@ def compare_bf16(graph: Path, pixels: Pixels) -> dict[str, Any] | None:
     if not supports_bf16():
         return None
     engines = {
-        name: OnnxEngine(graph, outputs=["probabilities"], precision=name, batch_sizes=(4,)) for name in ("fp32", "bf16")
+        name: OpenVINOEngine(graph, outputs=["probabilities"], precision=name, batch_sizes=(4,)) for name in ("fp32", "bf16")
     }
     answers = {name: engine.run(pixels)[0] for name, engine in engines.items()}
-    calls = {name: partial(engine.run, pixels[:TIMED_PHOTOS]) for name, engine in engines.items()}
-    seconds = seconds_in_turns(calls, rounds=TIMED_ROUNDS)
+    calls = {name: partial(engine.run, pixels[:TIMED_IMAGES]) for name, engine in engines.items()}
+    seconds = time_interleaved(calls, rounds=TIMED_ROUNDS)
     return {
         "photos": len(pixels),
         "largest_difference": float(np.abs(answers["bf16"] - answers["fp32"]).max()),
@@ -51,20 +51,20 @@ def compare_bf16(graph: Path, pixels: Pixels) -> dict[str, Any] | None:
     }
 
 
-def choose_precision(bundle: Bundle, wanted: str = "auto") -> Precision:
-    """The precision to serve a bundle in: ``wanted``, or for ``auto`` what its export measured and this processor has.
+def select_precision(bundle: Bundle, requested: str = "auto") -> Precision:
+    """The precision to serve a bundle in: ``requested``, or for ``auto`` what its export measured and this processor has.
 
     Raises ConfigError where bf16 is demanded of a processor that has none.
     """
     measured = bundle.manifest.get("bf16")
     exact = float(bundle.manifest["golden"]["tolerance"])
-    if wanted == "fp32":
+    if requested == "fp32":
         return Precision("fp32", exact, "it was asked for")
     if not supports_bf16():
-        if wanted == "bf16":
+        if requested == "bf16":
             raise ConfigError("PRECISION is bf16, which this processor does not have; set PRECISION=auto or fp32.")
         return Precision("fp32", exact, "this processor has no bfloat16")
-    if wanted == "bf16":
+    if requested == "bf16":
         return Precision("bf16", BF16_TOLERANCE, "it was asked for")
     if measured is None:
         return Precision("fp32", exact, "the bundle was exported without a measurement of bfloat16")
@@ -89,6 +89,6 @@ def is_bf16_acceptable(measured: Mapping[str, Any]) -> bool:
     """Whether a measurement speaks for bfloat16."""
     return bool(
         measured["largest_difference"] <= BF16_TOLERANCE
-        and measured["other_labels"] <= OTHER_LABELS * measured["photos"]
-        and measured["times_as_fast"] >= WORTH_IT
+        and measured["other_labels"] <= MAX_CHANGED_LABELS * measured["photos"]
+        and measured["times_as_fast"] >= MIN_SPEEDUP
     )

@@ -18,7 +18,7 @@ from PIL import Image
 
 from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.paths import compiled_dir
-from models.runtime.openvino_engine import OnnxEngine, Pixels
+from models.runtime.openvino_engine import OpenVINOEngine, Pixels
 from service.explain.cam import LinearHead
 from service.explain.occlusion import PASSES, blurred, occlusion_map
 from service.http.errors import Problem
@@ -84,7 +84,7 @@ class Explainer:
 
     def __init__(self, bundle: Bundle, *, most_waiting: int = 8, patience_s: float = 30.0, idle_s: float = 300.0) -> None:
         self.bundle = bundle
-        self._engine: OnnxEngine | None = None
+        self._engine: OpenVINOEngine | None = None
         self._head: LinearHead | None = None
         self._kept: OrderedDict[tuple[str, str], Explanation] = OrderedDict()
         self._lock = threading.Lock()
@@ -126,12 +126,12 @@ class Explainer:
         evidence = occlusion_map(lambda photos: engine.run(photos)[0], pixels, index, cover=blurred(pixels))
         return Explanation(OCCLUSION, label, evidence, PASSES)
 
-    def _compiled(self) -> OnnxEngine:
+    def _compiled(self) -> OpenVINOEngine:
         """Only the crew's thread comes here, so that OpenVINO's own threads, its children, have its low priority."""
         if self._engine is None:
             self._head = LinearHead.of(self.bundle)
-            self._engine = OnnxEngine(
-                self.bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,), keep_compiled=compiled_dir()
+            self._engine = OpenVINOEngine(
+                self.bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,), cache_dir=compiled_dir()
             )
         return self._engine
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from models.artifacts.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
 from models.artifacts.paths import compiled_dir, resolve_bundle
 from models.errors import UserError
-from models.runtime.openvino_engine import Engine, OnnxEngine, Pixels
-from models.runtime.precision import Precision, choose_precision
+from models.runtime.openvino_engine import Engine, OpenVINOEngine, Pixels
+from models.runtime.precision import Precision, select_precision
 from service.http.errors import Problem
 from service.inference.batcher import Pipeline
 from service.inference.image_decoder import FrontDoor
@@ -219,15 +219,15 @@ def load_model(settings: Settings, plan: Plan, metrics: Metrics, *, path: Path |
         engine: Engine = TorchEngine(bundle)
     else:
         bundle = open_bundle(path, files=(GRAPH, GOLDEN))
-        precision = choose_precision(bundle, settings.precision)
-        engine = OnnxEngine(
+        precision = select_precision(bundle, settings.precision)
+        engine = OpenVINOEngine(
             path / GRAPH,
             outputs=["probabilities"],
             precision=precision.name,
             threads=plan.share,
             streams=plan.streams,
             batch_sizes=sizes,
-            keep_compiled=compiled_dir(),
+            cache_dir=compiled_dir(),
         )
     difference = _check_every_size(bundle, engine, sizes, tolerance=precision.tolerance, streams=plan.streams)
     pipeline = Pipeline(

@@ -23,7 +23,7 @@ from models.networks.onnx_export import OUTPUTS, export_serving_graph
 from models.networks.registry import get_spec, list_models
 from models.networks.split_point import with_outputs
 from models.networks.weights import load_weights
-from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.openvino_engine import OpenVINOEngine
 from tests.helpers.server import serve
 from tests.helpers.small_networks import WIDE, made_small, random_state, some_pixels
 from tests.helpers.tiny_network import finetune
@@ -68,7 +68,7 @@ def _one_cache_and_nothing_on_the_side(tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
-        patch.setattr("finetune.export.exporter.compare_bf16", lambda *a, **k: None)
+        patch.setattr("finetune.export.exporter.measure_bf16", lambda *a, **k: None)
         yield
 
 
@@ -119,7 +119,9 @@ def test_the_graph_of_a_network_in_no_row_gives_what_the_network_gives(name: str
         classifier = build_classifier(spec, num_classes=2, base=random_state(name))
         export_serving_graph(classifier, spec, temperature=1.5, path=tmp_path / "model.onnx")
     pixels = some_pixels(spec, count=3)
-    probabilities, embedding, feature_map = OnnxEngine(tmp_path / "model.onnx", outputs=OUTPUTS, threads=1).run(pixels.numpy())
+    probabilities, embedding, feature_map = OpenVINOEngine(tmp_path / "model.onnx", outputs=OUTPUTS, threads=1).run(
+        pixels.numpy()
+    )
     with torch.inference_mode():
         log_probs, head_input, last_map = with_outputs(classifier, [(spec.head, True), (spec.cam_layer, False)])(pixels)
     np.testing.assert_allclose(probabilities, torch.softmax(log_probs / 1.5, dim=1), rtol=0, atol=1e-4)

@@ -29,7 +29,7 @@ from finetune.config import Config
 from finetune.training.setup import feature_cache, prepare
 from models.artifacts.bundle import Bundle, open_bundle
 from models.networks.weights import read_tensors
-from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.openvino_engine import OpenVINOEngine
 from tests.helpers.tiny_network import TINY, Tiny, colour_folder, finetune
 
 MEASURES = ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_uncalibrated", "calibration_error_uncalibrated")
@@ -269,7 +269,8 @@ def test_random_weights_five_classes_held_out_photos_and_a_damaged_file(tmp_path
     assert metrics["accuracy"]["value"] > 0.6  # 0.2 by chance
     assert set(metrics["precision"]) == set(names)
     assert np.array(metrics["confusion_matrix"]).sum() == 20
-    assert OnnxEngine(run.bundle.path / "model.onnx", outputs=["probabilities"]).run(run.bundle.golden()[0])[0].shape == (4, 5)
+    engine = OpenVINOEngine(run.bundle.path / "model.onnx", outputs=["probabilities"])
+    assert engine.run(run.bundle.golden()[0])[0].shape == (4, 5)
     assert run.bundle.manifest["base"] is None
     assert "trained from random weights" in (run.bundle.path / "README.md").read_text(encoding="utf-8")
     Tiny(5).load_state_dict(weights_of(run.bundle))

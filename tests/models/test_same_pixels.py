@@ -85,7 +85,7 @@ def test_prediction(photos: list[Photo], wanted: list[NDArray[np.uint8]], monkey
             seen.extend(pixels)
             return [np.full((len(pixels), 2), 0.5, np.float32)] * 2
 
-    monkeypatch.setattr(predict, "OnnxEngine", Engine)
+    monkeypatch.setattr(predict, "OpenVINOEngine", Engine)
     bundle = Bundle(Path("bundle"), {"preprocessing": asdict(WANTED)})
     assert len(list(predict.classify(bundle, [photo.path for photo in photos]))) == 2
     assert np.array_equal(seen, wanted)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from finetune.join import open_full
 from models.bundle import GRAPH, check_golden, open_bundle
-from models.engine import OnnxEngine
+from models.engine import OpenVINOEngine
 from service.cam import LinearHead
 
 from finetune.__main__ import main
@@ -35,7 +35,7 @@ def test_joined_it_gives_its_golden_answers_and_answers_photos(
     photo_folder: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = open_full(SHIPPED)
-    engine = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"])
+    engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"])
     assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) <= 1e-3
     photos = photo_folder(tmp_path / "drawn", train=1, valid=0)  # type: ignore[operator]
     assert main(["predict", "--bundle", str(SHIPPED), str(photos), "--json"]) == 0
@@ -48,7 +48,7 @@ def test_where_it_looks_is_exact(photo_folder: object, tmp_path: Path) -> None:
     bundle = open_full(SHIPPED)
     photo = next(photo_folder(tmp_path / "drawn", train=1, valid=0).rglob("*.jpg"))  # type: ignore[attr-defined,operator]
     pixels = bundle.preprocessing.pixels(photo.read_bytes())
-    engine = OnnxEngine(bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,))
+    engine = OpenVINOEngine(bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,))
     probabilities, embedding, feature_map = (rows[0] for rows in engine.run(pixels[None]))
     head = LinearHead.of(bundle)
     assert head is not None

@@ -22,7 +22,7 @@ from models.artifacts.bundle import MANIFEST, check_golden, open_bundle
 from models.networks import registry
 from models.networks.spec import WeightsSource
 from models.networks.weights import read_tensors
-from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.openvino_engine import OpenVINOEngine
 from tests.helpers.tiny_network import COLOURS, TINY, Tiny, colour_folder, finetune, paint, save_weights
 
 CLASSES = ("blue", "red, or so")
@@ -87,7 +87,7 @@ def test_a_head_and_its_base_are_the_whole_network(made: SimpleNamespace, tiny_w
 
 
 def test_the_joined_bundle_gives_the_golden_answers_of_the_head(made: SimpleNamespace) -> None:
-    engine = OnnxEngine(made.whole / "model.onnx", outputs=["probabilities"])
+    engine = OpenVINOEngine(made.whole / "model.onnx", outputs=["probabilities"])
     for bundle in (open_bundle(made.whole), open_bundle(made.head)):
         assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) < 1e-5
     assert open_bundle(made.whole).manifest["merged_from"] == open_bundle(made.head).version

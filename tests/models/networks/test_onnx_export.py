@@ -15,7 +15,7 @@ from models.networks.onnx_export import OUTPUTS, export_onnx, export_serving_gra
 from models.networks.registry import get_spec
 from models.networks.split_point import split_model
 from models.networks.weights import load_weights
-from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.openvino_engine import OpenVINOEngine
 
 SPEC = get_spec("efficientnet_lite0")
 TEMPERATURE = 1.7
@@ -37,12 +37,12 @@ def graph(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def frozen(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> OnnxEngine:
+def frozen(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> OpenVINOEngine:
     """The frozen part with a batch that is fixed, as training runs it."""
     path = tmp_path_factory.mktemp("graph") / "frozen.onnx"
     frozen_part = split_model(classifier).frozen
     export_onnx(frozen_part, preprocessing=SPEC.preprocessing, outputs=["features"], path=path, batch_size=BATCH)
-    return OnnxEngine(path, outputs=["features"])
+    return OpenVINOEngine(path, outputs=["features"])
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +71,14 @@ def in_torch(classifier: Classifier, pixels: Pixels) -> dict[str, Rows]:
 
 
 def test_the_graph_gives_torchs_calibrated_probabilities(graph: Path, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
-    (ours,) = OnnxEngine(graph, outputs=["probabilities"]).run(pixels[:6])
+    (ours,) = OpenVINOEngine(graph, outputs=["probabilities"]).run(pixels[:6])
     assert ours.dtype == np.float32
     assert np.ptp(ours, axis=0).max() > 0.01  # else anything would do
     assert np.abs(ours - in_torch["probabilities"]).max() < 1e-4
 
 
 def test_the_graph_gives_what_explains_them(graph: Path, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
-    probabilities, embedding, feature_map = OnnxEngine(graph, outputs=OUTPUTS).run(pixels[:6])
+    probabilities, embedding, feature_map = OpenVINOEngine(graph, outputs=OUTPUTS).run(pixels[:6])
     assert np.abs(probabilities - in_torch["probabilities"]).max() < 1e-4
     assert embedding.shape == (6, 1280)
     assert np.allclose(embedding, in_torch["embedding"], atol=1e-3)
@@ -88,7 +88,7 @@ def test_the_graph_gives_what_explains_them(graph: Path, pixels: Pixels, in_torc
 
 
 def test_the_batch_is_free_and_does_not_change_the_answer(graph: Path, pixels: Pixels) -> None:
-    engine = OnnxEngine(graph, outputs=["probabilities"], threads=1)
+    engine = OpenVINOEngine(graph, outputs=["probabilities"], threads=1)
     (all_at_once,) = engine.run(pixels)
     assert all_at_once.shape == (40, 3)
     for count in (1, 3):
@@ -96,7 +96,7 @@ def test_the_batch_is_free_and_does_not_change_the_answer(graph: Path, pixels: P
 
 
 def test_a_result_is_not_overwritten_by_the_next(graph: Path, pixels: Pixels) -> None:
-    engine = OnnxEngine(graph, outputs=["probabilities"])
+    engine = OpenVINOEngine(graph, outputs=["probabilities"])
     (first,) = engine.run(pixels[:1])
     kept = first.copy()
     engine.run(pixels[1:2])
@@ -105,7 +105,7 @@ def test_a_result_is_not_overwritten_by_the_next(graph: Path, pixels: Pixels) ->
 
 @pytest.mark.parametrize(("output", "is_computed"), [("probabilities", True), ("embedding", False), ("feature_map", False)])
 def test_what_is_not_asked_for_is_not_computed(graph: Path, output: str, is_computed: bool) -> None:
-    compiled = OnnxEngine(graph, outputs=[output]).compiled
+    compiled = OpenVINOEngine(graph, outputs=[output]).compiled_model
     steps = {step.get_rt_info()["layerType"].astype(str) for step in compiled.get_runtime_model().get_ops()}
     assert len(compiled.outputs) == 1
     assert ("Softmax" in steps) == is_computed
@@ -119,7 +119,7 @@ def test_the_graph_says_nothing_of_the_machine_that_wrote_it(graph: Path) -> Non
         assert str(path).encode() not in data
 
 
-def test_a_fixed_batch_gives_a_photo_the_same_numbers_wherever_it_stands(frozen: OnnxEngine, pixels: Pixels) -> None:
+def test_a_fixed_batch_gives_a_photo_the_same_numbers_wherever_it_stands(frozen: OpenVINOEngine, pixels: Pixels) -> None:
     ten = pixels[:10]
     (features,) = frozen.run(ten)  # 4 + 4 + 2 and padding
     assert features.shape == (10, 1280)
@@ -129,5 +129,5 @@ def test_a_fixed_batch_gives_a_photo_the_same_numbers_wherever_it_stands(frozen:
         assert np.array_equal(frozen.run(ten[i : i + 1])[0], features[i : i + 1])
 
 
-def test_the_frozen_graph_gives_torchs_features(frozen: OnnxEngine, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
+def test_the_frozen_graph_gives_torchs_features(frozen: OpenVINOEngine, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
     assert np.allclose(frozen.run(pixels[:6])[0], in_torch["embedding"], atol=1e-3)

@@ -16,8 +16,8 @@ import pytest
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
 from models.errors import ConfigError
 from models.runtime import precision
-from models.runtime.openvino_engine import OnnxEngine, Pixels
-from models.runtime.precision import BF16_TOLERANCE, choose_precision, compare_bf16
+from models.runtime.openvino_engine import OpenVINOEngine, Pixels
+from models.runtime.precision import BF16_TOLERANCE, measure_bf16, select_precision
 from models.runtime.torch_engine import TorchEngine
 from tests.helpers import tiny_network
 
@@ -35,8 +35,8 @@ def pixels(bundle: Bundle) -> Pixels:
     return np.random.default_rng(0).integers(0, 256, (11, side, side, 3), dtype=np.uint8)
 
 
-def engine(bundle: Bundle, **settings: Any) -> OnnxEngine:
-    return OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"], **settings)
+def engine(bundle: Bundle, **settings: Any) -> OpenVINOEngine:
+    return OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"], **settings)
 
 
 def test_batches_of_fixed_sizes_give_what_any_size_gives(bundle: Bundle, pixels: Pixels) -> None:
@@ -75,16 +75,16 @@ def test_importing_openvino_starts_no_other_process_and_leaves_its_converter_to_
 
 def test_what_was_compiled_is_kept_and_may_be_damaged(bundle: Bundle, pixels: Pixels, tmp_path: Path) -> None:
     (wanted,) = engine(bundle).run(pixels)
-    np.testing.assert_array_equal(engine(bundle, keep_compiled=tmp_path).run(pixels)[0], wanted)
+    np.testing.assert_array_equal(engine(bundle, cache_dir=tmp_path).run(pixels)[0], wanted)
     kept = sorted(tmp_path.glob("*.blob"))
     assert len(kept) == 1
-    np.testing.assert_array_equal(engine(bundle, keep_compiled=tmp_path).run(pixels)[0], wanted)
+    np.testing.assert_array_equal(engine(bundle, cache_dir=tmp_path).run(pixels)[0], wanted)
     assert sorted(tmp_path.glob("*.blob")) == kept
     whole = kept[0].read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"no compiled graph at all"):
         kept[0].chmod(0o644)
         kept[0].write_bytes(broken)
-        np.testing.assert_array_equal(engine(bundle, keep_compiled=tmp_path).run(pixels)[0], wanted)
+        np.testing.assert_array_equal(engine(bundle, cache_dir=tmp_path).run(pixels)[0], wanted)
 
 
 def with_measured(bundle: Bundle, measured: dict[str, Any] | None) -> Bundle:
@@ -93,10 +93,10 @@ def with_measured(bundle: Bundle, measured: dict[str, Any] | None) -> Bundle:
 
 def test_bfloat16_is_chosen_where_the_export_speaks_for_it(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "supports_bf16", lambda: True)
-    chosen = choose_precision(with_measured(bundle, GOOD))
+    chosen = select_precision(with_measured(bundle, GOOD))
     assert (chosen.name, chosen.tolerance) == ("bf16", BF16_TOLERANCE)
     assert "1.8 times as fast" in chosen.reason
-    assert choose_precision(with_measured(bundle, GOOD), "fp32").name == "fp32"
+    assert select_precision(with_measured(bundle, GOOD), "fp32").name == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -111,21 +111,21 @@ def test_bfloat16_is_chosen_where_the_export_speaks_for_it(bundle: Bundle, monke
 )
 def test_float32_is_kept_where_it_does_not(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, measured: Any) -> None:
     monkeypatch.setattr(precision, "supports_bf16", lambda: True)
-    chosen = choose_precision(with_measured(bundle, measured))
+    chosen = select_precision(with_measured(bundle, measured))
     assert (chosen.name, chosen.tolerance) == ("fp32", bundle.manifest["golden"]["tolerance"])
 
 
 def test_a_processor_without_bfloat16(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "supports_bf16", lambda: False)
-    assert choose_precision(with_measured(bundle, GOOD)).name == "fp32"
-    assert compare_bf16(bundle.path / GRAPH, np.zeros((1, 1, 1, 3), np.uint8)) is None
+    assert select_precision(with_measured(bundle, GOOD)).name == "fp32"
+    assert measure_bf16(bundle.path / GRAPH, np.zeros((1, 1, 1, 3), np.uint8)) is None
     with pytest.raises(ConfigError, match="PRECISION is bf16, which this processor does not have"):
-        choose_precision(bundle, "bf16")
+        select_precision(bundle, "bf16")
 
 
 def test_the_export_measures_bfloat16(bundle: Bundle, pixels: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "supports_bf16", lambda: True)
-    measured = compare_bf16(bundle.path / GRAPH, pixels)
+    measured = measure_bf16(bundle.path / GRAPH, pixels)
     assert measured is not None
     assert measured["photos"] == len(pixels)
     assert 0 <= measured["largest_difference"] < BF16_TOLERANCE

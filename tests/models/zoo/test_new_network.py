@@ -15,7 +15,7 @@ import models.zoo
 from models.artifacts.bundle import open_bundle
 from models.networks import registry
 from models.networks.registry import create_model, list_models
-from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.openvino_engine import OpenVINOEngine
 from tests.helpers.tiny_network import colour_folder, finetune
 
 DOC = (Path(__file__).resolve().parents[3] / "docs" / "adding-a-network.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_one_file_is_all_that_a_network_takes(zoo: Path, tmp_path: Path, monkeyp
     assert (code, err) == (0, "")
     bundle = open_bundle(tmp_path / "run" / "bundle")
     pixels, wanted, tolerance = bundle.golden()
-    given = OnnxEngine(bundle.path / "model.onnx", outputs=["probabilities"], threads=1).run(pixels)[0]
+    given = OpenVINOEngine(bundle.path / "model.onnx", outputs=["probabilities"], threads=1).run(pixels)[0]
     assert np.abs(given - wanted).max() <= tolerance
     code, said, _ = finetune("models", "show", "thumbnail")
     assert code == 0

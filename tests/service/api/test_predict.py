@@ -467,7 +467,7 @@ def test_a_fault_of_the_servers_own_is_logged_and_not_told(
 
     with serving(tiny_bundle.path) as client:
         with monkeypatch.context() as patch:
-            patch.setattr("models.runtime.openvino_engine.OnnxEngine.run", fail)
+            patch.setattr("models.runtime.openvino_engine.OpenVINOEngine.run", fail)
             answer = send(client, photo, X_Request_ID="mine-7")
         problem = refused(answer, "internal_error")
         assert "secret" not in answer.text

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from models.artifacts.bundle import GRAPH, WEIGHTS, Bundle, open_bundle
-from models.runtime.openvino_engine import OnnxEngine
+from models.runtime.openvino_engine import OpenVINOEngine
 from service.explain.cam import LinearHead
 from service.explain.explainer import CAM, OCCLUSION, OUTPUTS, Explainer
 from service.explain.heatmap import colours, legend, overlay
@@ -115,7 +115,7 @@ def test_the_map_adds_up_to_the_scores_and_so_to_the_probabilities(make: Callabl
     head = LinearHead.of(bundle)
     assert head is not None
     scores = np.array([each.evidence.mean() for each in found]) + head.bias
-    wanted = OnnxEngine(bundle.path / GRAPH, outputs=["probabilities"]).run(drawn()[None])[0][0]
+    wanted = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"]).run(drawn()[None])[0][0]
     given = np.exp(scores / TEMPERATURE) / np.exp(scores / TEMPERATURE).sum()
     assert given == pytest.approx(wanted, abs=1e-5)
     assert abs(scores.sum()) < 1e-4
