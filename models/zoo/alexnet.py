@@ -11,7 +11,7 @@ from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
 from models.networks.spec import SCRATCH_RECIPE, Cost, ModelSpec, WeightsSource
 from models.preprocess import Preprocessing
-from models.zoo.initialise import xavier
+from models.zoo.initializers import xavier_uniform
 
 ALEXNET_2012 = ModelSpec(
     name="alexnet_2012",
@@ -69,7 +69,7 @@ def alexnet_2012(num_classes: int, in_channels: int = 1) -> nn.Module:
             output=nn.Linear(4096, num_classes),
         )
     )
-    return net.apply(xavier)
+    return net.apply(xavier_uniform)
 
 
 @register_model(ALEXNET)

@@ -13,7 +13,7 @@ from models.networks.registry import register_model
 from models.networks.spec import Cost, ModelSpec, WeightsSource
 
 
-def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The published file is older than the layers' names: ``norm.1.weight`` is now ``norm1.weight``."""
     return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): tensor for name, tensor in tensors.items()}
 
@@ -25,7 +25,7 @@ DENSENET121 = ModelSpec(
     paper="https://arxiv.org/abs/1608.06993",
     head="classifier",
     cam_layer="features",
-    weights=WeightsSource.torchvision("densenet121-a639ec97.pth", convert=rename),
+    weights=WeightsSource.torchvision("densenet121-a639ec97.pth", convert=rename_keys),
     cost=Cost(7_978_856, 2_834_161_664),
 )
 

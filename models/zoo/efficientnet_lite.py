@@ -12,7 +12,7 @@ from models.networks.spec import Cost, ModelSpec, Recipe, WeightsSource
 from models.preprocess import Preprocessing
 
 # The compound rule's input sizes, and the sha256 of the published weights.
-LITES = {
+VARIANTS = {
     0: (224, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
     1: (240, "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
     2: (260, "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
@@ -68,5 +68,5 @@ def _register(number: int, input_px: int, sha256: str) -> None:
         return timm.create_model(f"tf_efficientnet_lite{number}", num_classes=num_classes, in_chans=in_channels)
 
 
-for _number, (_input_px, _sha256) in LITES.items():
+for _number, (_input_px, _sha256) in VARIANTS.items():
     _register(_number, _input_px, _sha256)

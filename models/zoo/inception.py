@@ -23,7 +23,7 @@ from models.preprocess import Preprocessing
 MINUS_ONE_TO_ONE = (0.5, 0.5, 0.5)
 
 
-def without_aux(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def drop_aux_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the network alone."""
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(("aux1.", "aux2.", "AuxLogits."))}
 
@@ -35,7 +35,7 @@ GOOGLENET = ModelSpec(
     paper="https://arxiv.org/abs/1409.4842",
     head="fc",
     cam_layer="inception5b",
-    weights=WeightsSource.torchvision("googlenet-1378be20.pth", convert=without_aux),
+    weights=WeightsSource.torchvision("googlenet-1378be20.pth", convert=drop_aux_heads),
     # torchvision turns ImageNet's normalisation back into TensorFlow's inside the network; here it comes so at once.
     preprocessing=Preprocessing(mean=MINUS_ONE_TO_ONE, std=MINUS_ONE_TO_ONE),
     aux_weight=0.3,
@@ -48,7 +48,7 @@ INCEPTION_V3 = ModelSpec(
     paper="https://arxiv.org/abs/1512.00567",
     head="fc",
     cam_layer="Mixed_7c",
-    weights=WeightsSource.torchvision("inception_v3_google-0cc3c7bd.pth", convert=without_aux),
+    weights=WeightsSource.torchvision("inception_v3_google-0cc3c7bd.pth", convert=drop_aux_heads),
     preprocessing=Preprocessing(input_px=299, resize_px=342, mean=MINUS_ONE_TO_ONE, std=MINUS_ONE_TO_ONE),
     aux_weight=0.4,
     cost=Cost(23_834_568, 5_713_216_096),

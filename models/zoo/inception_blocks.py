@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from models.networks.flops import count_macs, count_parameters
 
 # GoogLeNet's table 1, row "inception (3a)": how many maps each branch gives, and to how many the 1x1 before it reduces.
-INPUTS = 192
+IN_CHANNELS = 192
 ONE, THREE, FIVE, POOL = 64, 128, 32, 32
 REDUCE_THREE, REDUCE_FIVE = 96, 16
 
 
-def conv(inputs: int, outputs: int, kernel: int) -> nn.Module:
+def conv_relu(inputs: int, outputs: int, kernel: int) -> nn.Module:
     """A convolution that keeps the map's size, and ReLU."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=kernel, padding=kernel // 2), nn.ReLU())
 
 
-class Side(nn.Module):
+class ParallelBranches(nn.Module):
     """Branches side by side: each sees the same map, their maps are put on top of each other."""
 
     def __init__(self, *branches: nn.Module) -> None:
@@ -45,40 +45,40 @@ class Side(nn.Module):
 
 def naive() -> nn.Module:
     """Szegedy et al. 2014 (arXiv 1409.4842), figure 2a."""
-    return Side(
-        conv(INPUTS, ONE, 1),  # (N, 64, 28, 28)
-        conv(INPUTS, THREE, 3),  # (N, 128, 28, 28)
-        conv(INPUTS, FIVE, 5),  # (N, 32, 28, 28)
+    return ParallelBranches(
+        conv_relu(IN_CHANNELS, ONE, 1),  # (N, 64, 28, 28)
+        conv_relu(IN_CHANNELS, THREE, 3),  # (N, 128, 28, 28)
+        conv_relu(IN_CHANNELS, FIVE, 5),  # (N, 32, 28, 28)
         nn.MaxPool2d(3, stride=1, padding=1),  # (N, 192, 28, 28)
     )
 
 
 def reduced() -> nn.Module:
     """The same, figure 2b: a 1x1 convolution before each large window."""
-    return Side(
-        conv(INPUTS, ONE, 1),  # (N, 64, 28, 28)
-        nn.Sequential(conv(INPUTS, REDUCE_THREE, 1), conv(REDUCE_THREE, THREE, 3)),  # (N, 128, 28, 28)
-        nn.Sequential(conv(INPUTS, REDUCE_FIVE, 1), conv(REDUCE_FIVE, FIVE, 5)),  # (N, 32, 28, 28)
-        nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), conv(INPUTS, POOL, 1)),  # (N, 32, 28, 28)
+    return ParallelBranches(
+        conv_relu(IN_CHANNELS, ONE, 1),  # (N, 64, 28, 28)
+        nn.Sequential(conv_relu(IN_CHANNELS, REDUCE_THREE, 1), conv_relu(REDUCE_THREE, THREE, 3)),  # (N, 128, 28, 28)
+        nn.Sequential(conv_relu(IN_CHANNELS, REDUCE_FIVE, 1), conv_relu(REDUCE_FIVE, FIVE, 5)),  # (N, 32, 28, 28)
+        nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), conv_relu(IN_CHANNELS, POOL, 1)),  # (N, 32, 28, 28)
     )
 
 
-def factorised() -> nn.Module:
+def factorized() -> nn.Module:
     """Inception v2, Szegedy et al. 2015 (arXiv 1512.00567), figure 5: the 5x5 window as two of 3x3."""
-    return Side(
-        conv(INPUTS, ONE, 1),
-        nn.Sequential(conv(INPUTS, REDUCE_THREE, 1), conv(REDUCE_THREE, THREE, 3)),
-        nn.Sequential(conv(INPUTS, REDUCE_FIVE, 1), two_for_one(REDUCE_FIVE, FIVE)),
-        nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), conv(INPUTS, POOL, 1)),
+    return ParallelBranches(
+        conv_relu(IN_CHANNELS, ONE, 1),
+        nn.Sequential(conv_relu(IN_CHANNELS, REDUCE_THREE, 1), conv_relu(REDUCE_THREE, THREE, 3)),
+        nn.Sequential(conv_relu(IN_CHANNELS, REDUCE_FIVE, 1), stacked_3x3(REDUCE_FIVE, FIVE)),
+        nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), conv_relu(IN_CHANNELS, POOL, 1)),
     )
 
 
-def two_for_one(inputs: int, outputs: int) -> nn.Module:
+def stacked_3x3(inputs: int, outputs: int) -> nn.Module:
     """Two 3x3 convolutions, which together see a window of 5x5."""
-    return nn.Sequential(conv(inputs, outputs, 3), conv(outputs, outputs, 3))
+    return nn.Sequential(conv_relu(inputs, outputs, 3), conv_relu(outputs, outputs, 3))
 
 
-def compare(side_px: int = 28) -> dict[str, tuple[int, int]]:
+def compare_costs(side_px: int = 28) -> dict[str, tuple[int, int]]:
     """Parameters and MACs of each form on a map of ``side_px``, by name."""
-    blocks = {"naive": naive(), "reduced": reduced(), "factorised": factorised()}
-    return {name: (count_parameters(block), count_macs(block, INPUTS, side_px, side_px)) for name, block in blocks.items()}
+    blocks = {"naive": naive(), "reduced": reduced(), "factorized": factorized()}
+    return {name: (count_parameters(block), count_macs(block, IN_CHANNELS, side_px, side_px)) for name, block in blocks.items()}

@@ -13,7 +13,7 @@ from torch import nn
 
 from models.networks.registry import register_model
 from models.networks.spec import GRAY_28, RGB_32, SCRATCH_RECIPE, Cost, ModelSpec
-from models.zoo.initialise import xavier
+from models.zoo.initializers import xavier_uniform
 
 LENET5 = ModelSpec(
     name="lenet5",
@@ -61,7 +61,7 @@ def lenet5(num_classes: int, in_channels: int = 1) -> nn.Module:
             output=nn.Linear(84, num_classes),
         )
     )
-    return net.apply(xavier)
+    return net.apply(xavier_uniform)
 
 
 @register_model(LENET_CIFAR)

@@ -13,7 +13,7 @@ MLP_SPEC = ModelSpec(
     year=1986,
     paper="https://doi.org/10.1038/323533a0",
     head="output",
-    cam_layer="picture",  # it has no other map: what explains it is the pixels themselves
+    cam_layer="image",  # it has no other map: what explains it is the pixels themselves
     preprocessing=GRAY_28,
     recipe=SCRATCH_RECIPE,
     pretrained_classes=10,
@@ -29,7 +29,7 @@ class MLP(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int, units: int) -> None:
         super().__init__()
-        self.picture = nn.Identity()
+        self.image = nn.Identity()
         self.hidden1 = nn.Linear(in_channels * 28 * 28, units)
         self.hidden2 = nn.Linear(units, units)
         self.output = nn.Linear(units, num_classes)
@@ -37,7 +37,7 @@ class MLP(nn.Module):
         self.log_softmax = nn.LogSoftmax(dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.picture(images)  # (N, 1, 28, 28)
+        x = self.image(images)  # (N, 1, 28, 28)
         x = x.flatten(1)  # (N, 784)
         x = self.relu(self.hidden1(x))  # (N, 8)
         x = self.relu(self.hidden2(x))  # (N, 8)

@@ -36,7 +36,7 @@ COSTS = {
 }
 
 
-def separable_share(outputs: int, kernel: int) -> float:
+def separable_cost_ratio(outputs: int, kernel: int) -> float:
     """What a depthwise separable convolution costs of an ordinary one's MACs: 1/N + 1/D^2.
 
     Ordinary: D * D * M * N a pixel. Depthwise, then pointwise: D * D * M + M * N. N outputs, a kernel of D x D; how many
@@ -45,7 +45,7 @@ def separable_share(outputs: int, kernel: int) -> float:
     return 1 / outputs + 1 / kernel**2
 
 
-def separable(inputs: int, outputs: int, *, stride: int) -> nn.Module:
+def depthwise_separable(inputs: int, outputs: int, *, stride: int) -> nn.Module:
     """3x3 within each map, 1x1 across the maps; BatchNorm and ReLU behind both."""
     return nn.Sequential(
         OrderedDict(
@@ -59,7 +59,7 @@ def separable(inputs: int, outputs: int, *, stride: int) -> nn.Module:
     )
 
 
-def ordinary(inputs: int, outputs: int, *, stride: int) -> nn.Module:
+def conv_bn_relu(inputs: int, outputs: int, *, stride: int) -> nn.Module:
     """What a separable convolution stands for: 3x3 within and across the maps at once."""
     return nn.Sequential(
         OrderedDict(
@@ -71,7 +71,7 @@ def ordinary(inputs: int, outputs: int, *, stride: int) -> nn.Module:
 
 
 def build_v1(num_classes: int, in_channels: int, *, width: float, block: str) -> nn.Module:
-    """A stem and thirteen blocks, each ``width`` times as wide as the paper's; ``block`` is separable or ordinary.
+    """A stem and thirteen blocks, each ``width`` times as wide as the paper's; ``block`` is separable or standard.
 
     images     (N, 3, 224, 224)
     stem       conv 3x3/2 -> (N, 32, 112, 112)
@@ -82,9 +82,9 @@ def build_v1(num_classes: int, in_channels: int, *, width: float, block: str) ->
     block12-13 (N, 1024, 7, 7)
     output     mean over the map, 1024 -> num_classes
     """
-    make = {"separable": separable, "ordinary": ordinary}[block]
+    make = {"separable": depthwise_separable, "standard": conv_bn_relu}[block]
     channels = int(32 * width)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=ordinary(in_channels, channels, stride=2))
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=conv_bn_relu(in_channels, channels, stride=2))
     for number, (stride, full) in enumerate(BLOCKS, start=1):
         layers[f"block{number}"] = make(channels, int(full * width), stride=stride)
         channels = int(full * width)
@@ -109,7 +109,7 @@ def _register_v1(suffix: str, share: float) -> None:
 
     @register_model(spec)
     def mobilenet_v1(num_classes: int, in_channels: int = 3, *, width: float = share, block: str = "separable") -> nn.Module:
-        """``width`` is the paper's width multiplier; ``block="ordinary"`` gives its table 4's network to compare with."""
+        """``width`` is the paper's width multiplier; ``block="conv_bn_relu"`` gives its table 4's network to compare with."""
         return build_v1(num_classes, in_channels, width=width, block=block)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from models.networks.registry import register_model
 from models.networks.spec import GRAY_28, SCRATCH_RECIPE, Cost, ModelSpec
-from models.zoo.initialise import lecun
+from models.zoo.initializers import lecun_normal
 
 
 def _spec(name: str, title: str, *, year: int, paper: str, cam_layer: str, cost: Cost) -> ModelSpec:
@@ -86,12 +86,12 @@ def cnn_two_conv(num_classes: int, in_channels: int = 1) -> nn.Module:
     )
 
 
-def convolution(inputs: int, outputs: int) -> nn.Module:
+def conv3x3(inputs: int, outputs: int) -> nn.Module:
     """9 * inputs * outputs + outputs parameters: every output looks at every input's neighbourhood."""
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
 
 
-def separable(inputs: int, outputs: int) -> nn.Module:
+def separable_conv3x3(inputs: int, outputs: int) -> nn.Module:
     """9 * inputs + inputs * outputs + outputs parameters: first each map's neighbourhood, then across the maps."""
     return nn.Sequential(
         OrderedDict(
@@ -101,11 +101,11 @@ def separable(inputs: int, outputs: int) -> nn.Module:
     )
 
 
-def three_pairs(num_classes: int, in_channels: int, layer: Callable[[int, int], nn.Module]) -> nn.Module:
+def build_vgg_like(num_classes: int, in_channels: int, layer: Callable[[int, int], nn.Module]) -> nn.Module:
     """Three pairs of 3x3 convolutions and two fully connected layers; the first convolution is always an ordinary one."""
     features = nn.Sequential(
         OrderedDict(
-            conv1=convolution(in_channels, 32),  # (N, 32, 28, 28)
+            conv1=conv3x3(in_channels, 32),  # (N, 32, 28, 28)
             selu1=nn.SELU(),
             conv2=layer(32, 32),  # (N, 32, 28, 28)
             selu2=nn.SELU(),
@@ -131,16 +131,16 @@ def three_pairs(num_classes: int, in_channels: int, layer: Callable[[int, int], 
             output=nn.Linear(128, num_classes),
         )
     )
-    return net.apply(lecun)
+    return net.apply(lecun_normal)
 
 
 @register_model(CNN_SELU)
 def cnn_selu(num_classes: int, in_channels: int = 1) -> nn.Module:
     """435,306 parameters for 10 digits."""
-    return three_pairs(num_classes, in_channels, convolution)
+    return build_vgg_like(num_classes, in_channels, conv3x3)
 
 
 @register_model(CNN_SEPARABLE)
 def cnn_separable(num_classes: int, in_channels: int = 1) -> nn.Module:
     """184,234 parameters for 10 digits: the same network, its convolutions separable after the first."""
-    return three_pairs(num_classes, in_channels, separable)
+    return build_vgg_like(num_classes, in_channels, separable_conv3x3)

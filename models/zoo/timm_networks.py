@@ -21,12 +21,12 @@ from models.networks.registry import register_library
 from models.networks.spec import ModelSpec, Recipe, WeightsSource
 from models.preprocess import INTERPOLATIONS, Preprocessing
 
-HOME = "https://github.com/huggingface/pytorch-image-models"
+TIMM_URL = "https://github.com/huggingface/pytorch-image-models"
 IMAGENET_CLASSES = 1000  # the size of the head that is replaced, where timm publishes a network without one
 
 
 @register_library("timm")
-def find(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
+def find_timm_model(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
     """The spec and the builder of one of timm's networks. Raises UnknownModelError, which proposes the nearest name."""
     import timm  # here, as it takes a second to import and most commands do not need it
     from timm.layers.drop import DropPath
@@ -47,7 +47,7 @@ def find(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
         return net
 
     classes = cfg.num_classes or IMAGENET_CLASSES
-    preprocessing = read_preprocessing(name, cfg)
+    preprocessing = preprocessing_from_cfg(name, cfg)
     with torch.device("meta"):
         net = build(classes).eval()
     heads = find_heads(net, cfg.classifier)
@@ -55,11 +55,11 @@ def find(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
         name=f"timm:{name}",
         title=f"{name} (timm)",
         year=None,
-        paper=read_paper(cfg),
+        paper=paper_url(cfg),
         head=heads[0],
         extra_heads=tuple(heads[1:]),
-        cam_layer=find_map(net, preprocessing),
-        weights=read_source(name, classes, cfg),
+        cam_layer=find_cam_layer(net, preprocessing),
+        weights=weights_source(name, classes, cfg),
         preprocessing=preprocessing,
         recipe=Recipe(epochs=30, lr=0.01, lr_schedule="cosine"),
         pretrained_classes=classes,
@@ -67,7 +67,7 @@ def find(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
     return spec, build
 
 
-def read_preprocessing(name: str, cfg: Any) -> Preprocessing:
+def preprocessing_from_cfg(name: str, cfg: Any) -> Preprocessing:
     """As timm evaluates the network: resized to the input's size over ``crop_pct``, cropped in the middle."""
     _, height, width = cfg.input_size
     if height != width:
@@ -81,9 +81,9 @@ def read_preprocessing(name: str, cfg: Any) -> Preprocessing:
     )
 
 
-def read_source(name: str, classes: int, cfg: Any) -> WeightsSource | None:
+def weights_source(name: str, classes: int, cfg: Any) -> WeightsSource | None:
     """Where timm has the weights: on the Hugging Face Hub, or at an address; None where it has none."""
-    convert = partial(through_timm, name, classes)
+    convert = partial(load_timm_state_dict, name, classes)
     license = cfg.license or "unknown license"
     if cfg.hf_hub_id and cfg.custom_load != "hf":  # a custom load is for files at the address, such as NumPy's
         repository = cfg.hf_hub_id if not cfg.hf_hub_id.endswith("/") else f"{cfg.hf_hub_id}{name}"
@@ -94,7 +94,7 @@ def read_source(name: str, classes: int, cfg: Any) -> WeightsSource | None:
     return None
 
 
-def through_timm(name: str, classes: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_timm_state_dict(name: str, classes: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors as the network has them: timm knows how each of its checkpoints has to be read."""
     import timm
 
@@ -103,12 +103,12 @@ def through_timm(name: str, classes: int, tensors: Mapping[str, Tensor]) -> dict
     return dict(net.state_dict())
 
 
-def read_paper(cfg: Any) -> str:
+def paper_url(cfg: Any) -> str:
     """The paper where timm names it, else where the network comes from, else timm itself."""
     papers = [cfg.paper_ids] if isinstance(cfg.paper_ids, str) else list(cfg.paper_ids or ())
     if papers:
         return f"https://arxiv.org/abs/{papers[0].removeprefix('arXiv:')}"
-    return cfg.origin_url or HOME
+    return cfg.origin_url or TIMM_URL
 
 
 def find_heads(net: nn.Module, known: str | tuple[str, ...] | None) -> list[str]:
@@ -128,7 +128,7 @@ def find_heads(net: nn.Module, known: str | tuple[str, ...] | None) -> list[str]
     return heads
 
 
-def find_map(net: nn.Module, preprocessing: Preprocessing) -> str:
+def find_cam_layer(net: nn.Module, preprocessing: Preprocessing) -> str:
     """The last layer that gives a map (N, C, h, w) with h = w > 1; for a transformer that is its patch embedding.
 
     Dropout is no such layer: in a transformer it gives maps of which place looks at which.

@@ -41,7 +41,7 @@ COSTS = {
 DIGESTS = {"vgg16": {"sha256": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"}}
 
 
-def stages(depth: int) -> list[str | int]:
+def vgg_layers(depth: int) -> list[str | int]:
     """The layers of a depth as torchvision writes them: [64, "M", 128, "M", ...], "M" for a max pooling of 2."""
     plan: list[str | int] = []
     for width, count in zip(WIDTHS, DEPTHS[depth], strict=True):
@@ -74,7 +74,9 @@ def _register(depth: int, *, batch_norm: bool) -> None:
                      512 wide, pool -> (N, 512, 7, 7)
         classifier   25088 -> 4096 -> 4096 -> num_classes, dropout between them
         """
-        return adapt_in_channels(VGG(make_layers(stages(depth), batch_norm=batch_norm), num_classes=num_classes), in_channels)
+        return adapt_in_channels(
+            VGG(make_layers(vgg_layers(depth), batch_norm=batch_norm), num_classes=num_classes), in_channels
+        )
 
 
 for _depth in DEPTHS:
@@ -108,7 +110,7 @@ def vgg_cifar(num_classes: int, in_channels: int = 3) -> nn.Module:
     output     512 -> num_classes
     """
     net = nn.Sequential()
-    net.add_module("features", make_layers(stages(11), batch_norm=True))
+    net.add_module("features", make_layers(vgg_layers(11), batch_norm=True))
     net.add_module("flatten", nn.Flatten())
     net.add_module("output", nn.Linear(512, num_classes))
     return adapt_in_channels(net, in_channels)

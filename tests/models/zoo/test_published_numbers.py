@@ -12,8 +12,8 @@ from torch import nn
 from models.networks.flops import count_macs, count_parameters, get_cost, input_shape, measure_cost
 from models.networks.registry import create_model, get_spec, list_models
 from models.zoo import inception_blocks
-from models.zoo.mobilenet import separable_share
-from models.zoo.vgg import DEPTHS, stages
+from models.zoo.mobilenet import separable_cost_ratio
+from models.zoo.vgg import DEPTHS, vgg_layers
 
 PARAMETERS = {
     "alexnet": 61_100_840,
@@ -147,7 +147,7 @@ def test_the_small_networks_shapes(name: str, before_flatten: tuple[int, ...]) -
 
 def test_vggs_table_is_the_papers() -> None:
     assert {depth: sum(counts) + 3 for depth, counts in DEPTHS.items()} == {depth: depth for depth in DEPTHS}
-    assert stages(11) == [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
+    assert vgg_layers(11) == [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
 
 
 # Channels and classes
@@ -193,8 +193,8 @@ def test_selu_keeps_mean_and_variance_through_the_network() -> None:
 
 
 def test_the_inception_block_costs_what_its_file_says() -> None:
-    costs = inception_blocks.compare(28)
-    assert costs == {"naive": (387_296, 303_464_448), "reduced": (163_696, 128_049_152), "factorised": (164_752, 128_851_968)}
+    costs = inception_blocks.compare_costs(28)
+    assert costs == {"naive": (387_296, 303_464_448), "reduced": (163_696, 128_049_152), "factorized": (164_752, 128_851_968)}
     for number in (number for pair in costs.values() for number in pair):
         assert f"{number:,}" in (inception_blocks.__doc__ or "")
 
@@ -202,13 +202,13 @@ def test_the_inception_block_costs_what_its_file_says() -> None:
 @torch.inference_mode()
 def test_the_naive_block_grows_and_the_reduced_ones_do_not() -> None:
     x = torch.zeros(1, 192, 28, 28)
-    gives = [make()(x).shape[1] for make in (inception_blocks.naive, inception_blocks.reduced, inception_blocks.factorised)]
+    gives = [make()(x).shape[1] for make in (inception_blocks.naive, inception_blocks.reduced, inception_blocks.factorized)]
     assert gives == [416, 256, 256]
 
 
 def test_two_3x3_windows_see_what_one_of_5x5_sees_for_18_25ths() -> None:
     five = nn.Conv2d(64, 64, 5, padding=2, bias=False)
-    two = inception_blocks.two_for_one(64, 64)
+    two = inception_blocks.stacked_3x3(64, 64)
     assert count_macs(two, 64, 28, 28) / count_macs(five, 64, 28, 28) == pytest.approx(18 / 25)
     picture = torch.zeros(1, 64, 9, 9, requires_grad=True)
     two(picture + torch.randn(1, 64, 9, 9))[0, :, 4, 4].sum().backward()
@@ -217,7 +217,7 @@ def test_two_3x3_windows_see_what_one_of_5x5_sees_for_18_25ths() -> None:
 
 
 def test_reducing_makes_googlenets_block_cheaper() -> None:
-    (_, naive), (_, reduced) = (inception_blocks.compare(14)[form] for form in ("naive", "reduced"))
+    (_, naive), (_, reduced) = (inception_blocks.compare_costs(14)[form] for form in ("naive", "reduced"))
     assert reduced < 0.45 * naive
 
 
@@ -227,13 +227,13 @@ def test_a_separable_convolution_costs_1_n_plus_1_d2_of_an_ordinary_one() -> Non
         depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
         pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
         share = count_macs(nn.Sequential(depthwise, pointwise), inputs, 14, 14) / count_macs(ordinary, inputs, 14, 14)
-        assert share == pytest.approx(separable_share(outputs, 3)) == pytest.approx(1 / outputs + 1 / 9)
+        assert share == pytest.approx(separable_cost_ratio(outputs, 3)) == pytest.approx(1 / outputs + 1 / 9)
 
 
 def test_mobilenets_macs_against_ordinary_convolutions_are_the_papers() -> None:
     """Howard et al. 2017, table 4: 569 million against 4,866, 4.2 million parameters against 29.3."""
     with torch.device("meta"):
-        thin, full = create_model("mobilenet_v1"), create_model("mobilenet_v1", block="ordinary")
+        thin, full = create_model("mobilenet_v1"), create_model("mobilenet_v1", block="standard")
     assert count_macs(thin, 3, 224, 224) == pytest.approx(569e6, rel=0.001)
     assert count_macs(full, 3, 224, 224) == pytest.approx(4866e6, rel=0.005)
     assert count_parameters(full) == pytest.approx(29.3e6, rel=0.005)
