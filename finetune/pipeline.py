@@ -188,7 +188,7 @@ def finish(
             name=config.name or default_name(config),
             spec=network.spec,
             base=network.base,
-            cut_after=network.split_model.last_frozen,
+            last_frozen=network.split_model.last_frozen,
             classes=survey.dataset.classes,
             metrics=metrics,
             config=config,

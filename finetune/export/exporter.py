@@ -110,7 +110,7 @@ def describe_graph(spec: ModelSpec) -> dict[str, Any]:
             "name": PIXELS,
             "type": "uint8",
             "shape": ["N", side, side, channels],
-            "holds": "pixels, not normalised",
+            "description": "pixels, not normalized",
         },
         "outputs": {
             "probabilities": "calibrated, (N, classes) float32",
@@ -129,4 +129,4 @@ def check_parity(engine: OpenVINOEngine, parity: Parity) -> dict[str, Any]:
             f"The exported graph's probabilities differ from training's by up to {difference:.2g} on {len(parity.pixels)} "
             f"photos, {tolerance:.2g} is allowed; no bundle was written, train again with --precision fp32."
         )
-    return {"photos": len(parity.pixels), "largest_difference": difference, "tolerance": tolerance}
+    return {"images": len(parity.pixels), "max_difference": difference, "tolerance": tolerance}

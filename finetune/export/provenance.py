@@ -29,7 +29,7 @@ def describe_run(
     name: str,
     spec: ModelSpec,
     base: Weights | None,
-    cut_after: str,
+    last_frozen: str,
     classes: Sequence[str],
     metrics: Mapping[str, Any],
     config: Config,
@@ -46,7 +46,7 @@ def describe_run(
         "title": spec.title,
         "paper": spec.paper,
         "classes": list(classes),
-        "cut_after": cut_after,
+        "last_frozen": last_frozen,
         "permute_pixels": config.permute_pixels,
         "base": describe_base(spec, base),
         "metrics": dict(metrics),
@@ -60,7 +60,7 @@ def describe_run(
                 "sha256": dataset_sha256(scans),
                 "photos": findings.counts,
                 "evaluated_split": "validation" if not findings.split_from_train else "held-out",
-                "left_out": len(findings.damaged) + len(findings.known),
+                "excluded": len(findings.damaged) + len(findings.known),
                 "problems": findings.problems,
                 "extra_folders": len(config.extra_data),
                 "reviews": None if reviews is None else dict(reviews),
@@ -75,8 +75,8 @@ def describe_run(
 def describe_base(spec: ModelSpec, base: Weights | None) -> dict[str, Any] | None:
     if base is None:
         return None
-    license = spec.weights.license if spec.weights and base.published else "unknown licence"
-    return {"sha256": base.sha256, "origin": base.origin, "published": base.published, "licence": license}
+    license = spec.weights.license if spec.weights and base.published else "unknown license"
+    return {"sha256": base.sha256, "origin": base.origin, "published": base.published, "license": license}
 
 
 def dataset_sha256(scans: Sequence[Scan]) -> str:

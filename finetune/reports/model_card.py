@@ -48,7 +48,7 @@ def write_card(path: Path, manifest: Mapping[str, Any]) -> None:
 def _how(manifest: Mapping[str, Any]) -> str:
     if manifest["base"] is None:
         return "trained from random weights"
-    return f"fine-tuned from pretrained weights ({manifest['base']['licence']})"
+    return f"fine-tuned from pretrained weights ({manifest['base']['license']})"
 
 
 def _base(manifest: Mapping[str, Any]) -> str:

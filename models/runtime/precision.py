@@ -44,10 +44,10 @@ def measure_bf16(graph: Path, pixels: Pixels) -> dict[str, Any] | None:
     calls = {name: partial(engine.run, pixels[:TIMED_IMAGES]) for name, engine in engines.items()}
     seconds = time_interleaved(calls, rounds=TIMED_ROUNDS)
     return {
-        "photos": len(pixels),
-        "largest_difference": float(np.abs(answers["bf16"] - answers["fp32"]).max()),
-        "other_labels": int((answers["bf16"].argmax(axis=1) != answers["fp32"].argmax(axis=1)).sum()),
-        "times_as_fast": round(min(seconds["fp32"]) / min(seconds["bf16"]), 2),
+        "images": len(pixels),
+        "max_difference": float(np.abs(answers["bf16"] - answers["fp32"]).max()),
+        "changed_labels": int((answers["bf16"].argmax(axis=1) != answers["fp32"].argmax(axis=1)).sum()),
+        "speedup": round(min(seconds["fp32"]) / min(seconds["bf16"]), 2),
     }
 
 
@@ -80,15 +80,15 @@ def select_precision(bundle: Bundle, requested: str = "auto") -> Precision:
 def describe_bf16(measured: Mapping[str, Any]) -> str:
     """A measurement in words."""
     return (
-        f"on {measured['photos']} photos it was {measured['times_as_fast']:.1f} times as fast as fp32, a probability differed"
-        f" by {measured['largest_difference']:.3f} at most, and {measured['other_labels']} got another label"
+        f"on {measured['images']} photos it was {measured['speedup']:.1f} times as fast as fp32, a probability differed"
+        f" by {measured['max_difference']:.3f} at most, and {measured['changed_labels']} got another label"
     )
 
 
 def is_bf16_acceptable(measured: Mapping[str, Any]) -> bool:
     """Whether a measurement speaks for bfloat16."""
     return bool(
-        measured["largest_difference"] <= BF16_TOLERANCE
-        and measured["other_labels"] <= MAX_CHANGED_LABELS * measured["photos"]
-        and measured["times_as_fast"] >= MIN_SPEEDUP
+        measured["max_difference"] <= BF16_TOLERANCE
+        and measured["changed_labels"] <= MAX_CHANGED_LABELS * measured["images"]
+        and measured["speedup"] >= MIN_SPEEDUP
     )

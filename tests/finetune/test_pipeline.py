@@ -195,7 +195,7 @@ def cached(colours: Path, tmp_path_factory: pytest.TempPathFactory, tiny_weights
 def test_training_on_cached_features_changes_the_head_alone(cached: SimpleNamespace, tiny_weights: Path) -> None:
     base = read_tensors(tiny_weights)
     assert changed(cached.bundle, base) == {"classifier.4.weight", "classifier.4.bias"}
-    assert cached.bundle.manifest["cut_after"] == "classifier.1"
+    assert cached.bundle.manifest["last_frozen"] == "classifier.1"
     assert cached.bundle.manifest["base"]["sha256"] == hashlib.sha256(tiny_weights.read_bytes()).hexdigest()
 
 
@@ -261,7 +261,7 @@ def test_random_weights_five_classes_held_out_photos_and_a_damaged_file(tmp_path
     assert list(audit["damaged"]) == ["train/violet/broken.jpg"]
     assert {split: sum(row.values()) for split, row in audit["counts"].items()} == {"train": 30, "valid": 20}
     dataset = run.bundle.manifest["provenance"]["dataset"]
-    assert (dataset["left_out"], dataset["photos"], dataset["evaluated_split"]) == (1, audit["counts"], "held-out")
+    assert (dataset["excluded"], dataset["photos"], dataset["evaluated_split"]) == (1, audit["counts"], "held-out")
     rows = predictions_of(run.folder)
     assert len(rows) == 20
     assert list(rows[0])[3:8] == [f"p_{name}" for name in sorted(names)]
@@ -289,7 +289,7 @@ def vgg(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder, vgg
 
 def test_vgg16_keeps_all_but_its_head_and_is_torchvisions_own(vgg: SimpleNamespace, vgg16_weights: Path) -> None:
     assert changed(vgg.bundle, read_tensors(vgg16_weights)) == {"classifier.6.weight", "classifier.6.bias"}
-    assert vgg.bundle.manifest["cut_after"] == "classifier.1"
+    assert vgg.bundle.manifest["last_frozen"] == "classifier.1"
     assert "not the published ones" in vgg.printed
     with torch.device("meta"):
         net: nn.Module = torchvision_models.vgg16(num_classes=2)

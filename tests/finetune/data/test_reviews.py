@@ -359,7 +359,7 @@ def test_photos_of_further_folders_are_added_to_training(
     bundle = open_bundle(tmp_path / "run" / "bundle")
     dataset = bundle.manifest["provenance"]["dataset"]
     assert dataset["photos"] == {"train": {"blue": 6, "red": 6 + 4 + 3}, "valid": {"blue": 3, "red": 3}}
-    assert (dataset["extra_folders"], dataset["left_out"]) == (2, 0)
+    assert (dataset["extra_folders"], dataset["excluded"]) == (2, 0)
     assert str(tmp_path) not in json.dumps(dict(bundle.manifest))
     with (tmp_path / "run" / "duplicates.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -395,7 +395,7 @@ def test_photos_of_further_folders_that_the_data_has_are_left_out(
     }
     dataset = open_bundle(tmp_path / "run" / "bundle").manifest["provenance"]["dataset"]
     assert dataset["photos"] == {"train": {"blue": 6, "red": 7}, "valid": {"blue": 3, "red": 3}}
-    assert dataset["left_out"] == 4
+    assert dataset["excluded"] == 4
     # A review changes the label of the data folder's own.
     file = table(review(data / "valid" / "blue" / "blue.000.jpg", new_label="red"), path=tmp_path / "reviews.csv")
     code, out, err = train("--extra-data", tmp_path / "live", "--reviews", file, out="again")

@@ -21,7 +21,7 @@ from models.runtime.precision import BF16_TOLERANCE, measure_bf16, select_precis
 from models.runtime.torch_engine import TorchEngine
 from tests.helpers import tiny_network
 
-GOOD = {"photos": 64, "largest_difference": 0.01, "other_labels": 0, "times_as_fast": 1.8}
+GOOD = {"images": 64, "max_difference": 0.01, "changed_labels": 0, "speedup": 1.8}
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_bfloat16_is_chosen_where_the_export_speaks_for_it(bundle: Bundle, monke
     "measured",
     [
         None,
-        GOOD | {"largest_difference": 0.2},
-        GOOD | {"other_labels": 3},
-        GOOD | {"times_as_fast": 1.05},
+        GOOD | {"max_difference": 0.2},
+        GOOD | {"changed_labels": 3},
+        GOOD | {"speedup": 1.05},
     ],
     ids=["not measured", "too coarse", "other labels", "no faster"],
 )
@@ -127,7 +127,7 @@ def test_the_export_measures_bfloat16(bundle: Bundle, pixels: Pixels, monkeypatc
     monkeypatch.setattr(precision, "supports_bf16", lambda: True)
     measured = measure_bf16(bundle.path / GRAPH, pixels)
     assert measured is not None
-    assert measured["photos"] == len(pixels)
-    assert 0 <= measured["largest_difference"] < BF16_TOLERANCE
-    assert measured["times_as_fast"] > 0
+    assert measured["images"] == len(pixels)
+    assert 0 <= measured["max_difference"] < BF16_TOLERANCE
+    assert measured["speedup"] > 0
     assert "bf16" in bundle.manifest
