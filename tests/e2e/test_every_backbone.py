@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PhotoFolder
 
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.predictions import Predictions
@@ -24,6 +23,7 @@ from models.networks.registry import get_spec, list_models
 from models.networks.split_point import with_outputs
 from models.networks.weights import load_weights
 from models.runtime.openvino_engine import OpenVINOEngine
+from tests.conftest import PhotoFolder
 from tests.helpers.server import serve
 from tests.helpers.small_networks import WIDE, made_small, random_state, some_pixels
 from tests.helpers.tiny_network import finetune

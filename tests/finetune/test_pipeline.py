@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PhotoFolder
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,6 +29,7 @@ from finetune.training.setup import feature_cache, prepare
 from models.artifacts.bundle import Bundle, open_bundle
 from models.networks.weights import read_tensors
 from models.runtime.openvino_engine import OpenVINOEngine
+from tests.conftest import PhotoFolder
 from tests.helpers.tiny_network import TINY, Tiny, colour_folder, finetune
 
 MEASURES = ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_uncalibrated", "calibration_error_uncalibrated")

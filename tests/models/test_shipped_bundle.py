@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from finetune.join import open_full
-from models.bundle import GRAPH, check_golden, open_bundle
-from models.engine import OpenVINOEngine
-from service.cam import LinearHead
 
 from finetune.__main__ import main
-from service.explain import OUTPUTS
+from finetune.export.merge_head import open_full
+from models.artifacts.bundle import GRAPH, check_golden, open_bundle
+from models.runtime.openvino_engine import OpenVINOEngine
+from service.explain.cam import LinearHead
+from service.explain.explainer import OUTPUTS
 
 SHIPPED = Path(__file__).resolve().parents[2] / "models" / "shipped" / "dogs-vs-cats"
 

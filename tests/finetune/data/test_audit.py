@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import PhotoFolder
 from PIL import Image
 
 from finetune.__main__ import main
@@ -19,6 +18,7 @@ from finetune.data.image_folder import Photo
 from finetune.data.inspection import Scan, fingerprint
 from finetune.training.trainer import Progress
 from models.errors import DataError
+from tests.conftest import PhotoFolder
 from tests.helpers.tiny_network import COLOURS, colour_folder, paint
 
 Findings = dict[str, Any]

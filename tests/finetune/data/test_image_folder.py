@@ -5,11 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import PhotoFolder
 
 from finetune.data.image_folder import PhotoFolder as ImageFolder
 from finetune.data.image_folder import read_dataset, read_split
 from models.errors import DataError, ImageError
+from tests.conftest import PhotoFolder
 from tests.helpers.tiny_network import colour_folder, paint
 
 CLASSES = ("cats", "dogs")

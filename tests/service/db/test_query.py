@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import NewDatabase
 from sqlalchemy import func, select
 
 from service.db import pagination
@@ -24,6 +23,7 @@ from service.db.query import Listing, find_model, known_models
 from service.db.schema import imports, predictions
 from service.http.errors import Problem
 from service.reviews.decisions import Verdict, decide
+from tests.conftest import NewDatabase
 from tests.helpers.gallery_rows import (
     CHECKS,
     CLASSES,
