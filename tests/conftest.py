@@ -129,7 +129,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     from tests.helpers import tiny_network
 
     root = tmp_path_factory.mktemp("tiny-bundle")
-    data = tiny_network.colour_folder(root / "data", train=12, valid=6, classes=("blue", "red", "green"))
+    data = tiny_network.color_folder(root / "data", train=12, valid=6, classes=("blue", "red", "green"))
     with tiny_network.registered():
         weights = tiny_network.save_weights(root / "tiny.pth")
         flags = ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--output-dir", root / "run")

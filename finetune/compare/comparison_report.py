@@ -84,9 +84,9 @@ def picture(rows: Sequence[Measured], path: Path) -> Path:
     axes = figure.add_subplot()
     for row in rows:
         value, low, high = (100 * row.accuracy[end] for end in ("value", "low", "high"))
-        colour = plots.BLUE if row.pretrained else plots.ORANGE
+        color = plots.BLUE if row.pretrained else plots.ORANGE
         axes.errorbar(
-            row.ms_a_photo, value, yerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3, markersize=6
+            row.ms_a_photo, value, yerr=[[value - low], [high - value]], fmt="o", color=color, capsize=3, markersize=6
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -19,12 +19,12 @@ def golden_pixels(preprocessing: Preprocessing) -> NDArray[np.uint8]:
 
 
 def _draw(rng: random.Random) -> Image.Image:
-    def colour() -> tuple[int, int, int]:
+    def color() -> tuple[int, int, int]:
         return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
-    picture = Image.new("RGB", (320, 256), colour())
+    picture = Image.new("RGB", (320, 256), color())
     pen = ImageDraw.Draw(picture)
     for _ in range(8):
         x, y, w, h = rng.randrange(280), rng.randrange(220), rng.randrange(20, 160), rng.randrange(20, 120)
-        rng.choice((pen.ellipse, pen.rectangle))((x, y, x + w, y + h), fill=colour())
+        rng.choice((pen.ellipse, pen.rectangle))((x, y, x + w, y + h), fill=color())
     return picture

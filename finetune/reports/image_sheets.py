@@ -80,10 +80,10 @@ def _caption(predictions: Predictions, index: int) -> str:
     return f"{file}\npredicted {names[0]}\np({names[1]}) = {shown}"
 
 
-def _tile(photo: Path, colour: str) -> tuple[Image.Image, str]:
+def _tile(photo: Path, color: str) -> tuple[Image.Image, str]:
     """The whole photo in the middle of a framed grey square; where that is not possible, the square and why."""
     inner_px = TILE_PX - 2 * FRAME_PX
-    tile = ImageOps.expand(Image.new("RGB", (inner_px, inner_px), TILE), FRAME_PX, colour)
+    tile = ImageOps.expand(Image.new("RGB", (inner_px, inner_px), TILE), FRAME_PX, color)
     try:
         picture = decode(photo.read_bytes())
     except FileNotFoundError:

@@ -80,9 +80,9 @@ def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> Path:
     figure.suptitle(f"Learning curves, before calibration: {number} in {took}", x=0.01, ha="left")
     panels = (("loss", "cross-entropy loss (nats)", 1.0), ("accuracy", "accuracy (% of photos)", 100.0))
     for axes, (key, unit, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-        for split, name, colour, marker in (("train", "training", FAINT, "s"), ("valid", "validation", BLUE, "o")):
+        for split, name, color, marker in (("train", "training", FAINT, "s"), ("valid", "validation", BLUE, "o")):
             values = [scale * row[f"{split}_{key}"] for row in history]
-            axes.plot(epochs, values, color=colour, marker=marker, markersize=4, linewidth=1.8, label=name)
+            axes.plot(epochs, values, color=color, marker=marker, markersize=4, linewidth=1.8, label=name)
         at_best = scale * best[f"valid_{key}"]
         axes.axvline(best["epoch"], color=ORANGE, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         axes.plot(
@@ -111,14 +111,14 @@ def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], path: Pa
     cell_in = float(np.clip(7.0 / size, 0.42, 1.5))
     figure = Figure(figsize=(size * cell_in + 3.0, size * cell_in + 2.2), layout="constrained")
     axes = figure.add_subplot()
-    colours = _cell_colours(shares)
-    axes.imshow(colours, aspect="equal")
+    colors = _cell_colors(shares)
+    axes.imshow(colors, aspect="equal")
     font_pt = float(np.clip(cell_in * 14, 6.5, 13))
     for row, column in np.argwhere(counts > 0):
-        brightness = float(colours[row, column, :3] @ (0.299, 0.587, 0.114))
+        brightness = float(colors[row, column, :3] @ (0.299, 0.587, 0.114))
         text = f"{counts[row, column]:,}\n{100 * shares[row, column]:.{1 if cell_in > 0.6 else 0}f} %"
-        colour = INK if brightness > 0.5 else "white"
-        axes.text(column, row, text, ha="center", va="center", fontsize=font_pt, color=colour)
+        color = INK if brightness > 0.5 else "white"
+        axes.text(column, row, text, ha="center", va="center", fontsize=font_pt, color=color)
     names = [printable(name, 24) for name in classes]
     level = size <= 4 and max(map(len, names)) <= 12
     label_pt = 11 if size <= 6 else 9
@@ -139,10 +139,10 @@ def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], path: Pa
     return save(figure, path)
 
 
-def _cell_colours(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+def _cell_colors(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """Blues on the diagonal, oranges beside it: (C, C) -> (C, C, 4); the root makes one wrong photo in 200 visible."""
-    colours = mpl.colormaps["Oranges"](0.9 * np.sqrt(shares))
+    colors = mpl.colormaps["Oranges"](0.9 * np.sqrt(shares))
     diagonal = np.arange(len(shares))
-    colours[diagonal, diagonal] = mpl.colormaps["Blues"](0.15 + 0.7 * shares[diagonal, diagonal])
-    colours[shares == 0] = mpl.colors.to_rgba("#F6F6F6")
-    return np.asarray(colours)
+    colors[diagonal, diagonal] = mpl.colormaps["Blues"](0.15 + 0.7 * shares[diagonal, diagonal])
+    colors[shares == 0] = mpl.colors.to_rgba("#F6F6F6")
+    return np.asarray(colors)

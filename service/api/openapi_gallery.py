@@ -113,8 +113,8 @@ def _pictures() -> dict[str, Any]:
         operation = get(name.partition(".")[0], TAG, summary, picture, *codes)
         operation["responses"]["304"] = {"description": "The browser has it."}
         found[f"/gallery/pictures/{{sha256}}/{name}"] = {"get": operation | {"parameters": [sha256, *parameters]}}
-    colours = answer("The picture.", "image/png", {"type": "string", "format": "binary"})
-    found["/gallery/pictures/legend.png"] = {"get": get("legend", TAG, "The colours of where it looked", colours)}
+    colors = answer("The picture.", "image/png", {"type": "string", "format": "binary"})
+    found["/gallery/pictures/legend.png"] = {"get": get("legend", TAG, "The colours of where it looked", colors)}
     return found
 
 

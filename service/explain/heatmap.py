@@ -19,7 +19,7 @@ GREY = (0.299, 0.587, 0.114)
 Floats = NDArray[np.float32]
 
 
-def colours(heat: Floats) -> NDArray[np.float32]:
+def colors(heat: Floats) -> NDArray[np.float32]:
     """Numbers from 0 to 1, of any shape, -> RGB from 0 to 255 in a last axis: 0 is dark violet and 1 yellow."""
     anchors = np.array([tuple(bytes.fromhex(word)) for word in VIRIDIS.split()], float)
     at = np.linspace(0, 1, len(anchors))
@@ -35,11 +35,11 @@ def overlay(pixels: Pixels, heat: Floats) -> bytes:
         pixels[..., 0].astype(np.float32) if pixels.shape[-1] == 1 else pixels.astype(np.float32) @ np.array(GREY, np.float32)
     )
     cover = (COLD + (HOT - COLD) * heat)[..., None]
-    mixed = (1 - cover) * grey[..., None] + cover * colours(heat)
+    mixed = (1 - cover) * grey[..., None] + cover * colors(heat)
     return png_of(mixed.round().clip(0, 255).astype(np.uint8))
 
 
 def legend(*, width_px: int = 256, height_px: int = 12) -> bytes:
     """The colours from 0, at the left, to 1, as PNG."""
-    row = colours(np.linspace(0, 1, width_px, dtype=np.float32)).round().astype(np.uint8)
+    row = colors(np.linspace(0, 1, width_px, dtype=np.float32)).round().astype(np.uint8)
     return png_of(np.repeat(row[None], height_px, axis=0))

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, expect
 
 from tests.helpers.browser import DESKTOP, PATIENCE_MS
 from tests.helpers.server import Server, poll, serve
-from tests.helpers.tiny_network import colour_folder, finetune, registered, save_weights
+from tests.helpers.tiny_network import color_folder, finetune, registered, save_weights
 
 MISLABELLED = 3  # of each class, to be measured with
 ROOM_LEFT = """select => {
@@ -29,7 +29,7 @@ OUTCOMES = {(True, True): "both-right", (False, True): "fixed", (True, False): "
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Photos of which some lie in each other's folder; ``train(name)`` makes a whole bundle of them."""
     root = tmp_path_factory.mktemp("loop")
-    data = colour_folder(root / "data", train=8, valid=8)
+    data = color_folder(root / "data", train=8, valid=8)
     for label, other in (("blue", "red"), ("red", "blue")):
         for number in range(MISLABELLED):
             photo = data / "valid" / label / f"{label}.{number:03d}.jpg"

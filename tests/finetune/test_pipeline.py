@@ -30,7 +30,7 @@ from models.artifacts.bundle import Bundle, open_bundle
 from models.networks.weights import read_tensors
 from models.runtime.openvino_engine import OpenVINOEngine
 from tests.conftest import PhotoFolder
-from tests.helpers.tiny_network import TINY, Tiny, colour_folder, finetune
+from tests.helpers.tiny_network import TINY, Tiny, color_folder, finetune
 
 MEASURES = ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_uncalibrated", "calibration_error_uncalibrated")
 
@@ -183,13 +183,13 @@ def test_the_model_card_says_what_it_is_and_how_good(lite: SimpleNamespace) -> N
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=9, valid=5)
+def colors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return color_folder(tmp_path_factory.mktemp("data") / "colours", train=9, valid=5)
 
 
 @pytest.fixture(scope="module")
-def cached(colours: Path, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> SimpleNamespace:
-    return train(colours, tmp_path_factory.mktemp("cached"), "--backbone", "tiny", "--weights", tiny_weights)
+def cached(colors: Path, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> SimpleNamespace:
+    return train(colors, tmp_path_factory.mktemp("cached"), "--backbone", "tiny", "--weights", tiny_weights)
 
 
 def test_training_on_cached_features_changes_the_head_alone(cached: SimpleNamespace, tiny_weights: Path) -> None:
@@ -252,7 +252,7 @@ def test_where_there_is_no_feature_cache_it_says_why(
 
 def test_random_weights_five_classes_held_out_photos_and_a_damaged_file(tmp_path: Path, tiny_weights: Path) -> None:
     names = ("ambre d'été", "голубой", "緑", "red, or so", "violet")
-    data = colour_folder(tmp_path / "data", train=10, valid=0, classes=names)
+    data = color_folder(tmp_path / "data", train=10, valid=0, classes=names)
     (data / "train" / "violet" / "broken.jpg").write_bytes(b"no photo")
     flags = ("--backbone", "tiny", "--weights", "none", "--epochs", 10, "--valid-fraction", 0.4)
     run = train(data, tmp_path / "run", *flags)

@@ -48,8 +48,8 @@ def chunk(kind: bytes, data: bytes, *, length: int | None = None, crc: int | Non
     return struct.pack(">I", size) + kind + data + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
 
 
-def png(*chunks: bytes, width: int = 8, height: int = 8, depth: int = 8, colour: int = 2, interlaced: int = 0) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+def png(*chunks: bytes, width: int = 8, height: int = 8, depth: int = 8, color: int = 2, interlaced: int = 0) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IEND", b"")
 
 
@@ -112,12 +112,12 @@ def _pngs() -> Iterator[tuple[str, bytes]]:
     yield "PNG of 4294967295 wide", png(lines, width=2**32 - 1, height=1)
     yield (
         "PNG of 100 million pixels",
-        png(chunk(b"IDAT", zlib.compress(bytes(10_000 * 1251))), width=10_000, height=10_000, depth=1, colour=0),
+        png(chunk(b"IDAT", zlib.compress(bytes(10_000 * 1251))), width=10_000, height=10_000, depth=1, color=0),
     )
     yield "PNG of a depth there is not", png(lines, depth=3)
-    yield "PNG of a colour there is not", png(lines, colour=5)
-    yield "PNG of a palette that is missing", png(lines, colour=3)
-    yield "PNG of a palette of 1000", png(chunk(b"PLTE", bytes(3000)), lines, colour=3)
+    yield "PNG of a colour there is not", png(lines, color=5)
+    yield "PNG of a palette that is missing", png(lines, color=3)
+    yield "PNG of a palette of 1000", png(chunk(b"PLTE", bytes(3000)), lines, color=3)
     yield "interlaced PNG", png(chunk(b"IDAT", zlib.compress(bytes(500))), interlaced=1)
     yield "PNG of 16 bits", png(chunk(b"IDAT", zlib.compress((b"\0" + bytes(range(48))) * 8)), depth=16)
     yield "PNG of one pixel", png(chunk(b"IDAT", zlib.compress(b"\0\x80\x20\x20")), width=1, height=1)
@@ -224,14 +224,14 @@ def _animations() -> Iterator[tuple[str, bytes]]:
     yield "GIF whose frame is 65535 square", still[: place + 1] + struct.pack("<HHHH", 0, 0, 65535, 65535) + still[place + 9 :]
     yield "GIF of 300 comments", still[:place] + b"!\xfe\xff" + b"x" * 255 + b"\0" + still[place:]
     yield "GIF with a code size of 200", still[: place + 10] + b"\xc8" + still[place + 11 :]
-    colours = [picture().rotate(angle) for angle in (90, 180)]
+    colors = [picture().rotate(angle) for angle in (90, 180)]
     for name, options in (("lossy", {}), ("lossless", {"lossless": True})):
-        yield f"animated WebP, {name}", saved(picture(), "WEBP", save_all=True, append_images=colours, **options)
+        yield f"animated WebP, {name}", saved(picture(), "WEBP", save_all=True, append_images=colors, **options)
     yield "lossless WebP", saved(picture("RGBA"), "WEBP", lossless=True)
     webp = saved(picture(), "WEBP")
     yield "WebP that says it is 4 GB", webp[:4] + b"\xff\xff\xff\xff" + webp[8:]
     yield "WebP of nothing", b"RIFF\x04\0\0\0WEBP"
-    apng = saved(picture(), "PNG", save_all=True, append_images=colours)
+    apng = saved(picture(), "PNG", save_all=True, append_images=colors)
     yield "animated PNG", apng
     yield "animated PNG that breaks off", apng[: len(apng) * 2 // 3]
 

@@ -13,17 +13,17 @@ from PIL import Image
 
 from service.http.lingering_close import LEAVE_S
 from tests.helpers.server import ANSWER_S, Reply, Server, poll
-from tests.helpers.tiny_network import COLOURS
+from tests.helpers.tiny_network import COLORS
 
 
-def photo_of(colour: tuple[int, int, int], size: tuple[int, int] = (56, 44)) -> bytes:
+def photo_of(color: tuple[int, int, int], size: tuple[int, int] = (56, 44)) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "PNG")
+    Image.new("RGB", size, color).save(file, "PNG")
     return file.getvalue()
 
 
-RED = photo_of(COLOURS[1])
-HEAVY = photo_of(COLOURS[1], (3000, 2500))  # some kB that take a while to decode
+RED = photo_of(COLORS[1])
+HEAVY = photo_of(COLORS[1], (3000, 2500))  # some kB that take a while to decode
 BOMB = photo_of((0, 0, 0), (9000, 9000))  # 81 million pixels
 
 

@@ -38,15 +38,13 @@ class Bundles:
 
 def make_bundles(root: Path) -> Bundles:
     """Train them all, and break some: ``contrary`` gives other labels, ``fewer`` knows two classes only."""
-    folder, data = root / "bundles", tiny_network.colour_folder(root / "data", train=8, valid=6, classes=CLASSES)
+    folder, data = root / "bundles", tiny_network.color_folder(root / "data", train=8, valid=6, classes=CLASSES)
     with tiny_network.registered():
         for seed, name in enumerate(("one", "two")):
             _train(root, folder / name, data, seed=seed)
-        turned = tiny_network.colour_folder(root / "turned", train=8, valid=4, classes=(*CLASSES[1:], CLASSES[0]))
+        turned = tiny_network.color_folder(root / "turned", train=8, valid=4, classes=(*CLASSES[1:], CLASSES[0]))
         _train(root, folder / "contrary", turned, seed=0)
-        _train(
-            root, folder / "fewer", tiny_network.colour_folder(root / "fewer", train=8, valid=4, classes=CLASSES[:2]), seed=0
-        )
+        _train(root, folder / "fewer", tiny_network.color_folder(root / "fewer", train=8, valid=4, classes=CLASSES[:2]), seed=0)
     changed = shutil.copytree(folder / "two", folder / "changed")
     graph = bytearray((changed / GRAPH).read_bytes())
     graph[len(graph) // 2] ^= 1

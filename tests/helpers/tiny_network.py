@@ -31,7 +31,7 @@ from models.preprocess import Preprocessing
 if TYPE_CHECKING:
     from finetune.training.trainer import Progress
 
-COLOURS = ((40, 60, 255), (255, 40, 40), (40, 200, 60), (255, 220, 0), (150, 60, 160))
+COLORS = ((40, 60, 255), (255, 40, 40), (40, 200, 60), (255, 220, 0), (150, 60, 160))
 TINY = ModelSpec(
     name="tiny",
     title="Tiny",
@@ -89,23 +89,23 @@ def save_weights(path: Path, *, backbone: str = "tiny", seed: int = 0) -> Path:
     return path
 
 
-def paint(path: Path, colour: tuple[int, int, int], *, seed: int, size: tuple[int, int] = (56, 44)) -> Path:
-    """A photo of soft random spots around ``colour``: unlike any other seed's, and easy to tell from another colour's."""
+def paint(path: Path, color: tuple[int, int, int], *, seed: int, size: tuple[int, int] = (56, 44)) -> Path:
+    """A photo of soft random spots around ``color``: unlike any other seed's, and easy to tell from another colour's."""
     spots = np.random.default_rng(seed).integers(0, 256, (6, 6, 3))
-    pixels = ((spots + np.array(colour)) // 2).astype(np.uint8)
+    pixels = ((spots + np.array(color)) // 2).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=95)
     return path
 
 
-def colour_folder(
+def color_folder(
     root: Path, *, train: int = 6, valid: int = 3, classes: Sequence[str] = ("blue", "red"), valid_name: str = "valid"
 ) -> Path:
     """``train`` and ``valid`` painted photos of each class, in a data folder."""
     for split, (name, count) in enumerate((("train", train), (valid_name, valid))):
         for (index, label), number in itertools.product(enumerate(classes), range(count)):
             seed = 10_000 * split + 100 * index + number
-            paint(root / name / label / f"{label[:4]}.{number:03d}.jpg", COLOURS[index], seed=seed)
+            paint(root / name / label / f"{label[:4]}.{number:03d}.jpg", COLORS[index], seed=seed)
     return root
 
 

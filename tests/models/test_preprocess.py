@@ -157,7 +157,7 @@ def two(mode: str, left: Any, right: Any, form: str, **options: Any) -> bytes:
 
 
 def gif() -> bytes:
-    frames = [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (2, 1), color) for color in ("red", "blue")]
     return saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from finetune.data.synthetic.pen import Colour, brightness, darker, lighter, mix
+from finetune.data.synthetic.pen import Color, brightness, darker, lighter, mix
 
-FURS: tuple[Colour, ...] = (
+FURS: tuple[Color, ...] = (
     (52, 48, 54),  # black
     (92, 92, 102),  # slate
     (138, 142, 152),  # grey
@@ -22,7 +22,7 @@ FURS: tuple[Colour, ...] = (
     (104, 70, 52),  # chocolate
     (190, 158, 126),  # fawn
 )
-COLLARS: tuple[Colour, ...] = (
+COLLARS: tuple[Color, ...] = (
     (196, 58, 62),
     (54, 112, 178),
     (60, 142, 96),
@@ -30,8 +30,8 @@ COLLARS: tuple[Colour, ...] = (
     (136, 84, 160),
     (40, 40, 48),
 )
-CAT_EYES: tuple[Colour, ...] = ((150, 186, 84), (214, 180, 62), (108, 168, 204), (206, 130, 56), (120, 176, 140))
-DOG_EYES: tuple[Colour, ...] = ((70, 42, 28), (44, 30, 26), (112, 70, 36), (118, 160, 190))
+CAT_EYES: tuple[Color, ...] = ((150, 186, 84), (214, 180, 62), (108, 168, 204), (206, 130, 56), (120, 176, 140))
+DOG_EYES: tuple[Color, ...] = ((70, 42, 28), (44, 30, 26), (112, 70, 36), (118, 160, 190))
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Look:
     """All that is settled about one animal before the first stroke."""
 
     cat: bool
-    fur: Colour
-    second: Colour  # muzzle, chest and paws, or the patches
-    marks: Colour  # stripes and spots
+    fur: Color
+    second: Color  # muzzle, chest and paws, or the patches
+    marks: Color  # stripes and spots
     coat: str
-    eye: Colour
-    collar: Colour | None
+    eye: Color
+    collar: Color | None
     turn: float  # where the face looks: -1 to its right, 0 at us, 1 to its left
     ears: str
     mouth: str

@@ -6,7 +6,7 @@ import itertools
 
 from finetune.data.synthetic.appearance import Look
 from finetune.data.synthetic.heads import draw_head
-from finetune.data.synthetic.pen import Colour, Pen, darker, lighter, mirrored, mix
+from finetune.data.synthetic.pen import Color, Pen, darker, lighter, mirrored, mix
 
 POSES = ("portrait", "sitting", "standing", "lying")
 
@@ -27,13 +27,13 @@ def draw_animal(pen: Pen, look: Look, pose: str) -> None:
     {"portrait": _portrait, "sitting": _sitting, "standing": _standing, "lying": _lying}[pose](pen, look)
 
 
-def _limbs(look: Look) -> tuple[Colour, Colour]:
+def _limbs(look: Look) -> tuple[Color, Color]:
     """The colours of the legs and of the paws."""
     leg = mix(look.fur, look.marks, 0.75) if look.coat == "pointed" else look.fur
     return leg, look.second if look.coat in ("tuxedo", "patched") else lighter(leg, 0.12)
 
 
-def _paw(pen: Pen, x: float, y: float, rx: float, fill: Colour) -> None:
+def _paw(pen: Pen, x: float, y: float, rx: float, fill: Color) -> None:
     pen.smoothed().blob(x, y, rx, 0.19, fill)
     for toe in (-0.33, 0.33):
         pen.sleek().stroke([(x + rx * toe, y - 0.02), (x + rx * toe, y + 0.13)], 0.03, 0.03, darker(fill, 0.45))

@@ -6,10 +6,10 @@ A head's middle is (0, 0) and half its width about one unit.
 from __future__ import annotations
 
 from finetune.data.synthetic.appearance import Look
-from finetune.data.synthetic.pen import Colour, Pen, brightness, darker, lighter, mirrored, mix
+from finetune.data.synthetic.pen import Color, Pen, brightness, darker, lighter, mirrored, mix
 
-PINK: Colour = (228, 150, 148)
-TONGUE: Colour = (232, 112, 122)
+PINK: Color = (228, 150, 148)
+TONGUE: Color = (232, 112, 122)
 
 _CAT_HEAD = mirrored([(0, -0.86), (0.5, -0.8), (0.9, -0.35), (1.06, 0.22), (0.86, 0.58), (0.45, 0.83), (0, 0.9)])
 _DOG_HEAD = mirrored([(0, -0.93), (0.42, -0.86), (0.78, -0.45), (0.84, 0), (0.74, 0.42), (0.48, 0.78), (0, 0.9)])
@@ -78,7 +78,7 @@ def _cat_eye(pen: Pen, look: Look) -> None:
     pen.blob(0.07, -0.08, 0.04, 0.045, (252, 252, 250))
 
 
-def _whiskers(pen: Pen, ink: Colour) -> None:
+def _whiskers(pen: Pen, ink: Color) -> None:
     droop = pen.rng.uniform(-0.06, 0.14)
     for row in (-1, 0, 1):
         y = 0.4 + 0.07 * row

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from PIL import ImageDraw
 
 Point = tuple[float, float]
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 _CIRCLE = [(math.cos(i * math.tau / 24), math.sin(i * math.tau / 24)) for i in range(24)]
 _ROUND_END = 0.03  # half a line's width, in units, from which a square end shows
@@ -27,25 +27,25 @@ _SPLINE = [
 ]
 
 
-def mix(first: Colour, second: Colour, share: float) -> Colour:
+def mix(first: Color, second: Color, share: float) -> Color:
     """The colour ``share`` of the way from the first (0) to the second (1)."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
-def darker(colour: Colour, share: float) -> Colour:
+def darker(color: Color, share: float) -> Color:
     """The colour, ``share`` of the way to a warm black."""
-    return mix(colour, (24, 16, 20), share)
+    return mix(color, (24, 16, 20), share)
 
 
-def lighter(colour: Colour, share: float) -> Colour:
+def lighter(color: Color, share: float) -> Color:
     """The colour, ``share`` of the way to a warm white."""
-    return mix(colour, (255, 250, 242), share)
+    return mix(color, (255, 250, 242), share)
 
 
-def brightness(colour: Colour) -> float:
+def brightness(color: Color) -> float:
     """How bright a colour looks, 0 to 255 (the ITU-R 601 luma that Pillow uses too)."""
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
 def mirrored(half: Sequence[Point]) -> list[Point]:
@@ -118,17 +118,17 @@ class Pen:
         """The same pen without hairs."""
         return replace(self, fluff=0.0)
 
-    def blob(self, x: float, y: float, rx: float, ry: float, fill: Colour, *, degrees: float = 0.0) -> None:
+    def blob(self, x: float, y: float, rx: float, ry: float, fill: Color, *, degrees: float = 0.0) -> None:
         """Fill an ellipse about (x, y), turned clockwise."""
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         outline = [(x + u * rx * cos - v * ry * sin, y + u * rx * sin + v * ry * cos) for u, v in _CIRCLE]
         self._fill(outline, fill)
 
-    def shape(self, points: Sequence[Point], fill: Colour) -> None:
+    def shape(self, points: Sequence[Point], fill: Color) -> None:
         """Fill the smooth closed shape through the points, given clockwise."""
         self._fill(smooth(points, closed=True), fill)
 
-    def stroke(self, points: Sequence[Point], start: float, end: float, fill: Colour) -> None:
+    def stroke(self, points: Sequence[Point], start: float, end: float, fill: Color) -> None:
         """Draw a smooth line through the points whose width goes from ``start`` to ``end`` units, with round ends."""
         curve = smooth(points, closed=False)
         normals = _normals(curve, closed=False)
@@ -137,7 +137,7 @@ class Pen:
             self._ribbon(curve, normals, [half + self.line for half in halves], darker(fill, 0.45))
         self._ribbon(curve, normals, halves, fill)
 
-    def _ribbon(self, curve: list[Point], normals: list[Point], halves: list[float], fill: Colour) -> None:
+    def _ribbon(self, curve: list[Point], normals: list[Point], halves: list[float], fill: Color) -> None:
         left = _grown(curve, normals, halves)
         right = _grown(curve, normals, [-half for half in halves])
         self.polygon(left + right[::-1], fill)
@@ -145,7 +145,7 @@ class Pen:
             if half > _ROUND_END:
                 self.polygon([(x + u * half, y + v * half) for u, v in _CIRCLE[::2]], fill)
 
-    def _fill(self, outline: list[Point], fill: Colour) -> None:
+    def _fill(self, outline: list[Point], fill: Color) -> None:
         if self.fluff or self.line:
             normals = _normals(outline, closed=True)
             hairs = [self.fluff * self.rng.random() * (i % 2) for i in range(len(outline))]
@@ -153,7 +153,7 @@ class Pen:
             self.polygon(_grown(outline, normals, [self.line] * len(outline)), darker(fill, 0.45))
         self.polygon(outline, fill)
 
-    def polygon(self, points: Sequence[Point], fill: Colour) -> None:
+    def polygon(self, points: Sequence[Point], fill: Color) -> None:
         """Fill the straight-edged shape through the points, without outline or hairs."""
         a, b, c, d, e, f = self.affine
         self.ink.polygon([(a * x + b * y + c, d * x + e * y + f) for x, y in points], fill=fill)

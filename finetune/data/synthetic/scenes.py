@@ -9,7 +9,7 @@ import random
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from finetune.data.synthetic.pen import Colour, Pen, darker, lighter, mirrored, mix
+from finetune.data.synthetic.pen import Color, Pen, darker, lighter, mirrored, mix
 from finetune.data.synthetic.things import (
     FLOORS,
     GREENS,
@@ -29,7 +29,7 @@ from finetune.data.synthetic.things import (
 )
 
 
-def gradient(size_px: tuple[int, int], first: Colour, second: Colour, *, across: bool = False) -> Image.Image:
+def gradient(size_px: tuple[int, int], first: Color, second: Color, *, across: bool = False) -> Image.Image:
     """A picture that goes from the first colour at the top (or at the left) to the second."""
     length = size_px[0] if across else size_px[1]
     ends = Image.new("RGB", (2, 1), first)
@@ -47,7 +47,7 @@ def draw_scene(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Imag
     image, ground = scene((width // 2, height // 2), rng)
     image = image.filter(ImageFilter.BoxBlur(rng.uniform(0.3, 1.0)))
     if rng.random() < 0.4:
-        glow: list[Colour] = [(255, 252, 240), (rng.randint(110, 190),) * 3]
+        glow: list[Color] = [(255, 252, 240), (rng.randint(110, 190),) * 3]
         rng.shuffle(glow)
         image = ImageChops.multiply(image, gradient(image.size, *glow, across=rng.random() < 0.7))
     return image.resize(size_px, Image.Resampling.BILINEAR), ground
@@ -92,7 +92,7 @@ def _room(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, fl
     return image, edge
 
 
-def _wallpaper(pen: Pen, wide: float, edge: float, ink: Colour) -> None:
+def _wallpaper(pen: Pen, wide: float, edge: float, ink: Color) -> None:
     kind, gap = pen.rng.choice(("none", "stripes", "dots", "panels")), pen.rng.uniform(0.09, 0.2)
     columns = int(wide / gap) + 1
     if kind == "stripes":
@@ -106,7 +106,7 @@ def _wallpaper(pen: Pen, wide: float, edge: float, ink: Colour) -> None:
         box(pen, 0, edge * 0.62, wide, edge * 0.38, ink)
 
 
-def _floor(pen: Pen, wide: float, edge: float, floor: Colour) -> None:
+def _floor(pen: Pen, wide: float, edge: float, floor: Color) -> None:
     slant = pen.rng.uniform(-0.5, 0.5)
     if pen.rng.random() < 0.5:
         for i in range(-2, 12):
@@ -119,7 +119,7 @@ def _floor(pen: Pen, wide: float, edge: float, floor: Colour) -> None:
             pen.blob(x, 0.93, 0.55 * k, 0.13 * k, rug if k != 0.8 else lighter(rug, 0.5))
 
 
-def _plant_tree(pen: Pen, wide: float, edge: float, leaf: Colour) -> None:
+def _plant_tree(pen: Pen, wide: float, edge: float, leaf: Color) -> None:
     tree(pen.moved(pen.rng.uniform(0, wide), edge + 0.04, scale=pen.rng.uniform(0.6, 1.3)), leaf)
 
 
@@ -151,7 +151,7 @@ def _meadow(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, 
 
 
 def _night(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, float]:
-    sky: Colour = rng.choice(((30, 36, 74), (48, 40, 84), (24, 52, 78)))
+    sky: Color = rng.choice(((30, 36, 74), (48, 40, 84), (24, 52, 78)))
     image = gradient(size_px, sky, lighter(sky, rng.uniform(0.2, 0.45)))
     pen, wide = _pen(image, rng)
     for _ in range(rng.randint(10, 40)):
@@ -194,7 +194,7 @@ def _beach(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, f
 
 
 def _snow(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, float]:
-    sky: Colour = rng.choice(((150, 176, 204), (186, 190, 204), (112, 128, 164), (226, 190, 190)))
+    sky: Color = rng.choice(((150, 176, 204), (186, 190, 204), (112, 128, 164), (226, 190, 190)))
     image = gradient(size_px, sky, lighter(sky, 0.5))
     pen, wide = _pen(image, rng)
     edge = rng.uniform(0.45, 0.7)

@@ -5,20 +5,20 @@ A place's unit is the picture's height; ``edge`` is how far down the wall meets 
 
 from __future__ import annotations
 
-from finetune.data.synthetic.pen import Colour, Pen, darker, lighter, mirrored, mix
+from finetune.data.synthetic.pen import Color, Pen, darker, lighter, mirrored, mix
 
-WALLS: tuple[Colour, ...] = (
+WALLS: tuple[Color, ...] = (
     (214, 198, 176), (176, 196, 190), (196, 176, 190), (232, 214, 160), (160, 180, 206),
     (206, 150, 130), (120, 134, 128), (226, 222, 214), (98, 108, 132), (170, 190, 150),
 )  # fmt: skip
-FLOORS: tuple[Colour, ...] = (
+FLOORS: tuple[Color, ...] = (
     (164, 118, 78), (120, 88, 66), (196, 164, 124), (150, 150, 154), (206, 196, 184), (98, 74, 68),
 )  # fmt: skip
-TOYS: tuple[Colour, ...] = (
+TOYS: tuple[Color, ...] = (
     (214, 76, 70), (70, 130, 190), (240, 190, 70), (96, 164, 104), (160, 104, 176), (236, 140, 80), (240, 236, 226),
 )  # fmt: skip
-GREENS: tuple[Colour, ...] = ((104, 156, 76), (136, 170, 84), (72, 126, 80), (160, 164, 90), (84, 140, 110))
-SKIES: tuple[tuple[Colour, Colour], ...] = (
+GREENS: tuple[Color, ...] = ((104, 156, 76), (136, 170, 84), (72, 126, 80), (160, 164, 90), (84, 140, 110))
+SKIES: tuple[tuple[Color, Color], ...] = (
     ((120, 178, 226), (214, 234, 242)),
     ((242, 170, 120), (252, 224, 170)),
     ((150, 170, 190), (210, 214, 216)),
@@ -27,7 +27,7 @@ SKIES: tuple[tuple[Colour, Colour], ...] = (
 )
 
 
-def box(pen: Pen, x: float, y: float, width: float, height: float, fill: Colour) -> None:
+def box(pen: Pen, x: float, y: float, width: float, height: float, fill: Color) -> None:
     """Fill an upright box whose top left corner is (x, y)."""
     pen.polygon([(x, y), (x + width, y), (x + width, y + height), (x, y + height)], fill)
 
@@ -83,30 +83,30 @@ def sofa(pen: Pen, x: float, edge: float) -> None:
         pen.blob(x + side, edge + 0.08, 0.09, 0.16, cloth)
 
 
-def _ball(pen: Pen, colour: Colour) -> None:
+def _ball(pen: Pen, color: Color) -> None:
     radius = pen.rng.uniform(0.035, 0.075)
     pen.blob(0.01, radius * 0.8, radius, radius * 0.35, (70, 62, 60))
-    pen.blob(0, 0, radius, radius, colour)
-    pen.stroke([(-radius * 0.9, 0), (0, radius * 0.35), (radius * 0.9, 0)], 0.012, 0.012, lighter(colour, 0.6))
+    pen.blob(0, 0, radius, radius, color)
+    pen.stroke([(-radius * 0.9, 0), (0, radius * 0.35), (radius * 0.9, 0)], 0.012, 0.012, lighter(color, 0.6))
 
 
-def _bowl(pen: Pen, colour: Colour) -> None:
-    pen.polygon([(-0.07, -0.04), (0.07, -0.04), (0.1, 0.04), (-0.1, 0.04)], colour)
-    pen.blob(0, -0.04, 0.075, 0.02, darker(colour, 0.5))
+def _bowl(pen: Pen, color: Color) -> None:
+    pen.polygon([(-0.07, -0.04), (0.07, -0.04), (0.1, 0.04), (-0.1, 0.04)], color)
+    pen.blob(0, -0.04, 0.075, 0.02, darker(color, 0.5))
 
 
-def _plant(pen: Pen, colour: Colour) -> None:
+def _plant(pen: Pen, color: Color) -> None:
     leaf = pen.rng.choice(GREENS)
     for lean in (-0.16, -0.09, -0.02, 0.05, 0.12, 0.18):
         blade = [(0, -0.08), (lean * 0.5, -0.2), (lean, -0.3 + abs(lean) * 0.6)]
         pen.stroke(blade, 0.05, 0.012, darker(leaf, abs(lean)))
-    pen.polygon([(-0.08, -0.1), (0.08, -0.1), (0.06, 0.04), (-0.06, 0.04)], colour)
+    pen.polygon([(-0.08, -0.1), (0.08, -0.1), (0.06, 0.04), (-0.06, 0.04)], color)
 
 
-def _parcel(pen: Pen, colour: Colour) -> None:
+def _parcel(pen: Pen, color: Color) -> None:
     high = pen.rng.uniform(0.08, 0.16)
-    box(pen, -0.1, -high, 0.2, high, mix(colour, (190, 150, 104), 0.6))
-    box(pen, -0.1, -high, 0.2, 0.03, mix(colour, (150, 110, 74), 0.6))
+    box(pen, -0.1, -high, 0.2, high, mix(color, (190, 150, 104), 0.6))
+    box(pen, -0.1, -high, 0.2, 0.03, mix(color, (150, 110, 74), 0.6))
 
 
 def scatter(pen: Pen, wide: float, edge: float) -> None:
@@ -116,14 +116,14 @@ def scatter(pen: Pen, wide: float, edge: float) -> None:
         thing(pen.moved(pen.rng.uniform(0.05, wide - 0.05), pen.rng.uniform(edge + 0.05, 0.97)), pen.rng.choice(TOYS))
 
 
-def hills(pen: Pen, wide: float, y: float, colour: Colour) -> None:
+def hills(pen: Pen, wide: float, y: float, color: Color) -> None:
     """Everything below a wavy line about ``y``."""
     rough = pen.rng.uniform(0.02, 0.09)
     tops = [(wide * i / 5, y + pen.rng.uniform(-rough, rough)) for i in range(-1, 7)]
-    pen.shape([*tops, (wide * 1.3, 1.3), (-wide * 0.3, 1.3)], colour)
+    pen.shape([*tops, (wide * 1.3, 1.3), (-wide * 0.3, 1.3)], color)
 
 
-def tree(pen: Pen, leaf: Colour) -> None:
+def tree(pen: Pen, leaf: Color) -> None:
     """A fir or a round tree that stands at the pen's origin."""
     box(pen, -0.02, -0.25, 0.04, 0.27, (110, 80, 60))
     if pen.rng.random() < 0.4:
@@ -135,9 +135,9 @@ def tree(pen: Pen, leaf: Colour) -> None:
             pen.blob(x, y, 0.16, 0.15, darker(leaf, 0.25 + x))
 
 
-def clouds(pen: Pen, wide: float, colour: Colour) -> None:
+def clouds(pen: Pen, wide: float, color: Color) -> None:
     """Up to three clouds."""
     for _ in range(pen.rng.randint(0, 3)):
         x, y, size = pen.rng.uniform(0, wide), pen.rng.uniform(0.05, 0.3), pen.rng.uniform(0.6, 1.3)
         for dx, dy, r in ((-0.1, 0.02, 0.06), (0, 0, 0.085), (0.1, 0.02, 0.06)):
-            pen.blob(x + dx * size, y + dy * size, r * 1.3 * size, r * 0.7 * size, colour)
+            pen.blob(x + dx * size, y + dy * size, r * 1.3 * size, r * 0.7 * size, color)

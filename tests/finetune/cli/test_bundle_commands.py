@@ -23,7 +23,7 @@ from models.networks import registry
 from models.networks.spec import WeightsSource
 from models.networks.weights import read_tensors
 from models.runtime.openvino_engine import OpenVINOEngine
-from tests.helpers.tiny_network import COLOURS, TINY, Tiny, colour_folder, finetune, paint, save_weights
+from tests.helpers.tiny_network import COLORS, TINY, Tiny, color_folder, finetune, paint, save_weights
 
 CLASSES = ("blue", "red, or so")
 
@@ -32,7 +32,7 @@ CLASSES = ("blue", "red, or so")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> SimpleNamespace:
     """The data, the run with the head-only bundle, and the whole bundle."""
     root = tmp_path_factory.mktemp("made")
-    data = colour_folder(root / "colours", train=9, valid=5, classes=CLASSES)
+    data = color_folder(root / "colours", train=9, valid=5, classes=CLASSES)
     flags = (
         "--data-dir",
         data,
@@ -138,7 +138,7 @@ def test_predictions_of_a_folder_are_those_of_training(made: SimpleNamespace) ->
 
 
 def test_a_broken_photo_is_named_and_the_others_are_answered(made: SimpleNamespace, tmp_path: Path) -> None:
-    good = [paint(tmp_path / f"{i}.jpg", COLOURS[i], seed=700 + i) for i in range(2)]
+    good = [paint(tmp_path / f"{i}.jpg", COLORS[i], seed=700 + i) for i in range(2)]
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(good[0].read_bytes()[:300])
     photos = (good[0], broken, good[1])
@@ -173,8 +173,8 @@ def test_an_answer_does_not_depend_on_the_other_photos(made: SimpleNamespace) ->
 
 
 def test_what_is_no_photo_is_passed_over_in_a_folder(made: SimpleNamespace, tmp_path: Path) -> None:
-    paint(tmp_path / "deep" / "a.JPG", COLOURS[0], seed=1)
-    paint(tmp_path / ".ipynb_checkpoints" / "b.jpg", COLOURS[0], seed=2)
+    paint(tmp_path / "deep" / "a.JPG", COLORS[0], seed=1)
+    paint(tmp_path / ".ipynb_checkpoints" / "b.jpg", COLORS[0], seed=2)
     (tmp_path / "notes.txt").write_text("x")
     assert len(predict(made.whole, tmp_path).splitlines()) == 1
     (tmp_path / "empty").mkdir()
@@ -226,7 +226,7 @@ def test_an_evaluation_agrees_with_training(made: SimpleNamespace, tmp_path: Pat
 def test_another_split_goes_where_its_name_says_and_damaged_photos_are_left_out(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = colour_folder(tmp_path / "holiday", train=2, valid=0, classes=CLASSES)
+    data = color_folder(tmp_path / "holiday", train=2, valid=0, classes=CLASSES)
     (data / "train").rename(data / "summer")
     (data / "summer" / "blue" / "z.jpg").write_bytes(b"no photo")
     monkeypatch.chdir(tmp_path)
@@ -244,11 +244,11 @@ def test_an_evaluation_that_cannot_be_is_refused(made: SimpleNamespace, tmp_path
     def said(data: Path, *words: object) -> str:
         return refused("evaluate", "--bundle", made.whole, "--data-dir", data, "--output-dir", out, *words)
 
-    other = colour_folder(tmp_path / "other", train=1, valid=1, classes=("blue", "green"))
+    other = color_folder(tmp_path / "other", train=1, valid=1, classes=("blue", "green"))
     assert "has the class 'green', and the bundle knows blue, red, or so" in said(other)
     assert "no folder for the split 'nights'" in said(made.data, "--split", "nights")
     assert "There is no folder" in said(tmp_path / "nowhere")
-    bad = colour_folder(tmp_path / "bad", train=1, valid=1, classes=CLASSES)
+    bad = color_folder(tmp_path / "bad", train=1, valid=1, classes=CLASSES)
     for photo in (bad / "valid").glob("*/*.jpg"):
         photo.write_bytes(b"no photo")
     assert "None of the 2 photos" in said(bad)

@@ -25,12 +25,12 @@ from models.artifacts.atomic_io import sha256_of
 from models.networks import registry
 from models.networks.registry import list_models
 from models.networks.spec import WeightsSource
-from tests.helpers.tiny_network import TINY, Tiny, colour_folder, file_size_limit, finetune, paint, save_weights
+from tests.helpers.tiny_network import TINY, Tiny, color_folder, file_size_limit, finetune, paint, save_weights
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=3, valid=2)
+    return color_folder(tmp_path_factory.mktemp("data") / "colours", train=3, valid=2)
 
 
 def refused(*words: object) -> str:
@@ -133,7 +133,7 @@ def test_photos_that_are_not_there(said: Callable[..., str], tmp_path: Path) -> 
     (bare / "train" / "a").mkdir(parents=True)
     (bare / "train" / "b").mkdir()
     assert "has no photos in its class folders" in said("--data-dir", bare)
-    colour_folder(single, train=2, valid=1, classes=("red",))
+    color_folder(single, train=2, valid=1, classes=("red",))
     assert "has one class (red), and two or more are wanted" in said("--data-dir", single)
     assert "has one class (red), and two or more are wanted" in refused("audit", single)
     a_file = paint(tmp_path / "photo.jpg", (0, 0, 0), seed=1)
@@ -213,14 +213,14 @@ def as_somebody_else() -> Iterator[None]:
 def test_a_folder_that_may_not_be_written(tiny_weights: Path) -> None:
     with tempfile.TemporaryDirectory() as open_to_all:  # pytest's own folders are closed to others
         place = Path(open_to_all)
-        colours = colour_folder(place / "colours", train=2, valid=1)
+        colors = color_folder(place / "colours", train=2, valid=1)
         weights = Path(shutil.copy(tiny_weights, place / "tiny.pth"))
         theirs, ours = place / "theirs", place / "ours"
         theirs.mkdir()
         ours.mkdir()
         for path, mode in ((place, 0o755), (theirs, 0o555), (ours, 0o777), (weights, 0o644)):
             path.chmod(mode)
-        flags = ("train", "--data-dir", colours, "--backbone", "tiny", "--weights", weights)
+        flags = ("train", "--data-dir", colors, "--backbone", "tiny", "--weights", weights)
         with as_somebody_else():
             for run, cache in ((theirs / "run", ours / "cache"), (ours / "run", theirs / "cache")):
                 err = refused(*flags, "--output-dir", run, "--cache-dir", cache)

@@ -17,7 +17,7 @@ from finetune.compare.selection import line_up
 from finetune.metrics.significance import compare, holm
 from models.artifacts.bundle import open_bundle
 from models.errors import ConfigError, UnknownModelError
-from tests.helpers.tiny_network import colour_folder, finetune, paint
+from tests.helpers.tiny_network import color_folder, finetune, paint
 
 FLAGS = ("--epochs", 6, "--batch-size", 4)
 NAMES = "lenet_cifar,resnet18,cnn_mnist,efficientnet_lite0"
@@ -35,7 +35,7 @@ def _no_plots_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("bakeoff")
-    colour_folder(home / "colours", train=12, valid=8)
+    color_folder(home / "colours", train=12, valid=8)
     return home
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from finetune.compute import distributed
-from tests.helpers.tiny_network import colour_folder, finetune
+from tests.helpers.tiny_network import color_folder, finetune
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENCE_S = 900.0
@@ -77,7 +77,7 @@ def largest_difference(run: Path, other: Path) -> float:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """22 photos in batches of 5: a last one of 2, of which two ranks of four have none."""
-    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=11, valid=5)
+    return color_folder(tmp_path_factory.mktemp("data") / "colours", train=11, valid=5)
 
 
 @pytest.fixture(scope="module")

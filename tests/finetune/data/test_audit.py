@@ -19,14 +19,14 @@ from finetune.data.inspection import Scan, fingerprint
 from finetune.training.trainer import Progress
 from models.errors import DataError
 from tests.conftest import PhotoFolder
-from tests.helpers.tiny_network import COLOURS, colour_folder, paint
+from tests.helpers.tiny_network import COLORS, color_folder, paint
 
 Findings = dict[str, Any]
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return colour_folder(tmp_path / "data", train=4, valid=2)
+    return color_folder(tmp_path / "data", train=4, valid=2)
 
 
 def audit_json(data: Path, capsys: pytest.CaptureFixture[str], *, code: int) -> Findings:
@@ -62,7 +62,7 @@ def _truncate(path: Path) -> None:
 
 
 DAMAGE = {
-    "cut.jpg": lambda path: _truncate(paint(path, COLOURS[0], seed=50)),
+    "cut.jpg": lambda path: _truncate(paint(path, COLORS[0], seed=50)),
     "page.jpg": lambda path: path.write_text("<html>not found</html>"),
     "empty.png": lambda path: path.write_bytes(b""),
     "movie.jpeg": lambda path: path.write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(500)),
@@ -89,7 +89,7 @@ def test_other_files_and_stray_folders_are_named(data: Path, capsys: pytest.Capt
     (data / "train" / "blue" / "cat.heic").write_bytes(b"x")
     for stray in ("train/.ipynb_checkpoints", "__MACOSX", "train/red/.ipynb_checkpoints"):
         (data / stray).mkdir()
-        paint(data / stray / "copy.jpg", COLOURS[0], seed=70)
+        paint(data / stray / "copy.jpg", COLORS[0], seed=70)
     found = audit_json(data, capsys, code=1)
     assert set(found["not_photos"]) == {"train/red/Thumbs.db", "valid/blue/notes.txt", "train/blue/cat.heic"}
     assert found["stray_folders"] == ["__MACOSX", "train/.ipynb_checkpoints", "train/red/.ipynb_checkpoints"]
@@ -159,8 +159,8 @@ def test_three_copies_are_one_group(data: Path, capsys: pytest.CaptureFixture[st
 
 def test_flat_pictures_of_other_colours_are_no_twins(tmp_path: Path) -> None:
     scans = []
-    for i, colour in enumerate(COLOURS):
-        picture = Image.new("RGB", (64, 48), colour)
+    for i, color in enumerate(COLORS):
+        picture = Image.new("RGB", (64, 48), color)
         scans.append(Scan(Photo(f"{i}.png", tmp_path, 0, "train"), f"{i:064x}", fingerprint(picture), None))
     assert find_duplicates(scans) == []
 
@@ -201,7 +201,7 @@ def test_a_crowded_bucket_still_finds_the_twins_in_it(monkeypatch: pytest.Monkey
 def test_empty_classes_and_classes_of_one_split_only(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train/amber", "valid/amber", "train/green", "valid/grey"):
         (data / name).mkdir()
-    paint(data / "train/green/1.jpg", COLOURS[2], seed=80)
+    paint(data / "train/green/1.jpg", COLORS[2], seed=80)
     found = audit_json(data, capsys, code=1)
     assert found["class_mismatch"] == {"training": ["green"], "validation": ["grey"]}
     assert set(found["empty_classes"]) >= {"train/amber", "valid/amber"}
@@ -211,9 +211,9 @@ def test_empty_classes_and_classes_of_one_split_only(data: Path, capsys: pytest.
 
 
 def test_a_large_imbalance_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = colour_folder(tmp_path, train=2, valid=2)
+    data = color_folder(tmp_path, train=2, valid=2)
     for i in range(8):
-        paint(data / "train" / "red" / f"more{i}.jpg", COLOURS[1], seed=600 + i)
+        paint(data / "train" / "red" / f"more{i}.jpg", COLORS[1], seed=600 + i)
     assert audit_json(data, capsys, code=1)["imbalance"] == 5.0
     assert "the largest class has 5.0 times the photos of the smallest" in audit_text(data, capsys, code=1)
 
@@ -275,7 +275,7 @@ def test_leakage_stops_training_until_it_is_allowed(tmp_path: Path, drawn: Path,
 
 
 def test_a_class_mismatch_stops_training_until_it_is_allowed(tmp_path: Path, data: Path, train: Any) -> None:
-    paint(data / "valid/green/1.jpg", COLOURS[2], seed=80)
+    paint(data / "valid/green/1.jpg", COLORS[2], seed=80)
     with pytest.raises(DataError, match=r"only validation has green; .*--allow-class-mismatch"):
         train(data)
     assert not (tmp_path / "run").exists()
@@ -299,7 +299,7 @@ def test_a_split_without_any_photo_stops_training_whatever_is_allowed(data: Path
 
 
 def test_a_validation_folder_without_class_folders_is_refused(tmp_path: Path, train: Any) -> None:
-    data = colour_folder(tmp_path / "data", train=4, valid=0)
+    data = color_folder(tmp_path / "data", train=4, valid=0)
     (data / "valid").mkdir()
     with pytest.raises(DataError, match="no photo for validation"):
         train(data)

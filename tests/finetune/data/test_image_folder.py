@@ -10,7 +10,7 @@ from finetune.data.image_folder import PhotoFolder as ImageFolder
 from finetune.data.image_folder import read_dataset, read_split
 from models.errors import DataError, ImageError
 from tests.conftest import PhotoFolder
-from tests.helpers.tiny_network import colour_folder, paint
+from tests.helpers.tiny_network import color_folder, paint
 
 CLASSES = ("cats", "dogs")
 
@@ -31,13 +31,13 @@ def test_the_validation_folder_goes_by_several_names(tmp_path: Path, photo_folde
 
 
 def test_the_training_folder_may_be_called_training(tmp_path: Path) -> None:
-    (colour_folder(tmp_path, train=2, valid=2) / "train").rename(tmp_path / "training")
+    (color_folder(tmp_path, train=2, valid=2) / "train").rename(tmp_path / "training")
     assert len(read_dataset(tmp_path).of("train")) == 4
 
 
 @pytest.mark.parametrize("below", ["train", "."])
 def test_without_a_validation_folder_a_part_of_each_class_is_held_out(tmp_path: Path, below: str) -> None:
-    colour_folder(tmp_path / "made", train=10, valid=0)
+    color_folder(tmp_path / "made", train=10, valid=0)
     shutil.copytree(tmp_path / "made" / "train", tmp_path / "data" / below)
     assert count(tmp_path / "data", valid_fraction=0.3) == {
         ("train", "blue"): 7,
@@ -49,7 +49,7 @@ def test_without_a_validation_folder_a_part_of_each_class_is_held_out(tmp_path: 
 
 
 def test_the_hold_out_is_the_same_for_a_seed_and_another_for_another(tmp_path: Path) -> None:
-    colour_folder(tmp_path, train=10, valid=0)
+    color_folder(tmp_path, train=10, valid=0)
 
     def held(seed: int) -> list[str]:
         return [photo.name for photo in read_dataset(tmp_path, seed=seed).of("valid")]
@@ -59,7 +59,7 @@ def test_the_hold_out_is_the_same_for_a_seed_and_another_for_another(tmp_path: P
 
 
 def test_a_new_class_leaves_the_hold_out_of_the_others_alone(tmp_path: Path) -> None:
-    colour_folder(tmp_path, train=10, valid=0)
+    color_folder(tmp_path, train=10, valid=0)
     before = {photo.name for photo in read_dataset(tmp_path).of("valid")}
     for i in range(5):
         paint(tmp_path / "train" / "amber" / f"{i}.jpg", (255, 190, 0), seed=900 + i)
@@ -69,12 +69,12 @@ def test_a_new_class_leaves_the_hold_out_of_the_others_alone(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("photos", "fraction"), [(2, 0.01), (2, 0.9), (3, 0.9)])
 def test_every_class_is_on_both_sides_of_a_hold_out(tmp_path: Path, photos: int, fraction: float) -> None:
-    colour_folder(tmp_path, train=photos, valid=0)
+    color_folder(tmp_path, train=photos, valid=0)
     assert set(count(tmp_path, valid_fraction=fraction)) == {(s, c) for s in ("train", "valid") for c in ("blue", "red")}
 
 
 def test_hidden_and_stray_folders_are_no_classes_and_hold_no_photos(tmp_path: Path) -> None:
-    colour_folder(tmp_path, train=2, valid=2)
+    color_folder(tmp_path, train=2, valid=2)
     want = count(tmp_path)
     photo = next((tmp_path / "train" / "red").iterdir())
     for stray in (".ipynb_checkpoints", "__MACOSX", "red/.ipynb_checkpoints", "blue/__MACOSX/deep"):
@@ -87,25 +87,25 @@ def test_hidden_and_stray_folders_are_no_classes_and_hold_no_photos(tmp_path: Pa
 
 
 def test_photos_in_folders_below_a_class_count_and_so_do_capital_endings(tmp_path: Path) -> None:
-    colour_folder(tmp_path, train=2, valid=2)
+    color_folder(tmp_path, train=2, valid=2)
     paint(tmp_path / "train" / "red" / "summer" / "beach" / "A.JPEG", (255, 0, 0), seed=99)
     assert count(tmp_path)["train", "red"] == 3
 
 
 def test_a_data_folder_may_lie_in_a_hidden_folder(tmp_path: Path) -> None:
-    colour_folder(tmp_path / ".hidden" / "__data", train=2, valid=1)
+    color_folder(tmp_path / ".hidden" / "__data", train=2, valid=1)
     assert len(read_dataset(tmp_path / ".hidden" / "__data").photos) == 6
 
 
 def test_classes_may_have_any_name(tmp_path: Path) -> None:
     names = ("chats d'été", "котики", "犬 & 狼", '50%, or "more"')
-    colour_folder(tmp_path, train=2, valid=1, classes=names)
+    color_folder(tmp_path, train=2, valid=1, classes=names)
     assert read_dataset(tmp_path).classes == tuple(sorted(names))
     assert len(read_dataset(tmp_path).photos) == 12
 
 
 def test_one_class_is_not_enough(tmp_path: Path) -> None:
-    colour_folder(tmp_path, train=2, valid=1, classes=("red",))
+    color_folder(tmp_path, train=2, valid=1, classes=("red",))
     with pytest.raises(DataError, match=r"has one class \(red\), and two or more are wanted"):
         read_dataset(tmp_path)
 
@@ -128,7 +128,7 @@ def test_no_folder_and_no_photos_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_validation_without_training_is_refused(tmp_path: Path) -> None:
-    (colour_folder(tmp_path, train=1, valid=1) / "train").rename(tmp_path / "traning")
+    (color_folder(tmp_path, train=1, valid=1) / "train").rename(tmp_path / "traning")
     with pytest.raises(DataError, match="has a folder valid and none named train"):
         read_dataset(tmp_path)
 
@@ -143,7 +143,7 @@ def test_the_loader_is_an_image_folder_of_upright_rgb_photos(tmp_path: Path, pho
 
 
 def test_a_split_is_labelled_as_the_bundle_is(tmp_path: Path) -> None:
-    colour_folder(tmp_path, train=1, valid=2)
+    color_folder(tmp_path, train=1, valid=2)
     photos = read_split(tmp_path, "valid", ["amber", "red", "blue"])
     assert [(photo.name.split("/")[1], photo.label, photo.split) for photo in photos] == [
         ("blue", 2, "valid"),
@@ -163,7 +163,7 @@ def test_a_split_is_labelled_as_the_bundle_is(tmp_path: Path) -> None:
     ],
 )
 def test_a_split_that_does_not_fit_is_refused(tmp_path: Path, split: str, classes: tuple[str, ...], words: str) -> None:
-    colour_folder(tmp_path, train=1, valid=1)
+    color_folder(tmp_path, train=1, valid=1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=words):
         read_split(tmp_path, split, classes)

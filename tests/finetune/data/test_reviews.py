@@ -27,12 +27,12 @@ from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import open_bundle
 from models.artifacts.reviews import COLUMNS, Review, read_reviews, write_reviews
 from models.errors import DataError
-from tests.helpers.tiny_network import COLOURS, colour_folder, finetune, paint, save_weights
+from tests.helpers.tiny_network import COLORS, color_folder, finetune, paint, save_weights
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return colour_folder(tmp_path / "colours", train=6, valid=3)
+    return color_folder(tmp_path / "colours", train=6, valid=3)
 
 
 def review(photo: Path, decision: str = "label", new_label: str = "", **more: str) -> Review:
@@ -333,7 +333,7 @@ def test_a_password_is_never_shown() -> None:
 
 
 def test_a_folder_with_training_photos_alone_is_trained_on(tmp_path: Path, tiny_weights: Path) -> None:
-    data = colour_folder(tmp_path / "live", train=6, valid=0)
+    data = color_folder(tmp_path / "live", train=6, valid=0)
     flags = ("--backbone", "tiny", "--weights", tiny_weights, "--output-dir", tmp_path / "run")
     code, out, err = finetune("train", "--data-dir", data, *flags)
     assert (code, err) == (0, "")
@@ -343,12 +343,12 @@ def test_a_folder_with_training_photos_alone_is_trained_on(tmp_path: Path, tiny_
 def test_photos_of_further_folders_are_added_to_training(
     data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
 ) -> None:
-    live = colour_folder(tmp_path / "live", train=4, valid=2, classes=("blue", "red", "green"))
+    live = color_folder(tmp_path / "live", train=4, valid=2, classes=("blue", "red", "green"))
     shutil.rmtree(live / "train" / "green")
     for i in range(4):  # others than data has
-        paint(live / "train" / "red" / f"red.00{i}.jpg", COLOURS[1], seed=500 + i)
+        paint(live / "train" / "red" / f"red.00{i}.jpg", COLORS[1], seed=500 + i)
     more = tmp_path / "more"
-    shutil.copytree(colour_folder(tmp_path / "x", train=8, valid=0) / "train" / "red", more / "red")
+    shutil.copytree(color_folder(tmp_path / "x", train=8, valid=0) / "train" / "red", more / "red")
     for i in range(6):
         (more / "red" / f"red.00{i}.jpg").unlink()  # those that data has too
     shutil.copyfile(live / "train" / "red" / "red.000.jpg", more / "red" / "again.jpg")
@@ -378,7 +378,7 @@ def test_photos_of_further_folders_that_the_data_has_are_left_out(
         shutil.copyfile(data / split / label / f"{label}.000.jpg", live / given / f"{split}-{label}.jpg")
     with Image.open(data / "valid" / "red" / "red.001.jpg") as picture:
         picture.save(live / "red" / "alike.png")
-    paint(live / "red" / "new.jpg", COLOURS[1], seed=500)
+    paint(live / "red" / "new.jpg", COLORS[1], seed=500)
     code, out, err = train("--extra-data", tmp_path / "live")
     assert (code, err) == (0, "")
     assert (

@@ -70,15 +70,15 @@ def test_no_two_pictures_are_near_duplicates(drawn: Path) -> None:
 
 
 def test_the_average_colour_does_not_give_the_class_away(drawn: Path) -> None:
-    colours = {}
+    colors = {}
     for label in CLASSES:
         means = []
         for path in photos(drawn / "train" / label):
             with Image.open(path) as image:
                 means.append(image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))
-        colours[label] = np.array(means)
-    between = np.abs(colours["cats"].mean(axis=0) - colours["dogs"].mean(axis=0))
-    within = np.concatenate(list(colours.values())).std(axis=0)
+        colors[label] = np.array(means)
+    between = np.abs(colors["cats"].mean(axis=0) - colors["dogs"].mean(axis=0))
+    within = np.concatenate(list(colors.values())).std(axis=0)
     assert (between < 0.5 * within).all()
 
 

@@ -17,7 +17,7 @@ from models.networks.flops import build_on_meta
 from models.networks.registry import get_spec
 from models.preprocess import Preprocessing
 from tests.helpers.small_networks import made_small
-from tests.helpers.tiny_network import colour_folder, finetune, paint
+from tests.helpers.tiny_network import color_folder, finetune, paint
 
 SHIPPED = Path(__file__).resolve().parents[3] / "models" / "shipped" / "dogs-vs-cats"
 GRAY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
@@ -38,7 +38,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
-        data = colour_folder(root / "data")
+        data = color_folder(root / "data")
         words = ("train", "--data-dir", data, "--backbone", "lenet_cifar", "--epochs", 1, "--permute-pixels", 3)
         code, _, err = finetune(*words, "--output-dir", root / "run")
     assert code == 0, err
@@ -54,8 +54,8 @@ def test_a_photo_goes_through_the_layers(bundle: Path, tmp_path: Path) -> None:
     files = sorted(file.relative_to(out).as_posix() for file in out.rglob("*.png"))
     assert files == ["kernels.png", "maps/00-input.png", "maps/01-conv1.png", "maps/02-conv2.png"]
     assert not any(is_blank(out / file) for file in files)
-    colours = pixels_of(out / "kernels.png")[44:].astype(int)
-    assert np.abs(colours[..., 0] - colours[..., 1]).max() > 50  # three channels: in colour
+    colors = pixels_of(out / "kernels.png")[44:].astype(int)
+    assert np.abs(colors[..., 0] - colors[..., 1]).max() > 50  # three channels: in colour
     maps = pixels_of(out / "maps" / "01-conv1.png")[44:].astype(int)
     assert np.ptp(maps, axis=2).max() == 0  # maps: in grey
 

@@ -67,7 +67,7 @@ def plots_of(
     return [path.name for path in written]
 
 
-def share_of_colour(path: Path, wanted: tuple[int, int, int]) -> float:
+def share_of_color(path: Path, wanted: tuple[int, int, int]) -> float:
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB"), dtype=int)
     return float((np.abs(pixels - wanted).max(axis=2) <= 3).mean())
@@ -142,9 +142,9 @@ def test_photos_are_shown_and_missing_or_damaged_ones_are_grey(tmp_path: Path) -
     folder.mkdir()
     plots_of(tmp_path / "out", predictions, tmp_path / "data")
     green, grey = Image.new("RGB", (1, 1), "green").getpixel((0, 0)), (217, 217, 217)
-    assert share_of_colour(tmp_path / "out" / "random_correct_cats.png", green) == 0.0  # type: ignore[arg-type]
-    assert share_of_colour(tmp_path / "out" / "random_correct_dogs.png", green) > 0.1  # type: ignore[arg-type]
-    both = [share_of_colour(tmp_path / "out" / f"random_correct_{name}.png", grey) for name in ("cats", "dogs")]
+    assert share_of_color(tmp_path / "out" / "random_correct_cats.png", green) == 0.0  # type: ignore[arg-type]
+    assert share_of_color(tmp_path / "out" / "random_correct_dogs.png", green) > 0.1  # type: ignore[arg-type]
+    both = [share_of_color(tmp_path / "out" / f"random_correct_{name}.png", grey) for name in ("cats", "dogs")]
     assert both[0] > both[1] + 0.05
 
 
@@ -153,7 +153,7 @@ def test_frames_tell_right_from_wrong(tmp_path: Path) -> None:
     plots_of(tmp_path / "out", predictions, tmp_path)
     blue, orange = (0, 0x72, 0xB2), (0xD5, 0x5E, 0)
     shares = {
-        kind: [share_of_colour(tmp_path / "out" / f"{kind}_cats.png", colour) > 0.005 for colour in (blue, orange)]
+        kind: [share_of_color(tmp_path / "out" / f"{kind}_cats.png", color) > 0.005 for color in (blue, orange)]
         for kind in ("confident_mistakes", "least_certain", "random_correct")
     }
     assert shares == {

@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 from finetune.training.augment import AREA, Augment
-from tests.helpers.tiny_network import COLOURS, TINY, paint
+from tests.helpers.tiny_network import COLORS, TINY, paint
 
 PREPROCESSING = TINY.preprocessing
 
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Image.Image:
-    return Image.open(paint(tmp_path / "photo.png", COLOURS[0], seed=1, size=(120, 90)))
+    return Image.open(paint(tmp_path / "photo.png", COLORS[0], seed=1, size=(120, 90)))
 
 
 def test_a_view_is_what_the_network_takes(photo: Image.Image) -> None:

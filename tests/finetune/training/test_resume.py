@@ -25,7 +25,7 @@ from finetune.features.extractor import FeatureCache, FrozenPart
 from finetune.io.array_store import ShardStore
 from models.networks.classifier import build_classifier
 from models.networks.split_point import split_model
-from tests.helpers.tiny_network import TINY, colour_folder, finetune
+from tests.helpers.tiny_network import TINY, color_folder, finetune
 
 EPOCHS = 60
 ROOT = Path(__file__).resolve().parents[3]
@@ -66,7 +66,7 @@ def history(run: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=9, valid=5)
+    return color_folder(tmp_path_factory.mktemp("data") / "colours", train=9, valid=5)
 
 
 def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_path: Path, tiny_weights: Path) -> None:
@@ -134,7 +134,7 @@ class _TiresAfter(FrozenPart):
 
 
 def test_features_that_were_computed_before_an_interrupt_are_kept(tmp_path: Path) -> None:
-    photos = sorted((colour_folder(tmp_path / "data", train=40, valid=0) / "train").glob("*/*.jpg"))
+    photos = sorted((color_folder(tmp_path / "data", train=40, valid=0) / "train").glob("*/*.jpg"))
     scans = [Scan(Photo(path.name, path, 0, "train"), f"{i:064x}", None, None) for i, path in enumerate(photos)]
     parts = split_model(build_classifier(TINY, num_classes=2, base=None))
     frozen = _TiresAfter(parts, TINY.preprocessing, choose_compute("cpu", "fp32"))

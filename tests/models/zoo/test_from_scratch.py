@@ -22,12 +22,12 @@ from finetune.training.trainer import make_optimizer
 from models.networks.classifier import Classifier
 from models.networks.registry import create_model, get_spec
 from models.networks.split_point import split_model
-from tests.helpers.tiny_network import colour_folder, finetune, paint
+from tests.helpers.tiny_network import color_folder, finetune, paint
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return colour_folder(tmp_path_factory.mktemp("data") / "colours", train=12, valid=4)
+    return color_folder(tmp_path_factory.mktemp("data") / "colours", train=12, valid=4)
 
 
 @pytest.fixture(autouse=True)

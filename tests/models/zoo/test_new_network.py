@@ -16,7 +16,7 @@ from models.artifacts.bundle import open_bundle
 from models.networks import registry
 from models.networks.registry import create_model, list_models
 from models.runtime.openvino_engine import OpenVINOEngine
-from tests.helpers.tiny_network import colour_folder, finetune
+from tests.helpers.tiny_network import color_folder, finetune
 
 DOC = (Path(__file__).resolve().parents[3] / "docs" / "adding-a-network.md").read_text(encoding="utf-8")
 
@@ -48,7 +48,7 @@ def test_one_file_is_all_that_a_network_takes(zoo: Path, tmp_path: Path, monkeyp
     (zoo / "thumbnail.py").write_text(code_of("thumbnail.py"), encoding="utf-8")
     assert "thumbnail" in list_models()
     assert create_model("thumbnail", num_classes=3)
-    data = colour_folder(tmp_path / "colours", train=6, valid=3)
+    data = color_folder(tmp_path / "colours", train=6, valid=3)
     code, _, err = finetune(
         "train", "--data-dir", data, "--backbone", "thumbnail", "--epochs", 2, "--output-dir", tmp_path / "run"
     )

@@ -54,8 +54,8 @@ def client(tiny_bundle: SimpleNamespace) -> Iterator[FlaskClient]:
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
     """Of every class a part, in no order that turning it would keep, so that the answer is sure of nothing."""
-    colours = np.array([[[60, 80, 220], [220, 60, 60]], [[200, 90, 90], [60, 190, 80]]], np.uint8)
-    return Image.fromarray(colours).resize((56, 44), Image.Resampling.BICUBIC)
+    colors = np.array([[[60, 80, 220], [220, 60, 60]], [[200, 90, 90], [60, 190, 80]]], np.uint8)
+    return Image.fromarray(colors).resize((56, 44), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")

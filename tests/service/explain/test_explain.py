@@ -22,7 +22,7 @@ from models.artifacts.bundle import GRAPH, WEIGHTS, Bundle, open_bundle
 from models.runtime.openvino_engine import OpenVINOEngine
 from service.explain.cam import LinearHead
 from service.explain.explainer import CAM, OCCLUSION, OUTPUTS, Explainer
-from service.explain.heatmap import colours, legend, overlay
+from service.explain.heatmap import colors, legend, overlay
 from service.explain.occlusion import CELLS, PASSES, occlusion_map
 from service.http.errors import Problem
 from tests.helpers.server import poll
@@ -300,7 +300,7 @@ def test_the_overlay_is_the_photo_in_grey_with_warm_colours_where_heat_is() -> N
 
 def test_colours_grow_evenly_lighter() -> None:
     """So that they are told apart without their hues as well: every step is as large as the next, within a half."""
-    rgb = colours(np.linspace(0, 1, 9, dtype=np.float32)) / 255
+    rgb = colors(np.linspace(0, 1, 9, dtype=np.float32)) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     lightness = 116 * np.cbrt(linear @ np.array([0.2126, 0.7152, 0.0722])) - 16
     steps = np.diff(lightness)
@@ -312,7 +312,7 @@ def test_colours_are_those_of_viridis() -> None:
     from matplotlib import colormaps
 
     numbers = np.arange(256, dtype=np.float32) / 255
-    assert np.abs(colours(numbers) - 255 * colormaps["viridis"](numbers)[:, :3]).max() <= 3
+    assert np.abs(colors(numbers) - 255 * colormaps["viridis"](numbers)[:, :3]).max() <= 3
 
 
 def test_the_legend_runs_from_cold_to_hot() -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from tests.helpers.raw_connection import BOMB, HEAVY, RED, Line, halves, inside, photo_of, probabilities, told
 from tests.helpers.server import ANSWER_S, Reply, Server, multipart, poll, rss_mb, serve
-from tests.helpers.tiny_network import COLOURS
+from tests.helpers.tiny_network import COLORS
 
 LABELS = ("blue", "red", "green")
 
@@ -90,7 +90,7 @@ def test_chunks_that_are_none_are_refused_and_the_connection_ends(server: Server
 
 
 def test_requests_in_one_go_are_answered_in_their_order(server: Server) -> None:
-    photos = [photo_of(COLOURS[i % 3], (40 + i, 50)) for i in range(30)]
+    photos = [photo_of(COLORS[i % 3], (40 + i, 50)) for i in range(30)]
     alone = [probabilities(server.post(photo, "image/png")) for photo in photos]
     assert all(a != b for a, b in pairwise(alone))
     with Line(server) as line:

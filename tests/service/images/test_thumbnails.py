@@ -21,9 +21,9 @@ from service.images.worker_pool import Crew
 from service.inference.image_decoder import FrontDoor
 
 
-def photo(size: tuple[int, int] = (900, 600), colour: str = "red", **options: object) -> bytes:
+def photo(size: tuple[int, int] = (900, 600), color: str = "red", **options: object) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, "JPEG", **options)
+    Image.new("RGB", size, color).save(file, "JPEG", **options)
     return file.getvalue()
 
 

@@ -83,9 +83,9 @@ def no() -> bool:
     return False
 
 
-def png(colour: tuple[int, int, int], side_px: int = SIDE) -> bytes:
+def png(color: tuple[int, int, int], side_px: int = SIDE) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (side_px, side_px), colour).save(file, "PNG")
+    Image.new("RGB", (side_px, side_px), color).save(file, "PNG")
     return file.getvalue()
 
 
@@ -109,17 +109,17 @@ class Block:
 
 def test_nobody_gets_anothers_answer() -> None:
     """Hundreds of photos, each of its own colour, from many threads: each gets its own colour back, and its own pixels."""
-    colours = [(i % 256, i * 7 % 256, i // 256 * 90) for i in range(600)]
-    assert len(set(colours)) == 600
+    colors = [(i % 256, i * 7 % 256, i // 256 * 90) for i in range(600)]
+    assert len(set(colors)) == 600
     with running(Colours(), threads=3, streams=2) as pipeline, ThreadPoolExecutor(16) as clients:
 
-        def ask(colour: tuple[int, int, int]) -> Answer:
-            return pipeline.submit(png(colour), yes).result(WAIT_S)
+        def ask(color: tuple[int, int, int]) -> Answer:
+            return pipeline.submit(png(color), yes).result(WAIT_S)
 
-        answers = list(clients.map(ask, colours))
-    for colour, answer in zip(colours, answers, strict=True):
-        assert tuple(answer.probabilities) == colour
-        assert (answer.prepared.pixels == np.array(colour)).all()
+        answers = list(clients.map(ask, colors))
+    for color, answer in zip(colors, answers, strict=True):
+        assert tuple(answer.probabilities) == color
+        assert (answer.prepared.pixels == np.array(color)).all()
         assert 1 <= answer.batch <= 4
 
 
