@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune.data.synthetic.dataset import CLASSES, draw
+from finetune.data.synthetic.dataset import CLASSES, draw_image
 from service.db.connection import Database
 from tests.helpers.databases import Postgres, run_postgres
 
@@ -67,7 +67,7 @@ def photo_folder() -> PhotoFolder:
                 path = root / split / label / f"{label}.{number:04d}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 animal = label if label in CLASSES else CLASSES[index % len(CLASSES)]
-                draw(animal, rng=random.Random(f"{seed}/{split}/{label}/{number}")).save(path, quality=88)
+                draw_image(animal, rng=random.Random(f"{seed}/{split}/{label}/{number}")).save(path, quality=88)
         return root
 
     return make

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from finetune.data.synthetic.dataset import draw
+from finetune.data.synthetic.dataset import draw_image
 from models.errors import ImageError
 from models.preprocess import Preprocessing, decode
 
@@ -212,7 +212,7 @@ def png_that_claims(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-PHOTO = draw("cats", rng=random.Random(0))
+PHOTO = draw_image("cats", rng=random.Random(0))
 BAD: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "^0 bytes arrived that are not a picture; send a JPEG"),
     "text": (b"hello world", "^11 bytes arrived that are not a picture"),
@@ -310,7 +310,7 @@ def large_photo() -> Callable[[int], bytes]:
     """A drawing of 2400 x 1800 pixels with a camera's noise, as JPEG."""
 
     def make(seed: int) -> bytes:
-        drawing = draw("dogs", rng=random.Random(seed)).resize((2400, 1800), Image.Resampling.BICUBIC)
+        drawing = draw_image("dogs", rng=random.Random(seed)).resize((2400, 1800), Image.Resampling.BICUBIC)
         return saved(Image.blend(drawing, noise(2400, 1800, seed=seed), 0.06), "JPEG", quality=90)
 
     return make

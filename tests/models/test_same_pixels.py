@@ -17,7 +17,7 @@ from finetune.batch_inference import predict
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import Photo
 from finetune.data.inspection import PixelStash, Scan, fingerprint_context, scan
-from finetune.data.synthetic.dataset import draw
+from finetune.data.synthetic.dataset import draw_image
 from finetune.io.array_store import ShardStore
 from finetune.training.data_loaders import LiveBatches
 from models.artifacts.bundle import Bundle
@@ -32,7 +32,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Photo]:
     folder = tmp_path_factory.mktemp("photos")
     paths = [folder / "small.jpg", folder / "large.jpg"]
     for path, scale in zip(paths, (1, 8), strict=True):
-        drawing = draw("cats", rng=random.Random(path.name)).resize((300 * scale, 200 * scale))
+        drawing = draw_image("cats", rng=random.Random(path.name)).resize((300 * scale, 200 * scale))
         drawing.save(path, quality=90)
     return [Photo(path.name, path, 0, "train") for path in paths]
 
@@ -107,7 +107,7 @@ def test_fingerprints_of_photos_decoded_to_another_size_are_kept_apart() -> None
 
 
 def test_the_same_picture_large_and_small_is_found_to_be_one(tmp_path: Path) -> None:
-    drawing = draw("dogs", rng=random.Random(5)).resize((2400, 1600), Image.Resampling.BICUBIC)
+    drawing = draw_image("dogs", rng=random.Random(5)).resize((2400, 1600), Image.Resampling.BICUBIC)
     found = []
     for name, picture in {"large.jpg": drawing, "small.jpg": drawing.resize((600, 400))}.items():
         file = io.BytesIO()

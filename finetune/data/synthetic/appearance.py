@@ -35,7 +35,7 @@ DOG_EYES: tuple[Color, ...] = ((70, 42, 28), (44, 30, 26), (112, 70, 36), (118, 
 
 
 @dataclass(frozen=True)
-class Look:
+class Appearance:
     """All that is settled about one animal before the first stroke."""
 
     cat: bool
@@ -52,7 +52,7 @@ class Look:
     patch_side: int
 
 
-def random_look(label: str, rng: random.Random) -> Look:
+def random_appearance(label: str, rng: random.Random) -> Appearance:
     """Make up an animal of the class ``label``."""
     cat = label == "cats"
     fur = rng.choice(FURS)
@@ -60,7 +60,7 @@ def random_look(label: str, rng: random.Random) -> Look:
     second = lighter(fur, rng.uniform(0.35, 0.9)) if rng.random() < 0.75 else mix(fur, rng.choice(FURS), 0.6)
     dark = rng.uniform(0.3, 0.6)
     ears = ("tall", "wide", "small") if cat else ("hanging", "hanging", "long", "folded", "folded", "shaggy")
-    return Look(
+    return Appearance(
         cat=cat,
         fur=fur,
         second=second,

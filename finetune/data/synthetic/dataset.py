@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from finetune.data.synthetic.appearance import random_look
+from finetune.data.synthetic.appearance import random_appearance
 from finetune.data.synthetic.bodies import POSES, draw_animal
 from finetune.data.synthetic.pen import Pen
 from finetune.data.synthetic.scenes import draw_scene, gradient
@@ -30,7 +30,7 @@ _ASPECTS = ((4, 3), (4, 3), (13, 10), (6, 5), (1, 1), (3, 4), (5, 6))
 
 
 @dataclass(frozen=True)
-class SampleSummary:
+class SyntheticDataset:
     """What was written: pictures for training and for validation, over both classes together."""
 
     out: Path
@@ -39,7 +39,7 @@ class SampleSummary:
     seed: int
 
 
-def write_sample(out: Path, *, train: int = 200, valid: int = 80, seed: int = 0) -> SampleSummary:
+def write_synthetic_dataset(out: Path, *, train: int = 200, valid: int = 80, seed: int = 0) -> SyntheticDataset:
     """Write drawings to ``out/{train,valid}/{cats,dogs}``, whole or not at all; the same seed draws the same pictures.
 
     ``train`` and ``valid`` count both classes together. A picture depends on the seed, its split, class and number
@@ -56,10 +56,10 @@ def write_sample(out: Path, *, train: int = 200, valid: int = 80, seed: int = 0)
                 label, number = CLASSES[i % 2], i // 2 + 1
                 path = folder / split / label / f"{label[:-1]}.{number:04d}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                draw(label, rng=random.Random(f"{seed}/{split}/{label}/{number}")).save(path, quality=88)
+                draw_image(label, rng=random.Random(f"{seed}/{split}/{label}/{number}")).save(path, quality=88)
                 bar.update()
         (folder / "README.txt").write_text(README.format(train=train, valid=valid, seed=seed), encoding="utf-8")
-    return SampleSummary(out=out, train=train, valid=valid, seed=seed)
+    return SyntheticDataset(out=out, train=train, valid=valid, seed=seed)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,14 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the sample that ``args`` asks for, say where it is and what to type next."""
-    summary = write_sample(args.out, train=args.train, valid=args.valid, seed=args.seed)
+    summary = write_synthetic_dataset(args.out, train=args.train, valid=args.valid, seed=args.seed)
     print(f"Drew {summary.train} training and {summary.valid} validation pictures of cats and dogs in {summary.out}.")
     print("They are drawings: accuracy on them says nothing about photos.")
     print(f"Next: finetune train --data-dir {shlex.quote(str(summary.out))} --backbone efficientnet_lite0")
     return 0
 
 
-def draw(label: str, *, rng: random.Random) -> Image.Image:
+def draw_image(label: str, *, rng: random.Random) -> Image.Image:
     """Draw one animal of the class ``label`` somewhere, RGB, sides of 200 to 520 pixels.
 
     Raises ``DataError`` for a label that is not in ``CLASSES``.
@@ -105,10 +105,10 @@ def _animal(
     label: str, size_px: tuple[int, int], ground: float, rng: random.Random
 ) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
     """The animal, the mask of its outline, and where its top left corner goes."""
-    look, pose = random_look(label, rng), rng.choice(POSES)
+    appearance, pose = random_appearance(label, rng), rng.choice(POSES)
     width, height = size_px
     # Pillow draws hard edges: twice the size, halved at the end, makes them smooth.
-    canvas = Image.new("RGBA", (width * 2, height * 2), (*look.fur, 0))
+    canvas = Image.new("RGBA", (width * 2, height * 2), (*appearance.fur, 0))
     x, y, unit = _place(pose, width / height, ground, rng)
     flip = rng.random() < 0.5
     pen = Pen(ImageDraw.Draw(canvas), rng, line=rng.choice((0.015, 0.022, 0.035)), fluff=rng.choice((0.0, 0.03, 0.06)))
@@ -119,7 +119,7 @@ def _animal(
         degrees=rng.uniform(-5, 5),
         flip=flip,
     )
-    draw_animal(pen, look, pose)
+    draw_animal(pen, appearance, pose)
     left, top, right, bottom = canvas.getbbox() or (0, 0, 2, 2)
     corner = left // 2, top // 2
     bands = canvas.crop((corner[0] * 2, corner[1] * 2, right, bottom)).split()

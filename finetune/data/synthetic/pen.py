@@ -27,20 +27,20 @@ _SPLINE = [
 ]
 
 
-def mix(first: Color, second: Color, share: float) -> Color:
-    """The colour ``share`` of the way from the first (0) to the second (1)."""
-    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+def mix(first: Color, second: Color, fraction: float) -> Color:
+    """The colour ``fraction`` of the way from the first (0) to the second (1)."""
+    red, green, blue = (round(a + (b - a) * fraction) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
-def darker(color: Color, share: float) -> Color:
-    """The colour, ``share`` of the way to a warm black."""
-    return mix(color, (24, 16, 20), share)
+def darker(color: Color, fraction: float) -> Color:
+    """The colour, ``fraction`` of the way to a warm black."""
+    return mix(color, (24, 16, 20), fraction)
 
 
-def lighter(color: Color, share: float) -> Color:
-    """The colour, ``share`` of the way to a warm white."""
-    return mix(color, (255, 250, 242), share)
+def lighter(color: Color, fraction: float) -> Color:
+    """The colour, ``fraction`` of the way to a warm white."""
+    return mix(color, (255, 250, 242), fraction)
 
 
 def brightness(color: Color) -> float:
@@ -118,7 +118,7 @@ class Pen:
         """The same pen without hairs."""
         return replace(self, fluff=0.0)
 
-    def blob(self, x: float, y: float, rx: float, ry: float, fill: Color, *, degrees: float = 0.0) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Color, *, degrees: float = 0.0) -> None:
         """Fill an ellipse about (x, y), turned clockwise."""
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         outline = [(x + u * rx * cos - v * ry * sin, y + u * rx * sin + v * ry * cos) for u, v in _CIRCLE]

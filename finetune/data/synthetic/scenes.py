@@ -10,7 +10,7 @@ import random
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from finetune.data.synthetic.pen import Color, Pen, darker, lighter, mirrored, mix
-from finetune.data.synthetic.things import (
+from finetune.data.synthetic.props import (
     FLOORS,
     GREENS,
     SKIES,
@@ -69,7 +69,7 @@ def _studio(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, 
         x, radius = rng.uniform(0, wide), rng.uniform(0.1, 0.45)
         shade = mix(first, second, rng.uniform(-0.5, 1.5))
         if kind == "discs":
-            pen.blob(x, rng.uniform(0, 1), radius, radius, shade)
+            pen.ellipse(x, rng.uniform(0, 1), radius, radius, shade)
         else:
             pen.polygon([(x, 0), (x + radius, 0), (x + radius + lean, 1), (x + lean, 1)], shade)
     return image, 0.0
@@ -101,7 +101,7 @@ def _wallpaper(pen: Pen, wide: float, edge: float, ink: Color) -> None:
     elif kind == "dots":
         for i in range(columns):
             for j in range(int(edge / gap) + 1):
-                pen.blob((i + 0.5 * (j % 2)) * gap, j * gap, gap / 6, gap / 6, ink)
+                pen.ellipse((i + 0.5 * (j % 2)) * gap, j * gap, gap / 6, gap / 6, ink)
     elif kind == "panels":
         box(pen, 0, edge * 0.62, wide, edge * 0.38, ink)
 
@@ -116,7 +116,7 @@ def _floor(pen: Pen, wide: float, edge: float, floor: Color) -> None:
         rug = pen.rng.choice(TOYS)
         x = pen.rng.uniform(0.3, 0.7) * wide
         for k in (1.0, 0.8, 0.5):
-            pen.blob(x, 0.93, 0.55 * k, 0.13 * k, rug if k != 0.8 else lighter(rug, 0.5))
+            pen.ellipse(x, 0.93, 0.55 * k, 0.13 * k, rug if k != 0.8 else lighter(rug, 0.5))
 
 
 def _plant_tree(pen: Pen, wide: float, edge: float, leaf: Color) -> None:
@@ -128,7 +128,7 @@ def _meadow(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, 
     image = gradient(size_px, sky, low)
     pen, wide = _pen(image, rng)
     if rng.random() < 0.5:
-        pen.blob(rng.uniform(0, wide), rng.uniform(0.05, 0.3), 0.08, 0.08, (255, 240, 190))
+        pen.ellipse(rng.uniform(0, wide), rng.uniform(0.05, 0.3), 0.08, 0.08, (255, 240, 190))
     clouds(pen, wide, lighter(low, 0.6))
     edge, green = rng.uniform(0.35, 0.7), rng.choice(GREENS)
     hills(pen, wide, edge - rng.uniform(0.05, 0.12), mix(green, low, 0.5))
@@ -141,7 +141,7 @@ def _meadow(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, 
     hills(pen, wide, edge, green)
     for _ in range(rng.randint(0, 22)):
         x, y = rng.uniform(0, wide), rng.uniform(edge + 0.06, 1)
-        pen.blob(x, y, 0.014, 0.012, rng.choice(TOYS))
+        pen.ellipse(x, y, 0.014, 0.012, rng.choice(TOYS))
     for _ in range(rng.randint(5, 25)):
         x, y = rng.uniform(0, wide), rng.uniform(edge + 0.08, 1.02)
         pen.stroke([(x, y), (x + rng.uniform(-0.02, 0.02), y - 0.05)], 0.012, 0.003, darker(green, 0.2))
@@ -155,9 +155,9 @@ def _night(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, f
     image = gradient(size_px, sky, lighter(sky, rng.uniform(0.2, 0.45)))
     pen, wide = _pen(image, rng)
     for _ in range(rng.randint(10, 40)):
-        pen.blob(rng.uniform(0, wide), rng.uniform(0, 0.6), 0.006, 0.006, (250, 246, 220))
+        pen.ellipse(rng.uniform(0, wide), rng.uniform(0, 0.6), 0.006, 0.006, (250, 246, 220))
     x, y, radius = rng.uniform(0, wide), rng.uniform(0.08, 0.35), rng.uniform(0.07, 0.16)
-    pen.blob(x, y, radius, radius, (248, 240, 206))
+    pen.ellipse(x, y, radius, radius, (248, 240, 206))
     edge = rng.uniform(0.55, 0.75)
     at = -0.1
     while at < wide:
@@ -204,7 +204,7 @@ def _snow(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, fl
     hills(pen, wide, edge, (236, 240, 246))
     for _ in range(rng.randint(10, 50)):
         radius = rng.uniform(0.004, 0.012)
-        pen.blob(rng.uniform(0, wide), rng.uniform(0, 1), radius, radius, (252, 252, 255))
+        pen.ellipse(rng.uniform(0, wide), rng.uniform(0, 1), radius, radius, (252, 252, 255))
     return image, edge
 
 
@@ -216,5 +216,5 @@ def _lights(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, 
     for _ in range(rng.randint(8, 24)):
         radius = rng.uniform(0.03, 0.12)
         light = mix(mix(glow, rng.choice(TOYS), rng.random() * 0.5), dark, rng.uniform(0.3, 0.85))
-        pen.blob(rng.uniform(0, wide), rng.uniform(0, 1), radius, radius, light)
+        pen.ellipse(rng.uniform(0, wide), rng.uniform(0, 1), radius, radius, light)
     return image, 0.0

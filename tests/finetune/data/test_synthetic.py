@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from finetune.data.synthetic import dataset
-from finetune.data.synthetic.dataset import CLASSES, draw, write_sample
+from finetune.data.synthetic.dataset import CLASSES, draw_image, write_synthetic_dataset
 from models.errors import DataError
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("drawn") / "pets"
-    write_sample(out, train=120, valid=40, seed=3)
+    write_synthetic_dataset(out, train=120, valid=40, seed=3)
     return out
 
 
@@ -83,8 +83,8 @@ def test_the_average_colour_does_not_give_the_class_away(drawn: Path) -> None:
 
 
 def test_the_same_seed_draws_the_same_bytes_and_more_pictures_keep_them(drawn: Path, tmp_path: Path) -> None:
-    write_sample(tmp_path / "again", train=4, valid=2, seed=3)
-    write_sample(tmp_path / "other", train=4, valid=2, seed=4)
+    write_synthetic_dataset(tmp_path / "again", train=4, valid=2, seed=3)
+    write_synthetic_dataset(tmp_path / "other", train=4, valid=2, seed=4)
     for path in photos(tmp_path / "again"):
         name = path.relative_to(tmp_path / "again")
         assert path.read_bytes() == (drawn / name).read_bytes()
@@ -92,42 +92,42 @@ def test_the_same_seed_draws_the_same_bytes_and_more_pictures_keep_them(drawn: P
 
 
 def test_one_picture_can_be_drawn_alone() -> None:
-    first, second = (draw("dogs", rng=random.Random(5)) for _ in range(2))
+    first, second = (draw_image("dogs", rng=random.Random(5)) for _ in range(2))
     assert first.tobytes() == second.tobytes()
-    assert first.tobytes() != draw("cats", rng=random.Random(5)).tobytes()
+    assert first.tobytes() != draw_image("cats", rng=random.Random(5)).tobytes()
 
 
 def test_an_unknown_class_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(DataError, match="Did you mean 'dogs'"):
-        draw("dog", rng=random.Random(0))
+        draw_image("dog", rng=random.Random(0))
 
 
 def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty; pick another folder, or delete it"):
-        write_sample(tmp_path, train=2, valid=2)
+        write_synthetic_dataset(tmp_path, train=2, valid=2)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_an_empty_folder_is_filled_and_missing_parents_are_made(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    write_sample(tmp_path / "empty", train=2, valid=2)
-    write_sample(tmp_path / "a" / "b", train=2, valid=2)
+    write_synthetic_dataset(tmp_path / "empty", train=2, valid=2)
+    write_synthetic_dataset(tmp_path / "a" / "b", train=2, valid=2)
     assert len(photos(tmp_path)) == 8
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pets").write_text("a file")
     with pytest.raises(DataError, match="not a folder"):
-        write_sample(tmp_path / "pets", train=2, valid=2)
+        write_synthetic_dataset(tmp_path / "pets", train=2, valid=2)
     with pytest.raises(DataError, match="Could not write"):
-        write_sample(tmp_path / "pets" / "below", train=2, valid=2)
+        write_synthetic_dataset(tmp_path / "pets" / "below", train=2, valid=2)
 
 
 @pytest.mark.parametrize(("train", "valid", "flag"), [(1, 2, "--train 1"), (2, 0, "--valid 0"), (-4, 2, "--train -4")])
 def test_a_class_without_a_picture_is_refused(tmp_path: Path, train: int, valid: int, flag: str) -> None:
     with pytest.raises(DataError, match=flag):
-        write_sample(tmp_path / "pets", train=train, valid=valid)
+        write_synthetic_dataset(tmp_path / "pets", train=train, valid=valid)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,11 +139,11 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
         drawings += 1
         if drawings > 2:
             raise KeyboardInterrupt
-        return draw(label, rng=rng)
+        return draw_image(label, rng=rng)
 
-    monkeypatch.setattr(dataset, "draw", draw_two)
+    monkeypatch.setattr(dataset, "draw_image", draw_two)
     with pytest.raises(KeyboardInterrupt):
-        write_sample(tmp_path / "pets", train=4, valid=2)
+        write_synthetic_dataset(tmp_path / "pets", train=4, valid=2)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -51,7 +51,7 @@ def frame(pen: Pen, x: float, edge: float) -> None:
     high, inside = pen.rng.uniform(0.16, 0.3), pen.rng.choice(TOYS + WALLS)
     box(pen, x, 0.1, 0.3, high, darker(inside, 0.6))
     box(pen, x + 0.02, 0.12, 0.26, high - 0.04, lighter(inside, 0.4))
-    pen.blob(x + 0.15, 0.1 + high * 0.5, 0.08, high * 0.3, inside)
+    pen.ellipse(x + 0.15, 0.1 + high * 0.5, 0.08, high * 0.3, inside)
 
 
 def lamp(pen: Pen, x: float, edge: float) -> None:
@@ -78,21 +78,21 @@ def sofa(pen: Pen, x: float, edge: float) -> None:
     cloth = mix(pen.rng.choice(TOYS), pen.rng.choice(WALLS), 0.5)
     back = mirrored([(0, -0.24), (0.4, -0.2), (0.44, 0.2)])
     pen.moved(x + 0.4, edge).shape(back, darker(cloth, 0.15))
-    pen.blob(x + 0.4, edge + 0.12, 0.44, 0.09, lighter(cloth, 0.12))
+    pen.ellipse(x + 0.4, edge + 0.12, 0.44, 0.09, lighter(cloth, 0.12))
     for side in (0.0, 0.8):
-        pen.blob(x + side, edge + 0.08, 0.09, 0.16, cloth)
+        pen.ellipse(x + side, edge + 0.08, 0.09, 0.16, cloth)
 
 
 def _ball(pen: Pen, color: Color) -> None:
     radius = pen.rng.uniform(0.035, 0.075)
-    pen.blob(0.01, radius * 0.8, radius, radius * 0.35, (70, 62, 60))
-    pen.blob(0, 0, radius, radius, color)
+    pen.ellipse(0.01, radius * 0.8, radius, radius * 0.35, (70, 62, 60))
+    pen.ellipse(0, 0, radius, radius, color)
     pen.stroke([(-radius * 0.9, 0), (0, radius * 0.35), (radius * 0.9, 0)], 0.012, 0.012, lighter(color, 0.6))
 
 
 def _bowl(pen: Pen, color: Color) -> None:
     pen.polygon([(-0.07, -0.04), (0.07, -0.04), (0.1, 0.04), (-0.1, 0.04)], color)
-    pen.blob(0, -0.04, 0.075, 0.02, darker(color, 0.5))
+    pen.ellipse(0, -0.04, 0.075, 0.02, darker(color, 0.5))
 
 
 def _plant(pen: Pen, color: Color) -> None:
@@ -132,7 +132,7 @@ def tree(pen: Pen, leaf: Color) -> None:
             pen.polygon([(0, -0.42 - up), (half, -0.12 - up), (-half, -0.12 - up)], darker(leaf, 0.2))
     else:
         for x, y in ((-0.12, -0.3), (0.12, -0.32), (0, -0.44)):
-            pen.blob(x, y, 0.16, 0.15, darker(leaf, 0.25 + x))
+            pen.ellipse(x, y, 0.16, 0.15, darker(leaf, 0.25 + x))
 
 
 def clouds(pen: Pen, wide: float, color: Color) -> None:
@@ -140,4 +140,4 @@ def clouds(pen: Pen, wide: float, color: Color) -> None:
     for _ in range(pen.rng.randint(0, 3)):
         x, y, size = pen.rng.uniform(0, wide), pen.rng.uniform(0.05, 0.3), pen.rng.uniform(0.6, 1.3)
         for dx, dy, r in ((-0.1, 0.02, 0.06), (0, 0, 0.085), (0.1, 0.02, 0.06)):
-            pen.blob(x + dx * size, y + dy * size, r * 1.3 * size, r * 0.7 * size, color)
+            pen.ellipse(x + dx * size, y + dy * size, r * 1.3 * size, r * 0.7 * size, color)
