@@ -29,10 +29,10 @@ def flip_labels(data: Path, out: Path, *, flips: int, seed: int) -> set[str]:
     each = flips // len(dataset.classes)
     chosen = set()
     for label in range(len(dataset.classes)):
-        names = [photo.name for photo in dataset.of("train") if photo.label == label]
+        names = [photo.name for photo in dataset.in_split("train") if photo.label == label]
         chosen |= set(random.Random(f"{seed}/{label}").sample(names, each))
     flipped = set()
-    for photo in dataset.photos:
+    for photo in dataset.samples:
         label = (photo.label + (photo.name in chosen)) % len(dataset.classes)
         link = out / photo.split / dataset.classes[label] / photo.path.name
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
 from finetune.data.embeddings import find_lookalikes, watch_embeddings
 from finetune.data.image_folder import read_dataset
-from finetune.data.inspection import PixelStash, Scan
+from finetune.data.inspection import ImageRecord, PixelCache
 from finetune.data.review_source import find_reviews, hide_password
 from finetune.export.exporter import PARITY_PHOTOS, Parity, export_bundle
 from finetune.export.provenance import describe_run
@@ -157,10 +157,10 @@ def finish(
     temperature = fit_temperature(raw, labels.numpy())
     predictions = Predictions(
         classes=survey.dataset.classes,
-        image_names=tuple(s.photo.name for s in photos),
+        image_names=tuple(s.sample.name for s in photos),
         labels=labels.numpy(),
         probabilities=apply_temperature(raw, temperature),
-        splits=tuple(s.photo.split for s in photos),
+        splits=tuple(s.sample.split for s in photos),
         sha256s=tuple(s.sha256 for s in photos),
     )
     metrics = write_results(
@@ -195,7 +195,7 @@ def finish(
             compute=str(compute),
             progress=progress,
             findings=survey.findings,
-            scans=[*survey.good["train"], *photos],
+            records=[*survey.good["train"], *photos],
             reviews=survey.reviews.as_dict() if survey.reviews else None,
         ),
         trained={name: state[name] for name in network.names},
@@ -209,17 +209,17 @@ def finish(
 
 def name_inputs(survey: Survey, network: Network) -> str:
     """Name what a run is trained on, so that resuming on other photos, labels, splits, reviews or base weights is refused."""
-    photos = [[s.photo.split, s.photo.label, s.sha256] for scans in survey.good.values() for s in scans]
+    photos = [[s.sample.split, s.sample.label, s.sha256] for records in survey.good.values() for s in records]
     base = network.base.sha256 if network.base else None
     reviews = [survey.reviews.reviews.sha256] if survey.reviews else []
     return hashlib.sha256(json.dumps([photos, base, *reviews]).encode()).hexdigest()
 
 
-def _parity(scans: Sequence[Scan], predictions: Predictions, network: Network, compute: Compute) -> Parity:
+def _parity(records: Sequence[ImageRecord], predictions: Predictions, network: Network, compute: Compute) -> Parity:
     """Validation photos spread over all of them, through the same preprocessing as a server's."""
-    chosen = np.unique(np.linspace(0, len(scans) - 1, min(PARITY_PHOTOS, len(scans))).round().astype(int))
-    stash = PixelStash(network.spec.preprocessing, limit_mb=0)
-    pixels = np.stack([stash.take(scans[i].sha256, scans[i].photo.path) for i in chosen])
+    chosen = np.unique(np.linspace(0, len(records) - 1, min(PARITY_PHOTOS, len(records))).round().astype(int))
+    pixel_cache = PixelCache(network.spec.preprocessing, limit_mb=0)
+    pixels = np.stack([pixel_cache.pop(records[i].sha256, records[i].sample.path) for i in chosen])
     return Parity(pixels, predictions.probabilities[chosen], compute.precision)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.image_files import is_photo, walk_photos
+from finetune.data.image_files import is_image_file, walk_images
 from finetune.export.merge_head import open_full
 from finetune.io.threaded_map import batched, prefetch
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
@@ -62,7 +62,7 @@ def find_photos(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and is_photo(p, path)]
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and is_image_file(p, path)]
             if not inside:
                 raise DataError(f"The folder {path} has no photos in it; name photos, or a folder that has some.")
             found += inside
@@ -172,7 +172,7 @@ def stream_photos(paths: Sequence[Path], listed: Path | None) -> Iterator[Path]:
             yield from read_list(lines)
     for path in paths:
         if path.is_dir():
-            yield from walk_photos(path)
+            yield from walk_images(path)
         elif path.is_file():
             yield path
         else:

@@ -93,7 +93,7 @@ def bake_off(data: Path, backbones: Sequence[str], out: Path, shared: dict[str, 
 def name_photos(config: Config) -> str:
     """Name the photos by their names, contents, labels and splits, so that a run on others is not taken for this one."""
     dataset = read_dataset(config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
-    rows = [[photo.name, photo.split, photo.label, sha256_of(photo.path)] for photo in dataset.photos]
+    rows = [[sample.name, sample.split, sample.label, sha256_of(sample.path)] for sample in dataset.samples]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

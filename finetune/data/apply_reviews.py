@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import Dataset
-from finetune.data.inspection import Scan
+from finetune.data.inspection import ImageRecord
 from models.artifacts.reviews import BAD, LABEL, NEITHER, Review, read_reviews
 from models.errors import DataError, did_you_mean
 
@@ -66,12 +66,14 @@ class Applied:
             f"changed, {len(self.confirmed):,} confirmed, {len(self.dropped):,} photos left out, and "
             f"{counts['unmatched']:,} rows matched no photo"
         ]
-        lines += [f"  {photo}: {old} -> {new}" for photo, (old, new) in self.changed.items()]
-        lines += [f"  {photo}: left out, as {reason}" for photo, reason in self.dropped.items()]
+        lines += [f"  {name}: {old} -> {new}" for name, (old, new) in self.changed.items()]
+        lines += [f"  {name}: left out, as {reason}" for name, reason in self.dropped.items()]
         return "\n".join(lines)
 
 
-def apply_reviews(reviews: Reviews, dataset: Dataset, scans: Sequence[Scan]) -> tuple[Dataset, list[Scan], Applied]:
+def apply_reviews(
+    reviews: Reviews, dataset: Dataset, records: Sequence[ImageRecord]
+) -> tuple[Dataset, list[ImageRecord], Applied]:
     """The dataset and its scans with the decisions in place of the folders' labels. Raises DataError for an unknown class.
 
     A decision counts for every copy of the photo. Where the same photo lay in two classes, it settles that too: a copy that
@@ -79,19 +81,19 @@ def apply_reviews(reviews: Reviews, dataset: Dataset, scans: Sequence[Scan]) -> 
     """
     _check_classes(reviews, dataset.classes)
     applied = Applied(reviews)
-    for scan in scans:
-        _note(scan, reviews, dataset.classes, applied)
-    for group in find_duplicates(scans):
+    for record in records:
+        _note(record, reviews, dataset.classes, applied)
+    for group in find_duplicates(records):
         _settle(group, reviews, dataset.classes, applied)
     classes = {name: index for index, name in enumerate(dataset.classes)}
     kept = []
-    for scan in scans:
-        photo = scan.photo
-        if photo.name in applied.changed:
-            photo = dataclasses.replace(photo, label=classes[applied.changed[photo.name][1]])
-        if photo.name not in applied.dropped:
-            kept.append(dataclasses.replace(scan, photo=photo))
-    return dataset.keep(scan.photo for scan in kept), kept, applied
+    for record in records:
+        sample = record.sample
+        if sample.name in applied.changed:
+            sample = dataclasses.replace(sample, label=classes[applied.changed[sample.name][1]])
+        if sample.name not in applied.dropped:
+            kept.append(dataclasses.replace(record, sample=sample))
+    return dataset.with_samples(record.sample for record in kept), kept, applied
 
 
 def _check_classes(reviews: Reviews, classes: Sequence[str]) -> None:
@@ -103,40 +105,42 @@ def _check_classes(reviews: Reviews, classes: Sequence[str]) -> None:
             )
 
 
-def _note(scan: Scan, reviews: Reviews, classes: Sequence[str], applied: Applied) -> None:
-    review = reviews.decisions.get(scan.sha256)
+def _note(record: ImageRecord, reviews: Reviews, classes: Sequence[str], applied: Applied) -> None:
+    review = reviews.decisions.get(record.sha256)
     if review is None:
         return
-    applied.matched.add(scan.sha256)
-    old = classes[scan.photo.label]
+    applied.matched.add(record.sha256)
+    old = classes[record.sample.label]
     if review.decision != LABEL:
-        applied.dropped[scan.photo.name] = WHY[review.decision]
+        applied.dropped[record.sample.name] = WHY[review.decision]
     elif review.new_label == old:
-        applied.confirmed.append(scan.photo.name)
+        applied.confirmed.append(record.sample.name)
     else:
-        applied.changed[scan.photo.name] = (old, review.new_label)
+        applied.changed[record.sample.name] = (old, review.new_label)
 
 
-def _settle(group: Sequence[Scan], reviews: Reviews, classes: Sequence[str], applied: Applied) -> None:
+def _settle(group: Sequence[ImageRecord], reviews: Reviews, classes: Sequence[str], applied: Applied) -> None:
     """Settle photos that look the same and lay in two classes, where the decisions on some of them agree."""
     decisions = [reviews.decisions[s.sha256] for s in group if s.sha256 in reviews.decisions]
     decided = {review.new_label for review in decisions if review.decision == LABEL}
-    if len({s.photo.label for s in group}) < 2 or len(decided) != 1:
+    if len({s.sample.label for s in group}) < 2 or len(decided) != 1:
         return
     label = decided.pop()
-    for scan in group:
-        if scan.sha256 not in reviews.decisions and classes[scan.photo.label] != label:
-            applied.dropped[scan.photo.name] = f"it looks the same as a photo that was decided to be {label}"
-    left = [s for s in group if s.photo.name not in applied.dropped]
-    right = [s for s in left if classes[s.photo.label] == label] or [s for s in left if s.photo.split == "train"]
-    if len({s.photo.split for s in left}) > 1:
-        for scan in left:
-            if scan not in right:
-                _forget(scan, applied)
-                applied.dropped[scan.photo.name] = f"the same photo, which was decided to be {label}, lies in the other split"
+    for record in group:
+        if record.sha256 not in reviews.decisions and classes[record.sample.label] != label:
+            applied.dropped[record.sample.name] = f"it looks the same as a photo that was decided to be {label}"
+    left = [s for s in group if s.sample.name not in applied.dropped]
+    right = [s for s in left if classes[s.sample.label] == label] or [s for s in left if s.sample.split == "train"]
+    if len({s.sample.split for s in left}) > 1:
+        for record in left:
+            if record not in right:
+                _forget(record, applied)
+                applied.dropped[record.sample.name] = (
+                    f"the same photo, which was decided to be {label}, lies in the other split"
+                )
 
 
-def _forget(scan: Scan, applied: Applied) -> None:
-    applied.changed.pop(scan.photo.name, None)
-    if scan.photo.name in applied.confirmed:
-        applied.confirmed.remove(scan.photo.name)
+def _forget(record: ImageRecord, applied: Applied) -> None:
+    applied.changed.pop(record.sample.name, None)
+    if record.sample.name in applied.confirmed:
+        applied.confirmed.remove(record.sample.name)

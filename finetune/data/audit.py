@@ -11,9 +11,9 @@ from typing import Any
 
 from finetune.data.duplicates import find_duplicates
 from finetune.data.extra_data import Twin, in_words
-from finetune.data.image_files import in_stray, is_photo, is_stray
+from finetune.data.image_files import in_ignored_folder, is_ignored_folder, is_image_file
 from finetune.data.image_folder import Dataset, read_dataset
-from finetune.data.inspection import Scan, fingerprint_context, scan
+from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
 from finetune.io.array_store import ShardStore
 from models.artifacts.paths import default_cache_dir
 from models.errors import DataError
@@ -118,30 +118,30 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit(dataset: Dataset, scans: Sequence[Scan], *, known: Mapping[str, Twin] | None = None) -> Audit:
-    """Judge a dataset by one scan of each of its photos; ``known`` are those of further folders that were left out of it."""
-    good = [s.photo for s in scans if s.damage is None]
+def audit(dataset: Dataset, records: Sequence[ImageRecord], *, known: Mapping[str, Twin] | None = None) -> Audit:
+    """Judge a dataset by the records of its photos; ``known`` are those of further folders that were left out of it."""
+    good = [s.sample for s in records if s.error is None]
     counts = {
         split: {
-            name: sum(photo.split == split and photo.label == label for photo in good)
+            name: sum(sample.split == split and sample.label == label for sample in good)
             for label, name in enumerate(dataset.classes)
         }
         for split in ("train", "valid")
     }
     leakage, conflicts, duplicates = [], [], []
-    for group in find_duplicates(scans):
-        names = [s.photo.name for s in group]
-        if len({s.photo.split for s in group}) > 1:
+    for group in find_duplicates(records):
+        names = [s.sample.name for s in group]
+        if len({s.sample.split for s in group}) > 1:
             leakage.append(names)
-        if len({s.photo.label for s in group}) > 1:
+        if len({s.sample.label for s in group}) > 1:
             conflicts.append(names)
-        if len({(s.photo.split, s.photo.label) for s in group}) == 1:
+        if len({(s.sample.split, s.sample.label) for s in group}) == 1:
             duplicates.append(names)
     sizes = [n for n in counts["train"].values() if n]
     return Audit(
         root=str(dataset.root),
         counts=counts,
-        damaged={s.photo.name: s.damage for s in scans if s.damage is not None},
+        damaged={s.sample.name: s.error for s in records if s.error is not None},
         not_photos=_not_photos(dataset),
         stray_folders=_stray_folders(dataset),
         empty_classes=[f"{split}/{name}" for split, row in counts.items() for name, n in row.items() if not n],
@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     """``finetune audit DATA``: print the findings. The exit code is 0 where nothing is wrong, else 1."""
     dataset = read_dataset(args.data_dir)
     store = ShardStore(args.cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
-    found = audit(dataset, scan(dataset.photos, store=store, workers=args.workers, quiet=args.json))
+    found = audit(dataset, inspect_images(dataset.samples, store=store, workers=args.workers, quiet=args.json))
     print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if args.json else found.text())
     return 1 if found.problems else 0
 
@@ -178,22 +178,22 @@ def _not_photos(dataset: Dataset) -> list[str]:
         _name(file, dataset)
         for folder in _class_folders(dataset)
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and not is_photo(file, folder) and not in_stray(file, folder)
+        if file.is_file() and not is_image_file(file, folder) and not in_ignored_folder(file, folder)
     ]
 
 
 def _stray_folders(dataset: Dataset) -> list[str]:
-    beside = {entry for folder in (dataset.root, *dataset.folders.values()) for entry in folder.iterdir()}
+    beside = {entry for folder in (dataset.root, *dataset.split_folders.values()) for entry in folder.iterdir()}
     inside = {entry for folder in _class_folders(dataset) for entry in folder.rglob("*")}
-    return sorted(_name(entry, dataset) for entry in beside | inside if entry.is_dir() and is_stray(entry.name))
+    return sorted(_name(entry, dataset) for entry in beside | inside if entry.is_dir() and is_ignored_folder(entry.name))
 
 
 def _class_folders(dataset: Dataset) -> list[Path]:
-    return [folder / name for split, folder in dataset.folders.items() for name in dataset.split_classes[split]]
+    return [folder / name for split, folder in dataset.split_folders.items() for name in dataset.split_classes[split]]
 
 
 def _class_mismatch(dataset: Dataset) -> dict[str, list[str]]:
-    if "valid" not in dataset.folders:
+    if "valid" not in dataset.split_folders:
         return {}
     train, valid = (set(dataset.split_classes[split]) for split in ("train", "valid"))
     only = {"training": sorted(train - valid), "validation": sorted(valid - train)}

@@ -9,22 +9,22 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.inspection import Scan
+from finetune.data.inspection import ImageRecord
 
 HASH_BYTES = 8
-MOST_BITS_APART = 3
-MOST_LEVELS_APART = 10.0
-PAIRS_A_BUCKET = 200
+MAX_HASH_DISTANCE = 3
+MAX_MEAN_DIFFERENCE = 10.0
+MAX_BUCKET_SIZE = 200
 
 
-def find_duplicates(scans: Sequence[Scan]) -> list[tuple[Scan, ...]]:
+def find_duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, ...]]:
     """Groups of two or more photos that are byte-identical or look the same, in the order of their names.
 
     Two photos look the same where their perceptual hashes differ in at most 3 of 64 bits and their 16 x 16 thumbnails by
     at most 10 of 255 levels in the mean. A hash that far apart agrees in one of its four 16-bit quarters, so only photos
     that share a quarter are compared.
     """
-    readable = [scan for scan in scans if scan.damage is None]
+    readable = [record for record in records if record.error is None]
     parent = list(range(len(readable)))
 
     def root(i: int) -> int:
@@ -34,26 +34,26 @@ def find_duplicates(scans: Sequence[Scan]) -> list[tuple[Scan, ...]]:
         return i
 
     first: dict[str, int] = {}
-    for i, scan in enumerate(readable):
-        parent[root(i)] = root(first.setdefault(scan.sha256, i))
+    for i, record in enumerate(readable):
+        parent[root(i)] = root(first.setdefault(record.sha256, i))
     distinct = sorted(first.values())
     prints = np.array([readable[i].fingerprint for i in distinct], dtype=np.uint8).reshape(len(distinct), -1)
     for a, b in _alike(prints):
         parent[root(distinct[a])] = root(distinct[b])
     groups = defaultdict(list)
-    for i, scan in enumerate(readable):
-        groups[root(i)].append(scan)
-    found = [tuple(sorted(group, key=lambda s: s.photo.name)) for group in groups.values() if len(group) > 1]
-    return sorted(found, key=lambda group: group[0].photo.name)
+    for i, record in enumerate(readable):
+        groups[root(i)].append(record)
+    found = [tuple(sorted(group, key=lambda s: s.sample.name)) for group in groups.values() if len(group) > 1]
+    return sorted(found, key=lambda group: group[0].sample.name)
 
 
 def _alike(prints: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
     """Pairs of rows that look the same."""
     for a, b in _candidates(prints):
         bits = int(np.unpackbits(prints[a, :HASH_BYTES] ^ prints[b, :HASH_BYTES]).sum())
-        if bits <= MOST_BITS_APART:
+        if bits <= MAX_HASH_DISTANCE:
             apart = np.abs(prints[a, HASH_BYTES:].astype(np.int16) - prints[b, HASH_BYTES:]).mean()
-            if apart <= MOST_LEVELS_APART:
+            if apart <= MAX_MEAN_DIFFERENCE:
                 yield a, b
 
 
@@ -64,7 +64,7 @@ def _candidates(prints: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
         for i, row in enumerate(prints):
             buckets[row[quarter : quarter + 2].tobytes()].append(i)
         for bucket in buckets.values():
-            if len(bucket) <= PAIRS_A_BUCKET:
+            if len(bucket) <= MAX_BUCKET_SIZE:
                 yield from combinations(bucket, 2)
             else:
                 bucket.sort(key=lambda i: prints[i, :HASH_BYTES].tobytes())

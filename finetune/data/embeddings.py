@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from finetune.data.duplicates import find_duplicates
-from finetune.data.inspection import Scan
+from finetune.data.inspection import ImageRecord
 from models.artifacts.similarity import DuplicateRow, SimilarityIndex
 from models.networks.classifier import Classifier
 from models.networks.spec import ModelSpec
@@ -37,12 +37,12 @@ def watch_embeddings(classifier: Classifier, spec: ModelSpec) -> Iterator[list[N
 
 
 def find_lookalikes(
-    sha256s: Sequence[str], embeddings: NDArray[np.floating[Any]], scans: Sequence[Scan], classes: Sequence[str]
+    sha256s: Sequence[str], embeddings: NDArray[np.floating[Any]], records: Sequence[ImageRecord], classes: Sequence[str]
 ) -> SimilarityIndex:
-    """What looks alike: ``embeddings`` (N, d) of the evaluated photos, and the duplicates among ``scans`` of more of them."""
+    """What looks alike: ``embeddings`` (N, d) of the evaluated photos, and the duplicates among ``records`` of more of them."""
     duplicates = [
-        DuplicateRow(number, s.photo.name, classes[s.photo.label], s.photo.split, s.sha256)
-        for number, group in enumerate(find_duplicates(scans), start=1)
+        DuplicateRow(number, s.sample.name, classes[s.sample.label], s.sample.split, s.sha256)
+        for number, group in enumerate(find_duplicates(records), start=1)
         for s in group
     ]
     return SimilarityIndex(tuple(sha256s), shrink(embeddings), tuple(duplicates))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import Dataset
-from finetune.data.inspection import Scan
+from finetune.data.inspection import ImageRecord
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,20 @@ class Twin:
         return f"{self.photo}, which is {self.label} there" if self.label else self.photo
 
 
-def leave_out_known(dataset: Dataset, scans: Sequence[Scan]) -> tuple[Dataset, list[Scan], dict[str, Twin]]:
+def leave_out_known(dataset: Dataset, records: Sequence[ImageRecord]) -> tuple[Dataset, list[ImageRecord], dict[str, Twin]]:
     """The dataset and its scans without them, and each one's twin.
 
     Left out is a photo with the sha256 of one of the data folder, in whatever split and class, and one that looks the same
     as a photo that validation measures with.
     """
     twins: dict[str, Twin] = {}
-    for group in find_duplicates(scans) if any(s.photo.is_extra for s in scans) else ():
-        own = [s for s in group if not s.photo.is_extra]
-        for scan in group:
-            if scan.photo.is_extra and (twin := _twin(scan, own, dataset.classes)):
-                twins[scan.photo.name] = twin
-    kept = [s for s in scans if s.photo.name not in twins]
-    return dataset.keep(s.photo for s in kept), kept, twins
+    for group in find_duplicates(records) if any(s.sample.is_extra for s in records) else ():
+        own = [s for s in group if not s.sample.is_extra]
+        for record in group:
+            if record.sample.is_extra and (twin := _twin(record, own, dataset.classes)):
+                twins[record.sample.name] = twin
+    kept = [s for s in records if s.sample.name not in twins]
+    return dataset.with_samples(s.sample for s in kept), kept, twins
 
 
 def in_words(twins: Mapping[str, Twin]) -> str:
@@ -46,9 +46,9 @@ def in_words(twins: Mapping[str, Twin]) -> str:
     return f"{said}; {others:,} of them in another class, which is for --reviews to change" if others else said
 
 
-def _twin(scan: Scan, own: Sequence[Scan], classes: Sequence[str]) -> Twin | None:
-    copies = [s for s in own if s.sha256 == scan.sha256] or [s for s in own if s.photo.split == "valid"]
+def _twin(record: ImageRecord, own: Sequence[ImageRecord], classes: Sequence[str]) -> Twin | None:
+    copies = [s for s in own if s.sha256 == record.sha256] or [s for s in own if s.sample.split == "valid"]
     if not copies:
         return None
-    chosen = min(copies, key=lambda s: s.photo.label != scan.photo.label)
-    return Twin(chosen.photo.name, classes[chosen.photo.label] if chosen.photo.label != scan.photo.label else None)
+    chosen = min(copies, key=lambda s: s.sample.label != record.sample.label)
+    return Twin(chosen.sample.name, classes[chosen.sample.label] if chosen.sample.label != record.sample.label else None)

@@ -9,30 +9,30 @@ from pathlib import Path
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def is_photo(path: Path, root: Path) -> bool:
+def is_image_file(path: Path, root: Path) -> bool:
     """Whether a file is named as a photo is, and lies in no stray folder below ``root``."""
-    return is_photo_name(path.name) and not in_stray(path, root)
+    return is_image_name(path.name) and not in_ignored_folder(path, root)
 
 
-def is_photo_name(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
-def in_stray(path: Path, root: Path) -> bool:
-    return any(is_stray(folder) for folder in path.relative_to(root).parts[:-1])
+def in_ignored_folder(path: Path, root: Path) -> bool:
+    return any(is_ignored_folder(folder) for folder in path.relative_to(root).parts[:-1])
 
 
-def is_stray(folder_name: str) -> bool:
+def is_ignored_folder(folder_name: str) -> bool:
     """Folders that notebooks, editors and operating systems leave behind."""
     return folder_name.startswith((".", "__"))
 
 
-def walk_photos(root: Path) -> Iterator[Path]:
+def walk_images(root: Path) -> Iterator[Path]:
     """The photos below ``root``, always in the same order; of the names, no more than a folder's own are held at a time."""
     with os.scandir(root) as entries:
         here = sorted((entry.name, entry.is_dir(follow_symlinks=False), entry.is_file()) for entry in entries)
     for name, is_folder, is_file in here:
-        if is_folder and not is_stray(name):
-            yield from walk_photos(root / name)
-        elif is_file and is_photo_name(name):
+        if is_folder and not is_ignored_folder(name):
+            yield from walk_images(root / name)
+        elif is_file and is_image_name(name):
             yield root / name

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from finetune.data.image_folder import Photo
+from finetune.data.image_folder import Sample
 from finetune.io.array_store import ShardStore
 from finetune.io.threaded_map import prefetch
 from models.artifacts.atomic_io import sha256_of
@@ -32,76 +32,76 @@ EXACT_PX = 32  # what the perceptual hash shrinks a photo to: of one no larger, 
 
 
 @dataclass(frozen=True)
-class Scan:
+class ImageRecord:
     """What one look at a photo gave. ``fingerprint`` (8 + 768,) uint8 is its perceptual hash and a tiny picture of it."""
 
-    photo: Photo
+    sample: Sample
     sha256: str
     fingerprint: NDArray[np.uint8] | None
-    damage: str | None
+    error: str | None
 
 
 @dataclass
-class PixelStash:
+class PixelCache:
     """Decoded and cropped photos by sha256, up to ``limit_mb``; what does not fit is decoded again when it is needed."""
 
     preprocessing: Preprocessing
     limit_mb: int = 1024
     pixels: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
-    def put(self, sha256: str, photo: Image.Image) -> None:
+    def add(self, sha256: str, image: Image.Image) -> None:
         size = self.preprocessing.input_px**2 * self.preprocessing.channels
         if (len(self.pixels) + 1) * size <= self.limit_mb * 1_000_000:
-            self.pixels[sha256] = self.preprocessing.crop(photo)
+            self.pixels[sha256] = self.preprocessing.crop(image)
 
-    def take(self, sha256: str, path: Path) -> NDArray[np.uint8]:
+    def pop(self, sha256: str, path: Path) -> NDArray[np.uint8]:
         """The pixels (H, W, C), which the stash then forgets."""
         found = self.pixels.pop(sha256, None)
         return found if found is not None else self.preprocessing.pixels(path.read_bytes())
 
 
-def scan(
-    photos: Sequence[Photo],
+def inspect_images(
+    samples: Sequence[Sample],
     *,
     store: ShardStore,
-    stash: PixelStash | None = None,
-    wanted: Callable[[Sequence[str]], set[str]] | None = None,
+    pixel_cache: PixelCache | None = None,
+    select_pixels: Callable[[Sequence[str]], set[str]] | None = None,
     workers: int = 0,
     quiet: bool = False,
-) -> list[Scan]:
-    """Scan ``photos``, in order. ``wanted`` gives, of all sha256s, those whose pixels ``stash`` should keep.
+) -> list[ImageRecord]:
+    """Scan ``samples``, in order. ``select_pixels`` gives, of all sha256s, those whose pixels to keep.
 
-    Photos are decoded as far as ``stash`` needs them, and ``store`` is that of ``fingerprint_context`` for as many pixels.
+    Photos are decoded as far as ``pixel_cache`` needs them; ``store`` is that of ``fingerprint_context`` for as many pixels.
     """
-    decode_px = stash.preprocessing.decode_px if stash else MIN_DECODE_PX
-    sha256s = list(prefetch(lambda photo: _sha256(photo.path), photos, workers=workers))
+    decode_px = pixel_cache.preprocessing.decode_px if pixel_cache else MIN_DECODE_PX
+    sha256s = list(prefetch(lambda sample: _sha256(sample.path), samples, workers=workers))
     known = store.load([sha for sha in sha256s if sha])
-    keep = wanted([sha for sha in sha256s if sha]) if wanted else set()
-    bar = tqdm(total=len(photos), desc="looking at photos", unit="photo", disable=quiet or None, leave=False)
+    keep = select_pixels([sha for sha in sha256s if sha]) if select_pixels else set()
+    bar = tqdm(total=len(samples), desc="looking at photos", unit="photo", disable=quiet or None, leave=False)
 
-    def look(pair: tuple[Photo, str]) -> Scan:
-        photo, sha256 = pair
+    def look(pair: tuple[Sample, str]) -> ImageRecord:
+        sample, sha256 = pair
         if not sha256:
-            return Scan(photo, sha256, None, "it cannot be read")
+            return ImageRecord(sample, sha256, None, "it cannot be read")
         if sha256 in known and sha256 not in keep:
-            return Scan(photo, sha256, known[sha256], None)
+            return ImageRecord(sample, sha256, known[sha256], None)
         try:
-            picture = decode(photo.path.read_bytes(), min_side_px=decode_px)
+            picture = decode(sample.path.read_bytes(), min_side_px=decode_px)
         except (ImageError, OSError) as error:
-            return Scan(photo, sha256, None, str(error))
-        if stash and sha256 in keep:
-            stash.put(sha256, picture)
-        return Scan(photo, sha256, known[sha256] if sha256 in known else fingerprint(picture), None)
+            return ImageRecord(sample, sha256, None, str(error))
+        if pixel_cache and sha256 in keep:
+            pixel_cache.add(sha256, picture)
+        return ImageRecord(sample, sha256, known[sha256] if sha256 in known else fingerprint(picture), None)
 
-    scans = []
-    for result in prefetch(look, zip(photos, sha256s, strict=True), workers=workers):
+    records = []
+    for result in prefetch(look, zip(samples, sha256s, strict=True), workers=workers):
         if result.fingerprint is not None and result.sha256 not in known:
             store.add(result.sha256, result.fingerprint)
-        scans.append(result)
+        records.append(result)
         bar.update()
     bar.close()
     store.flush()
-    return scans
+    return records
 
 
 def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
@@ -117,15 +117,15 @@ def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
     }
 
 
-def fingerprint(photo: Image.Image) -> NDArray[np.uint8]:
+def fingerprint(image: Image.Image) -> NDArray[np.uint8]:
     """Eight bytes of perceptual hash (imagehash's DCT hash), then a 16 x 16 RGB thumbnail: (776,) uint8.
 
     For a picture of 32 px at most the eight bytes are those of its pixels' sha256: it looks like no other than itself, and
     sixty thousand of them are compared in seconds.
     """
-    small = photo.reduce(max(1, min(photo.size) // 128))
-    if max(photo.size) <= EXACT_PX:
-        bits = np.frombuffer(hashlib.sha256(photo.tobytes()).digest()[:8], dtype=np.uint8)
+    small = image.reduce(max(1, min(image.size) // 128))
+    if max(image.size) <= EXACT_PX:
+        bits = np.frombuffer(hashlib.sha256(image.tobytes()).digest()[:8], dtype=np.uint8)
     else:
         bits = np.packbits(imagehash.phash(small).hash.flatten())
     thumb = small.resize((THUMB_PX, THUMB_PX), Image.Resampling.BOX)

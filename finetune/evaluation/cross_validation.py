@@ -26,7 +26,7 @@ from finetune.data.apply_reviews import Reviews
 from finetune.data.duplicates import find_duplicates
 from finetune.data.embeddings import find_lookalikes, watch_embeddings
 from finetune.data.image_folder import read_dataset
-from finetune.data.inspection import Scan
+from finetune.data.inspection import ImageRecord
 from finetune.io.output_folder import check_free
 from finetune.metrics.calibration import apply_temperature
 from finetune.reports.results import write_results
@@ -73,25 +73,25 @@ def evaluate_folds(
     cache = feature_cache(config, network, compute)
     assert cache is not None, "recipe_of lets through only what has a cache"
     survey = look(config, dataset, network, cache, reviews=reviews)
-    scans = [*survey.good["train"], *survey.good["valid"]]
-    features = cache.features(scans, survey.stash, label="features")
-    labels = np.array([s.photo.label for s in scans], dtype=np.int64)
-    fold_of = deal(scans, labels, folds=folds, classes=bundle.classes, seed=config.seed)
+    records = [*survey.good["train"], *survey.good["valid"]]
+    features = cache.features(records, survey.pixel_cache, label="features")
+    labels = np.array([s.sample.label for s in records], dtype=np.int64)
+    fold_of = deal(records, labels, folds=folds, classes=bundle.classes, seed=config.seed)
     epochs = int(bundle.manifest["provenance"]["best_epoch"])
     raw, embeddings = predict_folds(network, features, labels, fold_of, config, epochs=epochs, compute=compute)
     temperature = float(bundle.manifest["temperature"])
     predictions = Predictions(
         classes=bundle.classes,
-        image_names=tuple(s.photo.name for s in scans),
+        image_names=tuple(s.sample.name for s in records),
         labels=labels,
         probabilities=apply_temperature(raw, temperature),
-        splits=tuple(s.photo.split for s in scans),
-        sha256s=tuple(s.sha256 for s in scans),
+        splits=tuple(s.sample.split for s in records),
+        sha256s=tuple(s.sha256 for s in records),
     )
     metrics = write_results(
         out,
         predictions,
-        lookalikes=find_lookalikes(predictions.sha256s, embeddings, scans, bundle.classes),
+        lookalikes=find_lookalikes(predictions.sha256s, embeddings, records, bundle.classes),
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
         data_dir=data_dir,
@@ -141,18 +141,20 @@ def recipe_of(bundle: Bundle, data_dir: Path, *, weights: Path | None, workers: 
     )
 
 
-def deal(scans: list[Scan], labels: NDArray[np.int64], *, folds: int, classes: tuple[str, ...], seed: int) -> NDArray[np.int64]:
+def deal(
+    records: list[ImageRecord], labels: NDArray[np.int64], *, folds: int, classes: tuple[str, ...], seed: int
+) -> NDArray[np.int64]:
     """The fold of each photo, (N,): stratified by class, and the same for photos that look alike. Raises DataError."""
     fewest = int(np.bincount(labels, minlength=len(classes)).min())
     if fewest < folds:
         poorest = classes[int(np.bincount(labels, minlength=len(classes)).argmin())]
         raise DataError(f"--folds is {folds}, and the class {poorest} has {fewest} photos; every fold needs one of each class.")
-    row_of = {id(scan): row for row, scan in enumerate(scans)}
-    groups = np.arange(len(scans))
-    for group in find_duplicates(scans):
-        rows = [row_of[id(scan)] for scan in group]
+    row_of = {id(record): row for row, record in enumerate(records)}
+    groups = np.arange(len(records))
+    for group in find_duplicates(records):
+        rows = [row_of[id(record)] for record in group]
         groups[rows] = rows[0]
-    fold_of = np.zeros(len(scans), dtype=np.int64)
+    fold_of = np.zeros(len(records), dtype=np.int64)
     dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     for fold, (_, rows) in enumerate(dealer.split(groups, labels, groups)):
         fold_of[rows] = fold

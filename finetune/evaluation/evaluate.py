@@ -11,7 +11,7 @@ import numpy as np
 from finetune.batch_inference.predict import classify
 from finetune.data.embeddings import find_lookalikes
 from finetune.data.image_folder import read_split
-from finetune.data.inspection import PixelStash, fingerprint_context, scan
+from finetune.data.inspection import PixelCache, fingerprint_context, inspect_images
 from finetune.export.merge_head import open_full
 from finetune.io.array_store import ShardStore
 from finetune.io.output_folder import check_free
@@ -41,29 +41,31 @@ def evaluate_bundle(
     Photos that cannot be read are left out and named. Raises BundleError and DataError.
     """
     bundle = open_full(bundle_dir)
-    photos = read_split(data_dir, split, bundle.classes)
+    samples = read_split(data_dir, split, bundle.classes)
     check_free(out)
-    stash = PixelStash(bundle.preprocessing, limit_mb=0)
-    store = ShardStore(cache_dir or default_cache_dir(), fingerprint_context(stash.preprocessing.decode_px), limit_mb=4096)
-    scans = scan(photos, store=store, stash=stash, workers=workers)
-    answers = list(classify(bundle, [photo.path for photo in photos], workers=workers))
+    pixel_cache = PixelCache(bundle.preprocessing, limit_mb=0)
+    store = ShardStore(
+        cache_dir or default_cache_dir(), fingerprint_context(pixel_cache.preprocessing.decode_px), limit_mb=4096
+    )
+    records = inspect_images(samples, store=store, pixel_cache=pixel_cache, workers=workers)
+    answers = list(classify(bundle, [sample.path for sample in samples], workers=workers))
     for answer in answers:
         if answer.error:
             print(f"left out: {answer.path}: {answer.error}")
     good = [
         (s, a.probabilities, a.embedding)
-        for s, a in zip(scans, answers, strict=True)
+        for s, a in zip(records, answers, strict=True)
         if a.probabilities is not None and a.embedding is not None
     ]
     if not good:
-        raise DataError(f"None of the {len(photos)} photos in {data_dir} can be read; `finetune audit {data_dir}` says why.")
+        raise DataError(f"None of the {len(samples)} photos in {data_dir} can be read; `finetune audit {data_dir}` says why.")
     probabilities = np.stack([row for _, row, _ in good]).astype(np.float64)
     predictions = Predictions(
         classes=bundle.classes,
-        image_names=tuple(s.photo.name for s, _, _ in good),
-        labels=np.array([s.photo.label for s, _, _ in good], dtype=np.int64),
+        image_names=tuple(s.sample.name for s, _, _ in good),
+        labels=np.array([s.sample.label for s, _, _ in good], dtype=np.int64),
         probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
-        splits=tuple(s.photo.split for s, _, _ in good),
+        splits=tuple(s.sample.split for s, _, _ in good),
         sha256s=tuple(s.sha256 for s, _, _ in good),
     )
     temperature = float(bundle.manifest["temperature"])

@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.data.audit import Audit
-from finetune.data.inspection import Scan
+from finetune.data.inspection import ImageRecord
 from finetune.training.trainer import Progress
 from models.networks.spec import ModelSpec
 from models.networks.weights import Weights
@@ -36,7 +36,7 @@ def describe_run(
     compute: str,
     progress: Progress,
     findings: Audit,
-    scans: Sequence[Scan],
+    records: Sequence[ImageRecord],
     reviews: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the manifest says of a training."""
@@ -57,7 +57,7 @@ def describe_run(
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
             "dataset": {
-                "sha256": dataset_sha256(scans),
+                "sha256": dataset_sha256(records),
                 "photos": findings.counts,
                 "evaluated_split": "validation" if not findings.split_from_train else "held-out",
                 "excluded": len(findings.damaged) + len(findings.known),
@@ -79,9 +79,9 @@ def describe_base(spec: ModelSpec, base: Weights | None) -> dict[str, Any] | Non
     return {"sha256": base.sha256, "origin": base.origin, "published": base.published, "license": license}
 
 
-def dataset_sha256(scans: Sequence[Scan]) -> str:
+def dataset_sha256(records: Sequence[ImageRecord]) -> str:
     """Name a dataset by its photos' names, contents, labels and splits."""
-    rows = sorted([s.photo.name, s.photo.split, s.photo.label, s.sha256] for s in scans)
+    rows = sorted([s.sample.name, s.sample.split, s.sample.label, s.sha256] for s in records)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from finetune.compute import distributed
 from finetune.compute.device import Compute
-from finetune.data.inspection import PixelStash, Scan
+from finetune.data.inspection import ImageRecord, PixelCache
 from finetune.io.array_store import ShardStore
 from finetune.io.threaded_map import batched, own_threads, prefetch
 from models.networks.batchnorm_fusion import fuse_batchnorm
@@ -91,35 +91,39 @@ class FeatureCache:
         """Those whose features are not on disk."""
         return set(sha256s) - self._store.load(sha256s).keys()
 
-    def features(self, scans: Sequence[Scan], stash: PixelStash, *, label: str) -> NDArray[np.float32]:
+    def features(self, records: Sequence[ImageRecord], pixel_cache: PixelCache, *, label: str) -> NDArray[np.float32]:
         """The features (N, ...) of readable photos, in order; those not on disk are computed and kept.
 
         Of several processes each sees to its own photos, keeps their features on its own disk and hands them to the others.
         """
-        return distributed.spread_rows(scans, lambda own: self._own(own, stash, label), name=lambda scan: scan.photo.name)
+        return distributed.spread_rows(
+            records, lambda own: self._own(own, pixel_cache, label), name=lambda record: record.sample.name
+        )
 
-    def _own(self, scans: Sequence[Scan], stash: PixelStash, label: str) -> NDArray[np.float32]:
-        sha256s = [scan.sha256 for scan in scans]
+    def _own(self, records: Sequence[ImageRecord], pixel_cache: PixelCache, label: str) -> NDArray[np.float32]:
+        sha256s = [record.sha256 for record in records]
         rows = self._store.load(sha256s)
-        todo = list({scan.sha256: scan for scan in scans if scan.sha256 not in rows}.values())
+        todo = list({record.sha256: record for record in records if record.sha256 not in rows}.values())
         try:
-            for scan, row in self._compute(todo, stash, label):
-                rows[scan.sha256] = row
-                self._store.add(scan.sha256, row)
+            for record, row in self._compute(todo, pixel_cache, label):
+                rows[record.sha256] = row
+                self._store.add(record.sha256, row)
         finally:  # also when a person stops the run: what is computed is kept
             self._store.flush()
         return np.stack([rows[sha256] for sha256 in sha256s])
 
-    def _compute(self, todo: Sequence[Scan], stash: PixelStash, label: str) -> Iterator[tuple[Scan, NDArray[np.float32]]]:
+    def _compute(
+        self, todo: Sequence[ImageRecord], pixel_cache: PixelCache, label: str
+    ) -> Iterator[tuple[ImageRecord, NDArray[np.float32]]]:
         if not todo:
             return
-        pixels = prefetch(lambda scan: stash.take(scan.sha256, scan.photo.path), todo, workers=self._workers)
+        pixels = prefetch(lambda record: pixel_cache.pop(record.sha256, record.sample.path), todo, workers=self._workers)
         with tqdm(total=len(todo), desc=label, unit="photo", disable=None) as bar:
             if bar.disable:
                 print(f"{label}: {len(todo):,} photos to run", flush=True)
             for batch in batched(zip(todo, pixels, strict=True), GPU_BATCH):
-                scans, pictures = zip(*batch, strict=True)
-                yield from zip(scans, self._frozen.run(np.stack(pictures)), strict=True)
+                records, pictures = zip(*batch, strict=True)
+                yield from zip(records, self._frozen.run(np.stack(pictures)), strict=True)
                 bar.update(len(batch))
 
 

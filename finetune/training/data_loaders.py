@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.compute import distributed
-from finetune.data.image_folder import Photo
+from finetune.data.image_folder import Sample
 from finetune.features.extractor import FrozenPart
 from finetune.io.threaded_map import prefetch
 from finetune.training.augment import Augment
@@ -68,7 +68,7 @@ class LiveBatches:
 
     def __init__(
         self,
-        photos: Sequence[Photo],
+        samples: Sequence[Sample],
         *,
         preprocessing: Preprocessing,
         frozen: FrozenPart,
@@ -77,7 +77,7 @@ class LiveBatches:
         seed: int,
         workers: int = 0,
     ) -> None:
-        self._photos = photos
+        self._samples = samples
         self._preprocessing = preprocessing
         self._frozen = frozen
         self._augment = augment
@@ -88,7 +88,7 @@ class LiveBatches:
         self._room = KEEP_BYTES // (preprocessing.input_px**2 * preprocessing.channels)
 
     def __len__(self) -> int:
-        return len(self._photos)
+        return len(self._samples)
 
     def shuffled(self, epoch: int) -> Iterator[Batch]:
         return self._load(shuffled_shares(len(self), self._batch_size, self._seed, epoch), epoch)
@@ -100,7 +100,7 @@ class LiveBatches:
         def pixels(index: int) -> NDArray[np.uint8]:
             if index in self._kept:
                 return self._kept[index]
-            data = self._photos[index].path.read_bytes()
+            data = self._samples[index].path.read_bytes()
             if self._augment is not None and epoch is not None:
                 return self._augment.crop(self._preprocessing.decode(data), epoch=epoch, index=index)
             picture = self._preprocessing.pixels(data)
@@ -113,7 +113,7 @@ class LiveBatches:
         for indices in lists:
             pictures = list(islice(loaded, len(indices)))
             features = torch.from_numpy(self._frozen.run(np.stack(pictures))) if pictures else torch.empty(0)
-            yield features, torch.tensor([self._photos[i].label for i in indices], dtype=torch.long)
+            yield features, torch.tensor([self._samples[i].label for i in indices], dtype=torch.long)
 
 
 def shuffled_shares(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from finetune.data.audit import Audit, audit
 from finetune.data.duplicates import find_duplicates
 from finetune.data.extra_data import leave_out_known
 from finetune.data.image_folder import Dataset, move_to_train
-from finetune.data.inspection import PixelStash, Scan, fingerprint_context, scan
+from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_context, inspect_images
 from finetune.features.extractor import FeatureCache, FrozenPart, cache_context
 from finetune.io.array_store import ShardStore
 from finetune.training.augment import Augment
@@ -47,8 +47,8 @@ class Survey:
 
     dataset: Dataset
     findings: Audit
-    good: dict[str, list[Scan]]
-    stash: PixelStash
+    good: dict[str, list[ImageRecord]]
+    pixel_cache: PixelCache
     reviews: Applied | None = None
 
 
@@ -111,43 +111,46 @@ def look(
     Photos of further folders that the data folder has are left out, and ``reviews`` applied, before that. Where validation
     was held out of training, photos that look alike are kept on one side: in training.
     """
-    stash = PixelStash(network.spec.preprocessing)
-    context = fingerprint_context(stash.preprocessing.decode_px)
+    pixel_cache = PixelCache(network.spec.preprocessing)
+    context = fingerprint_context(pixel_cache.preprocessing.decode_px)
     store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
-    wanted = cache.missing if cache else None
-    distributed.check_same(f"photos in {config.data_dir}", [[photo.name, photo.split] for photo in dataset.photos])
-    scans = distributed.spread(
-        dataset.photos,
-        lambda own: scan(own, store=store, stash=stash, wanted=wanted, workers=config.workers),
-        name=lambda photo: photo.name,
+    select_pixels = cache.missing if cache else None
+    distributed.check_same(f"photos in {config.data_dir}", [[sample.name, sample.split] for sample in dataset.samples])
+    records = distributed.spread(
+        dataset.samples,
+        lambda own: inspect_images(
+            own, store=store, pixel_cache=pixel_cache, select_pixels=select_pixels, workers=config.workers
+        ),
+        name=lambda sample: sample.name,
     )
-    scans = [dataclasses.replace(s, photo=photo) for s, photo in zip(scans, dataset.photos, strict=True)]  # this host's paths
-    dataset, scans, known = leave_out_known(dataset, scans)
+    # this host's paths
+    records = [dataclasses.replace(s, sample=sample) for s, sample in zip(records, dataset.samples, strict=True)]
+    dataset, records, known = leave_out_known(dataset, records)
     applied = None
     if reviews:
-        dataset, scans, applied = apply_reviews(reviews, dataset, scans)
+        dataset, records, applied = apply_reviews(reviews, dataset, records)
         print(applied.text())
     if dataset.split_from_train:
-        across = [group for group in find_duplicates(scans) if len({s.photo.split for s in group}) > 1]
-        dataset = move_to_train(dataset, (s.photo.name for group in across for s in group))
-        scans = [dataclasses.replace(s, photo=photo) for s, photo in zip(scans, dataset.photos, strict=True)]
-    findings = audit(dataset, scans, known=known)
+        across = [group for group in find_duplicates(records) if len({s.sample.split for s in group}) > 1]
+        dataset = move_to_train(dataset, (s.sample.name for group in across for s in group))
+        records = [dataclasses.replace(s, sample=sample) for s, sample in zip(records, dataset.samples, strict=True)]
+    findings = audit(dataset, records, known=known)
     print(findings.text())
     findings.stop(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
-    good = {split: [s for s in scans if s.damage is None and s.photo.split == split] for split in ("train", "valid")}
-    return Survey(dataset, findings, good, stash, applied)
+    good = {split: [s for s in records if s.error is None and s.sample.split == split] for split in ("train", "valid")}
+    return Survey(dataset, findings, good, pixel_cache, applied)
 
 
 def make_batches(config: Config, network: Network, cache: FeatureCache | None, survey: Survey, split: str) -> Batches:
     """The batches of one split; with a cache the frozen part runs here, over the photos that it does not know."""
     assert config.batch_size is not None
-    scans = survey.good[split]
+    records = survey.good[split]
     if cache:
-        rows = cache.features(scans, survey.stash, label=f"features of {split}")
-        return CachedBatches(rows, [s.photo.label for s in scans], batch_size=config.batch_size, seed=config.seed)
+        rows = cache.features(records, survey.pixel_cache, label=f"features of {split}")
+        return CachedBatches(rows, [s.sample.label for s in records], batch_size=config.batch_size, seed=config.seed)
     augmented = config.augment and split == "train"
     return LiveBatches(
-        [s.photo for s in scans],
+        [s.sample for s in records],
         preprocessing=network.spec.preprocessing,
         frozen=network.frozen,
         augment=Augment(network.spec.preprocessing, config.seed) if augmented else None,

@@ -324,7 +324,7 @@ def test_ctrl_c_is_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch, data
     def interrupted(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finetune.data.audit.scan", interrupted)
+    monkeypatch.setattr("finetune.data.audit.inspect_images", interrupted)
     assert finetune("audit", data) == (130, "", "")
 
 

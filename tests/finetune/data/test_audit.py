@@ -14,8 +14,8 @@ from finetune.__main__ import main
 from finetune.config import Config
 from finetune.data import duplicates
 from finetune.data.duplicates import find_duplicates
-from finetune.data.image_folder import Photo
-from finetune.data.inspection import Scan, fingerprint
+from finetune.data.image_folder import Sample
+from finetune.data.inspection import ImageRecord, fingerprint
 from finetune.training.trainer import Progress
 from models.errors import DataError
 from tests.conftest import PhotoFolder
@@ -158,11 +158,11 @@ def test_three_copies_are_one_group(data: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_flat_pictures_of_other_colours_are_no_twins(tmp_path: Path) -> None:
-    scans = []
+    records = []
     for i, color in enumerate(COLORS):
         picture = Image.new("RGB", (64, 48), color)
-        scans.append(Scan(Photo(f"{i}.png", tmp_path, 0, "train"), f"{i:064x}", fingerprint(picture), None))
-    assert find_duplicates(scans) == []
+        records.append(ImageRecord(Sample(f"{i}.png", tmp_path, 0, "train"), f"{i:064x}", fingerprint(picture), None))
+    assert find_duplicates(records) == []
 
 
 @pytest.mark.parametrize(
@@ -182,20 +182,22 @@ def test_how_far_apart_two_pictures_of_the_same_may_be(tmp_path: Path, flips: di
     for byte, mask in flips.items():
         second[byte] ^= mask
     second[8:] += levels
-    scans = [Scan(Photo(f"{i}.jpg", tmp_path, 0, "train"), f"{i:064x}", row, None) for i, row in enumerate((first, second))]
-    assert bool(find_duplicates(scans)) == alike
+    records = [
+        ImageRecord(Sample(f"{i}.jpg", tmp_path, 0, "train"), f"{i:064x}", row, None) for i, row in enumerate((first, second))
+    ]
+    assert bool(find_duplicates(records)) == alike
 
 
 def test_a_crowded_bucket_still_finds_the_twins_in_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Many flat photos share a hash quarter, and then not every pair is compared; equal hashes are all the same."""
-    monkeypatch.setattr(duplicates, "PAIRS_A_BUCKET", 3)
+    monkeypatch.setattr(duplicates, "MAX_BUCKET_SIZE", 3)
     rng = np.random.default_rng(0)
     prints = [rng.integers(0, 256, 776).astype(np.uint8) for _ in range(10)]
     for row in prints:
         row[:2] = 7
     prints += [prints[4], prints[8]]
-    scans = [Scan(Photo(f"{i:02}", tmp_path, 0, "train"), f"{i:064x}", row, None) for i, row in enumerate(prints)]
-    assert [[s.photo.name for s in group] for group in find_duplicates(scans)] == [["04", "10"], ["08", "11"]]
+    records = [ImageRecord(Sample(f"{i:02}", tmp_path, 0, "train"), f"{i:064x}", row, None) for i, row in enumerate(prints)]
+    assert [[s.sample.name for s in group] for group in find_duplicates(records)] == [["04", "10"], ["08", "11"]]
 
 
 def test_empty_classes_and_classes_of_one_split_only(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

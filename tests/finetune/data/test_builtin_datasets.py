@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10, MNIST
 from finetune.data.builtin_datasets import KNOWN, fetch
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import read_dataset
-from finetune.data.inspection import fingerprint_context, scan
+from finetune.data.inspection import fingerprint_context, inspect_images
 from finetune.io.array_store import ShardStore
 from models.artifacts.bundle import open_bundle
 from models.errors import DataError
@@ -41,8 +41,8 @@ def test_a_data_set_becomes_folders_of_its_own_pixels(
     dataset = read_dataset(tmp_path / name)
     counts = {split: len(list((tmp_path / name / split).rglob("*.png"))) for split in ("train", "valid", "test")}
     assert counts == {"train": 10 * (TRAIN - 1), "valid": 10, "test": 10 * TEST}
-    assert len(dataset.of("train")) == 10 * (TRAIN - 1)
-    assert len(dataset.of("valid")) == 10
+    assert len(dataset.in_split("train")) == 10 * (TRAIN - 1)
+    assert len(dataset.in_split("valid")) == 10
     assert len(dataset.classes) == 10
     assert all(len(list((tmp_path / name / "valid" / label).iterdir())) == 1 for label in dataset.classes)
     seed = {"mnist": TEST, "fashion-mnist": 10 + TEST, "cifar10": 4}[name]
@@ -121,8 +121,8 @@ def test_of_small_pictures_only_exact_repeats_are_repeats(tmp_path: Path) -> Non
         (tmp_path / split / "two").mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / split / "one" / name)
     store = ShardStore(tmp_path / "cache", fingerprint_context(), limit_mb=10)
-    found = find_duplicates(scan(read_dataset(tmp_path).photos, store=store, quiet=True))
-    assert [[s.photo.name for s in group] for group in found] == [["train/one/a.png", "valid/one/c.bmp"]]
+    found = find_duplicates(inspect_images(read_dataset(tmp_path).samples, store=store, quiet=True))
+    assert [[s.sample.name for s in group] for group in found] == [["train/one/a.png", "valid/one/c.bmp"]]
 
 
 def test_no_picture_that_is_there_twice_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.image_folder import PhotoFolder as ImageFolder
+from finetune.data.image_folder import UprightImageFolder as ImageFolder
 from finetune.data.image_folder import read_dataset, read_split
 from models.errors import DataError, ImageError
 from tests.conftest import PhotoFolder
@@ -17,7 +17,7 @@ CLASSES = ("cats", "dogs")
 
 def count(folder: Path, **options: object) -> dict[tuple[str, str], int]:
     dataset = read_dataset(folder, **options)  # type: ignore[arg-type]
-    return dict(Counter((photo.split, dataset.classes[photo.label]) for photo in dataset.photos))
+    return dict(Counter((photo.split, dataset.classes[photo.label]) for photo in dataset.samples))
 
 
 @pytest.mark.parametrize("name", ["valid", "val", "validation", "test"])
@@ -26,13 +26,13 @@ def test_the_validation_folder_goes_by_several_names(tmp_path: Path, photo_folde
     assert count(tmp_path) == {("train", c): 3 for c in CLASSES} | {("valid", c): 2 for c in CLASSES}
     dataset = read_dataset(tmp_path)
     assert not dataset.split_from_train
-    assert dataset.photos[0].name == "train/cats/cats.0000.jpg"
-    assert {photo.name.split("/")[0] for photo in dataset.of("valid")} == {name}
+    assert dataset.samples[0].name == "train/cats/cats.0000.jpg"
+    assert {photo.name.split("/")[0] for photo in dataset.in_split("valid")} == {name}
 
 
 def test_the_training_folder_may_be_called_training(tmp_path: Path) -> None:
     (color_folder(tmp_path, train=2, valid=2) / "train").rename(tmp_path / "training")
-    assert len(read_dataset(tmp_path).of("train")) == 4
+    assert len(read_dataset(tmp_path).in_split("train")) == 4
 
 
 @pytest.mark.parametrize("below", ["train", "."])
@@ -52,7 +52,7 @@ def test_the_hold_out_is_the_same_for_a_seed_and_another_for_another(tmp_path: P
     color_folder(tmp_path, train=10, valid=0)
 
     def held(seed: int) -> list[str]:
-        return [photo.name for photo in read_dataset(tmp_path, seed=seed).of("valid")]
+        return [photo.name for photo in read_dataset(tmp_path, seed=seed).in_split("valid")]
 
     assert held(0) == held(0)
     assert held(0) != held(1)
@@ -60,10 +60,10 @@ def test_the_hold_out_is_the_same_for_a_seed_and_another_for_another(tmp_path: P
 
 def test_a_new_class_leaves_the_hold_out_of_the_others_alone(tmp_path: Path) -> None:
     color_folder(tmp_path, train=10, valid=0)
-    before = {photo.name for photo in read_dataset(tmp_path).of("valid")}
+    before = {photo.name for photo in read_dataset(tmp_path).in_split("valid")}
     for i in range(5):
         paint(tmp_path / "train" / "amber" / f"{i}.jpg", (255, 190, 0), seed=900 + i)
-    after = {photo.name for photo in read_dataset(tmp_path).of("valid")}
+    after = {photo.name for photo in read_dataset(tmp_path).in_split("valid")}
     assert before < after
 
 
@@ -94,14 +94,14 @@ def test_photos_in_folders_below_a_class_count_and_so_do_capital_endings(tmp_pat
 
 def test_a_data_folder_may_lie_in_a_hidden_folder(tmp_path: Path) -> None:
     color_folder(tmp_path / ".hidden" / "__data", train=2, valid=1)
-    assert len(read_dataset(tmp_path / ".hidden" / "__data").photos) == 6
+    assert len(read_dataset(tmp_path / ".hidden" / "__data").samples) == 6
 
 
 def test_classes_may_have_any_name(tmp_path: Path) -> None:
     names = ("chats d'été", "котики", "犬 & 狼", '50%, or "more"')
     color_folder(tmp_path, train=2, valid=1, classes=names)
     assert read_dataset(tmp_path).classes == tuple(sorted(names))
-    assert len(read_dataset(tmp_path).photos) == 12
+    assert len(read_dataset(tmp_path).samples) == 12
 
 
 def test_one_class_is_not_enough(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from finetune import pipeline as run_module
 from finetune.data.apply_reviews import Reviews, apply_reviews
 from finetune.data.image_folder import read_dataset
-from finetune.data.inspection import fingerprint_context, scan
+from finetune.data.inspection import fingerprint_context, inspect_images
 from finetune.data.review_source import hide_password
 from finetune.io.array_store import ShardStore
 from models.artifacts.atomic_io import sha256_of
@@ -49,10 +49,10 @@ def applied(data: Path, *reviews: Review) -> tuple[dict[str, str], str]:
     """The photos that are left with their class, and what is said."""
     dataset = read_dataset(data)
     store = ShardStore(data.parent / "cache", fingerprint_context(), limit_mb=10)
-    scans = scan(dataset.photos, store=store, quiet=True)
-    changed, kept, what = apply_reviews(Reviews.parse(write_reviews(reviews), origin="reviews.csv"), dataset, scans)
-    assert [s.photo for s in kept] == list(changed.photos)
-    return {p.name: changed.classes[p.label] for p in changed.photos}, what.text()
+    records = inspect_images(dataset.samples, store=store, quiet=True)
+    changed, kept, what = apply_reviews(Reviews.parse(write_reviews(reviews), origin="reviews.csv"), dataset, records)
+    assert [s.sample for s in kept] == list(changed.samples)
+    return {p.name: changed.classes[p.label] for p in changed.samples}, what.text()
 
 
 # The table
@@ -460,17 +460,19 @@ def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> 
     for i in range(4):
         shutil.copyfile(data / "train" / "blue" / f"blue.00{i}.jpg", data / "valid" / "red" / f"same{i}.jpg")
     dataset = read_dataset(data)
-    scans = scan(dataset.photos, store=ShardStore(tmp_path / "cache", fingerprint_context(), limit_mb=10), quiet=True)
-    labels = np.array([photo.label for photo in dataset.photos])
-    fold_of = deal(scans, labels, folds=3, classes=dataset.classes, seed=0)
+    records = inspect_images(
+        dataset.samples, store=ShardStore(tmp_path / "cache", fingerprint_context(), limit_mb=10), quiet=True
+    )
+    labels = np.array([photo.label for photo in dataset.samples])
+    fold_of = deal(records, labels, folds=3, classes=dataset.classes, seed=0)
     by_sha: dict[str, set[int]] = {}
-    for s, fold in zip(scans, fold_of, strict=True):
+    for s, fold in zip(records, fold_of, strict=True):
         by_sha.setdefault(s.sha256, set()).add(int(fold))
     assert all(len(folds) == 1 for folds in by_sha.values())
     for fold in range(3):
         assert set(labels[fold_of == fold]) == {0, 1}
     with pytest.raises(DataError, match="--folds is 10, and the class blue has 9 photos"):
-        deal(scans, labels, folds=10, classes=dataset.classes, seed=0)
+        deal(records, labels, folds=10, classes=dataset.classes, seed=0)
 
 
 def test_folds_that_cannot_be_are_refused(

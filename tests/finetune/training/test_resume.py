@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from finetune.compute.device import choose_compute
-from finetune.data.image_folder import Photo
-from finetune.data.inspection import PixelStash, Scan
+from finetune.data.image_folder import Sample
+from finetune.data.inspection import ImageRecord, PixelCache
 from finetune.features.extractor import FeatureCache, FrozenPart
 from finetune.io.array_store import ShardStore
 from models.networks.classifier import build_classifier
@@ -135,22 +135,22 @@ class _TiresAfter(FrozenPart):
 
 def test_features_that_were_computed_before_an_interrupt_are_kept(tmp_path: Path) -> None:
     photos = sorted((color_folder(tmp_path / "data", train=40, valid=0) / "train").glob("*/*.jpg"))
-    scans = [Scan(Photo(path.name, path, 0, "train"), f"{i:064x}", None, None) for i, path in enumerate(photos)]
+    records = [ImageRecord(Sample(path.name, path, 0, "train"), f"{i:064x}", None, None) for i, path in enumerate(photos)]
     parts = split_model(build_classifier(TINY, num_classes=2, base=None))
     frozen = _TiresAfter(parts, TINY.preprocessing, choose_compute("cpu", "fp32"))
-    stash = PixelStash(TINY.preprocessing)
+    pixel_cache = PixelCache(TINY.preprocessing)
 
     def cache() -> FeatureCache:
         return FeatureCache(frozen, ShardStore(tmp_path / "cache", {"what": "features"}, limit_mb=10))
 
-    sha256s = [scan.sha256 for scan in scans]
+    sha256s = [record.sha256 for record in records]
     with pytest.raises(KeyboardInterrupt):
-        cache().features(scans, stash, label="features")
+        cache().features(records, pixel_cache, label="features")
     missing = cache().missing(sha256s)
     assert 0 < len(missing) < 80
     assert missing == set(sha256s[-len(missing) :])
     frozen.batches = 1
-    rows = cache().features(scans, stash, label="features")
+    rows = cache().features(records, pixel_cache, label="features")
     assert cache().missing(sha256s) == set()
     for i in (3, 75):
-        np.testing.assert_array_equal(rows[i], stash.take("", photos[i]).reshape(-1)[:7])
+        np.testing.assert_array_equal(rows[i], pixel_cache.pop("", photos[i]).reshape(-1)[:7])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.data.image_folder import Photo
+from finetune.data.image_folder import Sample
 from finetune.features.extractor import FrozenPart
 from finetune.training.data_loaders import LiveBatches
 from finetune.training.trainer import make_optimizer
@@ -103,14 +103,14 @@ def test_an_unknown_optimizer_is_answered_with_the_nearest(data: Path) -> None:
 
 def test_pixels_are_decoded_once_where_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = get_spec("lenet5")
-    photos = [Photo(f"{i}.jpg", paint(tmp_path / f"{i}.jpg", (250, 30, 30), seed=i), 0, "train") for i in range(3)]
+    samples = [Sample(f"{i}.jpg", paint(tmp_path / f"{i}.jpg", (250, 30, 30), seed=i), 0, "train") for i in range(3)]
     decoded: list[int] = []
     pixels = type(spec.preprocessing).pixels
     monkeypatch.setattr(type(spec.preprocessing), "pixels", lambda self, data: (decoded.append(1), pixels(self, data))[1])
     parts = split_model(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
     frozen = FrozenPart(parts, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
     batches = LiveBatches(
-        photos, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1
+        samples, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1
     )
     first, again = (torch.cat([rows for rows, _ in batches.ordered()]) for _ in range(2))
     assert first.shape == (3, 1, 28, 28)
