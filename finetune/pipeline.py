@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.compute import distributed
 from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
-from finetune.data.embeddings import find_lookalikes, watch_embeddings
+from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord, PixelCache
 from finetune.data.review_source import find_reviews, hide_password
@@ -135,7 +135,7 @@ def fit_head(
 
 def ask(network: Network, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:
     """The photos' log-probabilities (N, classes), labels (N,) and embeddings (N, d) by what was trained."""
-    with watch_embeddings(network.classifier, network.spec) as seen:
+    with capture_embeddings(network.classifier, network.spec) as seen:
         log_probs, labels = predict(network.split_model.trainable, batches, compute=compute)
     return log_probs, labels, np.concatenate([rows for own in distributed.from_all(seen) for rows in own])
 
@@ -150,7 +150,7 @@ def finish(
     progress: Progress,
 ) -> Bundle:
     """Calibrate, measure and export what was trained; ``answers`` are what ``ask`` gave of validation."""
-    atomic_write_text(folder / "audit.json", json.dumps(survey.findings.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(folder / "audit.json", json.dumps(survey.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     log_probs, labels, embeddings = answers
     photos = survey.good["valid"]
     raw = log_probs.double().numpy()
@@ -166,7 +166,9 @@ def finish(
     metrics = write_results(
         folder,
         predictions,
-        lookalikes=find_lookalikes(predictions.sha256s, embeddings, [*survey.good["train"], *photos], survey.dataset.classes),
+        similarity=build_similarity_index(
+            predictions.sha256s, embeddings, [*survey.good["train"], *photos], survey.dataset.classes
+        ),
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
         data_dir=survey.dataset.root,
@@ -194,7 +196,7 @@ def finish(
             config=config,
             compute=str(compute),
             progress=progress,
-            findings=survey.findings,
+            audit_report=survey.audit_report,
             records=[*survey.good["train"], *photos],
             reviews=survey.reviews.as_dict() if survey.reviews else None,
         ),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.duplicates import find_duplicates
-from finetune.data.extra_data import Twin, in_words
+from finetune.data.extra_data import ExistingImage, describe_dropped
 from finetune.data.image_files import in_ignored_folder, is_ignored_folder, is_image_file
 from finetune.data.image_folder import Dataset, read_dataset
 from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
@@ -18,24 +18,24 @@ from finetune.io.array_store import ShardStore
 from models.artifacts.paths import default_cache_dir
 from models.errors import DataError
 
-IMBALANCE = 3.0
-SHOWN = 10
+MAX_IMBALANCE = 3.0
+MAX_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Audit:
+class AuditReport:
     """The findings on a dataset. ``counts`` is {split: {class: photos}}; photos are named from the data folder.
 
     ``leakage`` are groups that lie in training and validation, ``conflicts`` groups that lie in two classes,
-    ``duplicates`` groups within one class and split; ``damaged`` maps a photo to the reason, ``known``
+    ``duplicates`` groups within one class and split; ``damaged`` maps a photo to the reason, ``dropped_extra``
     one of a further folder, which was left out, to the data folder's own.
     """
 
     root: str
     counts: dict[str, dict[str, int]]
     damaged: dict[str, str]
-    not_photos: list[str]
-    stray_folders: list[str]
+    other_files: list[str]
+    ignored_folders: list[str]
     empty_classes: list[str]
     class_mismatch: dict[str, list[str]]
     leakage: list[list[str]]
@@ -43,7 +43,7 @@ class Audit:
     duplicates: list[list[str]]
     imbalance: float
     split_from_train: bool
-    known: dict[str, Twin] = field(default_factory=dict)
+    dropped_extra: dict[str, ExistingImage] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,19 +61,19 @@ class Audit:
             found.append(f"{_count(self.conflicts, 'group')} of the same photo in two classes")
         if self.damaged:
             found.append(f"{_count(self.damaged, 'damaged file')}, left out")
-        if self.known:
-            found.append(in_words(self.known))
-        if self.not_photos:
-            found.append(f"{_count(self.not_photos, 'file')} of another kind than photos, passed over")
-        if self.stray_folders:
-            found.append(f"{_count(self.stray_folders, 'stray folder')}, passed over")
+        if self.dropped_extra:
+            found.append(describe_dropped(self.dropped_extra))
+        if self.other_files:
+            found.append(f"{_count(self.other_files, 'file')} of another kind than photos, passed over")
+        if self.ignored_folders:
+            found.append(f"{_count(self.ignored_folders, 'ignored folder')}, passed over")
         if self.empty_classes:
             found.append(f"{_count(self.empty_classes, 'class folder')} without photos")
-        if self.imbalance > IMBALANCE:
+        if self.imbalance > MAX_IMBALANCE:
             found.append(f"the largest class has {self.imbalance:.1f} times the photos of the smallest")
         return found
 
-    def stop(self, *, allow_leakage: bool, allow_class_mismatch: bool) -> None:
+    def raise_for_problems(self, *, allow_leakage: bool, allow_class_mismatch: bool) -> None:
         """Raise DataError where training on this is impossible, or would deceive and that is not allowed."""
         for split, row in self.counts.items():
             if not any(row.values()):
@@ -108,9 +108,11 @@ class Audit:
                 f"- no harm, but good to know: {_count(self.duplicates, 'group')} of the same photo within one class and split"
             )
         lines += _section("Damaged", [f"{name}: {why}" for name, why in self.damaged.items()])
-        lines += _section("Of --extra-data, and in the data folder", [f"{name} = {twin}" for name, twin in self.known.items()])
-        lines += _section("Not photos", self.not_photos)
-        lines += _section("Stray folders", self.stray_folders)
+        lines += _section(
+            "Of --extra-data, and in the data folder", [f"{name} = {twin}" for name, twin in self.dropped_extra.items()]
+        )
+        lines += _section("Other files", self.other_files)
+        lines += _section("Ignored folders", self.ignored_folders)
         lines += _section("Empty classes", self.empty_classes)
         lines += _section("In training and validation", [" = ".join(group) for group in self.leakage])
         lines += _section("In two classes", [" = ".join(group) for group in self.conflicts])
@@ -118,8 +120,10 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit(dataset: Dataset, records: Sequence[ImageRecord], *, known: Mapping[str, Twin] | None = None) -> Audit:
-    """Judge a dataset by the records of its photos; ``known`` are those of further folders that were left out of it."""
+def audit(
+    dataset: Dataset, records: Sequence[ImageRecord], *, dropped_extra: Mapping[str, ExistingImage] | None = None
+) -> AuditReport:
+    """Judge a dataset by the records of its photos; ``dropped_extra`` are those of further folders that were left out of it."""
     good = [s.sample for s in records if s.error is None]
     counts = {
         split: {
@@ -138,12 +142,12 @@ def audit(dataset: Dataset, records: Sequence[ImageRecord], *, known: Mapping[st
         if len({(s.sample.split, s.sample.label) for s in group}) == 1:
             duplicates.append(names)
     sizes = [n for n in counts["train"].values() if n]
-    return Audit(
+    return AuditReport(
         root=str(dataset.root),
         counts=counts,
         damaged={s.sample.name: s.error for s in records if s.error is not None},
-        not_photos=_not_photos(dataset),
-        stray_folders=_stray_folders(dataset),
+        other_files=_other_files(dataset),
+        ignored_folders=_ignored_folders(dataset),
         empty_classes=[f"{split}/{name}" for split, row in counts.items() for name, n in row.items() if not n],
         class_mismatch=_class_mismatch(dataset),
         leakage=leakage,
@@ -151,7 +155,7 @@ def audit(dataset: Dataset, records: Sequence[ImageRecord], *, known: Mapping[st
         duplicates=duplicates,
         imbalance=max(sizes) / min(sizes) if sizes else 1.0,
         split_from_train=dataset.split_from_train,
-        known=dict(known or {}),
+        dropped_extra=dict(dropped_extra or {}),
     )
 
 
@@ -173,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if found.problems else 0
 
 
-def _not_photos(dataset: Dataset) -> list[str]:
+def _other_files(dataset: Dataset) -> list[str]:
     return [
         _name(file, dataset)
         for folder in _class_folders(dataset)
@@ -182,7 +186,7 @@ def _not_photos(dataset: Dataset) -> list[str]:
     ]
 
 
-def _stray_folders(dataset: Dataset) -> list[str]:
+def _ignored_folders(dataset: Dataset) -> list[str]:
     beside = {entry for folder in (dataset.root, *dataset.split_folders.values()) for entry in folder.iterdir()}
     inside = {entry for folder in _class_folders(dataset) for entry in folder.rglob("*")}
     return sorted(_name(entry, dataset) for entry in beside | inside if entry.is_dir() and is_ignored_folder(entry.name))
@@ -212,5 +216,5 @@ def _count(items: Iterable[object], noun: str) -> str:
 def _section(title: str, lines: Sequence[str]) -> list[str]:
     if not lines:
         return []
-    more = [f"  ... and {len(lines) - SHOWN:,} more; --json lists all"] if len(lines) > SHOWN else []
-    return [f"{title}:", *(f"  {line}" for line in lines[:SHOWN]), *more]
+    more = [f"  ... and {len(lines) - MAX_SHOWN:,} more; --json lists all"] if len(lines) > MAX_SHOWN else []
+    return [f"{title}:", *(f"  {line}" for line in lines[:MAX_SHOWN]), *more]

@@ -17,11 +17,11 @@ from models.artifacts.similarity import DuplicateRow, SimilarityIndex
 from models.networks.classifier import Classifier
 from models.networks.spec import ModelSpec
 
-MOST_NUMBERS = 64
+MAX_DIMENSIONS = 64
 
 
 @contextlib.contextmanager
-def watch_embeddings(classifier: Classifier, spec: ModelSpec) -> Iterator[list[NDArray[np.float32]]]:
+def capture_embeddings(classifier: Classifier, spec: ModelSpec) -> Iterator[list[NDArray[np.float32]]]:
     """Collect the head's input of every batch that passes it inside the block, (n, d) each, as the served graph gives it."""
     seen: list[NDArray[np.float32]] = []
 
@@ -36,7 +36,7 @@ def watch_embeddings(classifier: Classifier, spec: ModelSpec) -> Iterator[list[N
         handle.remove()
 
 
-def find_lookalikes(
+def build_similarity_index(
     sha256s: Sequence[str], embeddings: NDArray[np.floating[Any]], records: Sequence[ImageRecord], classes: Sequence[str]
 ) -> SimilarityIndex:
     """What looks alike: ``embeddings`` (N, d) of the evaluated photos, and the duplicates among ``records`` of more of them."""
@@ -45,16 +45,16 @@ def find_lookalikes(
         for number, group in enumerate(find_duplicates(records), start=1)
         for s in group
     ]
-    return SimilarityIndex(tuple(sha256s), shrink(embeddings), tuple(duplicates))
+    return SimilarityIndex(tuple(sha256s), reduce_dimensions(embeddings), tuple(duplicates))
 
 
-def shrink(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
+def reduce_dimensions(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
     """At most 64 numbers of unit length for each photo, by principal components where there are more: (N, d) -> (N, min(...)).
 
     A cosine between them is near the cosine between the whole embeddings, less what all photos have in common.
     """
     small = embeddings.reshape(len(embeddings), -1).astype(np.float64)
-    numbers = min(MOST_NUMBERS, *small.shape)
+    numbers = min(MAX_DIMENSIONS, *small.shape)
     if numbers < small.shape[1] and len(small) > 1:
         with np.errstate(invalid="ignore"):  # the share of variance that each explains, where all photos are the same
             small = PCA(n_components=numbers, random_state=0).fit_transform(small)

@@ -24,7 +24,7 @@ from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
 from finetune.data.apply_reviews import Reviews
 from finetune.data.duplicates import find_duplicates
-from finetune.data.embeddings import find_lookalikes, watch_embeddings
+from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord
 from finetune.io.output_folder import check_free
@@ -91,7 +91,7 @@ def evaluate_folds(
     metrics = write_results(
         out,
         predictions,
-        lookalikes=find_lookalikes(predictions.sha256s, embeddings, records, bundle.classes),
+        similarity=build_similarity_index(predictions.sha256s, embeddings, records, bundle.classes),
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
         data_dir=data_dir,
@@ -184,7 +184,7 @@ def predict_folds(
         part.load_state_dict(fresh, strict=False)
         train = _batches(features, labels, others, config)
         fit_fixed(network, train, config, epochs=epochs, compute=compute, label=f"fold {fold + 1} of {folds}")
-        with watch_embeddings(network.classifier, network.spec) as seen:
+        with capture_embeddings(network.classifier, network.spec) as seen:
             given, _ = predict(part, _batches(features, labels, mine, config), compute=compute)
         log_probs[mine] = given.double().numpy()
         embeddings += seen

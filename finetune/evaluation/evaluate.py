@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from finetune.batch_inference.predict import classify
-from finetune.data.embeddings import find_lookalikes
+from finetune.data.embeddings import build_similarity_index
 from finetune.data.image_folder import read_split
 from finetune.data.inspection import PixelCache, fingerprint_context, inspect_images
 from finetune.export.merge_head import open_full
@@ -23,7 +23,7 @@ from models.artifacts.paths import default_cache_dir
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
 
-SHOWN = 10
+MAX_SHOWN = 10
 
 
 def evaluate_bundle(
@@ -74,7 +74,7 @@ def evaluate_bundle(
     metrics = write_results(
         out,
         predictions,
-        lookalikes=find_lookalikes(predictions.sha256s, embeddings, [s for s, _, _ in good], bundle.classes),
+        similarity=build_similarity_index(predictions.sha256s, embeddings, [s for s, _, _ in good], bundle.classes),
         uncalibrated=raw / raw.sum(axis=1, keepdims=True),
         temperature=temperature,
         data_dir=data_dir,
@@ -140,8 +140,8 @@ def _run_folds(args: argparse.Namespace, out: Path) -> None:
     print(format_summary(metrics))
     named, suggested = rank_label_issues(predictions), suggested_labels(predictions)
     print(f"\nProbably mislabelled, by out-of-fold prediction: {len(named):,} of {len(predictions.image_names):,} photos")
-    for row in named[:SHOWN]:
+    for row in named[:MAX_SHOWN]:
         label, other = (predictions.classes[i] for i in (predictions.labels[row], suggested[row]))
         print(f"  {predictions.image_names[row]}: {label}, looks like {other}")
-    if len(named) > SHOWN:
-        print(f"  ... and {len(named) - SHOWN:,} more; the gallery shows them")
+    if len(named) > MAX_SHOWN:
+        print(f"  ... and {len(named) - MAX_SHOWN:,} more; the gallery shows them")

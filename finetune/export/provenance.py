@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.data.audit import Audit
+from finetune.data.audit import AuditReport
 from finetune.data.inspection import ImageRecord
 from finetune.training.trainer import Progress
 from models.networks.spec import ModelSpec
@@ -35,7 +35,7 @@ def describe_run(
     config: Config,
     compute: str,
     progress: Progress,
-    findings: Audit,
+    audit_report: AuditReport,
     records: Sequence[ImageRecord],
     reviews: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -58,10 +58,10 @@ def describe_run(
             "best_epoch": progress.best_epoch,
             "dataset": {
                 "sha256": dataset_sha256(records),
-                "photos": findings.counts,
-                "evaluated_split": "validation" if not findings.split_from_train else "held-out",
-                "excluded": len(findings.damaged) + len(findings.known),
-                "problems": findings.problems,
+                "photos": audit_report.counts,
+                "evaluated_split": "validation" if not audit_report.split_from_train else "held-out",
+                "excluded": len(audit_report.damaged) + len(audit_report.dropped_extra),
+                "problems": audit_report.problems,
                 "extra_folders": len(config.extra_data),
                 "reviews": None if reviews is None else dict(reviews),
             },

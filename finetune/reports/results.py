@@ -22,7 +22,7 @@ def write_results(
     folder: Path,
     predictions: Predictions,
     *,
-    lookalikes: SimilarityIndex,
+    similarity: SimilarityIndex,
     uncalibrated: NDArray[Any],
     temperature: float,
     data_dir: Path,
@@ -36,7 +36,7 @@ def write_results(
     metrics["temperature"] = temperature
     folder.mkdir(parents=True, exist_ok=True)
     predictions.write_csv(folder / PREDICTIONS)
-    lookalikes.write(folder)
+    similarity.write(folder)
     atomic_write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     write_plots(
         folder / PLOTS,

@@ -10,9 +10,9 @@ from finetune.compute import distributed
 from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data.apply_reviews import Applied, Reviews, apply_reviews
-from finetune.data.audit import Audit, audit
+from finetune.data.audit import AuditReport, audit
 from finetune.data.duplicates import find_duplicates
-from finetune.data.extra_data import leave_out_known
+from finetune.data.extra_data import drop_known_images
 from finetune.data.image_folder import Dataset, move_to_train
 from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_context, inspect_images
 from finetune.features.extractor import FeatureCache, FrozenPart, cache_context
@@ -46,7 +46,7 @@ class Survey:
     """
 
     dataset: Dataset
-    findings: Audit
+    audit_report: AuditReport
     good: dict[str, list[ImageRecord]]
     pixel_cache: PixelCache
     reviews: Applied | None = None
@@ -57,8 +57,8 @@ def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute)
     base = None
     if config.weights != "none":
         base = load_weights(spec, file=Path(config.weights) if config.weights else None)
-        known = "" if base.published else " (not the published ones)"
-        print(f"Weights: {base.origin}, sha256 {base.sha256[:12]}...{known}")
+        note = "" if base.published else " (not the published ones)"
+        print(f"Weights: {base.origin}, sha256 {base.sha256[:12]}...{note}")
     classifier = build_classifier(
         spec,
         num_classes=num_classes,
@@ -125,7 +125,7 @@ def look(
     )
     # this host's paths
     records = [dataclasses.replace(s, sample=sample) for s, sample in zip(records, dataset.samples, strict=True)]
-    dataset, records, known = leave_out_known(dataset, records)
+    dataset, records, dropped_extra = drop_known_images(dataset, records)
     applied = None
     if reviews:
         dataset, records, applied = apply_reviews(reviews, dataset, records)
@@ -134,11 +134,11 @@ def look(
         across = [group for group in find_duplicates(records) if len({s.sample.split for s in group}) > 1]
         dataset = move_to_train(dataset, (s.sample.name for group in across for s in group))
         records = [dataclasses.replace(s, sample=sample) for s, sample in zip(records, dataset.samples, strict=True)]
-    findings = audit(dataset, records, known=known)
-    print(findings.text())
-    findings.stop(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
+    audit_report = audit(dataset, records, dropped_extra=dropped_extra)
+    print(audit_report.text())
+    audit_report.raise_for_problems(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
     good = {split: [s for s in records if s.error is None and s.sample.split == split] for split in ("train", "valid")}
-    return Survey(dataset, findings, good, pixel_cache, applied)
+    return Survey(dataset, audit_report, good, pixel_cache, applied)
 
 
 def make_batches(config: Config, network: Network, cache: FeatureCache | None, survey: Survey, split: str) -> Batches:

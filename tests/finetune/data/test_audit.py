@@ -43,7 +43,7 @@ def test_a_clean_folder_has_no_findings(data: Path, capsys: pytest.CaptureFixtur
     found = audit_json(data, capsys, code=0)
     assert found["counts"] == {"train": {"blue": 4, "red": 4}, "valid": {"blue": 2, "red": 2}}
     assert found["imbalance"] == 1.0
-    assert not any(found[key] for key in ("damaged", "leakage", "conflicts", "duplicates", "not_photos", "stray_folders"))
+    assert not any(found[key] for key in ("damaged", "leakage", "conflicts", "duplicates", "other_files", "ignored_folders"))
     text = audit_text(data, capsys, code=0)
     assert "12 photos" in text
     assert "nothing wrong was found" in text
@@ -83,7 +83,7 @@ def test_damaged_photos_are_named_with_the_reason(data: Path, capsys: pytest.Cap
     assert "train/red/cut.jpg: The picture is damaged" in text
 
 
-def test_other_files_and_stray_folders_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_files_and_ignored_folders_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (data / "train" / "red" / "Thumbs.db").write_bytes(b"x")
     (data / "valid" / "blue" / "notes.txt").write_text("x")
     (data / "train" / "blue" / "cat.heic").write_bytes(b"x")
@@ -91,11 +91,11 @@ def test_other_files_and_stray_folders_are_named(data: Path, capsys: pytest.Capt
         (data / stray).mkdir()
         paint(data / stray / "copy.jpg", COLORS[0], seed=70)
     found = audit_json(data, capsys, code=1)
-    assert set(found["not_photos"]) == {"train/red/Thumbs.db", "valid/blue/notes.txt", "train/blue/cat.heic"}
-    assert found["stray_folders"] == ["__MACOSX", "train/.ipynb_checkpoints", "train/red/.ipynb_checkpoints"]
+    assert set(found["other_files"]) == {"train/red/Thumbs.db", "valid/blue/notes.txt", "train/blue/cat.heic"}
+    assert found["ignored_folders"] == ["__MACOSX", "train/.ipynb_checkpoints", "train/red/.ipynb_checkpoints"]
     assert found["counts"]["train"] == {"blue": 4, "red": 4}
     text = audit_text(data, capsys, code=1)
-    assert "3 stray folders" in text
+    assert "3 ignored folders" in text
     assert "train/red/Thumbs.db" in text
     assert "train/.ipynb_checkpoints" in text
 

@@ -387,11 +387,11 @@ def test_photos_of_further_folders_that_the_data_has_are_left_out(
     ) in out
     assert "  extra-1/train/red/valid-blue.jpg = valid/blue/blue.000.jpg, which is blue there\n" in out
     found = json.loads((tmp_path / "run" / "audit.json").read_text())
-    assert found["known"] == {
-        "extra-1/train/blue/train-blue.jpg": {"photo": "train/blue/blue.000.jpg", "label": None},
-        "extra-1/train/red/alike.png": {"photo": "valid/red/red.001.jpg", "label": None},
-        "extra-1/train/red/valid-blue.jpg": {"photo": "valid/blue/blue.000.jpg", "label": "blue"},
-        "extra-1/train/red/valid-red.jpg": {"photo": "valid/red/red.000.jpg", "label": None},
+    assert found["dropped_extra"] == {
+        "extra-1/train/blue/train-blue.jpg": {"name": "train/blue/blue.000.jpg", "label": None},
+        "extra-1/train/red/alike.png": {"name": "valid/red/red.001.jpg", "label": None},
+        "extra-1/train/red/valid-blue.jpg": {"name": "valid/blue/blue.000.jpg", "label": "blue"},
+        "extra-1/train/red/valid-red.jpg": {"name": "valid/red/red.000.jpg", "label": None},
     }
     dataset = open_bundle(tmp_path / "run" / "bundle").manifest["provenance"]["dataset"]
     assert dataset["photos"] == {"train": {"blue": 6, "red": 7}, "valid": {"blue": 3, "red": 3}}

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune.data.embeddings import shrink
+from finetune.data.embeddings import reduce_dimensions
 from models.artifacts.similarity import DUPLICATES, EMBEDDINGS, DuplicateRow, SimilarityIndex
 from models.errors import BundleError
 
@@ -101,7 +101,7 @@ def test_shrunk_embeddings_keep_who_is_near_whom() -> None:
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(3, 500))
     whole = centres[np.arange(90) % 3] + 0.3 * rng.normal(size=(90, 500))
-    small = shrink(whole)
+    small = reduce_dimensions(whole)
     assert (small.shape, small.dtype) == ((90, 64), np.float16)
     np.testing.assert_allclose(np.linalg.norm(small.astype(np.float64), axis=1), 1, atol=2e-3)
     lookalikes = SimilarityIndex(tuple(map(str, range(90))), small)
@@ -113,7 +113,7 @@ def test_shrunk_embeddings_keep_who_is_near_whom() -> None:
     ("given", "wanted"), [((5, 3), (5, 3)), ((1, 500), (1, 1)), ((2, 500), (2, 2)), ((70, 64), (70, 64)), ((1, 1), (1, 1))]
 )
 def test_few_photos_and_few_numbers(given: tuple[int, int], wanted: tuple[int, int]) -> None:
-    assert shrink(np.random.default_rng(0).normal(size=given)).shape == wanted
-    same = shrink(np.ones(given))
+    assert reduce_dimensions(np.random.default_rng(0).normal(size=given)).shape == wanted
+    same = reduce_dimensions(np.ones(given))
     assert same.shape == wanted
     assert np.isfinite(same).all()
