@@ -19,7 +19,7 @@ from finetune.config import Config
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord, PixelCache
-from finetune.data.review_source import find_reviews, hide_password
+from finetune.data.review_source import hide_password, load_reviews
 from finetune.export.exporter import PARITY_PHOTOS, Parity, export_bundle
 from finetune.export.provenance import describe_run
 from finetune.metrics.calibration import apply_temperature, fit_temperature
@@ -54,7 +54,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     if finished := distributed.from_first(lambda: enter(folder, config, resume=resume)):
         print(f"The run in {folder} is finished.")
         return finished
-    reviews = distributed.from_first(lambda: find_reviews(asked, kept=folder / run_directory.REVIEWS if resume else None))
+    reviews = distributed.from_first(lambda: load_reviews(asked, saved=folder / run_directory.REVIEWS if resume else None))
     compute = choose_compute(config.device, config.precision)
     dataset = read_dataset(
         config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from finetune import config as settings
 from finetune.compute.device import Compute, choose_compute
 from finetune.config import Config
-from finetune.data.apply_reviews import Reviews
+from finetune.data.apply_reviews import ReviewTable
 from finetune.data.duplicates import find_duplicates
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
@@ -49,7 +49,7 @@ def evaluate_folds(
     folds: int,
     out: Path,
     weights: Path | None = None,
-    reviews: Reviews | None = None,
+    reviews: ReviewTable | None = None,
     workers: int = 0,
     cache_dir: Path | None = None,
 ) -> tuple[Predictions, dict[str, Any]]:

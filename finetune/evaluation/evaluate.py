@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_folds(args: argparse.Namespace, out: Path) -> None:
-    from finetune.data.review_source import read_file
+    from finetune.data.review_source import read_review_file
     from finetune.evaluation.cross_validation import evaluate_folds
 
     if args.folds < 2 or args.split:
@@ -133,7 +133,7 @@ def _run_folds(args: argparse.Namespace, out: Path) -> None:
         folds=args.folds,
         out=out,
         weights=args.weights,
-        reviews=read_file(args.reviews) if args.reviews else None,
+        reviews=read_review_file(args.reviews) if args.reviews else None,
         workers=args.workers,
         cache_dir=args.cache_dir,
     )

@@ -102,7 +102,7 @@ def _reviewed(dataset: Mapping[str, Any]) -> str:
         return ""
     dropped = reviews["neither"] + reviews["bad"] + reviews["other_copies"]
     return (
-        f", but for what people decided in a review: {reviews['relabelled']:,} labels were changed, {reviews['confirmed']:,}"
+        f", but for what people decided in a review: {reviews['relabeled']:,} labels were changed, {reviews['confirmed']:,}"
         f" confirmed, and {dropped:,} photos left out, in training and validation alike, so that the figures above are on"
         " corrected labels"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.compute import distributed
 from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.data.apply_reviews import Applied, Reviews, apply_reviews
+from finetune.data.apply_reviews import ReviewSummary, ReviewTable, apply_reviews
 from finetune.data.audit import AuditReport, audit
 from finetune.data.duplicates import find_duplicates
 from finetune.data.extra_data import drop_known_images
@@ -49,7 +49,7 @@ class Survey:
     audit_report: AuditReport
     good: dict[str, list[ImageRecord]]
     pixel_cache: PixelCache
-    reviews: Applied | None = None
+    reviews: ReviewSummary | None = None
 
 
 def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute) -> Network:
@@ -104,7 +104,7 @@ def feature_cache(config: Config, network: Network, compute: Compute) -> Feature
 
 
 def look(
-    config: Config, dataset: Dataset, network: Network, cache: FeatureCache | None, *, reviews: Reviews | None = None
+    config: Config, dataset: Dataset, network: Network, cache: FeatureCache | None, *, reviews: ReviewTable | None = None
 ) -> Survey:
     """Scan and audit the photos, print the findings, and stop (DataError) where training on them would deceive.
 

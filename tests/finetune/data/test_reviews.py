@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from finetune import pipeline as run_module
-from finetune.data.apply_reviews import Reviews, apply_reviews
+from finetune.data.apply_reviews import ReviewTable, apply_reviews
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import fingerprint_context, inspect_images
 from finetune.data.review_source import hide_password
@@ -50,7 +50,7 @@ def applied(data: Path, *reviews: Review) -> tuple[dict[str, str], str]:
     dataset = read_dataset(data)
     store = ShardStore(data.parent / "cache", fingerprint_context(), limit_mb=10)
     records = inspect_images(dataset.samples, store=store, quiet=True)
-    changed, kept, what = apply_reviews(Reviews.parse(write_reviews(reviews), origin="reviews.csv"), dataset, records)
+    changed, kept, what = apply_reviews(ReviewTable.parse(write_reviews(reviews), origin="reviews.csv"), dataset, records)
     assert [s.sample for s in kept] == list(changed.samples)
     return {p.name: changed.classes[p.label] for p in changed.samples}, what.text()
 
@@ -186,7 +186,7 @@ def test_a_training_with_reviews_says_and_keeps_what_it_did(
     assert dataset["reviews"] == {
         "sha256": sha256_of(file),
         "decisions": 4,
-        "relabelled": 2,
+        "relabeled": 2,
         "confirmed": 1,
         "neither": 0,
         "bad": 1,
