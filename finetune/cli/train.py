@@ -75,9 +75,9 @@ def _with_dataset(config: settings.Config, *, resume: bool) -> settings.Config:
     from models.networks.registry import get_spec
 
     get_spec(config.backbone)
-    config = builtin_datasets.locate(config)
+    config = builtin_datasets.with_data_dir(config)
     if not resume:
         run_directory.check_free(config.output_dir or default_run_dir(config))
     assert config.dataset is not None
-    builtin_datasets.fetch(config.dataset, config.data_dir)
+    builtin_datasets.make_dataset(config.dataset, config.data_dir)
     return config

@@ -27,7 +27,7 @@ from finetune.data.duplicates import find_duplicates
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord
-from finetune.io.output_folder import check_free
+from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.calibration import apply_temperature
 from finetune.reports.results import write_results
 from finetune.training.data_loaders import CachedBatches
@@ -65,7 +65,7 @@ def evaluate_folds(
             f"{data_dir} has the classes {', '.join(dataset.classes)}, and the bundle {', '.join(bundle.classes)}; give the "
             "data that it was trained on."
         )
-    check_free(out)
+    require_empty_folder(out)
     compute = choose_compute(config.device, config.precision)
     network = prepare(get_spec(bundle.backbone), len(bundle.classes), config, compute)
     if network.base is None or network.base.sha256 != bundle.manifest["base"]["sha256"]:

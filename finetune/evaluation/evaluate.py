@@ -14,7 +14,7 @@ from finetune.data.image_folder import read_split
 from finetune.data.inspection import PixelCache, fingerprint_context, inspect_images
 from finetune.export.merge_head import open_full
 from finetune.io.array_store import ShardStore
-from finetune.io.output_folder import check_free
+from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.classification import format_summary
 from finetune.reports.results import write_results
 from models.artifacts.evaluation import EVALUATED, write_evaluation
@@ -42,7 +42,7 @@ def evaluate_bundle(
     """
     bundle = open_full(bundle_dir)
     samples = read_split(data_dir, split, bundle.classes)
-    check_free(out)
+    require_empty_folder(out)
     pixel_cache = PixelCache(bundle.preprocessing, limit_mb=0)
     store = ShardStore(
         cache_dir or default_cache_dir(), fingerprint_context(pixel_cache.preprocessing.decode_px), limit_mb=4096

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finetune.export.merge_head import open_full
-from finetune.io.output_folder import check_free
+from finetune.io.output_folder import require_empty_folder
 from finetune.reports import plots
 from finetune.reports.tiles import normalised, sheet
 from models.artifacts.bundle import Bundle
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--maps is {args.maps}, and takes 1 or more.")
     bundle = open_full(args.bundle)
     out = args.output_dir or Path("kernels") / bundle.name
-    check_free(out)
+    require_empty_folder(out)
     classifier = load_classifier(bundle)
     with plots.calm_style():
         written = draw_maps(classifier, bundle, args.photo, out / "maps", most=args.maps) if args.photo else []

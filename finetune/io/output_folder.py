@@ -12,7 +12,7 @@ from pathlib import Path
 from models.errors import DataError
 
 
-def check_free(out: Path) -> None:
+def require_empty_folder(out: Path) -> None:
     """Raise ``DataError`` where something is at ``out`` already; an empty folder counts as nothing."""
     try:
         full = out.is_dir() and any(out.iterdir())
@@ -25,7 +25,7 @@ def check_free(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``out`` to fill, and rename it to ``out`` when the block ends without an error.
 
     A kill or a full disk in the middle leaves no ``out``. Parent folders are made.
@@ -34,7 +34,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     part: Path | None = None
     try:
-        check_free(out)
+        require_empty_folder(out)
         home = Path(os.path.abspath(out))
         home.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{home.name}.", suffix=".part", dir=home.parent))

@@ -28,10 +28,10 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise ArchiveError(f"{path.name} is not a whole zip archive ({error}); download it again.") from error
 
 
-def safe_members(archive: zipfile.ZipFile, *, most_members: int, most_bytes: int) -> list[zipfile.ZipInfo]:
+def safe_members(archive: zipfile.ZipFile, *, max_members: int, max_bytes: int) -> list[zipfile.ZipInfo]:
     """The files of an archive, once all of its members were looked at.
 
-    ``most_bytes`` bounds what they unpack to, together; a member cannot unpack to more than it says, because
+    ``max_bytes`` bounds what they unpack to, together; a member cannot unpack to more than it says, because
     ``zipfile`` stops reading there.
 
     Raises ``ArchiveError`` for a member whose path leaves the folder, that is a link or a device, is encrypted or named
@@ -39,10 +39,10 @@ def safe_members(archive: zipfile.ZipFile, *, most_members: int, most_bytes: int
     """
     members, title = archive.infolist(), Path(str(archive.filename)).name
     total_bytes = sum(member.file_size for member in members)
-    if len(members) > most_members or total_bytes > most_bytes:
+    if len(members) > max_members or total_bytes > max_bytes:
         raise ArchiveError(
             f"{title} would unpack to {len(members):,} files and {total_bytes:,} bytes, where at most "
-            f"{most_members:,} files and {most_bytes:,} bytes were expected; it is not the archive that was wanted."
+            f"{max_members:,} files and {max_bytes:,} bytes were expected; it is not the archive that was wanted."
         )
     names = set()
     for member in members:

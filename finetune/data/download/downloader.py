@@ -20,10 +20,10 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from finetune.data.download.archive import ArchiveError, extract, open_zip, safe_members
-from finetune.data.download.http import fetch
-from finetune.data.download.kaggle import fetch_competition
+from finetune.data.download.kaggle import download_competition
+from finetune.data.download.resumable_download import download_file
 from finetune.data.download.sources import SOURCES, Source
-from finetune.io.output_folder import check_free, new_folder
+from finetune.io.output_folder import atomic_folder, require_empty_folder
 from models.artifacts.atomic_io import sha256_of
 from models.errors import DataError, did_you_mean
 
@@ -36,14 +36,14 @@ _FOLDERS = {"validation": "valid", "Cat": "cats", "Dog": "dogs", "cat": "cats", 
 
 @dataclass(frozen=True)
 class DownloadSummary:
-    """What arrived: ``photos`` counts by split and class; ``verified`` says that a known sha256 was checked."""
+    """What arrived: ``image_counts`` is by split and class; ``verified`` says that a known sha256 was checked."""
 
     name: str
     out: Path
     origin: str
     sha256: str
     verified: bool
-    photos: dict[str, dict[str, int]]
+    image_counts: dict[str, dict[str, int]]
 
 
 def download(
@@ -56,14 +56,14 @@ def download(
     seed: int = 0,
     cache_dir: Path | None = None,
     archive: Path | None = None,
-    wait: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> DownloadSummary:
     """Fetch the photos of ``SOURCES[name]`` and lay them out in ``out``, whole or not at all, with a ``SOURCE.json``.
 
     ``url`` and ``sha256`` stand in for the source's own (a mirror); ``archive`` is a file that was downloaded by hand.
     Where the source has no split of its own, ``valid_fraction`` of each class, drawn with ``seed``, is for validation.
     Half a download waits in ``cache_dir`` (``.NAME.download`` beside ``out`` unless given) for the next run; only a
-    given ``cache_dir`` keeps the archive after success. ``wait`` is called with the seconds between tries.
+    given ``cache_dir`` keeps the archive after success. ``sleep`` is called with the seconds between tries.
 
     Nobody publishes the sha256 of ``filtered``: the one that arrived is recorded, not checked, unless one is given.
 
@@ -71,11 +71,11 @@ def download(
     """
     source = _source(name)
     _check_options(valid_fraction, sha256)
-    check_free(out)
+    require_empty_folder(out)
     home = Path(os.path.abspath(out))
     cache = cache_dir or home.parent / f".{home.name}.download"
     try:
-        fetched = archive or _fetch(name, source, url or source.url, cache, wait)
+        fetched = archive or _fetch(name, source, url or source.url, cache, sleep)
     except DataError:
         with contextlib.suppress(OSError):
             cache.rmdir()  # which it refuses where half a download waits
@@ -84,7 +84,7 @@ def download(
     split = None if source.has_split else {"valid_fraction": valid_fraction, "seed": seed}
     try:
         arrived = _checked_sha256(fetched, known)
-        with new_folder(out) as folder:
+        with atomic_folder(out) as folder:
             photos = _unpack(fetched, source, folder, valid_fraction, seed)
             record = {
                 "source": name,
@@ -92,7 +92,7 @@ def download(
                 "competition": None if url else source.competition,
                 "archive": archive.name if archive else None,
                 "sha256": arrived,
-                "sha256_was_checked": bool(known),
+                "sha256_verified": bool(known),
                 "split": split,
                 "photos": photos,
             }
@@ -120,13 +120,13 @@ def _source(name: str) -> Source:
     return SOURCES[name]
 
 
-def _fetch(name: str, source: Source, url: str | None, cache: Path, wait: Callable[[float], None]) -> Path:
+def _fetch(name: str, source: Source, url: str | None, cache: Path, sleep: Callable[[float], None]) -> Path:
     if url is None:
         assert source.competition is not None
-        return fetch_competition(source.competition, cache)
+        return download_competition(source.competition, cache)
     # The URL is in the name: a half or a whole archive from elsewhere is another file.
     path = cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.zip"
-    fetch(url, path, wait=wait)
+    download_file(url, path, sleep=sleep)
     return path
 
 
@@ -146,12 +146,12 @@ def _checked_sha256(archive: Path, known: str) -> str:
 def _unpack(path: Path, source: Source, folder: Path, valid_fraction: float, seed: int) -> dict[str, dict[str, int]]:
     """Unpack the photos into ``folder/{train,valid}/{cats,dogs}`` and count them."""
     with open_zip(path) as archive:
-        members = safe_members(archive, most_members=source.most_members, most_bytes=source.most_bytes)
-        inner = next((member for member in members if member.filename == source.inner), None)
-        if inner is not None:
-            nested = folder / inner.filename
-            extract(archive, inner, nested)
-            photos = _unpack(nested, replace(source, inner=None), folder, valid_fraction, seed)
+        members = safe_members(archive, max_members=source.max_members, max_bytes=source.max_bytes)
+        inner_archive = next((member for member in members if member.filename == source.inner_archive), None)
+        if inner_archive is not None:
+            nested = folder / inner_archive.filename
+            extract(archive, inner_archive, nested)
+            photos = _unpack(nested, replace(source, inner_archive=None), folder, valid_fraction, seed)
             nested.unlink()
             return photos
         placed = _place(members, source, valid_fraction, seed)
@@ -169,7 +169,7 @@ def _place(
     """The photos of each split and class; what is not a photo by its name is left out."""
     placed: dict[tuple[str, str], list[zipfile.ZipInfo]] = {(s, c): [] for s in _SPLITS for c in _CLASSES}
     for member in sorted(members, key=lambda member: member.filename):
-        if found := re.fullmatch(source.photo, member.filename):
+        if found := re.fullmatch(source.image_pattern, member.filename):
             words = {group: _FOLDERS.get(word, word) for group, word in found.groupdict().items()}
             placed[words.get("split", "train"), words["label"]].append(member)
     if not source.has_split:
@@ -181,7 +181,7 @@ def _place(
     empty = [f"{split}/{label}" for (split, label), photos in placed.items() if not photos]
     if empty:
         raise ArchiveError(
-            f"The archive holds no photos for {', '.join(empty)}: it is not laid out as {source.photo!r}; "
+            f"The archive holds no photos for {', '.join(empty)}: it is not laid out as {source.image_pattern!r}; "
             "check that it is the archive of this source."
         )
     return placed
@@ -190,7 +190,7 @@ def _place(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``finetune download``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "sources:\n" + "\n".join(f"  {name:<10} {source.about}" for name, source in SOURCES.items())
+    parser.epilog = "sources:\n" + "\n".join(f"  {name:<10} {source.description}" for name, source in SOURCES.items())
     add = parser.add_argument
     add("name", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
     add("out", type=Path, metavar="OUT", help="the folder to make; it must not exist or be empty")
@@ -220,14 +220,14 @@ def run(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         archive=args.archive,
     )
-    source, total = SOURCES[summary.name], sum(sum(counts.values()) for counts in summary.photos.values())
+    source, total = SOURCES[summary.name], sum(sum(counts.values()) for counts in summary.image_counts.values())
     print(f"Unpacked {total:,} photos from {summary.origin} into {summary.out}.")
-    for split, counts in summary.photos.items():
+    for split, counts in summary.image_counts.items():
         print(f"  {split}: " + ", ".join(f"{count:,} {label}" for label, count in counts.items()))
     checked = "as was wanted" if summary.verified else "recorded in SOURCE.json; no published one is known to compare"
     print(f"sha256 {summary.sha256} ({checked}).")
-    if total != source.photos:
-        print(f"Note: {source.photos:,} photos were published.")
+    if total != source.image_count:
+        print(f"Note: {source.image_count:,} photos were published.")
     if source.note:
         print(source.note)
     print(f"Next: finetune train --data-dir {shlex.quote(str(summary.out))} --backbone efficientnet_lite0")

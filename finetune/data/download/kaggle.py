@@ -11,7 +11,7 @@ from pathlib import Path
 from models.errors import DataError
 
 
-def fetch_competition(competition: str, folder: Path) -> Path:
+def download_competition(competition: str, folder: Path) -> Path:
     """Download a competition's archive into ``folder`` with the ``kaggle`` command, and give its path.
 
     What the client prints goes on to standard error as it comes. An archive that is there already is the client's to

@@ -15,7 +15,7 @@ from finetune.data.synthetic.appearance import random_appearance
 from finetune.data.synthetic.bodies import POSES, draw_animal
 from finetune.data.synthetic.pen import Pen
 from finetune.data.synthetic.scenes import draw_scene, gradient
-from finetune.io.output_folder import new_folder
+from finetune.io.output_folder import atomic_folder
 from models.errors import DataError, did_you_mean
 
 CLASSES = ("cats", "dogs")
@@ -50,7 +50,7 @@ def write_synthetic_dataset(out: Path, *, train: int = 200, valid: int = 80, see
     for flag, count in (("--train", train), ("--valid", valid)):
         if count < len(CLASSES):
             raise DataError(f"{flag} {count} leaves a class without a picture; ask for {len(CLASSES)} or more.")
-    with new_folder(out) as folder, tqdm(total=train + valid, unit=" pictures", disable=None, leave=False) as bar:
+    with atomic_folder(out) as folder, tqdm(total=train + valid, unit=" pictures", disable=None, leave=False) as bar:
         for split, count in (("train", train), ("valid", valid)):
             for i in range(count):
                 label, number = CLASSES[i % 2], i // 2 + 1

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST
 
-from finetune.data.builtin_datasets import KNOWN, fetch
+from finetune.data.builtin_datasets import BUILTIN_DATASETS, make_dataset
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import fingerprint_context, inspect_images
@@ -37,7 +37,7 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_data_set_becomes_folders_of_its_own_pixels(
     name: str, shape: tuple[int, ...], mirror: ThreadingHTTPServer, tmp_path: Path
 ) -> None:
-    fetch(name, tmp_path / name)
+    make_dataset(name, tmp_path / name)
     dataset = read_dataset(tmp_path / name)
     counts = {split: len(list((tmp_path / name / split).rglob("*.png"))) for split in ("train", "valid", "test")}
     assert counts == {"train": 10 * (TRAIN - 1), "valid": 10, "test": 10 * TEST}
@@ -52,18 +52,18 @@ def test_a_data_set_becomes_folders_of_its_own_pixels(
         assert np.array_equal(np.asarray(Image.open(file)), wanted[index])
         if name == "cifar10":
             assert file.parent.name == CIFAR_NAMES[labels[index]]
-    fetch(name, tmp_path / name)  # it is there, and nothing is read again
+    make_dataset(name, tmp_path / name)  # it is there, and nothing is read again
 
 
 def test_files_that_are_there_are_not_downloaded_again(
     mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fetch("mnist", tmp_path / "one")
-    fetch("cifar10", tmp_path / "two")
+    make_dataset("mnist", tmp_path / "one")
+    make_dataset("cifar10", tmp_path / "two")
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing")
     for name in ("mnist", "cifar10"):
-        fetch(name, tmp_path / f"{name}-again")
+        make_dataset(name, tmp_path / f"{name}-again")
         assert (tmp_path / f"{name}-again" / "test").is_dir()
 
 
@@ -82,17 +82,17 @@ def test_without_a_network_a_sentence_says_what_to_put_where(
 def test_a_damaged_download_is_refused(mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MNIST, "resources", [(name, "0" * 32) for name, _ in MNIST.resources])
     with pytest.raises(DataError, match="could not be fetched"):
-        fetch("mnist", tmp_path / "mnist")
+        make_dataset("mnist", tmp_path / "mnist")
     assert not (tmp_path / "mnist").exists()
 
 
 def test_another_data_set_or_a_folder_of_photos_is_not_overwritten(mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
-    fetch("mnist", tmp_path / "here")
+    make_dataset("mnist", tmp_path / "here")
     with pytest.raises(DataError, match="holds the data set mnist, not cifar10"):
-        fetch("cifar10", tmp_path / "here")
+        make_dataset("cifar10", tmp_path / "here")
     (tmp_path / "photos" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="not empty"):
-        fetch("mnist", tmp_path / "photos")
+        make_dataset("mnist", tmp_path / "photos")
 
 
 def test_a_misspelt_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
@@ -131,18 +131,20 @@ def test_no_picture_that_is_there_twice_is_held_out(tmp_path: Path, monkeypatch:
     pixels, labels = pictures(4, (28, 28), seed=0)
     pixels[10:] = np.concatenate([pixels[:10]] * 3)  # of each class one picture, four times
     pixels[30:] = pictures(1, (28, 28), seed=9)[0]  # but for the last
-    part = builtin_datasets.Part(pixels, labels.astype(np.int64))
+    part = builtin_datasets.ArraySplit(pixels, labels.astype(np.int64))
     monkeypatch.setitem(
-        KNOWN, "mnist", builtin_datasets.Known("Doubles", lambda raw: ([str(i) for i in range(10)], part, part))
+        BUILTIN_DATASETS,
+        "mnist",
+        builtin_datasets.BuiltinDataset("Doubles", lambda raw: ([str(i) for i in range(10)], part, part)),
     )
-    fetch("mnist", tmp_path / "doubles")
+    make_dataset("mnist", tmp_path / "doubles")
     held = sorted(int(file.stem) for file in (tmp_path / "doubles" / "valid").rglob("*.png"))
     assert held == list(range(30, 40))
     assert json.loads((tmp_path / "doubles" / "DATASET.json").read_text())["in_train_and_test"] == 20
 
 
 def test_the_idx_files_are_as_the_data_set_has_them(mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
-    fetch("mnist", tmp_path / "mnist")
+    make_dataset("mnist", tmp_path / "mnist")
     head = gzip.decompress((tmp_path / "raw" / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").read_bytes())[:16]
     assert head == bytes([0, 0, 8, 3, 0, 0, 0, 10 * TRAIN, 0, 0, 0, 28, 0, 0, 0, 28])
 

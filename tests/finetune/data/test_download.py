@@ -150,8 +150,8 @@ def no_wait(seconds: float) -> None:
 
 
 def test_filtered_keeps_its_own_split_and_leaves_strays_out(server: Server, out: Path) -> None:
-    summary = download("filtered", out, url=server.url, wait=never_wait)
-    assert summary.photos == {"train": {"cats": 3, "dogs": 3}, "valid": {"cats": 3, "dogs": 3}}
+    summary = download("filtered", out, url=server.url, sleep=never_wait)
+    assert summary.image_counts == {"train": {"cats": 3, "dogs": 3}, "valid": {"cats": 3, "dogs": 3}}
     photos = [f"{s}/{c}s/{c}.{i}.jpg" for s in ("train", "valid") for c in ("cat", "dog") for i in range(3)]
     assert names(out) == ["SOURCE.json", *photos]
     assert (out / "valid/dogs/dog.2.jpg").read_bytes() == PHOTO + b"\x02"
@@ -166,7 +166,7 @@ def test_source_json_says_where_the_photos_are_from(server: Server, out: Path) -
         "competition": None,
         "archive": None,
         "sha256": hashlib.sha256(FILTERED).hexdigest(),
-        "sha256_was_checked": False,
+        "sha256_verified": False,
         "split": None,
         "photos": {"train": {"cats": 3, "dogs": 3}, "valid": {"cats": 3, "dogs": 3}},
     }
@@ -176,7 +176,7 @@ def test_microsoft_is_split_by_class_with_a_seed(tmp_path: Path) -> None:
     content = zip_of(microsoft_members())
     archive, sha256 = archive_file(tmp_path, content), hashlib.sha256(content).hexdigest()
     one = download("microsoft", tmp_path / "one", archive=archive, sha256=sha256, valid_fraction=0.3)
-    assert one.photos == {"train": {"cats": 7, "dogs": 7}, "valid": {"cats": 3, "dogs": 3}}
+    assert one.image_counts == {"train": {"cats": 7, "dogs": 7}, "valid": {"cats": 3, "dogs": 3}}
     assert one.verified
     for label, was in (("cats", b"Cat"), ("dogs", b"Dog")):
         both = [path.name for split in ("train", "valid") for path in (tmp_path / "one" / split / label).iterdir()]
@@ -203,7 +203,7 @@ def test_the_published_sha256_is_checked_even_for_a_mirror(server: Server, out: 
 def test_a_dropped_connection_goes_on_with_the_missing_bytes_only(server: Server, out: Path) -> None:
     server.drops = [500, 300]
     waits: list[float] = []
-    download("filtered", out, url=server.url, wait=waits.append)
+    download("filtered", out, url=server.url, sleep=waits.append)
     assert server.asked == [None, "bytes=500-", "bytes=800-"]
     assert sum(server.sent) == len(FILTERED)
     assert waits == [1.0, 1.0]
@@ -214,7 +214,7 @@ def test_another_run_goes_on_where_a_failed_run_stopped(server: Server, out: Pat
     server.drops = [700, 0, 0, 0, 0]
     waits: list[float] = []
     with pytest.raises(DataError, match=r"closed after 700 of .* bytes.*run the same command again.*--archive FILE"):
-        download("filtered", out, url=server.url, wait=waits.append)
+        download("filtered", out, url=server.url, sleep=waits.append)
     assert waits == [1.0, 2.0, 4.0, 8.0]
     assert not out.exists()
     server.asked.clear()
@@ -225,7 +225,7 @@ def test_another_run_goes_on_where_a_failed_run_stopped(server: Server, out: Pat
 
 def test_a_server_without_ranges_starts_again(server: Server, out: Path) -> None:
     server.ranges, server.drops = False, [500]
-    download("filtered", out, url=server.url, wait=no_wait)
+    download("filtered", out, url=server.url, sleep=no_wait)
     assert server.asked == [None, "bytes=500-"]
     assert server.sent == [500, len(FILTERED)]
 
@@ -233,60 +233,60 @@ def test_a_server_without_ranges_starts_again(server: Server, out: Path) -> None
 def test_a_server_that_never_gets_further_is_given_up(server: Server, out: Path) -> None:
     server.ranges, server.drops = False, [500] * 50
     with pytest.raises(DataError, match="closed after 500"):
-        download("filtered", out, url=server.url, wait=no_wait)
+        download("filtered", out, url=server.url, sleep=no_wait)
     assert len(server.asked) == 5
 
 
 def test_a_file_that_changed_on_the_server_starts_again(server: Server, out: Path, tmp_path: Path) -> None:
     server.drops = [500, 0, 0, 0, 0]
     with pytest.raises(DataError):
-        download("filtered", out, url=server.url, cache_dir=tmp_path / "cache", wait=no_wait)
+        download("filtered", out, url=server.url, cache_dir=tmp_path / "cache", sleep=no_wait)
     server.body, server.etag = zip_of(filtered_members(4)), '"two"'
-    summary = download("filtered", out, url=server.url, cache_dir=tmp_path / "cache", wait=never_wait)
+    summary = download("filtered", out, url=server.url, cache_dir=tmp_path / "cache", sleep=never_wait)
     assert summary.sha256 == hashlib.sha256(server.body).hexdigest()
-    assert summary.photos["train"]["cats"] == 4
+    assert summary.image_counts["train"]["cats"] == 4
 
 
 def test_without_an_etag_another_length_tells_that_the_file_changed(server: Server, out: Path) -> None:
     server.etag, server.drops = None, [500, 0, 0, 0, 0]
     with pytest.raises(DataError):
-        download("filtered", out, url=server.url, wait=no_wait)
+        download("filtered", out, url=server.url, sleep=no_wait)
     server.body = zip_of(filtered_members(4))
-    assert download("filtered", out, url=server.url, wait=no_wait).photos["train"]["cats"] == 4
+    assert download("filtered", out, url=server.url, sleep=no_wait).image_counts["train"]["cats"] == 4
 
 
 def test_a_part_that_is_whole_already_is_taken(server: Server, out: Path) -> None:
     server.drops = [len(FILTERED) - 1, 0, 0, 0, 0]
     with pytest.raises(DataError):
-        download("filtered", out, url=server.url, wait=no_wait)
+        download("filtered", out, url=server.url, sleep=no_wait)
     (part,) = out.parent.rglob("*.part")
     part.write_bytes(FILTERED)
     server.asked.clear()
-    download("filtered", out, url=server.url, wait=never_wait)
+    download("filtered", out, url=server.url, sleep=never_wait)
     assert server.asked == [f"bytes={len(FILTERED)}-"]
 
 
 def test_a_part_that_is_too_long_is_thrown_away(server: Server, out: Path) -> None:
     server.drops = [500, 0, 0, 0, 0]
     with pytest.raises(DataError):
-        download("filtered", out, url=server.url, wait=no_wait)
+        download("filtered", out, url=server.url, sleep=no_wait)
     (part,) = out.parent.rglob("*.part")
     part.write_bytes(bytes(len(FILTERED) + 10))
     server.asked.clear()
-    download("filtered", out, url=server.url, wait=no_wait)
+    download("filtered", out, url=server.url, sleep=no_wait)
     assert server.asked == [f"bytes={len(FILTERED) + 10}-", None]
 
 
 def test_a_busy_server_is_asked_again(server: Server, out: Path) -> None:
     server.statuses = [503, 429]
-    download("filtered", out, url=server.url, wait=no_wait)
+    download("filtered", out, url=server.url, sleep=no_wait)
     assert len(server.asked) == 3
 
 
 def test_a_missing_page_ends_at_once_with_what_to_do(server: Server, out: Path) -> None:
     server.statuses = [404]
     with pytest.raises(DataError, match=r"404 Not Found for http://.*--archive FILE"):
-        download("filtered", out, url=server.url, wait=never_wait)
+        download("filtered", out, url=server.url, sleep=never_wait)
     assert list(out.parent.iterdir()) == []
 
 
@@ -295,13 +295,13 @@ def test_a_network_that_cannot_be_reached_says_what_to_do(server: Server, out: P
     server.shutdown()
     server.server_close()
     with pytest.raises(DataError, match=r"Could not download http://.*refused.*in a browser and pass --archive FILE"):
-        download("filtered", out, url=closed, wait=no_wait)
+        download("filtered", out, url=closed, sleep=no_wait)
 
 
 @pytest.mark.parametrize("url", ["pets.zip", "file:///etc/hosts", "https://", "http://[half", "http://a b/", "http://a:x/"])
 def test_what_is_no_address_is_refused(out: Path, url: str) -> None:
     with pytest.raises(DataError, match="is not an address to download from"):
-        download("filtered", out, url=url, wait=never_wait)
+        download("filtered", out, url=url, sleep=never_wait)
 
 
 def test_wrong_bytes_are_deleted_and_asked_for_again(server: Server, out: Path, tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_member_named_twice_is_refused(tmp_path: Path, out: Path) -> None:
         download("filtered", out, archive=archive_file(tmp_path, content))
 
 
-@pytest.mark.parametrize("limit", [{"most_bytes": 10_000}, {"most_members": 10}])
+@pytest.mark.parametrize("limit", [{"max_bytes": 10_000}, {"max_members": 10}])
 def test_an_archive_that_unpacks_to_too_much_is_refused(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
 ) -> None:
@@ -450,7 +450,7 @@ def test_a_kill_in_the_middle_of_unpacking_leaves_no_folder(tmp_path: Path, out:
     killed = subprocess.run([sys.executable, "-c", program, str(out), str(archive)], cwd=root, check=False)
     assert killed.returncode == 9
     assert not out.exists()
-    assert download("filtered", out, archive=archive).photos["train"]["cats"] == 3
+    assert download("filtered", out, archive=archive).image_counts["train"]["cats"] == 3
 
 
 def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(
@@ -496,7 +496,7 @@ def test_kaggle_unpacks_the_inner_archive_and_splits_it(
     )
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     summary = download("kaggle", out, valid_fraction=0.4)
-    assert summary.photos == {"train": {"cats": 3, "dogs": 3}, "valid": {"cats": 2, "dogs": 2}}
+    assert summary.image_counts == {"train": {"cats": 3, "dogs": 3}, "valid": {"cats": 2, "dogs": 2}}
     assert len(names(out)) == 11
     assert all(re.fullmatch(r"(train|valid)/(cats/cat|dogs/dog)\.\d\.jpg|SOURCE\.json", name) for name in names(out))
     assert source_json(out)["competition"] == "dogs-vs-cats"
@@ -505,7 +505,7 @@ def test_kaggle_unpacks_the_inner_archive_and_splits_it(
 
 def test_a_train_zip_that_was_downloaded_alone_is_taken_too(tmp_path: Path, out: Path) -> None:
     train = zip_of({f"train/{c}.{i}.jpg": PHOTO for c in ("cat", "dog") for i in range(5)})
-    assert download("kaggle", out, archive=archive_file(tmp_path, train)).photos["valid"] == {"cats": 1, "dogs": 1}
+    assert download("kaggle", out, archive=archive_file(tmp_path, train)).image_counts["valid"] == {"cats": 1, "dogs": 1}
 
 
 def test_without_the_kaggle_command_the_message_says_what_to_do(

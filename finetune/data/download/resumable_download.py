@@ -20,36 +20,36 @@ from tqdm import tqdm
 from models.artifacts.atomic_io import atomic_write_text
 from models.errors import DataError
 
-_PIECE_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 16
 _BY_HAND = "or download it in a browser and pass --archive FILE"
 
 
-class _DroppedError(Exception):
+class _RetryableError(Exception):
     """A try that failed and may be made again."""
 
 
 @dataclass(frozen=True)
-class _Note:
+class _PartialDownload:
     """What is known about a half download: beside it, so that another run can go on."""
 
     validator: str  # an ETag or a date, for If-Range
     total: int | None
 
 
-def fetch(
+def download_file(
     url: str,
     path: Path,
     *,
-    wait: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = time.sleep,
     timeout_s: float = 30.0,
-    tries: int = 5,
+    max_attempts: int = 5,
 ) -> None:
     """Download ``url`` to ``path``, through the proxies that the environment names.
 
     Half a download stays as ``path.part``, with a note of what it is half of in ``path.json``: the next try, or the
     next run, asks for the missing bytes only. A server without ranges, or a file that changed, starts again. A file
-    that is at ``path`` already is left alone, so its name should tell the URL. ``wait`` is called with the seconds
-    between tries; ``tries`` is how many may fail in a row without a byte more than ever before.
+    that is at ``path`` already is left alone, so its name should tell the URL. ``sleep`` is called with the seconds
+    between tries; ``max_attempts`` is how many may fail in a row without a byte more than ever before.
 
     Raises ``DataError`` where the URL cannot be used, the server refuses, the network fails or the disk does.
     """
@@ -68,15 +68,15 @@ def fetch(
                 part.replace(path)
                 note_path.unlink(missing_ok=True)
                 return
-            except _DroppedError as error:
+            except _RetryableError as error:
                 failures = 1 if _size(part) > best else failures + 1
                 best = max(best, _size(part))
-                if failures >= tries:
+                if failures >= max_attempts:
                     raise DataError(
                         f"Could not download {url} ({error}); run the same command again to go on from where it "
                         f"stopped, {_BY_HAND}."
                     ) from error
-                wait(2.0 ** (failures - 1))
+                sleep(2.0 ** (failures - 1))
     except OSError as error:
         raise DataError(
             f"Could not write the download to {path.parent} ({error.strerror or error}); make room, or pick another "
@@ -103,16 +103,16 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _read_note(path: Path) -> _Note | None:
+def _read_note(path: Path) -> _PartialDownload | None:
     try:
-        return _Note(**json.loads(path.read_text(encoding="utf-8")))
+        return _PartialDownload(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
 def _fetch_rest(url: str, part: Path, note_path: Path, timeout_s: float) -> None:
     """Make one try: ask for the bytes that are missing and append them."""
-    have, note = _size(part), _read_note(note_path) or _Note("", None)
+    have, note = _size(part), _read_note(note_path) or _PartialDownload("", None)
     headers = {"User-Agent": "finetune"}
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -122,22 +122,22 @@ def _fetch_rest(url: str, part: Path, note_path: Path, timeout_s: float) -> None
     if response is None:  # 416: there is nothing after what we have, or the file is another one
         if have != note.total:
             part.unlink(missing_ok=True)
-            raise _DroppedError("the server has no such range of bytes")
+            raise _RetryableError("the server has no such range of bytes")
         return
     with response:
         if response.status == 206:
             start, total = _content_range(response.headers.get("Content-Range", ""))
             if start != have or (note.total is not None and total != note.total):
                 part.unlink(missing_ok=True)
-                raise _DroppedError("the server sent other bytes than it was asked for")
+                raise _RetryableError("the server sent other bytes than it was asked for")
         else:
             have, total = 0, _content_length(response)
-            note = _Note(_validator(response), total)
+            note = _PartialDownload(_validator(response), total)
             part.unlink(missing_ok=True)
             atomic_write_text(note_path, json.dumps(asdict(note)))
         _append(response, part, have, total)
     if total is not None and _size(part) != total:
-        raise _DroppedError(f"the connection closed after {_size(part):,} of {total:,} bytes")
+        raise _RetryableError(f"the connection closed after {_size(part):,} of {total:,} bytes")
 
 
 def _append(response: IO[bytes], part: Path, have: int, total: int | None) -> None:
@@ -145,7 +145,7 @@ def _append(response: IO[bytes], part: Path, have: int, total: int | None) -> No
     with part.open("ab") as file, bar:
         while True:
             with _network():
-                piece = response.read(_PIECE_BYTES)
+                piece = response.read(_CHUNK_BYTES)
             if not piece:
                 return
             file.write(piece)
@@ -162,7 +162,7 @@ def _open(request: urllib.request.Request, timeout_s: float) -> Any:
             if error.code == 416 and request.has_header("Range"):
                 return None
             if error.code in (408, 425, 429) or error.code >= 500:
-                raise _DroppedError(f"the server answered {error.code} {error.reason}") from error
+                raise _RetryableError(f"the server answered {error.code} {error.reason}") from error
             raise DataError(
                 f"The server answered {error.code} {error.reason} for {request.full_url}; try another --url, {_BY_HAND}."
             ) from error
@@ -175,7 +175,7 @@ def _network() -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException, UnicodeError) as error:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
-        raise _DroppedError(str(reason) or type(error).__name__) from error
+        raise _RetryableError(str(reason) or type(error).__name__) from error
 
 
 def _content_range(text: str) -> tuple[int | None, int | None]:
