@@ -126,9 +126,9 @@ def engine_alone(path: Path, found: list[Path], precision: str, *, seconds: floa
     from concurrent.futures import ThreadPoolExecutor
 
     from finetune.batch_inference.parquet import BATCH
-    from finetune.io.threaded_map import processors
+    from finetune.io.threaded_map import available_cpus
 
-    bundle, threads = open_bundle(path, files=(GRAPH,)), processors()
+    bundle, threads = open_bundle(path, files=(GRAPH,)), available_cpus()
     pixels = np.stack([bundle.preprocessing.pixels(photo.read_bytes()) for photo in islice(cycle(found), ENGINE_PHOTOS)])
     engine = OpenVINOEngine(
         path / GRAPH,

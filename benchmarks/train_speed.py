@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from finetune.compute.device import choose_compute
+from finetune.compute.device import select_compute
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
 from finetune.pipeline import fit_head, name_inputs
@@ -114,7 +114,7 @@ def time_ours(config: Config, folder: Path) -> float:
     """Seconds from the list of files to the trained head."""
     spec = get_spec(config.backbone)
     config = config.with_recipe(spec.recipe)
-    compute = choose_compute("cpu", config.precision)
+    compute = select_compute("cpu", config.precision)
     with quiet():
         network = prepare(spec, 2, config, compute)
         started = time.perf_counter()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.compute import distributed
-from finetune.compute.device import Compute, choose_compute
+from finetune.compute.device import Compute, select_compute
 from finetune.config import Config
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
@@ -51,29 +51,29 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     config = settle(config, spec)
     folder = config.output_dir or default_run_dir(config)
     asked, config = config, dataclasses.replace(config, reviews_from=config.reviews_from and hide_password(config.reviews_from))
-    if finished := distributed.from_first(lambda: enter(folder, config, resume=resume)):
+    if finished := distributed.run_on_main(lambda: enter(folder, config, resume=resume)):
         print(f"The run in {folder} is finished.")
         return finished
-    reviews = distributed.from_first(lambda: load_reviews(asked, saved=folder / run_directory.REVIEWS if resume else None))
-    compute = choose_compute(config.device, config.precision)
+    reviews = distributed.run_on_main(lambda: load_reviews(asked, saved=folder / run_directory.REVIEWS if resume else None))
+    compute = select_compute(config.device, config.precision)
     dataset = read_dataset(
         config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
     )
     print(f"Training {spec.title} on {config.data_dir} ({compute}); the run is in {folder}")
     for number, extra in enumerate(config.extra_data, start=1):
         print(f"Further photos, named extra-{number}/...: {extra}")
-    network = distributed.one_a_host_first(lambda: prepare(spec, len(dataset.classes), config, compute))
-    distributed.check(compute, network.split_model.trainable)
-    distributed.check_same("pretrained weights", network.base.sha256 if network.base else None)
+    network = distributed.local_main_first(lambda: prepare(spec, len(dataset.classes), config, compute))
+    distributed.check_supported(compute, network.split_model.trainable)
+    distributed.require_same_on_all_ranks("pretrained weights", network.base.sha256 if network.base else None)
     cache = feature_cache(config, network, compute)
     survey = look(config, dataset, network, cache, reviews=reviews)
     if not resume:
-        distributed.from_first(lambda: run_directory.start(folder, config, reviews=reviews.data if reviews else None))
+        distributed.run_on_main(lambda: run_directory.start(folder, config, reviews=reviews.data if reviews else None))
     with _resumable(folder):
         batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
         answers = ask(network, batches["valid"], compute)
-        return distributed.from_first(lambda: finish(config, folder, network, compute, answers, survey, progress))
+        return distributed.run_on_main(lambda: finish(config, folder, network, compute, answers, survey, progress))
 
 
 def enter(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
@@ -110,13 +110,13 @@ def fit_head(
     config: Config, folder: Path, network: Network, compute: Compute, batches: Mapping[str, Batches], *, inputs: str
 ) -> Progress:
     """Train what follows the cut, from the run's checkpoint where there is one, and keep a new one after each epoch."""
-    before = distributed.from_first(lambda: run_directory.load_checkpoint(folder, inputs=inputs))
+    before = distributed.run_on_main(lambda: run_directory.load_checkpoint(folder, inputs=inputs))
     if before:
         print(f"Going on after epoch {before.epoch}.")
-    with EventWriter(folder if config.tensorboard and distributed.is_first() else None) as events:
+    with EventWriter(folder if config.tensorboard and distributed.is_main_process() else None) as events:
 
         def on_epoch(progress: Progress) -> None:
-            distributed.from_first(lambda: run_directory.save_checkpoint(folder, progress, inputs=inputs))
+            distributed.run_on_main(lambda: run_directory.save_checkpoint(folder, progress, inputs=inputs))
             events.write(progress.history[-1])
 
         return fit(
@@ -137,7 +137,7 @@ def ask(network: Network, batches: Batches, compute: Compute) -> tuple[Tensor, T
     """The photos' log-probabilities (N, classes), labels (N,) and embeddings (N, d) by what was trained."""
     with capture_embeddings(network.classifier, network.spec) as seen:
         log_probs, labels = predict(network.split_model.trainable, batches, compute=compute)
-    return log_probs, labels, np.concatenate([rows for own in distributed.from_all(seen) for rows in own])
+    return log_probs, labels, np.concatenate([rows for own in distributed.all_gather(seen) for rows in own])
 
 
 def finish(

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from finetune.io.threaded_map import batched, prefetch, processors
+from finetune.io.threaded_map import available_cpus, batched, threaded_map
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
 from models.artifacts.bundle import GRAPH, Bundle
 from models.errors import DataError, ImageError, RunError
@@ -66,7 +66,7 @@ def score(
     """
     settings = {"bundle": bundle.name, "version": bundle.version, "precision": precision, "part_photos": part_photos}
     _enter(out, settings)
-    scorer = _Scorer(bundle, precision, workers or processors())
+    scorer = _Scorer(bundle, precision, workers or available_cpus())
     tally, parts, total = Tally(), 0, 0
     started = time.perf_counter()
     with tqdm(desc="scoring", unit="photo", disable=None) as bar:
@@ -109,7 +109,9 @@ class _Scorer:
 
     def table(self, photos: Sequence[Path], bar: Any) -> pa.Table:
         rows: list[NDArray[np.float32] | str] = []
-        for answers in prefetch(self._answers, batched(photos, BATCH), workers=self._threads, ahead=2 * self._threads):
+        for answers in threaded_map(
+            self._answers, batched(photos, BATCH), workers=self._threads, buffer_size=2 * self._threads
+        ):
             rows += answers
             bar.update(len(answers))
         classes = self._bundle.classes

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from finetune.data.image_files import is_image_file, walk_images
 from finetune.export.merge_head import open_full
-from finetune.io.threaded_map import batched, prefetch
+from finetune.io.threaded_map import batched, threaded_map
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
 from models.artifacts.paths import resolve_bundle
 from models.errors import ConfigError, DataError, ImageError
@@ -46,7 +46,7 @@ def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", 
         except (ImageError, OSError) as error:
             return str(error)
 
-    for batch in batched(zip(paths, prefetch(pixels, paths, workers=workers), strict=True), BATCH):
+    for batch in batched(zip(paths, threaded_map(pixels, paths, workers=workers), strict=True), BATCH):
         good = [picture for _, picture in batch if not isinstance(picture, str)]
         rows = zip(*engine.run(np.stack(good)), strict=True) if good else iter(())
         for path, picture in batch:

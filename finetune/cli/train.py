@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         from finetune.compute import distributed  # as below
         from finetune.training import run_directory
 
-        kept = distributed.from_first(lambda: run_directory.read_config(Path(given["output_dir"])))
+        kept = distributed.run_on_main(lambda: run_directory.read_config(Path(given["output_dir"])))
         config = settings.from_mapping({**kept, **given})
     else:
         config = settings.from_arguments(args)
@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     from finetune.pipeline import train  # here, as torch takes seconds to import and a wrong flag should not wait for it
 
     if config.dataset:
-        config = distributed.one_a_host_first(lambda: _with_dataset(config, resume=args.resume))
+        config = distributed.local_main_first(lambda: _with_dataset(config, resume=args.resume))
     bundle = train(config, resume=args.resume)
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return 0
     print(f"speed        {photos_per_second(bundle):,.0f} training photos a second, validation included")
     if config.dataset:

@@ -30,7 +30,7 @@ class Compute:
         return f"{self.device.type}, {self.precision}"
 
 
-def choose_compute(device: str, precision: str) -> Compute:
+def select_compute(device: str, precision: str) -> Compute:
     """Take a GPU where there is one, and the precision that suits it. Raises ConfigError for what the machine has not."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     chosen = next(name for name in ("cuda", "mps", "cpu") if there[name]) if device == "auto" else device

@@ -1,7 +1,7 @@
 """Several processes train as one: all that is distributed, on PyTorch's own engine (``torchrun``; gloo on CPUs, NCCL on GPUs).
 
 Outside of ``session`` the world is of one process, and every function here gives what it was given. Inside, a *rank* is one
-of ``size()`` processes. Each global batch is divided over the ranks, each computes the gradients of its share of the
+of ``world_size()`` processes. Each global batch is divided over the ranks, each computes the gradients of its share of the
 loss's mean, and their sum is taken by ``all_reduce``. DistributedDataParallel is not used: it averages over ranks, which is
 another thing where shares are uneven or empty, and it knows nothing of the random numbers of dropout.
 """
@@ -34,7 +34,7 @@ from models.errors import ConfigError, DataError, RunError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Number = TypeVar("Number", int, float)
-PATIENCE = timedelta(hours=1)  # how long a rank waits for another that is alive: for its share of the photos, or the export
+TIMEOUT = timedelta(hours=1)  # how long a rank waits for another that is alive: for its share of the photos, or the export
 aten = torch.ops.aten
 
 
@@ -46,11 +46,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the one rank that prints and writes the run."""
     return rank() == 0
 
@@ -63,9 +63,9 @@ def session() -> Iterator[None]:
     and say nothing.
     """
     try:
-        store, number, count = next(iter(rendezvous("env://", timeout=PATIENCE)))
+        store, number, count = next(iter(rendezvous("env://", timeout=TIMEOUT)))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"The other processes of this training were not met ({reason}); start them all with torchrun.") from None
@@ -82,9 +82,9 @@ def session() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def check(compute: Compute, part: nn.Module) -> None:
+def check_supported(compute: Compute, part: nn.Module) -> None:
     """Raise ConfigError for a device or a network that several processes cannot train as one would."""
-    if size() == 1:
+    if world_size() == 1:
         return
     if compute.device.type not in ("cpu", "cuda"):
         raise ConfigError(f"Several processes train on CPUs or on CUDA's GPUs, not on {compute.device.type}; say --device cpu.")
@@ -101,11 +101,11 @@ def check(compute: Compute, part: nn.Module) -> None:
             )
 
 
-def check_same(what: str, value: object) -> None:
+def require_same_on_all_ranks(what: str, value: object) -> None:
     """Raise DataError where ``value``, plain data that describes ``what``, is not the same on every rank."""
-    if size() == 1:
+    if world_size() == 1:
         return
-    hosts, digests = zip(*from_all((socket.gethostname(), hashlib.sha256(json.dumps(value).encode()).digest())), strict=True)
+    hosts, digests = zip(*all_gather((socket.gethostname(), hashlib.sha256(json.dumps(value).encode()).digest())), strict=True)
     for other, (host, digest) in enumerate(zip(hosts, digests, strict=True)):
         if digest != digests[0]:
             raise DataError(
@@ -114,62 +114,62 @@ def check_same(what: str, value: object) -> None:
             )
 
 
-def from_first(work: Callable[[], Result]) -> Result:
+def run_on_main(work: Callable[[], Result]) -> Result:
     """Let the first rank do ``work``, and give every rank the result."""
-    result: Any = work() if is_first() else None
-    return agreed(result)
+    result: Any = work() if is_main_process() else None
+    return broadcast(result)
 
 
-def agreed(value: Result) -> Result:
+def broadcast(value: Result) -> Result:
     """The first rank's ``value``: computed on unlike processors it may differ in a last digit, and ranks must not part."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     box = [value]
     _talk(dist.broadcast_object_list, box, src=0)
     return box[0]
 
 
-def from_all(own: Result) -> list[Result]:
+def all_gather(own: Result) -> list[Result]:
     """What each rank has, in the order of the ranks."""
-    if size() == 1:
+    if world_size() == 1:
         return [own]
-    box: list[Any] = [None] * size()
+    box: list[Any] = [None] * world_size()
     _talk(dist.all_gather_object, box, own)
     return box
 
 
-def one_a_host_first(work: Callable[[], Result]) -> Result:
+def local_main_first(work: Callable[[], Result]) -> Result:
     """``work`` on every rank, on the first of each host before the others: what it downloads or makes is there for them."""
-    if size() == 1:
+    if world_size() == 1:
         return work()
     early = work() if _local_rank() == 0 else None
     _talk(dist.barrier)
     return work() if early is None else early
 
 
-def spread(
+def map_sharded(
     items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]], *, name: Callable[[Item], str]
 ) -> list[Result]:
     """``work(items)``, each rank on its own of them, by ``name``: one result for each item, in order, on every rank."""
-    if size() == 1:
+    if world_size() == 1:
         return list(work(items))
     owners = _owners(items, name)
-    found = [iter(results) for results in from_all(list(work(_of(rank(), items, owners))))]
+    found = [iter(results) for results in all_gather(list(work(_of(rank(), items, owners))))]
     return [next(found[owner]) for owner in owners]
 
 
-def spread_rows(
+def map_rows_sharded(
     items: Sequence[Item], work: Callable[[Sequence[Item]], NDArray[np.float32]], *, name: Callable[[Item], str]
 ) -> NDArray[np.float32]:
-    """As ``spread``, for one row of numbers an item, which travel without a second copy of them all."""
-    if size() == 1:
+    """As ``map_sharded``, for one row of numbers an item, which travel without a second copy of them all."""
+    if world_size() == 1:
         return work(items)
     owners = np.array(_owners(items, name))
     mine = _of(rank(), items, owners)
     own = work(mine) if mine else None
-    shape = next(shape for shape in from_all(None if own is None else own.shape[1:]) if shape is not None)
+    shape = next(shape for shape in all_gather(None if own is None else own.shape[1:]) if shape is not None)
     rows = np.empty((len(items), *shape), np.float32)
-    for source in range(size()):
+    for source in range(world_size()):
         places = np.flatnonzero(owners == source)
         if len(places):
             part = own if source == rank() and own is not None else np.empty((len(places), *shape), np.float32)
@@ -178,30 +178,30 @@ def spread_rows(
     return rows
 
 
-def share(count: int) -> slice:
+def shard_slice(count: int) -> slice:
     """This rank's of ``count`` rows: as many as the other ranks', or one more or less."""
-    return slice(rank() * count // size(), (rank() + 1) * count // size())
+    return slice(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
 
-def total(value: Number) -> Number:
+def all_reduce_sum(value: Number) -> Number:
     """The sum over the ranks of each one's ``value``."""
-    if size() == 1:
+    if world_size() == 1:
         return value
     box = torch.tensor(value, dtype=torch.float64)
     _talk(dist.all_reduce, box)
     return type(value)(box.item())
 
 
-def start_alike(part: nn.Module) -> None:
+def broadcast_weights(part: nn.Module) -> None:
     """Give every rank the first one's weights."""
-    if size() > 1:
+    if world_size() > 1:
         for tensor in part.state_dict().values():
             _talk(dist.broadcast, tensor, src=0)
 
 
-def sum_gradients(part: nn.Module) -> None:
+def all_reduce_gradients(part: nn.Module) -> None:
     """Sum the gradients over the ranks; a rank whose share of the batch is empty has none, and adds zero."""
-    if size() == 1:
+    if world_size() == 1:
         return
     trained = [p for p in part.parameters() if p.requires_grad]
     for parameter in trained:
@@ -212,21 +212,21 @@ def sum_gradients(part: nn.Module) -> None:
         _talk(work.wait)
 
 
-def whole_draws(count: int) -> contextlib.AbstractContextManager[object]:
+def shared_dropout(count: int) -> contextlib.AbstractContextManager[object]:
     """A forward pass inside draws dropout's random numbers for all ``count`` photos of the batch, and takes its share's.
 
     Every rank has the same seed, so together they drop what a single process would: on a CPU exactly that, as its numbers are
     drawn in the same order. A GPU's own process draws in another way; there all numbers of ranks above one agree.
     """
-    return contextlib.nullcontext() if size() == 1 else _WholeDraws(count)
+    return contextlib.nullcontext() if world_size() == 1 else _SharedDropout(count)
 
 
-class _WholeDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _SharedDropout(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dropout of all kinds, alpha dropout and stochastic depth come down to two of torch's operations."""
 
     def __init__(self, count: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._count, self._mine = count, share(count)
+        self._count, self._mine = count, shard_slice(count)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -256,7 +256,7 @@ def _drops_nothing(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bo
 def _owners(items: Sequence[Item], name: Callable[[Item], str]) -> list[int]:
     """The rank that sees to each item. It follows from the name: who has decoded a photo also computes its features."""
     digests = (hashlib.sha256(name(item).encode("utf-8", "surrogateescape")).digest() for item in items)
-    return [int.from_bytes(digest[:8], "big") % size() for digest in digests]
+    return [int.from_bytes(digest[:8], "big") % world_size() for digest in digests]
 
 
 def _of(number: int, items: Sequence[Item], owners: Sequence[int] | NDArray[np.int_]) -> list[Item]:

@@ -14,7 +14,7 @@ from finetune.data.extra_data import ExistingImage, describe_dropped
 from finetune.data.image_files import in_ignored_folder, is_ignored_folder, is_image_file
 from finetune.data.image_folder import Dataset, read_dataset
 from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
-from finetune.io.array_store import ShardStore
+from finetune.io.array_store import ArrayStore
 from models.artifacts.paths import default_cache_dir
 from models.errors import DataError
 
@@ -171,7 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """``finetune audit DATA``: print the findings. The exit code is 0 where nothing is wrong, else 1."""
     dataset = read_dataset(args.data_dir)
-    store = ShardStore(args.cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
+    store = ArrayStore(args.cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
     found = audit(dataset, inspect_images(dataset.samples, store=store, workers=args.workers, quiet=args.json))
     print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if args.json else found.text())
     return 1 if found.problems else 0

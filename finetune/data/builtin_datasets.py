@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from finetune.config import Config
 from finetune.io.output_folder import atomic_folder, require_empty_folder
-from finetune.io.threaded_map import prefetch
+from finetune.io.threaded_map import threaded_map
 from models.artifacts.atomic_io import atomic_write_text
 from models.errors import DataError
 
@@ -172,7 +172,7 @@ def _write(folder: Path, classes: Sequence[str], part: ArraySplit, chosen: NDArr
         place = folder / classes[part.labels[index]] / f"{index:05d}.png"
         Image.fromarray(part.images[index]).save(place, compress_level=1)
 
-    written = prefetch(save, chosen.tolist(), workers=0)
+    written = threaded_map(save, chosen.tolist(), workers=0)
     for _ in tqdm(written, total=len(chosen), desc=f"writing {folder.name}", unit="picture", disable=None):
         pass
 

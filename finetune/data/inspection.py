@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetune.data.image_folder import Sample
-from finetune.io.array_store import ShardStore
-from finetune.io.threaded_map import prefetch
+from finetune.io.array_store import ArrayStore
+from finetune.io.threaded_map import threaded_map
 from models.artifacts.atomic_io import sha256_of
 from models.errors import ImageError
 from models.preprocess import MIN_DECODE_PX, Preprocessing, decode
@@ -63,7 +63,7 @@ class PixelCache:
 def inspect_images(
     samples: Sequence[Sample],
     *,
-    store: ShardStore,
+    store: ArrayStore,
     pixel_cache: PixelCache | None = None,
     select_pixels: Callable[[Sequence[str]], set[str]] | None = None,
     workers: int = 0,
@@ -74,7 +74,7 @@ def inspect_images(
     Photos are decoded as far as ``pixel_cache`` needs them; ``store`` is that of ``fingerprint_context`` for as many pixels.
     """
     decode_px = pixel_cache.preprocessing.decode_px if pixel_cache else MIN_DECODE_PX
-    sha256s = list(prefetch(lambda sample: _sha256(sample.path), samples, workers=workers))
+    sha256s = list(threaded_map(lambda sample: _sha256(sample.path), samples, workers=workers))
     known = store.load([sha for sha in sha256s if sha])
     keep = select_pixels([sha for sha in sha256s if sha]) if select_pixels else set()
     bar = tqdm(total=len(samples), desc="looking at photos", unit="photo", disable=quiet or None, leave=False)
@@ -94,7 +94,7 @@ def inspect_images(
         return ImageRecord(sample, sha256, known[sha256] if sha256 in known else fingerprint(picture), None)
 
     records = []
-    for result in prefetch(look, zip(samples, sha256s, strict=True), workers=workers):
+    for result in threaded_map(look, zip(samples, sha256s, strict=True), workers=workers):
         if result.fingerprint is not None and result.sha256 not in known:
             store.add(result.sha256, result.fingerprint)
         records.append(result)

@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
 from finetune import config as settings
-from finetune.compute.device import Compute, choose_compute
+from finetune.compute.device import Compute, select_compute
 from finetune.config import Config
 from finetune.data.apply_reviews import ReviewTable
 from finetune.data.duplicates import find_duplicates
@@ -66,7 +66,7 @@ def evaluate_folds(
             "data that it was trained on."
         )
     require_empty_folder(out)
-    compute = choose_compute(config.device, config.precision)
+    compute = select_compute(config.device, config.precision)
     network = prepare(get_spec(bundle.backbone), len(bundle.classes), config, compute)
     if network.base is None or network.base.sha256 != bundle.manifest["base"]["sha256"]:
         raise BundleError(f"The bundle {bundle_dir} was trained on other base weights; give the file with --weights.")

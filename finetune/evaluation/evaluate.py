@@ -13,7 +13,7 @@ from finetune.data.embeddings import build_similarity_index
 from finetune.data.image_folder import read_split
 from finetune.data.inspection import PixelCache, fingerprint_context, inspect_images
 from finetune.export.merge_head import open_full
-from finetune.io.array_store import ShardStore
+from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.classification import format_summary
 from finetune.reports.results import write_results
@@ -44,7 +44,7 @@ def evaluate_bundle(
     samples = read_split(data_dir, split, bundle.classes)
     require_empty_folder(out)
     pixel_cache = PixelCache(bundle.preprocessing, limit_mb=0)
-    store = ShardStore(
+    store = ArrayStore(
         cache_dir or default_cache_dir(), fingerprint_context(pixel_cache.preprocessing.decode_px), limit_mb=4096
     )
     records = inspect_images(samples, store=store, pixel_cache=pixel_cache, workers=workers)

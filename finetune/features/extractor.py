@@ -18,8 +18,8 @@ from tqdm import tqdm
 from finetune.compute import distributed
 from finetune.compute.device import Compute
 from finetune.data.inspection import ImageRecord, PixelCache
-from finetune.io.array_store import ShardStore
-from finetune.io.threaded_map import batched, own_threads, prefetch
+from finetune.io.array_store import ArrayStore
+from finetune.io.threaded_map import batched, engine_threads, threaded_map
 from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.onnx_export import export_onnx
 from models.networks.split_point import SplitModel
@@ -29,7 +29,7 @@ from models.runtime.openvino_engine import OpenVINOEngine, load_openvino
 CPU_BATCH, GPU_BATCH = 8, 64
 
 
-class FrozenPart:
+class FeatureExtractor:
     """``run(pixels)``: (N, H, W, C) uint8 -> (N, ...) float32, what the network gives behind the cut.
 
     On a CPU the part is compiled by OpenVINO, which takes a third of eager torch's time for depthwise convolutions; on a
@@ -67,7 +67,7 @@ class FrozenPart:
                 path=graph,
                 batch_size=CPU_BATCH,
             )
-            return OpenVINOEngine(graph, outputs=["features"], precision=self._compute.precision, threads=own_threads())
+            return OpenVINOEngine(graph, outputs=["features"], precision=self._compute.precision, threads=engine_threads())
 
     def _run_torch(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         padded = np.zeros((GPU_BATCH, *pixels.shape[1:]), np.uint8)
@@ -82,7 +82,7 @@ class FrozenPart:
 class FeatureCache:
     """Features by the sha256 of the photo, for one frozen part, kept on disk."""
 
-    def __init__(self, frozen: FrozenPart, store: ShardStore, *, workers: int = 0) -> None:
+    def __init__(self, frozen: FeatureExtractor, store: ArrayStore, *, workers: int = 0) -> None:
         self._frozen = frozen
         self._store = store
         self._workers = workers
@@ -96,7 +96,7 @@ class FeatureCache:
 
         Of several processes each sees to its own photos, keeps their features on its own disk and hands them to the others.
         """
-        return distributed.spread_rows(
+        return distributed.map_rows_sharded(
             records, lambda own: self._own(own, pixel_cache, label), name=lambda record: record.sample.name
         )
 
@@ -117,7 +117,7 @@ class FeatureCache:
     ) -> Iterator[tuple[ImageRecord, NDArray[np.float32]]]:
         if not todo:
             return
-        pixels = prefetch(lambda record: pixel_cache.pop(record.sha256, record.sample.path), todo, workers=self._workers)
+        pixels = threaded_map(lambda record: pixel_cache.pop(record.sha256, record.sample.path), todo, workers=self._workers)
         with tqdm(total=len(todo), desc=label, unit="photo", disable=None) as bar:
             if bar.disable:
                 print(f"{label}: {len(todo):,} photos to run", flush=True)

@@ -24,10 +24,10 @@ from safetensors.numpy import load, save
 
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
 
-ROWS_A_FILE = 256
+ROWS_PER_FILE = 256
 
 
-class ShardStore:
+class ArrayStore:
     """Rows by key, for one context. ``root`` is shared by all contexts and holds at most ``limit_mb`` after ``prune``."""
 
     def __init__(self, root: Path, context: Mapping[str, Any], *, limit_mb: int) -> None:
@@ -50,7 +50,7 @@ class ShardStore:
     def add(self, key: str, row: NDArray[Any]) -> None:
         """Keep a row; it is on disk after some hundred more, or after ``flush``."""
         self._rows[key] = self._pending[key] = row
-        if len(self._pending) >= ROWS_A_FILE:
+        if len(self._pending) >= ROWS_PER_FILE:
             self.flush()
 
     def flush(self) -> None:

@@ -12,29 +12,31 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def processors() -> int:
+def available_cpus() -> int:
     """The processors that this process may use: where torchrun started several on this machine, its share of them."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, there // _neighbours())
+    return max(1, there // _local_world_size())
 
 
-def own_threads() -> int:
+def engine_threads() -> int:
     """How many threads an engine may take: 0, all that it likes, or this process's share of the machine."""
-    return processors() if _neighbours() > 1 else 0
+    return available_cpus() if _local_world_size() > 1 else 0
 
 
-def _neighbours() -> int:
+def _local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def prefetch(work: Callable[[Item], Result], items: Iterable[Item], *, workers: int, ahead: int = 64) -> Iterator[Result]:
-    """``map(work, items)`` in ``workers`` threads (0: one a processor), at most ``ahead`` results before they are taken."""
-    pool = ThreadPoolExecutor(workers or processors(), thread_name_prefix="decode")
+def threaded_map(
+    work: Callable[[Item], Result], items: Iterable[Item], *, workers: int, buffer_size: int = 64
+) -> Iterator[Result]:
+    """``map(work, items)`` in ``workers`` threads (0: one a CPU), at most ``buffer_size`` results before they are taken."""
+    pool = ThreadPoolExecutor(workers or available_cpus(), thread_name_prefix="decode")
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) > ahead:
+            if len(waiting) > buffer_size:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

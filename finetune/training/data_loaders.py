@@ -13,8 +13,8 @@ from torch import Tensor
 
 from finetune.compute import distributed
 from finetune.data.image_folder import Sample
-from finetune.features.extractor import FrozenPart
-from finetune.io.threaded_map import prefetch
+from finetune.features.extractor import FeatureExtractor
+from finetune.io.threaded_map import threaded_map
 from finetune.training.augment import Augment
 from models.preprocess import Preprocessing
 
@@ -71,7 +71,7 @@ class LiveBatches:
         samples: Sequence[Sample],
         *,
         preprocessing: Preprocessing,
-        frozen: FrozenPart,
+        frozen: FeatureExtractor,
         augment: Augment | None,
         batch_size: int,
         seed: int,
@@ -109,7 +109,7 @@ class LiveBatches:
             return picture
 
         lists = [part.tolist() for part in parts]
-        loaded = prefetch(pixels, chain.from_iterable(lists), workers=self._workers, ahead=2 * self._batch_size)
+        loaded = threaded_map(pixels, chain.from_iterable(lists), workers=self._workers, buffer_size=2 * self._batch_size)
         for indices in lists:
             pictures = list(islice(loaded, len(indices)))
             features = torch.from_numpy(self._frozen.run(np.stack(pictures))) if pictures else torch.empty(0)
@@ -119,12 +119,12 @@ class LiveBatches:
 def shuffled_shares(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """This process's share of each batch of an epoch, as indices; the batches are those of a single process."""
     whole = torch.split(epoch_order(count, seed, epoch), batch_size)
-    return [part[distributed.share(len(part))] for part in whole]
+    return [part[distributed.shard_slice(len(part))] for part in whole]
 
 
 def ordered_shares(count: int, batch_size: int) -> list[Tensor]:
     """This process's share of all photos in order, in batches; all shares one after another are all photos."""
-    mine = torch.arange(count)[distributed.share(count)]
+    mine = torch.arange(count)[distributed.shard_slice(count)]
     return list(torch.split(mine, batch_size)) if len(mine) else []
 
 

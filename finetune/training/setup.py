@@ -15,8 +15,8 @@ from finetune.data.duplicates import find_duplicates
 from finetune.data.extra_data import drop_known_images
 from finetune.data.image_folder import Dataset, move_to_train
 from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_context, inspect_images
-from finetune.features.extractor import FeatureCache, FrozenPart, cache_context
-from finetune.io.array_store import ShardStore
+from finetune.features.extractor import FeatureCache, FeatureExtractor, cache_context
+from finetune.io.array_store import ArrayStore
 from finetune.training.augment import Augment
 from finetune.training.data_loaders import Batches, CachedBatches, LiveBatches
 from models.artifacts.paths import default_cache_dir
@@ -33,7 +33,7 @@ class Network:
     spec: ModelSpec
     classifier: Classifier
     split_model: SplitModel
-    frozen: FrozenPart
+    frozen: FeatureExtractor
     base: Weights | None
     names: list[str]
 
@@ -68,7 +68,7 @@ def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute)
         permute_pixels=config.permute_pixels,
     )
     parts = split_model(classifier)
-    frozen = FrozenPart(parts, spec.preprocessing, compute)
+    frozen = FeatureExtractor(parts, spec.preprocessing, compute)
     return Network(spec, classifier, parts, frozen, base, trainable_names(classifier.net))
 
 
@@ -98,7 +98,7 @@ def feature_cache(config: Config, network: Network, compute: Compute) -> Feature
         engine=network.frozen.engine,
         permute_pixels=config.permute_pixels,
     )
-    store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
+    store = ArrayStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
     print(f"The frozen part ends behind {network.split_model.last_frozen}; it runs once for each photo.")
     return FeatureCache(network.frozen, store, workers=config.workers)
 
@@ -113,10 +113,12 @@ def look(
     """
     pixel_cache = PixelCache(network.spec.preprocessing)
     context = fingerprint_context(pixel_cache.preprocessing.decode_px)
-    store = ShardStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
+    store = ArrayStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
     select_pixels = cache.missing if cache else None
-    distributed.check_same(f"photos in {config.data_dir}", [[sample.name, sample.split] for sample in dataset.samples])
-    records = distributed.spread(
+    distributed.require_same_on_all_ranks(
+        f"photos in {config.data_dir}", [[sample.name, sample.split] for sample in dataset.samples]
+    )
+    records = distributed.map_sharded(
         dataset.samples,
         lambda own: inspect_images(
             own, store=store, pixel_cache=pixel_cache, select_pixels=select_pixels, workers=config.workers

@@ -63,7 +63,7 @@ def fit(
     if progress.epoch:
         part.load_state_dict(progress.last, strict=False)
         optimizer.load_state_dict(progress.optimizer)
-    distributed.start_alike(part)
+    distributed.broadcast_weights(part)
     with tqdm(
         total=epochs * len(train), initial=progress.epoch * len(train), desc="training", unit="photo", disable=None
     ) as bar:
@@ -76,7 +76,7 @@ def fit(
             train_loss, train_accuracy = train_one_epoch(
                 part, train, optimizer, progress.epoch, compute=compute, aux_weight=aux_weight, bar=bar
             )
-            valid_loss, valid_accuracy = distributed.agreed(score(part, valid, compute=compute))
+            valid_loss, valid_accuracy = distributed.broadcast(score(part, valid, compute=compute))
             if not math.isfinite(train_loss + valid_loss):
                 raise RunError(f"The loss is no longer a number in epoch {progress.epoch + 1}; lower --lr, which is {rate:g}.")
             progress.epoch += 1
@@ -140,23 +140,23 @@ def train_one_epoch(
     loss_sum, right = 0.0, 0
     for features, labels in batches.shuffled(epoch):
         features, labels = features.to(compute.device), labels.to(compute.device)
-        count = distributed.total(
+        count = distributed.all_reduce_sum(
             len(labels)
         )  # of the whole batch: several processes have a share of it each, which may be empty
         optimizer.zero_grad()
         if len(labels):
-            with compute.autocast(), distributed.whole_draws(count):
+            with compute.autocast(), distributed.shared_dropout(count):
                 log_probs, *aux = _answers(part(features))
             loss = loss_of(log_probs.float(), labels)
             aux_loss = sum(loss_of(answer.float(), labels) for answer in aux)
             scaler.scale((loss + aux_weight * aux_loss) * (len(labels) / count)).backward()
             loss_sum += loss.item() * len(labels)
             right += int((log_probs.argmax(1) == labels).sum())
-        distributed.sum_gradients(part)
+        distributed.all_reduce_gradients(part)
         scaler.step(optimizer)
         scaler.update()
         bar.update(count)
-    return distributed.total(loss_sum) / len(batches), distributed.total(right) / len(batches)
+    return distributed.all_reduce_sum(loss_sum) / len(batches), distributed.all_reduce_sum(right) / len(batches)
 
 
 def score(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[float, float]:
@@ -176,7 +176,7 @@ def predict(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[Ten
             with compute.autocast():
                 outputs.append(_answers(part(features.to(compute.device)))[0].float().cpu())
             truths.append(labels)
-    parts = distributed.from_all((outputs, truths))
+    parts = distributed.all_gather((outputs, truths))
     return torch.cat([rows for own, _ in parts for rows in own]), torch.cat([rows for _, own in parts for rows in own])
 
 

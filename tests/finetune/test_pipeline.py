@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 from torchvision import transforms
 
-from finetune.compute.device import choose_compute
+from finetune.compute.device import select_compute
 from finetune.config import Config
 from finetune.training.setup import feature_cache, prepare
 from models.artifacts.bundle import Bundle, open_bundle
@@ -245,7 +245,7 @@ def test_where_there_is_no_feature_cache_it_says_why(
     tiny_weights: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], why: str
 ) -> None:
     config = Config(**({"backbone": "tiny", "weights": str(tiny_weights)} | settings))
-    compute = choose_compute("cpu", "fp32")
+    compute = select_compute("cpu", "fp32")
     assert feature_cache(config, prepare(TINY, 2, config, compute), compute) is None
     assert f"No feature cache, as {why}: every epoch runs every photo" in capsys.readouterr().out
 

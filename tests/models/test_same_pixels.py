@@ -18,7 +18,7 @@ from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import Sample
 from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_context, inspect_images
 from finetune.data.synthetic.dataset import draw_image
-from finetune.io.array_store import ShardStore
+from finetune.io.array_store import ArrayStore
 from finetune.training.data_loaders import LiveBatches
 from models.artifacts.bundle import Bundle
 from models.preprocess import Preprocessing, decode
@@ -47,7 +47,7 @@ def wanted(samples: list[Sample]) -> list[NDArray[np.uint8]]:
 
 
 def scanned(samples: list[Sample], folder: Path, pixel_cache: PixelCache | None) -> list[ImageRecord]:
-    store = ShardStore(folder, fingerprint_context(), limit_mb=10)
+    store = ArrayStore(folder, fingerprint_context(), limit_mb=10)
     return inspect_images(samples, store=store, pixel_cache=pixel_cache, select_pixels=set if pixel_cache else None, quiet=True)
 
 

@@ -245,7 +245,7 @@ class Block(nn.Module):
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, number: int, count: int) -> None:
     monkeypatch.setattr(distributed, "rank", lambda: number)
-    monkeypatch.setattr(distributed, "size", lambda: count)
+    monkeypatch.setattr(distributed, "world_size", lambda: count)
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -259,8 +259,8 @@ def test_dropout_of_every_kind_drops_what_one_process_drops(count: int, monkeypa
         as_rank(monkeypatch, number, count)
         torch.manual_seed(1)
         for step in range(2):
-            with distributed.whole_draws(7):
-                shares[step].append(network(photos[distributed.share(7)]))
+            with distributed.shared_dropout(7):
+                shares[step].append(network(photos[distributed.shard_slice(7)]))
     for step in range(2):
         torch.testing.assert_close(torch.cat(shares[step]), whole[step])
 
@@ -272,8 +272,8 @@ def test_a_gpus_own_dropout_is_shared_likewise(monkeypatch: pytest.MonkeyPatch) 
     for number in range(2):
         as_rank(monkeypatch, number, 2)
         torch.manual_seed(1)
-        own = ones[distributed.share(6)].clone().requires_grad_()
-        with distributed.whole_draws(6):
+        own = ones[distributed.shard_slice(6)].clone().requires_grad_()
+        with distributed.shared_dropout(6):
             dropped, kept = torch.native_dropout(own, 0.25, True)
         dropped.sum().backward()
         assert own.grad is not None
@@ -287,7 +287,7 @@ def test_a_gpus_own_dropout_is_shared_likewise(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("draw", [lambda x: x + torch.randn(x.shape), lambda x: x * torch.empty(9).bernoulli_(0.5).sum()])
 def test_other_random_numbers_are_refused(draw: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     as_rank(monkeypatch, 0, 2)
-    with distributed.whole_draws(6), pytest.raises(distributed.RunError, match=r"train it in one|random numbers"):
+    with distributed.shared_dropout(6), pytest.raises(distributed.RunError, match=r"train it in one|random numbers"):
         draw(torch.ones(3, 2))
 
 
@@ -296,6 +296,6 @@ def test_shares_are_all_of_a_batch_and_even(monkeypatch: pytest.MonkeyPatch) -> 
         parts = []
         for number in range(4):
             as_rank(monkeypatch, number, 4)
-            parts.append(list(range(total))[distributed.share(total)])
+            parts.append(list(range(total))[distributed.shard_slice(total)])
         assert [index for part in parts for index in part] == list(range(total))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1

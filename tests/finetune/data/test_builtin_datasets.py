@@ -17,7 +17,7 @@ from finetune.data.builtin_datasets import BUILTIN_DATASETS, make_dataset
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import fingerprint_context, inspect_images
-from finetune.io.array_store import ShardStore
+from finetune.io.array_store import ArrayStore
 from models.artifacts.bundle import open_bundle
 from models.errors import DataError
 from models.networks.classifier import Normalize
@@ -120,7 +120,7 @@ def test_of_small_pictures_only_exact_repeats_are_repeats(tmp_path: Path) -> Non
         (tmp_path / split / "one").mkdir(parents=True, exist_ok=True)
         (tmp_path / split / "two").mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / split / "one" / name)
-    store = ShardStore(tmp_path / "cache", fingerprint_context(), limit_mb=10)
+    store = ArrayStore(tmp_path / "cache", fingerprint_context(), limit_mb=10)
     found = find_duplicates(inspect_images(read_dataset(tmp_path).samples, store=store, quiet=True))
     assert [[s.sample.name for s in group] for group in found] == [["train/one/a.png", "valid/one/c.bmp"]]
 

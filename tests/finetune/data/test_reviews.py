@@ -22,7 +22,7 @@ from finetune.data.apply_reviews import ReviewTable, apply_reviews
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import fingerprint_context, inspect_images
 from finetune.data.review_source import hide_password
-from finetune.io.array_store import ShardStore
+from finetune.io.array_store import ArrayStore
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import open_bundle
 from models.artifacts.reviews import COLUMNS, Review, read_reviews, write_reviews
@@ -48,7 +48,7 @@ def table(*reviews: Review, path: Path) -> Path:
 def applied(data: Path, *reviews: Review) -> tuple[dict[str, str], str]:
     """The photos that are left with their class, and what is said."""
     dataset = read_dataset(data)
-    store = ShardStore(data.parent / "cache", fingerprint_context(), limit_mb=10)
+    store = ArrayStore(data.parent / "cache", fingerprint_context(), limit_mb=10)
     records = inspect_images(dataset.samples, store=store, quiet=True)
     changed, kept, what = apply_reviews(ReviewTable.parse(write_reviews(reviews), origin="reviews.csv"), dataset, records)
     assert [s.sample for s in kept] == list(changed.samples)
@@ -461,7 +461,7 @@ def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> 
         shutil.copyfile(data / "train" / "blue" / f"blue.00{i}.jpg", data / "valid" / "red" / f"same{i}.jpg")
     dataset = read_dataset(data)
     records = inspect_images(
-        dataset.samples, store=ShardStore(tmp_path / "cache", fingerprint_context(), limit_mb=10), quiet=True
+        dataset.samples, store=ArrayStore(tmp_path / "cache", fingerprint_context(), limit_mb=10), quiet=True
     )
     labels = np.array([photo.label for photo in dataset.samples])
     fold_of = deal(records, labels, folds=3, classes=dataset.classes, seed=0)

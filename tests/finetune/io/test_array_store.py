@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from finetune.io import array_store
-from finetune.io.array_store import ShardStore, prune
+from finetune.io.array_store import ArrayStore, prune
 from tests.helpers.server import poll
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,8 +30,8 @@ def row(i: int, width: int = 16) -> NDArray[np.float32]:
     return np.random.default_rng(i).normal(size=width).astype(np.float32)
 
 
-def open_store(root: Path, *, limit_mb: int = 100, **context: object) -> ShardStore:
-    return ShardStore(root, CONTEXT | context, limit_mb=limit_mb)
+def open_store(root: Path, *, limit_mb: int = 100, **context: object) -> ArrayStore:
+    return ArrayStore(root, CONTEXT | context, limit_mb=limit_mb)
 
 
 def fill(root: Path, numbers: range, *, width: int = 16, limit_mb: int = 100, **context: object) -> list[Path]:
@@ -81,10 +81,10 @@ def test_a_store_that_is_not_there_is_empty_and_makes_no_folder(tmp_path: Path) 
 
 def test_rows_are_there_before_they_are_on_disk_and_some_hundred_go_by_themselves(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    for i in range(array_store.ROWS_A_FILE + 1):
+    for i in range(array_store.ROWS_PER_FILE + 1):
         store.add(key(i), row(i))
-    assert len(store.load([key(i) for i in range(array_store.ROWS_A_FILE + 1)])) == array_store.ROWS_A_FILE + 1
-    assert found(tmp_path, range(300)) == set(range(array_store.ROWS_A_FILE))
+    assert len(store.load([key(i) for i in range(array_store.ROWS_PER_FILE + 1)])) == array_store.ROWS_PER_FILE + 1
+    assert found(tmp_path, range(300)) == set(range(array_store.ROWS_PER_FILE))
 
 
 def test_contexts_do_not_meet(tmp_path: Path) -> None:

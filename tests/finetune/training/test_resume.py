@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from finetune.compute.device import choose_compute
+from finetune.compute.device import select_compute
 from finetune.data.image_folder import Sample
 from finetune.data.inspection import ImageRecord, PixelCache
-from finetune.features.extractor import FeatureCache, FrozenPart
-from finetune.io.array_store import ShardStore
+from finetune.features.extractor import FeatureCache, FeatureExtractor
+from finetune.io.array_store import ArrayStore
 from models.networks.classifier import build_classifier
 from models.networks.split_point import split_model
 from tests.helpers.tiny_network import TINY, color_folder, finetune
@@ -121,7 +121,7 @@ def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_
     assert "was started with --lr 0.05, not 0.3" in err
 
 
-class _TiresAfter(FrozenPart):
+class _TiresAfter(FeatureExtractor):
     """A frozen part that a person interrupts after some batches."""
 
     batches = 1
@@ -137,11 +137,11 @@ def test_features_that_were_computed_before_an_interrupt_are_kept(tmp_path: Path
     photos = sorted((color_folder(tmp_path / "data", train=40, valid=0) / "train").glob("*/*.jpg"))
     records = [ImageRecord(Sample(path.name, path, 0, "train"), f"{i:064x}", None, None) for i, path in enumerate(photos)]
     parts = split_model(build_classifier(TINY, num_classes=2, base=None))
-    frozen = _TiresAfter(parts, TINY.preprocessing, choose_compute("cpu", "fp32"))
+    frozen = _TiresAfter(parts, TINY.preprocessing, select_compute("cpu", "fp32"))
     pixel_cache = PixelCache(TINY.preprocessing)
 
     def cache() -> FeatureCache:
-        return FeatureCache(frozen, ShardStore(tmp_path / "cache", {"what": "features"}, limit_mb=10))
+        return FeatureCache(frozen, ArrayStore(tmp_path / "cache", {"what": "features"}, limit_mb=10))
 
     sha256s = [record.sha256 for record in records]
     with pytest.raises(KeyboardInterrupt):

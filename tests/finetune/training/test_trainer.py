@@ -15,7 +15,7 @@ from torchvision import transforms
 
 from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.features.extractor import FrozenPart
+from finetune.features.extractor import FeatureExtractor
 from finetune.training import run_directory, trainer
 from finetune.training.data_loaders import CachedBatches, epoch_order
 from finetune.training.trainer import Progress, fit, learning_rate
@@ -129,7 +129,7 @@ def test_the_head_is_the_one_that_the_textbook_loop_trains(backbone: str, after:
     classifier = build_classifier(spec, num_classes=3, base=state, seed=config.seed)
     parts = split_model(classifier)
     assert parts.last_frozen == after
-    rows = FrozenPart(parts, spec.preprocessing, CPU).run(pixels.numpy())
+    rows = FeatureExtractor(parts, spec.preprocessing, CPU).run(pixels.numpy())
     cached = CachedBatches(rows, labels.tolist(), batch_size=4, seed=config.seed)
     names = [f"net.{spec.head}.{name}" for name in ("weight", "bias")]
     start = copy.deepcopy(classifier.net.get_submodule(spec.head).state_dict())

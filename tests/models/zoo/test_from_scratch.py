@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data.image_folder import Sample
-from finetune.features.extractor import FrozenPart
+from finetune.features.extractor import FeatureExtractor
 from finetune.training.data_loaders import LiveBatches
 from finetune.training.trainer import make_optimizer
 from models.networks.classifier import Classifier
@@ -108,7 +108,7 @@ def test_pixels_are_decoded_once_where_they_fit(tmp_path: Path, monkeypatch: pyt
     pixels = type(spec.preprocessing).pixels
     monkeypatch.setattr(type(spec.preprocessing), "pixels", lambda self, data: (decoded.append(1), pixels(self, data))[1])
     parts = split_model(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
-    frozen = FrozenPart(parts, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
+    frozen = FeatureExtractor(parts, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
     batches = LiveBatches(
         samples, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1
     )
