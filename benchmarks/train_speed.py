@@ -30,8 +30,8 @@ from torchvision.datasets import ImageFolder
 from finetune.compute.device import select_compute
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
-from finetune.pipeline import fit_head, name_inputs
-from finetune.training.setup import feature_cache, look, make_batches, prepare
+from finetune.pipeline import fit_head, hash_inputs
+from finetune.training.setup import build_feature_cache, make_batches, prepare_dataset, prepare_network
 from models.networks.classifier import build_classifier
 from models.networks.registry import get_spec
 from models.networks.spec import ModelSpec
@@ -116,13 +116,13 @@ def time_ours(config: Config, folder: Path) -> float:
     config = config.with_recipe(spec.recipe)
     compute = select_compute("cpu", config.precision)
     with quiet():
-        network = prepare(spec, 2, config, compute)
+        network = prepare_network(spec, 2, config, compute)
         started = time.perf_counter()
         dataset = read_dataset(config.data_dir)
-        cache = feature_cache(config, network, compute)
-        survey = look(config, dataset, network, cache)
-        batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
-        fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
+        cache = build_feature_cache(config, network, compute)
+        prepared = prepare_dataset(config, dataset, network, cache)
+        batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
+        fit_head(config, folder, network, compute, batches, inputs=hash_inputs(prepared, network))
     return time.perf_counter() - started
 
 

@@ -127,10 +127,10 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 def from_arguments(args: argparse.Namespace) -> Config:
     """The Config that a parsed command line asks for: defaults, then the config file, then flags. Raises ConfigError."""
-    return from_mapping(given(args))
+    return from_mapping(explicit_settings(args))
 
 
-def given(args: argparse.Namespace) -> dict[str, Any]:
+def explicit_settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the config file and the flags say, by name; a flag beats the file. Raises ConfigError."""
     known = {f.name for f in dataclasses.fields(Config)}
     flags = {key: value for key, value in vars(args).items() if key in known}

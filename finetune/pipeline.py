@@ -27,7 +27,14 @@ from finetune.metrics.classification import format_summary
 from finetune.reports.results import write_results
 from finetune.training import run_directory
 from finetune.training.data_loaders import Batches
-from finetune.training.setup import Network, Survey, feature_cache, look, make_batches, prepare
+from finetune.training.setup import (
+    PreparedDataset,
+    TrainingNetwork,
+    build_feature_cache,
+    make_batches,
+    prepare_dataset,
+    prepare_network,
+)
 from finetune.training.tensorboard import EventWriter
 from finetune.training.trainer import Progress, fit, predict
 from models.artifacts.atomic_io import atomic_write_text
@@ -48,10 +55,10 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     person can mend.
     """
     spec = get_spec(config.backbone)
-    config = settle(config, spec)
+    config = resolve_config(config, spec)
     folder = config.output_dir or default_run_dir(config)
     asked, config = config, dataclasses.replace(config, reviews_from=config.reviews_from and hide_password(config.reviews_from))
-    if finished := distributed.run_on_main(lambda: enter(folder, config, resume=resume)):
+    if finished := distributed.run_on_main(lambda: open_run(folder, config, resume=resume)):
         print(f"The run in {folder} is finished.")
         return finished
     reviews = distributed.run_on_main(lambda: load_reviews(asked, saved=folder / run_directory.REVIEWS if resume else None))
@@ -62,31 +69,31 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     print(f"Training {spec.title} on {config.data_dir} ({compute}); the run is in {folder}")
     for number, extra in enumerate(config.extra_data, start=1):
         print(f"Further photos, named extra-{number}/...: {extra}")
-    network = distributed.local_main_first(lambda: prepare(spec, len(dataset.classes), config, compute))
+    network = distributed.local_main_first(lambda: prepare_network(spec, len(dataset.classes), config, compute))
     distributed.check_supported(compute, network.split_model.trainable)
     distributed.require_same_on_all_ranks("pretrained weights", network.base.sha256 if network.base else None)
-    cache = feature_cache(config, network, compute)
-    survey = look(config, dataset, network, cache, reviews=reviews)
+    cache = build_feature_cache(config, network, compute)
+    prepared = prepare_dataset(config, dataset, network, cache, reviews=reviews)
     if not resume:
-        distributed.run_on_main(lambda: run_directory.start(folder, config, reviews=reviews.data if reviews else None))
+        distributed.run_on_main(lambda: run_directory.create_run(folder, config, reviews=reviews.data if reviews else None))
     with _resumable(folder):
-        batches = {split: make_batches(config, network, cache, survey, split) for split in ("train", "valid")}
-        progress = fit_head(config, folder, network, compute, batches, inputs=name_inputs(survey, network))
-        answers = ask(network, batches["valid"], compute)
-        return distributed.run_on_main(lambda: finish(config, folder, network, compute, answers, survey, progress))
+        batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
+        progress = fit_head(config, folder, network, compute, batches, inputs=hash_inputs(prepared, network))
+        answers = predict_validation(network, batches["valid"], compute)
+        return distributed.run_on_main(lambda: write_outputs(config, folder, network, compute, answers, prepared, progress))
 
 
-def enter(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
+def open_run(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
     """Check that the run's folder is free, or that it holds this run to go on with; gives the bundle of a finished one."""
     if not resume:
-        run_directory.check_free(folder)
+        run_directory.require_no_run(folder)
         return None
-    run_directory.check_same(folder, config)
-    run_directory.sweep(folder)
+    run_directory.require_same_settings(folder, config)
+    run_directory.remove_partial_files(folder)
     return open_bundle(folder / run_directory.BUNDLE) if (folder / run_directory.BUNDLE).is_dir() else None
 
 
-def settle(config: Config, spec: ModelSpec) -> Config:
+def resolve_config(config: Config, spec: ModelSpec) -> Config:
     """Fill what was left open: the network's recipe, and random weights to start from where it has no others.
 
     Raises ConfigError where the bundle is to leave pretrained weights out that there are not.
@@ -107,7 +114,7 @@ def default_name(config: Config) -> str:
 
 
 def fit_head(
-    config: Config, folder: Path, network: Network, compute: Compute, batches: Mapping[str, Batches], *, inputs: str
+    config: Config, folder: Path, network: TrainingNetwork, compute: Compute, batches: Mapping[str, Batches], *, inputs: str
 ) -> Progress:
     """Train what follows the cut, from the run's checkpoint where there is one, and keep a new one after each epoch."""
     before = distributed.run_on_main(lambda: run_directory.load_checkpoint(folder, inputs=inputs))
@@ -121,7 +128,7 @@ def fit_head(
 
         return fit(
             network.split_model.trainable,
-            [f"net.{name}" for name in network.names],
+            [f"net.{name}" for name in network.trainable_names],
             batches["train"],
             batches["valid"],
             config,
@@ -133,30 +140,30 @@ def fit_head(
         )
 
 
-def ask(network: Network, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:
+def predict_validation(network: TrainingNetwork, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:
     """The photos' log-probabilities (N, classes), labels (N,) and embeddings (N, d) by what was trained."""
     with capture_embeddings(network.classifier, network.spec) as seen:
         log_probs, labels = predict(network.split_model.trainable, batches, compute=compute)
     return log_probs, labels, np.concatenate([rows for own in distributed.all_gather(seen) for rows in own])
 
 
-def finish(
+def write_outputs(
     config: Config,
     folder: Path,
-    network: Network,
+    network: TrainingNetwork,
     compute: Compute,
     answers: tuple[Tensor, Tensor, Embeddings],
-    survey: Survey,
+    prepared: PreparedDataset,
     progress: Progress,
 ) -> Bundle:
-    """Calibrate, measure and export what was trained; ``answers`` are what ``ask`` gave of validation."""
-    atomic_write_text(folder / "audit.json", json.dumps(survey.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    """Calibrate, measure and export what was trained; ``answers`` are what ``predict_validation`` gave of validation."""
+    atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     log_probs, labels, embeddings = answers
-    photos = survey.good["valid"]
+    photos = prepared.splits["valid"]
     raw = log_probs.double().numpy()
     temperature = fit_temperature(raw, labels.numpy())
     predictions = Predictions(
-        classes=survey.dataset.classes,
+        classes=prepared.dataset.classes,
         image_names=tuple(s.sample.name for s in photos),
         labels=labels.numpy(),
         probabilities=apply_temperature(raw, temperature),
@@ -167,17 +174,17 @@ def finish(
         folder,
         predictions,
         similarity=build_similarity_index(
-            predictions.sha256s, embeddings, [*survey.good["train"], *photos], survey.dataset.classes
+            predictions.sha256s, embeddings, [*prepared.splits["train"], *photos], prepared.dataset.classes
         ),
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
-        data_dir=survey.dataset.root,
+        data_dir=prepared.dataset.root,
         history=progress.history,
         seed=config.seed,
     )
     print(f"\nThe best epoch was {progress.best_epoch} of {progress.epoch}. On the validation photos:")
     print(format_summary(metrics))
-    if survey.reviews:
+    if prepared.reviews:
         print("These figures are on the labels that the reviews corrected, in training and validation alike.")
     print("The best epoch and the temperature were chosen on these photos; `finetune evaluate` measures others.\n")
     state = network.classifier.net.cpu().state_dict()
@@ -191,16 +198,16 @@ def finish(
             spec=network.spec,
             base=network.base,
             last_frozen=network.split_model.last_frozen,
-            classes=survey.dataset.classes,
+            classes=prepared.dataset.classes,
             metrics=metrics,
             config=config,
             compute=str(compute),
             progress=progress,
-            audit_report=survey.audit_report,
-            records=[*survey.good["train"], *photos],
-            reviews=survey.reviews.as_dict() if survey.reviews else None,
+            audit_report=prepared.audit_report,
+            records=[*prepared.splits["train"], *photos],
+            reviews=prepared.reviews.as_dict() if prepared.reviews else None,
         ),
-        trained={name: state[name] for name in network.names},
+        trained={name: state[name] for name in network.trainable_names},
         results=folder,
         parity=_parity(photos, predictions, network, compute),
         head_only=config.export == "head",
@@ -209,15 +216,15 @@ def finish(
     return bundle
 
 
-def name_inputs(survey: Survey, network: Network) -> str:
+def hash_inputs(prepared: PreparedDataset, network: TrainingNetwork) -> str:
     """Name what a run is trained on, so that resuming on other photos, labels, splits, reviews or base weights is refused."""
-    photos = [[s.sample.split, s.sample.label, s.sha256] for records in survey.good.values() for s in records]
+    photos = [[s.sample.split, s.sample.label, s.sha256] for records in prepared.splits.values() for s in records]
     base = network.base.sha256 if network.base else None
-    reviews = [survey.reviews.reviews.sha256] if survey.reviews else []
+    reviews = [prepared.reviews.reviews.sha256] if prepared.reviews else []
     return hashlib.sha256(json.dumps([photos, base, *reviews]).encode()).hexdigest()
 
 
-def _parity(records: Sequence[ImageRecord], predictions: Predictions, network: Network, compute: Compute) -> Parity:
+def _parity(records: Sequence[ImageRecord], predictions: Predictions, network: TrainingNetwork, compute: Compute) -> Parity:
     """Validation photos spread over all of them, through the same preprocessing as a server's."""
     chosen = np.unique(np.linspace(0, len(records) - 1, min(PARITY_PHOTOS, len(records))).round().astype(int))
     pixel_cache = PixelCache(network.spec.preprocessing, limit_mb=0)

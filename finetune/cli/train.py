@@ -20,14 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train. ``--resume`` takes the run's own settings for what is not given."""
     if args.resume:
-        given = settings.given(args)
-        if "output_dir" not in given:
+        explicit_settings = settings.explicit_settings(args)
+        if "output_dir" not in explicit_settings:
             raise RunError("--resume needs the run to go on with; name it with --output-dir runs/NAME.")
         from finetune.compute import distributed  # as below
         from finetune.training import run_directory
 
-        kept = distributed.run_on_main(lambda: run_directory.read_config(Path(given["output_dir"])))
-        config = settings.from_mapping({**kept, **given})
+        kept = distributed.run_on_main(lambda: run_directory.read_config(Path(explicit_settings["output_dir"])))
+        config = settings.from_mapping({**kept, **explicit_settings})
     else:
         config = settings.from_arguments(args)
     from finetune.compute import distributed
@@ -77,7 +77,7 @@ def _with_dataset(config: settings.Config, *, resume: bool) -> settings.Config:
     get_spec(config.backbone)
     config = builtin_datasets.with_data_dir(config)
     if not resume:
-        run_directory.check_free(config.output_dir or default_run_dir(config))
+        run_directory.require_no_run(config.output_dir or default_run_dir(config))
     assert config.dataset is not None
     builtin_datasets.make_dataset(config.dataset, config.data_dir)
     return config

@@ -18,7 +18,7 @@ from finetune.compare.comparison_report import write_report
 from finetune.compare.selection import check_size, folder_name, line_up
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
-from finetune.pipeline import settle, train
+from finetune.pipeline import resolve_config, train
 from finetune.training import run_directory
 from models.artifacts.atomic_io import atomic_write_text, sha256_of
 from models.artifacts.bundle import Bundle
@@ -49,7 +49,7 @@ SHARED = (
     "cache_dir",
     "cache_limit_mb",
 )
-NO_MATTER = run_directory.FREE - {"epochs", "export"}
+NO_MATTER = run_directory.CHANGEABLE_ON_RESUME - {"epochs", "export"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def name_photos(config: Config) -> str:
 def _entry(name: str, data: Path, out: Path, shared: dict[str, Any]) -> Entry:
     folder = out / folder_name(name)
     config = settings.from_mapping({**shared, "data_dir": data, "backbone": name, "output_dir": folder})
-    return Entry(name, settle(config, get_spec(name)), folder)
+    return Entry(name, resolve_config(config, get_spec(name)), folder)
 
 
 def _train(entry: Entry, inputs: str) -> Bundle:
@@ -122,7 +122,7 @@ def _train(entry: Entry, inputs: str) -> Bundle:
 def _check_same(entry: Entry, inputs: str) -> None:
     """Raise RunError where the run in the way was started with other settings or photos."""
     if not (entry.folder / run_directory.CONFIG).is_file():
-        run_directory.check_free(entry.folder)
+        run_directory.require_no_run(entry.folder)
         return
     kept = settings.from_mapping(run_directory.read_config(entry.folder))
     for f in dataclasses.fields(Config):

@@ -31,7 +31,7 @@ from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.calibration import apply_temperature
 from finetune.reports.results import write_results
 from finetune.training.data_loaders import CachedBatches
-from finetune.training.setup import Network, feature_cache, look, prepare
+from finetune.training.setup import TrainingNetwork, build_feature_cache, prepare_dataset, prepare_network
 from finetune.training.trainer import learning_rate, make_optimizer, predict, train_one_epoch
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
@@ -67,14 +67,14 @@ def evaluate_folds(
         )
     require_empty_folder(out)
     compute = select_compute(config.device, config.precision)
-    network = prepare(get_spec(bundle.backbone), len(bundle.classes), config, compute)
+    network = prepare_network(get_spec(bundle.backbone), len(bundle.classes), config, compute)
     if network.base is None or network.base.sha256 != bundle.manifest["base"]["sha256"]:
         raise BundleError(f"The bundle {bundle_dir} was trained on other base weights; give the file with --weights.")
-    cache = feature_cache(config, network, compute)
+    cache = build_feature_cache(config, network, compute)
     assert cache is not None, "recipe_of lets through only what has a cache"
-    survey = look(config, dataset, network, cache, reviews=reviews)
-    records = [*survey.good["train"], *survey.good["valid"]]
-    features = cache.features(records, survey.pixel_cache, label="features")
+    prepared = prepare_dataset(config, dataset, network, cache, reviews=reviews)
+    records = [*prepared.splits["train"], *prepared.splits["valid"]]
+    features = cache.features(records, prepared.pixel_cache, label="features")
     labels = np.array([s.sample.label for s in records], dtype=np.int64)
     fold_of = deal(records, labels, folds=folds, classes=bundle.classes, seed=config.seed)
     epochs = int(bundle.manifest["provenance"]["best_epoch"])
@@ -97,7 +97,7 @@ def evaluate_folds(
         data_dir=data_dir,
         seed=config.seed,
     )
-    trained = {"epochs": epochs, "seed": config.seed, "reviews": survey.reviews.as_dict() if survey.reviews else None}
+    fold_training = {"epochs": epochs, "seed": config.seed, "reviews": prepared.reviews.as_dict() if prepared.reviews else None}
     write_evaluation(
         out,
         bundle,
@@ -106,7 +106,7 @@ def evaluate_folds(
         split=SPLIT,
         temperature=temperature,
         folds=folds,
-        fold_training=trained,
+        fold_training=fold_training,
     )
     return predictions, metrics
 
@@ -162,7 +162,7 @@ def deal(
 
 
 def predict_folds(
-    network: Network,
+    network: TrainingNetwork,
     features: NDArray[np.float32],
     labels: NDArray[np.int64],
     fold_of: NDArray[np.int64],
@@ -173,7 +173,7 @@ def predict_folds(
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Log-probabilities (N, classes), each by the head that its own fold had no part in, and embeddings (N, d)."""
     part = network.split_model.trainable
-    names = [f"net.{name}" for name in network.names]
+    names = [f"net.{name}" for name in network.trainable_names]
     fresh = {name: tensor.detach().clone() for name, tensor in part.state_dict().items() if name in names}
     log_probs = np.zeros((len(labels), int(labels.max()) + 1))
     embeddings: list[NDArray[np.float32]] = []
@@ -192,7 +192,9 @@ def predict_folds(
     return log_probs, np.concatenate(embeddings)[np.argsort(order)]
 
 
-def fit_fixed(network: Network, train: CachedBatches, config: Config, *, epochs: int, compute: Compute, label: str) -> None:
+def fit_fixed(
+    network: TrainingNetwork, train: CachedBatches, config: Config, *, epochs: int, compute: Compute, label: str
+) -> None:
     """Train what follows the cut for ``epochs`` of the recipe's epochs; nothing is measured in between and nothing chosen."""
     part = network.split_model.trainable
     part.to(compute.device)

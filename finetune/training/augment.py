@@ -15,8 +15,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from models.preprocess import INTERPOLATIONS, Preprocessing
 
-AREA = (0.35, 1.0)
-ASPECT = (3 / 4, 4 / 3)
+AREA_RANGE = (0.35, 1.0)
+ASPECT_RANGE = (3 / 4, 4 / 3)
 JITTER = 0.2
 
 
@@ -43,8 +43,8 @@ def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float,
     """A box of random area and aspect within the picture, (left, top, right, bottom) in pixels."""
     width, height = size
     for _ in range(10):
-        area = width * height * rng.uniform(*AREA)
-        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        area = width * height * rng.uniform(*AREA_RANGE)
+        aspect = math.exp(rng.uniform(math.log(ASPECT_RANGE[0]), math.log(ASPECT_RANGE[1])))
         w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if w <= width and h <= height:
             left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)

@@ -46,20 +46,20 @@ class CachedBatches:
         return len(self._labels)
 
     def shuffled(self, epoch: int) -> Iterator[Batch]:
-        return self._take(shuffled_shares(len(self), self._batch_size, self._seed, epoch))
+        return self._take(shuffled_batches(len(self), self._batch_size, self._seed, epoch))
 
     def ordered(self) -> Iterator[Batch]:
-        return self._take(ordered_shares(len(self), self._batch_size))
+        return self._take(ordered_batches(len(self), self._batch_size))
 
     def _take(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
         for part in parts:
             yield self._features[part], self._labels[part]
 
 
-KEEP_BYTES = 512 * 2**20
+MAX_CACHED_BYTES = 512 * 2**20
 
 
-class LiveBatches:
+class UncachedBatches:
     """Batches of photos; what lies before the cut runs over them in every epoch.
 
     They are decoded each time too, but for those that are kept: 512 MB of pixels, which is 680,000 grey photos of 28 px or
@@ -85,16 +85,16 @@ class LiveBatches:
         self._seed = seed
         self._workers = workers
         self._kept: dict[int, NDArray[np.uint8]] = {}
-        self._room = KEEP_BYTES // (preprocessing.input_px**2 * preprocessing.channels)
+        self._room = MAX_CACHED_BYTES // (preprocessing.input_px**2 * preprocessing.channels)
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def shuffled(self, epoch: int) -> Iterator[Batch]:
-        return self._load(shuffled_shares(len(self), self._batch_size, self._seed, epoch), epoch)
+        return self._load(shuffled_batches(len(self), self._batch_size, self._seed, epoch), epoch)
 
     def ordered(self) -> Iterator[Batch]:
-        return self._load(ordered_shares(len(self), self._batch_size), None)
+        return self._load(ordered_batches(len(self), self._batch_size), None)
 
     def _load(self, parts: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         def pixels(index: int) -> NDArray[np.uint8]:
@@ -116,18 +116,18 @@ class LiveBatches:
             yield features, torch.tensor([self._samples[i].label for i in indices], dtype=torch.long)
 
 
-def shuffled_shares(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """This process's share of each batch of an epoch, as indices; the batches are those of a single process."""
-    whole = torch.split(epoch_order(count, seed, epoch), batch_size)
+    whole = torch.split(epoch_permutation(count, seed, epoch), batch_size)
     return [part[distributed.shard_slice(len(part))] for part in whole]
 
 
-def ordered_shares(count: int, batch_size: int) -> list[Tensor]:
+def ordered_batches(count: int, batch_size: int) -> list[Tensor]:
     """This process's share of all photos in order, in batches; all shares one after another are all photos."""
     mine = torch.arange(count)[distributed.shard_slice(count)]
     return list(torch.split(mine, batch_size)) if len(mine) else []
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+def epoch_permutation(count: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch's photos; it depends on nothing but its arguments, so a resumed run draws it again."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -22,7 +22,7 @@ from models.errors import RunError
 CONFIG, CHECKPOINT, HISTORY, BUNDLE = "config.yaml", "checkpoint.pt", "history.csv", "bundle"
 REVIEWS = "reviews.csv"
 # What a person may change when going on: none of these has a part in the weights.
-FREE = {
+CHANGEABLE_ON_RESUME = {
     "workers",
     "tensorboard",
     "name",
@@ -37,7 +37,7 @@ FREE = {
 }
 
 
-def check_free(folder: Path) -> None:
+def require_no_run(folder: Path) -> None:
     """Raise RunError where another run, or anything else, is in a new run's place."""
     if (folder / CONFIG).is_file():
         raise RunError(f"{folder} holds another run; name another with --output-dir (RUN= with make), or go on with --resume.")
@@ -47,7 +47,7 @@ def check_free(folder: Path) -> None:
         raise RunError(f"{folder} is a file, and a run needs a folder; name another with --output-dir (RUN= with make).")
 
 
-def start(folder: Path, config: Config, *, reviews: bytes | None = None) -> None:
+def create_run(folder: Path, config: Config, *, reviews: bytes | None = None) -> None:
     """Make a new run's folder and keep its settings there, and the reviews as they arrived."""
     atomic_write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
     if reviews is not None:
@@ -62,19 +62,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_yaml(folder / CONFIG)
 
 
-def check_same(folder: Path, config: Config) -> None:
+def require_same_settings(folder: Path, config: Config) -> None:
     """Raise RunError where ``config`` would not give the run's own weights."""
     kept = from_mapping(read_config(folder))
     for f in dataclasses.fields(Config):
         before, now = getattr(kept, f.name), getattr(config, f.name)
-        if before != now and (f.name not in FREE or (f.name == "epochs" and config.lr_schedule == "cosine")):
+        if before != now and (f.name not in CHANGEABLE_ON_RESUME or (f.name == "epochs" and config.lr_schedule == "cosine")):
             flag = f"--{f.name.replace('_', '-')}"
             raise RunError(
                 f"The run in {folder} was started with {flag} {before}, not {now}; leave {flag} out, or start another run."
             )
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove the half-written files that a killed run leaves beside their targets."""
     for part in list(folder.rglob(".*.part")):
         if part.is_dir():

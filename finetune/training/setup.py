@@ -18,7 +18,7 @@ from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_contex
 from finetune.features.extractor import FeatureCache, FeatureExtractor, cache_context
 from finetune.io.array_store import ArrayStore
 from finetune.training.augment import Augment
-from finetune.training.data_loaders import Batches, CachedBatches, LiveBatches
+from finetune.training.data_loaders import Batches, CachedBatches, UncachedBatches
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.spec import ModelSpec
@@ -27,19 +27,19 @@ from models.networks.weights import Weights, load_weights
 
 
 @dataclass(frozen=True)
-class Network:
+class TrainingNetwork:
     """A network ready to train, and what it started from."""
 
     spec: ModelSpec
     classifier: Classifier
     split_model: SplitModel
-    frozen: FeatureExtractor
+    extractor: FeatureExtractor
     base: Weights | None
-    names: list[str]
+    trainable_names: list[str]
 
 
 @dataclass(frozen=True)
-class Survey:
+class PreparedDataset:
     """The dataset after one look at every photo: what was found, the readable photos by split, and their pixels.
 
     ``reviews`` is what people's decisions changed, where there are any.
@@ -47,12 +47,12 @@ class Survey:
 
     dataset: Dataset
     audit_report: AuditReport
-    good: dict[str, list[ImageRecord]]
+    splits: dict[str, list[ImageRecord]]
     pixel_cache: PixelCache
     reviews: ReviewSummary | None = None
 
 
-def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute) -> Network:
+def prepare_network(spec: ModelSpec, num_classes: int, config: Config, compute: Compute) -> TrainingNetwork:
     """Load the pretrained weights, put the new head in and cut the network."""
     base = None
     if config.weights != "none":
@@ -68,11 +68,11 @@ def prepare(spec: ModelSpec, num_classes: int, config: Config, compute: Compute)
         permute_pixels=config.permute_pixels,
     )
     parts = split_model(classifier)
-    frozen = FeatureExtractor(parts, spec.preprocessing, compute)
-    return Network(spec, classifier, parts, frozen, base, trainable_names(classifier.net))
+    extractor = FeatureExtractor(parts, spec.preprocessing, compute)
+    return TrainingNetwork(spec, classifier, parts, extractor, base, trainable_names(classifier.net))
 
 
-def feature_cache(config: Config, network: Network, compute: Compute) -> FeatureCache | None:
+def build_feature_cache(config: Config, network: TrainingNetwork, compute: Compute) -> FeatureCache | None:
     """The cache of the frozen part's output, or None where there is no such thing; says why."""
     why = (
         "all weights are trained and nothing is frozen"
@@ -95,17 +95,22 @@ def feature_cache(config: Config, network: Network, compute: Compute) -> Feature
         preprocessing=network.spec.preprocessing,
         last_frozen=network.split_model.last_frozen,
         precision=compute.precision,
-        engine=network.frozen.engine,
+        engine=network.extractor.engine,
         permute_pixels=config.permute_pixels,
     )
     store = ArrayStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
     print(f"The frozen part ends behind {network.split_model.last_frozen}; it runs once for each photo.")
-    return FeatureCache(network.frozen, store, workers=config.workers)
+    return FeatureCache(network.extractor, store, workers=config.workers)
 
 
-def look(
-    config: Config, dataset: Dataset, network: Network, cache: FeatureCache | None, *, reviews: ReviewTable | None = None
-) -> Survey:
+def prepare_dataset(
+    config: Config,
+    dataset: Dataset,
+    network: TrainingNetwork,
+    cache: FeatureCache | None,
+    *,
+    reviews: ReviewTable | None = None,
+) -> PreparedDataset:
     """Scan and audit the photos, print the findings, and stop (DataError) where training on them would deceive.
 
     Photos of further folders that the data folder has are left out, and ``reviews`` applied, before that. Where validation
@@ -139,22 +144,24 @@ def look(
     audit_report = audit(dataset, records, dropped_extra=dropped_extra)
     print(audit_report.text())
     audit_report.raise_for_problems(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
-    good = {split: [s for s in records if s.error is None and s.sample.split == split] for split in ("train", "valid")}
-    return Survey(dataset, audit_report, good, pixel_cache, applied)
+    splits = {split: [s for s in records if s.error is None and s.sample.split == split] for split in ("train", "valid")}
+    return PreparedDataset(dataset, audit_report, splits, pixel_cache, applied)
 
 
-def make_batches(config: Config, network: Network, cache: FeatureCache | None, survey: Survey, split: str) -> Batches:
+def make_batches(
+    config: Config, network: TrainingNetwork, cache: FeatureCache | None, prepared: PreparedDataset, split: str
+) -> Batches:
     """The batches of one split; with a cache the frozen part runs here, over the photos that it does not know."""
     assert config.batch_size is not None
-    records = survey.good[split]
+    records = prepared.splits[split]
     if cache:
-        rows = cache.features(records, survey.pixel_cache, label=f"features of {split}")
+        rows = cache.features(records, prepared.pixel_cache, label=f"features of {split}")
         return CachedBatches(rows, [s.sample.label for s in records], batch_size=config.batch_size, seed=config.seed)
     augmented = config.augment and split == "train"
-    return LiveBatches(
+    return UncachedBatches(
         [s.sample for s in records],
         preprocessing=network.spec.preprocessing,
-        frozen=network.frozen,
+        frozen=network.extractor,
         augment=Augment(network.spec.preprocessing, config.seed) if augmented else None,
         batch_size=config.batch_size,
         seed=config.seed,

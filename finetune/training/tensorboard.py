@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-from finetune.training.trainer import Row
+from finetune.training.trainer import EpochRow
 
 
 class EventWriter:
@@ -25,7 +25,7 @@ class EventWriter:
         if self._writer:
             self._writer.close()
 
-    def write(self, row: Row) -> None:
+    def write(self, row: EpochRow) -> None:
         if self._writer:
             for name, value in row.items():
                 if name != "epoch":

@@ -20,7 +20,7 @@ from finetune.training.data_loaders import Batches
 from models.errors import RunError
 from models.networks.split_point import train_mode
 
-Row = dict[str, float]
+EpochRow = dict[str, float]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Progress:
     best: dict[str, Tensor] = field(default_factory=dict)
     best_epoch: int = 0
     best_loss: float = math.inf
-    history: list[Row] = field(default_factory=list)
+    history: list[EpochRow] = field(default_factory=list)
 
 
 def fit(
@@ -76,7 +76,7 @@ def fit(
             train_loss, train_accuracy = train_one_epoch(
                 part, train, optimizer, progress.epoch, compute=compute, aux_weight=aux_weight, bar=bar
             )
-            valid_loss, valid_accuracy = distributed.broadcast(score(part, valid, compute=compute))
+            valid_loss, valid_accuracy = distributed.broadcast(evaluate(part, valid, compute=compute))
             if not math.isfinite(train_loss + valid_loss):
                 raise RunError(f"The loss is no longer a number in epoch {progress.epoch + 1}; lower --lr, which is {rate:g}.")
             progress.epoch += 1
@@ -159,7 +159,7 @@ def train_one_epoch(
     return distributed.all_reduce_sum(loss_sum) / len(batches), distributed.all_reduce_sum(right) / len(batches)
 
 
-def score(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[float, float]:
+def evaluate(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[float, float]:
     """The mean loss and the accuracy in evaluation mode."""
     log_probs, labels = predict(part, batches, compute=compute)
     loss = nn.functional.nll_loss(log_probs, labels).item()

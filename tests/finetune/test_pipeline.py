@@ -25,7 +25,7 @@ from torchvision import transforms
 
 from finetune.compute.device import select_compute
 from finetune.config import Config
-from finetune.training.setup import feature_cache, prepare
+from finetune.training.setup import build_feature_cache, prepare_network
 from models.artifacts.bundle import Bundle, open_bundle
 from models.networks.weights import read_tensors
 from models.runtime.openvino_engine import OpenVINOEngine
@@ -246,7 +246,7 @@ def test_where_there_is_no_feature_cache_it_says_why(
 ) -> None:
     config = Config(**({"backbone": "tiny", "weights": str(tiny_weights)} | settings))
     compute = select_compute("cpu", "fp32")
-    assert feature_cache(config, prepare(TINY, 2, config, compute), compute) is None
+    assert build_feature_cache(config, prepare_network(TINY, 2, config, compute), compute) is None
     assert f"No feature cache, as {why}: every epoch runs every photo" in capsys.readouterr().out
 
 

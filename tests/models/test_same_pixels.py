@@ -19,7 +19,7 @@ from finetune.data.image_folder import Sample
 from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_context, inspect_images
 from finetune.data.synthetic.dataset import draw_image
 from finetune.io.array_store import ArrayStore
-from finetune.training.data_loaders import LiveBatches
+from finetune.training.data_loaders import UncachedBatches
 from models.artifacts.bundle import Bundle
 from models.preprocess import Preprocessing, decode
 
@@ -68,7 +68,7 @@ def test_training_on_photos_that_are_decoded_in_every_epoch(samples: list[Sample
         def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
             return pixels
 
-    batches = LiveBatches(
+    batches = UncachedBatches(
         samples, preprocessing=WANTED, frozen=Unchanged(), augment=None, batch_size=2, seed=0  # type: ignore[arg-type]
     )  # fmt: skip
     ((features, _),) = batches.ordered()

@@ -214,7 +214,7 @@ def test_resuming_on_other_reviews_is_refused(
     photo = data / "train" / "blue" / "blue.000.jpg"
     file = table(review(photo, new_label="red"), path=tmp_path / "reviews.csv")
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "finish", stop)
+        patch.setattr(run_module, "write_outputs", stop)
         with pytest.raises(Stop):
             train("--reviews", file)
     table(review(photo, new_label="red", note="on second thoughts"), path=file)

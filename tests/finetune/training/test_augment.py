@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.training.augment import AREA, Augment
+from finetune.training.augment import AREA_RANGE, Augment
 from tests.helpers.tiny_network import COLORS, TINY, paint
 
 PREPROCESSING = TINY.preprocessing
@@ -52,7 +52,7 @@ def test_a_view_shows_a_part_of_the_photo_flipped_half_of_the_time() -> None:
     widths = [abs(view[:, -1, 0].mean() - view[:, 0, 0].mean()) / 255 for view in views]
     heights = [abs(view[-1, :, 1].mean() - view[0, :, 1].mean()) / 255 for view in views]
     areas = np.multiply(widths, heights)
-    assert np.quantile(areas, 0.05) > 0.6 * AREA[0]  # colour jitter moves the levels by some tenths
+    assert np.quantile(areas, 0.05) > 0.6 * AREA_RANGE[0]  # colour jitter moves the levels by some tenths
     assert areas.min() < 0.45 < 0.75 < areas.max()
 
 

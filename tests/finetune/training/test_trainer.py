@@ -17,7 +17,7 @@ from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.features.extractor import FeatureExtractor
 from finetune.training import run_directory, trainer
-from finetune.training.data_loaders import CachedBatches, epoch_order
+from finetune.training.data_loaders import CachedBatches, epoch_permutation
 from finetune.training.trainer import Progress, fit, learning_rate
 from models.errors import RunError
 from models.networks.classifier import Classifier, build_classifier, trainable_names
@@ -69,7 +69,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Let the validation losses be these; the accuracy stays at one half."""
     script: Iterator[float] = iter(losses)
-    monkeypatch.setattr(trainer, "score", lambda part, batches, *, compute: (next(script), 0.5))
+    monkeypatch.setattr(trainer, "evaluate", lambda part, batches, *, compute: (next(script), 0.5))
 
 
 # The textbook
@@ -105,7 +105,7 @@ def textbook(
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-        for batch in epoch_order(len(labels), config.seed, epoch).split(config.batch_size or 1):
+        for batch in epoch_permutation(len(labels), config.seed, epoch).split(config.batch_size or 1):
             optimizer.zero_grad()
             loss_of(torch.log_softmax(net(images[batch]), dim=1), labels[batch]).backward()
             optimizer.step()
@@ -301,8 +301,8 @@ def test_history_says_how_it_went(tmp_path: Path, base: dict[str, Tensor]) -> No
 
 
 def test_every_epoch_has_its_own_order_with_every_photo_once() -> None:
-    orders = [epoch_order(50, 3, epoch).tolist() for epoch in range(3)]
+    orders = [epoch_permutation(50, 3, epoch).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert epoch_order(50, 3, 1).tolist() == orders[1]
-    assert epoch_order(50, 4, 1).tolist() != orders[1]
+    assert epoch_permutation(50, 3, 1).tolist() == orders[1]
+    assert epoch_permutation(50, 4, 1).tolist() != orders[1]

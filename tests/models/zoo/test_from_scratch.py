@@ -17,7 +17,7 @@ from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data.image_folder import Sample
 from finetune.features.extractor import FeatureExtractor
-from finetune.training.data_loaders import LiveBatches
+from finetune.training.data_loaders import UncachedBatches
 from finetune.training.trainer import make_optimizer
 from models.networks.classifier import Classifier
 from models.networks.registry import create_model, get_spec
@@ -109,7 +109,7 @@ def test_pixels_are_decoded_once_where_they_fit(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(type(spec.preprocessing), "pixels", lambda self, data: (decoded.append(1), pixels(self, data))[1])
     parts = split_model(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
     frozen = FeatureExtractor(parts, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
-    batches = LiveBatches(
+    batches = UncachedBatches(
         samples, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1
     )
     first, again = (torch.cat([rows for rows, _ in batches.ordered()]) for _ in range(2))
