@@ -18,7 +18,7 @@ import numpy as np
 
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
-from finetune.evaluation.cross_validation import evaluate_folds
+from finetune.evaluation.cross_validation import cross_validate
 from finetune.pipeline import train
 from models.artifacts.label_issues import rank_label_issues
 
@@ -56,7 +56,7 @@ def main() -> None:
         config = Config(data_dir=data, backbone=args.backbone, output_dir=run, export="head", allow_leakage=True)
         bundle = train(config)
         began = time.perf_counter()
-        predictions, _ = evaluate_folds(bundle.path, data, folds=args.folds, out=Path(folder) / "folds")
+        predictions, _ = cross_validate(bundle.path, data, folds=args.folds, out=Path(folder) / "folds")
         seconds = time.perf_counter() - began
     named = [predictions.image_names[row] for row in rank_label_issues(predictions)]
     found = flipped & set(named)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.batch_inference.predict import classify
-from finetune.metrics.bootstrap import mean_interval
+from finetune.metrics.bootstrap import bootstrap_mean_interval
 from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
 from models.artifacts.predictions import Predictions, cross_entropy
 from models.artifacts.statistics import wilson_interval
@@ -68,7 +68,7 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
                 pretrained=bundle.manifest["base"] is not None,
                 precision=precisions[name],
                 accuracy=wilson_interval(int(correct.sum()), len(labels)),
-                log_loss=mean_interval(cross_entropy(labels, probabilities), seed=0, resamples=1000),
+                log_loss=bootstrap_mean_interval(cross_entropy(labels, probabilities), seed=0, resamples=1000),
                 ms_a_photo=times[name],
                 graph_mb=(bundle.path / GRAPH).stat().st_size / 1e6,
                 parameters=bundle_parameters(bundle),

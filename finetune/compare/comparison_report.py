@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from finetune.compare.benchmark import ROUNDS, Measured
-from finetune.metrics.significance import Pair, compare
+from finetune.metrics.significance import PairwiseComparison, compare_pairs
 from finetune.reports import plots
 from models.artifacts.atomic_io import atomic_write_text
 
@@ -34,7 +34,7 @@ COLUMNS = (
 
 def write_report(out: Path, rows: Sequence[Measured], *, data: Path, skipped: Mapping[str, str]) -> str:
     """Write bakeoff.md, .csv, .json and .png into ``out``; returns the Markdown."""
-    pairs = compare({row.backbone: row.correct for row in rows})
+    pairs = compare_pairs({row.backbone: row.correct for row in rows})
     text = markdown(rows, pairs, name=data.resolve().name, skipped=skipped)
     atomic_write_text(out / "bakeoff.md", text)
     atomic_write_text(out / "bakeoff.csv", _csv(rows))
@@ -42,7 +42,7 @@ def write_report(out: Path, rows: Sequence[Measured], *, data: Path, skipped: Ma
         "data": data.resolve().name,
         "photos": len(rows[0].correct),
         "networks": [_plain(row) for row in rows],
-        "pairs": [{**dataclasses.asdict(pair), "is_real": pair.is_real} for pair in pairs],
+        "pairs": [{**dataclasses.asdict(pair), "is_real": pair.is_significant} for pair in pairs],
         "skipped": dict(skipped),
     }
     atomic_write_text(out / "bakeoff.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
@@ -51,7 +51,7 @@ def write_report(out: Path, rows: Sequence[Measured], *, data: Path, skipped: Ma
     return text
 
 
-def markdown(rows: Sequence[Measured], pairs: Sequence[Pair], *, name: str, skipped: Mapping[str, str]) -> str:
+def markdown(rows: Sequence[Measured], pairs: Sequence[PairwiseComparison], *, name: str, skipped: Mapping[str, str]) -> str:
     """The table, how it was measured, and what is better than what."""
     photos = len(rows[0].correct)
     table = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |"]

@@ -42,7 +42,7 @@ from models.networks.registry import get_spec
 SPLIT = "train and valid"
 
 
-def evaluate_folds(
+def cross_validate(
     bundle_dir: Path,
     data_dir: Path,
     *,
@@ -58,7 +58,7 @@ def evaluate_folds(
     Raises BundleError for a bundle whose training cannot be repeated on cached features, and DataError.
     """
     bundle = open_bundle(bundle_dir)
-    config = recipe_of(bundle, data_dir, weights=weights, workers=workers, cache_dir=cache_dir)
+    config = training_config(bundle, data_dir, weights=weights, workers=workers, cache_dir=cache_dir)
     dataset = read_dataset(data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
     if dataset.classes != bundle.classes:
         raise DataError(
@@ -71,14 +71,14 @@ def evaluate_folds(
     if network.base is None or network.base.sha256 != bundle.manifest["base"]["sha256"]:
         raise BundleError(f"The bundle {bundle_dir} was trained on other base weights; give the file with --weights.")
     cache = build_feature_cache(config, network, compute)
-    assert cache is not None, "recipe_of lets through only what has a cache"
+    assert cache is not None, "training_config lets through only what has a cache"
     prepared = prepare_dataset(config, dataset, network, cache, reviews=reviews)
     records = [*prepared.splits["train"], *prepared.splits["valid"]]
     features = cache.features(records, prepared.pixel_cache, label="features")
     labels = np.array([s.sample.label for s in records], dtype=np.int64)
-    fold_of = deal(records, labels, folds=folds, classes=bundle.classes, seed=config.seed)
+    fold_of = assign_folds(records, labels, folds=folds, classes=bundle.classes, seed=config.seed)
     epochs = int(bundle.manifest["provenance"]["best_epoch"])
-    raw, embeddings = predict_folds(network, features, labels, fold_of, config, epochs=epochs, compute=compute)
+    raw, embeddings = predict_out_of_fold(network, features, labels, fold_of, config, epochs=epochs, compute=compute)
     temperature = float(bundle.manifest["temperature"])
     predictions = Predictions(
         classes=bundle.classes,
@@ -111,7 +111,7 @@ def evaluate_folds(
     return predictions, metrics
 
 
-def recipe_of(bundle: Bundle, data_dir: Path, *, weights: Path | None, workers: int, cache_dir: Path | None) -> Config:
+def training_config(bundle: Bundle, data_dir: Path, *, weights: Path | None, workers: int, cache_dir: Path | None) -> Config:
     """The settings that the bundle was trained with, on this data. Raises BundleError where its features cannot be cached."""
     kept: Mapping[str, Any] = bundle.manifest["provenance"]["config"]
     why = (
@@ -141,7 +141,7 @@ def recipe_of(bundle: Bundle, data_dir: Path, *, weights: Path | None, workers: 
     )
 
 
-def deal(
+def assign_folds(
     records: list[ImageRecord], labels: NDArray[np.int64], *, folds: int, classes: tuple[str, ...], seed: int
 ) -> NDArray[np.int64]:
     """The fold of each photo, (N,): stratified by class, and the same for photos that look alike. Raises DataError."""
@@ -161,7 +161,7 @@ def deal(
     return fold_of
 
 
-def predict_folds(
+def predict_out_of_fold(
     network: TrainingNetwork,
     features: NDArray[np.float32],
     labels: NDArray[np.int64],
@@ -183,7 +183,7 @@ def predict_folds(
         mine, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
         part.load_state_dict(fresh, strict=False)
         train = _batches(features, labels, others, config)
-        fit_fixed(network, train, config, epochs=epochs, compute=compute, label=f"fold {fold + 1} of {folds}")
+        fit_fold(network, train, config, epochs=epochs, compute=compute, label=f"fold {fold + 1} of {folds}")
         with capture_embeddings(network.classifier, network.spec) as seen:
             given, _ = predict(part, _batches(features, labels, mine, config), compute=compute)
         log_probs[mine] = given.double().numpy()
@@ -192,7 +192,7 @@ def predict_folds(
     return log_probs, np.concatenate(embeddings)[np.argsort(order)]
 
 
-def fit_fixed(
+def fit_fold(
     network: TrainingNetwork, train: CachedBatches, config: Config, *, epochs: int, compute: Compute, label: str
 ) -> None:
     """Train what follows the cut for ``epochs`` of the recipe's epochs; nothing is measured in between and nothing chosen."""

@@ -123,11 +123,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_folds(args: argparse.Namespace, out: Path) -> None:
     from finetune.data.review_source import read_review_file
-    from finetune.evaluation.cross_validation import evaluate_folds
+    from finetune.evaluation.cross_validation import cross_validate
 
     if args.folds < 2 or args.split:
         raise ConfigError("--folds takes 2 or more, and goes over training and validation together; leave --split out.")
-    predictions, metrics = evaluate_folds(
+    predictions, metrics = cross_validate(
         args.bundle,
         args.data_dir,
         folds=args.folds,

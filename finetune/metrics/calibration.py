@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
-LOWEST, HIGHEST = 0.05, 20.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
 
 def fit_temperature(log_probs: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> float:
@@ -34,8 +34,8 @@ def fit_temperature(log_probs: NDArray[np.floating[Any]], labels: NDArray[np.int
         loss = logsumexp(scores / temperature, axis=1).sum() - true.sum() / temperature
         return float(loss + 0.5 * log_temperature**2)
 
-    lowest = 1.0 if (scores.argmax(axis=1) == labels).all() else LOWEST
-    best = minimize_scalar(cost, bounds=(math.log(lowest), math.log(HIGHEST)), method="bounded")
+    lowest = 1.0 if (scores.argmax(axis=1) == labels).all() else MIN_TEMPERATURE
+    best = minimize_scalar(cost, bounds=(math.log(lowest), math.log(MAX_TEMPERATURE)), method="bounded")
     return float(math.exp(best.x))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.metrics.bootstrap import mean_interval
+from finetune.metrics.bootstrap import bootstrap_mean_interval
 from finetune.metrics.reliability import BINS, calibration_error
 from finetune.metrics.roc import roc_auc
 from models.artifacts.predictions import check_probabilities, confusion_counts, cross_entropy
@@ -18,7 +18,7 @@ MANY_CLASSES = 10
 WEAKEST_SHOWN = 5
 
 
-def evaluate(
+def compute_metrics(
     labels: NDArray[np.int64],
     probabilities: NDArray[np.float64],
     *,
@@ -62,7 +62,7 @@ def _by_probability(
     correct = probabilities.argmax(axis=1) == labels
     losses = cross_entropy(labels, probabilities)
     return {
-        "log_loss": mean_interval(losses, seed=seed, resamples=resamples),
+        "log_loss": bootstrap_mean_interval(losses, seed=seed, resamples=resamples),
         "calibration_error": calibration_error(probabilities.max(axis=1), correct, seed=seed, resamples=resamples),
     }
 
@@ -124,7 +124,7 @@ def _methods(seed: int, resamples: int) -> dict[str, str]:
 
 
 def format_summary(metrics: Mapping[str, Any]) -> str:
-    """A few plain lines for the end of a training, from the dict of ``evaluate``.
+    """A few plain lines for the end of a training, from the dict of ``compute_metrics``.
 
     Beyond 10 classes only the five weakest by recall are listed.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.metrics.bootstrap import QUANTILES_95, chunks, resampled_means
+from finetune.metrics.bootstrap import QUANTILES_95, bootstrap_means, resample_batches
 from models.artifacts.statistics import confidence_interval
 
 BINS = 15
@@ -39,7 +39,7 @@ def calibration_error(
     member[np.arange(len(confidence)), bins] = 1.0
     gaps = member * (correct - confidence)[:, None]
     value = np.abs(gaps.mean(axis=0)).sum()
-    errors = np.abs(resampled_means(gaps, seed=seed, resamples=resamples)).sum(axis=1)
+    errors = np.abs(bootstrap_means(gaps, seed=seed, resamples=resamples)).sum(axis=1)
     percentile_high = np.quantile(errors, QUANTILES_95[1])
     if value <= np.quantile(_errors_by_chance(confidence, member, seed, resamples), QUANTILES_95[1]):
         return confidence_interval(value, 0.0, percentile_high)
@@ -52,7 +52,7 @@ def _errors_by_chance(
     """The errors (resamples,) of a network that is right exactly as often as these confidences say."""
     rng = np.random.default_rng(seed)
     errors = []
-    for size in chunks(len(confidence), resamples):
+    for size in resample_batches(len(confidence), resamples):
         right = rng.random((size, len(confidence))) < confidence
         errors.append(np.abs((right - confidence) @ member / len(confidence)).sum(axis=1))
     return np.concatenate(errors)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from finetune.metrics.bootstrap import QUANTILES_95, chunks
+from finetune.metrics.bootstrap import QUANTILES_95, resample_batches
 from models.artifacts.statistics import confidence_interval
 
 
@@ -22,22 +22,22 @@ def roc_auc(labels: NDArray[np.int64], probabilities: NDArray[np.float64], *, se
     members = [np.flatnonzero(labels == k) for k in range(class_count)]
     rng = np.random.default_rng(seed)
     areas = []
-    for size in chunks(len(labels), resamples):
+    for size in resample_batches(len(labels), resamples):
         counts = _stratified_counts(members, size, rng)
-        areas.append(np.mean([weighted_areas(labels == k, probabilities[:, k], counts) for k in positives], axis=0))
+        areas.append(np.mean([weighted_roc_auc(labels == k, probabilities[:, k], counts) for k in positives], axis=0))
     low, high = np.quantile(np.concatenate(areas), QUANTILES_95)
     return confidence_interval(value, low, high)
 
 
 def _stratified_counts(members: list[NDArray[np.intp]], size: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """How often each photo is drawn in each of ``size`` resamples that keep every class's number: (N, size)."""
-    photos = sum(len(indices) for indices in members)
+    num_images = sum(len(indices) for indices in members)
     drawn = np.concatenate([indices[rng.integers(len(indices), size=(len(indices), size))] for indices in members])
     cells = drawn * size + np.arange(size)
-    return np.bincount(cells.ravel(), minlength=photos * size).reshape(photos, size).astype(np.float32)
+    return np.bincount(cells.ravel(), minlength=num_images * size).reshape(num_images, size).astype(np.float32)
 
 
-def weighted_areas(
+def weighted_roc_auc(
     positive: NDArray[np.bool_], scores: NDArray[np.float64], weights: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """The ROC area of each column of weights: positive (N,), scores (N,), weights (N, R) -> (R,).

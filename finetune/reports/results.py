@@ -9,7 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from finetune.metrics.classification import evaluate
+from finetune.metrics.classification import compute_metrics
 from finetune.reports.figures import write_plots
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.predictions import Predictions
@@ -30,7 +30,7 @@ def write_results(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure ``predictions`` and write all of it into ``folder``; returns the metrics."""
-    metrics = evaluate(
+    metrics = compute_metrics(
         predictions.labels, predictions.probabilities, classes=predictions.classes, uncalibrated=uncalibrated, seed=seed
     )
     metrics["temperature"] = temperature

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from finetune.compare.selection import line_up
-from finetune.metrics.significance import compare, holm
+from finetune.metrics.significance import compare_pairs, holm_correction
 from models.artifacts.bundle import open_bundle
 from models.errors import ConfigError, UnknownModelError
 from tests.helpers.tiny_network import color_folder, finetune, paint
@@ -167,7 +167,7 @@ def test_weights_in_the_hub_cache_count_as_here(tmp_path: Path, monkeypatch: pyt
 
 def test_only_the_photos_that_one_of_two_has_right_decide() -> None:
     rights = {"a": [1] * 12 + [0] * 1 + [1] * 87, "b": [0] * 12 + [1] * 1 + [1] * 87, "c": [0] * 10 + [1] * 90}
-    pairs = compare({name: np.array(values, dtype=bool) for name, values in rights.items()})
+    pairs = compare_pairs({name: np.array(values, dtype=bool) for name, values in rights.items()})
     found = {frozenset((pair.better, pair.worse)): pair for pair in pairs}
     ab, ac, bc = (found[frozenset(pair)] for pair in ("ab", "ac", "bc"))
     assert (ab.better, ab.only_better, ab.only_worse) == ("a", 12, 1)
@@ -175,18 +175,18 @@ def test_only_the_photos_that_one_of_two_has_right_decide() -> None:
     assert ab.p == pytest.approx(3 * binomtest(1, 13, 0.5).pvalue)
     assert ab.p == pytest.approx(3 * 28 / 8192)
     assert ac.p == pytest.approx(2 * binomtest(1, 11, 0.5).pvalue)
-    assert ab.is_real
-    assert not bc.is_real
+    assert ab.is_significant
+    assert not bc.is_significant
     assert ab.text() == "a is better than b: 12 photos that only it has right, against 1 (p = 0.010)."
     assert bc.text().startswith("No difference is shown between c and b: 2 photos that only the first has right")
 
 
 def test_equal_networks_do_not_differ() -> None:
     right = np.array([True, False, True])
-    (pair,) = compare({"a": right, "b": right})
-    assert (pair.p, pair.is_real) == (1.0, False)
+    (pair,) = compare_pairs({"a": right, "b": right})
+    assert (pair.p, pair.is_significant) == (1.0, False)
 
 
 def test_holm_never_lets_a_larger_p_overtake() -> None:
-    assert holm([0.01, 0.011, 0.5]) == pytest.approx([0.03, 0.03, 0.5])
-    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+    assert holm_correction([0.01, 0.011, 0.5]) == pytest.approx([0.03, 0.03, 0.5])
+    assert holm_correction([0.4, 0.9]) == pytest.approx([0.8, 0.9])

@@ -455,7 +455,7 @@ def test_every_photo_is_answered_by_a_head_that_did_not_see_it(
 def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> None:
     import numpy as np
 
-    from finetune.evaluation.cross_validation import deal
+    from finetune.evaluation.cross_validation import assign_folds
 
     for i in range(4):
         shutil.copyfile(data / "train" / "blue" / f"blue.00{i}.jpg", data / "valid" / "red" / f"same{i}.jpg")
@@ -464,7 +464,7 @@ def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> 
         dataset.samples, store=ArrayStore(tmp_path / "cache", fingerprint_context(), limit_mb=10), quiet=True
     )
     labels = np.array([photo.label for photo in dataset.samples])
-    fold_of = deal(records, labels, folds=3, classes=dataset.classes, seed=0)
+    fold_of = assign_folds(records, labels, folds=3, classes=dataset.classes, seed=0)
     by_sha: dict[str, set[int]] = {}
     for s, fold in zip(records, fold_of, strict=True):
         by_sha.setdefault(s.sha256, set()).add(int(fold))
@@ -472,7 +472,7 @@ def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> 
     for fold in range(3):
         assert set(labels[fold_of == fold]) == {0, 1}
     with pytest.raises(DataError, match="--folds is 10, and the class blue has 9 photos"):
-        deal(records, labels, folds=10, classes=dataset.classes, seed=0)
+        assign_folds(records, labels, folds=10, classes=dataset.classes, seed=0)
 
 
 def test_folds_that_cannot_be_are_refused(

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from finetune.metrics.bootstrap import resampled_means
-from finetune.metrics.classification import evaluate, format_summary
+from finetune.metrics.bootstrap import bootstrap_means
+from finetune.metrics.classification import compute_metrics, format_summary
 from finetune.metrics.reliability import calibration_error, equal_mass_bins
-from finetune.metrics.roc import weighted_areas
+from finetune.metrics.roc import weighted_roc_auc
 from models.artifacts.statistics import wilson_interval
 
 
@@ -67,7 +67,7 @@ def test_wilson_refuses_what_is_no_proportion(right: int, total: int) -> None:
 def test_values_are_those_of_scikit_learn(class_count: int) -> None:
     labels, probabilities = some_answers(300, class_count)
     predicted = probabilities.argmax(axis=1)
-    result = evaluate(labels, probabilities, classes=names(class_count), resamples=50)
+    result = compute_metrics(labels, probabilities, classes=names(class_count), resamples=50)
     scores = probabilities[:, 1] if class_count == 2 else probabilities
     area = sklearn_metrics.roc_auc_score(labels, scores, multi_class="ovr")
     precision, recall, _, support = sklearn_metrics.precision_recall_fscore_support(labels, predicted)
@@ -87,12 +87,12 @@ def test_resampled_areas_are_those_of_scikit_learn_ties_and_all() -> None:
     scores = rng.integers(6, size=60) / 5
     weights = rng.integers(4, size=(60, 25)).astype(np.float32)
     theirs = [sklearn_metrics.roc_auc_score(positive, scores, sample_weight=column) for column in weights.T]
-    np.testing.assert_allclose(weighted_areas(positive, scores, weights), theirs, rtol=1e-12)
+    np.testing.assert_allclose(weighted_roc_auc(positive, scores, weights), theirs, rtol=1e-12)
 
 
 def test_resampled_means_vary_as_means_of_photos_do() -> None:
     values = np.random.default_rng(4).exponential(size=(400, 2))
-    means = resampled_means(values, seed=0, resamples=2000)
+    means = bootstrap_means(values, seed=0, resamples=2000)
     assert means.shape == (2000, 2)
     np.testing.assert_allclose(means.mean(axis=0), values.mean(axis=0), rtol=0.01)
     np.testing.assert_allclose(means.std(axis=0), values.std(axis=0) / 20, rtol=0.1)
@@ -100,9 +100,9 @@ def test_resampled_means_vary_as_means_of_photos_do() -> None:
 
 def test_memory_is_bounded_without_losing_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     labels, probabilities = some_answers(100, 3)
-    monkeypatch.setattr("finetune.metrics.bootstrap.CELLS_AT_ONCE", 700)
-    assert resampled_means(probabilities, seed=0, resamples=50).shape == (50, 3)
-    result = evaluate(labels, probabilities, classes=names(3), resamples=50)
+    monkeypatch.setattr("finetune.metrics.bootstrap.MAX_CELLS", 700)
+    assert bootstrap_means(probabilities, seed=0, resamples=50).shape == (50, 3)
+    result = compute_metrics(labels, probabilities, classes=names(3), resamples=50)
     assert all(measure["low"] < measure["high"] for measure in intervals_in(result))
 
 
@@ -135,7 +135,7 @@ def test_equal_confidences_share_a_bin_whatever_the_order_of_the_photos() -> Non
 def test_calibration_error_of_a_calibrated_network_may_be_zero_and_that_of_another_not() -> None:
     labels, probabilities = some_answers(400, 2)
     sharper = probabilities**4 / (probabilities**4).sum(axis=1, keepdims=True)
-    result = evaluate(labels, probabilities, classes=names(2), uncalibrated=sharper, resamples=300)
+    result = compute_metrics(labels, probabilities, classes=names(2), uncalibrated=sharper, resamples=300)
     assert result["calibration_error"]["low"] == 0.0
     assert result["calibration_error_uncalibrated"]["low"] > 0.02
     assert result["log_loss_uncalibrated"]["value"] > result["log_loss"]["value"]
@@ -143,11 +143,11 @@ def test_calibration_error_of_a_calibrated_network_may_be_zero_and_that_of_anoth
 
 @pytest.mark.parametrize("measure", ["log_loss", "roc_auc", "calibration_error"])
 def test_intervals_hold_the_truth_about_as_often_as_they_say(measure: str) -> None:
-    many = evaluate(*some_answers(100_000, 2, seed=99), classes=names(2), resamples=1)[measure]["value"]
+    many = compute_metrics(*some_answers(100_000, 2, seed=99), classes=names(2), resamples=1)[measure]["value"]
     truth = 0.0 if measure == "calibration_error" else many
     held = 0
     for seed in range(40):
-        result = evaluate(*some_answers(200, 2, seed=seed), classes=names(2), resamples=200)[measure]
+        result = compute_metrics(*some_answers(200, 2, seed=seed), classes=names(2), resamples=200)[measure]
         held += result["low"] <= truth <= result["high"]
     assert held >= 34
 
@@ -156,7 +156,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(measure: str) -> No
 def test_every_value_is_within_its_interval_and_all_is_json(photos: int, class_count: int, skill: float) -> None:
     for seed in range(8):
         labels, probabilities = some_answers(photos, class_count, seed=seed, skill=skill)
-        result = evaluate(labels, probabilities, classes=names(class_count), uncalibrated=probabilities, resamples=20)
+        result = compute_metrics(labels, probabilities, classes=names(class_count), uncalibrated=probabilities, resamples=20)
         assert json.loads(json.dumps(result, allow_nan=False)) == result
         assert all(0 <= measure["low"] <= measure["value"] <= measure["high"] for measure in intervals_in(result))
         assert all(result[name]["high"] <= 1 for name in ("accuracy", "calibration_error"))
@@ -167,7 +167,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not() -> None:
     labels, probabilities = some_answers(100, 3)
 
     def run(seed: int) -> dict[str, Any]:
-        return evaluate(labels, probabilities, classes=names(3), seed=seed, resamples=100)
+        return compute_metrics(labels, probabilities, classes=names(3), seed=seed, resamples=100)
 
     assert run(1) == run(1)
     assert run(1)["log_loss"] != run(2)["log_loss"]
@@ -175,7 +175,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not() -> None:
 
 def test_what_is_not_defined_is_null_and_a_note_says_why() -> None:
     labels, probabilities = np.array([0, 0, 1]), np.array([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1], [0.7, 0.2, 0.1]])
-    result = evaluate(labels, probabilities, classes=["cats", "dogs", "cows"], resamples=20)
+    result = compute_metrics(labels, probabilities, classes=["cats", "dogs", "cows"], resamples=20)
     assert result["roc_auc"] is None
     assert result["precision"]["dogs"] is None
     assert result["recall"]["dogs"]["value"] == 0.0
@@ -188,21 +188,21 @@ def test_what_is_not_defined_is_null_and_a_note_says_why() -> None:
 
 
 def test_one_class_only_has_no_roc_curve() -> None:
-    result = evaluate(np.zeros(3, dtype=np.int64), np.ones((3, 1)), classes=["cats"], resamples=20)
+    result = compute_metrics(np.zeros(3, dtype=np.int64), np.ones((3, 1)), classes=["cats"], resamples=20)
     assert (result["roc_auc"], result["notes"]) == (None, ["roc_auc is not defined: there is one class only."])
 
 
 def test_a_perfect_ranking_is_noted_as_more_certain_than_it_is() -> None:
     labels = np.tile([0, 1], 20)
     probabilities = np.where(labels[:, None] == [0, 1], 0.9, 0.1)
-    result = evaluate(labels, probabilities, classes=names(2), resamples=20)
+    result = compute_metrics(labels, probabilities, classes=names(2), resamples=20)
     assert result["roc_auc"] == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert any("perfect ranking" in note for note in result["notes"])
 
 
 def test_every_measure_comes_with_its_method() -> None:
     labels, probabilities = some_answers(50, 2)
-    result = evaluate(labels, probabilities, classes=names(2), resamples=77, seed=5)
+    result = compute_metrics(labels, probabilities, classes=names(2), resamples=77, seed=5)
     measures = {"accuracy", "precision", "recall", "log_loss", "roc_auc", "calibration_error"}
     assert measures <= set(result["methods"])
     assert measures <= set(result)
@@ -220,9 +220,9 @@ def test_every_measure_comes_with_its_method() -> None:
 )
 def test_what_does_not_fit_is_refused(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> None:
     with pytest.raises(ValueError, match=r"arrived|Labels run|no distribution"):
-        evaluate(labels, probabilities, classes=names(2))
+        compute_metrics(labels, probabilities, classes=names(2))
     with pytest.raises(ValueError, match=r"arrived|Labels run|no distribution"):
-        evaluate(np.array([0]), np.array([[0.5, 0.5]]), classes=names(2), uncalibrated=np.ones((1, 2)))
+        compute_metrics(np.array([0]), np.array([[0.5, 0.5]]), classes=names(2), uncalibrated=np.ones((1, 2)))
 
 
 def test_summary_says_what_a_person_wants_to_know() -> None:
@@ -230,7 +230,7 @@ def test_summary_says_what_a_person_wants_to_know() -> None:
     right = np.ones(400, dtype=bool)
     right[[0, 1, 200, 201, 202]] = False
     probabilities = np.where((labels[:, None] == [0, 1]) == right[:, None], 0.97, 0.03)
-    result = evaluate(labels, probabilities, classes=["cats", "dogs"], uncalibrated=probabilities)
+    result = compute_metrics(labels, probabilities, classes=["cats", "dogs"], uncalibrated=probabilities)
     lines = format_summary(result).splitlines()
     assert lines[0] == "accuracy           98.75 % (97.1 to 99.5 %), 395 of 400 photos right"
     assert lines[1].startswith("log loss           0.0739 (")
@@ -245,7 +245,7 @@ def test_summary_of_many_classes_shows_the_five_weakest() -> None:
     predicted = labels.copy()
     for k in range(12):
         predicted[10 * k : 10 * k + k % 7] = (k + 1) % 12
-    result = evaluate(labels, np.eye(12)[predicted], classes=[f"breed-{k}" for k in range(12)], resamples=20)
+    result = compute_metrics(labels, np.eye(12)[predicted], classes=[f"breed-{k}" for k in range(12)], resamples=20)
     lines = format_summary(result).splitlines()
     assert lines[4].startswith("weakest 5 of 12")
     assert [line.split()[0] for line in lines[5:10]] == ["breed-6", "breed-5", "breed-4", "breed-11", "breed-3"]
