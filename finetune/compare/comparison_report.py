@@ -46,7 +46,7 @@ def write_report(out: Path, rows: Sequence[Measured], *, data: Path, skipped: Ma
         "skipped": dict(skipped),
     }
     atomic_write_text(out / "bakeoff.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
-    with plots.calm_style():
+    with plots.report_style():
         picture(rows, out / "bakeoff.png")
     return text
 
@@ -110,7 +110,7 @@ def picture(rows: Sequence[Measured], path: Path) -> Path:
     axes.set_axisbelow(True)
     title = f"Accuracy on {len(rows[0].correct):,} photos against time\nblue: pretrained, orange: trained from random weights"
     axes.set(xlabel="milliseconds a photo (log scale)", ylabel="accuracy, % (bars: 95 % interval)", title=title)
-    return plots.save(figure, path)
+    return plots.save_png(figure, path)
 
 
 def _spread(values: Sequence[float], low: float, high: float) -> list[float]:

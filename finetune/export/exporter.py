@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.export.golden import golden_pixels
-from finetune.reports.model_card import write_card
+from finetune.reports.model_card import write_model_card
 from finetune.reports.results import PLOTS
 from models.artifacts.bundle import (
     GOLDEN,
@@ -87,7 +87,7 @@ def export_bundle(
                 shutil.copytree(results / PLOTS, folder / PLOTS)
         for name in (PREDICTIONS, *SIMILARITY_FILES):
             shutil.copyfile(results / name, folder / name)
-        write_card(folder / MODEL_CARD, manifest)
+        write_model_card(folder / MODEL_CARD, manifest)
 
     manifest = {
         "kind": "head" if head_only else "full",

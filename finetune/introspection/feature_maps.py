@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from finetune.export.merge_head import open_full
 from finetune.io.output_folder import require_empty_folder
 from finetune.reports import plots
-from finetune.reports.tiles import normalised, sheet
+from finetune.reports.tiles import tile_sheet, to_gray_levels
 from models.artifacts.bundle import Bundle
 from models.errors import BundleError, ConfigError, DataError
 from models.networks.classifier import Classifier, load_classifier
@@ -38,11 +38,11 @@ def draw_filters(classifier: Classifier, path: Path, *, name: str) -> Path:
     title = f"{name}, {layer_name}: {of} filters of {height} x {width} px, {channels} channel{'' if channels == 1 else 's'}"
     tile_px = max(FILTER_PX, 4 * max(height, width))
     if channels in (1, 3):
-        pictures = [normalised(weights[i].transpose(1, 2, 0).squeeze()) for i in range(shown)]
-        return sheet(pictures, path, title=title, tile_px=tile_px)
-    pictures = [normalised(weights[i, channel]) for channel in range(channels) for i in range(shown)]
+        tiles = [to_gray_levels(weights[i].transpose(1, 2, 0).squeeze()) for i in range(shown)]
+        return tile_sheet(tiles, path, title=title, tile_px=tile_px)
+    tiles = [to_gray_levels(weights[i, channel]) for channel in range(channels) for i in range(shown)]
     labels = [f"{i}, ch {channel}" for channel in range(channels) for i in range(shown)]
-    return sheet(pictures, path, title=title, tile_px=tile_px, columns=min(shown, 16), labels=labels)
+    return tile_sheet(tiles, path, title=title, tile_px=tile_px, columns=min(shown, 16), labels=labels)
 
 
 def first_filters(classifier: Classifier) -> tuple[str, Maps]:
@@ -115,13 +115,13 @@ def draw_maps(classifier: Classifier, bundle: Bundle, photo: Path, folder: Path,
         crops, labels = [*crops, flat.reshape(pixels.shape).squeeze()], [*labels, "as the network gets it"]
     height, width, channels = pixels.shape
     title = f"{bundle.name}: the input, {channels} x {height} x {width}"
-    written = [sheet(crops, folder / "00-input.png", title=title, tile_px=INPUT_PX, labels=labels)]
+    written = [tile_sheet(crops, folder / "00-input.png", title=title, tile_px=INPUT_PX, labels=labels)]
     for number, (name, maps) in enumerate(maps_of(classifier, pixels), start=1):
         count, rows, columns = maps.shape
         shown = f"{count} map{'' if count == 1 else 's'}" if count <= most else f"the first {most} of {count} maps"
         file = folder / f"{number:02d}-{re.sub(r'[^A-Za-z0-9._]+', '-', name)}.png"
         title = f"{name}: {count} x {rows} x {columns}, {shown}"
-        written.append(sheet([normalised(one) for one in maps[:most]], file, title=title, tile_px=MAP_PX))
+        written.append(tile_sheet([to_gray_levels(one) for one in maps[:most]], file, title=title, tile_px=MAP_PX))
     return written
 
 
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.output_dir or Path("kernels") / bundle.name
     require_empty_folder(out)
     classifier = load_classifier(bundle)
-    with plots.calm_style():
+    with plots.report_style():
         written = draw_maps(classifier, bundle, args.photo, out / "maps", most=args.maps) if args.photo else []
         print(f"filters      {draw_filters(classifier, out / 'kernels.png', name=bundle.name)}")
     if written:

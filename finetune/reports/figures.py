@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.reports import image_sheets, plots
-from finetune.reports.reliability_diagram import reliability_diagram
+from finetune.reports.reliability_diagram import plot_reliability_diagram
 from models.artifacts.predictions import Predictions, check_probabilities, confusion_counts
 
-CLASSES_WITH_PHOTOS = 20
-LONGEST_SLUG = 40
+MAX_SHEET_CLASSES = 20
+MAX_SLUG_LENGTH = 40
 
 
 def write_plots(
@@ -42,13 +42,13 @@ def write_plots(
         check_probabilities(predictions.labels, uncalibrated, len(predictions.classes))
     classes = predictions.classes
     written = []
-    with plots.calm_style():
+    with plots.report_style():
         if history:
-            written.append(plots.learning_curves(history, out_dir / "learning_curves.png"))
+            written.append(plots.plot_learning_curves(history, out_dir / "learning_curves.png"))
         counts = confusion_counts(predictions.labels, predictions.predicted, len(classes))
-        written.append(plots.confusion_matrix(counts, classes, out_dir / "confusion_matrix.png"))
+        written.append(plots.plot_confusion_matrix(counts, classes, out_dir / "confusion_matrix.png"))
         path = out_dir / "reliability.png"
-        written.append(reliability_diagram(predictions.labels, predictions.probabilities, uncalibrated, path, seed=seed))
+        written.append(plot_reliability_diagram(predictions.labels, predictions.probabilities, uncalibrated, path, seed=seed))
         if data_dir is not None:
             names = slugs(classes)
             for label in _with_most_mistakes(counts):
@@ -58,7 +58,7 @@ def write_plots(
 
 def _with_most_mistakes(counts: NDArray[np.int64]) -> list[int]:
     mistakes = counts.sum(axis=1) - counts.diagonal()
-    return sorted(np.argsort(-mistakes, kind="stable")[:CLASSES_WITH_PHOTOS].tolist())
+    return sorted(np.argsort(-mistakes, kind="stable")[:MAX_SHEET_CLASSES].tolist())
 
 
 def _photo_sheets(out_dir: Path, predictions: Predictions, label: int, slug: str, data_dir: Path, *, seed: int) -> list[Path]:
@@ -72,7 +72,7 @@ def _photo_sheets(out_dir: Path, predictions: Predictions, label: int, slug: str
         ("random_correct", sample, f"{photos_of} predicted right,\ndrawn at random"),
     ]
     return [
-        image_sheets.photo_sheet(predictions, indices, title, data_dir, out_dir / f"{kind}_{slug}.png")
+        image_sheets.image_sheet(predictions, indices, title, data_dir, out_dir / f"{kind}_{slug}.png")
         for kind, indices, title in sheets
         if len(indices)
     ]
@@ -86,7 +86,7 @@ def slugs(classes: Sequence[str]) -> tuple[str, ...]:
     taken: set[str] = set()
     result = []
     for name in classes:
-        plain = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", name))[:LONGEST_SLUG].strip(".-") or "class"
+        plain = re.sub(r"[^\w.-]+", "-", unicodedata.normalize("NFC", name))[:MAX_SLUG_LENGTH].strip(".-") or "class"
         slug, number = plain, 2
         while slug.casefold() in taken:
             slug, number = f"{plain}-{number}", number + 1

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from finetune.reports.plots import BLUE, ORANGE, TILE, printable, save
+from finetune.reports.plots import BLUE, ORANGE, TILE, printable, save_png
 from models.artifacts.predictions import Predictions
 from models.errors import ImageError
 from models.preprocess import decode
 
-PHOTOS_SHOWN = 12
+MAX_IMAGES = 12
 COLUMNS = 4
 DPI = 110
 TILE_PX, FRAME_PX, GAP_PX, CAPTION_PX, HEADER_PX = 270, 5, 16, 78, 64
@@ -24,7 +24,7 @@ TILE_PX, FRAME_PX, GAP_PX, CAPTION_PX, HEADER_PX = 270, 5, 16, 78, 64
 def confident_mistakes(predictions: Predictions, label: int) -> NDArray[np.intp]:
     """Up to 12 photos of the class ``label`` that were predicted as another, highest loss first, as indices."""
     wrong = np.flatnonzero((predictions.labels == label) & ~predictions.correct)
-    return wrong[np.argsort(-predictions.losses[wrong], kind="stable")][:PHOTOS_SHOWN]
+    return wrong[np.argsort(-predictions.losses[wrong], kind="stable")][:MAX_IMAGES]
 
 
 def least_certain(predictions: Predictions, label: int) -> NDArray[np.intp]:
@@ -33,17 +33,17 @@ def least_certain(predictions: Predictions, label: int) -> NDArray[np.intp]:
         return np.zeros(0, dtype=np.intp)
     members = np.flatnonzero(predictions.labels == label)
     top_two = np.sort(predictions.probabilities[members], axis=1)[:, -2:]
-    return members[np.argsort(top_two[:, 1] - top_two[:, 0], kind="stable")][:PHOTOS_SHOWN]
+    return members[np.argsort(top_two[:, 1] - top_two[:, 0], kind="stable")][:MAX_IMAGES]
 
 
 def random_correct(predictions: Predictions, label: int, *, seed: int) -> NDArray[np.intp]:
     """Up to 12 photos of the class ``label`` that were predicted right, drawn at random, in the order of the photos."""
     right = np.flatnonzero((predictions.labels == label) & predictions.correct)
     rng = np.random.default_rng([seed, label])
-    return np.sort(rng.choice(right, size=min(PHOTOS_SHOWN, len(right)), replace=False))
+    return np.sort(rng.choice(right, size=min(MAX_IMAGES, len(right)), replace=False))
 
 
-def photo_sheet(predictions: Predictions, indices: NDArray[np.intp], title: str, data_dir: Path, path: Path) -> Path:
+def image_sheet(predictions: Predictions, indices: NDArray[np.intp], title: str, data_dir: Path, path: Path) -> Path:
     """Draw the photos at ``indices`` up to four abreast, each with file name, predicted class and p(true class).
 
     Blue frames are right answers, orange frames wrong ones. A photo that is gone or damaged is a grey tile saying so.
@@ -68,7 +68,7 @@ def photo_sheet(predictions: Predictions, indices: NDArray[np.intp], title: str,
         write(middle, top + TILE_PX / 2, trouble, ha="center", va="center")
         write(middle, top + TILE_PX + 6, _caption(predictions, index), ha="center", va="top", fontsize=9)
     figure.figimage(np.asarray(sheet), zorder=-1)
-    return save(figure, path)
+    return save_png(figure, path)
 
 
 def _caption(predictions: Predictions, index: int) -> str:

@@ -12,7 +12,7 @@ from models.runtime.precision import describe_bf16, is_bf16_acceptable
 TITLES = {"accuracy": "accuracy", "log_loss": "log loss", "roc_auc": "ROC AUC", "calibration_error": "calibration error"}
 
 
-def write_card(path: Path, manifest: Mapping[str, Any]) -> None:
+def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
     """Write the card of a bundle from its manifest."""
     metrics, provenance = manifest["metrics"], manifest["provenance"]
     dataset = provenance["dataset"]

@@ -21,7 +21,7 @@ from models.artifacts.atomic_io import atomic_write
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK, FAINT, TILE = "#222222", "#8A8A8A", "#D9D9D9"
 # Scripts that matplotlib's own font lacks, where the machine has a font for them
-MORE_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")
+FALLBACK_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": FAINT,
     "axes.grid": False,
@@ -43,33 +43,33 @@ STYLE: dict[Any, Any] = {
 
 
 @contextlib.contextmanager
-def calm_style() -> Iterator[None]:
+def report_style() -> Iterator[None]:
     """Draw and save figures with the report's look and fonts; afterwards matplotlib's settings are as they were."""
     installed = set(font_manager.get_font_names())
-    fonts = ["DejaVu Sans", *(name for name in MORE_FONTS if name in installed)]
+    fonts = ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
     with mpl.rc_context({**STYLE, "font.family": fonts}), warnings.catch_warnings():
         # A name in a script that no font here has shows as boxes: no reason to stop, or to warn once a letter
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
 
-def save(figure: Figure, path: Path) -> Path:
+def save_png(figure: Figure, path: Path) -> Path:
     """Write ``figure`` as a PNG, whole or not at all; the same figure gives the same bytes."""
     with atomic_write(path) as part:
         figure.savefig(part, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3})
     return path
 
 
-def printable(text: str, longest: int) -> str:
-    """``text`` in one line of at most ``longest`` characters, cut in the middle, fit to be drawn whatever it holds."""
+def printable(text: str, max_length: int) -> str:
+    """``text`` in one line of at most ``max_length`` characters, cut in the middle, fit to be drawn whatever it holds."""
     clean = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
-    if len(clean) <= longest:
+    if len(clean) <= max_length:
         return clean
-    head = (longest - 1) // 2
-    return f"{clean[:head]}…{clean[len(clean) - (longest - 1 - head) :]}"
+    head = (max_length - 1) // 2
+    return f"{clean[:head]}…{clean[len(clean) - (max_length - 1 - head) :]}"
 
 
-def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> Path:
+def plot_learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> Path:
     """Loss and accuracy of training and validation over the epochs, the epoch of lowest validation loss marked."""
     epochs = [row["epoch"] for row in history]
     best = min(history, key=lambda row: row["valid_loss"])
@@ -97,10 +97,10 @@ def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> Path:
         axes.set_axisbelow(True)
     figure.axes[0].set_ylim(bottom=0)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=9)
-    return save(figure, path)
+    return save_png(figure, path)
 
 
-def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], path: Path) -> Path:
+def plot_confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], path: Path) -> Path:
     """Photos of each true class (rows) by predicted class (columns), as counts and per cent of the row: (C, C) counts.
 
     Right answers are blue, wrong ones orange; the deeper, the larger their share of the row.
@@ -136,7 +136,7 @@ def confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], path: Pa
     wrong = int(counts.sum() - counts.trace())
     title = f"Confusion matrix: {wrong:,} of {counts.sum():,} photos wrong\nphotos, and % of the true class"
     axes.set_title(title, fontsize=title_pt)
-    return save(figure, path)
+    return save_png(figure, path)
 
 
 def _cell_colors(shares: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNL
 from numpy.typing import NDArray
 
 from finetune.metrics.reliability import calibration_error, equal_mass_bins
-from finetune.reports.plots import BLUE, FAINT, ORANGE, save
+from finetune.reports.plots import BLUE, FAINT, ORANGE, save_png
 from models.artifacts.statistics import wilson_interval
 
 CROWDED = 0.95  # a median confidence above this leaves nothing to see on an even axis
@@ -21,7 +21,7 @@ STRETCHED_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1
 HISTOGRAM_BARS = 30
 
 
-def reliability_diagram(
+def plot_reliability_diagram(
     labels: NDArray[np.int64],
     probabilities: NDArray[np.float64],
     uncalibrated: NDArray[np.float64] | None,
@@ -60,7 +60,7 @@ def reliability_diagram(
     panels[0, 0].set_ylabel("accuracy (% of photos)")
     panels[1, 0].set_ylabel("photos")
     panels[0, 0].legend(loc="best", fontsize=9)
-    return save(figure, path)
+    return save_png(figure, path)
 
 
 def _draw_bins(axes: Axes, confidence: NDArray[np.float64], correct: NDArray[np.bool_], lowest: float) -> None:

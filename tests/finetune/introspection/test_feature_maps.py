@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from finetune.introspection.feature_maps import draw_filters, first_filters, maps_of, stages
-from finetune.reports.tiles import normalised, sheet
+from finetune.reports.tiles import tile_sheet, to_gray_levels
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.flops import build_on_meta
 from models.networks.registry import get_spec
@@ -161,7 +161,7 @@ def test_maps_are_those_that_the_layers_give() -> None:
 
 
 def test_numbers_fill_the_range_from_black_to_white(tmp_path: Path) -> None:
-    assert normalised(np.array([[-2.0, 0.0], [1.0, 2.0]], np.float32)).tolist() == [[0, 128], [191, 255]]
-    assert normalised(np.full((2, 2), 7.0, np.float32)).tolist() == [[128, 128], [128, 128]]
-    path = sheet([np.zeros((2, 2), np.uint8)], tmp_path / "one.png", title="one", tile_px=40)
+    assert to_gray_levels(np.array([[-2.0, 0.0], [1.0, 2.0]], np.float32)).tolist() == [[0, 128], [191, 255]]
+    assert to_gray_levels(np.full((2, 2), 7.0, np.float32)).tolist() == [[128, 128], [128, 128]]
+    path = tile_sheet([np.zeros((2, 2), np.uint8)], tmp_path / "one.png", title="one", tile_px=40)
     assert (pixels_of(path)[44:84, 12:52] == 0).all()

@@ -162,7 +162,7 @@ def test_frames_tell_right_from_wrong(tmp_path: Path) -> None:
 
 
 def test_beyond_twenty_classes_those_with_most_mistakes_have_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_sheets, "photo_sheet", lambda *arguments: arguments[-1])  # drawing 40 takes long
+    monkeypatch.setattr(image_sheets, "image_sheet", lambda *arguments: arguments[-1])  # drawing 40 takes long
     predictions = some_predictions(tuple(f"class{i}" for i in range(24)), [0.9])
     probabilities = predictions.probabilities.copy()
     probabilities[[21, 22, 23]] = probabilities[[21, 22, 23]][:, ::-1]
