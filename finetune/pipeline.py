@@ -20,8 +20,8 @@ from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord, PixelCache
 from finetune.data.review_source import hide_password, load_reviews
-from finetune.export.exporter import PARITY_PHOTOS, Parity, export_bundle
-from finetune.export.provenance import describe_run
+from finetune.export.exporter import PARITY_IMAGES, ParitySample, export_bundle
+from finetune.export.provenance import training_manifest
 from finetune.metrics.calibration import apply_temperature, fit_temperature
 from finetune.metrics.classification import format_summary
 from finetune.reports.results import write_results
@@ -193,7 +193,7 @@ def write_outputs(
         network.classifier.cpu(),
         network.spec,
         temperature=temperature,
-        training=describe_run(
+        training=training_manifest(
             name=config.name or default_name(config),
             spec=network.spec,
             base=network.base,
@@ -207,8 +207,8 @@ def write_outputs(
             records=[*prepared.splits["train"], *photos],
             reviews=prepared.reviews.as_dict() if prepared.reviews else None,
         ),
-        trained={name: state[name] for name in network.trainable_names},
-        results=folder,
+        trained_tensors={name: state[name] for name in network.trainable_names},
+        evaluation_dir=folder,
         parity=_parity(photos, predictions, network, compute),
         head_only=config.export == "head",
     )
@@ -224,12 +224,14 @@ def hash_inputs(prepared: PreparedDataset, network: TrainingNetwork) -> str:
     return hashlib.sha256(json.dumps([photos, base, *reviews]).encode()).hexdigest()
 
 
-def _parity(records: Sequence[ImageRecord], predictions: Predictions, network: TrainingNetwork, compute: Compute) -> Parity:
+def _parity(
+    records: Sequence[ImageRecord], predictions: Predictions, network: TrainingNetwork, compute: Compute
+) -> ParitySample:
     """Validation photos spread over all of them, through the same preprocessing as a server's."""
-    chosen = np.unique(np.linspace(0, len(records) - 1, min(PARITY_PHOTOS, len(records))).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(records) - 1, min(PARITY_IMAGES, len(records))).round().astype(int))
     pixel_cache = PixelCache(network.spec.preprocessing, limit_mb=0)
     pixels = np.stack([pixel_cache.pop(records[i].sha256, records[i].sample.path) for i in chosen])
-    return Parity(pixels, predictions.probabilities[chosen], compute.precision)
+    return ParitySample(pixels, predictions.probabilities[chosen], compute.precision)
 
 
 @contextlib.contextmanager

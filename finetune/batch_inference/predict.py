@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.image_files import is_image_file, walk_images
-from finetune.export.merge_head import open_full
+from finetune.export.merge_head import open_full_bundle
 from finetune.io.threaded_map import batched, threaded_map
 from models.artifacts.bundle import GRAPH, Bundle, open_bundle
 from models.artifacts.paths import resolve_bundle
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         return score_all(args)
     if not args.photos or args.list or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Name photos or folders to classify; a --list, or several processes, need --output SCORES.parquet.")
-    bundle = open_full(args.bundle)
+    bundle = open_full_bundle(args.bundle)
     answers = classify(bundle, find_photos(args.photos), precision=_precision(args, bundle), workers=args.workers)
     failed = False
     table = csv.writer(sys.stdout, lineterminator="\n")
@@ -134,7 +134,7 @@ def score_all(args: argparse.Namespace) -> int:
         raise ConfigError(f"--part-photos is {args.part_photos}, and takes 1 or more.")
     if size > 1 and args.list == Path("-"):
         raise ConfigError("Only one process can read standard input; write the list to a file that all can read.")
-    bundle = open_full(args.bundle) if size == 1 else open_bundle(resolve_bundle(args.bundle))
+    bundle = open_full_bundle(args.bundle) if size == 1 else open_bundle(resolve_bundle(args.bundle))
     tally = score(
         bundle,
         stream_photos(args.photos, args.list),

@@ -89,5 +89,5 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**shown, **summary.as_dict(args.name)}, indent=2))
     else:
         counts = f"{shown['parameters']:,} parameters, {shown['macs']:,} MACs a picture"
-        print(summary.text(args.name, counts=counts))
+        print(summary.format_network(args.name, counts=counts))
     return 0

@@ -12,7 +12,7 @@ from finetune.batch_inference.predict import classify
 from finetune.data.embeddings import build_similarity_index
 from finetune.data.image_folder import read_split
 from finetune.data.inspection import PixelCache, fingerprint_context, inspect_images
-from finetune.export.merge_head import open_full
+from finetune.export.merge_head import open_full_bundle
 from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.classification import format_summary
@@ -40,7 +40,7 @@ def evaluate_bundle(
 
     Photos that cannot be read are left out and named. Raises BundleError and DataError.
     """
-    bundle = open_full(bundle_dir)
+    bundle = open_full_bundle(bundle_dir)
     samples = read_split(data_dir, split, bundle.classes)
     require_empty_folder(out)
     pixel_cache = PixelCache(bundle.preprocessing, limit_mb=0)

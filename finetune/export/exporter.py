@@ -39,11 +39,11 @@ from models.runtime.precision import measure_bf16
 # significant bits: what was trained on rounded features is served on exact ones.
 PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 GOLDEN_TOLERANCE = 1e-3
-PARITY_PHOTOS = 64
+PARITY_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class Parity:
+class ParitySample:
     """Some real photos' pixels (N, H, W, C) and the calibrated probabilities (N, classes) that training gave them."""
 
     pixels: NDArray[np.uint8]
@@ -58,16 +58,16 @@ def export_bundle(
     *,
     temperature: float,
     training: Mapping[str, Any],
-    trained: Mapping[str, Tensor],
-    results: Path,
-    parity: Parity,
+    trained_tensors: Mapping[str, Tensor],
+    evaluation_dir: Path,
+    parity: ParitySample,
     head_only: bool = False,
 ) -> Bundle:
     """Write the bundle, if its graph gives the training path's probabilities; raises BundleError, and writes none, else.
 
-    ``training`` is what the manifest says of training; ``trained`` the tensors that training changed; ``results`` the folder
-    of the evaluation, whose predictions.csv, lookalikes and plots go along. A head-only bundle holds ``trained`` in place
-    of the whole weights and of the graph, and no plots, as they show photos.
+    ``training`` is what the manifest says of training; ``trained_tensors`` the tensors that training changed;
+    ``evaluation_dir`` the folder of the evaluation, whose predictions.csv, similarity files and plots go along. A head-only
+    bundle holds ``trained_tensors`` in place of the whole weights and of the graph, and no plots, as they show photos.
     """
     golden = golden_pixels(spec.preprocessing)
 
@@ -80,13 +80,13 @@ def export_bundle(
         np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])
         if head_only:
             graph.unlink()
-            write_tensors(folder / HEAD, trained)
+            write_tensors(folder / HEAD, trained_tensors)
         else:
             write_tensors(folder / WEIGHTS, classifier.net.state_dict())
-            if (results / PLOTS).is_dir():
-                shutil.copytree(results / PLOTS, folder / PLOTS)
+            if (evaluation_dir / PLOTS).is_dir():
+                shutil.copytree(evaluation_dir / PLOTS, folder / PLOTS)
         for name in (PREDICTIONS, *SIMILARITY_FILES):
-            shutil.copyfile(results / name, folder / name)
+            shutil.copyfile(evaluation_dir / name, folder / name)
         write_model_card(folder / MODEL_CARD, manifest)
 
     manifest = {
@@ -96,13 +96,13 @@ def export_bundle(
         "head": spec.head,
         "cam_layer": spec.cam_layer,
         "temperature": temperature,
-        "graph": describe_graph(spec),
+        "graph": graph_signature(spec),
         "golden": {"tolerance": GOLDEN_TOLERANCE},
     }
     return write_bundle(path, manifest, write_files=write_files)
 
 
-def describe_graph(spec: ModelSpec) -> dict[str, Any]:
+def graph_signature(spec: ModelSpec) -> dict[str, Any]:
     side, channels = spec.preprocessing.input_px, spec.preprocessing.channels
     return {
         "file": GRAPH,
@@ -120,7 +120,7 @@ def describe_graph(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def check_parity(engine: OpenVINOEngine, parity: Parity) -> dict[str, Any]:
+def check_parity(engine: OpenVINOEngine, parity: ParitySample) -> dict[str, Any]:
     """Run real photos through the exported graph; raises BundleError where it does not give what training gave."""
     difference = float(np.abs(engine.run(parity.pixels)[0] - parity.probabilities).max())
     tolerance = PARITY_TOLERANCE[parity.precision]

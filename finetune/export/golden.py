@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw
 
 from models.preprocess import Preprocessing
 
-COUNT = 4
+NUM_GOLDEN = 4
 
 
 def golden_pixels(preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Four pictures of flat shapes, the same every time: (4, input_px, input_px, channels) uint8."""
-    return np.stack([preprocessing.crop(_draw(random.Random(seed))) for seed in range(COUNT)])
+    return np.stack([preprocessing.crop(_draw(random.Random(seed))) for seed in range(NUM_GOLDEN)])
 
 
 def _draw(rng: random.Random) -> Image.Image:

@@ -25,7 +25,7 @@ from models.errors import BundleError
 from models.runtime.openvino_engine import OpenVINOEngine
 
 
-def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
+def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
     """Write the whole bundle to ``out``; it must give the golden answers that the head was exported with.
 
     Raises WeightsError where the base is not to be had, BundleError where it is not the one that the head was trained on.
@@ -64,7 +64,7 @@ def join(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
     return write_bundle(out, {**kept, "kind": "full", "merged_from": bundle.version}, write_files=write_files)
 
 
-def open_full(path: Path, *, weights: Path | None = None) -> Bundle:
+def open_full_bundle(path: Path, *, weights: Path | None = None) -> Bundle:
     """Open a bundle that can answer: itself if it is whole, else the joined one, which is kept under the cache folder."""
     bundle = open_bundle(path)
     if not bundle.is_head_only:
@@ -74,7 +74,7 @@ def open_full(path: Path, *, weights: Path | None = None) -> Bundle:
         return open_bundle(kept)
     except BundleError:
         print(f"Joining {path} with its pretrained weights, once; the whole bundle is kept in {kept}", file=sys.stderr)
-        return join(bundle, kept, weights=weights)
+        return merge_bundle(bundle, kept, weights=weights)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> int:
     if not bundle.is_head_only:
         raise BundleError(f"The bundle {args.bundle} is whole already; use it as it is.")
     if args.out is None:
-        joined = open_full(args.bundle, weights=args.weights)
+        joined = open_full_bundle(args.bundle, weights=args.weights)
     elif args.out.exists() and any(args.out.iterdir()):
         raise BundleError(f"{args.out} is not empty; name a new folder for the whole bundle.")
     else:
-        joined = join(bundle, args.out, weights=args.weights)
+        joined = merge_bundle(bundle, args.out, weights=args.weights)
     print(f"bundle       {joined.path} (version {joined.version})")
     return 0

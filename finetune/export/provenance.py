@@ -21,10 +21,10 @@ from models.networks.weights import Weights
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "openvino", "onnx", "onnxscript")
 # A bundle travels: where on this machine things lay is nobody's business.
-PRIVATE = ("data_dir", "output_dir", "cache_dir", "weights", "extra_data", "reviews", "reviews_from")
+PRIVATE_SETTINGS = ("data_dir", "output_dir", "cache_dir", "weights", "extra_data", "reviews", "reviews_from")
 
 
-def describe_run(
+def training_manifest(
     *,
     name: str,
     spec: ModelSpec,
@@ -48,11 +48,11 @@ def describe_run(
         "classes": list(classes),
         "last_frozen": last_frozen,
         "permute_pixels": config.permute_pixels,
-        "base": describe_base(spec, base),
+        "base": base_manifest(spec, base),
         "metrics": dict(metrics),
         "provenance": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "config": {key: value for key, value in config.as_dict().items() if key not in PRIVATE},
+            "config": {key: value for key, value in config.as_dict().items() if key not in PRIVATE_SETTINGS},
             "compute": compute,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
@@ -72,7 +72,7 @@ def describe_run(
     }
 
 
-def describe_base(spec: ModelSpec, base: Weights | None) -> dict[str, Any] | None:
+def base_manifest(spec: ModelSpec, base: Weights | None) -> dict[str, Any] | None:
     if base is None:
         return None
     license = spec.weights.license if spec.weights and base.published else "unknown license"

@@ -20,51 +20,51 @@ from models.networks.split_point import split_model
 
 
 @dataclass(frozen=True)
-class Convolution:
+class ConvolutionSummary:
     """One convolution of a network: its settings, the map (h, w) that it is given and the one that it gives, in pixels."""
 
     name: str
-    inputs: int
-    outputs: int
+    in_channels: int
+    out_channels: int
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int] | None  # None: TensorFlow's "same", as much as it takes
     dilation: tuple[int, int]
     groups: int
     bias: bool
-    given_px: tuple[int, int]
-    gives_px: tuple[int, int]
+    input_px: tuple[int, int]
+    output_px: tuple[int, int]
 
     @property
-    def parameters(self) -> str:
+    def parameters_formula(self) -> str:
         """(kernel height * width * inputs that an output sees + its bias) * outputs, worked out."""
         height, width = self.kernel
-        inputs = f"{self.inputs}" if self.groups == 1 else f"{self.inputs}/{self.groups}"
-        count = (height * width * self.inputs // self.groups + self.bias) * self.outputs
-        return f"({height} * {width} * {inputs}{' + 1' if self.bias else ''}) * {self.outputs} = {count:,}"
+        inputs = f"{self.in_channels}" if self.groups == 1 else f"{self.in_channels}/{self.groups}"
+        count = (height * width * self.in_channels // self.groups + self.bias) * self.out_channels
+        return f"({height} * {width} * {inputs}{' + 1' if self.bias else ''}) * {self.out_channels} = {count:,}"
 
     @property
-    def size(self) -> str:
+    def size_formula(self) -> str:
         """floor((size + 2 * padding - kernel) / stride) + 1, worked out: once where height and width are alike."""
         height, width = (self._side(axis) for axis in (0, 1))
         return height if height == width else f"{height} high, {width} wide"
 
     def _side(self, axis: int) -> str:
-        given, gives, stride = self.given_px[axis], self.gives_px[axis], self.stride[axis]
+        given, gives, stride = self.input_px[axis], self.output_px[axis], self.stride[axis]
         if self.padding is None:
             return f"ceil({given} / {stride}) = {gives}"
         spread = self.dilation[axis] * (self.kernel[axis] - 1) + 1
         return f"floor(({given} + 2 * {self.padding[axis]} - {spread}) / {stride}) + 1 = {gives}"
 
     def text(self) -> str:
-        kind = f"conv {self.kernel[0]}x{self.kernel[1]}, {self.inputs} -> {self.outputs}"
+        kind = f"conv {self.kernel[0]}x{self.kernel[1]}, {self.in_channels} -> {self.out_channels}"
         groups = f", {self.groups} groups" if self.groups > 1 else ""
-        return f"{self.name}: {kind}{groups}\n    parameters  {self.parameters}\n    output px   {self.size}"
+        return f"{self.name}: {kind}{groups}\n    parameters  {self.parameters_formula}\n    output px   {self.size_formula}"
 
 
-def convolutions(net: nn.Module, *shape: int) -> list[Convolution]:
+def trace_convolutions(net: nn.Module, *shape: int) -> list[ConvolutionSummary]:
     """The convolutions of a network in the order in which they run on a picture of ``shape`` (C, h, w)."""
-    found: list[Convolution] = []
+    found: list[ConvolutionSummary] = []
 
     def look(name: str, given: Tensor, result: Tensor) -> None:
         layer = net.get_submodule(name)
@@ -76,7 +76,7 @@ def convolutions(net: nn.Module, *shape: int) -> list[Convolution]:
     return found
 
 
-def frozen_until(spec: ModelSpec) -> str | None:
+def last_frozen_layer(spec: ModelSpec) -> str | None:
     """The last layer that fine-tuning leaves as it is, or None for a network that is trained from random weights."""
     if spec.weights is None:
         return None
@@ -86,7 +86,7 @@ def frozen_until(spec: ModelSpec) -> str | None:
     return split_model(Classifier(net, spec.preprocessing)).last_frozen
 
 
-def layers(spec: ModelSpec, net: nn.Module) -> torchinfo.ModelStatistics:
+def summarize_layers(spec: ModelSpec, net: nn.Module) -> torchinfo.ModelStatistics:
     """torchinfo's account of all layers, for one picture."""
     picture = torch.zeros(1, *input_shape(spec), device="meta")
     return torchinfo.summary(
@@ -100,13 +100,13 @@ def layers(spec: ModelSpec, net: nn.Module) -> torchinfo.ModelStatistics:
     )
 
 
-def text(name: str, *, counts: str) -> str:
+def format_network(name: str, *, counts: str) -> str:
     """All of it, for a person."""
     spec = get_spec(name)
     net = build_on_meta(spec)
-    wanted, weights, last_frozen = spec.preprocessing, spec.weights, frozen_until(spec)
-    table = re.split(r"^=+\n", str(layers(spec, net)), flags=re.MULTILINE)
-    worked = [convolution.text() for convolution in convolutions(net, *input_shape(spec))]
+    wanted, weights, last_frozen = spec.preprocessing, spec.weights, last_frozen_layer(spec)
+    table = re.split(r"^=+\n", str(summarize_layers(spec, net)), flags=re.MULTILINE)
+    worked = [convolution.text() for convolution in trace_convolutions(net, *input_shape(spec))]
     about = [
         f"{spec.title}{f' ({spec.year})' if spec.year else ''}, {spec.paper}",
         f"input        {wanted.channels} x {wanted.input_px} x {wanted.input_px} px, the middle of a photo resized to "
@@ -132,27 +132,29 @@ def as_dict(name: str) -> dict[str, Any]:
             "output": list(row.output_size),
             "parameters": int(row.num_params),
         }
-        for row in layers(spec, net).summary_list
+        for row in summarize_layers(spec, net).summary_list
     ]
-    found = convolutions(net, *input_shape(spec))
-    worked = [{**dataclasses.asdict(c), "parameters_formula": c.parameters, "size_formula": c.size} for c in found]
-    return {"frozen_until": frozen_until(spec), "layers": rows, "convolutions": worked}
+    found = trace_convolutions(net, *input_shape(spec))
+    worked = [
+        {**dataclasses.asdict(c), "parameters_formula": c.parameters_formula, "size_formula": c.size_formula} for c in found
+    ]
+    return {"last_frozen_layer": last_frozen_layer(spec), "layers": rows, "convolutions": worked}
 
 
-def _convolution(name: str, layer: nn.Conv2d, given: Tensor, result: Tensor) -> Convolution:
+def _convolution(name: str, layer: nn.Conv2d, given: Tensor, result: Tensor) -> ConvolutionSummary:
     padded = isinstance(layer.padding, str) or type(layer).__name__ == "Conv2dSame"
-    return Convolution(
+    return ConvolutionSummary(
         name=name,
-        inputs=layer.in_channels,
-        outputs=layer.out_channels,
+        in_channels=layer.in_channels,
+        out_channels=layer.out_channels,
         kernel=_pair(layer.kernel_size),
         stride=_pair(layer.stride),
         padding=None if padded else _pair(layer.padding),
         dilation=_pair(layer.dilation),
         groups=layer.groups,
         bias=layer.bias is not None,
-        given_px=(given.shape[2], given.shape[3]),
-        gives_px=(result.shape[2], result.shape[3]),
+        input_px=(given.shape[2], given.shape[3]),
+        output_px=(result.shape[2], result.shape[3]),
     )
 
 

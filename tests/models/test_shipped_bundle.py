@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from finetune.__main__ import main
-from finetune.export.merge_head import open_full
+from finetune.export.merge_head import open_full_bundle
 from models.artifacts.bundle import GRAPH, check_golden, open_bundle
 from models.runtime.openvino_engine import OpenVINOEngine
 from service.explain.cam import LinearHead
@@ -34,7 +34,7 @@ def test_its_card_states_the_accuracy_that_its_manifest_has() -> None:
 def test_joined_it_gives_its_golden_answers_and_answers_photos(
     photo_folder: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = open_full(SHIPPED)
+    bundle = open_full_bundle(SHIPPED)
     engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"])
     assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) <= 1e-3
     photos = photo_folder(tmp_path / "drawn", train=1, valid=0)  # type: ignore[operator]
@@ -45,7 +45,7 @@ def test_joined_it_gives_its_golden_answers_and_answers_photos(
 
 def test_where_it_looks_is_exact(photo_folder: object, tmp_path: Path) -> None:
     """Lite0 averages its last map and weighs it linearly: the maps' means give back the probabilities."""
-    bundle = open_full(SHIPPED)
+    bundle = open_full_bundle(SHIPPED)
     photo = next(photo_folder(tmp_path / "drawn", train=1, valid=0).rglob("*.jpg"))  # type: ignore[attr-defined,operator]
     pixels = bundle.preprocessing.pixels(photo.read_bytes())
     engine = OpenVINOEngine(bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from finetune.cli.models import describe, line, short
-from finetune.introspection.summary import convolutions, frozen_until
+from finetune.introspection.summary import last_frozen_layer, trace_convolutions
 from models.networks.flops import build_on_meta, input_shape
 from models.networks.registry import get_spec
 from tests.helpers.tiny_network import finetune
@@ -75,28 +75,28 @@ def test_the_formulas_give_what_the_layers_give(name: str) -> None:
     """Depthwise, strided, 1x7, dilated or TensorFlow's "same": each formula, read as arithmetic, is right."""
     spec = get_spec(name)
     net = build_on_meta(spec)
-    found = convolutions(net, *input_shape(spec))
+    found = trace_convolutions(net, *input_shape(spec))
     assert len(found) == sum(isinstance(layer, nn.Conv2d) for layer in net.modules())
     for conv in found:
         layer = net.get_submodule(conv.name)
-        formula, count = conv.parameters.split(" = ")
+        formula, count = conv.parameters_formula.split(" = ")
         assert eval(formula) == int(count.replace(",", "")) == sum(p.numel() for p in layer.parameters())
-        sides = conv.size.replace(" high", "").replace(" wide", "").split(", ")
-        for side, gives in zip(sides, conv.gives_px, strict=False):
+        sides = conv.size_formula.replace(" high", "").replace(" wide", "").split(", ")
+        for side, gives in zip(sides, conv.output_px, strict=False):
             formula, size = side.rsplit(" = ", 1)
             assert eval(formula, {"floor": lambda x: int(x // 1), "ceil": lambda x: -int(-x // 1)}) == int(size) == gives
 
 
 def test_a_dilated_convolution_is_worked_out() -> None:
-    (conv,) = convolutions(nn.Conv2d(4, 8, (3, 5), dilation=2, stride=2, padding=(1, 0), groups=2), 4, 32, 32)
-    assert conv.parameters == "(3 * 5 * 4/2 + 1) * 8 = 248"
-    assert conv.size == "floor((32 + 2 * 1 - 5) / 2) + 1 = 15 high, floor((32 + 2 * 0 - 9) / 2) + 1 = 12 wide"
+    (conv,) = trace_convolutions(nn.Conv2d(4, 8, (3, 5), dilation=2, stride=2, padding=(1, 0), groups=2), 4, 32, 32)
+    assert conv.parameters_formula == "(3 * 5 * 4/2 + 1) * 8 = 248"
+    assert conv.size_formula == "floor((32 + 2 * 1 - 5) / 2) + 1 = 15 high, floor((32 + 2 * 0 - 9) / 2) + 1 = 12 wide"
 
 
 def test_json_has_the_layers_for_a_program() -> None:
     told = json.loads(shown("show", "resnet18", "--json"))
     assert told["name"] == "resnet18"
-    assert told["frozen_until"] == "flatten"
+    assert told["last_frozen_layer"] == "flatten"
     layers = {layer["name"]: layer for layer in told["layers"]}
     assert layers["layer4"]["output"] == [1, 512, 7, 7]
     assert layers["fc"]["parameters"] == 513_000
@@ -121,7 +121,7 @@ def test_json_has_the_layers_for_a_program() -> None:
     ],
 )
 def test_where_the_frozen_part_ends(name: str, after: str | None) -> None:
-    assert frozen_until(get_spec(name)) == after
+    assert last_frozen_layer(get_spec(name)) == after
 
 
 @pytest.mark.parametrize(

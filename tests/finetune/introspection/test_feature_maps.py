@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from finetune.introspection.feature_maps import draw_filters, first_filters, maps_of, stages
+from finetune.introspection.feature_maps import compute_feature_maps, draw_filters, first_layer_filters, map_layers
 from finetune.reports.tiles import tile_sheet, to_gray_levels
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.flops import build_on_meta
@@ -108,7 +108,7 @@ def test_pictures_are_not_written_over_others(bundle: Path, tmp_path: Path) -> N
 def test_filters_of_any_size_fill_a_sheet(name: str, layer: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     with made_small(name, small_pictures=False):
         classifier = build_classifier(get_spec(name), num_classes=2, base=None)
-    found, weights = first_filters(classifier)
+    found, weights = first_layer_filters(classifier)
     assert (found, weights.shape) == (layer, shape)
     path = draw_filters(classifier, tmp_path / "kernels.png", name=name)
     assert not is_blank(path)
@@ -134,7 +134,7 @@ def test_filters_of_permuted_pixels_are_put_in_order_again() -> None:
     given = classifier.normalize(photo).flatten()
     with torch.no_grad():
         classifier.net.get_parameter("hidden1.weight")[0] = (given > 0).float()
-    _, weights = first_filters(classifier)
+    _, weights = first_layer_filters(classifier)
     assert np.argwhere(weights[0, 0] == 1).tolist() == [[20, 7]]
 
 
@@ -147,13 +147,13 @@ def test_filters_of_permuted_pixels_are_put_in_order_again() -> None:
     ],
 )
 def test_what_is_shown_of_a_network(name: str, wanted: list[str]) -> None:
-    assert stages(build_on_meta(get_spec(name))) == wanted
+    assert map_layers(build_on_meta(get_spec(name))) == wanted
 
 
 def test_maps_are_those_that_the_layers_give() -> None:
     classifier = build_classifier(get_spec("lenet5"), num_classes=3, base=None)
     photo = np.random.default_rng(0).integers(0, 256, (28, 28, 1), dtype=np.uint8)
-    maps = dict(maps_of(classifier, photo))
+    maps = dict(compute_feature_maps(classifier, photo))
     assert {name: one.shape for name, one in maps.items()} == {"conv1": (6, 28, 28), "conv2": (16, 10, 10)}
     with torch.inference_mode():
         wanted = classifier.net.get_submodule("conv1")(classifier.normalize(torch.from_numpy(photo[None])))[0]
