@@ -22,20 +22,20 @@ from models.runtime.interleaved_timing import time_interleaved
 from models.runtime.openvino_engine import OpenVINOEngine
 from models.runtime.precision import select_precision
 
-ROUNDS, PHOTOS_A_ROUND = 20, 5
-Measure = dict[str, float]
+ROUNDS, IMAGES_PER_ROUND = 20, 5
+Interval = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Measured:
+class BenchmarkResult:
     """One network's figures. ``correct`` (N,) says which photos it has right; ``accuracy`` and ``log_loss`` have 95 % ends."""
 
     backbone: str
     pretrained: bool
     precision: str
-    accuracy: Measure
-    log_loss: Measure
-    ms_a_photo: float
+    accuracy: Interval
+    log_loss: Interval
+    ms_per_image: float
     graph_mb: float
     parameters: int
     training_s: float
@@ -43,7 +43,9 @@ class Measured:
     correct: NDArray[np.bool_]
 
 
-def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, float], workers: int = 0) -> list[Measured]:
+def benchmark(
+    bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, float], workers: int = 0
+) -> list[BenchmarkResult]:
     """Measure the bundles on the validation photos that all of them know, the best first.
 
     Each in the precision that the service would choose. A run moves a held-out photo that looks like a training one back, so
@@ -56,20 +58,20 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
     labels = first.labels[chosen]
     paths = [data / first.image_names[i] for i in chosen]
     precisions = {name: select_precision(bundle).name for name, bundle in bundles.items()}
-    times = time_in_turns(bundles, paths[:PHOTOS_A_ROUND], precisions)
+    times = measure_latency(bundles, paths[:IMAGES_PER_ROUND], precisions)
     rows = []
     for name, bundle in bundles.items():
         answers = classify(bundle, paths, precision=precisions[name], workers=workers)
         probabilities = np.stack([a.probabilities for a in answers if a.probabilities is not None]).astype(np.float64)
         correct = np.asarray(probabilities.argmax(axis=1) == labels)
         rows.append(
-            Measured(
+            BenchmarkResult(
                 backbone=name,
                 pretrained=bundle.manifest["base"] is not None,
                 precision=precisions[name],
                 accuracy=wilson_interval(int(correct.sum()), len(labels)),
                 log_loss=bootstrap_mean_interval(cross_entropy(labels, probabilities), seed=0, resamples=1000),
-                ms_a_photo=times[name],
+                ms_per_image=times[name],
                 graph_mb=(bundle.path / GRAPH).stat().st_size / 1e6,
                 parameters=bundle_parameters(bundle),
                 training_s=seconds[name],
@@ -80,7 +82,7 @@ def measure(bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, 
     return sorted(rows, key=lambda row: (-row.accuracy["value"], row.log_loss["value"]))
 
 
-def time_in_turns(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisions: Mapping[str, str]) -> dict[str, float]:
+def measure_latency(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisions: Mapping[str, str]) -> dict[str, float]:
     """Milliseconds for one photo, batch 1, all processors, decoding left out: the median of 20 rounds."""
     engines = {
         name: OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"], precision=precisions[name])

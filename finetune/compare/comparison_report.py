@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from finetune.compare.benchmark import ROUNDS, Measured
+from finetune.compare.benchmark import ROUNDS, BenchmarkResult
 from finetune.metrics.significance import PairwiseComparison, compare_pairs
 from finetune.reports import plots
 from models.artifacts.atomic_io import atomic_write_text
@@ -23,7 +23,7 @@ COLUMNS = (
     "network",
     "accuracy (95 % interval)",
     "log loss",
-    "ms a photo",
+    "ms per image",
     "precision",
     "graph, MB",
     "parameters",
@@ -32,7 +32,7 @@ COLUMNS = (
 )
 
 
-def write_report(out: Path, rows: Sequence[Measured], *, data: Path, skipped: Mapping[str, str]) -> str:
+def write_report(out: Path, rows: Sequence[BenchmarkResult], *, data: Path, skipped: Mapping[str, str]) -> str:
     """Write bakeoff.md, .csv, .json and .png into ``out``; returns the Markdown."""
     pairs = compare_pairs({row.backbone: row.correct for row in rows})
     text = markdown(rows, pairs, name=data.resolve().name, skipped=skipped)
@@ -42,16 +42,18 @@ def write_report(out: Path, rows: Sequence[Measured], *, data: Path, skipped: Ma
         "data": data.resolve().name,
         "photos": len(rows[0].correct),
         "networks": [_plain(row) for row in rows],
-        "pairs": [{**dataclasses.asdict(pair), "is_real": pair.is_significant} for pair in pairs],
+        "pairs": [{**dataclasses.asdict(pair), "is_significant": pair.is_significant} for pair in pairs],
         "skipped": dict(skipped),
     }
     atomic_write_text(out / "bakeoff.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
     with plots.report_style():
-        picture(rows, out / "bakeoff.png")
+        plot_accuracy_over_latency(rows, out / "bakeoff.png")
     return text
 
 
-def markdown(rows: Sequence[Measured], pairs: Sequence[PairwiseComparison], *, name: str, skipped: Mapping[str, str]) -> str:
+def markdown(
+    rows: Sequence[BenchmarkResult], pairs: Sequence[PairwiseComparison], *, name: str, skipped: Mapping[str, str]
+) -> str:
     """The table, how it was measured, and what is better than what."""
     photos = len(rows[0].correct)
     table = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |"]
@@ -78,7 +80,7 @@ def markdown(rows: Sequence[Measured], pairs: Sequence[PairwiseComparison], *, n
     return "\n".join(parts)
 
 
-def picture(rows: Sequence[Measured], path: Path) -> Path:
+def plot_accuracy_over_latency(rows: Sequence[BenchmarkResult], path: Path) -> Path:
     """Accuracy, with its interval, against milliseconds a photo; the names stand beside, in order, tied to their points."""
     figure = Figure(figsize=(9, max(4.5, 0.42 * len(rows) + 2)), layout="constrained")
     axes = figure.add_subplot()
@@ -86,7 +88,7 @@ def picture(rows: Sequence[Measured], path: Path) -> Path:
         value, low, high = (100 * row.accuracy[end] for end in ("value", "low", "high"))
         color = plots.BLUE if row.pretrained else plots.ORANGE
         axes.errorbar(
-            row.ms_a_photo, value, yerr=[[value - low], [high - value]], fmt="o", color=color, capsize=3, markersize=6
+            row.ms_per_image, value, yerr=[[value - low], [high - value]], fmt="o", color=color, capsize=3, markersize=6
         )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -96,7 +98,7 @@ def picture(rows: Sequence[Measured], path: Path) -> Path:
     for row, place in zip(rows, places, strict=True):
         axes.annotate(
             f"{row.backbone}  {100 * row.accuracy['value']:.1f} %",
-            xy=(row.ms_a_photo, 100 * row.accuracy["value"]),
+            xy=(row.ms_per_image, 100 * row.accuracy["value"]),
             xytext=(1.03, (place - low) / (high - low)),
             textcoords="axes fraction",
             va="center",
@@ -127,13 +129,13 @@ def _spread(values: Sequence[float], low: float, high: float) -> list[float]:
     return places
 
 
-def _cells(row: Measured) -> list[str]:
+def _cells(row: BenchmarkResult) -> list[str]:
     value, low, high = (100 * row.accuracy[end] for end in ("value", "low", "high"))
     return [
         row.backbone + ("" if row.pretrained else " *"),
         f"{value:.2f} % ({low:.1f} to {high:.1f} %)",
         f"{row.log_loss['value']:.3f} ({row.log_loss['low']:.3f} to {row.log_loss['high']:.3f})",
-        f"{row.ms_a_photo:.2f}",
+        f"{row.ms_per_image:.2f}",
         row.precision,
         f"{row.graph_mb:.2f}",
         f"{row.parameters:,}",
@@ -142,7 +144,7 @@ def _cells(row: Measured) -> list[str]:
     ]
 
 
-def _csv(rows: Sequence[Measured]) -> str:
+def _csv(rows: Sequence[BenchmarkResult]) -> str:
     text = io.StringIO()
     flat = [
         {
@@ -151,7 +153,7 @@ def _csv(rows: Sequence[Measured]) -> str:
             "precision": row.precision,
             **{f"accuracy_{end}": row.accuracy[end] for end in ("value", "low", "high")},
             **{f"log_loss_{end}": row.log_loss[end] for end in ("value", "low", "high")},
-            **{key: getattr(row, key) for key in ("ms_a_photo", "graph_mb", "parameters", "training_s", "epochs")},
+            **{key: getattr(row, key) for key in ("ms_per_image", "graph_mb", "parameters", "training_s", "epochs")},
         }
         for row in rows
     ]
@@ -161,6 +163,6 @@ def _csv(rows: Sequence[Measured]) -> str:
     return text.getvalue()
 
 
-def _plain(row: Measured) -> dict[str, Any]:
+def _plain(row: BenchmarkResult) -> dict[str, Any]:
     plain = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "correct"}
-    return {**plain, "right": int(np.count_nonzero(row.correct))}
+    return {**plain, "correct": int(np.count_nonzero(row.correct))}

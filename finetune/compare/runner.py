@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune import config as settings
-from finetune.compare.benchmark import Measured, measure
+from finetune.compare.benchmark import BenchmarkResult, benchmark
 from finetune.compare.comparison_report import write_report
-from finetune.compare.selection import check_size, folder_name, line_up
+from finetune.compare.selection import require_two, run_folder_name, select_networks
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
 from finetune.pipeline import resolve_config, train
@@ -25,9 +25,9 @@ from models.artifacts.bundle import Bundle
 from models.errors import RunError, WeightsError
 from models.networks.registry import get_spec
 
-RECORD = "bakeoff-run.json"
+RECORD_FILE = "bakeoff-run.json"
 # What a person may give for all networks alike; what is not given is each one's own recipe.
-SHARED = (
+SHARED_SETTINGS = (
     "epochs",
     "batch_size",
     "optimizer",
@@ -49,11 +49,11 @@ SHARED = (
     "cache_dir",
     "cache_limit_mb",
 )
-NO_MATTER = run_directory.CHANGEABLE_ON_RESUME - {"epochs", "export"}
+IGNORED_SETTINGS = run_directory.CHANGEABLE_ON_RESUME - {"epochs", "export"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparisonRun:
     """One network's place in the bake-off: its settings, and the folder of its run."""
 
     backbone: str
@@ -61,14 +61,14 @@ class Entry:
     folder: Path
 
 
-def bake_off(data: Path, backbones: Sequence[str], out: Path, shared: dict[str, Any]) -> list[Measured]:
+def compare_networks(data: Path, backbones: Sequence[str], out: Path, shared: dict[str, Any]) -> list[BenchmarkResult]:
     """Train, or reuse, a run for each of ``backbones`` below ``out``, measure all alike and write the report.
 
     A network whose weights cannot be had, or whose loss runs away, is reported as skipped. Raises RunError where a run is
     in the way that was made with other settings or photos, or where nothing is left to compare, and DataError.
     """
     entries = [_entry(name, data, out, shared) for name in backbones]
-    inputs = name_photos(entries[0].config)
+    inputs = hash_dataset(entries[0].config)
     for entry in entries:
         _check_same(entry, inputs)
     bundles: dict[str, Bundle] = {}
@@ -85,25 +85,25 @@ def bake_off(data: Path, backbones: Sequence[str], out: Path, shared: dict[str, 
     seconds = {
         name: _read_record(entry.folder)["seconds"] for name, entry in zip(backbones, entries, strict=True) if name in bundles
     }
-    rows = measure(bundles, data, seconds=seconds, workers=entries[0].config.workers)
+    rows = benchmark(bundles, data, seconds=seconds, workers=entries[0].config.workers)
     print("\n" + write_report(out, rows, data=data, skipped=skipped))
     return rows
 
 
-def name_photos(config: Config) -> str:
+def hash_dataset(config: Config) -> str:
     """Name the photos by their names, contents, labels and splits, so that a run on others is not taken for this one."""
     dataset = read_dataset(config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
     rows = [[sample.name, sample.split, sample.label, sha256_of(sample.path)] for sample in dataset.samples]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _entry(name: str, data: Path, out: Path, shared: dict[str, Any]) -> Entry:
-    folder = out / folder_name(name)
+def _entry(name: str, data: Path, out: Path, shared: dict[str, Any]) -> ComparisonRun:
+    folder = out / run_folder_name(name)
     config = settings.from_mapping({**shared, "data_dir": data, "backbone": name, "output_dir": folder})
-    return Entry(name, resolve_config(config, get_spec(name)), folder)
+    return ComparisonRun(name, resolve_config(config, get_spec(name)), folder)
 
 
-def _train(entry: Entry, inputs: str) -> Bundle:
+def _train(entry: ComparisonRun, inputs: str) -> Bundle:
     """The run's bundle; one that is finished is reused, and one that was interrupted goes on. Keeps the seconds it took."""
     record = _read_record(entry.folder)
     if record and (entry.folder / run_directory.BUNDLE).is_dir():
@@ -116,10 +116,10 @@ def _train(entry: Entry, inputs: str) -> Bundle:
     finally:
         if (entry.folder / run_directory.CONFIG).is_file() and not (had and record):
             seconds = record.get("seconds", 0.0) + time.perf_counter() - began
-            atomic_write_text(entry.folder / RECORD, json.dumps({"photos": inputs, "seconds": seconds}) + "\n")
+            atomic_write_text(entry.folder / RECORD_FILE, json.dumps({"photos": inputs, "seconds": seconds}) + "\n")
 
 
-def _check_same(entry: Entry, inputs: str) -> None:
+def _check_same(entry: ComparisonRun, inputs: str) -> None:
     """Raise RunError where the run in the way was started with other settings or photos."""
     if not (entry.folder / run_directory.CONFIG).is_file():
         run_directory.require_no_run(entry.folder)
@@ -127,7 +127,7 @@ def _check_same(entry: Entry, inputs: str) -> None:
     kept = settings.from_mapping(run_directory.read_config(entry.folder))
     for f in dataclasses.fields(Config):
         before, now = getattr(kept, f.name), getattr(entry.config, f.name)
-        if f.name not in NO_MATTER and before != now:
+        if f.name not in IGNORED_SETTINGS and before != now:
             flag = f"--{f.name.replace('_', '-')}"
             raise RunError(
                 f"The run in {entry.folder} was made with {flag} {before}, not {now}; name another folder with --output-dir."
@@ -137,7 +137,7 @@ def _check_same(entry: Entry, inputs: str) -> None:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    file = folder / RECORD
+    file = folder / RECORD_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
@@ -150,14 +150,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="networks; `small`: the small own ones; `all`: whose weights are here",
     )
     parser.add_argument("--output-dir", type=Path, metavar="OUT", help="where it all goes (default: runs/DATA-bakeoff)")
-    settings.add_flags(parser, SHARED)
+    settings.add_flags(parser, SHARED_SETTINGS)
 
 
 def run(args: argparse.Namespace) -> int:
     """``finetune bakeoff``: train, measure, compare, and say what is better than what."""
-    names = line_up(args.backbones)
-    check_size(names)
+    names = select_networks(args.backbones)
+    require_two(names)
     out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-bakeoff"
-    shared = {key: value for key, value in vars(args).items() if key in SHARED}
-    bake_off(args.data_dir, names, out, shared)
+    shared = {key: value for key, value in vars(args).items() if key in SHARED_SETTINGS}
+    compare_networks(args.data_dir, names, out, shared)
     return 0

@@ -13,7 +13,7 @@ SMALL_PX = 64
 SMALL, ALL = "small", "all"
 
 
-def line_up(words: str) -> list[str]:
+def select_networks(words: str) -> list[str]:
     """The networks that ``words``, with commas, stand for, each once, in that order.
 
     ``small`` are those of this project that are trained from random weights and take pictures of 64 px at most (a photo is
@@ -37,12 +37,12 @@ def is_small(spec: ModelSpec) -> bool:
     return spec.weights is None and spec.preprocessing.input_px <= SMALL_PX
 
 
-def folder_name(backbone: str) -> str:
+def run_folder_name(backbone: str) -> str:
     """``timm:convnext_tiny`` as a folder's name."""
     return backbone.replace(":", "-").replace("/", "-")
 
 
-def check_size(names: Sequence[str]) -> None:
+def require_two(names: Sequence[str]) -> None:
     """Raise ConfigError where there is nothing to compare."""
     if len(names) < 2:
         raise ConfigError(f"--backbones names {names[0]} alone, and a comparison takes two or more; add another.")

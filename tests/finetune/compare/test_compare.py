@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-from finetune.compare.selection import line_up
+from finetune.compare.selection import select_networks
 from finetune.metrics.significance import compare_pairs, holm_correction
 from models.artifacts.bundle import open_bundle
 from models.errors import ConfigError, UnknownModelError
@@ -71,7 +71,7 @@ class TestOneBakeoff:
                 assert row["accuracy"] == metrics["accuracy"]
                 assert row["log_loss"]["value"] == pytest.approx(metrics["log_loss"]["value"], abs=2e-3)
             assert row["graph_mb"] == pytest.approx(bundle.manifest["files"]["model.onnx"]["bytes"] / 1e6)
-            assert row["ms_a_photo"] > 0
+            assert row["ms_per_image"] > 0
             assert row["training_s"] > 0
             assert row["epochs"] == 6
         assert rows["lenet_cifar"]["parameters"] == 62_006 - 8 * 85
@@ -145,24 +145,24 @@ def test_where_nothing_can_be_trained_there_is_no_report(home: Path, tmp_path: P
 
 
 def test_words_stand_for_networks() -> None:
-    small = line_up("small")
+    small = select_networks("small")
     assert {"lenet5", "mlp", "cnn_mnist", "lenet_cifar", "vgg_cifar", "cnn_selu", "cnn_separable", "cnn_two_conv"} == set(small)
-    assert line_up("mlp, small")[0] == "mlp"
-    assert len(line_up("mlp,small")) == len(small)
-    here = line_up("all")
+    assert select_networks("mlp, small")[0] == "mlp"
+    assert len(select_networks("mlp,small")) == len(small)
+    here = select_networks("all")
     assert {"efficientnet_lite0", "efficientnet_lite2"} <= set(here)
     assert not {"vgg16", "lenet5"} & set(here)
     with pytest.raises(UnknownModelError):
-        line_up("smal")
+        select_networks("smal")
     with pytest.raises(ConfigError):
-        line_up("")
+        select_networks("")
 
 
 def test_weights_in_the_hub_cache_count_as_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").touch()
-    assert "resnet18" in line_up("all")
+    assert "resnet18" in select_networks("all")
 
 
 def test_only_the_photos_that_one_of_two_has_right_decide() -> None:
