@@ -90,7 +90,7 @@ def score(
         listed,
         "--output",
         out,
-        "--part-photos",
+        "--images-per-file",
         PART,
         "--precision",
         args.precision,

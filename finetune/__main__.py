@@ -36,12 +36,12 @@ MODULES = {
     "kernels": "introspection.feature_maps",
     "bakeoff": "compare.runner",
 }
-ALONE_OR_TOGETHER = ("train", "predict")
+MULTIPROCESS_COMMANDS = ("train", "predict")
 # What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.
 _FULL = "cannot be written, as the disk is full; make room and run it again."
 _DENIED = "may not be read or written by you; mend its permissions, or name another."
 _NO_FOLDER = "is, or lies below, something that is not a folder; name another."
-REFUSALS = {
+OS_ERROR_MESSAGES = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
     errno.EFBIG: "cannot be written, as files may not grow so large here; raise the limit (ulimit -f) and run it again.",
@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads us has gone, as `head` does
         return 1
     except OSError as error:
-        if error.errno not in REFUSALS:
+        if error.errno not in OS_ERROR_MESSAGES:
             raise
-        print(f"finetune: {error.filename or 'A file'} {REFUSALS[error.errno]}", file=sys.stderr)
+        print(f"finetune: {error.filename or 'A file'} {OS_ERROR_MESSAGES[error.errno]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -109,8 +109,8 @@ def _run(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in COMMANDS and not name.startswith("-"):
         raise ConfigError(f"There is no command {name!r}.{did_you_mean(name, COMMANDS)} `finetune --help` lists them.")
-    if name not in ALONE_OR_TOGETHER and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"`finetune {name}` runs in one process; torchrun is for {' and '.join(ALONE_OR_TOGETHER)}.")
+    if name not in MULTIPROCESS_COMMANDS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"`finetune {name}` runs in one process; torchrun is for {' and '.join(MULTIPROCESS_COMMANDS)}.")
     if name in COMMANDS:  # only the command that is called is imported: torch takes seconds
         module = importlib.import_module(f"finetune.{MODULES[name]}")
         module.add_arguments(commands.choices[name])

@@ -1,8 +1,8 @@
 """Score millions of photos: streamed through a bundle's engine into a folder of Parquet files. No torch.
 
 The list of photos is divided into parts of some thousand, and each part's file is there whole or not at all. That is all
-there is to starting again: what has its file is done. Part ``n`` is scored by rank ``n % size``, so that processes need not
-know of each other, and their number may change from one start to the next. The layout is the one that Spark and Hive
+there is to starting again: what has its file is done. Part ``n`` is scored by rank ``n % world_size``, so that processes need
+not know of each other, and their number may change from one start to the next. The layout is the one that Spark and Hive
 write, which pyarrow, pandas, DuckDB and Polars read as one table: names that start with ``_`` or ``.`` are not data.
 """
 
@@ -30,65 +30,65 @@ from models.errors import DataError, ImageError, RunError
 from models.runtime.openvino_engine import OpenVINOEngine
 
 BATCH = 16
-SETTINGS, DONE = "_settings.json", "_SUCCESS"
-PHOTOS_SHA256 = b"photos_sha256"
+SETTINGS_FILE, SUCCESS_FILE = "_settings.json", "_SUCCESS"
+INPUT_SHA256 = b"input_sha256"
 # What is wrong with one file; any other refusal is the storage's, and the next photo would meet it too.
-OF_ONE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+PER_FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 @dataclass
-class Tally:
+class ScoreCounts:
     """What one process did: photos scored, those of them that could not be read, those that were there already."""
 
     scored: int = 0
     unreadable: int = 0
-    before: int = 0
+    skipped: int = 0
     seconds: float = 0.0
     complete: bool = False
 
 
-def score(
+def score_to_parquet(
     bundle: Bundle,
     photos: Iterable[Path],
     out: Path,
     *,
-    part_photos: int,
+    images_per_file: int,
     precision: str = "fp32",
     workers: int = 0,
     rank: int = 0,
-    size: int = 1,
-) -> Tally:
+    world_size: int = 1,
+) -> ScoreCounts:
     """Write the rows of this rank's parts of ``photos`` that are not in ``out`` yet; every rank is given all photos.
 
     A row is photo, label, confidence, p_<class>..., error; a photo that cannot be read has its error and nothing else. The
     last rank to end puts ``_SUCCESS`` there. Raises RunError where ``out`` was begun with other settings, DataError where the
     list of photos is not the one that it was begun with, or the storage fails.
     """
-    settings = {"bundle": bundle.name, "version": bundle.version, "precision": precision, "part_photos": part_photos}
+    settings = {"bundle": bundle.name, "version": bundle.version, "precision": precision, "images_per_file": images_per_file}
     _enter(out, settings)
     scorer = _Scorer(bundle, precision, workers or available_cpus())
-    tally, parts, total = Tally(), 0, 0
+    counts, parts, total = ScoreCounts(), 0, 0
     started = time.perf_counter()
     with tqdm(desc="scoring", unit="photo", disable=None) as bar:
-        for number, part in enumerate(batched(photos, part_photos)):
+        for number, part in enumerate(batched(photos, images_per_file)):
             parts, total = number + 1, total + len(part)
-            if number % size != rank:
+            if number % world_size != rank:
                 continue
             file, digest = out / f"part-{number:08d}.parquet", _digest(part)
             if file.exists():
                 _check_part(file, digest)
-                tally.before += len(part)
+                counts.skipped += len(part)
                 continue
-            table = scorer.table(part, bar).replace_schema_metadata({PHOTOS_SHA256: digest})
+            table = scorer.table(part, bar).replace_schema_metadata({INPUT_SHA256: digest})
             with atomic_write(file) as unfinished:
                 pq.write_table(table, unfinished, compression="zstd")
-            tally.scored += len(part)
-            tally.unreadable += len(part) - table["error"].null_count
-    tally.seconds = time.perf_counter() - started
+            counts.scored += len(part)
+            counts.unreadable += len(part) - table["error"].null_count
+    counts.seconds = time.perf_counter() - started
     if not total:
         raise DataError("There are no photos in what was named; name photos, a folder that has some, or a list of them.")
-    tally.complete = _finish(out, parts, total)
-    return tally
+    counts.complete = _finish(out, parts, total)
+    return counts
 
 
 class _Scorer:
@@ -139,7 +139,7 @@ class _Scorer:
             return self._bundle.preprocessing.pixels(photo.read_bytes())
         except ImageError as error:
             return str(error)
-        except OF_ONE_FILE as error:
+        except PER_FILE_ERRORS as error:
             return error.strerror or type(error).__name__
         except OSError as error:
             raise DataError(
@@ -152,16 +152,16 @@ def _enter(out: Path, settings: dict[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file, and scores are a folder of Parquet files; name another with --output.")
     try:
-        before = json.loads((out / SETTINGS).read_text(encoding="utf-8"))
+        saved = json.loads((out / SETTINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if out.is_dir() and any(not path.name.startswith((".", "_")) for path in out.iterdir()):
             raise RunError(f"{out} is not empty and holds no scores; name another folder with --output.") from None
-        atomic_write_text(out / SETTINGS, json.dumps(settings) + "\n")
+        atomic_write_text(out / SETTINGS_FILE, json.dumps(settings) + "\n")
         return
     for name, value in settings.items():
-        if before.get(name) != value:
+        if saved.get(name) != value:
             raise RunError(
-                f"{out} was begun with the {name.replace('_', ' ')} {before.get(name)}, not {value}; use the same to go on, or "
+                f"{out} was begun with the {name.replace('_', ' ')} {saved.get(name)}, not {value}; use the same to go on, or "
                 "name another folder with --output."
             )
 
@@ -174,16 +174,16 @@ def _finish(out: Path, parts: int, total: int) -> bool:
         raise _other_photos(out)
     if there < wanted:
         return False
-    if not (out / DONE).exists():
+    if not (out / SUCCESS_FILE).exists():
         for left in out.glob(".part-*.part"):
             left.unlink(missing_ok=True)
-        atomic_write_text(out / DONE, json.dumps({"photos": total, "parts": parts}) + "\n")
+        atomic_write_text(out / SUCCESS_FILE, json.dumps({"photos": total, "parts": parts}) + "\n")
     return True
 
 
 def _check_part(file: Path, digest: str) -> None:
     """Raise DataError unless the part holds these photos; only the file's end is read."""
-    held = (pq.read_schema(file).metadata or {}).get(PHOTOS_SHA256, b"").decode()
+    held = (pq.read_schema(file).metadata or {}).get(INPUT_SHA256, b"").decode()
     if held != digest:
         raise _other_photos(file.parent)
 

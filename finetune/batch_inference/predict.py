@@ -27,7 +27,7 @@ BATCH = 16
 
 
 @dataclass(frozen=True)
-class Answer:
+class ImagePrediction:
     """A photo's probabilities (classes,) and embedding (d,), or the reason why there are none."""
 
     path: Path
@@ -36,7 +36,7 @@ class Answer:
     embedding: NDArray[np.float32] | None = None
 
 
-def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", workers: int = 0) -> Iterator[Answer]:
+def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", workers: int = 0) -> Iterator[ImagePrediction]:
     """Calibrated probabilities for each photo, in order; a photo that cannot be read gets its error, the others go on."""
     engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"], precision=precision)
 
@@ -51,13 +51,13 @@ def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", 
         rows = zip(*engine.run(np.stack(good)), strict=True) if good else iter(())
         for path, picture in batch:
             if isinstance(picture, str):
-                yield Answer(path, None, picture)
+                yield ImagePrediction(path, None, picture)
             else:
                 probabilities, embedding = next(rows)
-                yield Answer(path, probabilities, embedding=embedding)
+                yield ImagePrediction(path, probabilities, embedding=embedding)
 
 
-def find_photos(paths: Sequence[Path]) -> list[Path]:
+def find_images(paths: Sequence[Path]) -> list[Path]:
     """Files as they are named, and the photos in folders below, in the order of their names. Raises DataError."""
     found: list[Path] = []
     for path in paths:
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list", type=Path, metavar="FILE", help="with --output: a file that names the photos, one a line; - is standard input"
     )
     parser.add_argument(
-        "--part-photos", type=int, default=4096, metavar="N", help="photos in one file of --output (default: 4096)"
+        "--images-per-file", type=int, default=4096, metavar="N", help="photos in one file of --output (default: 4096)"
     )
     parser.add_argument(
         "--precision",
@@ -103,15 +103,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """``finetune predict``: print an answer for each photo. The exit code is 1 where a photo could not be read."""
     if args.output:
-        return score_all(args)
+        return run_scoring(args)
     if not args.photos or args.list or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Name photos or folders to classify; a --list, or several processes, need --output SCORES.parquet.")
     bundle = open_full_bundle(args.bundle)
-    answers = classify(bundle, find_photos(args.photos), precision=_precision(args, bundle), workers=args.workers)
+    answers = classify(bundle, find_images(args.photos), precision=_precision(args, bundle), workers=args.workers)
     failed = False
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
-        table.writerow(["photo", "predicted", *(f"p_{name}" for name in bundle.classes), "error"])
+        table.writerow(["photo", "label", *(f"p_{name}" for name in bundle.classes), "error"])
     for answer in answers:
         failed = failed or answer.error is not None
         if args.json:
@@ -123,34 +123,34 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def score_all(args: argparse.Namespace) -> int:
+def run_scoring(args: argparse.Namespace) -> int:
     """``--output``: this process's part of the photos, in RANK and WORLD_SIZE's world, into Parquet files."""
-    from finetune.batch_inference.parquet import score
+    from finetune.batch_inference.parquet import score_to_parquet
 
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if bool(args.photos) == bool(args.list):
         raise ConfigError("--output takes photos and folders, or a --list of photos; name the one or the other.")
-    if args.part_photos < 1:
-        raise ConfigError(f"--part-photos is {args.part_photos}, and takes 1 or more.")
-    if size > 1 and args.list == Path("-"):
+    if args.images_per_file < 1:
+        raise ConfigError(f"--images-per-file is {args.images_per_file}, and takes 1 or more.")
+    if world_size > 1 and args.list == Path("-"):
         raise ConfigError("Only one process can read standard input; write the list to a file that all can read.")
-    bundle = open_full_bundle(args.bundle) if size == 1 else open_bundle(resolve_bundle(args.bundle))
-    tally = score(
+    bundle = open_full_bundle(args.bundle) if world_size == 1 else open_bundle(resolve_bundle(args.bundle))
+    counts = score_to_parquet(
         bundle,
-        stream_photos(args.photos, args.list),
+        iter_images(args.photos, args.list),
         args.output,
-        part_photos=args.part_photos,
+        images_per_file=args.images_per_file,
         precision=_precision(args, bundle),
         workers=args.workers,
         rank=rank,
-        size=size,
+        world_size=world_size,
     )
-    who = f"process {rank + 1} of {size}: " if size > 1 else ""
-    rate = tally.scored / tally.seconds
-    print(f"{who}{tally.scored:,} photos scored, {rate:,.1f} a second; {tally.before:,} were there already")
-    if tally.unreadable:
-        print(f"{who}{tally.unreadable:,} of them could not be read; column `error` says why")
-    if tally.complete:
+    who = f"process {rank + 1} of {world_size}: " if world_size > 1 else ""
+    rate = counts.scored / counts.seconds
+    print(f"{who}{counts.scored:,} photos scored, {rate:,.1f} a second; {counts.skipped:,} were there already")
+    if counts.unreadable:
+        print(f"{who}{counts.unreadable:,} of them could not be read; column `error` says why")
+    if counts.complete:
         print(f"{args.output} is complete.")
     return 0
 
@@ -161,15 +161,15 @@ def _precision(args: argparse.Namespace, bundle: Bundle) -> str:
     return select_precision(bundle, args.precision).name
 
 
-def stream_photos(paths: Sequence[Path], listed: Path | None) -> Iterator[Path]:
+def iter_images(paths: Sequence[Path], listed: Path | None) -> Iterator[Path]:
     """The photos of a list, or those named and below folders, one after another. Raises DataError for what is not there."""
     if listed == Path("-"):
-        yield from read_list(sys.stdin.buffer)
+        yield from iter_list(sys.stdin.buffer)
     elif listed is not None:
         if not listed.is_file():
             raise DataError(f"There is no list {listed}; give a file that names a photo on each line.")
         with listed.open("rb") as lines:
-            yield from read_list(lines)
+            yield from iter_list(lines)
     for path in paths:
         if path.is_dir():
             yield from walk_images(path)
@@ -179,14 +179,14 @@ def stream_photos(paths: Sequence[Path], listed: Path | None) -> Iterator[Path]:
             raise DataError(f"There is no photo or folder {path}; name photos, or a folder that has some.")
 
 
-def read_list(lines: Iterable[bytes]) -> Iterator[Path]:
+def iter_list(lines: Iterable[bytes]) -> Iterator[Path]:
     """What `find` prints: a name a line."""
     for line in lines:
         if name := line.rstrip(b"\r\n"):
             yield Path(os.fsdecode(name))
 
 
-def _as_dict(answer: Answer, bundle: Bundle) -> dict[str, object]:
+def _as_dict(answer: ImagePrediction, bundle: Bundle) -> dict[str, object]:
     if answer.probabilities is None:
         return {"photo": str(answer.path), "error": answer.error}
     best = int(answer.probabilities.argmax())
@@ -200,14 +200,14 @@ def _as_dict(answer: Answer, bundle: Bundle) -> dict[str, object]:
     }
 
 
-def _as_row(answer: Answer, bundle: Bundle) -> list[str]:
+def _as_row(answer: ImagePrediction, bundle: Bundle) -> list[str]:
     if answer.probabilities is None:
         return [str(answer.path), "", *("" for _ in bundle.classes), answer.error or ""]
     best = bundle.classes[int(answer.probabilities.argmax())]
     return [str(answer.path), best, *(f"{p:.9g}" for p in answer.probabilities), ""]
 
 
-def _as_line(answer: Answer, bundle: Bundle) -> str:
+def _as_line(answer: ImagePrediction, bundle: Bundle) -> str:
     if answer.probabilities is None:
         return f"{answer.path}: {answer.error}"
     best = int(answer.probabilities.argmax())

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.batch_inference.predict import classify, stream_photos
+from finetune.batch_inference.predict import classify, iter_images
 from models.artifacts.bundle import open_bundle
 from tests.helpers.server import poll
 from tests.helpers.tiny_network import finetune
@@ -48,7 +48,7 @@ def photos(tiny_bundle: SimpleNamespace, tmp_path: Path) -> Path:
 
 def test_scores_are_what_predict_prints(tiny_bundle: SimpleNamespace, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.parquet"
-    said = score("--bundle", tiny_bundle.path, "--output", out, "--part-photos", 10, photos)
+    said = score("--bundle", tiny_bundle.path, "--output", out, "--images-per-file", 10, photos)
     assert "37 photos scored" in said
     assert "1 of them could not be read" in said
     assert f"{out} is complete." in said
@@ -109,11 +109,11 @@ def test_killed_it_goes_on_and_no_photo_is_lost_or_twice(tiny_bundle: SimpleName
     out = tmp_path / "scores.parquet"
     for i in range(400):
         os.link(photos / "red" / "red.000.jpg", photos / "red" / f"again.{i:04d}.jpg")
-    words = ["predict", "--bundle", tiny_bundle.path, "--output", out, "--part-photos", 2, photos]
+    words = ["predict", "--bundle", tiny_bundle.path, "--output", out, "--images-per-file", 2, photos]
     some = [*map(str, words[:-1]), "--list", "-"]  # the others are never named, so that it cannot be done before it is killed
     with subprocess.Popen([sys.executable, "-m", "finetune", *some], env=environment(), stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
-        process.stdin.writelines(os.fsencode(photo) + b"\n" for photo in islice(stream_photos([photos], None), 200))
+        process.stdin.writelines(os.fsencode(photo) + b"\n" for photo in islice(iter_images([photos], None), 200))
         process.stdin.flush()
         poll(lambda: process.poll() is not None or len(parts(out)) >= 5, every_s=0.002)
         assert process.poll() is None
@@ -145,7 +145,7 @@ def parts(out: Path) -> list[Path]:
 
 
 def test_under_torchrun_each_process_scores_its_share(tiny_bundle: SimpleNamespace, photos: Path, tmp_path: Path) -> None:
-    words = ["predict", "--bundle", tiny_bundle.path, "--output", tmp_path / "out", "--part-photos", 8, photos]
+    words = ["predict", "--bundle", tiny_bundle.path, "--output", tmp_path / "out", "--images-per-file", 8, photos]
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "finetune", *words]
     done = subprocess.run([str(word) for word in run], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -164,11 +164,11 @@ def test_it_needs_no_torch(tiny_bundle: SimpleNamespace, photos: Path, tmp_path:
 def test_what_would_mix_two_things_is_refused(tiny_bundle: SimpleNamespace, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ("--bundle", tiny_bundle.path, "--output", out)
-    score(*words, "--part-photos", 10, photos)
-    assert "was begun with the part photos 10, not 4096" in score(*words, photos, code=2)
+    score(*words, "--images-per-file", 10, photos)
+    assert "was begun with the images per file 10, not 4096" in score(*words, photos, code=2)
     shutil.copy(photos / "red" / "red.000.jpg", photos / "blue" / "another.jpg")
-    assert "begun with another list of photos" in score(*words, "--part-photos", 10, photos, code=2)
-    assert "begun with another list of photos" in score(*words, "--part-photos", 10, photos / "blue", code=2)
+    assert "begun with another list of photos" in score(*words, "--images-per-file", 10, photos, code=2)
+    assert "begun with another list of photos" in score(*words, "--images-per-file", 10, photos / "blue", code=2)
     assert "is not empty and holds no scores" in score("--bundle", tiny_bundle.path, "--output", photos, photos, code=2)
     (tmp_path / "empty").mkdir()
     assert "There are no photos" in score("--bundle", tiny_bundle.path, "--output", tmp_path / "x", tmp_path / "empty", code=2)
@@ -182,7 +182,7 @@ def test_what_cannot_be_meant_is_refused(
     assert "There is no list" in score(*words, "--list", tmp_path / "no.txt", code=2)
     assert "There is no photo or folder" in score(*words, tmp_path / "no", code=2)
     assert "need --output" in score("--bundle", tiny_bundle.path, "--list", tmp_path / "no.txt", code=2)
-    assert "--part-photos is 0" in score(*words, "--part-photos", 0, photos, code=2)
+    assert "--images-per-file is 0" in score(*words, "--images-per-file", 0, photos, code=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "Only one process can read standard input" in score(*words, "--list", "-", code=2)
     assert "need --output" in score("--bundle", tiny_bundle.path, photos, code=2)
@@ -198,7 +198,7 @@ def test_failing_storage_stops_it_and_does_not_become_rows(
             raise OSError(116, "Stale file handle")
         return read(path)
 
-    words = ("--bundle", tiny_bundle.path, "--output", tmp_path / "out", "--part-photos", 4, photos)
+    words = ("--bundle", tiny_bundle.path, "--output", tmp_path / "out", "--images-per-file", 4, photos)
     monkeypatch.setattr(Path, "read_bytes", stale)
     assert "cannot be read (Stale file handle); mend the storage" in score(*words, code=2)
     there = len(parts(tmp_path / "out"))

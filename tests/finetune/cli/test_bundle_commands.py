@@ -128,11 +128,11 @@ def predict(bundle: Path, *words: object, code: int = 0) -> str:
 def test_predictions_of_a_folder_are_those_of_training(made: SimpleNamespace) -> None:
     wanted = {row["photo"]: row for row in table(made.run / "predictions.csv")}
     rows = list(csv.DictReader(io.StringIO(predict(made.whole, made.data / "valid", "--csv"))))
-    assert list(rows[0]) == ["photo", "predicted", "p_blue", "p_red, or so", "error"]
+    assert list(rows[0]) == ["photo", "label", "p_blue", "p_red, or so", "error"]
     assert [row["photo"] for row in rows] == [str(made.data / name) for name in wanted]
     for row in rows:
         want = wanted[Path(row["photo"]).relative_to(made.data).as_posix()]
-        assert (row["predicted"], row["error"]) == (want["predicted"], "")
+        assert (row["label"], row["error"]) == (want["predicted"], "")
         for name in ("p_blue", "p_red, or so"):
             assert float(row[name]) == pytest.approx(float(want[name]), abs=1e-5)
 
