@@ -47,9 +47,9 @@ ENV PATH=/opt/venv/bin:$PATH \
     USER=classifier \
     XDG_CACHE_HOME=/cache
 
-# The shipped bundle holds only what was trained: its pretrained base is joined here, where PyTorch is. A short training shows
+# The shipped bundle holds only what was trained: its pretrained base is merged here, where PyTorch is. A short training shows
 # that nothing is missing. Both leave the byte code of what they import, which a process that may not write cannot keep.
-RUN python -m finetune join /app/models/shipped/dogs-vs-cats /bundles/shipped \
+RUN python -m finetune merge /app/models/shipped/dogs-vs-cats /bundles/shipped \
  && ln -s shipped /bundles/current \
  && python -m finetune sample /tmp/smoke/pictures --train 24 --valid 8 \
  && python -m finetune train --data-dir /tmp/smoke/pictures --backbone efficientnet_lite0 --epochs 1 --output-dir /tmp/smoke/run \

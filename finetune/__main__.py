@@ -19,7 +19,7 @@ COMMANDS = {
     "audit": "what is wrong with a folder of photos",
     "download": "fetch real photos of cats and dogs",
     "sample": "draw labelled pictures of cats and dogs, to try things out",
-    "join": "make a whole bundle of a head-only one",
+    "merge": "merge a head-only bundle with its pretrained weights",
     "models": "the networks to start from",
     "kernels": "draw a network's filters, and what a photo leaves in its layers",
     "bakeoff": "train several networks on the same photos and compare them",
@@ -31,11 +31,12 @@ MODULES = {
     "audit": "data.audit",
     "download": "data.download.downloader",
     "sample": "data.synthetic.dataset",
-    "join": "export.merge_head",
+    "merge": "export.merge_head",
     "models": "cli.models",
     "kernels": "introspection.feature_maps",
     "bakeoff": "compare.runner",
 }
+RENAMED = {"join": "merge"}
 MULTIPROCESS_COMMANDS = ("train", "predict")
 # What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.
 _FULL = "cannot be written, as the disk is full; make room and run it again."
@@ -107,6 +108,8 @@ def _run(arguments: list[str]) -> int:
         parser.print_help()
         return 2
     name = arguments[0]
+    if name in RENAMED:
+        raise ConfigError(f"`finetune {name}` is now `finetune {RENAMED[name]}`.")
     if name not in COMMANDS and not name.startswith("-"):
         raise ConfigError(f"There is no command {name!r}.{did_you_mean(name, COMMANDS)} `finetune --help` lists them.")
     if name not in MULTIPROCESS_COMMANDS and int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -35,7 +35,7 @@ def check_free(host: str, port: int) -> None:
 
 
 def main() -> int:
-    """Join a head-only bundle, if need be and if the training side is installed, then run gunicorn in this process."""
+    """Merge a head-only bundle, if need be and if the training side is installed, then run gunicorn in this process."""
     try:
         settings = Settings.from_environment()
         check_free(settings.host, settings.port)
@@ -44,7 +44,7 @@ def main() -> int:
         print(f"service: {error}", file=sys.stderr)
         return 2
     if bundle.is_head_only and not merged_dir(bundle).is_dir() and find_spec("torch"):
-        done = subprocess.run([sys.executable, "-m", "finetune", "join", str(settings.bundle)], stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, "-m", "finetune", "merge", str(settings.bundle)], stdout=subprocess.DEVNULL)
         if done.returncode:
             return done.returncode
 

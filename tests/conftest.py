@@ -122,7 +122,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The network ``tiny`` trained on painted photos of three classes, to be served.
 
-    ``path`` is the whole bundle and ``head`` the one that holds only what was trained, which the service cannot join, as
+    ``path`` is the whole bundle and ``head`` the one that holds only what was trained, which the service cannot merge, as
     it does not know the network; ``photos`` is the folder of the validation photos, and ``predictions`` the table of what
     training gave them, whose photos are relative to ``data``.
     """
@@ -135,7 +135,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         flags = ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--output-dir", root / "run")
         for words in (
             ("train", *flags, "--export", "head"),
-            ("join", root / "run" / "bundle", root / "whole", "--weights", weights),
+            ("merge", root / "run" / "bundle", root / "whole", "--weights", weights),
         ):
             code, _, said = tiny_network.finetune(*words)
             assert code == 0, said

@@ -65,7 +65,7 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
 
 
 def open_full_bundle(path: Path, *, weights: Path | None = None) -> Bundle:
-    """Open a bundle that can answer: itself if it is whole, else the joined one, which is kept under the cache folder."""
+    """Open a bundle that can answer: itself if it is whole, else the merged one, which is kept under the cache folder."""
     bundle = open_bundle(path)
     if not bundle.is_head_only:
         return bundle
@@ -73,7 +73,7 @@ def open_full_bundle(path: Path, *, weights: Path | None = None) -> Bundle:
     try:
         return open_bundle(kept)
     except BundleError:
-        print(f"Joining {path} with its pretrained weights, once; the whole bundle is kept in {kept}", file=sys.stderr)
+        print(f"Merging {path} with its pretrained weights, once; the whole bundle is kept in {kept}", file=sys.stderr)
         return merge_bundle(bundle, kept, weights=weights)
 
 
@@ -88,15 +88,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """``finetune join``: write the whole bundle."""
+    """``finetune merge``: write the whole bundle."""
     bundle = open_bundle(args.bundle)
     if not bundle.is_head_only:
         raise BundleError(f"The bundle {args.bundle} is whole already; use it as it is.")
     if args.out is None:
-        joined = open_full_bundle(args.bundle, weights=args.weights)
+        merged = open_full_bundle(args.bundle, weights=args.weights)
     elif args.out.exists() and any(args.out.iterdir()):
         raise BundleError(f"{args.out} is not empty; name a new folder for the whole bundle.")
     else:
-        joined = merge_bundle(bundle, args.out, weights=args.weights)
-    print(f"bundle       {joined.path} (version {joined.version})")
+        merged = merge_bundle(bundle, args.out, weights=args.weights)
+    print(f"bundle       {merged.path} (version {merged.version})")
     return 0

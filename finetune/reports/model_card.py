@@ -115,7 +115,7 @@ def _contents(manifest: Mapping[str, Any]) -> str:
     ]
     if manifest["kind"] == "head":
         lines.append(
-            "`head.safetensors` holds only what was trained; `finetune join` makes the whole bundle of it and the pretrained"
+            "`head.safetensors` holds only what was trained; `finetune merge` makes the whole bundle of it and the pretrained"
             " weights."
         )
     else:

@@ -1,4 +1,4 @@
-"""Where a person's machine keeps features, bundles joined with their base, and decisions about photos."""
+"""Where a person's machine keeps features, bundles merged with their base, and decisions about photos."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _writable(name: str) -> Path | None:
 
 
 def resolve_bundle(path: Path) -> Path:
-    """Where the bundle is that can answer: at ``path``, or where it was joined to. Raises BundleError where there is none.
+    """Where the bundle is that can answer: at ``path``, or where its merged one is. Raises BundleError where there is none.
 
     Only the manifest is looked at; who opens the bundle checks its files.
     """
@@ -54,5 +54,5 @@ def resolve_bundle(path: Path) -> Path:
     if merged_dir(bundle).is_dir():
         return merged_dir(bundle)
     raise BundleError(
-        f"The bundle {path} holds only what was trained; make it whole with `finetune join {path}`, once, and start again."
+        f"The bundle {path} holds only what was trained; make it whole with `finetune merge {path}`, once, and start again."
     )

@@ -150,7 +150,7 @@ def _model_details() -> dict[str, Any]:
     metrics = "Accuracy, log loss and others: `value` with a 95 % interval, `low` to `high`."
     fields = {
         "merged_from": described(
-            {"type": ["string", "null"]}, "The version of the head-only bundle that it was joined of with its base, or null."
+            {"type": ["string", "null"]}, "The version of the head-only bundle that it was merged from with its base, or null."
         ),
         "backbone": described(STRING, "The network's architecture."),
         "classes": {"type": "array", "items": STRING, "minItems": 1},

@@ -58,7 +58,7 @@ class Gallery:
             try:
                 if self._database is None:
                     self._database = Database(self._settings.database_url or _default_url())
-                self._wholes |= _joined(model.bundle)
+                self._wholes |= _merged(model.bundle)
                 paths = [self._whole(path) for path in self._settings.evaluations]
                 for path in (model.bundle.path, *filter(None, paths)):
                     self._take(path)
@@ -72,7 +72,7 @@ class Gallery:
                 self.version = model.bundle.version
 
     def models(self, connection: Connection) -> list[KnownModel]:
-        """The models that the database knows, the one seen last first; each once, also one that serves joined with its base."""
+        """The models that the database knows, the one seen last first; each once, also one that serves merged with its base."""
         return [model for model in known_models(connection) if model.version not in self._wholes]
 
     def lookalikes(self, version: str) -> list[SimilarityIndex]:
@@ -85,7 +85,7 @@ class Gallery:
         return found
 
     def merged_from(self, version: str) -> str | None:
-        """The version of the head-only bundle that a model was joined of, as far as that is known here."""
+        """The version of the head-only bundle that a model was merged from, as far as that is known here."""
         return next((head for head, whole in self._wholes.items() if whole == version), None)
 
     def bundle_path(self, version: str) -> Path | None:
@@ -100,7 +100,7 @@ class Gallery:
                 if bundle.version in self._wholes:
                     return None
                 path = resolve_bundle(path)
-                self._wholes |= _joined(open_bundle(path, files=()))
+                self._wholes |= _merged(open_bundle(path, files=()))
         return path
 
     def _take(self, path: Path) -> None:
@@ -151,7 +151,7 @@ def gallery() -> Gallery:
     return found
 
 
-def _joined(bundle: Bundle) -> dict[str, str]:
+def _merged(bundle: Bundle) -> dict[str, str]:
     return {bundle.merged_from: bundle.version} if bundle.merged_from else {}
 
 

@@ -49,7 +49,7 @@ def test_serve_is_what_a_build_without_a_target_makes() -> None:
 
 
 def test_what_is_served_comes_from_stages_without_a_trace_of_training() -> None:
-    """Of the stage with PyTorch, only the joined bundle is copied."""
+    """Of the stage with PyTorch, only the merged bundle is copied."""
     assert re.findall(r"^COPY --from=(\w+) .*", stage("serve"), flags=re.MULTILINE) == ["packages", "training"]
     assert re.findall(r"^COPY --from=training .*", stage("serve"), flags=re.MULTILINE)[0].endswith(" /bundles /bundles")
     assert re.findall(r"^COPY (?!--from)(\S+)", stage("serve"), flags=re.MULTILINE) == ["models", "service"]

@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             weights = save_weights(root / "tiny.pth")
             words = ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--output-dir", root / f"{name}-run")
             said = run("train", *words, "--export", "head", *flags)
-            run("join", root / f"{name}-run" / "bundle", root / name, "--weights", weights)
+            run("merge", root / f"{name}-run" / "bundle", root / name, "--weights", weights)
         return said
 
     return SimpleNamespace(root=root, data=data, train=train)

@@ -1,4 +1,4 @@
-"""The classifier that comes with the project: small, without photos, and right after it is joined with its base."""
+"""The classifier that comes with the project: small, without photos, and right after it is merged with its base."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_its_card_states_the_accuracy_that_its_manifest_has() -> None:
     assert value >= 0.985
 
 
-def test_joined_it_gives_its_golden_answers_and_answers_photos(
+def test_merged_it_gives_its_golden_answers_and_answers_photos(
     photo_folder: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = open_full_bundle(SHIPPED)

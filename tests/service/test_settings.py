@@ -203,7 +203,7 @@ def test_a_bundle_that_is_not_there_ends_it(tmp_path: Path) -> None:
     assert said.count("\n") == 1
 
 
-def test_a_head_that_cannot_be_joined_ends_it(tiny_bundle: SimpleNamespace) -> None:
+def test_a_head_that_cannot_be_merged_ends_it(tiny_bundle: SimpleNamespace) -> None:
     """Nobody but these tests knows the network ``tiny``, so that its pretrained weights are not to be had."""
     said = gives_up(bundle=tiny_bundle.head)
     assert "'tiny'" in said

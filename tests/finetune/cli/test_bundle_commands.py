@@ -1,4 +1,4 @@
-"""predict, evaluate and join, on one small bundle: exported as a head, then joined with its pretrained weights."""
+"""predict, evaluate and merge, on one small bundle: exported as a head, then merged with its pretrained weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Simple
         "head",
     )
     assert finetune("train", *flags)[0] == 0
-    code, out, _ = finetune("join", root / "run" / "bundle", root / "whole", "--weights", tiny_weights)
+    code, out, _ = finetune("merge", root / "run" / "bundle", root / "whole", "--weights", tiny_weights)
     assert code == 0
     assert f"{root / 'whole'} (version {open_bundle(root / 'whole').version})" in out
     return SimpleNamespace(data=data, run=root / "run", head=root / "run" / "bundle", whole=root / "whole")
@@ -71,7 +71,7 @@ def refused(*words: object) -> str:
     return err
 
 
-# join
+# merge
 
 
 def test_a_head_and_its_base_are_the_whole_network(made: SimpleNamespace, tiny_weights: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_head_and_its_base_are_the_whole_network(made: SimpleNamespace, tiny_w
     Tiny(2).load_state_dict(own)
 
 
-def test_the_joined_bundle_gives_the_golden_answers_of_the_head(made: SimpleNamespace) -> None:
+def test_the_merged_bundle_gives_the_golden_answers_of_the_head(made: SimpleNamespace) -> None:
     engine = OpenVINOEngine(made.whole / "model.onnx", outputs=["probabilities"])
     for bundle in (open_bundle(made.whole), open_bundle(made.head)):
         assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) < 1e-5
@@ -95,24 +95,24 @@ def test_the_joined_bundle_gives_the_golden_answers_of_the_head(made: SimpleName
 
 def test_another_base_is_refused_and_nothing_is_written(made: SimpleNamespace, tmp_path: Path) -> None:
     other = save_weights(tmp_path / "other.pth", seed=1)
-    said = refused("join", made.head, tmp_path / "out", "--weights", other)
+    said = refused("merge", made.head, tmp_path / "out", "--weights", other)
     assert "was trained on weights with sha256" in said
     assert "file other.pth has" in said
     assert list(tmp_path.iterdir()) == [other]
 
 
 def test_a_base_that_is_not_to_be_had_is_said(made: SimpleNamespace, tmp_path: Path) -> None:
-    assert "No pretrained weights are known for tiny" in refused("join", made.head, tmp_path / "out")
-    assert "There is no weights file" in refused("join", made.head, tmp_path / "out", "--weights", tmp_path / "no.pth")
+    assert "No pretrained weights are known for tiny" in refused("merge", made.head, tmp_path / "out")
+    assert "There is no weights file" in refused("merge", made.head, tmp_path / "out", "--weights", tmp_path / "no.pth")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_join_that_makes_no_sense_is_refused(made: SimpleNamespace, tmp_path: Path, tiny_weights: Path) -> None:
-    assert "is whole already" in refused("join", made.whole, tmp_path / "out", "--weights", tiny_weights)
+    assert "is whole already" in refused("merge", made.whole, tmp_path / "out", "--weights", tiny_weights)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert "is not empty" in refused("join", made.head, tmp_path / "full", "--weights", tiny_weights)
-    refused("join", made.head, tmp_path / "full" / "mine.txt", "--weights", tiny_weights)
+    assert "is not empty" in refused("merge", made.head, tmp_path / "full", "--weights", tiny_weights)
+    refused("merge", made.head, tmp_path / "full" / "mine.txt", "--weights", tiny_weights)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 
@@ -182,7 +182,7 @@ def test_what_is_no_photo_is_passed_over_in_a_folder(made: SimpleNamespace, tmp_
     assert "There is no photo or folder" in refused("predict", "--bundle", made.whole, tmp_path / "no.jpg")
 
 
-def test_a_head_only_bundle_is_joined_once_to_answer(
+def test_a_head_only_bundle_is_merged_once_to_answer(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
 ) -> None:
     """The base is looked for where torchvision's downloads lie; the whole bundle is kept."""
@@ -194,7 +194,7 @@ def test_a_head_only_bundle_is_joined_once_to_answer(
     shutil.copy(tiny_weights, tmp_path / "torch" / "hub" / "checkpoints" / "tiny.pth")
     code, first, said = finetune("predict", "--bundle", made.head, made.data / "valid")
     assert code == 0
-    assert said.startswith(f"Joining {made.head} with its pretrained weights, once")
+    assert said.startswith(f"Merging {made.head} with its pretrained weights, once")
     shutil.rmtree(tmp_path / "torch")
     assert predict(made.head, made.data / "valid") == first == predict(made.whole, made.data / "valid")
 

@@ -86,11 +86,16 @@ def test_a_wrong_flag_gets_the_nearest(words: tuple[str, ...], near: str) -> Non
 def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     listed = capsys.readouterr().out
-    for command in ("train", "evaluate", "predict", "audit", "download", "sample", "join", "models"):
+    for command in ("train", "evaluate", "predict", "audit", "download", "sample", "merge", "models"):
         assert command in listed
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
         assert f"finetune {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("old", "new"), [("join", "merge")])
+def test_a_renamed_command_names_the_new_one(old: str, new: str) -> None:
+    assert refused(old, "--help") == f"finetune: `finetune {old}` is now `finetune {new}`.\n"
 
 
 @pytest.mark.parametrize(
@@ -362,10 +367,10 @@ def test_the_networks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert networks["tiny"]["weights"] is None
 
 
-@pytest.mark.parametrize("command", ["predict", "evaluate", "join"])
+@pytest.mark.parametrize("command", ["predict", "evaluate", "merge"])
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, data: Path, command: str) -> None:
-    rest = {"predict": (data,), "evaluate": ("--data-dir", data), "join": ()}[command]
+    rest = {"predict": (data,), "evaluate": ("--data-dir", data), "merge": ()}[command]
     for bundle in (tmp_path / "nowhere", data):
-        place = (bundle, tmp_path / "out") if command == "join" else ("--bundle", bundle)
+        place = (bundle, tmp_path / "out") if command == "merge" else ("--bundle", bundle)
         assert "is not a bundle: it has no manifest.json" in refused(command, *place, *rest)
     assert list(tmp_path.iterdir()) == []

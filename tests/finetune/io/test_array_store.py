@@ -155,8 +155,8 @@ def test_the_limit_is_for_all_contexts_together_and_counts_what_a_kill_left(tmp_
 
 
 def test_pruning_leaves_other_peoples_files_alone(tmp_path: Path) -> None:
-    (tmp_path / "joined" / "bundle").mkdir(parents=True)
-    mine = tmp_path / "joined" / "bundle" / "model.safetensors"
+    (tmp_path / "merged" / "bundle").mkdir(parents=True)
+    mine = tmp_path / "merged" / "bundle" / "model.safetensors"
     mine.write_bytes(bytes(2_000_000))
     prune(tmp_path, 1_000_000)
     assert mine.exists()

@@ -422,11 +422,11 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
         assert "There is one model only." in server.get("/compare").body.decode()
         assert server.get("/gallery/photos.json?source=out-of-fold").json()["total"] == MORE
         assert f">{MORE}</a> were answered out of fold" in server.get("/gallery").body.decode()
-        origin = f"joined from the head-only bundle <code>{head.version}</code> and its pretrained base"
+        origin = f"merged from the head-only bundle <code>{head.version}</code> and its pretrained base"
         for path in ("/", "/model", "/gallery", server.get("/gallery/photos.json").json()["rows"][0]["page"]):
             page = server.get(path).body.decode()
             assert origin in page, path
-            assert f'{models[0]}<span class="origin">, joined from {head.version}</span>' in page, path
+            assert f'{models[0]}<span class="origin">, merged from {head.version}</span>' in page, path
         assert server.get("/models").json()["models"][0]["merged_from"] == head.version
         evaluated = read(tiny_bundle.predictions, "evaluation")
         assert server.get("/gallery/photos.json?source=evaluation").json()["total"] == len(evaluated)
