@@ -22,7 +22,7 @@ COMMANDS = {
     "merge": "merge a head-only bundle with its pretrained weights",
     "models": "the networks to start from",
     "kernels": "draw a network's filters, and what a photo leaves in its layers",
-    "bakeoff": "train several networks on the same photos and compare them",
+    "compare": "train several networks on the same photos and compare them",
 }
 MODULES = {
     "train": "cli.train",
@@ -34,9 +34,9 @@ MODULES = {
     "merge": "export.merge_head",
     "models": "cli.models",
     "kernels": "introspection.feature_maps",
-    "bakeoff": "compare.runner",
+    "compare": "compare.runner",
 }
-RENAMED = {"join": "merge"}
+RENAMED = {"join": "merge", "bakeoff": "compare"}
 MULTIPROCESS_COMMANDS = ("train", "predict")
 # What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.
 _FULL = "cannot be written, as the disk is full; make room and run it again."

@@ -1,4 +1,4 @@
-"""A bake-off as a table, as numbers for a program, as sentences and as one picture."""
+"""A comparison as a table, as numbers for a program, as sentences and as one picture."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ COLUMNS = (
 
 
 def write_report(out: Path, rows: Sequence[BenchmarkResult], *, data: Path, skipped: Mapping[str, str]) -> str:
-    """Write bakeoff.md, .csv, .json and .png into ``out``; returns the Markdown."""
+    """Write compare.md, .csv, .json and .png into ``out``; returns the Markdown."""
     pairs = compare_pairs({row.backbone: row.correct for row in rows})
     text = markdown(rows, pairs, name=data.resolve().name, skipped=skipped)
-    atomic_write_text(out / "bakeoff.md", text)
-    atomic_write_text(out / "bakeoff.csv", _csv(rows))
+    atomic_write_text(out / "compare.md", text)
+    atomic_write_text(out / "compare.csv", _csv(rows))
     numbers = {
         "data": data.resolve().name,
         "photos": len(rows[0].correct),
@@ -45,9 +45,9 @@ def write_report(out: Path, rows: Sequence[BenchmarkResult], *, data: Path, skip
         "pairs": [{**dataclasses.asdict(pair), "is_significant": pair.is_significant} for pair in pairs],
         "skipped": dict(skipped),
     }
-    atomic_write_text(out / "bakeoff.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(out / "compare.json", json.dumps(numbers, indent=2, ensure_ascii=False) + "\n")
     with plots.report_style():
-        plot_accuracy_over_latency(rows, out / "bakeoff.png")
+        plot_accuracy_over_latency(rows, out / "compare.png")
     return text
 
 
@@ -59,7 +59,7 @@ def markdown(
     table = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |"]
     table += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
     parts = [
-        f"# Bake-off on {name}: {photos:,} validation photos\n",
+        f"# Comparison on {name}: {photos:,} validation photos\n",
         "\n".join(table) + "\n",
         f"All networks learned from the same photos and were measured on the same {photos:,} others, through the graph that is "
         "served, in the precision that the service would choose here. The best epoch and the calibration of each were "

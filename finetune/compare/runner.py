@@ -25,7 +25,7 @@ from models.artifacts.bundle import Bundle
 from models.errors import RunError, WeightsError
 from models.networks.registry import get_spec
 
-RECORD_FILE = "bakeoff-run.json"
+RECORD_FILE = "compare-run.json"
 # What a person may give for all networks alike; what is not given is each one's own recipe.
 SHARED_SETTINGS = (
     "epochs",
@@ -54,7 +54,7 @@ IGNORED_SETTINGS = run_directory.CHANGEABLE_ON_RESUME - {"epochs", "export"}
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """One network's place in the bake-off: its settings, and the folder of its run."""
+    """One network's place in the comparison: its settings, and the folder of its run."""
 
     backbone: str
     config: Config
@@ -149,15 +149,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="networks; `small`: the small own ones; `all`: whose weights are here",
     )
-    parser.add_argument("--output-dir", type=Path, metavar="OUT", help="where it all goes (default: runs/DATA-bakeoff)")
+    parser.add_argument("--output-dir", type=Path, metavar="OUT", help="where it all goes (default: runs/DATA-compare)")
     settings.add_flags(parser, SHARED_SETTINGS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """``finetune bakeoff``: train, measure, compare, and say what is better than what."""
+    """``finetune compare``: train, measure, compare, and say what is better than what."""
     names = select_networks(args.backbones)
     require_two(names)
-    out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-bakeoff"
+    out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-compare"
     shared = {key: value for key, value in vars(args).items() if key in SHARED_SETTINGS}
     compare_networks(args.data_dir, names, out, shared)
     return 0

@@ -1,4 +1,4 @@
-"""Which networks take part in a bake-off: names, and words for several of them."""
+"""Which networks take part in a comparison: names, and words for several of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``finetune bakeoff``: several networks on the same photos, compared honestly, and nothing trained twice."""
+"""``finetune compare``: several networks on the same photos, compared honestly, and nothing trained twice."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def _no_plots_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("bakeoff")
+    home = tmp_path_factory.mktemp("compare")
     color_folder(home / "colours", train=12, valid=8)
     return home
 
 
 def bake(home: Path, *words: object, backbones: str = NAMES) -> tuple[int, str, str]:
-    return finetune("bakeoff", home / "colours", "--backbones", backbones, "--output-dir", home / "out", *words)
+    return finetune("compare", home / "colours", "--backbones", backbones, "--output-dir", home / "out", *words)
 
 
 class TestOneBakeoff:
@@ -51,15 +51,15 @@ class TestOneBakeoff:
         assert code == 0, err
         assert "[4 of 4] efficientnet_lite0" in said
         assert "The frozen part ends behind" in said  # the head on cached features
-        text = (home / "out" / "bakeoff.md").read_text()
+        text = (home / "out" / "compare.md").read_text()
         assert text in said
-        assert "Bake-off on colours: 16 validation photos" in text
+        assert "Comparison on colours: 16 validation photos" in text
         assert "## Skipped\n\n- resnet18: The weights of resnet18 are not on this machine" in text
         assert "| lenet_cifar * | " in text
         assert "lenet_cifar and cnn_mnist" in text or "cnn_mnist and lenet_cifar" in text or "is better than" in text
 
     def test_the_numbers_are_those_of_the_bundles(self, home: Path) -> None:
-        told = json.loads((home / "out" / "bakeoff.json").read_text())
+        told = json.loads((home / "out" / "compare.json").read_text())
         assert told["photos"] == 16
         assert set(told["skipped"]) == {"resnet18"}
         rows = {row["backbone"]: row for row in told["networks"]}
@@ -80,27 +80,27 @@ class TestOneBakeoff:
         assert len(told["pairs"]) == 3
 
     def test_the_table_is_there_for_a_spreadsheet_too(self, home: Path) -> None:
-        with (home / "out" / "bakeoff.csv").open(newline="") as file:
+        with (home / "out" / "compare.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert [row["network"] for row in rows] == [
-            row["backbone"] for row in json.loads((home / "out" / "bakeoff.json").read_text())["networks"]
+            row["backbone"] for row in json.loads((home / "out" / "compare.json").read_text())["networks"]
         ]
         values = [float(row["accuracy_value"]) for row in rows]
         assert values == sorted(values, reverse=True)
 
     def test_the_picture_shows_something(self, home: Path) -> None:
-        pixels = np.asarray(Image.open(home / "out" / "bakeoff.png").convert("RGB")).astype(int)
+        pixels = np.asarray(Image.open(home / "out" / "compare.png").convert("RGB")).astype(int)
         assert pixels.std() > 10
         assert np.ptp(pixels, axis=2).max() > 100  # points in colour
 
     def test_a_finished_run_is_reused(self, home: Path) -> None:
         before = {file: file.stat().st_mtime_ns for file in (home / "out").glob("*/checkpoint.pt")}
-        seconds = [row["training_s"] for row in json.loads((home / "out" / "bakeoff.json").read_text())["networks"]]
+        seconds = [row["training_s"] for row in json.loads((home / "out" / "compare.json").read_text())["networks"]]
         code, said, err = bake(home, *FLAGS)
         assert code == 0, err
         assert said.count("Reusing the finished run") == 3
         assert before == {file: file.stat().st_mtime_ns for file in (home / "out").glob("*/checkpoint.pt")}
-        again = [row["training_s"] for row in json.loads((home / "out" / "bakeoff.json").read_text())["networks"]]
+        again = [row["training_s"] for row in json.loads((home / "out" / "compare.json").read_text())["networks"]]
         assert again == seconds
 
     def test_other_settings_or_photos_are_refused(self, home: Path) -> None:
@@ -137,11 +137,11 @@ def test_a_mistake_gets_one_sentence(backbones: str, said: str, home: Path) -> N
 
 
 def test_where_nothing_can_be_trained_there_is_no_report(home: Path, tmp_path: Path) -> None:
-    words = ("bakeoff", home / "colours", "--backbones", "vgg11,resnet18", "--output-dir", tmp_path / "out")
+    words = ("compare", home / "colours", "--backbones", "vgg11,resnet18", "--output-dir", tmp_path / "out")
     code, _, err = finetune(*words)
     assert code == 2
     assert "None of the networks could be trained" in err
-    assert not (tmp_path / "out" / "bakeoff.md").exists()
+    assert not (tmp_path / "out" / "compare.md").exists()
 
 
 def test_words_stand_for_networks() -> None:
