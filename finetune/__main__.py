@@ -21,7 +21,7 @@ COMMANDS = {
     "sample": "draw labelled pictures of cats and dogs, to try things out",
     "merge": "merge a head-only bundle with its pretrained weights",
     "models": "the networks to start from",
-    "kernels": "draw a network's filters, and what a photo leaves in its layers",
+    "visualize": "draw a network's filters, and what a photo leaves in its layers",
     "compare": "train several networks on the same photos and compare them",
 }
 MODULES = {
@@ -33,10 +33,10 @@ MODULES = {
     "sample": "data.synthetic.dataset",
     "merge": "export.merge_head",
     "models": "cli.models",
-    "kernels": "introspection.feature_maps",
+    "visualize": "introspection.feature_maps",
     "compare": "compare.runner",
 }
-RENAMED = {"join": "merge", "bakeoff": "compare"}
+RENAMED = {"join": "merge", "bakeoff": "compare", "kernels": "visualize"}
 MULTIPROCESS_COMMANDS = ("train", "predict")
 # What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.
 _FULL = "cannot be written, as the disk is full; make room and run it again."

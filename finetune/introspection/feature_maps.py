@@ -129,20 +129,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle to look into")
     parser.add_argument("--photo", type=Path, metavar="FILE", help="also draw what this photo leaves in each layer")
     parser.add_argument("--maps", type=int, default=32, metavar="N", help="maps of a layer to draw at most (default: 32)")
-    parser.add_argument("--output-dir", type=Path, metavar="OUT", help="where the pictures go (default: kernels/BUNDLE)")
+    parser.add_argument("--output-dir", type=Path, metavar="OUT", help="where the pictures go (default: visualizations/BUNDLE)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``finetune kernels``: draw the filters and, with ``--photo``, the maps."""
+    """``finetune visualize``: draw the filters and, with ``--photo``, the maps."""
     if args.maps < 1:
         raise ConfigError(f"--maps is {args.maps}, and takes 1 or more.")
     bundle = open_full_bundle(args.bundle)
-    out = args.output_dir or Path("kernels") / bundle.name
+    out = args.output_dir or Path("visualizations") / bundle.name
     require_empty_folder(out)
     classifier = load_classifier(bundle)
     with plots.report_style():
         written = draw_maps(classifier, bundle, args.photo, out / "maps", max_maps=args.maps) if args.photo else []
-        print(f"filters      {draw_filters(classifier, out / 'kernels.png', name=bundle.name)}")
+        print(f"filters      {draw_filters(classifier, out / 'filters.png', name=bundle.name)}")
     if written:
         print(f"maps         {out / 'maps'}: {len(written)} pictures, the input first")
     return 0

@@ -93,7 +93,7 @@ def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"finetune {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("old", "new"), [("join", "merge"), ("bakeoff", "compare")])
+@pytest.mark.parametrize(("old", "new"), [("join", "merge"), ("bakeoff", "compare"), ("kernels", "visualize")])
 def test_a_renamed_command_names_the_new_one(old: str, new: str) -> None:
     assert refused(old, "--help") == f"finetune: `finetune {old}` is now `finetune {new}`.\n"
 

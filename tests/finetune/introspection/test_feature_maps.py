@@ -1,4 +1,4 @@
-"""``finetune kernels``: pictures of filters and maps, for a bundle of any network."""
+"""``finetune visualize``: pictures of filters and maps, for a bundle of any network."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_blank(path: Path) -> bool:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small colour network after an epoch."""
-    root = tmp_path_factory.mktemp("kernels")
+    root = tmp_path_factory.mktemp("visualize")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
         data = color_folder(root / "data")
@@ -48,28 +48,28 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_photo_goes_through_the_layers(bundle: Path, tmp_path: Path) -> None:
     photo = paint(tmp_path / "photo.jpg", (250, 40, 40), seed=1)
     out = tmp_path / "out"
-    code, said, err = finetune("kernels", "--bundle", bundle, "--photo", photo, "--output-dir", out, "--maps", 4)
+    code, said, err = finetune("visualize", "--bundle", bundle, "--photo", photo, "--output-dir", out, "--maps", 4)
     assert (code, err) == (0, "")
-    assert f"filters      {out / 'kernels.png'}" in said
+    assert f"filters      {out / 'filters.png'}" in said
     files = sorted(file.relative_to(out).as_posix() for file in out.rglob("*.png"))
-    assert files == ["kernels.png", "maps/00-input.png", "maps/01-conv1.png", "maps/02-conv2.png"]
+    assert files == ["filters.png", "maps/00-input.png", "maps/01-conv1.png", "maps/02-conv2.png"]
     assert not any(is_blank(out / file) for file in files)
-    colors = pixels_of(out / "kernels.png")[44:].astype(int)
+    colors = pixels_of(out / "filters.png")[44:].astype(int)
     assert np.abs(colors[..., 0] - colors[..., 1]).max() > 50  # three channels: in colour
     maps = pixels_of(out / "maps" / "01-conv1.png")[44:].astype(int)
     assert np.ptp(maps, axis=2).max() == 0  # maps: in grey
 
 
 def test_without_a_photo_there_are_the_filters_alone(bundle: Path, tmp_path: Path) -> None:
-    code, _, err = finetune("kernels", "--bundle", bundle, "--output-dir", tmp_path / "out")
+    code, _, err = finetune("visualize", "--bundle", bundle, "--output-dir", tmp_path / "out")
     assert (code, err) == (0, "")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["kernels.png"]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["filters.png"]
 
 
 def test_a_head_only_bundle_of_a_large_network_is_shown_by_stages(tmp_path: Path) -> None:
     photo = paint(tmp_path / "photo.jpg", (40, 40, 250), seed=1, size=(320, 300))
     out = tmp_path / "out"
-    code, _, err = finetune("kernels", "--bundle", SHIPPED, "--photo", photo, "--output-dir", out)
+    code, _, err = finetune("visualize", "--bundle", SHIPPED, "--photo", photo, "--output-dir", out)
     assert code == 0, err
     names = sorted(file.name for file in (out / "maps").iterdir())
     assert names[:2] == ["00-input.png", "01-conv_stem.png"]
@@ -87,7 +87,7 @@ def test_a_head_only_bundle_of_a_large_network_is_shown_by_stages(tmp_path: Path
     ],
 )
 def test_a_mistake_gets_one_sentence(words: tuple[object, ...], said: str, bundle: Path, tmp_path: Path) -> None:
-    code, _, err = finetune("kernels", "--bundle", bundle, "--output-dir", tmp_path / "out", *words)
+    code, _, err = finetune("visualize", "--bundle", bundle, "--output-dir", tmp_path / "out", *words)
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1
@@ -96,7 +96,7 @@ def test_a_mistake_gets_one_sentence(words: tuple[object, ...], said: str, bundl
 
 def test_pictures_are_not_written_over_others(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    code, _, err = finetune("kernels", "--bundle", bundle, "--output-dir", tmp_path)
+    code, _, err = finetune("visualize", "--bundle", bundle, "--output-dir", tmp_path)
     assert code == 2
     assert "is not empty" in err
 
@@ -110,7 +110,7 @@ def test_filters_of_any_size_fill_a_sheet(name: str, layer: str, shape: tuple[in
         classifier = build_classifier(get_spec(name), num_classes=2, base=None)
     found, weights = first_layer_filters(classifier)
     assert (found, weights.shape) == (layer, shape)
-    path = draw_filters(classifier, tmp_path / "kernels.png", name=name)
+    path = draw_filters(classifier, tmp_path / "filters.png", name=name)
     assert not is_blank(path)
     height, width, _ = pixels_of(path).shape
     assert height < 1500
@@ -119,7 +119,7 @@ def test_filters_of_any_size_fill_a_sheet(name: str, layer: str, shape: tuple[in
 
 def test_other_numbers_of_channels_get_a_grey_grid_each(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(5, 4, 3), nn.Flatten(), nn.LazyLinear(2))
-    path = draw_filters(Classifier(net, GRAY_28), tmp_path / "kernels.png", name="five")
+    path = draw_filters(Classifier(net, GRAY_28), tmp_path / "filters.png", name="five")
     tiles = pixels_of(path)[44:].astype(int)
     assert np.ptp(tiles, axis=2).max() == 0
     assert len(np.unique(tiles)) > 20
