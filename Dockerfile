@@ -51,7 +51,7 @@ ENV PATH=/opt/venv/bin:$PATH \
 # that nothing is missing. Both leave the byte code of what they import, which a process that may not write cannot keep.
 RUN python -m finetune merge /app/models/shipped/dogs-vs-cats /bundles/shipped \
  && ln -s shipped /bundles/current \
- && python -m finetune sample /tmp/smoke/pictures --train 24 --valid 8 \
+ && python -m finetune synthesize /tmp/smoke/pictures --train 24 --valid 8 \
  && python -m finetune train --data-dir /tmp/smoke/pictures --backbone efficientnet_lite0 --epochs 1 --output-dir /tmp/smoke/run \
  && rm -rf /tmp/* /cache/*
 

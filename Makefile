@@ -48,7 +48,7 @@ serve: $(INSTALLED) ## answer POST /predict and show the gallery on 127.0.0.1:80
 
 demo: $(INSTALLED) ## the whole job on drawn pictures, without any data or download; ends with the gallery running
 	rm -rf demo
-	$(BIN)/finetune sample demo/pictures
+	$(BIN)/finetune synthesize demo/pictures
 	$(BIN)/finetune train --data-dir demo/pictures --backbone efficientnet_lite0 --output-dir demo/run
 	$(BIN)/finetune evaluate --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/evaluation
 	$(BIN)/finetune evaluate --folds 5 --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/folds

@@ -18,7 +18,7 @@ COMMANDS = {
     "predict": "classify photos with a bundle",
     "audit": "what is wrong with a folder of photos",
     "download": "fetch real photos of cats and dogs",
-    "sample": "draw labelled pictures of cats and dogs, to try things out",
+    "synthesize": "draw labelled pictures of cats and dogs, to try things out",
     "merge": "merge a head-only bundle with its pretrained weights",
     "models": "the networks to start from",
     "visualize": "draw a network's filters, and what a photo leaves in its layers",
@@ -30,13 +30,13 @@ MODULES = {
     "predict": "batch_inference.predict",
     "audit": "data.audit",
     "download": "data.download.downloader",
-    "sample": "data.synthetic.dataset",
+    "synthesize": "data.synthetic.dataset",
     "merge": "export.merge_head",
     "models": "cli.models",
     "visualize": "introspection.feature_maps",
     "compare": "compare.runner",
 }
-RENAMED = {"join": "merge", "bakeoff": "compare", "kernels": "visualize"}
+RENAMED = {"join": "merge", "bakeoff": "compare", "kernels": "visualize", "sample": "synthesize"}
 MULTIPROCESS_COMMANDS = ("train", "predict")
 # What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.
 _FULL = "cannot be written, as the disk is full; make room and run it again."

@@ -31,7 +31,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        finetune("sample", work / "pictures")
+        finetune("synthesize", work / "pictures")
         mislabel(work / "pictures" / "valid")
         finetune("train", "--data-dir", work / "pictures", "--backbone", "efficientnet_lite0", "--output-dir", work / "run")
         take(work, out)

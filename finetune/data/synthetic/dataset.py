@@ -21,7 +21,7 @@ from models.errors import DataError, did_you_mean
 CLASSES = ("cats", "dogs")
 README = """These pictures are drawings. No camera and no animal had a part in them.
 
-They were made by `finetune sample` (train {train}, valid {valid}, seed {seed}), so that every step of the job can
+They were made by `finetune synthesize` (train {train}, valid {valid}, seed {seed}), so that every step of the job can
 be tried without a download. Accuracy on them says nothing about photos: a drawing of a cat is far easier than a cat.
 `finetune download --help` says where to get real photos.
 """
@@ -63,7 +63,7 @@ def write_synthetic_dataset(out: Path, *, train: int = 200, valid: int = 80, see
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``finetune sample``."""
+    """Add the arguments of ``finetune synthesize``."""
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; it must not exist or be empty")
     parser.add_argument(
         "--train", type=int, default=200, metavar="N", help="training pictures, both classes together (%(default)s)"

@@ -86,14 +86,16 @@ def test_a_wrong_flag_gets_the_nearest(words: tuple[str, ...], near: str) -> Non
 def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     listed = capsys.readouterr().out
-    for command in ("train", "evaluate", "predict", "audit", "download", "sample", "merge", "models"):
+    for command in ("train", "evaluate", "predict", "audit", "download", "synthesize", "merge", "models"):
         assert command in listed
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
         assert f"finetune {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("old", "new"), [("join", "merge"), ("bakeoff", "compare"), ("kernels", "visualize")])
+@pytest.mark.parametrize(
+    ("old", "new"), [("join", "merge"), ("bakeoff", "compare"), ("kernels", "visualize"), ("sample", "synthesize")]
+)
 def test_a_renamed_command_names_the_new_one(old: str, new: str) -> None:
     assert refused(old, "--help") == f"finetune: `finetune {old}` is now `finetune {new}`.\n"
 

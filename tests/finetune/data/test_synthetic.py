@@ -54,7 +54,7 @@ def test_pictures_are_colour_jpegs_of_several_shapes(drawn: Path) -> None:
 def test_the_readme_says_that_these_are_no_photos(drawn: Path) -> None:
     text = (drawn / "README.txt").read_text(encoding="utf-8")
     assert "drawings" in text
-    assert "`finetune sample`" in text
+    assert "`finetune synthesize`" in text
     assert "says nothing about photos" in text
 
 
