@@ -91,12 +91,12 @@ def quiet(measure: Callable[[], T]) -> T:
         before = _processor_time()
         found = measure()
         stolen, passed = (now - then for now, then in zip(_processor_time(), before, strict=True))
-        share = stolen / passed if passed else 0.0
-        if share <= MOST_STOLEN:
+        cpus_per_worker = stolen / passed if passed else 0.0
+        if cpus_per_worker <= MOST_STOLEN:
             return found
-        attempts.append((share, found))
-    share, found = min(attempts, key=lambda attempt: attempt[0])
-    print(f"the host took {share:.0%} of the time away, or more, in {ATTEMPTS} attempts", file=sys.stderr, flush=True)
+        attempts.append((cpus_per_worker, found))
+    cpus_per_worker, found = min(attempts, key=lambda attempt: attempt[0])
+    print(f"the host took {cpus_per_worker:.0%} of the time away, or more, in {ATTEMPTS} attempts", file=sys.stderr, flush=True)
     return found
 
 
@@ -124,19 +124,19 @@ class Bare:
         from models.artifacts.bundle import GRAPH, open_bundle
         from models.runtime.openvino_engine import OpenVINOEngine
         from models.runtime.precision import select_precision
-        from service.resources import make_plan
+        from service.resources import allocate_resources
         from service.settings import Settings
 
         settings = Settings.from_environment({})
-        plan = make_plan(settings)
+        plan = allocate_resources(settings)
         bundle = open_bundle(path, files=(GRAPH,))
         self._preprocessing, self._photos = bundle.preprocessing, photos
-        self._threads, self._batch = plan.crew, settings.max_batch
+        self._threads, self._batch = plan.inference_threads, settings.max_batch
         self._engine = OpenVINOEngine(
             path / GRAPH,
             outputs=["probabilities"],
             precision=select_precision(bundle).name,
-            threads=plan.share,
+            threads=plan.cpus_per_worker,
             streams=plan.streams,
             batch_sizes=(settings.max_batch,),
         )
@@ -144,8 +144,8 @@ class Bare:
     def rate(self, seconds: float) -> float:
         """Photos a second, over the ``seconds`` that begin when there were as many batches as threads."""
         ends: list[float] = []
-        with ThreadPoolExecutor(self._threads) as crew:
-            for working in [crew.submit(self._work, number, ends, seconds) for number in range(self._threads)]:
+        with ThreadPoolExecutor(self._threads) as inference_threads:
+            for working in [inference_threads.submit(self._work, number, ends, seconds) for number in range(self._threads)]:
                 working.result()
         began = ends[self._threads - 1]
         return sum(began < end <= began + seconds for end in ends) * self._batch / seconds

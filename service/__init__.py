@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
-    from service.app import Core
-    from service.deferred_app import Opening
+    from service.app import Services
+    from service.deferred_app import DeferredApp
     from service.settings import Settings
 
 
@@ -20,12 +20,12 @@ def create_app(settings: Settings | None = None) -> Flask:
     from service.settings import Settings
 
     core = _core(settings or Settings.from_environment())
-    from service.full_app import build_app
+    from service.full_app import create_full_app
 
-    return build_app(core)
+    return create_full_app(core)
 
 
-def open_server() -> Opening | Flask:
+def create_wsgi_app() -> DeferredApp | Flask:
     """What gunicorn runs: as ``create_app``, but photos are answered before the pages are there, unless they are to be kept."""
     from service.settings import Settings
 
@@ -33,17 +33,17 @@ def open_server() -> Opening | Flask:
     if settings.keep_predictions:
         return create_app(settings)
     core = _core(settings)
-    from service.deferred_app import Opening
+    from service.deferred_app import DeferredApp
 
-    return Opening(core)
+    return DeferredApp(core)
 
 
-def _core(settings: Settings) -> Core:
+def _core(settings: Settings) -> Services:
     from service.inference.model_manager import ServedModel
 
     model = ServedModel.start(settings)  # before Flask is imported: the two take their time side by side
-    from service.app import Core
+    from service.app import Services
 
-    core = Core.of(settings, model)
+    core = Services.create(settings, model)
     core.swapper.watch()
     return core

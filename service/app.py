@@ -16,19 +16,19 @@ from service.http.admission import Admission
 from service.http.errors import Problem, code_of_status
 from service.http.middleware import Gate
 from service.inference.model_manager import ServedModel
-from service.inference.predictor import OnAnswer, Predictor
+from service.inference.predictor import PredictionCallback, Predictor
 from service.rollout.rollout import Swapper
 from service.settings import Settings
 from service.web import layout
 
 log = logging.getLogger("service.request")
-COMPUTING = re.compile(rf"/|/predict|{inference_protocol.INFER.pattern}")
-SPOKEN = re.compile(rf"/|{inference_protocol.INFER.pattern}")
-METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
+INFERENCE_PATHS = re.compile(rf"/|/predict|{inference_protocol.INFER.pattern}")
+CUSTOM_ERROR_PATHS = re.compile(rf"/|{inference_protocol.INFER.pattern}")
+KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 
 @dataclass(frozen=True)
-class Core:
+class Services:
     """What answers photos, whichever application stands before it."""
 
     settings: Settings
@@ -37,22 +37,29 @@ class Core:
     swapper: Swapper
 
     @classmethod
-    def of(cls, settings: Settings, model: ServedModel) -> Core:
+    def create(cls, settings: Settings, model: ServedModel) -> Services:
         return cls(settings, model, Admission(settings.queue, gauge=model.metrics.inside), Swapper(settings, model))
 
 
-def build_api(core: Core, *, on_answer: OnAnswer | None = None) -> Flask:
-    """The application without its pages: what programs ask. ``on_answer`` is told of every photo that was answered."""
-    settings, model, admission = core.settings, core.model, core.admission
+def create_api_app(services: Services, *, on_prediction: PredictionCallback | None = None) -> Flask:
+    """The application without its pages: what programs ask. ``on_prediction`` is told of every photo that was answered."""
+    settings, model, admission = services.settings, services.model, services.admission
     app = Flask("service")
-    predictor = Predictor(settings, model, admission, on_answer=on_answer)
-    app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor, swapper=core.swapper)
+    predictor = Predictor(settings, model, admission, on_prediction=on_prediction)
+    app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor, swapper=services.swapper)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     for part in (predict, health, inference_protocol, admin):
         app.register_blueprint(part.bp)
     _add_hooks(app, model)
     _add_error_handlers(app, model)
-    wsgi = Gate(app.wsgi_app, admission, model.metrics, paths=COMPUTING, spoken=SPOKEN, cors_origins=settings.cors_origins)
+    wsgi = Gate(
+        app.wsgi_app,
+        admission,
+        model.metrics,
+        paths=INFERENCE_PATHS,
+        spoken=CUSTOM_ERROR_PATHS,
+        cors_origins=settings.cors_origins,
+    )
     app.wsgi_app = wsgi  # type: ignore[method-assign]
     app.extensions["gate"] = wsgi
     if settings.proxies:
@@ -73,7 +80,7 @@ def _add_hooks(app: Flask, model: ServedModel) -> None:
         asked, noted = request._get_current_object(), g._get_current_object()  # type: ignore[attr-defined]
         seconds = time.perf_counter() - noted.began
         route = asked.url_rule.rule if asked.url_rule else "none"
-        method = asked.method if asked.method in METHODS else "other"  # a label's every value is kept for ever
+        method = asked.method if asked.method in KNOWN_METHODS else "other"  # a label's every value is kept for ever
         model.metrics.requests.labels(route, method, answer.status_code).inc()
         model.metrics.request_s.labels(route).observe(seconds)
         level = logging.DEBUG if route.startswith("/health") or route == "/metrics" else logging.INFO

@@ -7,7 +7,7 @@ import threading
 
 from flask import Flask
 
-from service.app import Core, build_api
+from service.app import Services, create_api_app
 from service.gallery import compare, export, grid, image_routes, photo, review
 from service.gallery.image_access import Album
 from service.gallery.index import Gallery
@@ -16,18 +16,18 @@ from service.inference.model_manager import Model
 from service.web import api_docs, layout, upload_page
 
 
-def build_app(core: Core) -> Flask:
+def create_full_app(services: Services) -> Flask:
     """Wire the rooms together."""
-    gallery = Gallery(core.settings)
-    keeper = Keeper(gallery, core.settings, core.model.metrics) if core.settings.keep_predictions else None
-    app = build_api(core, on_answer=keeper.offer if keeper else None)
-    app.extensions.update(gallery=gallery, album=Album(core.settings, gallery), keeper=keeper)
+    gallery = Gallery(services.settings)
+    keeper = Keeper(gallery, services.settings, services.model.metrics) if services.settings.keep_predictions else None
+    app = create_api_app(services, on_prediction=keeper.offer if keeper else None)
+    app.extensions.update(gallery=gallery, album=Album(services.settings, gallery), keeper=keeper)
     for part in (layout.bp, upload_page.bp, api_docs.bp):
         app.register_blueprint(part)
     for part in (grid.bp, photo.bp, export.bp, image_routes.bp, review.bp, compare.bp, compare.json_bp):
         app.register_blueprint(part)
     models: queue.SimpleQueue[Model] = queue.SimpleQueue()
-    core.model.when_serving(models.put)
+    services.model.when_serving(models.put)
     threading.Thread(target=_show_gallery, args=(gallery, models), name="gallery", daemon=True).start()
     return app
 

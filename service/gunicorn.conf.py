@@ -11,7 +11,7 @@ from typing import Any
 
 from models.artifacts.paths import resolve_bundle
 from models.errors import UserError
-from service.resources import make_plan
+from service.resources import allocate_resources
 from service.rollout.bundle_link import first_state
 from service.rollout.state import FOLDER, Board, forget_worker, make_folder
 from service.settings import Settings
@@ -23,9 +23,9 @@ try:
 except UserError as error:
     print(f"service: {error}", file=sys.stderr)
     sys.exit(2)
-_plan = make_plan(_settings)
+_plan = allocate_resources(_settings)
 
-wsgi_app = "service:open_server()"
+wsgi_app = "service:create_wsgi_app()"
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
 worker_class = "service.http.gunicorn_worker.Worker"
 workers = _plan.workers

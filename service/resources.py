@@ -12,38 +12,38 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What runs side by side. ``share`` (of the processors), ``crew`` and ``streams`` are of each worker."""
+class ResourceAllocation:
+    """What runs side by side. ``cpus_per_worker`` (of the processors), ``inference_threads`` and ``streams`` are of each worker."""
 
     cpus: int
     workers: int
     threads: int
-    share: int
-    crew: int
+    cpus_per_worker: int
+    inference_threads: int
     streams: int
 
     def __str__(self) -> str:
         return (
             f"{self.cpus} processors: {self.workers} worker(s), each with {self.threads} threads for requests, "
-            f"{self.crew} that decode and compute, {self.streams} batches at a time"
+            f"{self.inference_threads} that decode and compute, {self.streams} batches at a time"
         )
 
 
-def make_plan(settings: Settings) -> Plan:
+def allocate_resources(settings: Settings) -> ResourceAllocation:
     """Settings decide where they are given; the rest follows from the processors.
 
     One stream a processor computes more photos a second than all processors on one batch after another. The crew has one
     thread more than there are processors: there is always one that waits for Python's lock.
     """
     cpus = settings.cpus or available_cpus()
-    share = max(1, cpus // settings.web_concurrency)
-    return Plan(
+    cpus_per_worker = max(1, cpus // settings.web_concurrency)
+    return ResourceAllocation(
         cpus=cpus,
         workers=settings.web_concurrency,
         threads=settings.threads or settings.queue + 16,
-        share=share,
-        crew=share + 1,
-        streams=settings.streams or share,
+        cpus_per_worker=cpus_per_worker,
+        inference_threads=cpus_per_worker + 1,
+        streams=settings.streams or cpus_per_worker,
     )
 
 

@@ -28,7 +28,7 @@ from service.http.errors import Problem
 from service.inference.batcher import Pipeline
 from service.inference.image_decoder import FrontDoor
 from service.inference.recent_predictions import Recent, Seen
-from service.resources import Plan, make_plan
+from service.resources import ResourceAllocation, allocate_resources
 from service.rollout.bundle_link import first_state
 from service.rollout.state import Board
 from service.settings import Settings
@@ -155,7 +155,7 @@ class ServedModel:
         chosen = self.board.read().serving  # by the others, where this worker takes a dead one's place
         path = Path(chosen.bundle) if chosen else self._settings.bundle
         try:
-            model = load_model(self._settings, make_plan(self._settings), self.metrics, path=path)
+            model = load_model(self._settings, allocate_resources(self._settings), self.metrics, path=path)
             if chosen is None:
                 with self.board.deciding(wait=True):
                     self.board.write(first_state(self._settings))
@@ -204,7 +204,7 @@ def _labels(model: Model) -> tuple[str, str, str]:
     return model.bundle.name, model.bundle.version, model.precision.name
 
 
-def load_model(settings: Settings, plan: Plan, metrics: Metrics, *, path: Path | None = None) -> Model:
+def load_model(settings: Settings, resources: ResourceAllocation, metrics: Metrics, *, path: Path | None = None) -> Model:
     """Open the bundle at ``path`` (that of the settings), compile, warm up and check it; nothing answers before that is done.
 
     Raises BundleError or ConfigError.
@@ -224,19 +224,19 @@ def load_model(settings: Settings, plan: Plan, metrics: Metrics, *, path: Path |
             path / GRAPH,
             outputs=["probabilities"],
             precision=precision.name,
-            threads=plan.share,
-            streams=plan.streams,
+            threads=resources.cpus_per_worker,
+            streams=resources.streams,
             batch_sizes=sizes,
             cache_dir=compiled_dir(),
         )
-    difference = _check_every_size(bundle, engine, sizes, tolerance=precision.tolerance, streams=plan.streams)
+    difference = _check_every_size(bundle, engine, sizes, tolerance=precision.tolerance, streams=resources.streams)
     pipeline = Pipeline(
         engine,
         bundle.preprocessing,
         door=FrontDoor(settings.max_pixels),
         metrics=metrics,
-        threads=plan.crew,
-        streams=plan.streams,
+        threads=resources.inference_threads,
+        streams=resources.streams,
         max_batch=settings.max_batch,
         max_wait_s=settings.max_wait_ms / 1e3,
     )

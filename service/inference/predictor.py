@@ -22,7 +22,7 @@ from service.inference.model_manager import Model, ServedModel
 from service.inference.recent_predictions import Seen
 from service.settings import Settings
 
-OnAnswer = Callable[[Bundle, bytes, NDArray[np.float32]], None]  # told of every photo that was answered
+PredictionCallback = Callable[[Bundle, bytes, NDArray[np.float32]], None]  # told of every photo that was answered
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Predictor:
     """Admits, reads, submits and waits. One for the application."""
 
     def __init__(
-        self, settings: Settings, model: ServedModel, admission: Admission, *, on_answer: OnAnswer | None = None
+        self, settings: Settings, model: ServedModel, admission: Admission, *, on_prediction: PredictionCallback | None = None
     ) -> None:
         self._settings = settings
-        self._on_answer = on_answer
+        self._on_answer = on_prediction
         self._served = model
         self._admission = admission
 

@@ -22,7 +22,7 @@ from models.errors import BundleError, UserError
 from service.http.errors import Problem
 from service.inference.model_manager import Model, ServedModel, load_model
 from service.inference.recent_predictions import Agreement, Seen
-from service.resources import make_plan
+from service.resources import allocate_resources
 from service.rollout.agreement import ALLOWANCES, compare, objection
 from service.rollout.bundle_link import goes_through_link, identity, now
 from service.rollout.state import Chosen, Refused, State
@@ -167,7 +167,7 @@ class Swapper:
         try:
             if version and _version_at(path) != version:
                 raise BundleError(f"{path} holds another bundle by now than the one with the version {version}.")
-            return load_model(self._settings, make_plan(self._settings), self._served.metrics, path=path)
+            return load_model(self._settings, allocate_resources(self._settings), self._served.metrics, path=path)
         except UserError as error:
             raise Problem("bundle_refused", str(error)).bare() from None
         except Exception as error:

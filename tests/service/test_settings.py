@@ -15,7 +15,7 @@ import pytest
 
 from models.artifacts.bundle import GOLDEN, MANIFEST, open_bundle, write_bundle
 from models.errors import ConfigError
-from service.resources import available_cpus, make_plan
+from service.resources import allocate_resources, available_cpus
 from service.settings import SHIPPED, Settings
 from tests.helpers.server import run_service
 
@@ -148,14 +148,21 @@ def test_the_processors_are_those_of_the_quota(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("eight")
 def test_the_plan_shares_the_processors_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.resources.available_cpus", lambda: 8)
-    plan = make_plan(Settings())
-    assert (plan.cpus, plan.workers, plan.threads, plan.share, plan.crew, plan.streams) == (8, 1, 80, 8, 9, 8)
-    plan = make_plan(Settings(web_concurrency=3, queue=32))
-    assert (plan.workers, plan.threads, plan.share, plan.crew, plan.streams) == (3, 48, 2, 3, 2)
-    plan = make_plan(Settings(web_concurrency=16))
-    assert (plan.share, plan.crew, plan.streams) == (1, 2, 1)
-    plan = make_plan(Settings(cpus=4, threads=9, streams=2))
-    assert (plan.cpus, plan.threads, plan.share, plan.crew, plan.streams) == (4, 9, 4, 5, 2)
+    plan = allocate_resources(Settings())
+    assert (plan.cpus, plan.workers, plan.threads, plan.cpus_per_worker, plan.inference_threads, plan.streams) == (
+        8,
+        1,
+        80,
+        8,
+        9,
+        8,
+    )
+    plan = allocate_resources(Settings(web_concurrency=3, queue=32))
+    assert (plan.workers, plan.threads, plan.cpus_per_worker, plan.inference_threads, plan.streams) == (3, 48, 2, 3, 2)
+    plan = allocate_resources(Settings(web_concurrency=16))
+    assert (plan.cpus_per_worker, plan.inference_threads, plan.streams) == (1, 2, 1)
+    plan = allocate_resources(Settings(cpus=4, threads=9, streams=2))
+    assert (plan.cpus, plan.threads, plan.cpus_per_worker, plan.inference_threads, plan.streams) == (4, 9, 4, 5, 2)
     assert "4 processors" in str(plan)
 
 

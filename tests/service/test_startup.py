@@ -15,17 +15,17 @@ from gunicorn.arbiter import Arbiter
 from werkzeug.test import Client, TestResponse
 
 import service.full_app
-from service.app import Core
-from service.deferred_app import Opening
+from service.app import Services
+from service.deferred_app import DeferredApp
 from service.inference.model_manager import ServedModel
 from service.settings import Settings
 from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll
 
 
 @pytest.fixture
-def core(tiny_bundle: SimpleNamespace) -> Iterator[Core]:
+def core(tiny_bundle: SimpleNamespace) -> Iterator[Services]:
     settings = Settings(bundle=tiny_bundle.path, **PATIENT)
-    core = Core.of(settings, ServedModel.start(settings))
+    core = Services.create(settings, ServedModel.start(settings))
     core.model.wait(START_S)
     yield core
     core.model.close()
@@ -34,21 +34,21 @@ def core(tiny_bundle: SimpleNamespace) -> Iterator[Core]:
 @pytest.fixture
 def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """The pages are not built before it is set."""
-    held, build = threading.Event(), service.full_app.build_app
+    held, build = threading.Event(), service.full_app.create_full_app
 
-    def build_later(core: Core) -> Flask:
+    def build_later(core: Services) -> Flask:
         held.wait(2 * ANSWER_S)
         return build(core)
 
-    monkeypatch.setattr(service.full_app, "build_app", build_later)
+    monkeypatch.setattr(service.full_app, "create_full_app", build_later)
     yield held
     held.set()
 
 
 def test_photos_are_answered_before_the_pages_are_there_and_a_page_is_waited_for(
-    core: Core, hold: threading.Event, tiny_bundle: SimpleNamespace
+    core: Services, hold: threading.Event, tiny_bundle: SimpleNamespace
 ) -> None:
-    opening = Opening(core)
+    opening = DeferredApp(core)
     photo = (tiny_bundle.photos / "red" / "red.000.jpg").read_bytes()
 
     def predict() -> TestResponse:
@@ -76,10 +76,10 @@ def test_photos_are_answered_before_the_pages_are_there_and_a_page_is_waited_for
     assert 'dvc_requests_total{method="POST",route="/predict",status="200"} 3.0' in counted  # of both applications
 
 
-def test_a_server_whose_pages_cannot_be_built_ends(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_whose_pages_cannot_be_built_ends(core: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setitem(sys.modules, "service.full_app", None)
-    Opening(core)
+    DeferredApp(core)
     poll(lambda: codes)
     assert codes == [Arbiter.WORKER_BOOT_ERROR]

@@ -16,8 +16,8 @@ from flask import Flask
 from werkzeug.test import TestResponse
 
 from service import create_app
-from service.app import Core
-from service.full_app import build_app
+from service.app import Services
+from service.full_app import create_full_app
 from service.http.errors import Problem
 from service.http.uploads import Upload
 from service.inference.batcher import Answer
@@ -52,7 +52,7 @@ def keyed(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
 def loading(tiny_bundle: SimpleNamespace) -> Flask:
     """An application whose model is never there."""
     settings = Settings(bundle=tiny_bundle.path)
-    return build_app(Core.of(settings, ServedModel(settings, Metrics())))
+    return create_full_app(Services.create(settings, ServedModel(settings, Metrics())))
 
 
 @pytest.fixture
