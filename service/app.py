@@ -38,7 +38,7 @@ class Services:
 
     @classmethod
     def create(cls, settings: Settings, model: ServedModel) -> Services:
-        return cls(settings, model, Admission(settings.queue, gauge=model.metrics.inside), Swapper(settings, model))
+        return cls(settings, model, Admission(settings.queue, gauge=model.metrics.in_flight), Swapper(settings, model))
 
 
 def create_api_app(services: Services, *, on_prediction: PredictionCallback | None = None) -> Flask:
@@ -82,7 +82,7 @@ def _add_hooks(app: Flask, model: ServedModel) -> None:
         route = asked.url_rule.rule if asked.url_rule else "none"
         method = asked.method if asked.method in KNOWN_METHODS else "other"  # a label's every value is kept for ever
         model.metrics.requests.labels(route, method, answer.status_code).inc()
-        model.metrics.request_s.labels(route).observe(seconds)
+        model.metrics.request_duration.labels(route).observe(seconds)
         level = logging.DEBUG if route.startswith("/health") or route == "/metrics" else logging.INFO
         if log.isEnabledFor(level):
             log.log(

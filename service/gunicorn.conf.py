@@ -15,7 +15,7 @@ from service.resources import allocate_resources
 from service.rollout.bundle_link import first_state
 from service.rollout.state import FOLDER, Board, forget_worker, make_folder
 from service.settings import Settings
-from service.telemetry.json_logging import log_config
+from service.telemetry.json_logging import logging_config
 
 try:
     _settings = Settings.from_environment()
@@ -36,7 +36,7 @@ timeout = 60  # of a worker that hangs; loading is a thread of its own, and does
 graceful_timeout = _settings.grace_s
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a heartbeat must not wait for a disk
 preload_app = False  # an engine's threads do not live through a fork
-logconfig_dict = log_config(_settings.log_level)
+logconfig_dict = logging_config(_settings.log_level)
 logger_class = "service.telemetry.json_logging.QuietLogger"
 proc_name = "dogs-vs-cats"
 control_socket_disable = True

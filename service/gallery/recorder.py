@@ -52,7 +52,7 @@ class Keeper:
         try:
             self._offers.put_nowait(_Offer(bundle, answered))
         except queue.Full:
-            self._metrics.live_photos.labels("dropped").inc()
+            self._metrics.saved_predictions.labels("dropped").inc()
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Write what was handed over and end."""
@@ -70,7 +70,7 @@ class Keeper:
                     with self._gallery.database.write() as connection:
                         prune(connection, most=self._settings.keep_photos, days=self._settings.keep_days)
             except Exception as error:  # the next ones may be kept again
-                self._metrics.live_photos.labels("dropped").inc(len(offers))
+                self._metrics.saved_predictions.labels("dropped").inc(len(offers))
                 log.warning("photos are not kept: %s", error, exc_info=not isinstance(error, Problem))
 
     def _take(self) -> tuple[list[_Offer], bool]:
@@ -91,5 +91,5 @@ class Keeper:
             with self._gallery.database.write() as connection:
                 model_id = know_model(connection, version=version, name=bundle.name, classes=bundle.classes)
                 new = keep(connection, model_id, bundle.classes, [offer.answered for offer in mine])
-            self._metrics.live_photos.labels("kept").inc(new)
-            self._metrics.live_photos.labels("known").inc(len(mine) - new)
+            self._metrics.saved_predictions.labels("kept").inc(new)
+            self._metrics.saved_predictions.labels("known").inc(len(mine) - new)

@@ -42,7 +42,7 @@ class Admission:
         self._left: deque[tuple[float, int]] = deque(maxlen=WINDOW)
 
     @property
-    def inside(self) -> int:
+    def in_flight(self) -> int:
         return self._inside
 
     @property

@@ -43,7 +43,7 @@ class Answer:
     decode_ms: float
     queue_ms: float
     compute_ms: float
-    batch: int
+    batch_size: int
 
     @cached_property
     def best(self) -> int:
@@ -188,8 +188,8 @@ class Pipeline:
             if photo.prepared:
                 self._decoded.append(photo)
             self._changed.notify()
-        self._metrics.stage["wait"].observe(began - photo.came)
-        self._metrics.stage["decode"].observe(photo.decode_s)
+        self._metrics.stages["wait"].observe(began - photo.came)
+        self._metrics.stages["decode"].observe(photo.decode_s)
 
     def _compute(self, photos: list[_Photo]) -> None:
         try:
@@ -210,12 +210,12 @@ class Pipeline:
 
     def _answer(self, photos: list[_Photo], probabilities: NDArray[np.float32], began: float) -> None:
         compute_s = time.perf_counter() - began
-        self._metrics.batch.observe(len(photos))
-        self._metrics.stage["compute"].observe(compute_s)
+        self._metrics.batch_size.observe(len(photos))
+        self._metrics.stages["compute"].observe(compute_s)
         for photo, row in zip(photos, probabilities, strict=True):
             assert photo.prepared is not None
             queue_s = began - photo.ready
-            self._metrics.stage["queue"].observe(queue_s)
+            self._metrics.stages["queue"].observe(queue_s)
             answer = Answer(photo.prepared, row, photo.decode_s * 1e3, queue_s * 1e3, compute_s * 1e3, len(photos))
             photo.answer.set_result(answer)
 

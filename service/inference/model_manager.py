@@ -129,8 +129,8 @@ class ServedModel:
         before, self._model = self._model, model
         self.recent.replace(seen)
         if before:
-            self.metrics.model.labels(*_labels(before)).set(0)
-        self.metrics.model.labels(*_labels(model)).set(1)
+            self.metrics.model_info.labels(*_labels(before)).set(0)
+        self.metrics.model_info.labels(*_labels(model)).set(1)
         self.board.tell(model.bundle.version)
         if before:
             before.pipeline.close()

@@ -109,7 +109,7 @@ class Swapper:
             model = self._load(Path(wanted.bundle), version=wanted.version)
         except Problem as problem:
             self._not_before = time.monotonic() + RETRY_S
-            self._served.metrics.swaps.labels("failed").inc()
+            self._served.metrics.rollouts.labels("failed").inc()
             log.error("could not follow", extra={"bundle": wanted.bundle, "because": problem.detail})
             return
         self._exchange(model, *compare(current, model, self._served.recent), outcome="followed", by=wanted.by)
@@ -176,7 +176,7 @@ class Swapper:
 
     def _exchange(self, model: Model, agreement: Agreement, seen: list[Seen], *, outcome: str, by: str) -> None:
         before = self._served.get().bundle.version
-        self._served.metrics.swaps.labels(outcome).inc()  # before anybody can see that it serves
+        self._served.metrics.rollouts.labels(outcome).inc()  # before anybody can see that it serves
         self._served.install(model, seen)
         log.info(
             outcome,
@@ -192,7 +192,7 @@ class Swapper:
     def _refuse(self, state: State, path: Path, problem: Problem, *, by: str) -> None:
         refusal = Refused(str(path), problem.code, problem.detail, by=by, at=now())
         self._board.write(dataclasses.replace(state, refusal=refusal))
-        self._served.metrics.swaps.labels("refused").inc()
+        self._served.metrics.rollouts.labels("refused").inc()
         log.warning("refused", extra={"bundle": str(path), "code": problem.code, "because": problem.detail, "by": by})
 
     def _inside(self, bundle: str) -> Path:

@@ -39,7 +39,7 @@ class JsonFormatter(logging.Formatter):
         return _encode(line)
 
 
-class OneWrite(logging.Handler):
+class StderrHandler(logging.Handler):
     """Each line to standard error in one system call, so that the lines of threads and of processes do not mix.
 
     logging's own holds a lock meanwhile, and in a busy server the threads queue for that.
@@ -66,13 +66,13 @@ class QuietLogger(Logger):
         return
 
 
-def log_config(level: str) -> dict[str, Any]:
+def logging_config(level: str) -> dict[str, Any]:
     """For logging.config.dictConfig, and for gunicorn's own loggers as well."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": {"()": JsonFormatter}},
-        "handlers": {"stderr": {"()": OneWrite, "formatter": "json"}},
+        "handlers": {"stderr": {"()": StderrHandler, "formatter": "json"}},
         "root": {"level": level.upper(), "handlers": ["stderr"]},
         "loggers": {"gunicorn.error": {"level": level.upper(), "propagate": True, "handlers": []}},
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 STAGES = ("wait", "decode", "queue", "compute")
 
 
@@ -21,22 +21,24 @@ class Metrics:
     def __post_init__(self) -> None:
         r = self.registry
         self.requests = Counter("dvc_requests_total", "Requests answered.", ["route", "method", "status"], registry=r)
-        self.request_s = Histogram(
-            "dvc_request_seconds", "From a request's arrival to its answer.", ["route"], buckets=SECONDS, registry=r
+        self.request_duration = Histogram(
+            "dvc_request_seconds", "From a request's arrival to its answer.", ["route"], buckets=DURATION_BUCKETS, registry=r
         )
         self.errors = Counter(
             "dvc_errors_total", "Problems answered, by their code; also those of single photos.", ["code"], registry=r
         )
-        self.stage_s = Histogram(
+        self.stage_duration = Histogram(
             "dvc_stage_seconds",
             "A photo's time in a stage: wait (for a decoder), decode, queue (for the engine), compute (of its whole batch).",
             ["stage"],
-            buckets=SECONDS,
+            buckets=DURATION_BUCKETS,
             registry=r,
         )
-        self.stage = {name: self.stage_s.labels(name) for name in STAGES}
-        self.batch = Histogram("dvc_batch_photos", "Photos computed in one go.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r)
-        self.inside = Gauge(
+        self.stages = {name: self.stage_duration.labels(name) for name in STAGES}
+        self.batch_size = Histogram(
+            "dvc_batch_photos", "Photos computed in one go.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r
+        )
+        self.in_flight = Gauge(
             "dvc_photos_inside", "Photos waiting, being decoded or computed.", registry=r, multiprocess_mode="livesum"
         )
         self.predictions = Counter("dvc_predictions_total", "Photos classified, by what was predicted.", ["label"], registry=r)
@@ -46,14 +48,14 @@ class Metrics:
             buckets=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0),
             registry=r,
         )
-        self.live_photos = Counter(
+        self.saved_predictions = Counter(
             "dvc_live_photos_total",
             "Answered photos handed to the gallery: kept, known (the same photo again) or dropped.",
             ["outcome"],
             registry=r,
         )
         self.ready = Gauge("dvc_ready", "Workers whose model is ready.", registry=r, multiprocess_mode="livesum")
-        self.model = Gauge(
+        self.model_info = Gauge(
             "dvc_model_info",
             "1 for a model that a worker serves, with its name, version and precision; 0 once none does.",
             ["name", "version", "precision"],
@@ -61,7 +63,7 @@ class Metrics:
             multiprocess_mode="livemax",
         )
 
-        self.swaps = Counter(
+        self.rollouts = Counter(
             "dvc_bundle_swaps_total",
             "Bundles that were swapped, rolled_back, followed (by the other workers), refused, or failed (to follow).",
             ["outcome"],

@@ -50,7 +50,7 @@ def test_the_series_named_here_are_those_that_are_scraped() -> None:
     """``metrics()`` looks into prometheus_client; what the service really says is the judge of it."""
     told = Metrics()
     told.requests.labels("/predict", "POST", "200").inc()
-    told.request_s.labels("/predict").observe(1)
+    told.request_duration.labels("/predict").observe(1)
     scraped = {line.split("{")[0].split(" ")[0] for line in told.render().decode().splitlines() if not line.startswith("#")}
     assert {name for name in scraped if not name.endswith("_created")} <= set(metrics())
     assert {"dvc_requests_total", "dvc_request_seconds_bucket", "dvc_request_seconds_sum", "dvc_ready"} <= set(metrics())

@@ -29,10 +29,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def retry_after(admission: Admission, photos: int = 1) -> int:
     """Be refused; gives the seconds that it says to wait."""
-    before = admission.inside
+    before = admission.in_flight
     with pytest.raises(Problem) as caught:
         admission.enter(photos)
-    assert admission.inside == before
+    assert admission.in_flight == before
     assert (caught.value.code, caught.value.status) == ("overloaded", 503)
     seconds = int(caught.value.headers["Retry-After"])
     assert f"send it again in {seconds} s" in caught.value.detail
@@ -43,21 +43,21 @@ def test_it_counts_in_and_out() -> None:
     admission = Admission(3)
     admission.enter()
     admission.enter(2)
-    assert admission.inside == 3
+    assert admission.in_flight == 3
     retry_after(admission)
     admission.leave(2, answered=2)
-    assert admission.inside == 1
+    assert admission.in_flight == 1
     admission.enter(0)
     retry_after(admission, 3)
     admission.enter(2)
-    assert admission.inside == 3
+    assert admission.in_flight == 3
 
 
 def test_a_request_of_no_more_photos_is_always_let_in() -> None:
     admission = Admission(1)
     admission.enter()
     admission.enter(0)
-    assert admission.inside == 1
+    assert admission.in_flight == 1
 
 
 def test_the_limit_holds_when_many_come_at_once() -> None:
@@ -76,7 +76,7 @@ def test_the_limit_holds_when_many_come_at_once() -> None:
                     refused += 1
                 continue
             with lock:
-                most = max(most, admission.inside)
+                most = max(most, admission.in_flight)
             admission.leave(3, answered=3)
 
     threads = [threading.Thread(target=come_and_go) for _ in range(8)]
@@ -84,7 +84,7 @@ def test_the_limit_holds_when_many_come_at_once() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert admission.inside == 0
+    assert admission.in_flight == 0
     assert most <= 10
 
 
@@ -146,7 +146,7 @@ def test_a_place_is_given_back_once() -> None:
     assert admission.let_in() is None
     one.give_back()
     one.give_back()
-    assert admission.inside == 1
+    assert admission.in_flight == 1
     assert admission.let_in()
     assert admission.is_full
 

@@ -120,7 +120,7 @@ def test_nobody_gets_anothers_answer() -> None:
     for color, answer in zip(colors, answers, strict=True):
         assert tuple(answer.probabilities) == color
         assert (answer.prepared.pixels == np.array(color)).all()
-        assert 1 <= answer.batch <= 4
+        assert 1 <= answer.batch_size <= 4
 
 
 def test_what_arrives_while_the_engine_is_busy_is_computed_together() -> None:
@@ -134,10 +134,10 @@ def test_what_arrives_while_the_engine_is_busy_is_computed_together() -> None:
         block.go.set()
         assert [red(answer) for answer in (first, *others)] == list(range(1, 12))
     assert engine.batches[0] == [1]
-    assert [number for batch in engine.batches for number in batch] == list(range(1, 12))
+    assert [number for batch_size in engine.batches for number in batch_size] == list(range(1, 12))
     assert max(map(len, engine.batches)) == 4
     assert len(engine.batches) <= 6
-    assert [answer.result().batch for answer in (first, *others)] == [len(b) for b in engine.batches for _ in b]
+    assert [answer.result().batch_size for answer in (first, *others)] == [len(b) for b in engine.batches for _ in b]
 
 
 def test_no_more_batches_are_computed_at_once_than_there_are_streams() -> None:
@@ -194,7 +194,7 @@ def test_photos_are_taken_in_the_order_in_which_they_came() -> None:
     with running(engine, door=Door(), threads=1, streams=1) as pipeline:
         answers = [pipeline.submit(bytes([number]), yes) for number in range(100)]
         assert [red(answer) for answer in answers] == list(range(100))
-    assert [number for batch in engine.batches for number in batch] == list(range(100))
+    assert [number for batch_size in engine.batches for number in batch_size] == list(range(100))
 
 
 def test_its_times_and_batches_are_measured() -> None:
