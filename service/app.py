@@ -12,9 +12,9 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from service.api import admin, health, inference_protocol, predict
-from service.http.admission import Admission
-from service.http.errors import Problem, code_of_status
-from service.http.middleware import Gate
+from service.http.admission import AdmissionController
+from service.http.errors import Problem, code_for_status
+from service.http.middleware import RequestMiddleware
 from service.inference.model_manager import ServedModel
 from service.inference.predictor import PredictionCallback, Predictor
 from service.rollout.rollout import Swapper
@@ -33,12 +33,14 @@ class Services:
 
     settings: Settings
     model: ServedModel
-    admission: Admission
+    admission: AdmissionController
     swapper: Swapper
 
     @classmethod
     def create(cls, settings: Settings, model: ServedModel) -> Services:
-        return cls(settings, model, Admission(settings.queue, gauge=model.metrics.in_flight), Swapper(settings, model))
+        return cls(
+            settings, model, AdmissionController(settings.queue, gauge=model.metrics.in_flight), Swapper(settings, model)
+        )
 
 
 def create_api_app(services: Services, *, on_prediction: PredictionCallback | None = None) -> Flask:
@@ -52,12 +54,12 @@ def create_api_app(services: Services, *, on_prediction: PredictionCallback | No
         app.register_blueprint(part.bp)
     _add_hooks(app, model)
     _add_error_handlers(app, model)
-    wsgi = Gate(
+    wsgi = RequestMiddleware(
         app.wsgi_app,
         admission,
         model.metrics,
-        paths=INFERENCE_PATHS,
-        spoken=CUSTOM_ERROR_PATHS,
+        inference_paths=INFERENCE_PATHS,
+        custom_error_paths=CUSTOM_ERROR_PATHS,
         cors_origins=settings.cors_origins,
     )
     app.wsgi_app = wsgi  # type: ignore[method-assign]
@@ -115,7 +117,7 @@ def _add_error_handlers(app: Flask, model: ServedModel) -> None:
         status = error.code or 500
         if status < 400:  # a redirection
             return error.get_response(request.environ)  # type: ignore[return-value]
-        code = code_of_status(status)
+        code = code_for_status(status)
         wanted = Problem(code, _sentence(code, error))
         if allowed := error.get_response(request.environ).headers.get("Allow"):
             wanted.headers["Allow"] = allowed

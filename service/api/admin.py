@@ -10,7 +10,7 @@ from flask import Blueprint, Response, current_app, g, jsonify, request
 
 from service.http.errors import Problem
 from service.http.request_body import read_body
-from service.http.security import key_of, name_among
+from service.http.security import key_from_request, match_key
 from service.inference.model_manager import ServedModel
 from service.rollout.agreement import ALLOWANCES
 from service.rollout.rollout import Swapper
@@ -27,7 +27,7 @@ def admit() -> None:
     settings: Settings = current_app.extensions["settings"]
     if not settings.admin_keys:
         raise Problem("admin_closed", "This server was started without ADMIN_KEYS, so nobody may administer it; set them.")
-    g.key_name = name_among(settings.admin_keys, key_of(request))
+    g.key_name = match_key(settings.admin_keys, key_from_request(request))
 
 
 @bp.get("/bundle")

@@ -17,7 +17,7 @@ from service.api.tensor_codec import Asked, Input, read_inference, write_outputs
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import require_key
-from service.http.uploads import Upload, upload_of_base64
+from service.http.uploads import Upload, upload_from_base64
 from service.inference.model_manager import Model, ServedModel
 from service.inference.predictor import Prediction, predictor
 from service.settings import Settings
@@ -145,7 +145,7 @@ def _uploads(given: Input) -> list[Upload]:
 def _upload(row: Any) -> Upload:
     if isinstance(row, bytes):
         return Upload(None, row)
-    return upload_of_base64(row) if isinstance(row, str) else Upload(None, b"", pixels=row)
+    return upload_from_base64(row) if isinstance(row, str) else Upload(None, b"", pixels=row)
 
 
 def _probabilities(prediction: Prediction) -> NDArray[np.float32]:

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from typing import Any
 
 from models.preprocess import IMAGE_FORMATS_TEXT
-from service.http.errors import CODES, MEDIA_TYPE
+from service.http.errors import PROBLEM_MEDIA_TYPE, PROBLEM_TYPES
 
 # What the one who asks can do about each code.
 ADVICE = {
@@ -81,18 +81,18 @@ def problem_answers(*codes: str) -> dict[str, Any]:
     """Status -> an answer with the problems of that status."""
     statuses: dict[int, list[str]] = {}
     for code in codes:
-        statuses.setdefault(CODES[code][0], []).append(code)
+        statuses.setdefault(PROBLEM_TYPES[code][0], []).append(code)
     return {str(status): problem_answer(statuses[status]) for status in sorted(statuses)}
 
 
 def problem_answer(codes: list[str]) -> dict[str, Any]:
-    status = CODES[codes[0]][0]
+    status = PROBLEM_TYPES[codes[0]][0]
     headers = ["X-Request-ID", *{401: ["WWW-Authenticate"], 405: ["Allow"], 503: ["Retry-After"]}.get(status, [])]
     only = {"properties": {"code": {"enum": codes}, "status": {"const": status}}}
     return {
         "description": f"{HTTPStatus(status).phrase}: {', '.join(f'`{code}`' for code in codes)}.",
         "headers": {name: ref(name, "headers") for name in headers},
-        "content": {MEDIA_TYPE: {"schema": {"allOf": [ref("Problem"), only]}}},
+        "content": {PROBLEM_MEDIA_TYPE: {"schema": {"allOf": [ref("Problem"), only]}}},
     }
 
 
@@ -101,9 +101,9 @@ def schemas() -> dict[str, Any]:
     problem = {
         "type": described(STRING | {"format": "uri-reference"}, "Where the code is explained: `/docs#code`."),
         "title": described(STRING, "The code in words."),
-        "status": {"type": "integer", "enum": sorted({status for status, _ in CODES.values()})},
+        "status": {"type": "integer", "enum": sorted({status for status, _ in PROBLEM_TYPES.values()})},
         "detail": described(STRING, "What arrived, what was wanted, what to do."),
-        "code": described(STRING | {"enum": list(CODES)}, "Stable: what a program should look at."),
+        "code": described(STRING | {"enum": list(PROBLEM_TYPES)}, "Stable: what a program should look at."),
     }
     request_id = described(REQUEST_ID, "To be found in the log.")
     failed = {"file": {"type": ["string", "null"]}, "error": ref("PhotoProblem")}

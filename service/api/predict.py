@@ -27,7 +27,7 @@ def predict() -> Response:
     settings: Settings = current_app.extensions["settings"]
     g.key_name = require_key(request, settings)
     top_k, crop = _top_k(), _crop()
-    model, predictions = predictor().predict(request, read_uploads(request, settings).photos)
+    model, predictions = predictor().predict(request, read_uploads(request, settings).images)
     rows = [_row(model, prediction, top_k=top_k, crop=crop) for prediction in predictions]
     answer = jsonify(model=model.named, request_id=g.request_id, predictions=rows)
     answer.headers["X-Model-Version"] = model.bundle.version
@@ -63,7 +63,7 @@ def models() -> Response:
 def _row(model: Model, prediction: Prediction, *, top_k: int | None, crop: bool) -> dict[str, Any]:
     name = {"file": prediction.upload.name}
     if prediction.problem:
-        return name | {"error": prediction.problem.as_dict()}
+        return name | {"error": prediction.problem.to_dict()}
     assert prediction.answer is not None
     answer = prediction.answer
     values = answer.probabilities

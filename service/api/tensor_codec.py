@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
-from service.http.uploads import check_number
+from service.http.uploads import check_image_count
 from service.settings import Settings
 
 DATATYPES = {"photos": "BYTES", "pixels": "UINT8"}
@@ -80,7 +80,7 @@ def _read_input(given: dict[str, Any], rest: bytes, settings: Settings) -> Input
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
         raise wrong(f"The shape of {name} is no list of whole numbers.")
     if len(shape) == (1 if name == "photos" else 4):
-        check_number(shape[0], settings)  # before each of a million empty ones is looked at
+        check_image_count(shape[0], settings)  # before each of a million empty ones is looked at
     size = _parameters(given).get("binary_data_size")
     if size != (len(rest) if rest or size is not None else None):
         raise wrong(f"binary_data_size of {name} is {str(size)[:40]} and {len(rest)} bytes follow the JSON.")

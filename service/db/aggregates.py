@@ -25,7 +25,7 @@ class Cell(NamedTuple):
     review: str
     duplicate: bool
     mislabelled: bool
-    photos: int
+    images: int
 
     @property
     def verdict(self) -> str:
@@ -73,8 +73,8 @@ def count(cells: Iterable[Cell], wanted: Filter, *, among: Mapping[int, int] | N
     low, high = wanted.confidence
     counts = Counts()
     for cell in cells:
-        photos = cell.photos if among is None else among.get(cell.id, 0)
-        if not photos or not low <= cell.percent < high:
+        images = cell.images if among is None else among.get(cell.id, 0)
+        if not images or not low <= cell.percent < high:
             continue
         failed = [name for name, values in chosen if values.isdisjoint(_VALUES[name](cell))]
         if len(failed) > 1:
@@ -82,10 +82,10 @@ def count(cells: Iterable[Cell], wanted: Filter, *, among: Mapping[int, int] | N
         for parameter, facet in counts.facets.items():
             if not failed or failed == [parameter]:
                 for value in _VALUES[parameter](cell):
-                    facet[value] += photos
+                    facet[value] += images
         if not failed:
-            counts.total += photos
-            counts.confusion[cell.label, cell.predicted] += photos
-            counts.histogram[cell.percent * BINS // 100] += photos
+            counts.total += images
+            counts.confusion[cell.label, cell.predicted] += images
+            counts.histogram[cell.percent * BINS // 100] += images
             counts.cells.append(cell.id)
     return counts

@@ -90,9 +90,9 @@ class Listing:
             found = select(of_cell, func.count()).where(predictions.c.id.in_(self._changed)).group_by(of_cell)
             among = {row[0]: row[1] for row in connection.execute(found)}
         self.cells: Sequence[Cell] = beside.cells if beside else cells_of(connection, self.model)
-        self.everything = sum(cell.photos for cell in self.cells)
+        self.everything = sum(cell.images for cell in self.cells)
         self.counts: Counts = count(self.cells, wanted, among=among)
-        photos = among or {cell.id: cell.photos for cell in self.cells}
+        photos = among or {cell.id: cell.images for cell in self.cells}
         self._photos_in = {id_: photos[id_] for id_ in self.counts.cells}
 
     def on(self, connection: Connection) -> Listing:

@@ -107,7 +107,7 @@ def _grid(**preset: tuple[str, ...]) -> Response:
     try:
         wanted = sidebar.with_range(wanted, request.args)
     except Problem as problem:
-        refused = problem.bare()
+        refused = problem.without_traceback()
     if not refused and any(name in request.args for name in sidebar.FORM):
         return redirect(address_of(wanted))  # type: ignore[return-value]
     number = read_page(request.args)

@@ -132,7 +132,7 @@ def _explain(version: str, this: Photo, look: str) -> tuple[Explanation | None, 
     except Problem as problem:
         if problem.code == "bad_parameter":
             raise
-        return None, problem.bare()
+        return None, problem.without_traceback()
 
 
 def _choices(

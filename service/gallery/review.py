@@ -16,7 +16,7 @@ from service.gallery.index import gallery
 from service.gallery.photo import Refused, show
 from service.http.errors import Problem
 from service.http.request_body import read_body
-from service.http.security import KEY_COOKIE, name_of_key, require_key_or_cookie, require_same_site
+from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
 from service.reviews.decisions import Verdict, decide, history
 from service.settings import Settings
 from service.web.layout import YEAR_S, problem_json, problem_page
@@ -43,7 +43,7 @@ def review() -> Response:
 
     A form that is refused comes back on its photo's page, with what was typed in it and the reason.
     """
-    require_same_site(request)
+    require_same_origin(request)
     given = _fields()
     if request.is_json:
         return _review(given)
@@ -83,7 +83,7 @@ def _review(given: dict[str, str]) -> Response:
 def key() -> Response:
     """Take a key from a form into a cookie, and go back to the page that it came from."""
     settings: Settings = current_app.extensions["settings"]
-    require_same_site(request)
+    require_same_origin(request)
     _receive()
     if unknown := set(request.form) - {"key", "back"}:
         raise Problem("bad_parameter", f"The field {min(unknown)!r} is not known here; there are key and back.")
@@ -93,7 +93,7 @@ def key() -> Response:
     back = request.form.get("back", "")
     is_ours = back.startswith(("/gallery", "/compare")) and "//" not in back and "\\" not in back
     try:
-        g.key_name = name_of_key(given, settings)
+        g.key_name = authenticate(given, settings)
     except Problem as problem:
         return problem_page(_for_people(problem, key=given), "gallery/key.html", back=back if is_ours else "")
     answer = redirect(request.script_root + back if is_ours else url_for("gallery.home"), 303)
@@ -128,7 +128,7 @@ def as_entry(row: Any) -> dict[str, Any]:
 
 def _receive() -> None:
     """Read the body before Flask parses it, as Flask would wait for a client that trickles. Raises Problem."""
-    body = read_body(request, current_app.extensions["settings"], most_bytes=MOST_BYTES, advice="shorten the text")
+    body = read_body(request, current_app.extensions["settings"], max_bytes=MOST_BYTES, advice="shorten the text")
     request.environ["wsgi.input"] = io.BytesIO(body)
 
 

@@ -11,24 +11,24 @@ from prometheus_client import Gauge
 
 from service.http.errors import Problem
 
-WINDOW = 256  # answered photos that the drain rate is measured on
-FRESH_S = 10.0
-PAUSE_S = 0.05
+RATE_WINDOW = 256  # answered photos that the drain rate is measured on
+RATE_MAX_AGE_S = 10.0
+MAX_ACCEPT_PAUSE_S = 0.05
 
 
-class Place:
+class Slot:
     """One photo's place in the house. Whoever has it gives it back; a second time changes nothing."""
 
-    def __init__(self, admission: Admission) -> None:
-        self._admission: Admission | None = admission
+    def __init__(self, admission: AdmissionController) -> None:
+        self._admission: AdmissionController | None = admission
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         if self._admission:
-            self._admission.leave()
+            self._admission.release()
             self._admission = None
 
 
-class Admission:
+class AdmissionController:
     """Count photos in, count them out, and refuse those over ``limit`` with the seconds until there is room.
 
     A request counts as one photo from its arrival on, and as what it holds once that is known. ``gauge`` follows the count.
@@ -39,14 +39,14 @@ class Admission:
         self._gauge = gauge
         self._inside = 0
         self._lock = threading.Lock()
-        self._left: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self._left: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)
 
     @property
     def in_flight(self) -> int:
         return self._inside
 
     @property
-    def is_full(self) -> bool:
+    def is_at_capacity(self) -> bool:
         return self._inside >= self._limit
 
     @property
@@ -55,24 +55,24 @@ class Admission:
         return self._inside * 2 >= self._limit
 
     @property
-    def pause_s(self) -> float:
+    def accept_pause_s(self) -> float:
         """How long those who come to a full house can wait for a look, without it running empty meanwhile; 0: not at all."""
-        if not self.is_full:
+        if not self.is_at_capacity:
             return 0.0
         with self._lock:
             rate = self._rate()
-        return min(PAUSE_S, self._limit / rate / 8) if rate else 0.0
+        return min(MAX_ACCEPT_PAUSE_S, self._limit / rate / 8) if rate else 0.0
 
-    def let_in(self) -> Place | None:
+    def try_acquire_slot(self) -> Slot | None:
         """A place for one photo; None where there is none."""
-        return Place(self) if self._has_taken(1) else None
+        return Slot(self) if self._has_taken(1) else None
 
-    def enter(self, photos: int = 1) -> None:
+    def acquire(self, photos: int = 1) -> None:
         """Count ``photos`` in; raises Problem where there is no room for them."""
         if not self._has_taken(photos):
-            raise self.refusal(photos)
+            raise self.overload_problem(photos)
 
-    def refusal(self, photos: int = 1) -> Problem:
+    def overload_problem(self, photos: int = 1) -> Problem:
         """What they are told for whom there is no room."""
         with self._lock:
             wait_s = self._wait_s(photos)
@@ -82,12 +82,12 @@ class Admission:
             headers={"Retry-After": str(wait_s)},
         )
 
-    def leave(self, photos: int = 1, *, answered: int = 0) -> None:
-        """Count ``photos`` out, ``answered`` of them with an answer."""
+    def release(self, photos: int = 1, *, completed: int = 0) -> None:
+        """Count ``photos`` out, ``completed`` of them with an answer."""
         with self._lock:
             self._count(-photos)
-            if answered:
-                self._left.append((time.monotonic(), answered))
+            if completed:
+                self._left.append((time.monotonic(), completed))
 
     def _has_taken(self, photos: int) -> bool:
         """Count ``photos`` in if there is room for all of them."""
@@ -112,7 +112,7 @@ class Admission:
     def _rate(self) -> float:
         """Photos answered a second, over the last ones; 0 where none was answered lately."""
         now = time.monotonic()
-        recent = [(at, photos) for at, photos in self._left if now - at < FRESH_S]
+        recent = [(at, photos) for at, photos in self._left if now - at < RATE_MAX_AGE_S]
         if not recent:
             return 0.0
         return sum(photos for _, photos in recent) / max(now - recent[0][0], 1e-3)

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gunicorn.http import get_parser
 
-from service.http.lingering_close import READ_ON, PartingWorker
-from service.http.response import Piece
+from service.http.lingering_close import MAX_DRAIN_BYTES, LingeringCloseWorker
+from service.http.response import SendBuffer
 
 if TYPE_CHECKING:  # this module is imported before the fork: Flask must not be yet, nor prometheus_client without its folder
-    from service.http.middleware import Gate
+    from service.http.middleware import RequestMiddleware
 
-FRESH_S = 0.25
-ACCEPTED = 32
-LONGEST_HEAD = 8192
+RESPONSE_MAX_AGE_S = 0.25
+MAX_ACCEPTS = 32
+MAX_HEAD_BYTES = 8192
 # A head without anything that changes how its body is read, or what is answered. All others are a thread's, with gunicorn's
 # own parser, which refuses them as well.
 PLAIN = re.compile(
@@ -42,7 +42,7 @@ KEPT: Future[bool] = Future()
 KEPT.set_result(True)
 
 
-class Refusal(NamedTuple):
+class RejectionResponse(NamedTuple):
     """The bytes of a refusal with zeros for the request's id, whether its connection is kept, and until when it is true."""
 
     answer: bytes
@@ -50,7 +50,7 @@ class Refusal(NamedTuple):
     until: float
 
 
-class DoorstepWorker(PartingWorker):
+class EarlyRejectionWorker(LingeringCloseWorker):
     """Lets in, and refuses, what has arrived once the house is half full; before that, and all else, gunicorn's own way.
 
     A place in the house is taken here, or else all that come before a thread had its turn would seem to have one.
@@ -58,22 +58,22 @@ class DoorstepWorker(PartingWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._refusals: dict[tuple[bool, int], Refusal] = {}
+        self._refusals: dict[tuple[bool, int], RejectionResponse] = {}
 
     @functools.cached_property
-    def gate(self) -> Gate:
-        gate: Gate = self.wsgi.extensions["gate"]
-        return gate
+    def middleware(self) -> RequestMiddleware:
+        middleware: RequestMiddleware = self.wsgi.extensions["gate"]
+        return middleware
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         # Whoever knocks at a full house can as well wait until several do: to be woken for each costs more than to refuse it.
-        if self.alive and (pause_s := self.gate.admission.pause_s):
-            time.sleep(pause_s)
+        if self.alive and (accept_pause_s := self.middleware.admission.accept_pause_s):
+            time.sleep(accept_pause_s)
         super().wait_for_and_dispatch_events(timeout)
 
     def accept(self, listener: Any) -> None:
         """One connection, as gunicorn does; or all that came to a full house during a pause, ACCEPTED at most."""
-        most = ACCEPTED if self.gate.admission.is_full else 1
+        most = MAX_ACCEPTS if self.middleware.admission.is_at_capacity else 1
         for _ in range(min(most, self.worker_connections - self.nr_conns)):
             before = self.nr_conns
             super().accept(listener)
@@ -89,7 +89,7 @@ class DoorstepWorker(PartingWorker):
         elif refusal.keep:
             self.finish_request(conn, KEPT)
         else:
-            self.part(conn)
+            self.close_gracefully(conn)
 
     def on_client_socket_readable(self, conn: Any, client: Any) -> None:
         """Something arrived on a connection that was kept. As long as all are refused on it, it stays in the poller."""
@@ -105,7 +105,7 @@ class DoorstepWorker(PartingWorker):
             return
         self.poller.unregister(client)
         if refusal and not refusal.keep:
-            self.part(conn)
+            self.close_gracefully(conn)
         else:
             super().enqueue_req(conn)
 
@@ -114,7 +114,7 @@ class DoorstepWorker(PartingWorker):
             return super().handle(conn)
         finally:
             if conn.place:  # it left before the gate
-                conn.place.give_back()
+                conn.place.release()
             conn.place = None
 
     def handle_request(self, req: Any, conn: Any) -> Any:
@@ -123,50 +123,50 @@ class DoorstepWorker(PartingWorker):
         req.body.place = conn.place
         return super().handle_request(req, conn)
 
-    def _look(self, conn: Any) -> Refusal | None:
+    def _look(self, conn: Any) -> RejectionResponse | None:
         """Refuse what arrived; or None, and it is in the parser, with a place in the house if it is known to need one."""
-        if not (self.alive and self.gate.admission.is_busy) or (conn.parser and conn.parser.unreader.buf.getvalue()):
+        if not (self.alive and self.middleware.admission.is_busy) or (conn.parser and conn.parser.unreader.buf.getvalue()):
             return None
         if not (size := self.receive(conn)):
             return None
         conn.init()
         head = self._plain_head(size)
         if head:
-            conn.place = self.gate.admission.let_in()
+            conn.place = self.middleware.admission.try_acquire_slot()
         if not head or conn.place:
-            conn.parser.unreader.unread(bytes(self.room[:size]))
+            conn.parser.unreader.unread(bytes(self.receive_buffer[:size]))
             return None
         request_id = head["id"] or uuid.uuid4().hex.encode()
-        refusal = self._refusal(len(request_id), too_long=int(head["length"]) >= READ_ON)
+        refusal = self._refusal(len(request_id), too_long=int(head["length"]) >= MAX_DRAIN_BYTES)
         end = head.end() + int(head["length"])
         if not self._say(conn, refusal.answer.replace(b"0" * len(request_id), request_id)):
             return refusal._replace(keep=False)
         if refusal.keep:
             conn.unwanted = max(0, end - size)
-            conn.parser.unreader.unread(bytes(self.room[end:size]))
+            conn.parser.unreader.unread(bytes(self.receive_buffer[end:size]))
         return refusal
 
     def _plain_head(self, size: int) -> re.Match[bytes] | None:
-        """The head in ``room``, of which ``size`` bytes are filled, if it is plain and names one length."""
-        head = PLAIN.match(self.room, 0, min(size, LONGEST_HEAD))
+        """The head in ``receive_buffer``, of which ``size`` bytes are filled, if it is plain and names one length."""
+        head = PLAIN.match(self.receive_buffer, 0, min(size, MAX_HEAD_BYTES))
         # Of two lengths, somebody else may believe the other.
         return head if head and head[0].lower().count(b"content-length") == 1 else None
 
     def _say(self, conn: Any, answer: bytes) -> bool:
-        self.gate.count_refusal()
+        self.middleware.count_rejection()
         try:
             return conn.sock.send(answer, socket.MSG_DONTWAIT) == len(answer)
         except OSError:
             return False
 
-    def _refusal(self, id_length: int, *, too_long: bool) -> Refusal:
+    def _refusal(self, id_length: int, *, too_long: bool) -> RejectionResponse:
         """What the gate says to such a request, as gunicorn sends it. It is asked anew when that is FRESH_S old."""
         now, key = time.monotonic(), (too_long, id_length)
         if key not in self._refusals or now > self._refusals[key].until:
-            head = SAMPLE % (b"0" * id_length, READ_ON if too_long else 0)
+            head = SAMPLE % (b"0" * id_length, MAX_DRAIN_BYTES if too_long else 0)
             nobody = _Nobody()
             keep = self.handle_request(next(get_parser(self.cfg, [head], nobody.client)), nobody)
-            self._refusals[key] = Refusal(bytes(nobody.sock), keep, now + FRESH_S)
+            self._refusals[key] = RejectionResponse(bytes(nobody.sock), keep, now + RESPONSE_MAX_AGE_S)
         return self._refusals[key]
 
     def _drop(self, conn: Any) -> None:
@@ -175,7 +175,7 @@ class DoorstepWorker(PartingWorker):
         conn.unwanted -= got or 0
         if got == 0:
             self.keepalived_conns.remove(conn)
-            self.let_go(conn)
+            self.close_connection(conn)
 
 
 class _Nobody:
@@ -185,4 +185,4 @@ class _Nobody:
     place = False
 
     def __init__(self) -> None:
-        self.sock = Piece()
+        self.sock = SendBuffer()

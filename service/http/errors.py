@@ -9,10 +9,10 @@ from typing import Any
 
 from models.errors import UserError
 
-MEDIA_TYPE = "application/problem+json"
+PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 # Every code that an answer can carry: its status, and its title. docs.html and /openapi.json list them.
-CODES: dict[str, tuple[int, str]] = {
+PROBLEM_TYPES: dict[str, tuple[int, str]] = {
     "no_photo": (400, "No photo arrived"),
     "empty_photo": (400, "The file is empty"),
     "bad_json": (400, "The JSON cannot be read"),
@@ -50,7 +50,7 @@ CODES: dict[str, tuple[int, str]] = {
 
 
 class Problem(UserError):  # noqa: N818 - RFC 9457 calls it so
-    """A refusal with its ``code`` of ``CODES``; ``detail`` says what arrived, what was wanted and what to do."""
+    """A refusal with its ``code`` of ``PROBLEM_TYPES``; ``detail`` says what arrived, what was wanted and what to do."""
 
     def __init__(self, code: str, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -58,20 +58,20 @@ class Problem(UserError):  # noqa: N818 - RFC 9457 calls it so
         self.detail = detail
         self.headers = dict(headers or {})
 
-    def bare(self) -> Problem:
+    def without_traceback(self) -> Problem:
         """Forget the way that it came: its frames hold photos' bytes, and would until the next collection of cycles."""
         self.__traceback__ = self.__context__ = None
         return self
 
     @property
     def status(self) -> int:
-        return CODES[self.code][0]
+        return PROBLEM_TYPES[self.code][0]
 
     @property
     def title(self) -> str:
-        return CODES[self.code][1]
+        return PROBLEM_TYPES[self.code][1]
 
-    def as_dict(self, request_id: str | None = None) -> dict[str, Any]:
+    def to_dict(self, request_id: str | None = None) -> dict[str, Any]:
         """The members of RFC 9457, with ``code`` and, where it stands for a whole answer, ``request_id``."""
         members = {
             "type": f"/docs#{self.code}",
@@ -82,15 +82,15 @@ class Problem(UserError):  # noqa: N818 - RFC 9457 calls it so
         }
         return members | ({"request_id": request_id} if request_id else {})
 
-    def body(self, request_id: str) -> bytes:
-        return json.dumps(self.as_dict(request_id)).encode()
+    def to_json(self, request_id: str) -> bytes:
+        return json.dumps(self.to_dict(request_id)).encode()
 
     @property
     def status_line(self) -> str:
         return f"{self.status} {HTTPStatus(self.status).phrase}"
 
 
-def code_of_status(status: int) -> str:
+def code_for_status(status: int) -> str:
     """The code for an error that the framework found: 404, 405 and so on."""
     known = {
         404: "not_found",

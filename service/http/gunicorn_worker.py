@@ -10,19 +10,19 @@ from typing import Any
 
 from gunicorn.http import wsgi
 
-from service.http.early_rejection import DoorstepWorker
-from service.http.read_deadline import patience
+from service.http.early_rejection import EarlyRejectionWorker
+from service.http.read_deadline import read_deadlines
 from service.http.response import Response
 
-HEADERS_S = 15.0
+HEADER_TIMEOUT_S = 15.0
 LINGER_MS = 3
-PIECE = 1 << 17
+CHUNK_BYTES = 1 << 17
 LINGER = struct.pack("ll", 0, LINGER_MS * 1000)  # a timeval
 NEVER = struct.pack("ll", 0, 0)
 wsgi.Response = Response  # gunicorn names no other place to say so
 
 
-class Worker(DoorstepWorker):
+class Worker(EarlyRejectionWorker):
     """Its threads stay a moment with a connection whose client asks again at once, as a proxy does.
 
     gunicorn itself passes such a connection through the main thread each time, which under load costs as much as parsing it.
@@ -37,16 +37,16 @@ class Worker(DoorstepWorker):
 
     def handle(self, conn: Any) -> Any:
         keep = self._handle(conn)
-        while keep is True and self.alive and not self.gate.admission.is_busy and _goes_on(conn):
+        while keep is True and self.alive and not self.middleware.admission.is_busy and _goes_on(conn):
             keep = self._handle(conn)
         return keep
 
     def _handle(self, conn: Any) -> Any:
-        patience.begin(conn.sock, HEADERS_S)  # ended where the application takes over (service.http.middleware)
+        read_deadlines.begin(conn.sock, HEADER_TIMEOUT_S)  # ended where the application takes over (service.http.middleware)
         try:
             return super().handle(conn)
         finally:
-            patience.end(conn.sock)
+            read_deadlines.end(conn.sock)
 
 
 def _goes_on(conn: Any) -> bool:
@@ -59,7 +59,7 @@ def _goes_on(conn: Any) -> bool:
         return False
     conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, LINGER)
     try:
-        conn.parser.unreader.unread(conn.sock.recv(PIECE))
+        conn.parser.unreader.unread(conn.sock.recv(CHUNK_BYTES))
     except BlockingIOError:
         return False
     except OSError:  # a reset, which gunicorn finds as well

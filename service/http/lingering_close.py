@@ -17,53 +17,55 @@ from typing import Any
 
 from gunicorn.workers.gthread import ThreadWorker
 
-LEAVE_S = 2.0
-READ_ON = 1 << 16  # bytes of a refused body that are read for the sake of the next request; of more, the connection is ended
-PIECE = 1 << 18
+LINGER_TIMEOUT_S = 2.0
+MAX_DRAIN_BYTES = (
+    1 << 16
+)  # bytes of a refused body that are read for the sake of the next request; of more, the connection is ended
+CHUNK_BYTES = 1 << 18
 
 
-class PartingWorker(ThreadWorker):
-    """Listens to all of them in its main thread at once, to each for LEAVE_S at most."""
+class LingeringCloseWorker(ThreadWorker):
+    """Listens to all of them in its main thread at once, to each for LINGER_TIMEOUT_S at most."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.room = memoryview(bytearray(PIECE))  # what was received last; the main thread's alone
+        self.receive_buffer = memoryview(bytearray(CHUNK_BYTES))  # what was received last; the main thread's alone
         self._parting: dict[Any, float] = {}  # connections in the order in which their time is over
 
     def finish_request(self, conn: Any, fs: Future[Any]) -> None:
         if fs.cancelled() or fs.exception() or fs.result() is not False:
             super().finish_request(conn, fs)
         else:
-            self.part(conn)
+            self.close_gracefully(conn)
 
     def murder_pending(self) -> None:
         """What gunicorn calls after every look at its connections."""
         super().murder_pending()
         now = time.monotonic()
         while self._parting and now > next(iter(self._parting.values())):
-            self.let_go(next(iter(self._parting)))
+            self.close_connection(next(iter(self._parting)))
 
-    def part(self, conn: Any) -> None:
+    def close_gracefully(self, conn: Any) -> None:
         """Say that nothing more is said; ``conn`` is in the poller no more."""
         try:
             conn.sock.setblocking(False)
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError:  # it is gone already
-            self.let_go(conn)
+            self.close_connection(conn)
             return
-        self._parting[conn] = time.monotonic() + LEAVE_S
+        self._parting[conn] = time.monotonic() + LINGER_TIMEOUT_S
         self.poller.register(conn.sock, EVENT_READ, partial(self._listen, conn))
 
-    def receive(self, conn: Any, most: int = PIECE) -> int | None:
-        """Read into ``room`` what has arrived, ``most`` bytes at most: gives how many, 0 at the end, None where none are."""
+    def receive(self, conn: Any, most: int = CHUNK_BYTES) -> int | None:
+        """Read into ``receive_buffer`` what has arrived, ``most`` bytes at most: gives how many, 0 at the end, None where none are."""
         try:
-            return conn.sock.recv_into(self.room[:most], 0, socket.MSG_DONTWAIT)
+            return conn.sock.recv_into(self.receive_buffer[:most], 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
         except OSError:
             return 0
 
-    def let_go(self, conn: Any) -> None:
+    def close_connection(self, conn: Any) -> None:
         """Close ``conn``, whether it is listened to or not."""
         self._parting.pop(conn, None)
         with contextlib.suppress(OSError, ValueError, KeyError):  # not in the poller, or a socket that its client reset
@@ -73,4 +75,4 @@ class PartingWorker(ThreadWorker):
 
     def _listen(self, conn: Any, _: Any) -> None:
         if self.receive(conn) == 0:
-            self.let_go(conn)
+            self.close_connection(conn)

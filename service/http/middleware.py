@@ -8,11 +8,11 @@ import uuid
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from service.http.admission import Admission
-from service.http.errors import MEDIA_TYPE, Problem
-from service.http.read_deadline import patience
-from service.http.request_body import is_left
-from service.http.security import HEADERS, cors_headers
+from service.http.admission import AdmissionController
+from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
+from service.http.read_deadline import read_deadlines
+from service.http.request_body import has_unread_body
+from service.http.security import SECURITY_HEADERS, cors_headers
 from service.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
-class Gate:
+class RequestMiddleware:
     """A WSGI layer: admit what will be computed as one photo, until its answer is given, or refuse it at once.
 
     Refused here, a request costs a tenth of an answer; of a flood most are refused before it, in its words (service.http.early_rejection).
-    ``spoken`` are those of ``paths`` that say it in their own words: there the refusal goes on as ``service.refused``.
+    ``custom_error_paths`` are those of ``inference_paths`` that say it in their own words: there the refusal goes on as ``service.refused``.
     """
 
     def __init__(
         self,
         app: WSGIApplication,
-        admission: Admission,
+        admission: AdmissionController,
         metrics: Metrics,
         *,
-        paths: re.Pattern[str],
-        spoken: re.Pattern[str],
+        inference_paths: re.Pattern[str],
+        custom_error_paths: re.Pattern[str],
         cors_origins: tuple[str, ...] = (),
     ) -> None:
         self._app = app
         self.admission = admission
         self._metrics = metrics
-        self._paths, self._spoken = paths, spoken
+        self._paths, self._spoken = inference_paths, custom_error_paths
         self._cors_origins = cors_origins
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         if connection := environ.get("gunicorn.socket"):
-            patience.end(connection)  # the headers are there
+            read_deadlines.end(connection)  # the headers are there
         environ["service.began"] = time.perf_counter()
         given = environ.get("HTTP_X_REQUEST_ID", "")
         request_id = environ["service.request_id"] = given if ID.fullmatch(given) else uuid.uuid4().hex
@@ -55,7 +55,7 @@ class Gate:
         end_connection = getattr(environ["wsgi.input"], "end_connection", None)  # service.http.early_rejection's
 
         def start(status: str, own: list[tuple[str, str]], *error: Any) -> Any:
-            if end_connection and is_left(environ):
+            if end_connection and has_unread_body(environ):
                 end_connection()
             return start_response(status, own + headers, *error)
 
@@ -64,28 +64,31 @@ class Gate:
         place = getattr(
             environ["wsgi.input"], "place", None
         )  # service.http.early_rejection's; False where it knows that there is none
-        if place is None and not (place := self.admission.let_in()):
+        if place is None and not (place := self.admission.try_acquire_slot()):
             if self._spoken.fullmatch(environ["PATH_INFO"]):
-                environ["service.refused"] = self.admission.refusal()
+                environ["service.refused"] = self.admission.overload_problem()
                 return self._app(environ, start)
-            self.count_refusal()
+            self.count_rejection()
         if not place:
-            return _refuse(self.admission.refusal(), request_id, start)
+            return _refuse(self.admission.overload_problem(), request_id, start)
         try:
             return self._app(environ, start)
         finally:  # the answer is complete here, as no route that computes streams
-            place.give_back()
+            place.release()
 
     def _headers(self, environ: WSGIEnvironment, request_id: str) -> list[tuple[str, str]]:
         origin = environ.get("HTTP_ORIGIN") if environ["PATH_INFO"] == "/predict" else None
-        return [*(HEADERS | cors_headers(origin, self._cors_origins)).items(), ("X-Request-ID", request_id)]
+        return [*(SECURITY_HEADERS | cors_headers(origin, self._cors_origins)).items(), ("X-Request-ID", request_id)]
 
-    def count_refusal(self) -> None:
+    def count_rejection(self) -> None:
         self._metrics.errors.labels("overloaded").inc()
         self._metrics.requests.labels("/predict", "POST", 503).inc()
 
 
 def _refuse(problem: Problem, request_id: str, start: Any) -> Iterable[bytes]:
-    body = problem.body(request_id)
-    start(problem.status_line, [("Content-Type", MEDIA_TYPE), ("Content-Length", str(len(body))), *problem.headers.items()])
-    return [body]
+    to_json = problem.to_json(request_id)
+    start(
+        problem.status_line,
+        [("Content-Type", PROBLEM_MEDIA_TYPE), ("Content-Length", str(len(to_json))), *problem.headers.items()],
+    )
+    return [to_json]

@@ -8,7 +8,7 @@ from multipart import MultipartError, MultipartSegment, ParserLimitReached, Push
 
 from service.http.errors import Problem
 
-MORE_PARTS = 32  # what a form may have beside photos
+EXTRA_PARTS = 32  # what a form may have beside photos
 FORM = "write the form as curl -F file=@photo.jpg does"
 
 
@@ -21,7 +21,7 @@ class Part:
     data: bytes
 
 
-def read_form(body: bytes, boundary: str | None, *, max_photos: int) -> list[Part]:
+def parse_form(body: bytes, boundary: str | None, *, max_photos: int) -> list[Part]:
     """The parts of ``body``, in their order. Raises Problem for what is no form, or has too many parts.
 
     Not with Werkzeug's parser, which looks for the boundary with a regular expression: a millisecond for a photo.
@@ -29,7 +29,7 @@ def read_form(body: bytes, boundary: str | None, *, max_photos: int) -> list[Par
     if not boundary:
         raise Problem("bad_form", f"The form's Content-Type names no boundary; {FORM}.")
     try:
-        return _parts(PushMultipartParser(boundary, len(body), max_segment_count=max_photos + MORE_PARTS), body)
+        return _parts(PushMultipartParser(boundary, len(body), max_segment_count=max_photos + EXTRA_PARTS), body)
     except ParserLimitReached as error:
         if "segment count" not in str(error):  # a part's headers have limits too
             raise Problem("bad_form", f"The form cannot be read ({error}); {FORM}.") from None

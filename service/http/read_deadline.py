@@ -10,10 +10,10 @@ import socket
 import threading
 import time
 
-LOOK_S = 0.25
+CHECK_INTERVAL_S = 0.25
 
 
-class Patience:
+class ReadDeadlines:
     """Sockets that are being read from, and until when. A late one reads as ended; its answer can still be sent."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Patience:
 
     def _watch(self) -> None:
         while True:
-            time.sleep(LOOK_S)
+            time.sleep(CHECK_INTERVAL_S)
             now = time.monotonic()
             for connection, until in list(self._until.items()):
                 if now > until:
@@ -53,4 +53,4 @@ class Patience:
                         connection.shutdown(socket.SHUT_RD)
 
 
-patience = Patience()
+read_deadlines = ReadDeadlines()

@@ -17,7 +17,7 @@ class Response(wsgi.Response):
         if self.headers_sent:
             super().write(data)
             return
-        connection, self.sock = self.sock, Piece()
+        connection, self.sock = self.sock, SendBuffer()
         try:
             super().write(data)
             piece = self.sock
@@ -26,7 +26,7 @@ class Response(wsgi.Response):
         util.write(connection, bytes(piece))
 
 
-class Piece(bytearray):
+class SendBuffer(bytearray):
     """What a socket would have been given."""
 
     sendall = bytearray.extend

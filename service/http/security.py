@@ -10,7 +10,7 @@ from service.http.errors import Problem
 from service.settings import Settings
 
 KEY_COOKIE = "key"
-HEADERS = {
+SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
         "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; manifest-src 'self'"
@@ -24,45 +24,45 @@ HEADERS = {
 }
 
 
-def require_key(asked: Request, settings: Settings) -> str | None:
+def require_key(request: Request, settings: Settings) -> str | None:
     """The name of the key that came with a request, or None where no keys are set. Raises Problem for a wrong one.
 
     A key comes as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``.
     """
-    return name_of_key(key_of(asked), settings)
+    return authenticate(key_from_request(request), settings)
 
 
-def key_of(asked: Request) -> str:
+def key_from_request(request: Request) -> str:
     """The key in a request's headers; empty where there is none."""
-    scheme, _, token = asked.headers.get("Authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else asked.headers.get("X-API-Key", "")
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
 
 
-def require_key_or_cookie(asked: Request, settings: Settings) -> str | None:
+def require_key_or_cookie(request: Request, settings: Settings) -> str | None:
     """As ``require_key``, for pages: a browser that was given the key keeps it in a cookie."""
-    if "Authorization" in asked.headers or "X-API-Key" in asked.headers:
-        return require_key(asked, settings)
-    return name_of_key(asked.cookies.get(KEY_COOKIE, ""), settings)
+    if "Authorization" in request.headers or "X-API-Key" in request.headers:
+        return require_key(request, settings)
+    return authenticate(request.cookies.get(KEY_COOKIE, ""), settings)
 
 
-def require_same_site(asked: Request) -> None:
+def require_same_origin(request: Request) -> None:
     """Raise Problem for what another site made a browser send.
 
     Every browser says where a request comes from, ``Sec-Fetch-Site`` or at least ``Origin``, and no page can forge them; what
     comes with neither is no browser, and has no cookies to be misused (as in Go's CrossOriginProtection).
     """
-    site, origin = asked.headers.get("Sec-Fetch-Site"), asked.headers.get("Origin")
-    if site in ("same-origin", "none") or (site is None and origin in (None, asked.host_url.rstrip("/"))):
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    if site in ("same-origin", "none") or (site is None and origin in (None, request.host_url.rstrip("/"))):
         return
     raise Problem("cross_site", f"The request came from {origin or 'another site'}; decide on the gallery's own pages.")
 
 
-def name_of_key(given: str, settings: Settings) -> str | None:
+def authenticate(given: str, settings: Settings) -> str | None:
     """What API_KEYS call a key, or None where no keys are set. Raises Problem for one that is not known."""
-    return name_among(settings.api_keys, given)
+    return match_key(settings.api_keys, given)
 
 
-def name_among(rows: tuple[str, ...], given: str) -> str | None:
+def match_key(rows: tuple[str, ...], given: str) -> str | None:
     """What the ``rows``, NAME:KEY or KEY, call a key: all are compared, each in constant time. Raises Problem for another."""
     if not rows:
         return None

@@ -13,12 +13,12 @@ from flask import Request
 
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
-from service.http.multipart_form import read_form
+from service.http.multipart_form import parse_form
 from service.http.request_body import read_body
 from service.settings import Settings
 
 STRIDE = 61  # a prime, so that it falls on other columns in each row of pixels that are not compressed
-FORMS = "send multipart/form-data with the field `file`, a photo as the body (image/*), or JSON"
+ACCEPTED_FORMATS = "send multipart/form-data with the field `file`, a photo as the body (image/*), or JSON"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Upload:
     pixels: Pixels | None = None
 
     @property
-    def key(self) -> int:
+    def content_key(self) -> int:
         """A number that tells what arrived from other photos, in this process: of its length and of every STRIDE-th byte.
 
         Python's own hash, as hashlib lets others at the lock each time.
@@ -44,32 +44,32 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Sent:
+class Uploads:
     """What a request brought: its photos, and the text ``fields`` of its form."""
 
-    photos: list[Upload]
+    images: list[Upload]
     fields: dict[str, str] = field(default_factory=dict)
 
 
-def read_uploads(request: Request, settings: Settings) -> Sent:
+def read_uploads(request: Request, settings: Settings) -> Uploads:
     """Read the body, whole and in time, and take the photos out of it. Raises Problem where there is none to be had."""
     kind = request.mimetype
     if kind not in ("multipart/form-data", "application/json", "application/octet-stream") and not kind.startswith("image/"):
-        raise Problem("unsupported_media_type", f"The body came as {kind or 'no media type'}; {FORMS}.")
+        raise Problem("unsupported_media_type", f"The body came as {kind or 'no media type'}; {ACCEPTED_FORMATS}.")
     body = read_body(request, settings)
     if kind == "multipart/form-data":
         sent = _from_form(request, body, settings)
     elif kind == "application/json":
-        sent = Sent(_from_json(body, settings))
+        sent = Uploads(_from_json(body, settings))
     else:
-        sent = Sent([Upload(None, body)] if body else [])
-    if not sent.photos:
-        raise Problem("no_photo", f"No photo arrived; {FORMS}.")
-    check_number(len(sent.photos), settings)
+        sent = Uploads([Upload(None, body)] if body else [])
+    if not sent.images:
+        raise Problem("no_photo", f"No photo arrived; {ACCEPTED_FORMATS}.")
+    check_image_count(len(sent.images), settings)
     return sent
 
 
-def check_number(photos: int, settings: Settings) -> None:
+def check_image_count(photos: int, settings: Settings) -> None:
     """Raise Problem for more photos than one request may bring."""
     if photos > settings.max_photos:
         raise Problem(
@@ -78,43 +78,43 @@ def check_number(photos: int, settings: Settings) -> None:
         )
 
 
-def _from_form(request: Request, body: bytes, settings: Settings) -> Sent:
+def _from_form(request: Request, body: bytes, settings: Settings) -> Uploads:
     """Every file of the form, whatever its field is called; a browser sends a nameless empty one where none was chosen."""
-    parts = read_form(body, request.mimetype_params.get("boundary"), max_photos=settings.max_photos)
+    parts = parse_form(body, request.mimetype_params.get("boundary"), max_photos=settings.max_photos)
     uploads = [Upload(part.filename or None, part.data) for part in parts if part.filename is not None]
     uploads = [upload for upload in uploads if upload.name or upload.data]
     if not uploads and any(part.name == "file" and part.filename is None for part in parts):
         raise Problem("no_photo", "The field `file` came without a file name, as text; with curl, write -F file=@photo.jpg.")
     fields = {part.name: part.data.decode(errors="replace") for part in parts if part.filename is None}
-    return Sent(uploads, fields)
+    return Uploads(uploads, fields)
 
 
 def _from_json(body: bytes, settings: Settings) -> list[Upload]:
     try:
         document = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise Problem("bad_json", f"The JSON cannot be read ({error}); {JSON_FORM}.") from None
+        raise Problem("bad_json", f"The JSON cannot be read ({error}); {JSON_FORMAT}.") from None
     if not isinstance(document, dict):
-        raise Problem("bad_json", f"The JSON is not an object; {JSON_FORM}.")
+        raise Problem("bad_json", f"The JSON is not an object; {JSON_FORMAT}.")
     if "image" in document:
-        upload = upload_of_base64(document["image"])
+        upload = upload_from_base64(document["image"])
         if upload.problem:
             raise upload.problem
         return [upload]
     instances = document.get("instances")
     if not isinstance(instances, list):
-        raise Problem("bad_json", f"The JSON has neither `image` nor a list `instances`; {JSON_FORM}.")
-    check_number(len(instances), settings)  # before each of a million empty ones gets a problem of its own
-    return [upload_of_base64(row.get("b64") if isinstance(row, dict) else None) for row in instances]
+        raise Problem("bad_json", f"The JSON has neither `image` nor a list `instances`; {JSON_FORMAT}.")
+    check_image_count(len(instances), settings)  # before each of a million empty ones gets a problem of its own
+    return [upload_from_base64(row.get("b64") if isinstance(row, dict) else None) for row in instances]
 
 
-JSON_FORM = 'send {"image": "<base64>"} or {"instances": [{"b64": "<base64>"}]}'
+JSON_FORMAT = 'send {"image": "<base64>"} or {"instances": [{"b64": "<base64>"}]}'
 
 
-def upload_of_base64(text: Any) -> Upload:
+def upload_from_base64(text: Any) -> Upload:
     """The bytes behind base64, as it is or as a data: URL."""
     if not isinstance(text, str):
-        return Upload(None, b"", Problem("bad_json", f"A photo in the JSON is no text; {JSON_FORM}."))
+        return Upload(None, b"", Problem("bad_json", f"A photo in the JSON is no text; {JSON_FORMAT}."))
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
@@ -123,7 +123,7 @@ def upload_of_base64(text: Any) -> Upload:
         return Upload(None, b"", Problem("bad_base64", f"The base64 cannot be read ({error}); encode the photo's bytes again."))
 
 
-def client_is_there(environ: dict[str, Any]) -> bool:
+def is_client_connected(environ: dict[str, Any]) -> bool:
     """Whether the one who asked still holds the connection open. Where the server does not tell, yes."""
     connection: socket.socket | None = environ.get("gunicorn.socket")
     if connection is None:

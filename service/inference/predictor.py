@@ -13,9 +13,9 @@ from flask import Request, current_app, g
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
-from service.http.admission import Admission
+from service.http.admission import AdmissionController
 from service.http.errors import Problem
-from service.http.uploads import Upload, client_is_there
+from service.http.uploads import Upload, is_client_connected
 from service.inference.batcher import Answer, ClosedError, UnwantedError
 from service.inference.image_decoder import Prepared
 from service.inference.model_manager import Model, ServedModel
@@ -38,7 +38,12 @@ class Predictor:
     """Admits, reads, submits and waits. One for the application."""
 
     def __init__(
-        self, settings: Settings, model: ServedModel, admission: Admission, *, on_prediction: PredictionCallback | None = None
+        self,
+        settings: Settings,
+        model: ServedModel,
+        admission: AdmissionController,
+        *,
+        on_prediction: PredictionCallback | None = None,
     ) -> None:
         self._settings = settings
         self._on_answer = on_prediction
@@ -52,13 +57,13 @@ class Predictor:
         raised. The request itself was admitted as one photo before it came here (``service.http.middleware``).
         """
         more = len(uploads) - 1
-        self._admission.enter(more)
-        answered = 0
+        self._admission.acquire(more)
+        completed = 0
         try:
             model, predictions = self._wait(request, uploads)
-            answered = sum(prediction.answer is not None for prediction in predictions)
+            completed = sum(prediction.answer is not None for prediction in predictions)
         finally:
-            self._admission.leave(more, answered=answered)
+            self._admission.release(more, completed=completed)
         bad = [number for number, prediction in enumerate(predictions, 1) if prediction.problem]
         if bad and (all_or_none or len(predictions) == 1):
             raise _of_all(predictions, bad[0])
@@ -71,7 +76,7 @@ class Predictor:
         environ = request.environ
 
         def is_wanted() -> bool:
-            return time.perf_counter() < until and client_is_there(environ)
+            return time.perf_counter() < until and is_client_connected(environ)
 
         model, submitted = self._submit(uploads, is_wanted)
         predictions = []
@@ -84,7 +89,7 @@ class Predictor:
                     answer = future.result(max(0.0, until - time.perf_counter()))
                     predictions.append(Prediction(upload, answer))
                 except Problem as problem:
-                    predictions.append(Prediction(upload, None, problem.bare()))
+                    predictions.append(Prediction(upload, None, problem.without_traceback()))
         except (FutureTimeout, UnwantedError):
             raise Problem(
                 "deadline_exceeded", f"The answer was not there within {self._settings.deadline_ms} ms; send it again later."
@@ -117,7 +122,7 @@ class Predictor:
             metrics.confidence.observe(float(probabilities[best]))
             if self._on_answer and prediction.upload.data:
                 self._on_answer(model.bundle, prediction.upload.data, probabilities)
-            seen = Seen(model.bundle.version, prediction.answer.prepared.pixels, probabilities, prediction.upload.key)
+            seen = Seen(model.bundle.version, prediction.answer.prepared.pixels, probabilities, prediction.upload.content_key)
             self._served.recent.add(seen)
 
 

@@ -37,7 +37,7 @@ class Seen:
     version: str
     pixels: Pixels
     probabilities: NDArray[np.float32]
-    key: int  # tells what was sent from other photos (service.http.uploads)
+    content_key: int  # tells what was sent from other photos (service.http.uploads)
 
 
 class Recent:
@@ -53,8 +53,8 @@ class Recent:
         if not self._most:
             return
         with self._lock:
-            self._seen[seen.key] = seen
-            self._seen.move_to_end(seen.key)
+            self._seen[seen.content_key] = seen
+            self._seen.move_to_end(seen.content_key)
             if len(self._seen) > self._most:
                 self._seen.popitem(last=False)
 
@@ -70,7 +70,7 @@ class Recent:
         before = np.stack([row.probabilities for row in seen])
         after = engine.run(np.stack([row.pixels for row in seen]))[0]
         agreed = int((before.argmax(axis=1) == after.argmax(axis=1)).sum())
-        answers = [Seen(other, row.pixels, values, row.key) for row, values in zip(seen, after, strict=True)]
+        answers = [Seen(other, row.pixels, values, row.content_key) for row, values in zip(seen, after, strict=True)]
         return Agreement(len(seen), agreed, float(np.abs(before - after).max())), answers
 
     def replace(self, seen: Iterable[Seen]) -> None:

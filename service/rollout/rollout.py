@@ -81,7 +81,7 @@ class Swapper:
                     next_look = time.monotonic() + self._settings.bundle_poll_s
                     self._look_at_link()
             except Problem as problem:
-                problem.bare()  # not ready yet, another decides, or it was refused, which is on the board
+                problem.without_traceback()  # not ready yet, another decides, or it was refused, which is on the board
             except Exception:
                 log.exception("looking for another bundle failed")
 
@@ -169,10 +169,10 @@ class Swapper:
                 raise BundleError(f"{path} holds another bundle by now than the one with the version {version}.")
             return load_model(self._settings, allocate_resources(self._settings), self._served.metrics, path=path)
         except UserError as error:
-            raise Problem("bundle_refused", str(error)).bare() from None
+            raise Problem("bundle_refused", str(error)).without_traceback() from None
         except Exception as error:
             log.exception("loading failed")
-            raise Problem("bundle_refused", f"The bundle {path} could not be loaded: {error!r}").bare() from None
+            raise Problem("bundle_refused", f"The bundle {path} could not be loaded: {error!r}").without_traceback() from None
 
     def _exchange(self, model: Model, agreement: Agreement, seen: list[Seen], *, outcome: str, by: str) -> None:
         before = self._served.get().bundle.version
@@ -214,9 +214,11 @@ def _version_at(path: Path) -> str:
     try:
         return open_bundle(resolve_bundle(path), files=()).version
     except UserError as error:
-        raise Problem("bundle_refused", str(error)).bare() from None
+        raise Problem("bundle_refused", str(error)).without_traceback() from None
     except Exception as error:  # a manifest may hold anything, and a file system fail in any way
-        raise Problem("bundle_refused", f"The bundle {str(path)[:200]} cannot be read: {repr(error)[:200]}").bare() from None
+        raise Problem(
+            "bundle_refused", f"The bundle {str(path)[:200]} cannot be read: {repr(error)[:200]}"
+        ).without_traceback() from None
 
 
 def _chosen(model: Model, path: Path, *, by: str, agreement: Agreement | None = None) -> Chosen:

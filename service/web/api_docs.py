@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from service.api.openapi import document
 from service.api.openapi_schemas import ADVICE
-from service.http.errors import CODES
+from service.http.errors import PROBLEM_TYPES
 from service.settings import Settings
 from service.web.markdown import render_markdown
 
@@ -26,7 +26,7 @@ def openapi() -> Response:
 @bp.get("/docs")
 def docs() -> Response:
     described = _document()
-    text = render_template("docs.html", document=described, groups=_groups(described), codes=CODES, advice=ADVICE)
+    text = render_template("docs.html", document=described, groups=_groups(described), codes=PROBLEM_TYPES, advice=ADVICE)
     return Response(text, headers={"Cache-Control": "no-cache"}, mimetype="text/html")
 
 

@@ -14,7 +14,7 @@ from werkzeug.urls import iri_to_uri
 
 from models.runtime.openvino_engine import Pixels
 from service.api.predict import crop_as_url
-from service.http.errors import MEDIA_TYPE, Problem
+from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
 from service.inference.model_manager import Model, ServedModel
 
 YEAR_S = 365 * 24 * 3600
@@ -47,7 +47,7 @@ def served_model() -> Model:
 
 def note_problem(problem: Problem) -> None:
     """Count a problem that is answered, and have the request's line in the log name it."""
-    g.code = problem.bare().code
+    g.code = problem.without_traceback().code
     served: ServedModel = current_app.extensions["model"]
     served.metrics.errors.labels(problem.code).inc()
 
@@ -55,7 +55,7 @@ def note_problem(problem: Problem) -> None:
 def problem_json(problem: Problem) -> Response:
     """A problem for a program."""
     note_problem(problem)
-    return Response(problem.body(g.request_id), problem.status, problem.headers, content_type=MEDIA_TYPE)
+    return Response(problem.to_json(g.request_id), problem.status, problem.headers, content_type=PROBLEM_MEDIA_TYPE)
 
 
 def problem_page(problem: Problem, template: str = "problem.html", **context: Any) -> Response:

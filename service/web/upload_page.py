@@ -11,7 +11,7 @@ from flask import Blueprint, Request, Response, current_app, g, render_template,
 from models.preprocess import IMAGE_FORMATS_TEXT
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
-from service.http.security import name_of_key
+from service.http.security import authenticate
 from service.http.uploads import Upload, read_uploads
 from service.inference.batcher import Answer
 from service.inference.model_manager import Model
@@ -104,11 +104,11 @@ def _admitted(asked: Request) -> list[Upload]:
     sent = read_uploads(asked, settings)
     key = sent.fields.get("key", "").strip()
     try:
-        g.key_name = name_of_key(key, settings)
+        g.key_name = authenticate(key, settings)
     except Problem as problem:
         what = "That key is not one that is known here" if key else "A key is wanted here"
         raise Problem(problem.code, f"{what}; type yours into the field Key.", headers=problem.headers) from None
-    return sent.photos
+    return sent.images
 
 
 def _card(model: Model, prediction: Prediction, number: int) -> Card:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from service.http.errors import CODES
+from service.http.errors import PROBLEM_TYPES
 from service.telemetry.metrics import STAGES, Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def test_the_dashboard_shows_every_metric() -> None:
 def test_codes_and_routes_in_expressions_exist() -> None:
     for expression in ALL:
         for codes in re.findall(r'code=~?"(.*?)"', expression):
-            assert set(codes.split("|")) <= set(CODES)
+            assert set(codes.split("|")) <= set(PROBLEM_TYPES)
         for bound in re.findall(r'_confidence_bucket\{.*?le="(.*?)"', expression):
             assert float(bound) in Metrics().confidence._upper_bounds
 

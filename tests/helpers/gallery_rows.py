@@ -170,7 +170,7 @@ def state_of(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
         return {
             model.version: Counter(
                 {
-                    (c.source, c.split, c.label, c.predicted, c.percent, c.review, c.duplicate, c.mislabelled): c.photos
+                    (c.source, c.split, c.label, c.predicted, c.percent, c.review, c.duplicate, c.mislabelled): c.images
                     for c in cells_of(connection, model)
                 }
             )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from PIL import Image
 
-from service.http.lingering_close import LEAVE_S
+from service.http.lingering_close import LINGER_TIMEOUT_S
 from tests.helpers.server import ANSWER_S, Reply, Server, poll
 from tests.helpers.tiny_network import COLORS
 
@@ -83,7 +83,7 @@ class Line:
 def told(send: Callable[[], Reply]) -> Reply:
     """What a client is answered that sends for longer than the server wants.
 
-    The server reads on for LEAVE_S. A client that the machine holds up for longer finds a reset, and begins again; one that
+    The server reads on for LINGER_TIMEOUT_S. A client that the machine holds up for longer finds a reset, and begins again; one that
     was quicker must not.
     """
 
@@ -92,7 +92,7 @@ def told(send: Callable[[], Reply]) -> Reply:
         try:
             return send()
         except ConnectionError:
-            assert time.monotonic() - began > LEAVE_S
+            assert time.monotonic() - began > LINGER_TIMEOUT_S
             return None
 
     return poll(answer)

@@ -25,7 +25,7 @@ from finetune.batch_inference.predict import classify
 from models.artifacts.bundle import open_bundle
 from models.preprocess import Preprocessing
 from service import create_app
-from service.http.errors import CODES
+from service.http.errors import PROBLEM_TYPES
 from service.settings import Settings
 from tests.helpers.server import PATIENT, START_S, multipart
 
@@ -94,7 +94,7 @@ def same(a: dict[str, Any], b: dict[str, Any], within: float = 1e-5) -> bool:
 
 def refused(answer: TestResponse, code: str, *words: str) -> dict[str, Any]:
     """Check that it is the problem ``code``, whole, and that its sentence has the ``words`` in it."""
-    status, title = CODES[code]
+    status, title = PROBLEM_TYPES[code]
     assert (answer.status_code, answer.content_type) == (status, PROBLEM), answer.text
     problem = answer.get_json()
     assert problem.keys() == {"type", "title", "status", "detail", "code", "request_id"}
@@ -435,7 +435,7 @@ def test_one_bad_photo_among_several_gets_its_own_problem(client: FlaskClient, p
     for row, code in ((second, "not_a_picture"), (fourth, "empty_photo"), (fifth, "damaged_picture")):
         assert row.keys() == {"file", "error"}
         assert row["error"].keys() == {"type", "title", "status", "detail", "code"}
-        assert (row["error"]["code"], row["error"]["status"]) == (code, CODES[code][0])
+        assert (row["error"]["code"], row["error"]["status"]) == (code, PROBLEM_TYPES[code][0])
     text = base64.b64encode(photo).decode()
     listed = rows(send_json(client, {"instances": [{"b64": "?"}, {"b64": text}, 5]}))
     assert [row.get("error", {}).get("code") for row in listed] == ["bad_base64", None, "bad_json"]
@@ -492,7 +492,7 @@ def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
         assert refused(answer, "overloaded", "4 photos are waiting")["request_id"] == "full"
         assert answer.headers["Retry-After"] == "1"
         assert client.get("/health/ready").status_code == 200
-        admission.leave(4)
+        admission.release(4)
         assert rows(send(client, photo))
         assert admission.inside == 0
 

@@ -7,7 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-from service.http.errors import CODES
+from service.http.errors import PROBLEM_TYPES
 from tests.helpers.odd_images import odd_images, picture, saved
 from tests.helpers.server import multipart, poll, rss_mb, serve
 
@@ -49,7 +49,7 @@ def test_odd_pictures_are_answered_or_refused_and_do_no_harm(tiny_bundle: Simple
                 seen[name] = reply.code
                 if reply.code:
                     assert reply.code in REFUSALS, (name, reply.body)
-                    assert reply.status == CODES[reply.code][0]
+                    assert reply.status == PROBLEM_TYPES[reply.code][0]
                 else:
                     (row,) = reply.json()["predictions"]
                     assert abs(sum(row["probabilities"].values()) - 1) < 1e-4, name

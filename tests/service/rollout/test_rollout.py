@@ -15,7 +15,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from service import create_app
-from service.http.errors import CODES, Problem
+from service.http.errors import PROBLEM_TYPES, Problem
 from service.inference.model_manager import Model
 from service.rollout.state import Board, State
 from service.settings import Settings
@@ -63,7 +63,7 @@ def choose(client: FlaskClient, bundle: object, **more: Any) -> TestResponse:
 
 
 def refused(answer: TestResponse, code: str, *words: str) -> None:
-    assert (answer.status_code, answer.get_json()["code"]) == (CODES[code][0], code), answer.text
+    assert (answer.status_code, answer.get_json()["code"]) == (PROBLEM_TYPES[code][0], code), answer.text
     assert all(word in answer.get_json()["detail"] for word in words), answer.text
 
 

@@ -213,7 +213,7 @@ def test_a_full_house_is_said_on_the_page_with_the_time_to_wait(app: Flask, phot
     try:
         answer = post(app, (photo, "a.jpg"))
     finally:
-        admission.leave(64)
+        admission.release(64)
     assert (answer.status_code, answer.mimetype) == (503, "text/html")
     assert int(answer.headers["Retry-After"]) >= 1
     assert "64 photos are waiting" in answer.text
