@@ -39,9 +39,9 @@ def create_wsgi_app() -> DeferredApp | Flask:
 
 
 def _core(settings: Settings) -> Services:
-    from service.inference.model_manager import ServedModel
+    from service.inference.model_manager import ModelManager
 
-    model = ServedModel.start(settings)  # before Flask is imported: the two take their time side by side
+    model = ModelManager.start(settings)  # before Flask is imported: the two take their time side by side
     from service.app import Services
 
     core = Services.create(settings, model)

@@ -15,7 +15,7 @@ from service.api import admin, health, inference_protocol, predict
 from service.http.admission import AdmissionController
 from service.http.errors import Problem, code_for_status
 from service.http.middleware import RequestMiddleware
-from service.inference.model_manager import ServedModel
+from service.inference.model_manager import ModelManager
 from service.inference.predictor import PredictionCallback, Predictor
 from service.rollout.rollout import Swapper
 from service.settings import Settings
@@ -32,12 +32,12 @@ class Services:
     """What answers photos, whichever application stands before it."""
 
     settings: Settings
-    model: ServedModel
+    model: ModelManager
     admission: AdmissionController
     swapper: Swapper
 
     @classmethod
-    def create(cls, settings: Settings, model: ServedModel) -> Services:
+    def create(cls, settings: Settings, model: ModelManager) -> Services:
         return cls(
             settings, model, AdmissionController(settings.queue, gauge=model.metrics.in_flight), Swapper(settings, model)
         )
@@ -70,7 +70,7 @@ def create_api_app(services: Services, *, on_prediction: PredictionCallback | No
     return app
 
 
-def _add_hooks(app: Flask, model: ServedModel) -> None:
+def _add_hooks(app: Flask, model: ModelManager) -> None:
     @app.before_request
     def begin() -> None:
         g.began = request.environ["service.began"]
@@ -104,7 +104,7 @@ def _add_hooks(app: Flask, model: ServedModel) -> None:
         return answer
 
 
-def _add_error_handlers(app: Flask, model: ServedModel) -> None:
+def _add_error_handlers(app: Flask, model: ModelManager) -> None:
     @app.errorhandler(Problem)
     def problem(error: Problem) -> Response:
         if inference_protocol.speaks(request.path):

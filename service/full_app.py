@@ -12,7 +12,7 @@ from service.gallery import compare, export, grid, image_routes, photo, review
 from service.gallery.image_access import Album
 from service.gallery.index import Gallery
 from service.gallery.recorder import Keeper
-from service.inference.model_manager import Model
+from service.inference.model_manager import LoadedModel
 from service.web import api_docs, layout, upload_page
 
 
@@ -26,13 +26,13 @@ def create_full_app(services: Services) -> Flask:
         app.register_blueprint(part)
     for part in (grid.bp, photo.bp, export.bp, image_routes.bp, review.bp, compare.bp, compare.json_bp):
         app.register_blueprint(part)
-    models: queue.SimpleQueue[Model] = queue.SimpleQueue()
-    services.model.when_serving(models.put)
+    models: queue.SimpleQueue[LoadedModel] = queue.SimpleQueue()
+    services.model.add_install_callback(models.put)
     threading.Thread(target=_show_gallery, args=(gallery, models), name="gallery", daemon=True).start()
     return app
 
 
-def _show_gallery(gallery: Gallery, models: queue.SimpleQueue[Model]) -> None:
+def _show_gallery(gallery: Gallery, models: queue.SimpleQueue[LoadedModel]) -> None:
     """The gallery comes after the model: who asks for a prediction does not wait for it, and neither does the next bundle."""
     while True:
         gallery.show(models.get())

@@ -53,7 +53,7 @@ def post_worker_init(worker: Any) -> None:
     """A model that cannot be loaded stops the whole server, with gunicorn's own exit code for that."""
     from gunicorn.arbiter import Arbiter
 
-    worker.wsgi.extensions["model"].when_failed(lambda reason: os._exit(Arbiter.WORKER_BOOT_ERROR))
+    worker.wsgi.extensions["model"].add_failure_callback(lambda reason: os._exit(Arbiter.WORKER_BOOT_ERROR))
 
 
 def worker_exit(server: Any, worker: Any) -> None:

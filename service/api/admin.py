@@ -11,7 +11,7 @@ from flask import Blueprint, Response, current_app, g, jsonify, request
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import key_from_request, match_key
-from service.inference.model_manager import ServedModel
+from service.inference.model_manager import ModelManager
 from service.rollout.agreement import ALLOWANCES
 from service.rollout.rollout import Swapper
 from service.settings import Settings
@@ -51,8 +51,8 @@ def rollback() -> Response:
 
 def _status() -> Response:
     settings: Settings = current_app.extensions["settings"]
-    served: ServedModel = current_app.extensions["model"]
-    state, workers = served.board.read(), served.board.workers()
+    served: ModelManager = current_app.extensions["model"]
+    state, workers = served.rollout_store.read(), served.rollout_store.workers()
     answer = dataclasses.asdict(state)
     del answer["link"]
     answer["settled"] = state.serving is not None and set(workers.values()) == {state.serving.version}

@@ -5,13 +5,13 @@ from __future__ import annotations
 from flask import Blueprint, Response, current_app, jsonify
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.inference.model_manager import ServedModel
+from service.inference.model_manager import ModelManager
 
 bp = Blueprint("health", __name__)
 
 
-def _served() -> ServedModel:
-    served: ServedModel = current_app.extensions["model"]
+def _served() -> ModelManager:
+    served: ModelManager = current_app.extensions["model"]
     return served
 
 
@@ -22,7 +22,7 @@ def live() -> Response:
 
 @bp.get("/health/ready")
 def ready() -> Response:
-    return jsonify(status="ready", model=_served().get().named)
+    return jsonify(status="ready", model=_served().get().summary)
 
 
 @bp.get("/metrics")

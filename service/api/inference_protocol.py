@@ -18,7 +18,7 @@ from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import require_key
 from service.http.uploads import Upload, upload_from_base64
-from service.inference.model_manager import Model, ServedModel
+from service.inference.model_manager import LoadedModel, ModelManager
 from service.inference.predictor import Prediction, predictor
 from service.settings import Settings
 
@@ -89,11 +89,11 @@ def infer(name: str, version: str | None) -> Response:
         head["id"] = wanted.id
     values = np.stack([_probabilities(prediction) for prediction in predictions])
     body, json_bytes = write_outputs(head, [(asked, _output(asked, values, model)) for asked in wanted.outputs])
-    answer = Response(body, mimetype="application/json" if json_bytes is None else "application/octet-stream")
-    answer.headers["X-Model-Version"] = model.bundle.version
+    result = Response(body, mimetype="application/json" if json_bytes is None else "application/octet-stream")
+    result.headers["X-Model-Version"] = model.bundle.version
     if json_bytes is not None:
-        answer.headers[JSON_LENGTH] = str(json_bytes)
-    return answer
+        result.headers[JSON_LENGTH] = str(json_bytes)
+    return result
 
 
 def speaks(path: str) -> bool:
@@ -103,24 +103,24 @@ def speaks(path: str) -> bool:
 
 def error_answer(problem: Problem) -> Response:
     """A problem as the protocol has it."""
-    answer = jsonify(error=problem.detail)
-    answer.status_code = problem.status
-    answer.headers.update(problem.headers)
-    return answer
+    result = jsonify(error=problem.detail)
+    result.status_code = problem.status
+    result.headers.update(problem.headers)
+    return result
 
 
-def _served() -> ServedModel:
-    served: ServedModel = current_app.extensions["model"]
+def _served() -> ModelManager:
+    served: ModelManager = current_app.extensions["model"]
     return served
 
 
-def _found(name: str, version: str | None) -> Model:
+def _found(name: str, version: str | None) -> LoadedModel:
     model = _served().get()
     _check(model, name, version)
     return model
 
 
-def _check(model: Model, name: str, version: str | None) -> None:
+def _check(model: LoadedModel, name: str, version: str | None) -> None:
     if name != model.bundle.name or version not in (None, model.bundle.version):
         asked = name if version is None else f"{name}, version {version}"
         raise Problem("not_found", f"There is no {asked} here; {model.bundle.name}, version {model.bundle.version}, is served.")
@@ -149,11 +149,11 @@ def _upload(row: Any) -> Upload:
 
 
 def _probabilities(prediction: Prediction) -> NDArray[np.float32]:
-    assert prediction.answer is not None
-    return prediction.answer.probabilities
+    assert prediction.result is not None
+    return prediction.result.probabilities
 
 
-def _output(asked: Asked, values: NDArray[np.float32], model: Model) -> NDArray[Any]:
+def _output(asked: Asked, values: NDArray[np.float32], model: LoadedModel) -> NDArray[Any]:
     """The tensor that is asked for, of the probabilities (N, classes)."""
     names = np.array(model.bundle.classes, dtype=object)
     if asked.name == "label":

@@ -13,8 +13,8 @@ from service.http.errors import Problem
 from service.http.security import require_key
 from service.http.uploads import read_uploads
 from service.images.render import png_of
-from service.inference.model_manager import Model, ServedModel
-from service.inference.predictor import Prediction, predictor, ranked
+from service.inference.model_manager import LoadedModel, ModelManager
+from service.inference.predictor import Prediction, predictor, ranked_probabilities
 from service.settings import Settings
 
 MOST_CLASSES = 1_000_000
@@ -29,20 +29,20 @@ def predict() -> Response:
     top_k, crop = _top_k(), _crop()
     model, predictions = predictor().predict(request, read_uploads(request, settings).images)
     rows = [_row(model, prediction, top_k=top_k, crop=crop) for prediction in predictions]
-    answer = jsonify(model=model.named, request_id=g.request_id, predictions=rows)
-    answer.headers["X-Model-Version"] = model.bundle.version
-    answer.headers["Server-Timing"] = _server_timing(predictions)
-    return answer
+    result = jsonify(model=model.summary, request_id=g.request_id, predictions=rows)
+    result.headers["X-Model-Version"] = model.bundle.version
+    result.headers["Server-Timing"] = _server_timing(predictions)
+    return result
 
 
 @bp.get("/models")
 def models() -> Response:
-    served: ServedModel = current_app.extensions["model"]
+    served: ModelManager = current_app.extensions["model"]
     model = served.get()
     bundle, manifest = model.bundle, model.bundle.manifest
     return jsonify(
         models=[
-            model.named
+            model.summary
             | {
                 "merged_from": bundle.merged_from,
                 "backbone": bundle.backbone,
@@ -60,23 +60,23 @@ def models() -> Response:
     )
 
 
-def _row(model: Model, prediction: Prediction, *, top_k: int | None, crop: bool) -> dict[str, Any]:
+def _row(model: LoadedModel, prediction: Prediction, *, top_k: int | None, crop: bool) -> dict[str, Any]:
     name = {"file": prediction.upload.name}
     if prediction.problem:
         return name | {"error": prediction.problem.to_dict()}
-    assert prediction.answer is not None
-    answer = prediction.answer
-    values = answer.probabilities
+    assert prediction.result is not None
+    result = prediction.result
+    values = result.probabilities
     row = name | {
-        "label": model.bundle.classes[answer.best],
-        "confidence": float(values[answer.best]),
-        "probabilities": ranked(model, answer, top_k),
-        "width": answer.prepared.width_px,
-        "height": answer.prepared.height_px,
-        "format": answer.prepared.format,
-        "notes": answer.prepared.notes,
+        "label": model.bundle.classes[result.top_class],
+        "confidence": float(values[result.top_class]),
+        "probabilities": ranked_probabilities(model, result, top_k),
+        "width": result.image.width_px,
+        "height": result.image.height_px,
+        "format": result.image.format,
+        "notes": result.image.notes,
     }
-    return row | ({"crop": crop_as_url(answer.prepared.pixels)} if crop else {})
+    return row | ({"crop": crop_as_url(result.image.pixels)} if crop else {})
 
 
 def crop_as_url(pixels: Pixels) -> str:
@@ -102,10 +102,10 @@ def _crop() -> bool:
 
 def _server_timing(predictions: list[Prediction]) -> str:
     """The slowest photo's stages, for a browser's own tools."""
-    answers = [prediction.answer for prediction in predictions if prediction.answer]
+    answers = [prediction.result for prediction in predictions if prediction.result]
     if not answers:
         return "total;dur=0"
-    decode = max(answer.decode_ms for answer in answers)
-    queue = max(answer.queue_ms for answer in answers)
-    compute = max(answer.compute_ms for answer in answers)
+    decode = max(result.decode_ms for result in answers)
+    queue = max(result.queue_ms for result in answers)
+    compute = max(result.inference_ms for result in answers)
     return f"decode;dur={decode:.1f}, queue;dur={queue:.1f}, compute;dur={compute:.1f}"

@@ -18,7 +18,7 @@ from service.images.render import Picture, make_picture
 from service.images.source_folder import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
 from service.images.thumbnails import Thumbnails
 from service.images.worker_pool import Crew
-from service.inference.image_decoder import FrontDoor
+from service.inference.image_decoder import ImageDecoder
 from service.settings import Settings
 
 BUNDLES = 4  # of which an explainer is held
@@ -30,9 +30,9 @@ class Album:
     def __init__(self, settings: Settings, gallery: Gallery) -> None:
         self._gallery = gallery
         self._folder = PhotoFolder([settings.data] if settings.data else [])
-        self._door = FrontDoor(settings.max_pixels, waits=True)
+        self._door = ImageDecoder(settings.max_pixels, block=True)
         self._crew = Crew("pictures", threads=1, most_waiting=256, patience_s=30.0)
-        self._thumbnails = Thumbnails(thumbnails_dir(), limit_mb=settings.thumbnails_mb, door=self._door, crew=self._crew)
+        self._thumbnails = Thumbnails(thumbnails_dir(), limit_mb=settings.thumbnails_mb, decoder=self._door, crew=self._crew)
         self._explainers: dict[str, Explainer] = {}
         self._lock = threading.Lock()
 
@@ -68,13 +68,14 @@ class Album:
 
     def original(self, photo: str, sha256: str) -> Picture:
         """Upright, no larger than a screen, without anything but the picture."""
-        return self._crew.do(("original", sha256), lambda: make_picture(self.read(photo, sha256), door=self._door))
+        return self._crew.do(("original", sha256), lambda: make_picture(self.read(photo, sha256), decoder=self._door))
 
     def crop(self, version: str, photo: str, sha256: str) -> Pixels:
         """(H, W, C) uint8 as the model of that version saw the photo."""
         preprocessing = self._bundle(version).preprocessing
         return self._crew.do(
-            ("crop", preprocessing.sha256(), sha256), lambda: self._door.prepare(self.read(photo, sha256), preprocessing).pixels
+            ("crop", preprocessing.sha256(), sha256),
+            lambda: self._door.preprocess(self.read(photo, sha256), preprocessing).pixels,
         )
 
     def explain(self, version: str, photo: str, sha256: str, label: str) -> Explanation:

@@ -23,7 +23,7 @@ from service.db.connection import Database
 from service.db.ingest import Table, import_table, is_imported, know_model, touch
 from service.db.query import KnownModel, known_models
 from service.http.errors import Problem
-from service.inference.model_manager import Model
+from service.inference.model_manager import LoadedModel
 from service.settings import Settings
 
 log = logging.getLogger("service.gallery")
@@ -52,7 +52,7 @@ class Gallery:
             raise Problem("database_unavailable", self._error)
         raise Problem("not_ready", "The gallery is being prepared; ask again in a second.", headers={"Retry-After": "1"})
 
-    def show(self, model: Model) -> None:
+    def show(self, model: LoadedModel) -> None:
         """Read the predictions of the model that serves now, and those of EVALUATIONS, and show them."""
         with self._lock:
             try:
@@ -132,7 +132,7 @@ class Gallery:
         self._database.refresh_statistics()
         log.info("imported", extra={"model": results.name, "version": results.bundle_version, "photos": photos})
 
-    def _know(self, model: Model) -> None:
+    def _know(self, model: LoadedModel) -> None:
         """Enter the model that serves, also one whose bundle has no predictions: live ones may come."""
         assert self._database is not None
         bundle = model.bundle

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageCms
 
 from models.runtime.openvino_engine import Pixels
-from service.inference.image_decoder import FrontDoor
+from service.inference.image_decoder import ImageDecoder
 
 LARGEST_PROFILE = 1 << 20
 ORIGINAL_PX = 2048
@@ -25,15 +25,15 @@ class Picture:
     media_type: str = "image/jpeg"
 
 
-def make_picture(data: bytes, *, door: FrontDoor, longest_px: int = ORIGINAL_PX, quality: int = 90) -> Picture:
+def make_picture(data: bytes, *, decoder: ImageDecoder, longest_px: int = ORIGINAL_PX, quality: int = 90) -> Picture:
     """Make a JPEG of a photo, its longer side ``longest_px`` at most. Raises Problem for what is no photo, or too large a one.
 
     Nothing of the photo's metadata goes along: no EXIF with its place, no comment, no preview. Transparent parts become white
     and colours of another profile sRGB, as a browser would show them; the model is given them as they are.
     """
     profiles: list[bytes] = []
-    photo = door.decode(
-        data, min_side_px=longest_px, look=lambda opened: profiles.append(opened.info.get("icc_profile") or b"")
+    photo = decoder.decode(
+        data, min_side_px=longest_px, on_open=lambda opened: profiles.append(opened.info.get("icc_profile") or b"")
     )
     scale = min(1.0, longest_px / max(photo.size))
     if scale < 1:

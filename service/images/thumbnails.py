@@ -13,7 +13,7 @@ from models.preprocess import IMAGE_FORMATS
 from service.images.disk_cache import Blobs
 from service.images.render import Picture, make_picture
 from service.images.worker_pool import Crew
-from service.inference.image_decoder import FrontDoor
+from service.inference.image_decoder import ImageDecoder
 
 LONGEST_PX = 320
 QUALITY = 80  # JPEG: WebP of the same fidelity is a sixth smaller, and takes ten times as long to make
@@ -28,8 +28,8 @@ class Thumbnails:
     Up to ``limit_mb`` MiB are kept in ``folder``; where that is None or the limit 0, a few in memory.
     """
 
-    def __init__(self, folder: Path | None, *, limit_mb: int, door: FrontDoor, crew: Crew) -> None:
-        self._door, self._crew = door, crew
+    def __init__(self, folder: Path | None, *, limit_mb: int, decoder: ImageDecoder, crew: Crew) -> None:
+        self._door, self._crew = decoder, crew
         self._kept = Blobs(folder, limit_bytes=limit_mb * MIB)
 
     def get(self, sha256: str, read: Callable[[], bytes]) -> Picture:
@@ -51,7 +51,7 @@ class Thumbnails:
         return None
 
     def _make(self, sha256: str, read: Callable[[], bytes]) -> Picture:
-        made = make_picture(read(), door=self._door, longest_px=LONGEST_PX, quality=QUALITY)
+        made = make_picture(read(), decoder=self._door, longest_px=LONGEST_PX, quality=QUALITY)
         self._kept.put(_name(sha256), made.data)
         return made
 

@@ -20,33 +20,33 @@ from numpy.typing import NDArray
 
 from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import Engine
-from service.inference.image_decoder import FrontDoor, HeavyError, Prepared
+from service.inference.image_decoder import DecoderBusyError, ImageDecoder, PreprocessedImage
 from service.telemetry.metrics import Metrics
 
-JUST_NOW_S = 0.02  # to look whether a client is still there costs more than it saves
+CANCEL_CHECK_S = 0.02  # to look whether a client is still there costs more than it saves
 
 
-class ClosedError(Exception):
+class BatcherClosedError(Exception):
     """The pipeline was closed before the photo came."""
 
 
-class UnwantedError(Exception):
+class RequestCancelledError(Exception):
     """Nobody waited for the answer any more, so it was not computed."""
 
 
 @dataclass(frozen=True)
-class Answer:
+class InferenceResult:
     """A photo as the model saw it and its probabilities (classes,); how long it took, and in how large a batch."""
 
-    prepared: Prepared
+    image: PreprocessedImage
     probabilities: NDArray[np.float32]
     decode_ms: float
     queue_ms: float
-    compute_ms: float
+    inference_ms: float
     batch_size: int
 
     @cached_property
-    def best(self) -> int:
+    def top_class(self) -> int:
         """The class of the highest probability."""
         return int(self.probabilities.argmax())
 
@@ -55,18 +55,18 @@ class Answer:
 class _Photo:
     data: bytes
     is_wanted: Callable[[], bool]
-    answer: Future[Answer] = field(default_factory=Future)
+    answer: Future[InferenceResult] = field(default_factory=Future)
     came: float = field(default_factory=time.perf_counter)
     looked: float = 0.0  # when it was found that somebody waits for it
-    prepared: Prepared | None = None
+    prepared: PreprocessedImage | None = None
     decode_s: float = 0.0
     ready: float = 0.0  # when it was decoded
 
 
-class Pipeline:
+class Batcher:
     """One model's crew. ``streams`` batches of up to ``max_batch`` photos are computed at a time.
 
-    A batch that is not full waits only for photos that are being decoded, and for ``max_wait_s`` at most. How many photos
+    A batch that is not full waits only for photos that are being decoded, and for ``batch_timeout_s`` at most. How many photos
     may wait is bounded by who admits them (``service.http.admission``).
     """
 
@@ -75,15 +75,15 @@ class Pipeline:
         engine: Engine,
         preprocessing: Preprocessing,
         *,
-        door: FrontDoor,
+        decoder: ImageDecoder,
         metrics: Metrics,
         threads: int,
         streams: int,
         max_batch: int,
-        max_wait_s: float,
+        batch_timeout_s: float,
     ) -> None:
-        self._engine, self._preprocessing, self._door, self._metrics = engine, preprocessing, door, metrics
-        self._streams, self._max_batch, self._max_wait_s = streams, max_batch, max_wait_s
+        self._engine, self._preprocessing, self._door, self._metrics = engine, preprocessing, decoder, metrics
+        self._streams, self._max_batch, self._max_wait_s = streams, max_batch, batch_timeout_s
         self._arrived: deque[_Photo] = deque()
         self._aside: deque[_Photo] = deque()  # heavy ones, while another is being decoded
         self._decoded: deque[_Photo] = deque()
@@ -94,19 +94,21 @@ class Pipeline:
         for thread in self._crew:
             thread.start()
 
-    def submit(self, photo: bytes | Prepared, is_wanted: Callable[[], bool]) -> Future[Answer]:
+    def submit(self, photo: bytes | PreprocessedImage, is_wanted: Callable[[], bool]) -> Future[InferenceResult]:
         """Begin with a photo, as ``submit_all`` does with several."""
         return self.submit_all([photo], is_wanted)[0]
 
-    def submit_all(self, photos: Sequence[bytes | Prepared], is_wanted: Callable[[], bool]) -> list[Future[Answer]]:
-        """Begin with photos, or with what was made of them elsewhere: with all of them, or with none (ClosedError).
+    def submit_all(
+        self, photos: Sequence[bytes | PreprocessedImage], is_wanted: Callable[[], bool]
+    ) -> list[Future[InferenceResult]]:
+        """Begin with photos, or with what was made of them elsewhere: with all of them, or with none (BatcherClosedError).
 
-        A future raises Problem for a bad photo, and UnwantedError where ``is_wanted`` called it off.
+        A future raises Problem for a bad photo, and RequestCancelledError where ``is_wanted`` called it off.
         """
         submitted = [_as_photo(photo, is_wanted) for photo in photos]
         with self._changed:
             if self._closed:
-                raise ClosedError
+                raise BatcherClosedError
             for photo in submitted:
                 (self._decoded if photo.prepared else self._arrived).append(photo)
             self._changed.notify(len(submitted))
@@ -172,8 +174,8 @@ class Pipeline:
         began = time.perf_counter()
         try:
             if _still_wanted(photo):
-                photo.prepared = self._door.prepare(photo.data, self._preprocessing)
-        except HeavyError:
+                photo.prepared = self._door.preprocess(photo.data, self._preprocessing)
+        except DecoderBusyError:
             with self._changed:
                 self._decoding -= 1
                 self._aside.append(photo)
@@ -216,11 +218,11 @@ class Pipeline:
             assert photo.prepared is not None
             queue_s = began - photo.ready
             self._metrics.stages["queue"].observe(queue_s)
-            answer = Answer(photo.prepared, row, photo.decode_s * 1e3, queue_s * 1e3, compute_s * 1e3, len(photos))
+            answer = InferenceResult(photo.prepared, row, photo.decode_s * 1e3, queue_s * 1e3, compute_s * 1e3, len(photos))
             photo.answer.set_result(answer)
 
 
-def _as_photo(photo: bytes | Prepared, is_wanted: Callable[[], bool]) -> _Photo:
+def _as_photo(photo: bytes | PreprocessedImage, is_wanted: Callable[[], bool]) -> _Photo:
     if isinstance(photo, bytes):
         return _Photo(photo, is_wanted)
     made = _Photo(b"", is_wanted, prepared=photo)
@@ -231,10 +233,10 @@ def _as_photo(photo: bytes | Prepared, is_wanted: Callable[[], bool]) -> _Photo:
 def _still_wanted(photo: _Photo) -> bool:
     """Whether anybody waits for the answer still; a photo that nobody wants is told so. One that came just now is wanted."""
     now = time.perf_counter()
-    if now - max(photo.came, photo.looked) < JUST_NOW_S:
+    if now - max(photo.came, photo.looked) < CANCEL_CHECK_S:
         return True
     if photo.is_wanted():
         photo.looked = now
         return True
-    photo.answer.set_exception(UnwantedError())
+    photo.answer.set_exception(RequestCancelledError())
     return False

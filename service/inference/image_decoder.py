@@ -15,13 +15,13 @@ from models.preprocess import ImageInspector, Preprocessing, decode
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
 
-HEAVY_PIXELS = 16_000_000
+LARGE_IMAGE_PIXELS = 16_000_000
 T = TypeVar("T")
 ANIMATED = {"GIF", "PNG", "WEBP", "TIFF"}  # a phone's JPEG may hold a second picture, but not an animation
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreprocessedImage:
     """What the model sees of a photo: ``pixels`` (H, W, C) uint8; the size is the one that arrived."""
 
     pixels: Pixels
@@ -31,20 +31,20 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-class HeavyError(UserError):
+class DecoderBusyError(UserError):
     """Another heavy photo is being decoded: to be tried again when it is not ``is_busy``, not waited for in a thread."""
 
 
 @dataclass
-class FrontDoor:
+class ImageDecoder:
     """Decode photos in several threads, of at most ``max_pixels`` each, and of the heavy ones one at a time.
 
-    So the memory for decoding is bounded by one photo of ``max_pixels`` and, for each other thread, one of HEAVY_PIXELS.
-    With ``waits`` a thread waits for its turn with a heavy photo, and HeavyError is never raised.
+    So the memory for decoding is bounded by one photo of ``max_pixels`` and, for each other thread, one of LARGE_IMAGE_PIXELS.
+    With ``block`` a thread waits for its turn with a heavy photo, and DecoderBusyError is never raised.
     """
 
     max_pixels: int
-    waits: bool = False
+    block: bool = False
     _heavy: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -52,22 +52,22 @@ class FrontDoor:
         """Whether a heavy photo is being decoded."""
         return self._heavy.locked()
 
-    def prepare(self, data: bytes, preprocessing: Preprocessing) -> Prepared:
-        """Check, decode and crop a photo. Raises Problem, and HeavyError while another heavy photo is being decoded."""
+    def preprocess(self, data: bytes, preprocessing: Preprocessing) -> PreprocessedImage:
+        """Check, decode and crop a photo. Raises Problem, and DecoderBusyError while another heavy photo is being decoded."""
         seen: dict[str, Any] = {}
 
         def look(photo: Image.Image) -> None:
             seen.update(width_px=photo.width, height_px=photo.height, format=photo.format or "", notes=_notes(photo))
 
         pixels = self._guarded(data, lambda inspect: preprocessing.pixels(data, inspect=inspect), look)
-        return Prepared(pixels, **seen)
+        return PreprocessedImage(pixels, **seen)
 
-    def decode(self, data: bytes, *, min_side_px: int, look: ImageInspector) -> Image.Image:
+    def decode(self, data: bytes, *, min_side_px: int, on_open: ImageInspector) -> Image.Image:
         """Check and decode a photo for people: upright, in RGB, a large one coarser (``models.preprocess.decode``).
 
-        ``look`` is given the opened photo before a pixel of it is decoded. Raises as ``prepare`` does.
+        ``look`` is given the opened photo before a pixel of it is decoded. Raises as ``preprocess`` does.
         """
-        return self._guarded(data, lambda inspect: decode(data, min_side_px=min_side_px, inspect=inspect), look)
+        return self._guarded(data, lambda inspect: decode(data, min_side_px=min_side_px, inspect=inspect), on_open)
 
     def _guarded(self, data: bytes, make: Callable[[ImageInspector], T], look: ImageInspector) -> T:
         if not data:
@@ -76,9 +76,9 @@ class FrontDoor:
 
             def inspect(photo: Image.Image) -> None:
                 self._check_size(photo)
-                if photo.width * photo.height > HEAVY_PIXELS:
-                    if not self._heavy.acquire(blocking=self.waits):
-                        raise HeavyError
+                if photo.width * photo.height > LARGE_IMAGE_PIXELS:
+                    if not self._heavy.acquire(blocking=self.block):
+                        raise DecoderBusyError
                     held.callback(self._heavy.release)
                 look(photo)
 

@@ -25,9 +25,9 @@ from models.errors import UserError
 from models.runtime.openvino_engine import Engine, OpenVINOEngine, Pixels
 from models.runtime.precision import Precision, select_precision
 from service.http.errors import Problem
-from service.inference.batcher import Pipeline
-from service.inference.image_decoder import FrontDoor
-from service.inference.recent_predictions import Recent, Seen
+from service.inference.batcher import Batcher
+from service.inference.image_decoder import ImageDecoder
+from service.inference.recent_predictions import RecentPrediction, RecentPredictions
 from service.resources import ResourceAllocation, allocate_resources
 from service.rollout.bundle_link import first_state
 from service.rollout.state import Board
@@ -39,17 +39,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """A bundle that is ready to answer, and how exactly it does."""
 
     bundle: Bundle
     precision: Precision
     golden_difference: float
     engine: Engine
-    pipeline: Pipeline
+    batcher: Batcher
 
     @cached_property
-    def named(self) -> dict[str, str]:
+    def summary(self) -> dict[str, str]:
         """What every answer says of the model that gave it."""
         return {
             "name": self.bundle.name,
@@ -59,7 +59,7 @@ class Model:
         }
 
 
-class ServedModel:
+class ModelManager:
     """The place where the model stands, and where another may take it; until there is one ``get`` says why there is none.
 
     One thread of its own loads whatever is loaded.
@@ -67,25 +67,25 @@ class ServedModel:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.metrics = metrics
-        self.board = Board.of_this_server()
-        self.recent = Recent(settings.compare_photos)
+        self.rollout_store = Board.of_this_server()
+        self.recent_predictions = RecentPredictions(settings.compare_photos)
         self.closed = threading.Event()
         self._settings = settings
-        self._model: Model | None = None
+        self._model: LoadedModel | None = None
         self._error: str | None = None
         self.loaded = threading.Event()  # or failed
         self._when_failed: list[Callable[[str], None]] = []
-        self._when_serving: list[Callable[[Model], None]] = []
+        self._when_serving: list[Callable[[LoadedModel], None]] = []
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
     @classmethod
-    def start(cls, settings: Settings) -> ServedModel:
+    def start(cls, settings: Settings) -> ModelManager:
         """Begin to load in a thread, so that /health/live answers meanwhile."""
         served = cls(settings, Metrics())
         threading.Thread(target=served._work, name="load", daemon=True).start()
         return served
 
-    def get(self) -> Model:
+    def get(self) -> LoadedModel:
         """The model; raises Problem while there is none."""
         if self._model is not None:
             return self._model
@@ -93,22 +93,22 @@ class ServedModel:
             raise Problem("not_ready", self._error)
         raise Problem("not_ready", "The model is being loaded; ask again in a second.", headers={"Retry-After": "1"})
 
-    def wait(self, timeout_s: float | None) -> Model:
+    def wait(self, timeout_s: float | None) -> LoadedModel:
         """The model, once it is loaded."""
         self.loaded.wait(timeout_s)
         return self.get()
 
-    def when_failed(self, call: Callable[[str], None]) -> None:
+    def add_failure_callback(self, call: Callable[[str], None]) -> None:
         """Have ``call`` told why, should loading fail."""
         self._when_failed.append(call)
         if self._error is not None:
             call(self._error)
 
-    def when_serving(self, call: Callable[[Model], None]) -> None:
+    def add_install_callback(self, call: Callable[[LoadedModel], None]) -> None:
         """Have ``call`` told of each model that begins to serve, and of the one that does: from the loading thread."""
         self._jobs.put(lambda: self._tell_from_now_on(call))
 
-    def run(self, job: Callable[[], T]) -> T:
+    def run_in_loader(self, job: Callable[[], T]) -> T:
         """Run ``job`` in the thread that loads, and give what it gives."""
         done: Future[T] = Future()
 
@@ -121,19 +121,19 @@ class ServedModel:
         self._jobs.put(work)
         return done.result()
 
-    def install(self, model: Model, seen: Iterable[Seen] = ()) -> None:
+    def install(self, model: LoadedModel, predictions: Iterable[RecentPrediction] = ()) -> None:
         """Serve ``model`` from now on; in the loading thread only. What was begun ends with the model that it began with.
 
-        ``seen`` are its answers to photos that the one before had answered.
+        ``predictions`` are its answers to photos that the one before had answered.
         """
         before, self._model = self._model, model
-        self.recent.replace(seen)
+        self.recent_predictions.replace(predictions)
         if before:
             self.metrics.model_info.labels(*_labels(before)).set(0)
         self.metrics.model_info.labels(*_labels(model)).set(1)
-        self.board.tell(model.bundle.version)
+        self.rollout_store.tell(model.bundle.version)
         if before:
-            before.pipeline.close()
+            before.batcher.close()
         for call in self._when_serving:
             _tell(call, model)
 
@@ -141,7 +141,7 @@ class ServedModel:
         self.closed.set()
         self._jobs.put(None)
         if self._model:
-            self._model.pipeline.close()
+            self._model.batcher.close()
 
     def _work(self) -> None:
         with contextlib.suppress(OSError):  # this thread's children compute; those that talk to clients come first
@@ -152,13 +152,13 @@ class ServedModel:
 
     def _load(self) -> None:
         began = time.perf_counter()
-        chosen = self.board.read().serving  # by the others, where this worker takes a dead one's place
+        chosen = self.rollout_store.read().serving  # by the others, where this worker takes a dead one's place
         path = Path(chosen.bundle) if chosen else self._settings.bundle
         try:
             model = load_model(self._settings, allocate_resources(self._settings), self.metrics, path=path)
             if chosen is None:
-                with self.board.deciding(wait=True):
-                    self.board.write(first_state(self._settings))
+                with self.rollout_store.deciding(wait=True):
+                    self.rollout_store.write(first_state(self._settings))
         except UserError as error:
             self._fail(str(error))
         except Exception as error:
@@ -187,31 +187,31 @@ class ServedModel:
         for call in self._when_failed:
             call(reason)
 
-    def _tell_from_now_on(self, call: Callable[[Model], None]) -> None:
+    def _tell_from_now_on(self, call: Callable[[LoadedModel], None]) -> None:
         self._when_serving.append(call)
         if self._model:
             _tell(call, self._model)
 
 
-def _tell(call: Callable[[Model], None], model: Model) -> None:
+def _tell(call: Callable[[LoadedModel], None], model: LoadedModel) -> None:
     try:
         call(model)
     except Exception:  # what others make of a model must not keep it from serving
         log.exception("a call that was told of the model failed")
 
 
-def _labels(model: Model) -> tuple[str, str, str]:
+def _labels(model: LoadedModel) -> tuple[str, str, str]:
     return model.bundle.name, model.bundle.version, model.precision.name
 
 
-def load_model(settings: Settings, resources: ResourceAllocation, metrics: Metrics, *, path: Path | None = None) -> Model:
+def load_model(settings: Settings, resources: ResourceAllocation, metrics: Metrics, *, path: Path | None = None) -> LoadedModel:
     """Open the bundle at ``path`` (that of the settings), compile, warm up and check it; nothing answers before that is done.
 
     Raises BundleError or ConfigError.
     """
     path = resolve_bundle(path or settings.bundle)
     sizes = batch_sizes(settings.max_batch)
-    if wants_torch(settings):
+    if uses_torch(settings):
         bundle = open_bundle(path, files=(WEIGHTS, GOLDEN))
         precision = Precision("fp32", float(bundle.manifest["golden"]["tolerance"]), "torch computes it")
         from models.runtime.torch_engine import TorchEngine
@@ -230,17 +230,17 @@ def load_model(settings: Settings, resources: ResourceAllocation, metrics: Metri
             cache_dir=compiled_dir(),
         )
     difference = _check_every_size(bundle, engine, sizes, tolerance=precision.tolerance, streams=resources.streams)
-    pipeline = Pipeline(
+    batcher = Batcher(
         engine,
         bundle.preprocessing,
-        door=FrontDoor(settings.max_pixels),
+        decoder=ImageDecoder(settings.max_pixels),
         metrics=metrics,
         threads=resources.inference_threads,
         streams=resources.streams,
         max_batch=settings.max_batch,
-        max_wait_s=settings.max_wait_ms / 1e3,
+        batch_timeout_s=settings.max_wait_ms / 1e3,
     )
-    return Model(bundle, precision, difference, engine, pipeline)
+    return LoadedModel(bundle, precision, difference, engine, batcher)
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:
@@ -251,7 +251,7 @@ def batch_sizes(most: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def wants_torch(settings: Settings) -> bool:
+def uses_torch(settings: Settings) -> bool:
     """Whether torch computes: where it is asked for, or where there is a GPU. Nothing heavy is imported to find out."""
     if settings.engine != "auto":
         return settings.engine == "torch"

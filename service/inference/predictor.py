@@ -16,10 +16,10 @@ from models.artifacts.bundle import Bundle
 from service.http.admission import AdmissionController
 from service.http.errors import Problem
 from service.http.uploads import Upload, is_client_connected
-from service.inference.batcher import Answer, ClosedError, UnwantedError
-from service.inference.image_decoder import Prepared
-from service.inference.model_manager import Model, ServedModel
-from service.inference.recent_predictions import Seen
+from service.inference.batcher import BatcherClosedError, InferenceResult, RequestCancelledError
+from service.inference.image_decoder import PreprocessedImage
+from service.inference.model_manager import LoadedModel, ModelManager
+from service.inference.recent_predictions import RecentPrediction
 from service.settings import Settings
 
 PredictionCallback = Callable[[Bundle, bytes, NDArray[np.float32]], None]  # told of every photo that was answered
@@ -30,7 +30,7 @@ class Prediction:
     """One photo's outcome: an ``answer``, or the ``problem`` with it."""
 
     upload: Upload
-    answer: Answer | None
+    result: InferenceResult | None
     problem: Problem | None = None
 
 
@@ -40,7 +40,7 @@ class Predictor:
     def __init__(
         self,
         settings: Settings,
-        model: ServedModel,
+        model: ModelManager,
         admission: AdmissionController,
         *,
         on_prediction: PredictionCallback | None = None,
@@ -50,7 +50,9 @@ class Predictor:
         self._served = model
         self._admission = admission
 
-    def predict(self, request: Request, uploads: list[Upload], *, all_or_none: bool = False) -> tuple[Model, list[Prediction]]:
+    def predict(
+        self, request: Request, uploads: list[Upload], *, all_or_none: bool = False
+    ) -> tuple[LoadedModel, list[Prediction]]:
         """The model that answered, and its predictions for ``uploads`` in their order. Raises Problem where there are none.
 
         A single photo's problem is raised; of several photos each carries its own, but with ``all_or_none`` the first is
@@ -61,7 +63,7 @@ class Predictor:
         completed = 0
         try:
             model, predictions = self._wait(request, uploads)
-            completed = sum(prediction.answer is not None for prediction in predictions)
+            completed = sum(prediction.result is not None for prediction in predictions)
         finally:
             self._admission.release(more, completed=completed)
         bad = [number for number, prediction in enumerate(predictions, 1) if prediction.problem]
@@ -71,7 +73,7 @@ class Predictor:
             self._count(model, prediction)
         return model, predictions
 
-    def _wait(self, request: Request, uploads: list[Upload]) -> tuple[Model, list[Prediction]]:
+    def _wait(self, request: Request, uploads: list[Upload]) -> tuple[LoadedModel, list[Prediction]]:
         until: float = g.began + self._settings.deadline_ms / 1e3
         environ = request.environ
 
@@ -90,20 +92,22 @@ class Predictor:
                     predictions.append(Prediction(upload, answer))
                 except Problem as problem:
                     predictions.append(Prediction(upload, None, problem.without_traceback()))
-        except (FutureTimeout, UnwantedError):
+        except (FutureTimeout, RequestCancelledError):
             raise Problem(
                 "deadline_exceeded", f"The answer was not there within {self._settings.deadline_ms} ms; send it again later."
             ) from None
         return model, predictions
 
-    def _submit(self, uploads: list[Upload], is_wanted: Callable[[], bool]) -> tuple[Model, list[Future[Answer] | None]]:
+    def _submit(
+        self, uploads: list[Upload], is_wanted: Callable[[], bool]
+    ) -> tuple[LoadedModel, list[Future[InferenceResult] | None]]:
         """All photos to one model: where it was exchanged between the look and the touch, to the one that came after it."""
         model = self._served.get()
         while True:
             photos = [_as_sent(upload, model) for upload in uploads if not upload.problem]
             try:
-                futures = iter(model.pipeline.submit_all(photos, is_wanted))
-            except ClosedError:
+                futures = iter(model.batcher.submit_all(photos, is_wanted))
+            except BatcherClosedError:
                 if (now := self._served.get()) is model:
                     raise Problem(
                         "not_ready", "The server is being stopped; send it again.", headers={"Retry-After": "1"}
@@ -112,21 +116,23 @@ class Predictor:
                 continue
             return model, [None if upload.problem else next(futures) for upload in uploads]
 
-    def _count(self, model: Model, prediction: Prediction) -> None:
+    def _count(self, model: LoadedModel, prediction: Prediction) -> None:
         metrics = self._served.metrics
         if prediction.problem:
             metrics.errors.labels(prediction.problem.code).inc()
-        elif prediction.answer:
-            probabilities, best = prediction.answer.probabilities, prediction.answer.best
-            metrics.predictions.labels(model.bundle.classes[best]).inc()
-            metrics.confidence.observe(float(probabilities[best]))
+        elif prediction.result:
+            probabilities, top_class = prediction.result.probabilities, prediction.result.top_class
+            metrics.predictions.labels(model.bundle.classes[top_class]).inc()
+            metrics.confidence.observe(float(probabilities[top_class]))
             if self._on_answer and prediction.upload.data:
                 self._on_answer(model.bundle, prediction.upload.data, probabilities)
-            seen = Seen(model.bundle.version, prediction.answer.prepared.pixels, probabilities, prediction.upload.content_key)
-            self._served.recent.add(seen)
+            seen = RecentPrediction(
+                model.bundle.version, prediction.result.image.pixels, probabilities, prediction.upload.content_key
+            )
+            self._served.recent_predictions.add(seen)
 
 
-def _as_sent(upload: Upload, model: Model) -> bytes | Prepared:
+def _as_sent(upload: Upload, model: LoadedModel) -> bytes | PreprocessedImage:
     """What the pipeline takes: a photo's bytes, or the pixels that came in their place. Raises Problem for a wrong shape."""
     if upload.pixels is None:
         return upload.data
@@ -134,7 +140,7 @@ def _as_sent(upload: Upload, model: Model) -> bytes | Prepared:
     wanted = (seen.input_px, seen.input_px, seen.channels)
     if upload.pixels.shape != wanted:
         raise Problem("bad_tensor", f"The pixels have the shape {list(upload.pixels.shape)} a photo; {list(wanted)} is wanted.")
-    return Prepared(upload.pixels, width_px=seen.input_px, height_px=seen.input_px, format="pixels")
+    return PreprocessedImage(upload.pixels, width_px=seen.input_px, height_px=seen.input_px, format="pixels")
 
 
 def _of_all(predictions: list[Prediction], number: int) -> Problem:
@@ -152,7 +158,7 @@ def predictor() -> Predictor:
     return found
 
 
-def ranked(model: Model, answer: Answer, top_k: int | None = None) -> dict[str, float]:
+def ranked_probabilities(model: LoadedModel, answer: InferenceResult, top_k: int | None = None) -> dict[str, float]:
     """Class -> probability: all of them in the bundle's order, or the ``top_k`` highest, highest first."""
     values = answer.probabilities
     order = np.arange(len(values)) if top_k is None else np.argsort(-values, kind="stable")[:top_k]

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from service.http.errors import Problem
-from service.inference.model_manager import Model
-from service.inference.recent_predictions import Agreement, Recent, Seen
+from service.inference.model_manager import LoadedModel
+from service.inference.recent_predictions import Agreement, RecentPrediction, RecentPredictions
 
 ALLOWANCES = ("classes", "disagreement")  # what may differ where it is said to be meant
 
 
-def compare(current: Model, model: Model, recent: Recent) -> tuple[Agreement, list[Seen]]:
+def compare(current: LoadedModel, model: LoadedModel, recent: RecentPredictions) -> tuple[Agreement, list[RecentPrediction]]:
     """How far ``model`` gives the answers that ``current`` gave to ``recent`` photos, and its own answers to them.
 
     Left out where the pixels that were kept are not those that ``model`` would be given.
     """
     if model.bundle.classes != current.bundle.classes:
-        return Agreement(left_out="the classes are others"), []
+        return Agreement(skipped_reason="the classes are others"), []
     if _pixels_of(model) != _pixels_of(current):
-        return Agreement(left_out="photos are made into pixels in another way, and only pixels were kept"), []
+        return Agreement(skipped_reason="photos are made into pixels in another way, and only pixels were kept"), []
     return recent.compare(current.bundle.version, model.engine, model.bundle.version)
 
 
-def objection(current: Model, model: Model, agreement: Agreement, *, least: float, allow: Collection[str]) -> Problem | None:
+def objection(
+    current: LoadedModel, model: LoadedModel, agreement: Agreement, *, least: float, allow: Collection[str]
+) -> Problem | None:
     """Why ``model`` should not follow ``current``: other classes, or fewer equal labels than the share ``least``."""
     if model.bundle.classes != current.bundle.classes and "classes" not in allow:
         return Problem(
@@ -31,7 +33,7 @@ def objection(current: Model, model: Model, agreement: Agreement, *, least: floa
             f"The bundle knows {_list(model)}, and the one that serves {_list(current)}, in this order; "
             'where that is meant, send "allow": ["classes"].',
         )
-    if agreement.share < least and "disagreement" not in allow:
+    if agreement.fraction < least and "disagreement" not in allow:
         return Problem(
             "bundle_differs",
             f"Of the last {agreement.compared} answered photos {agreement.agreed} get the same label from this bundle, "
@@ -40,11 +42,11 @@ def objection(current: Model, model: Model, agreement: Agreement, *, least: floa
     return None
 
 
-def _pixels_of(model: Model) -> tuple[object, ...]:
+def _pixels_of(model: LoadedModel) -> tuple[object, ...]:
     """What decides over a photo's pixels; normalisation is a part of the graph."""
     seen = model.bundle.preprocessing
     return seen.input_px, seen.resize_px, seen.interpolation, seen.channels
 
 
-def _list(model: Model) -> str:
+def _list(model: LoadedModel) -> str:
     return ", ".join(model.bundle.classes)[:200]

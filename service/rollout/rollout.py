@@ -20,8 +20,8 @@ from models.artifacts.bundle import open_bundle
 from models.artifacts.paths import resolve_bundle
 from models.errors import BundleError, UserError
 from service.http.errors import Problem
-from service.inference.model_manager import Model, ServedModel, load_model
-from service.inference.recent_predictions import Agreement, Seen
+from service.inference.model_manager import LoadedModel, ModelManager, load_model
+from service.inference.recent_predictions import Agreement, RecentPrediction
 from service.resources import allocate_resources
 from service.rollout.agreement import ALLOWANCES, compare, objection
 from service.rollout.bundle_link import goes_through_link, identity, now
@@ -37,8 +37,8 @@ UNFINISHED = "The worker that loaded it ended before it was done; change the lin
 class Swapper:
     """Decides over bundles, and follows what others decided. One for the application."""
 
-    def __init__(self, settings: Settings, served: ServedModel) -> None:
-        self._settings, self._served, self._board = settings, served, served.board
+    def __init__(self, settings: Settings, served: ModelManager) -> None:
+        self._settings, self._served, self._board = settings, served, served.rollout_store
         self._link_seen: str | None = None
         self._not_before = 0.0
 
@@ -50,7 +50,7 @@ class Swapper:
         self._served.get()
         path = self._inside(bundle)
         with self._board.deciding():
-            self._served.run(partial(self._decide, path, by=by, allow=allow))
+            self._served.run_in_loader(partial(self._decide, path, by=by, allow=allow))
 
     def roll_back(self, *, by: str) -> None:
         """Serve the bundle that did before. It is loaded and checked as at a start, but not compared. Raises Problem."""
@@ -60,7 +60,7 @@ class Swapper:
             if before is None:
                 raise Problem("nothing_before", "No bundle served before this one, since the server was started; name one.")
             path = Path(before.bundle)
-            self._served.run(partial(self._decide, path, by=by, allow=ALLOWANCES, version=before.version))
+            self._served.run_in_loader(partial(self._decide, path, by=by, allow=ALLOWANCES, version=before.version))
 
     def watch(self) -> None:
         """Begin to look, in a thread, what other workers chose and where BUNDLE's link leads."""
@@ -76,7 +76,7 @@ class Swapper:
             try:
                 self._served.get()  # nothing is decided before the first one serves
                 if self._lags() and not self._adopt():
-                    self._served.run(self._follow)
+                    self._served.run_in_loader(self._follow)
                 if self._follows_link() and time.monotonic() >= next_look:
                     next_look = time.monotonic() + self._settings.bundle_poll_s
                     self._look_at_link()
@@ -112,14 +112,14 @@ class Swapper:
             self._served.metrics.rollouts.labels("failed").inc()
             log.error("could not follow", extra={"bundle": wanted.bundle, "because": problem.detail})
             return
-        self._exchange(model, *compare(current, model, self._served.recent), outcome="followed", by=wanted.by)
+        self._exchange(model, *compare(current, model, self._served.recent_predictions), outcome="followed", by=wanted.by)
 
     def _look_at_link(self) -> None:
         """Serve what BUNDLE leads to where that is new, and was the same at the last look: not while it is copied."""
         before, self._link_seen = self._link_seen, identity(self._settings.bundle)
         if self._link_seen and self._link_seen == before and before != self._board.read().link:
             with self._board.deciding():
-                self._served.run(partial(self._take_link, before))
+                self._served.run_in_loader(partial(self._take_link, before))
 
     def _take_link(self, seen: str) -> None:
         state, path = self._board.read(), self._settings.bundle.resolve()
@@ -147,22 +147,24 @@ class Swapper:
         try:
             self._board.write(dataclasses.replace(state, serving=chosen, before=state.serving))
         except BaseException:  # a full disk: nobody would follow
-            model.pipeline.close()
+            model.batcher.close()
             raise
         self._exchange(model, agreement, seen, outcome="rolled_back" if version else "swapped", by=by)
 
-    def _checked(self, current: Model, model: Model, allow: Collection[str]) -> tuple[Agreement, list[Seen]]:
+    def _checked(
+        self, current: LoadedModel, model: LoadedModel, allow: Collection[str]
+    ) -> tuple[Agreement, list[RecentPrediction]]:
         """How far the two agree. Raises Problem, with ``model`` closed, where that is not enough."""
         try:
-            agreement, seen = compare(current, model, self._served.recent)
+            agreement, seen = compare(current, model, self._served.recent_predictions)
             if problem := objection(current, model, agreement, least=self._settings.agreement, allow=allow):
                 raise problem
         except BaseException:
-            model.pipeline.close()
+            model.batcher.close()
             raise
         return agreement, seen
 
-    def _load(self, path: Path, *, version: str | None = None) -> Model:
+    def _load(self, path: Path, *, version: str | None = None) -> LoadedModel:
         """The model of the bundle at ``path``, checked as at a start. Raises Problem."""
         try:
             if version and _version_at(path) != version:
@@ -174,7 +176,9 @@ class Swapper:
             log.exception("loading failed")
             raise Problem("bundle_refused", f"The bundle {path} could not be loaded: {error!r}").without_traceback() from None
 
-    def _exchange(self, model: Model, agreement: Agreement, seen: list[Seen], *, outcome: str, by: str) -> None:
+    def _exchange(
+        self, model: LoadedModel, agreement: Agreement, seen: list[RecentPrediction], *, outcome: str, by: str
+    ) -> None:
         before = self._served.get().bundle.version
         self._served.metrics.rollouts.labels(outcome).inc()  # before anybody can see that it serves
         self._served.install(model, seen)
@@ -221,7 +225,7 @@ def _version_at(path: Path) -> str:
         ).without_traceback() from None
 
 
-def _chosen(model: Model, path: Path, *, by: str, agreement: Agreement | None = None) -> Chosen:
+def _chosen(model: LoadedModel, path: Path, *, by: str, agreement: Agreement | None = None) -> Chosen:
     return Chosen(
         str(path), model.bundle.name, model.bundle.version, by=by, at=now(), agreement=asdict(agreement) if agreement else None
     )

@@ -15,7 +15,7 @@ from werkzeug.urls import iri_to_uri
 from models.runtime.openvino_engine import Pixels
 from service.api.predict import crop_as_url
 from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
-from service.inference.model_manager import Model, ServedModel
+from service.inference.model_manager import LoadedModel, ModelManager
 
 YEAR_S = 365 * 24 * 3600
 NEARLY_NOTHING = 1e-12
@@ -39,16 +39,16 @@ NAVIGATION = [
 ]
 
 
-def served_model() -> Model:
+def served_model() -> LoadedModel:
     """The model; raises Problem while there is none."""
-    served: ServedModel = current_app.extensions["model"]
+    served: ModelManager = current_app.extensions["model"]
     return served.get()
 
 
 def note_problem(problem: Problem) -> None:
     """Count a problem that is answered, and have the request's line in the log name it."""
     g.code = problem.without_traceback().code
-    served: ServedModel = current_app.extensions["model"]
+    served: ModelManager = current_app.extensions["model"]
     served.metrics.errors.labels(problem.code).inc()
 
 
@@ -85,7 +85,7 @@ def shared() -> dict[str, Any]:
         served = served_model()
     except Problem:
         return {"navigation": NAVIGATION, "model": None}
-    return {"navigation": NAVIGATION, "model": served.named | {"merged_from": served.bundle.merged_from}}
+    return {"navigation": NAVIGATION, "model": served.summary | {"merged_from": served.bundle.merged_from}}
 
 
 @bp.app_url_defaults

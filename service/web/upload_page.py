@@ -13,9 +13,9 @@ from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
 from service.http.security import authenticate
 from service.http.uploads import Upload, read_uploads
-from service.inference.batcher import Answer
-from service.inference.model_manager import Model
-from service.inference.predictor import Prediction, predictor, ranked
+from service.inference.batcher import InferenceResult
+from service.inference.model_manager import LoadedModel
+from service.inference.predictor import Prediction, predictor, ranked_probabilities
 from service.settings import Settings
 from service.web.layout import problem_page, served_model
 from service.web.markdown import render_markdown
@@ -52,9 +52,9 @@ def classify() -> Response:
     """The form, for browsers that run no script; with one they send their photos to /predict."""
     model, predictions = predictor().predict(request, _admitted(request))
     cards = [_card(model, prediction, number) for number, prediction in enumerate(predictions, 1)]
-    answer = _answer_home(model, cards)
-    answer.headers["Cache-Control"] = "no-store"
-    return answer
+    result = _answer_home(model, cards)
+    result.headers["Cache-Control"] = "no-store"
+    return result
 
 
 @bp.get("/model")
@@ -80,7 +80,7 @@ def say_unforeseen(error: Exception) -> Response:
     return say(Problem("internal_error", f"An error of the server's own was logged as {g.request_id}; tell its operator."))
 
 
-def _answer_home(model: Model, cards: list[Card] | None = None) -> Response:
+def _answer_home(model: LoadedModel, cards: list[Card] | None = None) -> Response:
     return _page(render_template("home.html", classes=model.bundle.classes, cards=cards or [], **_form()))
 
 
@@ -111,14 +111,14 @@ def _admitted(asked: Request) -> list[Upload]:
     return sent.images
 
 
-def _card(model: Model, prediction: Prediction, number: int) -> Card:
+def _card(model: LoadedModel, prediction: Prediction, number: int) -> Card:
     name = Path(prediction.upload.name or f"Photo {number}").name
     if prediction.problem:
         return Card(name, prediction.problem.detail)
-    assert prediction.answer is not None
-    answer: Answer = prediction.answer
-    bars = tuple(ranked(model, answer, len(model.bundle.classes)).items())
+    assert prediction.result is not None
+    result: InferenceResult = prediction.result
+    bars = tuple(ranked_probabilities(model, result, len(model.bundle.classes)).items())
     label, confidence = bars[0]
-    seen = answer.prepared
+    seen = result.image
     size = f"{seen.format}, {seen.width_px:,} \u00d7 {seen.height_px:,} pixels"
     return Card(name, None, label, confidence, bars, seen.pixels, size, seen.notes)

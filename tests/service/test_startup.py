@@ -17,7 +17,7 @@ from werkzeug.test import Client, TestResponse
 import service.full_app
 from service.app import Services
 from service.deferred_app import DeferredApp
-from service.inference.model_manager import ServedModel
+from service.inference.model_manager import ModelManager
 from service.settings import Settings
 from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll
 
@@ -25,7 +25,7 @@ from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll
 @pytest.fixture
 def core(tiny_bundle: SimpleNamespace) -> Iterator[Services]:
     settings = Settings(bundle=tiny_bundle.path, **PATIENT)
-    core = Services.create(settings, ServedModel.start(settings))
+    core = Services.create(settings, ModelManager.start(settings))
     core.model.wait(START_S)
     yield core
     core.model.close()

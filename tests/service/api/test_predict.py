@@ -665,7 +665,7 @@ def test_health(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
 def test_until_the_model_is_loaded_it_is_alive_but_not_ready(
     tiny_bundle: SimpleNamespace, photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.inference.model_manager.ServedModel._load", lambda self: None)
+    monkeypatch.setattr("service.inference.model_manager.ModelManager._load", lambda self: None)
     client = create_app(Settings(bundle=tiny_bundle.path)).test_client()
     assert client.get("/health/live").status_code == 200
     for answer in (client.get("/health/ready"), client.get("/models"), send(client, photo)):

@@ -10,9 +10,9 @@ from PIL import Image, ImageCms
 
 from service.http.errors import Problem
 from service.images.render import make_picture, png_of
-from service.inference.image_decoder import FrontDoor
+from service.inference.image_decoder import ImageDecoder
 
-DOOR = FrontDoor(50_000_000)
+DOOR = ImageDecoder(50_000_000)
 
 
 def encode(photo: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
@@ -22,7 +22,7 @@ def encode(photo: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def shown(data: bytes, **options: int) -> Image.Image:
-    made = make_picture(data, door=DOOR, **options)
+    made = make_picture(data, decoder=DOOR, **options)
     photo = Image.open(io.BytesIO(made.data))
     assert photo.size == (made.width_px, made.height_px)
     return photo
@@ -50,7 +50,7 @@ def test_no_metadata_goes_along() -> None:
         encode(photo, "PNG", exif=exif, icc_profile=profile),
         encode(photo, "WEBP", exif=exif, xmp=b"SECRET xmp"),
     ):
-        made = make_picture(data, door=DOOR)
+        made = make_picture(data, decoder=DOOR)
         again = Image.open(io.BytesIO(made.data))
         assert b"SECRET" not in made.data
         assert not again.getexif()
@@ -91,7 +91,7 @@ def test_a_large_photo_is_capped_and_a_small_one_is_not_enlarged() -> None:
 
 def test_what_cannot_be_decoded_is_a_problem() -> None:
     with pytest.raises(Problem) as caught:
-        make_picture(b"nothing", door=DOOR)
+        make_picture(b"nothing", decoder=DOOR)
     assert caught.value.code == "not_a_picture"
 
 

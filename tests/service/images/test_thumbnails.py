@@ -18,7 +18,7 @@ from service.http.errors import Problem
 from service.images.disk_cache import Blobs
 from service.images.thumbnails import LONGEST_PX, Thumbnails
 from service.images.worker_pool import Crew
-from service.inference.image_decoder import FrontDoor
+from service.inference.image_decoder import ImageDecoder
 
 
 def photo(size: tuple[int, int] = (900, 600), color: str = "red", **options: object) -> bytes:
@@ -32,7 +32,7 @@ def make() -> Iterator[Callable[..., Thumbnails]]:
     crew = Crew("thumbnails", threads=2, most_waiting=64, patience_s=300)
 
     def made(folder: Path | None, *, limit_mb: int = 8, max_pixels: int = 50_000_000) -> Thumbnails:
-        return Thumbnails(folder, limit_mb=limit_mb, door=FrontDoor(max_pixels, waits=True), crew=crew)
+        return Thumbnails(folder, limit_mb=limit_mb, decoder=ImageDecoder(max_pixels, block=True), crew=crew)
 
     yield made
     crew.close()
@@ -123,7 +123,7 @@ def test_what_is_no_photo_and_what_is_too_large_is_refused_before_it_is_decoded(
 
 
 def test_heavy_photos_wait_for_each_other(make: Callable[..., Thumbnails], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.inference.image_decoder.HEAVY_PIXELS", 1000)
+    monkeypatch.setattr("service.inference.image_decoder.LARGE_IMAGE_PIXELS", 1000)
     thumbnails = make(None)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda name: thumbnails.get(str(name), photo), range(8)))

@@ -19,8 +19,8 @@ from models.preprocess import Preprocessing
 from service.http.errors import Problem
 from service.inference import batcher as module
 from service.inference import image_decoder
-from service.inference.batcher import Answer, ClosedError, Pipeline, UnwantedError
-from service.inference.image_decoder import FrontDoor, Prepared
+from service.inference.batcher import Batcher, BatcherClosedError, InferenceResult, RequestCancelledError
+from service.inference.image_decoder import ImageDecoder, PreprocessedImage
 from service.telemetry.metrics import Metrics
 from tests.helpers.server import poll
 
@@ -51,23 +51,23 @@ class Door:
         self.held = {number: threading.Event() for number in held}
         self.inside: list[int] = []
 
-    def prepare(self, data: bytes, preprocessing: Preprocessing) -> Prepared:
+    def prepare(self, data: bytes, preprocessing: Preprocessing) -> PreprocessedImage:
         self.inside.append(data[0])
         if data[0] in self.held:
             assert self.held[data[0]].wait(WAIT_S)
-        return Prepared(np.full((SIDE, SIDE, 3), data[0], np.uint8), SIDE, SIDE, "PNG")
+        return PreprocessedImage(np.full((SIDE, SIDE, 3), data[0], np.uint8), SIDE, SIDE, "PNG")
 
 
 @contextmanager
-def running(engine: Any, *, door: Any = None, threads: int = 2, streams: int = 2, **limits: Any) -> Iterator[Pipeline]:
-    made = Pipeline(
+def running(engine: Any, *, door: Any = None, threads: int = 2, streams: int = 2, **limits: Any) -> Iterator[Batcher]:
+    made = Batcher(
         engine,
         SEEN,
-        door=door or FrontDoor(1_000_000),
+        decoder=door or ImageDecoder(1_000_000),
         metrics=Metrics(),
         threads=threads,
         streams=streams,
-        **{"max_batch": 4, "max_wait_s": 0.004, **limits},
+        **{"max_batch_size": 4, "batch_timeout_s": 0.004, **limits},
     )
     try:
         yield made
@@ -89,7 +89,7 @@ def png(color: tuple[int, int, int], side_px: int = SIDE) -> bytes:
     return file.getvalue()
 
 
-def red(answer: Future[Answer]) -> int:
+def red(answer: Future[InferenceResult]) -> int:
     return int(answer.result(WAIT_S).probabilities[0])
 
 
@@ -113,13 +113,13 @@ def test_nobody_gets_anothers_answer() -> None:
     assert len(set(colors)) == 600
     with running(Colours(), threads=3, streams=2) as pipeline, ThreadPoolExecutor(16) as clients:
 
-        def ask(color: tuple[int, int, int]) -> Answer:
+        def ask(color: tuple[int, int, int]) -> InferenceResult:
             return pipeline.submit(png(color), yes).result(WAIT_S)
 
         answers = list(clients.map(ask, colors))
     for color, answer in zip(colors, answers, strict=True):
         assert tuple(answer.probabilities) == color
-        assert (answer.prepared.pixels == np.array(color)).all()
+        assert (answer.image.pixels == np.array(color)).all()
         assert 1 <= answer.batch_size <= 4
 
 
@@ -152,20 +152,20 @@ def test_no_more_batches_are_computed_at_once_than_there_are_streams() -> None:
         with lock:
             now -= 1
 
-    with running(Colours(count), door=Door(), threads=4, streams=2, max_batch=1) as pipeline:
+    with running(Colours(count), door=Door(), threads=4, streams=2, max_batch_size=1) as pipeline:
         answers = [pipeline.submit(bytes([number]), yes) for number in range(60)]
         assert [red(answer) for answer in answers] == list(range(60))
     assert most <= 2
 
 
 def test_a_lonely_photo_does_not_wait_for_others() -> None:
-    with running(Colours(), door=Door(), max_wait_s=10 * WAIT_S) as pipeline:
+    with running(Colours(), door=Door(), batch_timeout_s=10 * WAIT_S) as pipeline:
         assert red(pipeline.submit(bytes([7]), yes)) == 7
 
 
 def test_a_photo_waits_for_one_that_is_being_decoded() -> None:
     door, engine = Door(2, 3), Colours()
-    with running(engine, door=door, threads=3, streams=1, max_wait_s=10 * WAIT_S) as pipeline:
+    with running(engine, door=door, threads=3, streams=1, batch_timeout_s=10 * WAIT_S) as pipeline:
         slow, slower = (pipeline.submit(bytes([number]), yes) for number in (2, 3))
         poll(lambda: len(door.inside) == 2)
         quick = pipeline.submit(bytes([1]), yes)
@@ -179,7 +179,7 @@ def test_a_photo_waits_for_one_that_is_being_decoded() -> None:
 
 def test_a_photo_waits_for_no_longer_than_it_may() -> None:
     door, engine = Door(2, 3), Colours()
-    with running(engine, door=door, threads=3, streams=1, max_wait_s=0.004) as pipeline:
+    with running(engine, door=door, threads=3, streams=1, batch_timeout_s=0.004) as pipeline:
         slow = [pipeline.submit(bytes([number]), yes) for number in (2, 3)]
         poll(lambda: len(door.inside) == 2)
         assert red(pipeline.submit(bytes([1]), yes)) == 1  # though the others are still with the decoder
@@ -205,15 +205,15 @@ def test_its_times_and_batches_are_measured() -> None:
         for stage in ("wait", "decode", "queue", "compute"):
             assert sample("dvc_stage_seconds_count", {"stage": stage}) == 1
         assert sample("dvc_batch_photos_sum") == 1
-    assert min(answer.decode_ms, answer.queue_ms, answer.compute_ms) >= 0
-    assert (answer.prepared.width_px, answer.prepared.height_px, answer.prepared.format) == (SIDE, SIDE, "PNG")
+    assert min(answer.decode_ms, answer.queue_ms, answer.inference_ms) >= 0
+    assert (answer.image.width_px, answer.image.height_px, answer.image.format) == (SIDE, SIDE, "PNG")
 
 
 def test_heavy_photos_hold_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are decoded one at a time, for their memory; those that have to wait for it must not keep the crew waiting."""
-    monkeypatch.setattr(image_decoder, "HEAVY_PIXELS", SIDE * SIDE)
+    monkeypatch.setattr(image_decoder, "LARGE_IMAGE_PIXELS", SIDE * SIDE)
     heavy = [png((number, 0, 0), SIDE + 1) for number in range(10)]
-    door = FrontDoor(1_000_000)
+    door = ImageDecoder(1_000_000)
     with running(Colours(), door=door) as pipeline:
         with door._heavy:  # as if one were being decoded
             waiting = [pipeline.submit(photo, yes) for photo in heavy]
@@ -240,7 +240,7 @@ def test_a_bad_photo_gets_its_problem_and_the_others_their_answers() -> None:
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit])
 def test_a_door_that_fails_fails_its_photo_only(error: type[BaseException]) -> None:
     class Broken(Door):
-        def prepare(self, data: bytes, preprocessing: Preprocessing) -> Prepared:
+        def prepare(self, data: bytes, preprocessing: Preprocessing) -> PreprocessedImage:
             if data == b"\x05":
                 raise error("broken")
             return super().prepare(data, preprocessing)
@@ -256,7 +256,7 @@ def test_an_engine_that_fails_fails_its_photos_only() -> None:
         if (pixels == 5).any():
             raise RuntimeError("out of luck")
 
-    with running(Colours(fail), door=Door(), threads=1, streams=1, max_batch=1) as pipeline:
+    with running(Colours(fail), door=Door(), threads=1, streams=1, max_batch_size=1) as pipeline:
         for _ in range(5):  # more often than there are threads that it could end
             answers = [pipeline.submit(bytes([number]), yes) for number in range(1, 10)]
             assert str(answers[4].exception(WAIT_S)) == "out of luck"
@@ -289,7 +289,7 @@ def test_an_engine_that_gives_too_few_answers_leaves_nobody_waiting() -> None:
 @pytest.fixture
 def _looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """However short ago a photo came, whether it is wanted is asked."""
-    monkeypatch.setattr(module, "JUST_NOW_S", 0.0)
+    monkeypatch.setattr(module, "CANCEL_CHECK_S", 0.0)
 
 
 @pytest.mark.usefixtures("_looked_at")
@@ -297,7 +297,7 @@ def test_what_nobody_wants_is_neither_decoded_nor_computed() -> None:
     door, engine = Door(), Colours()
     with running(engine, door=door) as pipeline:
         unwanted = pipeline.submit(bytes([1]), no)
-        assert isinstance(unwanted.exception(WAIT_S), UnwantedError)
+        assert isinstance(unwanted.exception(WAIT_S), RequestCancelledError)
         assert red(pipeline.submit(bytes([2]), yes)) == 2
     assert door.inside == [2]
     assert engine.batches == [[2]]
@@ -314,7 +314,7 @@ def test_what_is_called_off_while_it_waits_for_the_engine_is_not_computed() -> N
         poll(lambda: pipeline._metrics.registry.get_sample_value("dvc_stage_seconds_count", {"stage": "decode"}) == 3)
         wanted = False
         block.go.set()
-        assert isinstance(second.exception(WAIT_S), UnwantedError)
+        assert isinstance(second.exception(WAIT_S), RequestCancelledError)
         assert (red(first), red(third)) == (1, 3)
     assert engine.batches == [[1], [3]]
 
@@ -371,7 +371,7 @@ def test_closing_finishes_what_is_inside_and_takes_no_more() -> None:
         closing = threading.Thread(target=pipeline.close)
         closing.start()
         poll(lambda: pipeline._closed)
-        with pytest.raises(ClosedError):
+        with pytest.raises(BatcherClosedError):
             pipeline.submit(bytes([99]), yes)
         assert closing.is_alive()
         block.go.set()
@@ -387,9 +387,9 @@ def test_closing_finishes_what_is_inside_and_takes_no_more() -> None:
 
 
 def test_several_photos_are_taken_together_pixels_among_them() -> None:
-    pixels = Prepared(np.full((SIDE, SIDE, 3), 7, np.uint8), SIDE, SIDE, "pixels")
+    pixels = PreprocessedImage(np.full((SIDE, SIDE, 3), 7, np.uint8), SIDE, SIDE, "pixels")
     with running(Colours()) as pipeline:
         answers = pipeline.submit_all([png((1, 0, 0)), pixels, png((3, 0, 0))], yes)
         assert [red(answer) for answer in answers] == [1, 7, 3]
-    with pytest.raises(ClosedError):
+    with pytest.raises(BatcherClosedError):
         pipeline.submit_all([pixels], yes)

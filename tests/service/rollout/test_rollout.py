@@ -16,7 +16,7 @@ from werkzeug.test import TestResponse
 
 from service import create_app
 from service.http.errors import PROBLEM_TYPES, Problem
-from service.inference.model_manager import Model
+from service.inference.model_manager import LoadedModel
 from service.rollout.state import Board, State
 from service.settings import Settings
 from tests.helpers.rollout_bundles import Bundles, make_bundles
@@ -127,13 +127,13 @@ def test_the_same_bundle_again_changes_nothing(client: FlaskClient, bundles: Bun
 def test_who_wants_to_know_is_told_of_every_model_that_serves(bundles: Bundles) -> None:
     told: list[str] = []
 
-    def fail(model: Model) -> None:
+    def fail(model: LoadedModel) -> None:
         raise ZeroDivisionError
 
     with serving(bundles.path("one")) as client:
         served = client.application.extensions["model"]
-        served.when_serving(fail)
-        served.when_serving(lambda model: told.append(model.bundle.version))
+        served.add_install_callback(fail)
+        served.add_install_callback(lambda model: told.append(model.bundle.version))
         assert choose(client, "two").status_code == 200
         assert client.post("/admin/rollback", headers=KEY).status_code == 200
         served.run(lambda: None)

@@ -20,9 +20,9 @@ from service.app import Services
 from service.full_app import create_full_app
 from service.http.errors import Problem
 from service.http.uploads import Upload
-from service.inference.batcher import Answer
-from service.inference.image_decoder import Prepared
-from service.inference.model_manager import ServedModel
+from service.inference.batcher import InferenceResult
+from service.inference.image_decoder import PreprocessedImage
+from service.inference.model_manager import ModelManager
 from service.inference.predictor import Prediction
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -52,7 +52,7 @@ def keyed(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
 def loading(tiny_bundle: SimpleNamespace) -> Flask:
     """An application whose model is never there."""
     settings = Settings(bundle=tiny_bundle.path)
-    return create_full_app(Services.create(settings, ServedModel(settings, Metrics())))
+    return create_full_app(Services.create(settings, ModelManager(settings, Metrics())))
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: 
     bundle = dataclasses.replace(model.bundle, manifest={**model.bundle.manifest, "classes": names})
     many = dataclasses.replace(model, bundle=bundle)
     shares = np.arange(25, dtype=np.float32) / 300
-    prepared = Prepared(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ("It has several frames.",))
-    row = Prediction(Upload("a.gif", b""), Answer(prepared, shares, 0, 0, 0, 1))
+    prepared = PreprocessedImage(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ("It has several frames.",))
+    row = Prediction(Upload("a.gif", b""), InferenceResult(prepared, shares, 0, 0, 0, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=lambda request, photos: (many, [row])))
         (card,) = cards(post(app, (photo, "a.gif")))
@@ -164,10 +164,10 @@ def test_a_share_is_not_rounded_to_all_or_nothing(share: float, digits: int, tex
 
 
 def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, photo: bytes) -> None:
-    prepared = Prepared(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ())
+    prepared = PreprocessedImage(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ())
     model = app.extensions["model"].get()
     shares = np.eye(len(model.bundle.classes), dtype=np.float32)[0]
-    row = Prediction(Upload("a.gif", b""), Answer(prepared, shares, 0, 0, 0, 1))
+    row = Prediction(Upload("a.gif", b""), InferenceResult(prepared, shares, 0, 0, 0, 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=lambda request, photos: (model, [row])))
         (card,) = cards(post(app, (photo, "a.gif")))
