@@ -45,5 +45,5 @@ def _core(settings: Settings) -> Services:
     from service.app import Services
 
     core = Services.create(settings, model)
-    core.swapper.watch()
+    core.rollout.start()
     return core

@@ -17,7 +17,7 @@ from service.http.errors import Problem, code_for_status
 from service.http.middleware import RequestMiddleware
 from service.inference.model_manager import ModelManager
 from service.inference.predictor import PredictionCallback, Predictor
-from service.rollout.rollout import Swapper
+from service.rollout.rollout import RolloutManager
 from service.settings import Settings
 from service.web import layout
 
@@ -32,23 +32,23 @@ class Services:
     """What answers photos, whichever application stands before it."""
 
     settings: Settings
-    model: ModelManager
+    model_manager: ModelManager
     admission: AdmissionController
-    swapper: Swapper
+    rollout: RolloutManager
 
     @classmethod
     def create(cls, settings: Settings, model: ModelManager) -> Services:
         return cls(
-            settings, model, AdmissionController(settings.queue, gauge=model.metrics.in_flight), Swapper(settings, model)
+            settings, model, AdmissionController(settings.queue, gauge=model.metrics.in_flight), RolloutManager(settings, model)
         )
 
 
 def create_api_app(services: Services, *, on_prediction: PredictionCallback | None = None) -> Flask:
     """The application without its pages: what programs ask. ``on_prediction`` is told of every photo that was answered."""
-    settings, model, admission = services.settings, services.model, services.admission
+    settings, model, admission = services.settings, services.model_manager, services.admission
     app = Flask("service")
     predictor = Predictor(settings, model, admission, on_prediction=on_prediction)
-    app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor, swapper=services.swapper)
+    app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor, rollout=services.rollout)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     for part in (predict, health, inference_protocol, admin):
         app.register_blueprint(part.bp)

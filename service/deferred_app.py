@@ -45,7 +45,7 @@ class DeferredApp:
         return (self._api if is_early else self._whole.result())(environ, start_response)
 
     def _build(self, core: Services) -> None:
-        core.model.loaded.wait(MODEL_WAIT_S)
+        core.model_manager.loaded.wait(MODEL_WAIT_S)
         try:
             from service.full_app import create_full_app
 

@@ -19,7 +19,7 @@ from service.web import api_docs, layout, upload_page
 def create_full_app(services: Services) -> Flask:
     """Wire the rooms together."""
     gallery = Gallery(services.settings)
-    keeper = Keeper(gallery, services.settings, services.model.metrics) if services.settings.keep_predictions else None
+    keeper = Keeper(gallery, services.settings, services.model_manager.metrics) if services.settings.keep_predictions else None
     app = create_api_app(services, on_prediction=keeper.offer if keeper else None)
     app.extensions.update(gallery=gallery, album=Album(services.settings, gallery), keeper=keeper)
     for part in (layout.bp, upload_page.bp, api_docs.bp):
@@ -27,7 +27,7 @@ def create_full_app(services: Services) -> Flask:
     for part in (grid.bp, photo.bp, export.bp, image_routes.bp, review.bp, compare.bp, compare.json_bp):
         app.register_blueprint(part)
     models: queue.SimpleQueue[LoadedModel] = queue.SimpleQueue()
-    services.model.add_install_callback(models.put)
+    services.model_manager.add_install_callback(models.put)
     threading.Thread(target=_show_gallery, args=(gallery, models), name="gallery", daemon=True).start()
     return app
 

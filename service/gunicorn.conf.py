@@ -12,8 +12,8 @@ from typing import Any
 from models.artifacts.paths import resolve_bundle
 from models.errors import UserError
 from service.resources import allocate_resources
-from service.rollout.bundle_link import first_state
-from service.rollout.state import FOLDER, Board, forget_worker, make_folder
+from service.rollout.bundle_link import initial_state
+from service.rollout.state import STATE_DIR_VARIABLE, RolloutStore, create_state_dir, remove_worker
 from service.settings import Settings
 from service.telemetry.json_logging import logging_config
 
@@ -45,7 +45,7 @@ control_socket_disable = True
 def on_starting(server: Any) -> None:
     """Give the workers' measures a folder, and what they have to agree on another; and say what was planned."""
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="dogs-vs-cats-metrics-")
-    Board(make_folder()).write(first_state(_settings))
+    RolloutStore(create_state_dir()).write(initial_state(_settings))
     server.log.info(str(_plan))
 
 
@@ -73,9 +73,9 @@ def child_exit(server: Any, worker: Any) -> None:
     from prometheus_client.multiprocess import mark_process_dead
 
     mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
-    forget_worker(worker.pid)
+    remove_worker(worker.pid)
 
 
 def on_exit(server: Any) -> None:
-    for name in ("PROMETHEUS_MULTIPROC_DIR", FOLDER):
+    for name in ("PROMETHEUS_MULTIPROC_DIR", STATE_DIR_VARIABLE):
         shutil.rmtree(Path(os.environ[name]), ignore_errors=True)

@@ -12,8 +12,8 @@ from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import key_from_request, match_key
 from service.inference.model_manager import ModelManager
-from service.rollout.agreement import ALLOWANCES
-from service.rollout.rollout import Swapper
+from service.rollout.agreement import ALLOWED_DIFFERENCES
+from service.rollout.rollout import RolloutManager
 from service.settings import Settings
 
 FORM = 'send {"bundle": "FOLDER"}, and with it "allow": ["classes", "disagreement"] where that is meant'
@@ -36,28 +36,28 @@ def bundle() -> Response:
 
 
 @bp.post("/bundle")
-def choose() -> Response:
+def activate() -> Response:
     """Answers when this worker serves the bundle; the others follow within the time that loading takes."""
     wanted, allow = _asked_for()
-    _swapper().choose(wanted, by=g.key_name, allow=allow)
+    _rollout().activate(wanted, actor=g.key_name, allow=allow)
     return _status()
 
 
 @bp.post("/rollback")
 def rollback() -> Response:
-    _swapper().roll_back(by=g.key_name)
+    _rollout().roll_back(actor=g.key_name)
     return _status()
 
 
 def _status() -> Response:
     settings: Settings = current_app.extensions["settings"]
     served: ModelManager = current_app.extensions["model"]
-    state, workers = served.rollout_store.read(), served.rollout_store.workers()
+    state, worker_versions = served.rollout_store.read(), served.rollout_store.worker_versions()
     answer = dataclasses.asdict(state)
     del answer["link"]
-    answer["settled"] = state.serving is not None and set(workers.values()) == {state.serving.version}
-    answer["lasts"] = state.serving is not None and state.serving.bundle == str(settings.bundle.resolve())
-    answer["workers"] = [{"process": pid, "version": version} for pid, version in workers.items()]
+    answer["settled"] = state.active is not None and set(worker_versions.values()) == {state.active.version}
+    answer["lasts"] = state.active is not None and state.active.bundle == str(settings.bundle.resolve())
+    answer["workers"] = [{"process": pid, "version": version} for pid, version in worker_versions.items()]
     made = jsonify(answer)
     made.headers["Cache-Control"] = "no-store"
     return made
@@ -74,11 +74,11 @@ def _asked_for() -> tuple[str, list[str]]:
     if not isinstance(document, dict) or not isinstance(document.get("bundle"), str) or not document["bundle"]:
         raise Problem("bad_json", f"The JSON names no bundle; {FORM}.")
     allow = document.get("allow", [])
-    if not isinstance(allow, list) or not all(word in ALLOWANCES for word in allow):
-        raise Problem("bad_json", f"`allow` is no list of {' and '.join(ALLOWANCES)}; {FORM}.")
+    if not isinstance(allow, list) or not all(word in ALLOWED_DIFFERENCES for word in allow):
+        raise Problem("bad_json", f"`allow` is no list of {' and '.join(ALLOWED_DIFFERENCES)}; {FORM}.")
     return document["bundle"], allow
 
 
-def _swapper() -> Swapper:
-    found: Swapper = current_app.extensions["swapper"]
+def _rollout() -> RolloutManager:
+    found: RolloutManager = current_app.extensions["rollout"]
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from service.api.openapi_schemas import STRING, described, problem_answers, record, ref
-from service.rollout.agreement import ALLOWANCES
+from service.rollout.agreement import ALLOWED_DIFFERENCES
 from service.settings import Settings
 
 TAG = "Administration"
@@ -23,7 +23,7 @@ def admin_paths(settings: Settings) -> dict[str, Any]:
             "bundle": described(STRING | {"minLength": 1}, "A path there, or an absolute one."),
             "allow": {
                 "type": "array",
-                "items": {"type": "string", "enum": list(ALLOWANCES)},
+                "items": {"type": "string", "enum": list(ALLOWED_DIFFERENCES)},
                 "description": "What may differ.",
             },
         },

@@ -29,8 +29,8 @@ from service.inference.batcher import Batcher
 from service.inference.image_decoder import ImageDecoder
 from service.inference.recent_predictions import RecentPrediction, RecentPredictions
 from service.resources import ResourceAllocation, allocate_resources
-from service.rollout.bundle_link import first_state
-from service.rollout.state import Board
+from service.rollout.bundle_link import initial_state
+from service.rollout.state import RolloutStore
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -67,7 +67,7 @@ class ModelManager:
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.metrics = metrics
-        self.rollout_store = Board.of_this_server()
+        self.rollout_store = RolloutStore.from_environment()
         self.recent_predictions = RecentPredictions(settings.compare_photos)
         self.closed = threading.Event()
         self._settings = settings
@@ -131,7 +131,7 @@ class ModelManager:
         if before:
             self.metrics.model_info.labels(*_labels(before)).set(0)
         self.metrics.model_info.labels(*_labels(model)).set(1)
-        self.rollout_store.tell(model.bundle.version)
+        self.rollout_store.publish_version(model.bundle.version)
         if before:
             before.batcher.close()
         for call in self._when_serving:
@@ -152,13 +152,13 @@ class ModelManager:
 
     def _load(self) -> None:
         began = time.perf_counter()
-        chosen = self.rollout_store.read().serving  # by the others, where this worker takes a dead one's place
+        chosen = self.rollout_store.read().active  # by the others, where this worker takes a dead one's place
         path = Path(chosen.bundle) if chosen else self._settings.bundle
         try:
             model = load_model(self._settings, allocate_resources(self._settings), self.metrics, path=path)
             if chosen is None:
-                with self.rollout_store.deciding(wait=True):
-                    self.rollout_store.write(first_state(self._settings))
+                with self.rollout_store.lock(wait=True):
+                    self.rollout_store.write(initial_state(self._settings))
         except UserError as error:
             self._fail(str(error))
         except Exception as error:

@@ -8,10 +8,12 @@ from service.http.errors import Problem
 from service.inference.model_manager import LoadedModel
 from service.inference.recent_predictions import Agreement, RecentPrediction, RecentPredictions
 
-ALLOWANCES = ("classes", "disagreement")  # what may differ where it is said to be meant
+ALLOWED_DIFFERENCES = ("classes", "disagreement")  # what may differ where it is said to be meant
 
 
-def compare(current: LoadedModel, model: LoadedModel, recent: RecentPredictions) -> tuple[Agreement, list[RecentPrediction]]:
+def measure_agreement(
+    current: LoadedModel, model: LoadedModel, recent: RecentPredictions
+) -> tuple[Agreement, list[RecentPrediction]]:
     """How far ``model`` gives the answers that ``current`` gave to ``recent`` photos, and its own answers to them.
 
     Left out where the pixels that were kept are not those that ``model`` would be given.
@@ -23,21 +25,21 @@ def compare(current: LoadedModel, model: LoadedModel, recent: RecentPredictions)
     return recent.compare(current.bundle.version, model.engine, model.bundle.version)
 
 
-def objection(
-    current: LoadedModel, model: LoadedModel, agreement: Agreement, *, least: float, allow: Collection[str]
+def rejection_reason(
+    current: LoadedModel, model: LoadedModel, agreement: Agreement, *, min_agreement: float, allow: Collection[str]
 ) -> Problem | None:
-    """Why ``model`` should not follow ``current``: other classes, or fewer equal labels than the share ``least``."""
+    """Why ``model`` should not follow ``current``: other classes, or fewer equal labels than the share ``min_agreement``."""
     if model.bundle.classes != current.bundle.classes and "classes" not in allow:
         return Problem(
             "bundle_differs",
             f"The bundle knows {_list(model)}, and the one that serves {_list(current)}, in this order; "
             'where that is meant, send "allow": ["classes"].',
         )
-    if agreement.fraction < least and "disagreement" not in allow:
+    if agreement.fraction < min_agreement and "disagreement" not in allow:
         return Problem(
             "bundle_differs",
             f"Of the last {agreement.compared} answered photos {agreement.agreed} get the same label from this bundle, "
-            f'and {least:.0%} are wanted; where it is right, send "allow": ["disagreement"].',
+            f'and {min_agreement:.0%} are wanted; where it is right, send "allow": ["disagreement"].',
         )
     return None
 

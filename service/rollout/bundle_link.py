@@ -10,16 +10,16 @@ from pathlib import Path
 
 from models.artifacts.bundle import MANIFEST, open_bundle
 from models.artifacts.paths import resolve_bundle
-from service.rollout.state import Chosen, State
+from service.rollout.state import RolloutState, SelectedBundle
 from service.settings import Settings
 
 
-def goes_through_link(path: Path) -> bool:
+def is_symlinked(path: Path) -> bool:
     """Whether the way to ``path`` has a link in it, so that it can be made to lead elsewhere."""
     return path.resolve() != path.absolute()
 
 
-def identity(path: Path) -> str | None:
+def bundle_fingerprint(path: Path) -> str | None:
     """Where ``path`` leads and what lies there, as a digest: it changes with the link, and while files arrive behind it.
 
     None while there is no manifest that can be read.
@@ -34,15 +34,15 @@ def identity(path: Path) -> str | None:
     return hashlib.sha256(repr((str(folder), manifest, files)).encode()).hexdigest()
 
 
-def first_state(settings: Settings) -> State:
+def initial_state(settings: Settings) -> RolloutState:
     """What serves when the server starts. Raises BundleError."""
     folder = settings.bundle.resolve()
     bundle = open_bundle(resolve_bundle(folder), files=())
-    serving = Chosen(str(folder), bundle.name, bundle.version, by="BUNDLE", at=now())
-    return State(serving=serving, link=identity(settings.bundle))
+    active = SelectedBundle(str(folder), bundle.name, bundle.version, actor="BUNDLE", time=utc_now())
+    return RolloutState(active=active, link_fingerprint=bundle_fingerprint(settings.bundle))
 
 
-def now() -> str:
+def utc_now() -> str:
     """The time in UTC, as ISO 8601 has it."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 

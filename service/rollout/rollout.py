@@ -23,18 +23,18 @@ from service.http.errors import Problem
 from service.inference.model_manager import LoadedModel, ModelManager, load_model
 from service.inference.recent_predictions import Agreement, RecentPrediction
 from service.resources import allocate_resources
-from service.rollout.agreement import ALLOWANCES, compare, objection
-from service.rollout.bundle_link import goes_through_link, identity, now
-from service.rollout.state import Chosen, Refused, State
+from service.rollout.agreement import ALLOWED_DIFFERENCES, measure_agreement, rejection_reason
+from service.rollout.bundle_link import bundle_fingerprint, is_symlinked, utc_now
+from service.rollout.state import RejectedBundle, RolloutState, SelectedBundle
 from service.settings import Settings
 
 log = logging.getLogger("service.rollout.rollout")
-LOOK_S = 0.25  # how often a worker looks what the others chose
+POLL_INTERVAL_S = 0.25  # how often a worker looks what the others chose
 RETRY_S = 10.0  # after it could not load that
-UNFINISHED = "The worker that loaded it ended before it was done; change the link again, or POST /admin/bundle."
+INCOMPLETE_LOAD = "The worker that loaded it ended before it was done; change the link again, or POST /admin/bundle."
 
 
-class Swapper:
+class RolloutManager:
     """Decides over bundles, and follows what others decided. One for the application."""
 
     def __init__(self, settings: Settings, served: ModelManager) -> None:
@@ -42,37 +42,39 @@ class Swapper:
         self._link_seen: str | None = None
         self._not_before = 0.0
 
-    def choose(self, bundle: str, *, by: str, allow: Collection[str] = ()) -> None:
+    def activate(self, bundle: str, *, actor: str, allow: Collection[str] = ()) -> None:
         """Serve the ``bundle``, a folder below the setting BUNDLES, from now on. Raises Problem and changes nothing else.
 
-        ``allow`` names what may differ from the one that serves: ``ALLOWANCES``.
+        ``allow`` names what may differ from the one that serves: ``ALLOWED_DIFFERENCES``.
         """
         self._served.get()
         path = self._inside(bundle)
-        with self._board.deciding():
-            self._served.run_in_loader(partial(self._decide, path, by=by, allow=allow))
+        with self._board.lock():
+            self._served.run_in_loader(partial(self._decide, path, actor=actor, allow=allow))
 
-    def roll_back(self, *, by: str) -> None:
+    def roll_back(self, *, actor: str) -> None:
         """Serve the bundle that did before. It is loaded and checked as at a start, but not compared. Raises Problem."""
         self._served.get()
-        with self._board.deciding():
-            before = self._board.read().before
+        with self._board.lock():
+            before = self._board.read().previous
             if before is None:
                 raise Problem("nothing_before", "No bundle served before this one, since the server was started; name one.")
             path = Path(before.bundle)
-            self._served.run_in_loader(partial(self._decide, path, by=by, allow=ALLOWANCES, version=before.version))
+            self._served.run_in_loader(
+                partial(self._decide, path, actor=actor, allow=ALLOWED_DIFFERENCES, version=before.version)
+            )
 
-    def watch(self) -> None:
+    def start(self) -> None:
         """Begin to look, in a thread, what other workers chose and where BUNDLE's link leads."""
         if self._board.is_shared or self._follows_link():
             threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def _follows_link(self) -> bool:
-        return bool(self._settings.bundle_poll_s) and goes_through_link(self._settings.bundle)
+        return bool(self._settings.bundle_poll_s) and is_symlinked(self._settings.bundle)
 
     def _watch(self) -> None:
         next_look = 0.0
-        while not self._served.closed.wait(LOOK_S):
+        while not self._served.closed.wait(POLL_INTERVAL_S):
             try:
                 self._served.get()  # nothing is decided before the first one serves
                 if self._lags() and not self._adopt():
@@ -86,23 +88,23 @@ class Swapper:
                 log.exception("looking for another bundle failed")
 
     def _lags(self) -> bool:
-        wanted = self._board.read().serving
+        wanted = self._board.read().active
         return wanted is not None and wanted.version != self._served.get().bundle.version
 
     def _adopt(self) -> bool:
         """Where this worker started after the folder was written anew, what it found there is what all serve."""
-        current, wanted = self._served.get(), self._board.read().serving
+        current, wanted = self._served.get(), self._board.read().active
         if wanted is None or _version_at(Path(wanted.bundle)) != current.bundle.version:
             return False
         log.warning("another bundle was found in the folder", extra={"bundle": wanted.bundle, "wanted": wanted.version})
-        with self._board.deciding():
-            found = _chosen(current, Path(wanted.bundle), by=wanted.by)
-            self._board.write(dataclasses.replace(self._board.read(), serving=found))
+        with self._board.lock():
+            found = _chosen(current, Path(wanted.bundle), actor=wanted.actor)
+            self._board.write(dataclasses.replace(self._board.read(), active=found))
         return True
 
     def _follow(self) -> None:
         """Load what another worker chose. After a failure not again for a while."""
-        current, wanted = self._served.get(), self._board.read().serving
+        current, wanted = self._served.get(), self._board.read().active
         if wanted is None or wanted.version == current.bundle.version or time.monotonic() < self._not_before:
             return
         try:
@@ -112,26 +114,28 @@ class Swapper:
             self._served.metrics.rollouts.labels("failed").inc()
             log.error("could not follow", extra={"bundle": wanted.bundle, "because": problem.detail})
             return
-        self._exchange(model, *compare(current, model, self._served.recent_predictions), outcome="followed", by=wanted.by)
+        self._exchange(
+            model, *measure_agreement(current, model, self._served.recent_predictions), outcome="followed", actor=wanted.actor
+        )
 
     def _look_at_link(self) -> None:
         """Serve what BUNDLE leads to where that is new, and was the same at the last look: not while it is copied."""
-        before, self._link_seen = self._link_seen, identity(self._settings.bundle)
-        if self._link_seen and self._link_seen == before and before != self._board.read().link:
-            with self._board.deciding():
+        before, self._link_seen = self._link_seen, bundle_fingerprint(self._settings.bundle)
+        if self._link_seen and self._link_seen == before and before != self._board.read().link_fingerprint:
+            with self._board.lock():
                 self._served.run_in_loader(partial(self._take_link, before))
 
     def _take_link(self, seen: str) -> None:
         state, path = self._board.read(), self._settings.bundle.resolve()
-        if state.link == seen:
+        if state.link_fingerprint == seen:
             return  # another worker was quicker
         # Noted before it is loaded: a bundle that ends the process must not end one worker after the other.
-        unfinished = Refused(str(path), "bundle_refused", UNFINISHED, by="BUNDLE", at=now())
-        self._board.write(dataclasses.replace(state, link=seen, refusal=unfinished))
-        self._decide(path, by="BUNDLE")
-        self._board.write(dataclasses.replace(self._board.read(), refusal=state.refusal))
+        unfinished = RejectedBundle(str(path), "bundle_refused", INCOMPLETE_LOAD, actor="BUNDLE", time=utc_now())
+        self._board.write(dataclasses.replace(state, link_fingerprint=seen, last_rejection=unfinished))
+        self._decide(path, actor="BUNDLE")
+        self._board.write(dataclasses.replace(self._board.read(), last_rejection=state.last_rejection))
 
-    def _decide(self, path: Path, *, by: str, allow: Collection[str] = (), version: str | None = None) -> None:
+    def _decide(self, path: Path, *, actor: str, allow: Collection[str] = (), version: str | None = None) -> None:
         """Load, check, note and exchange, or refuse. ``version`` is the one that has to be there, for going back."""
         self._follow()
         state, current = self._board.read(), self._served.get()
@@ -141,23 +145,23 @@ class Swapper:
             model = self._load(path, version=version)
             agreement, seen = self._checked(current, model, allow)
         except Problem as problem:
-            self._refuse(state, path, problem, by=by)
+            self._refuse(state, path, problem, actor=actor)
             raise
-        chosen = _chosen(model, path, by=by, agreement=agreement)
+        chosen = _chosen(model, path, actor=actor, agreement=agreement)
         try:
-            self._board.write(dataclasses.replace(state, serving=chosen, before=state.serving))
+            self._board.write(dataclasses.replace(state, active=chosen, previous=state.active))
         except BaseException:  # a full disk: nobody would follow
             model.batcher.close()
             raise
-        self._exchange(model, agreement, seen, outcome="rolled_back" if version else "swapped", by=by)
+        self._exchange(model, agreement, seen, outcome="rolled_back" if version else "swapped", actor=actor)
 
     def _checked(
         self, current: LoadedModel, model: LoadedModel, allow: Collection[str]
     ) -> tuple[Agreement, list[RecentPrediction]]:
         """How far the two agree. Raises Problem, with ``model`` closed, where that is not enough."""
         try:
-            agreement, seen = compare(current, model, self._served.recent_predictions)
-            if problem := objection(current, model, agreement, least=self._settings.agreement, allow=allow):
+            agreement, seen = measure_agreement(current, model, self._served.recent_predictions)
+            if problem := rejection_reason(current, model, agreement, min_agreement=self._settings.agreement, allow=allow):
                 raise problem
         except BaseException:
             model.batcher.close()
@@ -177,7 +181,7 @@ class Swapper:
             raise Problem("bundle_refused", f"The bundle {path} could not be loaded: {error!r}").without_traceback() from None
 
     def _exchange(
-        self, model: LoadedModel, agreement: Agreement, seen: list[RecentPrediction], *, outcome: str, by: str
+        self, model: LoadedModel, agreement: Agreement, seen: list[RecentPrediction], *, outcome: str, actor: str
     ) -> None:
         before = self._served.get().bundle.version
         self._served.metrics.rollouts.labels(outcome).inc()  # before anybody can see that it serves
@@ -188,16 +192,16 @@ class Swapper:
                 "model": model.bundle.name,
                 "version": model.bundle.version,
                 "before": before,
-                "by": by,
+                "by": actor,
                 "agreement": asdict(agreement),
             },
         )
 
-    def _refuse(self, state: State, path: Path, problem: Problem, *, by: str) -> None:
-        refusal = Refused(str(path), problem.code, problem.detail, by=by, at=now())
-        self._board.write(dataclasses.replace(state, refusal=refusal))
+    def _refuse(self, state: RolloutState, path: Path, problem: Problem, *, actor: str) -> None:
+        refusal = RejectedBundle(str(path), problem.code, problem.detail, actor=actor, time=utc_now())
+        self._board.write(dataclasses.replace(state, last_rejection=refusal))
         self._served.metrics.rollouts.labels("refused").inc()
-        log.warning("refused", extra={"bundle": str(path), "code": problem.code, "because": problem.detail, "by": by})
+        log.warning("refused", extra={"bundle": str(path), "code": problem.code, "because": problem.detail, "by": actor})
 
     def _inside(self, bundle: str) -> Path:
         """The folder that is meant, links followed. Raises Problem for one that does not lie below BUNDLES."""
@@ -225,7 +229,12 @@ def _version_at(path: Path) -> str:
         ).without_traceback() from None
 
 
-def _chosen(model: LoadedModel, path: Path, *, by: str, agreement: Agreement | None = None) -> Chosen:
-    return Chosen(
-        str(path), model.bundle.name, model.bundle.version, by=by, at=now(), agreement=asdict(agreement) if agreement else None
+def _chosen(model: LoadedModel, path: Path, *, actor: str, agreement: Agreement | None = None) -> SelectedBundle:
+    return SelectedBundle(
+        str(path),
+        model.bundle.name,
+        model.bundle.version,
+        actor=actor,
+        time=utc_now(),
+        agreement=asdict(agreement) if agreement else None,
     )

@@ -21,56 +21,56 @@ from typing import Any
 from models.artifacts.atomic_io import atomic_write_text
 from service.http.errors import Problem
 
-FOLDER = "SERVICE_BOARD_DIR"
+STATE_DIR_VARIABLE = "SERVICE_BOARD_DIR"
 STATE, LOCK, WORKER = "state.json", "lock", "worker-"
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedBundle:
     """A bundle that was chosen to serve: its folder, what it is called, who chose it and when (UTC)."""
 
     bundle: str
     name: str
     version: str
-    by: str
-    at: str
+    actor: str
+    time: str
     agreement: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class Refused:
+class RejectedBundle:
     """A bundle that was not taken, and why."""
 
     bundle: str
     code: str
-    why: str
-    by: str
-    at: str
+    reason: str
+    actor: str
+    time: str
 
 
 @dataclass(frozen=True)
-class State:
-    """All of it. ``link`` tells what BUNDLE led to when that was last looked into, whatever came of it."""
+class RolloutState:
+    """All of it. ``link_fingerprint`` tells what BUNDLE led to when that was last looked into, whatever came of it."""
 
-    serving: Chosen | None = None
-    before: Chosen | None = None
-    refusal: Refused | None = None
-    link: str | None = None
+    active: SelectedBundle | None = None
+    previous: SelectedBundle | None = None
+    last_rejection: RejectedBundle | None = None
+    link_fingerprint: str | None = None
 
 
-class Board:
+class RolloutStore:
     """The state, in ``folder`` for all workers or else in memory. One at a time may decide; all may read."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
-        self._state = State()
+        self._state = RolloutState()
         self._deciding = threading.Lock()
         self._workers: dict[int, str] = {}
 
     @classmethod
-    def of_this_server(cls) -> Board:
+    def from_environment(cls) -> RolloutStore:
         """The one that the master made, or one in memory."""
-        folder = os.environ.get(FOLDER)
+        folder = os.environ.get(STATE_DIR_VARIABLE)
         return cls(Path(folder) if folder else None)
 
     @property
@@ -78,25 +78,29 @@ class Board:
         """Whether other workers see it."""
         return self._folder is not None
 
-    def read(self) -> State:
+    def read(self) -> RolloutState:
         if self._folder is None:
             return self._state
         try:
             rows = json.loads((self._folder / STATE).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return State()
-        chosen = {name: Chosen(**rows[name]) if rows[name] else None for name in ("serving", "before")}
-        return State(**chosen, refusal=Refused(**rows["refusal"]) if rows["refusal"] else None, link=rows["link"])
+            return RolloutState()
+        chosen = {name: SelectedBundle(**rows[name]) if rows[name] else None for name in ("active", "previous")}
+        return RolloutState(
+            **chosen,
+            last_rejection=RejectedBundle(**rows["last_rejection"]) if rows["last_rejection"] else None,
+            link_fingerprint=rows["link_fingerprint"],
+        )
 
-    def write(self, state: State) -> None:
-        """Whole or not at all. Only inside ``deciding``."""
+    def write(self, state: RolloutState) -> None:
+        """Whole or not at all. Only inside ``lock``."""
         if self._folder is None:
             self._state = state
         else:
             atomic_write_text(self._folder / STATE, json.dumps(dataclasses.asdict(state)))
 
     @contextlib.contextmanager
-    def deciding(self, *, wait: bool = False) -> Iterator[None]:
+    def lock(self, *, wait: bool = False) -> Iterator[None]:
         """Nobody else decides meanwhile, in no worker. Where somebody does, ``wait`` for it, or raise Problem at once.
 
         One that was killed decides no longer.
@@ -114,13 +118,13 @@ class Board:
                     raise busy from None
             yield
 
-    def tell(self, version: str) -> None:
+    def publish_version(self, version: str) -> None:
         """Note what this process serves."""
         self._workers[os.getpid()] = version
         if self._folder is not None:
             atomic_write_text(self._folder / f"{WORKER}{os.getpid()}", version)
 
-    def workers(self) -> dict[int, str]:
+    def worker_versions(self) -> dict[int, str]:
         """Process id -> the version that it serves."""
         if self._folder is None:
             return dict(self._workers)
@@ -131,13 +135,13 @@ class Board:
         return found
 
 
-def make_folder() -> Path:
+def create_state_dir() -> Path:
     """For the master: a folder that the workers forked from now on find."""
     folder = Path(tempfile.mkdtemp(prefix="dogs-vs-cats-board-"))
-    os.environ[FOLDER] = str(folder)
+    os.environ[STATE_DIR_VARIABLE] = str(folder)
     return folder
 
 
-def forget_worker(pid: int) -> None:
+def remove_worker(pid: int) -> None:
     """For the master: a worker has ended."""
-    (Path(os.environ[FOLDER]) / f"{WORKER}{pid}").unlink(missing_ok=True)
+    (Path(os.environ[STATE_DIR_VARIABLE]) / f"{WORKER}{pid}").unlink(missing_ok=True)

@@ -26,9 +26,9 @@ from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll
 def core(tiny_bundle: SimpleNamespace) -> Iterator[Services]:
     settings = Settings(bundle=tiny_bundle.path, **PATIENT)
     core = Services.create(settings, ModelManager.start(settings))
-    core.model.wait(START_S)
+    core.model_manager.wait(START_S)
     yield core
-    core.model.close()
+    core.model_manager.close()
 
 
 @pytest.fixture

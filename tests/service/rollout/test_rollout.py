@@ -17,7 +17,7 @@ from werkzeug.test import TestResponse
 from service import create_app
 from service.http.errors import PROBLEM_TYPES, Problem
 from service.inference.model_manager import LoadedModel
-from service.rollout.state import Board, State
+from service.rollout.state import RolloutState, RolloutStore
 from service.settings import Settings
 from tests.helpers.rollout_bundles import Bundles, make_bundles
 from tests.helpers.server import PATIENT, START_S, parse_metrics, poll
@@ -328,12 +328,12 @@ def test_a_bundle_that_is_still_being_copied_is_waited_for(bundles: Bundles, lin
 
 
 def test_one_at_a_time_decides(tmp_path: Path) -> None:
-    alone = Board()
-    for board, other in ((Board(tmp_path), Board(tmp_path)), (alone, alone)):
-        with board.deciding():
-            with pytest.raises(Problem) as caught, other.deciding():
+    alone = RolloutStore()
+    for board, other in ((RolloutStore(tmp_path), RolloutStore(tmp_path)), (alone, alone)):
+        with board.lock():
+            with pytest.raises(Problem) as caught, other.lock():
                 pass
             assert caught.value.code == "swap_in_progress"
-        with other.deciding():
-            other.write(State(link="x"))
-        assert board.read() == State(link="x")
+        with other.lock():
+            other.write(RolloutState(link_fingerprint="x"))
+        assert board.read() == RolloutState(link_fingerprint="x")
