@@ -22,8 +22,8 @@ from service.settings import Settings
 from service.web import layout
 
 log = logging.getLogger("service.request")
-INFERENCE_PATHS = re.compile(rf"/|/predict|{inference_protocol.INFER.pattern}")
-CUSTOM_ERROR_PATHS = re.compile(rf"/|{inference_protocol.INFER.pattern}")
+INFERENCE_PATHS = re.compile(rf"/|/predict|{inference_protocol.INFER_PATH.pattern}")
+CUSTOM_ERROR_PATHS = re.compile(rf"/|{inference_protocol.INFER_PATH.pattern}")
 KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 
@@ -107,9 +107,9 @@ def _add_hooks(app: Flask, model: ModelManager) -> None:
 def _add_error_handlers(app: Flask, model: ModelManager) -> None:
     @app.errorhandler(Problem)
     def problem(error: Problem) -> Response:
-        if inference_protocol.speaks(request.path):
+        if inference_protocol.is_protocol_path(request.path):
             layout.note_problem(error)
-            return inference_protocol.error_answer(error)
+            return inference_protocol.error_response(error)
         return layout.problem_json(error)
 
     @app.errorhandler(HTTPException)

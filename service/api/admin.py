@@ -22,7 +22,7 @@ bp = Blueprint("admin", __name__, url_prefix="/admin")
 
 
 @bp.before_request
-def admit() -> None:
+def require_admin_key() -> None:
     """Only with a key in a header, which no page of another origin can send: a form cannot, and CORS is not granted here."""
     settings: Settings = current_app.extensions["settings"]
     if not settings.admin_keys:

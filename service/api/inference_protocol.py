@@ -13,7 +13,7 @@ import numpy as np
 from flask import Blueprint, Response, current_app, g, jsonify, request
 from numpy.typing import NDArray
 
-from service.api.tensor_codec import Asked, Input, read_inference, write_outputs, wrong
+from service.api.tensor_codec import InputTensor, RequestedOutput, encode_response, parse_request, tensor_problem
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import require_key
@@ -22,16 +22,16 @@ from service.inference.model_manager import LoadedModel, ModelManager
 from service.inference.predictor import Prediction, predictor
 from service.settings import Settings
 
-INFER = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
-JSON_LENGTH = "Inference-Header-Content-Length"
-NAME = "dogs-vs-cats"
+INFER_PATH = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
+JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+SERVER_NAME = "dogs-vs-cats"
 
 bp = Blueprint("oip", __name__, url_prefix="/v2")
 
 
 @bp.get("")
 def server() -> Response:
-    return jsonify(name=NAME, version=_own_version(), extensions=["binary_tensor_data", "classification"])
+    return jsonify(name=SERVER_NAME, version=_own_version(), extensions=["binary_tensor_data", "classification"])
 
 
 @bp.get("/health/live")
@@ -81,27 +81,27 @@ def infer(name: str, version: str | None) -> Response:
     _found(name, version)
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise Problem("unsupported_media_type", "The body came compressed; send it as it is.")
-    wanted = read_inference(read_body(request, settings), _json_bytes(), settings)
+    wanted = parse_request(read_body(request, settings), _json_bytes(), settings)
     model, predictions = predictor().predict(request, _uploads(wanted.input), all_or_none=True)
     _check(model, name, version)  # it may have been exchanged meanwhile
     head = {"model_name": model.bundle.name, "model_version": model.bundle.version}
     if wanted.id is not None:
         head["id"] = wanted.id
     values = np.stack([_probabilities(prediction) for prediction in predictions])
-    body, json_bytes = write_outputs(head, [(asked, _output(asked, values, model)) for asked in wanted.outputs])
+    body, json_bytes = encode_response(head, [(asked, _output(asked, values, model)) for asked in wanted.outputs])
     result = Response(body, mimetype="application/json" if json_bytes is None else "application/octet-stream")
     result.headers["X-Model-Version"] = model.bundle.version
     if json_bytes is not None:
-        result.headers[JSON_LENGTH] = str(json_bytes)
+        result.headers[JSON_LENGTH_HEADER] = str(json_bytes)
     return result
 
 
-def speaks(path: str) -> bool:
+def is_protocol_path(path: str) -> bool:
     """Whether a path is the protocol's, so that its errors have the protocol's form."""
     return path == "/v2" or path.startswith("/v2/")
 
 
-def error_answer(problem: Problem) -> Response:
+def error_response(problem: Problem) -> Response:
     """A problem as the protocol has it."""
     result = jsonify(error=problem.detail)
     result.status_code = problem.status
@@ -127,15 +127,15 @@ def _check(model: LoadedModel, name: str, version: str | None) -> None:
 
 
 def _json_bytes() -> int | None:
-    text = request.headers.get(JSON_LENGTH)
+    text = request.headers.get(JSON_LENGTH_HEADER)
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,12}", text):
-        raise wrong(f"{JSON_LENGTH} is {text[:40]!r}; it must be a whole number.")
+        raise tensor_problem(f"{JSON_LENGTH_HEADER} is {text[:40]!r}; it must be a whole number.")
     return int(text)
 
 
-def _uploads(given: Input) -> list[Upload]:
+def _uploads(given: InputTensor) -> list[Upload]:
     rows: list[Any] = list(given.pixels if given.pixels is not None else given.elements or [])
     if not rows:
         raise Problem("no_photo", f"The tensor {given.name} is empty; send at least one photo.")
@@ -153,7 +153,7 @@ def _probabilities(prediction: Prediction) -> NDArray[np.float32]:
     return prediction.result.probabilities
 
 
-def _output(asked: Asked, values: NDArray[np.float32], model: LoadedModel) -> NDArray[Any]:
+def _output(asked: RequestedOutput, values: NDArray[np.float32], model: LoadedModel) -> NDArray[Any]:
     """The tensor that is asked for, of the probabilities (N, classes)."""
     names = np.array(model.bundle.classes, dtype=object)
     if asked.name == "label":
@@ -167,6 +167,6 @@ def _output(asked: Asked, values: NDArray[np.float32], model: LoadedModel) -> ND
 
 def _own_version() -> str:
     try:
-        return version(NAME)
+        return version(SERVER_NAME)
     except PackageNotFoundError:  # run from its folder
         return "0"

@@ -17,7 +17,7 @@ from service.inference.model_manager import LoadedModel, ModelManager
 from service.inference.predictor import Prediction, predictor, ranked_probabilities
 from service.settings import Settings
 
-MOST_CLASSES = 1_000_000
+MAX_TOP_K = 1_000_000
 
 bp = Blueprint("api", __name__)
 
@@ -76,10 +76,10 @@ def _row(model: LoadedModel, prediction: Prediction, *, top_k: int | None, crop:
         "format": result.image.format,
         "notes": result.image.notes,
     }
-    return row | ({"crop": crop_as_url(result.image.pixels)} if crop else {})
+    return row | ({"crop": png_data_url(result.image.pixels)} if crop else {})
 
 
-def crop_as_url(pixels: Pixels) -> str:
+def png_data_url(pixels: Pixels) -> str:
     """(H, W, C) uint8 -> the picture as a data: URL, exactly as the model saw it."""
     return "data:image/png;base64," + base64.b64encode(png_of(pixels)).decode()
 
@@ -88,8 +88,8 @@ def _top_k() -> int | None:
     text = request.args.get("top_k")
     if text is None:
         return None
-    if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= MOST_CLASSES:
-        raise Problem("bad_parameter", f"top_k is {text[:40]!r}; it must be a whole number from 1 on, {MOST_CLASSES} at most.")
+    if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= MAX_TOP_K:
+        raise Problem("bad_parameter", f"top_k is {text[:40]!r}; it must be a whole number from 1 on, {MAX_TOP_K} at most.")
     return int(text)
 
 

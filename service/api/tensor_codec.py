@@ -21,7 +21,7 @@ LENGTH = struct.Struct("<I")  # before each element of BYTES
 
 
 @dataclass(frozen=True)
-class Input:
+class InputTensor:
     """One input: its elements as text (``base64`` in JSON) or bytes for BYTES, or pixels (N, H, W, C) uint8."""
 
     name: str
@@ -30,7 +30,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedOutput:
     """One output that is asked for; with ``classes`` the highest so many, as text."""
 
     name: str
@@ -39,19 +39,19 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Inference:
+class InferenceRequest:
     """A request, read."""
 
     id: str | None
-    input: Input
-    outputs: list[Asked]
+    input: InputTensor
+    outputs: list[RequestedOutput]
 
 
-def read_inference(body: bytes, json_bytes: int | None, settings: Settings) -> Inference:
+def parse_request(body: bytes, json_bytes: int | None, settings: Settings) -> InferenceRequest:
     """Take a request apart; ``json_bytes`` is the length of its JSON where tensors follow as bytes. Raises Problem."""
     end = len(body) if json_bytes is None else json_bytes
     if not 0 <= end <= len(body):
-        raise wrong(f"Inference-Header-Content-Length is {end} and the body has {len(body)} bytes.")
+        raise tensor_problem(f"Inference-Header-Content-Length is {end} and the body has {len(body)} bytes.")
     try:
         document: Any = json.loads(body[:end])
     except (ValueError, RecursionError) as error:
@@ -60,60 +60,60 @@ def read_inference(body: bytes, json_bytes: int | None, settings: Settings) -> I
         raise Problem("bad_json", "The JSON is not an object.")
     inputs = document.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise wrong("One input is wanted: either `photos`, BYTES, or `pixels`, UINT8.")
+        raise tensor_problem("One input is wanted: either `photos`, BYTES, or `pixels`, UINT8.")
     given = document.get("id")
     if not isinstance(given, (str, type(None))):
-        raise wrong("The request's `id` is no text.")
-    return Inference(given, _read_input(inputs[0], body[end:], settings), _read_outputs(document))
+        raise tensor_problem("The request's `id` is no text.")
+    return InferenceRequest(given, _read_input(inputs[0], body[end:], settings), _read_outputs(document))
 
 
-def wrong(detail: str) -> Problem:
+def tensor_problem(detail: str) -> Problem:
     return Problem("bad_tensor", detail)
 
 
-def _read_input(given: dict[str, Any], rest: bytes, settings: Settings) -> Input:
+def _read_input(given: dict[str, Any], rest: bytes, settings: Settings) -> InputTensor:
     name, shape = given.get("name"), given.get("shape")
     if not isinstance(name, str) or name not in DATATYPES:
-        raise wrong(f"The input is called {str(name)[:40]!r}; there are {' and '.join(DATATYPES)}.")
+        raise tensor_problem(f"The input is called {str(name)[:40]!r}; there are {' and '.join(DATATYPES)}.")
     if given.get("datatype") != DATATYPES[name]:
-        raise wrong(f"The datatype of {name} is {str(given.get('datatype'))[:40]!r}; {DATATYPES[name]} is wanted.")
+        raise tensor_problem(f"The datatype of {name} is {str(given.get('datatype'))[:40]!r}; {DATATYPES[name]} is wanted.")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
-        raise wrong(f"The shape of {name} is no list of whole numbers.")
+        raise tensor_problem(f"The shape of {name} is no list of whole numbers.")
     if len(shape) == (1 if name == "photos" else 4):
         check_image_count(shape[0], settings)  # before each of a million empty ones is looked at
     size = _parameters(given).get("binary_data_size")
     if size != (len(rest) if rest or size is not None else None):
-        raise wrong(f"binary_data_size of {name} is {str(size)[:40]} and {len(rest)} bytes follow the JSON.")
+        raise tensor_problem(f"binary_data_size of {name} is {str(size)[:40]} and {len(rest)} bytes follow the JSON.")
     data = rest if size is not None else given.get("data")
     return _photos(shape, data) if name == "photos" else _pixels(shape, data)
 
 
-def _photos(shape: list[int], data: Any) -> Input:
+def _photos(shape: list[int], data: Any) -> InputTensor:
     if len(shape) != 1:
-        raise wrong(f"The shape of photos is {shape}; [N] is wanted.")
+        raise tensor_problem(f"The shape of photos is {shape}; [N] is wanted.")
     if not isinstance(data, (bytes, list)):
-        raise wrong("photos has neither `data`, a list, nor binary_data_size.")
+        raise tensor_problem("photos has neither `data`, a list, nor binary_data_size.")
     elements = _split(data, shape[0]) if isinstance(data, bytes) else _flat(data)
     if len(elements) != shape[0]:
-        raise wrong(f"The shape of photos is {shape} and {len(elements)} elements came.")
+        raise tensor_problem(f"The shape of photos is {shape} and {len(elements)} elements came.")
     if not all(isinstance(element, (bytes, str)) for element in elements):
-        raise wrong("In JSON each of photos is text: the photo's bytes in base64.")
-    return Input("photos", elements=elements)
+        raise tensor_problem("In JSON each of photos is text: the photo's bytes in base64.")
+    return InputTensor("photos", elements=elements)
 
 
-def _pixels(shape: list[int], data: Any) -> Input:
+def _pixels(shape: list[int], data: Any) -> InputTensor:
     if len(shape) != 4:
-        raise wrong(f"The shape of pixels is {shape[:8]}; [N, H, W, C] is wanted.")
+        raise tensor_problem(f"The shape of pixels is {shape[:8]}; [N, H, W, C] is wanted.")
     if isinstance(data, bytes):
         values = np.frombuffer(data, np.uint8)
     else:
         rows = _flat(data) if isinstance(data, list) else [None]
         if not all(type(value) is int and 0 <= value <= 255 for value in rows):
-            raise wrong("pixels has no `data` of whole numbers from 0 to 255, and no binary_data_size.")
+            raise tensor_problem("pixels has no `data` of whole numbers from 0 to 255, and no binary_data_size.")
         values = np.array(rows, np.uint8)
     if len(values) != shape[0] * shape[1] * shape[2] * shape[3]:
-        raise wrong(f"The shape of pixels is {shape} and {len(values)} values came.")
-    return Input("pixels", pixels=values.reshape(shape))
+        raise tensor_problem(f"The shape of pixels is {shape} and {len(values)} values came.")
+    return InputTensor("pixels", pixels=values.reshape(shape))
 
 
 def _flat(data: list[Any]) -> list[Any]:
@@ -129,32 +129,32 @@ def _split(data: bytes, most: int) -> list[bytes]:
     at = 0
     while at < len(data) and len(elements) <= most:
         if len(data) - at < LENGTH.size:
-            raise wrong("photos breaks off inside of an element's length.")
+            raise tensor_problem("photos breaks off inside of an element's length.")
         (size,) = LENGTH.unpack_from(data, at)
         at += LENGTH.size
         if size > len(data) - at:
-            raise wrong(f"An element of photos has {size} bytes by its length, and {len(data) - at} came.")
+            raise tensor_problem(f"An element of photos has {size} bytes by its length, and {len(data) - at} came.")
         elements.append(data[at : at + size])
         at += size
     return elements
 
 
-def _read_outputs(document: dict[str, Any]) -> list[Asked]:
+def _read_outputs(document: dict[str, Any]) -> list[RequestedOutput]:
     binary = _parameters(document).get("binary_data_output", False) is True
     given = document.get("outputs")
     if given is None or given == []:
-        return [Asked("probabilities", binary), Asked("label", binary)]
+        return [RequestedOutput("probabilities", binary), RequestedOutput("label", binary)]
     if not isinstance(given, list) or not all(isinstance(row, dict) for row in given):
-        raise wrong("`outputs` is no list of objects.")
+        raise tensor_problem("`outputs` is no list of objects.")
     asked = []
     for row in given:
         name, parameters = row.get("name"), _parameters(row)
         if name not in ("probabilities", "label"):
-            raise wrong(f"The output {str(name)[:40]!r} is wanted; there are probabilities and label.")
+            raise tensor_problem(f"The output {str(name)[:40]!r} is wanted; there are probabilities and label.")
         classes = parameters.get("classification", 0)
         if type(classes) is not int or classes < 0 or (classes and name != "probabilities"):
-            raise wrong("`classification` is a whole number, and of probabilities only.")
-        asked.append(Asked(name, parameters.get("binary_data", binary) is True, classes))
+            raise tensor_problem("`classification` is a whole number, and of probabilities only.")
+        asked.append(RequestedOutput(name, parameters.get("binary_data", binary) is True, classes))
     return asked
 
 
@@ -162,13 +162,13 @@ def _parameters(row: dict[str, Any]) -> dict[str, Any]:
     """What is said with a request or a tensor. Raises Problem for memory that is to be shared, which is not done here."""
     parameters = row.get("parameters", {})
     if not isinstance(parameters, dict):
-        raise wrong("`parameters` is no object.")
+        raise tensor_problem("`parameters` is no object.")
     if shared := next((name for name in parameters if name.startswith("shared_memory")), None):
-        raise wrong(f"{shared} is not offered here; send the tensor itself.")
+        raise tensor_problem(f"{shared} is not offered here; send the tensor itself.")
     return parameters
 
 
-def write_outputs(head: dict[str, Any], outputs: Iterable[tuple[Asked, NDArray[Any]]]) -> tuple[bytes, int | None]:
+def encode_response(head: dict[str, Any], outputs: Iterable[tuple[RequestedOutput, NDArray[Any]]]) -> tuple[bytes, int | None]:
     """``head`` with the tensors, float32 or of text: the body, and its JSON's length where bytes follow it."""
     rows, tail = [], b""
     for asked, values in outputs:

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from werkzeug.urls import iri_to_uri
 
 from models.runtime.openvino_engine import Pixels
-from service.api.predict import crop_as_url
+from service.api.predict import png_data_url
 from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
 from service.inference.model_manager import LoadedModel, ModelManager
 
@@ -131,7 +131,7 @@ def with_code(text: str) -> Markup:
 @bp.app_template_filter("as_url")
 def as_url(pixels: Pixels) -> str:
     """(H, W, C) uint8 -> a data: URL."""
-    return crop_as_url(pixels)
+    return png_data_url(pixels)
 
 
 @functools.cache
