@@ -25,7 +25,7 @@ from models.artifacts.predictions import Predictions
 from service import create_app
 from service.db.connection import Database
 from service.db.filter import Filter
-from service.db.ingest import Table, import_table, is_imported, know_model
+from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions, is_imported
 from service.settings import Settings
 
 CLASSES = ("cats", "dogs", *(f"animals {number}" for number in range(3, 201)))
@@ -50,8 +50,8 @@ def main() -> int:
             print(f"{photos:,} predictions" + (f", {imported:,} imported in {seconds:.1f} s" if imported else ""), flush=True)
             database.close()
             client = start(url)
-            for name, wanted, page in pages(photos, args.classes):
-                ms = statistics.median(time_page(client, wanted, page) for _ in range(5))
+            for name, filters, page in pages(photos, args.classes):
+                ms = statistics.median(time_page(client, filters, page) for _ in range(5))
                 limit = args.limit_ms[number] if number < len(args.limit_ms) else None
                 late += limit is not None and ms > limit
                 print(f"  {name:<44}{ms:8.1f} ms{'  over the limit' if limit is not None and ms > limit else ''}", flush=True)
@@ -76,9 +76,11 @@ def fill(database: Database, photos: int, classes: Sequence[str]) -> int:
         with database.write() as connection:
             if is_imported(connection, version, digest):
                 continue
-            model = know_model(connection, version=version, name="generated", classes=classes)
+            model = get_or_create_model(connection, version=version, name="generated", classes=classes)
             none = np.zeros(many, dtype=np.bool_)
-            imported += import_table(connection, model, Table("evaluation", digest, generate(start, many, classes), none, none))
+            imported += import_predictions(
+                connection, model, EvaluationTable("evaluation", digest, generate(start, many, classes), none, none)
+            )
     if imported:
         database.refresh_statistics()
     return imported
@@ -101,26 +103,26 @@ def generate(start: int, photos: int, classes: Sequence[str]) -> Predictions:
 
 def pages(photos: int, classes: int) -> Iterator[tuple[str, Filter, int]]:
     everything = Filter(model=f"v{photos}")
-    wrong = everything.having(verdicts=("wrong",))
+    wrong = everything.replace(verdicts=("wrong",))
     last = photos // everything.per_page
     yield "highest loss first", everything, 1
     yield "highest loss first, page in the middle", everything, last // 2
     yield "highest loss first, last page", everything, last
     yield "wrong, highest loss first", wrong, 1
     wrong_cats = int(photos * 0.03) // classes
-    yield "wrong cats, by name", wrong.having(labels=("cats",), sort="name"), min(3, 1 + wrong_cats // 48)
-    yield "right dogs, least certain first", everything.having(verdicts=("right",), labels=("dogs",), sort="margin"), 1
-    yield "right, random", everything.having(verdicts=("right",), sort="random", seed=7), 1
-    yield "wrong, random, last page", wrong.having(sort="random", seed=7), max(1, int(photos * 0.04) // 48 - 20)
-    yield "confidence 60 to 80 %, by confidence", everything.having(confidence=(60, 80), sort="confidence"), 1
-    yield "confidence 99 % up, lowest loss last", everything.having(confidence=(99, 100)), photos // 400
-    yield "reviewed (none), by name", everything.having(reviews=("relabelled",), sort="name"), 1
+    yield "wrong cats, by name", wrong.replace(labels=("cats",), sort="name"), min(3, 1 + wrong_cats // 48)
+    yield "right dogs, least certain first", everything.replace(verdicts=("right",), labels=("dogs",), sort="margin"), 1
+    yield "right, random", everything.replace(verdicts=("right",), sort="random", seed=7), 1
+    yield "wrong, random, last page", wrong.replace(sort="random", seed=7), max(1, int(photos * 0.04) // 48 - 20)
+    yield "confidence 60 to 80 %, by confidence", everything.replace(confidence=(60, 80), sort="confidence"), 1
+    yield "confidence 99 % up, lowest loss last", everything.replace(confidence=(99, 100)), photos // 400
+    yield "reviewed (none), by name", everything.replace(reviews=("relabelled",), sort="name"), 1
 
 
-def time_page(client: FlaskClient, wanted: Filter, page: int) -> float:
+def time_page(client: FlaskClient, filters: Filter, page: int) -> float:
     """Milliseconds."""
     began = time.perf_counter()
-    answer = client.get(f"/gallery/photos?{wanted.query(page=page)}")
+    answer = client.get(f"/gallery/photos?{filters.query(page=page)}")
     ms = (time.perf_counter() - began) * 1e3
     assert answer.status_code == 200, answer.status
     return ms

@@ -6,10 +6,10 @@ from typing import Any
 
 from service.api.openapi_operations import answer, get, parameter, said
 from service.api.openapi_schemas import STRING, described, problem_answers, record
-from service.db.filter import CHANGES, FACETS, FLAGS, ORDERS, PER_PAGE, REVIEWS, SOURCES, VERDICTS
+from service.db.filter import CHANGES, FACETS, FLAGS, OUTCOMES, PAGE_SIZES, REVIEWS, SORT_ORDERS, SOURCES
 
 TAG = "Gallery"
-FIXED = {"verdict": VERDICTS, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
+FIXED = {"verdict": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
 MEANING = {
     "verdict": "Whether the model is right; `unknown` where a live photo has no label.",
     "class": "The true class.",
@@ -45,10 +45,12 @@ def _filter(*, model_alone: bool = False) -> list[dict[str, Any]]:
         parameter("confidence", STRING | {"pattern": "^([0-9]{1,2}-[0-9]{1,3})?$"}, "In whole per cent, as 50-90."),
         parameter("vs", STRING, "Another model's version, with `change`."),
         parameter("change", STRING | {"enum": [*CHANGES, ""]}, "What differs from the model `vs` on the same photo."),
-        parameter("sort", STRING | {"enum": [*ORDERS, ""]}, "What the order is by; highest loss first where it is not given."),
+        parameter(
+            "sort", STRING | {"enum": [*SORT_ORDERS, ""]}, "What the order is by; highest loss first where it is not given."
+        ),
         parameter("order", STRING | {"enum": ["asc", "desc", ""]}, "Each sort has a direction of its own."),
         parameter("seed", whole, "Which random order."),
-        parameter("per_page", {"type": "integer", "minimum": PER_PAGE[0], "maximum": PER_PAGE[-1]}, "Photos on a page."),
+        parameter("per_page", {"type": "integer", "minimum": PAGE_SIZES[0], "maximum": PAGE_SIZES[-1]}, "Photos on a page."),
     ]
 
 

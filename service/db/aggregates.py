@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from service.db.filter import FACETS, UNLABELLED, Filter
+from service.db.filter import FACETS, UNLABELED, Filter
 from service.db.schema import UNKNOWN
 
-BINS = 20
+HISTOGRAM_BINS = 20
 
 
-class Cell(NamedTuple):
+class Bucket(NamedTuple):
     """One combination of all that is filtered by, and how many photos have it. Classes are their names."""
 
     id: int
@@ -24,56 +24,56 @@ class Cell(NamedTuple):
     percent: int
     review: str
     duplicate: bool
-    mislabelled: bool
+    mislabeled: bool
     images: int
 
     @property
-    def verdict(self) -> str:
-        return "unknown" if self.label == UNLABELLED else "right" if self.label == self.predicted else "wrong"
+    def outcome(self) -> str:
+        return "unknown" if self.label == UNLABELED else "right" if self.label == self.predicted else "wrong"
 
 
 # What a cell says of each facet: one value, but for flags, of which it can have none or both, and for live photos' split.
-_VALUES: dict[str, Callable[[Cell], tuple[str, ...]]] = {
-    "verdict": lambda cell: (cell.verdict,),
+_VALUES: dict[str, Callable[[Bucket], tuple[str, ...]]] = {
+    "verdict": lambda cell: (cell.outcome,),
     "class": lambda cell: (cell.label,),
     "predicted": lambda cell: (cell.predicted,),
     "source": lambda cell: (cell.source,),
     "split": lambda cell: (cell.split,) * bool(cell.split),
     "review": lambda cell: (cell.review,),
-    "flag": lambda cell: ("duplicate",) * cell.duplicate + ("mislabelled",) * cell.mislabelled,
+    "flag": lambda cell: ("duplicate",) * cell.duplicate + ("mislabelled",) * cell.mislabeled,
 }
 
 
 @dataclass
-class Counts:
+class FacetCounts:
     """What a filter lets through, counted. A facet's counts are those under the rest of the filter: what a click would show."""
 
     total: int = 0
     facets: dict[str, Counter[str]] = field(default_factory=lambda: {parameter: Counter() for parameter in FACETS})
     confusion: Counter[tuple[str, str]] = field(default_factory=Counter)  # (true class, predicted class)
-    histogram: list[int] = field(default_factory=lambda: [0] * BINS)  # by confidence, in steps of 5 %
-    cells: list[int] = field(default_factory=list)  # the ids of those let through
+    histogram: list[int] = field(default_factory=lambda: [0] * HISTOGRAM_BINS)  # by confidence, in steps of 5 %
+    bucket_ids: list[int] = field(default_factory=list)  # the ids of those let through
 
 
-def name_cell(row: Sequence[object], classes: Sequence[str]) -> Cell:
+def bucket_from_row(row: Sequence[object], classes: Sequence[str]) -> Bucket:
     """A row of the table, with the classes' names in place of their numbers."""
     id_, source, split, label, predicted, *rest = row
     assert isinstance(label, int)
     assert isinstance(predicted, int)
-    name = UNLABELLED if label == UNKNOWN else classes[label]
-    return Cell(id_, source, split, name, classes[predicted], *rest)  # type: ignore[arg-type]
+    name = UNLABELED if label == UNKNOWN else classes[label]
+    return Bucket(id_, source, split, name, classes[predicted], *rest)  # type: ignore[arg-type]
 
 
-def count(cells: Iterable[Cell], wanted: Filter, *, among: Mapping[int, int] | None = None) -> Counts:
-    """Count ``cells`` under ``wanted``. Where ``among`` gives photos for a cell's id, those are what there is of it.
+def count_buckets(cells: Iterable[Bucket], filters: Filter, *, image_counts: Mapping[int, int] | None = None) -> FacetCounts:
+    """Count ``cells`` under ``filters``. Where ``image_counts`` gives photos for a cell's id, those are what there is of it.
 
     A cell that fails one facet alone still counts for that facet.
     """
-    chosen = [(parameter, set(values)) for parameter, field in FACETS.items() if (values := getattr(wanted, field))]
-    low, high = wanted.confidence
-    counts = Counts()
+    chosen = [(parameter, set(values)) for parameter, field in FACETS.items() if (values := getattr(filters, field))]
+    low, high = filters.confidence
+    counts = FacetCounts()
     for cell in cells:
-        images = cell.images if among is None else among.get(cell.id, 0)
+        images = cell.images if image_counts is None else image_counts.get(cell.id, 0)
         if not images or not low <= cell.percent < high:
             continue
         failed = [name for name, values in chosen if values.isdisjoint(_VALUES[name](cell))]
@@ -86,6 +86,6 @@ def count(cells: Iterable[Cell], wanted: Filter, *, among: Mapping[int, int] | N
         if not failed:
             counts.total += images
             counts.confusion[cell.label, cell.predicted] += images
-            counts.histogram[cell.percent * BINS // 100] += images
-            counts.cells.append(cell.id)
+            counts.histogram[cell.percent * HISTOGRAM_BINS // 100] += images
+            counts.bucket_ids.append(cell.id)
     return counts

@@ -16,11 +16,11 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from models.errors import ConfigError
 
-HEAD = "0001"  # the newest of service/migrations; a test holds it against them
+SCHEMA_REVISION = "0001"  # the newest of service/migrations; a test holds it against them
 MIGRATIONS = Path(__file__).parent / "migrations"
-WRITING = 7_201_931  # the advisory lock that one writer at a time holds in PostgreSQL
-BUSY_MS = 15_000
-CONNECT_S = "10"
+WRITE_LOCK_ID = 7_201_931  # the advisory lock that one writer at a time holds in PostgreSQL
+BUSY_TIMEOUT_MS = 15_000
+CONNECT_TIMEOUT_S = "10"
 
 
 class Database:
@@ -54,7 +54,7 @@ class Database:
         """A transaction that is on disk when the block is left, or not at all where it is left by an exception."""
         with self.engine.connect().execution_options(writing=True) as connection, connection.begin():
             if not self.is_sqlite:
-                connection.execute(text("SELECT pg_advisory_xact_lock(:n)"), {"n": WRITING})
+                connection.execute(text("SELECT pg_advisory_xact_lock(:n)"), {"n": WRITE_LOCK_ID})
             yield connection
 
     def refresh_statistics(self) -> None:
@@ -71,7 +71,7 @@ class Database:
 
     def _migrate(self) -> None:
         """Bring the schema up to date, if it is not; of several processes one does."""
-        if self._revision() == HEAD:
+        if self._revision() == SCHEMA_REVISION:
             return
         from alembic import command
         from alembic.config import Config
@@ -88,7 +88,7 @@ class Database:
             self.close()
             raise ConfigError(
                 f"DATABASE_URL {_shown(self.engine.url)} is at the revision {revision}, and this version of the service knows "
-                f"those up to {HEAD}; start the newer version that made it, or give another database."
+                f"those up to {SCHEMA_REVISION}; start the newer version that made it, or give another database."
             ) from None
 
     def _revision(self) -> str | None:
@@ -118,7 +118,7 @@ def _create(url: str) -> Engine:
         raise ConfigError("DATABASE_URL is no URL; it must be sqlite:///FILE or postgresql://USER@HOST/NAME.") from None
     if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
         return create_engine(
-            parsed.set(drivername="postgresql+psycopg", query={"connect_timeout": CONNECT_S} | dict(parsed.query)),
+            parsed.set(drivername="postgresql+psycopg", query={"connect_timeout": CONNECT_TIMEOUT_S} | dict(parsed.query)),
             pool_pre_ping=True,
             pool_size=8,
             max_overflow=24,
@@ -134,7 +134,7 @@ def _create(url: str) -> Engine:
             f"The folder of DATABASE_URL {_shown(parsed)} cannot be made ({error.strerror}); "
             "give a file in a folder that can be written."
         ) from None
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_MS / 1e3}, pool_size=8, max_overflow=120)
+    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1e3}, pool_size=8, max_overflow=120)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -147,7 +147,13 @@ def _shown(url: URL) -> str:
 
 def _prepare_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:
     connection.isolation_level = None  # the driver's own idea of transactions would leave selects outside of them
-    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", f"busy_timeout={BUSY_MS}", "cache_size=-16000"):
+    for pragma in (
+        "journal_mode=WAL",
+        "foreign_keys=ON",
+        "synchronous=FULL",
+        f"busy_timeout={BUSY_TIMEOUT_MS}",
+        "cache_size=-16000",
+    ):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -13,14 +13,14 @@ from werkzeug.datastructures import MultiDict
 
 from service.http.errors import Problem
 
-UNLABELLED = "not labelled"  # stands for the class of a live photo that nobody has labelled
-VERDICTS = ("right", "wrong", "unknown")
+UNLABELED = "not labelled"  # stands for the class of a live photo that nobody has labelled
+OUTCOMES = ("right", "wrong", "unknown")
 SOURCES = ("evaluation", "out-of-fold", "live")
 REVIEWS = ("unreviewed", "confirmed", "relabelled", "neither", "bad")
 FLAGS = ("duplicate", "mislabelled")
 CHANGES = ("fixed", "broke", "both-right", "both-wrong")
-PER_PAGE = (24, 48, 72, 96)
-ORDERS = {  # a sort's own direction, and its name in each
+PAGE_SIZES = (24, 48, 72, 96)
+SORT_ORDERS = {  # a sort's own direction, and its name in each
     "loss": ("desc", {"desc": "highest loss first", "asc": "lowest loss first"}),
     "confidence": ("desc", {"desc": "most confident first", "asc": "least confident first"}),
     "margin": ("asc", {"asc": "closest call first", "desc": "clearest call first"}),
@@ -30,7 +30,7 @@ ORDERS = {  # a sort's own direction, and its name in each
 
 # Parameter -> the field of Filter that takes several values.
 FACETS = {
-    "verdict": "verdicts",
+    "verdict": "outcomes",
     "class": "labels",
     "predicted": "predicted",
     "source": "sources",
@@ -38,7 +38,7 @@ FACETS = {
     "review": "reviews",
     "flag": "flags",
 }
-_FIXED = {"verdict": VERDICTS, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
+_FIXED = {"verdict": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Filter:
     """
 
     model: str
-    verdicts: tuple[str, ...] = ()
+    outcomes: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     predicted: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Filter:
     reviews: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     confidence: tuple[int, int] = (0, 100)
-    vs: str = ""
+    baseline: str = ""
     change: str = ""
     sort: str = "loss"
     order: str = "desc"
@@ -73,110 +73,112 @@ class Filter:
         if self.confidence != (0, 100):
             pairs.append(("confidence", "{}-{}".format(*self.confidence)))
         if self.change:
-            pairs += [("vs", self.vs), ("change", self.change)]
+            pairs += [("vs", self.baseline), ("change", self.change)]
         if self.sort != "loss":
             pairs.append(("sort", self.sort))
-        if self.order != ORDERS[self.sort][0]:
+        if self.order != SORT_ORDERS[self.sort][0]:
             pairs.append(("order", self.order))
         if self.sort == "random" and self.seed:
             pairs.append(("seed", self.seed))
         if self.per_page != 48:
             pairs.append(("per_page", self.per_page))
         pairs += [(name, value) for name, value in more.items() if value is not None]
-        return "&".join([in_query(name, str(value)) for name, value in pairs])
+        return "&".join([encode_param(name, str(value)) for name, value in pairs])
 
-    def having(self, **fields: Any) -> Filter:
+    def replace(self, **fields: Any) -> Filter:
         """The same filter with other ``fields``; another sort comes in its own direction."""
         if "sort" in fields and "order" not in fields:
-            fields["order"] = ORDERS[fields["sort"]][0]
+            fields["order"] = SORT_ORDERS[fields["sort"]][0]
         return dataclasses.replace(self, **fields)
 
-    def toggled(self, parameter: str, value: str) -> Filter:
+    def toggle(self, parameter: str, value: str) -> Filter:
         """With ``value`` of a facet added, or taken away where it is there."""
         field = FACETS[parameter]
         given: tuple[str, ...] = getattr(self, field)
-        return self.having(**{field: tuple(v for v in given if v != value) if value in given else (*given, value)})
+        return self.replace(**{field: tuple(v for v in given if v != value) if value in given else (*given, value)})
 
-    def cleared(self) -> Filter:
+    def cleared_filters(self) -> Filter:
         """Everything of the model, in the same order."""
         return Filter(model=self.model, sort=self.sort, order=self.order, seed=self.seed, per_page=self.per_page)
 
     @property
-    def is_narrow(self) -> bool:
+    def is_filtered(self) -> bool:
         """Whether anything is left out at all."""
-        return self.cleared() != self
+        return self.cleared_filters() != self
 
     @property
-    def order_in_words(self) -> str:
-        return ORDERS[self.sort][1][self.order]
+    def order_label(self) -> str:
+        return SORT_ORDERS[self.sort][1][self.order]
 
 
 @functools.lru_cache(maxsize=4096)
-def in_query(parameter: str, value: str) -> str:
+def encode_param(parameter: str, value: str) -> str:
     """A parameter as a query string has it. A page has hundreds of addresses, of the same few values."""
     return f"{parameter}={quote_plus(value, errors='surrogateescape')}"
 
 
-def read_filter(given: MultiDict[str, str], *, model: str, also: Iterable[str] = ()) -> Filter:
-    """The filter that a query string means; ``model`` is meant where it names none, and ``also`` are parameters of the page.
+def parse_filter(params: MultiDict[str, str], *, model: str, extra: Iterable[str] = ()) -> Filter:
+    """The filter that a query string means; ``model`` is meant where it names none, and ``extra`` are parameters of the page.
 
     Raises Problem for a parameter that is not known here or has a value that it cannot have.
     """
     known = ("model", *FACETS, "confidence", "vs", "change", "sort", "order", "seed", "per_page")
-    for name in given:
-        if name not in (*known, *also):
-            raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there are {', '.join((*known, *also))}.")
-        if any("\0" in value for value in given.getlist(name)):
+    for name in params:
+        if name not in (*known, *extra):
+            raise Problem(
+                "bad_parameter", f"The parameter {name!r} is not known here; there are {', '.join((*known, *extra))}."
+            )
+        if any("\0" in value for value in params.getlist(name)):
             raise Problem("bad_parameter", f"The parameter `{name}` has a zero byte in it, which no name has.")
-    sort = _one_of(given, "sort", tuple(ORDERS), "loss")
+    sort = _one_of(params, "sort", tuple(SORT_ORDERS), "loss")
     found = Filter(
-        model=given.get("model") or model,
-        **{field: _several(given, parameter) for parameter, field in FACETS.items()},
-        confidence=_range(given.get("confidence", "")),
-        vs=given.get("vs", ""),
-        change=_one_of(given, "change", CHANGES, ""),
+        model=params.get("model") or model,
+        **{field: _several(params, parameter) for parameter, field in FACETS.items()},
+        confidence=_range(params.get("confidence", "")),
+        baseline=params.get("vs", ""),
+        change=_one_of(params, "change", CHANGES, ""),
         sort=sort,
-        order=_one_of(given, "order", ("asc", "desc"), ORDERS[sort][0]),
-        seed=whole(given, "seed", 0, least=0, most=2**31 - 1),
-        per_page=whole(given, "per_page", 48, least=PER_PAGE[0], most=PER_PAGE[-1]),
+        order=_one_of(params, "order", ("asc", "desc"), SORT_ORDERS[sort][0]),
+        seed=parse_int(params, "seed", 0, min_value=0, max_value=2**31 - 1),
+        per_page=parse_int(params, "per_page", 48, min_value=PAGE_SIZES[0], max_value=PAGE_SIZES[-1]),
     )
-    if bool(found.vs) != bool(found.change):
+    if bool(found.baseline) != bool(found.change):
         raise Problem("bad_parameter", "The parameters `vs`, another model's version, and `change` go together; one came.")
     return found
 
 
-def read_page(given: MultiDict[str, str]) -> int:
+def parse_page(given: MultiDict[str, str]) -> int:
     """The number of the page, from 1."""
-    return whole(given, "page", 1, least=1, most=10**9)
+    return parse_int(given, "page", 1, min_value=1, max_value=10**9)
 
 
-def sentence(wanted: Filter, total: int, *, name: str, vs_name: str = "") -> str:
+def describe_filter(filters: Filter, total: int, *, name: str, vs_name: str = "") -> str:
     """The filter in words: "3 photos of class dogs that dogs-vs-cats got wrong, highest loss first."."""
     many = total != 1
     parts = [f"{total:,} photo{'s' if many else ''}"]
-    if wanted.labels:
-        parts.append(_labelled(wanted.labels))
-    if wanted.splits:
-        parts.append(f"of the split {_either(wanted.splits)}")
-    if wanted.sources:
-        parts.append(f"from {_either([_SOURCE[source] for source in wanted.sources])}")
-    verdict = _either([_VERDICT[verdict] for verdict in wanted.verdicts]) or "has classified"
+    if filters.labels:
+        parts.append(_labelled(filters.labels))
+    if filters.splits:
+        parts.append(f"of the split {_either(filters.splits)}")
+    if filters.sources:
+        parts.append(f"from {_either([_SOURCE[source] for source in filters.sources])}")
+    verdict = _either([_VERDICT[verdict] for verdict in filters.outcomes]) or "has classified"
     said = f"that {name} {verdict}"
-    if wanted.predicted:
-        said += f" as {_either(wanted.predicted)}" if not wanted.verdicts else f" and called {_either(wanted.predicted)}"
-    if wanted.confidence != (0, 100):
-        low, high = wanted.confidence
+    if filters.predicted:
+        said += f" as {_either(filters.predicted)}" if not filters.outcomes else f" and called {_either(filters.predicted)}"
+    if filters.confidence != (0, 100):
+        low, high = filters.confidence
         said += f" with a confidence {f'from {low} % up' if high == 100 else f'of {low} to {high} %'}"
     clauses = [said]
-    if wanted.flags:
-        clauses.append(f"that {_either([_FLAG[flag][many] for flag in wanted.flags])}")
-    if wanted.change:
-        clauses.append(f"that {_CHANGE[wanted.change].format(vs=vs_name or wanted.vs, name=name)}")
-    if wanted.reviews:
-        clauses.append(f"that {_either([_REVIEW[review] for review in wanted.reviews])}")
+    if filters.flags:
+        clauses.append(f"that {_either([_FLAG[flag][many] for flag in filters.flags])}")
+    if filters.change:
+        clauses.append(f"that {_CHANGE[filters.change].format(baseline=vs_name or filters.baseline, name=name)}")
+    if filters.reviews:
+        clauses.append(f"that {_either([_REVIEW[review] for review in filters.reviews])}")
     *first, last = clauses
     told = f"{', '.join(first)} and {last}" if first else last
-    return f"{' '.join(parts)} {told}, {wanted.order_in_words}."
+    return f"{' '.join(parts)} {told}, {filters.order_label}."
 
 
 _SOURCE = {"evaluation": "the evaluation", "out-of-fold": "the out-of-fold evaluation", "live": "live requests"}
@@ -201,7 +203,7 @@ _REVIEW = {
 
 
 def _labelled(labels: Sequence[str]) -> str:
-    named = [label for label in labels if label != UNLABELLED]
+    named = [label for label in labels if label != UNLABELED]
     words = [f"of class {_either(named)}"] if named else []
     return _either([*words, *(["without a label"] if len(named) < len(labels) else [])])
 
@@ -225,12 +227,14 @@ def _one_of(given: MultiDict[str, str], name: str, values: tuple[str, ...], defa
     return value
 
 
-def whole(given: Mapping[str, str], name: str, default: int, *, least: int, most: int) -> int:
+def parse_int(given: Mapping[str, str], name: str, default: int, *, min_value: int, max_value: int) -> int:
     """A parameter that is a number, as it came or its default. Raises Problem."""
     text = given.get(name) or str(default)
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
-    if not least <= value <= most:
-        raise Problem("bad_parameter", f"The parameter `{name}` is {text!r}; a whole number from {least} to {most} was wanted.")
+    if not min_value <= value <= max_value:
+        raise Problem(
+            "bad_parameter", f"The parameter `{name}` is {text!r}; a whole number from {min_value} to {max_value} was wanted."
+        )
     return value
 
 

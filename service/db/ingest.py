@@ -15,101 +15,101 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, Row, case, insert, select, update
 
 from models.artifacts.predictions import Predictions, cross_entropy
-from service.db.schema import RANGED, UNKNOWN, cells, current_reviews, imports, models, predictions
+from service.db.schema import RANGE_COLUMNS, UNKNOWN, buckets, current_reviews, imports, models, predictions
 
-CHUNK = 5_000
+CHUNK_ROWS = 5_000
 DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabelled")
 _PERCENTS = [n / 100 for n in range(100)]  # confidence * 100 rounds: 0.29 * 100 is less than 29
-Place = tuple[Any, ...]  # a value for each of DIMENSIONS
+BucketKey = tuple[Any, ...]  # a value for each of DIMENSIONS
 
 
 @dataclass(frozen=True)
-class Table:
+class EvaluationTable:
     """The predictions of one evaluation, and what else is known of its N photos: ``duplicate`` and ``mislabelled`` are (N,)."""
 
     source: str
     digest: str
     predictions: Predictions
     duplicate: NDArray[np.bool_]
-    mislabelled: NDArray[np.bool_]
+    mislabeled: NDArray[np.bool_]
 
 
 @dataclass
-class Tally:
+class BucketTotals:
     """Rows of predictions that come into cells: how many for each cell's id, and between which values of RANGED."""
 
-    photos: Counter[int] = field(default_factory=Counter)
+    counts: Counter[int] = field(default_factory=Counter)
     lows: dict[int, list[Any]] = field(default_factory=dict)
     highs: dict[int, list[Any]] = field(default_factory=dict)
 
-    def count(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         id_, values = row["cell_id"], _ranged(row)
-        self.photos[id_] += 1
+        self.counts[id_] += 1
         self.lows[id_] = list(map(min, self.lows.get(id_, values), values))
         self.highs[id_] = list(map(max, self.highs.get(id_, values), values))
 
 
-_ranged = itemgetter(*RANGED)
+_ranged = itemgetter(*RANGE_COLUMNS)
 
 
 # What has to be known of a prediction to move it from one cell to another.
-PLACED = (
+PREDICTION_COLUMNS = (
     predictions.c.id.label("prediction_id"),
     predictions.c.cell_id,
-    *(predictions.c[name] for name in RANGED),
-    *(cells.c[name] for name in DIMENSIONS),
+    *(predictions.c[name] for name in RANGE_COLUMNS),
+    *(buckets.c[name] for name in DIMENSIONS),
 )
 
 
 @dataclass
-class Cells:
+class BucketWriter:
     """The cells of one model, found or made as they are needed."""
 
     connection: Connection
     model_id: int
-    ids: dict[Place, int] = field(default_factory=dict)
+    ids: dict[BucketKey, int] = field(default_factory=dict)
 
-    def at(self, place: Place) -> int:
+    def get_or_create(self, place: BucketKey) -> int:
         """The id of the cell with these values."""
         if place not in self.ids:
             row = dict(zip(DIMENSIONS, place, strict=True)) | {"model_id": self.model_id}
-            found = select(cells.c.id).where(*(cells.c[name] == value for name, value in row.items()))
+            found = select(buckets.c.id).where(*(buckets.c[name] == value for name, value in row.items()))
             id_ = self.connection.execute(found).scalar()
             if id_ is None:
-                made = self.connection.execute(insert(cells).values(photos=0, **row))
+                made = self.connection.execute(insert(buckets).values(photos=0, **row))
                 id_ = made.inserted_primary_key[0]  # type: ignore[index]
             self.ids[place] = id_
         return self.ids[place]
 
-    def add(self, tally: Tally) -> None:
+    def add(self, tally: BucketTotals) -> None:
         """Count photos into their cells, which from now on reach as far as these do."""
-        for id_, number in sorted(tally.photos.items()):
-            values: dict[str, Any] = {"photos": cells.c.photos + number}
-            for name, low, high in zip(RANGED, tally.lows[id_], tally.highs[id_], strict=True):
-                first, last = cells.c[f"{name}_low"], cells.c[f"{name}_high"]
+        for id_, number in sorted(tally.counts.items()):
+            values: dict[str, Any] = {"photos": buckets.c.photos + number}
+            for name, low, high in zip(RANGE_COLUMNS, tally.lows[id_], tally.highs[id_], strict=True):
+                first, last = buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]
                 values[first.name] = case((first < low, first), else_=low)  # nothing is less or more than null
                 values[last.name] = case((last > high, last), else_=high)
-            self.connection.execute(update(cells).where(cells.c.id == id_).values(values))
+            self.connection.execute(update(buckets).where(buckets.c.id == id_).values(values))
 
     def move(self, row: Mapping[Any, Any], **changes: Any) -> None:
         """Put a prediction, a row of PLACED, into the cell where it has these ``changes``; its loss may be one of them."""
         now = {**row, **changes}
-        to = self.at(tuple(now[name] for name in DIMENSIONS))
+        to = self.get_or_create(tuple(now[name] for name in DIMENSIONS))
         if to == row["cell_id"]:
             return
         moved = update(predictions).where(predictions.c.id == row["prediction_id"])
         self.connection.execute(moved.values(cell_id=to, loss=now["loss"]))
         self.remove(row["cell_id"])
-        tally = Tally()
-        tally.count({**now, "cell_id": to})
+        tally = BucketTotals()
+        tally.add({**now, "cell_id": to})
         self.add(tally)
 
     def remove(self, id_: int, photos: int = 1) -> None:
         """Count photos out of a cell, which keeps its reach."""
-        self.connection.execute(update(cells).where(cells.c.id == id_).values(photos=cells.c.photos - photos))
+        self.connection.execute(update(buckets).where(buckets.c.id == id_).values(photos=buckets.c.photos - photos))
 
 
-def know_model(connection: Connection, *, version: str, name: str, classes: Sequence[str]) -> int:
+def get_or_create_model(connection: Connection, *, version: str, name: str, classes: Sequence[str]) -> int:
     """The id of a model, which is entered where it is new."""
     known = connection.execute(select(models.c.id).where(models.c.version == version)).scalar()
     if known is not None:
@@ -118,7 +118,7 @@ def know_model(connection: Connection, *, version: str, name: str, classes: Sequ
     return int(connection.execute(insert(models).values(row)).inserted_primary_key[0])  # type: ignore[index]
 
 
-def touch(connection: Connection, model_id: int) -> None:
+def mark_model_active(connection: Connection, model_id: int) -> None:
     """Note that a model was put to serve now."""
     connection.execute(update(models).where(models.c.id == model_id).values(seen_at=datetime.now(timezone.utc)))
 
@@ -128,7 +128,7 @@ def is_imported(connection: Connection, version: str, digest: str) -> bool:
     return connection.execute(found).first() is not None
 
 
-def import_table(connection: Connection, model_id: int, table: Table) -> int:
+def import_predictions(connection: Connection, model_id: int, table: EvaluationTable) -> int:
     """Enter the predictions that the model does not have yet, under the decisions that there are; returns their number.
 
     Of those that it has, what looks mislabelled now is called so.
@@ -136,22 +136,22 @@ def import_table(connection: Connection, model_id: int, table: Table) -> int:
     said = table.predictions
     known = {tuple(row): id_ for id_, *row in connection.execute(_photos_of(model_id))}
     new, suspected = [], []
-    for i, photo in enumerate(zip(map(storable, said.image_names), said.sha256s, strict=True)):
+    for i, photo in enumerate(zip(map(encode_file_name, said.image_names), said.sha256s, strict=True)):
         if photo not in known:
             known[photo] = 0
             new.append(i)
-        elif known[photo] and table.mislabelled[i]:
+        elif known[photo] and table.mislabeled[i]:
             suspected.append(known[photo])
     reviews = _decisions_on(connection)
-    places = Cells(connection, model_id)
-    tally = Tally()
+    places = BucketWriter(connection, model_id)
+    tally = BucketTotals()
     for rows in _in_chunks(_rows(table, new, reviews, model_id, places)):
         connection.execute(insert(predictions), rows)
         for row in rows:
-            tally.count(row)
+            tally.add(row)
     places.add(tally)
     for id_ in suspected:  # an earlier import brought them
-        known_row = connection.execute(select(*PLACED).join(cells).where(predictions.c.id == id_)).one()
+        known_row = connection.execute(select(*PREDICTION_COLUMNS).join(buckets).where(predictions.c.id == id_)).one()
         places.move(known_row._mapping, mislabelled=True)
     connection.execute(
         insert(imports).values(
@@ -165,7 +165,9 @@ def import_table(connection: Connection, model_id: int, table: Table) -> int:
     return len(new)
 
 
-def judge(review: Row[Any] | None, *, label: int, predicted: int, classes: Sequence[str], source: str) -> tuple[int, str]:
+def resolve_label(
+    review: Row[Any] | None, *, label: int, predicted: int, classes: Sequence[str], source: str
+) -> tuple[int, str]:
     """The label and the state of a photo under the decision that holds for it, or under none.
 
     An evaluated photo keeps the label that it was evaluated with. A live one has the label that it was given, if any.
@@ -180,34 +182,42 @@ def judge(review: Row[Any] | None, *, label: int, predicted: int, classes: Seque
 
 
 def _rows(
-    table: Table, which: Sequence[int], reviews: Mapping[str, Any], model_id: int, places: Cells
+    table: EvaluationTable, which: Sequence[int], reviews: Mapping[str, Any], model_id: int, places: BucketWriter
 ) -> Iterator[dict[str, Any]]:
     said = table.predictions
     predicted, confidence, losses = said.predicted, said.confidence, said.losses
     values = said.probabilities.astype("<f4")
-    margins = margins_of(said.probabilities)
+    margins = compute_margins(said.probabilities)
     for i in which:
         sha256 = said.sha256s[i]
         guess = int(predicted[i])
-        label, review = judge(
+        label, review = resolve_label(
             reviews.get(sha256), label=int(said.labels[i]), predicted=guess, classes=said.classes, source=table.source
         )
-        flags = bool(table.duplicate[i]), bool(table.mislabelled[i])
-        place = (table.source, storable(said.splits[i]), label, guess, percent(float(confidence[i])), review, *flags)
+        flags = bool(table.duplicate[i]), bool(table.mislabeled[i])
+        place = (
+            table.source,
+            encode_file_name(said.splits[i]),
+            label,
+            guess,
+            confidence_percent(float(confidence[i])),
+            review,
+            *flags,
+        )
         yield {
             "model_id": model_id,
-            "cell_id": places.at(place),
-            "photo": storable(said.image_names[i]),
+            "cell_id": places.get_or_create(place),
+            "photo": encode_file_name(said.image_names[i]),
             "sha256": sha256,
             "loss": float(losses[i]),
             "confidence": float(confidence[i]),
             "margin": float(margins[i]),
-            "shuffle": shuffle_of(sha256),
+            "shuffle": shuffle_key(sha256),
             "probabilities": values[i].tobytes(),
         }
 
 
-def live_loss(probabilities: bytes, label: int) -> float:
+def production_loss(probabilities: bytes, label: int) -> float:
     """The loss of a live photo as it is stored: UNKNOWN as long as it has no label."""
     if label == UNKNOWN:
         return float(UNKNOWN)
@@ -215,12 +225,12 @@ def live_loss(probabilities: bytes, label: int) -> float:
     return float(cross_entropy(np.array([label]), values[None])[0])
 
 
-def percent(confidence: float) -> int:
+def confidence_percent(confidence: float) -> int:
     """The whole per cent of a confidence, the highest n with n / 100 <= confidence; 100 % counts as 99."""
     return bisect.bisect_right(_PERCENTS, confidence) - 1
 
 
-def margins_of(probabilities: NDArray[Any]) -> NDArray[np.float64]:
+def compute_margins(probabilities: NDArray[Any]) -> NDArray[np.float64]:
     """(N, C) -> (N,) how far the highest probability is above the second; all of it where there is one class."""
     if probabilities.shape[1] < 2:
         return probabilities[:, 0].astype(np.float64)
@@ -228,17 +238,17 @@ def margins_of(probabilities: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(highest[:, 1] - highest[:, 0], dtype=np.float64)
 
 
-def shuffle_of(sha256: str) -> int:
+def shuffle_key(sha256: str) -> int:
     """31 bits that have nothing to do with anything else of the photo."""
     return int(sha256[:8], 16) >> 1
 
 
-def storable(photo: str) -> str:
+def encode_file_name(photo: str) -> str:
     """With what no database takes, as bytes of a file's name that are no UTF-8, as characters of private use."""
     return photo.translate(_TO_PRIVATE)
 
 
-def file_name(photo: str) -> str:
+def decode_file_name(photo: str) -> str:
     """The name as the file system and predictions.csv have it."""
     return photo.translate(_FROM_PRIVATE)
 
@@ -261,7 +271,7 @@ def _in_chunks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]
     chunk: list[dict[str, Any]] = []
     for row in rows:
         chunk.append(row)
-        if len(chunk) == CHUNK:
+        if len(chunk) == CHUNK_ROWS:
             yield chunk
             chunk = []
     if chunk:

@@ -13,27 +13,27 @@ from typing import Any
 
 
 @dataclass
-class Segment:
+class KeyRange:
     """What has a sort key from ``low`` to ``high``, both included, or any where they are None.
 
-    ``photos`` are the filter's there, None before they are counted.
+    ``count`` are the filter's there, None before they are counted.
     """
 
     low: Any
     high: Any
-    photos: int | None
-    cells: list[int] = field(default_factory=list)  # the ids of the filter's that have photos here
+    count: int | None
+    bucket_ids: list[int] = field(default_factory=list)  # the ids of the filter's that have photos here
 
 
-def cut(ranges: Iterable[tuple[Any, Any, int, int]]) -> list[Segment]:
+def merge_ranges(ranges: Iterable[tuple[Any, Any, int, int]]) -> list[KeyRange]:
     """Segments in ascending order, none of which touches the next, from (low, high, photos, id) of cells."""
-    found: list[Segment] = []
-    for low, high, photos, id_ in sorted(ranges):
+    found: list[KeyRange] = []
+    for low, high, count, id_ in sorted(ranges):
         if found and low <= found[-1].high:
             last = found[-1]
             last.high = max(last.high, high)
-            last.photos = (last.photos or 0) + photos
-            last.cells.append(id_)
+            last.count = (last.count or 0) + count
+            last.bucket_ids.append(id_)
         else:
-            found.append(Segment(low, high, photos, [id_]))
+            found.append(KeyRange(low, high, count, [id_]))
     return found

@@ -7,79 +7,79 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, select
 
-from service.db.schema import UNKNOWN, cells, current_reviews, predictions
+from service.db.schema import UNKNOWN, buckets, current_reviews, predictions
 from service.http.errors import Problem
 
 if TYPE_CHECKING:
-    from service.db.query import KnownModel
+    from service.db.query import ModelRecord
 
-SET_ASIDE, DISAGREE = -2, -3  # in place of a true class: neither or a bad photo; two labels and no decision
+EXCLUDED, LABEL_CONFLICT = -2, -3  # in place of a true class: neither or a bad photo; two labels and no decision
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ModelComparison:
     """How many photos two models, a and b, have right and wrong; ``fixed`` are those that a has wrong and b right."""
 
-    both_right: int
-    both_wrong: int
+    both_correct: int
+    both_incorrect: int
     fixed: int
     broke: int
-    set_aside: int
-    disagree: int
-    unlabelled: int
+    excluded: int
+    label_conflicts: int
+    unlabeled: int
     only_a: int
     only_b: int
 
     @property
-    def together(self) -> int:
-        return self.both_right + self.both_wrong + self.fixed + self.broke
+    def common(self) -> int:
+        return self.both_correct + self.both_incorrect + self.fixed + self.broke
 
     @property
     def p_value(self) -> float:
         """McNemar's exact test: how likely a split of the changed photos at least so uneven is where neither is better."""
-        changed = self.fixed + self.broke
+        select_changed = self.fixed + self.broke
         ways = tail = 1  # to choose none, one, two... of the changed photos
         for i in range(min(self.fixed, self.broke)):
-            ways = ways * (changed - i) // (i + 1)
+            ways = ways * (select_changed - i) // (i + 1)
             tail += ways
-        return min(1.0, 2 * tail / 2**changed)
+        return min(1.0, 2 * tail / 2**select_changed)
 
 
-def compare(connection: Connection, a: KnownModel, b: KnownModel) -> Comparison:
+def compare_models(connection: Connection, a: ModelRecord, b: ModelRecord) -> ModelComparison:
     """Count the photos that both models were asked; raises Problem where their classes are not the same."""
     pairs = _pairs(a, b).subquery()
     found = select(pairs.c.truth, pairs.c.a_right, pairs.c.b_right, func.count()).group_by(
         pairs.c.truth, pairs.c.a_right, pairs.c.b_right
     )
     judged = dict.fromkeys([(False, False), (False, True), (True, False), (True, True)], 0)
-    aside = dict.fromkeys([UNKNOWN, SET_ASIDE, DISAGREE], 0)
+    aside = dict.fromkeys([UNKNOWN, EXCLUDED, LABEL_CONFLICT], 0)
     for truth, a_right, b_right, photos in connection.execute(found):
         if truth < 0:
             aside[truth] += photos
         else:
             judged[bool(a_right), bool(b_right)] += photos
-    together = sum(judged.values()) + sum(aside.values())
-    return Comparison(
-        both_right=judged[True, True],
-        both_wrong=judged[False, False],
+    common = sum(judged.values()) + sum(aside.values())
+    return ModelComparison(
+        both_correct=judged[True, True],
+        both_incorrect=judged[False, False],
         fixed=judged[False, True],
         broke=judged[True, False],
-        set_aside=aside[SET_ASIDE],
-        disagree=aside[DISAGREE],
-        unlabelled=aside[UNKNOWN],
-        only_a=_photos(connection, a) - together,
-        only_b=_photos(connection, b) - together,
+        excluded=aside[EXCLUDED],
+        label_conflicts=aside[LABEL_CONFLICT],
+        unlabeled=aside[UNKNOWN],
+        only_a=_photos(connection, a) - common,
+        only_b=_photos(connection, b) - common,
     )
 
 
-def changed(model: KnownModel, vs: KnownModel, change: str) -> Select[Any]:
+def select_changed(model: ModelRecord, vs: ModelRecord, change: str) -> Select[Any]:
     """The ids of ``model``'s predictions whose outcome differs from ``vs``'s as ``change`` says, or does not differ."""
     vs_right, right = {"fixed": (0, 1), "broke": (1, 0), "both-right": (1, 1), "both-wrong": (0, 0)}[change]
     pairs = _pairs(vs, model).subquery()
     return select(pairs.c.b_id).where(pairs.c.truth >= 0, pairs.c.a_right == vs_right, pairs.c.b_right == right)
 
 
-def _pairs(a: KnownModel, b: KnownModel) -> Select[Any]:
+def _pairs(a: ModelRecord, b: ModelRecord) -> Select[Any]:
     """A row for each photo that both were asked: b's prediction, the true class, and who has it right (0 or 1)."""
     if a.classes != b.classes:
         raise Problem(
@@ -88,7 +88,7 @@ def _pairs(a: KnownModel, b: KnownModel) -> Select[Any]:
             f"{', '.join(b.classes[:5])}) and cannot be compared; give two with the same.",
         )
     of_a, of_b = predictions.alias("of_a"), predictions.alias("of_b")
-    cell_a, cell_b = cells.alias("cell_a"), cells.alias("cell_b")
+    cell_a, cell_b = buckets.alias("cell_a"), buckets.alias("cell_b")
     truth = _truth(cell_a.c.label, cell_b.c.label, b.classes)
     return (
         select(
@@ -110,10 +110,12 @@ def _truth(a: ColumnElement[int], b: ColumnElement[int], classes: tuple[str, ...
     """A reviewer's word counts; without one, the label that both were evaluated with."""
     review = current_reviews.c
     decided = [(and_(review.decision == "label", review.new_label == name), i) for i, name in enumerate(classes)]
-    return case(*decided, (review.decision.is_not(None), SET_ASIDE), (a == b, a), else_=DISAGREE)
+    return case(*decided, (review.decision.is_not(None), EXCLUDED), (a == b, a), else_=LABEL_CONFLICT)
 
 
-def _photos(connection: Connection, model: KnownModel) -> int:
+def _photos(connection: Connection, model: ModelRecord) -> int:
     return int(
-        connection.execute(select(func.coalesce(func.sum(cells.c.photos), 0)).where(cells.c.model_id == model.id)).scalar_one()
+        connection.execute(
+            select(func.coalesce(func.sum(buckets.c.photos), 0)).where(buckets.c.model_id == model.id)
+        ).scalar_one()
     )

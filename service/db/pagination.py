@@ -10,44 +10,44 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, func, select, tuple_
 
 from service.db.filter import Filter
-from service.db.key_ranges import Segment, cut
-from service.db.schema import cells, predictions
+from service.db.key_ranges import KeyRange, merge_ranges
+from service.db.schema import buckets, predictions
 
-SORTED_BY = {
+SORT_COLUMNS = {
     "loss": predictions.c.loss,
     "confidence": predictions.c.confidence,
     "margin": predictions.c.margin,
     "name": predictions.c.photo,
     "random": predictions.c.shuffle,
 }
-FEW = 4_000  # photos that are sooner found through their cells and sorted than met in the order's own index
-SPARSE = 50  # photos to a cell: where there are fewer, to read how far the cells reach costs more than it spares
+SMALL_RESULT = 4_000  # photos that are sooner found through their cells and sorted than met in the order's own index
+MIN_IMAGES_PER_BUCKET = 50  # photos to a cell: where there are fewer, to read how far the cells reach costs more than it spares
 
 
 @dataclass(frozen=True, eq=False)
-class Order:
-    """The photos of one model that are in some cells: ``photos_in`` says how many of them each cell's id has.
+class Paginator:
+    """The photos of one model that are in some cells: ``bucket_counts`` says how many of them each cell's id has.
 
-    ``everything`` is the number of the model's photos, and ``all_cells`` that of its cells. ``among`` selects the ids that are
+    ``model_total`` is the number of the model's photos, and ``bucket_total`` that of its cells. ``restrict_to`` selects the ids that are
     to be left, where not all photos of the cells are.
     """
 
     connection: Connection
     model_id: int
-    wanted: Filter
-    photos_in: Mapping[int, int]
-    everything: int
-    all_cells: int
-    among: Select[Any] | None = None
+    filters: Filter
+    bucket_counts: Mapping[int, int]
+    model_total: int
+    bucket_total: int
+    restrict_to: Select[Any] | None = None
 
     def ids(self, *, limit: int | None = None, offset: int = 0) -> list[int]:
         found: list[int] = []
         segments = self._segments()
-        if offset > FEW:
+        if offset > SMALL_RESULT:
             self._count_random(segments)
         for segment in segments:
-            if segment.photos is not None and segment.photos <= offset:
-                offset -= segment.photos
+            if segment.count is not None and segment.count <= offset:
+                offset -= segment.count
                 continue
             more = self._page(segment, limit=None if limit is None else limit - len(found), offset=offset)
             found += more
@@ -56,7 +56,7 @@ class Order:
             offset = 0 if more else max(0, offset - self._count(segment))
         return found
 
-    def around(self, key: Any, id_: int) -> tuple[int, list[int], list[int]]:
+    def neighbors(self, key: Any, id_: int) -> tuple[int, list[int], list[int]]:
         """How many ids come before the one with this sort key, the last of those, and the first after it, if there are any."""
         earlier, own, later = self._place(key)
         count = sum(map(self._count, earlier))
@@ -64,8 +64,8 @@ class Order:
         following: list[int] = []
         if own:
             here, this = tuple_(self._column, predictions.c.id), tuple_(key, id_)
-            lower = replace(own, high=key, photos=None), here < this
-            higher = replace(own, low=key, photos=None), here > this
+            lower = replace(own, high=key, count=None), here < this
+            higher = replace(own, low=key, count=None), here > this
             before, after = (lower, higher) if self._is_ascending else (higher, lower)
             count += self._count(*before)
             previous = self._select(*before, limit=1, backwards=True)
@@ -76,55 +76,55 @@ class Order:
             following = following or self._select(segment, limit=1)
         return count, previous, following
 
-    def has(self, id_: int) -> bool:
-        cell = (predictions.c.cell_id + 0).in_(list(self.photos_in))
+    def contains(self, id_: int) -> bool:
+        cell = (predictions.c.cell_id + 0).in_(list(self.bucket_counts))
         this = select(predictions.c.id).where(predictions.c.id == id_, cell)
-        if self.among is not None:
-            this = this.where(predictions.c.id.in_(self.among))
+        if self.restrict_to is not None:
+            this = this.where(predictions.c.id.in_(self.restrict_to))
         return self.connection.execute(this).first() is not None
 
     @property
     def _column(self) -> ColumnElement[Any]:
-        return SORTED_BY[self.wanted.sort]
+        return SORT_COLUMNS[self.filters.sort]
 
     @property
     def _is_random(self) -> bool:
-        return self.wanted.sort == "random"
+        return self.filters.sort == "random"
 
     @property
     def _is_ascending(self) -> bool:
-        return self.wanted.order == "asc"
+        return self.filters.order == "asc"
 
     @cached_property
     def _total(self) -> int:
-        return sum(self.photos_in.values())
+        return sum(self.bucket_counts.values())
 
     @property
     def _are_few(self) -> bool:
         """Whether the photos are found through their cells. As those' index has the random order in it, many are few there."""
-        most = self.everything // 10
-        return self._total <= (most if self._is_random else min(FEW, most))
+        most = self.model_total // 10
+        return self._total <= (most if self._is_random else min(SMALL_RESULT, most))
 
-    def _segments(self) -> list[Segment]:
+    def _segments(self) -> list[KeyRange]:
         """The parts of the order that have photos, first to last.
 
         A random order is the photos' own shuffled one, begun at a place that the seed gives and then round.
         """
         if self._is_random:
-            start = self.wanted.seed * 2_654_435_761 % 2**31  # Knuth's multiplier: near seeds begin far apart
-            ids = list(self.photos_in)
-            segments = [Segment(start, 2**31 - 1, None, ids), Segment(0, start - 1, None, ids)]
-        elif self._are_few or self.everything < SPARSE * self.all_cells:
-            segments = [Segment(None, None, self._total, list(self.photos_in))]
+            start = self.filters.seed * 2_654_435_761 % 2**31  # Knuth's multiplier: near seeds begin far apart
+            ids = list(self.bucket_counts)
+            segments = [KeyRange(start, 2**31 - 1, None, ids), KeyRange(0, start - 1, None, ids)]
+        elif self._are_few or self.model_total < MIN_IMAGES_PER_BUCKET * self.bucket_total:
+            segments = [KeyRange(None, None, self._total, list(self.bucket_counts))]
         else:
-            name = SORTED_BY[self.wanted.sort].name
-            columns = cells.c.id, cells.c[f"{name}_low"], cells.c[f"{name}_high"]
-            rows = self.connection.execute(select(*columns).where(cells.c.model_id == self.model_id, cells.c.photos > 0))
-            photos = self.photos_in
-            segments = cut((low, high, photos[id_], id_) for id_, low, high in rows if id_ in photos)
+            name = SORT_COLUMNS[self.filters.sort].name
+            columns = buckets.c.id, buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]
+            rows = self.connection.execute(select(*columns).where(buckets.c.model_id == self.model_id, buckets.c.photos > 0))
+            photos = self.bucket_counts
+            segments = merge_ranges((low, high, photos[id_], id_) for id_, low, high in rows if id_ in photos)
         return segments if self._is_ascending else segments[::-1]
 
-    def _place(self, key: Any) -> tuple[list[Segment], Segment | None, list[Segment]]:
+    def _place(self, key: Any) -> tuple[list[KeyRange], KeyRange | None, list[KeyRange]]:
         """The segments before a key, the one around it, and those after it."""
         segments = self._segments()
         for number, segment in enumerate(segments):
@@ -133,21 +133,21 @@ class Order:
         lower, higher = [s for s in segments if s.high < key], [s for s in segments if s.low > key]
         return (lower, None, higher) if self._is_ascending else (higher, None, lower)
 
-    def _count_random(self, segments: list[Segment]) -> None:
+    def _count_random(self, segments: list[KeyRange]) -> None:
         """Count one half of a random order; the other one has the rest."""
         if self._is_random:
             first, second = segments
-            second.photos = self._total - self._count(first)
+            second.count = self._total - self._count(first)
 
-    def _page(self, segment: Segment, *, limit: int | None, offset: int) -> list[int]:
+    def _page(self, segment: KeyRange, *, limit: int | None, offset: int) -> list[int]:
         """As ``_select``, from the nearer end where the other one's place is known."""
-        if limit is None or segment.photos is None or offset <= segment.photos // 2:
+        if limit is None or segment.count is None or offset <= segment.count // 2:
             return self._select(segment, limit=limit, offset=offset)
-        limit = min(limit, segment.photos - offset)
-        return self._select(segment, limit=limit, offset=segment.photos - offset - limit, backwards=True)[::-1]
+        limit = min(limit, segment.count - offset)
+        return self._select(segment, limit=limit, offset=segment.count - offset - limit, backwards=True)[::-1]
 
     def _select(
-        self, segment: Segment, *more: ColumnElement[bool], limit: int | None, offset: int = 0, backwards: bool = False
+        self, segment: KeyRange, *more: ColumnElement[bool], limit: int | None, offset: int = 0, backwards: bool = False
     ) -> list[int]:
         keys: list[ColumnElement[Any]] = [self._column, predictions.c.id]
         if self._is_ascending == backwards:
@@ -156,27 +156,27 @@ class Order:
         found = select(predictions.c.id).where(*conditions, *more).order_by(*keys).limit(limit).offset(offset)
         return list(self.connection.execute(found).scalars())
 
-    def _count(self, segment: Segment, *more: ColumnElement[bool]) -> int:
+    def _count(self, segment: KeyRange, *more: ColumnElement[bool]) -> int:
         """The segment's photos, counted once unless there are ``more`` conditions."""
-        if segment.photos is None:
+        if segment.count is None:
             conditions = self._conditions(segment, by_cell=self._are_few or self._is_random)
             found = select(func.count()).select_from(predictions).where(*conditions, *more)
-            segment.photos = int(self.connection.execute(found).scalar_one())
-        return segment.photos
+            segment.count = int(self.connection.execute(found).scalar_one())
+        return segment.count
 
-    def _conditions(self, segment: Segment, *, by_cell: bool) -> list[ColumnElement[bool]]:
+    def _conditions(self, segment: KeyRange, *, by_cell: bool) -> list[ColumnElement[bool]]:
         """What the photos of a segment have, said so that they are looked up in the cells' index or in the order's own."""
         chosen: list[ColumnElement[bool]] = []
         if segment.low is not None:
             chosen.append(self._column >= segment.low)
         if segment.high is not None:
             chosen.append(self._column <= segment.high)
-        if len(self.photos_in) == self.all_cells:
+        if len(self.bucket_counts) == self.bucket_total:
             chosen.append(predictions.c.model_id == self.model_id)
         elif by_cell:
-            chosen.append(predictions.c.cell_id.in_(segment.cells))
+            chosen.append(predictions.c.cell_id.in_(segment.bucket_ids))
         else:  # + 0 keeps a planner, which cannot know how many photos the cells have, from going through them
-            chosen += [predictions.c.model_id == self.model_id, (predictions.c.cell_id + 0).in_(segment.cells)]
-        if self.among is not None:
-            chosen.append(predictions.c.id.in_(self.among))
+            chosen += [predictions.c.model_id == self.model_id, (predictions.c.cell_id + 0).in_(segment.bucket_ids)]
+        if self.restrict_to is not None:
+            chosen.append(predictions.c.id.in_(self.restrict_to))
         return chosen

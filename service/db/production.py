@@ -10,14 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, case, delete, func, insert, select, update
 
-from service.db.ingest import Cells, Tally, judge, live_loss, margins_of, percent, shuffle_of
-from service.db.schema import cells, current_reviews, live_photos, predictions
+from service.db.ingest import (
+    BucketTotals,
+    BucketWriter,
+    compute_margins,
+    confidence_percent,
+    production_loss,
+    resolve_label,
+    shuffle_key,
+)
+from service.db.schema import buckets, current_reviews, predictions, production_images
 
-FOLDER = "live"
+NAME_PREFIX = "live"
 
 
 @dataclass(frozen=True, eq=False)
-class Answered:
+class ServedPrediction:
     """A photo as it arrived, and the (C,) probabilities that it was answered."""
 
     data: bytes
@@ -26,22 +34,22 @@ class Answered:
     received_at: datetime
 
 
-def name_of(sha256: str) -> str:
+def production_name(sha256: str) -> str:
     """What a live photo is called in a grid: it has no name of its own that is safe to show."""
-    return f"{FOLDER}/{sha256[:16]}"
+    return f"{NAME_PREFIX}/{sha256[:16]}"
 
 
-def keep(connection: Connection, model_id: int, classes: Sequence[str], answered: Sequence[Answered]) -> int:
+def save_predictions(connection: Connection, model_id: int, classes: Sequence[str], served: Sequence[ServedPrediction]) -> int:
     """Enter answered photos; one that the model has answered before stays as it is. Returns how many are new to it."""
-    places = Cells(connection, model_id)
-    tally = Tally()
+    places = BucketWriter(connection, model_id)
+    tally = BucketTotals()
     new = 0
-    for photo in answered:
-        kept = select(live_photos.c.sha256).where(live_photos.c.sha256 == photo.sha256)
+    for photo in served:
+        kept = select(production_images.c.sha256).where(production_images.c.sha256 == photo.sha256)
         if connection.execute(kept).first() is None:
             data = {"sha256": photo.sha256, "data": photo.data, "received_at": photo.received_at}
-            connection.execute(insert(live_photos).values(data))
-        name = name_of(photo.sha256)
+            connection.execute(insert(production_images).values(data))
+        name = production_name(photo.sha256)
         known = select(predictions.c.id).where(
             predictions.c.model_id == model_id, predictions.c.photo == name, predictions.c.sha256 == photo.sha256
         )
@@ -49,37 +57,37 @@ def keep(connection: Connection, model_id: int, classes: Sequence[str], answered
             continue
         guess, confidence = int(photo.probabilities.argmax()), float(photo.probabilities.max())
         review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == photo.sha256)).first()
-        label, state = judge(review, label=guess, predicted=guess, classes=classes, source="live")
-        cell = places.at(("live", "", label, guess, percent(confidence), state, False, False))
+        label, state = resolve_label(review, label=guess, predicted=guess, classes=classes, source="live")
+        cell = places.get_or_create(("live", "", label, guess, confidence_percent(confidence), state, False, False))
         values = photo.probabilities.astype("<f4").tobytes()
         row = {
             "model_id": model_id,
             "cell_id": cell,
             "photo": name,
             "sha256": photo.sha256,
-            "loss": live_loss(values, label),
+            "loss": production_loss(values, label),
             "confidence": confidence,
-            "margin": float(margins_of(photo.probabilities[None])[0]),
-            "shuffle": shuffle_of(photo.sha256),
+            "margin": float(compute_margins(photo.probabilities[None])[0]),
+            "shuffle": shuffle_key(photo.sha256),
             "probabilities": values,
         }
         connection.execute(insert(predictions).values(row))
-        tally.count(row)
+        tally.add(row)
         new += 1
     places.add(tally)
     return new
 
 
-def prune(connection: Connection, *, most: int, days: float) -> int:
-    """Forget photos that are older than ``days``, and of more than ``most`` those without a decision first, then the oldest.
+def prune(connection: Connection, *, max_images: int, days: float) -> int:
+    """Forget photos that are older than ``days``, and of more than ``max_images`` those without a decision first, then the oldest.
 
     Returns how many were forgotten. What was decided about them stays in the history.
     """
-    columns = live_photos.c
+    columns = production_images.c
     until = datetime.now(timezone.utc) - timedelta(days=days)
     gone = list(connection.execute(select(columns.sha256).where(columns.received_at < until)).scalars())
-    total = connection.execute(select(func.count()).select_from(live_photos)).scalar_one()
-    if (over := total - len(gone) - most) > 0:
+    total = connection.execute(select(func.count()).select_from(production_images)).scalar_one()
+    if (over := total - len(gone) - max_images) > 0:
         reviewed = case((current_reviews.c.sha256.is_not(None), 1), else_=0)
         found = (
             select(columns.sha256)
@@ -94,37 +102,39 @@ def prune(connection: Connection, *, most: int, days: float) -> int:
     return len(gone)
 
 
-def photo_of(connection: Connection, sha256: str) -> bytes | None:
+def load_image(connection: Connection, sha256: str) -> bytes | None:
     """A kept photo, as it arrived."""
-    return connection.execute(select(live_photos.c.data).where(live_photos.c.sha256 == sha256)).scalar()
+    return connection.execute(select(production_images.c.data).where(production_images.c.sha256 == sha256)).scalar()
 
 
-def is_kept(connection: Connection, sha256: str) -> bool:
-    return connection.execute(select(live_photos.c.sha256).where(live_photos.c.sha256 == sha256)).first() is not None
+def is_saved(connection: Connection, sha256: str) -> bool:
+    return (
+        connection.execute(select(production_images.c.sha256).where(production_images.c.sha256 == sha256)).first() is not None
+    )
 
 
-def labelled(connection: Connection) -> Iterator[tuple[str, str]]:
+def labeled_images(connection: Connection) -> Iterator[tuple[str, str]]:
     """The sha256 and the class of every kept photo that was given one, in their order."""
     found = (
-        select(live_photos.c.sha256, current_reviews.c.new_label)
-        .join(current_reviews, current_reviews.c.sha256 == live_photos.c.sha256)
+        select(production_images.c.sha256, current_reviews.c.new_label)
+        .join(current_reviews, current_reviews.c.sha256 == production_images.c.sha256)
         .where(current_reviews.c.decision == "label")
-        .order_by(current_reviews.c.new_label, live_photos.c.sha256)
+        .order_by(current_reviews.c.new_label, production_images.c.sha256)
     )
     for sha256, label in connection.execute(found):
         yield sha256, str(label)
 
 
 def _forget(connection: Connection, sha256: str) -> None:
-    mine = (predictions.c.sha256 == sha256) & (predictions.c.photo == name_of(sha256))
+    mine = (predictions.c.sha256 == sha256) & (predictions.c.photo == production_name(sha256))
     in_cells = connection.execute(select(predictions.c.cell_id, func.count()).where(mine).group_by(predictions.c.cell_id)).all()
     for cell_id, photos in in_cells:
-        connection.execute(update(cells).where(cells.c.id == cell_id).values(photos=cells.c.photos - photos))
+        connection.execute(update(buckets).where(buckets.c.id == cell_id).values(photos=buckets.c.photos - photos))
     connection.execute(delete(predictions).where(mine))
-    connection.execute(delete(live_photos).where(live_photos.c.sha256 == sha256))
+    connection.execute(delete(production_images).where(production_images.c.sha256 == sha256))
 
 
-def suffix_of(data: bytes) -> str:
+def file_suffix(data: bytes) -> str:
     """What a photo's file is called at its end, by its first bytes."""
     return next((suffix for start, suffix in _SUFFIXES.items() if data.startswith(start)), ".jpg")
 

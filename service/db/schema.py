@@ -1,6 +1,6 @@
 """The tables. ``service/migrations`` makes them; a test holds the two against each other.
 
-What can be counted is a star: a row of ``cells`` is one combination of everything that a page filters by, with the number of
+What can be counted is a star: a row of ``buckets`` is one combination of everything that a page filters by, with the number of
 its predictions, and a prediction names its cell. So every count of a page is a sum over cells, of which a million predictions
 have a few thousand, and a decision moves one prediction from one cell to another.
 """
@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 
 
-class Instant(TypeDecorator[datetime]):
+class UtcDateTime(TypeDecorator[datetime]):
     """A moment, always with its time zone: SQLite keeps none, and what is kept here is UTC."""
 
     impl = DateTime(timezone=True)
@@ -45,10 +45,15 @@ class Instant(TypeDecorator[datetime]):
 
 
 UNKNOWN = -1  # the label of a live photo that nobody has labelled, and its loss
-RANGED = ("loss", "confidence", "margin", "photo")  # the columns of predictions of which a cell knows how far its own reach
+RANGE_COLUMNS = (
+    "loss",
+    "confidence",
+    "margin",
+    "photo",
+)  # the columns of predictions of which a cell knows how far its own reach
 
 
-def can_be_kept(*texts: str) -> bool:
+def is_storable(*texts: str) -> bool:
     """Whether a database takes these texts: PostgreSQL no zero bytes, and neither any half of a surrogate pair."""
     return not any("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text) for text in texts)
 
@@ -61,36 +66,36 @@ metadata = MetaData(
         "fk": "fk_%(table_name)s_%(column_0_name)s",
     }
 )
-Name = Text().with_variant(Text(collation="C"), "postgresql")  # in the same order everywhere: by code points
-Key = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up an INTEGER alone
+PathText = Text().with_variant(Text(collation="C"), "postgresql")  # in the same order everywhere: by code points
+PrimaryKey = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up an INTEGER alone
 
 models = Table(
     "models",
     metadata,
-    Column("id", Key, primary_key=True),
+    Column("id", PrimaryKey, primary_key=True),
     Column("version", String(64), nullable=False, unique=True),
     Column("name", Text, nullable=False),
     Column("classes", JSON, nullable=False),
-    Column("seen_at", Instant, nullable=False),
+    Column("seen_at", UtcDateTime, nullable=False),
 )
 
 imports = Table(  # which tables of predictions were read already
     "imports",
     metadata,
-    Column("id", Key, primary_key=True),
-    Column("model_id", Key, ForeignKey("models.id"), nullable=False),
+    Column("id", PrimaryKey, primary_key=True),
+    Column("model_id", PrimaryKey, ForeignKey("models.id"), nullable=False),
     Column("digest", String(64), nullable=False),
     Column("source", String(16), nullable=False),
     Column("photos", Integer, nullable=False),
-    Column("imported_at", Instant, nullable=False),
+    Column("imported_at", UtcDateTime, nullable=False),
     UniqueConstraint("model_id", "digest"),
 )
 
-cells = Table(
+buckets = Table(
     "cells",
     metadata,
-    Column("id", Key, primary_key=True),
-    Column("model_id", Key, ForeignKey("models.id"), nullable=False),
+    Column("id", PrimaryKey, primary_key=True),
+    Column("model_id", PrimaryKey, ForeignKey("models.id"), nullable=False),
     Column("source", String(16), nullable=False),  # evaluation, out-of-fold or live
     Column("split", Text, nullable=False),
     Column("label", SmallInteger, nullable=False),  # indexes the model's classes; UNKNOWN where nobody has said
@@ -101,7 +106,7 @@ cells = Table(
     Column("mislabelled", Boolean, nullable=False),  # probably: see models.artifacts.label_issues
     Column("photos", Integer, nullable=False),
     # Between which values its photos lie, or lay once; nulls before the first. See service/db/key_ranges.py.
-    *(Column(f"{name}_{end}", Name if name == "photo" else Double) for name in RANGED for end in ("low", "high")),
+    *(Column(f"{name}_{end}", PathText if name == "photo" else Double) for name in RANGE_COLUMNS for end in ("low", "high")),
     UniqueConstraint(
         "model_id",
         "source",
@@ -119,10 +124,10 @@ cells = Table(
 predictions = Table(
     "predictions",
     metadata,
-    Column("id", Key, primary_key=True),
-    Column("model_id", Key, ForeignKey("models.id"), nullable=False),
-    Column("cell_id", Key, ForeignKey("cells.id"), nullable=False),
-    Column("photo", Name, nullable=False),  # relative to the data folder, as in predictions.csv
+    Column("id", PrimaryKey, primary_key=True),
+    Column("model_id", PrimaryKey, ForeignKey("models.id"), nullable=False),
+    Column("cell_id", PrimaryKey, ForeignKey("cells.id"), nullable=False),
+    Column("photo", PathText, nullable=False),  # relative to the data folder, as in predictions.csv
     Column("sha256", String(64), nullable=False),
     Column("loss", Double, nullable=False),
     Column("confidence", Double, nullable=False),
@@ -143,7 +148,7 @@ predictions = Table(
 decisions = Table(  # append only: what anybody ever decided, and took back
     "decisions",
     metadata,
-    Column("id", Key, primary_key=True),
+    Column("id", PrimaryKey, primary_key=True),
     Column("sha256", String(64), nullable=False, index=True),
     Column("photo", Text, nullable=False),
     Column("label", Text),  # what the photo was labelled when it was decided
@@ -153,28 +158,28 @@ decisions = Table(  # append only: what anybody ever decided, and took back
     Column("reviewer", Text, nullable=False),
     Column("key_name", Text),
     Column("model_version", String(64), nullable=False),
-    Column("undoes", Key, ForeignKey("decisions.id")),
-    Column("decided_at", Instant, nullable=False),
+    Column("undoes", PrimaryKey, ForeignKey("decisions.id")),
+    Column("decided_at", UtcDateTime, nullable=False),
 )
 
 current_reviews = Table(  # what holds of each photo; training reads it, so its columns do not change
     "current_reviews",
     metadata,
     Column("sha256", String(64), primary_key=True),
-    Column("photo", Name, nullable=False),
+    Column("photo", PathText, nullable=False),
     Column("label", Text),
     Column("decision", String(16), nullable=False),  # label, neither or bad
     Column("new_label", Text),
     Column("note", Text, nullable=False),
     Column("reviewer", Text, nullable=False),
-    Column("decided_at", Instant, nullable=False),
-    Column("decision_id", Key, ForeignKey("decisions.id"), nullable=False),
+    Column("decided_at", UtcDateTime, nullable=False),
+    Column("decision_id", PrimaryKey, ForeignKey("decisions.id"), nullable=False),
 )
 
-live_photos = Table(  # the photos behind live predictions, where the operator keeps them
+production_images = Table(  # the photos behind live predictions, where the operator keeps them
     "live_photos",
     metadata,
     Column("sha256", String(64), primary_key=True),
     Column("data", LargeBinary, nullable=False),
-    Column("received_at", Instant, nullable=False, index=True),
+    Column("received_at", UtcDateTime, nullable=False, index=True),
 )

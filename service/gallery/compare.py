@@ -5,8 +5,8 @@ from __future__ import annotations
 from flask import Blueprint, Response, jsonify, request
 
 from service.db.filter import CHANGES, Filter
-from service.db.model_comparison import Comparison, compare
-from service.db.query import KnownModel, find_model
+from service.db.model_comparison import ModelComparison, compare_models
+from service.db.query import ModelRecord, get_model
 from service.gallery.grid import render, serve_both_command, train_command
 from service.gallery.index import gallery
 from service.gallery.sidebar import address_of
@@ -25,7 +25,7 @@ def page() -> Response:
     models, a, b, outcome = _compared()
     grids = {}
     if a:
-        grids = {change: address_of(Filter(model=b.version, vs=a.version, change=change)) for change in CHANGES}
+        grids = {change: address_of(Filter(model=b.version, baseline=a.version, change=change)) for change in CHANGES}
     return render(
         "gallery/compare.html",
         models=models,
@@ -34,7 +34,7 @@ def page() -> Response:
         outcome=outcome,
         grids=grids,
         words=_in_words(a, b, outcome),
-        right={"a": outcome.both_right + outcome.broke, "b": outcome.both_right + outcome.fixed} if outcome else {},
+        right={"a": outcome.both_correct + outcome.broke, "b": outcome.both_correct + outcome.fixed} if outcome else {},
         served=gallery().version,
         train="" if a else train_command(),
         serve_both="" if a else serve_both_command(),
@@ -51,11 +51,11 @@ def as_json() -> Response:
         b=b.version,
         fixed=outcome.fixed,
         broke=outcome.broke,
-        both_right=outcome.both_right,
-        both_wrong=outcome.both_wrong,
-        set_aside=outcome.set_aside,
-        disagree=outcome.disagree,
-        unlabelled=outcome.unlabelled,
+        both_correct=outcome.both_correct,
+        both_incorrect=outcome.both_incorrect,
+        excluded=outcome.excluded,
+        label_conflicts=outcome.label_conflicts,
+        unlabeled=outcome.unlabeled,
         only_a=outcome.only_a,
         only_b=outcome.only_b,
         p_value=outcome.p_value,
@@ -70,29 +70,29 @@ def say(problem: Problem) -> Response:
     return problem_page(problem)
 
 
-def _compared() -> tuple[list[KnownModel], KnownModel | None, KnownModel, Comparison | None]:
+def _compared() -> tuple[list[ModelRecord], ModelRecord | None, ModelRecord, ModelComparison | None]:
     for name in request.args:
         if name not in ("a", "b"):
             raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there are a and b, versions of models.")
     shown = gallery()
     with shown.database.read() as connection:
         models = shown.models(connection)
-        b = find_model(connection, request.args.get("b") or shown.version or "")
+        b = get_model(connection, request.args.get("b") or shown.version or "")
         others = [model for model in models if model.version != b.version and model.classes == b.classes]
         named = request.args.get("a")
-        a = find_model(connection, named) if named else next(iter(others), None)
-        return models, a, b, compare(connection, a, b) if a else None
+        a = get_model(connection, named) if named else next(iter(others), None)
+        return models, a, b, compare_models(connection, a, b) if a else None
 
 
-def _in_words(a: KnownModel | None, b: KnownModel, outcome: Comparison | None) -> str:
+def _in_words(a: ModelRecord | None, b: ModelRecord, outcome: ModelComparison | None) -> str:
     """What McNemar's exact test says of the photos on which the two differ."""
     if a is None or outcome is None:
         return "There is one model only; name another bundle in EVALUATIONS, or train with the reviews and serve the new one."
-    if not outcome.together:
+    if not outcome.common:
         return "The two models have no labelled photos in common, so that there is nothing to compare."
     changed = outcome.fixed + outcome.broke
     if not changed:
-        return f"Both have the same {outcome.together:,} photos right and wrong: there is no difference between them."
+        return f"Both have the same {outcome.common:,} photos right and wrong: there is no difference between them."
     better, most = (b, outcome.fixed) if outcome.fixed >= outcome.broke else (a, outcome.broke)
     split = f"Of {changed:,} photos on which they differ, {better.version} has {most:,} right and the other {changed - most:,}"
     p = f"p = {outcome.p_value:.2g}, McNemar's exact test"

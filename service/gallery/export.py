@@ -15,8 +15,8 @@ from models.artifacts.reviews import Review, write_reviews
 from service.db import production
 from service.db.connection import Database
 from service.db.filter import Filter
-from service.db.ingest import file_name
-from service.db.query import KnownModel, Photo
+from service.db.ingest import decode_file_name
+from service.db.query import ModelRecord, PredictionRecord
 from service.gallery import sidebar
 from service.gallery.filter_params import asked_page, listing
 from service.gallery.index import gallery
@@ -25,7 +25,7 @@ from service.reviews.decisions import reviews
 CHUNK = 500
 MIB = 1 << 20
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-Rows = Iterator[Photo]
+Rows = Iterator[PredictionRecord]
 
 bp = Blueprint("exports", __name__)
 
@@ -35,8 +35,8 @@ bp = Blueprint("exports", __name__)
 @bp.get("/gallery/incorrect.json", endpoint="incorrect_json", defaults={"verdict": "wrong"})
 def as_json(verdict: str = "") -> Response:
     """{"total": N, "rows": [...]} over the whole filter."""
-    wanted = _asked(verdict)
-    total, model, rows = _everything(wanted)
+    filters = _asked(verdict)
+    total, model, rows = _everything(filters)
 
     def text() -> Iterator[str]:
         yield f'{{"total": {total}, "rows": ['
@@ -52,8 +52,8 @@ def as_json(verdict: str = "") -> Response:
 @bp.get("/gallery/incorrect.csv", endpoint="incorrect_csv", defaults={"verdict": "wrong"})
 def as_csv(verdict: str = "") -> Response:
     """The columns of predictions.csv, then what the gallery knows beside."""
-    wanted = _asked(verdict)
-    _, model, rows = _everything(wanted)
+    filters = _asked(verdict)
+    _, model, rows = _everything(filters)
     header = ["photo", "label", "predicted", *(f"p_{name}" for name in model.classes), "loss", "split", "sha256"]
     header += ["source", "verdict", "confidence", "margin", "review", "flags", "new_label", "note", "reviewer"]
     lines = (_csv_row(photo) for photo in rows)
@@ -74,7 +74,7 @@ def live_zip() -> Response:
     """The live photos that were given a class, as a folder that `finetune train --extra-data` takes."""
     database = gallery().database
     with database.read() as connection:
-        chosen = list(production.labelled(connection))
+        chosen = list(production.labeled_images(connection))
     headers = {"Cache-Control": "no-cache", "Content-Disposition": 'attachment; filename="live.zip"'}
     return Response(_zipped(database, chosen), headers=headers, mimetype="application/zip")
 
@@ -85,9 +85,9 @@ def _zipped(database: Database, chosen: Sequence[tuple[str, str]]) -> Iterator[b
     with zipfile.ZipFile(outgoing, "w") as folder:  # stored: photos are compressed already
         for sha256, label in chosen:
             with database.read() as connection:
-                data = production.photo_of(connection, sha256)
+                data = production.load_image(connection, sha256)
             if data is not None:
-                folder.writestr(f"live/train/{label}/{sha256[:16]}{production.suffix_of(data)}", data)
+                folder.writestr(f"live/train/{label}/{sha256[:16]}{production.file_suffix(data)}", data)
                 yield outgoing.taken()
     yield outgoing.taken()
 
@@ -111,7 +111,7 @@ class _Outgoing(io.RawIOBase):
         return taken
 
 
-def as_row(photo: Photo, model: KnownModel) -> dict[str, Any]:
+def as_row(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
     """A photo as JSON has it."""
     decision = photo.decision
     return {
@@ -121,7 +121,7 @@ def as_row(photo: Photo, model: KnownModel) -> dict[str, Any]:
         "split": photo.split,
         "label": photo.label,
         "predicted": photo.predicted,
-        "verdict": photo.verdict,
+        "verdict": photo.outcome,
         "confidence": photo.confidence,
         "margin": photo.margin,
         "loss": photo.loss,
@@ -142,14 +142,14 @@ def as_row(photo: Photo, model: KnownModel) -> dict[str, Any]:
     }
 
 
-def flags_of(photo: Photo) -> list[str]:
-    return ["duplicate"] * photo.duplicate + ["mislabelled"] * photo.mislabelled
+def flags_of(photo: PredictionRecord) -> list[str]:
+    return ["duplicate"] * photo.duplicate + ["mislabelled"] * photo.mislabeled
 
 
 def _review(row: Any) -> Review:
     return Review(
         sha256=row.sha256,
-        photo=file_name(row.photo),
+        photo=decode_file_name(row.photo),
         label=row.label or "",
         decision=row.decision,
         new_label=row.new_label or "",
@@ -164,27 +164,27 @@ def _asked(verdict: str) -> Filter:
     return sidebar.with_range(asked_page(**({"verdicts": (verdict,)} if verdict else {})), request.args)
 
 
-def _everything(wanted: Filter) -> tuple[int, KnownModel, Rows]:
+def _everything(filters: Filter) -> tuple[int, ModelRecord, Rows]:
     """Count, model and rows; no transaction is open while a slow client reads."""
-    with listing(wanted) as found:
+    with listing(filters) as found:
         ids, model = found.ids(), found.model
     database = gallery().database
 
     def rows() -> Rows:
         for start in range(0, len(ids), CHUNK):
             with database.read() as connection:
-                chunk = found.on(connection).photos(ids[start : start + CHUNK])
+                chunk = found.with_connection(connection).fetch(ids[start : start + CHUNK])
             yield from chunk
 
     return len(ids), model, rows()
 
 
-def _csv_row(photo: Photo) -> list[Any]:
+def _csv_row(photo: PredictionRecord) -> list[Any]:
     probabilities = [f"{p:.9g}" for p in photo.probabilities]
     loss = "" if photo.loss is None else f"{photo.loss:.9g}"
     decision = photo.decision
     return [
-        file_name(photo.photo),
+        decode_file_name(photo.photo),
         photo.label or "",
         photo.predicted,
         *probabilities,
@@ -192,7 +192,7 @@ def _csv_row(photo: Photo) -> list[Any]:
         photo.split,
         photo.sha256,
         photo.source,
-        photo.verdict,
+        photo.outcome,
         f"{photo.confidence:.9g}",
         f"{photo.margin:.9g}",
         photo.review,

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from flask import request
 
-from service.db.filter import Filter, read_filter
-from service.db.query import Listing
+from service.db.filter import Filter, parse_filter
+from service.db.query import PredictionQuery
 from service.gallery import sidebar
 from service.gallery.index import gallery
 
@@ -16,20 +16,20 @@ REVIEWER = "reviewer"  # the cookie with the name that somebody gave themselves
 GO_ON = "next"  # the cookie that says whether they go on to the next photo
 
 
-def asked_filter(*, also: Iterable[str] = (), **preset: tuple[str, ...]) -> Filter:
+def asked_filter(*, extra: Iterable[str] = (), **preset: tuple[str, ...]) -> Filter:
     """The filter of this request's query string, with ``preset`` fields that its address gives. Raises Problem."""
     shown = gallery()
     _ = shown.database  # says so where there is none yet
-    return read_filter(request.args, model=shown.version or "", also=also).having(**preset)
+    return parse_filter(request.args, model=shown.version or "", extra=extra).replace(**preset)
 
 
 def asked_page(**preset: tuple[str, ...]) -> Filter:
     """As ``asked_filter``, of a page of the grid: in the order that its form may have sent, but for ``panel.with_range``."""
-    return sidebar.with_sort(asked_filter(also=("page", *sidebar.FORM), **preset), request.args)
+    return sidebar.with_sort(asked_filter(extra=("page", *sidebar.FORM), **preset), request.args)
 
 
 @contextlib.contextmanager
-def listing(wanted: Filter) -> Iterator[Listing]:
+def listing(filters: Filter) -> Iterator[PredictionQuery]:
     """The listing of a filter, as long as the block lasts: everything in it is of one moment."""
     with gallery().database.read() as connection:
-        yield Listing(connection, wanted)
+        yield PredictionQuery(connection, filters)

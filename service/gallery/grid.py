@@ -13,8 +13,8 @@ from flask import Blueprint, Response, current_app, redirect, render_template, r
 from models.artifacts.paths import resolve_bundle
 from models.artifacts.statistics import wilson_interval
 from models.errors import UserError
-from service.db.filter import Filter, read_page, sentence
-from service.db.query import Listing, Photo, find_model
+from service.db.filter import Filter, describe_filter, parse_page
+from service.db.query import PredictionQuery, PredictionRecord, get_model
 from service.gallery import sidebar
 from service.gallery.filter_params import asked_page, listing
 from service.gallery.image_access import album
@@ -37,7 +37,7 @@ class Shown:
 
     queue: Queue
     total: int
-    photos: list[Photo]
+    photos: list[PredictionRecord]
 
 
 @bp.get("/gallery")
@@ -49,17 +49,21 @@ def home() -> Response:
     database = shown.database
     version = request.args.get("model") or shown.version or ""
     with database.read() as connection:
-        everything = Listing(connection, Filter(model=version))
+        everything = PredictionQuery(connection, Filter(model=version))
         model = everything.model
         rows = []
         for queue in queues(version, model.classes):
-            found = Listing(connection, queue.wanted, beside=everything)
+            found = PredictionQuery(connection, queue.filters, same_model_as=everything)
             rows.append(Shown(queue, found.counts.total, found.first(THUMBNAILS)))
         evaluated, live = (
-            Listing(connection, Filter(model=version, sources=sources), beside=everything).counts.facets["verdict"]
+            PredictionQuery(connection, Filter(model=version, sources=sources), same_model_as=everything).counts.facets[
+                "verdict"
+            ]
             for sources in (("evaluation", "out-of-fold"), ("live",))
         )
-        waiting = Listing(connection, Filter(model=version, verdicts=("unknown",), reviews=("unreviewed",)), beside=everything)
+        waiting = PredictionQuery(
+            connection, Filter(model=version, outcomes=("unknown",), reviews=("unreviewed",)), same_model_as=everything
+        )
         models = shown.models(connection)
     return render(
         "gallery/home.html",
@@ -71,7 +75,7 @@ def home() -> Response:
         waiting=waiting,
         models=models,
         served=shown.version,
-        everything=everything.wanted,
+        everything=everything.filters,
         train=train_command(),
         trouble=_trouble([photo for row in rows for photo in row.photos]),
     )
@@ -102,47 +106,47 @@ def _grid(**preset: tuple[str, ...]) -> Response:
 
     A range of confidence that is none is refused beside its fields, on the grid that there was.
     """
-    wanted = asked_page(**preset)
+    filters = asked_page(**preset)
     refused: Problem | None = None
     try:
-        wanted = sidebar.with_range(wanted, request.args)
+        filters = sidebar.with_range(filters, request.args)
     except Problem as problem:
         refused = problem.without_traceback()
     if not refused and any(name in request.args for name in sidebar.FORM):
-        return redirect(address_of(wanted))  # type: ignore[return-value]
-    number = read_page(request.args)
-    with listing(wanted) as found:
-        if number > found.pages:
-            return redirect(address_of(wanted, page=found.pages))  # type: ignore[return-value]
+        return redirect(address_of(filters))  # type: ignore[return-value]
+    number = parse_page(request.args)
+    with listing(filters) as found:
+        if number > found.page_count:
+            return redirect(address_of(filters, page=found.page_count))  # type: ignore[return-value]
         page = found.page(number)
-    vs_name = _name_of(wanted.vs)
+    vs_name = _name_of(filters.baseline)
     total = found.counts.total
-    ends = [str(end) for end in wanted.confidence]
+    ends = [str(end) for end in filters.confidence]
     answer = render(
         "gallery/photos.html",
-        wanted=wanted,
+        filters=filters,
         model_shown=found.model,
         served=gallery().version,
-        said=sentence(wanted, total, name=found.model.name, vs_name=vs_name),
+        said=describe_filter(filters, total, name=found.model.name, vs_name=vs_name),
         total=total,
-        known=found.everything,
+        known=found.model_total,
         photos=page,
-        first=(number - 1) * wanted.per_page + 1,
+        first=(number - 1) * filters.per_page + 1,
         page=number,
-        pages=found.pages,
-        numbers=sidebar.numbers(number, found.pages),
-        page_address=lambda page: address_of(wanted, page=page),
-        active=sidebar.active(wanted, vs_name),
-        facets={facet.parameter: facet for facet in sidebar.facets(wanted, found.counts)},
-        confusion=sidebar.confusion(wanted, found),
-        bars=sidebar.histogram(wanted, found.counts),
+        pages=found.page_count,
+        numbers=sidebar.numbers(number, found.page_count),
+        page_address=lambda page: address_of(filters, page=page),
+        active=sidebar.active(filters, vs_name),
+        facets={facet.parameter: facet for facet in sidebar.facets(filters, found.counts)},
+        confusion=sidebar.confusion(filters, found),
+        bars=sidebar.histogram(filters, found.counts),
         ends=[request.args.get(name, end) for name, end in zip(("from", "to"), ends, strict=True)],
         refused=refused,
         hidden=sidebar.hidden,
-        sorts=sidebar.sorts(wanted),
-        sizes=sidebar.sizes(wanted),
-        everything=address_of(wanted.cleared()),
-        another=address_of(wanted.having(sort="random", order=wanted.order, seed=wanted.seed + 1)),
+        sorts=sidebar.sorts(filters),
+        sizes=sidebar.sizes(filters),
+        everything=address_of(filters.cleared_filters()),
+        another=address_of(filters.replace(sort="random", order=filters.order, seed=filters.seed + 1)),
         trouble=_trouble(page),
     )
     if refused:
@@ -175,10 +179,10 @@ def _name_of(version: str) -> str:
     if not version:
         return ""
     with gallery().database.read() as connection:
-        return find_model(connection, version).name
+        return get_model(connection, version).name
 
 
-def _trouble(photos: Sequence[Photo]) -> str | None:
+def _trouble(photos: Sequence[PredictionRecord]) -> str | None:
     """Why the first photo cannot be shown, if it cannot; where no folder is set, that goes for all of them."""
     settings: Settings = current_app.extensions["settings"]
     evaluated = [photo for photo in photos if photo.source != "live"]

@@ -10,7 +10,7 @@ from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.paths import resolve_bundle, thumbnails_dir
 from models.runtime.openvino_engine import Pixels
 from service.db import production
-from service.db.ingest import file_name
+from service.db.ingest import decode_file_name
 from service.explain.explainer import Explainer, Explanation
 from service.gallery.index import Gallery
 from service.http.errors import Problem
@@ -38,24 +38,24 @@ class Album:
 
     def read(self, photo: str, sha256: str) -> bytes:
         """A photo's bytes, of exactly this sha256. Raises Problem where it is missing or was replaced."""
-        if photo == production.name_of(sha256):
+        if photo == production.production_name(sha256):
             with self._gallery.database.read() as connection:
-                data = production.photo_of(connection, sha256)
+                data = production.load_image(connection, sha256)
             if data is None:
                 raise _forgotten(photo)
             return data
         try:
-            return self._folder.read(file_name(photo), sha256)
+            return self._folder.read(decode_file_name(photo), sha256)
         except PhotoUnavailableError as error:
             raise _problem(error) from None
 
     def look_for(self, photo: str, sha256: str) -> Problem | None:
         """Why a photo cannot be shown, if it cannot; cheap for one that was looked at before."""
-        if photo == production.name_of(sha256):
+        if photo == production.production_name(sha256):
             with self._gallery.database.read() as connection:
-                return None if production.is_kept(connection, sha256) else _forgotten(photo)
+                return None if production.is_saved(connection, sha256) else _forgotten(photo)
         try:
-            self._folder.check(file_name(photo), sha256)
+            self._folder.check(decode_file_name(photo), sha256)
         except PhotoUnavailableError as error:
             return _problem(error)
         return None

@@ -20,8 +20,8 @@ from models.artifacts.paths import default_data_dir, resolve_bundle
 from models.artifacts.similarity import SimilarityIndex
 from models.errors import UserError
 from service.db.connection import Database
-from service.db.ingest import Table, import_table, is_imported, know_model, touch
-from service.db.query import KnownModel, known_models
+from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions, is_imported, mark_model_active
+from service.db.query import ModelRecord, list_models
 from service.http.errors import Problem
 from service.inference.model_manager import LoadedModel
 from service.settings import Settings
@@ -71,9 +71,9 @@ class Gallery:
             else:
                 self.version = model.bundle.version
 
-    def models(self, connection: Connection) -> list[KnownModel]:
-        """The models that the database knows, the one seen last first; each once, also one that serves merged with its base."""
-        return [model for model in known_models(connection) if model.version not in self._wholes]
+    def models(self, connection: Connection) -> list[ModelRecord]:
+        """The models that the database knows, the one seen last first; each once, also one that serves joined with its base."""
+        return [model for model in list_models(connection) if model.version not in self._wholes]
 
     def lookalikes(self, version: str) -> list[SimilarityIndex]:
         """The embeddings and duplicates of a model's evaluations, as far as they are on this machine."""
@@ -124,8 +124,10 @@ class Gallery:
             with self._database.write() as connection:
                 if is_imported(connection, results.bundle_version, results.version):  # by another worker, meanwhile
                     return
-                model_id = know_model(connection, version=results.bundle_version, name=results.name, classes=results.classes)
-                photos = import_table(connection, model_id, table)
+                model_id = get_or_create_model(
+                    connection, version=results.bundle_version, name=results.name, classes=results.classes
+                )
+                photos = import_predictions(connection, model_id, table)
         except IntegrityError:
             log.info("imported by another process", extra={"version": results.version})
             return
@@ -137,8 +139,8 @@ class Gallery:
         assert self._database is not None
         bundle = model.bundle
         with self._database.write() as connection:
-            model_id = know_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
-            touch(connection, model_id)
+            model_id = get_or_create_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
+            mark_model_active(connection, model_id)
 
     def _fail(self, reason: str) -> None:
         self._error = reason
@@ -155,19 +157,19 @@ def _merged(bundle: Bundle) -> dict[str, str]:
     return {bundle.merged_from: bundle.version} if bundle.merged_from else {}
 
 
-def _table(results: PredictionSource) -> Table:
+def _table(results: PredictionSource) -> EvaluationTable:
     predictions = results.predictions()
     lookalikes = results.similarity()
     duplicate = [
         len({other.label for other in lookalikes.duplicates_of(sha256)} | {predictions.classes[label]}) > 1
         for sha256, label in zip(predictions.sha256s, predictions.labels, strict=True)
     ]
-    return Table(
+    return EvaluationTable(
         source="out-of-fold" if results.kind == OUT_OF_FOLD else "evaluation",
         digest=results.version,
         predictions=predictions,
         duplicate=np.array(duplicate, dtype=np.bool_),
-        mislabelled=find_label_issues(predictions),
+        mislabeled=find_label_issues(predictions),
     )
 
 

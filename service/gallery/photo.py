@@ -11,9 +11,9 @@ from typing import Any
 from flask import Blueprint, Response, current_app, request, url_for
 
 from models.artifacts.similarity import DuplicateRow
-from service.db.filter import Filter, sentence
-from service.db.ingest import storable
-from service.db.query import Listing, Photo
+from service.db.filter import Filter, describe_filter
+from service.db.ingest import encode_file_name
+from service.db.query import PredictionQuery, PredictionRecord
 from service.explain.explainer import Explanation
 from service.gallery.filter_params import GO_ON, REVIEWER, asked_filter, listing
 from service.gallery.grid import render
@@ -45,7 +45,7 @@ class Alike:
     label: str
     split: str
     similarity: float | None
-    photo: Photo | None  # where the model was evaluated on it
+    photo: PredictionRecord | None  # where the model was evaluated on it
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Refused:
     """A decision that was not saved: why, and the fields that came, so that nobody types them again."""
 
     problem: Problem
-    given: Mapping[str, str]
+    params: Mapping[str, str]
 
 
 @bp.errorhandler(Problem)
@@ -64,17 +64,17 @@ def say(problem: Problem) -> Response:
 @bp.get("/gallery/photo")
 def page() -> Response:
     """One photo under the filter that one came with, which says what comes before and after it."""
-    wanted = asked_filter(also=("photo", "sha256", "look", "saved", "end"))
-    return show(wanted, request.args.get("photo", ""), request.args.get("sha256", ""), look=request.args.get("look", ""))
+    filters = asked_filter(also=("photo", "sha256", "look", "saved", "end"))
+    return show(filters, request.args.get("photo", ""), request.args.get("sha256", ""), look=request.args.get("look", ""))
 
 
-def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Refused | None = None) -> Response:
+def show(filters: Filter, photo: str, sha256: str, *, look: str = "", refused: Refused | None = None) -> Response:
     """The page of a photo; with what was ``refused`` on top of it. Raises Problem."""
     shown = gallery()
-    with listing(wanted) as found:
+    with listing(filters) as found:
         this = found.find(photo, sha256)
-        before, previous, following = found.around(this)
-        is_in = found.lets_through(this)
+        before, previous, following = found.neighbors(this)
+        is_in = found.matches(this)
         first = next(iter(found.first(1)), None)
         neighbours = _neighbours(found, this)
         duplicates = _duplicates(found, this)
@@ -87,7 +87,7 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
     probabilities = sorted(zip(model.classes, map(float, this.probabilities), strict=True), key=lambda row: -row[1])
     answer = render(
         "gallery/photo.html",
-        wanted=wanted,
+        filters=filters,
         judge=model,
         photo=this,
         probabilities=probabilities,
@@ -102,7 +102,7 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
         duplicates=duplicates,
         warnings=_warnings(this, duplicates),
         history=entries(past),
-        said=sentence(wanted, found.counts.total, name=model.name),
+        said=describe_filter(filters, found.counts.total, name=model.name),
         total=found.counts.total,
         before=before,
         is_in=is_in,
@@ -112,8 +112,8 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
         is_end="end" in request.args,
         saved=just_saved,
         refused=refused,
-        grid=address_of(wanted, page=min(before, max(0, found.counts.total - 1)) // wanted.per_page + 1),
-        look_address=lambda label: f"{url_for('photo.page')}?{_look(wanted, this, label)}#look",
+        grid=address_of(filters, page=min(before, max(0, found.counts.total - 1)) // filters.per_page + 1),
+        look_address=lambda label: f"{url_for('photo.page')}?{_look(filters, this, label)}#look",
         reviewer=request.cookies.get(REVIEWER, ""),
         goes_on=request.cookies.get(GO_ON, "1") == "1",
         key=_key(),
@@ -125,7 +125,7 @@ def show(wanted: Filter, photo: str, sha256: str, *, look: str = "", refused: Re
     return answer
 
 
-def _explain(version: str, this: Photo, look: str) -> tuple[Explanation | None, Problem | None]:
+def _explain(version: str, this: PredictionRecord, look: str) -> tuple[Explanation | None, Problem | None]:
     """Where the model looked, or why that cannot be said now; a class that there is none of is the caller's mistake."""
     try:
         return album().explain(version, this.photo, this.sha256, look), None
@@ -136,7 +136,7 @@ def _explain(version: str, this: Photo, look: str) -> tuple[Explanation | None, 
 
 
 def _choices(
-    classes: Sequence[str], this: Photo, probabilities: Sequence[tuple[str, float]]
+    classes: Sequence[str], this: PredictionRecord, probabilities: Sequence[tuple[str, float]]
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """The classes that have a button, with the key of each; and those, where there are many, that are chosen from a list."""
     if len(classes) <= len(KEYS):
@@ -147,18 +147,18 @@ def _choices(
     return list(zip(likely, KEYS, strict=False)), sorted(set(classes) - set(likely))
 
 
-def _looks(this: Photo, probabilities: Sequence[tuple[str, float]]) -> tuple[list[str], list[str]]:
+def _looks(this: PredictionRecord, probabilities: Sequence[tuple[str, float]]) -> tuple[list[str], list[str]]:
     """The classes to look for: first those that matter, then the most probable others."""
     foremost = list(dict.fromkeys(name for name in (this.predicted, this.label) if name))
     return foremost, [name for name, _ in probabilities if name not in foremost][:LOOKS]
 
 
-def _neighbours(found: Listing, this: Photo) -> list[Alike]:
+def _neighbours(found: PredictionQuery, this: PredictionRecord) -> list[Alike]:
     """The evaluated photos nearest to this one by the network's embedding."""
     for table in gallery().lookalikes(found.model.version):
         if this.sha256 in table.sha256s:
             near = table.nearest(table.sha256s.index(this.sha256), NEIGHBOURS)
-            known = found.with_sha256([table.sha256s[row] for row, _ in near])
+            known = found.fetch_by_sha256([table.sha256s[row] for row, _ in near])
             return [
                 Alike(other.photo, other.sha256, other.label or "", other.split, similarity, other)
                 for row, similarity in near
@@ -167,26 +167,28 @@ def _neighbours(found: Listing, this: Photo) -> list[Alike]:
     return []
 
 
-def _duplicates(found: Listing, this: Photo) -> list[Alike]:
+def _duplicates(found: PredictionQuery, this: PredictionRecord) -> list[Alike]:
     """Photos of the dataset that are the same to the byte or to the eye, in whatever split."""
     groups: dict[str, DuplicateRow] = {}
     for table in gallery().lookalikes(found.model.version):
-        groups |= {other.photo: other for other in table.duplicates_of(this.sha256) if storable(other.photo) != this.photo}
+        groups |= {
+            other.photo: other for other in table.duplicates_of(this.sha256) if encode_file_name(other.photo) != this.photo
+        }
     return [
         Alike(name, other.sha256, other.label, other.split, None, _evaluated(found, name, other.sha256))
         for other in groups.values()
-        if (name := storable(other.photo))
+        if (name := encode_file_name(other.photo))
     ]
 
 
-def _evaluated(found: Listing, name: str, sha256: str) -> Photo | None:
+def _evaluated(found: PredictionQuery, name: str, sha256: str) -> PredictionRecord | None:
     """The photo of that very name, as a copy of it elsewhere has the same content."""
     with contextlib.suppress(Problem):
         return found.find(name, sha256)
     return None
 
 
-def _warnings(this: Photo, duplicates: Sequence[Alike]) -> list[str]:
+def _warnings(this: PredictionRecord, duplicates: Sequence[Alike]) -> list[str]:
     """What the near-duplicates say against the dataset."""
     found = []
     if labels := sorted({other.label for other in duplicates if this.label and other.label != this.label}):
@@ -208,5 +210,5 @@ def _key() -> dict[str, Any]:
         return {"is_wanted": True, "name": None}
 
 
-def _look(wanted: Filter, this: Photo, label: str) -> str:
-    return wanted.query(photo=this.photo, sha256=this.sha256, look=label)
+def _look(filters: Filter, this: PredictionRecord, label: str) -> str:
+    return filters.query(photo=this.photo, sha256=this.sha256, look=label)

@@ -18,13 +18,13 @@ class Queue:
     title: str
     why: str
     empty: str
-    wanted: Filter
+    filters: Filter
 
 
 def queues(version: str, classes: Sequence[str]) -> list[Queue]:
     """In the order in which they repay looking."""
     everything = Filter(model=version)
-    wrong, right = everything.having(verdicts=("wrong",)), everything.having(verdicts=("right",))
+    wrong, right = everything.replace(verdicts=("wrong",)), everything.replace(verdicts=("right",))
     return [
         Queue(
             "Confidently wrong",
@@ -36,25 +36,25 @@ def queues(version: str, classes: Sequence[str]) -> list[Queue]:
             "Probably mislabelled",
             "Photos whose probabilities fit another class better than the photos of that class themselves do.",
             "Nothing looks mislabelled. With `finetune evaluate --folds 5` the training photos are looked through as well.",
-            everything.having(flags=("mislabelled",)),
+            everything.replace(flags=("mislabelled",)),
         ),
         Queue(
             "Least certain",
             "The closest calls, right or wrong: more photos like these teach the model most.",
             "There are no predictions yet.",
-            everything.having(sort="margin"),
+            everything.replace(sort="margin"),
         ),
         Queue(
             "Same photo, another label",
             "Photos that look like one with another label; one of the two labels is wrong.",
             "No two photos that look the same have different labels.",
-            everything.having(flags=("duplicate",)),
+            everything.replace(flags=("duplicate",)),
         ),
         Queue(
             "Live, not yet reviewed",
             "What people sent to be classified, the least certain first; label some, and train with them.",
             "None wait. With KEEP_PREDICTIONS=1 photos that are sent to /predict are kept, and come here.",
-            everything.having(sources=("live",), reviews=("unreviewed",), sort="margin"),
+            everything.replace(sources=("live",), reviews=("unreviewed",), sort="margin"),
         ),
         Queue("Random incorrect", "A fair sample of the mistakes.", "The model has nothing wrong.", _random(wrong)),
         Queue("Random correct", "A fair sample of what it gets right.", "The model has nothing right.", _random(right)),
@@ -63,12 +63,12 @@ def queues(version: str, classes: Sequence[str]) -> list[Queue]:
                 f"Most confident: {name}",
                 f"What the model takes for the clearest {name}.",
                 f"Nothing was called {name}.",
-                everything.having(predicted=(name,), sort="confidence"),
+                everything.replace(predicted=(name,), sort="confidence"),
             )
             for name in classes[:MOST_CLASSES]
         ),
     ]
 
 
-def _random(wanted: Filter) -> Filter:
-    return wanted.having(sort="random", seed=SEED)
+def _random(filters: Filter) -> Filter:
+    return filters.replace(sort="random", seed=SEED)

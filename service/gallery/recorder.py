@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
-from service.db.ingest import know_model
-from service.db.production import Answered, keep, prune
+from service.db.ingest import get_or_create_model
+from service.db.production import ServedPrediction, prune, save_predictions
 from service.gallery.index import Gallery
 from service.http.errors import Problem
 from service.settings import Settings
@@ -32,7 +32,7 @@ PRUNE_S = 60.0
 @dataclass(frozen=True, eq=False)
 class _Offer:
     bundle: Bundle
-    answered: Answered
+    answered: ServedPrediction
 
 
 class Keeper:
@@ -48,7 +48,7 @@ class Keeper:
 
     def offer(self, bundle: Bundle, data: bytes, probabilities: NDArray[np.float32]) -> None:
         """Hand a photo and its answer over; never waits."""
-        answered = Answered(data, hashlib.sha256(data).hexdigest(), probabilities, datetime.now(timezone.utc))
+        answered = ServedPrediction(data, hashlib.sha256(data).hexdigest(), probabilities, datetime.now(timezone.utc))
         try:
             self._offers.put_nowait(_Offer(bundle, answered))
         except queue.Full:
@@ -68,7 +68,7 @@ class Keeper:
                 if time.monotonic() - pruned_at >= PRUNE_S:
                     pruned_at = time.monotonic()
                     with self._gallery.database.write() as connection:
-                        prune(connection, most=self._settings.keep_photos, days=self._settings.keep_days)
+                        prune(connection, max_images=self._settings.keep_photos, days=self._settings.keep_days)
             except Exception as error:  # the next ones may be kept again
                 self._metrics.saved_predictions.labels("dropped").inc(len(offers))
                 log.warning("photos are not kept: %s", error, exc_info=not isinstance(error, Problem))
@@ -89,7 +89,7 @@ class Keeper:
             mine = [offer for offer in offers if offer.bundle.version == version]
             bundle = mine[0].bundle
             with self._gallery.database.write() as connection:
-                model_id = know_model(connection, version=version, name=bundle.name, classes=bundle.classes)
-                new = keep(connection, model_id, bundle.classes, [offer.answered for offer in mine])
+                model_id = get_or_create_model(connection, version=version, name=bundle.name, classes=bundle.classes)
+                new = save_predictions(connection, model_id, bundle.classes, [offer.answered for offer in mine])
             self._metrics.saved_predictions.labels("kept").inc(new)
             self._metrics.saved_predictions.labels("known").inc(len(mine) - new)

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 from flask import Blueprint, Response, current_app, g, jsonify, redirect, request, url_for
 from werkzeug.datastructures import MultiDict
 
-from service.db.filter import Filter, read_filter
+from service.db.filter import Filter, parse_filter
 from service.gallery.filter_params import GO_ON, REVIEWER, listing
 from service.gallery.index import gallery
 from service.gallery.photo import Refused, show
@@ -179,18 +179,18 @@ def _next(given: dict[str, str], verdict: Verdict) -> str | None:
     """
     if given.get("next") != "1" or not given.get("filter") or verdict.decision in STAYING:
         return None
-    wanted = _filter(given)
-    with listing(wanted) as found:
-        _, _, following = found.around(found.find(verdict.photo, verdict.sha256))
+    filters = _filter(given)
+    with listing(filters) as found:
+        _, _, following = found.neighbors(found.find(verdict.photo, verdict.sha256))
     if following is None:
         return f"{_photo_page(given)}&end=1"
-    return f"{url_for('photo.page')}?{wanted.query(photo=following.photo, sha256=following.sha256)}"
+    return f"{url_for('photo.page')}?{filters.query(photo=following.photo, sha256=following.sha256)}"
 
 
 def _filter(given: dict[str, str]) -> Filter:
     """The filter that the decision was made under. The model of the decision is the filter's. Raises Problem."""
     asked = MultiDict(parse_qsl(given.get("filter", "")))
-    return read_filter(asked, model=given.get("model") or gallery().version or "")
+    return parse_filter(asked, model=given.get("model") or gallery().version or "")
 
 
 def _photo_page(given: dict[str, str]) -> str:

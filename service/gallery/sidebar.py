@@ -10,9 +10,9 @@ from urllib.parse import parse_qsl
 
 from flask import g, url_for
 
-from service.db.aggregates import BINS, Counts
-from service.db.filter import FACETS, ORDERS, PER_PAGE, UNLABELLED, Filter, in_query, whole
-from service.db.query import Listing, Photo
+from service.db.aggregates import HISTOGRAM_BINS, FacetCounts
+from service.db.filter import FACETS, PAGE_SIZES, SORT_ORDERS, UNLABELED, Filter, encode_param, parse_int
+from service.db.query import PredictionQuery, PredictionRecord
 from service.http.errors import Problem
 
 # Parameter -> its title, and what its values are called; classes and splits have their own names.
@@ -79,7 +79,7 @@ class Pair:
     @property
     def kind(self) -> str:
         """How a matrix shows it: what nobody has labelled is no mistake."""
-        return "diagonal" if self.label == self.predicted else "unlabelled" if self.label == UNLABELLED else "off"
+        return "diagonal" if self.label == self.predicted else "unlabelled" if self.label == UNLABELED else "off"
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,16 @@ class Bar:
     address: str
 
 
-def address_of(wanted: Filter, **more: Any) -> str:
+def address_of(filters: Filter, **more: Any) -> str:
     """The grid's address with this filter; page 1 is not said."""
     if more.get("page") == 1:
         del more["page"]
-    return f"{_path('gallery.photos')}?{wanted.query(**more)}"
+    return f"{_path('gallery.photos')}?{filters.query(**more)}"
 
 
-def photo_address(wanted: Filter, photo: Photo) -> str:
+def photo_address(filters: Filter, photo: PredictionRecord) -> str:
     """The address of a photo's page, which knows the filter that one came from."""
-    return f"{_path('photo.page')}?{wanted.query(photo=photo.photo, sha256=photo.sha256)}"
+    return f"{_path('photo.page')}?{filters.query(photo=photo.photo, sha256=photo.sha256)}"
 
 
 def _path(endpoint: str) -> str:
@@ -122,43 +122,43 @@ def _path(endpoint: str) -> str:
     return paths[endpoint]
 
 
-def with_sort(wanted: Filter, given: Mapping[str, str]) -> Filter:
+def with_sort(filters: Filter, given: Mapping[str, str]) -> Filter:
     """The filter in the order that a form of the grid sent, as ``by=loss.asc``. Raises Problem."""
     if by := given.get("by"):
         sort, _, order = by.partition(".")
-        if sort not in ORDERS or order not in ("asc", "desc"):
-            known = ", ".join(f"{sort}.{order}" for sort in ORDERS for order in ("asc", "desc"))
+        if sort not in SORT_ORDERS or order not in ("asc", "desc"):
+            known = ", ".join(f"{sort}.{order}" for sort in SORT_ORDERS for order in ("asc", "desc"))
             raise Problem("bad_parameter", f"The parameter `by` is {by!r}; it can be {known}.")
-        wanted = wanted.having(sort=sort, order=order)
-    return wanted
+        filters = filters.replace(sort=sort, order=order)
+    return filters
 
 
-def with_range(wanted: Filter, given: Mapping[str, str]) -> Filter:
+def with_range(filters: Filter, given: Mapping[str, str]) -> Filter:
     """The filter with the confidences that a form of the grid sent, as ``from=50`` and ``to=90``. Raises Problem."""
     if "from" not in given and "to" not in given:
-        return wanted
-    low, high = whole(given, "from", 0, least=0, most=100), whole(given, "to", 100, least=0, most=100)
+        return filters
+    low, high = parse_int(given, "from", 0, min_value=0, max_value=100), parse_int(given, "to", 100, min_value=0, max_value=100)
     if low >= high:
         raise Problem(
             "bad_parameter", f"The range of confidence is from {low} to {high} %; the first number has to be the lower one."
         )
-    return wanted.having(confidence=(low, high))
+    return filters.replace(confidence=(low, high))
 
 
-def hidden(wanted: Filter, *without: str) -> list[tuple[str, str]]:
+def hidden(filters: Filter, *without: str) -> list[tuple[str, str]]:
     """The filter as the hidden fields of a form, without the parameters that the form asks for itself."""
-    return [(name, value) for name, value in parse_qsl(wanted.query(), keep_blank_values=True) if name not in without]
+    return [(name, value) for name, value in parse_qsl(filters.query(), keep_blank_values=True) if name not in without]
 
 
-def facets(wanted: Filter, counts: Counts) -> list[Facet]:
+def facets(filters: Filter, counts: FacetCounts) -> list[Facet]:
     """Those that have anything to choose."""
     rows = []
     for parameter, title in FACET_TITLES.items():
-        chosen: tuple[str, ...] = getattr(wanted, FACETS[parameter])
+        chosen: tuple[str, ...] = getattr(filters, FACETS[parameter])
         photos = counts.facets[parameter]
         choices = [
             Choice(
-                value, name_of(parameter, value), photos[value], value in chosen, address_of(wanted.toggled(parameter, value))
+                value, name_of(parameter, value), photos[value], value in chosen, address_of(filters.toggle(parameter, value))
             )
             for value in sorted({*photos, *chosen}, key=lambda value: (-photos[value], value))
             if value
@@ -168,19 +168,19 @@ def facets(wanted: Filter, counts: Counts) -> list[Facet]:
     return rows
 
 
-def active(wanted: Filter, vs_name: str) -> list[tuple[str, str, str]]:
+def active(filters: Filter, vs_name: str) -> list[tuple[str, str, str]]:
     """What narrows the grid: title, value, and the address without it."""
     rows = [
-        (title, name_of(parameter, value), address_of(wanted.toggled(parameter, value)))
+        (title, name_of(parameter, value), address_of(filters.toggle(parameter, value)))
         for parameter, title in FACET_TITLES.items()
-        for value in getattr(wanted, FACETS[parameter])
+        for value in getattr(filters, FACETS[parameter])
     ]
-    if wanted.confidence != (0, 100):
-        low, high = wanted.confidence
-        rows.append(("Confidence", f"{low}\u2013{high}\u202f%", address_of(wanted.having(confidence=(0, 100)))))
-    if wanted.change:
-        title = f"Against {vs_name} {wanted.vs}"
-        rows.append((title, CHANGE_NAMES[wanted.change], address_of(wanted.having(vs="", change=""))))
+    if filters.confidence != (0, 100):
+        low, high = filters.confidence
+        rows.append(("Confidence", f"{low}\u2013{high}\u202f%", address_of(filters.replace(confidence=(0, 100)))))
+    if filters.change:
+        title = f"Against {vs_name} {filters.baseline}"
+        rows.append((title, CHANGE_NAMES[filters.change], address_of(filters.replace(vs="", change=""))))
     return rows
 
 
@@ -189,66 +189,66 @@ def name_of(parameter: str, value: str) -> str:
     return VALUE_NAMES.get(parameter, {}).get(value, value)
 
 
-def confusion(wanted: Filter, found: Listing) -> Confusion:
+def confusion(filters: Filter, found: PredictionQuery) -> Confusion:
     """The confusion matrix under the filter."""
     counts = found.counts.confusion
     labels = {label for (label, _), photos in counts.items() if photos}
     answers = {predicted for (_, predicted), photos in counts.items() if photos}
     columns = [name for name in found.model.classes if name in labels or name in answers]
-    rows = [name for name in (*columns, UNLABELLED) if name in labels]
+    rows = [name for name in (*columns, UNLABELED) if name in labels]
     highest = {label: max(counts[label, other] for other in columns) for label in rows}
 
     @functools.cache
     def row_address(label: str) -> str:
-        return address_of(wanted.having(labels=(label,), predicted=()))
+        return address_of(filters.replace(labels=(label,), predicted=()))
 
     def pair(label: str, predicted: str) -> Pair:
         photos = counts[label, predicted]
-        address = f"{row_address(label)}&{in_query('predicted', predicted)}" if photos else ""
+        address = f"{row_address(label)}&{encode_param('predicted', predicted)}" if photos else ""
         return Pair(label, predicted, photos, -(-SHADES * photos // highest[label]), address)
 
     if len(rows) * len(columns) <= MOST_CELLS:
         return Confusion(columns, [(label, [pair(label, other) for other in columns]) for label in rows], [])
-    wrong = [(photos, *key) for key, photos in counts.items() if photos and key[0] not in (key[1], UNLABELLED)]
-    most = sorted(wrong, key=lambda row: (-row[0], *row[1:]))[:MOST_PAIRS]
-    return Confusion(columns, [], [pair(label, other) for _, label, other in most])
+    wrong = [(photos, *key) for key, photos in counts.items() if photos and key[0] not in (key[1], UNLABELED)]
+    max_value = sorted(wrong, key=lambda row: (-row[0], *row[1:]))[:MOST_PAIRS]
+    return Confusion(columns, [], [pair(label, other) for _, label, other in max_value])
 
 
-def histogram(wanted: Filter, counts: Counts) -> list[Bar]:
+def histogram(filters: Filter, counts: FacetCounts) -> list[Bar]:
     """Ten bars, which leave room for a thumb: over the upper half of the range where nothing is in the lower."""
-    step = 100 // BINS
-    half = BINS // 2
+    step = 100 // HISTOGRAM_BINS
+    half = HISTOGRAM_BINS // 2
     if any(counts.histogram[:half]):
         bins = [(2 * i * step, 2 * (i + 1) * step, sum(counts.histogram[2 * i : 2 * i + 2])) for i in range(half)]
     else:
-        bins = [(i * step, (i + 1) * step, counts.histogram[i]) for i in range(half, BINS)]
+        bins = [(i * step, (i + 1) * step, counts.histogram[i]) for i in range(half, HISTOGRAM_BINS)]
     highest = max(photos for _, _, photos in bins) or 1
-    lowest, top = wanted.confidence
+    lowest, top = filters.confidence
     return [
         Bar(
             low,
             high,
             photos,
             (photos / highest) ** 0.5,  # so that the few are seen beside the many
-            address_of(wanted.having(confidence=(max(low, lowest), min(high, top)))) if photos else "",
+            address_of(filters.replace(confidence=(max(low, lowest), min(high, top)))) if photos else "",
         )
         for low, high, photos in bins
     ]
 
 
-def sorts(wanted: Filter) -> list[tuple[str, str, bool]]:
+def sorts(filters: Filter) -> list[tuple[str, str, bool]]:
     """What the form's ``by`` can be: value, words, and whether it is what is shown."""
     return [
-        (f"{sort}.{order}", words[:1].upper() + words[1:], (sort, order) == (wanted.sort, wanted.order))
-        for sort, (natural, named) in ORDERS.items()
+        (f"{sort}.{order}", words[:1].upper() + words[1:], (sort, order) == (filters.sort, filters.order))
+        for sort, (natural, named) in SORT_ORDERS.items()
         for order, words in sorted(named.items(), key=lambda row: row[0] != natural)
-        if sort != "random" or order == natural or order == wanted.order
+        if sort != "random" or order == natural or order == filters.order
     ]
 
 
-def sizes(wanted: Filter) -> list[int]:
+def sizes(filters: Filter) -> list[int]:
     """What ``per_page`` can be, the one that an address gave among them."""
-    return sorted({*PER_PAGE, wanted.per_page})
+    return sorted({*PAGE_SIZES, filters.per_page})
 
 
 def numbers(page: int, pages: int) -> list[int | None]:

@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, insert, select
 
 from models.artifacts.reviews import COLUMNS, DECISIONS, LABEL
-from service.db.ingest import PLACED, Cells, judge, live_loss
-from service.db.schema import can_be_kept, cells, current_reviews, decisions, models, predictions
+from service.db.ingest import PREDICTION_COLUMNS, BucketWriter, production_loss, resolve_label
+from service.db.schema import buckets, current_reviews, decisions, is_storable, models, predictions
 from service.http.errors import Problem
 
 WORDS = (*DECISIONS, "note", "undo")
@@ -46,7 +46,7 @@ def decide(connection: Connection, verdict: Verdict) -> int:
         raise Problem("bad_parameter", f"The field `decision` is {verdict.decision[:80]!r}; it can be {', '.join(WORDS)}.")
     if verdict.decision == "note" and not verdict.note.strip():
         raise Problem("bad_parameter", "The field `note` is empty; a note was to be saved.")
-    if not can_be_kept(verdict.new_label or "", verdict.note, verdict.reviewer):
+    if not is_storable(verdict.new_label or "", verdict.note, verdict.reviewer):
         raise Problem("bad_parameter", "A text arrived with a letter that cannot be kept, as a zero byte; leave it out.")
     label = _label_of(connection, verdict)
     holds = holding(connection, verdict.sha256)
@@ -131,15 +131,15 @@ def settle(connection: Connection, sha256: str) -> None:
     """Put every prediction of a photo into the cell that the decision about it, or none, gives."""
     review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == sha256)).first()
     found = connection.execute(
-        select(*PLACED, predictions.c.probabilities, models.c.id.label("model_id"), models.c.classes)
-        .join(cells, cells.c.id == predictions.c.cell_id)
+        select(*PREDICTION_COLUMNS, predictions.c.probabilities, models.c.id.label("model_id"), models.c.classes)
+        .join(buckets, buckets.c.id == predictions.c.cell_id)
         .join(models, models.c.id == predictions.c.model_id)
         .where(predictions.c.sha256 == sha256)
     ).all()
     for row in found:
-        label, state = judge(review, label=row.label, predicted=row.predicted, classes=row.classes, source=row.source)
-        loss = live_loss(row.probabilities, label) if row.source == "live" else row.loss
-        Cells(connection, row.model_id).move(row._mapping, label=label, review=state, loss=loss)
+        label, state = resolve_label(review, label=row.label, predicted=row.predicted, classes=row.classes, source=row.source)
+        loss = production_loss(row.probabilities, label) if row.source == "live" else row.loss
+        BucketWriter(connection, row.model_id).move(row._mapping, label=label, review=state, loss=loss)
 
 
 def _hold(connection: Connection, sha256: str) -> None:
@@ -159,11 +159,11 @@ def _label_of(connection: Connection, verdict: Verdict) -> str | None:
     """
     texts = verdict.model_version, verdict.photo, verdict.sha256
     found = (
-        can_be_kept(*texts)
+        is_storable(*texts)
         and connection.execute(
-            select(cells.c.label, cells.c.source, models.c.classes)
+            select(buckets.c.label, buckets.c.source, models.c.classes)
             .select_from(predictions)
-            .join(cells, cells.c.id == predictions.c.cell_id)
+            .join(buckets, buckets.c.id == predictions.c.cell_id)
             .join(models, models.c.id == predictions.c.model_id)
             .where(
                 models.c.version == verdict.model_version,

@@ -16,12 +16,12 @@ from sqlalchemy import and_, false, func, not_, select
 
 from models.artifacts.predictions import Predictions
 from service.db.connection import Database
-from service.db.filter import REVIEWS, UNLABELLED, Filter
-from service.db.ingest import Table, import_table, is_imported, know_model
-from service.db.query import cells_of, known_models
-from service.db.schema import RANGED, cells, predictions
+from service.db.filter import REVIEWS, UNLABELED, Filter
+from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions, is_imported
+from service.db.query import list_models, load_buckets
+from service.db.schema import RANGE_COLUMNS, buckets, predictions
 
-CLASSES = {2: ("cats", "dogs"), 5: ("a&b", "one, two", "Größe", "猫", UNLABELLED[:3])}
+CLASSES = {2: ("cats", "dogs"), 5: ("a&b", "one, two", "Größe", "猫", UNLABELED[:3])}
 VERSION = "v1"
 
 
@@ -89,8 +89,10 @@ def enter(
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with database.write() as connection:
         if not is_imported(connection, version, digest):
-            model = know_model(connection, version=version, name=f"model {version}", classes=said.classes)
-            import_table(connection, model, Table(source, digest, Predictions.read_csv(path), duplicate, mislabelled))
+            model = get_or_create_model(connection, version=version, name=f"model {version}", classes=said.classes)
+            import_predictions(
+                connection, model, EvaluationTable(source, digest, Predictions.read_csv(path), duplicate, mislabelled)
+            )
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return [_plain(row, source, *flag) for row, flag in zip(csv.DictReader(file), flags, strict=True)]
 
@@ -103,23 +105,23 @@ def _plain(row: dict[str, str], source: str, duplicate: bool, mislabelled: bool)
 
 
 CHECKS: dict[str, Callable[[Plain, Filter], bool]] = {
-    "verdict": lambda row, wanted: not wanted.verdicts or row.verdict in wanted.verdicts,
-    "class": lambda row, wanted: not wanted.labels or row.label in wanted.labels,
-    "predicted": lambda row, wanted: not wanted.predicted or row.predicted in wanted.predicted,
-    "source": lambda row, wanted: not wanted.sources or row.source in wanted.sources,
-    "split": lambda row, wanted: not wanted.splits or row.split in wanted.splits,
-    "review": lambda row, wanted: not wanted.reviews or row.review in wanted.reviews,
-    "flag": lambda row, wanted: not wanted.flags or bool(row.flags & set(wanted.flags)),
-    "confidence": lambda row, wanted: (
-        wanted.confidence[0] / 100 <= row.confidence
-        and (wanted.confidence[1] == 100 or row.confidence < wanted.confidence[1] / 100)
+    "verdict": lambda row, filters: not filters.outcomes or row.verdict in filters.outcomes,
+    "class": lambda row, filters: not filters.labels or row.label in filters.labels,
+    "predicted": lambda row, filters: not filters.predicted or row.predicted in filters.predicted,
+    "source": lambda row, filters: not filters.sources or row.source in filters.sources,
+    "split": lambda row, filters: not filters.splits or row.split in filters.splits,
+    "review": lambda row, filters: not filters.reviews or row.review in filters.reviews,
+    "flag": lambda row, filters: not filters.flags or bool(row.flags & set(filters.flags)),
+    "confidence": lambda row, filters: (
+        filters.confidence[0] / 100 <= row.confidence
+        and (filters.confidence[1] == 100 or row.confidence < filters.confidence[1] / 100)
     ),
 }
 
 
-def passes(row: Plain, wanted: Filter, *, but: str = "") -> bool:
+def passes(row: Plain, filters: Filter, *, but: str = "") -> bool:
     """Whether a filter lets a row through, one facet of it left out."""
-    return all(check(row, wanted) for name, check in CHECKS.items() if name != but)
+    return all(check(row, filters) for name, check in CHECKS.items() if name != but)
 
 
 def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]) -> Filter:
@@ -131,7 +133,7 @@ def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]
     low = rng.choice((0, 0, 50, 57, 58, rng.randrange(99)))
     return Filter(
         model=VERSION,
-        verdicts=some(("right", "wrong")),
+        outcomes=some(("right", "wrong")),
         labels=some(classes),
         predicted=some(classes),
         sources=some(sorted({row.source for row in rows})),
@@ -154,13 +156,13 @@ def with_reviews(rows: Sequence[Plain], decided: dict[str, tuple[str, str | None
 
 def check_cells(database: Database) -> None:
     """Each cell holds as many photos as there are predictions in it, none fewer than none, and reaches as far as they do."""
-    inside = [predictions.c[name].between(cells.c[f"{name}_low"], cells.c[f"{name}_high"]) for name in RANGED]
-    outside = select(predictions.c.id).join(cells).where(not_(func.coalesce(and_(*inside), false())))
+    inside = [predictions.c[name].between(buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]) for name in RANGE_COLUMNS]
+    outside = select(predictions.c.id).join(buckets).where(not_(func.coalesce(and_(*inside), false())))
     with database.read() as connection:
         assert connection.execute(outside).all() == []
         by_cell = select(predictions.c.cell_id, func.count()).group_by(predictions.c.cell_id)
         counted = {row[0]: row[1] for row in connection.execute(by_cell)}
-        kept = {row[0]: row[1] for row in connection.execute(select(cells.c.id, cells.c.photos))}
+        kept = {row[0]: row[1] for row in connection.execute(select(buckets.c.id, buckets.c.photos))}
     assert {id_: photos for id_, photos in kept.items() if photos} == counted
 
 
@@ -170,9 +172,9 @@ def state_of(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
         return {
             model.version: Counter(
                 {
-                    (c.source, c.split, c.label, c.predicted, c.percent, c.review, c.duplicate, c.mislabelled): c.images
-                    for c in cells_of(connection, model)
+                    (c.source, c.split, c.label, c.predicted, c.percent, c.review, c.duplicate, c.mislabeled): c.images
+                    for c in load_buckets(connection, model)
                 }
             )
-            for model in known_models(connection)
+            for model in list_models(connection)
         }

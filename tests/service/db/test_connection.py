@@ -19,9 +19,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import insert, select, text
 
 from models.errors import ConfigError
-from service.db.connection import HEAD, MIGRATIONS, Database
-from service.db.ingest import know_model
-from service.db.schema import cells, metadata, models
+from service.db.connection import MIGRATIONS, SCHEMA_REVISION, Database
+from service.db.ingest import get_or_create_model
+from service.db.schema import buckets, metadata, models
 from tests.helpers.databases import Postgres
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -67,7 +67,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_the_newest_revision_is_the_one_that_the_program_looks_for() -> None:
-    assert ScriptDirectory.from_config(config()).get_current_head() == HEAD
+    assert ScriptDirectory.from_config(config()).get_current_head() == SCHEMA_REVISION
 
 
 def test_migrations_make_the_tables_as_they_are_described(database: Database) -> None:
@@ -110,7 +110,7 @@ def test_a_database_of_a_newer_program_is_refused(database: Database, database_u
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     said = refused(database_url)
     assert "at the revision 9999" in said
-    assert f"up to {HEAD}" in said
+    assert f"up to {SCHEMA_REVISION}" in said
     with database.read() as connection:
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "9999"
 
@@ -182,14 +182,14 @@ def test_sqlite_is_as_safe_as_it_can_be(tmp_path: Path) -> None:
         said = [connection.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "foreign_keys", "synchronous")]
     assert said == ["wal", 1, 2]
     with pytest.raises(sqlalchemy.exc.IntegrityError), database.write() as connection:
-        connection.execute(insert(cells).values(model_id=77, source="live", split="", label=0, predicted=0, percent=0,
+        connection.execute(insert(buckets).values(model_id=77, source="live", split="", label=0, predicted=0, percent=0,
                                                 review="bad", duplicate=False, mislabelled=False, photos=0))  # fmt: skip
     database.close()
 
 
 def test_what_the_planner_knows_stays_known(database: Database) -> None:
     with database.write() as connection:
-        know_model(connection, version="v1", name="a", classes=("x", "y"))
+        get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
     database.refresh_statistics()
     query = (
         "SELECT count(*) FROM sqlite_stat1"
@@ -199,7 +199,7 @@ def test_what_the_planner_knows_stays_known(database: Database) -> None:
     with database.read() as connection:
         assert connection.execute(text(query)).scalar_one() > 0
     with database.write() as connection:  # the connection is as good as before
-        know_model(connection, version="v2", name="b", classes=("x", "y"))
+        get_or_create_model(connection, version="v2", name="b", classes=("x", "y"))
     with database.read() as connection:
         assert connection.execute(select(models.c.version).order_by(models.c.id)).scalars().all() == ["v1", "v2"]
 
@@ -207,7 +207,7 @@ def test_what_the_planner_knows_stays_known(database: Database) -> None:
 def test_what_is_left_by_an_exception_is_not_written(database: Database) -> None:
     def fail() -> None:
         with database.write() as connection:
-            know_model(connection, version="v1", name="a", classes=("x", "y"))
+            get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -223,7 +223,7 @@ def test_a_reader_sees_one_state_throughout(database: Database) -> None:
     with database.read() as connection:
         assert versions() == []
         with database.write() as other:
-            know_model(other, version="v1", name="a", classes=("x", "y"))
+            get_or_create_model(other, version="v1", name="a", classes=("x", "y"))
         assert versions() == []
     with database.read() as connection:
         assert versions() == ["v1"]
@@ -231,7 +231,7 @@ def test_a_reader_sees_one_state_throughout(database: Database) -> None:
 
 def test_a_reader_cannot_write(database: Database) -> None:
     with pytest.raises(sqlalchemy.exc.SQLAlchemyError), database.read() as connection:
-        know_model(connection, version="v1", name="a", classes=("x", "y"))
+        get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
 
 
 def test_a_writer_waits_for_the_one_before_and_sees_all_that_it_wrote(database: Database) -> None:
@@ -243,7 +243,7 @@ def test_a_writer_waits_for_the_one_before_and_sees_all_that_it_wrote(database: 
             for _ in range(rounds):
                 with database.write() as connection:
                     known = connection.execute(select(models.c.id)).all()
-                    know_model(connection, version=f"v{len(known)}", name=str(number), classes=("x", "y"))
+                    get_or_create_model(connection, version=f"v{len(known)}", name=str(number), classes=("x", "y"))
                 with database.read() as connection:
                     connection.execute(select(models.c.name)).all()
         except Exception as error:  # it is the test's, not the thread's
@@ -285,7 +285,7 @@ def test_128_threads_read_at_once(tmp_path: Path) -> None:
 def test_the_file_is_one_that_others_can_read(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/reviews.db")
     with database.write() as connection:
-        know_model(connection, version="v1", name="a", classes=("x", "y"))
+        get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
     database.close()
     plain = sqlite3.connect(tmp_path / "reviews.db")
     assert plain.execute("SELECT version, classes FROM models").fetchall() == [("v1", '["x", "y"]')]

@@ -12,16 +12,16 @@ from service.db.filter import (
     CHANGES,
     FACETS,
     FLAGS,
-    ORDERS,
-    PER_PAGE,
+    OUTCOMES,
+    PAGE_SIZES,
     REVIEWS,
+    SORT_ORDERS,
     SOURCES,
-    UNLABELLED,
-    VERDICTS,
+    UNLABELED,
     Filter,
-    read_filter,
-    read_page,
-    sentence,
+    describe_filter,
+    parse_filter,
+    parse_page,
 )
 from service.http.errors import Problem
 
@@ -37,14 +37,14 @@ NAMES = (
     "+plus+",
     "#?/",
     "'\"<i>",
-    UNLABELLED,
+    UNLABELED,
     "x" * 300,
 )
 EVERYTHING = Filter(model="m")
 
 
 def read(query: str, **options: object) -> Filter:
-    return read_filter(MultiDict(parse_qsl(query, keep_blank_values=True)), model="m", **options)  # type: ignore[arg-type]
+    return parse_filter(MultiDict(parse_qsl(query, keep_blank_values=True)), model="m", **options)  # type: ignore[arg-type]
 
 
 def some(rng: random.Random, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -53,11 +53,11 @@ def some(rng: random.Random, values: tuple[str, ...]) -> tuple[str, ...]:
 
 def any_filter(rng: random.Random) -> Filter:
     low = rng.randrange(100)
-    sort = rng.choice(list(ORDERS))
+    sort = rng.choice(list(SORT_ORDERS))
     change = rng.choice(("", "", *CHANGES))
     return Filter(
         model=rng.choice(("m", "1f0e" * 16, *NAMES)),
-        verdicts=some(rng, VERDICTS),
+        outcomes=some(rng, OUTCOMES),
         labels=some(rng, NAMES),
         predicted=some(rng, NAMES),
         sources=some(rng, SOURCES),
@@ -65,12 +65,12 @@ def any_filter(rng: random.Random) -> Filter:
         reviews=some(rng, REVIEWS),
         flags=some(rng, FLAGS),
         confidence=rng.choice(((0, 100), (low, rng.randrange(low, 100) + 1))),
-        vs=rng.choice(NAMES) if change else "",
+        baseline=rng.choice(NAMES) if change else "",
         change=change,
         sort=sort,
         order=rng.choice(("asc", "desc")),
         seed=rng.choice((0, 1, 2**31 - 1)) if sort == "random" else 0,
-        per_page=rng.choice((*PER_PAGE, 25)),
+        per_page=rng.choice((*PAGE_SIZES, 25)),
     )
 
 
@@ -82,7 +82,7 @@ def test_a_filter_comes_back_from_its_query_string(seed: int) -> None:
         query = wanted.query()
         assert query.isascii()
         assert read(query) == wanted
-        assert read(wanted.query(page=3), also=("page",)) == wanted
+        assert read(wanted.query(page=3), extra=("page",)) == wanted
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -115,12 +115,12 @@ def test_a_query_string_as_people_type_it() -> None:
     assert found == Filter(
         model="m",
         labels=("cats",),
-        verdicts=("wrong",),
+        outcomes=("wrong",),
         confidence=(90, 100),
         sort="margin",
         order="desc",
         per_page=96,
-        vs="v2",
+        baseline="v2",
         change="broke",
     )
 
@@ -163,45 +163,45 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence(query: str, wanted: str) 
 
 
 def test_a_page_has_parameters_of_its_own() -> None:
-    assert read("page=2&class=cats", also=("page",)) == EVERYTHING.having(labels=("cats",))
+    assert read("page=2&class=cats", extra=("page",)) == EVERYTHING.replace(labels=("cats",))
     with pytest.raises(Problem, match=r"'pag' .* per_page, page\."):
-        read("pag=2", also=("page",))
+        read("pag=2", extra=("page",))
 
 
 def test_page_numbers() -> None:
-    assert [read_page(MultiDict(given)) for given in ({}, {"page": ""}, {"page": "1"}, {"page": "20834"})] == [1, 1, 1, 20834]
+    assert [parse_page(MultiDict(given)) for given in ({}, {"page": ""}, {"page": "1"}, {"page": "20834"})] == [1, 1, 1, 20834]
     for wrong in ("0", "-1", "1.5", "two", "1000000001", "٣", "9" * 5000):
         with pytest.raises(Problem, match=r"The parameter `page` is .* a whole number from 1 to 1000000000 was wanted"):
-            read_page(MultiDict({"page": wrong}))
+            parse_page(MultiDict({"page": wrong}))
 
 
 @pytest.mark.parametrize("parameter", FACETS)
 def test_a_facet_is_toggled_value_by_value(parameter: str) -> None:
     field = FACETS[parameter]
-    one = EVERYTHING.toggled(parameter, "a")
-    both = one.toggled(parameter, "b")
-    assert [getattr(wanted, field) for wanted in (one, both, both.toggled(parameter, "a"))] == [("a",), ("a", "b"), ("b",)]
-    assert one.toggled(parameter, "a") == EVERYTHING
+    one = EVERYTHING.toggle(parameter, "a")
+    both = one.toggle(parameter, "b")
+    assert [getattr(wanted, field) for wanted in (one, both, both.toggle(parameter, "a"))] == [("a",), ("a", "b"), ("b",)]
+    assert one.toggle(parameter, "a") == EVERYTHING
 
 
 def test_cleared_keeps_the_order_and_nothing_else() -> None:
     rng = random.Random(1)
     for _ in range(100):
         wanted = any_filter(rng)
-        cleared = wanted.cleared()
-        assert cleared == Filter(
+        cleared_filters = wanted.cleared_filters()
+        assert cleared_filters == Filter(
             model=wanted.model, sort=wanted.sort, order=wanted.order, seed=wanted.seed, per_page=wanted.per_page
         )
-        assert not cleared.is_narrow
+        assert not cleared_filters.is_filtered
         facets = any(getattr(wanted, field) for field in FACETS.values())
-        assert wanted.is_narrow == (facets or bool(wanted.change) or wanted.confidence != (0, 100))
+        assert wanted.is_filtered == (facets or bool(wanted.change) or wanted.confidence != (0, 100))
 
 
 def test_another_sort_comes_in_its_own_direction() -> None:
-    assert EVERYTHING.order_in_words == "highest loss first"
-    assert EVERYTHING.having(sort="margin").order_in_words == "closest call first"
-    assert EVERYTHING.having(sort="name", order="desc").order_in_words == "by name, backwards"
-    assert EVERYTHING.having(per_page=96).sort == "loss"
+    assert EVERYTHING.order_label == "highest loss first"
+    assert EVERYTHING.replace(sort="margin").order_label == "closest call first"
+    assert EVERYTHING.replace(sort="name", order="desc").order_label == "by name, backwards"
+    assert EVERYTHING.replace(per_page=96).sort == "loss"
 
 
 @pytest.mark.parametrize(
@@ -257,4 +257,4 @@ def test_another_sort_comes_in_its_own_direction() -> None:
 def test_a_filter_in_words(query: str, total: int, wanted: str) -> None:
     """Where the sentence here has no end, the order is the one that is meant where none is given."""
     ending = "" if wanted.endswith(".") else ", highest loss first."
-    assert sentence(read(query), total, name="m7", vs_name="m6") == wanted + ending
+    assert describe_filter(read(query), total, name="m7", vs_name="m6") == wanted + ending

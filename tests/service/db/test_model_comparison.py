@@ -14,13 +14,15 @@ from scipy.stats import binomtest
 from models.artifacts.predictions import Predictions
 from service.db.connection import Database
 from service.db.filter import CHANGES, Filter
-from service.db.model_comparison import Comparison, compare
-from service.db.query import Listing, find_model
+from service.db.model_comparison import ModelComparison, compare_models
+from service.db.query import PredictionQuery, get_model
 from service.http.errors import Problem
 from service.reviews.decisions import Verdict, decide
 from tests.helpers.gallery_rows import CLASSES, enter, make_predictions
 
-NONE = Comparison(both_right=0, both_wrong=0, fixed=0, broke=0, set_aside=0, disagree=0, unlabelled=0, only_a=0, only_b=0)
+NONE = ModelComparison(
+    both_correct=0, both_incorrect=0, fixed=0, broke=0, excluded=0, label_conflicts=0, unlabeled=0, only_a=0, only_b=0
+)
 
 
 def change_labels(said: Predictions, which: range) -> Predictions:
@@ -51,51 +53,51 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
             words = {"photo": old[sha].photo, "sha256": sha, "model_version": "v3", "decision": decision}
             decide(connection, Verdict(**words, new_label=label))  # type: ignore[arg-type]
     kinds = {(False, True): "fixed", (True, False): "broke", (True, True): "both-right", (False, False): "both-wrong"}
-    expected: dict[str, set[str]] = {kind: set() for kind in (*CHANGES, "aside", "disagree")}
+    expected: dict[str, set[str]] = {kind: set() for kind in (*CHANGES, "aside", "label_conflicts")}
     for sha, label in truth.items():
         if label == "?":
-            expected["disagree"].add(sha)
+            expected["label_conflicts"].add(sha)
         elif label not in classes:
             expected["aside"].add(sha)
         else:
             expected[kinds[old[sha].predicted == label, new[sha].predicted == label]].add(sha)
     assert all(expected.values())
     with database.read() as connection:
-        found = compare(connection, find_model(connection, "v1"), find_model(connection, "v2"))
-        assert found == Comparison(
-            both_right=len(expected["both-right"]),
-            both_wrong=len(expected["both-wrong"]),
+        found = compare_models(connection, get_model(connection, "v1"), get_model(connection, "v2"))
+        assert found == ModelComparison(
+            both_correct=len(expected["both-right"]),
+            both_incorrect=len(expected["both-wrong"]),
             fixed=len(expected["fixed"]),
             broke=len(expected["broke"]),
-            set_aside=len(expected["aside"]),
-            disagree=len(expected["disagree"]),
-            unlabelled=0,
+            excluded=len(expected["aside"]),
+            label_conflicts=len(expected["label_conflicts"]),
+            unlabeled=0,
             only_a=10,
             only_b=10,
         )
-        assert found.together == sum(len(expected[kind]) for kind in CHANGES)
+        assert found.common == sum(len(expected[kind]) for kind in CHANGES)
         for change in CHANGES:
-            wanted = Filter(model="v2", vs="v1", change=change, per_page=24)
-            listing = Listing(connection, wanted)
+            filters = Filter(model="v2", baseline="v1", change=change, per_page=24)
+            listing = PredictionQuery(connection, filters)
             assert listing.counts.total == len(expected[change])
-            assert {photo.sha256 for photo in listing.photos(listing.ids())} == expected[change]
-            assert sum(len(listing.page(page)) for page in range(1, listing.pages + 1)) == len(expected[change])
-            narrow = Listing(connection, wanted.having(labels=classes[:1], sort="random", seed=3))
-            shown = narrow.photos(narrow.ids())
+            assert {photo.sha256 for photo in listing.fetch(listing.ids())} == expected[change]
+            assert sum(len(listing.page(page)) for page in range(1, listing.page_count + 1)) == len(expected[change])
+            narrow = PredictionQuery(connection, filters.replace(labels=classes[:1], sort="random", seed=3))
+            shown = narrow.fetch(narrow.ids())
             assert {p.sha256 for p in shown} == {sha for sha in expected[change] if new[sha].label == classes[0]}
             assert narrow.counts.total == len(shown)
             assert narrow.counts.confusion == Counter((photo.label, photo.predicted) for photo in shown)
-            assert [narrow.around(photo)[0] for photo in shown[::4]] == list(range(len(shown)))[::4]
-        back = compare(connection, find_model(connection, "v2"), find_model(connection, "v1"))
+            assert [narrow.neighbors(photo)[0] for photo in shown[::4]] == list(range(len(shown)))[::4]
+        back = compare_models(connection, get_model(connection, "v2"), get_model(connection, "v1"))
         assert (back.fixed, back.broke, back.p_value) == (found.broke, found.fixed, found.p_value)
 
 
 def test_a_model_against_itself(database: Database, tmp_path: Path) -> None:
     rows = enter(database, make_predictions(1, 50, CLASSES[2]), tmp_path)
     with database.read() as connection:
-        model = find_model(connection, "v1")
+        model = get_model(connection, "v1")
         right = sum(row.label == row.predicted for row in rows)
-        assert compare(connection, model, model) == replace(NONE, both_right=right, both_wrong=50 - right)
+        assert compare_models(connection, model, model) == replace(NONE, both_right=right, both_wrong=50 - right)
 
 
 def test_models_with_other_classes_are_not_compared(database: Database, tmp_path: Path) -> None:
@@ -103,11 +105,11 @@ def test_models_with_other_classes_are_not_compared(database: Database, tmp_path
     enter(database, make_predictions(1, 5, CLASSES[5]), tmp_path, version="v2")
     with database.read() as connection:
         with pytest.raises(Problem, match="The models v1 and v2 have other classes"):
-            compare(connection, find_model(connection, "v1"), find_model(connection, "v2"))
+            compare_models(connection, get_model(connection, "v1"), get_model(connection, "v2"))
         with pytest.raises(Problem, match="give two with the same"):
-            Listing(connection, Filter(model="v1", vs="v2", change="fixed"))
+            PredictionQuery(connection, Filter(model="v1", baseline="v2", change="fixed"))
         with pytest.raises(Problem, match="no predictions of a model 'v3'"):
-            Listing(connection, Filter(model="v1", vs="v3", change="fixed"))
+            PredictionQuery(connection, Filter(model="v1", baseline="v3", change="fixed"))
 
 
 @pytest.mark.parametrize(("fixed", "broke"), [(0, 0), (1, 0), (0, 9), (5, 5), (10, 12), (3, 30), (400, 460), (30_000, 30_500)])

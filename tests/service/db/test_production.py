@@ -12,11 +12,11 @@ import pytest
 from sqlalchemy import func, select
 
 from service.db.connection import Database
-from service.db.filter import UNLABELLED, Filter
-from service.db.ingest import know_model
-from service.db.production import Answered, keep, labelled, name_of, photo_of, prune
-from service.db.query import Listing, Photo
-from service.db.schema import live_photos, predictions
+from service.db.filter import UNLABELED, Filter
+from service.db.ingest import get_or_create_model
+from service.db.production import ServedPrediction, labeled_images, load_image, production_name, prune, save_predictions
+from service.db.query import PredictionQuery, PredictionRecord
+from service.db.schema import predictions, production_images
 from service.reviews.decisions import Verdict, decide, history, holding
 from tests.helpers.gallery_rows import VERSION, check_cells, enter, make_predictions
 
@@ -24,35 +24,39 @@ CLASSES = ("cats", "dogs")
 NOW = datetime.now(timezone.utc)
 
 
-def answered(number: int, *, age_days: float = 0.0, p_dogs: float = 0.75) -> Answered:
+def answered(number: int, *, age_days: float = 0.0, p_dogs: float = 0.75) -> ServedPrediction:
     data = f"photo {number}".encode()
     values = np.array([1 - p_dogs, p_dogs], dtype=np.float32)
-    return Answered(data, hashlib.sha256(data).hexdigest(), values, NOW - timedelta(days=age_days, seconds=-number / 1e3))
+    return ServedPrediction(
+        data, hashlib.sha256(data).hexdigest(), values, NOW - timedelta(days=age_days, seconds=-number / 1e3)
+    )
 
 
-def keep_all(database: Database, *photos: Answered, version: str = VERSION, classes: tuple[str, ...] = CLASSES) -> int:
+def keep_all(database: Database, *photos: ServedPrediction, version: str = VERSION, classes: tuple[str, ...] = CLASSES) -> int:
     with database.write() as connection:
-        model = know_model(connection, version=version, name="live", classes=classes)
-        return keep(connection, model, classes, photos)
+        model = get_or_create_model(connection, version=version, name="live", classes=classes)
+        return save_predictions(connection, model, classes, photos)
 
 
-def say(database: Database, photo: Answered, decision: str, new_label: str | None = None, *, version: str = VERSION) -> None:
+def say(
+    database: Database, photo: ServedPrediction, decision: str, new_label: str | None = None, *, version: str = VERSION
+) -> None:
     with database.write() as connection:
         holds = holding(connection, photo.sha256)
-        words = {"photo": name_of(photo.sha256), "sha256": photo.sha256, "model_version": version, "decision": decision}
+        words = {"photo": production_name(photo.sha256), "sha256": photo.sha256, "model_version": version, "decision": decision}
         decide(connection, Verdict(**words, new_label=new_label, seen=holds and holds.id))  # type: ignore[arg-type]
 
 
-def one(database: Database, photo: Answered) -> Photo:
+def one(database: Database, photo: ServedPrediction) -> PredictionRecord:
     with database.read() as connection:
-        return Listing(connection, Filter(model=VERSION)).find(name_of(photo.sha256))
+        return PredictionQuery(connection, Filter(model=VERSION)).find(production_name(photo.sha256))
 
 
 def kept(database: Database) -> set[str]:
     """The sha256s of the photos that are there; their predictions and the cells must agree."""
     check_cells(database)
     with database.read() as connection:
-        found = set(connection.execute(select(live_photos.c.sha256)).scalars())
+        found = set(connection.execute(select(production_images.c.sha256)).scalars())
         assert found == set(connection.execute(select(predictions.c.sha256)).scalars())
     return found
 
@@ -61,21 +65,21 @@ def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
     assert keep_all(database, answered(1), answered(2), answered(1)) == 2
     assert keep_all(database, answered(1, p_dogs=0.1)) == 0
     photo = one(database, answered(1))
-    assert (photo.source, photo.label, photo.predicted, photo.verdict, photo.review) == (
+    assert (photo.source, photo.label, photo.predicted, photo.outcome, photo.review) == (
         "live",
         None,
         "dogs",
         "unknown",
         "unreviewed",
     )
-    assert (photo.confidence, photo.margin, photo.loss, photo.p_true) == (0.75, 0.5, None, None)
+    assert (photo.confidence, photo.margin, photo.loss, photo.true_probability) == (0.75, 0.5, None, None)
     with database.read() as connection:
-        counts = Listing(connection, Filter(model=VERSION)).counts
+        counts = PredictionQuery(connection, Filter(model=VERSION)).counts
         assert counts.facets["verdict"] == {"unknown": 2}
-        assert counts.facets["class"] == {UNLABELLED: 2}
+        assert counts.facets["class"] == {UNLABELED: 2}
         assert counts.facets["split"] == {}
-        assert photo_of(connection, answered(2).sha256) == b"photo 2"
-        assert photo_of(connection, answered(3).sha256) is None
+        assert load_image(connection, answered(2).sha256) == b"photo 2"
+        assert load_image(connection, answered(3).sha256) is None
 
 
 @pytest.mark.parametrize(
@@ -97,16 +101,16 @@ def test_a_decision_labels_it_and_undoing_takes_that_back(
     keep_all(database, knows_birds, version="birds", classes=(*CLASSES, "birds"))
     say(database, photo, decision, new_label, version="birds")
     found = one(database, photo)
-    assert (found.label, found.verdict, found.review) == wanted
+    assert (found.label, found.outcome, found.review) == wanted
     assert found.loss == (pytest.approx(-np.log(0.75 if wanted[0] == "dogs" else 0.25)) if wanted[0] else None)
     keep_all(database, photo, version="v2")  # another model is asked of it: the decision holds there too
     with database.read() as connection:
-        other = Listing(connection, Filter(model="v2")).find(name_of(photo.sha256))
-        assert (other.label, other.verdict, other.review) == wanted
-        assert list(labelled(connection)) == ([(photo.sha256, new_label)] if decision == "label" else [])
+        other = PredictionQuery(connection, Filter(model="v2")).find(production_name(photo.sha256))
+        assert (other.label, other.outcome, other.review) == wanted
+        assert list(labeled_images(connection)) == ([(photo.sha256, new_label)] if decision == "label" else [])
     say(database, photo, "undo")
     found = one(database, photo)
-    assert (found.label, found.verdict, found.review, found.loss) == (None, "unknown", "unreviewed", None)
+    assert (found.label, found.outcome, found.review, found.loss) == (None, "unknown", "unreviewed", None)
     check_cells(database)
 
 
@@ -117,9 +121,9 @@ def test_of_too_many_the_oldest_without_a_decision_go_first(database: Database) 
     for number in (0, 3):
         say(database, photos[number], "label", "cats")
 
-    def prune_to(most: int) -> tuple[int, list[int]]:
+    def prune_to(max_images: int) -> tuple[int, list[int]]:
         with database.write() as connection:
-            gone = prune(connection, most=most, days=365)
+            gone = prune(connection, max_images=max_images, days=365)
         return gone, [number for number, photo in enumerate(photos) if photo.sha256 in kept(database)]
 
     assert prune_to(10) == (0, list(range(10)))
@@ -138,12 +142,12 @@ def test_what_is_too_old_goes_and_evaluated_photos_stay(database: Database, tmp_
     keep_all(database, *photos)
     say(database, photos[5], "label", "cats")
     with database.write() as connection:
-        assert prune(connection, most=100, days=2.5) == 3
+        assert prune(connection, max_images=100, days=2.5) == 3
     assert kept(database) == {photo.sha256 for photo in photos[:3]}
     enter(database, make_predictions(1, 20, CLASSES), tmp_path, version="v2")
     with database.write() as connection:
-        assert prune(connection, most=1, days=2.5) == 2
-        assert prune(connection, most=1, days=0) == 1
-        assert prune(connection, most=1, days=0) == 0
+        assert prune(connection, max_images=1, days=2.5) == 2
+        assert prune(connection, max_images=1, days=0) == 1
+        assert prune(connection, max_images=1, days=0) == 0
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 20
     check_cells(database)

@@ -15,11 +15,11 @@ import pytest
 from sqlalchemy import func, select
 
 from service.db import pagination
-from service.db.aggregates import BINS
+from service.db.aggregates import HISTOGRAM_BINS
 from service.db.connection import Database
-from service.db.filter import FACETS, ORDERS, Filter
-from service.db.ingest import Table, import_table, know_model, storable
-from service.db.query import Listing, find_model, known_models
+from service.db.filter import FACETS, SORT_ORDERS, Filter
+from service.db.ingest import EvaluationTable, encode_file_name, get_or_create_model, import_predictions
+from service.db.query import PredictionQuery, get_model, list_models
 from service.db.schema import imports, predictions
 from service.http.errors import Problem
 from service.reviews.decisions import Verdict, decide
@@ -78,12 +78,12 @@ def test_every_count_is_what_the_table_gives(gallery: SimpleNamespace) -> None:
     found_some = 0
     with gallery.database.read() as connection:
         for wanted in filters:
-            counts = Listing(connection, wanted).counts
+            counts = PredictionQuery(connection, wanted).counts
             rows = [row for row in gallery.rows if passes(row, wanted)]
             found_some += bool(rows)
             assert counts.total == len(rows)
             assert counts.confusion == Counter((row.label, row.predicted) for row in rows)
-            steps = [sum(i / BINS <= row.confidence for row in rows) for i in range(BINS)]
+            steps = [sum(i / HISTOGRAM_BINS <= row.confidence for row in rows) for i in range(HISTOGRAM_BINS)]
             assert counts.histogram == [more - fewer for more, fewer in zip(steps, [*steps[1:], 0], strict=True)]
             for parameter in FACETS:
                 assert counts.facets[parameter] == facet(gallery.rows, wanted, parameter), (parameter, wanted)
@@ -95,7 +95,7 @@ def facet(rows: Sequence[Plain], wanted: Filter, parameter: str) -> Counter[str]
     """What each value of a facet would show, the rest of the filter staying as it is."""
     others = [row for row in rows if passes(row, wanted, but=parameter)]
     values = values_of(rows)[parameter]
-    only = {value: EVERYTHING.toggled(parameter, value) for value in values}
+    only = {value: EVERYTHING.toggle(parameter, value) for value in values}
     return Counter({value: n for value in values if (n := sum(CHECKS[parameter](row, only[value]) for row in others))})
 
 
@@ -120,26 +120,26 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize(("few", "sparse"), [(pagination.FEW, pagination.SPARSE), (10, 0)])
-@pytest.mark.parametrize("sort", ORDERS)
+@pytest.mark.parametrize(("few", "sparse"), [(pagination.SMALL_RESULT, pagination.MIN_IMAGES_PER_BUCKET), (10, 0)])
+@pytest.mark.parametrize("sort", SORT_ORDERS)
 def test_pages_hold_every_photo_once_and_in_order(
     gallery: SimpleNamespace, sort: str, few: int, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However they are found: what is done for a million photos is done for these where fewer are few."""
-    monkeypatch.setattr(pagination, "FEW", few)
-    monkeypatch.setattr(pagination, "SPARSE", sparse)
+    monkeypatch.setattr(pagination, "SMALL_RESULT", few)
+    monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
     rng = random.Random(f"{sort} {few}")
     filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(2))]
     for number, wanted in enumerate(filters):
-        there, back = (wanted.having(sort=sort, order=way, seed=number, per_page=24) for way in ("asc", "desc"))
+        there, back = (wanted.replace(sort=sort, order=way, seed=number, per_page=24) for way in ("asc", "desc"))
         shown = {}
         with gallery.database.read() as connection:
             for asked in (there, back):
-                listing = Listing(connection, asked)
-                pages = [listing.page(page) for page in range(1, listing.pages + 1)]
-                assert all(len(page) == 24 for page in pages[:-1])
-                assert listing.page(listing.pages + 1) == []
-                shown[asked.order] = [photo for page in pages for photo in page]
+                listing = PredictionQuery(connection, asked)
+                page_count = [listing.page(page) for page in range(1, listing.page_count + 1)]
+                assert all(len(page) == 24 for page in page_count[:-1])
+                assert listing.page(listing.page_count + 1) == []
+                shown[asked.order] = [photo for page in page_count for photo in page]
                 assert listing.ids() == [p.id for p in shown[asked.order]]
                 assert [p.id for p in listing.first(5)] == [p.id for p in shown[asked.order][:5]]
         rows = [row for row in gallery.rows if passes(row, wanted)]
@@ -153,7 +153,7 @@ def test_pages_hold_every_photo_once_and_in_order(
 def test_a_random_order_is_another_with_another_seed(gallery: SimpleNamespace) -> None:
     def names(seed: int) -> list[str]:
         with gallery.database.read() as connection:
-            return [photo.photo for photo in Listing(connection, EVERYTHING.having(sort="random", seed=seed)).page(1)]
+            return [photo.photo for photo in PredictionQuery(connection, EVERYTHING.replace(sort="random", seed=seed)).page(1)]
 
     assert names(1) == names(1)
     assert len({tuple(names(seed)) for seed in range(6)}) == 6
@@ -161,44 +161,44 @@ def test_a_random_order_is_another_with_another_seed(gallery: SimpleNamespace) -
 
 
 @pytest.mark.parametrize(("sort", "way"), [("loss", "desc"), ("confidence", "asc"), ("random", "asc"), ("random", "desc")])
-@pytest.mark.parametrize("sparse", [pagination.SPARSE, 0])
+@pytest.mark.parametrize("sparse", [pagination.MIN_IMAGES_PER_BUCKET, 0])
 def test_a_photo_knows_its_neighbours(
     gallery: SimpleNamespace, sort: str, way: str, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pagination, "SPARSE", sparse)
-    wanted = EVERYTHING.having(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=way, seed=5)
+    monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
+    wanted = EVERYTHING.replace(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=way, seed=5)
     with gallery.database.read() as connection:
-        listing = Listing(connection, wanted)
-        shown = listing.photos(listing.ids())
+        listing = PredictionQuery(connection, wanted)
+        shown = listing.fetch(listing.ids())
         assert len(shown) > 5
         ids = [None, *(photo.id for photo in shown), None]
         for place, photo in enumerate(shown):
-            before, previous, following = listing.around(photo)
+            before, previous, following = listing.neighbors(photo)
             found = (before, previous and previous.id, following and following.id)
-            assert listing.lets_through(photo)
+            assert listing.matches(photo)
             assert found == (place, ids[place], ids[place + 2])
 
 
 @pytest.mark.parametrize("sort", ["name", "loss"])
-@pytest.mark.parametrize("sparse", [pagination.SPARSE, 0])
+@pytest.mark.parametrize("sparse", [pagination.MIN_IMAGES_PER_BUCKET, 0])
 def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(
     gallery: SimpleNamespace, sort: str, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a decision the photo may be in the filter no longer; "next" goes on from where it was."""
-    monkeypatch.setattr(pagination, "SPARSE", sparse)
-    monkeypatch.setattr(pagination, "FEW", 10)
-    everything = EVERYTHING.having(sort=sort)
-    wanted = everything.having(verdicts=("wrong",))
+    monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
+    monkeypatch.setattr(pagination, "SMALL_RESULT", 10)
+    model_total = EVERYTHING.replace(sort=sort)
+    wanted = model_total.replace(verdicts=("wrong",))
     with gallery.database.read() as connection:
-        whole = Listing(connection, everything)
-        shown = whole.photos(whole.ids())
-        narrow = Listing(connection, wanted)
+        whole = PredictionQuery(connection, model_total)
+        shown = whole.fetch(whole.ids())
+        narrow = PredictionQuery(connection, wanted)
         for photo in shown[::37]:
-            if photo.verdict == "right":
-                assert not narrow.lets_through(photo)
-                before, previous, following = narrow.around(photo)
+            if photo.outcome == "right":
+                assert not narrow.matches(photo)
+                before, previous, following = narrow.neighbors(photo)
                 place = shown.index(next(p for p in shown if p.id == photo.id))
-                wrong = [p.id if p.verdict == "wrong" else None for p in shown]
+                wrong = [p.id if p.outcome == "wrong" else None for p in shown]
                 earlier, later = ([id_ for id_ in part if id_] for part in (wrong[:place], wrong[place:]))
                 assert before == len(earlier)
                 assert (previous and previous.id) == (earlier[-1] if earlier else None)
@@ -209,36 +209,36 @@ def test_a_photo_is_all_that_the_table_says(gallery: SimpleNamespace) -> None:
     by_name = {(row.photo, row.sha256): row for row in gallery.rows}
     assert any("\uf7ff" in row.photo for row in gallery.rows), "a name that is no UTF-8"
     with gallery.database.read() as connection:
-        listing = Listing(connection, EVERYTHING.having(labels=gallery.classes[:1]))
+        listing = PredictionQuery(connection, EVERYTHING.replace(labels=gallery.classes[:1]))
         for (name, sha256), row in list(by_name.items())[::7]:
             photo = listing.find(name, sha256)
-            said = (photo.label, photo.predicted, photo.split, photo.source, photo.review, photo.duplicate, photo.mislabelled)
-            assert said == (row.label, row.predicted, row.split, row.source, row.review, row.duplicate, row.mislabelled)
-            assert photo.verdict == row.verdict
+            said = (photo.label, photo.predicted, photo.split, photo.source, photo.review, photo.duplicate, photo.mislabeled)
+            assert said == (row.label, row.predicted, row.split, row.source, row.review, row.duplicate, row.mislabeled)
+            assert photo.outcome == row.outcome
             assert (photo.confidence, photo.margin, photo.loss) == pytest.approx((row.confidence, row.margin, row.loss))
             assert photo.probabilities.sum() == pytest.approx(1)
-            assert photo.p_true == pytest.approx(photo.probabilities[gallery.classes.index(row.label)])
+            assert photo.true_probability == pytest.approx(photo.probabilities[gallery.classes.index(row.label)])
             assert (photo.decision is None) == (row.review == "unreviewed")
 
 
 @pytest.mark.parametrize("name", ["nothing.jpg", "a\0b", "half \udcff", ""])
 def test_a_photo_that_there_is_none_of(gallery: SimpleNamespace, name: str) -> None:
     with gallery.database.read() as connection, pytest.raises(Problem) as caught:
-        Listing(connection, EVERYTHING).find(name)
+        PredictionQuery(connection, EVERYTHING).find(name)
     assert caught.value.code == "not_found"
 
 
 @pytest.mark.parametrize("version", ["v9", "", "a\0b", "half \udcff"])
 def test_a_model_that_there_is_none_of(database: Database, version: str) -> None:
     with database.read() as connection, pytest.raises(Problem) as caught:
-        Listing(connection, Filter(model=version))
+        PredictionQuery(connection, Filter(model=version))
     assert caught.value.code == "not_found"
 
 
 def test_a_class_that_the_model_does_not_know(gallery: SimpleNamespace) -> None:
-    for wanted in (EVERYTHING.having(labels=("birds",)), EVERYTHING.having(predicted=("birds",))):
+    for wanted in (EVERYTHING.replace(labels=("birds",)), EVERYTHING.replace(predicted=("birds",))):
         with gallery.database.read() as connection, pytest.raises(Problem, match="is 'birds'; the model knows"):
-            Listing(connection, wanted)
+            PredictionQuery(connection, wanted)
 
 
 def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
@@ -246,15 +246,15 @@ def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
     said = make_predictions(1, PHOTOS, gallery.classes)
     enter(gallery.database, said, tmp_path)
     with gallery.database.read() as connection:
-        assert Listing(connection, EVERYTHING).everything == len(gallery.rows)
+        assert PredictionQuery(connection, EVERYTHING).model_total == len(gallery.rows)
         assert connection.execute(select(func.count()).select_from(imports)).scalar_one() == 2
     again = make_predictions(1, PHOTOS, gallery.classes)
     probabilities = again.probabilities[:, ::-1].copy()
     again = type(again)(again.classes, again.image_names, again.labels, probabilities, again.splits, again.sha256s)
     enter(gallery.database, again, tmp_path)  # another evaluation of the same photos: the first one stays
     with gallery.database.read() as connection:
-        listing = Listing(connection, EVERYTHING)
-        assert listing.everything == len(gallery.rows)
+        listing = PredictionQuery(connection, EVERYTHING)
+        assert listing.model_total == len(gallery.rows)
         assert listing.counts.confusion == Counter((row.label, row.predicted) for row in gallery.rows)
     check_cells(gallery.database)
 
@@ -281,7 +281,7 @@ def test_two_processes_that_import_at_once_give_one_import(database: Database, d
     said = [process.communicate(timeout=300)[1].decode() for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     with database.read() as connection:
-        assert [model.version for model in known_models(connection)] == [VERSION]
+        assert [model.version for model in list_models(connection)] == [VERSION]
         assert connection.execute(select(imports.c.photos)).scalars().all() == [300]
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 300
     check_cells(database)
@@ -295,7 +295,7 @@ def test_a_table_that_cannot_be_entered_whole_is_not_entered(database: Database,
     with pytest.raises(ValueError, match="no hash"):
         enter(database, broken, tmp_path)
     with database.read() as connection:
-        assert known_models(connection) == []
+        assert list_models(connection) == []
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 0
 
 
@@ -303,18 +303,18 @@ def test_models_are_listed_the_newest_first(database: Database, tmp_path: Path) 
     for number, classes in enumerate(CLASSES.values(), 1):
         enter(database, make_predictions(number, 10, classes), tmp_path, version=f"v{number}")
     with database.read() as connection:
-        assert [(model.version, model.name, model.classes) for model in known_models(connection)] == [
+        assert [(model.version, model.name, model.classes) for model in list_models(connection)] == [
             ("v2", "model v2", CLASSES[5]),
             ("v1", "model v1", CLASSES[2]),
         ]
-        assert find_model(connection, "v1").classes == CLASSES[2]
+        assert get_model(connection, "v1").classes == CLASSES[2]
 
 
 def test_nothing_at_all(database: Database, tmp_path: Path) -> None:
     enter(database, make_predictions(1, 0, CLASSES[2]), tmp_path)
     with database.read() as connection:
-        listing = Listing(connection, EVERYTHING)
-        assert (listing.counts.total, listing.pages, listing.page(1), listing.photos(listing.ids())) == (0, 1, [], [])
+        listing = PredictionQuery(connection, EVERYTHING)
+        assert (listing.counts.total, listing.page_count, listing.page(1), listing.fetch(listing.ids())) == (0, 1, [], [])
 
 
 def test_what_a_later_evaluation_suspects_is_suspected_though_it_is_known(database: Database) -> None:
@@ -325,15 +325,15 @@ def test_what_a_later_evaluation_suspects_is_suspected_though_it_is_known(databa
     some[[4, 30]] = True
     suspected = Filter(model=VERSION, flags=("mislabelled",))
     with database.write() as connection:
-        model = know_model(connection, version=VERSION, name="one", classes=CLASSES[2])
-        assert import_table(connection, model, Table("evaluation", "a", said, none, none)) == 40
+        model = get_or_create_model(connection, version=VERSION, name="one", classes=CLASSES[2])
+        assert import_predictions(connection, model, EvaluationTable("evaluation", "a", said, none, none)) == 40
     with database.read() as connection:
-        assert Listing(connection, suspected).counts.total == 0
+        assert PredictionQuery(connection, suspected).counts.total == 0
     for digest in ("b", "c"):  # the second time there is nothing to change
         with database.write() as connection:
-            assert import_table(connection, model, Table("out-of-fold", digest, said, none, some)) == 0
+            assert import_predictions(connection, model, EvaluationTable("out-of-fold", digest, said, none, some)) == 0
         with database.read() as connection:
-            found = Listing(connection, suspected).page(1)
-        assert sorted(photo.photo for photo in found) == sorted(storable(said.image_names[i]) for i in (4, 30))
+            found = PredictionQuery(connection, suspected).page(1)
+        assert sorted(photo.photo for photo in found) == sorted(encode_file_name(said.image_names[i]) for i in (4, 30))
         assert {photo.source for photo in found} == {"evaluation"}
         check_cells(database)

@@ -25,7 +25,7 @@ from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import SIMILARITY_FILES
 from service.db.connection import Database
-from service.db.ingest import Table, import_table, know_model
+from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions
 from service.gallery.sidebar import numbers
 from tests.helpers.browser import DESKTOP, PHONE, SAID_IN_WORDS, NewPage, visitor
 from tests.helpers.server import Server, poll, serve
@@ -64,9 +64,9 @@ def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFacto
     generated.write_csv(folder / "generated.csv")
     database = Database(url)
     with database.write() as connection:
-        model = know_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
+        model = get_or_create_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
         flags = np.arange(MORE) % 10 == 0
-        import_table(connection, model, Table("out-of-fold", "0" * 64, generated, np.roll(flags, 1), flags))
+        import_predictions(connection, model, EvaluationTable("out-of-fold", "0" * 64, generated, np.roll(flags, 1), flags))
     database.close()
     rows = read(tiny_bundle.path / "predictions.csv", "evaluation") + read(folder / "generated.csv", "out-of-fold")
     with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url) as server:
@@ -413,7 +413,7 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
     url = f"sqlite:///{tmp_path / 'reviews.db'}"
     database = Database(url)
     with database.write() as connection:
-        know_model(connection, version=head.version, name=head.name, classes=head.classes)
+        get_or_create_model(connection, version=head.version, name=head.name, classes=head.classes)
     database.close()
     with serve(tiny_bundle.path, evaluations=f"{folds},{head.path}", database_url=url) as server:
         text = poll(lambda: (page := server.get("/gallery")).status == 200 and page.body.decode())

@@ -19,10 +19,10 @@ from sqlalchemy import select
 
 from service.db.connection import Database
 from service.db.filter import Filter
-from service.db.ingest import DIMENSIONS, judge
-from service.db.production import Answered, keep, name_of, prune
-from service.db.query import Listing, known_models
-from service.db.schema import cells, current_reviews, decisions, models, predictions
+from service.db.ingest import DIMENSIONS, resolve_label
+from service.db.production import ServedPrediction, production_name, prune, save_predictions
+from service.db.query import PredictionQuery, list_models
+from service.db.schema import buckets, current_reviews, decisions, models, predictions
 from service.http.errors import Problem
 from service.reviews.decisions import Verdict, decide, history, holding, reviews, settle
 from tests.helpers.gallery_rows import CLASSES, VERSION, Plain, check_cells, enter, make_predictions, state_of
@@ -53,7 +53,7 @@ def refused(database: Database, photo: Plain, decision: str, /, **more: Any) -> 
 def state(database: Database, photo: Plain) -> tuple[str, str | None]:
     """The review's state and the label that holds."""
     with database.read() as connection:
-        found = Listing(connection, Filter(model=VERSION)).find(photo.photo)
+        found = PredictionQuery(connection, Filter(model=VERSION)).find(photo.photo)
         return found.review, found.decision and found.decision.new_label
 
 
@@ -182,8 +182,8 @@ def test_decisions_hold_for_a_later_model_with_other_classes(database: Database,
     later = make_predictions(1, 60, names)
     enter(database, later, tmp_path, version="v2")
     with database.read() as connection:
-        listing = Listing(connection, Filter(model="v2"))
-        found = {photo.sha256: photo for photo in listing.photos(listing.ids())}
+        listing = PredictionQuery(connection, Filter(model="v2"))
+        found = {photo.sha256: photo for photo in listing.fetch(listing.ids())}
         of_dogs, of_cats, of_neither = (found[photo.sha256] for photo in (to_dogs, to_cats, neither))
         assert of_dogs.review == ("confirmed" if of_dogs.label == "dogs" else "relabelled")
         assert (of_cats.review, of_cats.decision and of_cats.decision.new_label) == ("relabelled", "cats")
@@ -191,7 +191,7 @@ def test_decisions_hold_for_a_later_model_with_other_classes(database: Database,
         assert listing.counts.facets["review"]["unreviewed"] == 57
     say(database, neither, "undo")
     with database.read() as connection:
-        assert Listing(connection, Filter(model="v2")).counts.facets["review"]["unreviewed"] == 58
+        assert PredictionQuery(connection, Filter(model="v2")).counts.facets["review"]["unreviewed"] == 58
     check_cells(database)
 
 
@@ -201,7 +201,7 @@ def test_a_decision_is_about_every_photo_with_the_same_bytes(database: Database,
     rows = enter(database, twins, tmp_path)
     say(database, rows[3], "label", "cats")
     with database.read() as connection:
-        counts = Listing(connection, Filter(model=VERSION)).counts
+        counts = PredictionQuery(connection, Filter(model=VERSION)).counts
     cats = sum(row.label == "cats" for row in rows)
     assert counts.facets["review"] == {"confirmed": cats, "relabelled": 20 - cats}
     check_cells(database)
@@ -222,11 +222,11 @@ def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
     """What the cells would say if every prediction were judged anew by the decisions that hold, found from the history."""
     found: dict[str, Counter[tuple[Any, ...]]] = {}
     with database.read() as connection:
-        for model in known_models(connection):
+        for model in list_models(connection):
             found[model.version] = Counter()
             rows = connection.execute(
-                select(predictions.c.sha256, *(cells.c[name] for name in DIMENSIONS))
-                .join(cells, cells.c.id == predictions.c.cell_id)
+                select(predictions.c.sha256, *(buckets.c[name] for name in DIMENSIONS))
+                .join(buckets, buckets.c.id == predictions.c.cell_id)
                 .join(models, models.c.id == predictions.c.model_id)
                 .where(models.c.id == model.id)
             )
@@ -240,7 +240,9 @@ def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
                 review = stack[-1] if stack else None
                 held = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == row.sha256)).first()
                 assert (held and held.decision_id) == (review and review.id)
-                label, after = judge(review, label=row.label, predicted=row.predicted, classes=model.classes, source=row.source)
+                label, after = resolve_label(
+                    review, label=row.label, predicted=row.predicted, classes=model.classes, source=row.source
+                )
                 name = "not labelled" if label < 0 else model.classes[label]
                 place = (row.source, row.split, name, model.classes[row.predicted], row.percent, after)
                 found[model.version][(*place, row.duplicate, row.mislabelled)] += 1
@@ -269,13 +271,13 @@ def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_p
                 data = bytes([rng.randrange(30)])
                 sha256 = hashlib.sha256(data).hexdigest()
                 values = np.array([0.25, 0.75], dtype=np.float32)
-                for model in rng.sample(known_models(connection), 1):
+                for model in rng.sample(list_models(connection), 1):
                     if model.classes == classes:
-                        arrived = Answered(data, sha256, values, datetime.now(timezone.utc) - timedelta(seconds=step))
-                        keep(connection, model.id, classes, [arrived])
-                        places.append((name_of(sha256), sha256))
+                        arrived = ServedPrediction(data, sha256, values, datetime.now(timezone.utc) - timedelta(seconds=step))
+                        save_predictions(connection, model.id, classes, [arrived])
+                        places.append((production_name(sha256), sha256))
             elif kind == "prune":
-                prune(connection, most=rng.randrange(5, 15), days=1)
+                prune(connection, max_images=rng.randrange(5, 15), days=1)
         if kind == "import":
             version = f"v{rng.randrange(2, 5)}"
             names = classes if version == "v2" else ("dogs", "foxes")
