@@ -9,19 +9,23 @@ from flask import Flask
 
 from service.app import Services, create_api_app
 from service.gallery import compare, export, grid, image_routes, photo, review
-from service.gallery.image_access import Album
-from service.gallery.index import Gallery
-from service.gallery.recorder import Keeper
+from service.gallery.image_access import ImageAccess
+from service.gallery.index import GalleryIndex
+from service.gallery.recorder import PredictionRecorder
 from service.inference.model_manager import LoadedModel
 from service.web import api_docs, layout, upload_page
 
 
 def create_full_app(services: Services) -> Flask:
     """Wire the rooms together."""
-    gallery = Gallery(services.settings)
-    keeper = Keeper(gallery, services.settings, services.model_manager.metrics) if services.settings.keep_predictions else None
-    app = create_api_app(services, on_prediction=keeper.offer if keeper else None)
-    app.extensions.update(gallery=gallery, album=Album(services.settings, gallery), keeper=keeper)
+    gallery = GalleryIndex(services.settings)
+    recorder = (
+        PredictionRecorder(gallery, services.settings, services.model_manager.metrics)
+        if services.settings.keep_predictions
+        else None
+    )
+    app = create_api_app(services, on_prediction=recorder.record if recorder else None)
+    app.extensions.update(gallery=gallery, image_access=ImageAccess(services.settings, gallery), recorder=recorder)
     for part in (layout.bp, upload_page.bp, api_docs.bp):
         app.register_blueprint(part)
     for part in (grid.bp, photo.bp, export.bp, image_routes.bp, review.bp, compare.bp, compare.json_bp):
@@ -32,7 +36,7 @@ def create_full_app(services: Services) -> Flask:
     return app
 
 
-def _show_gallery(gallery: Gallery, models: queue.SimpleQueue[LoadedModel]) -> None:
+def _show_gallery(gallery: GalleryIndex, models: queue.SimpleQueue[LoadedModel]) -> None:
     """The gallery comes after the model: who asks for a prediction does not wait for it, and neither does the next bundle."""
     while True:
-        gallery.show(models.get())
+        gallery.import_model(models.get())

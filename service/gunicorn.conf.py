@@ -61,8 +61,8 @@ def worker_exit(server: Any, worker: Any) -> None:
 
     Photos that were answered and are to be kept are written first.
     """
-    if keeper := worker.wsgi and worker.wsgi.extensions.get("keeper"):
-        keeper.close()
+    if recorder := worker.wsgi and worker.wsgi.extensions.get("recorder"):
+        recorder.close()
     ending = sys.exc_info()[1]
     if isinstance(ending, SystemExit) and ending.code == 0:
         os._exit(0)

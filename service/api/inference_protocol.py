@@ -74,7 +74,7 @@ def model_ready(name: str, version: str | None) -> Response:
 @bp.post("/models/<name>/infer", defaults={"version": None})
 @bp.post("/models/<name>/versions/<version>/infer")
 def infer(name: str, version: str | None) -> Response:
-    if refusal := request.environ.get("service.refused"):
+    if refusal := request.environ.get("service.rejected"):
         raise refusal
     settings: Settings = current_app.extensions["settings"]
     g.key_name = require_key(request, settings)

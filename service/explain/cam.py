@@ -38,7 +38,7 @@ class LinearHead:
     temperature: float
 
     @classmethod
-    def of(cls, bundle: Bundle) -> LinearHead | None:
+    def from_bundle(cls, bundle: Bundle) -> LinearHead | None:
         """The head of a whole bundle, or None where its weights hold none by that name."""
         name = bundle.manifest["head"]
         try:

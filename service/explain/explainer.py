@@ -20,11 +20,11 @@ from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.paths import compiled_dir
 from models.runtime.openvino_engine import OpenVINOEngine, Pixels
 from service.explain.cam import LinearHead
-from service.explain.occlusion import PASSES, blurred, occlusion_map
+from service.explain.occlusion import FORWARD_PASSES, blur, occlusion_map
 from service.http.errors import Problem
 from service.images.worker_pool import Crew
 
-REMEMBERED = 1024
+CACHE_SIZE = 1024
 OUTPUTS = ("probabilities", "embedding", "feature_map")
 CAM, OCCLUSION = "class-activation map", "occlusion"
 
@@ -50,7 +50,7 @@ class Explanation:
         return not bool((self.evidence > 0).any())
 
     @property
-    def sentence(self) -> str:
+    def description(self) -> str:
         """What the picture shows, and how it was made, in words."""
         if self.is_empty:
             return f"No place of the photo speaks for {self.label!r} rather than for the other classes ({self.method})."
@@ -64,7 +64,7 @@ class Explanation:
             f"approximation from {self.forward_passes} answers (occlusion, Zeiler and Fergus 2014)."
         )
 
-    def heat(self, side_px: int) -> Floats:
+    def heatmap(self, side_px: int) -> Floats:
         """(side_px, side_px) from 0 to 1 over the crop that the model saw: what speaks for the class.
 
         1 is the strongest place of the photo, whether it speaks for the class or against it. So a class that has little for
@@ -78,11 +78,11 @@ class Explanation:
 class Explainer:
     """Explain one bundle's answers, one at a time; the last REMEMBERED are kept.
 
-    The engine is made at the first question, and its memory given back ``idle_s`` after the last one. ``most_waiting`` may
-    wait, each ``patience_s`` at most.
+    The engine is made at the first question, and its memory given back ``idle_timeout_s`` after the last one. ``max_queued`` may
+    wait, each ``timeout_s`` at most.
     """
 
-    def __init__(self, bundle: Bundle, *, most_waiting: int = 8, patience_s: float = 30.0, idle_s: float = 300.0) -> None:
+    def __init__(self, bundle: Bundle, *, max_queued: int = 8, timeout_s: float = 30.0, idle_timeout_s: float = 300.0) -> None:
         self.bundle = bundle
         self._engine: OpenVINOEngine | None = None
         self._head: LinearHead | None = None
@@ -91,13 +91,13 @@ class Explainer:
         self._crew = Crew(
             "explanation",
             threads=1,
-            most_waiting=most_waiting,
-            patience_s=patience_s,
-            idle_s=idle_s,
+            max_queued=max_queued,
+            timeout_s=timeout_s,
+            idle_timeout_s=idle_timeout_s,
             when_idle=self._give_back,
         )
 
-    def explain(self, sha256: str, label: str, pixels: Callable[[], Pixels]) -> Explanation:
+    def explain(self, sha256: str, label: str, load_pixels: Callable[[], Pixels]) -> Explanation:
         """Where the photo of that sha256 speaks for the class ``label``; ``pixels`` gives its crop where it has to be computed.
 
         Raises what ``pixels`` raises, and Problem: for no such class ("bad_parameter"), where too many wait ("overloaded") or
@@ -107,7 +107,9 @@ class Explainer:
             known = ", ".join(self.bundle.classes[:10])
             raise Problem("bad_parameter", f"class is {label[:40]!r}; this model's classes are {known}.")
         key = (sha256, label)
-        return self._find(key) or self._crew.do(key, lambda: self._find(key) or self._keep(key, self._explain(pixels(), label)))
+        return self._find(key) or self._crew.do(
+            key, lambda: self._find(key) or self._keep(key, self._explain(load_pixels(), label))
+        )
 
     def close(self) -> None:
         """Finish what is being computed, and end the thread."""
@@ -123,13 +125,13 @@ class Explainer:
                 evidence = self._head.score_map(probabilities, embedding, feature_map, index)
                 if evidence is not None:
                     return Explanation(CAM, label, evidence, 1)
-        evidence = occlusion_map(lambda photos: engine.run(photos)[0], pixels, index, cover=blurred(pixels))
-        return Explanation(OCCLUSION, label, evidence, PASSES)
+        evidence = occlusion_map(lambda photos: engine.run(photos)[0], pixels, index, fill=blur(pixels))
+        return Explanation(OCCLUSION, label, evidence, FORWARD_PASSES)
 
     def _compiled(self) -> OpenVINOEngine:
         """Only the crew's thread comes here, so that OpenVINO's own threads, its children, have its low priority."""
         if self._engine is None:
-            self._head = LinearHead.of(self.bundle)
+            self._head = LinearHead.from_bundle(self.bundle)
             self._engine = OpenVINOEngine(
                 self.bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,), cache_dir=compiled_dir()
             )
@@ -147,6 +149,6 @@ class Explainer:
     def _keep(self, key: tuple[str, str], made: Explanation) -> Explanation:
         with self._lock:
             self._kept[key] = made
-            while len(self._kept) > REMEMBERED:
+            while len(self._kept) > CACHE_SIZE:
                 self._kept.popitem(last=False)
         return made

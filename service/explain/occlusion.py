@@ -13,37 +13,37 @@ from PIL import Image, ImageFilter
 
 from models.runtime.openvino_engine import Pixels
 
-CELLS = 8  # along each side
-PATCH = 3  # cells that the patch covers along each side; it moves by one
-PASSES = (CELLS - PATCH + 1) ** 2 + 1
+GRID_SIZE = 8  # along each side
+PATCH_SIZE = 3  # cells that the patch covers along each side; it moves by one
+FORWARD_PASSES = (GRID_SIZE - PATCH_SIZE + 1) ** 2 + 1
 BLUR = 1 / 14  # of a side, the radius of the blur that takes a photo's details away
 SMALLEST = 1e-7
 
 Floats = NDArray[np.float32]
 
 
-def occlusion_map(run: Callable[[Pixels], Floats], pixels: Pixels, label: int, *, cover: Pixels) -> Floats:
+def occlusion_map(run: Callable[[Pixels], Floats], pixels: Pixels, label: int, *, fill: Pixels) -> Floats:
     """How much the log-odds of class ``label`` fall where the photo is covered: (CELLS, CELLS), the mean over patches.
 
     ``run`` gives the probabilities (1, classes) of pixels (1, H, W, C), and is asked PASSES times, one photo at a time, so that
-    memory is that of one. ``pixels`` is (H, W, C), and ``cover``, of the same shape, what a patch shows instead. Log-odds and
+    memory is that of one. ``pixels`` is (H, W, C), and ``fill``, of the same shape, what a patch shows instead. Log-odds and
     not probabilities: those of a photo that is certain hardly move.
     """
-    edges = np.linspace(0, pixels.shape[0], CELLS + 1).round().astype(int)
+    edges = np.linspace(0, pixels.shape[0], GRID_SIZE + 1).round().astype(int)
     whole = _log_odds(run(pixels[None])[0], label)
-    fall, covered = np.zeros((CELLS, CELLS)), np.zeros((CELLS, CELLS))
-    for y in range(CELLS - PATCH + 1):
-        for x in range(CELLS - PATCH + 1):
-            part = slice(edges[y], edges[y + PATCH]), slice(edges[x], edges[x + PATCH])
+    fall, covered = np.zeros((GRID_SIZE, GRID_SIZE)), np.zeros((GRID_SIZE, GRID_SIZE))
+    for y in range(GRID_SIZE - PATCH_SIZE + 1):
+        for x in range(GRID_SIZE - PATCH_SIZE + 1):
+            part = slice(edges[y], edges[y + PATCH_SIZE]), slice(edges[x], edges[x + PATCH_SIZE])
             patched = pixels.copy()
-            patched[part] = cover[part]
-            cells = slice(y, y + PATCH), slice(x, x + PATCH)
+            patched[part] = fill[part]
+            cells = slice(y, y + PATCH_SIZE), slice(x, x + PATCH_SIZE)
             fall[cells] += whole - _log_odds(run(patched[None])[0], label)
             covered[cells] += 1
     return (fall / covered).astype(np.float32)
 
 
-def blurred(pixels: Pixels) -> Pixels:
+def blur(pixels: Pixels) -> Pixels:
     """The photo without its details, (H, W, C) as it came.
 
     A patch of it has no edges that a network would take for something, as a grey one has (Fong and Vedaldi 2017, arXiv

@@ -7,13 +7,13 @@ from flask import Blueprint, Response, jsonify, request
 from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import ModelComparison, compare_models
 from service.db.query import ModelRecord, get_model
-from service.gallery.grid import render, serve_both_command, train_command
+from service.gallery.grid import render_gallery, retrain_command, serve_both_command
 from service.gallery.index import gallery
-from service.gallery.sidebar import address_of
+from service.gallery.sidebar import grid_url
 from service.http.errors import Problem
 from service.web.layout import problem_page
 
-REAL = 0.05
+SIGNIFICANCE_LEVEL = 0.05
 
 bp = Blueprint("compare", __name__)
 json_bp = Blueprint("compare_json", __name__)  # whose problems are JSON too
@@ -25,8 +25,8 @@ def page() -> Response:
     models, a, b, outcome = _compared()
     grids = {}
     if a:
-        grids = {change: address_of(Filter(model=b.version, baseline=a.version, change=change)) for change in CHANGES}
-    return render(
+        grids = {change: grid_url(Filter(model=b.version, baseline=a.version, change=change)) for change in CHANGES}
+    return render_gallery(
         "gallery/compare.html",
         models=models,
         a=a,
@@ -35,8 +35,8 @@ def page() -> Response:
         grids=grids,
         words=_in_words(a, b, outcome),
         right={"a": outcome.both_correct + outcome.broke, "b": outcome.both_correct + outcome.fixed} if outcome else {},
-        served=gallery().version,
-        train="" if a else train_command(),
+        served=gallery().active_version,
+        train="" if a else retrain_command(),
         serve_both="" if a else serve_both_command(),
     )
 
@@ -77,7 +77,7 @@ def _compared() -> tuple[list[ModelRecord], ModelRecord | None, ModelRecord, Mod
     shown = gallery()
     with shown.database.read() as connection:
         models = shown.models(connection)
-        b = get_model(connection, request.args.get("b") or shown.version or "")
+        b = get_model(connection, request.args.get("b") or shown.active_version or "")
         others = [model for model in models if model.version != b.version and model.classes == b.classes]
         named = request.args.get("a")
         a = get_model(connection, named) if named else next(iter(others), None)
@@ -96,6 +96,6 @@ def _in_words(a: ModelRecord | None, b: ModelRecord, outcome: ModelComparison | 
     better, most = (b, outcome.fixed) if outcome.fixed >= outcome.broke else (a, outcome.broke)
     split = f"Of {changed:,} photos on which they differ, {better.version} has {most:,} right and the other {changed - most:,}"
     p = f"p = {outcome.p_value:.2g}, McNemar's exact test"
-    if outcome.p_value < REAL:
+    if outcome.p_value < SIGNIFICANCE_LEVEL:
         return f"{split}: more than chance would explain ({p})."
     return f"{split}: no more than chance would explain ({p})."

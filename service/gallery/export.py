@@ -18,13 +18,13 @@ from service.db.filter import Filter
 from service.db.ingest import decode_file_name
 from service.db.query import ModelRecord, PredictionRecord
 from service.gallery import sidebar
-from service.gallery.filter_params import asked_page, listing
+from service.gallery.filter_params import open_query, page_filter_from_request
 from service.gallery.index import gallery
 from service.reviews.decisions import reviews
 
 CHUNK = 500
 MIB = 1 << 20
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
 Rows = Iterator[PredictionRecord]
 
 bp = Blueprint("exports", __name__)
@@ -41,7 +41,7 @@ def as_json(verdict: str = "") -> Response:
     def text() -> Iterator[str]:
         yield f'{{"total": {total}, "rows": ['
         for number, photo in enumerate(rows):
-            yield (",\n" if number else "\n") + json.dumps(as_row(photo, model))
+            yield (",\n" if number else "\n") + json.dumps(row_to_json(photo, model))
         yield "]}\n"
 
     return Response(stream_with_context(text()), headers={"Cache-Control": "no-cache"}, mimetype="application/json")
@@ -70,7 +70,7 @@ def reviews_csv() -> Response:
 
 
 @bp.get("/gallery/live.zip")
-def live_zip() -> Response:
+def production_zip() -> Response:
     """The live photos that were given a class, as a folder that `finetune train --extra-data` takes."""
     database = gallery().database
     with database.read() as connection:
@@ -111,7 +111,7 @@ class _Outgoing(io.RawIOBase):
         return taken
 
 
-def as_row(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
+def row_to_json(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
     """A photo as JSON has it."""
     decision = photo.decision
     return {
@@ -126,7 +126,7 @@ def as_row(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
         "margin": photo.margin,
         "loss": photo.loss,
         "probabilities": dict(zip(model.classes, (round(float(p), 9) for p in photo.probabilities), strict=True)),
-        "flags": flags_of(photo),
+        "flags": list_flags(photo),
         "review": photo.review,
         "decision": decision
         and {
@@ -142,7 +142,7 @@ def as_row(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
     }
 
 
-def flags_of(photo: PredictionRecord) -> list[str]:
+def list_flags(photo: PredictionRecord) -> list[str]:
     return ["duplicate"] * photo.duplicate + ["mislabelled"] * photo.mislabeled
 
 
@@ -161,12 +161,12 @@ def _review(row: Any) -> Review:
 
 def _asked(verdict: str) -> Filter:
     """The filter of the page's own address; which page of it that is makes no difference here."""
-    return sidebar.with_range(asked_page(**({"verdicts": (verdict,)} if verdict else {})), request.args)
+    return sidebar.apply_range_params(page_filter_from_request(**({"verdicts": (verdict,)} if verdict else {})), request.args)
 
 
 def _everything(filters: Filter) -> tuple[int, ModelRecord, Rows]:
     """Count, model and rows; no transaction is open while a slow client reads."""
-    with listing(filters) as found:
+    with open_query(filters) as found:
         ids, model = found.ids(), found.model
     database = gallery().database
 
@@ -196,7 +196,7 @@ def _csv_row(photo: PredictionRecord) -> list[Any]:
         f"{photo.confidence:.9g}",
         f"{photo.margin:.9g}",
         photo.review,
-        " ".join(flags_of(photo)),
+        " ".join(list_flags(photo)),
         (decision and decision.new_label) or "",
         _no_formula(decision.note) if decision else "",
         _no_formula(decision.reviewer) if decision else "",
@@ -227,4 +227,4 @@ def _taken(buffer: io.StringIO) -> bytes:
 
 def _no_formula(text: str) -> str:
     """People type these; a spreadsheet would compute what begins like a formula."""
-    return f"'{text}" if text.startswith(FORMULA) else text
+    return f"'{text}" if text.startswith(FORMULA_PREFIXES) else text

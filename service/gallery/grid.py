@@ -16,26 +16,26 @@ from models.errors import UserError
 from service.db.filter import Filter, describe_filter, parse_page
 from service.db.query import PredictionQuery, PredictionRecord, get_model
 from service.gallery import sidebar
-from service.gallery.filter_params import asked_page, listing
-from service.gallery.image_access import album
+from service.gallery.filter_params import open_query, page_filter_from_request
+from service.gallery.image_access import image_access
 from service.gallery.index import gallery
-from service.gallery.queues import Queue, queues
-from service.gallery.sidebar import address_of, photo_address
+from service.gallery.queues import ReviewQueue, review_queues
+from service.gallery.sidebar import grid_url, photo_url
 from service.http.errors import Problem
 from service.settings import Settings
 from service.web.layout import note_problem, problem_page, served_model
 
-THUMBNAILS = 8  # a queue's row
-TOLD = ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "seed")
+QUEUE_PREVIEW_SIZE = 8  # a queue's row
+TRAIN_FLAGS = ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "seed")
 
 bp = Blueprint("gallery", __name__)
 
 
 @dataclass(frozen=True)
-class Shown:
+class QueuePreview:
     """A queue with its number of photos and the first of them."""
 
-    queue: Queue
+    queue: ReviewQueue
     total: int
     photos: list[PredictionRecord]
 
@@ -47,14 +47,14 @@ def home() -> Response:
             raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there is model, a model's version.")
     shown = gallery()
     database = shown.database
-    version = request.args.get("model") or shown.version or ""
+    version = request.args.get("model") or shown.active_version or ""
     with database.read() as connection:
         everything = PredictionQuery(connection, Filter(model=version))
         model = everything.model
         rows = []
-        for queue in queues(version, model.classes):
+        for queue in review_queues(version, model.classes):
             found = PredictionQuery(connection, queue.filters, same_model_as=everything)
-            rows.append(Shown(queue, found.counts.total, found.first(THUMBNAILS)))
+            rows.append(QueuePreview(queue, found.counts.total, found.first(QUEUE_PREVIEW_SIZE)))
         evaluated, live = (
             PredictionQuery(connection, Filter(model=version, sources=sources), same_model_as=everything).counts.facets[
                 "verdict"
@@ -65,7 +65,7 @@ def home() -> Response:
             connection, Filter(model=version, outcomes=("unknown",), reviews=("unreviewed",)), same_model_as=everything
         )
         models = shown.models(connection)
-    return render(
+    return render_gallery(
         "gallery/home.html",
         model_shown=model,
         rows=rows,
@@ -74,9 +74,9 @@ def home() -> Response:
         live=live,
         waiting=waiting,
         models=models,
-        served=shown.version,
+        served=shown.active_version,
         everything=everything.filters,
-        train=train_command(),
+        train=retrain_command(),
         trouble=_trouble([photo for row in rows for photo in row.photos]),
     )
 
@@ -106,27 +106,27 @@ def _grid(**preset: tuple[str, ...]) -> Response:
 
     A range of confidence that is none is refused beside its fields, on the grid that there was.
     """
-    filters = asked_page(**preset)
+    filters = page_filter_from_request(**preset)
     refused: Problem | None = None
     try:
-        filters = sidebar.with_range(filters, request.args)
+        filters = sidebar.apply_range_params(filters, request.args)
     except Problem as problem:
         refused = problem.without_traceback()
-    if not refused and any(name in request.args for name in sidebar.FORM):
-        return redirect(address_of(filters))  # type: ignore[return-value]
+    if not refused and any(name in request.args for name in sidebar.FORM_PARAMS):
+        return redirect(grid_url(filters))  # type: ignore[return-value]
     number = parse_page(request.args)
-    with listing(filters) as found:
+    with open_query(filters) as found:
         if number > found.page_count:
-            return redirect(address_of(filters, page=found.page_count))  # type: ignore[return-value]
+            return redirect(grid_url(filters, page=found.page_count))  # type: ignore[return-value]
         page = found.page(number)
     vs_name = _name_of(filters.baseline)
     total = found.counts.total
     ends = [str(end) for end in filters.confidence]
-    answer = render(
+    answer = render_gallery(
         "gallery/photos.html",
         filters=filters,
         model_shown=found.model,
-        served=gallery().version,
+        served=gallery().active_version,
         said=describe_filter(filters, total, name=found.model.name, vs_name=vs_name),
         total=total,
         known=found.model_total,
@@ -134,19 +134,19 @@ def _grid(**preset: tuple[str, ...]) -> Response:
         first=(number - 1) * filters.per_page + 1,
         page=number,
         pages=found.page_count,
-        numbers=sidebar.numbers(number, found.page_count),
-        page_address=lambda page: address_of(filters, page=page),
-        active=sidebar.active(filters, vs_name),
-        facets={facet.parameter: facet for facet in sidebar.facets(filters, found.counts)},
-        confusion=sidebar.confusion(filters, found),
-        bars=sidebar.histogram(filters, found.counts),
+        numbers=sidebar.page_numbers(number, found.page_count),
+        page_address=lambda page: grid_url(filters, page=page),
+        active=sidebar.active_filters(filters, vs_name),
+        facets={facet.parameter: facet for facet in sidebar.build_facets(filters, found.counts)},
+        confusion=sidebar.build_confusion_matrix(filters, found),
+        bars=sidebar.build_histogram(filters, found.counts),
         ends=[request.args.get(name, end) for name, end in zip(("from", "to"), ends, strict=True)],
         refused=refused,
-        hidden=sidebar.hidden,
-        sorts=sidebar.sorts(filters),
-        sizes=sidebar.sizes(filters),
-        everything=address_of(filters.cleared_filters()),
-        another=address_of(filters.replace(sort="random", order=filters.order, seed=filters.seed + 1)),
+        hidden=sidebar.hidden_fields,
+        sorts=sidebar.sort_options(filters),
+        sizes=sidebar.page_size_options(filters),
+        everything=grid_url(filters.cleared_filters()),
+        another=grid_url(filters.replace(sort="random", order=filters.order, seed=filters.seed + 1)),
         trouble=_trouble(page),
     )
     if refused:
@@ -156,11 +156,11 @@ def _grid(**preset: tuple[str, ...]) -> Response:
     return answer
 
 
-def render(template: str, **context: Any) -> Response:
+def render_gallery(template: str, **context: Any) -> Response:
     settings: Settings = current_app.extensions["settings"]
     shared = {
-        "photo_address": photo_address,
-        "address_of": address_of,
+        "photo_url": photo_url,
+        "grid_url": grid_url,
         "has_folder": settings.data is not None,
         "merged_from": gallery().merged_from,
         "interval": _interval,
@@ -193,15 +193,15 @@ def _trouble(photos: Sequence[PredictionRecord]) -> str | None:
             "No folder of photos is set. Start the service with DATA=FOLDER, the folder that was evaluated; until then the "
             "gallery shows names, labels and probabilities."
         )
-    problem = album().look_for(evaluated[0].photo, evaluated[0].sha256)
+    problem = image_access().find_problem(evaluated[0].photo, evaluated[0].sha256)
     return problem.detail if problem else None
 
 
-def train_command() -> str:
+def retrain_command() -> str:
     """What trains the served model again with the decisions, and as it was trained, so that they alone make the difference."""
     bundle = served_model().bundle
     config = bundle.manifest.get("provenance", {}).get("config", {})
-    settings = [f"--{name.replace('_', '-')} {config[name]}" for name in TOLD if config.get(name) is not None]
+    settings = [f"--{name.replace('_', '-')} {config[name]}" for name in TRAIN_FLAGS if config.get(name) is not None]
     settings += [f"--unfreeze {shlex.join(config['unfreeze'])}"] if config.get("unfreeze") else []
     settings += ["--augment"] if config.get("augment") else []
     given = " ".join(["--data-dir", _data(), "--backbone", bundle.backbone, *settings])

@@ -12,7 +12,7 @@ from models.runtime.openvino_engine import Pixels
 from service.db import production
 from service.db.ingest import decode_file_name
 from service.explain.explainer import Explainer, Explanation
-from service.gallery.index import Gallery
+from service.gallery.index import GalleryIndex
 from service.http.errors import Problem
 from service.images.render import Picture, make_picture
 from service.images.source_folder import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
@@ -21,17 +21,17 @@ from service.images.worker_pool import Crew
 from service.inference.image_decoder import ImageDecoder
 from service.settings import Settings
 
-BUNDLES = 4  # of which an explainer is held
+MAX_EXPLAINERS = 4  # of which an explainer is held
 
 
-class Album:
+class ImageAccess:
     """Pictures by their photo's name and sha256. One for the application."""
 
-    def __init__(self, settings: Settings, gallery: Gallery) -> None:
+    def __init__(self, settings: Settings, gallery: GalleryIndex) -> None:
         self._gallery = gallery
         self._folder = PhotoFolder([settings.data] if settings.data else [])
         self._door = ImageDecoder(settings.max_pixels, block=True)
-        self._crew = Crew("pictures", threads=1, most_waiting=256, patience_s=30.0)
+        self._crew = Crew("pictures", threads=1, max_queued=256, timeout_s=30.0)
         self._thumbnails = Thumbnails(thumbnails_dir(), limit_mb=settings.thumbnails_mb, decoder=self._door, crew=self._crew)
         self._explainers: dict[str, Explainer] = {}
         self._lock = threading.Lock()
@@ -49,7 +49,7 @@ class Album:
         except PhotoUnavailableError as error:
             raise _problem(error) from None
 
-    def look_for(self, photo: str, sha256: str) -> Problem | None:
+    def find_problem(self, photo: str, sha256: str) -> Problem | None:
         """Why a photo cannot be shown, if it cannot; cheap for one that was looked at before."""
         if photo == production.production_name(sha256):
             with self._gallery.database.read() as connection:
@@ -62,7 +62,7 @@ class Album:
 
     def thumbnail(self, photo: str, sha256: str) -> Picture:
         """A small picture. Raises Problem also for one that was kept and whose photo is there no longer."""
-        if problem := self.look_for(photo, sha256):
+        if problem := self.find_problem(photo, sha256):
             raise problem
         return self._thumbnails.get(sha256, lambda: self.read(photo, sha256))
 
@@ -82,7 +82,7 @@ class Album:
         """Where the photo speaks for a class. Raises Problem where the model's bundle is not on this machine."""
         with self._lock:
             if version not in self._explainers:
-                if len(self._explainers) >= BUNDLES:
+                if len(self._explainers) >= MAX_EXPLAINERS:
                     self._explainers.pop(next(iter(self._explainers))).close()
                 self._explainers[version] = Explainer(self._bundle(version))
             explainer = self._explainers[version]
@@ -95,9 +95,9 @@ class Album:
         return open_bundle(resolve_bundle(path), files=())
 
 
-def album() -> Album:
+def image_access() -> ImageAccess:
     """The application's own."""
-    found: Album = current_app.extensions["album"]
+    found: ImageAccess = current_app.extensions["image_access"]
     return found
 
 

@@ -7,7 +7,7 @@ import hashlib
 from flask import Blueprint, Response, request
 
 from service.explain.heatmap import legend, overlay
-from service.gallery.image_access import album
+from service.gallery.image_access import image_access
 from service.gallery.index import gallery
 from service.images.render import png_of
 from service.web.layout import YEAR_S
@@ -17,27 +17,27 @@ bp = Blueprint("pictures", __name__, url_prefix="/gallery/pictures")
 
 @bp.get("/<sha256>/thumbnail.jpg")
 def thumbnail(sha256: str) -> Response:
-    return _forever(album().thumbnail(_photo(), sha256).data, "image/jpeg")
+    return _forever(image_access().thumbnail(_photo(), sha256).data, "image/jpeg")
 
 
 @bp.get("/<sha256>/original.jpg")
 def original(sha256: str) -> Response:
-    return _forever(album().original(_photo(), sha256).data, "image/jpeg")
+    return _forever(image_access().original(_photo(), sha256).data, "image/jpeg")
 
 
 @bp.get("/<sha256>/crop.png")
 def crop(sha256: str) -> Response:
     """As the model saw it."""
-    return _forever(png_of(album().crop(_version(), _photo(), sha256)), "image/png")
+    return _forever(png_of(image_access().crop(_version(), _photo(), sha256)), "image/png")
 
 
 @bp.get("/<sha256>/attention.png")
-def attention(sha256: str) -> Response:
+def heatmap(sha256: str) -> Response:
     """The crop, with the places bright that speak for ``class``."""
-    version, photo = _version(), _photo()
-    explanation = album().explain(version, photo, sha256, request.args.get("class", ""))
-    pixels = album().crop(version, photo, sha256)
-    return _forever(overlay(pixels, explanation.heat(pixels.shape[0])), "image/png")
+    active_version, photo = _version(), _photo()
+    explanation = image_access().explain(active_version, photo, sha256, request.args.get("class", ""))
+    pixels = image_access().crop(active_version, photo, sha256)
+    return _forever(overlay(pixels, explanation.heatmap(pixels.shape[0])), "image/png")
 
 
 @bp.get("/legend.png")
@@ -51,7 +51,7 @@ def _photo() -> str:
 
 
 def _version() -> str:
-    return request.args.get("model") or gallery().version or ""
+    return request.args.get("model") or gallery().active_version or ""
 
 
 def _forever(data: bytes, media_type: str) -> Response:

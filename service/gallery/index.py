@@ -29,7 +29,7 @@ from service.settings import Settings
 log = logging.getLogger("service.gallery")
 
 
-class Gallery:
+class GalleryIndex:
     """The database and what is known of each model's photos beside it. One for the application; until it is there,
     ``database`` says so. What fails here is told on the gallery's pages and never stops a prediction."""
 
@@ -41,18 +41,18 @@ class Gallery:
         self._results: dict[str, list[PredictionSource]] = {}  # by the version of the bundle that they are of
         self._lookalikes: dict[str, SimilarityIndex] = {}
         self._wholes: dict[str, str] = {}  # a head-only bundle's version -> that of the whole one, which stands for both
-        self.version: str | None = None
+        self.active_version: str | None = None
 
     @property
     def database(self) -> Database:
         """Raises Problem while there is none."""
-        if self._database is not None and self.version is not None:
+        if self._database is not None and self.active_version is not None:
             return self._database
         if self._error is not None:
             raise Problem("database_unavailable", self._error)
         raise Problem("not_ready", "The gallery is being prepared; ask again in a second.", headers={"Retry-After": "1"})
 
-    def show(self, model: LoadedModel) -> None:
+    def import_model(self, model: LoadedModel) -> None:
         """Read the predictions of the model that serves now, and those of EVALUATIONS, and show them."""
         with self._lock:
             try:
@@ -69,13 +69,13 @@ class Gallery:
                 log.exception("the gallery cannot be shown")
                 self._fail(f"The gallery's database failed ({error!r}); look into the log, and start again.")
             else:
-                self.version = model.bundle.version
+                self.active_version = model.bundle.version
 
     def models(self, connection: Connection) -> list[ModelRecord]:
         """The models that the database knows, the one seen last first; each once, also one that serves joined with its base."""
         return [model for model in list_models(connection) if model.version not in self._wholes]
 
-    def lookalikes(self, version: str) -> list[SimilarityIndex]:
+    def similarity_tables(self, version: str) -> list[SimilarityIndex]:
         """The embeddings and duplicates of a model's evaluations, as far as they are on this machine."""
         found = []
         for results in self._results.get(version, []):
@@ -147,9 +147,9 @@ class Gallery:
         log.error(reason)
 
 
-def gallery() -> Gallery:
+def gallery() -> GalleryIndex:
     """The application's own."""
-    found: Gallery = current_app.extensions["gallery"]
+    found: GalleryIndex = current_app.extensions["gallery"]
     return found
 
 

@@ -15,11 +15,11 @@ from service.db.filter import Filter, describe_filter
 from service.db.ingest import encode_file_name
 from service.db.query import PredictionQuery, PredictionRecord
 from service.explain.explainer import Explanation
-from service.gallery.filter_params import GO_ON, REVIEWER, asked_filter, listing
-from service.gallery.grid import render
-from service.gallery.image_access import album
+from service.gallery.filter_params import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, filter_from_request, open_query
+from service.gallery.grid import render_gallery
+from service.gallery.image_access import image_access
 from service.gallery.index import gallery
-from service.gallery.sidebar import address_of
+from service.gallery.sidebar import grid_url
 from service.http.errors import Problem
 from service.http.security import require_key_or_cookie
 from service.reviews.decisions import history
@@ -27,17 +27,17 @@ from service.reviews.history import entries, saved
 from service.settings import Settings
 from service.web.layout import note_problem, problem_page
 
-NEIGHBOURS = 8
-LOOKS = 20  # classes that one can look for by a link, the most probable ones
-USED = "bjkntu"  # keys of the page that are no class's
-KEYS = [*"123456789", *(letter for letter in string.ascii_lowercase if letter not in USED)]
-PROBABLE = 8  # with a button each, where there are more classes than keys
+MAX_NEIGHBORS = 8
+MAX_EXPLAIN_CLASSES = 20  # classes that one can look for by a link, the most probable ones
+RESERVED_KEYS = "bjkntu"  # keys of the page that are no class's
+KEYS = [*"123456789", *(letter for letter in string.ascii_lowercase if letter not in RESERVED_KEYS)]
+MAX_CLASS_BUTTONS = 8  # with a button each, where there are more classes than keys
 
 bp = Blueprint("photo", __name__)
 
 
 @dataclass(frozen=True)
-class Alike:
+class SimilarImage:
     """A photo that looks like another: by its ``similarity`` (cosine of the embeddings), or the same to byte or eye (None)."""
 
     name: str
@@ -49,7 +49,7 @@ class Alike:
 
 
 @dataclass(frozen=True)
-class Refused:
+class RejectedReview:
     """A decision that was not saved: why, and the fields that came, so that nobody types them again."""
 
     problem: Problem
@@ -64,14 +64,18 @@ def say(problem: Problem) -> Response:
 @bp.get("/gallery/photo")
 def page() -> Response:
     """One photo under the filter that one came with, which says what comes before and after it."""
-    filters = asked_filter(also=("photo", "sha256", "look", "saved", "end"))
-    return show(filters, request.args.get("photo", ""), request.args.get("sha256", ""), look=request.args.get("look", ""))
+    filters = filter_from_request(extra=("photo", "sha256", "look", "saved", "end"))
+    return render_photo_page(
+        filters, request.args.get("photo", ""), request.args.get("sha256", ""), explain_class=request.args.get("look", "")
+    )
 
 
-def show(filters: Filter, photo: str, sha256: str, *, look: str = "", refused: Refused | None = None) -> Response:
+def render_photo_page(
+    filters: Filter, photo: str, sha256: str, *, explain_class: str = "", rejected: RejectedReview | None = None
+) -> Response:
     """The page of a photo; with what was ``refused`` on top of it. Raises Problem."""
     shown = gallery()
-    with listing(filters) as found:
+    with open_query(filters) as found:
         this = found.find(photo, sha256)
         before, previous, following = found.neighbors(this)
         is_in = found.matches(this)
@@ -81,11 +85,13 @@ def show(filters: Filter, photo: str, sha256: str, *, look: str = "", refused: R
         past = history(found.connection, this.sha256)
         just_saved = saved(found.connection, request.args.get("saved", ""))
     model = found.model
-    trouble = album().look_for(this.photo, this.sha256)
+    trouble = image_access().find_problem(this.photo, this.sha256)
     has_bundle = shown.bundle_path(model.version) is not None
-    explanation, no_look = _explain(model.version, this, look) if look and has_bundle and not trouble else (None, None)
+    explanation, no_look = (
+        _explain(model.version, this, explain_class) if explain_class and has_bundle and not trouble else (None, None)
+    )
     probabilities = sorted(zip(model.classes, map(float, this.probabilities), strict=True), key=lambda row: -row[1])
-    answer = render(
+    answer = render_gallery(
         "gallery/photo.html",
         filters=filters,
         judge=model,
@@ -94,7 +100,7 @@ def show(filters: Filter, photo: str, sha256: str, *, look: str = "", refused: R
         choices=_choices(model.classes, this, probabilities),
         trouble=trouble,
         has_bundle=has_bundle,
-        look=look,
+        explain_class=explain_class,
         looks=_looks(this, probabilities),
         explanation=explanation,
         no_look=no_look,
@@ -111,24 +117,24 @@ def show(filters: Filter, photo: str, sha256: str, *, look: str = "", refused: R
         first=first,
         is_end="end" in request.args,
         saved=just_saved,
-        refused=refused,
-        grid=address_of(filters, page=min(before, max(0, found.counts.total - 1)) // filters.per_page + 1),
+        rejected=rejected,
+        grid=grid_url(filters, page=min(before, max(0, found.counts.total - 1)) // filters.per_page + 1),
         look_address=lambda label: f"{url_for('photo.page')}?{_look(filters, this, label)}#look",
-        reviewer=request.cookies.get(REVIEWER, ""),
-        goes_on=request.cookies.get(GO_ON, "1") == "1",
+        reviewer=request.cookies.get(REVIEWER_COOKIE, ""),
+        goes_on=request.cookies.get(AUTO_ADVANCE_COOKIE, "1") == "1",
         key=_key(),
     )
-    if refused:
-        answer.status_code = refused.problem.status
-        answer.headers.update({**refused.problem.headers, "Cache-Control": "no-store"})
-        note_problem(refused.problem)
+    if rejected:
+        answer.status_code = rejected.problem.status
+        answer.headers.update({**rejected.problem.headers, "Cache-Control": "no-store"})
+        note_problem(rejected.problem)
     return answer
 
 
 def _explain(version: str, this: PredictionRecord, look: str) -> tuple[Explanation | None, Problem | None]:
     """Where the model looked, or why that cannot be said now; a class that there is none of is the caller's mistake."""
     try:
-        return album().explain(version, this.photo, this.sha256, look), None
+        return image_access().explain(version, this.photo, this.sha256, look), None
     except Problem as problem:
         if problem.code == "bad_parameter":
             raise
@@ -141,7 +147,7 @@ def _choices(
     """The classes that have a button, with the key of each; and those, where there are many, that are chosen from a list."""
     if len(classes) <= len(KEYS):
         return list(zip(classes, KEYS, strict=False)), []
-    likely = [name for name, _ in probabilities[:PROBABLE]]
+    likely = [name for name, _ in probabilities[:MAX_CLASS_BUTTONS]]
     if this.label and this.label not in likely:
         likely.append(this.label)
     return list(zip(likely, KEYS, strict=False)), sorted(set(classes) - set(likely))
@@ -150,32 +156,32 @@ def _choices(
 def _looks(this: PredictionRecord, probabilities: Sequence[tuple[str, float]]) -> tuple[list[str], list[str]]:
     """The classes to look for: first those that matter, then the most probable others."""
     foremost = list(dict.fromkeys(name for name in (this.predicted, this.label) if name))
-    return foremost, [name for name, _ in probabilities if name not in foremost][:LOOKS]
+    return foremost, [name for name, _ in probabilities if name not in foremost][:MAX_EXPLAIN_CLASSES]
 
 
-def _neighbours(found: PredictionQuery, this: PredictionRecord) -> list[Alike]:
+def _neighbours(found: PredictionQuery, this: PredictionRecord) -> list[SimilarImage]:
     """The evaluated photos nearest to this one by the network's embedding."""
-    for table in gallery().lookalikes(found.model.version):
+    for table in gallery().similarity_tables(found.model.version):
         if this.sha256 in table.sha256s:
-            near = table.nearest(table.sha256s.index(this.sha256), NEIGHBOURS)
+            near = table.nearest(table.sha256s.index(this.sha256), MAX_NEIGHBORS)
             known = found.fetch_by_sha256([table.sha256s[row] for row, _ in near])
             return [
-                Alike(other.photo, other.sha256, other.label or "", other.split, similarity, other)
+                SimilarImage(other.photo, other.sha256, other.label or "", other.split, similarity, other)
                 for row, similarity in near
                 if (other := known.get(table.sha256s[row]))
             ]
     return []
 
 
-def _duplicates(found: PredictionQuery, this: PredictionRecord) -> list[Alike]:
+def _duplicates(found: PredictionQuery, this: PredictionRecord) -> list[SimilarImage]:
     """Photos of the dataset that are the same to the byte or to the eye, in whatever split."""
     groups: dict[str, DuplicateRow] = {}
-    for table in gallery().lookalikes(found.model.version):
+    for table in gallery().similarity_tables(found.model.version):
         groups |= {
             other.photo: other for other in table.duplicates_of(this.sha256) if encode_file_name(other.photo) != this.photo
         }
     return [
-        Alike(name, other.sha256, other.label, other.split, None, _evaluated(found, name, other.sha256))
+        SimilarImage(name, other.sha256, other.label, other.split, None, _evaluated(found, name, other.sha256))
         for other in groups.values()
         if (name := encode_file_name(other.photo))
     ]
@@ -188,7 +194,7 @@ def _evaluated(found: PredictionQuery, name: str, sha256: str) -> PredictionReco
     return None
 
 
-def _warnings(this: PredictionRecord, duplicates: Sequence[Alike]) -> list[str]:
+def _warnings(this: PredictionRecord, duplicates: Sequence[SimilarImage]) -> list[str]:
     """What the near-duplicates say against the dataset."""
     found = []
     if labels := sorted({other.label for other in duplicates if this.label and other.label != this.label}):

@@ -8,64 +8,64 @@ from dataclasses import dataclass
 from service.db.filter import Filter
 
 SEED = 1
-MOST_CLASSES = 20  # with a queue of their own
+MAX_CLASS_QUEUES = 20  # with a queue of their own
 
 
 @dataclass(frozen=True)
-class Queue:
-    """``why`` says what a person gains by looking; ``empty`` what it means that there is nothing."""
+class ReviewQueue:
+    """``description`` says what a person gains by looking; ``empty_text`` what it means that there is nothing."""
 
     title: str
-    why: str
-    empty: str
+    description: str
+    empty_text: str
     filters: Filter
 
 
-def queues(version: str, classes: Sequence[str]) -> list[Queue]:
+def review_queues(version: str, classes: Sequence[str]) -> list[ReviewQueue]:
     """In the order in which they repay looking."""
     everything = Filter(model=version)
     wrong, right = everything.replace(verdicts=("wrong",)), everything.replace(verdicts=("right",))
     return [
-        Queue(
+        ReviewQueue(
             "Confidently wrong",
             "The mistakes that speak most against their label first: look whether it is the label that is wrong.",
             "The model has nothing wrong.",
             wrong,
         ),
-        Queue(
+        ReviewQueue(
             "Probably mislabelled",
             "Photos whose probabilities fit another class better than the photos of that class themselves do.",
             "Nothing looks mislabelled. With `finetune evaluate --folds 5` the training photos are looked through as well.",
             everything.replace(flags=("mislabelled",)),
         ),
-        Queue(
+        ReviewQueue(
             "Least certain",
             "The closest calls, right or wrong: more photos like these teach the model most.",
             "There are no predictions yet.",
             everything.replace(sort="margin"),
         ),
-        Queue(
+        ReviewQueue(
             "Same photo, another label",
             "Photos that look like one with another label; one of the two labels is wrong.",
             "No two photos that look the same have different labels.",
             everything.replace(flags=("duplicate",)),
         ),
-        Queue(
+        ReviewQueue(
             "Live, not yet reviewed",
             "What people sent to be classified, the least certain first; label some, and train with them.",
             "None wait. With KEEP_PREDICTIONS=1 photos that are sent to /predict are kept, and come here.",
             everything.replace(sources=("live",), reviews=("unreviewed",), sort="margin"),
         ),
-        Queue("Random incorrect", "A fair sample of the mistakes.", "The model has nothing wrong.", _random(wrong)),
-        Queue("Random correct", "A fair sample of what it gets right.", "The model has nothing right.", _random(right)),
+        ReviewQueue("Random incorrect", "A fair sample of the mistakes.", "The model has nothing wrong.", _random(wrong)),
+        ReviewQueue("Random correct", "A fair sample of what it gets right.", "The model has nothing right.", _random(right)),
         *(
-            Queue(
+            ReviewQueue(
                 f"Most confident: {name}",
                 f"What the model takes for the clearest {name}.",
                 f"Nothing was called {name}.",
                 everything.replace(predicted=(name,), sort="confidence"),
             )
-            for name in classes[:MOST_CLASSES]
+            for name in classes[:MAX_CLASS_QUEUES]
         ),
     ]
 

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from models.artifacts.bundle import Bundle
 from service.db.ingest import get_or_create_model
 from service.db.production import ServedPrediction, prune, save_predictions
-from service.gallery.index import Gallery
+from service.gallery.index import GalleryIndex
 from service.http.errors import Problem
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 log = logging.getLogger("service.gallery")
-WAITING = 128  # photos in memory; under a flood the others are not kept, and counted
-AT_ONCE = 32
-PRUNE_S = 60.0
+QUEUE_SIZE = 128  # photos in memory; under a flood the others are not kept, and counted
+BATCH_SIZE = 32
+PRUNE_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,18 +35,18 @@ class _Offer:
     answered: ServedPrediction
 
 
-class Keeper:
+class PredictionRecorder:
     """Keeps what was answered, as KEEP_PREDICTIONS says; a thread that ends with ``close``, when all is written."""
 
-    def __init__(self, gallery: Gallery, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, gallery: GalleryIndex, settings: Settings, metrics: Metrics) -> None:
         self._gallery = gallery
         self._settings = settings
         self._metrics = metrics
-        self._offers: queue.Queue[_Offer | None] = queue.Queue(WAITING)
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._offers: queue.Queue[_Offer | None] = queue.Queue(QUEUE_SIZE)
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
-    def offer(self, bundle: Bundle, data: bytes, probabilities: NDArray[np.float32]) -> None:
+    def record(self, bundle: Bundle, data: bytes, probabilities: NDArray[np.float32]) -> None:
         """Hand a photo and its answer over; never waits."""
         answered = ServedPrediction(data, hashlib.sha256(data).hexdigest(), probabilities, datetime.now(timezone.utc))
         try:
@@ -60,12 +60,12 @@ class Keeper:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        pruned_at, is_last = -PRUNE_S, False
+        pruned_at, is_last = -PRUNE_INTERVAL_S, False
         while not is_last:
             offers, is_last = self._take()
             try:
                 self._write(offers)
-                if time.monotonic() - pruned_at >= PRUNE_S:
+                if time.monotonic() - pruned_at >= PRUNE_INTERVAL_S:
                     pruned_at = time.monotonic()
                     with self._gallery.database.write() as connection:
                         prune(connection, max_images=self._settings.keep_photos, days=self._settings.keep_days)
@@ -77,19 +77,19 @@ class Keeper:
         """What was handed over, AT_ONCE at most, and whether it is the end; nothing after a while without any."""
         taken: list[_Offer] = []
         with contextlib.suppress(queue.Empty):
-            while len(taken) < AT_ONCE:
-                offer = self._offers.get(block=not taken, timeout=PRUNE_S)
-                if offer is None:
+            while len(taken) < BATCH_SIZE:
+                record = self._offers.get(block=not taken, timeout=PRUNE_INTERVAL_S)
+                if record is None:
                     return taken, True
-                taken.append(offer)
+                taken.append(record)
         return taken, False
 
     def _write(self, offers: Sequence[_Offer]) -> None:
-        for version in dict.fromkeys(offer.bundle.version for offer in offers):
-            mine = [offer for offer in offers if offer.bundle.version == version]
+        for version in dict.fromkeys(record.bundle.version for record in offers):
+            mine = [record for record in offers if record.bundle.version == version]
             bundle = mine[0].bundle
             with self._gallery.database.write() as connection:
                 model_id = get_or_create_model(connection, version=version, name=bundle.name, classes=bundle.classes)
-                new = save_predictions(connection, model_id, bundle.classes, [offer.answered for offer in mine])
+                new = save_predictions(connection, model_id, bundle.classes, [record.answered for record in mine])
             self._metrics.saved_predictions.labels("kept").inc(new)
             self._metrics.saved_predictions.labels("known").inc(len(mine) - new)

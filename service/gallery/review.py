@@ -11,9 +11,9 @@ from flask import Blueprint, Response, current_app, g, jsonify, redirect, reques
 from werkzeug.datastructures import MultiDict
 
 from service.db.filter import Filter, parse_filter
-from service.gallery.filter_params import GO_ON, REVIEWER, listing
+from service.gallery.filter_params import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, open_query
 from service.gallery.index import gallery
-from service.gallery.photo import Refused, show
+from service.gallery.photo import RejectedReview, render_photo_page
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
@@ -53,7 +53,9 @@ def review() -> Response:
         if not (given.get("photo") and given.get("sha256")):
             raise
         with contextlib.suppress(Problem):  # of the page: the photo may be what is wrong
-            return show(_filter(given), given["photo"], given["sha256"], refused=Refused(_for_people(problem), given))
+            return render_photo_page(
+                _filter(given), given["photo"], given["sha256"], rejected=RejectedReview(_for_people(problem), given)
+            )
         raise
 
 
@@ -72,9 +74,9 @@ def _review(given: dict[str, str]) -> Response:
     else:
         answer = redirect(way or f"{here}&saved={id_}", 303)  # type: ignore[assignment]
         if verdict.decision not in STAYING:
-            _keep(answer, GO_ON, "1" if given.get("next") == "1" else "0")
+            _keep(answer, AUTO_ADVANCE_COOKIE, "1" if given.get("next") == "1" else "0")
     if "reviewer" in given and g.key_name is None:
-        _keep(answer, REVIEWER, verdict.reviewer)
+        _keep(answer, REVIEWER_COOKIE, verdict.reviewer)
     answer.headers["Cache-Control"] = "no-store"
     return answer
 
@@ -162,11 +164,11 @@ def _verdict(given: dict[str, str], *, key_name: str | None) -> Verdict:
     return Verdict(
         photo=given["photo"],
         sha256=given["sha256"],
-        model_version=given.get("model") or gallery().version or "",
+        model_version=given.get("model") or gallery().active_version or "",
         decision=given["decision"],
         new_label=given.get("new_label") or None,
         note=_plain(given.get("note", "")),
-        reviewer=key_name or _plain(given.get("reviewer", request.cookies.get(REVIEWER, "")))[: TEXTS["reviewer"]],
+        reviewer=key_name or _plain(given.get("reviewer", request.cookies.get(REVIEWER_COOKIE, "")))[: TEXTS["reviewer"]],
         key_name=key_name,
         seen=int(seen) if seen else None,
     )
@@ -180,7 +182,7 @@ def _next(given: dict[str, str], verdict: Verdict) -> str | None:
     if given.get("next") != "1" or not given.get("filter") or verdict.decision in STAYING:
         return None
     filters = _filter(given)
-    with listing(filters) as found:
+    with open_query(filters) as found:
         _, _, following = found.neighbors(found.find(verdict.photo, verdict.sha256))
     if following is None:
         return f"{_photo_page(given)}&end=1"
@@ -190,7 +192,7 @@ def _next(given: dict[str, str], verdict: Verdict) -> str | None:
 def _filter(given: dict[str, str]) -> Filter:
     """The filter that the decision was made under. The model of the decision is the filter's. Raises Problem."""
     asked = MultiDict(parse_qsl(given.get("filter", "")))
-    return parse_filter(asked, model=given.get("model") or gallery().version or "")
+    return parse_filter(asked, model=given.get("model") or gallery().active_version or "")
 
 
 def _photo_page(given: dict[str, str]) -> str:

@@ -38,42 +38,42 @@ VALUE_NAMES = {
     "source": {"evaluation": "Evaluation", "out-of-fold": "Out of fold", "live": "Live"},
 }
 CHANGE_NAMES = {"fixed": "Fixed", "broke": "Broke", "both-right": "Both right", "both-wrong": "Both wrong"}
-FORM = ("by", "from", "to")  # what the forms send beside a filter's own parameters
-MOST_CELLS = 900  # of a matrix; of more classes the confusions are listed, the most frequent first
-MOST_PAIRS = 20
+FORM_PARAMS = ("by", "from", "to")  # what the forms send beside a filter's own parameters
+MAX_MATRIX_CELLS = 900  # of a matrix; of more classes the confusions are listed, the most frequent first
+MAX_CONFUSIONS = 20
 SHADES = 4
 
 
 @dataclass(frozen=True)
-class Choice:
+class FacetChoice:
     """A value of a facet, how many photos it would show, and the address that adds it or takes it away."""
 
     value: str
     name: str
     photos: int
-    is_chosen: bool
-    address: str
+    is_selected: bool
+    url: str
 
 
 @dataclass(frozen=True)
 class Facet:
     parameter: str
     title: str
-    choices: list[Choice]
+    choices: list[FacetChoice]
 
 
 @dataclass(frozen=True)
-class Pair:
+class ConfusionCell:
     """The photos of a true class that were called ``predicted``; ``shade`` from 0 to 4 is their share of the row's most."""
 
     label: str
     predicted: str
     photos: int
     shade: int
-    address: str
+    url: str
 
     @property
-    def words(self) -> str:
+    def label_text(self) -> str:
         return f"{self.label}, called {self.predicted}"
 
     @property
@@ -83,33 +83,33 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Confusion:
+class ConfusionMatrix:
     """A matrix, its rows in the order of ``columns``, or where it would be too large only its most frequent mistakes."""
 
     columns: list[str]
-    rows: list[tuple[str, list[Pair]]]
-    mistakes: list[Pair]
+    rows: list[tuple[str, list[ConfusionCell]]]
+    mistakes: list[ConfusionCell]
 
 
 @dataclass(frozen=True)
-class Bar:
+class HistogramBar:
     """Confidences from ``low`` to ``high`` per cent; ``height`` is from 0 to 1."""
 
     low: int
     high: int
     photos: int
     height: float
-    address: str
+    url: str
 
 
-def address_of(filters: Filter, **more: Any) -> str:
+def grid_url(filters: Filter, **more: Any) -> str:
     """The grid's address with this filter; page 1 is not said."""
     if more.get("page") == 1:
         del more["page"]
     return f"{_path('gallery.photos')}?{filters.query(**more)}"
 
 
-def photo_address(filters: Filter, photo: PredictionRecord) -> str:
+def photo_url(filters: Filter, photo: PredictionRecord) -> str:
     """The address of a photo's page, which knows the filter that one came from."""
     return f"{_path('photo.page')}?{filters.query(photo=photo.photo, sha256=photo.sha256)}"
 
@@ -122,7 +122,7 @@ def _path(endpoint: str) -> str:
     return paths[endpoint]
 
 
-def with_sort(filters: Filter, given: Mapping[str, str]) -> Filter:
+def apply_sort_params(filters: Filter, given: Mapping[str, str]) -> Filter:
     """The filter in the order that a form of the grid sent, as ``by=loss.asc``. Raises Problem."""
     if by := given.get("by"):
         sort, _, order = by.partition(".")
@@ -133,7 +133,7 @@ def with_sort(filters: Filter, given: Mapping[str, str]) -> Filter:
     return filters
 
 
-def with_range(filters: Filter, given: Mapping[str, str]) -> Filter:
+def apply_range_params(filters: Filter, given: Mapping[str, str]) -> Filter:
     """The filter with the confidences that a form of the grid sent, as ``from=50`` and ``to=90``. Raises Problem."""
     if "from" not in given and "to" not in given:
         return filters
@@ -145,20 +145,20 @@ def with_range(filters: Filter, given: Mapping[str, str]) -> Filter:
     return filters.replace(confidence=(low, high))
 
 
-def hidden(filters: Filter, *without: str) -> list[tuple[str, str]]:
+def hidden_fields(filters: Filter, *without: str) -> list[tuple[str, str]]:
     """The filter as the hidden fields of a form, without the parameters that the form asks for itself."""
     return [(name, value) for name, value in parse_qsl(filters.query(), keep_blank_values=True) if name not in without]
 
 
-def facets(filters: Filter, counts: FacetCounts) -> list[Facet]:
+def build_facets(filters: Filter, counts: FacetCounts) -> list[Facet]:
     """Those that have anything to choose."""
     rows = []
     for parameter, title in FACET_TITLES.items():
         chosen: tuple[str, ...] = getattr(filters, FACETS[parameter])
         photos = counts.facets[parameter]
         choices = [
-            Choice(
-                value, name_of(parameter, value), photos[value], value in chosen, address_of(filters.toggle(parameter, value))
+            FacetChoice(
+                value, value_label(parameter, value), photos[value], value in chosen, grid_url(filters.toggle(parameter, value))
             )
             for value in sorted({*photos, *chosen}, key=lambda value: (-photos[value], value))
             if value
@@ -168,28 +168,28 @@ def facets(filters: Filter, counts: FacetCounts) -> list[Facet]:
     return rows
 
 
-def active(filters: Filter, vs_name: str) -> list[tuple[str, str, str]]:
+def active_filters(filters: Filter, vs_name: str) -> list[tuple[str, str, str]]:
     """What narrows the grid: title, value, and the address without it."""
     rows = [
-        (title, name_of(parameter, value), address_of(filters.toggle(parameter, value)))
+        (title, value_label(parameter, value), grid_url(filters.toggle(parameter, value)))
         for parameter, title in FACET_TITLES.items()
         for value in getattr(filters, FACETS[parameter])
     ]
     if filters.confidence != (0, 100):
         low, high = filters.confidence
-        rows.append(("Confidence", f"{low}\u2013{high}\u202f%", address_of(filters.replace(confidence=(0, 100)))))
+        rows.append(("Confidence", f"{low}\u2013{high}\u202f%", grid_url(filters.replace(confidence=(0, 100)))))
     if filters.change:
         title = f"Against {vs_name} {filters.baseline}"
-        rows.append((title, CHANGE_NAMES[filters.change], address_of(filters.replace(vs="", change=""))))
+        rows.append((title, CHANGE_NAMES[filters.change], grid_url(filters.replace(vs="", change=""))))
     return rows
 
 
-def name_of(parameter: str, value: str) -> str:
+def value_label(parameter: str, value: str) -> str:
     """A facet's value in words."""
     return VALUE_NAMES.get(parameter, {}).get(value, value)
 
 
-def confusion(filters: Filter, found: PredictionQuery) -> Confusion:
+def build_confusion_matrix(filters: Filter, found: PredictionQuery) -> ConfusionMatrix:
     """The confusion matrix under the filter."""
     counts = found.counts.confusion
     labels = {label for (label, _), photos in counts.items() if photos}
@@ -200,21 +200,21 @@ def confusion(filters: Filter, found: PredictionQuery) -> Confusion:
 
     @functools.cache
     def row_address(label: str) -> str:
-        return address_of(filters.replace(labels=(label,), predicted=()))
+        return grid_url(filters.replace(labels=(label,), predicted=()))
 
-    def pair(label: str, predicted: str) -> Pair:
+    def pair(label: str, predicted: str) -> ConfusionCell:
         photos = counts[label, predicted]
-        address = f"{row_address(label)}&{encode_param('predicted', predicted)}" if photos else ""
-        return Pair(label, predicted, photos, -(-SHADES * photos // highest[label]), address)
+        url = f"{row_address(label)}&{encode_param('predicted', predicted)}" if photos else ""
+        return ConfusionCell(label, predicted, photos, -(-SHADES * photos // highest[label]), url)
 
-    if len(rows) * len(columns) <= MOST_CELLS:
-        return Confusion(columns, [(label, [pair(label, other) for other in columns]) for label in rows], [])
+    if len(rows) * len(columns) <= MAX_MATRIX_CELLS:
+        return ConfusionMatrix(columns, [(label, [pair(label, other) for other in columns]) for label in rows], [])
     wrong = [(photos, *key) for key, photos in counts.items() if photos and key[0] not in (key[1], UNLABELED)]
-    max_value = sorted(wrong, key=lambda row: (-row[0], *row[1:]))[:MOST_PAIRS]
-    return Confusion(columns, [], [pair(label, other) for _, label, other in max_value])
+    max_value = sorted(wrong, key=lambda row: (-row[0], *row[1:]))[:MAX_CONFUSIONS]
+    return ConfusionMatrix(columns, [], [pair(label, other) for _, label, other in max_value])
 
 
-def histogram(filters: Filter, counts: FacetCounts) -> list[Bar]:
+def build_histogram(filters: Filter, counts: FacetCounts) -> list[HistogramBar]:
     """Ten bars, which leave room for a thumb: over the upper half of the range where nothing is in the lower."""
     step = 100 // HISTOGRAM_BINS
     half = HISTOGRAM_BINS // 2
@@ -225,33 +225,33 @@ def histogram(filters: Filter, counts: FacetCounts) -> list[Bar]:
     highest = max(photos for _, _, photos in bins) or 1
     lowest, top = filters.confidence
     return [
-        Bar(
+        HistogramBar(
             low,
             high,
             photos,
             (photos / highest) ** 0.5,  # so that the few are seen beside the many
-            address_of(filters.replace(confidence=(max(low, lowest), min(high, top)))) if photos else "",
+            grid_url(filters.replace(confidence=(max(low, lowest), min(high, top)))) if photos else "",
         )
         for low, high, photos in bins
     ]
 
 
-def sorts(filters: Filter) -> list[tuple[str, str, bool]]:
+def sort_options(filters: Filter) -> list[tuple[str, str, bool]]:
     """What the form's ``by`` can be: value, words, and whether it is what is shown."""
     return [
-        (f"{sort}.{order}", words[:1].upper() + words[1:], (sort, order) == (filters.sort, filters.order))
+        (f"{sort}.{order}", label_text[:1].upper() + label_text[1:], (sort, order) == (filters.sort, filters.order))
         for sort, (natural, named) in SORT_ORDERS.items()
-        for order, words in sorted(named.items(), key=lambda row: row[0] != natural)
+        for order, label_text in sorted(named.items(), key=lambda row: row[0] != natural)
         if sort != "random" or order == natural or order == filters.order
     ]
 
 
-def sizes(filters: Filter) -> list[int]:
+def page_size_options(filters: Filter) -> list[int]:
     """What ``per_page`` can be, the one that an address gave among them."""
     return sorted({*PAGE_SIZES, filters.per_page})
 
 
-def numbers(page: int, pages: int) -> list[int | None]:
+def page_numbers(page: int, pages: int) -> list[int | None]:
     """The pages to offer, None for a gap: the first, the last, and those around this one."""
     near = {1, pages, *range(max(1, page - 2), min(pages, page + 2) + 1)}
     near |= {2} if 3 in near else set()

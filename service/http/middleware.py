@@ -66,7 +66,7 @@ class RequestMiddleware:
         )  # service.http.early_rejection's; False where it knows that there is none
         if place is None and not (place := self.admission.try_acquire_slot()):
             if self._spoken.fullmatch(environ["PATH_INFO"]):
-                environ["service.refused"] = self.admission.overload_problem()
+                environ["service.rejected"] = self.admission.overload_problem()
                 return self._app(environ, start)
             self.count_rejection()
         if not place:

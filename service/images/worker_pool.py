@@ -24,9 +24,9 @@ class _Job(NamedTuple):
 
 
 class Crew:
-    """Up to ``threads`` threads, started where there is work and ended after ``idle_s`` without.
+    """Up to ``threads`` threads, started where there is work and ended after ``idle_timeout_s`` without.
 
-    ``most_waiting`` jobs may wait, each for ``patience_s`` at most. ``when_idle`` is called when the last thread ends, to
+    ``max_queued`` jobs may wait, each for ``timeout_s`` at most. ``when_idle`` is called when the last thread ends, to
     give memory back. It can be made before a process forks, as no thread is started before there is work.
     """
 
@@ -35,14 +35,14 @@ class Crew:
         name: str,
         *,
         threads: int,
-        most_waiting: int,
-        patience_s: float,
-        idle_s: float = 60.0,
+        max_queued: int,
+        timeout_s: float,
+        idle_timeout_s: float = 60.0,
         when_idle: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
-        self._most_threads, self._most_waiting, self._patience_s = threads, most_waiting, patience_s
-        self._idle_s, self._when_idle = idle_s, when_idle
+        self._most_threads, self._most_waiting, self._patience_s = threads, max_queued, timeout_s
+        self._idle_s, self._when_idle = idle_timeout_s, when_idle
         self._waiting: deque[_Job] = deque()
         self._open: dict[Hashable, Future[Any]] = {}
         self._threads: set[threading.Thread] = set()

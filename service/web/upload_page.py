@@ -96,7 +96,7 @@ def _form() -> dict[str, object]:
 
 def _admitted(asked: Request) -> list[Upload]:
     """The photos, if they may be computed: there is room, it is a form, and its field ``key`` is a known key."""
-    if refusal := asked.environ.get("service.refused"):
+    if refusal := asked.environ.get("service.rejected"):
         raise refusal
     settings: Settings = current_app.extensions["settings"]
     if asked.mimetype != "multipart/form-data":

@@ -60,7 +60,7 @@ def test_photos_are_answered_before_the_pages_are_there_and_a_page_is_waited_for
         assert Client(opening).get(path).status_code == 200, path
     assert Client(opening).get("/admin/bundle").status_code == 403
     assert Client(opening).get("/v2/nothing").status_code == 404
-    assert "keeper" not in opening.extensions
+    assert "recorder" not in opening.extensions
 
     with ThreadPoolExecutor(2) as pool:
         pages = [pool.submit(Client(opening).get, path) for path in ("/", "/docs")]
@@ -71,7 +71,7 @@ def test_photos_are_answered_before_the_pages_are_there_and_a_page_is_waited_for
 
     late = predict()
     assert late.get_json()["predictions"] == early.get_json()["predictions"]
-    assert "keeper" in opening.extensions
+    assert "recorder" in opening.extensions
     counted = Client(opening).get("/metrics").text
     assert 'dvc_requests_total{method="POST",route="/predict",status="200"} 3.0' in counted  # of both applications
 

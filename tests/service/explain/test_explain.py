@@ -22,8 +22,8 @@ from models.artifacts.bundle import GRAPH, WEIGHTS, Bundle, open_bundle
 from models.runtime.openvino_engine import OpenVINOEngine
 from service.explain.cam import LinearHead
 from service.explain.explainer import CAM, OCCLUSION, OUTPUTS, Explainer
-from service.explain.heatmap import colors, legend, overlay
-from service.explain.occlusion import CELLS, PASSES, occlusion_map
+from service.explain.heatmap import apply_colormap, legend, overlay
+from service.explain.occlusion import FORWARD_PASSES, GRID_SIZE, occlusion_map
 from service.http.errors import Problem
 from tests.helpers.server import poll
 
@@ -92,7 +92,7 @@ def drawn() -> np.ndarray:
 
 
 def explain(bundle: Bundle, label: str, pixels: np.ndarray | None = None) -> Any:
-    explainer = Explainer(bundle, patience_s=PATIENCE_S)
+    explainer = Explainer(bundle, timeout_s=PATIENCE_S)
     try:
         return explainer.explain("a" * 64, label, lambda: drawn() if pixels is None else pixels)
     finally:
@@ -112,7 +112,7 @@ def test_the_map_adds_up_to_the_scores_and_so_to_the_probabilities(make: Callabl
     bundle = make(relu=relu)
     found = [explain(bundle, label) for label in CLASSES]
     assert {each.method for each in found} == {CAM}
-    head = LinearHead.of(bundle)
+    head = LinearHead.from_bundle(bundle)
     assert head is not None
     scores = np.array([each.evidence.mean() for each in found]) + head.bias
     wanted = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"]).run(drawn()[None])[0][0]
@@ -158,7 +158,7 @@ def test_exactness_is_checked_and_not_believed(make: Callable[..., Bundle], wron
     if wrong == "shuffled":
         bundle = replace(bundle, manifest={**bundle.manifest, "permute_pixels": 0})
     found = explain(bundle, "red")
-    assert (found.method, found.forward_passes) == (OCCLUSION, PASSES)
+    assert (found.method, found.forward_passes) == (OCCLUSION, FORWARD_PASSES)
     assert "was blurred" in found.sentence
 
 
@@ -180,7 +180,7 @@ def test_occlusion_finds_the_object_that_was_drawn(make: Callable[..., Bundle]) 
     pixels[12:20, 12:20] = (255, 0, 0)
     found = explain(make(bent=True, gain=4.0), "red", pixels)
     assert found.method == OCCLUSION
-    assert found.evidence.shape == (CELLS, CELLS)
+    assert found.evidence.shape == (GRID_SIZE, GRID_SIZE)
     heat = found.heat(SIDE)
     assert heat[12:20, 12:20].min() > 2 * max(heat[:8].max(), heat[24:].max(), heat[:, :8].max(), heat[:, 24:].max())
 
@@ -193,8 +193,8 @@ def test_occlusion_asks_as_often_as_it_says_and_covers_every_pixel() -> None:
         return np.array([[0.5, 0.5]], np.float32)
 
     pixels = np.zeros((28, 28, 1), np.uint8)
-    assert (occlusion_map(run, pixels, 0, cover=np.full_like(pixels, 200)) == 0).all()
-    assert len(asked) == PASSES
+    assert (occlusion_map(run, pixels, 0, fill=np.full_like(pixels, 200)) == 0).all()
+    assert len(asked) == FORWARD_PASSES
     assert (np.max(asked, axis=0) == 200).all()
     assert pixels.max() == 0
 
@@ -206,7 +206,7 @@ def test_occlusion_sees_what_moves_an_answer_that_is_certain() -> None:
         other = 1e-6 if (pixels[0, :8, :8] == 0).all() else 1e-5
         return np.array([[1 - other, other]], np.float32)
 
-    found = occlusion_map(run, np.zeros((32, 32, 3), np.uint8), 0, cover=np.full((32, 32, 3), 9, np.uint8))
+    found = occlusion_map(run, np.zeros((32, 32, 3), np.uint8), 0, fill=np.full((32, 32, 3), 9, np.uint8))
     assert place(found) == (0, 0)
 
 
@@ -222,7 +222,7 @@ def test_a_trained_bundle_is_explained_by_occlusion_where_its_head_is_deep(tiny_
 
 
 def test_what_was_explained_is_kept_for_each_photo_and_class(make: Callable[..., Bundle]) -> None:
-    explainer, asked = Explainer(make(), patience_s=PATIENCE_S), []
+    explainer, asked = Explainer(make(), timeout_s=PATIENCE_S), []
 
     def pixels() -> np.ndarray:
         asked.append(1)
@@ -235,7 +235,7 @@ def test_what_was_explained_is_kept_for_each_photo_and_class(make: Callable[...,
 
 
 def test_many_at_once_are_computed_one_by_one_or_refused(make: Callable[..., Bundle]) -> None:
-    explainer, inside, most, may_end = Explainer(make(), patience_s=PATIENCE_S, most_waiting=2), [], [], threading.Event()
+    explainer, inside, most, may_end = Explainer(make(), timeout_s=PATIENCE_S, max_queued=2), [], [], threading.Event()
 
     def pixels() -> np.ndarray:
         inside.append(1)
@@ -269,7 +269,7 @@ def test_an_unknown_class_is_refused_by_name(make: Callable[..., Bundle]) -> Non
 
 
 def test_the_engine_is_given_back_when_nobody_asks_and_made_again(make: Callable[..., Bundle]) -> None:
-    explainer = Explainer(make(), patience_s=PATIENCE_S, idle_s=0.05)
+    explainer = Explainer(make(), timeout_s=PATIENCE_S, idle_timeout_s=0.05)
     assert explainer._engine is None
     for sha256 in "ab":
         assert explainer.explain(sha256, "red", drawn).method == CAM
@@ -300,7 +300,7 @@ def test_the_overlay_is_the_photo_in_grey_with_warm_colours_where_heat_is() -> N
 
 def test_colours_grow_evenly_lighter() -> None:
     """So that they are told apart without their hues as well: every step is as large as the next, within a half."""
-    rgb = colors(np.linspace(0, 1, 9, dtype=np.float32)) / 255
+    rgb = apply_colormap(np.linspace(0, 1, 9, dtype=np.float32)) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     lightness = 116 * np.cbrt(linear @ np.array([0.2126, 0.7152, 0.0722])) - 16
     steps = np.diff(lightness)
@@ -312,7 +312,7 @@ def test_colours_are_those_of_viridis() -> None:
     from matplotlib import colormaps
 
     numbers = np.arange(256, dtype=np.float32) / 255
-    assert np.abs(colors(numbers) - 255 * colormaps["viridis"](numbers)[:, :3]).max() <= 3
+    assert np.abs(apply_colormap(numbers) - 255 * colormaps["viridis"](numbers)[:, :3]).max() <= 3
 
 
 def test_the_legend_runs_from_cold_to_hot() -> None:

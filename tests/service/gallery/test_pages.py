@@ -26,7 +26,7 @@ from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import SIMILARITY_FILES
 from service.db.connection import Database
 from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions
-from service.gallery.sidebar import numbers
+from service.gallery.sidebar import page_numbers
 from tests.helpers.browser import DESKTOP, PHONE, SAID_IN_WORDS, NewPage, visitor
 from tests.helpers.server import Server, poll, serve
 
@@ -443,7 +443,7 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
     ],
 )
 def test_the_pager_leaves_gaps_that_are_worth_it(page: int, pages: int, wanted: list[int | None]) -> None:
-    assert numbers(page, pages) == wanted
+    assert page_numbers(page, pages) == wanted
 
 
 # In a browser

@@ -29,7 +29,7 @@ def photo(size: tuple[int, int] = (900, 600), color: str = "red", **options: obj
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Thumbnails]]:
-    crew = Crew("thumbnails", threads=2, most_waiting=64, patience_s=300)
+    crew = Crew("thumbnails", threads=2, max_queued=64, timeout_s=300)
 
     def made(folder: Path | None, *, limit_mb: int = 8, max_pixels: int = 50_000_000) -> Thumbnails:
         return Thumbnails(folder, limit_mb=limit_mb, decoder=ImageDecoder(max_pixels, block=True), crew=crew)
