@@ -20,7 +20,7 @@ from service.db.query import ModelRecord, PredictionRecord
 from service.gallery import sidebar
 from service.gallery.filter_params import open_query, page_filter_from_request
 from service.gallery.index import gallery
-from service.reviews.decisions import reviews
+from service.reviews.decisions import list_reviews
 
 CHUNK = 500
 MIB = 1 << 20
@@ -64,7 +64,7 @@ def as_csv(verdict: str = "") -> Response:
 def reviews_csv() -> Response:
     """What holds of every photo that was decided about: what `finetune train --reviews` takes."""
     with gallery().database.read() as connection:
-        found = [_review(row) for row in reviews(connection)]
+        found = [_review(row) for row in list_reviews(connection)]
     headers = {"Cache-Control": "no-cache", "Content-Disposition": 'attachment; filename="reviews.csv"'}
     return Response(write_reviews(found), headers=headers, content_type="text/csv; charset=utf-8")
 

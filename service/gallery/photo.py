@@ -22,8 +22,8 @@ from service.gallery.index import gallery
 from service.gallery.sidebar import grid_url
 from service.http.errors import Problem
 from service.http.security import require_key_or_cookie
-from service.reviews.decisions import history
-from service.reviews.history import entries, saved
+from service.reviews.decisions import load_history
+from service.reviews.history import history_entries, saved_message
 from service.settings import Settings
 from service.web.layout import note_problem, problem_page
 
@@ -82,8 +82,8 @@ def render_photo_page(
         first = next(iter(found.first(1)), None)
         neighbours = _neighbours(found, this)
         duplicates = _duplicates(found, this)
-        past = history(found.connection, this.sha256)
-        just_saved = saved(found.connection, request.args.get("saved", ""))
+        past = load_history(found.connection, this.sha256)
+        just_saved = saved_message(found.connection, request.args.get("saved", ""))
     model = found.model
     trouble = image_access().find_problem(this.photo, this.sha256)
     has_bundle = shown.bundle_path(model.version) is not None
@@ -107,7 +107,7 @@ def render_photo_page(
         neighbours=neighbours,
         duplicates=duplicates,
         warnings=_warnings(this, duplicates),
-        history=entries(past),
+        history=history_entries(past),
         said=describe_filter(filters, found.counts.total, name=model.name),
         total=found.counts.total,
         before=before,

@@ -17,13 +17,13 @@ from service.gallery.photo import RejectedReview, render_photo_page
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
-from service.reviews.decisions import Verdict, decide, history
+from service.reviews.decisions import ReviewDecision, load_history, save_decision
 from service.settings import Settings
 from service.web.layout import YEAR_S, problem_json, problem_page
 
-MOST_BYTES = 64 << 10
-TEXTS = {"note": 2_000, "reviewer": 80}
-STAYING = ("note", "undo")  # after these nobody goes on to the next photo
+MAX_BODY_BYTES = 64 << 10
+MAX_LENGTHS = {"note": 2_000, "reviewer": 80}
+NO_ADVANCE = ("note", "undo")  # after these nobody goes on to the next photo
 FIELDS = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "seen", "filter", "next")
 
 bp = Blueprint("review", __name__)
@@ -65,15 +65,15 @@ def _review(given: dict[str, str]) -> Response:
     verdict = _verdict(given, key_name=g.key_name)
     here, following = _photo_page(given), _next(given, verdict)  # before anything is saved: the filter may be no filter
     with gallery().database.write() as connection:
-        id_ = decide(connection, verdict)
+        id_ = save_decision(connection, verdict)
     way = following and f"{following}&saved={id_}"
     if request.is_json:
         with gallery().database.read() as connection:
-            rows = [as_entry(row) for row in history(connection, verdict.sha256)]
+            rows = [entry_to_json(row) for row in load_history(connection, verdict.sha256)]
         answer = jsonify(id=id_, history=rows, next=way)
     else:
         answer = redirect(way or f"{here}&saved={id_}", 303)  # type: ignore[assignment]
-        if verdict.decision not in STAYING:
+        if verdict.decision not in NO_ADVANCE:
             _keep(answer, AUTO_ADVANCE_COOKIE, "1" if given.get("next") == "1" else "0")
     if "reviewer" in given and g.key_name is None:
         _keep(answer, REVIEWER_COOKIE, verdict.reviewer)
@@ -109,13 +109,13 @@ def history_json() -> Response:
     """Everything that was said about a photo, the newest first; a page asks now and then for what others decided."""
     sha256 = request.args.get("sha256", "")
     with gallery().database.read() as connection:
-        rows = [as_entry(row) for row in history(connection, sha256)]
+        rows = [entry_to_json(row) for row in load_history(connection, sha256)]
     answer = jsonify(history=rows)
     answer.headers["Cache-Control"] = "no-cache"
     return answer
 
 
-def as_entry(row: Any) -> dict[str, Any]:
+def entry_to_json(row: Any) -> dict[str, Any]:
     """A decision of a photo's history."""
     return {
         "id": row.id,
@@ -130,7 +130,7 @@ def as_entry(row: Any) -> dict[str, Any]:
 
 def _receive() -> None:
     """Read the body before Flask parses it, as Flask would wait for a client that trickles. Raises Problem."""
-    body = read_body(request, current_app.extensions["settings"], max_bytes=MOST_BYTES, advice="shorten the text")
+    body = read_body(request, current_app.extensions["settings"], max_bytes=MAX_BODY_BYTES, advice="shorten the text")
     request.environ["wsgi.input"] = io.BytesIO(body)
 
 
@@ -151,35 +151,37 @@ def _fields() -> dict[str, str]:
     return fields | ({"decision": decision, "new_label": label} if colon else {})
 
 
-def _verdict(given: dict[str, str], *, key_name: str | None) -> Verdict:
+def _verdict(given: dict[str, str], *, key_name: str | None) -> ReviewDecision:
     for name in ("photo", "sha256", "decision"):
         if not given.get(name):
             raise Problem("bad_parameter", f"The field `{name}` is missing; it is wanted with every decision.")
-    for name, most in TEXTS.items():
+    for name, most in MAX_LENGTHS.items():
         if len(given.get(name, "")) > most:
             raise Problem("bad_parameter", f"The field `{name}` has {len(given[name]):,} letters; {most:,} is the most.")
-    seen = given.get("seen", "")
-    if seen and not (seen.isascii() and seen.isdigit() and len(seen) < 19):
-        raise Problem("bad_parameter", f"The field `seen` is {seen!r}; the seen decision's id is wanted, or nothing.")
-    return Verdict(
+    expected_version = given.get("seen", "")
+    if expected_version and not (expected_version.isascii() and expected_version.isdigit() and len(expected_version) < 19):
+        raise Problem(
+            "bad_parameter", f"The field `seen` is {expected_version!r}; the seen decision's id is wanted, or nothing."
+        )
+    return ReviewDecision(
         photo=given["photo"],
         sha256=given["sha256"],
         model_version=given.get("model") or gallery().active_version or "",
         decision=given["decision"],
         new_label=given.get("new_label") or None,
         note=_plain(given.get("note", "")),
-        reviewer=key_name or _plain(given.get("reviewer", request.cookies.get(REVIEWER_COOKIE, "")))[: TEXTS["reviewer"]],
+        reviewer=key_name or _plain(given.get("reviewer", request.cookies.get(REVIEWER_COOKIE, "")))[: MAX_LENGTHS["reviewer"]],
         key_name=key_name,
-        seen=int(seen) if seen else None,
+        expected_version=int(expected_version) if expected_version else None,
     )
 
 
-def _next(given: dict[str, str], verdict: Verdict) -> str | None:
+def _next(given: dict[str, str], verdict: ReviewDecision) -> str | None:
     """The page of the photo that follows in the filter, found before the decision may take this one out of it.
 
     Behind the last photo there is none: its own page says then that the filter is through.
     """
-    if given.get("next") != "1" or not given.get("filter") or verdict.decision in STAYING:
+    if given.get("next") != "1" or not given.get("filter") or verdict.decision in NO_ADVANCE:
         return None
     filters = _filter(given)
     with open_query(filters) as found:

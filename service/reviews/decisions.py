@@ -14,14 +14,14 @@ from service.db.ingest import PREDICTION_COLUMNS, BucketWriter, production_loss,
 from service.db.schema import buckets, current_reviews, decisions, is_storable, models, predictions
 from service.http.errors import Problem
 
-WORDS = (*DECISIONS, "note", "undo")
+ACTIONS = (*DECISIONS, "note", "undo")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class ReviewDecision:
     """What somebody says about a photo. ``decision`` is one of WORDS, of which a note changes nothing.
 
-    ``seen`` is the id of the decision that they saw holding, None where they saw none: another's in between is not
+    ``expected_version`` is the id of the decision that they saw holding, None where they saw none: another's in between is not
     overruled unseen.
     """
 
@@ -33,25 +33,25 @@ class Verdict:
     note: str = ""
     reviewer: str = ""
     key_name: str | None = None
-    seen: int | None = None
+    expected_version: int | None = None
 
 
-def decide(connection: Connection, verdict: Verdict) -> int:
+def save_decision(connection: Connection, verdict: ReviewDecision) -> int:
     """Enter a verdict and all that follows from it; returns the id that it got.
 
     Raises Problem: no such decision, label or photo, an empty note, nothing to undo, somebody decided since, or a text that
     no database takes.
     """
-    if verdict.decision not in WORDS:
-        raise Problem("bad_parameter", f"The field `decision` is {verdict.decision[:80]!r}; it can be {', '.join(WORDS)}.")
+    if verdict.decision not in ACTIONS:
+        raise Problem("bad_parameter", f"The field `decision` is {verdict.decision[:80]!r}; it can be {', '.join(ACTIONS)}.")
     if verdict.decision == "note" and not verdict.note.strip():
         raise Problem("bad_parameter", "The field `note` is empty; a note was to be saved.")
     if not is_storable(verdict.new_label or "", verdict.note, verdict.reviewer):
         raise Problem("bad_parameter", "A text arrived with a letter that cannot be kept, as a zero byte; leave it out.")
     label = _label_of(connection, verdict)
-    holds = holding(connection, verdict.sha256)
-    if verdict.decision != "note" and verdict.seen != (holds.id if holds else None):
-        said = f"{holds.reviewer or 'Somebody'} {in_words(holds)}" if holds else "The decision was taken back"
+    holds = current_decision(connection, verdict.sha256)
+    if verdict.decision != "note" and verdict.expected_version != (holds.id if holds else None):
+        said = f"{holds.reviewer or 'Somebody'} {describe_decision(holds)}" if holds else "The decision was taken back"
         raise Problem("decided_meanwhile", f"{said} meanwhile; look at it, and decide again to overrule it.")
     undoes = None
     if verdict.decision == "undo":
@@ -78,7 +78,7 @@ def decide(connection: Connection, verdict: Verdict) -> int:
     return int(made.inserted_primary_key[0])  # type: ignore[index]
 
 
-def holding(connection: Connection, sha256: str) -> Row[Any] | None:
+def current_decision(connection: Connection, sha256: str) -> Row[Any] | None:
     """The decision that holds for a photo: the last one that is neither taken back nor a mere note."""
     undone = select(decisions.c.undoes).where(decisions.c.sha256 == sha256, decisions.c.undoes.is_not(None))
     found = select(decisions).where(
@@ -87,28 +87,28 @@ def holding(connection: Connection, sha256: str) -> Row[Any] | None:
     return connection.execute(found.order_by(decisions.c.id.desc()).limit(1)).first()
 
 
-def last_said(connection: Connection, id_: str) -> Row[Any] | None:
+def latest_entry(connection: Connection, id_: str) -> Row[Any] | None:
     """The decision, note or undo with an id that somebody typed or a link carries, where nothing was decided after it."""
     if not (id_.isascii() and id_.isdigit() and len(id_) < 19):
         return None
-    row = entry(connection, int(id_))
+    row = get_entry(connection, int(id_))
     if row is None:
         return None
     later = decisions.c.sha256 == row.sha256, decisions.c.id > row.id, decisions.c.decision != "note"
     return None if connection.execute(select(decisions.c.id).where(*later).limit(1)).first() else row
 
 
-def entry(connection: Connection, id_: int) -> Row[Any] | None:
+def get_entry(connection: Connection, id_: int) -> Row[Any] | None:
     """The decision, note or undo with that id."""
     return connection.execute(select(decisions).where(decisions.c.id == id_)).first()
 
 
-def history(connection: Connection, sha256: str) -> list[Row[Any]]:
+def load_history(connection: Connection, sha256: str) -> list[Row[Any]]:
     """Everything that was said about a photo, the newest first."""
     return list(connection.execute(select(decisions).where(decisions.c.sha256 == sha256).order_by(decisions.c.id.desc())))
 
 
-def in_words(decision: Row[Any]) -> str:
+def describe_decision(decision: Row[Any]) -> str:
     """A decision, without who made it: "relabelled it dogs"."""
     if decision.decision == LABEL:
         did = "confirmed" if decision.new_label == decision.label else "relabelled it" if decision.label else "labelled it"
@@ -121,13 +121,13 @@ def in_words(decision: Row[Any]) -> str:
     }[str(decision.decision)]
 
 
-def reviews(connection: Connection) -> Iterator[Row[Any]]:
+def list_reviews(connection: Connection) -> Iterator[Row[Any]]:
     """What holds of every photo that was decided about, in the order of their names: the rows of reviews.csv."""
     columns = [current_reviews.c[name] for name in COLUMNS]
     yield from connection.execute(select(*columns).order_by(current_reviews.c.photo, current_reviews.c.sha256))
 
 
-def settle(connection: Connection, sha256: str) -> None:
+def apply_decision(connection: Connection, sha256: str) -> None:
     """Put every prediction of a photo into the cell that the decision about it, or none, gives."""
     review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == sha256)).first()
     found = connection.execute(
@@ -145,14 +145,14 @@ def settle(connection: Connection, sha256: str) -> None:
 def _hold(connection: Connection, sha256: str) -> None:
     """Bring ``current_reviews`` and the cells in line with the decision that holds now."""
     connection.execute(delete(current_reviews).where(current_reviews.c.sha256 == sha256))
-    holds = holding(connection, sha256)
+    holds = current_decision(connection, sha256)
     if holds is not None:
         row = {name: getattr(holds, name) for name in COLUMNS}
         connection.execute(insert(current_reviews).values(**row, decision_id=holds.id))
-    settle(connection, sha256)
+    apply_decision(connection, sha256)
 
 
-def _label_of(connection: Connection, verdict: Verdict) -> str | None:
+def _label_of(connection: Connection, verdict: ReviewDecision) -> str | None:
     """The class that the photo was evaluated with, None for a live one.
 
     Raises Problem where there is no such photo, or the label to give is none of the model's classes.

@@ -9,68 +9,68 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from service.reviews.decisions import entry, holding, in_words, last_said
+from service.reviews.decisions import current_decision, describe_decision, get_entry, latest_entry
 
-SOMEBODY = "Somebody"
+ANONYMOUS = "Somebody"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A line of the history. ``words`` continue "Ann ..."; one that was taken back counts no longer."""
+class HistoryEntry:
+    """A line of the history. ``text`` continue "Ann ..."; one that was taken back counts no longer."""
 
     id: int
-    who: str
-    words: str
+    reviewer: str
+    text: str
     note: str
     decided_at: datetime
     is_undone: bool
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedMessage:
     """What was just saved: what it is called, the photo that it is about, and the rest of the sentence, or of two.
 
     ``undo`` is the id of the decision where it can be undone.
     """
 
-    done: str
+    title: str
     photo: str
     sha256: str
-    words: str
+    text: str
     undo: int | None = None
 
 
-def saved(connection: Connection, id_: str) -> Saved | None:
+def saved_message(connection: Connection, id_: str) -> SavedMessage | None:
     """The entry with an id that a link carries; of an undo, what it took back and what holds now."""
-    row = last_said(connection, id_)
+    row = latest_entry(connection, id_)
     if row is None:
         return None
     about = row.photo, row.sha256
     if row.decision == "note":
-        return Saved("Noted", *about, "nothing else has changed.")
+        return SavedMessage("Noted", *about, "nothing else has changed.")
     if row.decision != "undo":
-        return Saved("Saved", *about, f"{_said(row)}.", undo=row.id)
-    undone, holds = entry(connection, row.undoes), holding(connection, row.sha256)
+        return SavedMessage("Saved", *about, f"{_said(row)}.", undo=row.id)
+    undone, holds = get_entry(connection, row.undoes), current_decision(connection, row.sha256)
     assert undone is not None  # entries are never deleted
     if holds:
         now = f"What was decided before holds again: {_said(holds)}."
     else:
         now = f"Nothing is decided about it now, and its label is {row.label}." if row.label else "It has no label now."
-    return Saved("Undone", *about, f"{_said(undone)}. {now}")
+    return SavedMessage("Undone", *about, f"{_said(undone)}. {now}")
 
 
 def _said(row: Row[Any]) -> str:
-    return f"{row.reviewer or SOMEBODY} {in_words(row)}"
+    return f"{row.reviewer or ANONYMOUS} {describe_decision(row)}"
 
 
-def entries(rows: Sequence[Row[Any]]) -> list[Entry]:
+def history_entries(rows: Sequence[Row[Any]]) -> list[HistoryEntry]:
     """A photo's decisions, as ``history`` gives them, in words."""
     undone = {row.undoes for row in rows if row.undoes}
-    said = {row.id: in_words(row) for row in rows}
+    said = {row.id: describe_decision(row) for row in rows}
     return [
-        Entry(
+        HistoryEntry(
             row.id,
-            row.reviewer or SOMEBODY,
+            row.reviewer or ANONYMOUS,
             said[row.id] + (f": {said[row.undoes]}" if row.undoes in said else ""),
             row.note,
             row.decided_at,

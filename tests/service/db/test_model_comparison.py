@@ -17,7 +17,7 @@ from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import ModelComparison, compare_models
 from service.db.query import PredictionQuery, get_model
 from service.http.errors import Problem
-from service.reviews.decisions import Verdict, decide
+from service.reviews.decisions import ReviewDecision, save_decision
 from tests.helpers.gallery_rows import CLASSES, enter, make_predictions
 
 NONE = ModelComparison(
@@ -51,7 +51,7 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
             decision = rng.choice(("label", "neither", "bad"))
             truth[sha] = label = rng.choice(more.classes) if decision == "label" else None
             words = {"photo": old[sha].photo, "sha256": sha, "model_version": "v3", "decision": decision}
-            decide(connection, Verdict(**words, new_label=label))  # type: ignore[arg-type]
+            save_decision(connection, ReviewDecision(**words, new_label=label))  # type: ignore[arg-type]
     kinds = {(False, True): "fixed", (True, False): "broke", (True, True): "both-right", (False, False): "both-wrong"}
     expected: dict[str, set[str]] = {kind: set() for kind in (*CHANGES, "aside", "label_conflicts")}
     for sha, label in truth.items():

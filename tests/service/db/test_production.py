@@ -17,7 +17,7 @@ from service.db.ingest import get_or_create_model
 from service.db.production import ServedPrediction, labeled_images, load_image, production_name, prune, save_predictions
 from service.db.query import PredictionQuery, PredictionRecord
 from service.db.schema import predictions, production_images
-from service.reviews.decisions import Verdict, decide, history, holding
+from service.reviews.decisions import ReviewDecision, current_decision, load_history, save_decision
 from tests.helpers.gallery_rows import VERSION, check_cells, enter, make_predictions
 
 CLASSES = ("cats", "dogs")
@@ -42,9 +42,9 @@ def say(
     database: Database, photo: ServedPrediction, decision: str, new_label: str | None = None, *, version: str = VERSION
 ) -> None:
     with database.write() as connection:
-        holds = holding(connection, photo.sha256)
+        holds = current_decision(connection, photo.sha256)
         words = {"photo": production_name(photo.sha256), "sha256": photo.sha256, "model_version": version, "decision": decision}
-        decide(connection, Verdict(**words, new_label=new_label, seen=holds and holds.id))  # type: ignore[arg-type]
+        save_decision(connection, ReviewDecision(**words, new_label=new_label, expected_version=holds and holds.id))  # type: ignore[arg-type]
 
 
 def one(database: Database, photo: ServedPrediction) -> PredictionRecord:
@@ -131,7 +131,7 @@ def test_of_too_many_the_oldest_without_a_decision_go_first(database: Database) 
     assert prune_to(3) == (4, [0, 3, 9])
     assert prune_to(1) == (2, [3])
     with database.read() as connection:
-        assert [row.new_label for row in history(connection, photos[0].sha256)] == ["cats"]
+        assert [row.new_label for row in load_history(connection, photos[0].sha256)] == ["cats"]
     assert prune_to(0) == (1, [])
     keep_all(database, photos[0])  # it comes back, and what was decided about it holds
     assert one(database, photos[0]).label == "cats"

@@ -22,8 +22,7 @@ from service.db.ingest import EvaluationTable, encode_file_name, get_or_create_m
 from service.db.query import PredictionQuery, get_model, list_models
 from service.db.schema import imports, predictions
 from service.http.errors import Problem
-from service.reviews.decisions import Verdict, decide
-from tests.conftest import NewDatabase
+from service.reviews.decisions import ReviewDecision, save_decision
 from tests.helpers.gallery_rows import (
     CHECKS,
     CLASSES,
@@ -67,7 +66,7 @@ def fill(database: Database, classes: tuple[str, ...], tmp_path: Path) -> Simple
             decision = rng.choice(("label", "label", "neither", "bad"))
             new_label = rng.choice(classes) if decision == "label" else None
             words = {"photo": row.photo, "sha256": row.sha256, "model_version": VERSION}
-            decide(connection, Verdict(**words, decision=decision, new_label=new_label))  # type: ignore[arg-type]
+            save_decision(connection, ReviewDecision(**words, decision=decision, new_label=new_label))  # type: ignore[arg-type]
             decided[row.sha256] = (decision, new_label)
     return SimpleNamespace(database=database, classes=classes, rows=with_reviews(rows, decided))
 

@@ -1,4 +1,4 @@
-"""service.reviews.decisions: decisions hold, are taken back, are never lost and never overruled unseen."""
+"""service.list_reviews.decisions: decisions hold, are taken back, are never lost and never overruled unseen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from service.db.production import ServedPrediction, production_name, prune, save
 from service.db.query import PredictionQuery, list_models
 from service.db.schema import buckets, current_reviews, decisions, models, predictions
 from service.http.errors import Problem
-from service.reviews.decisions import Verdict, decide, history, holding, reviews, settle
+from service.reviews.decisions import (
+    ReviewDecision,
+    apply_decision,
+    current_decision,
+    list_reviews,
+    load_history,
+    save_decision,
+)
 from tests.helpers.gallery_rows import CLASSES, VERSION, Plain, check_cells, enter, make_predictions, state_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -39,9 +46,9 @@ def photos(database: Database, tmp_path: Path) -> list[Plain]:
 def say(database: Database, photo: Plain, decision: str, label: str | None = None, /, **more: Any) -> int:
     """Decide, having seen what holds, unless ``seen`` says otherwise."""
     with database.write() as connection:
-        holds = holding(connection, photo.sha256)
+        holds = current_decision(connection, photo.sha256)
         words = {"photo": photo.photo, "sha256": photo.sha256, "model_version": VERSION, "seen": holds and holds.id}
-        return decide(connection, Verdict(**words | {"new_label": label} | more, decision=decision))
+        return save_decision(connection, ReviewDecision(**words | {"new_label": label} | more, decision=decision))
 
 
 def refused(database: Database, photo: Plain, decision: str, /, **more: Any) -> tuple[str, str]:
@@ -68,8 +75,8 @@ def test_decide_undo_and_undo_again(database: Database, photos: list[Plain]) -> 
     for undone, left in ((third, ("confirmed", "cats")), (second, ("relabelled", "dogs")), (first, ("unreviewed", None))):
         id_ = say(database, photo, "undo", reviewer="Cid")
         with database.read() as connection:
-            assert history(connection, photo.sha256)[0].id == id_
-            assert history(connection, photo.sha256)[0].undoes == undone
+            assert load_history(connection, photo.sha256)[0].id == id_
+            assert load_history(connection, photo.sha256)[0].undoes == undone
         assert state(database, photo) == left
     assert refused(database, photo, "undo") == (
         "nothing_to_undo",
@@ -78,7 +85,7 @@ def test_decide_undo_and_undo_again(database: Database, photos: list[Plain]) -> 
     say(database, photo, "neither")
     assert state(database, photo) == ("neither", None)
     with database.read() as connection:
-        rows = history(connection, photo.sha256)
+        rows = load_history(connection, photo.sha256)
     assert [row.decision for row in rows] == ["neither", "undo", "undo", "undo", "bad", "label", "label"]
     eldest = rows[-1]
     assert (eldest.reviewer, eldest.note, eldest.key_name, eldest.label) == ("Ann", "has a tail", "key-1", "cats")
@@ -96,7 +103,7 @@ def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, p
     say(database, photo, "undo")
     assert state(database, photo) == ("unreviewed", None)
     with database.read() as connection:
-        assert [row.note for row in history(connection, photo.sha256)] == ["", "really", "", "look again\nÄ 猫"]
+        assert [row.note for row in load_history(connection, photo.sha256)] == ["", "really", "", "look again\nÄ 猫"]
 
 
 def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> None:
@@ -111,7 +118,7 @@ def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> 
     say(database, photo, "undo", seen=seen)
     assert "The decision was taken back meanwhile" in refused(database, photo, "bad", seen=seen)[1]
     with database.read() as connection:
-        assert len(history(connection, photo.sha256)) == 4
+        assert len(load_history(connection, photo.sha256)) == 4
 
 
 @pytest.mark.parametrize(
@@ -139,7 +146,7 @@ def test_what_is_no_decision_is_not_entered(
     assert (code, said in detail) == ("bad_parameter", True)
     assert state(database, photos[0]) == ("unreviewed", None)
     with database.read() as connection:
-        assert history(connection, photos[0].sha256) == []
+        assert load_history(connection, photos[0].sha256) == []
 
 
 @pytest.mark.parametrize("words", [{"note": "a\0b"}, {"reviewer": "\ud800"}, {"new_label": "a\0"}])
@@ -168,7 +175,7 @@ def test_of_two_at_once_one_learns_of_the_other(database: Database, photos: list
         thread.join()
     assert codes == {"decided": 1, "decided_meanwhile": 7}
     with database.read() as connection:
-        assert len(history(connection, photos[0].sha256)) == 1
+        assert len(load_history(connection, photos[0].sha256)) == 1
     check_cells(database)
 
 
@@ -213,7 +220,7 @@ def test_the_rows_of_reviews_csv(database: Database, photos: list[Plain]) -> Non
         say(database, photo, "label", "dogs", reviewer="Ann", note="n")
     say(database, chosen[0], "undo")
     with database.read() as connection:
-        rows = list(reviews(connection))
+        rows = list(list_reviews(connection))
     wanted = sorted((photo.photo, photo.sha256, photo.label, "label", "dogs", "n", "Ann") for photo in chosen[1:])
     assert [(r.photo, r.sha256, r.label, r.decision, r.new_label, r.note, r.reviewer) for r in rows] == wanted
 
@@ -232,7 +239,7 @@ def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
             )
             for row in rows.all():
                 stack: list[Any] = []
-                for said in reversed(history(connection, row.sha256)):
+                for said in reversed(load_history(connection, row.sha256)):
                     if said.decision == "undo":
                         stack.pop()
                     elif said.decision != "note":
@@ -262,11 +269,11 @@ def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_p
             if kind in ("decide", "undo", "note"):
                 photo, sha256 = rng.choice(places)
                 decision = rng.choice(("label", "label", "neither", "bad")) if kind == "decide" else kind
-                holds = holding(connection, sha256)
+                holds = current_decision(connection, sha256)
                 label = rng.choice((*classes, "foxes")) if decision == "label" else None
                 words = {"photo": photo, "sha256": sha256, "model_version": VERSION, "decision": decision, "new_label": label}
                 with contextlib.suppress(Problem):  # nothing to undo, or a photo that was forgotten
-                    decide(connection, Verdict(**words, seen=holds and holds.id))  # type: ignore[arg-type]
+                    save_decision(connection, ReviewDecision(**words, expected_version=holds and holds.id))  # type: ignore[arg-type]
             elif kind == "keep":
                 data = bytes([rng.randrange(30)])
                 sha256 = hashlib.sha256(data).hexdigest()
@@ -294,7 +301,7 @@ def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_p
     assert len({place[5] for cells_of in states.values() for place in cells_of}) == 5
     with database.write() as connection:
         for _, sha256 in places:
-            settle(connection, sha256)
+            apply_decision(connection, sha256)
     assert state_of(database) == states
     check_cells(database)
 
@@ -304,7 +311,7 @@ def test_every_decision_that_was_acknowledged_outlives_a_kill(
 ) -> None:
     program = (
         "import itertools, sys; from service.db.connection import Database;"
-        "from service.reviews.decisions import Verdict, decide, holding\n"
+        "from service.list_reviews.decisions import Verdict, decide, holding\n"
         "database = Database(sys.argv[1])\n"
         "for number in itertools.count():\n"
         "    photo, sha256 = sys.argv[2 + number % 20].split('|')\n"
