@@ -108,9 +108,9 @@ def _add_error_handlers(app: Flask, model: ModelManager) -> None:
     @app.errorhandler(Problem)
     def problem(error: Problem) -> Response:
         if inference_protocol.is_protocol_path(request.path):
-            layout.note_problem(error)
+            layout.record_problem(error)
             return inference_protocol.error_response(error)
-        return layout.problem_json(error)
+        return layout.problem_response(error)
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:

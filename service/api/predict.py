@@ -12,7 +12,7 @@ from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
 from service.http.security import require_key
 from service.http.uploads import read_uploads
-from service.images.render import png_of
+from service.images.render import encode_png
 from service.inference.model_manager import LoadedModel, ModelManager
 from service.inference.predictor import Prediction, predictor, ranked_probabilities
 from service.settings import Settings
@@ -81,7 +81,7 @@ def _row(model: LoadedModel, prediction: Prediction, *, top_k: int | None, crop:
 
 def png_data_url(pixels: Pixels) -> str:
     """(H, W, C) uint8 -> the picture as a data: URL, exactly as the model saw it."""
-    return "data:image/png;base64," + base64.b64encode(png_of(pixels)).decode()
+    return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
 
 
 def _top_k() -> int | None:

@@ -22,7 +22,7 @@ from models.runtime.openvino_engine import OpenVINOEngine, Pixels
 from service.explain.cam import LinearHead
 from service.explain.occlusion import FORWARD_PASSES, blur, occlusion_map
 from service.http.errors import Problem
-from service.images.worker_pool import Crew
+from service.images.worker_pool import WorkerPool
 
 CACHE_SIZE = 1024
 OUTPUTS = ("probabilities", "embedding", "feature_map")
@@ -88,13 +88,13 @@ class Explainer:
         self._head: LinearHead | None = None
         self._kept: OrderedDict[tuple[str, str], Explanation] = OrderedDict()
         self._lock = threading.Lock()
-        self._crew = Crew(
+        self._crew = WorkerPool(
             "explanation",
             threads=1,
             max_queued=max_queued,
             timeout_s=timeout_s,
             idle_timeout_s=idle_timeout_s,
-            when_idle=self._give_back,
+            on_idle=self._give_back,
         )
 
     def explain(self, sha256: str, label: str, load_pixels: Callable[[], Pixels]) -> Explanation:
@@ -107,7 +107,7 @@ class Explainer:
             known = ", ".join(self.bundle.classes[:10])
             raise Problem("bad_parameter", f"class is {label[:40]!r}; this model's classes are {known}.")
         key = (sha256, label)
-        return self._find(key) or self._crew.do(
+        return self._find(key) or self._crew.run(
             key, lambda: self._find(key) or self._keep(key, self._explain(load_pixels(), label))
         )
 

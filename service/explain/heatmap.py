@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.runtime.openvino_engine import Pixels
-from service.images.render import png_of
+from service.images.render import encode_png
 
 # Every eighth of the 256 colours of viridis (Smith and van der Walt 2015, matplotlib, CC0); between them 2 levels off at most.
 VIRIDIS = (
@@ -36,10 +36,10 @@ def overlay(pixels: Pixels, heat: Floats) -> bytes:
     )
     cover = (MIN_OPACITY + (MAX_OPACITY - MIN_OPACITY) * heat)[..., None]
     mixed = (1 - cover) * grey[..., None] + cover * apply_colormap(heat)
-    return png_of(mixed.round().clip(0, 255).astype(np.uint8))
+    return encode_png(mixed.round().clip(0, 255).astype(np.uint8))
 
 
 def legend(*, width_px: int = 256, height_px: int = 12) -> bytes:
     """The colours from 0, at the left, to 1, as PNG."""
     row = apply_colormap(np.linspace(0, 1, width_px, dtype=np.float32)).round().astype(np.uint8)
-    return png_of(np.repeat(row[None], height_px, axis=0))
+    return encode_png(np.repeat(row[None], height_px, axis=0))

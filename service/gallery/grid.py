@@ -23,7 +23,7 @@ from service.gallery.queues import ReviewQueue, review_queues
 from service.gallery.sidebar import grid_url, photo_url
 from service.http.errors import Problem
 from service.settings import Settings
-from service.web.layout import note_problem, problem_page, served_model
+from service.web.layout import current_model, problem_page, record_problem
 
 QUEUE_PREVIEW_SIZE = 8  # a queue's row
 TRAIN_FLAGS = ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "seed")
@@ -152,7 +152,7 @@ def _grid(**preset: tuple[str, ...]) -> Response:
     if refused:
         answer.status_code = refused.status
         answer.headers["Cache-Control"] = "no-store"
-        note_problem(refused)
+        record_problem(refused)
     return answer
 
 
@@ -199,7 +199,7 @@ def _trouble(photos: Sequence[PredictionRecord]) -> str | None:
 
 def retrain_command() -> str:
     """What trains the served model again with the decisions, and as it was trained, so that they alone make the difference."""
-    bundle = served_model().bundle
+    bundle = current_model().bundle
     config = bundle.manifest.get("provenance", {}).get("config", {})
     settings = [f"--{name.replace('_', '-')} {config[name]}" for name in TRAIN_FLAGS if config.get(name) is not None]
     settings += [f"--unfreeze {shlex.join(config['unfreeze'])}"] if config.get("unfreeze") else []
@@ -211,7 +211,7 @@ def retrain_command() -> str:
 def serve_both_command() -> str:
     """What serves the newly trained model, with the one that serves now beside it."""
     settings: Settings = current_app.extensions["settings"]
-    now = served_model().bundle.path
+    now = current_model().bundle.path
     with contextlib.suppress(UserError):  # as the operator calls it, if that is still it
         now = settings.bundle if resolve_bundle(settings.bundle) == now else now
     return f"BUNDLE={_run()}/bundle EVALUATIONS={shlex.quote(str(now))} DATA={_data()} python -m service"
@@ -223,4 +223,4 @@ def _data() -> str:
 
 
 def _run() -> str:
-    return shlex.quote(f"runs/{served_model().bundle.name}-reviewed")
+    return shlex.quote(f"runs/{current_model().bundle.name}-reviewed")

@@ -14,10 +14,10 @@ from service.db.ingest import decode_file_name
 from service.explain.explainer import Explainer, Explanation
 from service.gallery.index import GalleryIndex
 from service.http.errors import Problem
-from service.images.render import Picture, make_picture
-from service.images.source_folder import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
-from service.images.thumbnails import Thumbnails
-from service.images.worker_pool import Crew
+from service.images.render import RenderedImage, render_jpeg
+from service.images.source_folder import ImageMissingError, ImageReplacedError, ImageUnavailableError, SourceFolder
+from service.images.thumbnails import ThumbnailCache
+from service.images.worker_pool import WorkerPool
 from service.inference.image_decoder import ImageDecoder
 from service.settings import Settings
 
@@ -29,10 +29,12 @@ class ImageAccess:
 
     def __init__(self, settings: Settings, gallery: GalleryIndex) -> None:
         self._gallery = gallery
-        self._folder = PhotoFolder([settings.data] if settings.data else [])
+        self._folder = SourceFolder([settings.data] if settings.data else [])
         self._door = ImageDecoder(settings.max_pixels, block=True)
-        self._crew = Crew("pictures", threads=1, max_queued=256, timeout_s=30.0)
-        self._thumbnails = Thumbnails(thumbnails_dir(), limit_mb=settings.thumbnails_mb, decoder=self._door, crew=self._crew)
+        self._crew = WorkerPool("pictures", threads=1, max_queued=256, timeout_s=30.0)
+        self._thumbnails = ThumbnailCache(
+            thumbnails_dir(), limit_mb=settings.thumbnails_mb, decoder=self._door, pool=self._crew
+        )
         self._explainers: dict[str, Explainer] = {}
         self._lock = threading.Lock()
 
@@ -46,7 +48,7 @@ class ImageAccess:
             return data
         try:
             return self._folder.read(decode_file_name(photo), sha256)
-        except PhotoUnavailableError as error:
+        except ImageUnavailableError as error:
             raise _problem(error) from None
 
     def find_problem(self, photo: str, sha256: str) -> Problem | None:
@@ -56,24 +58,24 @@ class ImageAccess:
                 return None if production.is_saved(connection, sha256) else _forgotten(photo)
         try:
             self._folder.check(decode_file_name(photo), sha256)
-        except PhotoUnavailableError as error:
+        except ImageUnavailableError as error:
             return _problem(error)
         return None
 
-    def thumbnail(self, photo: str, sha256: str) -> Picture:
+    def thumbnail(self, photo: str, sha256: str) -> RenderedImage:
         """A small picture. Raises Problem also for one that was kept and whose photo is there no longer."""
         if problem := self.find_problem(photo, sha256):
             raise problem
         return self._thumbnails.get(sha256, lambda: self.read(photo, sha256))
 
-    def original(self, photo: str, sha256: str) -> Picture:
+    def original(self, photo: str, sha256: str) -> RenderedImage:
         """Upright, no larger than a screen, without anything but the picture."""
-        return self._crew.do(("original", sha256), lambda: make_picture(self.read(photo, sha256), decoder=self._door))
+        return self._crew.run(("original", sha256), lambda: render_jpeg(self.read(photo, sha256), decoder=self._door))
 
     def crop(self, version: str, photo: str, sha256: str) -> Pixels:
         """(H, W, C) uint8 as the model of that version saw the photo."""
         preprocessing = self._bundle(version).preprocessing
-        return self._crew.do(
+        return self._crew.run(
             ("crop", preprocessing.sha256(), sha256),
             lambda: self._door.preprocess(self.read(photo, sha256), preprocessing).pixels,
         )
@@ -101,8 +103,8 @@ def image_access() -> ImageAccess:
     return found
 
 
-def _problem(error: PhotoUnavailableError) -> Problem:
-    code = {PhotoMissingError: "photo_missing", PhotoReplacedError: "photo_replaced"}.get(type(error), "too_many_pixels")
+def _problem(error: ImageUnavailableError) -> Problem:
+    code = {ImageMissingError: "photo_missing", ImageReplacedError: "photo_replaced"}.get(type(error), "too_many_pixels")
     return Problem(code, str(error))
 
 

@@ -9,8 +9,8 @@ from flask import Blueprint, Response, request
 from service.explain.heatmap import legend, overlay
 from service.gallery.image_access import image_access
 from service.gallery.index import gallery
-from service.images.render import png_of
-from service.web.layout import YEAR_S
+from service.images.render import encode_png
+from service.web.layout import ONE_YEAR_S
 
 bp = Blueprint("pictures", __name__, url_prefix="/gallery/pictures")
 
@@ -28,7 +28,7 @@ def original(sha256: str) -> Response:
 @bp.get("/<sha256>/crop.png")
 def crop(sha256: str) -> Response:
     """As the model saw it."""
-    return _forever(png_of(image_access().crop(_version(), _photo(), sha256)), "image/png")
+    return _forever(encode_png(image_access().crop(_version(), _photo(), sha256)), "image/png")
 
 
 @bp.get("/<sha256>/attention.png")
@@ -56,6 +56,6 @@ def _version() -> str:
 
 def _forever(data: bytes, media_type: str) -> Response:
     answer = Response(data, mimetype=media_type)
-    answer.headers["Cache-Control"] = f"private, max-age={YEAR_S}, immutable"
+    answer.headers["Cache-Control"] = f"private, max-age={ONE_YEAR_S}, immutable"
     answer.set_etag(hashlib.sha256(request.full_path.encode("utf-8", "surrogateescape")).hexdigest()[:32])
     return answer.make_conditional(request)  # type: ignore[return-value]

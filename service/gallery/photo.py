@@ -25,7 +25,7 @@ from service.http.security import require_key_or_cookie
 from service.reviews.decisions import load_history
 from service.reviews.history import history_entries, saved_message
 from service.settings import Settings
-from service.web.layout import note_problem, problem_page
+from service.web.layout import problem_page, record_problem
 
 MAX_NEIGHBORS = 8
 MAX_EXPLAIN_CLASSES = 20  # classes that one can look for by a link, the most probable ones
@@ -127,7 +127,7 @@ def render_photo_page(
     if rejected:
         answer.status_code = rejected.problem.status
         answer.headers.update({**rejected.problem.headers, "Cache-Control": "no-store"})
-        note_problem(rejected.problem)
+        record_problem(rejected.problem)
     return answer
 
 

@@ -19,7 +19,7 @@ from service.http.request_body import read_body
 from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
 from service.reviews.decisions import ReviewDecision, load_history, save_decision
 from service.settings import Settings
-from service.web.layout import YEAR_S, problem_json, problem_page
+from service.web.layout import ONE_YEAR_S, problem_page, problem_response
 
 MAX_BODY_BYTES = 64 << 10
 MAX_LENGTHS = {"note": 2_000, "reviewer": 80}
@@ -34,7 +34,7 @@ def refuse(problem: Problem) -> Response:
     """In words on a page for a form, as problem+json for a program."""
     if request.method == "POST" and not request.is_json:
         return problem_page(problem)
-    return problem_json(problem)
+    return problem_response(problem)
 
 
 @bp.post("/gallery/review")
@@ -204,7 +204,7 @@ def _photo_page(given: dict[str, str]) -> str:
 def _keep(answer: Response, name: str, value: str) -> None:
     """In a cookie that no script reads and no other site's page sends; an empty value is forgotten."""
     if value:
-        answer.set_cookie(name, value, max_age=YEAR_S, samesite="Strict", httponly=True, secure=request.is_secure)
+        answer.set_cookie(name, value, max_age=ONE_YEAR_S, samesite="Strict", httponly=True, secure=request.is_secure)
     else:
         answer.delete_cookie(name, samesite="Strict", httponly=True, secure=request.is_secure)
 

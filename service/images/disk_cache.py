@@ -15,7 +15,7 @@ from typing import NamedTuple
 from models.artifacts.atomic_io import atomic_write
 
 MEMORY_BYTES = 16 << 20
-USED_S = 3600.0  # how coarsely the last use is noted, as noting it is a write
+ACCESS_TIME_RESOLUTION_S = 3600.0  # how coarsely the last use is noted, as noting it is a write
 STALE_S = 3600.0  # a half-written file of a process that was killed
 
 
@@ -25,7 +25,7 @@ class _File(NamedTuple):
     path: Path
 
 
-class Blobs:
+class DiskCache:
     """Keep up to ``limit_bytes`` in ``folder``, and drop those that were not used for longest; without one, some in memory.
 
     Several processes share a folder: each looks through it when it has itself added a twentieth of the limit, and then drops
@@ -52,7 +52,7 @@ class Blobs:
         with contextlib.suppress(OSError):
             path = _path(self._folder, name)
             with path.open("rb") as file:
-                if time.time() - os.fstat(file.fileno()).st_mtime > USED_S:
+                if time.time() - os.fstat(file.fileno()).st_mtime > ACCESS_TIME_RESOLUTION_S:
                     with contextlib.suppress(OSError):
                         os.utime(path)
                 return file.read()
@@ -72,7 +72,7 @@ class Blobs:
             while self._held > self._memory_limit:
                 self._held -= len(self._memory.popitem(last=False)[1])
 
-    def drop(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         """Forget ``name``, as where what was kept turns out to be damaged."""
         with self._lock:
             self._held -= len(self._memory.pop(name, b""))

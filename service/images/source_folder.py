@@ -15,29 +15,29 @@ from pathlib import Path, PurePosixPath
 from models.errors import UserError
 
 MIB = 1 << 20
-REMEMBERED = 100_000
+MAX_VERIFIED = 100_000
 # NONBLOCK: opening a fifo would wait for a writer. NOFOLLOW: what was a folder when it was resolved may be a link by now.
 OPEN_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # What tells one file's content from another without reading it: device, inode, size, and when content and inode changed.
-Mark = tuple[int, int, int, int, int]
+FileFingerprint = tuple[int, int, int, int, int]
 
 
-class PhotoUnavailableError(UserError):
+class ImageUnavailableError(UserError):
     """A photo that was evaluated cannot be shown; the text says why."""
 
 
-class PhotoMissingError(PhotoUnavailableError):
+class ImageMissingError(ImageUnavailableError):
     """There is no such photo in the folder."""
 
 
-class PhotoReplacedError(PhotoUnavailableError):
+class ImageReplacedError(ImageUnavailableError):
     """There is another file where the photo was."""
 
 
 @dataclass
-class PhotoFolder:
+class SourceFolder:
     """Read photos below ``roots``, each tried in turn, of at most ``max_bytes``; from several threads at once.
 
     A photo is named by its path relative to the data folder, as predictions.csv has it, and by its sha256, which decides: a
@@ -47,11 +47,11 @@ class PhotoFolder:
 
     roots: Sequence[Path]
     max_bytes: int = 256 * MIB
-    _verified: OrderedDict[Mark, str] = field(default_factory=OrderedDict, init=False, repr=False)
+    _verified: OrderedDict[FileFingerprint, str] = field(default_factory=OrderedDict, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def read(self, photo: str, sha256: str) -> bytes:
-        """The photo's bytes, of exactly this sha256. Raises PhotoMissingError and PhotoReplacedError.
+        """The photo's bytes, of exactly this sha256. Raises ImageMissingError and ImageReplacedError.
 
         What is returned is what was hashed, whatever happens to the file meanwhile.
         """
@@ -82,11 +82,11 @@ class PhotoFolder:
             self._remember(_mark(before), found)
         return data if found == sha256 and len(data) <= self.max_bytes else None
 
-    def _remember(self, mark: Mark, sha256: str) -> None:
+    def _remember(self, mark: FileFingerprint, sha256: str) -> None:
         with self._lock:
             self._verified[mark] = sha256
             self._verified.move_to_end(mark)
-            while len(self._verified) > REMEMBERED:
+            while len(self._verified) > MAX_VERIFIED:
                 self._verified.popitem(last=False)
 
     def _open_each(self, photo: str) -> Iterator[int]:
@@ -97,21 +97,21 @@ class PhotoFolder:
                 if stat.S_ISREG(os.fstat(file).st_mode):
                     yield file
 
-    def _not_found(self, photo: str) -> PhotoUnavailableError:
+    def _not_found(self, photo: str) -> ImageUnavailableError:
         name = photo[:200].encode("utf-8", "replace").decode()
         if not self.roots:
-            return PhotoMissingError(f"The photo {name!r} cannot be shown, as no folder is set; start with DATA=FOLDER.")
+            return ImageMissingError(f"The photo {name!r} cannot be shown, as no folder is set; start with DATA=FOLDER.")
         sizes = [os.fstat(file).st_size for file in self._open_each(photo)]
         if sizes and min(sizes) > self.max_bytes:
             limit_mb = self.max_bytes // MIB
-            return PhotoUnavailableError(
+            return ImageUnavailableError(
                 f"The photo {name!r} has more than the {limit_mb} MiB that are shown; save it smaller."
             )
         if sizes:
-            return PhotoReplacedError(
+            return ImageReplacedError(
                 f"The photo {name!r} is not the one that was evaluated: the file was changed or replaced; evaluate again."
             )
-        return PhotoMissingError(f"The photo {name!r} is not in the data folder; set DATA to the folder that was evaluated.")
+        return ImageMissingError(f"The photo {name!r} is not in the data folder; set DATA to the folder that was evaluated.")
 
 
 @contextlib.contextmanager
@@ -139,5 +139,5 @@ def _opened(root: Path, photo: str) -> Iterator[int]:
         os.close(file)
 
 
-def _mark(status: os.stat_result) -> Mark:
+def _mark(status: os.stat_result) -> FileFingerprint:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from service.http.errors import Problem
 
-NICE = 15  # the threads that compute answers have 10, and with 19 these would hardly move beside them
+NICENESS = 15  # the threads that compute answers have 10, and with 19 these would hardly move beside them
 T = TypeVar("T")
 
 
@@ -23,10 +23,10 @@ class _Job(NamedTuple):
     result: Future[Any]
 
 
-class Crew:
+class WorkerPool:
     """Up to ``threads`` threads, started where there is work and ended after ``idle_timeout_s`` without.
 
-    ``max_queued`` jobs may wait, each for ``timeout_s`` at most. ``when_idle`` is called when the last thread ends, to
+    ``max_queued`` jobs may wait, each for ``timeout_s`` at most. ``on_idle`` is called when the last thread ends, to
     give memory back. It can be made before a process forks, as no thread is started before there is work.
     """
 
@@ -38,11 +38,11 @@ class Crew:
         max_queued: int,
         timeout_s: float,
         idle_timeout_s: float = 60.0,
-        when_idle: Callable[[], None] = lambda: None,
+        on_idle: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self._most_threads, self._most_waiting, self._patience_s = threads, max_queued, timeout_s
-        self._idle_s, self._when_idle = idle_timeout_s, when_idle
+        self._idle_s, self._when_idle = idle_timeout_s, on_idle
         self._waiting: deque[_Job] = deque()
         self._open: dict[Hashable, Future[Any]] = {}
         self._threads: set[threading.Thread] = set()
@@ -50,7 +50,7 @@ class Crew:
         self._closed = False
         self._changed = threading.Condition()
 
-    def do(self, key: Hashable, work: Callable[[], T]) -> T:
+    def run(self, key: Hashable, work: Callable[[], T]) -> T:
         """What ``work`` gives; who asks for the same ``key`` meanwhile gets the same result of the same work.
 
         Raises what ``work`` raises, and Problem where too many wait ("overloaded") or it took too long ("deadline_exceeded").
@@ -98,7 +98,7 @@ class Crew:
 
     def _work(self) -> None:
         with contextlib.suppress(OSError):  # of this thread alone, and of those that it starts
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while job := self._next():
             self._run(job)
             del job  # what it holds is not ours to keep while we wait

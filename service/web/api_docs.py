@@ -36,8 +36,8 @@ def markdown(text: str) -> Markup:
     return Markup(re.sub(r"(?<=<code>)[^<]+", lambda code: _slashed(code[0]), render_markdown(text)))
 
 
-@bp.app_template_filter("slashed")
-def slashed(text: str) -> Markup:
+@bp.app_template_filter("break_slashes")
+def break_slashes(text: str) -> Markup:
     """A path or a media type that may go on in the next line behind a slash."""
     return Markup(_slashed(str(escape(text))))
 

@@ -17,13 +17,13 @@ from service.api.predict import png_data_url
 from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
 from service.inference.model_manager import LoadedModel, ModelManager
 
-YEAR_S = 365 * 24 * 3600
-NEARLY_NOTHING = 1e-12
+ONE_YEAR_S = 365 * 24 * 3600
+MIN_PROBABILITY = 1e-12
 
 bp = Blueprint("site", __name__)
 
 
-class Entry(NamedTuple):
+class NavigationLink(NamedTuple):
     """A link of the navigation: the endpoint that it leads to, and its name."""
 
     endpoint: str
@@ -31,36 +31,36 @@ class Entry(NamedTuple):
 
 
 NAVIGATION = [
-    Entry("page.home", "Classify"),
-    Entry("gallery.home", "Gallery"),
-    Entry("compare.page", "Compare"),
-    Entry("page.model", "Model"),
-    Entry("docs.docs", "Docs"),
+    NavigationLink("page.home", "Classify"),
+    NavigationLink("gallery.home", "Gallery"),
+    NavigationLink("compare.page", "Compare"),
+    NavigationLink("page.model", "Model"),
+    NavigationLink("docs.docs", "Docs"),
 ]
 
 
-def served_model() -> LoadedModel:
+def current_model() -> LoadedModel:
     """The model; raises Problem while there is none."""
     served: ModelManager = current_app.extensions["model"]
     return served.get()
 
 
-def note_problem(problem: Problem) -> None:
+def record_problem(problem: Problem) -> None:
     """Count a problem that is answered, and have the request's line in the log name it."""
     g.code = problem.without_traceback().code
     served: ModelManager = current_app.extensions["model"]
     served.metrics.errors.labels(problem.code).inc()
 
 
-def problem_json(problem: Problem) -> Response:
+def problem_response(problem: Problem) -> Response:
     """A problem for a program."""
-    note_problem(problem)
+    record_problem(problem)
     return Response(problem.to_json(g.request_id), problem.status, problem.headers, content_type=PROBLEM_MEDIA_TYPE)
 
 
 def problem_page(problem: Problem, template: str = "problem.html", **context: Any) -> Response:
     """A problem in words on a page, counted and logged as the API's are. One that passes has the page asked for again."""
-    note_problem(problem)
+    record_problem(problem)
     refresh_s = problem.headers.get("Retry-After") if request.method in ("GET", "HEAD") else None
     text = render_template(template, problem=problem, refresh_s=refresh_s, way_back=_way_back(), **context)
     return Response(text, problem.status, {**problem.headers, "Cache-Control": "no-store"}, mimetype="text/html")
@@ -79,10 +79,10 @@ def _way_back() -> tuple[str, str] | None:
 
 
 @bp.app_context_processor
-def shared() -> dict[str, Any]:
+def template_context() -> dict[str, Any]:
     """Names that every template knows."""
     try:
-        served = served_model()
+        served = current_model()
     except Problem:
         return {"navigation": NAVIGATION, "model": None}
     return {"navigation": NAVIGATION, "model": served.summary | {"merged_from": served.bundle.merged_from}}
@@ -96,12 +96,12 @@ def add_version(endpoint: str, values: dict[str, Any]) -> None:
 
 
 @bp.after_app_request
-def keep_static(answer: Response) -> Response:
+def cache_static_files(answer: Response) -> Response:
     """A file asked for by its version never changes; by its bare name it has to be asked for again."""
     if request.endpoint == "static" and answer.status_code in (200, 304):
         file = Path(current_app.static_folder or "") / (request.view_args or {})["filename"]
         if request.args.get("v") == _version(file):
-            answer.headers["Cache-Control"] = f"public, max-age={YEAR_S}, immutable"
+            answer.headers["Cache-Control"] = f"public, max-age={ONE_YEAR_S}, immutable"
     return answer
 
 
@@ -116,20 +116,20 @@ def percent(share: float, digits: int = 1) -> str:
     return said.replace("%", "\u202f%")
 
 
-@bp.app_template_filter("odds")
-def odds(probability: float) -> str:
+@bp.app_template_filter("probability")
+def probability(value: float) -> str:
     """A model's probability. It is never quite 0 or 1, though it may be stored so, rounded."""
-    return percent(min(max(probability, NEARLY_NOTHING), 1 - NEARLY_NOTHING))
+    return percent(min(max(value, MIN_PROBABILITY), 1 - MIN_PROBABILITY))
 
 
-@bp.app_template_filter("with_code")
-def with_code(text: str) -> Markup:
+@bp.app_template_filter("code_spans")
+def code_spans(text: str) -> Markup:
     """What stands between backticks as code; all of it is text, whoever wrote it."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-@bp.app_template_filter("as_url")
-def as_url(pixels: Pixels) -> str:
+@bp.app_template_filter("data_url")
+def data_url(pixels: Pixels) -> str:
     """(H, W, C) uint8 -> a data: URL."""
     return png_data_url(pixels)
 

@@ -17,23 +17,25 @@ from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel
 from service.inference.predictor import Prediction, predictor, ranked_probabilities
 from service.settings import Settings
-from service.web.layout import problem_page, served_model
+from service.web.layout import current_model, problem_page
 from service.web.markdown import render_markdown
 
 log = logging.getLogger("service.web.upload_page")
-ACCEPT = "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,.ppm,.pgm"  # no HEIC: phones send a JPEG instead
-NOTHING = "No photo was chosen; choose one or more and press Classify."
-SHOWN = 10  # bars at once; the others are unfolded
+ACCEPTED_TYPES = (
+    "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,.ppm,.pgm"  # no HEIC: phones send a JPEG instead
+)
+NO_FILE_SELECTED = "No photo was chosen; choose one or more and press Classify."
+MAX_BARS = 10  # bars at once; the others are unfolded
 
 bp = Blueprint("page", __name__)
 
 
 @dataclass(frozen=True)
-class Card:
+class ResultCard:
     """What is shown of one photo: the answer, or the sentence that says why there is none."""
 
     name: str
-    problem: str | None = None
+    error: str | None = None
     label: str = ""
     confidence: float = 0.0
     bars: tuple[tuple[str, float], ...] = ()  # class and probability, highest first
@@ -44,7 +46,7 @@ class Card:
 
 @bp.get("/")
 def home() -> Response:
-    return _answer_home(served_model())
+    return _answer_home(current_model())
 
 
 @bp.post("/")
@@ -59,7 +61,7 @@ def classify() -> Response:
 
 @bp.get("/model")
 def model() -> Response:
-    served = served_model()
+    served = current_model()
     text = served.bundle.model_card()
     return _page(render_template("model.html", served=served, card=text and render_markdown(text)))
 
@@ -69,7 +71,7 @@ def say(problem: Problem) -> Response:
     """A problem with the whole request, in words on the page that it came from."""
     if request.method == "POST":
         if problem.code == "no_photo":
-            problem = Problem(problem.code, NOTHING)
+            problem = Problem(problem.code, NO_FILE_SELECTED)
         return problem_page(problem, "home.html", cards=[], **_form())
     return problem_page(problem)
 
@@ -80,7 +82,7 @@ def say_unforeseen(error: Exception) -> Response:
     return say(Problem("internal_error", f"An error of the server's own was logged as {g.request_id}; tell its operator."))
 
 
-def _answer_home(model: LoadedModel, cards: list[Card] | None = None) -> Response:
+def _answer_home(model: LoadedModel, cards: list[ResultCard] | None = None) -> Response:
     return _page(render_template("home.html", classes=model.bundle.classes, cards=cards or [], **_form()))
 
 
@@ -91,7 +93,7 @@ def _page(text: str) -> Response:
 def _form() -> dict[str, object]:
     """What the form has to know of the settings."""
     settings: Settings = current_app.extensions["settings"]
-    return {"settings": settings, "accept": ACCEPT, "formats": IMAGE_FORMATS_TEXT, "shown": SHOWN}
+    return {"settings": settings, "accept": ACCEPTED_TYPES, "formats": IMAGE_FORMATS_TEXT, "shown": MAX_BARS}
 
 
 def _admitted(asked: Request) -> list[Upload]:
@@ -111,14 +113,14 @@ def _admitted(asked: Request) -> list[Upload]:
     return sent.images
 
 
-def _card(model: LoadedModel, prediction: Prediction, number: int) -> Card:
+def _card(model: LoadedModel, prediction: Prediction, number: int) -> ResultCard:
     name = Path(prediction.upload.name or f"Photo {number}").name
     if prediction.problem:
-        return Card(name, prediction.problem.detail)
+        return ResultCard(name, prediction.problem.detail)
     assert prediction.result is not None
     result: InferenceResult = prediction.result
     bars = tuple(ranked_probabilities(model, result, len(model.bundle.classes)).items())
     label, confidence = bars[0]
     seen = result.image
     size = f"{seen.format}, {seen.width_px:,} \u00d7 {seen.height_px:,} pixels"
-    return Card(name, None, label, confidence, bars, seen.pixels, size, seen.notes)
+    return ResultCard(name, None, label, confidence, bars, seen.pixels, size, seen.notes)

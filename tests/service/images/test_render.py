@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from service.http.errors import Problem
-from service.images.render import make_picture, png_of
+from service.images.render import encode_png, render_jpeg
 from service.inference.image_decoder import ImageDecoder
 
 DOOR = ImageDecoder(50_000_000)
@@ -22,7 +22,7 @@ def encode(photo: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def shown(data: bytes, **options: int) -> Image.Image:
-    made = make_picture(data, decoder=DOOR, **options)
+    made = render_jpeg(data, decoder=DOOR, **options)
     photo = Image.open(io.BytesIO(made.data))
     assert photo.size == (made.width_px, made.height_px)
     return photo
@@ -50,7 +50,7 @@ def test_no_metadata_goes_along() -> None:
         encode(photo, "PNG", exif=exif, icc_profile=profile),
         encode(photo, "WEBP", exif=exif, xmp=b"SECRET xmp"),
     ):
-        made = make_picture(data, decoder=DOOR)
+        made = render_jpeg(data, decoder=DOOR)
         again = Image.open(io.BytesIO(made.data))
         assert b"SECRET" not in made.data
         assert not again.getexif()
@@ -91,12 +91,12 @@ def test_a_large_photo_is_capped_and_a_small_one_is_not_enlarged() -> None:
 
 def test_what_cannot_be_decoded_is_a_problem() -> None:
     with pytest.raises(Problem) as caught:
-        make_picture(b"nothing", decoder=DOOR)
+        render_jpeg(b"nothing", decoder=DOOR)
     assert caught.value.code == "not_a_picture"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_crop_comes_as_it_was_seen(channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, channels)).astype(np.uint8)
-    again = np.asarray(Image.open(io.BytesIO(png_of(pixels)))).reshape(pixels.shape)
+    again = np.asarray(Image.open(io.BytesIO(encode_png(pixels)))).reshape(pixels.shape)
     assert (again == pixels).all()

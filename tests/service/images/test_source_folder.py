@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from service.images.source_folder import PhotoFolder, PhotoMissingError, PhotoReplacedError, PhotoUnavailableError
+from service.images.source_folder import ImageMissingError, ImageReplacedError, ImageUnavailableError, SourceFolder
 
 CAT = b"the bytes of a cat"
 CAT_SHA256 = hashlib.sha256(CAT).hexdigest()
@@ -27,15 +27,15 @@ def root(tmp_path: Path) -> Path:
 
 
 def is_missing(root: Path, name: str) -> None:
-    folder = PhotoFolder([root])
+    folder = SourceFolder([root])
     for ask in (folder.read, folder.check):
-        with pytest.raises(PhotoMissingError) as caught:
+        with pytest.raises(ImageMissingError) as caught:
             ask(name, CAT_SHA256)
         str(caught.value).encode("utf-8")  # a page can hold it
 
 
 def test_a_photo_is_read_by_its_name_and_sha256(root: Path) -> None:
-    folder = PhotoFolder([root])
+    folder = SourceFolder([root])
     assert folder.read(NAME, CAT_SHA256) == CAT
     folder.check(NAME, CAT_SHA256)
 
@@ -71,8 +71,8 @@ def test_an_absolute_name_is_missing_even_of_a_photo_inside(root: Path) -> None:
 def test_a_link_may_lead_to_another_place_inside_but_not_outside(root: Path) -> None:
     (root / "inside.jpg").symlink_to(root / NAME)
     (root / "train").symlink_to("valid")
-    assert PhotoFolder([root]).read("inside.jpg", CAT_SHA256) == CAT
-    assert PhotoFolder([root]).read("train/cats/cat.1.jpg", CAT_SHA256) == CAT
+    assert SourceFolder([root]).read("inside.jpg", CAT_SHA256) == CAT
+    assert SourceFolder([root]).read("train/cats/cat.1.jpg", CAT_SHA256) == CAT
     (root / "out.jpg").symlink_to(root.parent / "outside.jpg")
     (root / "up").symlink_to("..")
     (root / "loop.jpg").symlink_to("loop.jpg")
@@ -83,7 +83,7 @@ def test_a_link_may_lead_to_another_place_inside_but_not_outside(root: Path) -> 
 
 def test_the_root_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
-    assert PhotoFolder([tmp_path / "link"]).read(NAME, CAT_SHA256) == CAT
+    assert SourceFolder([tmp_path / "link"]).read(NAME, CAT_SHA256) == CAT
 
 
 def test_what_is_no_regular_file_is_missing_and_does_not_block(root: Path) -> None:
@@ -96,15 +96,15 @@ def test_what_is_no_regular_file_is_missing_and_does_not_block(root: Path) -> No
 def test_a_name_that_is_no_utf8_is_found(root: Path) -> None:
     name = os.fsdecode(b"valid/cats/\xe9t\xe9.jpg")
     (root / name).write_bytes(CAT)
-    assert PhotoFolder([root]).read(name, CAT_SHA256) == CAT
+    assert SourceFolder([root]).read(name, CAT_SHA256) == CAT
     (root / name).write_bytes(b"another")
-    with pytest.raises(PhotoReplacedError) as caught:
-        PhotoFolder([root]).read(name, CAT_SHA256)
+    with pytest.raises(ImageReplacedError) as caught:
+        SourceFolder([root]).read(name, CAT_SHA256)
     str(caught.value).encode("utf-8")
 
 
 def test_another_photo_in_its_place_is_never_shown(root: Path) -> None:
-    folder = PhotoFolder([root])
+    folder = SourceFolder([root])
     folder.check(NAME, CAT_SHA256)
     dog = b"the bytes of a dog"  # of the same length
     assert len(dog) == len(CAT)
@@ -113,7 +113,7 @@ def test_another_photo_in_its_place_is_never_shown(root: Path) -> None:
     os.utime(root / "new.jpg", ns=(before.st_atime_ns, before.st_mtime_ns))
     (root / "new.jpg").replace(root / NAME)
     for ask in (folder.read, folder.check):
-        with pytest.raises(PhotoReplacedError, match=r"changed or replaced"):
+        with pytest.raises(ImageReplacedError, match=r"changed or replaced"):
             ask(NAME, CAT_SHA256)
     folder.check(NAME, hashlib.sha256(dog).hexdigest())
 
@@ -122,17 +122,17 @@ def test_a_photo_that_was_checked_is_not_read_again(root: Path, monkeypatch: pyt
     hashed: list[int] = []
     real = hashlib.sha256
     monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(len(data)) or real(data))  # type: ignore[func-returns-value]
-    folder = PhotoFolder([root])
+    folder = SourceFolder([root])
     for _ in range(3):
         folder.check(NAME, CAT_SHA256)
-    with pytest.raises(PhotoReplacedError):
+    with pytest.raises(ImageReplacedError):
         folder.check(NAME, "0" * 64)
     assert hashed == [len(CAT)]
 
 
 def test_what_is_remembered_is_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.images.source_folder.CACHE_SIZE", 3)
-    folder = PhotoFolder([root])
+    folder = SourceFolder([root])
     for number in range(10):
         (root / f"{number}.jpg").write_bytes(CAT)
         folder.check(f"{number}.jpg", CAT_SHA256)
@@ -144,22 +144,22 @@ def test_roots_are_tried_in_turn_and_the_sha256_decides(root: Path, tmp_path: Pa
     other = tmp_path / "other"
     (other / "valid" / "cats").mkdir(parents=True)
     (other / NAME).write_bytes(b"another photo of that name")
-    folder = PhotoFolder([tmp_path / "nowhere", other, root])
+    folder = SourceFolder([tmp_path / "nowhere", other, root])
     assert folder.read(NAME, CAT_SHA256) == CAT
     folder.check(NAME, CAT_SHA256)
-    with pytest.raises(PhotoReplacedError):
+    with pytest.raises(ImageReplacedError):
         folder.read(NAME, "0" * 64)
 
 
 def test_without_a_folder_the_sentence_says_how_to_set_one() -> None:
-    with pytest.raises(PhotoMissingError, match="DATA=FOLDER"):
-        PhotoFolder([]).read(NAME, CAT_SHA256)
+    with pytest.raises(ImageMissingError, match="DATA=FOLDER"):
+        SourceFolder([]).read(NAME, CAT_SHA256)
 
 
 def test_a_file_too_large_to_be_shown_says_so(root: Path) -> None:
-    with pytest.raises(PhotoUnavailableError, match="save it smaller"):
-        PhotoFolder([root], max_bytes=len(CAT) - 1).read(NAME, CAT_SHA256)
-    assert PhotoFolder([root], max_bytes=len(CAT)).read(NAME, CAT_SHA256) == CAT
+    with pytest.raises(ImageUnavailableError, match="save it smaller"):
+        SourceFolder([root], max_bytes=len(CAT) - 1).read(NAME, CAT_SHA256)
+    assert SourceFolder([root], max_bytes=len(CAT)).read(NAME, CAT_SHA256) == CAT
 
 
 def files_open() -> list[Path]:
@@ -172,13 +172,13 @@ def files_open() -> list[Path]:
 
 
 def test_no_file_stays_open(root: Path) -> None:
-    folder = PhotoFolder([root])
+    folder = SourceFolder([root])
     for _ in range(5):
         folder.read(NAME, CAT_SHA256)
         folder.check(NAME, CAT_SHA256)
-        with pytest.raises(PhotoReplacedError):
+        with pytest.raises(ImageReplacedError):
             folder.read(NAME, "0" * 64)
-        with pytest.raises(PhotoMissingError):
+        with pytest.raises(ImageMissingError):
             folder.read("valid/none.jpg", CAT_SHA256)
     assert [path for path in files_open() if path.is_relative_to(root)] == []
 
@@ -201,13 +201,13 @@ def test_while_it_is_exchanged_over_and_over_only_the_one_wanted_is_given(root: 
     thread = threading.Thread(target=swap)
     thread.start()
     try:
-        folder, seen = PhotoFolder([root]), set()
+        folder, seen = SourceFolder([root]), set()
         secret = hashlib.sha256(b"secret").hexdigest()
         for _ in range(2000):
             for sha256 in (CAT_SHA256, secret):
                 try:
                     seen.add(folder.read(NAME, sha256))
-                except PhotoUnavailableError:
+                except ImageUnavailableError:
                     continue
     finally:
         stop.set()

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from service.http.errors import Problem
-from service.images.disk_cache import Blobs
-from service.images.thumbnails import LONGEST_PX, Thumbnails
-from service.images.worker_pool import Crew
+from service.images.disk_cache import DiskCache
+from service.images.thumbnails import THUMBNAIL_MAX_PX, ThumbnailCache
+from service.images.worker_pool import WorkerPool
 from service.inference.image_decoder import ImageDecoder
 
 
@@ -28,14 +28,14 @@ def photo(size: tuple[int, int] = (900, 600), color: str = "red", **options: obj
 
 
 @pytest.fixture
-def make() -> Iterator[Callable[..., Thumbnails]]:
-    crew = Crew("thumbnails", threads=2, max_queued=64, timeout_s=300)
+def make() -> Iterator[Callable[..., ThumbnailCache]]:
+    pool = WorkerPool("thumbnails", threads=2, max_queued=64, timeout_s=300)
 
-    def made(folder: Path | None, *, limit_mb: int = 8, max_pixels: int = 50_000_000) -> Thumbnails:
-        return Thumbnails(folder, limit_mb=limit_mb, decoder=ImageDecoder(max_pixels, block=True), crew=crew)
+    def made(folder: Path | None, *, limit_mb: int = 8, max_pixels: int = 50_000_000) -> ThumbnailCache:
+        return ThumbnailCache(folder, limit_mb=limit_mb, decoder=ImageDecoder(max_pixels, block=True), pool=pool)
 
     yield made
-    crew.close()
+    pool.close()
 
 
 def never() -> bytes:
@@ -46,20 +46,20 @@ def never() -> bytes:
     ("size", "wanted"), [((900, 600), (320, 213)), ((600, 900), (213, 320)), ((100, 50), (100, 50)), ((5000, 2), (320, 1))]
 )
 def test_the_longer_side_is_bounded_and_a_small_photo_stays(
-    make: Callable[..., Thumbnails], tmp_path: Path, size: tuple[int, int], wanted: tuple[int, int]
+    make: Callable[..., ThumbnailCache], tmp_path: Path, size: tuple[int, int], wanted: tuple[int, int]
 ) -> None:
     made = make(tmp_path).get("a", lambda: photo(size))
     assert (made.width_px, made.height_px) == wanted == Image.open(io.BytesIO(made.data)).size
-    assert max(wanted) <= LONGEST_PX
+    assert max(wanted) <= THUMBNAIL_MAX_PX
 
 
-def test_it_is_kept_for_another_process_with_its_size(make: Callable[..., Thumbnails], tmp_path: Path) -> None:
+def test_it_is_kept_for_another_process_with_its_size(make: Callable[..., ThumbnailCache], tmp_path: Path) -> None:
     made = make(tmp_path).get("a", photo)
     assert make(tmp_path).get("a", never) == made
 
 
 @pytest.mark.parametrize("limit_mb", [0, 8])
-def test_without_a_disk_it_is_kept_in_memory(make: Callable[..., Thumbnails], tmp_path: Path, limit_mb: int) -> None:
+def test_without_a_disk_it_is_kept_in_memory(make: Callable[..., ThumbnailCache], tmp_path: Path, limit_mb: int) -> None:
     thumbnails = make(tmp_path if limit_mb == 0 else None, limit_mb=limit_mb)
     made = thumbnails.get("a", photo)
     assert thumbnails.get("a", never) == made
@@ -67,7 +67,7 @@ def test_without_a_disk_it_is_kept_in_memory(make: Callable[..., Thumbnails], tm
 
 
 def test_a_disk_that_cannot_be_written_is_no_obstacle(
-    make: Callable[..., Thumbnails], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., ThumbnailCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
@@ -80,7 +80,7 @@ def test_a_disk_that_cannot_be_written_is_no_obstacle(
 
 @pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"<html>" * 200])
 def test_a_kept_file_that_is_damaged_is_made_again(
-    make: Callable[..., Thumbnails], tmp_path: Path, spoil: Callable[[bytes], bytes]
+    make: Callable[..., ThumbnailCache], tmp_path: Path, spoil: Callable[[bytes], bytes]
 ) -> None:
     made = make(tmp_path).get("a", photo)
     (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
@@ -89,7 +89,7 @@ def test_a_kept_file_that_is_damaged_is_made_again(
     assert kept.read_bytes() == made.data
 
 
-def test_asked_for_by_24_at_once_the_photo_is_read_once(make: Callable[..., Thumbnails], tmp_path: Path) -> None:
+def test_asked_for_by_24_at_once_the_photo_is_read_once(make: Callable[..., ThumbnailCache], tmp_path: Path) -> None:
     thumbnails, reads, all_ask = make(tmp_path), [], threading.Barrier(24)
 
     def read() -> bytes:
@@ -106,7 +106,7 @@ def test_asked_for_by_24_at_once_the_photo_is_read_once(make: Callable[..., Thum
 
 
 def test_what_is_no_photo_and_what_is_too_large_is_refused_before_it_is_decoded(
-    make: Callable[..., Thumbnails], tmp_path: Path
+    make: Callable[..., ThumbnailCache], tmp_path: Path
 ) -> None:
     def code(data: bytes) -> str:
         with pytest.raises(Problem) as caught:
@@ -122,7 +122,7 @@ def test_what_is_no_photo_and_what_is_too_large_is_refused_before_it_is_decoded(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_heavy_photos_wait_for_each_other(make: Callable[..., Thumbnails], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heavy_photos_wait_for_each_other(make: Callable[..., ThumbnailCache], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.inference.image_decoder.LARGE_IMAGE_PIXELS", 1000)
     thumbnails = make(None)
     with ThreadPoolExecutor(8) as pool:
@@ -139,7 +139,7 @@ def disk_bytes(folder: Path) -> int:
 
 def test_the_bound_holds_and_the_oldest_used_go_first(tmp_path: Path) -> None:
     limit = 100_000
-    blobs = Blobs(tmp_path, limit_bytes=limit)
+    blobs = DiskCache(tmp_path, limit_bytes=limit)
     now = time.time()
     for number in range(300):
         blobs.put(str(number), bytes(1000))
@@ -154,11 +154,11 @@ def test_the_bound_holds_and_the_oldest_used_go_first(tmp_path: Path) -> None:
 
 
 def test_what_was_used_lately_is_kept(tmp_path: Path) -> None:
-    Blobs(tmp_path, limit_bytes=100_000).put("favourite", bytes(1000))
+    DiskCache(tmp_path, limit_bytes=100_000).put("favourite", bytes(1000))
     long_ago = time.time() - 1e6
     for path in tmp_path.rglob("*"):
         os.utime(path, (long_ago, long_ago))
-    blobs = Blobs(tmp_path, limit_bytes=100_000)
+    blobs = DiskCache(tmp_path, limit_bytes=100_000)
     assert blobs.get("favourite")
     for number in range(80):
         blobs.put(str(number), bytes(1000))
@@ -172,35 +172,35 @@ def test_what_was_used_lately_is_kept(tmp_path: Path) -> None:
     assert not all(blobs.get(str(number)) for number in range(80))
 
 
-def _place(folder: Path, blobs: Blobs, name: str) -> Path:
+def _place(folder: Path, blobs: DiskCache, name: str) -> Path:
     from service.images.disk_cache import _path
 
     return _path(folder, name)
 
 
 def test_a_folder_that_is_over_the_bound_at_the_start_is_brought_under_it(tmp_path: Path) -> None:
-    Blobs(tmp_path, limit_bytes=10**9).put("warm", b"x")
-    large = Blobs(tmp_path, limit_bytes=10**9)
+    DiskCache(tmp_path, limit_bytes=10**9).put("warm", b"x")
+    large = DiskCache(tmp_path, limit_bytes=10**9)
     for number in range(50):
         large.put(str(number), bytes(1000))
-    Blobs(tmp_path, limit_bytes=20_000).put("new", bytes(1000))
+    DiskCache(tmp_path, limit_bytes=20_000).put("new", bytes(1000))
     assert disk_bytes(tmp_path) <= 18_000
 
 
 def test_half_written_files_of_the_killed_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    blobs = Blobs(tmp_path, limit_bytes=10_000)
+    blobs = DiskCache(tmp_path, limit_bytes=10_000)
     blobs.put("a", b"a")
     folder = next(tmp_path.iterdir())
     (folder / ".old.part").write_bytes(b"x")
     (folder / ".new.part").write_bytes(b"x")
     os.utime(folder / ".old.part", (0, time.time() - 7200))
-    Blobs(tmp_path, limit_bytes=10_000).put("b", b"b")
+    DiskCache(tmp_path, limit_bytes=10_000).put("b", b"b")
     assert not (folder / ".old.part").exists()
     assert (folder / ".new.part").exists()
 
 
 def test_memory_is_bounded_by_what_was_used_last() -> None:
-    blobs = Blobs(None, limit_bytes=0, memory_bytes=3000)
+    blobs = DiskCache(None, limit_bytes=0, memory_bytes=3000)
     for name in "abc":
         blobs.put(name, bytes(1000))
     assert blobs.get("a")
@@ -213,7 +213,7 @@ def test_memory_is_bounded_by_what_was_used_last() -> None:
 
 def test_no_name_leads_out_of_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
-    blobs = Blobs(folder, limit_bytes=10_000)
+    blobs = DiskCache(folder, limit_bytes=10_000)
     for name in ("../../out", "/etc/passwd", "\0", "\ud800", "x" * 9999):
         blobs.put(name, b"data")
         assert blobs.get(name) == b"data"

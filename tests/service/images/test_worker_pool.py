@@ -10,28 +10,28 @@ from typing import Any
 import pytest
 
 from service.http.errors import Problem
-from service.images.worker_pool import NICE, Crew
+from service.images.worker_pool import NICENESS, WorkerPool
 from tests.helpers.server import poll
 
 
-def crew(**options: Any) -> Crew:
-    return Crew("test", **({"threads": 2, "most_waiting": 4, "patience_s": 300.0} | options))
+def crew(**options: Any) -> WorkerPool:
+    return WorkerPool("test", **({"threads": 2, "most_waiting": 4, "patience_s": 300.0} | options))
 
 
 def test_it_gives_what_the_work_gives_or_raises() -> None:
     members = crew()
-    assert members.do("a", lambda: 7) == 7
+    assert members.run("a", lambda: 7) == 7
     with pytest.raises(ZeroDivisionError):
-        members.do("b", lambda: 1 // 0)
+        members.run("b", lambda: 1 // 0)
     with pytest.raises(TimeoutError, match="its own"):
-        members.do("c", lambda: (_ for _ in ()).throw(TimeoutError("its own")))
+        members.run("c", lambda: (_ for _ in ()).throw(TimeoutError("its own")))
     members.close()
 
 
 def test_its_threads_give_way_to_all_others() -> None:
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     members = crew()
-    assert members.do("a", lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) == NICE
+    assert members.run("a", lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) == NICENESS
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     members.close()
 
@@ -61,7 +61,7 @@ def test_what_does_not_fit_the_queue_is_refused_and_what_takes_too_long_is_given
     codes = []
     for key in ("first", "second", "third"):
         with pytest.raises(Problem) as caught:
-            members.do(key, work)
+            members.run(key, work)
         codes.append(caught.value.code)
         begun.wait(300)
     assert codes == ["deadline_exceeded", "deadline_exceeded", "overloaded"]
@@ -76,7 +76,7 @@ def test_idle_threads_end_say_so_and_come_back() -> None:
     ended = threading.Event()
     members = crew(threads=2, idle_s=0.01, when_idle=ended.set)
     for number in range(3):
-        assert members.do(number, lambda: number) == number  # noqa: B023
+        assert members.run(number, lambda: number) == number  # noqa: B023
         assert ended.wait(300)
         poll(lambda: not [thread for thread in threading.enumerate() if thread.name == "test"])
         ended.clear()
@@ -91,9 +91,9 @@ def test_closing_finishes_what_runs_and_refuses_what_waits() -> None:
         return 1
 
     with ThreadPoolExecutor(3) as pool:
-        running = pool.submit(members.do, "a", work)
+        running = pool.submit(members.run, "a", work)
         assert begun.wait(300)
-        waiting = pool.submit(members.do, "b", lambda: 2)
+        waiting = pool.submit(members.run, "b", lambda: 2)
         poll(lambda: members._waiting)
         closing = pool.submit(members.close)
         assert isinstance(waiting.exception(300), Problem)
@@ -101,4 +101,4 @@ def test_closing_finishes_what_runs_and_refuses_what_waits() -> None:
         assert running.result(300) == 1
         closing.result(300)
     with pytest.raises(Problem):
-        members.do("c", lambda: 3)
+        members.run("c", lambda: 3)
