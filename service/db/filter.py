@@ -188,10 +188,10 @@ _FLAG = {  # of one photo, of several
     "mislabelled": ("is probably mislabelled", "are probably mislabelled"),
 }
 _CHANGE = {
-    "fixed": "{vs} has wrong but {name} has right",
-    "broke": "{vs} has right but {name} has wrong",
-    "both-right": "{vs} has right as well",
-    "both-wrong": "{vs} has wrong as well",
+    "fixed": "{baseline} has wrong but {name} has right",
+    "broke": "{baseline} has right but {name} has wrong",
+    "both-right": "{baseline} has right as well",
+    "both-wrong": "{baseline} has wrong as well",
 }
 _REVIEW = {
     "unreviewed": "nobody has reviewed yet",

@@ -39,16 +39,16 @@ class Plain:
     split: str
     source: str
     duplicate: bool
-    mislabelled: bool
+    mislabeled: bool
     review: str = "unreviewed"
 
     @property
-    def verdict(self) -> str:
+    def outcome(self) -> str:
         return "right" if self.label == self.predicted else "wrong"
 
     @property
     def flags(self) -> set[str]:
-        return {name for name in ("duplicate", "mislabelled") if getattr(self, name)}
+        return set(("duplicate",) * self.duplicate + ("mislabelled",) * self.mislabeled)
 
 
 def sha256_of(name: str) -> str:
@@ -85,27 +85,27 @@ def enter(
     said.write_csv(path)
     rng = random.Random(seed)
     flags = [(rng.random() < 0.1, rng.random() < 0.2) for _ in said.image_names]
-    duplicate, mislabelled = (np.array([row[i] for row in flags], dtype=np.bool_) for i in (0, 1))
+    duplicate, mislabeled = (np.array([row[i] for row in flags], dtype=np.bool_) for i in (0, 1))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with database.write() as connection:
         if not is_imported(connection, version, digest):
             model = get_or_create_model(connection, version=version, name=f"model {version}", classes=said.classes)
             import_predictions(
-                connection, model, EvaluationTable(source, digest, Predictions.read_csv(path), duplicate, mislabelled)
+                connection, model, EvaluationTable(source, digest, Predictions.read_csv(path), duplicate, mislabeled)
             )
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return [_plain(row, source, *flag) for row, flag in zip(csv.DictReader(file), flags, strict=True)]
 
 
-def _plain(row: dict[str, str], source: str, duplicate: bool, mislabelled: bool) -> Plain:
+def _plain(row: dict[str, str], source: str, duplicate: bool, mislabeled: bool) -> Plain:
     sure = sorted((float(value) for name, value in row.items() if name.startswith("p_")), reverse=True)
     photo = row["photo"].replace("\udcff", "\uf7ff")
     facts = row["label"], row["predicted"], sure[0], sure[0] - sure[1], float(row["loss"]), row["split"]
-    return Plain(photo, row["sha256"], *facts, source, duplicate, mislabelled)
+    return Plain(photo, row["sha256"], *facts, source, duplicate, mislabeled)
 
 
 CHECKS: dict[str, Callable[[Plain, Filter], bool]] = {
-    "verdict": lambda row, filters: not filters.outcomes or row.verdict in filters.outcomes,
+    "verdict": lambda row, filters: not filters.outcomes or row.outcome in filters.outcomes,
     "class": lambda row, filters: not filters.labels or row.label in filters.labels,
     "predicted": lambda row, filters: not filters.predicted or row.predicted in filters.predicted,
     "source": lambda row, filters: not filters.sources or row.source in filters.sources,

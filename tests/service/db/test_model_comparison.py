@@ -97,7 +97,7 @@ def test_a_model_against_itself(database: Database, tmp_path: Path) -> None:
     with database.read() as connection:
         model = get_model(connection, "v1")
         right = sum(row.label == row.predicted for row in rows)
-        assert compare_models(connection, model, model) == replace(NONE, both_right=right, both_wrong=50 - right)
+        assert compare_models(connection, model, model) == replace(NONE, both_correct=right, both_incorrect=50 - right)
 
 
 def test_models_with_other_classes_are_not_compared(database: Database, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(
     monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
     monkeypatch.setattr(pagination, "SMALL_RESULT", 10)
     model_total = EVERYTHING.replace(sort=sort)
-    wanted = model_total.replace(verdicts=("wrong",))
+    wanted = model_total.replace(outcomes=("wrong",))
     with gallery.database.read() as connection:
         whole = PredictionQuery(connection, model_total)
         shown = whole.fetch(whole.ids())
@@ -260,7 +260,7 @@ def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
 
 def test_two_processes_that_import_at_once_give_one_import(database: Database, database_url: str, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, 'tests'); import gallery_rows as g;"
+        "import sys; from pathlib import Path; import tests.helpers.gallery_rows as g;"
         "from service.db.connection import Database; d = Database(sys.argv[1]);"
         "said = g.make_predictions(1, 300, g.CLASSES[2]); sys.stdin.read(1); g.enter(d, said, Path(sys.argv[2]))"
     )

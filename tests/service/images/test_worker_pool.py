@@ -15,7 +15,7 @@ from tests.helpers.server import poll
 
 
 def crew(**options: Any) -> WorkerPool:
-    return WorkerPool("test", **({"threads": 2, "most_waiting": 4, "patience_s": 300.0} | options))
+    return WorkerPool("test", **({"threads": 2, "max_queued": 4, "timeout_s": 300.0} | options))
 
 
 def test_it_gives_what_the_work_gives_or_raises() -> None:
@@ -52,7 +52,7 @@ def test_the_same_asked_for_by_many_is_done_once() -> None:
 
 
 def test_what_does_not_fit_the_queue_is_refused_and_what_takes_too_long_is_given_up() -> None:
-    members, may_end, begun = crew(threads=1, most_waiting=1, patience_s=0.05), threading.Event(), threading.Event()
+    members, may_end, begun = crew(threads=1, max_queued=1, timeout_s=0.05), threading.Event(), threading.Event()
 
     def work() -> None:
         begun.set()
@@ -74,7 +74,7 @@ def test_what_does_not_fit_the_queue_is_refused_and_what_takes_too_long_is_given
 
 def test_idle_threads_end_say_so_and_come_back() -> None:
     ended = threading.Event()
-    members = crew(threads=2, idle_s=0.01, when_idle=ended.set)
+    members = crew(threads=2, idle_timeout_s=0.01, on_idle=ended.set)
     for number in range(3):
         assert members.run(number, lambda: number) == number  # noqa: B023
         assert ended.wait(300)

@@ -1,4 +1,4 @@
-"""service.list_reviews.decisions: decisions hold, are taken back, are never lost and never overruled unseen."""
+"""service.reviews.decisions: decisions hold, are taken back, are never lost and never overruled unseen."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def photos(database: Database, tmp_path: Path) -> list[Plain]:
 
 
 def say(database: Database, photo: Plain, decision: str, label: str | None = None, /, **more: Any) -> int:
-    """Decide, having seen what holds, unless ``seen`` says otherwise."""
+    """Decide, having seen what holds, unless ``expected_version`` says otherwise."""
     with database.write() as connection:
         holds = current_decision(connection, photo.sha256)
-        words = {"photo": photo.photo, "sha256": photo.sha256, "model_version": VERSION, "seen": holds and holds.id}
+        words = {"photo": photo.photo, "sha256": photo.sha256, "model_version": VERSION, "expected_version": holds and holds.id}
         return save_decision(connection, ReviewDecision(**words | {"new_label": label} | more, decision=decision))
 
 
@@ -98,7 +98,7 @@ def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, p
     say(database, photo, "note", note="look again\nÄ 猫")
     assert state(database, photo) == ("unreviewed", None)
     say(database, photo, "bad")
-    say(database, photo, "note", note="really", seen=None)
+    say(database, photo, "note", note="really", expected_version=None)
     assert state(database, photo) == ("bad", None)
     say(database, photo, "undo")
     assert state(database, photo) == ("unreviewed", None)
@@ -109,14 +109,14 @@ def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, p
 def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> None:
     photo = photos[0]
     seen = say(database, photo, "label", "dogs", reviewer="Ann")
-    found = refused(database, photo, "bad", seen=None)
+    found = refused(database, photo, "bad", expected_version=None)
     assert found == ("decided_meanwhile", "Ann relabelled it dogs meanwhile; look at it, and decide again to overrule it.")
-    assert refused(database, photo, "undo", seen=None)[0] == "decided_meanwhile"
+    assert refused(database, photo, "undo", expected_version=None)[0] == "decided_meanwhile"
     say(database, photo, "neither", reviewer="")
-    assert "Somebody found it to be none of the classes" in refused(database, photo, "label", new_label="cats", seen=seen)[1]
+    assert "Somebody found it to be none of the classes" in refused(database, photo, "label", new_label="cats", expected_version=seen)[1]
     say(database, photo, "undo")
-    say(database, photo, "undo", seen=seen)
-    assert "The decision was taken back meanwhile" in refused(database, photo, "bad", seen=seen)[1]
+    say(database, photo, "undo", expected_version=seen)
+    assert "The decision was taken back meanwhile" in refused(database, photo, "bad", expected_version=seen)[1]
     with database.read() as connection:
         assert len(load_history(connection, photo.sha256)) == 4
 
@@ -163,7 +163,7 @@ def test_of_two_at_once_one_learns_of_the_other(database: Database, photos: list
     def work(number: int) -> None:
         together.wait()
         try:
-            say(database, photos[0], "label", "dogs", reviewer=str(number), seen=None)
+            say(database, photos[0], "label", "dogs", reviewer=str(number), expected_version=None)
             codes["decided"] += 1
         except Problem as problem:
             codes[problem.code] += 1
@@ -311,15 +311,15 @@ def test_every_decision_that_was_acknowledged_outlives_a_kill(
 ) -> None:
     program = (
         "import itertools, sys; from service.db.connection import Database;"
-        "from service.list_reviews.decisions import Verdict, decide, holding\n"
+        "from service.reviews.decisions import ReviewDecision, current_decision, save_decision\n"
         "database = Database(sys.argv[1])\n"
         "for number in itertools.count():\n"
         "    photo, sha256 = sys.argv[2 + number % 20].split('|')\n"
         "    with database.write() as connection:\n"
-        "        holds = holding(connection, sha256)\n"
-        "        verdict = Verdict(photo=photo, sha256=sha256, model_version='v1', decision='label', new_label='dogs',\n"
-        "                          note=str(number), seen=holds and holds.id)\n"
-        "        made = decide(connection, verdict)\n"
+        "        holds = current_decision(connection, sha256)\n"
+        "        decision = ReviewDecision(photo=photo, sha256=sha256, model_version='v1', decision='label', new_label='dogs',\n"
+        "                          note=str(number), expected_version=holds and holds.id)\n"
+        "        made = save_decision(connection, decision)\n"
         "    print(made, number, flush=True)\n"
     )
     words = [f"{photo.photo}|{photo.sha256}" for photo in photos[:20]]
