@@ -3,6 +3,7 @@ PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
 DATA     ?= data/dogscats
+unexport DATA # the service's own variable is DATA_DIR
 BACKBONE ?= vgg16
 RUN      ?=
 EPOCHS   ?=
@@ -44,7 +45,7 @@ finetune: $(INSTALLED) ## fine-tune on DATA: make finetune DATA=photos BACKBONE=
 	$(BIN)/finetune train --data-dir $(DATA) --backbone $(BACKBONE) $(FLAGS)
 
 serve: $(INSTALLED) ## answer POST /predict and show the gallery on 127.0.0.1:8000: make serve BUNDLE=runs/NAME/bundle DATA=photos PORT=80
-	@BUNDLE='$(BUNDLE)' DATA='$(SHOWN)' HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
+	@BUNDLE='$(BUNDLE)' DATA_DIR='$(SHOWN)' HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
 demo: $(INSTALLED) ## the whole job on drawn pictures, without any data or download; ends with the gallery running
 	rm -rf demo
@@ -54,7 +55,7 @@ demo: $(INSTALLED) ## the whole job on drawn pictures, without any data or downl
 	$(BIN)/finetune evaluate --folds 5 --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/folds
 	@echo "The pictures are in demo/pictures, the run in demo/run, its evaluation in demo/evaluation, the training photos' in demo/folds."
 	@echo "Look at http://$(or $(HOST),127.0.0.1):$(or $(PORT),8000)/gallery now; Ctrl-C ends it."
-	@BUNDLE=demo/run/bundle DATA=demo/pictures EVALUATIONS=demo/folds DATABASE_URL=sqlite:///demo/reviews.db \
+	@BUNDLE=demo/run/bundle DATA_DIR=demo/pictures EVALUATIONS=demo/folds DATABASE_URL=sqlite:///demo/reviews.db \
 	  HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
 test: $(INSTALLED) ## the whole test suite, in two processes (JOBS=1: in one, by itself)

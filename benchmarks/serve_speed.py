@@ -131,14 +131,14 @@ class Bare:
         plan = allocate_resources(settings)
         bundle = open_bundle(path, files=(GRAPH,))
         self._preprocessing, self._photos = bundle.preprocessing, photos
-        self._threads, self._batch = plan.inference_threads, settings.max_batch
+        self._threads, self._batch = plan.inference_threads, settings.max_batch_size
         self._engine = OpenVINOEngine(
             path / GRAPH,
             outputs=["probabilities"],
             precision=select_precision(bundle).name,
             threads=plan.cpus_per_worker,
             streams=plan.streams,
-            batch_sizes=(settings.max_batch,),
+            batch_sizes=(settings.max_batch_size,),
         )
 
     def rate(self, seconds: float) -> float:

@@ -30,7 +30,7 @@ def create_wsgi_app() -> DeferredApp | Flask:
     from service.settings import Settings
 
     settings = Settings.from_environment()
-    if settings.keep_predictions:
+    if settings.save_predictions:
         return create_app(settings)
     core = _core(settings)
     from service.deferred_app import DeferredApp

@@ -39,7 +39,10 @@ class Services:
     @classmethod
     def create(cls, settings: Settings, model: ModelManager) -> Services:
         return cls(
-            settings, model, AdmissionController(settings.queue, gauge=model.metrics.in_flight), RolloutManager(settings, model)
+            settings,
+            model,
+            AdmissionController(settings.max_in_flight, gauge=model.metrics.in_flight),
+            RolloutManager(settings, model),
         )
 
 
@@ -64,8 +67,8 @@ def create_api_app(services: Services, *, on_prediction: PredictionCallback | No
     )
     app.wsgi_app = wsgi  # type: ignore[method-assign]
     app.extensions["gate"] = wsgi
-    if settings.proxies:
-        hops = settings.proxies
+    if settings.trusted_proxies:
+        hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(wsgi, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops)  # type: ignore[method-assign]
     return app
 

@@ -21,7 +21,7 @@ def create_full_app(services: Services) -> Flask:
     gallery = GalleryIndex(services.settings)
     recorder = (
         PredictionRecorder(gallery, services.settings, services.model_manager.metrics)
-        if services.settings.keep_predictions
+        if services.settings.save_predictions
         else None
     )
     app = create_api_app(services, on_prediction=recorder.record if recorder else None)

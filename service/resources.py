@@ -40,7 +40,7 @@ def allocate_resources(settings: Settings) -> ResourceAllocation:
     return ResourceAllocation(
         cpus=cpus,
         workers=settings.web_concurrency,
-        threads=settings.threads or settings.queue + 16,
+        threads=settings.threads or settings.max_in_flight + 16,
         cpus_per_worker=cpus_per_worker,
         inference_threads=cpus_per_worker + 1,
         streams=settings.streams or cpus_per_worker,

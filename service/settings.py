@@ -16,8 +16,24 @@ from models.artifacts.bundle import MANIFEST
 from models.artifacts.evaluation import EVALUATION
 from models.errors import ConfigError
 
-SHIPPED = Path(models.__file__).parent / "shipped" / "dogs-vs-cats"
+SHIPPED_BUNDLE = Path(models.__file__).parent / "shipped" / "dogs-vs-cats"
 MIB = 1 << 20
+RENAMED = {  # variables of earlier versions; one that is set stops the server, even where another program may have meant it
+    "QUEUE": "MAX_IN_FLIGHT",
+    "GRACE_S": "SHUTDOWN_TIMEOUT_S",
+    "PROXIES": "TRUSTED_PROXIES",
+    "AGREEMENT": "MIN_AGREEMENT",
+    "COMPARE_PHOTOS": "SHADOW_SAMPLES",
+    "KEEP_PREDICTIONS": "SAVE_PREDICTIONS",
+    "KEEP_PHOTOS": "MAX_SAVED",
+    "KEEP_DAYS": "RETENTION_DAYS",
+    "BUNDLES": "BUNDLE_ROOT",
+    "DATA": "DATA_DIR",
+    "MAX_BATCH": "MAX_BATCH_SIZE",
+    "MAX_WAIT_MS": "BATCH_TIMEOUT_MS",
+    "MAX_PHOTOS": "MAX_IMAGES",
+    "THUMBNAILS_MB": "THUMBNAIL_CACHE_MB",
+}
 
 
 def _setting(default: Any, help: str, **limits: Any) -> Any:
@@ -28,28 +44,28 @@ def _setting(default: Any, help: str, **limits: Any) -> Any:
 class Settings:
     """Every setting; its environment variable is its name in capitals. None is worked out from the machine (``plan.py``)."""
 
-    bundle: Path = _setting(SHIPPED, "the bundle to serve: the folder that `finetune train` exported")
-    bundles: Path | None = _setting(
+    bundle: Path = _setting(SHIPPED_BUNDLE, "the bundle to serve: the folder that `finetune train` exported")
+    bundle_root: Path | None = _setting(
         None, "folder below which POST /admin/bundle may open a bundle (default: the one that holds `BUNDLE`)"
     )
     bundle_poll_s: float = _setting(
         1.0, "where `BUNDLE` is a link, how often to look whether it leads elsewhere; 0 never does", least=0, most=3600
     )
-    compare_photos: int = _setting(
+    shadow_samples: int = _setting(
         64, "last answered photos, as the model saw them, held in memory to compare a new bundle on", least=0, most=10_000
     )
-    agreement: float = _setting(0.9, "share of them to which a new bundle must give the same label", least=0, most=1)
-    data: Path | None = _setting(
+    min_agreement: float = _setting(0.9, "share of them to which a new bundle must give the same label", least=0, most=1)
+    data_dir: Path | None = _setting(
         None, "the folder of labelled photos that the gallery shows, as it was evaluated; it is only read"
     )
-    thumbnails_mb: int = _setting(
+    thumbnail_cache_mb: int = _setting(
         512, "thumbnails kept on disk, in MiB, under the cache; 0 keeps a few in memory", least=0, most=1_000_000
     )
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 for all")
     port: int = _setting(8000, "port to listen on; 0 takes a free one", least=0, most=65535)
     web_concurrency: int = _setting(1, "worker processes; each holds its own copy of the model", least=1, most=64)
     threads: int | None = _setting(
-        None, "threads of each worker, one an open request (default: queue + 16)", least=2, most=1024
+        None, "threads of each worker, one an open request (default: `MAX_IN_FLIGHT` + 16)", least=2, most=1024
     )
     cpus: int | None = _setting(None, "processors to plan for (default: those of the container's quota)", least=1, most=1024)
     engine: str = _setting(
@@ -61,26 +77,28 @@ class Settings:
         one_of=("auto", "fp32", "bf16"),
     )
     streams: int | None = _setting(None, "batches computed at once (default: the processors of a worker)", least=1, most=256)
-    max_batch: int = _setting(4, "photos computed in one go at most", least=1, most=256)
-    max_wait_ms: float = _setting(
+    max_batch_size: int = _setting(4, "photos computed in one go at most", least=1, most=256)
+    batch_timeout_ms: float = _setting(
         4.0, "how long a batch waits for photos that are being decoded; never for others", least=0, most=1000
     )
-    queue: int = _setting(64, "photos in the house at once, `MAX_PHOTOS` or more; beyond them 503", least=1, most=10_000)
+    max_in_flight: int = _setting(
+        64, "photos in the house at once, `MAX_IMAGES` or more; beyond them 503", least=1, most=10_000
+    )
     deadline_ms: int = _setting(10_000, "after this an answer is not worth its computing: 504", least=10, most=600_000)
     body_timeout_s: float = _setting(15.0, "how long a request's body may take to arrive", least=0.1, most=600)
     max_body_mb: float = _setting(20.0, "largest request body in MiB: 413", least=0.001, most=1024)
-    max_photos: int = _setting(16, "most photos in one request: 413", least=1, most=10_000)
+    max_images: int = _setting(16, "most photos in one request: 413", least=1, most=10_000)
     max_megapixels: float = _setting(
         50.0, "largest photo, width times height in millions, checked before it is decoded: 413", least=0.01, most=85
     )
-    grace_s: int = _setting(30, "how long a stopping server finishes what it accepted", least=1, most=3600)
+    shutdown_timeout_s: int = _setting(30, "how long a stopping server finishes what it accepted", least=1, most=3600)
     keepalive_s: int = _setting(
         75, "how long an idle connection is kept; longer than the proxy in front keeps it", least=1, most=3600
     )
     api_keys: tuple[str, ...] = _setting((), "keys for /predict, with commas, each NAME:KEY or KEY; empty lets everybody in")
     admin_keys: tuple[str, ...] = _setting((), "keys for /admin, with commas, each NAME:KEY or KEY; empty lets nobody in")
     cors_origins: tuple[str, ...] = _setting((), "origins whose pages may call /predict, with commas; * for all")
-    proxies: int = _setting(0, "reverse proxies in front whose X-Forwarded-* headers are believed", least=0, most=10)
+    trusted_proxies: int = _setting(0, "reverse proxies in front whose X-Forwarded-* headers are believed", least=0, most=10)
     database_url: str | None = _setting(
         None,
         "where reviews are kept: sqlite:///FILE or postgresql://USER@HOST/NAME (default: ~/.local/share/finetune/reviews.db)",
@@ -88,14 +106,17 @@ class Settings:
     evaluations: tuple[Path, ...] = _setting(
         (), "more bundles and evaluations that the gallery shows beside the served bundle's own, with commas"
     )
-    keep_predictions: bool = _setting(False, "1 keeps the photos that are sent to /predict, for the gallery; 0 keeps none")
-    keep_photos: int = _setting(10_000, "how many of them at most; those nobody reviewed go first", least=1, most=10_000_000)
-    keep_days: float = _setting(30.0, "for how many days at most", least=0.01, most=3650)
+    save_predictions: bool = _setting(False, "1 keeps the photos that are sent to /predict, for the gallery; 0 keeps none")
+    max_saved: int = _setting(10_000, "how many of them at most; those nobody reviewed go first", least=1, most=10_000_000)
+    retention_days: float = _setting(30.0, "for how many days at most", least=0.01, most=3650)
     log_level: str = _setting("info", "debug, info, warning or error", one_of=("debug", "info", "warning", "error"))
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read the variables that are set; an empty one counts as not set. Raises ConfigError on a wrong value."""
+        """Read the variables that are set; an empty one counts as not set. Raises ConfigError on a wrong value or an old name."""
+        for old, new in RENAMED.items():
+            if environ.get(old, "").strip():
+                raise ConfigError(f"{old} is now {new}; rename it in the environment.")
         types_of = typing.get_type_hints(cls)
         given = {
             row.name: _parse(row, types_of[row.name], environ[row.name.upper()].strip())
@@ -105,26 +126,26 @@ class Settings:
         settings = cls(**given)
         _check_keys("API_KEYS", environ, settings.api_keys)
         _check_keys("ADMIN_KEYS", environ, settings.admin_keys)
-        if settings.data is not None and not settings.data.is_dir():
+        if settings.data_dir is not None and not settings.data_dir.is_dir():
             raise ConfigError(
-                f"DATA is {str(settings.data)!r}, which is no folder; name the folder of photos that was evaluated."
+                f"DATA_DIR is {str(settings.data_dir)!r}, which is no folder; name the folder of photos that was evaluated."
             )
         for path in settings.evaluations:
             if not any((path / name).is_file() for name in (MANIFEST, EVALUATION)):
                 raise ConfigError(
                     f"EVALUATIONS names {str(path)!r}, which is neither a bundle nor a folder that `finetune evaluate` wrote."
                 )
-        if settings.max_photos > settings.queue:
+        if settings.max_images > settings.max_in_flight:
             raise ConfigError(
-                f"MAX_PHOTOS is {settings.max_photos} and QUEUE {settings.queue}: a full request would never fit;"
-                " raise QUEUE or lower MAX_PHOTOS."
+                f"MAX_IMAGES is {settings.max_images} and MAX_IN_FLIGHT {settings.max_in_flight}: a full request would never fit;"
+                " raise MAX_IN_FLIGHT or lower MAX_IMAGES."
             )
         return settings
 
     @property
-    def bundles_folder(self) -> Path:
+    def resolved_bundle_root(self) -> Path:
         """Where bundles may lie that come by HTTP, without links."""
-        return (self.bundles or self.bundle.absolute().parent).resolve()
+        return (self.bundle_root or self.bundle.absolute().parent).resolve()
 
     @property
     def max_body_bytes(self) -> int:

@@ -54,7 +54,7 @@ def take(work: Path, out: Path) -> None:
         port = found.getsockname()[1]
     settings = {
         "BUNDLE": work / "run" / "bundle",
-        "DATA": work / "pictures",
+        "DATA_DIR": work / "pictures",
         "DATABASE_URL": f"sqlite:///{work / 'reviews.db'}",
         "PORT": port,
     }

@@ -72,7 +72,7 @@ def document(settings: Settings, url: str) -> dict[str, Any]:
 
 def _predict(settings: Settings, url: str) -> dict[str, Any]:
     limits = (
-        f"At most {settings.max_photos} photos and {settings.max_body_mb:g} MiB in a request, "
+        f"At most {settings.max_images} photos and {settings.max_body_mb:g} MiB in a request, "
         f"and {settings.max_megapixels:g} million pixels in a photo."
     )
     who = "A key is wanted." if settings.api_keys else "No key is wanted here."
@@ -83,10 +83,14 @@ def _predict(settings: Settings, url: str) -> dict[str, Any]:
         "description": f"One photo or several, in any of the three forms. {limits} {who}\n\nOf several photos each has its own "
         "row, with the answer or its own `error`; a single photo's problem is the answer's. A photo is turned as its EXIF data "
         "says; of an animation the first frame counts. "
-        + (f"Photos are kept for {settings.keep_days:g} days at most" if settings.keep_predictions else "Photos are not stored")
         + (
-            f"; the crops of the last {settings.compare_photos} stay in memory, to compare the next bundle with this one."
-            if settings.compare_photos
+            f"Photos are kept for {settings.retention_days:g} days at most"
+            if settings.save_predictions
+            else "Photos are not stored"
+        )
+        + (
+            f"; the crops of the last {settings.shadow_samples} stay in memory, to compare the next bundle with this one."
+            if settings.shadow_samples
             else "."
         ),
         "parameters": [
@@ -117,11 +121,11 @@ def _predict(settings: Settings, url: str) -> dict[str, Any]:
 
 
 def _photo_forms(settings: Settings) -> dict[str, Any]:
-    files = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": settings.max_photos}
+    files = {"type": "array", "items": BINARY, "minItems": 1, "maxItems": settings.max_images}
     photo = {"type": "object", "properties": {"b64": BASE64}, "required": ["b64"]}
     one = {"type": "object", "properties": {"image": described(BASE64, "Or a data: URL.")}, "required": ["image"]}
     row = described({"anyOf": [photo, {}]}, "What is no photo is answered with an error of its own.")
-    instances = {"type": "array", "items": row, "minItems": 1, "maxItems": settings.max_photos}
+    instances = {"type": "array", "items": row, "minItems": 1, "maxItems": settings.max_images}
     several = {"type": "object", "properties": {"instances": instances}, "required": ["instances"]}
     form = {"type": "object", "properties": {"file": files}, "required": ["file"]}
     return {
@@ -176,7 +180,7 @@ def _page_paths(settings: Settings, url: str) -> dict[str, Any]:
 
 
 def _form_post(settings: Settings, url: str) -> dict[str, Any]:
-    files = {"type": "array", "items": BINARY, "maxItems": settings.max_photos}
+    files = {"type": "array", "items": BINARY, "maxItems": settings.max_images}
     form = {"type": "object", "properties": {"file": files, "key": described(STRING, "Where a key is wanted.")}}
     return {
         "operationId": "classify",

@@ -18,7 +18,7 @@ def admin_paths(settings: Settings) -> dict[str, Any]:
     keyed = {"tags": [TAG], "security": [{"bearer": []}, {"apiKey": []}]}
     example = {"bundle": "2026-11-21", "allow": []}
     form = record(
-        f"The bundle's folder, which lies below {settings.bundles_folder.name}/ (the setting `BUNDLES`).",
+        f"The bundle's folder, which lies below {settings.resolved_bundle_root.name}/ (the setting `BUNDLE_ROOT`).",
         {
             "bundle": described(STRING | {"minLength": 1}, "A path there, or an absolute one."),
             "allow": {
@@ -44,8 +44,8 @@ def admin_paths(settings: Settings) -> dict[str, Any]:
                 "operationId": "chooseBundle",
                 "summary": "Serve another bundle",
                 "description": "It is loaded beside the one that serves. Its files and golden answers are checked, its classes "
-                f"have to be the same, and it has to give the same label to {settings.agreement:.0%} of the last "
-                f"{settings.compare_photos} answered photos. Then it serves, and no request fails for it; else it is refused, "
+                f"have to be the same, and it has to give the same label to {settings.min_agreement:.0%} of the last "
+                f"{settings.shadow_samples} answered photos. Then it serves, and no request fails for it; else it is refused, "
                 "and nothing changes. The answer comes when the worker that was asked serves it; `settled` tells when all do.",
                 "requestBody": body,
                 "responses": _answers(*SWAPPING, *reading, "bundle_differs"),
@@ -66,7 +66,7 @@ def admin_paths(settings: Settings) -> dict[str, Any]:
 def admin_schemas() -> dict[str, Any]:
     count = {"type": "integer", "minimum": 0}
     when = STRING | {"format": "date-time"}
-    agreement = record(
+    min_agreement = record(
         "How far it agreed with the one before on photos that were answered lately.",
         {
             "compared": described(count, "Photos."),
@@ -81,7 +81,7 @@ def admin_schemas() -> dict[str, Any]:
         "version": STRING,
         "by": described(STRING, "The key's name; `BUNDLE` for the setting, or the link that it leads through."),
         "at": when,
-        "agreement": {"oneOf": [agreement, {"type": "null"}]},
+        "agreement": {"oneOf": [min_agreement, {"type": "null"}]},
     }
     refused = {"bundle": STRING, "code": STRING, "why": STRING, "by": STRING, "at": when}
     workers = {"type": "array", "items": record("A worker.", {"process": count, "version": STRING})}

@@ -120,7 +120,7 @@ def _infer(settings: Settings, operation: str) -> dict[str, Any]:
         "tags": [TAG],
         "summary": "Classify photos or pixels",
         "description": f"`photos`, BYTES [N]: encoded photos, in JSON as base64. Or `pixels`, UINT8 [N, H, W, C], as the model "
-        f"takes them. At most {settings.max_photos}. One bad photo refuses all, as the protocol has no single errors. "
+        f"takes them. At most {settings.max_images}. One bad photo refuses all, as the protocol has no single errors. "
         "With `classification` of probabilities, the highest so many as text, `value:index:label`.",
         "security": keyed if settings.api_keys else [{}, *keyed],
         "requestBody": {

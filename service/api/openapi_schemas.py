@@ -20,7 +20,7 @@ ADVICE = {
     "bad_request": "The body broke off or is malformed; send it again, whole.",
     "unauthorized": "Send a key that is known here: `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
     "cross_site": "A decision is taken from the gallery's own pages, or from a program that is no browser.",
-    "photo_missing": "Start the server with `DATA` set to the folder of photos that was evaluated.",
+    "photo_missing": "Start the server with `DATA_DIR` set to the folder of photos that was evaluated.",
     "photo_replaced": "Another file lies where the photo was; evaluate again.",
     "admin_closed": "Set ADMIN_KEYS where the server is started.",
     "not_found": "Look up the address on this page.",

@@ -161,7 +161,7 @@ def render_gallery(template: str, **context: Any) -> Response:
     shared = {
         "photo_url": photo_url,
         "grid_url": grid_url,
-        "has_folder": settings.data is not None,
+        "has_folder": settings.data_dir is not None,
         "merged_from": gallery().merged_from,
         "interval": _interval,
     }
@@ -188,9 +188,9 @@ def _trouble(photos: Sequence[PredictionRecord]) -> str | None:
     evaluated = [photo for photo in photos if photo.source != "live"]
     if not evaluated:
         return None
-    if settings.data is None:
+    if settings.data_dir is None:
         return (
-            "No folder of photos is set. Start the service with DATA=FOLDER, the folder that was evaluated; until then the "
+            "No folder of photos is set. Start the service with DATA_DIR=FOLDER, the folder that was evaluated; until then the "
             "gallery shows names, labels and probabilities."
         )
     problem = image_access().find_problem(evaluated[0].photo, evaluated[0].sha256)
@@ -214,12 +214,12 @@ def serve_both_command() -> str:
     now = current_model().bundle.path
     with contextlib.suppress(UserError):  # as the operator calls it, if that is still it
         now = settings.bundle if resolve_bundle(settings.bundle) == now else now
-    return f"BUNDLE={_run()}/bundle EVALUATIONS={shlex.quote(str(now))} DATA={_data()} python -m service"
+    return f"BUNDLE={_run()}/bundle EVALUATIONS={shlex.quote(str(now))} DATA_DIR={_data()} python -m service"
 
 
 def _data() -> str:
     settings: Settings = current_app.extensions["settings"]
-    return shlex.quote(str(settings.data)) if settings.data else "DATA"
+    return shlex.quote(str(settings.data_dir)) if settings.data_dir else "DATA"
 
 
 def _run() -> str:

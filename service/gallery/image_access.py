@@ -29,11 +29,11 @@ class ImageAccess:
 
     def __init__(self, settings: Settings, gallery: GalleryIndex) -> None:
         self._gallery = gallery
-        self._folder = SourceFolder([settings.data] if settings.data else [])
+        self._folder = SourceFolder([settings.data_dir] if settings.data_dir else [])
         self._door = ImageDecoder(settings.max_pixels, block=True)
         self._crew = WorkerPool("pictures", threads=1, max_queued=256, timeout_s=30.0)
         self._thumbnails = ThumbnailCache(
-            thumbnails_dir(), limit_mb=settings.thumbnails_mb, decoder=self._door, pool=self._crew
+            thumbnails_dir(), limit_mb=settings.thumbnail_cache_mb, decoder=self._door, pool=self._crew
         )
         self._explainers: dict[str, Explainer] = {}
         self._lock = threading.Lock()
@@ -42,10 +42,10 @@ class ImageAccess:
         """A photo's bytes, of exactly this sha256. Raises Problem where it is missing or was replaced."""
         if photo == production.production_name(sha256):
             with self._gallery.database.read() as connection:
-                data = production.load_image(connection, sha256)
-            if data is None:
+                data_dir = production.load_image(connection, sha256)
+            if data_dir is None:
                 raise _forgotten(photo)
-            return data
+            return data_dir
         try:
             return self._folder.read(decode_file_name(photo), sha256)
         except ImageUnavailableError as error:
@@ -109,4 +109,4 @@ def _problem(error: ImageUnavailableError) -> Problem:
 
 
 def _forgotten(photo: str) -> Problem:
-    return Problem("photo_missing", f"The photo {photo} is no longer kept; KEEP_PHOTOS and KEEP_DAYS say how long.")
+    return Problem("photo_missing", f"The photo {photo} is no longer kept; MAX_SAVED and RETENTION_DAYS say how long.")

@@ -53,7 +53,7 @@ def review_queues(version: str, classes: Sequence[str]) -> list[ReviewQueue]:
         ReviewQueue(
             "Live, not yet reviewed",
             "What people sent to be classified, the least certain first; label some, and train with them.",
-            "None wait. With KEEP_PREDICTIONS=1 photos that are sent to /predict are kept, and come here.",
+            "None wait. With SAVE_PREDICTIONS=1 photos that are sent to /predict are kept, and come here.",
             everything.replace(sources=("live",), reviews=("unreviewed",), sort="margin"),
         ),
         ReviewQueue("Random incorrect", "A fair sample of the mistakes.", "The model has nothing wrong.", _random(wrong)),

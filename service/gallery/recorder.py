@@ -36,7 +36,7 @@ class _Offer:
 
 
 class PredictionRecorder:
-    """Keeps what was answered, as KEEP_PREDICTIONS says; a thread that ends with ``close``, when all is written."""
+    """Keeps what was answered, as SAVE_PREDICTIONS says; a thread that ends with ``close``, when all is written."""
 
     def __init__(self, gallery: GalleryIndex, settings: Settings, metrics: Metrics) -> None:
         self._gallery = gallery
@@ -68,7 +68,7 @@ class PredictionRecorder:
                 if time.monotonic() - pruned_at >= PRUNE_INTERVAL_S:
                     pruned_at = time.monotonic()
                     with self._gallery.database.write() as connection:
-                        prune(connection, max_images=self._settings.keep_photos, days=self._settings.keep_days)
+                        prune(connection, max_images=self._settings.max_saved, days=self._settings.retention_days)
             except Exception as error:  # the next ones may be kept again
                 self._metrics.saved_predictions.labels("dropped").inc(len(offers))
                 log.warning("photos are not kept: %s", error, exc_info=not isinstance(error, Problem))

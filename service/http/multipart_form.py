@@ -21,7 +21,7 @@ class Part:
     data: bytes
 
 
-def parse_form(body: bytes, boundary: str | None, *, max_photos: int) -> list[Part]:
+def parse_form(body: bytes, boundary: str | None, *, max_images: int) -> list[Part]:
     """The parts of ``body``, in their order. Raises Problem for what is no form, or has too many parts.
 
     Not with Werkzeug's parser, which looks for the boundary with a regular expression: a millisecond for a photo.
@@ -29,12 +29,12 @@ def parse_form(body: bytes, boundary: str | None, *, max_photos: int) -> list[Pa
     if not boundary:
         raise Problem("bad_form", f"The form's Content-Type names no boundary; {FORM}.")
     try:
-        return _parts(PushMultipartParser(boundary, len(body), max_segment_count=max_photos + EXTRA_PARTS), body)
+        return _parts(PushMultipartParser(boundary, len(body), max_segment_count=max_images + EXTRA_PARTS), body)
     except ParserLimitReached as error:
         if "segment count" not in str(error):  # a part's headers have limits too
             raise Problem("bad_form", f"The form cannot be read ({error}); {FORM}.") from None
         raise Problem(
-            "too_many_photos", f"The form has too many parts; {max_photos} photos are the most, send them in several requests."
+            "too_many_photos", f"The form has too many parts; {max_images} photos are the most, send them in several requests."
         ) from None
     except (MultipartError, ValueError) as error:
         raise Problem("bad_form", f"The form cannot be read ({error}); {FORM}.") from None

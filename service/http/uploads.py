@@ -71,16 +71,16 @@ def read_uploads(request: Request, settings: Settings) -> Uploads:
 
 def check_image_count(photos: int, settings: Settings) -> None:
     """Raise Problem for more photos than one request may bring."""
-    if photos > settings.max_photos:
+    if photos > settings.max_images:
         raise Problem(
             "too_many_photos",
-            f"{photos} photos arrived and {settings.max_photos} is the most; send them in several requests.",
+            f"{photos} photos arrived and {settings.max_images} is the most; send them in several requests.",
         )
 
 
 def _from_form(request: Request, body: bytes, settings: Settings) -> Uploads:
     """Every file of the form, whatever its field is called; a browser sends a nameless empty one where none was chosen."""
-    parts = parse_form(body, request.mimetype_params.get("boundary"), max_photos=settings.max_photos)
+    parts = parse_form(body, request.mimetype_params.get("boundary"), max_images=settings.max_images)
     uploads = [Upload(part.filename or None, part.data) for part in parts if part.filename is not None]
     uploads = [upload for upload in uploads if upload.name or upload.data]
     if not uploads and any(part.name == "file" and part.filename is None for part in parts):

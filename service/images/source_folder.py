@@ -100,7 +100,7 @@ class SourceFolder:
     def _not_found(self, photo: str) -> ImageUnavailableError:
         name = photo[:200].encode("utf-8", "replace").decode()
         if not self.roots:
-            return ImageMissingError(f"The photo {name!r} cannot be shown, as no folder is set; start with DATA=FOLDER.")
+            return ImageMissingError(f"The photo {name!r} cannot be shown, as no folder is set; start with DATA_DIR=FOLDER.")
         sizes = [os.fstat(file).st_size for file in self._open_each(photo)]
         if sizes and min(sizes) > self.max_bytes:
             limit_mb = self.max_bytes // MIB
@@ -111,7 +111,9 @@ class SourceFolder:
             return ImageReplacedError(
                 f"The photo {name!r} is not the one that was evaluated: the file was changed or replaced; evaluate again."
             )
-        return ImageMissingError(f"The photo {name!r} is not in the data folder; set DATA to the folder that was evaluated.")
+        return ImageMissingError(
+            f"The photo {name!r} is not in the data folder; set DATA_DIR to the folder that was evaluated."
+        )
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ class _Photo:
 
 
 class Batcher:
-    """One model's crew. ``streams`` batches of up to ``max_batch`` photos are computed at a time.
+    """One model's crew. ``streams`` batches of up to ``max_batch_size`` photos are computed at a time.
 
     A batch that is not full waits only for photos that are being decoded, and for ``batch_timeout_s`` at most. How many photos
     may wait is bounded by who admits them (``service.http.admission``).
@@ -79,11 +79,11 @@ class Batcher:
         metrics: Metrics,
         threads: int,
         streams: int,
-        max_batch: int,
+        max_batch_size: int,
         batch_timeout_s: float,
     ) -> None:
         self._engine, self._preprocessing, self._door, self._metrics = engine, preprocessing, decoder, metrics
-        self._streams, self._max_batch, self._max_wait_s = streams, max_batch, batch_timeout_s
+        self._streams, self._max_batch, self._max_wait_s = streams, max_batch_size, batch_timeout_s
         self._arrived: deque[_Photo] = deque()
         self._aside: deque[_Photo] = deque()  # heavy ones, while another is being decoded
         self._decoded: deque[_Photo] = deque()

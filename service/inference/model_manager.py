@@ -68,7 +68,7 @@ class ModelManager:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.metrics = metrics
         self.rollout_store = RolloutStore.from_environment()
-        self.recent_predictions = RecentPredictions(settings.compare_photos)
+        self.recent_predictions = RecentPredictions(settings.shadow_samples)
         self.closed = threading.Event()
         self._settings = settings
         self._model: LoadedModel | None = None
@@ -210,7 +210,7 @@ def load_model(settings: Settings, resources: ResourceAllocation, metrics: Metri
     Raises BundleError or ConfigError.
     """
     path = resolve_bundle(path or settings.bundle)
-    sizes = batch_sizes(settings.max_batch)
+    sizes = batch_sizes(settings.max_batch_size)
     if uses_torch(settings):
         bundle = open_bundle(path, files=(WEIGHTS, GOLDEN))
         precision = Precision("fp32", float(bundle.manifest["golden"]["tolerance"]), "torch computes it")
@@ -237,8 +237,8 @@ def load_model(settings: Settings, resources: ResourceAllocation, metrics: Metri
         metrics=metrics,
         threads=resources.inference_threads,
         streams=resources.streams,
-        max_batch=settings.max_batch,
-        batch_timeout_s=settings.max_wait_ms / 1e3,
+        max_batch_size=settings.max_batch_size,
+        batch_timeout_s=settings.batch_timeout_ms / 1e3,
     )
     return LoadedModel(bundle, precision, difference, engine, batcher)
 

@@ -66,7 +66,7 @@ class RecentPredictions:
         with self._lock:
             seen = [row for row in self._seen.values() if row.version == version]
         if not seen:
-            return Agreement(skipped_reason="no photo was answered lately" if self._most else "COMPARE_PHOTOS is 0"), []
+            return Agreement(skipped_reason="no photo was answered lately" if self._most else "SHADOW_SAMPLES is 0"), []
         before = np.stack([row.probabilities for row in seen])
         after = engine.run(np.stack([row.pixels for row in seen]))[0]
         agreed = int((before.argmax(axis=1) == after.argmax(axis=1)).sum())

@@ -43,7 +43,7 @@ class RolloutManager:
         self._not_before = 0.0
 
     def activate(self, bundle: str, *, actor: str, allow: Collection[str] = ()) -> None:
-        """Serve the ``bundle``, a folder below the setting BUNDLES, from now on. Raises Problem and changes nothing else.
+        """Serve the ``bundle``, a folder below the setting BUNDLE_ROOT, from now on. Raises Problem and changes nothing else.
 
         ``allow`` names what may differ from the one that serves: ``ALLOWED_DIFFERENCES``.
         """
@@ -161,7 +161,7 @@ class RolloutManager:
         """How far the two agree. Raises Problem, with ``model`` closed, where that is not enough."""
         try:
             agreement, seen = measure_agreement(current, model, self._served.recent_predictions)
-            if problem := rejection_reason(current, model, agreement, min_agreement=self._settings.agreement, allow=allow):
+            if problem := rejection_reason(current, model, agreement, min_agreement=self._settings.min_agreement, allow=allow):
                 raise problem
         except BaseException:
             model.batcher.close()
@@ -204,15 +204,15 @@ class RolloutManager:
         log.warning("refused", extra={"bundle": str(path), "code": problem.code, "because": problem.detail, "by": actor})
 
     def _inside(self, bundle: str) -> Path:
-        """The folder that is meant, links followed. Raises Problem for one that does not lie below BUNDLES."""
-        folder = self._settings.bundles_folder
+        """The folder that is meant, links followed. Raises Problem for one that does not lie below BUNDLE_ROOT."""
+        folder = self._settings.resolved_bundle_root
         try:
             path = (folder / bundle).resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of links
             raise Problem("bundle_refused", f"{bundle[:200]!r} cannot be looked up ({error}).") from None
         if not path.is_relative_to(folder) or path == folder:
             raise Problem(
-                "bundle_refused", f"{bundle[:200]!r} does not lie below {folder}; set BUNDLES to the folder of bundles."
+                "bundle_refused", f"{bundle[:200]!r} does not lie below {folder}; set BUNDLE_ROOT to the folder of bundles."
             )
         return path
 

@@ -10,7 +10,7 @@ const cards = find("cards");
 const said = find("said");
 const progress = { box: find("progress"), bar: find("progress-bar"), text: find("progress-text") };
 
-const MAX_PHOTOS = Number(form.dataset.maxPhotos);
+const MAX_IMAGES = Number(form.dataset.maxImages);
 const MAX_BYTES = Number(form.dataset.maxBytes);
 const SHOWN = Number(form.dataset.shown);
 const PART_BYTES = 1024; // what a form adds to each photo, at most
@@ -187,7 +187,7 @@ function showProgress() {
 function nextBatch() {
   let bytes = PART_BYTES;
   let count = 0;
-  for (const { file } of waiting.slice(0, MAX_PHOTOS)) {
+  for (const { file } of waiting.slice(0, MAX_IMAGES)) {
     bytes += file.size + PART_BYTES;
     if (count && bytes > MAX_BYTES) break;
     count += 1;

@@ -88,7 +88,7 @@ def test_every_variable_that_compose_gives_the_service_is_a_setting() -> None:
     assert set(given) <= SETTINGS
     defaults = {name: re.sub(r"\$\{\w+:-(.*?)\}", r"\1", str(value)) for name, value in given.items()}
     settings = Settings.from_environment(defaults)
-    assert COMPOSE["services"]["service"]["stop_grace_period"] == f"{settings.grace_s + 10}s"
+    assert COMPOSE["services"]["service"]["stop_grace_period"] == f"{settings.shutdown_timeout_s + 10}s"
 
 
 def test_what_compose_mounts_is_declared_and_in_the_image() -> None:

@@ -98,7 +98,7 @@ def test_without_a_limit_the_service_plans_for_the_processors_that_it_asks_for()
 def test_a_pod_has_time_to_finish_what_it_accepted() -> None:
     command = container()["lifecycle"]["preStop"]["exec"]["command"]
     pause_s = int(command[-1])
-    assert pod()["terminationGracePeriodSeconds"] > pause_s + int(config("base")["GRACE_S"])
+    assert pod()["terminationGracePeriodSeconds"] > pause_s + int(config("base")["SHUTDOWN_TIMEOUT_S"])
 
 
 def test_the_probes_ask_what_the_service_answers() -> None:

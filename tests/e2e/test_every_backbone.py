@@ -103,7 +103,7 @@ def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: P
     assert np.isclose(trained["log_loss"]["value"], evaluated["log_loss"]["value"], atol=1e-3)
 
     told = Predictions.read_csv(tmp_path / "evaluation" / "predictions.csv")
-    with serve(bundle.path, max_batch=1, cpus=1) as server:
+    with serve(bundle.path, max_batch_size=1, cpus=1) as server:
         for photo, expected in zip(told.image_names, told.probabilities, strict=True):
             reply = server.post((photos / photo).read_bytes())
             assert reply.status == 200

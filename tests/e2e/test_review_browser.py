@@ -27,7 +27,7 @@ Row = dict[str, Any]
 @pytest.fixture(scope="module")
 def server(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     url = f"sqlite:///{tmp_path_factory.mktemp('review') / 'reviews.db'}"
-    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url) as server:
+    with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url) as server:
         poll(lambda: server.get("/gallery/photos.json").status == 200)
         yield server
 

@@ -65,7 +65,7 @@ def wait(server: Server) -> None:
 def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Browser, made: SimpleNamespace) -> None:
     made.train("old", "--epochs", 1, "--lr", 1e-6)  # in a hurry, so that the next one has something to put right
     old, new = made.root / "old", made.root / "new"
-    settings = {"data": made.data, "database_url": f"sqlite:///{made.root / 'reviews.db'}"}
+    settings = {"data_dir": made.data, "database_url": f"sqlite:///{made.root / 'reviews.db'}"}
     context = browser.new_context(**DESKTOP, accept_downloads=True)
     context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()

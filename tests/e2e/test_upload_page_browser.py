@@ -23,7 +23,7 @@ from tests.helpers.server import Server, serve
 
 @pytest.fixture(scope="module")
 def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
-    with serve(tiny_bundle.path, max_photos=4, max_body_mb=1) as server:
+    with serve(tiny_bundle.path, max_images=4, max_body_mb=1) as server:
         yield server
 
 

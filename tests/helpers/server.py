@@ -18,11 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from service.settings import Settings
+from service.settings import RENAMED, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {"GUNICORN_CMD_ARGS", "PROMETHEUS_MULTIPROC_DIR"}
-PATIENT = {"deadline_ms": 300_000, "body_timeout_s": 300, "grace_s": 300}  # a busy machine is no reason to refuse a test
+VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {
+    "GUNICORN_CMD_ARGS",
+    "PROMETHEUS_MULTIPROC_DIR",
+    *RENAMED,
+}
+PATIENT = {"deadline_ms": 300_000, "body_timeout_s": 300, "shutdown_timeout_s": 300}  # for a busy machine
 START_S = 300.0  # a model is loaded with low priority
 ANSWER_S = 300.0
 T = TypeVar("T")
@@ -115,7 +119,7 @@ class Server:
 def serve(bundle: Path, *, ready: bool = True, **env: object) -> Iterator[Server]:
     """Run the real service on a free port until the block ends; with ``ready`` its model is loaded when it begins.
 
-    ``env`` are settings by their names, ``queue=4`` as well as ``QUEUE="4"``; those of PATIENT hold unless they are given.
+    ``env`` are settings by their names, ``port=1`` as well as ``PORT="1"``; those of PATIENT hold unless they are given.
     What it leaves in a temporary folder is removed, and so is every process of its group.
     """
     with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:  # the killed may be at work yet

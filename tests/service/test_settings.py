@@ -16,7 +16,7 @@ import pytest
 from models.artifacts.bundle import GOLDEN, MANIFEST, open_bundle, write_bundle
 from models.errors import ConfigError
 from service.resources import allocate_resources, available_cpus
-from service.settings import SHIPPED, Settings
+from service.settings import RENAMED, SHIPPED_BUNDLE, Settings
 from tests.helpers.server import run_service
 
 
@@ -36,8 +36,8 @@ def refused(**environ: str) -> str:
 def test_without_variables_it_serves_the_shipped_bundle_to_this_machine_only() -> None:
     settings = read()
     assert settings == Settings()
-    assert (settings.bundle, settings.host, settings.port) == (SHIPPED, "127.0.0.1", 8000)
-    assert (SHIPPED / MANIFEST).is_file()
+    assert (settings.bundle, settings.host, settings.port) == (SHIPPED_BUNDLE, "127.0.0.1", 8000)
+    assert (SHIPPED_BUNDLE / MANIFEST).is_file()
 
 
 def test_every_setting_has_a_variable_a_help_and_a_default_that_its_own_limits_let_pass() -> None:
@@ -59,11 +59,11 @@ def test_an_evaluation_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def test_variables_are_read_by_their_kind() -> None:
     settings = read(
-        BUNDLE="~/mine", HOST="::", PORT=" 0 ", THREADS="7", MAX_WAIT_MS="0.5", MAX_BODY_MB="0.5", MAX_MEGAPIXELS="2.5",
+        BUNDLE="~/mine", HOST="::", PORT=" 0 ", THREADS="7", BATCH_TIMEOUT_MS="0.5", MAX_BODY_MB="0.5", MAX_MEGAPIXELS="2.5",
         API_KEYS="ann:k1, k2 ,", CORS_ORIGINS="https://a.example,https://b.example", LOG_LEVEL="debug", PRECISION="",
     )  # fmt: skip
     assert settings.bundle == Path.home() / "mine"
-    assert (settings.host, settings.port, settings.threads, settings.max_wait_ms) == ("::", 0, 7, 0.5)
+    assert (settings.host, settings.port, settings.threads, settings.batch_timeout_ms) == ("::", 0, 7, 0.5)
     assert (settings.max_body_bytes, settings.max_pixels) == (2**19, 2_500_000)
     assert settings.api_keys == ("ann:k1", "k2")
     assert settings.cors_origins == ("https://a.example", "https://b.example")
@@ -77,17 +77,17 @@ def test_variables_are_read_by_their_kind() -> None:
         ("PORT", "80.5", "must be a whole number"),
         ("PORT", "65536", "from 0 to 65535"),
         ("PORT", "-1", "from 0 to 65535"),
-        ("QUEUE", "0", "from 1 to 10000"),
-        ("MAX_WAIT_MS", "soon", "must be a number"),
-        ("MAX_WAIT_MS", "nan", "from 0 to 1000"),
+        ("MAX_IN_FLIGHT", "0", "from 1 to 10000"),
+        ("BATCH_TIMEOUT_MS", "soon", "must be a number"),
+        ("BATCH_TIMEOUT_MS", "nan", "from 0 to 1000"),
         ("BODY_TIMEOUT_S", "inf", "from 0.1 to 600"),
         ("MAX_MEGAPIXELS", "100", "from 0.01 to 85"),
         ("WEB_CONCURRENCY", "0", "from 1 to 64"),
         ("ENGINE", "gpu", "openvino"),
         ("PRECISION", "FP32", "auto, fp32, bf16"),
         ("LOG_LEVEL", "loud", "debug, info, warning, error"),
-        ("DATA", "/nowhere/at/all", "no folder"),
-        ("THUMBNAILS_MB", "-1", "from 0 to 1000000"),
+        ("DATA_DIR", "/nowhere/at/all", "no folder"),
+        ("THUMBNAIL_CACHE_MB", "-1", "from 0 to 1000000"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(name: str, text: str, words: str) -> None:
@@ -97,9 +97,24 @@ def test_a_wrong_value_is_refused_by_name(name: str, text: str, words: str) -> N
     assert words in said
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_is_rejected_with_the_new_one(old: str, new: str) -> None:
+    names = {row.name.upper() for row in dataclasses.fields(Settings)}
+    assert new in names
+    assert old not in names
+    assert refused(**{old: "1"}) == f"{old} is now {new}; rename it in the environment."
+    assert read(**{old: " "}) == read()
+
+
+def test_a_server_with_an_old_name_ends_with_the_new_one(tmp_path: Path) -> None:
+    ended = run_service(bundle=tmp_path, QUEUE="64")
+    assert ended.returncode == 2
+    assert ended.stderr == "service: QUEUE is now MAX_IN_FLIGHT; rename it in the environment.\n"
+
+
 def test_a_request_that_could_never_fit_is_refused() -> None:
-    assert "MAX_PHOTOS is 16 and QUEUE 8" in refused(QUEUE="8")
-    assert read(QUEUE="8", MAX_PHOTOS="8").queue == 8
+    assert "MAX_IMAGES is 16 and MAX_IN_FLIGHT 8" in refused(MAX_IN_FLIGHT="8")
+    assert read(MAX_IN_FLIGHT="8", MAX_IMAGES="8").max_in_flight == 8
 
 
 @pytest.mark.parametrize("text", [",", "ann:", "ann:secret,bob:", "secret, ,bob:", "schlüssel", "ann:secret\u200b", "a\tb"])
@@ -157,7 +172,7 @@ def test_the_plan_shares_the_processors_out(monkeypatch: pytest.MonkeyPatch) -> 
         9,
         8,
     )
-    plan = allocate_resources(Settings(web_concurrency=3, queue=32))
+    plan = allocate_resources(Settings(web_concurrency=3, max_in_flight=32))
     assert (plan.workers, plan.threads, plan.cpus_per_worker, plan.inference_threads, plan.streams) == (3, 48, 2, 3, 2)
     plan = allocate_resources(Settings(web_concurrency=16))
     assert (plan.cpus_per_worker, plan.inference_threads, plan.streams) == (1, 2, 1)

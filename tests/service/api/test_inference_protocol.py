@@ -22,7 +22,7 @@ SIDE = 32
 
 @pytest.fixture(scope="module")
 def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
-    with serve(tiny_bundle.path, max_photos=4, max_body_mb=1) as server:
+    with serve(tiny_bundle.path, max_images=4, max_body_mb=1) as server:
         yield server
 
 
@@ -209,7 +209,7 @@ def test_a_key_is_wanted_as_for_predict_and_the_full_house_is_told(tiny_bundle: 
     from service import create_app
     from service.settings import Settings
 
-    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("sesame",), queue=1, max_photos=1, **PATIENT))
+    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("sesame",), max_in_flight=1, max_images=1, **PATIENT))
     served = app.extensions["model"]
     name = served.wait(START_S).bundle.name
     body = {"inputs": [{"name": "photos", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}]}

@@ -32,7 +32,7 @@ from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll, serve
 
 @pytest.fixture(scope="module")
 def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
-    app = create_app(Settings(bundle=tiny_bundle.path, max_photos=4, max_body_mb=1, **PATIENT))
+    app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, **PATIENT))
     app.extensions["model"].wait(START_S)
     poll(lambda: app.test_client().get("/gallery").status_code == 200)
     yield app

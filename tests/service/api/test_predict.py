@@ -379,7 +379,7 @@ def test_a_body_that_is_too_large(tiny_bundle: SimpleNamespace, photo: bytes) ->
 
 
 def test_too_many_photos(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
-    with serving(tiny_bundle.path, max_photos=3) as client:
+    with serving(tiny_bundle.path, max_images=3) as client:
         assert len(rows(send_form(client, *[("file", "a.jpg", photo)] * 3))) == 3
         said = "4 photos arrived and 3 is the most"
         refused(send_form(client, *[("file", "a.jpg", photo)] * 4), "too_many_photos", said)
@@ -480,7 +480,7 @@ def test_a_fault_of_the_servers_own_is_logged_and_not_told(
 
 
 def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
-    with serving(tiny_bundle.path, queue=4, max_photos=4) as client:
+    with serving(tiny_bundle.path, max_in_flight=4, max_images=4) as client:
         admission = client.application.extensions["admission"]
         assert len(rows(send_form(client, *[("file", "a", photo)] * 4))) == 4
         admission.enter(1)
@@ -522,7 +522,7 @@ SECURE = {
 
 
 def test_every_answer_is_safe_in_a_browser(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
-    with serving(tiny_bundle.path, queue=1, max_photos=1) as client:
+    with serving(tiny_bundle.path, max_in_flight=1, max_images=1) as client:
         admission = client.application.extensions["admission"]
         answers = [
             send(client, photo),
@@ -577,7 +577,7 @@ def test_pages_of_other_origins_may_ask_only_where_they_are_named(tiny_bundle: S
 
 def test_a_full_house_is_told_to_pages_of_other_origins_too(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     """Without the header a browser keeps the answer from the page, which then cannot tell it from a dead server."""
-    with serving(tiny_bundle.path, cors_origins=("https://cats.example",), queue=1, max_photos=1) as client:
+    with serving(tiny_bundle.path, cors_origins=("https://cats.example",), max_in_flight=1, max_images=1) as client:
         client.application.extensions["admission"].enter()
         answer = send(client, photo, Origin="https://cats.example")
         refused(answer, "overloaded")

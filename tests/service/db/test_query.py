@@ -23,6 +23,7 @@ from service.db.query import PredictionQuery, get_model, list_models
 from service.db.schema import imports, predictions
 from service.http.errors import Problem
 from service.reviews.decisions import ReviewDecision, save_decision
+from tests.conftest import NewDatabase
 from tests.helpers.gallery_rows import (
     CHECKS,
     CLASSES,

@@ -69,7 +69,7 @@ def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFacto
         import_predictions(connection, model, EvaluationTable("out-of-fold", "0" * 64, generated, np.roll(flags, 1), flags))
     database.close()
     rows = read(tiny_bundle.path / "predictions.csv", "evaluation") + read(folder / "generated.csv", "out-of-fold")
-    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url) as server:
+    with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url) as server:
         poll(lambda: server.get("/gallery").status == 200)
         yield Gallery(server, rows, bundle.classes, bundle.version)
 
@@ -381,7 +381,7 @@ def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to
 ) -> None:
     with serve(tiny_bundle.path, database_url=f"sqlite:///{tmp_path / 'reviews.db'}") as server:
         text = poll(lambda: (page := server.get("/gallery/photos")).status == 200 and page.body.decode())
-        assert "Start the service with DATA=FOLDER" in text
+        assert "Start the service with DATA_DIR=FOLDER" in text
         assert "Photo missing" in text
         assert "thumbnail.jpg" not in text
         text = server.get("/compare").body.decode()
@@ -394,7 +394,7 @@ def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to
         )
         for command in (
             f"finetune train --data-dir DATA --backbone tiny {given} --reviews reviews.csv --output-dir runs/{name}-reviewed",
-            f"BUNDLE=runs/{name}-reviewed/bundle EVALUATIONS={tiny_bundle.path} DATA=DATA python -m service",
+            f"BUNDLE=runs/{name}-reviewed/bundle EVALUATIONS={tiny_bundle.path} DATA_DIR=DATA python -m service",
         ):
             assert f">{command}</code>" in text
         assert "<select" not in text
@@ -509,7 +509,7 @@ def test_a_photo_that_is_missing_is_said_so_in_its_place(new_page: NewPage) -> N
     box = tile.locator(".frame").bounding_box()
     assert box
     assert box["width"] / box["height"] == pytest.approx(4 / 3, abs=0.02)
-    expect(page.locator(".alert")).to_contain_text("set DATA to the folder that was evaluated")
+    expect(page.locator(".alert")).to_contain_text("set DATA_DIR to the folder that was evaluated")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -43,7 +43,7 @@ class Gallery:
 def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
     folder: Path = tmp_path_factory.mktemp("live")
     url = f"sqlite:///{folder / 'reviews.db'}"
-    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url, keep_predictions=1) as server:
+    with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, save_predictions=1) as server:
         poll(lambda: server.get("/gallery").status == 200)
         for number in range(SENT):
             photo = paint(folder / "sent.jpg", (255, 40, 40), seed=900 + number)

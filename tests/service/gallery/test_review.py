@@ -40,7 +40,7 @@ def data(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def server(tiny_bundle: SimpleNamespace, data: Path) -> Iterator[Server]:
     url = f"sqlite:///{data.parent / 'reviews.db'}"
-    with serve(tiny_bundle.path, data=data, database_url=url, keep_predictions=1) as server:
+    with serve(tiny_bundle.path, data_dir=data, database_url=url, save_predictions=1) as server:
         _wait(server)
         yield server
 
@@ -326,7 +326,7 @@ def test_another_site_can_make_nobody_decide(server: Server, row: Row) -> None:
 
 def test_with_keys_anybody_looks_and_who_has_one_decides(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'keyed.db'}"
-    with serve(tiny_bundle.path, data=tiny_bundle.data, database_url=url, api_keys="ann:sesame,ben:open") as keyed:
+    with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, api_keys="ann:sesame,ben:open") as keyed:
         _wait(keyed)
         row = rows(keyed)[0]
         page = keyed.get(page_of(row))
@@ -362,7 +362,7 @@ def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
     tiny_bundle: SimpleNamespace, tmp_path: Path
 ) -> None:
     url = f"sqlite:///{tmp_path / 'live.db'}"
-    settings = {"data": tiny_bundle.data, "database_url": url, "keep_predictions": 1}
+    settings = {"data_dir": tiny_bundle.data, "database_url": url, "save_predictions": 1}
     with serve(tiny_bundle.path, **settings) as server:
         _wait(server)
         for number in range(4):
@@ -376,7 +376,7 @@ def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
         assert "labelled it red" in text(server.get(page_of(live[0])))
         archive = server.get("/gallery/live.zip").body
         acknowledged = _decide_until_killed(server)
-    with serve(tiny_bundle.path, keep_photos=3, **settings) as server:
+    with serve(tiny_bundle.path, max_saved=3, **settings) as server:
         _wait(server)
         kept = reviews_of(server)
         assert acknowledged

@@ -22,7 +22,7 @@ ID = "0123456789abcdef-is-given"
 @pytest.fixture
 def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
     """A server that has room for four, and has four."""
-    with serve(tiny_bundle.path, queue=4, max_photos=4) as server, halves(server, 4):
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, halves(server, 4):
         yield server
 
 
@@ -37,7 +37,7 @@ def check_refusal(reply: Reply, *, request_id: str | None = None) -> None:
 
 
 def test_a_full_house_says_when_to_come_again_and_finishes_what_it_took(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, queue=4, max_photos=4) as server:
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
         with halves(server, 4) as begun:
             for body, kind in ((RED, "image/png"), multipart(("file", "a.png", RED))):
                 check_refusal(server.post(body, kind))
@@ -53,7 +53,7 @@ def test_a_full_house_says_when_to_come_again_and_finishes_what_it_took(tiny_bun
 
 def test_who_is_refused_hears_of_it_whatever_the_size_of_the_photo(tiny_bundle: SimpleNamespace) -> None:
     """A refusal is sent before the body is read; a client that is still sending must find it nevertheless."""
-    with serve(tiny_bundle.path, queue=1, max_photos=1) as server, halves(server, 1):
+    with serve(tiny_bundle.path, max_in_flight=1, max_images=1) as server, halves(server, 1):
         for size in (10_000, 300_000, 3_000_000, 15_000_000):
             reply = told(partial(server.post, bytes(size), "image/png"))
             assert (reply.status, reply.code) == (503, "overloaded"), size
@@ -68,7 +68,7 @@ def test_an_answer_says_whether_another_request_may_follow(
 ) -> None:
     """What a client sends behind an answer on a connection that is being closed is lost: an application's next photo."""
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(serve(tiny_bundle.path, queue=1, max_photos=1))
+        server = stack.enter_context(serve(tiny_bundle.path, max_in_flight=1, max_images=1))
         if status == 503:
             stack.enter_context(halves(server, 1))
         line = stack.enter_context(Line(server))
@@ -85,7 +85,7 @@ def test_an_answer_says_whether_another_request_may_follow(
 
 
 def test_overloaded_it_goes_on_answering(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, queue=4, max_photos=4) as server:
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
 
         def client(_: int) -> Counter[int]:
             seen: Counter[int] = Counter()
@@ -200,7 +200,11 @@ def test_requests_in_one_go_are_refused_and_answered_in_their_order(full: Server
 
 def test_a_refusal_needs_no_thread(tiny_bundle: SimpleNamespace) -> None:
     """Those who are refused are many, and wait neither for those who are answered nor for those who trickle."""
-    with serve(tiny_bundle.path, queue=4, max_photos=4, threads=5) as server, halves(server, 4) as begun, Line(server) as idle:
+    with (
+        serve(tiny_bundle.path, max_in_flight=4, max_images=4, threads=5) as server,
+        halves(server, 4) as begun,
+        Line(server) as idle,
+    ):
         idle.socket.sendall(b"POST /predict HTTP/1.1\r\n")  # and never more: the fifth thread's
         with contextlib.ExitStack() as open_lines:
             lines = [open_lines.enter_context(Line(server)) for _ in range(50)]
@@ -220,7 +224,7 @@ def test_a_refusal_needs_no_thread(tiny_bundle: SimpleNamespace) -> None:
 
 
 def test_a_connection_that_was_refused_is_answered_when_there_is_room(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, queue=4, max_photos=4) as server, halves(server, 4) as begun, Line(server) as line:
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, halves(server, 4) as begun, Line(server) as line:
         line.socket.sendall(line.head(len(RED)) + RED)
         check_refusal(line.answer())
         for there, rest in begun:
@@ -235,7 +239,7 @@ def test_a_connection_that_was_refused_is_answered_when_there_is_room(tiny_bundl
 @pytest.mark.parametrize("rudely", [False, True])
 def test_who_leaves_takes_no_place_along(tiny_bundle: SimpleNamespace, rudely: bool) -> None:
     """Half of the house is full, so a place is taken as soon as a head is seen, before a thread reads the body."""
-    with serve(tiny_bundle.path, queue=4, max_photos=4) as server, halves(server, 2) as begun:
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, halves(server, 2) as begun:
         for _ in range(30):
             with Line(server) as line:
                 line.begin()
@@ -254,7 +258,7 @@ def test_who_leaves_takes_no_place_along(tiny_bundle: SimpleNamespace, rudely: b
 
 
 def test_a_stop_of_a_full_house_answers_who_is_in_it_and_ends_who_is_not(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, queue=4, max_photos=4) as server, halves(server, 4) as begun, Line(server) as line:
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, halves(server, 4) as begun, Line(server) as line:
         line.socket.sendall(line.head(len(RED)) + RED)
         check_refusal(line.answer())
         os.kill(server.pid, signal.SIGTERM)

@@ -152,7 +152,7 @@ def test_roots_are_tried_in_turn_and_the_sha256_decides(root: Path, tmp_path: Pa
 
 
 def test_without_a_folder_the_sentence_says_how_to_set_one() -> None:
-    with pytest.raises(ImageMissingError, match="DATA=FOLDER"):
+    with pytest.raises(ImageMissingError, match="DATA_DIR=FOLDER"):
         SourceFolder([]).read(NAME, CAT_SHA256)
 
 

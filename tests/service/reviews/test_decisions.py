@@ -113,7 +113,10 @@ def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> 
     assert found == ("decided_meanwhile", "Ann relabelled it dogs meanwhile; look at it, and decide again to overrule it.")
     assert refused(database, photo, "undo", expected_version=None)[0] == "decided_meanwhile"
     say(database, photo, "neither", reviewer="")
-    assert "Somebody found it to be none of the classes" in refused(database, photo, "label", new_label="cats", expected_version=seen)[1]
+    assert (
+        "Somebody found it to be none of the classes"
+        in refused(database, photo, "label", new_label="cats", expected_version=seen)[1]
+    )
     say(database, photo, "undo")
     say(database, photo, "undo", expected_version=seen)
     assert "The decision was taken back meanwhile" in refused(database, photo, "bad", expected_version=seen)[1]

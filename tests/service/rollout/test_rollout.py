@@ -146,14 +146,14 @@ def test_what_was_compared_is_compared_again_with_the_next(client: FlaskClient, 
 
 
 def test_only_the_last_photos_are_kept_each_once(bundles: Bundles) -> None:
-    with serving(bundles.path("one"), compare_photos=4) as client:
+    with serving(bundles.path("one"), shadow_samples=4) as client:
         for photo in bundles.all_photos():
             predict(client, photo)
             predict(client, photo)
         assert choose(client, "two").get_json()["serving"]["agreement"]["compared"] == 4
-    with serving(bundles.path("one"), compare_photos=0) as client:
+    with serving(bundles.path("one"), shadow_samples=0) as client:
         predict(client, bundles.photo())
-        assert choose(client, "contrary").get_json()["serving"]["agreement"]["left_out"] == "COMPARE_PHOTOS is 0"
+        assert choose(client, "contrary").get_json()["serving"]["agreement"]["left_out"] == "SHADOW_SAMPLES is 0"
 
 
 # It is refused
@@ -197,7 +197,7 @@ def test_what_is_meant_to_differ_is_taken(client: FlaskClient, bundles: Bundles)
 
 
 def test_how_far_they_must_agree_can_be_set(bundles: Bundles) -> None:
-    with serving(bundles.path("one"), agreement=0.0) as client:
+    with serving(bundles.path("one"), min_agreement=0.0) as client:
         predict(client, bundles.photo())
         assert choose(client, "contrary").status_code == 200
 
@@ -215,8 +215,8 @@ def test_a_bundle_from_elsewhere_is_none(client: FlaskClient, bundles: Bundles, 
     link.symlink_to(tmp_path)
     refused(choose(client, "link-out"), "bundle_refused", "does not lie below")
     link.unlink()
-    with serving(bundles.path("one"), bundles=tmp_path) as other:
-        refused(choose(other, bundles.path("two")), "bundle_refused", "set BUNDLES")
+    with serving(bundles.path("one"), bundle_root=tmp_path) as other:
+        refused(choose(other, bundles.path("two")), "bundle_refused", "set BUNDLE_ROOT")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"
 
 @pytest.fixture(scope="module")
 def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
-    app = create_app(Settings(bundle=tiny_bundle.path, max_photos=4, max_body_mb=1, max_megapixels=1, **PATIENT))
+    app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, max_megapixels=1, **PATIENT))
     app.extensions["model"].wait(START_S)
     yield app
     app.extensions["model"].close()
@@ -313,7 +313,7 @@ def test_a_static_file_is_kept_for_ever_under_its_version_only(app: Flask) -> No
 
 
 def test_behind_a_proxy_the_addresses_have_its_prefix(tiny_bundle: SimpleNamespace) -> None:
-    app = create_app(Settings(bundle=tiny_bundle.path, proxies=1))
+    app = create_app(Settings(bundle=tiny_bundle.path, trusted_proxies=1))
     app.extensions["model"].wait(START_S)
     headers = {"X-Forwarded-Prefix": "/animals", "X-Forwarded-Host": "example.org", "X-Forwarded-Proto": "https"}
     text = app.test_client().get("/", headers=headers).text
