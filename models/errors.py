@@ -38,6 +38,14 @@ class ImageTooLargeError(ImageError):
     """A picture is larger than can be decoded safely."""
 
 
+class TooComplexError(ImageError):
+    """An image takes too long or too much memory to decode. ``reason`` names the bound, for a metric's label."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
 class DataError(UserError):
     """A dataset folder is not what training needs."""
 

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from models.errors import ImageError, ImageTooLargeError, UnsupportedImageError, UserError
+from models.errors import ImageError, ImageTooLargeError, TooComplexError, UnsupportedImageError, UserError
+from models.image_structure import DEFAULT_LIMITS, Limits, examine
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not Pillow's others: EPS, say, starts Ghostscript
@@ -62,13 +63,17 @@ class Preprocessing:
         """Name this preprocessing by its content, so that a change of it cannot go unseen."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def decode(self, data: bytes, *, inspect: ImageInspector | None = None) -> Image.Image:
+    def decode(
+        self, data: bytes, *, inspect: ImageInspector | None = None, limits: Limits | None = DEFAULT_LIMITS
+    ) -> Image.Image:
         """Decode a photo's bytes as far as this network needs it (``decode_px``). Raises ImageError."""
-        return decode(data, min_side_px=self.decode_px, inspect=inspect)
+        return decode(data, min_side_px=self.decode_px, inspect=inspect, limits=limits)
 
-    def pixels(self, data: bytes, *, inspect: ImageInspector | None = None) -> NDArray[np.uint8]:
+    def pixels(
+        self, data: bytes, *, inspect: ImageInspector | None = None, limits: Limits | None = DEFAULT_LIMITS
+    ) -> NDArray[np.uint8]:
         """From a photo's bytes to what the network sees: (input_px, input_px, channels) uint8. Raises ImageError."""
-        return self.crop(self.decode(data, inspect=inspect))
+        return self.crop(self.decode(data, inspect=inspect, limits=limits))
 
     def crop(self, photo: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop ``photo`` to what the network sees.
@@ -97,14 +102,23 @@ class Preprocessing:
         return first, min(side_px, math.ceil(end + reach)), begin - first, end - first
 
 
-def decode(data: bytes, *, min_side_px: int | None = None, inspect: ImageInspector | None = None) -> Image.Image:
+def decode(
+    data: bytes,
+    *,
+    min_side_px: int | None = None,
+    inspect: ImageInspector | None = None,
+    limits: Limits | None = DEFAULT_LIMITS,
+) -> Image.Image:
     """Decode a photo's bytes: first frame, upright by its EXIF orientation, RGB whatever it was.
 
     Transparent parts become white; 16-bit grey is scaled to 8 bit, not clipped; CMYK is converted. With ``min_side_px`` a
     large photo may come at a half of its size, a quarter and so on, as long as its shorter side keeps that many pixels.
     ``inspect`` is given the opened photo before a pixel of it is decoded, and may refuse it with a UserError of its own.
+    Files that are built to be slow are rejected by their structure; ``limits`` is None where that was examined before.
     Raises ImageError for bytes that are no picture, and for a picture that breaks off.
     """
+    if limits:
+        examine(data, limits)
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
             if inspect:
@@ -124,6 +138,8 @@ def decode(data: bytes, *, min_side_px: int | None = None, inspect: ImageInspect
         ) from None
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"The picture is too large to decode safely ({error}); send a smaller one.") from None
+    except MemoryError:
+        raise TooComplexError("memory", "Decoding the image needs too much memory; save it again as a smaller JPEG.") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data: struct.error, SyntaxError, ...
         raise ImageError(f"The picture is damaged and cannot be decoded ({error}); send it again or another.") from None
 

@@ -25,7 +25,8 @@ def create_full_app(services: Services) -> Flask:
         else None
     )
     app = create_api_app(services, on_prediction=recorder.record if recorder else None)
-    app.extensions.update(gallery=gallery, image_access=ImageAccess(services.settings, gallery), recorder=recorder)
+    image_access = ImageAccess(services.settings, gallery, services.model_manager.decoder)
+    app.extensions.update(gallery=gallery, image_access=image_access, recorder=recorder)
     for part in (layout.bp, upload_page.bp, api_docs.bp):
         app.register_blueprint(part)
     for part in (grid.bp, photo.bp, export.bp, image_routes.bp, review.bp, compare.bp, compare.json_bp):

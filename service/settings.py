@@ -91,6 +91,15 @@ class Settings:
     max_megapixels: float = _setting(
         50.0, "largest photo, width times height in millions, checked before it is decoded: 413", least=0.01, most=85
     )
+    max_jpeg_scans: int = _setting(
+        100, "most scans in one JPEG, which an ordinary one has 1 to 13 of: 422", least=1, most=10_000
+    )
+    max_image_segments: int = _setting(
+        50_000, "most JPEG segments, PNG chunks, GIF blocks or TIFF strips in one photo: 422", least=100, most=10_000_000
+    )
+    decode_timeout_s: float = _setting(
+        5.0, "how long decoding a large or unusual photo may take, in a process of its own: 422", least=0.1, most=600
+    )
     shutdown_timeout_s: int = _setting(30, "how long a stopping server finishes what it accepted", least=1, most=3600)
     keepalive_s: int = _setting(
         75, "how long an idle connection is kept; longer than the proxy in front keeps it", least=1, most=3600

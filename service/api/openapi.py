@@ -15,7 +15,7 @@ from service.settings import Settings
 API_VERSION = "1.0.0"
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 BASE64: dict[str, Any] = {"type": "string", "contentEncoding": "base64"}
-READING = ("empty_photo", "too_many_pixels", "not_a_picture", "damaged_picture")
+READING = ("empty_photo", "too_many_pixels", "not_a_picture", "damaged_picture", "image_too_complex")
 SENDING = ("unsupported_media_type", "body_timeout", "body_too_large", "bad_request", "bad_form", "too_many_photos", "no_photo")
 FAILING = ("internal_error", "not_ready", "overloaded", "deadline_exceeded")
 ABOUT = """\
@@ -155,7 +155,9 @@ def _operation_paths() -> dict[str, Any]:
     metrics = answer("Prometheus's text format.", "text/plain", STRING)
     return {
         "/health/live": {"get": get("live", "Operation", "Does the process answer", live)},
-        "/health/ready": {"get": get("ready", "Operation", "Is the model loaded and checked", ready, "not_ready")},
+        "/health/ready": {
+            "get": get("ready", "Operation", "Is the model loaded and checked", ready, "not_ready", "decoders_stalled")
+        },
         "/metrics": {"get": get("metrics", "Operation", "Counters and histograms", metrics)},
     }
 

@@ -21,7 +21,10 @@ MEANING = {
 }
 ROW = {"type": "object", "description": "A photo: what it is, what the model said, what was decided."}
 FAILING = ("internal_error", "not_ready", "database_unavailable")
-DECODING = ("photo_replaced", "not_a_picture", "damaged_picture", "too_many_pixels", "overloaded", "deadline_exceeded")
+DECODING = (
+    "photo_replaced", "not_a_picture", "damaged_picture", "too_many_pixels", "image_too_complex", "overloaded",
+    "deadline_exceeded",
+)  # fmt: skip
 
 
 def gallery_paths(security: list[dict[str, list[str]]]) -> dict[str, Any]:

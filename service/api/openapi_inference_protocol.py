@@ -12,7 +12,7 @@ ABOUT = "KServe's version 2 over REST, for clients that speak it, such as `trito
 INFERRING = (
     "unauthorized", "bad_json", "bad_tensor", "bad_base64", "bad_request", "body_timeout", "body_too_large", "too_many_photos",
     "no_photo", "unsupported_media_type", "empty_photo", "too_many_pixels", "not_a_picture", "damaged_picture",
-    "internal_error", "not_ready", "overloaded", "deadline_exceeded",
+    "image_too_complex", "internal_error", "not_ready", "overloaded", "deadline_exceeded",
 )  # fmt: skip
 
 

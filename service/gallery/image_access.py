@@ -11,10 +11,11 @@ from models.artifacts.paths import resolve_bundle, thumbnails_dir
 from models.runtime.openvino_engine import Pixels
 from service.db import production
 from service.db.ingest import decode_file_name
+from service.decoding import RenderedImage
 from service.explain.explainer import Explainer, Explanation
 from service.gallery.index import GalleryIndex
 from service.http.errors import Problem
-from service.images.render import RenderedImage, render_jpeg
+from service.images.render import render_jpeg
 from service.images.source_folder import ImageMissingError, ImageReplacedError, ImageUnavailableError, SourceFolder
 from service.images.thumbnails import ThumbnailCache
 from service.images.worker_pool import WorkerPool
@@ -27,10 +28,10 @@ MAX_EXPLAINERS = 4  # of which an explainer is held
 class ImageAccess:
     """Pictures by their photo's name and sha256. One for the application."""
 
-    def __init__(self, settings: Settings, gallery: GalleryIndex) -> None:
+    def __init__(self, settings: Settings, gallery: GalleryIndex, decoder: ImageDecoder) -> None:
         self._gallery = gallery
         self._folder = SourceFolder([settings.data_dir] if settings.data_dir else [])
-        self._door = ImageDecoder(settings.max_pixels, block=True)
+        self._door = decoder
         self._crew = WorkerPool("pictures", threads=1, max_queued=256, timeout_s=30.0)
         self._thumbnails = ThumbnailCache(
             thumbnails_dir(), limit_mb=settings.thumbnail_cache_mb, decoder=self._door, pool=self._crew

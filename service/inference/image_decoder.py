@@ -1,106 +1,130 @@
-"""The front door: from a photo's bytes to the pixels that the model takes, or a typed refusal before a pixel is decoded."""
+"""The front door: from a photo's bytes to the pixels that the model takes, or a typed rejection before a pixel is decoded.
+
+A photo is examined first, without decoding (``models.image_structure``). What is simple and small is decoded in the thread
+that asks, as its time and memory are bounded. What is large, or of a shape whose cost only decoding tells, is decoded in a
+process that can be killed (``service.decoder_process``).
+"""
 
 from __future__ import annotations
 
-import contextlib
-import threading
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TypeVar
 
-from PIL import Image
+import numpy as np
 
-from models.errors import ImageError, ImageTooLargeError, UnsupportedImageError, UserError
-from models.preprocess import ImageInspector, Preprocessing, decode
-from models.runtime.openvino_engine import Pixels
+from models.errors import ImageError, ImageTooLargeError, TooComplexError, UnsupportedImageError, UserError
+from models.image_structure import Limits, Structure, examine
+from models.preprocess import Preprocessing
+from service.decoder_process import DecoderProcess
+from service.decoding import PreprocessedImage, RenderedImage, preprocess, render
 from service.http.errors import Problem
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
-LARGE_IMAGE_PIXELS = 16_000_000
+__all__ = ["DeferredError", "ImageDecoder", "PreprocessedImage"]
+
+HEAVY_BYTES = 160_000_000  # what a thread may take to decode one photo: a plain JPEG of 40 megapixels, a PNG of 10
+SLOW_BYTES_PER_S = 400_000  # what Pillow's decoders in Python manage on a slow machine
 T = TypeVar("T")
-ANIMATED = {"GIF", "PNG", "WEBP", "TIFF"}  # a phone's JPEG may hold a second picture, but not an animation
 
 
-@dataclass(frozen=True)
-class PreprocessedImage:
-    """What the model sees of a photo: ``pixels`` (H, W, C) uint8; the size is the one that arrived."""
+class DeferredError(UserError):
+    """The photo has to be decoded in a process, which takes time; ``is_simple`` says that it is only large."""
 
-    pixels: Pixels
-    width_px: int
-    height_px: int
-    format: str
-    notes: tuple[str, ...] = ()
-
-
-class DecoderBusyError(UserError):
-    """Another heavy photo is being decoded: to be tried again when it is not ``is_busy``, not waited for in a thread."""
+    def __init__(self, structure: Structure) -> None:
+        super().__init__("The photo has to be decoded in a process.")
+        self.is_simple = structure.is_simple
 
 
 @dataclass
 class ImageDecoder:
-    """Decode photos in several threads, of at most ``max_pixels`` each, and of the heavy ones one at a time.
+    """Check and decode photos of at most ``limits.max_pixels``, in several threads.
 
-    So the memory for decoding is bounded by one photo of ``max_pixels`` and, for each other thread, one of LARGE_IMAGE_PIXELS.
-    With ``block`` a thread waits for its turn with a heavy photo, and DecoderBusyError is never raised.
+    A thread takes HEAVY_BYTES at most; all else is decoded by ``process``, one photo at a time. So memory is bounded by both.
     """
 
-    max_pixels: int
-    block: bool = False
-    _heavy: threading.Lock = field(default_factory=threading.Lock)
+    limits: Limits
+    process: DecoderProcess
+    on_rejected: Callable[[str], None] = field(default=lambda reason: None)
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a heavy photo is being decoded."""
-        return self._heavy.locked()
+    @classmethod
+    def of(cls, settings: Settings, metrics: Metrics | None = None) -> ImageDecoder:
+        """The door that the settings describe; one for each worker, so that there is one process for each."""
+        limits = Limits(
+            max_pixels=settings.max_pixels,
+            max_scans=settings.max_jpeg_scans,
+            max_segments=settings.max_image_segments,
+            max_slow_bytes=int(settings.decode_timeout_s * SLOW_BYTES_PER_S),
+        )
+        count: Callable[[str], None] = lambda outcome: None  # noqa: E731
+        rejected = count
+        if metrics:
+            count, rejected = metrics.count_isolated, metrics.count_rejected
+        process = DecoderProcess(
+            max_pixels=settings.max_pixels,
+            max_body_bytes=settings.max_body_bytes,
+            timeout_s=settings.decode_timeout_s,
+            count=count,
+        )
+        return cls(limits, process, rejected)
 
-    def preprocess(self, data: bytes, preprocessing: Preprocessing) -> PreprocessedImage:
-        """Check, decode and crop a photo. Raises Problem, and DecoderBusyError while another heavy photo is being decoded."""
-        seen: dict[str, Any] = {}
+    def preprocess(
+        self, data: bytes, preprocessing: Preprocessing, *, block: bool = True, within_s: float = math.inf
+    ) -> PreprocessedImage:
+        """Check, decode and crop a photo.
 
-        def look(photo: Image.Image) -> None:
-            seen.update(width_px=photo.width, height_px=photo.height, format=photo.format or "", notes=_notes(photo))
+        Args:
+            data: The file.
+            preprocessing: What the network takes.
+            block: Whether the thread may wait for the decoder process.
+            within_s: How long, at most.
 
-        pixels = self._guarded(data, lambda inspect: preprocessing.pixels(data, inspect=inspect), look)
-        return PreprocessedImage(pixels, **seen)
-
-    def decode(self, data: bytes, *, min_side_px: int, on_open: ImageInspector) -> Image.Image:
-        """Check and decode a photo for people: upright, in RGB, a large one coarser (``models.preprocess.decode``).
-
-        ``look`` is given the opened photo before a pixel of it is decoded. Raises as ``preprocess`` does.
+        Raises:
+            Problem: The photo is rejected.
+            DeferredError: It has to be decoded in the process, and ``block`` is false.
+            DecoderBusyError: ``within_s`` was over.
         """
-        return self._guarded(data, lambda inspect: decode(data, min_side_px=min_side_px, inspect=inspect), on_open)
+        here = partial(preprocess, data, preprocessing, max_pixels=self.limits.max_pixels)
 
-    def _guarded(self, data: bytes, make: Callable[[ImageInspector], T], look: ImageInspector) -> T:
+        def there() -> PreprocessedImage:
+            fields, pixels = self.process.run(
+                "preprocess", data, within_s=within_s, preprocessing=asdict(preprocessing), max_pixels=self.limits.max_pixels
+            )
+            array = np.frombuffer(pixels, np.uint8).reshape(fields.pop("shape"))
+            return PreprocessedImage(array, **{**fields, "notes": tuple(fields["notes"])})
+
+        return self._guarded(data, here, there, block=block)
+
+    def render(self, data: bytes, *, max_side_px: int, quality: int) -> RenderedImage:
+        """Check a photo and make a picture of it for people (``service.decoding.render``). Raises Problem."""
+        arguments = {"max_side_px": max_side_px, "quality": quality, "max_pixels": self.limits.max_pixels}
+
+        def there() -> RenderedImage:
+            fields, made = self.process.run("render", data, **arguments)
+            return RenderedImage(made, **fields)
+
+        return self._guarded(data, partial(render, data, **arguments), there, block=True)
+
+    def _guarded(self, data: bytes, here: Callable[[], T], there: Callable[[], T], *, block: bool) -> T:
         if not data:
             raise Problem("empty_photo", "The file that arrived has no bytes; send a photo.")
-        with contextlib.ExitStack() as held:
-
-            def inspect(photo: Image.Image) -> None:
-                self._check_size(photo)
-                if photo.width * photo.height > LARGE_IMAGE_PIXELS:
-                    if not self._heavy.acquire(blocking=self.block):
-                        raise DecoderBusyError
-                    held.callback(self._heavy.release)
-                look(photo)
-
-            try:
-                return make(inspect)
-            except UnsupportedImageError as error:
-                raise Problem("not_a_picture", str(error)) from None
-            except ImageTooLargeError as error:
-                raise Problem("too_many_pixels", str(error)) from None
-            except ImageError as error:
-                raise Problem("damaged_picture", str(error)) from None
-
-    def _check_size(self, photo: Image.Image) -> None:
-        if photo.width * photo.height > self.max_pixels:
-            raise Problem(
-                "too_many_pixels",
-                f"The photo is {photo.width:,} x {photo.height:,} pixels and {self.max_pixels:,} in all are allowed; "
-                "send it smaller.",
-            )
-
-
-def _notes(photo: Image.Image) -> tuple[str, ...]:
-    if photo.format in ANIMATED and getattr(photo, "is_animated", False):
-        return ("It has several frames; the first was classified.",)
-    return ()
+        try:
+            structure = examine(data, self.limits)
+            if structure.is_simple and structure.memory <= HEAVY_BYTES:
+                return here()
+            if not block:
+                raise DeferredError(structure)
+            return there()
+        except UnsupportedImageError as error:
+            raise Problem("not_a_picture", str(error)) from None
+        except ImageTooLargeError as error:
+            self.on_rejected("pixels")
+            raise Problem("too_many_pixels", str(error)) from None
+        except TooComplexError as error:
+            self.on_rejected(error.reason)
+            raise Problem("image_too_complex", str(error)) from None
+        except ImageError as error:
+            raise Problem("damaged_picture", str(error)) from None

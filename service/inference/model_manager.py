@@ -69,6 +69,7 @@ class ModelManager:
         self.metrics = metrics
         self.rollout_store = RolloutStore.from_environment()
         self.recent_predictions = RecentPredictions(settings.shadow_samples)
+        self.decoder = ImageDecoder.of(settings, metrics)
         self.closed = threading.Event()
         self._settings = settings
         self._model: LoadedModel | None = None
@@ -142,6 +143,7 @@ class ModelManager:
         self._jobs.put(None)
         if self._model:
             self._model.batcher.close()
+        self.decoder.process.close()
 
     def _work(self) -> None:
         with contextlib.suppress(OSError):  # this thread's children compute; those that talk to clients come first
@@ -155,7 +157,7 @@ class ModelManager:
         chosen = self.rollout_store.read().active  # by the others, where this worker takes a dead one's place
         path = Path(chosen.bundle) if chosen else self._settings.bundle
         try:
-            model = load_model(self._settings, allocate_resources(self._settings), self.metrics, path=path)
+            model = load_model(self._settings, allocate_resources(self._settings), self.metrics, self.decoder, path=path)
             if chosen is None:
                 with self.rollout_store.lock(wait=True):
                     self.rollout_store.write(initial_state(self._settings))
@@ -204,7 +206,9 @@ def _labels(model: LoadedModel) -> tuple[str, str, str]:
     return model.bundle.name, model.bundle.version, model.precision.name
 
 
-def load_model(settings: Settings, resources: ResourceAllocation, metrics: Metrics, *, path: Path | None = None) -> LoadedModel:
+def load_model(
+    settings: Settings, resources: ResourceAllocation, metrics: Metrics, decoder: ImageDecoder, *, path: Path | None = None
+) -> LoadedModel:
     """Open the bundle at ``path`` (that of the settings), compile, warm up and check it; nothing answers before that is done.
 
     Raises BundleError or ConfigError.
@@ -233,12 +237,13 @@ def load_model(settings: Settings, resources: ResourceAllocation, metrics: Metri
     batcher = Batcher(
         engine,
         bundle.preprocessing,
-        decoder=ImageDecoder(settings.max_pixels),
+        decoder=decoder,
         metrics=metrics,
         threads=resources.inference_threads,
         streams=resources.streams,
         max_batch_size=settings.max_batch_size,
         batch_timeout_s=settings.batch_timeout_ms / 1e3,
+        deadline_s=settings.deadline_ms / 1e3,
     )
     return LoadedModel(bundle, precision, difference, engine, batcher)
 

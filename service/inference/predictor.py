@@ -80,7 +80,7 @@ class Predictor:
         def is_wanted() -> bool:
             return time.perf_counter() < until and is_client_connected(environ)
 
-        model, submitted = self._submit(uploads, is_wanted)
+        model, submitted = self._submit(uploads, is_wanted, until)
         predictions = []
         try:
             for upload, future in zip(uploads, submitted, strict=True):
@@ -99,14 +99,14 @@ class Predictor:
         return model, predictions
 
     def _submit(
-        self, uploads: list[Upload], is_wanted: Callable[[], bool]
+        self, uploads: list[Upload], is_wanted: Callable[[], bool], until: float
     ) -> tuple[LoadedModel, list[Future[InferenceResult] | None]]:
         """All photos to one model: where it was exchanged between the look and the touch, to the one that came after it."""
         model = self._served.get()
         while True:
             photos = [_as_sent(upload, model) for upload in uploads if not upload.problem]
             try:
-                futures = iter(model.batcher.submit_all(photos, is_wanted))
+                futures = iter(model.batcher.submit_all(photos, is_wanted, until=until))
             except BatcherClosedError:
                 if (now := self._served.get()) is model:
                     raise Problem(

@@ -173,7 +173,8 @@ class RolloutManager:
         try:
             if version and _version_at(path) != version:
                 raise BundleError(f"{path} holds another bundle by now than the one with the version {version}.")
-            return load_model(self._settings, allocate_resources(self._settings), self._served.metrics, path=path)
+            served = self._served
+            return load_model(self._settings, allocate_resources(self._settings), served.metrics, served.decoder, path=path)
         except UserError as error:
             raise Problem("bundle_refused", str(error)).without_traceback() from None
         except Exception as error:

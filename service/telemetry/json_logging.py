@@ -74,5 +74,9 @@ def logging_config(level: str) -> dict[str, Any]:
         "formatters": {"json": {"()": JsonFormatter}},
         "handlers": {"stderr": {"()": StderrHandler, "formatter": "json"}},
         "root": {"level": level.upper(), "handlers": ["stderr"]},
-        "loggers": {"gunicorn.error": {"level": level.upper(), "propagate": True, "handlers": []}},
+        # Pillow logs errors for files that strangers sent, and in debugging a line for each chunk of them.
+        "loggers": {
+            "PIL": {"level": "CRITICAL"},
+            "gunicorn.error": {"level": level.upper(), "propagate": True, "handlers": []},
+        },
     }

@@ -54,6 +54,18 @@ class Metrics:
             ["outcome"],
             registry=r,
         )
+        self.rejected = Counter(
+            "dvc_images_rejected_total",
+            "Images rejected for what decoding them would cost, by reason: pixels, jpeg_scans, segments, timeout, memory, ...",
+            ["reason"],
+            registry=r,
+        )
+        self.isolated = Counter(
+            "dvc_isolated_decodes_total",
+            "Images decoded in the decoder process: ok, rejected, timeout, crash, or cut (by the request's deadline).",
+            ["outcome"],
+            registry=r,
+        )
         self.ready = Gauge("dvc_ready", "Workers whose model is ready.", registry=r, multiprocess_mode="livesum")
         self.model_info = Gauge(
             "dvc_model_info",
@@ -69,6 +81,12 @@ class Metrics:
             ["outcome"],
             registry=r,
         )
+
+    def count_rejected(self, reason: str) -> None:
+        self.rejected.labels(reason).inc()
+
+    def count_isolated(self, outcome: str) -> None:
+        self.isolated.labels(outcome).inc()
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

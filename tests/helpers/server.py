@@ -26,7 +26,8 @@ VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {
     "PROMETHEUS_MULTIPROC_DIR",
     *RENAMED,
 }
-PATIENT = {"deadline_ms": 300_000, "body_timeout_s": 300, "shutdown_timeout_s": 300}  # for a busy machine
+# For a busy machine.
+PATIENT = {"deadline_ms": 300_000, "body_timeout_s": 300, "shutdown_timeout_s": 300, "decode_timeout_s": 300}
 START_S = 300.0  # a model is loaded with low priority
 ANSWER_S = 300.0
 T = TypeVar("T")

@@ -11,8 +11,9 @@ from PIL import Image, ImageCms
 from service.http.errors import Problem
 from service.images.render import encode_png, render_jpeg
 from service.inference.image_decoder import ImageDecoder
+from service.settings import Settings
 
-DOOR = ImageDecoder(50_000_000)
+DOOR = ImageDecoder.of(Settings())
 
 
 def encode(photo: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
@@ -85,7 +86,7 @@ def test_transparent_parts_become_white() -> None:
 
 def test_a_large_photo_is_capped_and_a_small_one_is_not_enlarged() -> None:
     assert shown(encode(Image.new("RGB", (4000, 1000)))).size == (2048, 512)
-    assert shown(encode(Image.new("RGB", (4000, 1000))), longest_px=100).size == (100, 25)
+    assert shown(encode(Image.new("RGB", (4000, 1000))), max_side_px=100).size == (100, 25)
     assert shown(encode(Image.new("L", (30, 20)))).size == (30, 20)
 
 

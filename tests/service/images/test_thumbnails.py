@@ -19,6 +19,7 @@ from service.images.disk_cache import DiskCache
 from service.images.thumbnails import THUMBNAIL_MAX_PX, ThumbnailCache
 from service.images.worker_pool import WorkerPool
 from service.inference.image_decoder import ImageDecoder
+from service.settings import Settings
 
 
 def photo(size: tuple[int, int] = (900, 600), color: str = "red", **options: object) -> bytes:
@@ -32,7 +33,9 @@ def make() -> Iterator[Callable[..., ThumbnailCache]]:
     pool = WorkerPool("thumbnails", threads=2, max_queued=64, timeout_s=300)
 
     def made(folder: Path | None, *, limit_mb: int = 8, max_pixels: int = 50_000_000) -> ThumbnailCache:
-        return ThumbnailCache(folder, limit_mb=limit_mb, decoder=ImageDecoder(max_pixels, block=True), pool=pool)
+        return ThumbnailCache(
+            folder, limit_mb=limit_mb, decoder=ImageDecoder.of(Settings(max_megapixels=max_pixels / 1e6)), pool=pool
+        )
 
     yield made
     pool.close()
@@ -122,12 +125,17 @@ def test_what_is_no_photo_and_what_is_too_large_is_refused_before_it_is_decoded(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_heavy_photos_wait_for_each_other(make: Callable[..., ThumbnailCache], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.inference.image_decoder.LARGE_IMAGE_PIXELS", 1000)
+def test_large_photos_are_decoded_in_the_process_of_their_own(
+    make: Callable[..., ThumbnailCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = make(None).get("a", photo)
+    monkeypatch.setattr("service.inference.image_decoder.HEAVY_BYTES", 1000)
     thumbnails = make(None)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda name: thumbnails.get(str(name), photo), range(8)))
-    assert len(made) == 8
+    assert thumbnails._door.process.pid
+    thumbnails._door.process.close()
+    assert made == [here] * 8
 
 
 # The files that are kept

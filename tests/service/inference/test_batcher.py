@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.image_structure import Structure
 from models.preprocess import Preprocessing
 from service.http.errors import Problem
 from service.inference import batcher as module
-from service.inference import image_decoder
 from service.inference.batcher import Batcher, BatcherClosedError, InferenceResult, RequestCancelledError
-from service.inference.image_decoder import ImageDecoder, PreprocessedImage
+from service.inference.image_decoder import DeferredError, ImageDecoder, PreprocessedImage
+from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from tests.helpers.server import poll
 
@@ -45,13 +47,11 @@ class Colours:
 class Door:
     """A front door for photos of one byte, the red of their colour; ``held`` are those that it keeps until they are let go."""
 
-    is_busy = False
-
     def __init__(self, *held: int) -> None:
         self.held = {number: threading.Event() for number in held}
         self.inside: list[int] = []
 
-    def prepare(self, data: bytes, preprocessing: Preprocessing) -> PreprocessedImage:
+    def preprocess(self, data: bytes, preprocessing: Preprocessing, **_: Any) -> PreprocessedImage:
         self.inside.append(data[0])
         if data[0] in self.held:
             assert self.held[data[0]].wait(WAIT_S)
@@ -63,7 +63,7 @@ def running(engine: Any, *, door: Any = None, threads: int = 2, streams: int = 2
     made = Batcher(
         engine,
         SEEN,
-        decoder=door or ImageDecoder(1_000_000),
+        decoder=door or ImageDecoder.of(Settings(max_megapixels=1)),
         metrics=Metrics(),
         threads=threads,
         streams=streams,
@@ -209,19 +209,95 @@ def test_its_times_and_batches_are_measured() -> None:
     assert (answer.image.width_px, answer.image.height_px, answer.image.format) == (SIDE, SIDE, "PNG")
 
 
-def test_heavy_photos_hold_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are decoded one at a time, for their memory; those that have to wait for it must not keep the crew waiting."""
-    monkeypatch.setattr(image_decoder, "LARGE_IMAGE_PIXELS", SIDE * SIDE)
-    heavy = [png((number, 0, 0), SIDE + 1) for number in range(10)]
-    door = ImageDecoder(1_000_000)
+class Isolating(Door):
+    """A door that decodes every photo of ``isolated`` in a process, which holds each until it is let go."""
+
+    def __init__(self, *isolated: int, simple: Sequence[int] = ()) -> None:
+        super().__init__(*isolated)
+        self.simple = simple
+
+    def preprocess(self, data: bytes, preprocessing: Preprocessing, *, waits: bool = True, **_: Any) -> PreprocessedImage:
+        if data[0] in self.held and not waits:
+            raise DeferredError(Structure("PNG", 1, is_simple=data[0] in self.simple))
+        return super().preprocess(data, preprocessing)
+
+
+def test_photos_for_the_decoder_process_hold_up_no_others() -> None:
+    door = Isolating(*range(10))
     with running(Colours(), door=door) as pipeline:
-        with door._heavy:  # as if one were being decoded
-            waiting = [pipeline.submit(photo, yes) for photo in heavy]
-            for number in range(50, 60):
-                assert red(pipeline.submit(png((number, 0, 0)), yes)) == number
-            assert not any(answer.done() for answer in waiting)
-        assert red(pipeline.submit(png((99, 0, 0)), yes)) == 99
+        waiting = [pipeline.submit(bytes([number]), yes) for number in range(10)]
+        for number in range(50, 60):
+            assert red(pipeline.submit(bytes([number]), yes)) == number
+        assert not any(answer.done() for answer in waiting)
+        for number in range(10):
+            door.held[number].set()
         assert [red(answer) for answer in waiting] == list(range(10))
+
+
+def test_large_photos_go_before_unusual_ones() -> None:
+    """How long a large one takes is bounded; an unusual one may take all of its time-out."""
+    door = Isolating(1, 2, 3, 4, simple=(3, 4))
+    with running(Colours(), door=door, threads=1) as pipeline:
+        answers = [pipeline.submit(bytes([1]), yes)]
+        poll(lambda: door.inside == [1])
+        answers += [pipeline.submit(bytes([number]), yes) for number in (2, 3, 4)]
+        poll(lambda: len(pipeline._deferred) == 3)
+        for event in door.held.values():
+            event.set()
+        assert [red(answer) for answer in answers] == [1, 2, 3, 4]
+    assert door.inside == [1, 3, 4, 2]
+
+
+def test_it_is_stalled_while_every_thread_decodes_for_longer_than_the_deadline() -> None:
+    door = Door(1, 2)
+    with running(Colours(), door=door, threads=2, deadline_s=0.001) as pipeline:
+        first = pipeline.submit(bytes([1]), yes)
+        poll(lambda: door.inside == [1])
+        assert not pipeline.is_stalled
+        second = pipeline.submit(bytes([2]), yes)
+        poll(lambda: pipeline.is_stalled)
+        for event in door.held.values():
+            event.set()
+        assert (red(first), red(second)) == (1, 2)
+        poll(lambda: not pipeline.is_stalled)
+
+
+def test_a_closed_pipeline_does_not_wait_for_a_photo_without_end() -> None:
+    door = Door(1)
+    with running(Colours(), door=door, deadline_s=0.05) as pipeline:
+        answer = pipeline.submit(bytes([1]), yes)
+        poll(lambda: door.inside == [1])
+        pipeline.close()
+        assert not answer.done()
+        door.held[1].set()
+        assert red(answer) == 1
+
+
+@pytest.mark.parametrize("error", [Problem("damaged_picture", "It is damaged."), ValueError("no photo")])
+def test_what_failed_does_not_hold_its_photo(error: Exception) -> None:
+    """The error reaches the client with its frames otherwise, and they refer to the photo's bytes."""
+
+    gone = threading.Event()
+
+    class Photo(bytes):
+        def __del__(self) -> None:
+            gone.set()
+
+    class Broken(Door):
+        def preprocess(self, data: bytes, preprocessing: Preprocessing, **_: Any) -> PreprocessedImage:
+            opened = data
+            raise error if opened else AssertionError
+
+    gc.disable()
+    try:
+        with running(Colours(), door=Broken()) as pipeline:
+            photo = Photo(b"1")
+            answer = pipeline.submit(photo, yes)
+            assert answer.exception(WAIT_S) is error
+            del photo
+            assert gone.wait(WAIT_S)
+    finally:
+        gc.enable()
 
 
 # What fails
@@ -240,10 +316,10 @@ def test_a_bad_photo_gets_its_problem_and_the_others_their_answers() -> None:
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, SystemExit])
 def test_a_door_that_fails_fails_its_photo_only(error: type[BaseException]) -> None:
     class Broken(Door):
-        def prepare(self, data: bytes, preprocessing: Preprocessing) -> PreprocessedImage:
+        def preprocess(self, data: bytes, preprocessing: Preprocessing, **_: Any) -> PreprocessedImage:
             if data == b"\x05":
                 raise error("broken")
-            return super().prepare(data, preprocessing)
+            return super().preprocess(data, preprocessing)
 
     with running(Colours(), door=Broken(), threads=1) as pipeline:
         answers = [pipeline.submit(bytes([number]), yes) for number in range(1, 10)]
