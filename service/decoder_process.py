@@ -27,9 +27,11 @@ from models.errors import ImageError, TooComplexError
 from service.decoding import PLAIN_JOBS
 
 IDLE_S = 30.0
+START_S = 60.0
 BYTES_PER_PIXEL = 20  # the most that Pillow takes for any format while it decodes and converts
 BODY_COPIES = 4
 SLACK_BYTES = 128 << 20
+READY = b"ready"
 MAX_RESULT_BYTES = 256 << 20
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")  # of the environment: no keys, no database's password
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,10 +95,7 @@ class DecoderProcess:
         if not self._turn.acquire(timeout=-1 if math.isinf(within_s) else max(0.0, within_s)):
             raise DecoderBusyError
         try:
-            left_s = until - time.monotonic()
-            if left_s <= 0:
-                raise DecoderBusyError
-            return self._run(job, data, arguments, min(left_s, self.timeout_s), is_cut=left_s < self.timeout_s)
+            return self._run(job, data, arguments, until)
         finally:
             self._turn.release()
 
@@ -106,13 +105,8 @@ class DecoderProcess:
         if child:
             child.kill()
 
-    def _run(
-        self, job: str, data: bytes, arguments: dict[str, Any], timeout_s: float, *, is_cut: bool
-    ) -> tuple[dict[str, Any], bytes]:
-        child = self._child if self._child and self._child.is_alive else None
-        if child is None or not child.begin(timeout_s):  # it may just have been ended, as it was idle
-            child = self._child = _Child(self._memory_bytes)
-            child.begin(timeout_s)
+    def _run(self, job: str, data: bytes, arguments: dict[str, Any], until: float) -> tuple[dict[str, Any], bytes]:
+        child, timeout_s, is_cut = self._begin(until)
         try:
             header, payload = child.ask({"job": job, "timeout_s": timeout_s, **arguments}, data)
         except (OSError, EOFError, ValueError):
@@ -133,6 +127,24 @@ class DecoderProcess:
             raise TooComplexError(error["reason"], error["text"])
         failed: ImageError = getattr(errors, error["type"])(error["text"])
         raise failed
+
+    def _begin(self, until: float) -> tuple[_Child, float, bool]:
+        """A child that is ready, the time for the job in it, and whether that is less than the time-out."""
+        while True:
+            if self._child is None or not self._child.is_alive:
+                self._child = _Child(self._memory_bytes)
+            child = self._child
+            if not child.wait_until_ready(min(until - time.monotonic(), START_S)):
+                if time.monotonic() >= until:  # it goes on, for the next job
+                    raise DecoderBusyError
+                child.kill()
+                raise RuntimeError("The decoder process did not start.")
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                raise DecoderBusyError
+            timeout_s = min(left_s, self.timeout_s)
+            if child.begin(timeout_s):  # else it was ended just now, as it was idle
+                return child, timeout_s, left_s < self.timeout_s
 
     def _failure(self, child: _Child) -> TooComplexError:
         if child.was_slow:
@@ -166,14 +178,23 @@ class _Child:
         self._results = Connection(os.dup(self._process.stdout.fileno()), writable=False)
         self._process.stdin.close()
         self._process.stdout.close()
-        self._is_working = False
-        self._kill_at = math.inf
+        self._is_ready = self._is_working = False
+        self._kill_at = time.monotonic() + START_S + IDLE_S  # where nobody comes, once it has started
         self._changed = threading.Condition()
         threading.Thread(target=self._watch, name="decoder-watch", daemon=True).start()
 
     @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
+
+    def wait_until_ready(self, within_s: float) -> bool:
+        """Wait until the process has started, which is not to count as decoding. False where it has not by then."""
+        if not self._is_ready:
+            try:
+                self._is_ready = self._results.poll(max(0.0, within_s)) and self._results.recv_bytes(100) == READY
+            except (OSError, EOFError):
+                raise RuntimeError("The decoder process ended before it had started.") from None
+        return self._is_ready
 
     def begin(self, timeout_s: float) -> bool:
         """Note that a job begins. False where the process has ended."""
@@ -211,7 +232,7 @@ class _Child:
                     self._process.kill()
                     self._process.wait()
                 else:
-                    self._changed.wait(None if math.isinf(left_s) else left_s)
+                    self._changed.wait(left_s)
 
 
 # The child
@@ -226,6 +247,7 @@ def main() -> None:
     with contextlib.suppress(OSError):  # where memory runs out, the kernel should choose this process, not its parent
         Path("/proc/self/oom_score_adj").write_text("1000")
     _limit_memory(int(sys.argv[1]))
+    results.send_bytes(READY)
     for header, data in _receive(jobs):
         # The parent kills this process in time; should the parent be gone, the alarm does.
         signal.alarm(math.ceil(header.pop("timeout_s")) + 1)

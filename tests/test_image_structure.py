@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-import bomb_images
+from tests.helpers import bomb_images
 import pytest
 
 from models.errors import ImageError, ImageTooLargeError, TooComplexError

@@ -5,7 +5,6 @@ from __future__ import annotations
 from flask import Blueprint, Response, current_app, jsonify
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.http.errors import Problem
 from service.inference.model_manager import ModelManager
 
 bp = Blueprint("health", __name__)
@@ -23,13 +22,7 @@ def live() -> Response:
 
 @bp.get("/health/ready")
 def ready() -> Response:
-    model = _served().get()
-    if model.batcher.is_stalled:
-        raise Problem(
-            "decoders_stalled",
-            "Every decoding thread has been busy with one image for longer than DEADLINE_MS; send requests to another server.",
-            headers={"Retry-After": "1"},
-        )
+    model = _served().check_ready()
     return jsonify(status="ready", model=model.summary)
 
 

@@ -41,7 +41,7 @@ def live() -> Response:
 
 @bp.get("/health/ready")
 def ready() -> Response:
-    _served().get()
+    _served().check_ready()
     return jsonify(ready=True)
 
 
@@ -68,13 +68,15 @@ def metadata(name: str, version: str | None) -> Response:
 @bp.get("/models/<name>/ready", defaults={"version": None})
 @bp.get("/models/<name>/versions/<version>/ready")
 def model_ready(name: str, version: str | None) -> Response:
-    return jsonify(name=_found(name, version).bundle.name, ready=True)
+    model = _served().check_ready()
+    _check(model, name, version)
+    return jsonify(name=model.bundle.name, ready=True)
 
 
 @bp.post("/models/<name>/infer", defaults={"version": None})
 @bp.post("/models/<name>/versions/<version>/infer")
 def infer(name: str, version: str | None) -> Response:
-    if refusal := request.environ.get("service.rejected"):
+    if refusal := request.environ.get("service.refused"):
         raise refusal
     settings: Settings = current_app.extensions["settings"]
     g.key_name = require_key(request, settings)

@@ -15,6 +15,8 @@ INFERRING = (
     "image_too_complex", "internal_error", "not_ready", "overloaded", "deadline_exceeded",
 )  # fmt: skip
 
+READINESS = ("not_ready", "decoders_stalled")
+
 
 def oip_paths(settings: Settings) -> dict[str, Any]:
     name = {"name": "name", "in": "path", "required": True, "schema": STRING, "description": "The bundle's name."}
@@ -22,13 +24,13 @@ def oip_paths(settings: Settings) -> dict[str, Any]:
     paths: dict[str, Any] = {
         "/v2": {"get": _get("oipServer", "What this server is", "ServerMetadata")},
         "/v2/health/live": {"get": _get("oipLive", "Does the process answer", "ServerLive")},
-        "/v2/health/ready": {"get": _get("oipReady", "Is the model loaded and checked", "ServerReady", "not_ready")},
+        "/v2/health/ready": {"get": _get("oipReady", "Is the model loaded and checked", "ServerReady", *READINESS)},
     }
     for path, more, parameters in (("", "", [name]), ("/versions/{version}", "Version", [name, version])):
         at = f"/v2/models/{{name}}{path}"
         missing = ("not_found", "not_ready")
         described_by = _get(f"oipModel{more}", "The model's inputs and outputs", "TensorModel", *missing)
-        ready = _get(f"oipModelReady{more}", "Is the model ready", "ModelReady", *missing)
+        ready = _get(f"oipModelReady{more}", "Is the model ready", "ModelReady", "not_found", *READINESS)
         paths[at] = {"get": described_by | {"parameters": parameters}}
         paths[f"{at}/ready"] = {"get": ready | {"parameters": parameters}}
         paths[f"{at}/infer"] = {"post": _infer(settings, f"oipInfer{more}") | {"parameters": parameters}}

@@ -28,6 +28,7 @@ from service.http.errors import Problem
 from service.inference.batcher import Batcher
 from service.inference.image_decoder import ImageDecoder
 from service.inference.recent_predictions import RecentPrediction, RecentPredictions
+from service.memory import return_large_blocks
 from service.resources import ResourceAllocation, allocate_resources
 from service.rollout.bundle_link import initial_state
 from service.rollout.state import RolloutStore
@@ -82,6 +83,7 @@ class ModelManager:
     @classmethod
     def start(cls, settings: Settings) -> ModelManager:
         """Begin to load in a thread, so that /health/live answers meanwhile."""
+        return_large_blocks()
         served = cls(settings, Metrics())
         threading.Thread(target=served._work, name="load", daemon=True).start()
         return served
@@ -93,6 +95,17 @@ class ModelManager:
         if self._error is not None:
             raise Problem("not_ready", self._error)
         raise Problem("not_ready", "The model is being loaded; ask again in a second.", headers={"Retry-After": "1"})
+
+    def check_ready(self) -> LoadedModel:
+        """The model, where photos that are sent now would be decoded. Raises Problem."""
+        model = self.get()
+        if model.batcher.is_stalled:
+            raise Problem(
+                "decoders_stalled",
+                "Every decoding thread has been busy with one image for longer than DEADLINE_MS; ask another server.",
+                headers={"Retry-After": "1"},
+            )
+        return model
 
     def wait(self, timeout_s: float | None) -> LoadedModel:
         """The model, once it is loaded."""

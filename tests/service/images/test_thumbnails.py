@@ -125,9 +125,7 @@ def test_what_is_no_photo_and_what_is_too_large_is_refused_before_it_is_decoded(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_large_photos_are_decoded_in_the_process_of_their_own(
-    make: Callable[..., ThumbnailCache], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_photos_are_decoded_in_a_process(make: Callable[..., ThumbnailCache], monkeypatch: pytest.MonkeyPatch) -> None:
     here = make(None).get("a", photo)
     monkeypatch.setattr("service.inference.image_decoder.HEAVY_BYTES", 1000)
     thumbnails = make(None)
