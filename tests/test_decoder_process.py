@@ -297,13 +297,13 @@ def test_files_that_are_built_to_be_slow_hold_up_nobody(tiny_bundle: SimpleNames
 def test_it_is_not_ready_while_its_decoders_are_stalled() -> None:
     settings = Settings()
     served = ModelManager(settings, Metrics())
-    pipeline = SimpleNamespace(is_stalled=True)
-    served._model = SimpleNamespace(pipeline=pipeline, named={"name": "tiny"})  # type: ignore[assignment]
+    batcher = SimpleNamespace(is_stalled=True)
+    served._model = SimpleNamespace(batcher=batcher, summary={"name": "tiny"})  # type: ignore[assignment]
     client = create_api_app(Services.create(settings, served)).test_client()
     reply = client.get("/health/ready")
     assert (reply.status_code, reply.get_json()["code"]) == (503, "decoders_stalled")
     assert client.get("/v2/health/ready").status_code == 503
-    pipeline.is_stalled = False
+    batcher.is_stalled = False
     assert client.get("/health/ready").status_code == 200
     assert client.get("/v2/health/ready").status_code == 200
 
