@@ -1,6 +1,6 @@
-"""Networks, their preprocessing and the bundle that passes between training and serving.
+"""Image classification networks, their preprocessing, and the bundle format shared by training and serving.
 
-Importing this package does not import torch, so that a server can read bundles without it; the names below do, on first use.
+Importing this package does not import torch, so a server can read bundles without it. The names below import it on first use.
 """
 
 from __future__ import annotations

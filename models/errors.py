@@ -1,7 +1,7 @@
-"""The mistakes that a person can mend, in one tree.
+"""Exceptions for errors that the user can fix, all derived from ``UserError``.
 
-Each text is one sentence: what arrived, what was wanted and what to type next. A command line prints it and exits with 2;
-a server answers it with a 4xx. Anything that is not a ``UserError`` is a defect of ours and keeps its traceback.
+Each message states what was wrong, what was expected and what to do. The CLI prints it and exits with code 2; the service
+returns it as a 4xx response. Any other exception is a bug in this project and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that a person can mend; the text says how."""
+    """Base class of the errors that the user can fix; the message explains how."""
 
 
 class UnknownModelError(UserError):
-    """No network is registered under that name."""
+    """No network is registered under this name."""
 
 
 class WeightsError(UserError):
-    """Weights are missing, damaged or made for another network."""
+    """Weights are missing, damaged or belong to another network."""
 
 
 class BundleError(UserError):
-    """A bundle is missing, changed, incomplete or too new."""
+    """A bundle is missing, modified, incomplete or in a newer format."""
 
 
 class ImageError(UserError):
-    """A file is not a photo that can be decoded."""
+    """An image cannot be decoded."""
 
 
 class UnsupportedImageError(ImageError):
-    """Bytes are not a picture, or of a format that is not taken."""
+    """The data is not an image, or its format is not supported."""
 
 
 class ImageTooLargeError(ImageError):
-    """A picture is larger than can be decoded safely."""
+    """An image has too many pixels to be decoded safely."""
 
 
 class TooComplexError(ImageError):
@@ -47,19 +47,28 @@ class TooComplexError(ImageError):
 
 
 class DataError(UserError):
-    """A dataset folder is not what training needs."""
+    """A dataset is malformed or unsuitable for training."""
 
 
 class ConfigError(UserError):
-    """A setting is unknown or has a value that it cannot take."""
+    """A setting is unknown or has an invalid value."""
 
 
 class RunError(UserError):
-    """A run's folder is in the way, or not what resuming needs."""
+    """A run directory already exists, or cannot be resumed."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Name the nearest known word as ``" Did you mean 'x'?"``, or nothing where none is near; swapped letters come first."""
+    """Suggest the closest known name.
+
+    Args:
+        name: The unknown name.
+        known: The valid names.
+
+    Returns:
+        ``" Did you mean 'x'?"``, or an empty string if no name is close. Names with the same letters in another order
+        take precedence.
+    """
     near = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
     nearest = next((word for word in near if sorted(word) == sorted(name)), near[0] if near else None)
     return f" Did you mean {nearest!r}?" if nearest else ""

@@ -1,8 +1,8 @@
-"""From a photo's bytes to the pixels that a network sees: decode, turn upright, resize, crop.
+"""Image preprocessing: decode a file, apply its EXIF orientation, resize and crop.
 
-Normalisation is the network's first layer (``models.networks.classifier.Normalize``), so that the exported graph takes pixels.
-
-Pillow and NumPy only, written once: training and the service both call ``Preprocessing.pixels``, and so see the same.
+Normalization is the network's first layer (``models.networks.classifier.Normalize``), so the exported graph takes plain
+pixels. Only Pillow and NumPy are needed. Training and serving both call ``Preprocessing.pixels``, so their inputs are
+identical.
 """
 
 from __future__ import annotations
@@ -24,20 +24,25 @@ from models.errors import ImageError, ImageTooLargeError, TooComplexError, Unsup
 from models.image_structure import DEFAULT_LIMITS, Limits, examine
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # not Pillow's others: EPS, say, starts Ghostscript
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's other decoders are risky: EPS runs Ghostscript
 IMAGE_FORMATS_TEXT = "JPEG, PNG, WebP, GIF, BMP, TIFF or PPM"
 MIN_DECODE_PX = 512
 ImageInspector = Callable[[Image.Image], None]
 
-# Pillow warns of odd metadata, which is no reason to refuse the pixels. Not in decode: catch_warnings is not thread-safe.
+# Pillow warns about odd metadata, but the pixels are usable. This is not in decode because catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a network wants its pictures: the shorter side to ``resize_px``, the middle ``input_px`` square, normalised.
+    """The preprocessing parameters of a network.
 
-    ``mean`` and ``std`` are of pixels scaled to 0..1, one a channel: three for RGB, one for grey.
+    Attributes:
+        input_px: Side of the square center crop, in pixels.
+        resize_px: Length of the shorter side before cropping, in pixels.
+        interpolation: A key of ``INTERPOLATIONS``.
+        mean: Mean per channel of pixels scaled to 0..1: three values for RGB, one for grayscale.
+        std: Standard deviation per channel, on the same scale.
     """
 
     input_px: int = 224
@@ -52,40 +57,43 @@ class Preprocessing:
 
     @property
     def decode_px(self) -> int:
-        """The shorter side that a large photo keeps at least when it is decoded: twice what it is resized to, 512 or more.
+        """Minimum shorter side of a large image after decoding, in pixels: twice ``resize_px``, but at least 512.
 
-        JPEG can be decoded at a half, a quarter or an eighth of its size. For a phone's 12-megapixel photo that takes a
-        third of the time; the crop differs by 0.3 levels in the mean, and in 99 of 100 values by 2 at most.
+        JPEG can be decoded at 1/2, 1/4 or 1/8 of its size. For a 12-megapixel photo this takes a third of the time. The
+        cropped pixels differ by 0.3 levels on average, and 99% of them by at most 2.
         """
         return max(MIN_DECODE_PX, 2 * self.resize_px)
 
     def sha256(self) -> str:
-        """Name this preprocessing by its content, so that a change of it cannot go unseen."""
+        """Hash the parameters, so that any change can be detected."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def decode(
         self, data: bytes, *, inspect: ImageInspector | None = None, limits: Limits | None = DEFAULT_LIMITS
     ) -> Image.Image:
-        """Decode a photo's bytes as far as this network needs it (``decode_px``). Raises ImageError."""
+        """Decode an image at the resolution that this network needs (``decode_px``). See ``decode``."""
         return decode(data, min_side_px=self.decode_px, inspect=inspect, limits=limits)
 
     def pixels(
         self, data: bytes, *, inspect: ImageInspector | None = None, limits: Limits | None = DEFAULT_LIMITS
     ) -> NDArray[np.uint8]:
-        """From a photo's bytes to what the network sees: (input_px, input_px, channels) uint8. Raises ImageError."""
+        """Decode an image and convert it to the network's input: (input_px, input_px, channels) uint8. See ``decode``."""
         return self.crop(self.decode(data, inspect=inspect, limits=limits))
 
     def crop(self, photo: Image.Image) -> NDArray[np.uint8]:
-        """Resize and crop ``photo`` to what the network sees.
+        """Resize and crop an image to the network's input.
 
-        Only the part that survives the crop is resampled; the pixels are those of torchvision's Resize and CenterCrop, but
-        for rounding: a few in a thousand differ by 1 level, seldom 2. Returns (input_px, input_px, channels) uint8.
+        Only the region inside the crop is resampled. The result matches torchvision's Resize and CenterCrop up to rounding:
+        a few pixels in a thousand differ by 1 level, rarely by 2.
+
+        Returns:
+            (input_px, input_px, channels) uint8.
         """
         short_px = min(photo.size)
         x_first, x_end, left, right = self._kept(photo.width, short_px)
         y_first, y_end, top, bottom = self._kept(photo.height, short_px)
         part = photo.crop((x_first, y_first, x_end, y_end))
-        # One direction at a time: which one Pillow takes first depends on its version, and the pixels on that.
+        # Resize one axis at a time: Pillow's order of the axes depends on its version and affects the pixels.
         resample = INTERPOLATIONS[self.interpolation]
         narrow = part.resize((self.input_px, part.height), resample, (left, 0, right, part.height))
         square = narrow.resize((self.input_px, self.input_px), resample, (0, top, self.input_px, bottom))
@@ -93,11 +101,11 @@ class Preprocessing:
         return pixels.reshape(self.input_px, self.input_px, self.channels)
 
     def _kept(self, side_px: int, short_px: int) -> tuple[int, int, float, float]:
-        """Along one side: the first pixel that the crop needs, the end of them, and where in them the crop begins and ends."""
+        """Return the pixel range [first, end) that the crop needs along one side, and the crop's bounds within that range."""
         new_px = self.resize_px if side_px == short_px else int(self.resize_px * side_px / short_px)
         offset_px = round((new_px - self.input_px) / 2.0)
         begin, end = offset_px * side_px / new_px, (offset_px + self.input_px) * side_px / new_px
-        reach = 2 * max(1.0, side_px / new_px) + 1  # no filter looks further
+        reach = 2 * max(1.0, side_px / new_px) + 1  # covers the support of both filters
         first = max(0, math.floor(begin - reach))
         return first, min(side_px, math.ceil(end + reach)), begin - first, end - first
 
@@ -109,13 +117,24 @@ def decode(
     inspect: ImageInspector | None = None,
     limits: Limits | None = DEFAULT_LIMITS,
 ) -> Image.Image:
-    """Decode a photo's bytes: first frame, upright by its EXIF orientation, RGB whatever it was.
+    """Decode the first frame of an image to RGB and apply its EXIF orientation.
 
-    Transparent parts become white; 16-bit grey is scaled to 8 bit, not clipped; CMYK is converted. With ``min_side_px`` a
-    large photo may come at a half of its size, a quarter and so on, as long as its shorter side keeps that many pixels.
-    ``inspect`` is given the opened photo before a pixel of it is decoded, and may refuse it with a UserError of its own.
-    Files that are built to be slow are rejected by their structure; ``limits`` is None where that was examined before.
-    Raises ImageError for bytes that are no picture, and for a picture that breaks off.
+    Transparent areas become white, 16-bit grayscale is scaled (not clipped) to 8 bits, and CMYK is converted.
+
+    Args:
+        data: The bytes of the file.
+        min_side_px: Allow a large image to be reduced by powers of two while its shorter side keeps this many pixels.
+        inspect: Called with the opened image before its pixels are decoded. It may reject the image with a UserError.
+        limits: Reject files that are built to be slow. None if the file's structure has been examined already.
+
+    Returns:
+        An RGB image.
+
+    Raises:
+        UnsupportedImageError: The data is not an image in one of ``IMAGE_FORMATS``.
+        ImageTooLargeError: The image has too many pixels.
+        TooComplexError: Decoding takes too long or too much memory.
+        ImageError: The image is damaged or truncated.
     """
     if limits:
         examine(data, limits)
@@ -127,25 +146,25 @@ def decode(
                 file.draft(None, (min_side_px, min_side_px))
             file.load()
             photo = _reduced(file, min_side_px) if min_side_px else file
-            with contextlib.suppress(Exception):  # EXIF that cannot be read: the pixels are as good as ever
+            with contextlib.suppress(Exception):  # unreadable EXIF does not affect the pixels
                 ImageOps.exif_transpose(photo, in_place=True)
             return to_rgb(photo)
     except UserError:
         raise
     except UnidentifiedImageError:
         raise UnsupportedImageError(
-            f"{len(data)} bytes arrived that are not a picture; send a {IMAGE_FORMATS_TEXT} file."
+            f"This file is not a supported image ({len(data)} bytes). Use {IMAGE_FORMATS_TEXT}."
         ) from None
     except Image.DecompressionBombError as error:
-        raise ImageTooLargeError(f"The picture is too large to decode safely ({error}); send a smaller one.") from None
+        raise ImageTooLargeError(f"The image is too large to decode safely ({error}). Use a smaller one.") from None
     except MemoryError:
-        raise TooComplexError("memory", "Decoding the image needs too much memory; save it again as a smaller JPEG.") from None
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data: struct.error, SyntaxError, ...
-        raise ImageError(f"The picture is damaged and cannot be decoded ({error}); send it again or another.") from None
+        raise TooComplexError("memory", "Decoding the image needs too much memory. Save it again as a smaller JPEG.") from None
+    except Exception as error:  # Pillow raises many types on damaged data: struct.error, SyntaxError, ...
+        raise ImageError(f"The image is damaged and could not be read ({error}). Use another copy.") from None
 
 
 def _reduced(photo: Image.Image, min_side_px: int) -> Image.Image:
-    """Halve a large photo before anything else converts it: at full size that would take many times its memory."""
+    """Halve a large image before any conversion, which at full size would need several times the memory."""
     halvings = int(math.log2(max(1, min(photo.size) // min_side_px)))
     if halvings == 0:
         return photo
@@ -155,12 +174,12 @@ def _reduced(photo: Image.Image, min_side_px: int) -> Image.Image:
     elif photo.mode.startswith("I;"):
         photo = photo.convert("I")
     small = photo.reduce(2**halvings)
-    small.info = info  # transparency, and the EXIF that tells which side is up
+    small.info = info  # transparency and EXIF orientation
     return small
 
 
 def to_rgb(photo: Image.Image) -> Image.Image:
-    """Any mode that Pillow knows -> RGB, without losing what a person sees."""
+    """Convert an image of any Pillow mode to RGB without clipping deep grayscale or losing transparency."""
     if photo.mode.startswith("I") or photo.mode == "F":
         return _from_deep_grey(photo).convert("RGB")
     if photo.has_transparency_data:
@@ -170,12 +189,12 @@ def to_rgb(photo: Image.Image) -> Image.Image:
 
 
 def _as_mode(photo: Image.Image, mode: str) -> Image.Image:
-    """Convert, but do not copy what is so already, as Pillow would."""
+    """Convert to ``mode``, without the copy that Pillow makes if the mode already matches."""
     return photo if photo.mode == mode else photo.convert(mode)
 
 
 def _from_deep_grey(photo: Image.Image) -> Image.Image:
-    """16-bit, 32-bit or float grey -> 8-bit grey; Pillow's own convert would clip everything over 255 to white."""
+    """Scale 16-bit, 32-bit or float grayscale to 8 bits; Pillow's ``convert`` would clip values above 255 to white."""
     values = np.asarray(photo, dtype=np.float32)
     highest = float(values.max(initial=0.0))
     if photo.mode == "F" and highest <= 1.0:

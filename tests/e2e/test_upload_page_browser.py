@@ -100,7 +100,7 @@ def test_several_chosen_photos_get_a_card_each_and_a_bad_one_its_sentence(new_pa
     assert re.fullmatch(r"red\.000\.jpg: red, .+ %", red.replace("\u202f", " "))
     assert bad == "notes.txt:"
     assert blue.startswith("blue.000.jpg: blue,")
-    expect(page.locator(".card").nth(1)).to_contain_text("are not a picture")
+    expect(page.locator(".card").nth(1)).to_contain_text("is not a supported image")
     picture = page.locator(".card").first.locator("img")
     expect(picture).to_have_attribute("alt", "The part of red.000.jpg that the model saw")
     assert picture.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [32, 32]

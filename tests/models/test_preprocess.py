@@ -214,10 +214,10 @@ def png_that_claims(width: int, height: int) -> bytes:
 
 PHOTO = draw_image("cats", rng=random.Random(0))
 BAD: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "^0 bytes arrived that are not a picture; send a JPEG"),
-    "text": (b"hello world", "^11 bytes arrived that are not a picture"),
-    "random bytes": (random.Random(0).randbytes(4000), "not a picture"),
-    "a JPEG's first bytes, then random ones": (b"\xff\xd8\xff\xe0" + random.Random(0).randbytes(4000), "picture"),
+    "nothing": (b"", r"^This file is not a supported image \(0 bytes\)\. Use JPEG"),
+    "text": (b"hello world", r"^This file is not a supported image \(11 bytes\)"),
+    "random bytes": (random.Random(0).randbytes(4000), "not a supported image"),
+    "a JPEG's first bytes, then random ones": (b"\xff\xd8\xff\xe0" + random.Random(0).randbytes(4000), "damaged"),
     "half a JPEG": (saved(PHOTO, "JPEG")[:9000], "damaged.*truncated"),
     "a JPEG's header": (saved(PHOTO, "JPEG")[:200], "damaged"),
     "half a large JPEG": (saved(PHOTO.resize((2000, 1600)), "JPEG")[:60_000], "damaged.*truncated"),
@@ -225,7 +225,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "half a WebP": (saved(PHOTO, "WEBP")[:5000], "damaged"),
     "half a GIF": (saved(PHOTO, "GIF")[:9000], "damaged.*truncated"),
     "a PNG of 60,000 pixels squared": (png_that_claims(60_000, 60_000), "60,000 x 60,000 pixels"),
-    "PostScript, which a program would have to run": (saved(PHOTO, "EPS"), "not a picture"),
+    "PostScript, which a program would have to run": (saved(PHOTO, "EPS"), "not a supported image"),
 }
 
 

@@ -145,7 +145,7 @@ def test_a_broken_photo_is_named_and_the_others_are_answered(made: SimpleNamespa
 
     lines = predict(made.whole, *photos, code=1).splitlines()
     assert re.fullmatch(rf"{re.escape(str(good[0]))}: blue \(\d+\.\d\d %\)", lines[0])
-    assert lines[1].startswith(f"{broken}: The picture is damaged")
+    assert lines[1].startswith(f"{broken}: The image is damaged")
     assert f"{good[1]}: red, or so (" in lines[2]
 
     first, second, third = map(json.loads, predict(made.whole, *photos, "--json", code=1).splitlines())

@@ -75,12 +75,12 @@ def test_damaged_photos_are_named_with_the_reason(data: Path, capsys: pytest.Cap
     found = audit_json(data, capsys, code=1)
     assert set(found["damaged"]) == {f"train/red/{name}" for name in DAMAGE}
     assert "damaged" in found["damaged"]["train/red/cut.jpg"]
-    assert "not a picture" in found["damaged"]["train/red/page.jpg"]
-    assert "0 bytes" in found["damaged"]["train/red/empty.png"]
+    assert "not a supported image" in found["damaged"]["train/red/page.jpg"]
+    assert "(0 bytes)" in found["damaged"]["train/red/empty.png"]
     assert found["counts"]["train"] == {"blue": 4, "red": 4}
     text = audit_text(data, capsys, code=1)
     assert "4 damaged files, left out" in text
-    assert "train/red/cut.jpg: The picture is damaged" in text
+    assert "train/red/cut.jpg: The image is damaged" in text
 
 
 def test_other_files_and_ignored_folders_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

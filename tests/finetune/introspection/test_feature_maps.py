@@ -83,7 +83,7 @@ def test_a_head_only_bundle_of_a_large_network_is_shown_by_stages(tmp_path: Path
     [
         (("--photo", "nothing.jpg"), "There is no photo nothing.jpg"),
         (("--maps", 0), "--maps is 0, and takes 1 or more"),
-        (("--photo", __file__), "not a picture"),
+        (("--photo", __file__), "not a supported image"),
     ],
 )
 def test_a_mistake_gets_one_sentence(words: tuple[object, ...], said: str, bundle: Path, tmp_path: Path) -> None:

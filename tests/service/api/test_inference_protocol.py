@@ -121,7 +121,7 @@ def test_pixels_get_the_golden_answers(client: Any, name: str, tiny_bundle: Simp
 
 def test_one_bad_photo_refuses_all(server: Server, client: Any, name: str, photos: list[bytes]) -> None:
     before = server.metrics()
-    with pytest.raises(InferenceServerException, match=r"Photo 2 of 3: .*not a picture"):
+    with pytest.raises(InferenceServerException, match=r"Photo 2 of 3: .*not a supported image"):
         client.infer(name, [photos_input([photos[0], b"no photo", photos[2]])])
     after = server.metrics()
     assert after['dvc_errors_total{code="not_a_picture"}'] == before.get('dvc_errors_total{code="not_a_picture"}', 0) + 1

@@ -327,7 +327,7 @@ def test_a_body_of_another_kind(client: FlaskClient, photo: bytes, kind: str) ->
     "data", [b"no picture", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0", b"8BPS\0\1"]
 )
 def test_what_is_no_picture(client: FlaskClient, data: bytes) -> None:
-    refused(send(client, data), "not_a_picture", f"{len(data)} bytes arrived", "send a JPEG")
+    refused(send(client, data), "not_a_picture", f"This file is not a supported image ({len(data)} bytes)", "Use JPEG")
 
 
 def test_formats_that_run_programs_or_are_not_photos(client: FlaskClient, picture: Image.Image) -> None:
@@ -336,7 +336,7 @@ def test_formats_that_run_programs_or_are_not_photos(client: FlaskClient, pictur
 
 
 def test_a_damaged_picture(client: FlaskClient, photo: bytes, picture: Image.Image) -> None:
-    refused(send(client, photo[: len(photo) // 2]), "damaged_picture", "damaged", "send it again")
+    refused(send(client, photo[: len(photo) // 2]), "damaged_picture", "damaged", "Use another copy")
     png = bytearray(saved(picture, "PNG"))
     png[len(png) // 2] ^= 0xFF
     refused(send(client, bytes(png)), "damaged_picture")

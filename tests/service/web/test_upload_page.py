@@ -103,7 +103,7 @@ def test_several_photos_are_answered_in_their_order_with_the_bad_one_among_them(
     assert re.findall(r'data-slot="name">(\w+)<', one)[0] == "red"
     assert 'src="data:image/png;base64,' in one
     assert "JPEG, 56 \u00d7 44 pixels" in one
-    assert "10 bytes arrived that are not a picture" in two
+    assert "This file is not a supported image (10 bytes)" in two
     assert "<img" not in two
     assert 'role="alert"' not in answer.text
 
@@ -184,7 +184,7 @@ def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, pho
         ([], 400, "No photo was chosen"),
         ([(b"", "")], 400, "No photo was chosen"),
         ([(b"", "empty.jpg")], 400, "has no bytes"),
-        ([(b"no picture", "a.jpg")], 415, "are not a picture"),
+        ([(b"no picture", "a.jpg")], 415, "not a supported image"),
         ([(b"x", "a.jpg")] * 5, 413, "5 photos arrived and 4 is the most"),
         ([(b"x" * 1_100_000, "a.jpg")], 413, "1,048,576 is the most"),
     ],
