@@ -1,1 +1,1 @@
-"""File formats that pass between training and serving: the bundle, predictions, reviews. Never imports torch."""
+"""File formats shared by training and serving: bundles, predictions, evaluations and reviews. Does not import torch."""

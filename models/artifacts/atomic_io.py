@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and their sha256."""
+"""Atomic file writes and file hashes."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` to write to, and put it in place when the block ends without an error.
+    """Yield a temporary path next to ``path``, and rename it to ``path`` if the block succeeds.
 
-    A kill or a full disk in the middle leaves the old file, or none: never a half. Parent folders are made.
+    After an error, a kill or a full disk the old file is unchanged; a partial file is never visible at ``path``. Missing
+    parent folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
-    part = Path(name)
+    temp = Path(name)
     try:
-        yield part
-        with part.open("rb") as file:
+        yield temp
+        with temp.open("rb") as file:
             os.fsync(file.fileno())
-        part.chmod(0o644)  # mkstemp gives 0600; a bundle is read by the service's user too
-        part.replace(path)
+        temp.chmod(0o644)  # mkstemp sets 0600, but the service may run as another user
+        temp.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
-    with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8")
+    """Write ``text`` to a file as UTF-8, atomically."""
+    with atomic_write(path) as temp:
+        temp.write_text(text, encoding="utf-8")
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, as 64 hexadecimal digits, read in pieces."""
+    """Compute the SHA-256 of a file in chunks; returns 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""The bundle: one folder that holds a classifier and all that is known about it, and says so in ``manifest.json``.
+"""The bundle: a folder with a trained classifier, its metadata and its evaluation, described by ``manifest.json``.
 
-The manifest names every other file with its sha256 and carries its own, so that a changed file, or a manifest edited to
-other classes or another preprocessing, is refused by name. Nothing here imports torch.
+The manifest lists every other file with its SHA-256 and also contains its own. A modified file or manifest (for example other
+classes or another preprocessing) is therefore rejected with an error that names it. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Golden = tuple[NDArray[np.uint8], NDArray[np.float32], float]
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. ``manifest`` is the whole manifest; what code needs of it has a name of its own."""
+    """An opened bundle. ``manifest`` is the parsed manifest; properties give access to its common fields."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -43,7 +43,7 @@ class Bundle:
 
     @property
     def version(self) -> str:
-        """The first 12 digits of the manifest's sha256: it changes when anything in the bundle does."""
+        """The first 12 digits of the manifest's SHA-256, which changes whenever any file in the bundle changes."""
         return str(self.manifest["sha256"])[:12]
 
     @property
@@ -56,82 +56,91 @@ class Bundle:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        given = dict(self.manifest["preprocessing"])
-        return Preprocessing(**given | {"mean": tuple(given["mean"]), "std": tuple(given["std"])})
+        params = dict(self.manifest["preprocessing"])
+        return Preprocessing(**params | {"mean": tuple(params["mean"]), "std": tuple(params["std"])})
 
     @property
     def permute_pixels(self) -> int | None:
-        """The seed of the places that the network's first layer gives to the pixels; None where it leaves them alone."""
+        """The seed of the fixed pixel permutation in the network's first layer, or None without one."""
         seed = self.manifest.get("permute_pixels")
         return None if seed is None else int(seed)
 
     @property
     def merged_from(self) -> str | None:
-        """The version of the head-only bundle that this one was made of, where it was."""
-        found: str | None = self.manifest.get("merged_from")
-        return found
+        """The version of the head-only bundle that this one was merged from, or None."""
+        version: str | None = self.manifest.get("merged_from")
+        return version
 
     @property
     def is_head_only(self) -> bool:
         return bool(self.manifest["kind"] == "head")
 
     def model_card(self) -> str | None:
-        """The model card, as Markdown, where the bundle has one."""
+        """Read the model card (Markdown). Returns None if the bundle has none."""
         file = self.path / MODEL_CARD
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def golden(self) -> Golden:
-        """The golden pixels (N, H, W, C), the probabilities (N, classes) that they must give, and the tolerance."""
+        """Read the golden pixels (N, H, W, C), the expected probabilities (N, classes), and the tolerance."""
         with np.load(self.path / GOLDEN) as arrays:
             return arrays["pixels"], arrays["probabilities"], float(self.manifest["golden"]["tolerance"])
 
 
 def open_bundle(path: Path, *, files: Iterable[str] | None = None) -> Bundle:
-    """Open the bundle in the folder ``path`` and check the manifest and the named ``files`` (all, where none are named).
+    """Open a bundle after verifying its manifest and files.
 
-    Raises BundleError: no bundle, a newer format, a file that is missing or was changed, an edited manifest.
+    Args:
+        path: The bundle's folder.
+        files: Names of the files to verify; None verifies all of them.
+
+    Raises:
+        BundleError: The folder is not a bundle, its format is newer than this version supports, the manifest was edited, or
+            a file is missing or was modified.
     """
     manifest = _read_manifest(path)
     if manifest["format"] > FORMAT_VERSION:
         raise BundleError(
-            f"The bundle {path} has format {manifest['format']} and this version reads up to {FORMAT_VERSION}; "
-            "upgrade this program."
+            f"The bundle {path} has format {manifest['format']}, but this version supports formats up to {FORMAT_VERSION}. "
+            "Upgrade this program."
         )
     if manifest.get("sha256") != manifest_sha256(manifest):
-        raise BundleError(f"{path / MANIFEST} was changed after it was written; export the bundle again.")
+        raise BundleError(f"{path / MANIFEST} was changed after it was written. Export the bundle again.")
     known: Mapping[str, Mapping[str, Any]] = manifest["files"]
     for named in map(PurePosixPath, known):
         if named.is_absolute() or ".." in named.parts:
-            raise BundleError(f"{path / MANIFEST} names {str(named)!r}, which lies outside the bundle; do not trust it.")
+            raise BundleError(f"{path / MANIFEST} lists {str(named)!r}, which is outside the bundle. Do not use this bundle.")
     for name in known if files is None else files:
         check_file(path, name, known)
     return Bundle(path, manifest)
 
 
 def write_bundle(path: Path, fields: Mapping[str, Any], *, write_files: Callable[[Path], None]) -> Bundle:
-    """Write a bundle whole or not at all: ``write_files(folder)`` writes its files beside ``path``, then it takes its place.
+    """Write a bundle atomically: build it in a temporary folder, then move it to ``path``, replacing an older bundle.
 
-    The manifest is ``fields`` with the format, the files and its own sha256 added. An older bundle at ``path`` is replaced.
+    Args:
+        path: The bundle's folder.
+        fields: Fields of the manifest. The format version, the file list and the manifest's SHA-256 are added.
+        write_files: Called with the temporary folder to write all files except the manifest.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    temp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
-        write_files(part)
-        manifest = {"format": FORMAT_VERSION, **fields, "files": hash_files(part)}
+        write_files(temp)
+        manifest = {"format": FORMAT_VERSION, **fields, "files": hash_files(temp)}
         manifest["sha256"] = manifest_sha256(manifest)
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
-        (part / MANIFEST).write_text(text + "\n", encoding="utf-8")
-        part.chmod(0o755)  # mkdtemp gives 0700 and safetensors 0600; a bundle is read by the service's user too
-        for file in part.rglob("*"):
+        (temp / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        temp.chmod(0o755)  # mkdtemp sets 0700 and safetensors 0600, but the service may run as another user
+        for file in temp.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
-        _put_in_place(part, path)
+        _replace_folder(temp, path)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
     return Bundle(path, json.loads(text))
 
 
 def preprocessing_fields(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The preprocessing as the manifest holds it, with its own sha256 beside it."""
+    """Build the manifest fields for a preprocessing: its parameters and their SHA-256."""
     return {"preprocessing": asdict(preprocessing), "preprocessing_sha256": preprocessing.sha256()}
 
 
@@ -142,20 +151,28 @@ def check_golden(
     tolerance: float | None = None,
     golden: Golden | None = None,
 ) -> float:
-    """Run the golden pixels through ``run`` and give the largest difference from what they must give.
+    """Compare the outputs of ``run`` on the golden pixels with the expected probabilities.
 
-    ``run`` may answer for the first few alone; ``golden`` is what was read already, by who checks in several threads.
-    Raises BundleError where the difference is over the bundle's own tolerance, or over ``tolerance``, as for a coarser
-    precision.
+    Args:
+        bundle: The bundle to check.
+        run: Maps pixels (N, H, W, C) to probabilities. It may return only the first rows.
+        tolerance: Max absolute difference, for a lower numeric precision. Defaults to the bundle's own tolerance.
+        golden: The result of ``bundle.golden()``, to avoid reading it again.
+
+    Returns:
+        The largest absolute difference.
+
+    Raises:
+        BundleError: The difference exceeds the tolerance or is NaN.
     """
-    pixels, wanted, own = golden or bundle.golden()
-    answers = run(pixels)
-    difference = float(np.abs(answers - wanted[: len(answers)]).max())
-    limit = own if tolerance is None else tolerance
-    if not difference <= limit:  # also where it is not a number
+    pixels, expected, bundle_tolerance = golden or bundle.golden()
+    outputs = run(pixels)
+    difference = float(np.abs(outputs - expected[: len(outputs)]).max())
+    limit = bundle_tolerance if tolerance is None else tolerance
+    if not difference <= limit:  # also true for NaN
         raise BundleError(
-            f"The bundle {bundle.path} does not give its golden answers: they differ by {difference:.2g}, "
-            f"{limit:.2g} is allowed; export it again with the libraries that are installed here."
+            f"The bundle {bundle.path} does not reproduce its golden outputs: max difference {difference:.2g}, "
+            f"tolerance {limit:.2g}. Export it again with the library versions that are installed here."
         )
     return difference
 
@@ -164,51 +181,60 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.is_file():
         raise BundleError(
-            f"{path} is not a bundle: it has no {MANIFEST}; give a folder that `finetune train` wrote (runs/NAME/bundle)."
+            f"{path} is not a bundle: it has no {MANIFEST}. Use a folder written by `finetune train` (runs/NAME/bundle)."
         )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or not isinstance(manifest["format"], int):
             raise ValueError("no format number")
     except (ValueError, KeyError) as error:
-        raise BundleError(f"{file} cannot be read ({error}); export the bundle again.") from None
+        raise BundleError(f"{file} cannot be read ({error}). Export the bundle again.") from None
     return manifest
 
 
 def check_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise BundleError where the file ``name`` of the folder ``path`` is not as ``known`` says: {name: {sha256, bytes}}."""
+    """Verify the size and the SHA-256 of one file.
+
+    Args:
+        path: The folder.
+        name: The file's name in ``path``.
+        known: The listed files: {name: {"sha256": ..., "bytes": ...}}.
+
+    Raises:
+        BundleError: The file is not listed, missing or modified.
+    """
     if name not in known:
-        raise BundleError(f"The bundle {path} has no {name}; export it again with what needs it.")
+        raise BundleError(f"The bundle {path} has no {name}. Export it again so that it includes this file.")
     file = path / name
     if not file.is_file():
-        raise BundleError(f"The bundle {path} lacks {name}, which its manifest names; copy the whole folder again.")
+        raise BundleError(f"The bundle {path} lacks {name}, which its manifest lists. Copy the complete folder again.")
     if file.stat().st_size != known[name]["bytes"] or sha256_of(file) != known[name]["sha256"]:
-        raise BundleError(f"{file} was changed or damaged: its sha256 is not the manifest's; copy or export the bundle again.")
+        raise BundleError(f"{file} was changed or damaged: its sha256 is not the manifest's. Copy or export the bundle again.")
 
 
 def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """The size and the sha256 of every file below ``folder``, by its name from there."""
+    """Hash all files under ``folder``: {relative POSIX path: {"sha256": ..., "bytes": ...}}."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): {"sha256": sha256_of(file), "bytes": file.stat().st_size} for file in files}
 
 
 def manifest_sha256(manifest: Mapping[str, Any]) -> str:
-    """The sha256 of a manifest, but for the one that it carries itself."""
+    """Compute the SHA-256 of a manifest without its own ``sha256`` field."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _put_in_place(part: Path, path: Path) -> None:
-    """Rename ``part`` to ``path``; an older folder there moves aside first, and comes back if the second step fails."""
+def _replace_folder(new: Path, path: Path) -> None:
+    """Rename ``new`` to ``path``. An existing folder is moved away first and restored if the rename fails."""
     if not path.exists():
-        part.rename(path)
+        new.rename(path)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
-    os.rename(path, aside)
+    backup = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent)) / path.name
+    os.rename(path, backup)
     try:
-        part.rename(path)
+        new.rename(path)
     except OSError:
-        os.rename(aside, path)
+        os.rename(backup, path)
         raise
     finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+        shutil.rmtree(backup.parent, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""What a model said of photos, wherever that lies: in a bundle, or in the folder of an evaluation.
+"""Read stored predictions from a bundle or an evaluation folder, and write evaluation folders.
 
-An evaluation's folder says in ``evaluation.json`` which bundle was measured on what, and names its tables with their sha256.
-Nothing here imports torch.
+``evaluation.json`` in an evaluation folder describes the evaluated bundle and the data, and lists the tables with their
+SHA-256. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,11 +27,21 @@ DATA_FILES = (PREDICTIONS, *SIMILARITY_FILES)
 
 @dataclass(frozen=True)
 class PredictionSource:
-    """The predictions of a bundle or an evaluation, opened and checked.
+    """The verified predictions of a bundle or an evaluation.
 
-    ``kind`` is "bundle" (its validation photos), "evaluation" (other photos) or "out-of-fold" (every photo by a head that was
-    trained without it). ``version`` identifies these results, ``bundle_version`` the bundle that they are of; the two are the
-    same for a bundle's own. ``split`` and ``folds`` are an evaluation's.
+    Attributes:
+        path: The folder.
+        name: The bundle's name.
+        version: Identifies these results. For a bundle's own predictions it equals ``bundle_version``.
+        kind: "bundle" (validation images), "evaluation" (other images) or "out-of-fold" (each image predicted by a head
+            that was trained without it).
+        classes: The class names.
+        backbone: The network's name.
+        bundle_version: Identifies the bundle that made the predictions.
+        split: The evaluated split; None for a bundle.
+        folds: The number of cross-validation folds of out-of-fold predictions.
+        temperature: The calibration temperature.
+        created: Creation time, ISO 8601 in UTC.
     """
 
     path: Path
@@ -47,23 +57,27 @@ class PredictionSource:
     created: str | None = None
 
     def predictions(self) -> Predictions:
-        """Read the table. Raises BundleError where it is missing or malformed."""
+        """Read the predictions table. Raises BundleError if it is missing or malformed."""
         return Predictions.read_csv(self.path / PREDICTIONS)
 
     def similarity(self) -> SimilarityIndex:
-        """Read what looks alike; empty where an older version wrote none. Raises BundleError for what is malformed."""
+        """Read the similarity index, which is empty if an older version wrote none. Raises BundleError if it is malformed."""
         return SimilarityIndex.read(self.path)
 
 
 def open_predictions(path: Path) -> PredictionSource:
-    """Open a bundle's or an evaluation's folder and check its tables. Raises BundleError for neither, and for changed files."""
+    """Open a bundle or an evaluation folder and verify its tables.
+
+    Raises:
+        BundleError: The folder is neither of the two, or a file is missing or was modified.
+    """
     if (path / MANIFEST).is_file():
-        return _of_bundle(path)
+        return _open_bundle_predictions(path)
     if (path / EVALUATION).is_file():
-        return _of_evaluation(path)
+        return _open_evaluation(path)
     raise BundleError(
-        f"{path} has neither {MANIFEST} nor {EVALUATION}; give a bundle (runs/NAME/bundle), or a folder that "
-        "`finetune evaluate` wrote."
+        f"{path} has neither {MANIFEST} nor {EVALUATION}. Use a bundle (runs/NAME/bundle) or a folder written by "
+        "`finetune evaluate`."
     )
 
 
@@ -78,9 +92,19 @@ def write_evaluation(
     folds: int | None = None,
     fold_training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Say in ``folder``, beside tables that are there already, what they are; ``fold_training`` is how the heads of folds were.
+    """Write ``evaluation.json`` for the tables that already exist in ``folder``.
 
-    The sha256 is of all but the time, so that measuring the same again gives the same one.
+    The SHA-256 excludes the creation time, so repeating an evaluation gives the same version.
+
+    Args:
+        folder: The evaluation folder.
+        bundle: The evaluated bundle.
+        kind: ``EVALUATED`` or ``OUT_OF_FOLD``.
+        classes: The class names.
+        split: The evaluated split.
+        temperature: The calibration temperature of the probabilities.
+        folds: The number of folds of a cross-validation.
+        fold_training: The training settings of the folds' heads.
     """
     files = hash_files(folder)
     info = {
@@ -99,7 +123,7 @@ def write_evaluation(
     atomic_write_text(folder / EVALUATION, json.dumps(info, indent=2, ensure_ascii=False) + "\n")
 
 
-def _of_bundle(path: Path) -> PredictionSource:
+def _open_bundle_predictions(path: Path) -> PredictionSource:
     bundle = open_bundle(path, files=())
     open_bundle(path, files=[PREDICTIONS, *(name for name in SIMILARITY_FILES if name in bundle.manifest["files"])])
     return PredictionSource(
@@ -115,15 +139,18 @@ def _of_bundle(path: Path) -> PredictionSource:
     )
 
 
-def _of_evaluation(path: Path) -> PredictionSource:
+def _open_evaluation(path: Path) -> PredictionSource:
     file = path / EVALUATION
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
         if info["format"] > FORMAT_VERSION:
-            raise BundleError(f"{file} has format {info['format']}, and this version reads up to {FORMAT_VERSION}; upgrade it.")
+            raise BundleError(
+                f"{file} has format {info['format']}, but this version supports formats up to {FORMAT_VERSION}. "
+                "Upgrade this program."
+            )
         if info["sha256"] != manifest_sha256({key: value for key, value in info.items() if key != "created"}):
-            raise BundleError(f"{file} was changed after it was written; evaluate again.")
-        results = PredictionSource(
+            raise BundleError(f"{file} was changed after it was written. Run `finetune evaluate` again.")
+        source = PredictionSource(
             path=path,
             name=str(info["bundle"]["name"]),
             version=str(info["sha256"])[:12],
@@ -137,7 +164,7 @@ def _of_evaluation(path: Path) -> PredictionSource:
             created=info["created"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{file} cannot be read as an evaluation ({error!r}); evaluate again.") from None
+        raise BundleError(f"{file} cannot be read as an evaluation ({error!r}). Run `finetune evaluate` again.") from None
     for name in DATA_FILES:
         check_file(path, name, info["files"])
-    return results
+    return source

@@ -1,7 +1,8 @@
-"""Which labels are probably wrong, judged by out-of-fold predictions: confident learning.
+"""Find probable label errors from out-of-fold predictions with confident learning.
 
-Northcutt, Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels" (arXiv 1911.00068), as in
-cleanlab. The probabilities have to come from networks that did not learn from the photo's own label.
+Northcutt, Jiang and Chuang 2021, "Confident Learning: Estimating Uncertainty in Dataset Labels"
+(https://arxiv.org/abs/1911.00068), as implemented in cleanlab. The probabilities of an image must come from a model that was
+not trained on it.
 """
 
 from __future__ import annotations
@@ -13,31 +14,40 @@ from models.artifacts.predictions import Predictions
 
 
 def class_thresholds(predictions: Predictions) -> NDArray[np.float64]:
-    """(C,) the mean probability that photos labelled j get for j; infinite for a class without photos."""
-    found = np.full(len(predictions.classes), np.inf)
-    for j in range(len(found)):
-        own = predictions.probabilities[predictions.labels == j, j]
-        if len(own):
-            found[j] = own.mean()
-    return found
+    """Compute each class's threshold: the mean probability of class j over the images labeled j.
+
+    Returns:
+        (C,) float64; infinity for a class without images.
+    """
+    thresholds = np.full(len(predictions.classes), np.inf)
+    for j in range(len(thresholds)):
+        self_confidence = predictions.probabilities[predictions.labels == j, j]
+        if len(self_confidence):
+            thresholds[j] = self_confidence.mean()
+    return thresholds
 
 
 def suggested_labels(predictions: Predictions) -> NDArray[np.int64]:
-    """(N,) the class that each photo probably is: the most probable of those that reach their class's threshold.
+    """Suggest a label per image: the most probable class among those that reach their threshold.
 
-    A photo that reaches none keeps its label.
+    Returns:
+        (N,) class indices. An image without such a class keeps its label.
     """
     confident = np.where(predictions.probabilities >= class_thresholds(predictions), predictions.probabilities, -1.0)
     return np.where(confident.max(axis=1, initial=-1.0) < 0, predictions.labels, confident.argmax(axis=1)).astype(np.int64)
 
 
 def find_label_issues(predictions: Predictions) -> NDArray[np.bool_]:
-    """(N,) whether a photo is probably mislabelled: it is confidently of another class."""
+    """Flag probably mislabeled images, whose suggested label differs from their label. Returns an (N,) mask."""
     return np.asarray(suggested_labels(predictions) != predictions.labels)
 
 
 def normalized_margins(predictions: Predictions) -> NDArray[np.float64]:
-    """(N,) p(label) less the largest other probability, brought to 0..1: the lower, the less its label is believed."""
+    """Compute the margin between the label's probability and the largest other one, scaled to 0..1.
+
+    Returns:
+        (N,) float64; lower means that the label is more likely to be wrong.
+    """
     rows = np.arange(len(predictions.labels))
     others = predictions.probabilities.copy()
     others[rows, predictions.labels] = 0.0
@@ -45,6 +55,6 @@ def normalized_margins(predictions: Predictions) -> NDArray[np.float64]:
 
 
 def rank_label_issues(predictions: Predictions) -> NDArray[np.intp]:
-    """The rows that are probably mislabelled, the least believed label first; equal ones in their own order."""
+    """Return the rows of the probably mislabeled images, lowest margin first; ties keep their order."""
     rows = np.flatnonzero(find_label_issues(predictions))
     return rows[np.argsort(normalized_margins(predictions)[rows], kind="stable")]

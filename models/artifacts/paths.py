@@ -1,4 +1,4 @@
-"""Where a person's machine keeps features, bundles merged with their base, and decisions about photos."""
+"""Default directories for caches and user data, following the XDG Base Directory specification."""
 
 from __future__ import annotations
 
@@ -10,43 +10,46 @@ from models.errors import BundleError
 
 
 def default_cache_dir() -> Path:
-    """Under ``XDG_CACHE_HOME``, or ``~/.cache``."""
+    """Return the directory for data that can be recomputed, under ``XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune"
 
 
 def default_data_dir() -> Path:
-    """Under ``XDG_DATA_HOME``, or ``~/.local/share``: for what cannot be made again, as people's decisions."""
+    """Return the directory for data that cannot be recomputed, under ``XDG_DATA_HOME`` or ``~/.local/share``."""
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "finetune"
 
 
 def merged_dir(bundle: Bundle) -> Path:
-    """Where the whole bundle lies that was made of this head-only one, if it was: training puts it, the service looks."""
+    """Return where training stores, and the service expects, the full bundle merged from a head-only one."""
     return default_cache_dir() / "merged" / f"{bundle.name}-{bundle.version}"
 
 
 def compiled_dir() -> Path | None:
-    """Where an engine may keep what it compiled; None where this process cannot write, as in a read-only container."""
-    return _writable("compiled")
+    """Return the cache directory for compiled networks, or None if it is not writable (a read-only container)."""
+    return _writable_cache("compiled")
 
 
 def thumbnails_dir() -> Path | None:
-    """Where the service may keep small pictures of photos; None where this process cannot write."""
-    return _writable("thumbnails")
+    """Return the cache directory for thumbnails, or None if it is not writable."""
+    return _writable_cache("thumbnails")
 
 
-def _writable(name: str) -> Path | None:
+def _writable_cache(name: str) -> Path | None:
     try:
         folder = default_cache_dir() / name
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
         return None
     return folder if os.access(folder, os.W_OK) else None
 
 
 def resolve_bundle(path: Path) -> Path:
-    """Where the bundle is that can answer: at ``path``, or where its merged one is. Raises BundleError where there is none.
+    """Return the path of a full bundle: ``path`` itself, or the bundle merged from the head-only bundle at ``path``.
 
-    Only the manifest is looked at; who opens the bundle checks its files.
+    Only the manifest is verified; opening the bundle verifies its files.
+
+    Raises:
+        BundleError: ``path`` is not a bundle, or it is a head-only bundle that has not been merged.
     """
     bundle = open_bundle(path, files=())
     if not bundle.is_head_only:
@@ -54,5 +57,6 @@ def resolve_bundle(path: Path) -> Path:
     if merged_dir(bundle).is_dir():
         return merged_dir(bundle)
     raise BundleError(
-        f"The bundle {path} holds only what was trained; make it whole with `finetune merge {path}`, once, and start again."
+        f"The bundle {path} contains only the trained layers. Run `finetune merge {path}` once to add the pretrained weights, "
+        "then start again."
     )

@@ -1,4 +1,4 @@
-"""What a network said of each photo, as arrays in memory and as a CSV file that any tool reads."""
+"""Class probabilities per image, in memory and as ``predictions.csv``."""
 
 from __future__ import annotations
 
@@ -15,56 +15,74 @@ from models.artifacts.atomic_io import atomic_write
 from models.errors import BundleError
 
 MIN_PROBABILITY = 1e-12
-SUM_TOLERANCE = 1e-3  # half precision on some runtimes misses 1 by this much
+SUM_TOLERANCE = 1e-3  # half-precision probabilities may sum to 1 only within this error
 LEADING_COLUMNS = ["photo", "label", "predicted"]
 TRAILING_COLUMNS = ["loss", "split", "sha256"]
+RERUN_HINT = "Run `finetune evaluate` again to recreate the file."
 
 
 def cross_entropy(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The natural-log loss of each photo, -log p(true class), with p floored at 1e-12 so that it stays finite.
+    """Compute the cross-entropy loss per image: -ln p(true class), with p at least 1e-12 to keep it finite.
 
-    Takes labels (N,) and probabilities (N, C); returns (N,).
+    Args:
+        labels: (N,) class indices.
+        probabilities: (N, C).
+
+    Returns:
+        (N,) losses in nats.
     """
     true = probabilities[np.arange(len(labels)), labels]
     return -np.log(np.clip(true, MIN_PROBABILITY, 1.0)) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 def confusion_counts(labels: NDArray[np.int64], predicted: NDArray[np.int64], class_count: int) -> NDArray[np.int64]:
-    """How many photos of each true class (rows) were predicted as each class (columns): (class_count, class_count).
+    """Compute the confusion matrix: rows are true classes, columns are predicted classes.
 
-    As scikit-learn's confusion_matrix, which however warns where there is one class only.
+    Equivalent to scikit-learn's ``confusion_matrix``, which warns if there is only one class.
+
+    Args:
+        labels: (N,) true class indices.
+        predicted: (N,) predicted class indices.
+        class_count: The number of classes.
+
+    Returns:
+        (class_count, class_count) image counts.
     """
-    cells = np.bincount(labels * class_count + predicted, minlength=class_count**2)
-    return cells.astype(np.int64).reshape(class_count, class_count)
+    counts = np.bincount(labels * class_count + predicted, minlength=class_count**2)
+    return counts.astype(np.int64).reshape(class_count, class_count)
 
 
 def check_probabilities(labels: NDArray[np.int64], probabilities: NDArray[np.float64], class_count: int) -> None:
-    """Raise ValueError unless ``labels`` is (N,) class indices and ``probabilities`` (N, class_count) rows of sum 1."""
+    """Raise ValueError unless ``labels`` are (N,) class indices and ``probabilities`` are (N, class_count) rows of sum 1."""
     if labels.ndim != 1 or probabilities.shape != (len(labels), class_count):
         raise ValueError(
-            f"Labels of shape {labels.shape} and probabilities of shape {probabilities.shape} arrived; "
-            f"(N,) and (N, {class_count}) were wanted, one column for each class."
+            f"Expected labels of shape (N,) and probabilities of shape (N, {class_count}), one column per class; "
+            f"got {labels.shape} and {probabilities.shape}."
         )
     if len(labels) and not (labels.min() >= 0 and labels.max() < class_count):
-        raise ValueError(f"Labels run from {labels.min()} to {labels.max()}, but there are {class_count} classes.")
-    bad = _no_distribution(probabilities)
-    if len(bad):
-        raise ValueError(f"Row {bad[0]} of the probabilities is {probabilities[bad[0]]}, which is no distribution.")
+        raise ValueError(f"Labels must be from 0 to {class_count - 1}, got {labels.min()} to {labels.max()}.")
+    invalid = _invalid_rows(probabilities)
+    if len(invalid):
+        raise ValueError(f"Row {invalid[0]} is not a probability distribution: {probabilities[invalid[0]]}.")
 
 
-def _no_distribution(probabilities: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The rows with a value outside 0..1 or with a sum other than 1; a NaN fails both."""
-    within = ((probabilities >= 0.0) & (probabilities <= 1.0 + SUM_TOLERANCE)).all(axis=1)
-    return np.flatnonzero(~(within & (np.abs(probabilities.sum(axis=1) - 1.0) <= SUM_TOLERANCE)))
+def _invalid_rows(probabilities: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return the rows with a value outside 0..1 or a sum other than 1, including rows with NaN."""
+    in_range = ((probabilities >= 0.0) & (probabilities <= 1.0 + SUM_TOLERANCE)).all(axis=1)
+    return np.flatnonzero(~(in_range & (np.abs(probabilities.sum(axis=1) - 1.0) <= SUM_TOLERANCE)))
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """The class probabilities of N photos, beside what the photos are.
+    """The class probabilities of N images, with their labels and origins. Raises ValueError for inconsistent values.
 
-    ``image_names`` are POSIX paths relative to the data folder ("valid/cats/cat.1.jpg"); ``labels`` (N,) index ``classes``;
-    ``probabilities`` is (N, C); ``splits`` and ``sha256s`` hold one text for each photo. Raises ValueError where
-    lengths, shapes or values do not fit together.
+    Attributes:
+        classes: The C class names.
+        image_names: POSIX paths relative to the data folder ("valid/cats/cat.1.jpg").
+        labels: (N,) true class indices.
+        probabilities: (N, C).
+        splits: The split of each image.
+        sha256s: The SHA-256 of each image file.
     """
 
     classes: tuple[str, ...]
@@ -76,100 +94,107 @@ class Predictions:
 
     def __post_init__(self) -> None:
         if not self.classes or len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"Classes {self.classes} arrived; at least one was wanted, each with its own name.")
+            raise ValueError(f"Expected one or more distinct class names, got {self.classes}.")
         if len({len(self.image_names), len(self.labels), len(self.splits), len(self.sha256s)}) != 1:
             raise ValueError(
-                f"{len(self.image_names)} photos, {len(self.labels)} labels, {len(self.splits)} splits and "
-                f"{len(self.sha256s)} sha256s arrived; one of each for each photo was wanted."
+                f"Expected one label, split and sha256 per image; got {len(self.image_names)} images, "
+                f"{len(self.labels)} labels, {len(self.splits)} splits and {len(self.sha256s)} sha256s."
             )
         check_probabilities(self.labels, self.probabilities, len(self.classes))
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """(N,) the index of the most probable class; the first where several are equal."""
+        """(N,) index of the most probable class; the first one if several are equal."""
         return np.asarray(self.probabilities.argmax(axis=1), dtype=np.int64)
 
     @property
     def losses(self) -> NDArray[np.float64]:
-        """(N,) natural-log cross entropy; see ``cross_entropy``."""
+        """(N,) cross-entropy loss in nats; see ``cross_entropy``."""
         return cross_entropy(self.labels, self.probabilities)
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """(N,) whether the most probable class is the true one."""
+        """(N,) whether the predicted class is the true one."""
         return np.asarray(self.predicted == self.labels)
 
     @property
     def confidence(self) -> NDArray[np.float64]:
-        """(N,) the probability of the most probable class."""
+        """(N,) probability of the predicted class."""
         return np.asarray(self.probabilities.max(axis=1))
 
     def write_csv(self, path: Path) -> None:
-        """Write one row a photo: photo, label, predicted, p_<class>..., loss, split, sha256; whole or not at all.
+        """Write one row per image, atomically: photo, label, predicted, p_<class>..., loss, split, sha256.
 
-        Label and predicted are class names. Nine significant digits bring every float32 back exactly.
+        ``label`` and ``predicted`` are class names. Nine significant digits preserve every float32 exactly.
         """
         predicted, losses = self.predicted, self.losses
-        # surrogateescape: on Linux a file's name can be bytes that are no UTF-8
-        with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        # surrogateescape: on Linux a file name may not be valid UTF-8
+        with atomic_write(path) as temp, temp.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([*LEADING_COLUMNS, *(f"p_{name}" for name in self.classes), *TRAILING_COLUMNS])
-            for i, photo in enumerate(self.image_names):
+            for i, image_name in enumerate(self.image_names):
                 numbers = [f"{probability:.9g}" for probability in self.probabilities[i]]
                 names = [self.classes[self.labels[i]], self.classes[predicted[i]]]
-                writer.writerow([photo, *names, *numbers, f"{losses[i]:.9g}", self.splits[i], self.sha256s[i]])
+                writer.writerow([image_name, *names, *numbers, f"{losses[i]:.9g}", self.splits[i], self.sha256s[i]])
 
     @classmethod
     def read_csv(cls, path: Path) -> Predictions:
-        """Read what ``write_csv`` wrote; predicted and loss are not read but follow from the probabilities.
+        """Read a file of ``write_csv``. The columns predicted and loss are ignored and recomputed from the probabilities.
 
-        Raises BundleError for a file that is missing or malformed; it names the row (the header is row 1) and column.
+        Raises:
+            BundleError: The file is missing or malformed. The message names the row (the header is row 1) and the column.
         """
         try:
-            # utf-8-sig: spreadsheets put a byte order mark in front
+            # utf-8-sig: spreadsheets write a byte order mark
             with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
                 header, *rows = list(csv.reader(file, strict=True)) or [[]]
         except (OSError, csv.Error) as error:
-            raise BundleError(f"{path} cannot be read as a table of predictions ({error}); evaluate again.") from None
-        classes = _classes_of(header, path)
+            raise BundleError(f"{path} cannot be read as a table of predictions ({error}). {RERUN_HINT}") from None
+        classes = _parse_header(header, path)
         labels = np.zeros(len(rows), dtype=np.int64)
         probabilities = np.zeros((len(rows), len(classes)))
         for i, row in enumerate(rows):
-            labels[i], probabilities[i] = _parse(row, header, classes, f"{path}, row {i + 2}")
+            labels[i], probabilities[i] = _parse_row(row, header, classes, f"{path}, row {i + 2}")
         image_names, splits, sha256s = (tuple(row[column] for row in rows) for column in (0, -2, -1))
         return cls(classes, image_names, labels, probabilities, splits, sha256s)
 
 
-def _classes_of(header: Sequence[str], path: Path) -> tuple[str, ...]:
-    middle = header[len(LEADING_COLUMNS) : -len(TRAILING_COLUMNS)]
-    named = bool(middle) and all(name.startswith("p_") for name in middle) and len(set(middle)) == len(middle)
-    if not named or header[: len(LEADING_COLUMNS)] != LEADING_COLUMNS or header[-len(TRAILING_COLUMNS) :] != TRAILING_COLUMNS:
+def _parse_header(header: Sequence[str], path: Path) -> tuple[str, ...]:
+    """Return the class names of a header row."""
+    columns = header[len(LEADING_COLUMNS) : -len(TRAILING_COLUMNS)]
+    is_valid = bool(columns) and all(name.startswith("p_") for name in columns) and len(set(columns)) == len(columns)
+    if (
+        not is_valid
+        or header[: len(LEADING_COLUMNS)] != LEADING_COLUMNS
+        or header[-len(TRAILING_COLUMNS) :] != TRAILING_COLUMNS
+    ):
         raise BundleError(
-            f"{path}, row 1 has the columns {','.join(header)!r}; photo,label,predicted,p_<class>...,loss,split,sha256 "
-            "were wanted, one p_ column for each class; evaluate again to write the file anew."
+            f"{path}, row 1: expected the columns photo,label,predicted,p_<class>...,loss,split,sha256 with one p_ column per "
+            f"class, got {','.join(header)!r}. {RERUN_HINT}"
         )
-    return tuple(name.removeprefix("p_") for name in middle)
+    return tuple(name.removeprefix("p_") for name in columns)
 
 
-def _parse(row: Sequence[str], header: Sequence[str], classes: Sequence[str], place: str) -> tuple[int, list[float]]:
-    """The label's index and the probabilities of one row; ``place`` names file and row for the BundleError."""
-    again = "evaluate again to write the file anew."
+def _parse_row(row: Sequence[str], header: Sequence[str], classes: Sequence[str], position: str) -> tuple[int, list[float]]:
+    """Return the label's index and the probabilities of a row; ``position`` is the file and row for error messages."""
     if len(row) != len(header):
         last = header[min(len(row), len(header)) - 1]
-        raise BundleError(f"{place} has {len(row)} columns, up to {last!r}, not the header's {len(header)}; {again}")
+        raise BundleError(f"{position}: expected {len(header)} columns, got {len(row)} (up to {last!r}). {RERUN_HINT}")
     if row[1] not in classes:
-        raise BundleError(f"{place}, column 'label' is {row[1]!r}, but there is no column 'p_{row[1]}'; {again}")
+        raise BundleError(f"{position}, column 'label': {row[1]!r} has no column 'p_{row[1]}'. {RERUN_HINT}")
     columns = slice(len(LEADING_COLUMNS), -len(TRAILING_COLUMNS))
-    numbers = [_number(text) for text in row[columns]]
-    for name, text, number in zip(header[columns], row[columns], numbers, strict=True):
-        if not 0.0 <= number <= 1.0 + SUM_TOLERANCE:
-            raise BundleError(f"{place}, column {name!r} is {text!r}, not a probability from 0 to 1; {again}")
-    if abs(sum(numbers) - 1.0) > SUM_TOLERANCE:
-        raise BundleError(f"{place}, columns 'p_{classes[0]}' to 'p_{classes[-1]}' sum to {sum(numbers):.6g}; {again}")
-    return classes.index(row[1]), numbers
+    values = [_parse_float(text) for text in row[columns]]
+    for name, text, value in zip(header[columns], row[columns], values, strict=True):
+        if not 0.0 <= value <= 1.0 + SUM_TOLERANCE:
+            raise BundleError(f"{position}, column {name!r}: expected a probability from 0 to 1, got {text!r}. {RERUN_HINT}")
+    if abs(sum(values) - 1.0) > SUM_TOLERANCE:
+        raise BundleError(
+            f"{position}: columns 'p_{classes[0]}' to 'p_{classes[-1]}' sum to {sum(values):.6g}, expected 1. {RERUN_HINT}"
+        )
+    return classes.index(row[1]), values
 
 
-def _number(text: str) -> float:
+def _parse_float(text: str) -> float:
     try:
         return float(text)
     except ValueError:

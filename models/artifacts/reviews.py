@@ -1,4 +1,4 @@
-"""What people decided about photos: one row a photo, as a page writes it and a training reads it."""
+"""Review decisions of people about images, and their CSV format: exported by the gallery, read by training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ DECISIONS = (LABEL, NEITHER, BAD)
 
 @dataclass(frozen=True)
 class Review:
-    """The present decision on a photo, which its sha256 names; ``photo`` and ``label`` are what they were when it was made.
+    """The current review of one image.
 
-    ``decision`` is "label" (it is ``new_label``, which may be what it was), "neither" (none of the classes) or "bad" (no use).
+    Attributes:
+        sha256: Identifies the image.
+        photo: The image's name at the time of the review.
+        label: The image's label at the time of the review.
+        decision: "label" (the correct label is ``new_label``, possibly unchanged), "neither" (none of the classes) or
+            "bad" (unusable).
+        new_label: The correct class if ``decision`` is "label".
+        note: Free text.
+        reviewer: The reviewer's name.
+        decided_at: The time of the review.
     """
 
     sha256: str
@@ -34,7 +43,7 @@ COLUMNS = [field.name for field in fields(Review)]
 
 
 def write_reviews(reviews: Iterable[Review]) -> bytes:
-    """The table as CSV in UTF-8."""
+    """Encode reviews as CSV in UTF-8."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -43,42 +52,55 @@ def write_reviews(reviews: Iterable[Review]) -> bytes:
 
 
 def read_reviews(data: bytes, *, origin: str) -> tuple[Review, ...]:
-    """Read the table; ``origin`` says where it came from. Columns may stand in any order, and there may be others.
+    """Parse a CSV file of reviews. Columns may be in any order, and additional columns are ignored.
 
-    Raises DataError for what is no such table; it names the row (the header is row 1).
+    Args:
+        data: The bytes of the file.
+        origin: The file's name for error messages.
+
+    Raises:
+        DataError: The file is malformed or contradictory. The message names the row (the header is row 1).
     """
     try:
-        # utf-8-sig: spreadsheets put a byte order mark in front
+        # utf-8-sig: spreadsheets write a byte order mark
         text = data.decode("utf-8-sig", errors="surrogateescape")
         header, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
     except csv.Error as error:
-        raise DataError(f"{origin} cannot be read as a table of reviews ({error}); download it again.") from None
+        raise DataError(f"{origin} cannot be read as a table of reviews ({error}). Download it again.") from None
     missing = [name for name in COLUMNS if name not in header]
     if missing:
-        raise DataError(f"{origin} has no column {missing[0]!r}; a table of reviews has {','.join(COLUMNS)}.")
-    places = [header.index(name) for name in COLUMNS]
+        raise DataError(f"{origin} has no column {missing[0]!r}. A table of reviews has the columns {','.join(COLUMNS)}.")
+    indices = [header.index(name) for name in COLUMNS]
     reviews = []
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise DataError(
-                f"{origin}, row {number} has {len(row)} columns, not {len(header)} as the header; download it again."
+                f"{origin}, row {number}: expected {len(header)} columns as in the header, got {len(row)}. Download it again."
             )
-        reviews.append(Review(*(row[place] for place in places)))
+        reviews.append(Review(*(row[index] for index in indices)))
     return check_reviews(reviews, origin=origin)
 
 
 def check_reviews(reviews: Sequence[Review], *, origin: str) -> tuple[Review, ...]:
-    """Raise DataError for an unknown decision, a name that is no sha256, and a photo with two decisions that differ."""
-    decided: dict[str, Review] = {}
+    """Validate reviews.
+
+    Args:
+        reviews: The rows in the order of the file.
+        origin: The file's name for error messages.
+
+    Raises:
+        DataError: A decision or sha256 is invalid, or two rows contradict each other on the same image.
+    """
+    by_sha256: dict[str, Review] = {}
     for number, review in enumerate(reviews, start=2):
-        place = f"{origin}, row {number} ({review.photo})"
+        position = f"{origin}, row {number} ({review.photo})"
         if review.decision not in DECISIONS:
-            raise DataError(f"{place} has the decision {review.decision!r}; {', '.join(DECISIONS)} are known.")
+            raise DataError(f"{position}: unknown decision {review.decision!r}. Use {', '.join(DECISIONS)}.")
         if review.decision == LABEL and not review.new_label:
-            raise DataError(f"{place} has the decision 'label' and no new_label; name the class, or decide 'neither'.")
+            raise DataError(f"{position}: the decision 'label' requires new_label. Enter a class, or use 'neither'.")
         if len(review.sha256) != 64 or not set(review.sha256) <= set("0123456789abcdef"):
-            raise DataError(f"{place} has the sha256 {review.sha256!r}, which is none; download the table again.")
-        other = decided.setdefault(review.sha256, review)
+            raise DataError(f"{position}: {review.sha256!r} is not a sha256. Download the table again.")
+        other = by_sha256.setdefault(review.sha256, review)
         if (other.decision, other.new_label) != (review.decision, review.new_label):
-            raise DataError(f"{place} decides otherwise than another row of the same photo; leave one row for each photo.")
+            raise DataError(f"{position}: contradicts another row of the same photo. Keep one row per photo.")
     return tuple(reviews)

@@ -273,5 +273,5 @@ def test_a_model_that_does_not_give_its_golden_answers_is_never_served(spoilt: P
     manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}
     write_bundle(spoilt.parent / "other", manifest, write_files=write_files)
     said = logged(gives_up(3, bundle=spoilt.parent / "other"))
-    assert "does not give its golden answers" in said
+    assert "does not reproduce its golden outputs" in said
     assert "ready" not in said.splitlines()

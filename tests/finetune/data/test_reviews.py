@@ -73,9 +73,9 @@ def test_a_table_comes_back_as_it_was_also_from_a_spreadsheet() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"decision": "maybe"}, "row 2 .* has the decision 'maybe'; label, neither, bad are known"),
-        ({"decision": "label"}, "has the decision 'label' and no new_label"),
-        ({"sha256": "abc"}, "has the sha256 'abc', which is none"),
+        ({"decision": "maybe"}, r"row 2 .*: unknown decision 'maybe'\. Use label, neither, bad"),
+        ({"decision": "label"}, "the decision 'label' requires new_label"),
+        ({"sha256": "abc"}, "'abc' is not a sha256"),
     ],
 )
 def test_a_malformed_row_is_named(changes: dict[str, str], said: str) -> None:
@@ -86,7 +86,7 @@ def test_a_malformed_row_is_named(changes: dict[str, str], said: str) -> None:
 
 def test_two_decisions_on_one_photo_are_refused() -> None:
     row = Review("a" * 64, "1.jpg", "cats", "bad", "", "", "", "")
-    with pytest.raises(DataError, match=r"row 3 \(2\.jpg\) decides otherwise than another row of the same photo"):
+    with pytest.raises(DataError, match=r"row 3 \(2\.jpg\): contradicts another row of the same photo"):
         read_reviews(write_reviews([row, replace(row, photo="2.jpg", decision="neither")]), origin="r.csv")
     assert len(read_reviews(write_reviews([row, replace(row, photo="2.jpg")]), origin="r.csv")) == 2
 

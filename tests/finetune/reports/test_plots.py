@@ -214,7 +214,7 @@ def test_matplotlib_is_left_as_it_was_and_files_are_the_same_again(tmp_path: Pat
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     predictions = some_predictions(("cats", "dogs"), [0.9])
-    with pytest.raises(ValueError, match="arrived"):
+    with pytest.raises(ValueError, match="Expected labels of shape"):
         plots_of(tmp_path, predictions, uncalibrated=np.ones((1, 2)) / 2)
     empty = Predictions(("cats", "dogs"), (), np.zeros(0, dtype=np.int64), np.zeros((0, 2)), (), ())
     with pytest.raises(ValueError, match="No photos"):

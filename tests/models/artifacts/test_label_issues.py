@@ -13,54 +13,56 @@ from models.artifacts.label_issues import (
 from models.artifacts.predictions import Predictions
 
 
-def predictions(labels: list[int], probabilities: list[list[float]]) -> Predictions:
+def make_predictions(labels: list[int], probabilities: list[list[float]]) -> Predictions:
     names = tuple(f"{i}.jpg" for i in range(len(labels)))
     classes = tuple("abc"[: len(probabilities[0])])
     return Predictions(classes, names, np.array(labels, dtype=np.int64), np.array(probabilities), names, names)
 
 
-def test_a_photo_that_is_confidently_of_another_class_is_a_suspect() -> None:
+def test_image_confidently_of_another_class_is_a_label_issue() -> None:
     """Thresholds by hand: a (0.9 + 0.7 + 0.2) / 3 = 0.6, b (0.6 + 0.8 + 0.45) / 3 = 0.617."""
-    given = predictions([0, 0, 0, 1, 1, 1], [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.4, 0.6], [0.2, 0.8], [0.55, 0.45]])
-    assert class_thresholds(given) == pytest.approx([0.6, 1.85 / 3])
-    # the last is wrong, but not confidently
-    assert find_label_issues(given).tolist() == [False, False, True, False, False, False]
-    assert suggested_labels(given).tolist() == [0, 0, 1, 1, 1, 1]
-    assert normalized_margins(given) == pytest.approx([0.9, 0.7, 0.2, 0.6, 0.8, 0.45])
-    assert rank_label_issues(given).tolist() == [2]
+    predictions = make_predictions(
+        [0, 0, 0, 1, 1, 1], [[0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.4, 0.6], [0.2, 0.8], [0.55, 0.45]]
+    )
+    assert class_thresholds(predictions) == pytest.approx([0.6, 1.85 / 3])
+    # the last prediction is incorrect, but below its threshold
+    assert find_label_issues(predictions).tolist() == [False, False, True, False, False, False]
+    assert suggested_labels(predictions).tolist() == [0, 0, 1, 1, 1, 1]
+    assert normalized_margins(predictions) == pytest.approx([0.9, 0.7, 0.2, 0.6, 0.8, 0.45])
+    assert rank_label_issues(predictions).tolist() == [2]
 
 
-def test_of_several_classes_over_their_thresholds_the_most_probable_counts() -> None:
-    """A class that its own photos reach with 0.3 only has a low threshold; the label's own class may still be above it."""
+def test_most_probable_class_above_its_threshold_is_suggested() -> None:
+    """Class c has a low threshold, so both it and the most probable class can be above theirs."""
     rows = [[0.5, 0.2, 0.3], [0.3, 0.5, 0.2], [0.4, 0.3, 0.3], [0.45, 0.1, 0.45]]
-    given = predictions([0, 1, 2, 2], rows)
-    assert class_thresholds(given) == pytest.approx([0.5, 0.5, 0.375])
-    assert suggested_labels(given).tolist() == [0, 1, 2, 2]
-    given = predictions([0, 1, 2, 2], [*rows[:3], [0.52, 0.03, 0.45]])
-    assert suggested_labels(given).tolist() == [0, 1, 2, 0]
+    predictions = make_predictions([0, 1, 2, 2], rows)
+    assert class_thresholds(predictions) == pytest.approx([0.5, 0.5, 0.375])
+    assert suggested_labels(predictions).tolist() == [0, 1, 2, 2]
+    predictions = make_predictions([0, 1, 2, 2], [*rows[:3], [0.52, 0.03, 0.45]])
+    assert suggested_labels(predictions).tolist() == [0, 1, 2, 0]
 
 
-def test_the_least_believed_label_comes_first() -> None:
+def test_lowest_margin_comes_first() -> None:
     rows = [[0.9, 0.1]] * 8 + [[0.1, 0.9]] * 8 + [[0.95, 0.05], [0.9, 0.1], [0.03, 0.97]]
-    given = predictions([0] * 8 + [1] * 8 + [1, 1, 0], rows)
-    assert rank_label_issues(given).tolist() == [18, 16, 17]
+    predictions = make_predictions([0] * 8 + [1] * 8 + [1, 1, 0], rows)
+    assert rank_label_issues(predictions).tolist() == [18, 16, 17]
 
 
-def test_flipped_labels_are_found_among_many() -> None:
+def test_flipped_labels_are_found() -> None:
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 3, 600)
     logits = rng.normal(size=(600, 3)) + 7 * np.eye(3)[truth]
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = truth.copy()
     labels[:20] = (truth[:20] + 1) % 3
-    named = set(rank_label_issues(predictions(labels.tolist(), probabilities.tolist())).tolist())
-    assert len(named & set(range(20))) >= 18
-    assert len(named - set(range(20))) <= 12
+    issues = set(rank_label_issues(make_predictions(labels.tolist(), probabilities.tolist())).tolist())
+    assert len(issues & set(range(20))) >= 18
+    assert len(issues - set(range(20))) <= 12
 
 
-def test_classes_without_photos_and_no_photos_at_all() -> None:
-    given = predictions([0, 0], [[0.2, 0.8], [0.9, 0.1]])
-    assert class_thresholds(given).tolist() == [pytest.approx(0.55), np.inf]
-    assert not find_label_issues(given).any()
+def test_class_without_images_and_empty_predictions() -> None:
+    predictions = make_predictions([0, 0], [[0.2, 0.8], [0.9, 0.1]])
+    assert class_thresholds(predictions).tolist() == [pytest.approx(0.55), np.inf]
+    assert not find_label_issues(predictions).any()
     empty = Predictions(("a", "b"), (), np.zeros(0, dtype=np.int64), np.zeros((0, 2)), (), ())
     assert (find_label_issues(empty).shape, rank_label_issues(empty).shape) == ((0,), (0,))

@@ -170,7 +170,7 @@ def unchanged(client: FlaskClient, bundles: Bundles) -> None:
     [
         ("changed", "bundle_refused", "was changed or damaged"),
         ("edited", "bundle_refused", "was changed after it was written"),
-        ("wrong-golden", "bundle_refused", "does not give its golden answers"),
+        ("wrong-golden", "bundle_refused", "does not reproduce its golden outputs"),
         ("nothing", "bundle_refused", "is not a bundle"),
         ("nowhere", "bundle_refused", "is not a bundle"),
         ("fewer", "bundle_differs", "blue, red, and the one that serves blue, green, red"),
