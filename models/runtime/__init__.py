@@ -1,1 +1,1 @@
-"""Engines that run an exported network, and the numeric precision they run it in."""
+"""Inference engines (OpenVINO, PyTorch) and the selection of their numeric precision."""

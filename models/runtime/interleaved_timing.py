@@ -1,4 +1,4 @@
-"""How long things take that are to be compared: in turns, so that what else the machine does hits all of them."""
+"""Interleaved timing for fair comparisons: other load on the machine affects all candidates equally."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from collections.abc import Callable, Mapping
 
 
 def time_interleaved(calls: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Make every call once a round, one after another; gives the seconds of each, round by round."""
-    took: dict[str, list[float]] = {name: [] for name in calls}
+    """Time several calls in turn, once per round.
+
+    Args:
+        calls: The calls by name.
+        rounds: The number of rounds.
+
+    Returns:
+        The durations of each call in seconds, one per round.
+    """
+    durations: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
-            took[name].append(time.perf_counter() - began)
-    return took
+            durations[name].append(time.perf_counter() - start)
+    return durations

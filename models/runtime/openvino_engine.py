@@ -1,7 +1,7 @@
-"""Run an ONNX graph on a CPU with OpenVINO. No torch.
+"""OpenVINO engine that runs an ONNX graph on the CPU, without torch.
 
-The same engine serves photos, extracts frozen features while training and checks an exported bundle, so that what was
-evaluated is what is served.
+Serving, feature extraction during training and the verification of an exported bundle all use this engine, so the served
+results are those that were evaluated.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Arrays = list[NDArray[np.float32]]
 
 
 class Engine(Protocol):
-    """What serves: (N, H, W, C) uint8 pixels -> one float32 array (N, ...) for each output; from several threads at once."""
+    """Thread-safe inference: maps (N, H, W, C) uint8 pixels to one float32 array (N, ...) per output."""
 
     def run(self, pixels: Pixels) -> Arrays: ...
 
 
 def load_openvino() -> ModuleType:
-    """Import OpenVINO without its model converter, which at import forks a process that reports to its makers' statistics.
+    """Import OpenVINO without its model converter, which forks a telemetry process on import.
 
-    It is needed for nothing here, and OpenVINO does without where it is missing. The import takes half the time.
+    The converter is not needed here, and OpenVINO treats it as optional. The import takes half the time without it.
     """
     converter = "openvino.tools.ovc"
     blocked = "openvino" not in sys.modules and converter not in sys.modules
     if blocked:
-        sys.modules[converter] = None  # type: ignore[assignment]  # how Python is told that a module is not there
+        sys.modules[converter] = None  # type: ignore[assignment]  # None makes the import fail
     try:
         return importlib.import_module("openvino")
     finally:
@@ -47,21 +47,25 @@ def load_openvino() -> ModuleType:
 
 
 def supports_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware, so that it is worth its rounding."""
+    """Return whether this processor supports bfloat16 in hardware."""
     return "BF16" in load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OpenVINOEngine:
-    """A compiled ONNX graph: ``run(pixels)`` gives one array for each of ``outputs``, and nothing else is computed.
+    """A compiled ONNX graph that computes only the requested outputs.
 
-    ``batch_sizes`` are the only ones that are computed: a batch is split into the largest and its rest padded to the next,
-    as every further size costs its own time and memory at its first use. None named, every size is. A graph with a fixed
-    batch size has that one. ``threads`` 0 means all processors that the process may use; ``streams`` batches are computed
-    at once, each by its share of the threads, when as many threads call ``run``. Threads are not tied to processors, which
-    others use as well: who decodes, who talks to clients, another process that computes.
+    Threads are not pinned to processors, which decoding, HTTP handling and other processes use as well.
 
-    In the folder ``cache_dir`` OpenVINO keeps what it compiled, under the graph's and the settings' hash: the next start
-    takes a quarter of the time.
+    Args:
+        graph: The ONNX file, or its bytes.
+        outputs: Names of the graph's outputs to compute.
+        precision: A key of ``PRECISIONS``.
+        threads: The number of threads; 0 uses all processors available to the process.
+        streams: The number of batches computed concurrently, if as many threads call ``run``. They share the threads.
+        batch_sizes: The batch sizes to compute; empty allows all. Each new size costs time and memory on its first use, so a
+            batch is split into chunks of the largest size, and the rest is padded to the next size. Ignored for a graph
+            with a fixed batch size.
+        cache_dir: Folder for compiled graphs, keyed by graph and settings. A cached graph loads in a quarter of the time.
     """
 
     def __init__(
@@ -94,12 +98,12 @@ class OpenVINOEngine:
             self._requests.put(self.compiled_model.create_infer_request())
 
     def run(self, pixels: Pixels) -> Arrays:
-        """(N, H, W, C) uint8 -> one float32 array (N, ...) for each of the outputs asked for."""
+        """Run the graph on (N, H, W, C) uint8 pixels. Returns one float32 array (N, ...) per requested output."""
         if not self.batch_sizes:
             return self._infer(pixels)
-        most = self.batch_sizes[-1]
-        parts = [self._infer_padded(pixels[i : i + most]) for i in range(0, len(pixels), most)]
-        return parts[0] if len(parts) == 1 else [np.concatenate(rows) for rows in zip(*parts, strict=True)]
+        max_size = self.batch_sizes[-1]
+        chunks = [self._infer_padded(pixels[i : i + max_size]) for i in range(0, len(pixels), max_size)]
+        return chunks[0] if len(chunks) == 1 else [np.concatenate(rows) for rows in zip(*chunks, strict=True)]
 
     def _infer_padded(self, pixels: Pixels) -> Arrays:
         missing = next(size for size in self.batch_sizes if size >= len(pixels)) - len(pixels)
@@ -111,7 +115,7 @@ class OpenVINOEngine:
     def _infer(self, pixels: Pixels) -> Arrays:
         request = self._requests.get()
         try:
-            # Tensors are set and read one by one: the request's own way with arrays takes as long as a small network.
+            # Passing tensors directly avoids the overhead of infer(), which is as slow as a small network.
             request.set_input_tensor(self._tensor(np.require(pixels, requirements=["C", "W"]), shared_memory=True))
             request.start_async()
             request.wait()
@@ -122,6 +126,6 @@ class OpenVINOEngine:
 
 def _compile(core: Any, model: Any, settings: Mapping[str, Any], cache_dir: Path | None) -> Any:
     if cache_dir is not None:
-        with contextlib.suppress(RuntimeError):  # a kept file that is damaged, half-written or of another machine
+        with contextlib.suppress(RuntimeError):  # a cached file may be damaged, incomplete or from another machine
             return core.compile_model(model, "CPU", {**settings, "CACHE_DIR": str(cache_dir)})
     return core.compile_model(model, "CPU", settings)

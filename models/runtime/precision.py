@@ -1,4 +1,4 @@
-"""bfloat16 in place of float32: only where it was measured to agree and to be faster, and never without saying so."""
+"""Select bfloat16 or float32 for inference, based on the accuracy and speed that were measured on export."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from models.errors import ConfigError
 from models.runtime.interleaved_timing import time_interleaved
 from models.runtime.openvino_engine import OpenVINOEngine, Pixels, supports_bf16
 
-BF16_TOLERANCE = 0.1  # of a probability: 8 significant bits through 50 layers; 0.05 was seen on 400 photos of cats and dogs
-MAX_CHANGED_LABELS = 0.02  # the share of photos that may get another label: those that are near to even
-MIN_SPEEDUP = 1.2  # times as fast as float32
+# Max difference of a probability. bfloat16 has 8 significant bits; over 50 layers 0.05 was measured on 400 images.
+BF16_TOLERANCE = 0.1
+MAX_CHANGED_LABELS = 0.02  # fraction of images whose predicted label may change (close calls)
+MIN_SPEEDUP = 1.2  # relative to float32
 TIMED_IMAGES, TIMED_ROUNDS = 16, 3
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How exactly an engine computes, and by how much a probability may differ from the evaluated one for it."""
+    """A selected numeric precision.
+
+    Attributes:
+        name: "fp32" or "bf16".
+        tolerance: Max allowed difference of a probability from the evaluated one.
+        reason: Why it was selected.
+    """
 
     name: str
     tolerance: float
@@ -31,62 +38,70 @@ class Precision:
 
 
 def measure_bf16(graph: Path, pixels: Pixels) -> dict[str, Any] | None:
-    """Run real photos' ``pixels`` (N, H, W, C) in float32 and in bfloat16: how much they differ, and the gain in speed.
+    """Compare bfloat16 with float32 on real images.
 
-    Gives None where this processor has no bfloat16: emulated, it says nothing of the speed.
+    Args:
+        graph: The ONNX file.
+        pixels: (N, H, W, C) uint8.
+
+    Returns:
+        The number of images, the max difference of a probability, the number of changed labels and the speedup; or None if
+        the processor does not support bfloat16, because an emulation's speed is meaningless.
     """
     if not supports_bf16():
         return None
     engines = {
         name: OpenVINOEngine(graph, outputs=["probabilities"], precision=name, batch_sizes=(4,)) for name in ("fp32", "bf16")
     }
-    answers = {name: engine.run(pixels)[0] for name, engine in engines.items()}
+    probabilities = {name: engine.run(pixels)[0] for name, engine in engines.items()}
     calls = {name: partial(engine.run, pixels[:TIMED_IMAGES]) for name, engine in engines.items()}
     seconds = time_interleaved(calls, rounds=TIMED_ROUNDS)
     return {
         "images": len(pixels),
-        "max_difference": float(np.abs(answers["bf16"] - answers["fp32"]).max()),
-        "changed_labels": int((answers["bf16"].argmax(axis=1) != answers["fp32"].argmax(axis=1)).sum()),
+        "max_difference": float(np.abs(probabilities["bf16"] - probabilities["fp32"]).max()),
+        "changed_labels": int((probabilities["bf16"].argmax(axis=1) != probabilities["fp32"].argmax(axis=1)).sum()),
         "speedup": round(min(seconds["fp32"]) / min(seconds["bf16"]), 2),
     }
 
 
 def select_precision(bundle: Bundle, requested: str = "auto") -> Precision:
-    """The precision to serve a bundle in: ``requested``, or for ``auto`` what its export measured and this processor has.
+    """Select the precision to run a bundle in.
 
-    Raises ConfigError where bf16 is demanded of a processor that has none.
+    Args:
+        bundle: The bundle.
+        requested: "fp32", "bf16", or "auto" to use bfloat16 if the export's measurement and this processor allow it.
+
+    Raises:
+        ConfigError: bf16 is requested, but the processor does not support it.
     """
     measured = bundle.manifest.get("bf16")
-    exact = float(bundle.manifest["golden"]["tolerance"])
+    fp32_tolerance = float(bundle.manifest["golden"]["tolerance"])
     if requested == "fp32":
-        return Precision("fp32", exact, "it was asked for")
+        return Precision("fp32", fp32_tolerance, "it was requested")
     if not supports_bf16():
         if requested == "bf16":
-            raise ConfigError("PRECISION is bf16, which this processor does not have; set PRECISION=auto or fp32.")
-        return Precision("fp32", exact, "this processor has no bfloat16")
+            raise ConfigError("PRECISION is bf16, but this processor does not support it. Set PRECISION=auto or fp32.")
+        return Precision("fp32", fp32_tolerance, "this processor does not support bfloat16")
     if requested == "bf16":
-        return Precision("bf16", BF16_TOLERANCE, "it was asked for")
+        return Precision("bf16", BF16_TOLERANCE, "it was requested")
     if measured is None:
-        return Precision("fp32", exact, "the bundle was exported without a measurement of bfloat16")
+        return Precision("fp32", fp32_tolerance, "bfloat16 was not measured when the bundle was exported")
     if not is_bf16_acceptable(measured):
-        return Precision("fp32", exact, "bfloat16 was measured when the bundle was exported, and was too coarse or no faster")
-    return Precision(
-        "bf16",
-        BF16_TOLERANCE,
-        describe_bf16(measured),
-    )
+        reason = "bfloat16 was too inaccurate or not faster when the bundle was exported"
+        return Precision("fp32", fp32_tolerance, reason)
+    return Precision("bf16", BF16_TOLERANCE, describe_bf16(measured))
 
 
 def describe_bf16(measured: Mapping[str, Any]) -> str:
-    """A measurement in words."""
+    """Summarize a measurement in one line."""
     return (
-        f"on {measured['images']} photos it was {measured['speedup']:.1f} times as fast as fp32, a probability differed"
-        f" by {measured['max_difference']:.3f} at most, and {measured['changed_labels']} got another label"
+        f"{measured['speedup']:.1f} times as fast as fp32 on {measured['images']} images, max probability difference"
+        f" {measured['max_difference']:.3f}, changed labels: {measured['changed_labels']}"
     )
 
 
 def is_bf16_acceptable(measured: Mapping[str, Any]) -> bool:
-    """Whether a measurement speaks for bfloat16."""
+    """Return whether a measurement is within the limits for bfloat16."""
     return bool(
         measured["max_difference"] <= BF16_TOLERANCE
         and measured["changed_labels"] <= MAX_CHANGED_LABELS * measured["images"]

@@ -1,4 +1,4 @@
-"""The engine for GPUs: the bundle's weights in torch, behind the same interface as the ONNX engine."""
+"""PyTorch engine for GPUs, with the same interface as the OpenVINO engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.runtime.openvino_engine import Arrays, Pixels
 
 
 class TorchEngine:
-    """``run(pixels)`` gives the calibrated probabilities, computed on ``device``: the first GPU where there is one."""
+    """Compute a bundle's calibrated probabilities with PyTorch on ``device``, by default the GPU if there is one."""
 
     def __init__(self, bundle: Bundle, *, device: str | None = None) -> None:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -20,6 +20,6 @@ class TorchEngine:
 
     @torch.inference_mode()
     def run(self, pixels: Pixels) -> Arrays:
-        """(N, H, W, C) uint8 -> [probabilities (N, classes) float32]."""
+        """Run the network on (N, H, W, C) uint8 pixels. Returns [probabilities (N, classes) float32]."""
         log_probs = self._classifier(torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device))
         return [torch.softmax(log_probs / self._temperature, dim=1).cpu().numpy()]
