@@ -1,1 +1,1 @@
-"""Networks in torch: the registry, pretrained weights, the classifier built on them, and its ONNX export."""
+"""Networks in PyTorch: the registry, pretrained weights, the classifier built from them, and its ONNX export."""

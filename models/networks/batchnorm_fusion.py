@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution before it: the same function with a third of the layers fewer to export and run."""
+"""Fuse BatchNorm into the preceding convolution, which leaves a third fewer layers to export and run."""
 
 from __future__ import annotations
 
@@ -7,26 +7,29 @@ from torch.fx import GraphModule
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-def fuse_batchnorm(part: GraphModule) -> GraphModule:
-    """``part`` in evaluation mode, with each BatchNorm folded that alone follows a convolution; ``part`` stays as it is.
+def fuse_batchnorm(module: GraphModule) -> GraphModule:
+    """Return a copy in which each BatchNorm is fused into the convolution before it, if nothing else uses its output.
 
-    The results differ from the unfolded network's by float rounding. timm's BatchNorm has its activation in it, which stays.
+    The outputs change only by float rounding. The activation that timm's BatchNorm layers contain is kept.
+
+    Args:
+        module: A traced network in evaluation mode; it is not modified.
     """
-    folded = GraphModule(part, part.graph)  # new containers around the same layers, so that replacing one is not seen outside
-    layers = dict(folded.named_modules())
-    for node in folded.graph.nodes:
+    fused = GraphModule(module, module.graph)  # new containers, so replacing a layer does not affect ``module``
+    layers = dict(fused.named_modules())
+    for node in fused.graph.nodes:
         if node.op != "call_module" or not isinstance(layers[node.target], nn.BatchNorm2d):
             continue
-        before = node.all_input_nodes[0]
-        if before.op != "call_module" or len(before.users) > 1 or not isinstance(layers[before.target], nn.Conv2d):
+        conv = node.all_input_nodes[0]
+        if conv.op != "call_module" or len(conv.users) > 1 or not isinstance(layers[conv.target], nn.Conv2d):
             continue
         norm = layers[node.target]
-        _replace(folded, before.target, fuse_conv_bn_eval(layers[before.target], norm))
-        _replace(folded, node.target, getattr(norm, "act", nn.Identity()))
-    folded.recompile()
-    return folded
+        _replace_layer(fused, conv.target, fuse_conv_bn_eval(layers[conv.target], norm))
+        _replace_layer(fused, node.target, getattr(norm, "act", nn.Identity()))
+    fused.recompile()
+    return fused
 
 
-def _replace(part: nn.Module, target: str, layer: nn.Module) -> None:
+def _replace_layer(module: nn.Module, target: str, layer: nn.Module) -> None:
     parent, _, name = target.rpartition(".")
-    setattr(part.get_submodule(parent), name, layer)
+    setattr(module.get_submodule(parent), name, layer)

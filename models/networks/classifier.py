@@ -1,4 +1,4 @@
-"""A network made ready for a folder's classes: normalise, the network with its new head, LogSoftmax."""
+"""Build the image classifier for a dataset's classes: normalization, a network with a new head, and LogSoftmax."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ StateDict = Mapping[str, Tensor]
 
 
 class Normalize(nn.Module):
-    """(N, H, W, C) uint8 pixels -> (N, C, H, W) float32, scaled to 0..1, less the mean, over the standard deviation.
+    """Normalize (N, H, W, C) uint8 pixels to (N, C, H, W) float32: scale to 0..1, subtract the mean, divide by the std.
 
-    It is a layer, so that the exported graph takes plain pixels and nobody can normalise a second time or in another way.
-    With ``permute_pixels`` (a seed) the pixels of every picture change places, always in the same way, which is to show what a
-    network owes to neighbourhood: place i is given the pixel that was at ``order[i]``.
+    As a layer, it is part of the exported graph, which therefore takes plain pixels and cannot be fed with pixels that are
+    normalized differently or twice.
+
+    Args:
+        preprocessing: Contains the mean and the standard deviation per channel.
+        permute_pixels: Seed of a fixed permutation of the pixel positions, which shows how much a network relies on local
+            structure. Position i gets the pixel of position ``order[i]``. None keeps the positions.
     """
 
     scale: Tensor
@@ -52,11 +56,16 @@ class Normalize(nn.Module):
 
 
 class Classifier(nn.Module):
-    """(N, H, W, C) uint8 pixels -> (N, classes) log-probabilities.
+    """Map (N, H, W, C) uint8 pixels to (N, classes) log-probabilities.
 
-    ``net`` is the plain network with its head replaced, so its state dict loads into torchvision's own class. One with
-    auxiliary heads gives, while training, a tuple: its own log-probabilities, then those of each auxiliary head, whose losses
-    count ``aux_weight`` each.
+    A network with auxiliary heads returns a tuple during training: its own log-probabilities, then those of each auxiliary
+    head.
+
+    Args:
+        net: The network with its head replaced. Its state dict is compatible with torchvision's class.
+        preprocessing: Contains the normalization.
+        aux_weight: Weight of each auxiliary head's loss.
+        permute_pixels: See ``Normalize``.
     """
 
     def __init__(
@@ -71,7 +80,7 @@ class Classifier(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor | tuple[Tensor, ...]:
         logits = self.net(self.normalize(pixels))
         if isinstance(logits, tuple):
-            return tuple(self.log_softmax(answer) for answer in logits)
+            return tuple(self.log_softmax(head_logits) for head_logits in logits)
         return self.log_softmax(logits)
 
 
@@ -84,12 +93,23 @@ def build_classifier(
     seed: int = 0,
     permute_pixels: int | None = None,
 ) -> Classifier:
-    """Build ``spec``'s network with a new head for ``num_classes``, and freeze what is not to be trained.
+    """Build a network with a new head, and freeze the layers that are not trained.
 
-    With ``base`` (pretrained weights) everything is frozen but the head and the layers named in ``unfreeze``; without it
-    nothing is, as random weights have to learn, with the help of auxiliary heads where the network has them. ``seed`` fixes
-    the random numbers of the new weights, ``permute_pixels`` is ``Normalize``'s. The network is in evaluation mode. Raises
-    WeightsError where ``base`` is made for another network, ConfigError for an unknown layer.
+    Args:
+        spec: The network.
+        num_classes: The number of outputs of the new head.
+        base: Pretrained weights; all layers except the head and ``unfreeze`` are frozen. None starts from random weights,
+            trains all layers, and adds the auxiliary heads if the network has any.
+        unfreeze: Names of further layers to train.
+        seed: Seed of the new weights.
+        permute_pixels: See ``Normalize``.
+
+    Returns:
+        The classifier in evaluation mode.
+
+    Raises:
+        WeightsError: ``base`` does not fit the network.
+        ConfigError: A layer in ``unfreeze`` does not exist.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -98,86 +118,90 @@ def build_classifier(
             net = create_model(spec.name, num_classes=num_classes, **aux)
             classifier = Classifier(net, spec.preprocessing, aux_weight=spec.aux_weight, permute_pixels=permute_pixels)
             return classifier.eval()
-        net = _to_be_filled(spec)
+        net = _build_empty(spec)
         load_base_weights(net, base, spec)
         net.requires_grad_(False)
         replace_heads(net, spec.heads, num_classes)
         for name in unfreeze:
-            _layer(net, name).requires_grad_(True)
+            _get_layer(net, name).requires_grad_(True)
     return Classifier(net, spec.preprocessing, permute_pixels=permute_pixels).eval()
 
 
 def load_classifier(bundle: Bundle) -> Classifier:
-    """A whole bundle's network with its weights, in evaluation mode. Raises BundleError where some are missing."""
+    """Load a full bundle's classifier in evaluation mode. Raises BundleError if weights are missing."""
     spec = get_spec(bundle.backbone)
     classifier = build_classifier(spec, num_classes=len(bundle.classes), base=None, permute_pixels=bundle.permute_pixels)
-    held = read_tensors(bundle.path / WEIGHTS)
-    missing = classifier.net.load_state_dict(held, strict=False).missing_keys
-    if any(not name.lower().startswith("aux") for name in missing):  # auxiliary heads are there while training only
-        raise BundleError(f"The bundle {bundle.path} lacks the weights of {missing[0]}; train it again with this version.")
+    tensors = read_tensors(bundle.path / WEIGHTS)
+    missing = classifier.net.load_state_dict(tensors, strict=False).missing_keys
+    if any(not name.lower().startswith("aux") for name in missing):  # auxiliary heads exist only during training
+        raise BundleError(f"The bundle {bundle.path} lacks the weights of {missing[0]}. Train it again with this version.")
     return classifier
 
 
 def load_base_weights(net: nn.Module, base: StateDict, spec: ModelSpec) -> None:
-    """Put pretrained tensors into ``net`` without copying them; heads may be of another size or missing, as they are replaced.
+    """Load pretrained tensors into a network without copying them.
 
-    Half-precision numbers become float32. Names are matched, or, where none of them is the network's own, the order (a
-    port of the same network by other hands). Raises WeightsError, which names the first tensor that does not fit.
+    Tensors are matched by name, or by order if no name matches (a port of the same network). Other precisions are converted
+    to float32. The heads may be missing or have another size, because they are replaced later.
+
+    Args:
+        net: The network.
+        base: Tensors by name.
+        spec: The network's spec.
+
+    Raises:
+        WeightsError: The tensors do not fit the network. The message names the first one that does not.
     """
-    wanted = net.state_dict()
-    given = dict(base)
-    if not set(given) & set(wanted) and len(given) == len(wanted):
-        given = dict(zip(wanted, given.values(), strict=True))
-    heads = {f"{head}.{tensor}" for head in spec.heads for tensor in ("weight", "bias")} & set(wanted)
-    given |= {name: torch.zeros(wanted[name].shape) for name in heads}
-    for name, tensor in wanted.items():
+    expected = net.state_dict()
+    tensors = dict(base)
+    if not set(tensors) & set(expected) and len(tensors) == len(expected):
+        tensors = dict(zip(expected, tensors.values(), strict=True))
+    heads = {f"{head}.{tensor}" for head in spec.heads for tensor in ("weight", "bias")} & set(expected)
+    tensors |= {name: torch.zeros(expected[name].shape) for name in heads}
+    hint = f"Use the weights of {spec.name}, or select the matching network with --backbone."
+    for name, tensor in expected.items():
         if name.endswith("num_batches_tracked"):
-            given.setdefault(name, torch.zeros((), dtype=torch.long))
-        if name not in given:
+            tensors.setdefault(name, torch.zeros((), dtype=torch.long))
+        if name not in tensors:
             raise WeightsError(
-                f"The weights are not {spec.name}'s: {name!r} is missing among their {len(base)} tensors; give the file "
-                f"that was made for {spec.name}, or name its network with --backbone."
+                f"The weights are not for {spec.name}: {name!r} is missing among their {len(base)} tensors. {hint}"
             )
-        if given[name].shape != tensor.shape:
+        if tensors[name].shape != tensor.shape:
             raise WeightsError(
-                f"The weights are not {spec.name}'s: {name!r} is {tuple(given[name].shape)} and should be "
-                f"{tuple(tensor.shape)}; give the file that was made for {spec.name}, or name its network with --backbone."
+                f"The weights are not for {spec.name}: {name!r} has the shape {tuple(tensors[name].shape)}, "
+                f"expected {tuple(tensor.shape)}. {hint}"
             )
-    if extra := sorted(set(given) - set(wanted)):
-        raise WeightsError(
-            f"The weights are not {spec.name}'s: {extra[0]!r} is not part of that network; give the file that was made "
-            f"for {spec.name}, or name its network with --backbone."
-        )
-    net.load_state_dict({name: given[name].to(tensor.dtype).contiguous() for name, tensor in wanted.items()}, assign=True)
+    if extra := sorted(set(tensors) - set(expected)):
+        raise WeightsError(f"The weights are not for {spec.name}: {extra[0]!r} is not part of that network. {hint}")
+    net.load_state_dict({name: tensors[name].to(tensor.dtype).contiguous() for name, tensor in expected.items()}, assign=True)
 
 
 def trainable_names(net: nn.Module) -> list[str]:
-    """The state-dict names that training may change: trainable parameters and their layers' own statistics."""
+    """List the state-dict names that training can change: trainable parameters and the buffers of their layers."""
     names = []
     for prefix, layer in net.named_modules():
         parameters = dict(layer.named_parameters(recurse=False))
         trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
         buffers = [name for name, _ in layer.named_buffers(recurse=False)] if trainable else []
         names += [f"{prefix}.{name}" if prefix else name for name in trainable + buffers]
-    own = net.state_dict()
-    return [name for name in own if name in set(names)]
+    return [name for name in net.state_dict() if name in set(names)]
 
 
-def _to_be_filled(spec: ModelSpec) -> nn.Module:
-    """The network without numbers, as they would be replaced at once; with them where a state dict does not hold them all."""
+def _build_empty(spec: ModelSpec) -> nn.Module:
+    """Build the network on the meta device, or with real values if it has buffers that a state dict does not contain."""
     with torch.device("meta"):
         net = create_model(spec.name, num_classes=spec.pretrained_classes)
-    held = net.state_dict()
-    if all(name in held for name, _ in net.named_buffers()):
+    state = net.state_dict()
+    if all(name in state for name, _ in net.named_buffers()):
         return net
     return create_model(spec.name, num_classes=spec.pretrained_classes)
 
 
-def _layer(net: nn.Module, name: str) -> nn.Module:
+def _get_layer(net: nn.Module, name: str) -> nn.Module:
     known = [n for n, layer in net.named_modules() if n and any(True for _ in layer.parameters())]
     if name not in known:
         raise ConfigError(
-            f"--unfreeze names {name!r}, which is not a layer with parameters.{did_you_mean(name, known)} "
-            f"The last ones are {', '.join(known[-4:])}."
+            f"--unfreeze: {name!r} is not a layer with parameters.{did_you_mean(name, known)} "
+            f"The last layers are {', '.join(known[-4:])}."
         )
     return net.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Layers put in the place of others, of the same kind but another width: new classes at the end, other channels in front."""
+"""Replace the head for new classes, or the first convolution for another number of input channels."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from torch import nn
 
 
 def replace_heads(net: nn.Module, heads: Sequence[str], num_classes: int) -> None:
-    """Put a new, trainable layer of the same kind in each head's place, with ``num_classes`` outputs.
+    """Replace each head by a new, trainable layer of the same type with ``num_classes`` outputs.
 
-    A head is a Linear layer or a convolution. Raises TypeError for another one.
+    Args:
+        net: The network, modified in place.
+        heads: Module names of Linear or Conv2d layers.
+        num_classes: The number of outputs.
+
+    Raises:
+        TypeError: A head is another type of layer.
     """
     for name in heads:
         old = net.get_submodule(name)
@@ -20,12 +26,12 @@ def replace_heads(net: nn.Module, heads: Sequence[str], num_classes: int) -> Non
         elif isinstance(old, nn.Conv2d):
             new = _convolution(old, out_channels=num_classes)
         else:
-            raise TypeError(f"a head is a Linear layer or a convolution, {name} is {type(old).__name__}")
+            raise TypeError(f"The head {name} must be a Linear layer or a convolution, got {type(old).__name__}.")
         net.set_submodule(name, new)
 
 
 def adapt_in_channels(net: nn.Module, in_channels: int) -> nn.Module:
-    """``net``, its first convolution replaced where it takes another number of channels; its weights are new then."""
+    """Replace the first convolution if its number of input channels differs, with new weights. Returns ``net``."""
     name, first = next((name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d))
     if first.in_channels != in_channels:
         net.set_submodule(name, _convolution(first, in_channels=in_channels))

@@ -1,4 +1,4 @@
-"""A look at what a network's layers are given and give, while it runs."""
+"""Forward hooks that observe the inputs and outputs of a network's layers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ LayerHook = Callable[[str, Any, Any], None]
 
 @contextlib.contextmanager
 def forward_hooks(net: nn.Module, names: Iterable[str], hook: LayerHook) -> Iterator[None]:
-    """Inside the block ``hook(name, given, result)`` is called whenever one of ``net``'s layers ``names`` has run.
+    """Register a forward hook on the layers ``names`` for the duration of the block.
 
-    ``given`` is its first argument; both are tensors, or what else the layer takes and gives.
+    Args:
+        net: The network.
+        names: Module names.
+        hook: Called as ``hook(name, input, output)`` after each call of a layer; ``input`` is the layer's first argument.
     """
 
-    def call(name: str, layer: nn.Module, given: tuple[Any, ...], result: Any) -> None:
-        hook(name, given[0], result)
+    def call(name: str, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hook(name, args[0], output)
 
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -29,5 +32,5 @@ def forward_hooks(net: nn.Module, names: Iterable[str], hook: LayerHook) -> Iter
 
 
 def layer_names(net: nn.Module, *kinds: type[nn.Module]) -> list[str]:
-    """The names of the layers of these kinds, in the order in which the network lists them."""
+    """List the names of the layers of the given types, in the order of ``named_modules``."""
     return [name for name, layer in net.named_modules() if isinstance(layer, kinds)]

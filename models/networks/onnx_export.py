@@ -1,4 +1,4 @@
-"""From a network to an ONNX graph that takes pixels, for engines that know nothing of torch."""
+"""Export networks as ONNX graphs that take uint8 pixels."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ OUTPUTS = ("probabilities", "embedding", "feature_map")
 
 
 class _ServingGraph(nn.Module):
-    """Calibrated probabilities and what explains them: the head's input, and the last map.
+    """Compute calibrated probabilities, the embedding (the head's input) and the last feature map.
 
     pixels (N, H, W, C) uint8 -> probabilities (N, classes), embedding (N, d), feature_map (N, c, h, w), all float32.
-    Log-probabilities differ from logits by a constant a photo, which softmax takes out: dividing them by the temperature
-    is dividing the logits.
+
+    Log-probabilities differ from logits by a constant per image, which softmax cancels. Dividing them by the temperature is
+    therefore equivalent to dividing the logits.
     """
 
     def __init__(self, classifier: Classifier, spec: ModelSpec, temperature: float) -> None:
@@ -41,42 +42,53 @@ class _ServingGraph(nn.Module):
 
 
 def export_serving_graph(classifier: Classifier, spec: ModelSpec, *, temperature: float, path: Path) -> None:
-    """Write the graph that a bundle carries: ``pixels`` in, ``probabilities``, ``embedding`` and ``feature_map`` out.
+    """Write a bundle's graph with the input ``pixels`` and the outputs ``probabilities``, ``embedding`` and ``feature_map``.
 
-    The extra outputs lie on the way to the probabilities; an engine that asks for the probabilities alone drops them.
+    The last two are intermediate values of the first, so they add no computation. An engine can compute the probabilities only.
+
+    Args:
+        classifier: The trained classifier.
+        spec: The network's spec.
+        temperature: The calibration temperature.
+        path: The file to write.
     """
-    served = _ServingGraph(classifier, spec, temperature).eval()
-    export_onnx(served, preprocessing=spec.preprocessing, outputs=OUTPUTS, path=path)
+    serving_graph = _ServingGraph(classifier, spec, temperature).eval()
+    export_onnx(serving_graph, preprocessing=spec.preprocessing, outputs=OUTPUTS, path=path)
 
 
 def export_onnx(
     module: nn.Module, *, preprocessing: Preprocessing, outputs: Sequence[str], path: Path, batch_size: int | None = None
 ) -> None:
-    """Write ``module``, which takes (N, H, W, C) uint8 pixels, as ONNX in a single file.
+    """Write a module as a single ONNX file.
 
-    ``batch_size`` fixes N, which halves the exporter's time; without it N is free.
+    Args:
+        module: Takes (N, H, W, C) uint8 pixels.
+        preprocessing: Determines H, W and C.
+        outputs: The names of the outputs.
+        path: The file to write.
+        batch_size: A fixed N, which halves the export time; None exports a dynamic N.
     """
     side, channels = preprocessing.input_px, preprocessing.channels
     example = torch.zeros((batch_size or 2, side, side, channels), dtype=torch.uint8)
-    free = ({0: torch.export.Dim("batch", min=1, max=4096)},) if batch_size is None else None
-    with _quiet():
+    dynamic_shapes = ({0: torch.export.Dim("batch", min=1, max=4096)},) if batch_size is None else None
+    with _silence_exporter():
         program = torch.onnx.export(
             module,
             (example,),
             dynamo=True,
-            dynamic_shapes=free,
+            dynamic_shapes=dynamic_shapes,
             input_names=[PIXELS],
             output_names=list(outputs),
             verbose=False,
         )
         assert program is not None
-        ClearMetadataAndDocStringPass()(program.model)  # the exporter notes its stack traces there: paths of this machine
+        ClearMetadataAndDocStringPass()(program.model)  # removes stack traces with paths of this machine
         program.save(path, external_data=False)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter speaks to its own developers, through logging and with warnings."""
+def _silence_exporter() -> Iterator[None]:
+    """Suppress the exporter's log messages and warnings, which address its developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

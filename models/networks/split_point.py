@@ -1,9 +1,9 @@
-"""Where the frozen part ends: a network is cut behind its last deterministic frozen layer.
+"""Split a network after its last deterministic frozen layer.
 
-What lies before the cut gives the same numbers for a photo in every epoch, so it needs to run only once; what follows has
-dropout or parameters that learn and runs in every epoch, exactly as in the whole network. The place is found in the traced
-graph of the network (torch.fx), not written down for each one: VGG16 is cut behind ``classifier.1`` (4096 numbers),
-a network with nothing but pooling before its head behind the pooling.
+The frozen module computes the same features for an image in every epoch, so it runs only once per image. The trainable
+module contains dropout or trainable parameters and runs in every epoch. The split point is derived from the traced network
+(https://docs.pytorch.org/docs/stable/fx.html): VGG16 is split after ``classifier.1`` (4096 features), and a network with only
+pooling before its head is split after the pooling.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from models.networks.classifier import Classifier
 
 
 class _LeafTracer(Tracer):
-    """Trace down to the layers that hold no others, so that padding computed in Python inside one is not looked into.
+    """Trace down to the modules without children, so padding computed in Python inside a layer is not traced.
 
-    BatchNorm is always a layer: timm's holds an activation, and looked into it would stay as it is while it is traced.
-    So is what cannot be looked into, as its Python code depends on shapes: the innermost such module is taken whole.
+    BatchNorm is always a leaf: timm's contains an activation, and tracing into it would fix its training mode.
+    A module that cannot be traced because its code depends on shapes becomes a leaf as well (the innermost such module).
     """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -36,7 +36,7 @@ class _LeafTracer(Tracer):
         nodes, depth = len(self.graph.nodes), len(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:  # whatever Python says when it meets a placeholder in a number's place
+        except Exception:  # untraceable code raises many types when it uses a proxy as a number
             for node in list(reversed(self.graph.nodes))[: len(self.graph.nodes) - nodes]:
                 self.graph.erase_node(node)
             while len(self.module_stack) > depth:
@@ -46,7 +46,10 @@ class _LeafTracer(Tracer):
 
 @dataclass(frozen=True)
 class SplitModel:
-    """``trainable(frozen(pixels))`` is the whole network; both share its parameters. ``last_frozen`` is a layer's name."""
+    """A network split in two modules that share its parameters: ``trainable(frozen(pixels))`` equals the network.
+
+    ``last_frozen`` is the name of the last frozen layer.
+    """
 
     frozen: GraphModule
     trainable: GraphModule
@@ -54,68 +57,71 @@ class SplitModel:
 
 
 def trace(classifier: Classifier) -> Graph:
-    """The network's layers and operations in the order in which they run. Raises ConfigError for one that hides them."""
+    """Trace the network's layers and operations in execution order. Raises ConfigError if it cannot be traced."""
     graph = _LeafTracer().trace(classifier)
     if any(node.target == "net" for node in graph.nodes):
         raise ConfigError(
-            "This network's code depends on the shape of what it is given, so its frozen part cannot be found (torch.fx cannot "
-            "trace it); choose another with --backbone, `finetune models` lists them."
+            "The frozen layers of this network cannot be determined: torch.fx cannot trace it, because its code depends on "
+            "the input's shape. Choose another network with --backbone; `finetune models` lists all networks."
         )
     return graph
 
 
 def traced_layers(classifier: Classifier) -> set[str]:
-    """The names of the layers whose output the traced graph knows: all of them, but for those inside of one taken whole."""
-    return {name for node in trace(classifier).nodes for name in {_name(node), *_stack(node)}}
+    """Return the names of all layers whose output is in the traced graph; layers inside a leaf are missing."""
+    return {name for node in trace(classifier).nodes for name in {_layer_name(node), *_enclosing_layers(node)}}
 
 
 def split_model(classifier: Classifier) -> SplitModel:
-    """Cut the network behind its last deterministic frozen layer, at a place that a single tensor crosses.
+    """Split the network after its last deterministic frozen layer, where a single tensor connects both modules.
 
-    What is trained gives a tuple where the network has auxiliary heads: its own answer, then theirs.
+    If the network has auxiliary heads, the trainable module returns a tuple: its own output, then theirs.
     """
     mode = classifier.training
-    classifier.train(mode or classifier.aux_weight > 0)  # auxiliary heads run only while training
+    classifier.train(mode or classifier.aux_weight > 0)  # auxiliary heads run only in training mode
     graph = trace(classifier)
     classifier.train(mode)
     nodes = [node for node in graph.nodes if node.op != "output"]
-    alive = next(i for i, node in enumerate(nodes) if _is_alive(node, classifier))
-    at = next(i for i in range(alive, 0, -1) if len(_crossing(nodes, i)) == 1)
-    (crossing,) = _crossing(nodes, at)
-    frozen = GraphModule(classifier, _copy(nodes[:at], outputs=[crossing]))
-    trainable = GraphModule(classifier, _copy(nodes[at:], outputs=_results(graph), given=crossing))
-    return SplitModel(frozen=frozen, trainable=trainable, last_frozen=_place(crossing, graph))
+    first_active = next(i for i, node in enumerate(nodes) if _is_trainable_or_random(node, classifier))
+    split = next(i for i in range(first_active, 0, -1) if len(_crossing_nodes(nodes, i)) == 1)
+    (crossing,) = _crossing_nodes(nodes, split)
+    frozen = GraphModule(classifier, _copy_nodes(nodes[:split], outputs=[crossing]))
+    trainable = GraphModule(classifier, _copy_nodes(nodes[split:], outputs=_output_nodes(graph), features=crossing))
+    return SplitModel(frozen=frozen, trainable=trainable, last_frozen=_display_name(crossing, graph))
 
 
 def with_outputs(classifier: Classifier, layers: Sequence[tuple[str, bool]]) -> GraphModule:
-    """The whole network, giving ``(log_probs, *extras)``: for each (layer, is_input) that layer's output, or its input.
+    """Extend the network to return ``(log_probs, *extras)``.
 
-    The input of a convolution is a map; its mean over the map is given, as a Linear layer in its place would see it.
+    Args:
+        classifier: The network.
+        layers: (layer name, is_input) for each extra: the layer's input or its output. The input of a convolution, a feature
+            map, is averaged over its positions, as a Linear layer in its place would get it.
     """
     graph = trace(classifier)
     extras: list[Node] = []
     for layer, is_input in layers:
-        node = _last_inside(layer, graph)
+        node = _last_node(layer, graph)
         if is_input and isinstance(classifier.net.get_submodule(layer), nn.Conv2d):
             with graph.inserting_after(node.all_input_nodes[0]):
                 extras.append(graph.call_function(torch.mean, (node.all_input_nodes[0], (2, 3))))
         else:
             extras.append(node.all_input_nodes[0] if is_input else node)
     nodes = [node for node in graph.nodes if node.op != "output"]
-    return GraphModule(classifier, _copy(nodes, outputs=[*_results(graph), *extras]))
+    return GraphModule(classifier, _copy_nodes(nodes, outputs=[*_output_nodes(graph), *extras]))
 
 
-def train_mode(part: nn.Module) -> None:
-    """Switch to training, but leave frozen BatchNorm as it is: its statistics do not move."""
-    part.train()
-    for layer in part.modules():
+def train_mode(module: nn.Module) -> None:
+    """Switch to training mode, but keep frozen BatchNorm in evaluation mode, so that its statistics do not change."""
+    module.train()
+    for layer in module.modules():
         if isinstance(layer, _BatchNorm) and not any(p.requires_grad for p in layer.parameters()):
             layer.eval()
 
 
-def _is_alive(node: Node, classifier: Classifier) -> bool:
-    """Whether a node is random while training, or learns."""
-    if node.op == "get_attr":  # a parameter of its own, such as a transformer's class token
+def _is_trainable_or_random(node: Node, classifier: Classifier) -> bool:
+    """Return whether a node has trainable parameters or is random during training."""
+    if node.op == "get_attr":  # a parameter outside of a layer, such as a transformer's class token
         owner, _, name = str(node.target).rpartition(".")
         return bool(getattr(classifier.get_submodule(owner), name).requires_grad)
     if node.op != "call_module":
@@ -125,21 +131,22 @@ def _is_alive(node: Node, classifier: Classifier) -> bool:
 
 
 def _is_random(layer: nn.Module) -> bool:
-    chance = getattr(layer, {"StochasticDepth": "p", "DropPath": "drop_prob"}.get(type(layer).__name__, ""), 0.0)
-    return (isinstance(layer, _DropoutNd) and layer.p > 0) or chance > 0
+    drop_prob = getattr(layer, {"StochasticDepth": "p", "DropPath": "drop_prob"}.get(type(layer).__name__, ""), 0.0)
+    return (isinstance(layer, _DropoutNd) and layer.p > 0) or drop_prob > 0
 
 
-def _crossing(nodes: Sequence[Node], at: int) -> list[Node]:
-    """The nodes before ``at`` whose values are used at or behind it."""
-    before = set(nodes[:at])
-    return [node for node in nodes[:at] if any(user not in before for user in node.users)]
+def _crossing_nodes(nodes: Sequence[Node], split: int) -> list[Node]:
+    """Return the nodes before index ``split`` whose values are used at or after it."""
+    before = set(nodes[:split])
+    return [node for node in nodes[:split] if any(user not in before for user in node.users)]
 
 
-def _copy(nodes: Sequence[Node], *, outputs: Sequence[Node], given: Node | None = None) -> Graph:
+def _copy_nodes(nodes: Sequence[Node], *, outputs: Sequence[Node], features: Node | None = None) -> Graph:
+    """Copy nodes to a new graph; the node ``features`` becomes its placeholder."""
     graph = Graph()
     copies: dict[Node, Node] = {}
-    if given is not None:
-        copies[given] = graph.placeholder("features")
+    if features is not None:
+        copies[features] = graph.placeholder("features")
     for node in nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     result = tuple(copies[node] for node in outputs)
@@ -147,30 +154,30 @@ def _copy(nodes: Sequence[Node], *, outputs: Sequence[Node], given: Node | None 
     return graph
 
 
-def _results(graph: Graph) -> list[Node]:
-    """What the network gives: its log-probabilities, and those of its auxiliary heads where they were traced."""
+def _output_nodes(graph: Graph) -> list[Node]:
+    """Return the nodes of the log-probabilities, followed by those of traced auxiliary heads."""
     return next(node for node in graph.nodes if node.op == "output").all_input_nodes
 
 
-def _name(node: Node) -> str:
-    """The node's name as a person knows it: its layer in the plain network, or the operation."""
+def _layer_name(node: Node) -> str:
+    """Return the name of the node's layer in the plain network, or of its operation."""
     name = str(node.target) if node.op == "call_module" else node.name
     return name.removeprefix("net.")
 
 
-def _last_inside(layer: str, graph: Graph) -> Node:
-    """The node of a layer, or, for one that holds others (a stage of blocks), the last thing that is computed inside it."""
-    nodes = (node for node in reversed(graph.nodes) if node.op != "output")  # a layer of that name is another thing
-    return next(node for node in nodes if _name(node) == layer or layer in _stack(node))
+def _last_node(layer: str, graph: Graph) -> Node:
+    """Return the node of a layer, or the last node inside a layer with children, such as a stage of blocks."""
+    nodes = (node for node in reversed(graph.nodes) if node.op != "output")  # a head may be named "output" as well
+    return next(node for node in nodes if _layer_name(node) == layer or layer in _enclosing_layers(node))
 
 
-def _place(node: Node, graph: Graph) -> str:
-    """A node's name for a person: an operation that is a layer's last one goes by the layer's, such as SqueezeNet's cat."""
-    layers = sorted(_stack(node) - {"net"}, key=len, reverse=True)
-    last_of = (layer for layer in layers[:1] if _last_inside(layer, graph) is node)
-    return next(last_of, _name(node))
+def _display_name(node: Node, graph: Graph) -> str:
+    """Return a node's name; the last operation of a layer, such as SqueezeNet's cat, gets the layer's name."""
+    layers = sorted(_enclosing_layers(node) - {"net"}, key=len, reverse=True)
+    matches = (layer for layer in layers[:1] if _last_node(layer, graph) is node)
+    return next(matches, _layer_name(node))
 
 
-def _stack(node: Node) -> set[str]:
-    """The layers that a node is computed in, from the outermost to its own."""
+def _enclosing_layers(node: Node) -> set[str]:
+    """Return the names of all layers that contain a node."""
     return {path.removeprefix("net.") for path, _ in node.meta.get("nn_module_stack", {}).values()}

@@ -108,7 +108,7 @@ def test_a_renamed_command_names_the_new_one(old: str, new: str) -> None:
         (("--epochs", "0"), "--epochs is 0, and takes 1 or more."),
         (("--lr", "nan"), "--lr is nan, and takes 0 or more."),
         (("--lr-schedule", "cosin"), "Did you mean 'cosine'?"),
-        (("--unfreeze", "features.33"), "'features.33', which is not a layer with parameters. Did you mean 'features.3'?"),
+        (("--unfreeze", "features.33"), "--unfreeze: 'features.33' is not a layer with parameters. Did you mean 'features.3'?"),
         (("--precision", "fp16"), "--precision is fp16, which is for GPUs"),
         (("--export", "head", "--weights", "none"), "--export head leaves the pretrained weights out"),
         (("--weights", "no.pth"), "There is no weights file no.pth"),
@@ -248,11 +248,11 @@ def test_weights_that_do_not_fit_or_are_damaged(said: Callable[..., str], tmp_pa
     torch.save(Tiny(10), tmp_path / "module.pth")
     assert "module.pth cannot be read as weights" in said("--weights", tmp_path / "module.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    assert "holds a list, not a state dict" in said("--weights", tmp_path / "list.pth")
+    assert "contains a list, not a state dict" in said("--weights", tmp_path / "list.pth")
     err = said("--weights", tiny_weights, "--backbone", "resnet18")
-    assert "The weights are not resnet18's: 'conv1.weight' is missing" in err
+    assert "The weights are not for resnet18: 'conv1.weight' is missing" in err
     other = save_weights(tmp_path / "alexnet.pth", backbone="alexnet")
-    assert "The weights are not tiny's" in said("--weights", other)
+    assert "The weights are not for tiny" in said("--weights", other)
     other.unlink()
     assert "There is no weights file" in said("--weights", tmp_path)
 
@@ -291,7 +291,7 @@ def test_a_download_that_breaks_off_leaves_nothing(
         assert code == 2
         last = err.splitlines()[-1]  # after the progress of the download
         assert "are not on this machine and could not be downloaded" in last
-        assert f"Fetch {url} where there is a network and give it with --weights FILE" in last
+        assert f"Download {url} on a connected machine, then use --weights FILE" in last
         assert "Traceback" not in err
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -307,7 +307,7 @@ def test_a_damaged_file_among_the_downloads_is_named(
     kept.write_bytes(tiny_weights.read_bytes()[:-7])
     err = refused("train", "--data-dir", data, "--backbone", "tiny", "--output-dir", tmp_path / "run")
     assert f"{kept} is damaged" in err
-    assert "delete it and fetch it again" in err
+    assert "Delete the file and download it again" in err
 
 
 # The machine

@@ -1,4 +1,4 @@
-"""The exported graph and the engine that runs it, against torch, on EfficientNet-Lite0's real weights."""
+"""The exported graph, run with OpenVINO, compared with torch on EfficientNet-Lite0's published weights."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def graph(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def frozen(classifier: Classifier, tmp_path_factory: pytest.TempPathFactory) -> OpenVINOEngine:
-    """The frozen part with a batch that is fixed, as training runs it."""
+    """The frozen module with a fixed batch size, as in training."""
     path = tmp_path_factory.mktemp("graph") / "frozen.onnx"
-    frozen_part = split_model(classifier).frozen
-    export_onnx(frozen_part, preprocessing=SPEC.preprocessing, outputs=["features"], path=path, batch_size=BATCH)
+    frozen_module = split_model(classifier).frozen
+    export_onnx(frozen_module, preprocessing=SPEC.preprocessing, outputs=["features"], path=path, batch_size=BATCH)
     return OpenVINOEngine(path, outputs=["features"])
 
 
 @pytest.fixture(scope="module")
 def pixels() -> Pixels:
-    """Forty pictures: noise over flat colours, so that the network tells them apart."""
+    """Forty images of noise on different solid colors, which give different outputs."""
     rng = np.random.default_rng(0)
     flat = rng.integers(0, 256, (40, 1, 1, 3))
     return np.clip(flat + rng.normal(0, 40, (40, 224, 224, 3)), 0, 255).astype(np.uint8)
@@ -56,28 +56,28 @@ def pixels() -> Pixels:
 @pytest.fixture(scope="module")
 @torch.inference_mode()
 def in_torch(classifier: Classifier, pixels: Pixels) -> dict[str, Rows]:
-    """What torch gives for the first six."""
-    seen: dict[str, Tensor] = {}
+    """The outputs of torch for the first six images."""
+    outputs: dict[str, Tensor] = {}
     head, last = classifier.net.get_submodule(SPEC.head), classifier.net.get_submodule(SPEC.cam_layer)
     hooks = (
-        head.register_forward_hook(lambda _, given, logits: seen.update(embedding=given[0], logits=logits)),
-        last.register_forward_hook(lambda *a: seen.update(feature_map=a[2])),
+        head.register_forward_hook(lambda _, args, logits: outputs.update(embedding=args[0], logits=logits)),
+        last.register_forward_hook(lambda *a: outputs.update(feature_map=a[2])),
     )
     classifier(torch.from_numpy(pixels[:6]))
     for hook in hooks:
         hook.remove()
-    seen["probabilities"] = torch.softmax(seen.pop("logits") / TEMPERATURE, dim=1)
-    return {name: tensor.numpy() for name, tensor in seen.items()}
+    outputs["probabilities"] = torch.softmax(outputs.pop("logits") / TEMPERATURE, dim=1)
+    return {name: tensor.numpy() for name, tensor in outputs.items()}
 
 
-def test_the_graph_gives_torchs_calibrated_probabilities(graph: Path, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
-    (ours,) = OpenVINOEngine(graph, outputs=["probabilities"]).run(pixels[:6])
-    assert ours.dtype == np.float32
-    assert np.ptp(ours, axis=0).max() > 0.01  # else anything would do
-    assert np.abs(ours - in_torch["probabilities"]).max() < 1e-4
+def test_graph_matches_torchs_calibrated_probabilities(graph: Path, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
+    (probabilities,) = OpenVINOEngine(graph, outputs=["probabilities"]).run(pixels[:6])
+    assert probabilities.dtype == np.float32
+    assert np.ptp(probabilities, axis=0).max() > 0.01  # the images differ, so the comparison is meaningful
+    assert np.abs(probabilities - in_torch["probabilities"]).max() < 1e-4
 
 
-def test_the_graph_gives_what_explains_them(graph: Path, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
+def test_graph_matches_torchs_embedding_and_feature_map(graph: Path, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
     probabilities, embedding, feature_map = OpenVINOEngine(graph, outputs=OUTPUTS).run(pixels[:6])
     assert np.abs(probabilities - in_torch["probabilities"]).max() < 1e-4
     assert embedding.shape == (6, 1280)
@@ -87,7 +87,7 @@ def test_the_graph_gives_what_explains_them(graph: Path, pixels: Pixels, in_torc
     assert np.allclose(feature_map.mean(axis=(2, 3)), embedding, atol=1e-4)
 
 
-def test_the_batch_is_free_and_does_not_change_the_answer(graph: Path, pixels: Pixels) -> None:
+def test_results_do_not_depend_on_the_batch_size(graph: Path, pixels: Pixels) -> None:
     engine = OpenVINOEngine(graph, outputs=["probabilities"], threads=1)
     (all_at_once,) = engine.run(pixels)
     assert all_at_once.shape == (40, 3)
@@ -95,33 +95,33 @@ def test_the_batch_is_free_and_does_not_change_the_answer(graph: Path, pixels: P
         assert np.abs(engine.run(pixels[:count])[0] - all_at_once[:count]).max() < 1e-5
 
 
-def test_a_result_is_not_overwritten_by_the_next(graph: Path, pixels: Pixels) -> None:
+def test_result_is_not_overwritten_by_the_next_run(graph: Path, pixels: Pixels) -> None:
     engine = OpenVINOEngine(graph, outputs=["probabilities"])
     (first,) = engine.run(pixels[:1])
-    kept = first.copy()
+    copy = first.copy()
     engine.run(pixels[1:2])
-    assert np.array_equal(first, kept)
+    assert np.array_equal(first, copy)
 
 
 @pytest.mark.parametrize(("output", "is_computed"), [("probabilities", True), ("embedding", False), ("feature_map", False)])
-def test_what_is_not_asked_for_is_not_computed(graph: Path, output: str, is_computed: bool) -> None:
+def test_only_requested_outputs_are_computed(graph: Path, output: str, is_computed: bool) -> None:
     compiled = OpenVINOEngine(graph, outputs=[output]).compiled_model
     steps = {step.get_rt_info()["layerType"].astype(str) for step in compiled.get_runtime_model().get_ops()}
     assert len(compiled.outputs) == 1
     assert ("Softmax" in steps) == is_computed
 
 
-def test_the_graph_says_nothing_of_the_machine_that_wrote_it(graph: Path) -> None:
+def test_graph_contains_its_weights_and_no_local_paths(graph: Path) -> None:
     data = graph.read_bytes()
-    assert len(data) > 10_000_000  # the weights are inside, not in a file beside it
+    assert len(data) > 10_000_000  # the weights are inside, not in an external file
     assert [file.name for file in graph.parent.iterdir()] == ["model.onnx"]
     for path in (Path(__file__).resolve().parents[3], Path(torch.__file__).parent, "site-packages"):
         assert str(path).encode() not in data
 
 
-def test_a_fixed_batch_gives_a_photo_the_same_numbers_wherever_it_stands(frozen: OpenVINOEngine, pixels: Pixels) -> None:
+def test_features_do_not_depend_on_the_position_in_a_fixed_batch(frozen: OpenVINOEngine, pixels: Pixels) -> None:
     ten = pixels[:10]
-    (features,) = frozen.run(ten)  # 4 + 4 + 2 and padding
+    (features,) = frozen.run(ten)  # batches of 4, 4 and 2, the last one padded
     assert features.shape == (10, 1280)
     order = np.random.default_rng(1).permutation(10)
     assert np.array_equal(frozen.run(ten[order])[0], features[order])
@@ -129,5 +129,5 @@ def test_a_fixed_batch_gives_a_photo_the_same_numbers_wherever_it_stands(frozen:
         assert np.array_equal(frozen.run(ten[i : i + 1])[0], features[i : i + 1])
 
 
-def test_the_frozen_graph_gives_torchs_features(frozen: OpenVINOEngine, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
+def test_frozen_graph_matches_torchs_features(frozen: OpenVINOEngine, pixels: Pixels, in_torch: dict[str, Rows]) -> None:
     assert np.allclose(frozen.run(pixels[:6])[0], in_torch["embedding"], atol=1e-3)

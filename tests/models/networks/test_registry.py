@@ -17,23 +17,23 @@ PARAMETERS = {
     "resnet18": 11_689_512,
     "vgg16": 138_357_544,
 }
-"""As they are published; torchvision's model tables and timm's results."""
+"""The published numbers, from torchvision's model tables and timm's results."""
 
 
-def test_the_networks_are_listed_in_alphabetical_order() -> None:
+def test_networks_are_listed_in_alphabetical_order() -> None:
     assert list_models() == sorted(list_models())
     assert set(PARAMETERS) <= set(list_models())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_network_has_the_published_number_of_parameters(name: str) -> None:
+def test_parameter_count_matches_the_published_one(name: str) -> None:
     with torch.device("meta"):
         net = create_model(name)
     assert sum(parameter.numel() for parameter in net.parameters()) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_what_a_spec_says_of_its_network_is_so(name: str) -> None:
+def test_head_and_cam_layer_of_the_spec_exist(name: str) -> None:
     spec = get_spec(name)
     assert spec.name == name
     shapes: dict[str, torch.Size] = {}
@@ -52,20 +52,20 @@ def test_what_a_spec_says_of_its_network_is_so(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_the_name_of_a_published_file_carries_its_sha256(name: str) -> None:
+def test_weights_file_name_contains_the_sha256_prefix(name: str) -> None:
     weights = get_spec(name).weights
     assert weights is not None
     assert weights.file_name.removesuffix(".pth").endswith(f"-{weights.sha256[:8]}")
 
 
-def test_an_unknown_name_is_answered_with_the_nearest_and_where_the_list_is() -> None:
+def test_unknown_name_error_suggests_the_closest_one() -> None:
     with pytest.raises(UnknownModelError, match=r"'vgg61'.*Did you mean 'vgg16'.*`finetune models`"):
         get_spec("vgg61")
     with pytest.raises(UnknownModelError, match="'zzz'"):
         create_model("zzz")
 
 
-def test_a_network_of_ones_own_is_there_once_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registered_network_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._load()))
     monkeypatch.setattr(registry, "_load", lambda: registry._ENTRIES)
     spec = ModelSpec("one_layer", "One layer", 1958, "https://doi.org/10.1037/h0042519", "0", "0", pretrained_classes=3)
@@ -78,11 +78,11 @@ def test_a_network_of_ones_own_is_there_once_registered(monkeypatch: pytest.Monk
     assert get_spec("one_layer") is spec
     assert create_model("one_layer")(torch.zeros(1, 4)).shape == (1, 3)
     assert create_model("one_layer", num_classes=5)(torch.zeros(1, 4)).shape == (1, 5)
-    with pytest.raises(ValueError, match="'one_layer' is registered already"):
+    with pytest.raises(ValueError, match="'one_layer' is already registered"):
         register_model(spec)(one_layer)
 
 
-def test_the_package_gives_the_same_functions() -> None:
+def test_package_exports_the_registry_functions() -> None:
     assert models.create_model is create_model
     assert models.list_models is list_models
     with pytest.raises(AttributeError, match="nonsense"):

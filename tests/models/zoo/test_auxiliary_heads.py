@@ -1,4 +1,4 @@
-"""Auxiliary heads: trained with the network from random weights, gone where it is fine-tuned or served."""
+"""Auxiliary heads: present when training from random weights, absent when fine-tuning and serving."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ CPU = Compute(torch.device("cpu"), "fp32")
 CONFIG = Config(weights="none", epochs=1, batch_size=4).with_recipe(get_spec("lenet5").recipe)
 
 
-def test_from_random_weights_googlenet_answers_three_times_while_training() -> None:
+def test_googlenet_with_random_weights_has_three_outputs_in_training() -> None:
     with made_small("googlenet") as spec:
         classifier = build_classifier(spec, num_classes=3, base=None)
-        parts = split_model(classifier)
-        answers = parts.trainable(parts.frozen(some_pixels(spec)))
-        assert [answer.shape for answer in answers] == [(2, 3)] * 3
+        split = split_model(classifier)
+        outputs = split.trainable(split.frozen(some_pixels(spec)))
+        assert [output.shape for output in outputs] == [(2, 3)] * 3
         assert not classifier.training
         assert classifier(some_pixels(spec)).shape == (2, 3)
-        assert torch.allclose(answers[0].exp().sum(1), torch.ones(2))
+        assert torch.allclose(outputs[0].exp().sum(1), torch.ones(2))
 
 
-def test_training_moves_the_auxiliary_heads_and_measures_the_network_alone() -> None:
+def test_training_changes_the_auxiliary_heads_and_prediction_ignores_them() -> None:
     with made_small("googlenet") as spec:
         classifier = build_classifier(spec, num_classes=2, base=None)
-        parts = split_model(classifier)
+        split = split_model(classifier)
         before = {name: p.detach().clone() for name, p in classifier.net.named_parameters()}
         with torch.no_grad():
-            rows = parts.frozen(some_pixels(spec, 8)).numpy()
+            rows = split.frozen(some_pixels(spec, 8)).numpy()
         batches = CachedBatches(rows, [0, 1] * 4, batch_size=4, seed=0)
         names = [f"net.{name}" for name in trainable_names(classifier.net)]
-        progress = fit(parts.trainable, names, batches, batches, CONFIG, compute=CPU, head=[], aux_weight=classifier.aux_weight)
+        progress = fit(split.trainable, names, batches, batches, CONFIG, compute=CPU, head=[], aux_weight=classifier.aux_weight)
         assert progress.epoch == 1
-        still = [name for name, p in classifier.net.named_parameters() if torch.equal(p, before[name])]
-        assert still == []
-        log_probs, _ = predict(parts.trainable, batches, compute=CPU)
+        unchanged = [name for name, p in classifier.net.named_parameters() if torch.equal(p, before[name])]
+        assert unchanged == []
+        log_probs, _ = predict(split.trainable, batches, compute=CPU)
         with torch.inference_mode():
             assert torch.allclose(log_probs, classifier(some_pixels(spec, 8)), atol=1e-5)
 
 
-def test_an_auxiliary_loss_counts_as_much_as_its_weight() -> None:
-    """A part that answers twice: the second answer's gradient is the first's times the weight."""
+def test_auxiliary_loss_is_weighted() -> None:
+    """With two identical heads, the gradient of the auxiliary one is that of the main one times the weight."""
 
-    class Twice(nn.Module):
+    class TwoHeads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.main, self.aux = nn.Linear(4, 2), nn.Linear(4, 2)
@@ -61,24 +61,24 @@ def test_an_auxiliary_loss_counts_as_much_as_its_weight() -> None:
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return self.main(x).log_softmax(1), self.aux(x).log_softmax(1)
 
-    part = Twice()
-    part.aux.load_state_dict(part.main.state_dict())
-    before = part.main.weight.detach().clone()
+    module = TwoHeads()
+    module.aux.load_state_dict(module.main.state_dict())
+    before = module.main.weight.detach().clone()
     rows = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).numpy()
     batches = CachedBatches(rows, [0, 1, 0, 1], batch_size=4, seed=0)
     config = replace(CONFIG, optimizer="sgd", lr=0.1, momentum=0.0)
-    fit(part, list(part.state_dict()), batches, batches, config, compute=CPU, head=[], aux_weight=0.3)
-    assert torch.allclose(part.aux.weight - before, 0.3 * (part.main.weight - before), atol=1e-6)
-    assert not torch.equal(part.main.weight, before)
+    fit(module, list(module.state_dict()), batches, batches, config, compute=CPU, head=[], aux_weight=0.3)
+    assert torch.allclose(module.aux.weight - before, 0.3 * (module.main.weight - before), atol=1e-6)
+    assert not torch.equal(module.main.weight, before)
 
 
 @pytest.mark.heavy
-def test_inception_v3s_auxiliary_head_learns_at_its_own_size() -> None:
+def test_auxiliary_head_of_inception_v3_gets_a_gradient() -> None:
     spec = get_spec("inception_v3")
     classifier = build_classifier(spec, num_classes=2, base=None)
-    parts = split_model(classifier)
-    train_mode(parts.trainable)
-    main, aux = parts.trainable(parts.frozen(some_pixels(spec)))
+    split = split_model(classifier)
+    train_mode(split.trainable)
+    main, aux = split.trainable(split.frozen(some_pixels(spec)))
     assert main.shape == aux.shape == (2, 2)
     torch.nn.functional.nll_loss(aux, torch.tensor([0, 1])).backward()
     assert classifier.net.get_parameter("AuxLogits.fc.weight").grad is not None
@@ -86,7 +86,7 @@ def test_inception_v3s_auxiliary_head_learns_at_its_own_size() -> None:
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_fine_tuning_and_serving_know_no_auxiliary_head(name: str) -> None:
+def test_fine_tuned_and_served_networks_have_no_auxiliary_heads(name: str) -> None:
     with made_small(name) as spec:
         classifier = build_classifier(spec, num_classes=2, base=random_state(name))
         assert not [key for key in classifier.net.state_dict() if key.startswith(("aux", "Aux"))]

@@ -1,4 +1,4 @@
-"""Networks without pretrained weights are trained from random ones by the same command, and it says so."""
+"""Training from random weights with ``finetune train``."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
 
 
-def test_a_network_without_weights_learns_from_pixels(data: Path, tmp_path: Path) -> None:
-    words = ("train", "--data-dir", data, "--backbone", "lenet_cifar", "--epochs", 12, "--batch-size", 4)
-    code, said, err = finetune(*words, "--output-dir", tmp_path / "run")
+def test_network_without_pretrained_weights_is_trained_from_random_ones(data: Path, tmp_path: Path) -> None:
+    arguments = ("train", "--data-dir", data, "--backbone", "lenet_cifar", "--epochs", 12, "--batch-size", 4)
+    code, output, err = finetune(*arguments, "--output-dir", tmp_path / "run")
     assert (code, err) == (0, "")
-    (line,) = (line for line in said.splitlines() if "frozen" in line)
+    (line,) = (line for line in output.splitlines() if "frozen" in line)
     assert line.startswith("No feature cache, as all weights are trained and nothing is frozen")
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (settings["weights"], settings["optimizer"], settings["lr"], settings["augment"]) == ("none", "adam", 0.001, False)
@@ -52,16 +52,16 @@ def test_a_network_without_weights_learns_from_pixels(data: Path, tmp_path: Path
     net.load_state_dict(load_file(tmp_path / "run" / "bundle" / "model.safetensors"))
 
 
-def test_a_run_from_random_weights_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
-    """Adam's own memory is in the checkpoint, so two epochs and two more are four."""
-    rest = ("train", "--data-dir", data, "--backbone", "cnn_mnist", "--batch-size", 4)
+def test_resumed_run_from_random_weights_matches_an_uninterrupted_one(data: Path, tmp_path: Path) -> None:
+    """The checkpoint includes Adam's state."""
+    arguments = ("train", "--data-dir", data, "--backbone", "cnn_mnist", "--batch-size", 4)
     weights = []
-    for name, steps in (("whole", [4]), ("parts", [2, 4])):
+    for name, steps in (("uninterrupted", [4]), ("resumed", [2, 4])):
         for number, epochs in enumerate(steps):
             resume = ("--resume",) if number else ()
             if number:
                 shutil.rmtree(tmp_path / name / "bundle")
-            code, _, err = finetune(*rest, "--output-dir", tmp_path / name, "--epochs", epochs, *resume)
+            code, _, err = finetune(*arguments, "--output-dir", tmp_path / name, "--epochs", epochs, *resume)
             assert (code, err) == (0, "")
         weights.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["last"])
         with (tmp_path / name / "history.csv").open(newline="") as file:
@@ -69,15 +69,15 @@ def test_a_run_from_random_weights_goes_on_where_it_stopped(data: Path, tmp_path
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_weights_from_a_file_freeze_a_small_network_too(data: Path, tmp_path: Path) -> None:
+def test_weights_file_freezes_a_small_network(data: Path, tmp_path: Path) -> None:
     torch.save(create_model("lenet5").state_dict(), tmp_path / "lenet5.pth")
-    words = ("train", "--data-dir", data, "--backbone", "lenet5", "--weights", tmp_path / "lenet5.pth", "--epochs", 1)
-    code, said, err = finetune(*words, "--output-dir", tmp_path / "run")
+    arguments = ("train", "--data-dir", data, "--backbone", "lenet5", "--weights", tmp_path / "lenet5.pth", "--epochs", 1)
+    code, output, err = finetune(*arguments, "--output-dir", tmp_path / "run")
     assert (code, err) == (0, "")
-    assert "The frozen part ends behind sigmoid4" in said
+    assert "The frozen part ends behind sigmoid4" in output
 
 
-def test_there_is_nothing_to_leave_out_of_a_bundle(data: Path, tmp_path: Path) -> None:
+def test_head_export_requires_pretrained_weights(data: Path, tmp_path: Path) -> None:
     code, _, err = finetune(
         "train", "--data-dir", data, "--backbone", "lenet5", "--export", "head", "--output-dir", tmp_path / "run"
     )
@@ -87,7 +87,7 @@ def test_there_is_nothing_to_leave_out_of_a_bundle(data: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
-def test_the_optimizer_is_the_one_that_was_asked_for(name: str, kind: type) -> None:
+def test_optimizer_matches_the_config(name: str, kind: type) -> None:
     config = Config(weights="none", optimizer=name, lr=0.25, weight_decay=0.5).with_recipe(get_spec("lenet5").recipe)
     optimizer = make_optimizer(create_model("lenet5"), config, head=[])
     assert type(optimizer) is kind
@@ -95,20 +95,20 @@ def test_the_optimizer_is_the_one_that_was_asked_for(name: str, kind: type) -> N
     assert (group["lr"], group["weight_decay"], group["scale"]) == (0.25, 0.5, 1.0)
 
 
-def test_an_unknown_optimizer_is_answered_with_the_nearest(data: Path) -> None:
+def test_unknown_optimizer_error_suggests_the_closest_one(data: Path) -> None:
     code, _, err = finetune("train", "--data-dir", data, "--optimizer", "adma")
     assert code == 2
     assert "--optimizer is 'adma', and takes sgd, adam. Did you mean 'adam'?" in err
 
 
-def test_pixels_are_decoded_once_where_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_once_if_they_fit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = get_spec("lenet5")
     samples = [Sample(f"{i}.jpg", paint(tmp_path / f"{i}.jpg", (250, 30, 30), seed=i), 0, "train") for i in range(3)]
     decoded: list[int] = []
     pixels = type(spec.preprocessing).pixels
     monkeypatch.setattr(type(spec.preprocessing), "pixels", lambda self, data: (decoded.append(1), pixels(self, data))[1])
-    parts = split_model(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
-    frozen = FeatureExtractor(parts, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
+    split = split_model(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
+    frozen = FeatureExtractor(split, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
     batches = UncachedBatches(
         samples, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1
     )
@@ -118,7 +118,7 @@ def test_pixels_are_decoded_once_where_they_fit(tmp_path: Path, monkeypatch: pyt
     assert len(decoded) == 3
 
 
-def test_a_recipe_can_be_overruled(tmp_path: Path) -> None:
+def test_settings_override_the_recipe(tmp_path: Path) -> None:
     config = Config(optimizer="sgd", epochs=2).with_recipe(get_spec("lenet5").recipe)
     assert (config.optimizer, config.epochs, config.batch_size) == ("sgd", 2, 16)
     assert replace(config, lr=0.9).lr == 0.9

@@ -1,4 +1,4 @@
-"""A new network takes one file and no other edit: the one in docs/adding-a-network.md, as it stands there."""
+"""The example of docs/adding-a-network.md: a new network needs one file and no other edit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOC = (Path(__file__).resolve().parents[3] / "docs" / "adding-a-network.md").rea
 
 @pytest.fixture
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder that is looked into like models/zoo, for one test."""
+    """An additional folder of ``models.zoo`` for one test."""
     folder = tmp_path / "zoo"
     folder.mkdir()
     list_models()
@@ -38,12 +38,12 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def code_of(file: str) -> str:
-    found = re.search(rf"`models/zoo/{file}`:\n\n```python\n(.*?)```", DOC, flags=re.DOTALL)
-    assert found
-    return found[1]
+    match = re.search(rf"`models/zoo/{file}`:\n\n```python\n(.*?)```", DOC, flags=re.DOTALL)
+    assert match
+    return match[1]
 
 
-def test_one_file_is_all_that_a_network_takes(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_file_adds_a_network(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
     (zoo / "thumbnail.py").write_text(code_of("thumbnail.py"), encoding="utf-8")
     assert "thumbnail" in list_models()
@@ -54,21 +54,21 @@ def test_one_file_is_all_that_a_network_takes(zoo: Path, tmp_path: Path, monkeyp
     )
     assert (code, err) == (0, "")
     bundle = open_bundle(tmp_path / "run" / "bundle")
-    pixels, wanted, tolerance = bundle.golden()
-    given = OpenVINOEngine(bundle.path / "model.onnx", outputs=["probabilities"], threads=1).run(pixels)[0]
-    assert np.abs(given - wanted).max() <= tolerance
-    code, said, _ = finetune("models", "show", "thumbnail")
+    pixels, expected, tolerance = bundle.golden()
+    probabilities = OpenVINOEngine(bundle.path / "model.onnx", outputs=["probabilities"], threads=1).run(pixels)[0]
+    assert np.abs(probabilities - expected).max() <= tolerance
+    code, output, _ = finetune("models", "show", "thumbnail")
     assert code == 0
-    assert "floor((32 + 2 * 1 - 3) / 2) + 1 = 16" in said
+    assert "floor((32 + 2 * 1 - 3) / 2) + 1 = 16" in output
 
 
-def test_a_name_that_is_taken_is_refused_at_import(zoo: Path) -> None:
+def test_registered_name_is_rejected_on_import(zoo: Path) -> None:
     (zoo / "again.py").write_text(code_of("thumbnail.py").replace('name="thumbnail"', 'name="vgg16"'), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"'vgg16' is registered already, by models\.zoo\.vgg; choose another"):
+    with pytest.raises(ValueError, match=r"'vgg16' is already registered by models\.zoo\.vgg\. Choose another"):
         list_models()
 
 
-def test_the_guide_names_every_field_of_a_spec() -> None:
+def test_guide_documents_every_field_of_a_spec() -> None:
     from dataclasses import fields
 
     from models.networks.spec import ModelSpec

@@ -1,4 +1,4 @@
-"""The numbers of the papers and the lectures: parameters, shapes, costs, and how a network starts."""
+"""Published numbers of the networks: parameters, shapes, MACs and initialization."""
 
 from __future__ import annotations
 
@@ -54,43 +54,43 @@ PARAMETERS = {
     "vgg16_bn": 138_365_992,
     "vgg19_bn": 143_678_248,
 }
-"""As published, by torchvision's and timm's tables, Keras' for MobileNetV1, and the course's for the small ones."""
+"""From the tables of torchvision, timm and Keras (MobileNetV1); those of the small networks can be counted by hand."""
 BY_HAND = {"vgg_cifar"}
-# 9 * inputs * outputs + outputs for each convolution, two for each BatchNorm's map, and the last layer.
+# Each convolution has 9 * inputs * outputs + outputs parameters, and each BatchNorm two per feature map.
 VGG_CIFAR = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_the_cost_that_a_network_records_is_what_is_counted(name: str) -> None:
+def test_recorded_cost_matches_the_measured_one(name: str) -> None:
     assert get_spec(name).cost == measure_cost(get_spec(name))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_network_has_the_published_number_of_parameters(name: str) -> None:
+def test_parameter_count_matches_the_published_one(name: str) -> None:
     assert get_cost(get_spec(name)).parameters == PARAMETERS[name]
 
 
-def test_a_network_that_records_no_cost_is_counted() -> None:
+def test_cost_is_measured_if_none_is_recorded() -> None:
     spec = get_spec("lenet5")
     assert get_cost(replace(spec, cost=None)) == spec.cost
 
 
-def test_every_network_is_counted() -> None:
+def test_every_network_has_a_published_or_hand_counted_number() -> None:
     assert set(list_models()) == set(PARAMETERS) | BY_HAND
 
 
-def test_vgg_for_cifar_counted_by_hand() -> None:
+def test_vgg_cifar_parameters_counted_by_hand() -> None:
     by_hand = sum(9 * a * b + b + 2 * b for a, b in VGG_CIFAR) + 512 * 10 + 10
     assert count_parameters(create_model("vgg_cifar")) == by_hand == 9_231_114
 
 
-def test_inception_v3_with_its_auxiliary_head_is_torchvisions() -> None:
+def test_parameter_counts_with_auxiliary_heads() -> None:
     with torch.device("meta"):
         assert count_parameters(create_model("inception_v3", aux=True)) == 27_161_264
         assert count_parameters(create_model("googlenet", aux=True)) == 13_004_888
 
 
-def test_the_perceptron_takes_any_number_of_units() -> None:
+def test_perceptron_with_any_number_of_units() -> None:
     for units in (8, 30, 100):
         net = create_model("mlp", num_classes=10, units=units)
         assert count_parameters(net) == 784 * units + units + units * units + units + 10 * units + 10
@@ -100,21 +100,21 @@ def test_the_perceptron_takes_any_number_of_units() -> None:
 
 
 def shapes(net: nn.Module, *shape: int) -> list[tuple[int, ...]]:
-    """What each layer of a sequential network gives for one picture, where it is another shape than before."""
-    found: list[tuple[int, ...]] = []
+    """The output shape of each layer of a sequential network for one image."""
+    outputs: list[tuple[int, ...]] = []
     x = torch.zeros(1, *shape)
     for layer in net.eval():  # type: ignore[attr-defined]
         x = layer(x)
-        found.append(tuple(x.shape[1:]))
-    return found
+        outputs.append(tuple(x.shape[1:]))
+    return outputs
 
 
 @torch.inference_mode()
-def test_alexnets_shapes_are_those_of_the_notes() -> None:
+def test_alexnet_2012_shapes() -> None:
     with torch.device("cpu"):
         net = create_model("alexnet_2012")
-    named = dict(zip([name for name, _ in net.named_children()], shapes(net, 1, 224, 224), strict=True))
-    wanted = {
+    actual = dict(zip([name for name, _ in net.named_children()], shapes(net, 1, 224, 224), strict=True))
+    expected = {
         "conv1": (96, 54, 54),
         "pool1": (96, 26, 26),
         "conv2": (256, 26, 26),
@@ -128,7 +128,7 @@ def test_alexnets_shapes_are_those_of_the_notes() -> None:
         "hidden7": (4096,),
         "output": (10,),
     }
-    assert {name: named[name] for name in wanted} == wanted
+    assert {name: actual[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -136,16 +136,16 @@ def test_alexnets_shapes_are_those_of_the_notes() -> None:
     [("lenet5", (16, 5, 5)), ("lenet_cifar", (16, 5, 5)), ("cnn_mnist", (6, 4, 4)), ("cnn_two_conv", (20, 4, 4))],
 )
 @torch.inference_mode()
-def test_the_small_networks_shapes(name: str, before_flatten: tuple[int, ...]) -> None:
+def test_small_network_shapes(name: str, before_flatten: tuple[int, ...]) -> None:
     net = create_model(name)
-    found = shapes(net, *input_shape(get_spec(name)))
-    at = [child for child, _ in net.named_children()].index("flatten")
-    assert found[at - 1] == before_flatten
-    assert found[at] == (math.prod(before_flatten),)
-    assert found[-1] == (10,)
+    actual = shapes(net, *input_shape(get_spec(name)))
+    index = [child for child, _ in net.named_children()].index("flatten")
+    assert actual[index - 1] == before_flatten
+    assert actual[index] == (math.prod(before_flatten),)
+    assert actual[-1] == (10,)
 
 
-def test_vggs_table_is_the_papers() -> None:
+def test_vgg_layers_match_the_papers_table() -> None:
     assert {depth: sum(counts) + 3 for depth, counts in DEPTHS.items()} == {depth: depth for depth in DEPTHS}
     assert vgg_layers(11) == [64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"]
 
@@ -155,18 +155,18 @@ def test_vggs_table_is_the_papers() -> None:
 
 @pytest.mark.parametrize("name", list_models())
 @pytest.mark.parametrize("channels", [1, 4])
-def test_any_number_of_channels_and_classes(name: str, channels: int) -> None:
+def test_other_numbers_of_channels_and_classes(name: str, channels: int) -> None:
     _, height, width = input_shape(get_spec(name))
     with torch.device("meta"):
         net = create_model(name, num_classes=7, in_channels=channels).eval()
         assert net(torch.zeros(2, channels, height, width)).shape == (2, 7)
 
 
-# How networks of our own start
+# Initialization
 
 
 @pytest.mark.parametrize("name", ["lenet5", "alexnet_2012"])
-def test_what_the_notes_start_by_xavier_is_started_so(name: str) -> None:
+def test_xavier_initialization(name: str) -> None:
     torch.manual_seed(0)
     net = create_model(name)
     for layer in net.modules():
@@ -178,21 +178,21 @@ def test_what_the_notes_start_by_xavier_is_started_so(name: str) -> None:
 
 
 def test_selu_keeps_mean_and_variance_through_the_network() -> None:
-    """Self-normalising, which is what SELU and its start are for (Klambauer et al. 2017)."""
+    """Self-normalization (Klambauer et al. 2017, https://arxiv.org/abs/1706.02515)."""
     torch.manual_seed(0)
     net = create_model("cnn_selu").eval()
-    found = {}
-    net.get_submodule("features.selu6").register_forward_hook(lambda *a: found.update(map=a[2]))
+    captured = {}
+    net.get_submodule("features.selu6").register_forward_hook(lambda *a: captured.update(map=a[2]))
     with torch.no_grad():
         net(torch.randn(16, 1, 28, 28))
-    assert abs(found["map"].mean().item()) < 0.25
-    assert found["map"].std().item() == pytest.approx(1, abs=0.35)
+    assert abs(captured["map"].mean().item()) < 0.25
+    assert captured["map"].std().item() == pytest.approx(1, abs=0.35)
 
 
 # Costs
 
 
-def test_the_inception_block_costs_what_its_file_says() -> None:
+def test_inception_block_costs_match_the_documented_ones() -> None:
     costs = inception_blocks.compare_costs(28)
     assert costs == {"naive": (387_296, 303_464_448), "reduced": (163_696, 128_049_152), "factorized": (164_752, 128_851_968)}
     for number in (number for pair in costs.values() for number in pair):
@@ -200,49 +200,49 @@ def test_the_inception_block_costs_what_its_file_says() -> None:
 
 
 @torch.inference_mode()
-def test_the_naive_block_grows_and_the_reduced_ones_do_not() -> None:
+def test_only_the_naive_block_adds_many_channels() -> None:
     x = torch.zeros(1, 192, 28, 28)
-    gives = [make()(x).shape[1] for make in (inception_blocks.naive, inception_blocks.reduced, inception_blocks.factorized)]
-    assert gives == [416, 256, 256]
+    builders = (inception_blocks.naive, inception_blocks.reduced, inception_blocks.factorized)
+    assert [build()(x).shape[1] for build in builders] == [416, 256, 256]
 
 
-def test_two_3x3_windows_see_what_one_of_5x5_sees_for_18_25ths() -> None:
+def test_two_3x3_convolutions_cover_5x5_at_18_25ths_of_its_cost() -> None:
     five = nn.Conv2d(64, 64, 5, padding=2, bias=False)
     two = inception_blocks.stacked_3x3(64, 64)
     assert count_macs(two, 64, 28, 28) / count_macs(five, 64, 28, 28) == pytest.approx(18 / 25)
-    picture = torch.zeros(1, 64, 9, 9, requires_grad=True)
-    two(picture + torch.randn(1, 64, 9, 9))[0, :, 4, 4].sum().backward()
-    seen = (picture.grad[0].abs().sum(0) > 0).nonzero()  # type: ignore[index]
-    assert (seen.min().item(), seen.max().item()) == (2, 6)
+    image = torch.zeros(1, 64, 9, 9, requires_grad=True)
+    two(image + torch.randn(1, 64, 9, 9))[0, :, 4, 4].sum().backward()
+    receptive_field = (image.grad[0].abs().sum(0) > 0).nonzero()  # type: ignore[index]
+    assert (receptive_field.min().item(), receptive_field.max().item()) == (2, 6)
 
 
-def test_reducing_makes_googlenets_block_cheaper() -> None:
+def test_reduction_makes_the_inception_block_cheaper() -> None:
     (_, naive), (_, reduced) = (inception_blocks.compare_costs(14)[form] for form in ("naive", "reduced"))
     assert reduced < 0.45 * naive
 
 
-def test_a_separable_convolution_costs_1_n_plus_1_d2_of_an_ordinary_one() -> None:
+def test_separable_convolution_cost_relative_to_a_standard_one() -> None:
     for inputs, outputs in ((32, 64), (512, 512)):
-        ordinary = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        standard = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         depthwise = nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False)
         pointwise = nn.Conv2d(inputs, outputs, 1, bias=False)
-        share = count_macs(nn.Sequential(depthwise, pointwise), inputs, 14, 14) / count_macs(ordinary, inputs, 14, 14)
-        assert share == pytest.approx(separable_cost_ratio(outputs, 3)) == pytest.approx(1 / outputs + 1 / 9)
+        ratio = count_macs(nn.Sequential(depthwise, pointwise), inputs, 14, 14) / count_macs(standard, inputs, 14, 14)
+        assert ratio == pytest.approx(separable_cost_ratio(outputs, 3)) == pytest.approx(1 / outputs + 1 / 9)
 
 
-def test_mobilenets_macs_against_ordinary_convolutions_are_the_papers() -> None:
-    """Howard et al. 2017, table 4: 569 million against 4,866, 4.2 million parameters against 29.3."""
+def test_mobilenet_v1_costs_with_separable_and_standard_convolutions() -> None:
+    """Howard et al. 2017, table 4: 569 and 4,866 million MACs; the standard network has 29.3 million parameters."""
     with torch.device("meta"):
-        thin, full = create_model("mobilenet_v1"), create_model("mobilenet_v1", block="standard")
-    assert count_macs(thin, 3, 224, 224) == pytest.approx(569e6, rel=0.001)
-    assert count_macs(full, 3, 224, 224) == pytest.approx(4866e6, rel=0.005)
-    assert count_parameters(full) == pytest.approx(29.3e6, rel=0.005)
+        separable, standard = create_model("mobilenet_v1"), create_model("mobilenet_v1", block="standard")
+    assert count_macs(separable, 3, 224, 224) == pytest.approx(569e6, rel=0.001)
+    assert count_macs(standard, 3, 224, 224) == pytest.approx(4866e6, rel=0.005)
+    assert count_parameters(standard) == pytest.approx(29.3e6, rel=0.005)
 
 
-def test_the_width_multiplier_is_the_papers() -> None:
-    """The same, table 6: 325, 149 and 41 million at 0.75, 0.5 and 0.25."""
+def test_mobilenet_v1_costs_by_width_multiplier() -> None:
+    """The same paper, table 6: 325, 149 and 41 million MACs at 0.75, 0.5 and 0.25."""
     for suffix, width, millions in (("_075", 0.75, 325), ("_050", 0.5, 149), ("_025", 0.25, 41)):
         with torch.device("meta"):
-            named, made = create_model(f"mobilenet_v1{suffix}"), create_model("mobilenet_v1", width=width)
-        assert round(count_macs(named, 3, 224, 224) / 1e6) == millions
-        assert count_parameters(named) == count_parameters(made)
+            registered, scaled = create_model(f"mobilenet_v1{suffix}"), create_model("mobilenet_v1", width=width)
+        assert round(count_macs(registered, 3, 224, 224) / 1e6) == millions
+        assert count_parameters(registered) == count_parameters(scaled)

