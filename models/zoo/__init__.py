@@ -1,1 +1,1 @@
-"""The networks, one family a file. Each file registers what it builds; see docs/adding-a-network.md."""
+"""The registered networks, one family per file. See docs/adding-a-network.md."""

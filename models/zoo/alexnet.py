@@ -1,4 +1,9 @@
-"""AlexNet: the network that won ImageNet (Krizhevsky, Sutskever and Hinton 2012), and its one-tower form (Krizhevsky 2014)."""
+"""AlexNet (2012, 2014): the first deep convolutional network to win ImageNet, trained on GPUs with ReLU and dropout.
+
+Krizhevsky, Sutskever and Hinton 2012, "ImageNet Classification with Deep Convolutional Neural Networks"
+(https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks). The single-tower version:
+Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks" (https://arxiv.org/abs/1404.5997).
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,12 @@ from models.zoo.initializers import xavier_uniform
 
 ALEXNET_2012 = ModelSpec(
     name="alexnet_2012",
-    title="AlexNet of 2012",
+    title="AlexNet 2012",
     year=2012,
     paper="https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks",
     head="output",
     cam_layer="relu5",
-    # The notes enlarge Fashion-MNIST to 224 px and crop nothing: at the margin is a sleeve or a heel, no background.
+    # No cropping: Fashion-MNIST images, enlarged to 224 px, have no background at the border.
     preprocessing=Preprocessing(resize_px=224, mean=(0.5,), std=(0.5,)),
     recipe=SCRATCH_RECIPE,
     pretrained_classes=10,
@@ -40,9 +45,10 @@ ALEXNET = ModelSpec(
 
 @register_model(ALEXNET_2012)
 def alexnet_2012(num_classes: int, in_channels: int = 1) -> nn.Module:
-    """The paper's layers in one tower, for grey pictures, as "Dive into Deep Learning" (chapter 8.1) has it.
+    """Build the layers of the 2012 paper in a single tower, for grayscale images.
 
-    The comments give the output of each layer for (N, 1, 224, 224).
+    As in "Dive into Deep Learning", chapter 8.1 (https://d2l.ai/chapter_convolutional-modern/alexnet.html). The comments give
+    each layer's output for (N, 1, 224, 224).
     """
     net = nn.Sequential(
         OrderedDict(
@@ -74,7 +80,7 @@ def alexnet_2012(num_classes: int, in_channels: int = 1) -> nn.Module:
 
 @register_model(ALEXNET)
 def alexnet(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """Five convolutions, the first ones large, and three fully connected layers ("one weird trick").
+    """Build torchvision's AlexNet (2014): five convolutions, the first ones large, and three fully connected layers.
 
     images       (N, 3, 224, 224)
     features     conv 11x11/4 64, pool  -> (N, 64, 27, 27)

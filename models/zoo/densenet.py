@@ -1,4 +1,7 @@
-"""DenseNet: every layer sees the maps of all layers before it in its block (Huang et al. 2016, arXiv 1608.06993)."""
+"""DenseNet (2016): each layer gets the feature maps of all preceding layers in its block.
+
+Huang, Liu, van der Maaten and Weinberger 2016, "Densely Connected Convolutional Networks" (https://arxiv.org/abs/1608.06993).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from models.networks.spec import Cost, ModelSpec, WeightsSource
 
 
 def rename_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published file is older than the layers' names: ``norm.1.weight`` is now ``norm1.weight``."""
+    """Rename the tensors of the published file, which has older names: ``norm.1.weight`` is now ``norm1.weight``."""
     return {re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name): tensor for name, tensor in tensors.items()}
 
 
@@ -32,7 +35,9 @@ DENSENET121 = ModelSpec(
 
 @register_model(DENSENET121)
 def densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """Four dense blocks of 6, 12, 24 and 16 layers; each layer adds 32 maps, each transition halves maps and size.
+    """Build four dense blocks of 6, 12, 24 and 16 layers.
+
+    Each layer adds 32 feature maps. Each transition halves the number of maps and their size.
 
     images        (N, 3, 224, 224)
     stem          conv 7x7/2 64, max pool -> (N, 64, 56, 56)
@@ -40,6 +45,6 @@ def densenet121(num_classes: int, in_channels: int = 3) -> nn.Module:
     denseblock2   (N, 512, 28, 28)    transition -> (N, 256, 14, 14)
     denseblock3   (N, 1024, 14, 14)   transition -> (N, 512, 7, 7)
     denseblock4   (N, 1024, 7, 7)
-    classifier    mean over the map, 1024 -> num_classes
+    classifier    average pool, 1024 -> num_classes
     """
     return adapt_in_channels(torchvision_models.densenet121(num_classes=num_classes), in_channels)

@@ -1,7 +1,10 @@
-"""LeNet: convolve, pool, convolve, pool, decide (LeCun, Bottou, Bengio and Haffner 1998).
+"""LeNet (1998): convolutions and pooling, trained end to end with backpropagation to recognize digits.
 
-``lenet5`` is the form of "Dive into Deep Learning" (chapter 7.6), initialised as there; ``lenet_cifar`` the one for 32 px
-colour pictures with ReLU and max pooling, as in PyTorch's first tutorial.
+LeCun, Bottou, Bengio and Haffner 1998, "Gradient-Based Learning Applied to Document Recognition"
+(https://doi.org/10.1109/5.726791). ``lenet5`` follows "Dive into Deep Learning", chapter 7.6
+(https://d2l.ai/chapter_convolutional-neural-networks/lenet.html), including its initialization. ``lenet_cifar`` is for 32 px
+color images, with ReLU and max pooling as in PyTorch's introductory tutorial
+(https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ LENET5 = ModelSpec(
     head="output",
     cam_layer="sigmoid2",
     preprocessing=GRAY_28,
-    # Behind four sigmoids little is left of a gradient: small batches, that is more steps, and a larger rate.
+    # Four sigmoids shrink the gradient, so this uses more steps (small batches) and a larger learning rate.
     recipe=replace(SCRATCH_RECIPE, batch_size=16, lr=0.003),
     pretrained_classes=10,
     cost=Cost(61_706, 416_520),
@@ -44,7 +47,7 @@ LENET_CIFAR = ModelSpec(
 
 @register_model(LENET5)
 def lenet5(num_classes: int, in_channels: int = 1) -> nn.Module:
-    """61,706 parameters for 10 digits; the comments give the output of each layer for (N, 1, 28, 28)."""
+    """Build LeNet-5, with 61,706 parameters for 10 classes. The comments give each layer's output for (N, 1, 28, 28)."""
     net = nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(in_channels, 6, kernel_size=5, padding=2),  # (N, 6, 28, 28)
@@ -66,7 +69,7 @@ def lenet5(num_classes: int, in_channels: int = 1) -> nn.Module:
 
 @register_model(LENET_CIFAR)
 def lenet_cifar(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """62,006 parameters for 10 classes; the comments give the output of each layer for (N, 3, 32, 32)."""
+    """Build LeNet for CIFAR-10, with 62,006 parameters. The comments give each layer's output for (N, 3, 32, 32)."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(in_channels, 6, kernel_size=5),  # (N, 6, 28, 28)

@@ -1,4 +1,7 @@
-"""The multilayer perceptron: a network that does not know that its input is a picture (Rumelhart et al. 1986)."""
+"""Multilayer perceptron (1986): hidden layers trained by backpropagation, without any knowledge of image structure.
+
+Rumelhart, Hinton and Williams 1986, "Learning representations by back-propagating errors" (https://doi.org/10.1038/323533a0).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ MLP_SPEC = ModelSpec(
     year=1986,
     paper="https://doi.org/10.1038/323533a0",
     head="output",
-    cam_layer="image",  # it has no other map: what explains it is the pixels themselves
+    cam_layer="image",  # the only layer with a map; explanations refer to the pixels
     preprocessing=GRAY_28,
     recipe=SCRATCH_RECIPE,
     pretrained_classes=10,
@@ -24,7 +27,7 @@ MLP_SPEC = ModelSpec(
 class MLP(nn.Module):
     """Two hidden layers of n units; n = 8 has 784 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10 = 6,442 parameters.
 
-    It ends in LogSoftmax, as the notes have it: a second one behind it changes nothing.
+    The network ends with LogSoftmax. The classifier's own LogSoftmax after it changes nothing.
     """
 
     def __init__(self, num_classes: int, in_channels: int, units: int) -> None:
@@ -46,5 +49,5 @@ class MLP(nn.Module):
 
 @register_model(MLP_SPEC)
 def mlp(num_classes: int, in_channels: int = 1, *, units: int = 8) -> nn.Module:
-    """784 -> n -> n -> classes."""
+    """Build a perceptron 784 -> units -> units -> num_classes."""
     return MLP(num_classes, in_channels, units)

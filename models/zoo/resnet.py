@@ -1,4 +1,7 @@
-"""ResNet: layers that learn what to add to their input (He, Zhang, Ren and Sun 2015, arXiv 1512.03385)."""
+"""ResNet (2015): residual blocks that learn a correction to their input, which makes very deep networks trainable.
+
+He, Zhang, Ren and Sun 2015, "Deep Residual Learning for Image Recognition" (https://arxiv.org/abs/1512.03385).
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
 from models.networks.spec import Cost, ModelSpec, WeightsSource
 
-# The paper's table 1: how many blocks each stage has. A basic block is two 3x3 convolutions; a bottleneck is 1x1, 3x3 and
-# 1x1, and four times as wide behind as inside.
+# The paper's table 1: the number of blocks per stage. A basic block has two 3x3 convolutions. A bottleneck has 1x1, 3x3 and
+# 1x1, and its output is four times as wide as its inside.
 BASIC = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -20,9 +23,9 @@ BOTTLENECK = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-# torchvision's first weights, those of the paper's recipe. Its second ones classify ImageNet better (resnet50: 80.9 against
-# 76.1 %), through a training of 600 epochs with smoothed labels, which makes worse features
-# for a new head (Kornblith et al. 2019, arXiv 1805.08974).
+# torchvision's first weights, trained with the paper's recipe. The second ones have a higher ImageNet accuracy (resnet50: 80.9%
+# instead of 76.1%), but were trained for 600 epochs with label smoothing, which gives worse features for a new head
+# (Kornblith et al. 2019, https://arxiv.org/abs/1805.08974).
 FILES = {
     18: "resnet18-f37072fd.pth",
     34: "resnet34-b627a593.pth",
@@ -54,7 +57,7 @@ def _register(depth: int) -> None:
 
     @register_model(spec)
     def resnet(num_classes: int, in_channels: int = 3) -> nn.Module:
-        """A stem and four stages of residual blocks; with bottlenecks (50 layers and more) four times as wide.
+        """Build a stem and four stages of residual blocks; bottlenecks (50 or more layers) are four times as wide.
 
         images   (N, 3, 224, 224)
         stem     conv 7x7/2 64, max pool -> (N, 64, 56, 56)
@@ -62,7 +65,7 @@ def _register(depth: int) -> None:
         layer2   (N, 128, 28, 28)   or (N, 512, 28, 28)
         layer3   (N, 256, 14, 14)   or (N, 1024, 14, 14)
         layer4   (N, 512, 7, 7)     or (N, 2048, 7, 7)
-        fc       mean over the map, 512 or 2048 -> num_classes
+        fc       average pool, 512 or 2048 -> num_classes
         """
         return adapt_in_channels(ResNet(block, list(blocks), num_classes=num_classes), in_channels)
 

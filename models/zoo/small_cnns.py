@@ -1,4 +1,11 @@
-"""The convolutional networks of the first lectures, for 28 px grey pictures: small enough to count by hand."""
+"""Small convolutional networks for 28 px grayscale images, small enough to count by hand.
+
+- Convolutions with shared weights: LeCun et al. 1989, "Backpropagation Applied to Handwritten Zip Code Recognition"
+  (https://doi.org/10.1162/neco.1989.1.4.541).
+- SELU: Klambauer et al. 2017, "Self-Normalizing Neural Networks" (https://arxiv.org/abs/1706.02515).
+- Depthwise separable convolutions: Chollet 2016, "Xception: Deep Learning with Depthwise Separable Convolutions"
+  (https://arxiv.org/abs/1610.02357).
+"""
 
 from __future__ import annotations
 
@@ -28,9 +35,11 @@ def _spec(name: str, title: str, *, year: int, paper: str, cam_layer: str, cost:
 
 
 LECUN_1989 = "https://doi.org/10.1162/neco.1989.1.4.541"
-CNN_MNIST = _spec("cnn_mnist", "CNN of six maps", year=1989, paper=LECUN_1989, cam_layer="relu2", cost=Cost(6_422, 149_300))
+CNN_MNIST = _spec(
+    "cnn_mnist", "CNN with six feature maps", year=1989, paper=LECUN_1989, cam_layer="relu2", cost=Cost(6_422, 149_300)
+)
 CNN_TWO_CONV = _spec(
-    "cnn_two_conv", "CNN of two convolutions", year=1989, paper=LECUN_1989, cam_layer="relu2", cost=Cost(8_490, 467_200)
+    "cnn_two_conv", "CNN with two convolutions", year=1989, paper=LECUN_1989, cam_layer="relu2", cost=Cost(8_490, 467_200)
 )
 CNN_SELU = _spec(
     "cnn_selu",
@@ -42,7 +51,7 @@ CNN_SELU = _spec(
 )
 CNN_SEPARABLE = _spec(
     "cnn_separable",
-    "CNN of depthwise separable convolutions",
+    "CNN with depthwise separable convolutions",
     year=2017,
     paper="https://arxiv.org/abs/1610.02357",
     cam_layer="features.selu6",
@@ -52,7 +61,7 @@ CNN_SEPARABLE = _spec(
 
 @register_model(CNN_MNIST)
 def cnn_mnist(num_classes: int, in_channels: int = 1) -> nn.Module:
-    """6,422 parameters for 10 digits: fewer than the perceptron's, and it knows what a neighbour is."""
+    """Build a CNN with 6,422 parameters for 10 classes: fewer than the perceptron, but with local connectivity."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(in_channels, 6, kernel_size=5),  # (N, 6, 24, 24)
@@ -71,7 +80,7 @@ def cnn_mnist(num_classes: int, in_channels: int = 1) -> nn.Module:
 
 @register_model(CNN_TWO_CONV)
 def cnn_two_conv(num_classes: int, in_channels: int = 1) -> nn.Module:
-    """8,490 parameters for 10 digits: two convolutions and a single Linear(320, 10)."""
+    """Build a CNN with 8,490 parameters for 10 classes: two convolutions and a Linear(320, 10)."""
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(in_channels, 10, kernel_size=5),  # (N, 10, 24, 24)
@@ -87,12 +96,12 @@ def cnn_two_conv(num_classes: int, in_channels: int = 1) -> nn.Module:
 
 
 def conv3x3(inputs: int, outputs: int) -> nn.Module:
-    """9 * inputs * outputs + outputs parameters: every output looks at every input's neighbourhood."""
+    """Build a standard 3x3 convolution with 9 * inputs * outputs + outputs parameters."""
     return nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
 
 
 def separable_conv3x3(inputs: int, outputs: int) -> nn.Module:
-    """9 * inputs + inputs * outputs + outputs parameters: first each map's neighbourhood, then across the maps."""
+    """Build a depthwise and a pointwise convolution with 9 * inputs + inputs * outputs + outputs parameters."""
     return nn.Sequential(
         OrderedDict(
             depthwise=nn.Conv2d(inputs, inputs, kernel_size=3, padding=1, groups=inputs, bias=False),
@@ -102,7 +111,10 @@ def separable_conv3x3(inputs: int, outputs: int) -> nn.Module:
 
 
 def build_vgg_like(num_classes: int, in_channels: int, layer: Callable[[int, int], nn.Module]) -> nn.Module:
-    """Three pairs of 3x3 convolutions and two fully connected layers; the first convolution is always an ordinary one."""
+    """Build three pairs of 3x3 convolutions and two fully connected layers.
+
+    ``layer(inputs, outputs)`` builds each convolution except the first one, which is always a standard one.
+    """
     features = nn.Sequential(
         OrderedDict(
             conv1=conv3x3(in_channels, 32),  # (N, 32, 28, 28)
@@ -136,11 +148,11 @@ def build_vgg_like(num_classes: int, in_channels: int, layer: Callable[[int, int
 
 @register_model(CNN_SELU)
 def cnn_selu(num_classes: int, in_channels: int = 1) -> nn.Module:
-    """435,306 parameters for 10 digits."""
+    """Build a CNN with SELU and 435,306 parameters for 10 classes."""
     return build_vgg_like(num_classes, in_channels, conv3x3)
 
 
 @register_model(CNN_SEPARABLE)
 def cnn_separable(num_classes: int, in_channels: int = 1) -> nn.Module:
-    """184,234 parameters for 10 digits: the same network, its convolutions separable after the first."""
+    """Build ``cnn_selu`` with separable convolutions after the first one: 184,234 parameters for 10 classes."""
     return build_vgg_like(num_classes, in_channels, separable_conv3x3)

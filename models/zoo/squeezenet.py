@@ -1,4 +1,8 @@
-"""SqueezeNet: AlexNet's accuracy with a fiftieth of its parameters (Iandola et al. 2016, arXiv 1602.07360)."""
+"""SqueezeNet (2016): AlexNet's accuracy with 50 times fewer parameters.
+
+Iandola et al. 2016, "SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size"
+(https://arxiv.org/abs/1602.07360).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ SQUEEZENET1_1 = ModelSpec(
     title="SqueezeNet 1.1",
     year=2016,
     paper="https://arxiv.org/abs/1602.07360",
-    head="classifier.1",  # a 1x1 convolution: it classifies every place of the map, and the answers are averaged
+    head="classifier.1",  # a 1x1 convolution that classifies each position; its outputs are averaged
     cam_layer="features",
     weights=WeightsSource.torchvision("squeezenet1_1-b8a52dc0.pth"),
     cost=Cost(1_235_496, 349_151_936),
@@ -23,13 +27,13 @@ SQUEEZENET1_1 = ModelSpec(
 
 @register_model(SQUEEZENET1_1)
 def squeezenet1_1(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """Fire modules: squeeze with 1x1 convolutions, expand with 1x1 and 3x3 ones side by side.
+    """Build fire modules, which squeeze with 1x1 convolutions and expand with parallel 1x1 and 3x3 convolutions.
 
     images       (N, 3, 224, 224)
     stem         conv 3x3/2 64, max pool -> (N, 64, 55, 55)
     fire         2 x -> (N, 128, 55, 55), max pool -> (N, 128, 27, 27)
                  2 x -> (N, 256, 27, 27), max pool -> (N, 256, 13, 13)
                  4 x -> (N, 512, 13, 13)
-    classifier   dropout, conv 1x1 -> (N, num_classes, 13, 13), ReLU, mean over the map
+    classifier   dropout, conv 1x1 -> (N, num_classes, 13, 13), ReLU, average pool
     """
     return adapt_in_channels(torchvision_models.squeezenet1_1(num_classes=num_classes), in_channels)

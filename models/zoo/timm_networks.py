@@ -1,7 +1,7 @@
-"""Any of timm's networks, as ``timm:NAME`` (Wightman 2019, https://github.com/huggingface/pytorch-image-models).
+"""All networks of the timm library, as ``timm:NAME`` (Wightman 2019, https://github.com/huggingface/pytorch-image-models).
 
-Everything comes from timm's own account of the network (``pretrained_cfg``): input size, mean, deviation, interpolation, crop,
-head, weights and their license. NAME may name one of several trainings: ``timm:convnext_tiny.fb_in22k``.
+The preprocessing, the head, the weights and their license come from timm's ``pretrained_cfg``. NAME can include the tag of
+specific weights: ``timm:convnext_tiny.fb_in22k``.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from models.networks.spec import ModelSpec, Recipe, WeightsSource
 from models.preprocess import INTERPOLATIONS, Preprocessing
 
 TIMM_URL = "https://github.com/huggingface/pytorch-image-models"
-IMAGENET_CLASSES = 1000  # the size of the head that is replaced, where timm publishes a network without one
+IMAGENET_CLASSES = 1000  # size of the replaced head if timm publishes a network without one
 
 
 @register_library("timm")
 def find_timm_model(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
-    """The spec and the builder of one of timm's networks. Raises UnknownModelError, which proposes the nearest name."""
-    import timm  # here, as it takes a second to import and most commands do not need it
+    """Return the spec and the builder of a timm network. Raises UnknownModelError, which suggests the closest name."""
+    import timm  # imported here because it takes a second, and most commands do not need it
     from timm.layers.drop import DropPath
 
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     if cfg is None:
         known = timm.list_models() + timm.list_models(pretrained=True)
         raise UnknownModelError(
-            f"timm has no network named {name!r}.{did_you_mean(name, known)} Its own names follow `timm:`, as in "
+            f"timm has no network named {name!r}.{did_you_mean(name, known)} Use timm:NAME with a name from timm, for example "
             f"timm:convnext_tiny."
         )
 
@@ -43,7 +43,7 @@ def find_timm_model(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
         net = timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
         for layer in net.modules():
             if isinstance(layer, DropPath):
-                layer.drop_prob = 0.0  # for training all of a network: here it would make the frozen part random
+                layer.drop_prob = 0.0  # stochastic depth would make the frozen layers random
         return net
 
     classes = cfg.num_classes or IMAGENET_CLASSES
@@ -68,10 +68,17 @@ def find_timm_model(name: str) -> tuple[ModelSpec, Callable[..., nn.Module]]:
 
 
 def preprocessing_from_cfg(name: str, cfg: Any) -> Preprocessing:
-    """As timm evaluates the network: resized to the input's size over ``crop_pct``, cropped in the middle."""
+    """Convert timm's evaluation preprocessing: resize to the input size divided by ``crop_pct``, then center crop.
+
+    Raises:
+        ConfigError: The network's input is not square.
+    """
     _, height, width = cfg.input_size
     if height != width:
-        raise ConfigError(f"timm:{name} takes pictures of {height} x {width} px, and only squares are served; choose another.")
+        raise ConfigError(
+            f"timm:{name} takes images of {height} x {width} pixels, but only square inputs are supported. "
+            "Choose another network."
+        )
     return Preprocessing(
         input_px=height,
         resize_px=math.floor(height / cfg.crop_pct),
@@ -82,10 +89,10 @@ def preprocessing_from_cfg(name: str, cfg: Any) -> Preprocessing:
 
 
 def weights_source(name: str, classes: int, cfg: Any) -> WeightsSource | None:
-    """Where timm has the weights: on the Hugging Face Hub, or at an address; None where it has none."""
+    """Return the source of timm's weights: the Hugging Face Hub or a URL; None if timm has no weights."""
     convert = partial(load_timm_state_dict, name, classes)
     license = cfg.license or "unknown license"
-    if cfg.hf_hub_id and cfg.custom_load != "hf":  # a custom load is for files at the address, such as NumPy's
+    if cfg.hf_hub_id and cfg.custom_load != "hf":  # a custom load applies to files of the URL, such as NumPy archives
         repository = cfg.hf_hub_id if not cfg.hf_hub_id.endswith("/") else f"{cfg.hf_hub_id}{name}"
         file = {"hub_file": cfg.hf_hub_filename} if cfg.hf_hub_filename else {}
         return WeightsSource(sha256="", license=license, hub_id=repository, convert=convert, **file)
@@ -95,7 +102,7 @@ def weights_source(name: str, classes: int, cfg: Any) -> WeightsSource | None:
 
 
 def load_timm_state_dict(name: str, classes: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors as the network has them: timm knows how each of its checkpoints has to be read."""
+    """Convert a file's tensors to those of the network with timm's own loader, which depends on the checkpoint."""
     import timm
 
     overlay = {"state_dict": dict(tensors), "num_classes": classes, "custom_load": False}
@@ -104,7 +111,7 @@ def load_timm_state_dict(name: str, classes: int, tensors: Mapping[str, Tensor])
 
 
 def paper_url(cfg: Any) -> str:
-    """The paper where timm names it, else where the network comes from, else timm itself."""
+    """Return the URL of the network's paper, of its origin, or of timm, whichever is known first."""
     papers = [cfg.paper_ids] if isinstance(cfg.paper_ids, str) else list(cfg.paper_ids or ())
     if papers:
         return f"https://arxiv.org/abs/{papers[0].removeprefix('arXiv:')}"
@@ -112,43 +119,59 @@ def paper_url(cfg: Any) -> str:
 
 
 def find_heads(net: nn.Module, known: str | tuple[str, ...] | None) -> list[str]:
-    """The names of the layers that classify: timm's own account, or the last such layer of what ``get_classifier`` gives."""
-    named = [known] if isinstance(known, str) else list(known or ())
+    """Find the names of the layers that classify.
+
+    Args:
+        net: The network.
+        known: The names in timm's ``pretrained_cfg``. If they are not Linear or Conv2d layers, the last such layer of each
+            module of ``get_classifier`` is used.
+
+    Raises:
+        ConfigError: No layer can be replaced for new classes.
+    """
+    names = [known] if isinstance(known, str) else list(known or ())
     layers = dict(net.named_modules())
-    if named and all(isinstance(layers.get(name), nn.Linear | nn.Conv2d) for name in named):
-        return named
+    if names and all(isinstance(layers.get(name), nn.Linear | nn.Conv2d) for name in names):
+        return names
     classifier = net.get_classifier()  # type: ignore[operator]
-    parts = classifier if isinstance(classifier, tuple | list | nn.ModuleList) else [classifier]
+    modules = classifier if isinstance(classifier, tuple | list | nn.ModuleList) else [classifier]
     heads = []
-    for part in parts:
-        inside = [layer for layer in part.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-        heads += [name for name, layer in layers.items() if inside and layer is inside[-1]]
+    for module in modules:
+        candidates = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        heads += [name for name, layer in layers.items() if candidates and layer is candidates[-1]]
     if not heads:
-        raise ConfigError("This network of timm's ends in no layer that could be replaced for new classes; choose another.")
+        raise ConfigError("This timm network has no final layer that can be replaced for new classes. Choose another network.")
     return heads
 
 
 def find_cam_layer(net: nn.Module, preprocessing: Preprocessing) -> str:
-    """The last layer that gives a map (N, C, h, w) with h = w > 1; for a transformer that is its patch embedding.
+    """Find the last layer with a feature map (N, C, h, w), h = w > 1; in a transformer, this is the patch embedding.
 
-    Dropout is no such layer: in a transformer it gives maps of which place looks at which.
+    Dropout, Identity and Softmax layers are ignored, because in a transformer their maps are attention weights.
+
+    Args:
+        net: The network, on the meta device.
+        preprocessing: Determines the input's shape.
+
+    Raises:
+        ConfigError: No layer has a feature map.
     """
-    from models.networks.classifier import Classifier  # here, as they know the registry that this file registers with
+    from models.networks.classifier import Classifier  # imported here because both import the registry
     from models.networks.split_point import traced_layers
 
     maps: list[str] = []
     known = traced_layers(Classifier(net, preprocessing))
 
-    def note(name: str, given: Any, result: Any) -> None:
-        if isinstance(result, Tensor) and result.dim() == 4 and result.shape[2] == result.shape[3] > 1:
+    def collect(name: str, layer_input: Any, layer_output: Any) -> None:
+        if isinstance(layer_output, Tensor) and layer_output.dim() == 4 and layer_output.shape[2] == layer_output.shape[3] > 1:
             maps.append(name)
 
-    silent = layer_names(net, nn.Dropout, nn.Identity, nn.Softmax)
-    names = [name for name, _ in net.named_modules() if name in known and name not in silent]
+    ignored = layer_names(net, nn.Dropout, nn.Identity, nn.Softmax)
+    names = [name for name, _ in net.named_modules() if name in known and name not in ignored]
     side = preprocessing.input_px
-    with warnings.catch_warnings(), forward_hooks(net, names, note), torch.no_grad():
+    with warnings.catch_warnings(), forward_hooks(net, names, collect), torch.no_grad():
         warnings.simplefilter("ignore")
         net(torch.zeros(1, preprocessing.channels, side, side, device="meta"))
     if not maps:
-        raise ConfigError("This network of timm's has no layer that gives a map of features; choose another.")
+        raise ConfigError("This timm network has no layer with a feature map. Choose another network.")
     return maps[-1]

@@ -1,4 +1,8 @@
-"""VGG: the same 3x3 convolution, over and over (Simonyan and Zisserman 2014, arXiv 1409.1556)."""
+"""VGG (2014): deep stacks of 3x3 convolutions instead of few large ones.
+
+Simonyan and Zisserman 2014, "Very Deep Convolutional Networks for Large-Scale Image Recognition"
+(https://arxiv.org/abs/1409.1556).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from models.networks.spec import RGB_32, SCRATCH_RECIPE, Cost, ModelSpec, Weight
 
 PAPER = "https://arxiv.org/abs/1409.1556"
 WIDTHS = (64, 128, 256, 512, 512)
-# The paper's table 1, columns A, B, D and E: how many convolutions each of the five stages has.
+# The paper's table 1, columns A, B, D and E: the number of convolutions in each of the five stages.
 DEPTHS = {
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -42,11 +46,11 @@ DIGESTS = {"vgg16": {"sha256": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044dd
 
 
 def vgg_layers(depth: int) -> list[str | int]:
-    """The layers of a depth as torchvision writes them: [64, "M", 128, "M", ...], "M" for a max pooling of 2."""
-    plan: list[str | int] = []
+    """Return torchvision's layer configuration: [64, "M", 128, "M", ...], where "M" is a 2x2 max pooling."""
+    layers: list[str | int] = []
     for width, count in zip(WIDTHS, DEPTHS[depth], strict=True):
-        plan += [width] * count + ["M"]
-    return plan
+        layers += [width] * count + ["M"]
+    return layers
 
 
 def _register(depth: int, *, batch_norm: bool) -> None:
@@ -57,14 +61,14 @@ def _register(depth: int, *, batch_norm: bool) -> None:
         year=2014,
         paper=PAPER,
         head="classifier.6",
-        cam_layer=f"features.{(3 if batch_norm else 2) * sum(DEPTHS[depth]) + 3}",  # the last ReLU, behind four poolings
+        cam_layer=f"features.{(3 if batch_norm else 2) * sum(DEPTHS[depth]) + 3}",  # the last ReLU, after four poolings
         weights=WeightsSource.torchvision(FILES[name], **DIGESTS.get(name, {})),
         cost=COSTS[name],
     )
 
     @register_model(spec)
     def vgg(num_classes: int, in_channels: int = 3) -> nn.Module:
-        """Five stages of 3x3 convolutions, each halved by max pooling, then three fully connected layers.
+        """Build five stages of 3x3 convolutions, each followed by max pooling, and three fully connected layers.
 
         images       (N, 3, 224, 224)
         features     64 wide,  pool -> (N, 64, 112, 112)
@@ -89,7 +93,7 @@ VGG_CIFAR = ModelSpec(
     year=2015,
     paper=PAPER,
     head="output",
-    cam_layer="features.20",  # the ReLU behind the sixth convolution, (N, 512, 4, 4); the last maps are 2 px wide
+    cam_layer="features.20",  # the ReLU after the sixth convolution, (N, 512, 4, 4); later maps are only 2 px wide
     preprocessing=RGB_32,
     recipe=SCRATCH_RECIPE,
     pretrained_classes=10,
@@ -99,7 +103,7 @@ VGG_CIFAR = ModelSpec(
 
 @register_model(VGG_CIFAR)
 def vgg_cifar(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """VGG11's convolutions with BatchNorm, on 32 px, where nothing but a Linear(512, 10) has to follow.
+    """Build the convolutions of VGG11 with BatchNorm for 32 px images, followed by a single Linear layer.
 
     images     (N, 3, 32, 32)
     features   64 M           -> (N, 64, 16, 16)
