@@ -90,17 +90,17 @@ class Preprocessing:
             (input_px, input_px, channels) uint8.
         """
         short_px = min(photo.size)
-        x_first, x_end, left, right = self._kept(photo.width, short_px)
-        y_first, y_end, top, bottom = self._kept(photo.height, short_px)
-        part = photo.crop((x_first, y_first, x_end, y_end))
+        x_first, x_end, left, right = self._crop_range(photo.width, short_px)
+        y_first, y_end, top, bottom = self._crop_range(photo.height, short_px)
+        region = photo.crop((x_first, y_first, x_end, y_end))
         # Resize one axis at a time: Pillow's order of the axes depends on its version and affects the pixels.
         resample = INTERPOLATIONS[self.interpolation]
-        narrow = part.resize((self.input_px, part.height), resample, (left, 0, right, part.height))
+        narrow = region.resize((self.input_px, region.height), resample, (left, 0, right, region.height))
         square = narrow.resize((self.input_px, self.input_px), resample, (0, top, self.input_px, bottom))
         pixels = np.asarray(_as_mode(square, "RGB" if self.channels == 3 else "L"))
         return pixels.reshape(self.input_px, self.input_px, self.channels)
 
-    def _kept(self, side_px: int, short_px: int) -> tuple[int, int, float, float]:
+    def _crop_range(self, side_px: int, short_px: int) -> tuple[int, int, float, float]:
         """Return the pixel range [first, end) that the crop needs along one side, and the crop's bounds within that range."""
         new_px = self.resize_px if side_px == short_px else int(self.resize_px * side_px / short_px)
         offset_px = round((new_px - self.input_px) / 2.0)
@@ -181,7 +181,7 @@ def _reduced(photo: Image.Image, min_side_px: int) -> Image.Image:
 def to_rgb(photo: Image.Image) -> Image.Image:
     """Convert an image of any Pillow mode to RGB without clipping deep grayscale or losing transparency."""
     if photo.mode.startswith("I") or photo.mode == "F":
-        return _from_deep_grey(photo).convert("RGB")
+        return _from_deep_gray(photo).convert("RGB")
     if photo.has_transparency_data:
         overlay = photo.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), overlay).convert("RGB")
@@ -193,7 +193,7 @@ def _as_mode(photo: Image.Image, mode: str) -> Image.Image:
     return photo if photo.mode == mode else photo.convert(mode)
 
 
-def _from_deep_grey(photo: Image.Image) -> Image.Image:
+def _from_deep_gray(photo: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit or float grayscale to 8 bits; Pillow's ``convert`` would clip values above 255 to white."""
     values = np.asarray(photo, dtype=np.float32)
     highest = float(values.max(initial=0.0))

@@ -25,13 +25,13 @@ T = Image.Transpose
 
 
 def noise(width: int, height: int, *, seed: int = 0) -> Image.Image:
-    """The hardest picture to resample: every pixel any colour."""
+    """Random pixels, the most difficult image to resample."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def saved(picture: Image.Image, form: str, **options: Any) -> bytes:
+def saved(image: Image.Image, form: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, form, **options)
+    image.save(file, form, **options)
     return file.getvalue()
 
 
@@ -45,13 +45,13 @@ def exif(orientation: int) -> bytes:
     return tags.tobytes()
 
 
-# What the network sees
+# Resizing and cropping
 
 
-def torchvision_crop(photo: Image.Image, wanted: Preprocessing) -> NDArray[np.uint8]:
-    mode = InterpolationMode(wanted.interpolation)
-    steps = Compose([Resize(wanted.resize_px, interpolation=mode), CenterCrop(wanted.input_px)])
-    return np.asarray(steps(photo))
+def torchvision_crop(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    mode = InterpolationMode(preprocessing.interpolation)
+    transform = Compose([Resize(preprocessing.resize_px, interpolation=mode), CenterCrop(preprocessing.input_px)])
+    return np.asarray(transform(image))
 
 
 SIZES = [
@@ -62,50 +62,50 @@ SIZES = [
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("resize_px", "input_px"), [(256, 224), (232, 224), (224, 224), (36, 32)])
-def test_the_crop_is_torchvisions_but_for_rounding(resize_px: int, input_px: int, interpolation: str) -> None:
-    wanted = Preprocessing(input_px, resize_px, interpolation)
+def test_crop_matches_torchvision_up_to_rounding(resize_px: int, input_px: int, interpolation: str) -> None:
+    preprocessing = Preprocessing(input_px, resize_px, interpolation)
     for size in SIZES:
-        photo = noise(*size)
-        apart = levels(wanted.crop(photo), torchvision_crop(photo, wanted))
-        assert apart.max() <= 2, size
-        assert (apart > 0).mean() < 0.06, size
+        image = noise(*size)
+        difference = levels(preprocessing.crop(image), torchvision_crop(image, preprocessing))
+        assert difference.max() <= 2, size
+        assert (difference > 0).mean() < 0.06, size
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(333, 777), (291, 602), (17, 600), (5, 500)])
-def test_a_tall_picture_is_resized_across_first_whatever_pillow_is_installed(size: tuple[int, int], interpolation: str) -> None:
-    """Pillow 13 resizes some tall pictures in the other order than those before it, which moves bicubic by 25 levels."""
-    wanted = Preprocessing(interpolation=interpolation)
-    photo, new_height = noise(*size), int(256 * size[1] / size[0])
+def test_tall_images_are_resized_horizontally_first(size: tuple[int, int], interpolation: str) -> None:
+    """Pillow 13 resizes some tall images vertically first, which changes bicubic results by up to 25 levels."""
+    preprocessing = Preprocessing(interpolation=interpolation)
+    image, new_height = noise(*size), int(256 * size[1] / size[0])
     resample = Image.Resampling[interpolation.upper()]
-    resized = photo.resize((256, size[1]), resample).resize((256, new_height), resample)
-    apart = levels(wanted.crop(photo), np.asarray(CenterCrop(224)(resized)))
-    assert apart.max() <= 2
-    assert (apart > 0).mean() < 0.06
+    resized = image.resize((256, size[1]), resample).resize((256, new_height), resample)
+    difference = levels(preprocessing.crop(image), np.asarray(CenterCrop(224)(resized)))
+    assert difference.max() <= 2
+    assert (difference > 0).mean() < 0.06
 
 
 @pytest.mark.parametrize("size", [(1, 3_000_000), (3_000_000, 1)])
-def test_a_line_of_millions_of_pixels_is_cropped_without_resizing_all_of_it(size: tuple[int, int]) -> None:
+def test_line_of_millions_of_pixels_is_cropped_without_resizing_all_of_it(size: tuple[int, int]) -> None:
     pixels = Preprocessing().crop(Image.new("RGB", size, (10, 20, 30)))
     assert (pixels == (10, 20, 30)).all()
 
 
-def test_a_network_for_grey_pictures_gets_one_channel() -> None:
-    wanted = Preprocessing(mean=(0.5,), std=(0.5,))
-    pixels = wanted.crop(Image.new("RGB", (300, 300), (200, 200, 200)))
+def test_grayscale_preprocessing_has_one_channel() -> None:
+    preprocessing = Preprocessing(mean=(0.5,), std=(0.5,))
+    pixels = preprocessing.crop(Image.new("RGB", (300, 300), (200, 200, 200)))
     assert pixels.shape == (224, 224, 1)
     assert (pixels == 200).all()
 
 
-def test_any_other_field_gives_another_sha256() -> None:
-    plain = Preprocessing()
-    others = {
+def test_sha256_depends_on_every_field() -> None:
+    default = Preprocessing()
+    changes = {
         "input_px": 225, "resize_px": 257, "interpolation": "bicubic", "mean": (0.485, 0.456, 0.407), "std": (0.5, 0.5, 0.5),
     }  # fmt: skip
-    assert set(others) == {field.name for field in fields(Preprocessing)}
-    digests = {replace(plain, **{name: value}).sha256() for name, value in others.items()}
-    assert len(digests | {plain.sha256()}) == len(others) + 1
-    assert plain.sha256() == Preprocessing().sha256()
+    assert set(changes) == {field.name for field in fields(Preprocessing)}
+    digests = {replace(default, **{name: value}).sha256() for name, value in changes.items()}
+    assert len(digests | {default.sha256()}) == len(changes) + 1
+    assert default.sha256() == Preprocessing().sha256()
 
 
 # Decoding
@@ -114,46 +114,46 @@ STORED_AS = {
     1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM,
     5: T.TRANSPOSE, 6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270,
 }  # fmt: skip
-"""What a camera does to the upright picture before it writes the orientation beside it."""
+"""How the stored image is transposed for each EXIF orientation."""
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", STORED_AS)
-def test_every_exif_orientation_comes_out_upright(orientation: int, form: str) -> None:
+def test_every_exif_orientation_is_applied(orientation: int, form: str) -> None:
     upright = noise(40, 30)
-    how = STORED_AS[orientation]
-    data = saved(upright if how is None else upright.transpose(how), form, exif=exif(orientation))
+    transpose = STORED_AS[orientation]
+    data = saved(upright if transpose is None else upright.transpose(transpose), form, exif=exif(orientation))
     assert np.array_equal(decode(data), upright)
 
 
-def test_a_large_jpeg_that_lies_on_its_side_comes_out_upright_and_smaller() -> None:
+def test_large_rotated_jpeg_is_decoded_upright_and_reduced() -> None:
     upright = Image.new("RGB", (1536, 2048), "red")
     upright.paste((0, 0, 255), (0, 1024, 1536, 2048))
-    photo = decode(saved(upright.transpose(T.ROTATE_90), "JPEG", exif=exif(6)), min_side_px=512)
-    assert photo.size == (768, 1024)
-    assert photo.getpixel((384, 100))[0] > 250
-    assert photo.getpixel((384, 900))[2] > 250
+    image = decode(saved(upright.transpose(T.ROTATE_90), "JPEG", exif=exif(6)), min_side_px=512)
+    assert image.size == (768, 1024)
+    assert image.getpixel((384, 100))[0] > 250
+    assert image.getpixel((384, 900))[2] > 250
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("broken", [b"Exif\0\0garbage", b"garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", exif(99)])
-def test_exif_that_cannot_be_read_does_not_cost_the_photo(broken: bytes, form: str) -> None:
+def test_unreadable_exif_is_ignored(broken: bytes, form: str) -> None:
     assert decode(saved(noise(40, 30), form, exif=broken)).size == (40, 30)
 
 
 def palette(*, transparent: bool) -> bytes:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.putpixel((1, 0), 1)
-    return saved(picture, "PNG", **({"transparency": 0} if transparent else {}))
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    return saved(image, "PNG", **({"transparency": 0} if transparent else {}))
 
 
 def two(mode: str, left: Any, right: Any, form: str, **options: Any) -> bytes:
-    """A picture of two pixels."""
-    picture = Image.new(mode, (2, 1), left)
-    picture.putpixel((1, 0), right)
-    return saved(picture, form, **options)
+    """Encode an image of two pixels."""
+    image = Image.new(mode, (2, 1), left)
+    image.putpixel((1, 0), right)
+    return saved(image, form, **options)
 
 
 def gif() -> bytes:
@@ -167,44 +167,44 @@ def big_endian_16_bit_tiff() -> bytes:
 
 
 RED, BLUE, WHITE, BLACK = (255, 0, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
-PICTURES: dict[str, tuple[bytes, tuple[int, int, int], tuple[int, int, int]]] = {
-    "grey": (two("L", 0, 100, "PNG"), BLACK, (100, 100, 100)),
-    "grey with a transparent level": (two("L", 0, 100, "PNG", transparency=0), WHITE, (100, 100, 100)),
-    "grey with alpha": (two("LA", (0, 0), (100, 255), "PNG"), WHITE, (100, 100, 100)),
+IMAGES: dict[str, tuple[bytes, tuple[int, int, int], tuple[int, int, int]]] = {
+    "gray": (two("L", 0, 100, "PNG"), BLACK, (100, 100, 100)),
+    "gray with a transparent level": (two("L", 0, 100, "PNG", transparency=0), WHITE, (100, 100, 100)),
+    "gray with alpha": (two("LA", (0, 0), (100, 255), "PNG"), WHITE, (100, 100, 100)),
     "one bit": (two("1", 0, 1, "PNG"), BLACK, WHITE),
     "palette": (palette(transparent=False), RED, BLUE),
-    "palette with a transparent colour": (palette(transparent=True), WHITE, BLUE),
-    "RGB with a transparent colour": (two("RGB", RED, BLUE, "PNG", transparency=RED), WHITE, BLUE),
+    "palette with a transparent color": (palette(transparent=True), WHITE, BLUE),
+    "RGB with a transparent color": (two("RGB", RED, BLUE, "PNG", transparency=RED), WHITE, BLUE),
     "RGBA": (two("RGBA", (0, 0, 0, 0), (0, 0, 255, 255), "PNG"), WHITE, BLUE),
     "RGBA half transparent": (two("RGBA", (0, 0, 0, 255), (0, 0, 0, 128), "PNG"), BLACK, (127, 127, 127)),
     "CMYK": (two("CMYK", (0, 0, 0, 0), (255, 0, 0, 0), "TIFF"), WHITE, (0, 255, 255)),
     "16 bit PNG": (two("I;16", 0x4000, 0xFFFF, "PNG"), (64, 64, 64), WHITE),
     "16 bit TIFF": (two("I;16", 0x4000, 0xFFFF, "TIFF"), (64, 64, 64), WHITE),
     "16 bit TIFF, big endian": (big_endian_16_bit_tiff(), (64, 64, 64), WHITE),
-    "16 bit numbers in 32": (two("I", 0x4000, 0xFFFF, "TIFF"), (64, 64, 64), WHITE),
-    "8 bit numbers in 32": (two("I", 0x40, 0xFF, "TIFF"), (64, 64, 64), WHITE),
+    "16-bit values in 32 bits": (two("I", 0x4000, 0xFFFF, "TIFF"), (64, 64, 64), WHITE),
+    "8-bit values in 32 bits": (two("I", 0x40, 0xFF, "TIFF"), (64, 64, 64), WHITE),
     "float from 0 to 1": (two("F", 0.25, 1.0, "TIFF"), (64, 64, 64), WHITE),
     "animated GIF": (gif(), RED, RED),
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_every_kind_of_picture_becomes_the_rgb_that_a_person_sees(name: str) -> None:
-    data, left, right = PICTURES[name]
-    photo = decode(data)
-    assert (photo.mode, photo.size) == ("RGB", (2, 1))
-    assert [photo.getpixel((x, 0)) for x in (0, 1)] == [left, right]
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_mode_is_converted_to_rgb(name: str) -> None:
+    data, left, right = IMAGES[name]
+    image = decode(data)
+    assert (image.mode, image.size) == ("RGB", (2, 1))
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [left, right]
 
 
-def test_a_cmyk_jpeg_is_not_inverted() -> None:
-    photo = decode(saved(Image.new("CMYK", (64, 64), (255, 0, 0, 0)), "JPEG", quality=95))
-    assert photo.getpixel((32, 32)) == pytest.approx((0, 255, 255), abs=4)
+def test_cmyk_jpeg_is_not_inverted() -> None:
+    image = decode(saved(Image.new("CMYK", (64, 64), (255, 0, 0, 0)), "JPEG", quality=95))
+    assert image.getpixel((32, 32)) == pytest.approx((0, 255, 255), abs=4)
 
 
-# What is no picture
+# Invalid images
 
 
-def png_that_claims(width: int, height: int) -> bytes:
+def png_with_declared_size(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -214,24 +214,24 @@ def png_that_claims(width: int, height: int) -> bytes:
 
 PHOTO = draw_image("cats", rng=random.Random(0))
 BAD: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", r"^This file is not a supported image \(0 bytes\)\. Use JPEG"),
+    "empty": (b"", r"^This file is not a supported image \(0 bytes\)\. Use JPEG"),
     "text": (b"hello world", r"^This file is not a supported image \(11 bytes\)"),
     "random bytes": (random.Random(0).randbytes(4000), "not a supported image"),
-    "a JPEG's first bytes, then random ones": (b"\xff\xd8\xff\xe0" + random.Random(0).randbytes(4000), "damaged"),
-    "half a JPEG": (saved(PHOTO, "JPEG")[:9000], "damaged.*truncated"),
-    "a JPEG's header": (saved(PHOTO, "JPEG")[:200], "damaged"),
-    "half a large JPEG": (saved(PHOTO.resize((2000, 1600)), "JPEG")[:60_000], "damaged.*truncated"),
-    "half a PNG": (saved(PHOTO, "PNG")[:9000], "damaged.*truncated"),
-    "half a WebP": (saved(PHOTO, "WEBP")[:5000], "damaged"),
-    "half a GIF": (saved(PHOTO, "GIF")[:9000], "damaged.*truncated"),
-    "a PNG of 60,000 pixels squared": (png_that_claims(60_000, 60_000), "60,000 x 60,000 pixels"),
-    "PostScript, which a program would have to run": (saved(PHOTO, "EPS"), "not a supported image"),
+    "JPEG signature, then random bytes": (b"\xff\xd8\xff\xe0" + random.Random(0).randbytes(4000), "damaged"),
+    "truncated JPEG": (saved(PHOTO, "JPEG")[:9000], "damaged.*truncated"),
+    "JPEG header only": (saved(PHOTO, "JPEG")[:200], "damaged"),
+    "truncated large JPEG": (saved(PHOTO.resize((2000, 1600)), "JPEG")[:60_000], "damaged.*truncated"),
+    "truncated PNG": (saved(PHOTO, "PNG")[:9000], "damaged.*truncated"),
+    "truncated WebP": (saved(PHOTO, "WEBP")[:5000], "damaged"),
+    "truncated GIF": (saved(PHOTO, "GIF")[:9000], "damaged.*truncated"),
+    "PNG of 60,000 x 60,000 pixels": (png_with_declared_size(60_000, 60_000), "60,000 x 60,000 pixels"),
+    "PostScript, which Ghostscript would execute": (saved(PHOTO, "EPS"), "not a supported image"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("min_side_px", [None, 512])
-def test_what_is_no_whole_picture_is_refused_with_a_sentence(name: str, min_side_px: int | None) -> None:
+def test_invalid_image_is_rejected_with_a_one_line_message(name: str, min_side_px: int | None) -> None:
     data, reason = BAD[name]
     with pytest.raises(ImageError, match=reason) as caught:
         decode(data, min_side_px=min_side_px)
@@ -239,7 +239,7 @@ def test_what_is_no_whole_picture_is_refused_with_a_sentence(name: str, min_side
     assert "\n" not in str(caught.value)
 
 
-def test_decoding_in_threads_leaves_the_warning_filters_alone() -> None:
+def test_decoding_in_threads_does_not_change_the_warning_filters() -> None:
     data = saved(noise(64, 48), "JPEG")
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:
@@ -247,7 +247,7 @@ def test_decoding_in_threads_leaves_the_warning_filters_alone() -> None:
     assert list(warnings.filters) == before
 
 
-# Large JPEGs
+# Reduced decoding of large images
 
 
 @pytest.mark.parametrize(
@@ -262,24 +262,24 @@ def test_decoding_in_threads_leaves_the_warning_filters_alone() -> None:
         ((300, 200), 512, (300, 200)),
     ],
 )
-def test_a_jpeg_is_decoded_no_smaller_than_asked_for(
+def test_jpeg_is_not_decoded_below_the_min_side(
     size: tuple[int, int], min_side_px: int | None, decoded: tuple[int, int]
 ) -> None:
     assert decode(saved(Image.new("RGB", size), "JPEG"), min_side_px=min_side_px).size == decoded
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-def test_a_large_picture_of_another_format_is_halved_before_it_is_converted(mode: str) -> None:
+def test_large_image_of_another_format_is_halved_before_conversion(mode: str) -> None:
     ramp = Image.linear_gradient("L").resize((2000, 1600))
-    picture = ramp.convert("I").point(lambda level: level * 256).convert("I;16") if mode == "I;16" else ramp.convert(mode)
-    data = saved(picture, "PNG")
-    halved, whole = decode(data, min_side_px=512), decode(data)
-    assert (halved.mode, halved.size, whole.size) == ("RGB", (1000, 800), (2000, 1600))
-    seen, wanted = (np.asarray(Preprocessing().crop(photo), dtype=int) for photo in (halved, whole))
-    assert np.abs(seen - wanted).max() <= (24 if mode == "1" else 2)  # a dithered picture is noise up close
+    image = ramp.convert("I").point(lambda level: level * 256).convert("I;16") if mode == "I;16" else ramp.convert(mode)
+    data = saved(image, "PNG")
+    halved, full = decode(data, min_side_px=512), decode(data)
+    assert (halved.mode, halved.size, full.size) == ("RGB", (1000, 800), (2000, 1600))
+    actual, expected = (np.asarray(Preprocessing().crop(decoded), dtype=int) for decoded in (halved, full))
+    assert np.abs(actual - expected).max() <= (24 if mode == "1" else 2)  # dithering is noise at full size
 
 
-def test_a_large_picture_of_another_format_is_halved_upright() -> None:
+def test_large_image_of_another_format_is_halved_upright() -> None:
     exif = Image.Exif()
     exif[0x112] = 6
     file = io.BytesIO()
@@ -288,26 +288,26 @@ def test_a_large_picture_of_another_format_is_halved_upright() -> None:
 
 
 @pytest.mark.parametrize(("resize_px", "decode_px"), [(232, 512), (256, 512), (384, 768)])
-def test_a_photo_keeps_twice_the_pixels_that_it_is_resized_to(resize_px: int, decode_px: int) -> None:
+def test_decode_size_is_at_least_twice_the_resize(resize_px: int, decode_px: int) -> None:
     assert Preprocessing(resize_px=resize_px).decode_px == decode_px
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_a_large_jpeg_decoded_smaller_looks_the_same_to_the_network(
+def test_reduced_decoding_of_a_large_jpeg_hardly_changes_the_input(
     large_photo: Callable[[int], bytes], interpolation: str
 ) -> None:
-    wanted = Preprocessing(interpolation=interpolation)
+    preprocessing = Preprocessing(interpolation=interpolation)
     data = large_photo(0)
-    assert wanted.decode(data).size == (1200, 900)
-    apart = levels(wanted.pixels(data), wanted.crop(decode(data)))
-    assert apart.mean() < 0.5
-    assert np.percentile(apart, 99) <= 2
-    assert apart.max() <= 8
+    assert preprocessing.decode(data).size == (1200, 900)
+    difference = levels(preprocessing.pixels(data), preprocessing.crop(decode(data)))
+    assert difference.mean() < 0.5
+    assert np.percentile(difference, 99) <= 2
+    assert difference.max() <= 8
 
 
 @pytest.fixture(scope="module")
 def large_photo() -> Callable[[int], bytes]:
-    """A drawing of 2400 x 1800 pixels with a camera's noise, as JPEG."""
+    """A JPEG of 2400 x 1800 pixels: a drawing with noise like a camera's."""
 
     def make(seed: int) -> bytes:
         drawing = draw_image("dogs", rng=random.Random(seed)).resize((2400, 1800), Image.Resampling.BICUBIC)

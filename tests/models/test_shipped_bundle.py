@@ -1,4 +1,4 @@
-"""The classifier that comes with the project: small, without photos, and right after it is merged with its base."""
+"""The shipped bundle: its size and contents, its model card, and its predictions after merging."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from service.explain.explainer import OUTPUTS
 SHIPPED = Path(__file__).resolve().parents[2] / "models" / "shipped" / "dogs-vs-cats"
 
 
-def test_it_is_small_and_holds_no_pictures() -> None:
+def test_bundle_is_small_and_contains_no_images() -> None:
     files = [file for file in SHIPPED.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 300_000
     assert {file.name for file in files} == set(open_bundle(SHIPPED).manifest["files"]) | {"manifest.json"}
     assert not [file for file in files if file.suffix in (".png", ".jpg")]
 
 
-def test_its_card_states_the_accuracy_that_its_manifest_has() -> None:
+def test_model_card_states_the_manifests_accuracy() -> None:
     value = open_bundle(SHIPPED).manifest["metrics"]["accuracy"]["value"]
     assert f"| accuracy | {value:.4f} |" in (SHIPPED / "README.md").read_text(encoding="utf-8")
     assert value >= 0.985
 
 
-def test_merged_it_gives_its_golden_answers_and_answers_photos(
+def test_merged_bundle_reproduces_its_golden_outputs_and_predicts(
     photo_folder: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = open_full_bundle(SHIPPED)
@@ -39,12 +39,12 @@ def test_merged_it_gives_its_golden_answers_and_answers_photos(
     assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) <= 1e-3
     photos = photo_folder(tmp_path / "drawn", train=1, valid=0)  # type: ignore[operator]
     assert main(["predict", "--bundle", str(SHIPPED), str(photos), "--json"]) == 0
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [set(answer["probabilities"]) for answer in answers] == [{"cats", "dogs"}] * 2
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [set(result["probabilities"]) for result in results] == [{"cats", "dogs"}] * 2
 
 
-def test_where_it_looks_is_exact(photo_folder: object, tmp_path: Path) -> None:
-    """Lite0 averages its last map and weighs it linearly: the maps' means give back the probabilities."""
+def test_score_maps_are_exact(photo_folder: object, tmp_path: Path) -> None:
+    """Lite0's head is linear in its averaged last feature map, so the means of the score maps give the probabilities."""
     bundle = open_full_bundle(SHIPPED)
     photo = next(photo_folder(tmp_path / "drawn", train=1, valid=0).rglob("*.jpg"))  # type: ignore[attr-defined,operator]
     pixels = bundle.preprocessing.pixels(photo.read_bytes())
@@ -53,5 +53,5 @@ def test_where_it_looks_is_exact(photo_folder: object, tmp_path: Path) -> None:
     head = LinearHead.of(bundle)
     assert head is not None
     maps = [head.score_map(probabilities, embedding, feature_map, label) for label in range(2)]
-    scores = (np.array([each.mean() for each in maps if each is not None]) + head.bias) / head.temperature
+    scores = (np.array([score_map.mean() for score_map in maps if score_map is not None]) + head.bias) / head.temperature
     assert np.exp(scores) / np.exp(scores).sum() == pytest.approx(probabilities, abs=1e-5)
