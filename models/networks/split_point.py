@@ -46,7 +46,7 @@ class _LeafTracer(Tracer):
 
 @dataclass(frozen=True)
 class SplitModel:
-    """A network split in two modules that share its parameters: ``trainable(frozen(pixels))`` equals the network.
+    """A network split into two modules that share its parameters: ``trainable(frozen(pixels))`` equals the network.
 
     ``last_frozen`` is the name of the last frozen layer.
     """
