@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flask import Blueprint, Response, current_app, g, render_template, request, url_for
+from flask.sansio.blueprints import BlueprintSetupState
 from markupsafe import Markup, escape
 from werkzeug.urls import iri_to_uri
 
+from models.artifacts.atomic_io import sha256_of
 from models.runtime.openvino_engine import Pixels
 from service.api.predict import png_data_url
 from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
@@ -19,6 +19,7 @@ from service.inference.model_manager import LoadedModel, ModelManager
 
 ONE_YEAR_S = 365 * 24 * 3600
 MIN_PROBABILITY = 1e-12
+VERSION_DIGITS = 12  # of a static file's sha256
 
 bp = Blueprint("site", __name__)
 
@@ -88,21 +89,31 @@ def template_context() -> dict[str, Any]:
     return {"navigation": NAVIGATION, "model": served.summary | {"merged_from": served.bundle.merged_from}}
 
 
+@bp.record_once
+def hash_static_files(state: BlueprintSetupState) -> None:
+    """Compute the version of every static file once, so that no request makes the server open a file by a client's name."""
+    folder = Path(state.app.static_folder or "")
+    files = (file for file in folder.rglob("*") if file.is_file())
+    state.app.extensions["static_versions"] = {
+        file.relative_to(folder).as_posix(): sha256_of(file)[:VERSION_DIGITS] for file in files
+    }
+
+
 @bp.app_url_defaults
 def add_version(endpoint: str, values: dict[str, Any]) -> None:
-    """A static file's address changes with its content."""
+    """Add a static file's version to its address, which thereby changes with the file's content."""
     if endpoint == "static" and "v" not in values:
-        values["v"] = _version(Path(current_app.static_folder or "") / values["filename"])
+        values["v"] = current_app.extensions["static_versions"][values["filename"]]
 
 
 @bp.after_app_request
-def cache_static_files(answer: Response) -> Response:
-    """A file asked for by its version never changes; by its bare name it has to be asked for again."""
-    if request.endpoint == "static" and answer.status_code in (200, 304):
-        file = Path(current_app.static_folder or "") / (request.view_args or {})["filename"]
-        if request.args.get("v") == _version(file):
-            answer.headers["Cache-Control"] = f"public, max-age={ONE_YEAR_S}, immutable"
-    return answer
+def cache_static(response: Response) -> Response:
+    """Let browsers cache a static file without end if its address names its version, and revalidate it otherwise."""
+    if request.endpoint == "static" and request.method in ("GET", "HEAD") and response.status_code in (200, 304):
+        version = current_app.extensions["static_versions"].get((request.view_args or {})["filename"])
+        if version is not None and request.args.get("v") == version:
+            response.headers["Cache-Control"] = f"public, max-age={ONE_YEAR_S}, immutable"
+    return response
 
 
 @bp.app_template_filter("percent")
@@ -132,8 +143,3 @@ def code_spans(text: str) -> Markup:
 def data_url(pixels: Pixels) -> str:
     """(H, W, C) uint8 -> a data: URL."""
     return png_data_url(pixels)
-
-
-@functools.cache
-def _version(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
