@@ -19,6 +19,7 @@ from service.inference.model_manager import ModelManager
 from service.inference.predictor import PredictionCallback, Predictor
 from service.rollout.rollout import RolloutManager
 from service.settings import Settings
+from service.text import check_items, check_text
 from service.web import layout
 
 log = logging.getLogger("service.request")
@@ -78,6 +79,9 @@ def _add_hooks(app: Flask, model: ModelManager) -> None:
     def begin() -> None:
         g.began = request.environ["service.began"]
         g.request_id = request.environ["service.request_id"]
+        check_text("The path", request.path)
+        if request.query_string:
+            check_items("parameter", request.args.items(multi=True))
 
     @app.after_request
     def finish(answer: Response) -> Response:

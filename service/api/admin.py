@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 from flask import Blueprint, Response, current_app, g, jsonify, request
@@ -12,11 +11,14 @@ from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import key_from_request, match_key
 from service.inference.model_manager import ModelManager
+from service.json_body import OTHER_VALUES, parse_json
 from service.rollout.agreement import ALLOWED_DIFFERENCES
 from service.rollout.rollout import RolloutManager
 from service.settings import Settings
 
 FORM = 'send {"bundle": "FOLDER"}, and with it "allow": ["classes", "disagreement"] where that is meant'
+
+MAX_BYTES = 64 << 10
 
 bp = Blueprint("admin", __name__, url_prefix="/admin")
 
@@ -67,10 +69,8 @@ def _asked_for() -> tuple[str, list[str]]:
     settings: Settings = current_app.extensions["settings"]
     if request.mimetype != "application/json":
         raise Problem("unsupported_media_type", f"The body came as {request.mimetype or 'no media type'}; {FORM} as JSON.")
-    try:
-        document: Any = json.loads(read_body(request, settings))
-    except (ValueError, RecursionError) as error:
-        raise Problem("bad_json", f"The JSON cannot be read ({error}); {FORM}.") from None
+    body = read_body(request, settings, max_bytes=MAX_BYTES, advice=FORM)
+    document: Any = parse_json(body, max_values=OTHER_VALUES, hint=FORM)
     if not isinstance(document, dict) or not isinstance(document.get("bundle"), str) or not document["bundle"]:
         raise Problem("bad_json", f"The JSON names no bundle; {FORM}.")
     allow = document.get("allow", [])

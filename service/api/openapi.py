@@ -17,12 +17,14 @@ BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 BASE64: dict[str, Any] = {"type": "string", "contentEncoding": "base64"}
 READING = ("empty_photo", "too_many_pixels", "not_a_picture", "damaged_picture", "image_too_complex")
 SENDING = ("unsupported_media_type", "body_timeout", "body_too_large", "bad_request", "bad_form", "too_many_photos", "no_photo")
+BAD_JSON = ("bad_json", "json_too_large", "bad_base64")
 FAILING = ("internal_error", "not_ready", "overloaded", "deadline_exceeded")
 ABOUT = """\
 Send a photo, get the probability of each class. Every answer carries a request id, every problem a stable code.
 
 A request may bring its own `X-Request-ID` (up to 64 letters, digits and `_ . : -`); otherwise it is given one.
-Any GET can be a HEAD. Unknown addresses are answered 404 and other methods 405, as problems like the others.
+A path or a query with a NUL character is answered 400. Any GET can be a HEAD.
+Unknown addresses are answered 404 and other methods 405, as problems like the others.
 """
 
 
@@ -114,7 +116,7 @@ def _predict(settings: Settings, url: str) -> dict[str, Any]:
                 "headers": {name: ref(name, "headers") for name in ("X-Request-ID", "X-Model-Version", "Server-Timing")},
                 "content": {"application/json": {"schema": ref("Predictions"), "example": EXAMPLE}},
             },
-            **problem_answers("unauthorized", "bad_parameter", *SENDING, "bad_json", "bad_base64", *READING, *FAILING),
+            **problem_answers("unauthorized", "bad_parameter", *SENDING, *BAD_JSON, *READING, *FAILING),
         },
         "x-codeSamples": predict_samples(url, needs_key=bool(settings.api_keys)),
     }
@@ -167,7 +169,7 @@ def _page_paths(settings: Settings, url: str) -> dict[str, Any]:
     file = answer("The file; one that is asked for with its version, `?v=`, can be kept for ever.", "*/*", BINARY)
     name = {"name": "filename", "in": "path", "required": True, "schema": STRING, "description": "Its name, without a version."}
     fetch = get("static", "Pages", "A file of the pages", file)
-    fetch["responses"]["404"] = ref("NotFound", "responses")
+    fetch["responses"] |= {"404": ref("NotFound", "responses"), **problem_answers("bad_parameter")}
     openapi = answer("This document.", "application/json", {"type": "object"})
     return {
         "/": {

@@ -30,7 +30,7 @@ def admin_paths(settings: Settings) -> dict[str, Any]:
         optional=("allow",),
     )
     body = {"required": True, "content": {"application/json": {"schema": form, "example": example}}}
-    reading = ("bad_json", "bad_request", "body_timeout", "body_too_large", "unsupported_media_type")
+    reading = ("bad_json", "json_too_large", "bad_request", "body_timeout", "body_too_large", "unsupported_media_type")
     return {
         "/admin/bundle": {
             "get": keyed

@@ -150,7 +150,16 @@ def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
     optional = tuple(name for name in fields if name not in ("photo", "sha256", "decision"))
     form = record("A decision about a photo.", fields, optional=optional)
     saved = answer("It is saved; the photo's history, the newest first.", "application/json", {"type": "object"})
-    wrong = ("unauthorized", "cross_site", "bad_parameter", "bad_json", "bad_request", "not_found", "body_too_large")
+    wrong = (
+        "unauthorized",
+        "cross_site",
+        "bad_parameter",
+        "bad_json",
+        "json_too_large",
+        "bad_request",
+        "not_found",
+        "body_too_large",
+    )
     review = {
         "operationId": "review",
         "tags": [TAG],
@@ -180,7 +189,7 @@ def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
         },
     }
     entries = answer("The newest first.", "application/json", {"type": "object"})
-    past = get("history", TAG, "What was decided about a photo", entries, *FAILING)
+    past = get("history", TAG, "What was decided about a photo", entries, "bad_parameter", *FAILING)
     sha256 = parameter("sha256", STRING, "The photo's sha256.")
     return {
         "/gallery/review": {"post": _said_too(review)},

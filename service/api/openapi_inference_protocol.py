@@ -10,7 +10,8 @@ from service.settings import Settings
 TAG = "Open Inference Protocol"
 ABOUT = "KServe's version 2 over REST, for clients that speak it, such as `tritonclient`. Errors are `error`, a sentence."
 INFERRING = (
-    "unauthorized", "bad_json", "bad_tensor", "bad_base64", "bad_request", "body_timeout", "body_too_large", "too_many_photos",
+    "unauthorized", "bad_parameter", "bad_json", "json_too_large",
+    "bad_tensor", "bad_base64", "bad_request", "body_timeout", "body_too_large", "too_many_photos",
     "no_photo", "unsupported_media_type", "empty_photo", "too_many_pixels", "not_a_picture", "damaged_picture",
     "image_too_complex", "internal_error", "not_ready", "overloaded", "deadline_exceeded",
 )  # fmt: skip
@@ -28,7 +29,7 @@ def oip_paths(settings: Settings) -> dict[str, Any]:
     }
     for path, more, parameters in (("", "", [name]), ("/versions/{version}", "Version", [name, version])):
         at = f"/v2/models/{{name}}{path}"
-        missing = ("not_found", "not_ready")
+        missing = ("bad_parameter", "not_found", "not_ready")
         described_by = _get(f"oipModel{more}", "The model's inputs and outputs", "TensorModel", *missing)
         ready = _get(f"oipModelReady{more}", "Is the model ready", "ModelReady", "not_found", *READINESS)
         paths[at] = {"get": described_by | {"parameters": parameters}}

@@ -32,6 +32,7 @@ ADVICE = {
     "bundle_differs": "Look at the bundle; where it is meant to differ, say so in `allow`.",
     "nothing_before": "Name the bundle: `POST /admin/bundle`.",
     "body_too_large": "Send fewer photos in a request, or smaller files.",
+    "json_too_large": "Send fewer photos in a request, and tensors as bytes (`binary_tensor_data`).",
     "too_many_photos": "Send them in several requests.",
     "too_many_pixels": "Scale the photo down first.",
     "unsupported_media_type": "Set the header `Content-Type` to one of those that are listed above.",

@@ -11,12 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
-from service.http.uploads import check_image_count
+from service.http.uploads import VALUES_PER_PHOTO, check_image_count
+from service.json_body import OTHER_VALUES, parse_json
 from service.settings import Settings
+from service.text import describe
 
 DATATYPES = {"photos": "BYTES", "pixels": "UINT8"}
+OUTPUTS = ("probabilities", "label")
+JSON_HINT = "send fewer photos, or the tensor as bytes (binary_tensor_data)"
 LENGTH = struct.Struct("<I")  # before each element of BYTES
 
 
@@ -47,15 +52,13 @@ class InferenceRequest:
     outputs: list[RequestedOutput]
 
 
-def parse_request(body: bytes, json_bytes: int | None, settings: Settings) -> InferenceRequest:
+def parse_request(body: bytes, json_bytes: int | None, settings: Settings, preprocessing: Preprocessing) -> InferenceRequest:
     """Take a request apart; ``json_bytes`` is the length of its JSON where tensors follow as bytes. Raises Problem."""
     end = len(body) if json_bytes is None else json_bytes
     if not 0 <= end <= len(body):
         raise tensor_problem(f"Inference-Header-Content-Length is {end} and the body has {len(body)} bytes.")
-    try:
-        document: Any = json.loads(body[:end])
-    except (ValueError, RecursionError) as error:
-        raise Problem("bad_json", f"The JSON cannot be read ({error}).") from None
+    max_values, max_containers = _json_limits(settings, preprocessing)
+    document: Any = parse_json(body[:end], max_values=max_values, max_containers=max_containers, hint=JSON_HINT)
     if not isinstance(document, dict):
         raise Problem("bad_json", "The JSON is not an object.")
     inputs = document.get("inputs")
@@ -67,6 +70,15 @@ def parse_request(body: bytes, json_bytes: int | None, settings: Settings) -> In
     return InferenceRequest(given, _read_input(inputs[0], body[end:], settings), _read_outputs(document))
 
 
+def _json_limits(settings: Settings, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the most values and the most lists and objects of a request: those of ``max_photos`` images as nested lists."""
+    rows = 1 + preprocessing.input_px
+    lists = settings.max_images * (rows + preprocessing.input_px**2)
+    other = OTHER_VALUES + settings.max_images * VALUES_PER_PHOTO
+    pixels = settings.max_images * preprocessing.input_px**2 * preprocessing.channels
+    return other + lists + pixels, other + lists
+
+
 def tensor_problem(detail: str) -> Problem:
     return Problem("bad_tensor", detail)
 
@@ -74,23 +86,23 @@ def tensor_problem(detail: str) -> Problem:
 def _read_input(given: dict[str, Any], rest: bytes, settings: Settings) -> InputTensor:
     name, shape = given.get("name"), given.get("shape")
     if not isinstance(name, str) or name not in DATATYPES:
-        raise tensor_problem(f"The input is called {str(name)[:40]!r}; there are {' and '.join(DATATYPES)}.")
+        raise tensor_problem(f"The input is called {describe(name)}; there are {' and '.join(DATATYPES)}.")
     if given.get("datatype") != DATATYPES[name]:
-        raise tensor_problem(f"The datatype of {name} is {str(given.get('datatype'))[:40]!r}; {DATATYPES[name]} is wanted.")
+        raise tensor_problem(f"The datatype of {name} is {describe(given.get('datatype'))}; {DATATYPES[name]} is wanted.")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
         raise tensor_problem(f"The shape of {name} is no list of whole numbers.")
     if len(shape) == (1 if name == "photos" else 4):
         check_image_count(shape[0], settings)  # before each of a million empty ones is looked at
     size = _parameters(given).get("binary_data_size")
     if size != (len(rest) if rest or size is not None else None):
-        raise tensor_problem(f"binary_data_size of {name} is {str(size)[:40]} and {len(rest)} bytes follow the JSON.")
+        raise tensor_problem(f"binary_data_size of {name} is {describe(size)} and {len(rest)} bytes follow the JSON.")
     data = rest if size is not None else given.get("data")
     return _photos(shape, data) if name == "photos" else _pixels(shape, data)
 
 
 def _photos(shape: list[int], data: Any) -> InputTensor:
     if len(shape) != 1:
-        raise tensor_problem(f"The shape of photos is {shape}; [N] is wanted.")
+        raise tensor_problem(f"The shape of photos is {shape[:8]}; [N] is wanted.")
     if not isinstance(data, (bytes, list)):
         raise tensor_problem("photos has neither `data`, a list, nor binary_data_size.")
     elements = _split(data, shape[0]) if isinstance(data, bytes) else _flat(data)
@@ -146,11 +158,15 @@ def _read_outputs(document: dict[str, Any]) -> list[RequestedOutput]:
         return [RequestedOutput("probabilities", binary), RequestedOutput("label", binary)]
     if not isinstance(given, list) or not all(isinstance(row, dict) for row in given):
         raise tensor_problem("`outputs` is no list of objects.")
-    asked = []
+    if len(given) > len(OUTPUTS):
+        raise tensor_problem(f"`outputs` has {len(given):,} entries; there are {' and '.join(OUTPUTS)}, each at most once.")
+    asked: list[RequestedOutput] = []
     for row in given:
         name, parameters = row.get("name"), _parameters(row)
-        if name not in ("probabilities", "label"):
-            raise tensor_problem(f"The output {str(name)[:40]!r} is wanted; there are probabilities and label.")
+        if name not in OUTPUTS:
+            raise tensor_problem(f"The output {describe(name)} is wanted; there are probabilities and label.")
+        if any(name == other.name for other in asked):
+            raise tensor_problem(f"The output {name} is requested twice; request it once.")
         classes = parameters.get("classification", 0)
         if type(classes) is not int or classes < 0 or (classes and name != "probabilities"):
             raise tensor_problem("`classification` is a whole number, and of probabilities only.")
@@ -164,7 +180,7 @@ def _parameters(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(parameters, dict):
         raise tensor_problem("`parameters` is no object.")
     if shared := next((name for name in parameters if name.startswith("shared_memory")), None):
-        raise tensor_problem(f"{shared} is not offered here; send the tensor itself.")
+        raise tensor_problem(f"{shared[:40]} is not offered here; send the tensor itself.")
     return parameters
 
 

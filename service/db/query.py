@@ -17,8 +17,9 @@ from service.db.filter import UNLABELED, Filter
 from service.db.ingest import DIMENSIONS
 from service.db.model_comparison import select_changed
 from service.db.pagination import Paginator
-from service.db.schema import buckets, current_reviews, is_storable, models, predictions
+from service.db.schema import buckets, current_reviews, models, predictions
 from service.http.errors import Problem
+from service.text import is_storable
 
 
 @dataclass(frozen=True)

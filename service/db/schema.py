@@ -53,11 +53,6 @@ RANGE_COLUMNS = (
 )  # the columns of predictions of which a cell knows how far its own reach
 
 
-def is_storable(*texts: str) -> bool:
-    """Whether a database takes these texts: PostgreSQL no zero bytes, and neither any half of a surrogate pair."""
-    return not any("\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text) for text in texts)
-
-
 metadata = MetaData(
     naming_convention={
         "pk": "pk_%(table_name)s",

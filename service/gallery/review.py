@@ -17,13 +17,18 @@ from service.gallery.photo import RejectedReview, render_photo_page
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
+from service.json_body import OTHER_VALUES, parse_json
 from service.reviews.decisions import ReviewDecision, load_history, save_decision
 from service.settings import Settings
+from service.text import check_items, describe
 from service.web.layout import ONE_YEAR_S, problem_page, problem_response
 
 MAX_BODY_BYTES = 64 << 10
 MAX_LENGTHS = {"note": 2_000, "reviewer": 80}
+MAX_KEY = 1_000  # letters; a browser keeps no cookie of more than 4 KiB
 NO_ADVANCE = ("note", "undo")  # after these nobody goes on to the next photo
+SINGLE_LINE = frozenset({"reviewer", "key", "back"})
+JSON_FORMAT = 'send {"photo": ..., "sha256": ..., "decision": ...}'
 FIELDS = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "seen", "filter", "next")
 
 bp = Blueprint("review", __name__)
@@ -91,7 +96,10 @@ def key() -> Response:
         raise Problem("bad_parameter", f"The field {min(unknown)!r} is not known here; there are key and back.")
     if "key" not in request.form:
         raise Problem("bad_parameter", "The field `key` is missing; it is the key that decisions want.")
+    check_items("field", request.form.items(multi=True), single_line=SINGLE_LINE)
     given = request.form.get("key", "").strip()
+    if len(given) > MAX_KEY:
+        raise Problem("bad_parameter", f"The field `key` has {len(given):,} letters; {MAX_KEY:,} is the most.")
     back = request.form.get("back", "")
     is_ours = back.startswith(("/gallery", "/compare")) and "//" not in back and "\\" not in back
     try:
@@ -128,22 +136,26 @@ def entry_to_json(row: Any) -> dict[str, Any]:
     }
 
 
-def _receive() -> None:
+def _receive() -> bytes:
     """Read the body before Flask parses it, as Flask would wait for a client that trickles. Raises Problem."""
     body = read_body(request, current_app.extensions["settings"], max_bytes=MAX_BODY_BYTES, advice="shorten the text")
     request.environ["wsgi.input"] = io.BytesIO(body)
+    return body
 
 
 def _fields() -> dict[str, str]:
     """The fields, from a form or from JSON. Raises Problem."""
-    _receive()
+    body = _receive()
     if request.is_json:
-        given = request.get_json(silent=True)
+        given = parse_json(body, max_values=OTHER_VALUES, hint=JSON_FORMAT)
         if not isinstance(given, dict):
-            raise Problem("bad_json", 'The JSON is no object; send {"photo": ..., "sha256": ..., "decision": ...}.')
+            raise Problem("bad_json", f"The JSON is no object; {JSON_FORMAT}.")
+        if nested := next((name for name, value in given.items() if isinstance(value, (list, dict))), None):
+            raise Problem("bad_parameter", f"The field {nested[:40]!r} is {describe(given[nested])}; text is expected.")
         fields = {name: "" if value is None else str(value) for name, value in given.items()}
     else:
         fields = dict(request.form.items())
+    check_items("field", fields.items(), single_line=SINGLE_LINE)
     for name in fields:
         if name not in FIELDS:
             raise Problem("bad_parameter", f"The field {name!r} is not known here; there are {', '.join(FIELDS)}.")

@@ -35,6 +35,7 @@ PROBLEM_TYPES: dict[str, tuple[int, str]] = {
     "bundle_differs": (409, "The bundle does not follow the one that serves"),
     "nothing_before": (409, "There is nothing to go back to"),
     "body_too_large": (413, "The body is too large"),
+    "json_too_large": (413, "Too many JSON values"),
     "too_many_photos": (413, "Too many photos"),
     "too_many_pixels": (413, "The photo has too many pixels"),
     "unsupported_media_type": (415, "The media type is not supported"),

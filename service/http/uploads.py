@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import socket
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +14,10 @@ from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
 from service.http.multipart_form import parse_form
 from service.http.request_body import read_body
+from service.json_body import OTHER_VALUES, parse_json
 from service.settings import Settings
 
+VALUES_PER_PHOTO = 16  # of its object in `instances`: what other clients say of a photo beside its bytes
 STRIDE = 61  # a prime, so that it falls on other columns in each row of pixels that are not compressed
 ACCEPTED_FORMATS = "send multipart/form-data with the field `file`, a photo as the body (image/*), or JSON"
 
@@ -90,10 +91,7 @@ def _from_form(request: Request, body: bytes, settings: Settings) -> Uploads:
 
 
 def _from_json(body: bytes, settings: Settings) -> list[Upload]:
-    try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Problem("bad_json", f"The JSON cannot be read ({error}); {JSON_FORMAT}.") from None
+    document = parse_json(body, max_values=OTHER_VALUES + settings.max_images * VALUES_PER_PHOTO, hint=JSON_FORMAT)
     if not isinstance(document, dict):
         raise Problem("bad_json", f"The JSON is not an object; {JSON_FORMAT}.")
     if "image" in document:

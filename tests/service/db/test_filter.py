@@ -150,8 +150,8 @@ def test_a_query_string_as_people_type_it() -> None:
             (f"confidence={text}", "a range in per cent is wanted, as 50-90.")
             for text in ("50", "90-50", "50-50", "50-101", "-5-10", "a-b", "5-", "-5", "5-6-7", "%C2%B2-9", "1-" + "9" * 5000)
         ),
-        ("class=a%00b", "The parameter `class` has a zero byte in it"),
-        ("model=%00", "The parameter `model` has a zero byte in it"),
+        ("class=a%00b", "The parameter `class` contains a NUL character"),
+        ("model=%00", "The parameter `model` contains a NUL character"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_a_sentence(query: str, wanted: str) -> None:

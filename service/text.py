@@ -1,0 +1,59 @@
+"""Reject text that cannot be stored or sent on, where it enters the service and before any handler uses it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from service.http.errors import Problem
+
+# PostgreSQL stores no NUL, and half of a surrogate pair cannot be encoded as UTF-8.
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def is_storable(*texts: str) -> bool:
+    """Return whether every database, file name and HTTP response takes these texts."""
+    return not any(UNSTORABLE.search(text) for text in texts)
+
+
+def check_text(name: str, *texts: str, single_line: bool = False, code: str = "bad_parameter") -> None:
+    """Raise Problem for text with a NUL or a lone surrogate.
+
+    Args:
+        name: What the text is, for the message: "The parameter `class`".
+        single_line: Reject all control characters, as in what becomes an HTTP header.
+        code: The problem's code.
+    """
+    if not is_storable(*texts):
+        raise Problem(code, f"{name} contains a NUL character or an unpaired surrogate; remove it.")
+    if single_line and any(CONTROL.search(text) for text in texts):
+        raise Problem(code, f"{name} contains a control character; write it in one line.")
+
+
+def check_items(kind: str, items: Iterable[tuple[str, str]], *, single_line: frozenset[str] = frozenset()) -> None:
+    """Check the names and values of a query or a form; the values of the ``single_line`` names must be in one line."""
+    for name, value in items:
+        check_text(f"The name of a {kind}", name)
+        check_text(f"The {kind} `{name[:40]}`", value, single_line=name in single_line)
+
+
+def strings_in(document: object) -> Iterator[str]:
+    """Yield every string of a JSON document, the names of its objects included."""
+    pending = [document]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list):
+            pending.extend(value)
+        elif isinstance(value, dict):
+            yield from value
+            pending.extend(value.values())
+
+
+def describe(value: object) -> str:
+    """Show a JSON value in a message, shortened: of a list or an object only the kind, as either may be large or deep."""
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    return repr(value)[:40]
