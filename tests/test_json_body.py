@@ -29,7 +29,7 @@ Post = Callable[[bytes], TestResponse]
 def app(tiny_bundle: SimpleNamespace, new_database: Any) -> Iterator[Flask]:
     with new_database("sqlite") as url:
         settings = Settings(
-            bundle=tiny_bundle.path, database_url=url, max_photos=MAX_PHOTOS, admin_keys=("boss:sesame",), **PATIENT
+            bundle=tiny_bundle.path, database_url=url, max_images=MAX_PHOTOS, admin_keys=("boss:sesame",), **PATIENT
         )
         app = create_app(settings)
         app.extensions["model"].wait(START_S)

@@ -71,7 +71,7 @@ def parse_request(body: bytes, json_bytes: int | None, settings: Settings, prepr
 
 
 def _json_limits(settings: Settings, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Return the most values and the most lists and objects of a request: those of ``max_photos`` images as nested lists."""
+    """Return the most values and the most lists and objects of a request: those of ``max_images`` images as nested lists."""
     rows = 1 + preprocessing.input_px
     lists = settings.max_images * (rows + preprocessing.input_px**2)
     other = OTHER_VALUES + settings.max_images * VALUES_PER_PHOTO

@@ -117,18 +117,22 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(bundle: Path, *, ready: bool = True, **env: object) -> Iterator[Server]:
+def serve(
+    bundle: Path, *, ready: bool = True, python: str | Path = sys.executable, cwd: Path = ROOT, **env: object
+) -> Iterator[Server]:
     """Run the real service on a free port until the block ends; with ``ready`` its model is loaded when it begins.
 
-    ``env`` are settings by their names, ``port=1`` as well as ``PORT="1"``; those of PATIENT hold unless they are given.
+    It is the checkout's; where ``cwd`` is elsewhere, the one that is installed for ``python``.
+
+    ``env`` are settings by their names, ``port=4`` as well as ``PORT="4"``; those of PATIENT hold unless they are given.
     What it leaves in a temporary folder is removed, and so is every process of its group.
     """
     with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:  # the killed may be at work yet
         log_file = Path(folder) / "stderr"
         with log_file.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "service"],
-                cwd=ROOT,
+                [python, "-m", "service"],
+                cwd=cwd,
                 env=environment({**PATIENT, "bundle": bundle, "port": 0, "TMPDIR": folder, **env}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,0 +1,82 @@
+"""The wheel holds every file of the packages, and a service that is installed from it shows every page."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers.server import ANSWER_S, ROOT, START_S, poll, serve
+
+PACKAGES = ("models", "finetune", "service")
+PAGES = (
+    "/", "/model", "/docs", "/openapi.json", "/gallery", "/gallery/photos", "/gallery/correct", "/gallery/incorrect",
+    "/compare", "/gallery/photos.json", "/gallery/reviews.csv", "/gallery/pictures/legend.png", "/models", "/metrics", "/v2",
+)  # fmt: skip
+
+
+def run(*command: object, cwd: Path = ROOT) -> str:
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=ANSWER_S)
+    assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def files() -> list[str]:
+    """The files of the project that are under version control, or about to be."""
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    return [name for name in listed if name and (ROOT / name).is_file()]
+
+
+@pytest.fixture(scope="module")
+def wheel(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of these files alone, built as `pip wheel .` does, with the setuptools that is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in files:
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / "source" / name)
+    run(sys.executable, "-m", "compileall", "-q", folder / "source" / "service" / "migrations")  # as in a used checkout
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, folder / "source", cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_file_of_the_packages_and_no_other(files: list[str], wheel: Path) -> None:
+    expected = {name for name in files if name.split("/")[0] in PACKAGES}
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert {name for name in expected if not name.endswith(".py")}
+    assert found == expected
+
+
+def test_an_installed_service_shows_every_page(wheel: Path, tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+    folder = tmp_path / "venv"
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    # The packages that the project needs, without the project: a .pth in a folder that a .pth names is not read.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    run(*pip, "install", "--no-deps", "--no-index", "--quiet", wheel, cwd=tmp_path)
+    where = run(python, "-c", "import service, models; print(service.__file__, models.__file__)", cwd=tmp_path)
+    assert all(Path(path).is_relative_to(site) for path in where.split())
+    static = [f"/static/{file.name}" for file in sorted((ROOT / "service" / "static").iterdir())]
+    assert static
+    environment = {"data": tiny_bundle.data, "database_url": f"sqlite:///{tmp_path / 'reviews.db'}"}
+    with serve(tiny_bundle.path, python=python, cwd=tmp_path, **environment) as server:
+        poll(lambda: server.get("/gallery").status != 503, within_s=START_S)
+        for path in (*PAGES, *static):
+            assert server.get(path).status == 200, path
+        row = server.get("/gallery/photos.json").json()["rows"][0]
+        for path in (row["page"], row["thumbnail"]):
+            assert server.get(path).status == 200, path
+        for path in ("/nothing", "/gallery/photo", "/gallery/photos?model=none"):
+            assert server.get(path).status == 404, path
