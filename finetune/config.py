@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from models.artifacts.bundle import name_problem
 from models.errors import ConfigError, did_you_mean
 from models.networks.spec import Recipe
 
@@ -86,6 +87,8 @@ class Config:
 
         if self.reviews and self.reviews_from:
             raise ConfigError("--reviews and --reviews-from both name reviews; give one of them.")
+        if self.name is not None and (problem := name_problem(self.name)):
+            raise ConfigError(f"--name is {self.name!r}, {problem}; give a plain name, as it becomes a part of paths.")
 
     def with_recipe(self, recipe: Recipe) -> Config:
         """Fill what was left open from the backbone's own recipe."""

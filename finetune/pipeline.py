@@ -110,7 +110,7 @@ def default_run_dir(config: Config) -> Path:
 
 
 def default_name(config: Config) -> str:
-    return f"{config.data_dir.resolve().name}-{config.backbone.replace(':', '-').replace('/', '-')}"
+    return f"{config.data_dir.resolve().name.lstrip('.')}-{config.backbone.replace(':', '-').replace('/', '-')}"
 
 
 def fit_head(

@@ -76,9 +76,14 @@ class Bundle:
         return bool(self.manifest["kind"] == "head")
 
     def model_card(self) -> str | None:
-        """Read the model card (Markdown). Returns None if the bundle has none."""
-        file = self.path / MODEL_CARD
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        """Read and verify the model card (Markdown). Returns None if the bundle has none.
+
+        Raises:
+            BundleError: The file was modified.
+        """
+        if MODEL_CARD not in self.manifest["files"]:
+            return None
+        return read_small_file(self.path, MODEL_CARD, self.manifest["files"]).decode("utf-8", "replace")
 
     def golden(self) -> Golden:
         """Read the golden pixels (N, H, W, C), the expected probabilities (N, classes), and the tolerance."""
@@ -105,6 +110,8 @@ def open_bundle(path: Path, *, files: Iterable[str] | None = None) -> Bundle:
         )
     if manifest.get("sha256") != manifest_sha256(manifest):
         raise BundleError(f"{path / MANIFEST} was changed after it was written. Export the bundle again.")
+    if problem := name_problem(str(manifest.get("name", ""))):
+        raise BundleError(f"{path / MANIFEST} has the name {str(manifest.get('name'))[:80]!r}, {problem}. Export it again.")
     known: Mapping[str, Mapping[str, Any]] = manifest["files"]
     for named in map(PurePosixPath, known):
         if named.is_absolute() or ".." in named.parts:
@@ -192,8 +199,25 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def name_problem(name: str) -> str | None:
+    """Return why a name is not allowed for a bundle, as names become parts of paths and URLs, or None if it is allowed."""
+    if not name or name.startswith("."):
+        return "which is empty or begins with a dot"
+    return "which contains a slash or a NUL character" if "/" in name or "\0" in name else None
+
+
+def read_small_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Read a small file of a bundle and verify the bytes that were read. Raises BundleError as ``check_file``."""
+    check_file(path, name, known)
+    with (path / name).open("rb") as file:
+        data = file.read(known[name]["bytes"] + 1)
+    if hashlib.sha256(data).hexdigest() != known[name]["sha256"]:
+        raise _modified(path / name)
+    return data
+
+
 def check_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) -> None:
-    """Verify the size and the SHA-256 of one file.
+    """Verify the size and the SHA-256 of one file. A link may lead to another place in the same folder only.
 
     Args:
         path: The folder.
@@ -201,15 +225,21 @@ def check_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) ->
         known: The listed files: {name: {"sha256": ..., "bytes": ...}}.
 
     Raises:
-        BundleError: The file is not listed, missing or modified.
+        BundleError: The file is not listed, missing, modified, or a link out of the folder.
     """
     if name not in known:
         raise BundleError(f"The bundle {path} has no {name}. Export it again so that it includes this file.")
     file = path / name
     if not file.is_file():
         raise BundleError(f"The bundle {path} lacks {name}, which its manifest lists. Copy the complete folder again.")
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise BundleError(f"{file} is a link that leads out of the bundle. Copy the file itself into it.")
     if file.stat().st_size != known[name]["bytes"] or sha256_of(file) != known[name]["sha256"]:
-        raise BundleError(f"{file} was changed or damaged: its sha256 is not the manifest's. Copy or export the bundle again.")
+        raise _modified(file)
+
+
+def _modified(file: Path) -> BundleError:
+    return BundleError(f"{file} was changed or damaged: its sha256 is not the manifest's. Copy or export the bundle again.")
 
 
 def hash_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -54,7 +54,7 @@ def models() -> Response:
                 "tolerance": model.precision.tolerance,
                 "golden_difference": model.golden_difference,
                 "created": manifest["provenance"]["created"],
-                "card": bundle.model_card(),
+                "card": model.card,
             }
         ]
     )

@@ -48,6 +48,7 @@ class LoadedModel:
     golden_difference: float
     engine: Engine
     batcher: Batcher
+    card: str | None = None  # Markdown, as it was when the bundle was loaded
 
     @cached_property
     def summary(self) -> dict[str, str]:
@@ -227,6 +228,7 @@ def load_model(
     Raises BundleError or ConfigError.
     """
     path = resolve_bundle(path or settings.bundle)
+    card = open_bundle(path, files=()).model_card()  # checked before the minutes that a large network may take to compile
     sizes = batch_sizes(settings.max_batch_size)
     if uses_torch(settings):
         bundle = open_bundle(path, files=(WEIGHTS, GOLDEN))
@@ -258,7 +260,7 @@ def load_model(
         batch_timeout_s=settings.batch_timeout_ms / 1e3,
         deadline_s=settings.deadline_ms / 1e3,
     )
-    return LoadedModel(bundle, precision, difference, engine, batcher)
+    return LoadedModel(bundle, precision, difference, engine, batcher, card)
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:

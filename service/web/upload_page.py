@@ -62,7 +62,7 @@ def classify() -> Response:
 @bp.get("/model")
 def model() -> Response:
     served = current_model()
-    text = served.bundle.model_card()
+    text = served.card
     return _page(render_template("model.html", served=served, card=text and render_markdown(text)))
 
 

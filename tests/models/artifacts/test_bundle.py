@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from finetune.config import Config
 from models.artifacts import bundle as module
 from models.artifacts.bundle import (
     GOLDEN,
@@ -25,7 +26,7 @@ from models.artifacts.bundle import (
     preprocessing_fields,
     write_bundle,
 )
-from models.errors import BundleError
+from models.errors import BundleError, ConfigError
 from models.preprocess import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -260,6 +261,59 @@ def test_manifest_listing_a_file_outside_the_bundle_is_rejected(bundle: Bundle, 
     change(bundle.path / MANIFEST, point_outside)
     with pytest.raises(BundleError, match=rf"'{name}', which is outside the bundle"):
         open_bundle(bundle.path, files=files)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../../escape", "a/b", "/tmp/x", ".hidden", "a\0b"])
+def test_a_name_that_leads_elsewhere_is_not_trusted(bundle: Bundle, name: str) -> None:
+    def rename(manifest: dict[str, Any]) -> None:
+        manifest["name"] = name
+        manifest["sha256"] = module.manifest_sha256(manifest)
+
+    change(bundle.path / MANIFEST, rename)
+    for files in (None, []):
+        with pytest.raises(BundleError, match=r"manifest\.json has the name .*, which (is empty|contains)"):
+            open_bundle(bundle.path, files=files)
+    with pytest.raises(ConfigError, match=r"--name is .*, which"):
+        Config(data_dir=bundle.path, name=name)
+
+
+@pytest.mark.parametrize("name", ["pets", "Katzen & Hunde", "v1.2", "猫"])
+def test_an_ordinary_name_is_taken(bundle: Bundle, name: str) -> None:
+    assert open_bundle(write_bundle(bundle.path, FIELDS | {"name": name}, write_files=write_files).path).name == name
+    assert Config(data_dir=bundle.path, name=name).name == name
+
+
+# The card and links
+
+
+def test_the_card_is_the_one_that_was_exported(bundle: Bundle, tmp_path: Path) -> None:
+    card = bundle.path / MODEL_CARD
+    assert bundle.model_card() == "# Card\n"
+    card.write_text("# Fake\n")  # of the same size
+    with pytest.raises(BundleError, match=r"README\.md was changed or damaged"):
+        bundle.model_card()
+    card.unlink()
+    with pytest.raises(BundleError, match=r"lacks README\.md"):
+        bundle.model_card()
+    (tmp_path / "outside").write_text("# Card\n")  # even of the same content
+    card.symlink_to(tmp_path / "outside")
+    with pytest.raises(BundleError, match=r"README\.md is a link that leads out of the bundle"):
+        bundle.model_card()
+    for target in ("/dev/zero", "/etc/passwd", "nothing"):
+        card.unlink()
+        card.symlink_to(target)
+        with pytest.raises(BundleError, match=r"README\.md"):
+            open_bundle(bundle.path, files=[MODEL_CARD])
+    card.unlink()
+    (bundle.path / "real").write_text("# Card\n")
+    card.symlink_to("real")  # as where a volume is mounted
+    assert bundle.model_card() == "# Card\n"
+
+
+def test_a_bundle_without_a_card_has_none(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bare", FIELDS, write_files=lambda folder: (folder / GRAPH).write_bytes(b"x") and None)
+    (bundle.path / MODEL_CARD).write_text("put there later")
+    assert bundle.model_card() is None
 
 
 # Golden outputs

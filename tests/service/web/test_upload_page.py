@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 from flask import Flask
 from werkzeug.test import TestResponse
 
+from models.errors import BundleError
 from service import create_app
 from service.app import Services
 from service.full_app import create_full_app
@@ -22,8 +24,9 @@ from service.http.errors import Problem
 from service.http.uploads import Upload
 from service.inference.batcher import InferenceResult
 from service.inference.image_decoder import PreprocessedImage
-from service.inference.model_manager import ModelManager
+from service.inference.model_manager import ModelManager, load_model
 from service.inference.predictor import Prediction
+from service.resources import allocate_resources
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.web.layout import NAVIGATION, percent
@@ -334,27 +337,53 @@ def test_the_card_is_shown_with_its_table_of_figures(app: Flask) -> None:
     assert re.search(r"<dt>Accuracy</dt><dd>[\d.]+\u202f%<small>\d+ of the \d+ photos", text)
 
 
-def test_html_in_a_card_is_text(app: Flask, tmp_path: Path) -> None:
+def test_html_in_a_card_is_text(app: Flask) -> None:
     hostile = "# Card\n\n<script>alert(1)</script> ![x](https://example.org/x.png) [go](javascript:alert(1))\n"
-    (tmp_path / "README.md").write_text(hostile, encoding="utf-8")
-    text = _with_bundle_at(app, tmp_path).text
+    text = _with_card(app, hostile).text
     assert "<script>alert" not in text
     assert 'javascript:alert(1)"' not in text
     assert not re.search("<img[^>]*example.org", text)
 
 
-def test_without_a_card_the_manifest_tells_the_figures(app: Flask, tmp_path: Path) -> None:
-    answer = _with_bundle_at(app, tmp_path)
+def test_without_a_card_the_manifest_tells_the_figures(app: Flask) -> None:
+    answer = _with_card(app, None)
     assert answer.status_code == 200
     assert "came without a card" in answer.text
     assert re.search(r'<th scope="row">accuracy</th><td>[\d.]+</td>', answer.text)
 
 
-def _with_bundle_at(app: Flask, path: Path) -> TestResponse:
-    """GET /model, where the bundle's other files are in ``path``."""
+@pytest.mark.parametrize("target", [None, "/etc/passwd", "/dev/zero"])
+def test_a_bundle_whose_card_was_changed_is_not_served(
+    tiny_bundle: SimpleNamespace, tmp_path: Path, target: str | None
+) -> None:
+    bundle = shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
+    (bundle / "README.md").unlink()
+    if target:
+        (bundle / "README.md").symlink_to(target)
+    else:
+        (bundle / "README.md").write_text("# Another card\n")
+    settings = Settings(bundle=bundle)
+    with pytest.raises(BundleError, match=r"README\.md"):
+        load_model(settings, allocate_resources(settings), Metrics())
+
+
+def test_a_card_that_is_changed_while_it_is_served_is_not_shown(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
+    app = create_app(Settings(bundle=bundle, **PATIENT))
+    app.extensions["model"].wait(START_S)
+    card = (bundle / "README.md").read_text(encoding="utf-8")
+    (bundle / "README.md").unlink()
+    (bundle / "README.md").symlink_to("/etc/passwd")
+    assert app.test_client().get("/models").get_json()["models"][0]["card"] == card
+    assert "root:" not in app.test_client().get("/model").text
+    app.extensions["model"].close()
+
+
+def _with_card(app: Flask, card: str | None) -> TestResponse:
+    """GET /model, where the bundle has that model card."""
     served = app.extensions["model"]
     model = served.get()
-    moved = dataclasses.replace(model, bundle=dataclasses.replace(model.bundle, path=path))
+    moved = dataclasses.replace(model, card=card)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served, "_model", moved)
         return app.test_client().get("/model")
