@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -77,6 +78,7 @@ def export_bundle(
         engine = OpenVINOEngine(graph, outputs=OUTPUTS[:1])
         manifest["parity"] = check_parity(engine, parity)
         manifest["bf16"] = measure_bf16(graph, parity.pixels)
+        check_finite(classifier, golden)
         np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])
         if head_only:
             graph.unlink()
@@ -118,6 +120,18 @@ def graph_signature(spec: ModelSpec) -> dict[str, Any]:
             "feature_map": f"output of the layer {spec.cam_layer}, (N, c, h, w) float32",
         },
     }
+
+
+def check_finite(classifier: Classifier, pixels: NDArray[np.uint8]) -> None:
+    """Raise BundleError where the weights that are stored give NaN in torch: an engine's bounded activations can hide it."""
+    device = next(classifier.parameters()).device
+    with torch.inference_mode():
+        log_probs = classifier(torch.from_numpy(pixels).to(device))
+    if not torch.isfinite(log_probs).all():
+        raise BundleError(
+            "The network's probabilities are not finite numbers; no bundle was written. Train again with other weights or a "
+            "lower learning rate."
+        )
 
 
 def check_parity(engine: OpenVINOEngine, parity: ParitySample) -> dict[str, Any]:

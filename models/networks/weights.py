@@ -88,6 +88,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} contains a {type(state).__name__}, not a state dict of tensors. Save model.state_dict().")
+    for name, tensor in state.items():
+        is_float8 = tensor.is_floating_point() and tensor.element_size() == 1  # torch has no isfinite for all of these
+        if not torch.isfinite(tensor.float() if is_float8 else tensor).all():
+            raise WeightsError(f"{path} contains NaN or infinity in the tensor {name!r}. Use weights without them.")
     return state
 
 

@@ -288,6 +288,33 @@ def test_truncated_file_is_rejected(form: str, tmp_path: Path) -> None:
             read_tensors(truncated)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused_by_the_tensors_name(
+    value: float, dtype: torch.dtype, suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"file{suffix}"
+    save = torch.save if suffix == ".pth" else save_file
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in STATE.items()} | {"steps": torch.tensor(7)}
+    save(state, file)
+    assert same(read_tensors(file), state)
+    state["conv.bias"][1] = value
+    save(state, file)
+    for read in (lambda: read_tensors(file), lambda: load_weights(LITE, file=file)):
+        with pytest.raises(WeightsError, match=r"holds NaN or infinity in the tensor 'conv\.bias'; give weights"):
+            read()
+
+
+def test_weights_of_eight_bits_are_read(tmp_path: Path) -> None:
+    state = {"conv.weight": torch.ones(3).to(torch.float8_e4m3fn)}
+    save_file(state, tmp_path / "file.safetensors")
+    assert read_tensors(tmp_path / "file.safetensors")["conv.weight"].float().tolist() == [1, 1, 1]
+    save_file({"conv.weight": torch.full((3,), float("nan")).to(torch.float8_e4m3fn)}, tmp_path / "file.safetensors")
+    with pytest.raises(WeightsError, match=r"holds NaN or infinity"):
+        read_tensors(tmp_path / "file.safetensors")
+
+
 @pytest.mark.parametrize("name", ["missing.pth", "folder"])
 def test_error_names_a_missing_file_or_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
