@@ -184,10 +184,10 @@ def bare_child() -> Iterator[Callable[[float], float]]:
 
 
 @contextlib.contextmanager
-def serving(path: Path) -> Iterator[int]:
-    """The port of a service that is ready."""
+def serving(path: Path, **settings: str) -> Iterator[int]:
+    """The port of a service that is ready; ``settings`` are environment variables."""
     port = _free_port()
-    environ = {**os.environ, "BUNDLE": str(path), "PORT": str(port), "HOST": "127.0.0.1"}
+    environ = {**os.environ, "BUNDLE": str(path), "PORT": str(port), "HOST": "127.0.0.1", **settings}
     server = subprocess.Popen([sys.executable, "-m", "service"], env=environ, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         _wait_until_ready(port, server)

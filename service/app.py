@@ -14,7 +14,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from service.api import admin, health, inference_protocol, predict
 from service.http.admission import AdmissionController
 from service.http.errors import Problem, code_for_status
-from service.http.middleware import RequestMiddleware
+from service.http.middleware import KNOWN_METHODS, RequestMiddleware
 from service.inference.model_manager import ModelManager
 from service.inference.predictor import PredictionCallback, Predictor
 from service.rollout.rollout import RolloutManager
@@ -25,7 +25,6 @@ from service.web import layout
 log = logging.getLogger("service.request")
 INFERENCE_PATHS = re.compile(rf"/|/predict|{inference_protocol.INFER_PATH.pattern}")
 CUSTOM_ERROR_PATHS = re.compile(rf"/|{inference_protocol.INFER_PATH.pattern}")
-KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 
 @dataclass(frozen=True)

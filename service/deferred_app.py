@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask
 
 from service.app import Services, create_api_app
+from service.http.middleware import normalize_path
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
@@ -41,6 +42,7 @@ class DeferredApp:
         return (self._whole.result() if self._whole.done() else self._api).extensions
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        normalize_path(environ)
         is_early = not self._whole.done() and API_PATHS.fullmatch(environ["PATH_INFO"])
         return (self._api if is_early else self._whole.result())(environ, start_response)
 

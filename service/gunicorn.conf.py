@@ -11,6 +11,7 @@ from typing import Any
 
 from models.artifacts.paths import resolve_bundle
 from models.errors import UserError
+from service.http.gunicorn_worker import raise_file_limit
 from service.resources import allocate_resources
 from service.rollout.bundle_link import initial_state
 from service.rollout.state import STATE_DIR_VARIABLE, RolloutStore, create_state_dir, remove_worker
@@ -27,10 +28,10 @@ _plan = allocate_resources(_settings)
 
 wsgi_app = "service:create_wsgi_app()"
 bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
-worker_class = "service.http.gunicorn_worker.Worker"
+worker_class = "gthread" if _settings.gunicorn_worker == "stock" else "service.http.gunicorn_worker.EventLoopWorker"
 workers = _plan.workers
 threads = _plan.threads
-worker_connections = _plan.threads + 1000
+worker_connections = min(_settings.max_connections, raise_file_limit())
 keepalive = _settings.keepalive_s
 timeout = 60  # of a worker that hangs; loading is a thread of its own, and does not count
 graceful_timeout = _settings.shutdown_timeout_s

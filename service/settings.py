@@ -65,7 +65,19 @@ class Settings:
     port: int = _setting(8000, "port to listen on; 0 takes a free one", least=0, most=65535)
     web_concurrency: int = _setting(1, "worker processes; each holds its own copy of the model", least=1, most=64)
     threads: int | None = _setting(
-        None, "threads of each worker, one an open request (default: `MAX_IN_FLIGHT` + 16)", least=2, most=1024
+        None, "threads of each worker that run predictions, `MAX_IN_FLIGHT` of them at most (default: `MAX_IN_FLIGHT` + 16)", least=2, most=1024
+    )
+    page_threads: int | None = _setting(
+        None, "threads of each worker that run everything else (default: a quarter of `THREADS`)", least=1, most=1024
+    )
+    page_queue: int = _setting(
+        100,
+        "requests for pages that may wait for a thread, and as many for health and metrics; beyond them 503",
+        least=0,
+        most=10_000,
+    )
+    gunicorn_worker: str = _setting(
+        "tuned", "tuned, or stock: gunicorn's own threads, without protection from slow clients", one_of=("tuned", "stock")
     )
     cpus: int | None = _setting(None, "processors to plan for (default: those of the container's quota)", least=1, most=1024)
     engine: str = _setting(
@@ -86,6 +98,26 @@ class Settings:
     )
     deadline_ms: int = _setting(10_000, "after this an answer is not worth its computing: 504", least=10, most=600_000)
     body_timeout_s: float = _setting(15.0, "how long a request's body may take to arrive", least=0.1, most=600)
+    head_timeout_s: float = _setting(15.0, "how long a request's head may take to arrive", least=0.1, most=600)
+    first_byte_timeout_s: float = _setting(
+        5.0, "how long a new connection may stay without a request's first byte", least=0.1, most=600
+    )
+    send_timeout_s: float = _setting(
+        30.0, "how long a client may take for the next 16 KiB of its response before the connection is cut", least=0.1, most=600
+    )
+    max_connections: int = _setting(
+        4096,
+        "open connections of each worker, and no more than there may be open files; beyond them the longest idle is closed",
+        least=16,
+        most=1_000_000,
+    )
+    max_buffered_mb: float = _setting(
+        256.0,
+        "received bytes of incomplete requests of each worker, in MiB, and as many of unsent responses;"
+        " beyond them the oldest is cut",
+        least=0.001,
+        most=1_000_000,
+    )
     max_body_mb: float = _setting(20.0, "largest request body in MiB: 413", least=0.001, most=1024)
     max_images: int = _setting(16, "most photos in one request: 413", least=1, most=10_000)
     max_megapixels: float = _setting(
@@ -144,6 +176,11 @@ class Settings:
                 raise ConfigError(
                     f"EVALUATIONS names {str(path)!r}, which is neither a bundle nor a folder that `finetune evaluate` wrote."
                 )
+        if settings.max_buffered_mb < settings.max_body_mb:
+            raise ConfigError(
+                f"MAX_BUFFERED_MB is {settings.max_buffered_mb:g} and MAX_BODY_MB {settings.max_body_mb:g}:"
+                " a full body would never fit; raise MAX_BUFFERED_MB or lower MAX_BODY_MB."
+            )
         if settings.max_images > settings.max_in_flight:
             raise ConfigError(
                 f"MAX_IMAGES is {settings.max_images} and MAX_IN_FLIGHT {settings.max_in_flight}: a full request would never fit;"

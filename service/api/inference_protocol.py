@@ -14,6 +14,7 @@ from flask import Blueprint, Response, current_app, g, jsonify, request
 from numpy.typing import NDArray
 
 from service.api.tensor_codec import InputTensor, RequestedOutput, encode_response, parse_request, tensor_problem
+from service.http import REJECTION
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import require_key
@@ -76,7 +77,7 @@ def model_ready(name: str, version: str | None) -> Response:
 @bp.post("/models/<name>/infer", defaults={"version": None})
 @bp.post("/models/<name>/versions/<version>/infer")
 def infer(name: str, version: str | None) -> Response:
-    if refusal := request.environ.get("service.refused"):
+    if refusal := request.environ.get(REJECTION):
         raise refusal
     settings: Settings = current_app.extensions["settings"]
     g.key_name = require_key(request, settings)

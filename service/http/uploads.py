@@ -122,15 +122,17 @@ def upload_from_base64(text: Any) -> Upload:
 
 
 def is_client_connected(environ: dict[str, Any]) -> bool:
-    """Whether the one who asked still holds the connection open. Where the server does not tell, yes."""
+    """Return whether the client may still take a response; true where the server does not tell.
+
+    Only a reset says that it will not: a client that has sent all it has to send may close its half of the connection.
+    """
     connection: socket.socket | None = environ.get("gunicorn.socket")
     if connection is None:
         return True
     try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except (BlockingIOError, InterruptedError):
-        return True
-    except ValueError:  # TLS has no such look
         return True
     except OSError:
         return False
+    return True

@@ -13,6 +13,7 @@ from flask import Request, current_app, g
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
+from service.http import SLOT
 from service.http.admission import AdmissionController
 from service.http.errors import Problem
 from service.http.uploads import Upload, is_client_connected
@@ -56,9 +57,10 @@ class Predictor:
         """The model that answered, and its predictions for ``uploads`` in their order. Raises Problem where there are none.
 
         A single photo's problem is raised; of several photos each carries its own, but with ``all_or_none`` the first is
-        raised. The request itself was admitted as one photo before it came here (``service.http.middleware``).
+        raised. The request itself was admitted as one photo before it came here (``service.http.middleware``); were there a way around
+        that, it would be admitted here.
         """
-        more = len(uploads) - 1
+        more = len(uploads) - bool(request.environ.get(SLOT))
         self._admission.acquire(more)
         completed = 0
         try:

@@ -27,6 +27,22 @@ class Metrics:
         self.errors = Counter(
             "dvc_errors_total", "Problems answered, by their code; also those of single photos.", ["code"], registry=r
         )
+        self.connections = Gauge(
+            "dvc_connections", "Open connections, as of the last second.", registry=r, multiprocess_mode="livesum"
+        )
+        self.cut = Counter(
+            "dvc_connections_cut_total",
+            "Connections closed because of their clients, or for want of room: first_byte_timeout, head_timeout, body_timeout,"
+            " send_timeout, connection_limit, buffer_limit; or not accepted for a moment: file_limit.",
+            ["reason"],
+            registry=r,
+        )
+        self.rejected = Counter(
+            "dvc_requests_rejected_total",
+            "Requests rejected before the application: at_capacity, page_queue_full, probe_queue_full, invalid_head.",
+            ["reason"],
+            registry=r,
+        )
         self.stage_duration = Histogram(
             "dvc_stage_seconds",
             "A photo's time in a stage: wait (for a decoder), decode, queue (for the engine), compute (of its whole batch).",

@@ -10,6 +10,7 @@ from flask import Blueprint, Request, Response, current_app, g, render_template,
 
 from models.preprocess import IMAGE_FORMATS_TEXT
 from models.runtime.openvino_engine import Pixels
+from service.http import REJECTION
 from service.http.errors import Problem
 from service.http.security import authenticate
 from service.http.uploads import Upload, read_uploads
@@ -98,7 +99,7 @@ def _form() -> dict[str, object]:
 
 def _admitted(asked: Request) -> list[Upload]:
     """The photos, if they may be computed: there is room, it is a form, and its field ``key`` is a known key."""
-    if refusal := asked.environ.get("service.rejected"):
+    if refusal := asked.environ.get(REJECTION):
         raise refusal
     settings: Settings = current_app.extensions["settings"]
     if asked.mimetype != "multipart/form-data":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from PIL import Image
 
-from service.http.lingering_close import LINGER_TIMEOUT_S
+from service.http.gunicorn_worker import LINGER_S
 from tests.helpers.server import ANSWER_S, Reply, Server, poll
 from tests.helpers.tiny_network import COLORS
 
@@ -67,6 +67,15 @@ class Line:
         self.socket.sendall(self.head(len(photo), **headers) + photo[:half])
         return photo[half:]
 
+    def begin_when_read(self, photo: bytes = RED) -> bytes:
+        """As ``begin``, but with the half of the body only when the server has read the head and says to go on."""
+        half = len(photo) // 2
+        self.socket.sendall(self.head(len(photo), Expect="100-continue"))
+        assert self._source.readline() == b"HTTP/1.1 100 Continue\r\n"
+        assert self._source.readline() == b"\r\n"
+        self.socket.sendall(photo[:half])
+        return photo[half:]
+
     def answer(self) -> Reply:
         """The next one; who was told to go on is not answered yet."""
         status = 100
@@ -83,7 +92,7 @@ class Line:
 def told(send: Callable[[], Reply]) -> Reply:
     """What a client is answered that sends for longer than the server wants.
 
-    The server reads on for LINGER_TIMEOUT_S. A client that the machine holds up for longer finds a reset, and begins again; one that
+    The server reads on for LINGER_S. A client that the machine holds up for longer finds a reset, and begins again; one that
     was quicker must not.
     """
 
@@ -92,7 +101,7 @@ def told(send: Callable[[], Reply]) -> Reply:
         try:
             return send()
         except ConnectionError:
-            assert time.monotonic() - began > LINGER_TIMEOUT_S
+            assert time.monotonic() - began > LINGER_S
             return None
 
     return poll(answer)
@@ -104,9 +113,47 @@ def inside(server: Server) -> float:
 
 @contextlib.contextmanager
 def halves(server: Server, count: int) -> Iterator[list[tuple[Line, bytes]]]:
-    """So many requests that the server has begun to read, and the other half of each one's body."""
+    """So many requests whose heads the server has read, and the other half of each one's body."""
     with contextlib.ExitStack() as open_lines:
         lines = [open_lines.enter_context(Line(server)) for _ in range(count)]
-        begun = [(line, line.begin()) for line in lines]
+        yield [(line, line.begin_when_read()) for line in lines]
+
+
+class Held:
+    """Requests in flight: photos that the server does not decode until they are released."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._file = server, server.log_file.with_name("hold")
+        self.lines: list[Line] = []
+
+    def send(self, count: int) -> None:
+        """Send so many more."""
+        for _ in range(count):
+            self.lines.append(line := Line(self._server))
+            line.socket.sendall(line.head(len(RED)) + RED)
+
+    def hold(self) -> None:
+        self._file.touch()
+
+    def release(self) -> None:
+        self._file.unlink(missing_ok=True)
+
+    def answers(self) -> list[Reply]:
+        """Release them all and read their answers."""
+        self.release()
+        return [line.answer() for line in self.lines]
+
+
+@contextlib.contextmanager
+def held(server: Server, count: int) -> Iterator[Held]:
+    """Keep so many requests in flight until they are released, or the block ends. Nothing else is decoded meanwhile."""
+    holding = Held(server)
+    holding.hold()
+    try:
+        holding.send(count)
         poll(lambda: inside(server) == count)
-        yield begun
+        yield holding
+    finally:
+        holding.release()
+        for line in holding.lines:
+            line.close()

@@ -7,6 +7,7 @@ import dataclasses
 import http.client
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +28,7 @@ VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {
     "PROMETHEUS_MULTIPROC_DIR",
     *RENAMED,
 }
+HOLDING = ROOT / "tests" / "holding"
 # For a busy machine.
 PATIENT = {"deadline_ms": 300_000, "body_timeout_s": 300, "shutdown_timeout_s": 300, "decode_timeout_s": 300}
 START_S = 300.0  # a model is loaded with low priority
@@ -118,13 +121,20 @@ class Server:
 
 @contextlib.contextmanager
 def serve(
-    bundle: Path, *, ready: bool = True, python: str | Path = sys.executable, cwd: Path = ROOT, **env: object
+    bundle: Path,
+    *,
+    ready: bool = True,
+    max_files: int | None = None,
+    python: str | Path = sys.executable,
+    cwd: Path = ROOT,
+    **env: object,
 ) -> Iterator[Server]:
     """Run the real service on a free port until the block ends; with ``ready`` its model is loaded when it begins.
 
     It is the checkout's; where ``cwd`` is elsewhere, the one that is installed for ``python``.
 
     ``env`` are settings by their names, ``port=4`` as well as ``PORT="4"``; those of PATIENT hold unless they are given.
+    It may open ``max_files`` files, where a number is given.
     What it leaves in a temporary folder is removed, and so is every process of its group.
     """
     with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:  # the killed may be at work yet
@@ -133,11 +143,12 @@ def serve(
             process = subprocess.Popen(
                 [python, "-m", "service"],
                 cwd=cwd,
-                env=environment({**PATIENT, "bundle": bundle, "port": 0, "TMPDIR": folder, **env}),
+                env=environment({**PATIENT, "bundle": bundle, "port": 0, "TMPDIR": folder, "PYTHONPATH": HOLDING, **env}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (max_files, max_files)) if max_files else None,
             )
         try:
             server = Server(process, _port(process, log_file), log_file)

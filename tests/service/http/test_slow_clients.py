@@ -207,8 +207,7 @@ def test_a_client_that_leaves_before_its_answer_leaves_nothing_behind(server: Se
 def test_an_answer_that_comes_too_late_is_none(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, deadline_ms=100) as server:
         with Line(server) as line:
-            rest = line.begin(HEAVY)
-            poll(lambda: inside(server) == 1)
+            rest = line.begin_when_read(HEAVY)
             time.sleep(0.1)  # from here on the deadline is over for certain
             line.socket.sendall(rest)
             reply = line.answer()

@@ -1,0 +1,19 @@
+"""Let a test hold the decoding of photos in the service that it started (``lines.held``), so that it stays at capacity."""
+
+import os
+import tempfile
+import time
+
+from PIL import Image
+
+_open = Image.open
+
+
+def open_when_released(*args: object, **kwargs: object) -> object:
+    """Wait while the file ``hold`` is in the service's temporary folder."""
+    while os.path.exists(os.path.join(tempfile.gettempdir(), "hold")):
+        time.sleep(0.005)
+    return _open(*args, **kwargs)
+
+
+Image.open = open_when_released

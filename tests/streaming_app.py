@@ -1,0 +1,64 @@
+"""An application whose one response is longer than any buffer, for the service's gunicorn worker."""
+
+from __future__ import annotations
+
+import contextvars
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from service.http.admission import AdmissionController
+from service.http.middleware import RequestMiddleware
+from service.settings import Settings
+from service.telemetry.metrics import Metrics
+
+CHUNKS, CHUNK_BYTES = 400, 100_000
+request_number: contextvars.ContextVar[int] = contextvars.ContextVar("request_number")
+closed = threading.Event()
+
+
+def _chunks() -> Iterator[bytes]:
+    """As with Flask's ``stream_with_context``: what is set at the beginning is reset at the end, in the same context."""
+    token = request_number.set(1)
+    try:
+        for number in range(CHUNKS):
+            assert request_number.get() == 1
+            yield bytes([number % 256]) * CHUNK_BYTES
+    finally:
+        request_number.reset(token)
+        closed.set()
+
+
+def _respond(environ: dict[str, Any], start_response: Any) -> Any:
+    if environ["PATH_INFO"] == "/broken":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return _broken()
+    if environ["PATH_INFO"] == "/error":
+        raise RuntimeError("an error of the application's")
+    if environ["PATH_INFO"] == "/closed":
+        start_response("200 OK", [("Content-Length", "1")])
+        return [b"1" if closed.wait(60) else b"0"]
+    closed.clear()
+    start_response("200 OK", [("Content-Type", "application/octet-stream")])
+    return _chunks()
+
+
+def _broken() -> Iterator[bytes]:
+    yield b"a" * 70_000
+    raise RuntimeError("an error in the middle")
+
+
+class App:
+    """What the worker knows of the service's application."""
+
+    def __init__(self) -> None:
+        nothing = re.compile("(?!)")
+        self._gate = RequestMiddleware(_respond, AdmissionController(4), Metrics(), paths=nothing, spoken=nothing)
+        self.extensions = {"settings": Settings(page_threads=1), "gate": self._gate}
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        return self._gate(environ, start_response)
+
+
+app = App()

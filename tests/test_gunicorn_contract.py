@@ -1,0 +1,168 @@
+"""What the service's worker uses of gunicorn beyond its documented worker class is as it expects."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from gunicorn import http
+from gunicorn.config import Config
+from gunicorn.http import errors, wsgi
+from gunicorn.workers.base import Worker
+
+from service.http.gunicorn_worker import ChunkScanner, iter_of
+
+HERE = ("127.0.0.1", 1)
+POST = b"POST /a%20b?c=d HTTP/1.1\r\nHost: x\r\n"
+
+
+class Socket:
+    """What a response may use of a socket."""
+
+    def __init__(self) -> None:
+        self.sent = b""
+
+    def sendall(self, data: bytes) -> None:
+        self.sent += data
+
+    def gettimeout(self) -> float:
+        return 0.0
+
+
+def parse(*source: bytes) -> Any:
+    return next(http.get_parser(Config(), iter_of(list(source)), HERE))
+
+
+def test_a_parser_takes_an_iterable_and_says_when_a_head_is_not_complete() -> None:
+    request = parse(POST + b"Content-Length: 5\r\n\r\n")
+    assert (request.method, request.path, request.query, request.version) == ("POST", "/a%20b", "c=d", (1, 1))
+    assert request.headers == [("HOST", "x"), ("CONTENT-LENGTH", "5")]
+    assert not request.should_close()
+    request.force_close()
+    assert request.should_close()
+    with pytest.raises(errors.NoMoreData):
+        parse(POST)
+    with pytest.raises(StopIteration):
+        parse(b"")
+    with pytest.raises(errors.LimitRequestHeaders):
+        parse(POST + b"A: b\r\n" * 101 + b"\r\n")
+
+
+def test_a_body_in_chunks_is_read_from_what_the_iterable_gives_later() -> None:
+    source = [POST + b"Transfer-Encoding: chunked\r\n\r\n"]
+    request = next(http.get_parser(Config(), iter_of(source), HERE))
+    source.append(b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nA: b\r\n\r\n")
+    assert request.body.read() == b"abcde"
+    source = [POST + b"Transfer-Encoding: chunked\r\n\r\n"]
+    request = next(http.get_parser(Config(), iter_of(source), HERE))
+    source.append(b"3\r\nab")
+    with pytest.raises(errors.NoMoreData):
+        request.body.read()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"0\r\n\r\n",
+        b"3\r\nabc\r\n0\r\n\r\n",
+        b"003;a=b;c\r\nabc\r\nA ;x\r\n0123456789\r\n00\r\nX-Trailer: x\r\nOther: y\r\n\r\n",
+        b"4\r\n\r\n\r\n\r\n0\r\n\r\n",
+    ],
+)
+def test_the_scanner_finds_the_end_that_gunicorn_finds(body: bytes) -> None:
+    for extra in (b"", b"GET / HTTP/1.1\r\n\r\n"):
+        scanner, received = ChunkScanner(), bytearray()
+        for i in range(len(body)):
+            assert scanner.find_end(received) is None, i
+            received.append(body[i])
+        received += extra
+        assert scanner.find_end(received) == len(body)
+    source = [POST + b"Transfer-Encoding: chunked\r\n\r\n", body + b"next"]
+    parser = http.get_parser(Config(), iter_of(source), HERE)
+    next(parser).body.read()
+    assert parser.unreader.take_buffered() == b"next"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"zz\r\n",
+        b"-5\r\nabc",
+        b"1_0\r\n",
+        b"A \r\n",
+        b"\r\n",
+        b"3\nabc",
+        b"5\r\nabcdefgh\r\n",
+        b"3\r\nabc0\r\n\r\n",
+        b"5;" + b"x" * 9000,
+    ],
+)
+def test_what_gunicorn_refuses_is_not_waited_for(body: bytes) -> None:
+    assert ChunkScanner().find_end(bytearray(body)) == len(body)
+    request = parse(POST + b"Transfer-Encoding: chunked\r\n\r\n", body)
+    with pytest.raises(Exception, match=r".*"):
+        request.body.read()
+
+
+def test_the_environment_is_made_without_a_word_to_a_client_whose_expectation_was_met() -> None:
+    request = parse(POST + b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
+    assert request._expected_100_continue is True
+    request._expected_100_continue = False
+    sock = Socket()
+    _, environ = wsgi.create(request, sock, HERE, ("127.0.0.1", 8000), Config())
+    assert sock.sent == b""
+    assert (environ["PATH_INFO"], environ["REQUEST_METHOD"], environ["CONTENT_LENGTH"]) == ("/a b", "POST", "5")
+    assert environ["gunicorn.socket"] is sock
+
+
+def test_a_response_writes_with_sendall_alone_and_says_what_it_wrote() -> None:
+    sock = Socket()
+    response, _ = wsgi.create(parse(POST + b"\r\n"), sock, HERE, HERE, Config())
+    assert not response.headers_sent
+    response.start_response("200 OK", [("Content-Length", "5")])
+    response.write(b"abc")
+    assert (response.headers_sent, response.response_length, response.sent) == (True, 5, 3)
+    response.write(b"de")
+    response.close()
+    assert response.sent == 5
+    assert sock.sent.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert sock.sent.endswith(b"\r\n\r\nabcde")
+    assert not response.should_close()
+    response.force_close()
+    assert response.should_close()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(errors.InvalidHeader("A"), b"400"), (errors.LimitRequestHeaders("x"), b"431"), (ValueError("x"), b"500")],
+)
+def test_a_worker_answers_errors_through_the_socket(error: Exception, status: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    class Log(logging.LoggerAdapter):  # type: ignore[type-arg]
+        def access(self, *_: object) -> None:
+            pass
+
+    worker = Worker.__new__(Worker)
+    worker.cfg, worker.log = Config(), Log(logging.getLogger("test"))
+    for request in (None, parse(POST + b"\r\n")):
+        sock = Socket()
+        worker.handle_error(request, sock, HERE, error)
+        assert sock.sent.startswith(b"HTTP/1.1 " + status)
+        assert b"\r\nConnection: close\r\n" in sock.sent
+
+
+def test_signals_wake_the_loop_through_the_workers_pipe() -> None:
+    code = """
+import os, signal
+from gunicorn.workers.base import Worker
+worker = Worker.__new__(Worker)
+worker.alive, worker.PIPE = True, os.pipe()
+os.set_blocking(worker.PIPE[1], False)
+worker.init_signals()
+os.kill(os.getpid(), signal.SIGTERM)
+print(os.read(worker.PIPE[0], 1) != b"", worker.alive)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "True False\n"

@@ -1,0 +1,377 @@
+"""Clients that are slow, silent, do not read, or are many: good requests succeed while they are still connected."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.helpers.raw_connection import RED, Line, held, inside, probabilities
+from tests.helpers.server import ANSWER_S, Server, poll, serve
+
+GET = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n"
+RELAXED = {"first_byte_timeout_s": 300, "head_timeout_s": 300, "send_timeout_s": 300}  # no attacker is rid of by itself
+
+
+@contextlib.contextmanager
+def lines(server: Server, count: int, data: bytes = b"") -> Iterator[list[Line]]:
+    """So many connections that sent ``data`` and do nothing more."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(Line(server)) for _ in range(count)]
+        for line in opened:
+            line.socket.sendall(data)
+        yield opened
+
+
+def check_well(server: Server, worker: int) -> None:
+    """Check that the worker is the same and answers every kind of request."""
+    assert server.workers() == [worker]
+    for path in ("/health/live", "/health/ready", "/metrics", "/openapi.json"):
+        assert server.get(path).status == 200, path
+    assert probabilities(server.post(RED, "image/png"))
+
+
+def cuts(server: Server, reason: str) -> float:
+    return server.metrics().get(f'dvc_connections_cut_total{{reason="{reason}"}}', 0)
+
+
+def rejections(server: Server, reason: str) -> float:
+    return server.metrics().get(f'dvc_requests_rejected_total{{reason="{reason}"}}', 0)
+
+
+def is_ended(line: Line) -> bool:
+    """Whether the server has closed the connection, after whatever it sent before."""
+    try:
+        while line.socket.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+# Clients that do not read
+
+
+@contextlib.contextmanager
+def deaf_lines(server: Server, count: int) -> Iterator[list[socket.socket]]:
+    """Connections that ask for much, again and again, and read nothing."""
+    with contextlib.ExitStack() as stack:
+        opened = []
+        for _ in range(count):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            sock.settimeout(ANSWER_S)
+            sock.connect(("127.0.0.1", server.port))
+            sock.sendall(GET % b"/openapi.json" * 60)
+            opened.append(sock)
+        yield opened
+
+
+def test_responses_that_are_not_read_hold_no_thread(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, threads=4, page_queue=1000, **RELAXED) as server:
+        (worker,) = server.workers()
+        with deaf_lines(server, 20):
+            for _ in range(5):
+                check_well(server, worker)
+            assert cuts(server, "send_timeout") == 0
+
+
+def test_clients_that_do_not_read_are_cut_and_do_not_delay_a_stop(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, page_queue=1000, send_timeout_s=0.5) as server:
+        with deaf_lines(server, 10):
+            poll(lambda: cuts(server, "send_timeout") == 10)
+        with deaf_lines(server, 10):
+            assert server.stop() == 0
+
+
+def test_a_client_that_reads_slowly_gets_all_of_its_response(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, send_timeout_s=300) as server:
+        whole = server.get("/openapi.json", headers={"Host": "x"}).body
+        with deaf_lines(server, 1) as (sock,), sock.makefile("rb") as source:
+            for _ in range(60):
+                while source.readline() != b"\r\n":
+                    pass
+                assert source.read(len(whole)) == whole
+
+
+# Clients that are silent or slow
+
+
+def test_silent_connections_do_not_use_up_the_files(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, max_files=256, **RELAXED) as server:
+        (worker,) = server.workers()
+        with lines(server, 400):
+            check_well(server, worker)
+            assert cuts(server, "connection_limit") >= 400 - 256
+            assert server.metrics()["dvc_connections"] <= 128
+        assert [line for line in server.log() if line["level"] in ("ERROR", "CRITICAL")] == []
+
+
+def test_a_worker_without_free_files_pauses_and_goes_on(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, **RELAXED) as server:
+        (worker,) = server.workers()
+        check_well(server, worker)
+        limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        highest = max(int(file.name) for file in Path(f"/proc/{worker}/fd").iterdir())
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (highest + 4, limits[1]))
+        with lines(server, 50):
+            assert server.get("/health/live").status == 200
+            resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
+            check_well(server, worker)
+            assert cuts(server, "file_limit") >= 1
+        assert [line for line in server.log() if line["level"] in ("ERROR", "CRITICAL")] == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GET /health/live HTTP/1.1\r\nX-Slow: ",
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nx",
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc",
+        b"POST /gallery/review HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
+        b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n",
+    ],
+    ids=["silent", "head", "body", "chunks", "page", "probe"],
+)
+def test_slow_clients_take_neither_threads_nor_slots(tiny_bundle: SimpleNamespace, data: bytes) -> None:
+    with serve(tiny_bundle.path, max_in_flight=2, max_images=2, threads=2, page_queue=2, **RELAXED) as server:
+        (worker,) = server.workers()
+        with lines(server, 200, data):
+            for _ in range(3):
+                check_well(server, worker)
+            assert inside(server) == 0
+
+
+def test_connections_that_take_too_long_are_ended_and_counted(tiny_bundle: SimpleNamespace) -> None:
+    slow = {"first_byte_timeout_s": 0.3, "head_timeout_s": 0.3, "body_timeout_s": 0.3}
+    with serve(tiny_bundle.path, **slow) as server:
+        for reason, data in {
+            "first_byte_timeout": b"",
+            "head_timeout": b"GET / HTTP/1.1\r\n",
+            "body_timeout": b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n",
+        }.items():
+            with lines(server, 3, data) as opened:
+                assert all(is_ended(line) for line in opened)
+            assert cuts(server, reason) == 3
+
+
+def test_incomplete_requests_are_bounded_in_total(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, max_body_mb=1, max_buffered_mb=1) as server, contextlib.ExitStack() as stack:
+        for _ in range(8):
+            line = stack.enter_context(Line(server))
+            line.socket.sendall(line.head(900_000) + bytes(300_000))
+        poll(lambda: cuts(server, "buffer_limit") >= 5)  # three of them fit
+        assert probabilities(server.post(RED, "image/png"))
+        assert cuts(server, "buffer_limit") == 5
+
+
+# Too many connections
+
+
+def test_room_is_made_by_those_that_never_sent_then_by_those_idle_for_longest(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, max_connections=16, **RELAXED) as server, contextlib.ExitStack() as stack:
+
+        def used() -> Line:
+            line = stack.enter_context(Line(server))
+            line.socket.sendall(GET % b"/health/live")
+            assert line.answer().status == 200
+            return line
+
+        def is_open(line: Line) -> bool:
+            line.socket.sendall(GET % b"/health/live")
+            return line.answer().status == 200
+
+        idle = [used() for _ in range(4)]
+        with lines(server, 100):
+            assert probabilities(server.post(RED, "image/png"))
+            assert all(is_open(line) for line in idle)
+        later = [used() for _ in range(16)]
+        assert all(is_ended(line) for line in idle)
+        assert all(is_open(line) for line in later[1:])
+
+
+def test_pages_starve_neither_predictions_nor_probes(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, page_threads=1, page_queue=1) as server:
+        (worker,) = server.workers()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            with lines(server, 50, GET % b"/openapi.json") as opened:
+                os.kill(worker, signal.SIGCONT)
+                assert server.get("/health/live").status == 200
+                assert probabilities(server.post(RED, "image/png"))
+                replies = [line.answer() for line in opened]
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        seen = Counter(reply.status for reply in replies)
+        assert seen.keys() == {200, 503}
+        assert all(reply.code == "overloaded" and reply.headers["Retry-After"] for reply in replies if reply.status == 503)
+        assert rejections(server, "page_queue_full") == seen[503]
+        assert server.get("/openapi.json").status == 200
+
+
+# What must not walk around the admission
+
+
+@pytest.fixture(scope="module")
+def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, held(server, 4):
+        yield server
+
+
+@pytest.mark.parametrize(
+    "path", ["/predict", "//predict", "///predict", "/pre%64ict", "/%2Fpredict", "//predict?top_k=1", "//"]
+)
+def test_every_spelling_of_a_path_is_admitted_alike(full: Server, path: str) -> None:
+    with Line(full) as line:
+        line.socket.sendall(line.head(len(RED), path=path) + RED)
+        assert line.answer().status == 503
+    assert inside(full) == 4
+
+
+def test_another_protocol_words_its_rejection_however_the_path_is_spelled(full: Server) -> None:
+    name = full.get("/models").json()["models"][0]["name"]
+    for path in (f"/v2/models/{name}/infer", f"//v2/models/{name}/infer"):
+        with Line(full) as line:
+            line.socket.sendall(line.head(len(RED), path=path) + RED)
+            reply = line.answer()
+            assert reply.status == 503
+            assert "photos are waiting" in reply.json()["error"]
+
+
+def test_what_computes_nothing_is_answered_at_capacity(full: Server) -> None:
+    assert full.request("OPTIONS", "/predict").status == 200
+    assert full.request("OPTIONS", "//predict").status == 200
+    assert full.get("/predict").status == 405
+    assert full.get("//health/live").status == 200
+    assert inside(full) == 4
+
+
+LENGTH = str(len(RED)).encode()
+PLAIN = [b"POST /predict HTTP/1.1", b"Host: x", b"Content-Type: image/png", b"Content-Length: " + LENGTH]
+HEADS = {
+    "plain": PLAIN,
+    "two hosts": [*PLAIN, b"Host: y"],
+    "two content types": [*PLAIN, b"Content-Type: text/html"],
+    "two equal lengths": [*PLAIN, b"Content-Length: " + LENGTH],
+    "two lengths": [*PLAIN, b"Content-Length: 5"],
+    "a list of lengths": [*PLAIN[:3], b"Content-Length: %b, %b" % (LENGTH, LENGTH)],
+    "a signed length": [*PLAIN[:3], b"Content-Length: +" + LENGTH],
+    "a length in another script": [*PLAIN[:3], b"Content-Length: \xb2"],
+    "length with an underscore": [*PLAIN, b"Content_Length: 5"],
+    "a space before the colon": [*PLAIN[:3], b"Content-Length : " + LENGTH],
+    "length and chunks": [*PLAIN, b"Transfer-Encoding: chunked"],
+    "an unknown coding": [*PLAIN, b"Transfer-Encoding: xchunked"],
+    "folded": [*PLAIN, b"X-A: b", b" c"],
+    "bare LF": [*PLAIN, b"X-A: b\nX-B: c"],
+    "bare CR": [*PLAIN, b"X-A: b\rX-B: c"],
+    "NUL": [*PLAIN, b"X-A: b\0c"],
+    "no name": [*PLAIN, b": a"],
+    "101 headers": [*PLAIN, *(b"X-%d: a" % i for i in range(101))],
+    "a long header": [*PLAIN, b"X-A: " + b"a" * 9000],
+    "a long line": [b"POST /predict?" + b"a" * 9000 + b" HTTP/1.1", *PLAIN[1:]],
+    "lower case": [b"post /predict HTTP/1.1", *PLAIN[1:]],
+    "HTTP/1.0": [b"POST /predict HTTP/1.0", *PLAIN[1:]],
+    "HTTP/2.0": [b"POST /predict HTTP/2.0", *PLAIN[1:]],
+    "an unknown expectation": [*PLAIN, b"Expect: miracles"],
+    "no host": [PLAIN[0], *PLAIN[2:]],
+    "another path": [b"POST /predict;x HTTP/1.1", *PLAIN[1:]],
+    "absolute": [b"POST http://elsewhere/predict HTTP/1.1", *PLAIN[1:]],
+}
+
+
+def test_a_head_is_judged_alike_at_capacity(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
+
+        def statuses() -> dict[str, int]:
+            found = {}
+            for name, head in HEADS.items():
+                with Line(server) as line:
+                    line.socket.sendall(b"\r\n".join(head) + b"\r\n\r\n" + RED)
+                    found[name] = line.answer().status
+            return found
+
+        idle = statuses()
+        assert idle["plain"] == 200
+        assert sum(400 <= status < 502 for status in idle.values()) >= 18
+        with held(server, 4):
+            assert statuses() == {name: 503 if status == 200 else status for name, status in idle.items()}
+
+
+# Ends
+
+
+@pytest.mark.parametrize("path", ["/predict", "/", "/v2/models/tiny/infer"])
+def test_a_client_that_closes_its_half_is_answered(tiny_bundle: SimpleNamespace, full: Server, path: str) -> None:
+    with serve(tiny_bundle.path) as server, Line(server) as line:
+        line.socket.sendall(line.head(len(RED), path=path) + RED)
+        line.socket.shutdown(socket.SHUT_WR)
+        reply = line.answer()
+        assert reply.status != 504
+        if path == "/predict":
+            assert probabilities(reply)
+        assert line.is_closed()
+
+
+def test_a_client_that_closes_its_half_is_answered_even_after_a_wait(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path) as server, held(server, 1) as accepted:
+        for line in accepted.lines:
+            line.socket.shutdown(socket.SHUT_WR)
+        accepted.send(1)
+        poll(lambda: inside(server) == 2)
+        assert all(probabilities(reply) for reply in accepted.answers())
+
+
+def test_a_stop_answers_whoever_the_kernel_has_accepted(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path) as server:
+        (worker,) = server.workers()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            with lines(server, 40, GET % b"/health/live") as opened:
+                server.process.send_signal(signal.SIGTERM)
+                poll(lambda: any("signal: term" in line["message"] for line in server.log()))
+                os.kill(worker, signal.SIGCONT)
+                assert [line.answer().status for line in opened] == [200] * 40
+                assert all(line.is_closed() for line in opened)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGCONT)
+        assert server.process.wait(ANSWER_S) == 0
+        assert all(line["level"] == "INFO" for line in server.log())
+
+
+def test_a_stop_does_not_wait_for_silent_clients(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, **RELAXED) as server, lines(server, 20) as opened:
+        server.process.send_signal(signal.SIGTERM)
+        assert all(is_ended(line) for line in opened)
+        assert server.process.wait(ANSWER_S) == 0
+
+
+# gunicorn's own worker
+
+
+def test_gunicorns_own_worker_serves_and_admits(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, gunicorn_worker="stock", max_in_flight=4, max_images=4) as server:
+        assert probabilities(server.post(RED, "image/png"))
+        assert server.post([RED[:10], RED[10:]], "image/png").status == 200
+        with held(server, 4) as accepted:
+            assert server.post(RED, "image/png").code == "overloaded"
+            assert server.post(RED, "image/png", path="//predict").code == "overloaded"
+            assert server.get("/health/live").status == 200
+            assert all(probabilities(reply) for reply in accepted.answers())
+        poll(lambda: inside(server) == 0)
+        assert server.stop() == 0
+
+
+def test_gunicorns_own_worker_ends_a_body_that_stays_out(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, gunicorn_worker="stock", body_timeout_s=0.4) as server, Line(server) as line:
+        line.begin()
+        assert line.answer().code == "body_timeout"

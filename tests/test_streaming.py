@@ -1,0 +1,78 @@
+"""A response in many chunks goes at its client's pace, and holds no thread meanwhile."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from streaming_app import CHUNK_BYTES, CHUNKS
+
+from tests.helpers.server import ANSWER_S, ROOT, poll
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> Iterator[int]:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--threads", "2", "--chdir", str(ROOT / "tests")]
+    command += ["--worker-class", "service.http.gunicorn_worker.EventLoopWorker", "streaming_app:app"]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=file)
+    try:
+        yield int(poll(lambda: re.findall(r"Listening at: http://127\.0\.0\.1:(\d+)", log.read_text()))[0])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(ANSWER_S) == 0
+
+
+def ask(port: int, path: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
+    connection.request("GET", path)
+    return connection, connection.getresponse()
+
+
+def read_all(port: int, path: str) -> tuple[int, bytes]:
+    connection, response = ask(port, path)
+    try:
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+def test_it_arrives_whole_at_every_pace_with_one_thread_for_all(port: int) -> None:
+    opened = [ask(port, "/") for _ in range(6)]
+    _, fast = opened[3]
+    assert fast.read() == b"".join(bytes([number % 256]) * CHUNK_BYTES for number in range(CHUNKS))
+    for number in range(CHUNKS):
+        for slow in (opened[0][1], opened[5][1]):
+            assert slow.read(CHUNK_BYTES) == bytes([number % 256]) * CHUNK_BYTES
+    assert opened[0][1].read() == b""
+    for connection, response in opened:
+        response.close()
+        connection.close()
+
+
+def test_one_that_is_given_up_is_closed(port: int) -> None:
+    connection, response = ask(port, "/")
+    assert response.read(10) == bytes(10)
+    response.close()
+    connection.close()
+    assert read_all(port, "/closed") == (200, b"1")
+
+
+def test_an_error_in_the_middle_ends_the_connection_without_the_end_of_the_body(port: int) -> None:
+    connection, response = ask(port, "/broken")
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        response.read()
+    connection.close()
+
+
+def test_an_error_before_it_is_a_500(port: int) -> None:
+    assert read_all(port, "/error")[0] == 500
+    assert read_all(port, "/")[0] == 200
