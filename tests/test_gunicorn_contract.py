@@ -139,7 +139,7 @@ def test_a_response_writes_with_sendall_alone_and_says_what_it_wrote() -> None:
     ("error", "status"),
     [(errors.InvalidHeader("A"), b"400"), (errors.LimitRequestHeaders("x"), b"431"), (ValueError("x"), b"500")],
 )
-def test_a_worker_answers_errors_through_the_socket(error: Exception, status: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_worker_answers_errors_through_the_socket(error: Exception, status: bytes) -> None:
     class Log(logging.LoggerAdapter):  # type: ignore[type-arg]
         def access(self, *_: object) -> None:
             pass

@@ -174,6 +174,13 @@ def test_incomplete_requests_are_bounded_in_total(tiny_bundle: SimpleNamespace) 
         assert cuts(server, "buffer_limit") == 5
 
 
+def test_chunks_that_are_mostly_padding_are_refused(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, max_body_mb=0.1) as server, Line(server) as line:
+        line.socket.sendall(line.head("chunked") + (b"1;" + b"x" * 8000 + b"\r\na\r\n") * 40)
+        assert line.answer().code == "body_too_large"
+        assert line.is_closed()
+
+
 # Too many connections
 
 
@@ -310,7 +317,7 @@ def test_a_head_is_judged_alike_at_capacity(tiny_bundle: SimpleNamespace) -> Non
 
 
 @pytest.mark.parametrize("path", ["/predict", "/", "/v2/models/tiny/infer"])
-def test_a_client_that_closes_its_half_is_answered(tiny_bundle: SimpleNamespace, full: Server, path: str) -> None:
+def test_a_client_that_closes_its_half_is_answered(tiny_bundle: SimpleNamespace, path: str) -> None:
     with serve(tiny_bundle.path) as server, Line(server) as line:
         line.socket.sendall(line.head(len(RED), path=path) + RED)
         line.socket.shutdown(socket.SHUT_WR)

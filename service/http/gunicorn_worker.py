@@ -33,6 +33,7 @@ import socket
 import struct
 import termios
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,8 @@ RESERVED_FILES = 128  # for the model, databases, photos and logs
 PROBE_THREADS = 2
 PROBES = re.compile(r"/health/.*|/metrics|/v2/health/.*|/v2/models/[^/]+(/versions/[^/]+)?/ready")
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: drop unsent bytes, and reset the connection
+PLAIN_ID = re.compile(r"[\w.:-]{16,64}", re.ASCII)
+NOT_PLAIN = frozenset({"EXPECT", "ORIGIN", "SCRIPT_NAME", "TRANSFER-ENCODING"})  # what changes a rejection, or its path
 LANE_FULL = "Too many requests are waiting for a thread; send it again in a moment."
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\r\n]*)?\r\n")
 
@@ -176,6 +179,12 @@ class ResponseWriter:
         except OSError:  # not of a TCP socket; then what the kernel took counts
             waiting = 0
         return self.sent - waiting
+
+
+class Recorder(bytearray):
+    """A socket that keeps what it is given."""
+
+    sendall = bytearray.extend
 
 
 class ChunkScanner:
@@ -296,6 +305,8 @@ class EventLoopWorker(Worker):
         self._buffered = 0  # bytes received of requests that do not run yet
         self._unsent = 0  # bytes of responses that wait for clients
         self._next_tick = 0.0
+        self._templates: dict[Any, bytes] = {}
+        self._template_problem: Problem | None = None
 
     # The worker's life
 
@@ -358,6 +369,9 @@ class EventLoopWorker(Worker):
         if self.alive:
             may_accept = len(self._connections) < self.cfg.worker_connections or self._can_make_room()
             self._set_accepting(may_accept and (self._accepts_from is None or now >= self._accepts_from))
+        if self.alive and (pause_s := self._gate.admission.pause_s):
+            # At capacity, to be woken for each request costs more than to reject it; so let several come.
+            time.sleep(pause_s)
         ready = self._selector.select(self._timeout(now))
         self._collect()  # first: a connection whose response is complete may have its next request
         for key, events in ready:
@@ -435,18 +449,18 @@ class EventLoopWorker(Worker):
         self._connections.add(connection)
         self._set_timer(connection, Timer.FIRST_BYTE if self.alive else Timer.STOP)
         self._listen(connection, READ)
+        self._guard(connection, self._receive)  # most have sent a request by now
         return True
 
     def _can_make_room(self) -> bool:
         return any(self._timers[timer] for timer in EVICTION_ORDER)
 
-    def _make_room(self) -> bool:
+    def _make_room(self) -> None:
         """Close the connection that has waited longest for its client, of those that matter least."""
         for timer in EVICTION_ORDER:
             if waiting := self._timers[timer]:
                 self._cut(next(iter(waiting)), "connection_limit")
-                return True
-        return False
+                return
 
     def _listen(self, connection: Connection, events: int) -> None:
         """Wait for ``events`` of the connection, or for none. selectors knows no entry without events."""
@@ -571,7 +585,8 @@ class EventLoopWorker(Worker):
         if connection.discard:
             size = min(connection.discard, len(connection.buffer))
             connection.discard -= size
-            self._take(connection, size)
+            del connection.buffer[:size]
+            self._count_buffered(-size)
             if connection.discard:
                 self._listen(connection, READ)
                 return
@@ -608,6 +623,8 @@ class EventLoopWorker(Worker):
             if len(source[0]) > MAX_HEAD_BYTES:
                 raise LimitRequestHeaders("max buffer headers")
             request = next(get_parser(self.cfg, iter_of(source), connection.client))
+            if self._gate.admission.is_at_capacity and self._reject_from_template(connection, request, end + 4):
+                return
             expects_continue, request._expected_100_continue = request._expected_100_continue, False
             response, environ = wsgi.create(request, writer, connection.client, connection.server, self.cfg)
         except (NoMoreData, StopIteration):
@@ -621,26 +638,15 @@ class EventLoopWorker(Worker):
             return
         connection.scanned = 0
         self._take(connection, end + 4)
-        self._begin(connection, request, response, environ, writer, source, expects_continue=expects_continue)
-
-    def _begin(
-        self,
-        connection: Connection,
-        request: Any,
-        response: Any,
-        environ: dict[str, Any],
-        writer: ResponseWriter,
-        source: list[bytes],
-        *,
-        expects_continue: bool,
-    ) -> None:
-        is_chunked = "HTTP_TRANSFER_ENCODING" in environ
-        length = None if is_chunked else int(environ.get("CONTENT_LENGTH", 0))
-        self._gate.begin(environ)  # its path decides on the lane
         environ["wsgi.multithread"] = True
-        exchange = connection.exchange = Exchange(
-            request, response, environ, writer, source, length, self._gate.is_prediction(environ)
-        )
+        self._gate.begin(environ)
+        length = None if "HTTP_TRANSFER_ENCODING" in environ else int(environ.get("CONTENT_LENGTH", 0))
+        is_prediction = self._gate.is_prediction(environ)
+        connection.exchange = Exchange(request, response, environ, writer, source, length, is_prediction)
+        self._begin(connection, connection.exchange, expects_continue=expects_continue)
+
+    def _begin(self, connection: Connection, exchange: Exchange, *, expects_continue: bool) -> None:
+        """Reject the request before its body, or receive that."""
         connection.state = State.BODY
         self._set_timer(connection, None)
         self.nr += 1
@@ -648,12 +654,12 @@ class EventLoopWorker(Worker):
             self.log.info("Autorestarting worker after current request.")
             self.alive = False
         if not self.alive:
-            response.force_close()
+            exchange.response.force_close()
         if exchange.is_prediction and self._gate.admission.is_at_capacity:
             self._gate.metrics.rejected.labels("at_capacity").inc()
             self._reject(connection, self._gate.overloaded(), ends=expects_continue)
-        elif length is not None and length > self._settings.max_body_bytes:
-            response.force_close()  # before the application says it in its words
+        elif exchange.length is not None and exchange.length > self._settings.max_body_bytes:
+            exchange.response.force_close()  # before the application says it in its words
             self._dispatch(connection)
         else:
             if expects_continue and not connection.buffer:
@@ -665,9 +671,11 @@ class EventLoopWorker(Worker):
         exchange = connection.exchange
         assert exchange
         if (size := exchange.length) is None:
-            size, limit = exchange.scanner.find_end(connection.buffer), self._settings.max_body_bytes
-            if exchange.scanner.size > limit or exchange.scanner.chunks > MAX_CHUNKS:
-                what = f"More than {limit:,} bytes" if exchange.scanner.size > limit else f"More than {MAX_CHUNKS:,} chunks"
+            scanner, limit = exchange.scanner, self._settings.max_body_bytes
+            size = scanner.find_end(connection.buffer)
+            is_padded = scanner.chunks > MAX_CHUNKS or len(connection.buffer) > 2 * limit + MAX_HEAD_BYTES
+            if scanner.size > limit or is_padded:
+                what = f"More than {limit:,} bytes" if scanner.size > limit else "Too many or too small chunks"
                 detail = f"{what} arrived and {limit:,} is the most; send fewer or smaller photos."
                 self._reject(connection, self._problem("body_too_large", detail), ends=True)
                 return
@@ -714,6 +722,9 @@ class EventLoopWorker(Worker):
         exchange = connection.exchange
         assert exchange
         self._set_timer(connection, None)
+        if exchange.slot:
+            exchange.slot.release()
+            exchange.slot = exchange.environ[SLOT] = None
         if exchange.body or exchange.length == 0:
             missing = 0
         elif exchange.length is None or exchange.length >= KEEP_READING_BYTES:
@@ -735,6 +746,57 @@ class EventLoopWorker(Worker):
         exchange.response.close()
         exchange.writer.flush()
         self._go_on(connection, Outcome.COMPLETE)
+
+    def _reject_from_template(self, connection: Connection, request: Any, head_bytes: int) -> bool:
+        """Reject a plain POST /predict with what ``_reject`` would send, for half of the work: a flood consists of these."""
+        if request.method != "POST" or request.path != "/predict" or not self.alive:
+            return False
+        length, request_id = 0, ""
+        for name, value in request.headers:
+            if name == "CONTENT-LENGTH":
+                length = int(value)
+            elif name == "X-REQUEST-ID":
+                request_id = value if not request_id and PLAIN_ID.fullmatch(value) else "?"
+            elif name in NOT_PLAIN:
+                return False
+        if request_id == "?":
+            return False
+        if closes := length >= KEEP_READING_BYTES:
+            request.force_close()
+        request_id = request_id or uuid.uuid4().hex
+        response = self._template(request, len(request_id)).replace(b"0" * len(request_id), request_id.encode())
+        self._gate.count_overloaded()
+        self._set_timer(connection, None)
+        connection.scanned = 0
+        self._take(connection, head_bytes)
+        try:
+            sent = connection.sock.send(response)
+        except OSError as error:  # also where the kernel has no room for it: then the client does not read what it asked for
+            raise DisconnectedError from error
+        if sent < len(response):
+            raise DisconnectedError
+        if closes or request.should_close():
+            self._part(connection)
+        else:
+            connection.discard = length
+            self._keep(connection)
+        return True
+
+    def _template(self, request: Any, id_length: int) -> bytes:
+        """Return the rejection of such a request, with zeros for its id; made anew as often as its problem."""
+        problem, key = self._gate.overloaded(), (request.version, request.should_close(), id_length)
+        if problem is not self._template_problem:
+            self._template_problem, self._templates = problem, {}
+        if key not in self._templates:
+            recorder = Recorder()
+            response, environ = wsgi.create(request, recorder, ("", 0), ("", 0), self.cfg)
+            environ |= {"HTTP_X_REQUEST_ID": "0" * id_length, REJECTION: problem}
+            self._gate.begin(environ)
+            for chunk in self._gate.respond(environ, response.start_response, counts=False):
+                response.write(chunk)
+            response.close()
+            self._templates[key] = bytes(recorder)
+        return self._templates[key]
 
     def _give_up_body(self, connection: Connection) -> None:
         detail = f"The body had not arrived whole within {self._settings.body_timeout_s:g} s; send it again."
@@ -818,6 +880,8 @@ class EventLoopWorker(Worker):
                     exchange.iterable.close()
                 if exchange.slot:
                     exchange.slot.release()
+                exchange.environ.pop("wsgi.input", None)  # the loop may see to the exchange a second later
+                exchange.source.clear()
         return outcome
 
     def _run_request(self, exchange: Exchange) -> Iterable[bytes]:

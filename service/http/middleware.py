@@ -82,20 +82,27 @@ class RequestMiddleware:
         """Return whether the application words a rejection of this request: a page, or another protocol."""
         return self.is_prediction(environ) and bool(self._spoken.fullmatch(environ["PATH_INFO"]))
 
-    def respond(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    def respond(self, environ: WSGIEnvironment, start_response: StartResponse, *, counts: bool = True) -> Iterable[bytes]:
         """Answer with the problem in REJECTION, and count it."""
         problem: Problem = environ[REJECTION]
         start = self._start(environ, start_response)
         route = "/predict" if environ["PATH_INFO"] == "/predict" else "none"
         method = environ["REQUEST_METHOD"] if environ["REQUEST_METHOD"] in KNOWN_METHODS else "other"
-        self.metrics.errors.labels(problem.code).inc()
-        self.metrics.requests.labels(route, method, problem.status).inc()
+        if counts:
+            self.metrics.errors.labels(problem.code).inc()
+            self.metrics.requests.labels(route, method, problem.status).inc()
         to_json = problem.to_json(environ["service.request_id"])
         start(
             problem.status_line,
             [("Content-Type", PROBLEM_MEDIA_TYPE), ("Content-Length", str(len(to_json))), *problem.headers.items()],
         )
         return [] if method == "HEAD" else [to_json]
+
+    def count_overloaded(self) -> None:
+        """Count one POST /predict that was rejected for want of capacity."""
+        self.metrics.errors.labels("overloaded").inc()
+        self.metrics.requests.labels("/predict", "POST", 503).inc()
+        self.metrics.rejected.labels("at_capacity").inc()
 
     def overloaded(self) -> Problem:
         """Return the problem of a request that exceeds the capacity; made anew when it is PROBLEM_FRESH_S old."""

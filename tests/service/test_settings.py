@@ -85,6 +85,8 @@ def test_variables_are_read_by_their_kind() -> None:
         ("WEB_CONCURRENCY", "0", "from 1 to 64"),
         ("ENGINE", "gpu", "openvino"),
         ("PRECISION", "FP32", "auto, fp32, bf16"),
+        ("GUNICORN_WORKER", "gevent", "tuned, stock"),
+        ("SEND_TIMEOUT_S", "0", "from 0.1 to 600"),
         ("LOG_LEVEL", "loud", "debug, info, warning, error"),
         ("DATA_DIR", "/nowhere/at/all", "no folder"),
         ("THUMBNAIL_CACHE_MB", "-1", "from 0 to 1000000"),
@@ -115,6 +117,11 @@ def test_a_server_with_an_old_name_ends_with_the_new_one(tmp_path: Path) -> None
 def test_a_request_that_could_never_fit_is_refused() -> None:
     assert "MAX_IMAGES is 16 and MAX_IN_FLIGHT 8" in refused(MAX_IN_FLIGHT="8")
     assert read(MAX_IN_FLIGHT="8", MAX_IMAGES="8").max_in_flight == 8
+
+
+def test_a_body_that_could_never_be_buffered_is_refused() -> None:
+    assert "MAX_BUFFERED_MB is 10 and MAX_BODY_MB 20" in refused(MAX_BUFFERED_MB="10")
+    assert read(MAX_BUFFERED_MB="10", MAX_BODY_MB="10").max_buffered_mb == 10
 
 
 @pytest.mark.parametrize("text", [",", "ann:", "ann:secret,bob:", "secret, ,bob:", "schlüssel", "ann:secret\u200b", "a\tb"])
