@@ -243,8 +243,8 @@ def test_rejections_are_counted_by_their_reason() -> None:
     assert codes == ["image_too_complex", "too_many_pixels", "image_too_complex", "damaged_picture"]
     value = metrics.registry.get_sample_value
     for reason in ("jpeg_scans", "pixels", "timeout"):
-        assert value("dvc_images_rejected_total", {"reason": reason}) == 1
-    assert value("dvc_isolated_decodes_total", {"outcome": "timeout"}) == 1
+        assert value("classifier_images_rejected_total", {"reason": reason}) == 1
+    assert value("classifier_isolated_decodes_total", {"outcome": "timeout"}) == 1
     door.process.close()
 
 
@@ -288,8 +288,8 @@ def test_files_that_are_built_to_be_slow_hold_up_nobody(tiny_bundle: SimpleNames
         assert server.workers() == [worker]
         assert most_mb - before_mb < 400
         counted = server.metrics()
-        assert counted['dvc_isolated_decodes_total{outcome="timeout"}'] >= 4
-        assert counted['dvc_images_rejected_total{reason="jpeg_scans"}'] == 1
+        assert counted['classifier_isolated_decodes_total{outcome="timeout"}'] >= 4
+        assert counted['classifier_images_rejected_total{reason="jpeg_scans"}'] == 1
         lines = server.log()  # each is a JSON object, whatever libtiff had to say
         assert not [line for line in lines if line["level"] == "ERROR"]
 

@@ -40,11 +40,11 @@ def check_well(server: Server, worker: int) -> None:
 
 
 def cuts(server: Server, reason: str) -> float:
-    return server.metrics().get(f'dvc_connections_cut_total{{reason="{reason}"}}', 0)
+    return server.metrics().get(f'http_connections_cut_total{{reason="{reason}"}}', 0)
 
 
 def rejections(server: Server, reason: str) -> float:
-    return server.metrics().get(f'dvc_requests_rejected_total{{reason="{reason}"}}', 0)
+    return server.metrics().get(f'http_requests_rejected_total{{reason="{reason}"}}', 0)
 
 
 def is_ended(line: Line) -> bool:
@@ -111,7 +111,7 @@ def test_silent_connections_do_not_use_up_the_files(tiny_bundle: SimpleNamespace
         with lines(server, 400):
             check_well(server, worker)
             assert cuts(server, "connection_limit") >= 400 - 256
-            assert server.metrics()["dvc_connections"] <= 128
+            assert server.metrics()["http_connections"] <= 128
         assert [line for line in server.log() if line["level"] in ("ERROR", "CRITICAL")] == []
 
 

@@ -106,6 +106,6 @@ def _server_timing(predictions: list[Prediction]) -> str:
     if not answers:
         return "total;dur=0"
     decode = max(result.decode_ms for result in answers)
-    queue = max(result.queue_ms for result in answers)
-    compute = max(result.inference_ms for result in answers)
-    return f"decode;dur={decode:.1f}, queue;dur={queue:.1f}, compute;dur={compute:.1f}"
+    batch_queue = max(result.batch_queue_ms for result in answers)
+    inference = max(result.inference_ms for result in answers)
+    return f"decode;dur={decode:.1f}, batch_queue;dur={batch_queue:.1f}, inference;dur={inference:.1f}"

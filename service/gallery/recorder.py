@@ -91,5 +91,5 @@ class PredictionRecorder:
             with self._gallery.database.write() as connection:
                 model_id = get_or_create_model(connection, version=version, name=bundle.name, classes=bundle.classes)
                 new = save_predictions(connection, model_id, bundle.classes, [record.answered for record in mine])
-            self._metrics.saved_predictions.labels("kept").inc(new)
-            self._metrics.saved_predictions.labels("known").inc(len(mine) - new)
+            self._metrics.saved_predictions.labels("saved").inc(new)
+            self._metrics.saved_predictions.labels("duplicate").inc(len(mine) - new)

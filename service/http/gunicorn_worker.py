@@ -369,7 +369,7 @@ class EventLoopWorker(Worker):
         if self.alive:
             may_accept = len(self._connections) < self.cfg.worker_connections or self._can_make_room()
             self._set_accepting(may_accept and (self._accepts_from is None or now >= self._accepts_from))
-        if self.alive and (pause_s := self._gate.admission.pause_s):
+        if self.alive and (pause_s := self._gate.admission.accept_pause_s):
             # At capacity, to be woken for each request costs more than to reject it; so let several come.
             time.sleep(pause_s)
         ready = self._selector.select(self._timeout(now))
@@ -435,7 +435,7 @@ class EventLoopWorker(Worker):
             sock, client = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._gate.metrics.cut.labels("file_limit").inc()
+                self._gate.metrics.connections_cut.labels("file_limit").inc()
                 self._make_room()
                 if self._accepts_from is None:
                     self._set_accepting(False)
@@ -498,7 +498,7 @@ class EventLoopWorker(Worker):
                 if timer is Timer.SEND and self._is_taking(connection):
                     self._set_timer(connection, Timer.SEND)
                 elif timer is Timer.BODY and connection.exchange:
-                    self._gate.metrics.cut.labels("body_timeout").inc()
+                    self._gate.metrics.connections_cut.labels("body_timeout").inc()
                     self._set_timer(connection, None)
                     self._guard(connection, self._give_up_body)
                 elif timer in (Timer.KEEPALIVE, Timer.LINGER, Timer.STOP):
@@ -508,7 +508,7 @@ class EventLoopWorker(Worker):
 
     def _cut(self, connection: Connection, reason: str) -> None:
         """Close a connection that the server cannot or will not wait for; unsent bytes are dropped."""
-        self._gate.metrics.cut.labels(reason).inc()
+        self._gate.metrics.connections_cut.labels(reason).inc()
         if connection.state is State.SENDING:
             with contextlib.suppress(OSError):
                 connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -630,7 +630,7 @@ class EventLoopWorker(Worker):
         except (NoMoreData, StopIteration):
             return
         except Exception as error:
-            self._gate.metrics.rejected.labels("invalid_head").inc()
+            self._gate.metrics.requests_rejected.labels("invalid_head").inc()
             self.handle_error(request, writer, connection.client, error)
             writer.flush()
             self._set_timer(connection, None)
@@ -656,7 +656,7 @@ class EventLoopWorker(Worker):
         if not self.alive:
             exchange.response.force_close()
         if exchange.is_prediction and self._gate.admission.is_at_capacity:
-            self._gate.metrics.rejected.labels("at_capacity").inc()
+            self._gate.metrics.requests_rejected.labels("at_capacity").inc()
             self._reject(connection, self._gate.overloaded(), ends=expects_continue)
         elif exchange.length is not None and exchange.length > self._settings.max_body_bytes:
             exchange.response.force_close()  # before the application says it in its words
@@ -697,14 +697,14 @@ class EventLoopWorker(Worker):
         if exchange.is_prediction and REJECTION not in environ:
             exchange.slot = environ[SLOT] = self._gate.admission.try_acquire_slot()
             if not exchange.slot:
-                self._gate.metrics.rejected.labels("at_capacity").inc()
+                self._gate.metrics.requests_rejected.labels("at_capacity").inc()
                 self._reject(connection, self._gate.overloaded())
                 return
             lane = self._predictions
         else:
             lane = self._probes if PROBES.fullmatch(environ["PATH_INFO"]) else self._pages
         if lane.is_at_capacity or (not lane.free and self._buffered + len(exchange.body) > self._max_buffered):
-            self._gate.metrics.rejected.labels(f"{lane.name}_queue_full").inc()
+            self._gate.metrics.requests_rejected.labels(f"{lane.name}_queue_full").inc()
             self._reject(connection, self._problem("overloaded", LANE_FULL, {"Retry-After": "1"}), in_loop=True)
             return
         connection.state, exchange.lane = State.RUNNING, lane

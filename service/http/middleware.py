@@ -102,7 +102,7 @@ class RequestMiddleware:
         """Count one POST /predict that was rejected for want of capacity."""
         self.metrics.errors.labels("overloaded").inc()
         self.metrics.requests.labels("/predict", "POST", 503).inc()
-        self.metrics.rejected.labels("at_capacity").inc()
+        self.metrics.requests_rejected.labels("at_capacity").inc()
 
     def overloaded(self) -> Problem:
         """Return the problem of a request that exceeds the capacity; made anew when it is PROBLEM_FRESH_S old."""

@@ -50,7 +50,7 @@ class InferenceResult:
     image: PreprocessedImage
     probabilities: NDArray[np.float32]
     decode_ms: float
-    queue_ms: float
+    batch_queue_ms: float
     inference_ms: float
     batch_size: int
 
@@ -252,7 +252,7 @@ class Batcher:
                 self._wake_all()
             else:
                 self._changed.notify()
-        self._metrics.stages["wait"].observe(began - photo.came)
+        self._metrics.stages["decode_queue"].observe(began - photo.came)
         self._metrics.stages["decode"].observe(photo.decode_s)
 
     def _prepare(self, photo: _Photo, *, waits: bool) -> PreprocessedImage:
@@ -279,11 +279,11 @@ class Batcher:
     def _answer(self, photos: list[_Photo], probabilities: NDArray[np.float32], began: float) -> None:
         compute_s = time.perf_counter() - began
         self._metrics.batch_size.observe(len(photos))
-        self._metrics.stages["compute"].observe(compute_s)
+        self._metrics.stages["inference"].observe(compute_s)
         for photo, row in zip(photos, probabilities, strict=True):
             assert photo.prepared is not None
             queue_s = began - photo.ready
-            self._metrics.stages["queue"].observe(queue_s)
+            self._metrics.stages["batch_queue"].observe(queue_s)
             answer = InferenceResult(photo.prepared, row, photo.decode_s * 1e3, queue_s * 1e3, compute_s * 1e3, len(photos))
             photo.answer.set_result(answer)
 

@@ -115,7 +115,7 @@ class RolloutManager:
             log.error("could not follow", extra={"bundle": wanted.bundle, "because": problem.detail})
             return
         self._exchange(
-            model, *measure_agreement(current, model, self._served.recent_predictions), outcome="followed", actor=wanted.actor
+            model, *measure_agreement(current, model, self._served.recent_predictions), outcome="synced", actor=wanted.actor
         )
 
     def _look_at_link(self) -> None:
@@ -153,7 +153,7 @@ class RolloutManager:
         except BaseException:  # a full disk: nobody would follow
             model.batcher.close()
             raise
-        self._exchange(model, agreement, seen, outcome="rolled_back" if version else "swapped", actor=actor)
+        self._exchange(model, agreement, seen, outcome="rolled_back" if version else "activated", actor=actor)
 
     def _checked(
         self, current: LoadedModel, model: LoadedModel, allow: Collection[str]
@@ -201,8 +201,8 @@ class RolloutManager:
     def _refuse(self, state: RolloutState, path: Path, problem: Problem, *, actor: str) -> None:
         refusal = RejectedBundle(str(path), problem.code, problem.detail, actor=actor, time=utc_now())
         self._board.write(dataclasses.replace(state, last_rejection=refusal))
-        self._served.metrics.rollouts.labels("refused").inc()
-        log.warning("refused", extra={"bundle": str(path), "code": problem.code, "because": problem.detail, "by": actor})
+        self._served.metrics.rollouts.labels("rejected").inc()
+        log.warning("rejected", extra={"bundle": str(path), "code": problem.code, "because": problem.detail, "by": actor})
 
     def _inside(self, bundle: str) -> Path:
         """The folder that is meant, links followed. Raises Problem for one that does not lie below BUNDLE_ROOT."""

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-STAGES = ("wait", "decode", "queue", "compute")
+STAGES = ("decode_queue", "decode", "batch_queue", "inference")
 
 
 @dataclass
@@ -20,71 +20,77 @@ class Metrics:
 
     def __post_init__(self) -> None:
         r = self.registry
-        self.requests = Counter("dvc_requests_total", "Requests answered.", ["route", "method", "status"], registry=r)
+        self.requests = Counter("http_requests_total", "Requests answered.", ["route", "method", "status"], registry=r)
         self.request_duration = Histogram(
-            "dvc_request_seconds", "From a request's arrival to its answer.", ["route"], buckets=DURATION_BUCKETS, registry=r
+            "http_request_duration_seconds",
+            "From a request's arrival to its answer.",
+            ["route"],
+            buckets=DURATION_BUCKETS,
+            registry=r,
         )
         self.errors = Counter(
-            "dvc_errors_total", "Problems answered, by their code; also those of single photos.", ["code"], registry=r
+            "http_problems_total", "Problems answered, by their code; also those of single photos.", ["code"], registry=r
         )
         self.connections = Gauge(
-            "dvc_connections", "Open connections, as of the last second.", registry=r, multiprocess_mode="livesum"
+            "http_connections", "Open connections, as of the last second.", registry=r, multiprocess_mode="livesum"
         )
-        self.cut = Counter(
-            "dvc_connections_cut_total",
+        self.connections_cut = Counter(
+            "http_connections_cut_total",
             "Connections closed because of their clients, or for want of room: first_byte_timeout, head_timeout, body_timeout,"
             " send_timeout, connection_limit, buffer_limit; or not accepted for a moment: file_limit.",
             ["reason"],
             registry=r,
         )
-        self.rejected = Counter(
-            "dvc_requests_rejected_total",
+        self.requests_rejected = Counter(
+            "http_requests_rejected_total",
             "Requests rejected before the application: at_capacity, page_queue_full, probe_queue_full, invalid_head.",
             ["reason"],
             registry=r,
         )
         self.stage_duration = Histogram(
-            "dvc_stage_seconds",
-            "A photo's time in a stage: wait (for a decoder), decode, queue (for the engine), compute (of its whole batch).",
+            "classifier_stage_duration_seconds",
+            "A photo's time in a stage: decode_queue, decode, batch_queue and inference (of the whole batch).",
             ["stage"],
             buckets=DURATION_BUCKETS,
             registry=r,
         )
         self.stages = {name: self.stage_duration.labels(name) for name in STAGES}
         self.batch_size = Histogram(
-            "dvc_batch_photos", "Photos computed in one go.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r
+            "classifier_batch_size", "Photos computed in one go.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r
         )
         self.in_flight = Gauge(
-            "dvc_photos_inside", "Photos waiting, being decoded or computed.", registry=r, multiprocess_mode="livesum"
+            "classifier_in_flight_images", "Photos waiting, being decoded or computed.", registry=r, multiprocess_mode="livesum"
         )
-        self.predictions = Counter("dvc_predictions_total", "Photos classified, by what was predicted.", ["label"], registry=r)
+        self.predictions = Counter(
+            "classifier_predictions_total", "Photos classified, by what was predicted.", ["label"], registry=r
+        )
         self.confidence = Histogram(
-            "dvc_prediction_confidence",
+            "classifier_prediction_confidence",
             "The highest probability of each photo.",
             buckets=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0),
             registry=r,
         )
         self.saved_predictions = Counter(
-            "dvc_live_photos_total",
-            "Answered photos handed to the gallery: kept, known (the same photo again) or dropped.",
+            "classifier_saved_predictions_total",
+            "Answered photos handed to the gallery: saved, duplicate (the same photo again) or dropped.",
             ["outcome"],
             registry=r,
         )
-        self.rejected = Counter(
-            "dvc_images_rejected_total",
+        self.images_rejected = Counter(
+            "classifier_images_rejected_total",
             "Images rejected for what decoding them would cost, by reason: pixels, jpeg_scans, segments, timeout, memory, ...",
             ["reason"],
             registry=r,
         )
-        self.isolated = Counter(
-            "dvc_isolated_decodes_total",
+        self.isolated_decodes = Counter(
+            "classifier_isolated_decodes_total",
             "Images decoded in the decoder process: ok, rejected, timeout, crash, or cut (by the request's deadline).",
             ["outcome"],
             registry=r,
         )
-        self.ready = Gauge("dvc_ready", "Workers whose model is ready.", registry=r, multiprocess_mode="livesum")
+        self.ready = Gauge("classifier_ready_workers", "Workers whose model is ready.", registry=r, multiprocess_mode="livesum")
         self.model_info = Gauge(
-            "dvc_model_info",
+            "classifier_model_info",
             "1 for a model that a worker serves, with its name, version and precision; 0 once none does.",
             ["name", "version", "precision"],
             registry=r,
@@ -92,17 +98,17 @@ class Metrics:
         )
 
         self.rollouts = Counter(
-            "dvc_bundle_swaps_total",
-            "Bundles that were swapped, rolled_back, followed (by the other workers), refused, or failed (to follow).",
+            "classifier_rollouts_total",
+            "Bundles by outcome: activated, rolled_back, synced (by the other workers), rejected or failed (to sync).",
             ["outcome"],
             registry=r,
         )
 
     def count_rejected(self, reason: str) -> None:
-        self.rejected.labels(reason).inc()
+        self.images_rejected.labels(reason).inc()
 
     def count_isolated(self, outcome: str) -> None:
-        self.isolated.labels(outcome).inc()
+        self.isolated_decodes.labels(outcome).inc()
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -24,6 +24,7 @@ ALERTS = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yaml").read_te
 GUIDE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+NAME = r"\b(?:classifier|http)_\w+"
 ALL = [*EXPRESSIONS, *(rule["expr"] for rule in RULES)]
 
 
@@ -53,13 +54,13 @@ def test_the_series_named_here_are_those_that_are_scraped() -> None:
     told.request_duration.labels("/predict").observe(1)
     scraped = {line.split("{")[0].split(" ")[0] for line in told.render().decode().splitlines() if not line.startswith("#")}
     assert {name for name in scraped if not name.endswith("_created")} <= set(metrics())
-    assert {"dvc_requests_total", "dvc_request_seconds_bucket", "dvc_request_seconds_sum", "dvc_ready"} <= set(metrics())
+    assert {"http_requests_total", "http_request_duration_seconds_sum", "classifier_ready_workers"} <= set(metrics())
 
 
 @pytest.mark.parametrize("expression", ALL)
 def test_an_expression_asks_for_what_there_is(expression: str) -> None:
     known = metrics()
-    asked = re.findall(r"(dvc_\w+)(?:\{(.*?)\})?", expression)
+    asked = re.findall(rf"({NAME})(?:\{{(.*?)\}})?", expression)
     assert asked
     for name, selector in asked:
         assert name in known, name
@@ -97,7 +98,7 @@ def test_panels_have_numbers_of_their_own_and_do_not_overlap() -> None:
 
 def test_the_autoscaler_and_its_adapter_ask_for_a_metric_that_there_is() -> None:
     (patch,) = yaml.safe_load(
-        (ROOT / "deploy/kubernetes/components/prometheus/autoscale-on-photos.yaml").read_text(encoding="utf-8")
+        (ROOT / "deploy/kubernetes/components/prometheus/autoscale-on-in-flight-images.yaml").read_text(encoding="utf-8")
     )
     (rule,) = yaml.safe_load((ROOT / "deploy/prometheus/adapter.yaml").read_text(encoding="utf-8"))["rules"]["custom"]
     name = patch["value"]["pods"]["metric"]["name"]
@@ -106,9 +107,9 @@ def test_the_autoscaler_and_its_adapter_ask_for_a_metric_that_there_is() -> None
 
 
 def test_the_guide_has_a_row_for_every_metric_and_every_alert_and_for_no_other() -> None:
-    assert set(re.findall(r"^\| `(dvc_\w+)`", GUIDE, flags=re.MULTILINE)) == families()
+    assert set(re.findall(rf"^\| `({NAME})`", GUIDE, flags=re.MULTILINE)) == families()
     assert set(re.findall(r"^\| `(Classifier\w+)`", GUIDE, flags=re.MULTILINE)) == {rule["alert"] for rule in RULES}
-    assert set(re.findall(r"\bdvc_\w+", GUIDE)) <= families() | set(metrics())
+    assert set(re.findall(NAME, GUIDE)) <= families() | set(metrics())
     for stage in STAGES:
         assert f"`{stage}`" in GUIDE
 

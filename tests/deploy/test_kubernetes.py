@@ -102,7 +102,7 @@ def test_a_pod_has_time_to_finish_what_it_accepted() -> None:
 
 
 def test_the_probes_ask_what_the_service_answers() -> None:
-    routes = set(re.findall(r'@bp\.get\("(.*?)"\)', (ROOT / "service" / "health.py").read_text(encoding="utf-8")))
+    routes = set(re.findall(r'@bp\.get\("(.*?)"\)', (ROOT / "service" / "api" / "health.py").read_text(encoding="utf-8")))
     asked = {name: container()[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
     assert {row["path"] for row in asked.values()} <= routes
     assert asked["liveness"]["path"] == "/health/live"

@@ -108,7 +108,7 @@ def told(send: Callable[[], Reply]) -> Reply:
 
 
 def inside(server: Server) -> float:
-    return server.metrics()["dvc_photos_inside"]
+    return server.metrics()["classifier_in_flight_images"]
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ class Server:
         return self.request("POST", path, body, headers={"Content-Type": content_type, **(headers or {})}, timeout_s=timeout_s)
 
     def metrics(self) -> dict[str, float]:
-        """``dvc_requests_total{method="POST",...}`` -> its value, the labels in the order of their names."""
+        """``http_requests_total{method="POST",...}`` -> its value, the labels in the order of their names."""
         return parse_metrics(self.get("/metrics").body.decode())
 
     def stop(self, *, timeout_s: float = ANSWER_S) -> int:

@@ -73,7 +73,7 @@ def test_photos_are_answered_before_the_pages_are_there_and_a_page_is_waited_for
     assert late.get_json()["predictions"] == early.get_json()["predictions"]
     assert "recorder" in opening.extensions
     counted = Client(opening).get("/metrics").text
-    assert 'dvc_requests_total{method="POST",route="/predict",status="200"} 3.0' in counted  # of both applications
+    assert 'http_requests_total{method="POST",route="/predict",status="200"} 3.0' in counted  # of both applications
 
 
 def test_a_server_whose_pages_cannot_be_built_ends(core: Services, monkeypatch: pytest.MonkeyPatch) -> None:

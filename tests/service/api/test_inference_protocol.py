@@ -124,9 +124,11 @@ def test_one_bad_photo_refuses_all(server: Server, client: Any, name: str, photo
     with pytest.raises(InferenceServerException, match=r"Photo 2 of 3: .*not a supported image"):
         client.infer(name, [photos_input([photos[0], b"no photo", photos[2]])])
     after = server.metrics()
-    assert after['dvc_errors_total{code="not_a_picture"}'] == before.get('dvc_errors_total{code="not_a_picture"}', 0) + 1
-    assert after.get('dvc_predictions_total{label="red"}', 0) == before.get('dvc_predictions_total{label="red"}', 0)
-    assert after["dvc_photos_inside"] == 0
+    assert after['http_problems_total{code="not_a_picture"}'] == before.get('http_problems_total{code="not_a_picture"}', 0) + 1
+    assert after.get('classifier_predictions_total{label="red"}', 0) == before.get(
+        'classifier_predictions_total{label="red"}', 0
+    )
+    assert after["classifier_in_flight_images"] == 0
 
 
 def test_what_cannot_be_is_told(client: Any, name: str, photos: list[bytes]) -> None:

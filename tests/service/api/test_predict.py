@@ -179,7 +179,7 @@ def test_an_answer_says_what_was_seen_and_who_says_so(client: FlaskClient, photo
     }
     assert document["request_id"] == answer.headers["X-Request-ID"]
     assert answer.headers["X-Model-Version"] == bundle.version
-    assert re.fullmatch(r"decode;dur=[\d.]+, queue;dur=[\d.]+, compute;dur=[\d.]+", answer.headers["Server-Timing"])
+    assert re.fullmatch(r"decode;dur=[\d.]+, batch_queue;dur=[\d.]+, inference;dur=[\d.]+", answer.headers["Server-Timing"])
     (row,) = document["predictions"]
     assert list(row) == ["file", "label", "confidence", "probabilities", "width", "height", "format", "notes"]
     assert list(row["probabilities"]) == list(bundle.classes)
@@ -487,7 +487,7 @@ def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
         admission.enter(1)
         answer = send_form(client, *[("file", "a", photo)] * 4)  # the request is let in, and found to be of four photos
         refused(answer, "overloaded", "4 is the most")
-        assert "dvc_photos_inside 1.0" in client.get("/metrics").text
+        assert "classifier_in_flight_images 1.0" in client.get("/metrics").text
         admission.enter(3)
         answer = send(client, photo, X_Request_ID="full")
         assert refused(answer, "overloaded", "4 photos are waiting")["request_id"] == "full"

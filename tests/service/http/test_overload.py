@@ -47,8 +47,8 @@ def test_a_full_house_says_when_to_come_again_and_finishes_what_it_took(tiny_bun
                 assert probabilities(reply)
         poll(lambda: inside(server) == 0)
         assert probabilities(server.post(RED, "image/png"))
-        assert server.metrics()['dvc_errors_total{code="overloaded"}'] == 2
-        assert server.metrics()['dvc_requests_rejected_total{reason="at_capacity"}'] == 2
+        assert server.metrics()['http_problems_total{code="overloaded"}'] == 2
+        assert server.metrics()['http_requests_rejected_total{reason="at_capacity"}'] == 2
 
 
 def test_who_is_refused_hears_of_it_whatever_the_size_of_the_photo(tiny_bundle: SimpleNamespace) -> None:
@@ -104,7 +104,7 @@ def test_overloaded_it_goes_on_answering(tiny_bundle: SimpleNamespace) -> None:
         poll(lambda: inside(server) == 0)
         metrics = server.metrics()
         for status, count in seen.items():
-            assert metrics[f'dvc_requests_total{{method="POST",route="/predict",status="{status}"}}'] == count
+            assert metrics[f'http_requests_total{{method="POST",route="/predict",status="{status}"}}'] == count
 
 
 # What one connection hears
@@ -279,6 +279,6 @@ def test_refusals_are_counted(full: Server) -> None:
             line.socket.sendall(line.head(length) + bytes(length))
             check_refusal(line.answer())
     now = full.metrics()
-    for name in ('dvc_errors_total{code="overloaded"}', 'dvc_requests_total{method="POST",route="/predict",status="503"}'):
+    for name in ('http_problems_total{code="overloaded"}', 'http_requests_total{method="POST",route="/predict",status="503"}'):
         assert now[name] - before.get(name, 0) == 2
-    assert now["dvc_photos_inside"] == 4
+    assert now["classifier_in_flight_images"] == 4

@@ -51,7 +51,7 @@ def test_it_is_alive_at_once_and_ready_when_the_model_is(tiny_bundle: SimpleName
         assert set(seen[:-1]) <= {(503, "not_ready")}
         assert probabilities(server.post(RED, "image/png"))
         poll(lambda: "ready" in [line["message"] for line in server.log()])  # it serves a moment before it says so
-        assert server.metrics()["dvc_ready"] == 1
+        assert server.metrics()["classifier_ready_workers"] == 1
 
 
 # What it is sent
@@ -260,15 +260,15 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_forgotten(tiny_bundle: Si
         poll(lambda: server.get("/health/ready").status == 200)
         probabilities(server.post(RED, "image/png"))
         metrics = server.metrics()
-        assert metrics['dvc_requests_total{method="POST",route="/predict",status="200"}'] == 6
-        assert metrics['dvc_predictions_total{label="red"}'] == 6
-        assert (metrics["dvc_ready"], metrics["dvc_photos_inside"]) == (1, 0)
+        assert metrics['http_requests_total{method="POST",route="/predict",status="200"}'] == 6
+        assert metrics['classifier_predictions_total{label="red"}'] == 6
+        assert (metrics["classifier_ready_workers"], metrics["classifier_in_flight_images"]) == (1, 0)
         assert server.process.poll() is None
 
 
 def test_several_workers_share_the_work_and_sum_their_measures(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, web_concurrency=2) as server:
-        poll(lambda: server.metrics()["dvc_ready"] == 2)
+        poll(lambda: server.metrics()["classifier_ready_workers"] == 2)
         workers, sent = set(server.workers()), 0
         assert len(workers) == 2
 
@@ -282,8 +282,8 @@ def test_several_workers_share_the_work_and_sum_their_measures(tiny_bundle: Simp
 
         poll(both)
         for _ in range(4):  # whichever answers, it speaks for both
-            assert server.metrics()['dvc_requests_total{method="POST",route="/predict",status="200"}'] == sent
-        assert server.metrics()['dvc_predictions_total{label="red"}'] == sent
+            assert server.metrics()['http_requests_total{method="POST",route="/predict",status="200"}'] == sent
+        assert server.metrics()['classifier_predictions_total{label="red"}'] == sent
 
 
 # What it says of itself
@@ -298,31 +298,31 @@ def test_its_measures_are_those_of_what_was_sent(tiny_bundle: SimpleNamespace) -
         assert server.post(b"no").status == 415
         assert server.get("/nowhere").status == 404
         assert server.get("/predict").status == 405
-        decoded = 'dvc_stage_seconds_count{stage="decode"}'
+        decoded = 'classifier_stage_duration_seconds_count{stage="decode"}'
         metrics = poll(lambda: (said := server.metrics())[decoded] >= 13 and said)  # counted while the answer is under way
         for name, value in {
-            'dvc_requests_total{method="POST",route="/predict",status="200"}': 10,
-            'dvc_requests_total{method="POST",route="/predict",status="415"}': 1,
-            'dvc_requests_total{method="GET",route="none",status="404"}': 1,
-            'dvc_request_seconds_count{route="/predict"}': 11,
-            'dvc_errors_total{code="not_a_picture"}': 2,
-            'dvc_errors_total{code="not_found"}': 1,
-            'dvc_errors_total{code="method_not_allowed"}': 1,
-            'dvc_predictions_total{label="blue"}': 2,
-            'dvc_predictions_total{label="red"}': 3 + 2,
-            'dvc_predictions_total{label="green"}': 4,
-            "dvc_prediction_confidence_count": 11,
-            "dvc_batch_photos_sum": 11,
+            'http_requests_total{method="POST",route="/predict",status="200"}': 10,
+            'http_requests_total{method="POST",route="/predict",status="415"}': 1,
+            'http_requests_total{method="GET",route="none",status="404"}': 1,
+            'http_request_duration_seconds_count{route="/predict"}': 11,
+            'http_problems_total{code="not_a_picture"}': 2,
+            'http_problems_total{code="not_found"}': 1,
+            'http_problems_total{code="method_not_allowed"}': 1,
+            'classifier_predictions_total{label="blue"}': 2,
+            'classifier_predictions_total{label="red"}': 3 + 2,
+            'classifier_predictions_total{label="green"}': 4,
+            "classifier_prediction_confidence_count": 11,
+            "classifier_batch_size_sum": 11,
             decoded: 13,
-            'dvc_stage_seconds_count{stage="queue"}': 11,
-            "dvc_photos_inside": 0,
-            "dvc_ready": 1,
+            'classifier_stage_duration_seconds_count{stage="batch_queue"}': 11,
+            "classifier_in_flight_images": 0,
+            "classifier_ready_workers": 1,
         }.items():
             assert metrics[name] == value, name
-        assert 1 <= metrics['dvc_stage_seconds_count{stage="compute"}'] <= 11
+        assert 1 <= metrics['classifier_stage_duration_seconds_count{stage="inference"}'] <= 11
         model = server.get("/models").json()["models"][0]
         labels = f'name="{model["name"]}",precision="{model["precision"]}",version="{model["version"]}"'
-        assert metrics[f"dvc_model_info{{{labels}}}"] == 1
+        assert metrics[f"classifier_model_info{{{labels}}}"] == 1
 
 
 def test_every_line_of_the_log_is_json_and_has_the_requests_id(server: Server) -> None:

@@ -130,7 +130,12 @@ def test_what_arrives_while_the_engine_is_busy_is_computed_together() -> None:
         first = pipeline.submit(bytes([1]), yes)
         assert block.entered.wait(WAIT_S)
         others = [pipeline.submit(bytes([number]), yes) for number in range(2, 12)]
-        poll(lambda: pipeline._metrics.registry.get_sample_value("dvc_stage_seconds_count", {"stage": "decode"}) == 11)
+        poll(
+            lambda: (
+                pipeline._metrics.registry.get_sample_value("classifier_stage_duration_seconds_count", {"stage": "decode"})
+                == 11
+            )
+        )
         block.go.set()
         assert [red(answer) for answer in (first, *others)] == list(range(1, 12))
     assert engine.batches[0] == [1]
@@ -201,11 +206,11 @@ def test_its_times_and_batches_are_measured() -> None:
     with running(Colours()) as pipeline:
         answer = pipeline.submit(png((1, 2, 3)), yes).result(WAIT_S)
         sample = pipeline._metrics.registry.get_sample_value
-        poll(lambda: sample("dvc_stage_seconds_count", {"stage": "decode"}) == 1)
-        for stage in ("wait", "decode", "queue", "compute"):
-            assert sample("dvc_stage_seconds_count", {"stage": stage}) == 1
-        assert sample("dvc_batch_photos_sum") == 1
-    assert min(answer.decode_ms, answer.queue_ms, answer.inference_ms) >= 0
+        poll(lambda: sample("classifier_stage_duration_seconds_count", {"stage": "decode"}) == 1)
+        for stage in ("decode_queue", "decode", "batch_queue", "inference"):
+            assert sample("classifier_stage_duration_seconds_count", {"stage": stage}) == 1
+        assert sample("classifier_batch_size_sum") == 1
+    assert min(answer.decode_ms, answer.batch_queue_ms, answer.inference_ms) >= 0
     assert (answer.image.width_px, answer.image.height_px, answer.image.format) == (SIDE, SIDE, "PNG")
 
 
@@ -387,7 +392,11 @@ def test_what_is_called_off_while_it_waits_for_the_engine_is_not_computed() -> N
         first = pipeline.submit(bytes([1]), yes)
         assert block.entered.wait(WAIT_S)
         second, third = pipeline.submit(bytes([2]), lambda: wanted), pipeline.submit(bytes([3]), yes)
-        poll(lambda: pipeline._metrics.registry.get_sample_value("dvc_stage_seconds_count", {"stage": "decode"}) == 3)
+        poll(
+            lambda: (
+                pipeline._metrics.registry.get_sample_value("classifier_stage_duration_seconds_count", {"stage": "decode"}) == 3
+            )
+        )
         wanted = False
         block.go.set()
         assert isinstance(second.exception(WAIT_S), RequestCancelledError)

@@ -70,7 +70,7 @@ def test_odd_pictures_are_answered_or_refused_and_do_no_harm(tiny_bundle: Simple
                 assert outcomes == [(name, seen[name]) for name, _ in outcomes]
         assert server.post(good).json()["predictions"] == wanted
         assert server.workers() == [worker]
-        poll(lambda: server.metrics()["dvc_photos_inside"] == 0)
+        poll(lambda: server.metrics()["classifier_in_flight_images"] == 0)
         assert most_mb - before_mb < 400
         assert not [line for line in server.log_file.read_text(encoding="utf-8").splitlines() if '"ERROR"' in line]
     assert {name: seen[name] for name in SURE if seen[name]} == {}

@@ -100,10 +100,10 @@ def test_another_bundle_takes_the_place_and_everything_says_so(client: FlaskClie
     assert client.get("/health/ready").get_json()["model"]["version"] == bundles.version("two")
     assert bundles.version("two") in client.get("/").text
     found = metrics(client)
-    info = {name: value for name, value in found.items() if name.startswith("dvc_model_info")}
+    info = {name: value for name, value in found.items() if name.startswith("classifier_model_info")}
     assert {("one" if bundles.version("one") in name else "two"): value for name, value in info.items()} == {"one": 0, "two": 1}
-    assert found['dvc_bundle_swaps_total{outcome="swapped"}'] == 1
-    assert found["dvc_ready"] == 1
+    assert found['classifier_rollouts_total{outcome="activated"}'] == 1
+    assert found["classifier_ready_workers"] == 1
 
 
 def test_back_and_forth_at_once(client: FlaskClient, bundles: Bundles) -> None:
@@ -115,7 +115,7 @@ def test_back_and_forth_at_once(client: FlaskClient, bundles: Bundles) -> None:
     assert answer.get_json()["lasts"]
     assert predict(client, bundles.photo())["predictions"] == wanted
     assert client.post("/admin/rollback", headers=KEY).get_json()["serving"]["version"] == bundles.version("two")
-    assert metrics(client)['dvc_bundle_swaps_total{outcome="rolled_back"}'] == 2
+    assert metrics(client)['classifier_rollouts_total{outcome="rolled_back"}'] == 2
 
 
 def test_the_same_bundle_again_changes_nothing(client: FlaskClient, bundles: Bundles) -> None:
@@ -161,7 +161,7 @@ def test_only_the_last_photos_are_kept_each_once(bundles: Bundles) -> None:
 
 def unchanged(client: FlaskClient, bundles: Bundles) -> None:
     assert predict(client, bundles.photo())["model"]["version"] == bundles.version("one")
-    assert metrics(client)['dvc_bundle_swaps_total{outcome="refused"}'] == 1
+    assert metrics(client)['classifier_rollouts_total{outcome="rejected"}'] == 1
     refused(client.post("/admin/rollback", headers=KEY), "nothing_before")
 
 
@@ -297,7 +297,7 @@ def test_a_link_that_leads_elsewhere_is_followed_and_a_bad_one_is_not(bundles: B
         poll(lambda: status(client)["serving"]["version"] == bundles.version("two"))
         poll(lambda: predict(client, bundles.photo())["model"]["version"] == bundles.version("two"))
         assert status(client)["serving"]["by"] == "BUNDLE"
-        assert metrics(client)['dvc_bundle_swaps_total{outcome="refused"}'] == 2
+        assert metrics(client)['classifier_rollouts_total{outcome="rejected"}'] == 2
         poll(lambda: client.post("/admin/rollback", headers=KEY).status_code == 200)  # 409 while the link is being settled
         assert status(client)["lasts"] is False
 

@@ -113,14 +113,14 @@ def test_no_request_fails_while_bundles_change_back_and_forth(bundles: Bundles) 
         assert {version for version, _ in load.answers} == set(wanted)
         for version, values in load.answers:
             assert list(values) == pytest.approx(wanted[version], abs=1e-3)
-        assert server.metrics()['dvc_requests_total{method="POST",route="/predict",status="200"}'] == load.total + 2
+        assert server.metrics()['http_requests_total{method="POST",route="/predict",status="200"}'] == load.total + 2
         assert [line for line in server.log() if line["level"] in ("ERROR", "CRITICAL")] == []
 
 
 def test_all_workers_come_to_the_same_and_so_does_one_that_takes_a_dead_ones_place(bundles: Bundles) -> None:
     two, one = bundles.version("two"), bundles.version("one")
     with serve(bundles.path("one"), admin_keys="sesame", web_concurrency=2) as server:
-        poll(lambda: server.metrics()["dvc_ready"] == 2)
+        poll(lambda: server.metrics()["classifier_ready_workers"] == 2)
         assert settled(server, one)
         load = Load(server, bundles.photo())
         with load.running():
@@ -136,11 +136,11 @@ def test_all_workers_come_to_the_same_and_so_does_one_that_takes_a_dead_ones_pla
         assert seen == {two}
         assert server.request("POST", "/admin/rollback", headers=KEY).status == 200
         poll(lambda: settled(server, one))
-        outcomes = {name: value for name, value in server.metrics().items() if name.startswith("dvc_bundle_swaps_total")}
-        assert outcomes['dvc_bundle_swaps_total{outcome="swapped"}'] == 1
-        assert outcomes['dvc_bundle_swaps_total{outcome="rolled_back"}'] == 1
-        assert outcomes['dvc_bundle_swaps_total{outcome="followed"}'] == 2
-        assert 'dvc_bundle_swaps_total{outcome="failed"}' not in outcomes
+        outcomes = {name: value for name, value in server.metrics().items() if name.startswith("classifier_rollouts_total")}
+        assert outcomes['classifier_rollouts_total{outcome="activated"}'] == 1
+        assert outcomes['classifier_rollouts_total{outcome="rolled_back"}'] == 1
+        assert outcomes['classifier_rollouts_total{outcome="synced"}'] == 2
+        assert 'classifier_rollouts_total{outcome="failed"}' not in outcomes
 
 
 def test_a_link_is_followed_by_all_workers_and_judged_once(bundles: Bundles, tmp_path: Path) -> None:
@@ -153,14 +153,14 @@ def test_a_link_is_followed_by_all_workers_and_judged_once(bundles: Bundles, tmp
         new.replace(link)
 
     with serve(link, admin_keys="sesame", web_concurrency=2, bundle_poll_s=0.1) as server:
-        poll(lambda: server.metrics()["dvc_ready"] == 2)
+        poll(lambda: server.metrics()["classifier_ready_workers"] == 2)
         lead_to("changed")
         poll(lambda: "changed or damaged" in (status(server)["refusal"] or {}).get("why", ""))
         lead_to("two")
         poll(lambda: settled(server, bundles.version("two")))
         metrics = server.metrics()
-        assert metrics['dvc_bundle_swaps_total{outcome="refused"}'] == 1
-        assert metrics['dvc_bundle_swaps_total{outcome="swapped"}'] == 1
+        assert metrics['classifier_rollouts_total{outcome="rejected"}'] == 1
+        assert metrics['classifier_rollouts_total{outcome="activated"}'] == 1
         assert status(server)["lasts"]
 
 
