@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 SHOWN     := $(if $(filter file,$(origin DATA)),$(wildcard $(DATA)),$(DATA))
 FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
-.PHONY: help setup finetune serve demo test lint format lock benchmark benchmark-serve benchmark-overload benchmark-score image up down container clean
+.PHONY: help setup finetune serve demo test lint format docs lock benchmark benchmark-serve benchmark-overload benchmark-score image up down container clean
 .DEFAULT_GOAL := help
 
 help: ## list what there is
@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	  { echo "make: Python 3.10 or newer with its venv module is wanted, and $$($(PYTHON) --version 2>&1) was found as $(PYTHON); install one and say make setup PYTHON=python3.11." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing what requirements.lock lists, PyTorch among it: some minutes."
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[serve,finetune,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[serve,finetune,dev,docs]'
 	@touch $@
 
 finetune: $(INSTALLED) ## fine-tune on DATA: make finetune DATA=photos BACKBONE=efficientnet_lite0
@@ -70,6 +70,10 @@ format: $(INSTALLED) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED) ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "Open site/index.html, or run \`$(BIN)/python -m http.server --directory site\` to use the search as well."
+
 lock: ## renew requirements.lock from pyproject.toml
 	$(PYTHON) tools/lock.py $(PYTHONS)
 
@@ -98,4 +102,4 @@ container:
 	@$(if $(CONTAINER),:,echo "make: docker or podman is wanted, and neither was found; install one, or say CONTAINER=/path/to/it." >&2; exit 2)
 
 clean: ## remove what was built, but no run and no data
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo site

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
-# Versions that are known to work together, as constraints: pip install -c requirements.lock -e '.[serve,finetune,dev]'
+# Versions that are known to work together, as constraints: pip install -c requirements.lock -e '.[serve,finetune,dev,docs]'
 # Written by tools/lock.py from the ranges in pyproject.toml; `make lock` renews it.
 """
 
@@ -26,7 +26,7 @@ def resolve(python: str) -> tuple[str, dict[str, str]]:
         subprocess.run([python, "-m", "venv", folder], check=True)
         pip = Path(folder) / "bin" / "pip"
         report = Path(folder) / "report.json"
-        wanted = f"{ROOT}[serve,finetune,dev]"
+        wanted = f"{ROOT}[serve,finetune,dev,docs]"
         subprocess.run([pip, "install", "--quiet", "--dry-run", "--report", report, wanted], check=True)
         told = json.loads(report.read_text())
     version = told["environment"]["python_version"]
