@@ -64,7 +64,7 @@ WORKDIR /work
 ARG REVISION=""
 LABEL org.opencontainers.image.title="dogs-vs-cats-finetune" \
       org.opencontainers.image.description="Makes a verified bundle of a folder of labelled photos" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="$REVISION"
 USER 10001:10001
@@ -96,7 +96,7 @@ RUN --mount=type=bind,source=tools,target=/build \
 ARG REVISION=""
 LABEL org.opencontainers.image.title="dogs-vs-cats" \
       org.opencontainers.image.description="Says over HTTP what is on a photo" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="$REVISION"
 USER 10001:10001

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))  # MkDocs may run without the project being instal
 
 from finetune.config import Config  # noqa: E402
 from models.networks.spec import Recipe  # noqa: E402
-from service.http.errors import CODES  # noqa: E402
+from service.http.errors import PROBLEM_TYPES  # noqa: E402
 from service.settings import Settings  # noqa: E402
 
 
@@ -57,7 +57,8 @@ def training_settings() -> str:
 
 def problem_codes() -> str:
     """List the stable code of each error response with its HTTP status and title."""
-    rows = [(f"`{code}`", str(status), title) for code, (status, title) in sorted(CODES.items(), key=lambda row: row[1][0])]
+    problems = sorted(PROBLEM_TYPES.items(), key=lambda row: row[1][0])
+    rows = [(f"`{code}`", str(status), title) for code, (status, title) in problems]
     return _table(("Code", "Status", "Title"), rows)
 
 

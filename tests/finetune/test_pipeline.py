@@ -311,9 +311,9 @@ def test_vgg16_keeps_all_but_its_head_and_is_torchvisions_own(vgg: SimpleNamespa
     np.testing.assert_allclose(probabilities.numpy(), wanted, atol=1e-3)
 
 
-def test_the_readmes_example_loads_vgg16s_weights_into_plain_torchvision(vgg: SimpleNamespace) -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL) if "runs/NAME/bundle" in block)
+def test_the_documented_example_loads_vgg16s_weights_into_plain_torchvision(vgg: SimpleNamespace) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "bundle.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(example.replace("runs/NAME/bundle", str(vgg.bundle.path)), names)
     assert names["probabilities"].shape == (1, 2)

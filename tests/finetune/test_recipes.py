@@ -22,10 +22,10 @@ __all__ = ["mirror"]
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 FIGURES = {
-    "cifar10-lenet": "62 %",
-    "cifar10-vgg": "84.77 %",
-    "fashion-mnist-cnn-selu": "91.8 %",
-    "fashion-mnist-cnn-separable": "84.4 %",
+    "cifar10-lenet": "62%",
+    "cifar10-vgg": "84.77%",
+    "fashion-mnist-cnn-selu": "91.8%",
+    "fashion-mnist-cnn-separable": "84.4%",
 }
 
 
