@@ -114,11 +114,6 @@ def test_the_guide_has_a_row_for_every_metric_and_every_alert_and_for_no_other()
         assert f"`{stage}`" in GUIDE
 
 
-def test_the_files_that_the_guide_names_are_there() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", GUIDE):
-        assert (ROOT / "docs" / target).exists(), target
-
-
 def test_the_backup_that_the_guide_says_holds_what_was_committed(tmp_path: Path) -> None:
     """Also what is not in the database's file yet, as where a service still writes."""
     with contextlib.closing(sqlite3.connect(tmp_path / "reviews.db")) as writing:
