@@ -127,7 +127,7 @@ def test_make_image_takes_the_engine_that_is_there(engine: str, tmp_path: Path) 
 def test_make_image_says_what_is_missing(tmp_path: Path) -> None:
     done = fake_engine("", tmp_path, "image")
     assert done.returncode == 2
-    assert "docker or podman" in done.stderr
+    assert "Docker or Podman is required" in done.stderr
 
 
 def fake_engine(engine: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
