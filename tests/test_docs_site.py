@@ -52,7 +52,7 @@ def test_nothing_is_loaded_from_another_host(site: Path) -> None:
 
 def test_the_python_reference_lists_the_public_names(site: Path) -> None:
     text = (site / "python.html").read_text(encoding="utf-8")
-    for name in ("open_bundle", "OnnxEngine", "create_model", "ModelSpec", "Config", "create_app", "Settings"):
+    for name in ("open_bundle", "OpenVINOEngine", "create_model", "ModelSpec", "Config", "create_app", "Settings"):
         assert re.search(rf'<h[2-4] id="[\w.]*\b{name}"', text), name
 
 

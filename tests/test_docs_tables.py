@@ -59,7 +59,15 @@ def test_every_error_code_is_listed_once_with_its_status() -> None:
     assert {code.strip("`"): (int(status), title) for code, status, title in table} == dict(PROBLEM_TYPES)
 
 
-@pytest.mark.parametrize("page", ["settings.md", "serving.md"])
+def test_every_subpackage_is_listed_once_with_its_summary() -> None:
+    table = rows(rendered("architecture.md"), "`[a-z_]+/[a-z_]+`")
+    listed = [row[0].strip("`") for row in table]
+    files = [file for package in docs_tables.PACKAGES for file in (ROOT / package).glob("*/__init__.py")]
+    assert sorted(listed) == sorted(file.parent.relative_to(ROOT).as_posix() for file in files)
+    assert all(len(row) == 2 and row[1] for row in table)
+
+
+@pytest.mark.parametrize("page", ["settings.md", "serving.md", "architecture.md"])
 def test_every_marker_is_replaced(page: str) -> None:
     source = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert "<!-- table: " in source

@@ -1,4 +1,4 @@
-"""Fill the tables of settings and error codes into the documentation (an MkDocs hook).
+"""Fill the tables of settings, error codes and packages into the documentation (an MkDocs hook).
 
 MkDocs calls ``on_page_markdown`` for each page. A marker such as ``<!-- table: service settings -->`` is replaced by a table
 that is made from the code, so that the documentation cannot disagree with it. Nothing here imports torch or Flask.
@@ -6,6 +6,7 @@ that is made from the code, so that the documentation cannot disagree with it. N
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("models", "finetune", "service")
 sys.path.insert(0, str(ROOT))  # MkDocs may run without the project being installed
 
 from finetune.config import Config  # noqa: E402
@@ -62,10 +64,21 @@ def problem_codes() -> str:
     return _table(("Code", "Status", "Title"), rows)
 
 
+def packages() -> str:
+    """List each subpackage with the first line of its docstring."""
+    rows = []
+    for package in PACKAGES:
+        for file in sorted((ROOT / package).glob("*/__init__.py")):
+            summary = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").splitlines()[0]
+            rows.append((f"`{package}/{file.parent.name}`", summary.replace("``", "`")))
+    return _table(("Package", "Contents"), rows)
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "service settings": service_settings,
     "training settings": training_settings,
     "problem codes": problem_codes,
+    "packages": packages,
 }
 
 
