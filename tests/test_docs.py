@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from finetune.__main__ import COMMANDS, main
+from service.http.errors import PROBLEM_TYPES
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -128,6 +130,20 @@ def test_the_changelog_maps_old_settings_to_existing_ones() -> None:
     new = re.findall(r"^\| `[A-Z_]+`.*? \| `([A-Z_]+)` \|$", table, flags=re.MULTILINE)
     assert len(new) > 5
     assert set(new) <= {field.name.upper() for field in dataclasses.fields(Settings)}
+
+
+def test_the_changelog_maps_old_error_codes_to_existing_ones() -> None:
+    rows = re.findall(r"^\| Error codes, .*? \| .*? \| (.*?) \|$", CHANGELOG, flags=re.MULTILINE)
+    assert rows
+    assert {code for row in rows for code in re.findall(r"`(\w+)`", row)} <= set(PROBLEM_TYPES)
+
+
+def test_the_changelog_maps_old_metrics_to_existing_ones() -> None:
+    table = CHANGELOG.split("### Renamed metrics\n")[1].split("\n### ")[0]
+    families = [line.split()[2] for line in Metrics().render().decode().splitlines() if line.startswith("# TYPE ")]
+    new = re.findall(r"^\| `dvc_\w+`.*? \| `(\w+)`.* \|$", table, flags=re.MULTILINE)
+    assert new
+    assert set(new) <= set(families)
 
 
 def test_the_changelog_maps_old_commands_to_existing_ones() -> None:
