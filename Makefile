@@ -59,6 +59,7 @@ demo: $(INSTALLED) ## run the complete workflow on generated pictures and open t
 	  HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
 test: $(INSTALLED) ## run all tests in two processes (JOBS=1: in one)
+	@tools/install-test-packages.sh
 	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(ARGS)
 
 lint: $(INSTALLED) ## run ruff and mypy

@@ -18,6 +18,7 @@ import pytest
 from finetune.data.synthetic.dataset import CLASSES, draw_image
 from service.db.connection import Database
 from tests.helpers.databases import Postgres, run_postgres
+from tests.helpers.system_packages import skip_without
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -154,7 +155,7 @@ def browser() -> Iterator[Browser]:
     from tests.helpers.browser import CHROMIUM, run_browser
 
     if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
+        skip_without("chromium")
     with run_browser() as running:
         yield running
 
