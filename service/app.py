@@ -15,11 +15,11 @@ from service.api import admin, health, inference_protocol, predict
 from service.http.admission import AdmissionController
 from service.http.errors import Problem, code_for_status
 from service.http.middleware import KNOWN_METHODS, RequestMiddleware
+from service.http.text_validation import check_items, check_text
 from service.inference.model_manager import ModelManager
 from service.inference.predictor import PredictionCallback, Predictor
 from service.rollout.rollout import RolloutManager
 from service.settings import Settings
-from service.text import check_items, check_text
 from service.web import layout
 
 log = logging.getLogger("service.request")

@@ -13,7 +13,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class ResourceAllocation:
-    """What runs side by side. ``cpus_per_worker`` (of the processors), ``inference_threads`` and ``streams`` are of each worker."""
+    """Processes, threads and streams. ``cpus_per_worker``, ``inference_threads`` and ``streams`` are per worker."""
 
     cpus: int
     workers: int

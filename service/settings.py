@@ -65,7 +65,10 @@ class Settings:
     port: int = _setting(8000, "port to listen on; 0 takes a free one", least=0, most=65535)
     web_concurrency: int = _setting(1, "worker processes; each holds its own copy of the model", least=1, most=64)
     threads: int | None = _setting(
-        None, "threads of each worker that run predictions, `MAX_IN_FLIGHT` of them at most (default: `MAX_IN_FLIGHT` + 16)", least=2, most=1024
+        None,
+        "threads of each worker that run predictions, `MAX_IN_FLIGHT` of them at most (default: `MAX_IN_FLIGHT` + 16)",
+        least=2,
+        most=1024,
     )
     page_threads: int | None = _setting(
         None, "threads of each worker that run everything else (default: a quarter of `THREADS`)", least=1, most=1024
@@ -154,7 +157,7 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read the variables that are set; an empty one counts as not set. Raises ConfigError on a wrong value or an old name."""
+        """Read the environment; an empty variable counts as unset. Raises ConfigError for a wrong value or an old name."""
         for old, new in RENAMED.items():
             if environ.get(old, "").strip():
                 raise ConfigError(f"{old} is now {new}; rename it in the environment.")
@@ -183,7 +186,7 @@ class Settings:
             )
         if settings.max_images > settings.max_in_flight:
             raise ConfigError(
-                f"MAX_IMAGES is {settings.max_images} and MAX_IN_FLIGHT {settings.max_in_flight}: a full request would never fit;"
+                f"MAX_IMAGES is {settings.max_images} and MAX_IN_FLIGHT is {settings.max_in_flight}: a full request never fits;"
                 " raise MAX_IN_FLIGHT or lower MAX_IMAGES."
             )
         return settings

@@ -15,7 +15,7 @@ PACKAGES = ("models", "finetune", "service")
 FORBIDDEN = {"models": {"finetune", "service"}, "finetune": {"service"}, "service": {"finetune"}}
 # From the bottom up: a module imports its own shelf and those above it in this list; shelves of one line may import each other.
 LAYERS = {
-    "models": ("errors preprocess", "artifacts", "networks zoo", "runtime", "__init__"),
+    "models": ("errors preprocess image_structure", "artifacts", "networks zoo", "runtime", "__init__"),
     "finetune": (
         "config",
         "io",
@@ -56,7 +56,7 @@ def imports(file: Path) -> Iterator[str]:
 
 def layer_of(package: str, dotted: str) -> int:
     """The position of the shelf, or root module, that a dotted name belongs to."""
-    shelf = (dotted.split(".") + ["__init__"])[1]
+    shelf = [*dotted.split("."), "__init__"][1]
     layers = [index for index, names in enumerate(LAYERS[package]) if shelf in names.split()]
     return layers[0] if layers else len(LAYERS[package])
 

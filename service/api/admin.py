@@ -8,10 +8,10 @@ from typing import Any
 from flask import Blueprint, Response, current_app, g, jsonify, request
 
 from service.http.errors import Problem
+from service.http.json_body import OTHER_VALUES, parse_json
 from service.http.request_body import read_body
 from service.http.security import key_from_request, match_key
 from service.inference.model_manager import ModelManager
-from service.json_body import OTHER_VALUES, parse_json
 from service.rollout.agreement import ALLOWED_DIFFERENCES
 from service.rollout.rollout import RolloutManager
 from service.settings import Settings

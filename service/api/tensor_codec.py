@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
+from service.http.json_body import OTHER_VALUES, parse_json
+from service.http.text_validation import describe
 from service.http.uploads import VALUES_PER_PHOTO, check_image_count
-from service.json_body import OTHER_VALUES, parse_json
 from service.settings import Settings
-from service.text import describe
 
 DATATYPES = {"photos": "BYTES", "pixels": "UINT8"}
 OUTPUTS = ("probabilities", "label")

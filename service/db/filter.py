@@ -12,7 +12,7 @@ from urllib.parse import quote_plus
 from werkzeug.datastructures import MultiDict
 
 from service.http.errors import Problem
-from service.text import check_items
+from service.http.text_validation import check_items
 
 UNLABELED = "not labelled"  # stands for the class of a live photo that nobody has labelled
 OUTCOMES = ("right", "wrong", "unknown")

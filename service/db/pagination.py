@@ -28,8 +28,8 @@ MIN_IMAGES_PER_BUCKET = 50  # photos to a cell: where there are fewer, to read h
 class Paginator:
     """The photos of one model that are in some cells: ``bucket_counts`` says how many of them each cell's id has.
 
-    ``model_total`` is the number of the model's photos, and ``bucket_total`` that of its cells. ``restrict_to`` selects the ids that are
-    to be left, where not all photos of the cells are.
+    ``model_total`` is the number of the model's photos, and ``bucket_total`` that of its cells. ``restrict_to`` selects the
+    ids that are to be left, where not all photos of the cells are.
     """
 
     connection: Connection

@@ -79,7 +79,8 @@ def save_predictions(connection: Connection, model_id: int, classes: Sequence[st
 
 
 def prune(connection: Connection, *, max_images: int, days: float) -> int:
-    """Forget photos that are older than ``days``, and of more than ``max_images`` those without a decision first, then the oldest.
+    """Forget photos that are older than ``days``, and of more than ``max_images`` those without a decision first, then the
+    oldest.
 
     Returns how many were forgotten. What was decided about them stays in the history.
     """

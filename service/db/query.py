@@ -19,7 +19,7 @@ from service.db.model_comparison import select_changed
 from service.db.pagination import Paginator
 from service.db.schema import buckets, current_reviews, models, predictions
 from service.http.errors import Problem
-from service.text import is_storable
+from service.http.text_validation import is_storable
 
 
 @dataclass(frozen=True)

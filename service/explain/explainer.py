@@ -1,8 +1,9 @@
 """Where did the model look? Computed when somebody asks, by a second engine that gives way to the first one.
 
-The class-activation map is exact for networks that average their last feature map and weigh it linearly (``service.explain.cam``);
-for all others a patch is moved over the photo (``service.explain.occlusion``), as that needs nothing but answers. Score-CAM (Wang et
-al. 2020) needs as many answers as the last map has channels, hundreds, and was left out for it.
+The class-activation map is exact for networks that average their last feature map and weigh it linearly
+(``service.explain.cam``); for all others a patch is moved over the photo (``service.explain.occlusion``), as that needs
+nothing but answers. Score-CAM (Wang et al. 2020) needs as many answers as the last map has channels, hundreds, and was left
+out for it.
 """
 
 from __future__ import annotations
@@ -77,9 +78,8 @@ class Explanation:
 
 class Explainer:
     """Explain one bundle's answers, one at a time; the last REMEMBERED are kept.
-
-    The engine is made at the first question, and its memory given back ``idle_timeout_s`` after the last one. ``max_queued`` may
-    wait, each ``timeout_s`` at most.
+     The engine is made at the first question, and its memory given back ``idle_timeout_s`` after the last one. ``max_queued``
+    may wait, each ``timeout_s`` at most.
     """
 
     def __init__(self, bundle: Bundle, *, max_queued: int = 8, timeout_s: float = 30.0, idle_timeout_s: float = 300.0) -> None:

@@ -24,7 +24,7 @@ def filter_from_request(*, extra: Iterable[str] = (), **preset: tuple[str, ...])
 
 
 def page_filter_from_request(**preset: tuple[str, ...]) -> Filter:
-    """As ``filter_from_request``, of a page of the grid: in the order that its form may have sent, but for ``panel.apply_range_params``."""
+    """Return the filter of a grid page, in the order that its form may have sent (see ``filter_from_request``)."""
     return sidebar.apply_sort_params(filter_from_request(extra=("page", *sidebar.FORM_PARAMS), **preset), request.args)
 
 

@@ -11,7 +11,6 @@ from models.artifacts.paths import resolve_bundle, thumbnails_dir
 from models.runtime.openvino_engine import Pixels
 from service.db import production
 from service.db.ingest import decode_file_name
-from service.decoding import RenderedImage
 from service.explain.explainer import Explainer, Explanation
 from service.gallery.index import GalleryIndex
 from service.http.errors import Problem
@@ -19,6 +18,7 @@ from service.images.render import render_jpeg
 from service.images.source_folder import ImageMissingError, ImageReplacedError, ImageUnavailableError, SourceFolder
 from service.images.thumbnails import ThumbnailCache
 from service.images.worker_pool import WorkerPool
+from service.inference.decoding import RenderedImage
 from service.inference.image_decoder import ImageDecoder
 from service.settings import Settings
 

@@ -15,12 +15,12 @@ from service.gallery.filter_params import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, 
 from service.gallery.index import gallery
 from service.gallery.photo import RejectedReview, render_photo_page
 from service.http.errors import Problem
+from service.http.json_body import OTHER_VALUES, parse_json
 from service.http.request_body import read_body
 from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
-from service.json_body import OTHER_VALUES, parse_json
+from service.http.text_validation import check_items, describe
 from service.reviews.decisions import ReviewDecision, load_history, save_decision
 from service.settings import Settings
-from service.text import check_items, describe
 from service.web.layout import ONE_YEAR_S, problem_page, problem_response
 
 MAX_BODY_BYTES = 64 << 10

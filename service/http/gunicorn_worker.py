@@ -344,7 +344,7 @@ class EventLoopWorker(Worker):
         self._probes = Lane("probe", PROBE_THREADS, waiting)
 
     def _stop(self) -> None:
-        """Take over the connections that the kernel accepted, stop listening, and finish what was begun, within SHUTDOWN_TIMEOUT_S."""
+        """Accept the connections in the backlog, stop listening, and finish what was begun, within SHUTDOWN_TIMEOUT_S."""
         until = time.monotonic() + self.cfg.graceful_timeout
         self.alive = False
         self._accept_all()

@@ -33,8 +33,8 @@ class RequestMiddleware:
     """Admit predictions up to the server's capacity, and reject the rest with 503.
 
     A server that admits or rejects requests itself, before their bodies (``service.http.gunicorn_worker``), says so in the
-    environment with SLOT and REJECTION; under any other it is done here. ``inference_paths`` are those of predictions; where a path is in
-    ``custom_error_paths``, the application itself words the rejection.
+    environment with SLOT and REJECTION; under any other it is done here. ``inference_paths`` are those of predictions;
+    where a path is in ``custom_error_paths``, the application itself words the rejection.
     """
 
     def __init__(

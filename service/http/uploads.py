@@ -12,9 +12,9 @@ from flask import Request
 
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
+from service.http.json_body import OTHER_VALUES, parse_json
 from service.http.multipart_form import parse_form
 from service.http.request_body import read_body
-from service.json_body import OTHER_VALUES, parse_json
 from service.settings import Settings
 
 VALUES_PER_PHOTO = 16  # of its object in `instances`: what other clients say of a photo beside its bytes

@@ -7,14 +7,14 @@ import io
 from PIL import Image
 
 from models.runtime.openvino_engine import Pixels
-from service.decoding import RenderedImage
+from service.inference.decoding import RenderedImage
 from service.inference.image_decoder import ImageDecoder
 
 DISPLAY_MAX_PX = 2048
 
 
 def render_jpeg(data: bytes, *, decoder: ImageDecoder, max_side_px: int = DISPLAY_MAX_PX, quality: int = 90) -> RenderedImage:
-    """Make a JPEG of a photo (``service.decoding.render``). Raises Problem for what is no photo, or too large a one."""
+    """Make a JPEG of an image (``service.inference.decoding.render``). Raises Problem if it is invalid or too large."""
     return decoder.render(data, max_side_px=max_side_px, quality=quality)
 
 

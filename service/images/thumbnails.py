@@ -10,10 +10,10 @@ from pathlib import Path
 from PIL import Image
 
 from models.preprocess import IMAGE_FORMATS
-from service.decoding import RenderedImage
 from service.images.disk_cache import DiskCache
 from service.images.render import render_jpeg
 from service.images.worker_pool import WorkerPool
+from service.inference.decoding import RenderedImage
 from service.inference.image_decoder import ImageDecoder
 
 THUMBNAIL_MAX_PX = 320

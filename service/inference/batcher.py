@@ -4,8 +4,8 @@ One thread more than processors, and each does what is most wanted next: decode 
 So the processors are hardly fought over, an idle server decodes and computes a photo in one go, and a busy one fills its
 batches by itself. Both kinds of work leave Python's lock to the others; the thread more works while one waits for it.
 
-Large and unusual photos are decoded in a process of their own (``service.decoder_process``). One more thread waits for it,
-so that a photo that takes long holds up no others.
+Large and unusual photos are decoded in a process of their own (``service.inference.decoder_process``). One more thread
+waits for it, so that a photo that takes long holds up no others.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import Engine
-from service.decoder_process import DecoderBusyError
 from service.http.errors import Problem
+from service.inference.decoder_process import DecoderBusyError
 from service.inference.image_decoder import DeferredError, ImageDecoder, PreprocessedImage
 from service.telemetry.metrics import Metrics
 
@@ -134,8 +134,8 @@ class Batcher:
     ) -> list[Future[InferenceResult]]:
         """Begin with photos, or with what was made of them elsewhere: with all of them, or with none (BatcherClosedError).
 
-        A future raises Problem for a bad photo, and RequestCancelledError where ``is_wanted`` called it off, or where it was not
-        decoded by ``until`` (of ``time.perf_counter``).
+        A future raises Problem for a bad photo, and RequestCancelledError where ``is_wanted`` called it off, or where it
+        was not decoded by ``until`` (of ``time.perf_counter``).
         """
         submitted = [_as_photo(photo, is_wanted, until) for photo in photos]
         with self._changed:

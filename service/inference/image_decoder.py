@@ -2,7 +2,7 @@
 
 A photo is examined first, without decoding (``models.image_structure``). What is simple and small is decoded in the thread
 that asks, as its time and memory are bounded. What is large, or of a shape whose cost only decoding tells, is decoded in a
-process that can be killed (``service.decoder_process``).
+process that can be killed (``service.inference.decoder_process``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from models.errors import ImageError, ImageTooLargeError, TooComplexError, UnsupportedImageError, UserError
 from models.image_structure import Limits, Structure, examine
 from models.preprocess import Preprocessing
-from service.decoder_process import DecoderProcess
-from service.decoding import PreprocessedImage, RenderedImage, preprocess, render
 from service.http.errors import Problem
+from service.inference.decoder_process import DecoderProcess
+from service.inference.decoding import PreprocessedImage, RenderedImage, preprocess, render
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -99,7 +99,7 @@ class ImageDecoder:
         return self._guarded(data, here, there, block=block)
 
     def render(self, data: bytes, *, max_side_px: int, quality: int) -> RenderedImage:
-        """Check a photo and make a picture of it for people (``service.decoding.render``). Raises Problem."""
+        """Check a photo and make a picture of it for people (``service.inference.decoding.render``). Raises Problem."""
         arguments = {"max_side_px": max_side_px, "quality": quality, "max_pixels": self.limits.max_pixels}
 
         def there() -> RenderedImage:

@@ -27,8 +27,8 @@ from models.runtime.precision import Precision, select_precision
 from service.http.errors import Problem
 from service.inference.batcher import Batcher
 from service.inference.image_decoder import ImageDecoder
+from service.inference.memory import return_large_blocks
 from service.inference.recent_predictions import RecentPrediction, RecentPredictions
-from service.memory import return_large_blocks
 from service.resources import ResourceAllocation, allocate_resources
 from service.rollout.bundle_link import initial_state
 from service.rollout.state import RolloutStore

@@ -57,8 +57,8 @@ class Predictor:
         """The model that answered, and its predictions for ``uploads`` in their order. Raises Problem where there are none.
 
         A single photo's problem is raised; of several photos each carries its own, but with ``all_or_none`` the first is
-        raised. The request itself was admitted as one photo before it came here (``service.http.middleware``); were there a way around
-        that, it would be admitted here.
+        raised. The request itself was admitted as one photo before it came here (``service.http.middleware``); were there a
+        way around that, it would be admitted here.
         """
         more = len(uploads) - bool(request.environ.get(SLOT))
         self._admission.acquire(more)

@@ -13,7 +13,7 @@ from models.artifacts.reviews import COLUMNS, DECISIONS, LABEL
 from service.db.ingest import PREDICTION_COLUMNS, BucketWriter, production_loss, resolve_label
 from service.db.schema import buckets, current_reviews, decisions, models, predictions
 from service.http.errors import Problem
-from service.text import is_storable
+from service.http.text_validation import is_storable
 
 ACTIONS = (*DECISIONS, "note", "undo")
 

@@ -1,8 +1,8 @@
 """Put another bundle in the place of the one that serves, without a failed request: load beside it, check, then exchange.
 
 One worker decides, for all: the one that is asked, or the first that sees BUNDLE's link lead elsewhere. It writes what it
-chose on the board (``service.rollout.state``), and the other workers load the same. Who is in the middle of an answer finishes it with
-the model that it began with (``service.inference.predictor``).
+chose on the board (``service.rollout.state``), and the other workers load the same. Who is in the middle of an answer
+finishes it with the model that it began with (``service.inference.predictor``).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {
     "PROMETHEUS_MULTIPROC_DIR",
     *RENAMED,
 }
-HOLDING = ROOT / "tests" / "holding"
+HOLDING = ROOT / "tests" / "helpers" / "holding"
 # For a busy machine.
 PATIENT = {"deadline_ms": 300_000, "body_timeout_s": 300, "shutdown_timeout_s": 300, "decode_timeout_s": 300}
 START_S = 300.0  # a model is loaded with low priority

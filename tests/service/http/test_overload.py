@@ -200,7 +200,11 @@ def test_requests_in_one_go_are_refused_and_answered_in_their_order(full: Server
 
 def test_a_refusal_needs_no_thread(tiny_bundle: SimpleNamespace) -> None:
     """Those who are refused are many, and wait neither for those who are answered nor for those who trickle."""
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4, threads=5) as server, held(server, 4) as accepted, Line(server) as idle:
+    with (
+        serve(tiny_bundle.path, max_in_flight=4, max_images=4, threads=5) as server,
+        held(server, 4) as accepted,
+        Line(server) as idle,
+    ):
         idle.socket.sendall(b"POST /predict HTTP/1.1\r\n")  # and never more
         with contextlib.ExitStack() as open_lines:
             lines = [open_lines.enter_context(Line(server)) for _ in range(50)]

@@ -320,8 +320,8 @@ def test_every_decision_that_was_acknowledged_outlives_a_kill(
         "    photo, sha256 = sys.argv[2 + number % 20].split('|')\n"
         "    with database.write() as connection:\n"
         "        holds = current_decision(connection, sha256)\n"
-        "        decision = ReviewDecision(photo=photo, sha256=sha256, model_version='v1', decision='label', new_label='dogs',\n"
-        "                          note=str(number), expected_version=holds and holds.id)\n"
+        "        decision = ReviewDecision(photo=photo, sha256=sha256, model_version='v1', decision='label',\n"
+        "                          new_label='dogs', note=str(number), expected_version=holds and holds.id)\n"
         "        made = save_decision(connection, decision)\n"
         "    print(made, number, flush=True)\n"
     )

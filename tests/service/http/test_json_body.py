@@ -16,7 +16,7 @@ from werkzeug.test import TestResponse
 
 from service import create_app
 from service.http.errors import Problem
-from service.json_body import parse_json
+from service.http.json_body import parse_json
 from service.settings import Settings
 from tests.helpers.server import PATIENT, START_S, poll
 
@@ -48,7 +48,7 @@ def no_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(text: object) -> None:
         raise AssertionError("the JSON was parsed")
 
-    monkeypatch.setattr("service.json_body.json", SimpleNamespace(loads=fail))
+    monkeypatch.setattr("service.http.json_body.json", SimpleNamespace(loads=fail))
 
 
 def post(app: Flask, path: str, body: bytes | Any) -> TestResponse:
@@ -72,7 +72,7 @@ def test_the_bound_is_taken_and_one_more_is_not(item: bytes, monkeypatch: pytest
 
     bound = size(listed(10))
     assert len(parse_json(listed(10), max_values=bound, hint="send less")) == 10
-    monkeypatch.setattr("service.json_body.json", None)
+    monkeypatch.setattr("service.http.json_body.json", None)
     problem = rejected(listed(10), max_values=bound - 1)
     assert (problem.code, problem.status) == ("json_too_large", 413)
     assert f"has {bound:,} values and at most {bound - 1:,} are allowed; send less." in problem.detail

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from streaming_app import CHUNK_BYTES, CHUNKS
 
 from tests.helpers.server import ANSWER_S, ROOT, poll
+from tests.helpers.streaming_app import CHUNK_BYTES, CHUNKS
 
 
 @pytest.fixture
 def port(tmp_path: Path) -> Iterator[int]:
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--threads", "2", "--chdir", str(ROOT / "tests")]
-    command += ["--worker-class", "service.http.gunicorn_worker.EventLoopWorker", "streaming_app:app"]
+    command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0", "--threads", "2"]
+    command += ["--worker-class", "service.http.gunicorn_worker.EventLoopWorker", "tests.helpers.streaming_app:app"]
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=file)
     try:

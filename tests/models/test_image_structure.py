@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from tests.helpers import bomb_images
 import pytest
 
 from models.errors import ImageError, ImageTooLargeError, TooComplexError
 from models.image_structure import Limits, examine
 from models.preprocess import decode
+from tests.helpers import bomb_images
 from tests.helpers.odd_images import odd_images, picture, saved
 
 MIB = 1 << 20

@@ -1,8 +1,8 @@
 """Decode in a child process that is limited in time and memory, and that can be killed.
 
-``python -m service.decoder_process`` is the child. It reads jobs from its standard input and writes results to its standard
-output, as messages of ``multiprocessing.connection``: a JSON header and the bytes, both ways. Its standard error is
-discarded, as libtiff writes there what it thinks of a file.
+``python -m service.inference.decoder_process`` is the child. It reads jobs from its standard input and writes results to
+its standard output, as messages of ``multiprocessing.connection``: a JSON header and the bytes, both ways. Its standard
+error is discarded, as libtiff writes there what it thinks of a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from models import errors
 from models.errors import ImageError, TooComplexError
-from service.decoding import PLAIN_JOBS
+from service.inference.decoding import PLAIN_JOBS
 
 IDLE_S = 30.0
 START_S = 60.0
@@ -34,7 +34,7 @@ SLACK_BYTES = 128 << 20
 READY = b"ready"
 MAX_RESULT_BYTES = 256 << 20
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")  # of the environment: no keys, no database's password
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {"ImageError", "UnsupportedImageError", "ImageTooLargeError", "TooComplexError"}
 
 
@@ -75,7 +75,7 @@ class DecoderProcess:
         return child.pid if child and child.is_alive else None
 
     def run(self, job: str, data: bytes, *, within_s: float = math.inf, **arguments: Any) -> tuple[dict[str, Any], bytes]:
-        """Do a job of ``service.decoding.PLAIN_JOBS`` in the child.
+        """Do a job of ``service.inference.decoding.PLAIN_JOBS`` in the child.
 
         Args:
             job: The job's name.

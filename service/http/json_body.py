@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from service.http.errors import Problem
-from service.text import check_text, strings_in
+from service.http.text_validation import check_text, strings_in
 
 # What a request may contain beside its photos: an id, parameters, fields that other clients send.
 OTHER_VALUES = 1_000

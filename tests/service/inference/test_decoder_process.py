@@ -14,22 +14,22 @@ from functools import partial
 from types import SimpleNamespace
 from typing import TypeVar
 
-from tests.helpers import bomb_images
 import numpy as np
 import pytest
 from PIL import Image
 
 from models.errors import ImageError, TooComplexError, UnsupportedImageError
 from models.preprocess import Preprocessing
-from service import decoder_process
 from service.app import Services, create_api_app
-from service.decoder_process import DecoderBusyError, DecoderProcess
-from service.decoding import preprocess, render
 from service.http.errors import Problem
+from service.inference import decoder_process
+from service.inference.decoder_process import DecoderBusyError, DecoderProcess
+from service.inference.decoding import preprocess, render
 from service.inference.image_decoder import ImageDecoder
 from service.inference.model_manager import ModelManager
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
+from tests.helpers import bomb_images
 from tests.helpers.odd_images import odd_images, picture, png, saved
 from tests.helpers.server import poll, rss_mb, serve
 
@@ -178,7 +178,8 @@ def test_it_ends_when_it_is_idle_and_comes_again(make: Made) -> None:
 
 def test_it_ends_with_its_parent() -> None:
     code = (
-        "import os, sys; from service.decoder_process import DecoderProcess; from service.decoding import Preprocessing;"
+        "import os, sys; from service.inference.decoder_process import DecoderProcess;"
+        "from service.inference.decoding import Preprocessing;"
         "from dataclasses import asdict; process = DecoderProcess(max_pixels=10**6, max_body_bytes=10**6, timeout_s=60);"
         "process.run('preprocess', sys.stdin.buffer.read(), preprocessing=asdict(Preprocessing()), max_pixels=10**6);"
         "print(process.pid, flush=True); os.kill(os.getpid(), 9)"
@@ -199,7 +200,7 @@ def status(pid: int) -> str:
 def test_it_imports_neither_the_server_nor_an_engine_and_sees_no_keys(make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEYS", "ann:secret")
     code = (
-        "import sys, service.decoder_process;"
+        "import sys, service.inference.decoder_process;"
         "print({'flask', 'openvino', 'torch', 'gunicorn', 'sqlalchemy', 'prometheus_client'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import sys
-from service.memory import return_large_blocks
+from service.inference.memory import return_large_blocks
 if sys.argv[1] == "set":
     return_large_blocks()
 for _ in range(3):
