@@ -1,12 +1,14 @@
-"""``python -m service``: gunicorn with this package's configuration; every setting is an environment variable."""
+"""Start the service: ``serve-classifier [BUNDLE]`` or ``python -m service``. Every setting is an environment variable."""
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,19 +36,30 @@ def check_free(host: str, port: int) -> None:
             ) from None
 
 
-def main() -> int:
-    """Merge a head-only bundle, if need be and if the training side is installed, then run gunicorn in this process."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run gunicorn in this process, after merging a head-only bundle if PyTorch is installed.
+
+    Returns:
+        The exit code: 2 for a usage or input error, which is explained in one line.
+    """
+    _set_environment(argv)
     try:
         settings = Settings.from_environment()
         check_free(settings.host, settings.port)
         bundle = open_bundle(settings.bundle, files=())
+        needs_merge = bundle.is_head_only and not merged_dir(bundle).is_dir()
+        if needs_merge and not find_spec("torch"):
+            raise ConfigError(
+                f"The bundle {settings.bundle} contains only the trained layers, and merging it with its pretrained weights "
+                "needs PyTorch once. Install the extra `finetune`, or serve a bundle that was exported with --export full."
+            )
     except UserError as error:
         print(f"service: {error}", file=sys.stderr)
         return 2
-    if bundle.is_head_only and not merged_dir(bundle).is_dir() and find_spec("torch"):
-        done = subprocess.run([sys.executable, "-m", "finetune", "merge", str(settings.bundle)], stdout=subprocess.DEVNULL)
-        if done.returncode:
-            return done.returncode
+    if needs_merge:
+        merge = subprocess.run([sys.executable, "-m", "finetune", "merge", str(settings.bundle)], stdout=subprocess.DEVNULL)
+        if merge.returncode:
+            return merge.returncode
 
     from gunicorn.app.wsgiapp import WSGIApplication
 
@@ -54,6 +67,22 @@ def main() -> int:
     sys.argv = ["gunicorn", "--config", str(Path(__file__).with_name("gunicorn.conf.py"))]
     WSGIApplication("%(prog)s [OPTIONS]").run()
     return 0
+
+
+def _set_environment(argv: Sequence[str] | None) -> None:
+    """Read the command line into the environment, where gunicorn's workers find it. A flag overrides a variable."""
+    parser = argparse.ArgumentParser(
+        prog="serve-classifier",
+        description="Serve a bundle over HTTP. Other settings are environment variables; see the documentation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("bundle", nargs="?", help="folder that `finetune train` exported (default: the shipped cats and dogs)")
+    parser.add_argument("--data-dir", help="folder of labeled images to show in the gallery")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", help="port to listen on (default: 8000; 0: any free port)")
+    for name, value in vars(parser.parse_args(argv)).items():
+        if value is not None:
+            os.environ[name.upper()] = value
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def wheel(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in files:
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / "source" / name)
-    run(sys.executable, "-m", "compileall", "-q", folder / "source" / "service" / "migrations")  # as in a used checkout
+    run(sys.executable, "-m", "compileall", "-q", folder / "source" / "service" / "db" / "migrations")  # as in a used checkout
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
     run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, folder / "source", cwd=folder)
     (built,) = folder.glob("*.whl")
@@ -68,9 +68,14 @@ def test_an_installed_service_shows_every_page(wheel: Path, tiny_bundle: SimpleN
     run(*pip, "install", "--no-deps", "--no-index", "--quiet", wheel, cwd=tmp_path)
     where = run(python, "-c", "import service, models; print(service.__file__, models.__file__)", cwd=tmp_path)
     assert all(Path(path).is_relative_to(site) for path in where.split())
+    command = [folder / "bin" / "serve-classifier", tmp_path / "no-bundle", "--port", "0"]
+    failed = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=ANSWER_S)
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert failed.stderr.startswith("service: ")
+    assert "no-bundle" in failed.stderr
     static = [f"/static/{file.name}" for file in sorted((ROOT / "service" / "static").iterdir())]
     assert static
-    environment = {"data": tiny_bundle.data, "database_url": f"sqlite:///{tmp_path / 'reviews.db'}"}
+    environment = {"data_dir": tiny_bundle.data, "database_url": f"sqlite:///{tmp_path / 'reviews.db'}"}
     with serve(tiny_bundle.path, python=python, cwd=tmp_path, **environment) as server:
         poll(lambda: server.get("/gallery").status != 503, within_s=START_S)
         for path in (*PAGES, *static):

@@ -161,7 +161,7 @@ def _review(row: Any) -> Review:
 
 def _asked(verdict: str) -> Filter:
     """The filter of the page's own address; which page of it that is makes no difference here."""
-    return sidebar.apply_range_params(page_filter_from_request(**({"verdicts": (verdict,)} if verdict else {})), request.args)
+    return sidebar.apply_range_params(page_filter_from_request(**({"outcomes": (verdict,)} if verdict else {})), request.args)
 
 
 def _everything(filters: Filter) -> tuple[int, ModelRecord, Rows]:

@@ -88,12 +88,12 @@ def photos() -> Response:
 
 @bp.get("/gallery/correct")
 def correct() -> Response:
-    return _grid(verdicts=("right",))
+    return _grid(outcomes=("right",))
 
 
 @bp.get("/gallery/incorrect")
 def incorrect() -> Response:
-    return _grid(verdicts=("wrong",))
+    return _grid(outcomes=("wrong",))
 
 
 @bp.errorhandler(Problem)
