@@ -102,9 +102,9 @@ def _add_hooks(app: Flask, model: ModelManager) -> None:
                     "path": asked.path,
                     "status": answer.status_code,
                     "code": noted.get("code"),
-                    "ms": round(seconds * 1e3, 1),
+                    "duration_ms": round(seconds * 1e3, 1),
                     "client": asked.remote_addr,
-                    "key": noted.get("key_name"),
+                    "key_name": noted.get("key_name"),
                 },
             )
         return answer
@@ -131,7 +131,7 @@ def _add_error_handlers(app: Flask, model: ModelManager) -> None:
 
     @app.errorhandler(Exception)
     def unforeseen(error: Exception) -> Response:
-        log.exception("unforeseen", extra={"request_id": g.request_id})
+        log.exception("unhandled exception", extra={"request_id": g.request_id})
         return problem(
             Problem("internal_error", "An error of the server's own was logged under the request's id; tell its operator.")
         )

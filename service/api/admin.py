@@ -28,7 +28,7 @@ def require_admin_key() -> None:
     """Only with a key in a header, which no page of another origin can send: a form cannot, and CORS is not granted here."""
     settings: Settings = current_app.extensions["settings"]
     if not settings.admin_keys:
-        raise Problem("admin_closed", "This server was started without ADMIN_KEYS, so nobody may administer it; set them.")
+        raise Problem("admin_disabled", "This server was started without ADMIN_KEYS, so nobody may administer it; set them.")
     g.key_name = match_key(settings.admin_keys, key_from_request(request))
 
 
@@ -56,10 +56,10 @@ def _status() -> Response:
     served: ModelManager = current_app.extensions["model"]
     state, worker_versions = served.rollout_store.read(), served.rollout_store.worker_versions()
     answer = dataclasses.asdict(state)
-    del answer["link"]
-    answer["settled"] = state.active is not None and set(worker_versions.values()) == {state.active.version}
-    answer["lasts"] = state.active is not None and state.active.bundle == str(settings.bundle.resolve())
-    answer["workers"] = [{"process": pid, "version": version} for pid, version in worker_versions.items()]
+    del answer["link_fingerprint"]
+    answer["converged"] = state.active is not None and set(worker_versions.values()) == {state.active.version}
+    answer["survives_restart"] = state.active is not None and state.active.bundle == str(settings.bundle.resolve())
+    answer["workers"] = [{"pid": pid, "version": version} for pid, version in worker_versions.items()]
     made = jsonify(answer)
     made.headers["Cache-Control"] = "no-store"
     return made

@@ -141,7 +141,7 @@ def _json_bytes() -> int | None:
 def _uploads(given: InputTensor) -> list[Upload]:
     rows: list[Any] = list(given.pixels if given.pixels is not None else given.elements or [])
     if not rows:
-        raise Problem("no_photo", f"The tensor {given.name} is empty; send at least one photo.")
+        raise Problem("no_image", f"The tensor {given.name} is empty; send at least one photo.")
     return [_upload(row) for row in rows]
 
 

@@ -15,8 +15,8 @@ from service.settings import Settings
 API_VERSION = "1.0.0"
 BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 BASE64: dict[str, Any] = {"type": "string", "contentEncoding": "base64"}
-READING = ("empty_photo", "too_many_pixels", "not_a_picture", "damaged_picture", "image_too_complex")
-SENDING = ("unsupported_media_type", "body_timeout", "body_too_large", "bad_request", "bad_form", "too_many_photos", "no_photo")
+READING = ("empty_image", "too_many_pixels", "not_an_image", "damaged_image", "image_too_complex")
+SENDING = ("unsupported_media_type", "body_timeout", "body_too_large", "bad_request", "bad_form", "too_many_images", "no_image")
 BAD_JSON = ("bad_json", "json_too_large", "bad_base64")
 FAILING = ("internal_error", "not_ready", "overloaded", "deadline_exceeded")
 ABOUT = """\
@@ -217,11 +217,11 @@ EXAMPLE = {
         {
             "file": "notes.txt",
             "error": {
-                "type": "/docs#not_a_picture",
+                "type": "/docs#not_an_image",
                 "title": "The file is not a picture",
                 "status": 415,
                 "detail": f"The photo is not a picture that can be read; send {IMAGE_FORMATS_TEXT}.",
-                "code": "not_a_picture",
+                "code": "not_an_image",
             },
         },
     ],

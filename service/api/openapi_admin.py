@@ -10,8 +10,8 @@ from service.settings import Settings
 
 TAG = "Administration"
 ABOUT = "Another bundle in the place of the one that serves; for those who have one of `ADMIN_KEYS`."
-CLOSED = ("unauthorized", "admin_closed", "internal_error")
-SWAPPING = (*CLOSED, "swap_in_progress", "bundle_refused", "not_ready")
+CLOSED = ("unauthorized", "admin_disabled", "internal_error")
+SWAPPING = (*CLOSED, "rollout_in_progress", "bundle_invalid", "not_ready")
 
 
 def admin_paths(settings: Settings) -> dict[str, Any]:
@@ -35,29 +35,29 @@ def admin_paths(settings: Settings) -> dict[str, Any]:
         "/admin/bundle": {
             "get": keyed
             | {
-                "operationId": "servedBundle",
+                "operationId": "getActiveBundle",
                 "summary": "Which bundle serves, and what was refused",
                 "responses": _answers(*CLOSED),
             },
             "post": keyed
             | {
-                "operationId": "chooseBundle",
+                "operationId": "activateBundle",
                 "summary": "Serve another bundle",
                 "description": "It is loaded beside the one that serves. Its files and golden answers are checked, its classes "
                 f"have to be the same, and it has to give the same label to {settings.min_agreement:.0%} of the last "
                 f"{settings.shadow_samples} answered photos. Then it serves, and no request fails for it; else it is refused, "
-                "and nothing changes. The answer comes when the worker that was asked serves it; `settled` tells when all do.",
+                "and nothing changes. The answer comes when the worker that was asked serves it; `converged` tells when all do.",
                 "requestBody": body,
-                "responses": _answers(*SWAPPING, *reading, "bundle_differs"),
+                "responses": _answers(*SWAPPING, *reading, "bundle_incompatible"),
             },
         },
         "/admin/rollback": {
             "post": keyed
             | {
-                "operationId": "rollBack",
+                "operationId": "rollBackBundle",
                 "summary": "Serve the bundle that did before",
                 "description": "It is loaded and checked as at a start, but not compared. A second time goes forward again.",
-                "responses": _answers(*SWAPPING, "nothing_before"),
+                "responses": _answers(*SWAPPING, "no_previous_bundle"),
             }
         },
     }
@@ -66,36 +66,36 @@ def admin_paths(settings: Settings) -> dict[str, Any]:
 def admin_schemas() -> dict[str, Any]:
     count = {"type": "integer", "minimum": 0}
     when = STRING | {"format": "date-time"}
-    min_agreement = record(
+    agreement = record(
         "How far it agreed with the one before on photos that were answered lately.",
         {
             "compared": described(count, "Photos."),
             "agreed": described(count, "Of these, with the same label."),
-            "largest_difference": {"type": "number", "description": "Of a probability."},
-            "left_out": described({"type": ["string", "null"]}, "Why nothing was compared, where nothing was."),
+            "max_difference": {"type": "number", "description": "Of a probability."},
+            "skipped_reason": described({"type": ["string", "null"]}, "Why nothing was compared, where nothing was."),
         },
     )
     chosen = {
         "bundle": described(STRING, "Its folder."),
         "name": STRING,
         "version": STRING,
-        "by": described(STRING, "The key's name; `BUNDLE` for the setting, or the link that it leads through."),
-        "at": when,
-        "agreement": {"oneOf": [min_agreement, {"type": "null"}]},
+        "actor": described(STRING, "The key's name; `BUNDLE` for the setting, or the link that it leads through."),
+        "time": when,
+        "agreement": {"oneOf": [agreement, {"type": "null"}]},
     }
-    refused = {"bundle": STRING, "code": STRING, "why": STRING, "by": STRING, "at": when}
-    workers = {"type": "array", "items": record("A worker.", {"process": count, "version": STRING})}
+    refused = {"bundle": STRING, "code": STRING, "reason": STRING, "actor": STRING, "time": when}
+    workers = {"type": "array", "items": record("A worker.", {"pid": count, "version": STRING})}
     return {
-        "ChosenBundle": record("A bundle that was chosen to serve.", chosen),
-        "RefusedBundle": record("A bundle that was not taken, and why.", refused),
-        "ServedBundle": record(
+        "SelectedBundle": record("A bundle that was chosen to serve.", chosen),
+        "RejectedBundle": record("A bundle that was not taken, and why.", refused),
+        "RolloutState": record(
             "What serves, what did before, and what was refused last, since the server was started.",
             {
-                "serving": {"oneOf": [ref("ChosenBundle"), {"type": "null"}]},
-                "before": {"oneOf": [ref("ChosenBundle"), {"type": "null"}]},
-                "refusal": {"oneOf": [ref("RefusedBundle"), {"type": "null"}]},
-                "settled": {"type": "boolean", "description": "Whether every worker serves it."},
-                "lasts": {
+                "active": {"oneOf": [ref("SelectedBundle"), {"type": "null"}]},
+                "previous": {"oneOf": [ref("SelectedBundle"), {"type": "null"}]},
+                "last_rejection": {"oneOf": [ref("RejectedBundle"), {"type": "null"}]},
+                "converged": {"type": "boolean", "description": "Whether every worker serves it."},
+                "survives_restart": {
                     "type": "boolean",
                     "description": "Whether it is what `BUNDLE` leads to: what a restart would serve.",
                 },
@@ -109,6 +109,6 @@ def _answers(*codes: str) -> dict[str, Any]:
     served = {
         "description": "What serves now.",
         "headers": {"X-Request-ID": ref("X-Request-ID", "headers")},
-        "content": {"application/json": {"schema": ref("ServedBundle")}},
+        "content": {"application/json": {"schema": ref("RolloutState")}},
     }
     return {"200": served, **problem_answers(*codes)}

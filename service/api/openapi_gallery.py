@@ -22,7 +22,7 @@ MEANING = {
 ROW = {"type": "object", "description": "A photo: what it is, what the model said, what was decided."}
 FAILING = ("internal_error", "not_ready", "database_unavailable")
 DECODING = (
-    "photo_replaced", "not_a_picture", "damaged_picture", "too_many_pixels", "image_too_complex", "overloaded",
+    "image_replaced", "not_an_image", "damaged_image", "too_many_pixels", "image_too_complex", "overloaded",
     "deadline_exceeded",
 )  # fmt: skip
 
@@ -105,7 +105,7 @@ def _pictures() -> dict[str, Any]:
     photo = parameter("photo", STRING, "Its name, as in predictions.csv.")
     model = parameter("model", STRING, "A model's version.")
     label = parameter("class", STRING, "The class to look for.")
-    codes = ("bad_parameter", "photo_missing", "not_found", *DECODING, *FAILING)
+    codes = ("bad_parameter", "image_missing", "not_found", *DECODING, *FAILING)
     kinds = {
         "thumbnail.jpg": ("A small picture", "image/jpeg", [photo]),
         "original.jpg": ("The photo, upright and without metadata", "image/jpeg", [photo]),
@@ -152,7 +152,7 @@ def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
     saved = answer("It is saved; the photo's history, the newest first.", "application/json", {"type": "object"})
     wrong = (
         "unauthorized",
-        "cross_site",
+        "cross_site_request",
         "bad_parameter",
         "bad_json",
         "json_too_large",
@@ -172,7 +172,7 @@ def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
         "responses": {
             "200": saved,
             "303": {"description": "To the next page."},
-            **problem_answers(*wrong, "decided_meanwhile", "nothing_to_undo", *FAILING),
+            **problem_answers(*wrong, "review_conflict", "nothing_to_undo", *FAILING),
         },
         "security": security,
     }
@@ -185,7 +185,7 @@ def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
         "requestBody": {"required": True, "content": key_form},
         "responses": {
             "303": {"description": "Back to the page."},
-            **problem_answers("unauthorized", "cross_site", "bad_parameter", "body_too_large"),
+            **problem_answers("unauthorized", "cross_site_request", "bad_parameter", "body_too_large"),
         },
     }
     entries = answer("The newest first.", "application/json", {"type": "object"})

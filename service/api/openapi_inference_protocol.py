@@ -11,8 +11,8 @@ TAG = "Open Inference Protocol"
 ABOUT = "KServe's version 2 over REST, for clients that speak it, such as `tritonclient`. Errors are `error`, a sentence."
 INFERRING = (
     "unauthorized", "bad_parameter", "bad_json", "json_too_large",
-    "bad_tensor", "bad_base64", "bad_request", "body_timeout", "body_too_large", "too_many_photos",
-    "no_photo", "unsupported_media_type", "empty_photo", "too_many_pixels", "not_a_picture", "damaged_picture",
+    "bad_tensor", "bad_base64", "bad_request", "body_timeout", "body_too_large", "too_many_images",
+    "no_image", "unsupported_media_type", "empty_image", "too_many_pixels", "not_an_image", "damaged_image",
     "image_too_complex", "internal_error", "not_ready", "overloaded", "deadline_exceeded",
 )  # fmt: skip
 
@@ -64,7 +64,7 @@ def oip_schemas() -> dict[str, Any]:
         "ModelReady": record("The model is ready.", {"name": STRING, "ready": yes}),
         "TensorModel": record("What goes in, one of the inputs, and what comes out.", model),
         "InferenceRequest": _request(),
-        "InferenceAnswer": record("The outputs.", inferred, optional=("id",)),
+        "InferenceResponse": record("The outputs.", inferred, optional=("id",)),
     }
 
 
@@ -114,7 +114,7 @@ def _infer(settings: Settings, operation: str) -> dict[str, Any]:
             "Inference-Header-Content-Length": length,
         },
         "content": {
-            "application/json": {"schema": ref("InferenceAnswer")},
+            "application/json": {"schema": ref("InferenceResponse")},
             "application/octet-stream": {"schema": bytes_behind},
         },
     }

@@ -50,7 +50,7 @@ def models() -> Response:
                 "preprocessing": manifest["preprocessing"],
                 "metrics": manifest["metrics"],
                 "bf16": manifest.get("bf16"),
-                "precision_because": model.precision.reason,
+                "precision_reason": model.precision.reason,
                 "tolerance": model.precision.tolerance,
                 "golden_difference": model.golden_difference,
                 "created": manifest["provenance"]["created"],

@@ -105,9 +105,9 @@ def image_access() -> ImageAccess:
 
 
 def _problem(error: ImageUnavailableError) -> Problem:
-    code = {ImageMissingError: "photo_missing", ImageReplacedError: "photo_replaced"}.get(type(error), "too_many_pixels")
+    code = {ImageMissingError: "image_missing", ImageReplacedError: "image_replaced"}.get(type(error), "too_many_pixels")
     return Problem(code, str(error))
 
 
 def _forgotten(photo: str) -> Problem:
-    return Problem("photo_missing", f"The photo {photo} is no longer kept; MAX_SAVED and RETENTION_DAYS say how long.")
+    return Problem("image_missing", f"The photo {photo} is no longer kept; MAX_SAVED and RETENTION_DAYS say how long.")

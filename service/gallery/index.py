@@ -132,7 +132,7 @@ class GalleryIndex:
             log.info("imported by another process", extra={"version": results.version})
             return
         self._database.refresh_statistics()
-        log.info("imported", extra={"model": results.name, "version": results.bundle_version, "photos": photos})
+        log.info("imported", extra={"model": results.name, "version": results.bundle_version, "images": photos})
 
     def _know(self, model: LoadedModel) -> None:
         """Enter the model that serves, also one whose bundle has no predictions: live ones may come."""

@@ -34,7 +34,7 @@ def parse_form(body: bytes, boundary: str | None, *, max_images: int) -> list[Pa
         if "segment count" not in str(error):  # a part's headers have limits too
             raise Problem("bad_form", f"The form cannot be read ({error}); {FORM}.") from None
         raise Problem(
-            "too_many_photos", f"The form has too many parts; {max_images} photos are the most, send them in several requests."
+            "too_many_images", f"The form has too many parts; {max_images} photos are the most, send them in several requests."
         ) from None
     except (MultipartError, ValueError) as error:
         raise Problem("bad_form", f"The form cannot be read ({error}); {FORM}.") from None

@@ -54,7 +54,7 @@ def require_same_origin(request: Request) -> None:
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if site in ("same-origin", "none") or (site is None and origin in (None, request.host_url.rstrip("/"))):
         return
-    raise Problem("cross_site", f"The request came from {origin or 'another site'}; decide on the gallery's own pages.")
+    raise Problem("cross_site_request", f"The request came from {origin or 'another site'}; decide on the gallery's own pages.")
 
 
 def authenticate(given: str, settings: Settings) -> str | None:

@@ -65,7 +65,7 @@ def read_uploads(request: Request, settings: Settings) -> Uploads:
     else:
         sent = Uploads([Upload(None, body)] if body else [])
     if not sent.images:
-        raise Problem("no_photo", f"No photo arrived; {ACCEPTED_FORMATS}.")
+        raise Problem("no_image", f"No photo arrived; {ACCEPTED_FORMATS}.")
     check_image_count(len(sent.images), settings)
     return sent
 
@@ -74,7 +74,7 @@ def check_image_count(photos: int, settings: Settings) -> None:
     """Raise Problem for more photos than one request may bring."""
     if photos > settings.max_images:
         raise Problem(
-            "too_many_photos",
+            "too_many_images",
             f"{photos} photos arrived and {settings.max_images} is the most; send them in several requests.",
         )
 
@@ -85,7 +85,7 @@ def _from_form(request: Request, body: bytes, settings: Settings) -> Uploads:
     uploads = [Upload(part.filename or None, part.data) for part in parts if part.filename is not None]
     uploads = [upload for upload in uploads if upload.name or upload.data]
     if not uploads and any(part.name == "file" and part.filename is None for part in parts):
-        raise Problem("no_photo", "The field `file` came without a file name, as text; with curl, write -F file=@photo.jpg.")
+        raise Problem("no_image", "The field `file` came without a file name, as text; with curl, write -F file=@photo.jpg.")
     fields = {part.name: part.data.decode(errors="replace") for part in parts if part.filename is None}
     return Uploads(uploads, fields)
 

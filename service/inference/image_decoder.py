@@ -110,7 +110,7 @@ class ImageDecoder:
 
     def _guarded(self, data: bytes, here: Callable[[], T], there: Callable[[], T], *, block: bool) -> T:
         if not data:
-            raise Problem("empty_photo", "The file that arrived has no bytes; send a photo.")
+            raise Problem("empty_image", "The file that arrived has no bytes; send a photo.")
         try:
             structure = examine(data, self.limits)
             if structure.is_simple and structure.memory <= HEAVY_BYTES:
@@ -119,7 +119,7 @@ class ImageDecoder:
                 raise DeferredError(structure)
             return there()
         except UnsupportedImageError as error:
-            raise Problem("not_a_picture", str(error)) from None
+            raise Problem("not_an_image", str(error)) from None
         except ImageTooLargeError as error:
             self.on_rejected("pixels")
             raise Problem("too_many_pixels", str(error)) from None
@@ -127,4 +127,4 @@ class ImageDecoder:
             self.on_rejected(error.reason)
             raise Problem("image_too_complex", str(error)) from None
         except ImageError as error:
-            raise Problem("damaged_picture", str(error)) from None
+            raise Problem("damaged_image", str(error)) from None

@@ -190,9 +190,9 @@ class ModelManager:
                     "model": model.bundle.name,
                     "version": model.bundle.version,
                     "precision": model.precision.name,
-                    "because": model.precision.reason,
+                    "reason": model.precision.reason,
                     "golden_difference": model.golden_difference,
-                    "seconds": round(time.perf_counter() - began, 3),
+                    "duration_s": round(time.perf_counter() - began, 3),
                 },
             )
         self.loaded.set()

@@ -53,7 +53,7 @@ def save_decision(connection: Connection, verdict: ReviewDecision) -> int:
     holds = current_decision(connection, verdict.sha256)
     if verdict.decision != "note" and verdict.expected_version != (holds.id if holds else None):
         said = f"{holds.reviewer or 'Somebody'} {describe_decision(holds)}" if holds else "The decision was taken back"
-        raise Problem("decided_meanwhile", f"{said} meanwhile; look at it, and decide again to overrule it.")
+        raise Problem("review_conflict", f"{said} meanwhile; look at it, and decide again to overrule it.")
     undoes = None
     if verdict.decision == "undo":
         if holds is None:

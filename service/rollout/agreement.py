@@ -31,13 +31,13 @@ def rejection_reason(
     """Why ``model`` should not follow ``current``: other classes, or fewer equal labels than the share ``min_agreement``."""
     if model.bundle.classes != current.bundle.classes and "classes" not in allow:
         return Problem(
-            "bundle_differs",
+            "bundle_incompatible",
             f"The bundle knows {_list(model)}, and the one that serves {_list(current)}, in this order; "
             'where that is meant, send "allow": ["classes"].',
         )
     if agreement.fraction < min_agreement and "disagreement" not in allow:
         return Problem(
-            "bundle_differs",
+            "bundle_incompatible",
             f"Of the last {agreement.compared} answered photos {agreement.agreed} get the same label from this bundle, "
             f'and {min_agreement:.0%} are wanted; where it is right, send "allow": ["disagreement"].',
         )

@@ -58,7 +58,7 @@ class RolloutManager:
         with self._board.lock():
             before = self._board.read().previous
             if before is None:
-                raise Problem("nothing_before", "No bundle served before this one, since the server was started; name one.")
+                raise Problem("no_previous_bundle", "No bundle served before this one, since the server was started; name one.")
             path = Path(before.bundle)
             self._served.run_in_loader(
                 partial(self._decide, path, actor=actor, allow=ALLOWED_DIFFERENCES, version=before.version)
@@ -96,7 +96,9 @@ class RolloutManager:
         current, wanted = self._served.get(), self._board.read().active
         if wanted is None or _version_at(Path(wanted.bundle)) != current.bundle.version:
             return False
-        log.warning("another bundle was found in the folder", extra={"bundle": wanted.bundle, "wanted": wanted.version})
+        log.warning(
+            "another bundle was found in the folder", extra={"bundle": wanted.bundle, "expected_version": wanted.version}
+        )
         with self._board.lock():
             found = _chosen(current, Path(wanted.bundle), actor=wanted.actor)
             self._board.write(dataclasses.replace(self._board.read(), active=found))
@@ -112,7 +114,7 @@ class RolloutManager:
         except Problem as problem:
             self._not_before = time.monotonic() + RETRY_S
             self._served.metrics.rollouts.labels("failed").inc()
-            log.error("could not follow", extra={"bundle": wanted.bundle, "because": problem.detail})
+            log.error("could not follow", extra={"bundle": wanted.bundle, "reason": problem.detail})
             return
         self._exchange(
             model, *measure_agreement(current, model, self._served.recent_predictions), outcome="synced", actor=wanted.actor
@@ -130,7 +132,7 @@ class RolloutManager:
         if state.link_fingerprint == seen:
             return  # another worker was quicker
         # Noted before it is loaded: a bundle that ends the process must not end one worker after the other.
-        unfinished = RejectedBundle(str(path), "bundle_refused", INCOMPLETE_LOAD, actor="BUNDLE", time=utc_now())
+        unfinished = RejectedBundle(str(path), "bundle_invalid", INCOMPLETE_LOAD, actor="BUNDLE", time=utc_now())
         self._board.write(dataclasses.replace(state, link_fingerprint=seen, last_rejection=unfinished))
         self._decide(path, actor="BUNDLE")
         self._board.write(dataclasses.replace(self._board.read(), last_rejection=state.last_rejection))
@@ -176,15 +178,15 @@ class RolloutManager:
             served = self._served
             return load_model(self._settings, allocate_resources(self._settings), served.metrics, served.decoder, path=path)
         except UserError as error:
-            raise Problem("bundle_refused", str(error)).without_traceback() from None
+            raise Problem("bundle_invalid", str(error)).without_traceback() from None
         except Exception as error:
             log.exception("loading failed")
-            raise Problem("bundle_refused", f"The bundle {path} could not be loaded: {error!r}").without_traceback() from None
+            raise Problem("bundle_invalid", f"The bundle {path} could not be loaded: {error!r}").without_traceback() from None
 
     def _exchange(
         self, model: LoadedModel, agreement: Agreement, seen: list[RecentPrediction], *, outcome: str, actor: str
     ) -> None:
-        before = self._served.get().bundle.version
+        previous = self._served.get().bundle.version
         self._served.metrics.rollouts.labels(outcome).inc()  # before anybody can see that it serves
         self._served.install(model, seen)
         log.info(
@@ -192,8 +194,8 @@ class RolloutManager:
             extra={
                 "model": model.bundle.name,
                 "version": model.bundle.version,
-                "before": before,
-                "by": actor,
+                "previous": previous,
+                "actor": actor,
                 "agreement": asdict(agreement),
             },
         )
@@ -202,7 +204,7 @@ class RolloutManager:
         refusal = RejectedBundle(str(path), problem.code, problem.detail, actor=actor, time=utc_now())
         self._board.write(dataclasses.replace(state, last_rejection=refusal))
         self._served.metrics.rollouts.labels("rejected").inc()
-        log.warning("rejected", extra={"bundle": str(path), "code": problem.code, "because": problem.detail, "by": actor})
+        log.warning("rejected", extra={"bundle": str(path), "code": problem.code, "reason": problem.detail, "actor": actor})
 
     def _inside(self, bundle: str) -> Path:
         """The folder that is meant, links followed. Raises Problem for one that does not lie below BUNDLE_ROOT."""
@@ -210,10 +212,10 @@ class RolloutManager:
         try:
             path = (folder / bundle).resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a NUL, a loop of links
-            raise Problem("bundle_refused", f"{bundle[:200]!r} cannot be looked up ({error}).") from None
+            raise Problem("bundle_invalid", f"{bundle[:200]!r} cannot be looked up ({error}).") from None
         if not path.is_relative_to(folder) or path == folder:
             raise Problem(
-                "bundle_refused", f"{bundle[:200]!r} does not lie below {folder}; set BUNDLE_ROOT to the folder of bundles."
+                "bundle_invalid", f"{bundle[:200]!r} does not lie below {folder}; set BUNDLE_ROOT to the folder of bundles."
             )
         return path
 
@@ -223,10 +225,10 @@ def _version_at(path: Path) -> str:
     try:
         return open_bundle(resolve_bundle(path), files=()).version
     except UserError as error:
-        raise Problem("bundle_refused", str(error)).without_traceback() from None
+        raise Problem("bundle_invalid", str(error)).without_traceback() from None
     except Exception as error:  # a manifest may hold anything, and a file system fail in any way
         raise Problem(
-            "bundle_refused", f"The bundle {str(path)[:200]} cannot be read: {repr(error)[:200]}"
+            "bundle_invalid", f"The bundle {str(path)[:200]} cannot be read: {repr(error)[:200]}"
         ).without_traceback() from None
 
 

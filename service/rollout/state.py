@@ -21,7 +21,7 @@ from typing import Any
 from models.artifacts.atomic_io import atomic_write_text
 from service.http.errors import Problem
 
-STATE_DIR_VARIABLE = "SERVICE_BOARD_DIR"
+STATE_DIR_VARIABLE = "SERVICE_ROLLOUT_DIR"
 STATE, LOCK, WORKER = "state.json", "lock", "worker-"
 
 
@@ -106,7 +106,7 @@ class RolloutStore:
         One that was killed decides no longer.
         """
         with contextlib.ExitStack() as held:
-            busy = Problem("swap_in_progress", "Another bundle is being loaded and checked; ask again when that is done.")
+            busy = Problem("rollout_in_progress", "Another bundle is being loaded and checked; ask again when that is done.")
             if not self._deciding.acquire(blocking=wait):
                 raise busy
             held.callback(self._deciding.release)
@@ -137,7 +137,7 @@ class RolloutStore:
 
 def create_state_dir() -> Path:
     """For the master: a folder that the workers forked from now on find."""
-    folder = Path(tempfile.mkdtemp(prefix="dogs-vs-cats-board-"))
+    folder = Path(tempfile.mkdtemp(prefix="dogs-vs-cats-rollout-"))
     os.environ[STATE_DIR_VARIABLE] = str(folder)
     return folder
 

@@ -71,7 +71,7 @@ def model() -> Response:
 def say(problem: Problem) -> Response:
     """A problem with the whole request, in words on the page that it came from."""
     if request.method == "POST":
-        if problem.code == "no_photo":
+        if problem.code == "no_image":
             problem = Problem(problem.code, NO_FILE_SELECTED)
         return problem_page(problem, "home.html", cards=[], **_form())
     return problem_page(problem)
@@ -79,7 +79,7 @@ def say(problem: Problem) -> Response:
 
 @bp.errorhandler(Exception)
 def say_unforeseen(error: Exception) -> Response:
-    log.exception("unforeseen", extra={"request_id": g.request_id})
+    log.exception("unhandled exception", extra={"request_id": g.request_id})
     return say(Problem("internal_error", f"An error of the server's own was logged as {g.request_id}; tell its operator."))
 
 

@@ -124,7 +124,7 @@ def test_one_bad_photo_refuses_all(server: Server, client: Any, name: str, photo
     with pytest.raises(InferenceServerException, match=r"Photo 2 of 3: .*not a supported image"):
         client.infer(name, [photos_input([photos[0], b"no photo", photos[2]])])
     after = server.metrics()
-    assert after['http_problems_total{code="not_a_picture"}'] == before.get('http_problems_total{code="not_a_picture"}', 0) + 1
+    assert after['http_problems_total{code="not_an_image"}'] == before.get('http_problems_total{code="not_an_image"}', 0) + 1
     assert after.get('classifier_predictions_total{label="red"}', 0) == before.get(
         'classifier_predictions_total{label="red"}', 0
     )

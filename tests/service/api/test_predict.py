@@ -158,9 +158,9 @@ def test_a_name_in_any_script_comes_back_as_it_went(client: FlaskClient, photo: 
 
 
 def test_a_form_without_a_chosen_file_is_told_so(client: FlaskClient, photo: bytes) -> None:
-    refused(send_form(client, ("file", "", b"", "application/octet-stream")), "no_photo")
+    refused(send_form(client, ("file", "", b"", "application/octet-stream")), "no_image")
     assert len(rows(send_form(client, ("file", "", b""), ("file", "a.jpg", photo)))) == 1
-    refused(send_form(client, ("file", None, photo)), "no_photo", "without a file name", "-F file=@")
+    refused(send_form(client, ("file", None, photo)), "no_image", "without a file name", "-F file=@")
 
 
 # What comes out
@@ -306,16 +306,16 @@ def test_a_phones_jpeg_with_a_second_picture_is_no_animation(client: FlaskClient
 
 
 def test_no_photo(client: FlaskClient) -> None:
-    refused(send(client, b""), "no_photo", "No photo arrived", "multipart/form-data")
-    refused(send(client, b"", "application/octet-stream"), "no_photo")
+    refused(send(client, b""), "no_image", "No photo arrived", "multipart/form-data")
+    refused(send(client, b"", "application/octet-stream"), "no_image")
     refused(send(client, b"", "application/json"), "bad_json")
-    refused(send_form(client), "no_photo")
-    refused(send_json(client, {"instances": []}), "no_photo")
+    refused(send_form(client), "no_image")
+    refused(send_json(client, {"instances": []}), "no_image")
 
 
 def test_an_empty_file(client: FlaskClient) -> None:
-    refused(send_form(client, ("file", "a.jpg", b"")), "empty_photo", "no bytes")
-    refused(send_json(client, {"image": ""}), "empty_photo")
+    refused(send_form(client, ("file", "a.jpg", b"")), "empty_image", "no bytes")
+    refused(send_json(client, {"image": ""}), "empty_image")
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "video/mp4", "", "nonsense"])
@@ -327,20 +327,20 @@ def test_a_body_of_another_kind(client: FlaskClient, photo: bytes, kind: str) ->
     "data", [b"no picture", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0", b"8BPS\0\1"]
 )
 def test_what_is_no_picture(client: FlaskClient, data: bytes) -> None:
-    refused(send(client, data), "not_a_picture", f"This file is not a supported image ({len(data)} bytes)", "Use JPEG")
+    refused(send(client, data), "not_an_image", f"This file is not a supported image ({len(data)} bytes)", "Use JPEG")
 
 
 def test_formats_that_run_programs_or_are_not_photos(client: FlaskClient, picture: Image.Image) -> None:
     for form in ("EPS", "PDF", "ICO", "TGA", "JPEG2000", "DDS"):
-        refused(send(client, saved(picture, form)), "not_a_picture")
+        refused(send(client, saved(picture, form)), "not_an_image")
 
 
 def test_a_damaged_picture(client: FlaskClient, photo: bytes, picture: Image.Image) -> None:
-    refused(send(client, photo[: len(photo) // 2]), "damaged_picture", "damaged", "Use another copy")
+    refused(send(client, photo[: len(photo) // 2]), "damaged_image", "damaged", "Use another copy")
     png = bytearray(saved(picture, "PNG"))
     png[len(png) // 2] ^= 0xFF
-    refused(send(client, bytes(png)), "damaged_picture")
-    refused(send_form(client, ("file", "a.jpg", photo[:300])), "damaged_picture")
+    refused(send(client, bytes(png)), "damaged_image")
+    refused(send_form(client, ("file", "a.jpg", photo[:300])), "damaged_image")
 
 
 def flat_png(width: int, height: int) -> bytes:
@@ -382,10 +382,10 @@ def test_too_many_photos(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_images=3) as client:
         assert len(rows(send_form(client, *[("file", "a.jpg", photo)] * 3))) == 3
         said = "4 photos arrived and 3 is the most"
-        refused(send_form(client, *[("file", "a.jpg", photo)] * 4), "too_many_photos", said)
-        refused(send_form(client, *[("file", "a.jpg", b"x")] * 200), "too_many_photos", "too many parts")
-        refused(send_json(client, {"instances": [{"b64": "eA=="}] * 4}), "too_many_photos", said)
-        refused(send_json(client, {"instances": [{}] * 400}), "too_many_photos", "400 photos arrived")
+        refused(send_form(client, *[("file", "a.jpg", photo)] * 4), "too_many_images", said)
+        refused(send_form(client, *[("file", "a.jpg", b"x")] * 200), "too_many_images", "too many parts")
+        refused(send_json(client, {"instances": [{"b64": "eA=="}] * 4}), "too_many_images", said)
+        refused(send_json(client, {"instances": [{}] * 400}), "too_many_images", "400 photos arrived")
         refused(send_json(client, {"instances": [{}] * 100_000}), "json_too_large", "100,002 lists and objects")
 
 
@@ -425,7 +425,7 @@ def test_base64_that_is_none(client: FlaskClient, text: str) -> None:
 )
 def test_a_form_that_is_none(client: FlaskClient, body: bytes, kind: str) -> None:
     answer = send(client, body, kind)
-    assert answer.get_json()["code"] in ("bad_form", "no_photo")
+    assert answer.get_json()["code"] in ("bad_form", "no_image")
     refused(answer, answer.get_json()["code"])
 
 
@@ -433,7 +433,7 @@ def test_one_bad_photo_among_several_gets_its_own_problem(client: FlaskClient, p
     parts = [("file", name, data) for name, data in (("a", photo), ("b", b"no"), ("c", photo), ("d", b""), ("e", photo[:200]))]
     first, second, third, fourth, fifth = rows(send_form(client, *parts))
     assert same(first, third)
-    for row, code in ((second, "not_a_picture"), (fourth, "empty_photo"), (fifth, "damaged_picture")):
+    for row, code in ((second, "not_an_image"), (fourth, "empty_image"), (fifth, "damaged_image")):
         assert row.keys() == {"file", "error"}
         assert row["error"].keys() == {"type", "title", "status", "detail", "code"}
         assert (row["error"]["code"], row["error"]["status"]) == (code, PROBLEM_TYPES[code][0])
@@ -444,7 +444,7 @@ def test_one_bad_photo_among_several_gets_its_own_problem(client: FlaskClient, p
 
 def test_when_all_of_several_are_bad_each_says_why(client: FlaskClient) -> None:
     answered = rows(send_form(client, ("file", "a", b"no"), ("file", "b", b"nor this")))
-    assert [row["error"]["code"] for row in answered] == ["not_a_picture"] * 2
+    assert [row["error"]["code"] for row in answered] == ["not_an_image"] * 2
 
 
 def test_another_address(client: FlaskClient) -> None:
@@ -610,7 +610,7 @@ def test_a_key_is_wanted_where_there_are_keys(
             refused(send(client, photo, **headers), "unauthorized")
         refused(send(client, b"no photo, and no key"), "unauthorized")
         assert client.get("/health/ready").status_code == 200
-    named = [record.key for record in caplog.records if record.name == "service.request" and record.status == 200]
+    named = [record.key_name for record in caplog.records if record.name == "service.request" and record.status == 200]
     assert named[:4] == ["ann", "ann", "ann", "key"]
     assert "key-of" not in caplog.text + str([vars(record) for record in caplog.records])
 
@@ -625,11 +625,11 @@ def test_the_log_tells_of_a_request_and_nothing_of_a_photo(
     send(client, b'{"image": "a secret text"}', "application/json", X_Request_ID="last")
     lines = [vars(record) for record in caplog.records if record.name == "service.request"]
     assert [(line["status"], line["code"]) for line in lines] == [
-        (200, None), (422, "damaged_picture"), (415, "not_a_picture"), (400, "bad_base64"),
+        (200, None), (422, "damaged_image"), (415, "not_an_image"), (400, "bad_base64"),
     ]  # fmt: skip
     for line in lines:
-        assert (line["method"], line["path"], line["client"], line["key"]) == ("POST", "/predict", "127.0.0.1", None)
-        assert line["ms"] > 0
+        assert (line["method"], line["path"], line["client"], line["key_name"]) == ("POST", "/predict", "127.0.0.1", None)
+        assert line["duration_ms"] > 0
     assert lines[-1]["request_id"] == "last"
     everything = str([vars(record) for record in caplog.records])
     assert "Annas" not in everything

@@ -155,7 +155,7 @@ def test_no_address_leads_out_of_the_data_folder(server: Server, data: Path) -> 
         for kind in ("thumbnail.jpg", "original.jpg", "crop.png"):
             query = urlencode({"photo": photo, "model": _version(server)})
             reply = server.get(f"/gallery/pictures/{sha256_of(secret)}/{kind}?{query}")
-            assert (reply.status, reply.code) == ((400, "bad_parameter") if photo == "\0" else (404, "photo_missing")), photo
+            assert (reply.status, reply.code) == ((400, "bad_parameter") if photo == "\0" else (404, "image_missing")), photo
 
 
 def test_a_missing_and_a_replaced_photo_are_said_and_not_shown(server: Server, data: Path) -> None:
@@ -262,7 +262,7 @@ def test_what_another_decided_meanwhile_is_shown_and_the_note_is_kept(server: Se
     assert int(seen) == first
     way(post(server, row, f"label:{row['label']}", seen=seen, **fields))
     assert [entry["decision"] for entry in past(server, row)] == ["label", "bad"]
-    assert post(server, row, "undo", as_json=True, seen=seen).code == "decided_meanwhile"
+    assert post(server, row, "undo", as_json=True, seen=seen).code == "review_conflict"
 
 
 def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(server: Server, row: Row) -> None:
@@ -319,7 +319,7 @@ def test_another_site_can_make_nobody_decide(server: Server, row: Row) -> None:
     for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "https://evil.example"}):
         reply = post(server, row, "bad", headers=headers)
         assert (reply.status, "decide on the gallery's own pages" in text(reply)) == (403, True)
-        assert post(server, row, "bad", headers=headers, as_json=True).code == "cross_site"
+        assert post(server, row, "bad", headers=headers, as_json=True).code == "cross_site_request"
         assert server.post(b"key=x", "application/x-www-form-urlencoded", path="/gallery/key", headers=headers).status == 403
     assert past(server, row) == []
 

@@ -62,7 +62,7 @@ def test_chunks_are_put_together(server: Server) -> None:
     assert probabilities(server.post([RED[:10], RED[10:11], RED[11:]], "image/png")) == wanted
     body, kind = multipart(("file", "a.png", RED))
     assert probabilities(server.post([body[i : i + 7] for i in range(0, len(body), 7)], kind)) == wanted
-    assert server.post([b""], "image/png").code == "no_photo"
+    assert server.post([b""], "image/png").code == "no_image"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -305,7 +305,7 @@ def test_its_measures_are_those_of_what_was_sent(tiny_bundle: SimpleNamespace) -
             'http_requests_total{method="POST",route="/predict",status="415"}': 1,
             'http_requests_total{method="GET",route="none",status="404"}': 1,
             'http_request_duration_seconds_count{route="/predict"}': 11,
-            'http_problems_total{code="not_a_picture"}': 2,
+            'http_problems_total{code="not_an_image"}': 2,
             'http_problems_total{code="not_found"}': 1,
             'http_problems_total{code="method_not_allowed"}': 1,
             'classifier_predictions_total{label="blue"}': 2,
@@ -328,7 +328,19 @@ def test_its_measures_are_those_of_what_was_sent(tiny_bundle: SimpleNamespace) -
 def test_every_line_of_the_log_is_json_and_has_the_requests_id(server: Server) -> None:
     server.post(RED, "image/png", headers={"X-Request-ID": "look-for-me"})
     (line,) = poll(lambda: [line for line in server.log() if line.get("request_id") == "look-for-me"])
-    assert line.keys() >= {"time", "level", "logger", "message", "process", "method", "path", "status", "ms", "client", "key"}
+    assert line.keys() >= {
+        "time",
+        "level",
+        "logger",
+        "message",
+        "process",
+        "method",
+        "path",
+        "status",
+        "duration_ms",
+        "client",
+        "key",
+    }
     assert (line["status"], line["process"]) == (200, server.workers()[0])
 
 

@@ -93,7 +93,7 @@ def test_a_large_photo_is_capped_and_a_small_one_is_not_enlarged() -> None:
 def test_what_cannot_be_decoded_is_a_problem() -> None:
     with pytest.raises(Problem) as caught:
         render_jpeg(b"nothing", decoder=DOOR)
-    assert caught.value.code == "not_a_picture"
+    assert caught.value.code == "not_an_image"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

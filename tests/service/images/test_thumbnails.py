@@ -119,9 +119,9 @@ def test_what_is_no_photo_and_what_is_too_large_is_refused_before_it_is_decoded(
     bomb = io.BytesIO()
     Image.new("1", (9000, 9000)).save(bomb, "PNG")
     assert code(bomb.getvalue()) == "too_many_pixels"
-    assert code(b"no photo") == "not_a_picture"
-    assert code(photo()[:3000]) == "damaged_picture"
-    assert code(b"") == "empty_photo"
+    assert code(b"no photo") == "not_an_image"
+    assert code(photo()[:3000]) == "damaged_image"
+    assert code(b"") == "empty_image"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -278,7 +278,7 @@ def test_a_closed_pipeline_does_not_wait_for_a_photo_without_end() -> None:
         assert red(answer) == 1
 
 
-@pytest.mark.parametrize("error", [Problem("damaged_picture", "It is damaged."), ValueError("no photo")])
+@pytest.mark.parametrize("error", [Problem("damaged_image", "It is damaged."), ValueError("no photo")])
 def test_what_failed_does_not_hold_its_photo(error: Exception) -> None:
     """The error reaches the client with its frames otherwise, and they refer to the photo's bytes."""
 
@@ -313,7 +313,7 @@ def test_a_bad_photo_gets_its_problem_and_the_others_their_answers() -> None:
         answers = [pipeline.submit(data, yes) for data in (png((1, 0, 0)), b"no", b"", png((2, 0, 0))[:50], png((3, 0, 0)))]
         problems = [answer.exception(WAIT_S) for answer in answers]
         assert [problem.code if isinstance(problem, Problem) else problem for problem in problems] == [
-            None, "not_a_picture", "empty_photo", "damaged_picture", None,
+            None, "not_an_image", "empty_image", "damaged_image", None,
         ]  # fmt: skip
         assert (red(answers[0]), red(answers[4])) == (1, 3)
 

@@ -241,7 +241,7 @@ def test_rejections_are_counted_by_their_reason() -> None:
         with pytest.raises(Problem) as caught:
             door.preprocess(data, SEEN)
         codes.append(caught.value.code)
-    assert codes == ["image_too_complex", "too_many_pixels", "image_too_complex", "damaged_picture"]
+    assert codes == ["image_too_complex", "too_many_pixels", "image_too_complex", "damaged_image"]
     value = metrics.registry.get_sample_value
     for reason in ("jpeg_scans", "pixels", "timeout"):
         assert value("classifier_images_rejected_total", {"reason": reason}) == 1

@@ -11,7 +11,7 @@ from service.http.errors import PROBLEM_TYPES
 from tests.helpers.odd_images import odd_images, picture, saved
 from tests.helpers.server import multipart, poll, rss_mb, serve
 
-REFUSALS = {"not_a_picture", "damaged_picture", "too_many_pixels", "image_too_complex"}
+REFUSALS = {"not_an_image", "damaged_image", "too_many_pixels", "image_too_complex"}
 SURE = {  # what has to be answered, odd as it is
     "JPEG of mode CMYK", "JPEG of mode L", "progressive JPEG", "JPEG 4:1:1", "JPEG turned in a way there is not", "MPO",
     "JPEG with EXIF that breaks off", "JPEG with junk behind it", "JPEG with a profile that is none",

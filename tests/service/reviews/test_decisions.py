@@ -110,8 +110,8 @@ def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> 
     photo = photos[0]
     seen = say(database, photo, "label", "dogs", reviewer="Ann")
     found = refused(database, photo, "bad", expected_version=None)
-    assert found == ("decided_meanwhile", "Ann relabelled it dogs meanwhile; look at it, and decide again to overrule it.")
-    assert refused(database, photo, "undo", expected_version=None)[0] == "decided_meanwhile"
+    assert found == ("review_conflict", "Ann relabelled it dogs meanwhile; look at it, and decide again to overrule it.")
+    assert refused(database, photo, "undo", expected_version=None)[0] == "review_conflict"
     say(database, photo, "neither", reviewer="")
     assert (
         "Somebody found it to be none of the classes"
@@ -176,7 +176,7 @@ def test_of_two_at_once_one_learns_of_the_other(database: Database, photos: list
         thread.start()
     for thread in threads:
         thread.join()
-    assert codes == {"decided": 1, "decided_meanwhile": 7}
+    assert codes == {"decided": 1, "review_conflict": 7}
     with database.read() as connection:
         assert len(load_history(connection, photos[0].sha256)) == 1
     check_cells(database)

@@ -86,12 +86,12 @@ def test_another_bundle_takes_the_place_and_everything_says_so(client: FlaskClie
     answer = choose(client, bundles.path("two"))
     assert answer.status_code == 200, answer.text
     said = answer.get_json()
-    assert (said["serving"]["version"], said["before"]["version"]) == (bundles.version("two"), bundles.version("one"))
-    assert (said["serving"]["by"], said["before"]["by"], said["refusal"]) == ("ann", "BUNDLE", None)
-    assert said["serving"]["agreement"]["compared"] == 18
-    assert said["serving"]["agreement"]["agreed"] >= 17
-    assert 0 < said["serving"]["agreement"]["largest_difference"] < 1
-    assert (said["settled"], said["lasts"]) == (True, False)
+    assert (said["active"]["version"], said["previous"]["version"]) == (bundles.version("two"), bundles.version("one"))
+    assert (said["active"]["actor"], said["previous"]["actor"], said["last_rejection"]) == ("ann", "BUNDLE", None)
+    assert said["active"]["agreement"]["compared"] == 18
+    assert said["active"]["agreement"]["agreed"] >= 17
+    assert 0 < said["active"]["agreement"]["max_difference"] < 1
+    assert (said["converged"], said["survives_restart"]) == (True, False)
     assert said == status(client)
     after = predict(client, photo)
     assert after["model"]["version"] == bundles.version("two") != before["model"]["version"]
@@ -107,14 +107,14 @@ def test_another_bundle_takes_the_place_and_everything_says_so(client: FlaskClie
 
 
 def test_back_and_forth_at_once(client: FlaskClient, bundles: Bundles) -> None:
-    refused(client.post("/admin/rollback", headers=KEY), "nothing_before")
+    refused(client.post("/admin/rollback", headers=KEY), "no_previous_bundle")
     wanted = predict(client, bundles.photo())["predictions"]
     choose(client, "two")
     answer = client.post("/admin/rollback", headers=KEY)
-    assert answer.get_json()["serving"]["version"] == bundles.version("one")
-    assert answer.get_json()["lasts"]
+    assert answer.get_json()["active"]["version"] == bundles.version("one")
+    assert answer.get_json()["survives_restart"]
     assert predict(client, bundles.photo())["predictions"] == wanted
-    assert client.post("/admin/rollback", headers=KEY).get_json()["serving"]["version"] == bundles.version("two")
+    assert client.post("/admin/rollback", headers=KEY).get_json()["active"]["version"] == bundles.version("two")
     assert metrics(client)['classifier_rollouts_total{outcome="rolled_back"}'] == 2
 
 
@@ -136,13 +136,13 @@ def test_who_wants_to_know_is_told_of_every_model_that_serves(bundles: Bundles) 
         served.add_install_callback(lambda model: told.append(model.bundle.version))
         assert choose(client, "two").status_code == 200
         assert client.post("/admin/rollback", headers=KEY).status_code == 200
-        served.run(lambda: None)
+        served.run_in_loader(lambda: None)
     assert told == [bundles.version(name) for name in ("one", "two", "one")]
 
 
 def test_what_was_compared_is_compared_again_with_the_next(client: FlaskClient, bundles: Bundles) -> None:
     assert choose(client, "two").status_code == 200
-    assert choose(client, "one").get_json()["serving"]["agreement"]["compared"] == 18
+    assert choose(client, "one").get_json()["active"]["agreement"]["compared"] == 18
 
 
 def test_only_the_last_photos_are_kept_each_once(bundles: Bundles) -> None:
@@ -150,10 +150,10 @@ def test_only_the_last_photos_are_kept_each_once(bundles: Bundles) -> None:
         for photo in bundles.all_photos():
             predict(client, photo)
             predict(client, photo)
-        assert choose(client, "two").get_json()["serving"]["agreement"]["compared"] == 4
+        assert choose(client, "two").get_json()["active"]["agreement"]["compared"] == 4
     with serving(bundles.path("one"), shadow_samples=0) as client:
         predict(client, bundles.photo())
-        assert choose(client, "contrary").get_json()["serving"]["agreement"]["left_out"] == "SHADOW_SAMPLES is 0"
+        assert choose(client, "contrary").get_json()["active"]["agreement"]["skipped_reason"] == "SHADOW_SAMPLES is 0"
 
 
 # It is refused
@@ -162,37 +162,37 @@ def test_only_the_last_photos_are_kept_each_once(bundles: Bundles) -> None:
 def unchanged(client: FlaskClient, bundles: Bundles) -> None:
     assert predict(client, bundles.photo())["model"]["version"] == bundles.version("one")
     assert metrics(client)['classifier_rollouts_total{outcome="rejected"}'] == 1
-    refused(client.post("/admin/rollback", headers=KEY), "nothing_before")
+    refused(client.post("/admin/rollback", headers=KEY), "no_previous_bundle")
 
 
 @pytest.mark.parametrize(
     ("name", "code", "words"),
     [
-        ("changed", "bundle_refused", "was changed or damaged"),
-        ("edited", "bundle_refused", "was changed after it was written"),
-        ("wrong-golden", "bundle_refused", "does not reproduce its golden outputs"),
-        ("nothing", "bundle_refused", "is not a bundle"),
-        ("nowhere", "bundle_refused", "is not a bundle"),
-        ("fewer", "bundle_differs", "blue, red, and the one that serves blue, green, red"),
-        ("contrary", "bundle_differs", "Of the last 18 answered photos"),
+        ("changed", "bundle_invalid", "was changed or damaged"),
+        ("edited", "bundle_invalid", "was changed after it was written"),
+        ("wrong-golden", "bundle_invalid", "does not reproduce its golden outputs"),
+        ("nothing", "bundle_invalid", "is not a bundle"),
+        ("nowhere", "bundle_invalid", "is not a bundle"),
+        ("fewer", "bundle_incompatible", "blue, red, and the one that serves blue, green, red"),
+        ("contrary", "bundle_incompatible", "Of the last 18 answered photos"),
     ],
 )
 def test_what_cannot_follow_is_refused_and_nothing_changes(
     client: FlaskClient, bundles: Bundles, name: str, code: str, words: str
 ) -> None:
     refused(choose(client, name), code, words)
-    refusal = status(client)["refusal"]
-    assert (refusal["bundle"], refusal["code"], refusal["by"]) == (str(bundles.path(name)), code, "ann")
-    assert words in refusal["why"]
+    refusal = status(client)["last_rejection"]
+    assert (refusal["bundle"], refusal["code"], refusal["actor"]) == (str(bundles.path(name)), code, "ann")
+    assert words in refusal["reason"]
     unchanged(client, bundles)
 
 
 def test_what_is_meant_to_differ_is_taken(client: FlaskClient, bundles: Bundles) -> None:
-    refused(choose(client, "contrary", allow=["classes"]), "bundle_differs")
+    refused(choose(client, "contrary", allow=["classes"]), "bundle_incompatible")
     said = choose(client, "contrary", allow=["disagreement"]).get_json()
-    assert said["serving"]["agreement"]["agreed"] < 9
+    assert said["active"]["agreement"]["agreed"] < 9
     said = choose(client, "fewer", allow=["classes"]).get_json()
-    assert said["serving"]["agreement"]["left_out"] == "the classes are others"
+    assert said["active"]["agreement"]["skipped_reason"] == "the classes are others"
     assert set(predict(client, bundles.photo())["predictions"][0]["probabilities"]) == {"blue", "red"}
 
 
@@ -203,20 +203,20 @@ def test_how_far_they_must_agree_can_be_set(bundles: Bundles) -> None:
 
 
 def test_pixels_of_another_crop_are_not_compared(client: FlaskClient) -> None:
-    assert "another way" in choose(client, "other-crop").get_json()["serving"]["agreement"]["left_out"]
+    assert "another way" in choose(client, "other-crop").get_json()["active"]["agreement"]["skipped_reason"]
 
 
 def test_a_bundle_from_elsewhere_is_none(client: FlaskClient, bundles: Bundles, tmp_path: Path) -> None:
     (tmp_path / "bundles").mkdir()
     for path in ("..", ".", "", "/", "/etc", tmp_path, "one/../../run-two/bundle", "a\0b", "x" * 5000):
         answer = choose(client, path)
-        refused(answer, "bad_json" if path == "" else "bundle_refused")
+        refused(answer, "bad_json" if path == "" else "bundle_invalid")
     link = bundles.path("link-out")
     link.symlink_to(tmp_path)
-    refused(choose(client, "link-out"), "bundle_refused", "does not lie below")
+    refused(choose(client, "link-out"), "bundle_invalid", "does not lie below")
     link.unlink()
     with serving(bundles.path("one"), bundle_root=tmp_path) as other:
-        refused(choose(other, bundles.path("two")), "bundle_refused", "set BUNDLE_ROOT")
+        refused(choose(other, bundles.path("two")), "bundle_invalid", "set BUNDLE_ROOT")
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_a_bundle_from_elsewhere_is_none(client: FlaskClient, bundles: Bundles, 
 )  # fmt: skip
 def test_a_request_that_is_none(client: FlaskClient, bundles: Bundles, body: bytes) -> None:
     refused(client.post("/admin/bundle", data=body, content_type="application/json", headers=KEY), "bad_json")
-    assert status(client)["refusal"] is None
+    assert status(client)["last_rejection"] is None
 
 
 def test_only_with_an_administrators_key_in_a_header(bundles: Bundles) -> None:
@@ -246,8 +246,8 @@ def test_only_with_an_administrators_key_in_a_header(bundles: Bundles) -> None:
         refused(form, "unsupported_media_type")
         assert choose(client, "two").status_code == 200
     with serving(bundles.path("one"), admin_keys=(), api_keys=("sesame",)) as client:
-        refused(choose(client, "two"), "admin_closed", "ADMIN_KEYS")
-        refused(client.get("/admin/bundle", headers=KEY), "admin_closed")
+        refused(choose(client, "two"), "admin_disabled", "ADMIN_KEYS")
+        refused(client.get("/admin/bundle", headers=KEY), "admin_disabled")
 
 
 def test_going_back_to_what_is_gone_is_refused(bundles: Bundles, tmp_path: Path) -> None:
@@ -258,9 +258,9 @@ def test_going_back_to_what_is_gone_is_refused(bundles: Bundles, tmp_path: Path)
         assert choose(client, "two").status_code == 200
         shutil.rmtree(folder / "one")
         shutil.copytree(bundles.path("contrary"), folder / "one")
-        refused(client.post("/admin/rollback", headers=KEY), "bundle_refused", "holds another bundle by now")
+        refused(client.post("/admin/rollback", headers=KEY), "bundle_invalid", "holds another bundle by now")
         shutil.rmtree(folder / "one")
-        refused(client.post("/admin/rollback", headers=KEY), "bundle_refused", "is not a bundle")
+        refused(client.post("/admin/rollback", headers=KEY), "bundle_invalid", "is not a bundle")
         assert predict(client, bundles.photo())["model"]["version"] == bundles.version("two")
 
 
@@ -286,20 +286,20 @@ def test_a_link_that_leads_elsewhere_is_followed_and_a_bad_one_is_not(bundles: B
     with serving(link, bundle_poll_s=0.05) as client:
         for photo in bundles.all_photos():
             predict(client, photo)
-        assert status(client)["lasts"]
+        assert status(client)["survives_restart"]
         for name in ("contrary", "changed"):
             lead_to(link, bundles.path(name))
-            poll(lambda name=name: (status(client)["refusal"] or {}).get("bundle") == str(bundles.path(name)))  # type: ignore[misc]
-            poll(lambda: "ended before" not in status(client)["refusal"]["why"])
+            poll(lambda name=name: (status(client)["last_rejection"] or {}).get("bundle") == str(bundles.path(name)))  # type: ignore[misc]
+            poll(lambda: "ended before" not in status(client)["last_rejection"]["reason"])
         said = status(client)
-        assert (said["serving"]["version"], said["refusal"]["by"]) == (bundles.version("one"), "BUNDLE")
+        assert (said["active"]["version"], said["last_rejection"]["actor"]) == (bundles.version("one"), "BUNDLE")
         lead_to(link, bundles.path("two"))
-        poll(lambda: status(client)["serving"]["version"] == bundles.version("two"))
+        poll(lambda: status(client)["active"]["version"] == bundles.version("two"))
         poll(lambda: predict(client, bundles.photo())["model"]["version"] == bundles.version("two"))
-        assert status(client)["serving"]["by"] == "BUNDLE"
+        assert status(client)["active"]["actor"] == "BUNDLE"
         assert metrics(client)['classifier_rollouts_total{outcome="rejected"}'] == 2
         poll(lambda: client.post("/admin/rollback", headers=KEY).status_code == 200)  # 409 while the link is being settled
-        assert status(client)["lasts"] is False
+        assert status(client)["survives_restart"] is False
 
 
 def test_a_folder_is_not_followed_and_neither_is_a_link_where_that_is_off(bundles: Bundles, link: Path) -> None:
@@ -319,9 +319,9 @@ def test_a_bundle_that_is_still_being_copied_is_waited_for(bundles: Bundles, lin
         lead_to(link, copied)
         for name in ("manifest.json", "golden.npz"):
             shutil.copy(bundles.path("two") / name, copied)
-        poll(lambda: (status(client)["refusal"] or {}).get("why", "").startswith("The bundle"))
+        poll(lambda: (status(client)["last_rejection"] or {}).get("reason", "").startswith("The bundle"))
         shutil.copytree(bundles.path("two"), copied, dirs_exist_ok=True)
-        poll(lambda: status(client)["serving"]["version"] == bundles.version("two"))
+        poll(lambda: status(client)["active"]["version"] == bundles.version("two"))
 
 
 # The board
@@ -333,7 +333,7 @@ def test_one_at_a_time_decides(tmp_path: Path) -> None:
         with board.lock():
             with pytest.raises(Problem) as caught, other.lock():
                 pass
-            assert caught.value.code == "swap_in_progress"
+            assert caught.value.code == "rollout_in_progress"
         with other.lock():
             other.write(RolloutState(link_fingerprint="x"))
         assert board.read() == RolloutState(link_fingerprint="x")

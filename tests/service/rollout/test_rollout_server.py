@@ -43,7 +43,7 @@ def status(server: Server) -> dict[str, Any]:
 
 def settled(server: Server, version: str) -> bool:
     said = status(server)
-    return said["settled"] and said["serving"]["version"] == version
+    return said["converged"] and said["active"]["version"] == version
 
 
 class Load:
@@ -105,7 +105,7 @@ def test_no_request_fails_while_bundles_change_back_and_forth(bundles: Bundles) 
                         body = json.dumps({"bundle": broken}).encode()
                         reply = server.post(body, "application/json", path="/admin/bundle", headers=KEY)
                         assert reply.status in (409, 422), reply.body
-                        assert status(server)["serving"]["version"] == bundles.version(name)
+                        assert status(server)["active"]["version"] == bundles.version(name)
                 if number >= SWAPS and load.total >= LEAST:
                     break
         assert load.failed == []
@@ -127,7 +127,7 @@ def test_all_workers_come_to_the_same_and_so_does_one_that_takes_a_dead_ones_pla
             choose(server, "two")
             poll(lambda: settled(server, two))
         assert load.failed == []
-        assert {row["process"] for row in status(server)["workers"]} == set(server.workers())
+        assert {row["pid"] for row in status(server)["workers"]} == set(server.workers())
         victim = server.workers()[0]
         os.kill(victim, signal.SIGKILL)
         poll(lambda: len(server.workers()) == 2 and victim not in server.workers())
@@ -155,13 +155,13 @@ def test_a_link_is_followed_by_all_workers_and_judged_once(bundles: Bundles, tmp
     with serve(link, admin_keys="sesame", web_concurrency=2, bundle_poll_s=0.1) as server:
         poll(lambda: server.metrics()["classifier_ready_workers"] == 2)
         lead_to("changed")
-        poll(lambda: "changed or damaged" in (status(server)["refusal"] or {}).get("why", ""))
+        poll(lambda: "changed or damaged" in (status(server)["last_rejection"] or {}).get("reason", ""))
         lead_to("two")
         poll(lambda: settled(server, bundles.version("two")))
         metrics = server.metrics()
         assert metrics['classifier_rollouts_total{outcome="rejected"}'] == 1
         assert metrics['classifier_rollouts_total{outcome="activated"}'] == 1
-        assert status(server)["lasts"]
+        assert status(server)["survives_restart"]
 
 
 def test_memory_is_given_back(bundles: Bundles) -> None:

@@ -255,7 +255,7 @@ def test_a_model_that_cannot_be_loaded_is_not_asked_for_again(tmp_path: Path) ->
 
 
 def test_problems_on_the_page_are_counted(app: Flask) -> None:
-    errors = app.extensions["model"].metrics.errors.labels("no_photo")
+    errors = app.extensions["model"].metrics.errors.labels("no_image")
     before = errors._value.get()
     post(app)
     assert errors._value.get() == before + 1
