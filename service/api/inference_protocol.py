@@ -56,7 +56,7 @@ def metadata(name: str, version: str | None) -> Response:
         versions=[model.bundle.version],
         platform="onnx_onnxv1",
         inputs=[
-            {"name": "photos", "datatype": "BYTES", "shape": [-1]},
+            {"name": "images", "datatype": "BYTES", "shape": [-1]},
             {"name": "pixels", "datatype": "UINT8", "shape": [-1, seen.input_px, seen.input_px, seen.channels]},
         ],
         outputs=[

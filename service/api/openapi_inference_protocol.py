@@ -72,7 +72,7 @@ def _request() -> dict[str, Any]:
     tensor = {
         "type": "object",
         "properties": {
-            "name": {"type": "string", "enum": ["photos", "pixels"]},
+            "name": {"type": "string", "enum": ["images", "pixels"]},
             "datatype": {"type": "string", "enum": ["BYTES", "UINT8"]},
             "shape": _array("integer"),
             "data": {"type": "array"},
@@ -100,7 +100,7 @@ def _request() -> dict[str, Any]:
 
 def _infer(settings: Settings, operation: str) -> dict[str, Any]:
     keyed: list[dict[str, list[str]]] = [{"bearer": []}, {"apiKey": []}]
-    photo = {"inputs": [{"name": "photos", "datatype": "BYTES", "shape": [1], "data": ["/9j/4AAQSkZJRgABAQ..."]}]}
+    photo = {"inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": ["/9j/4AAQSkZJRgABAQ..."]}]}
     bytes_behind = described(STRING | {"format": "binary"}, "JSON, and tensors as bytes behind it (`binary_tensor_data`).")
     length = {
         "description": "Where tensors follow as bytes: the length of the JSON before them.",
@@ -122,7 +122,7 @@ def _infer(settings: Settings, operation: str) -> dict[str, Any]:
         "operationId": operation,
         "tags": [TAG],
         "summary": "Classify photos or pixels",
-        "description": f"`photos`, BYTES [N]: encoded photos, in JSON as base64. Or `pixels`, UINT8 [N, H, W, C], as the model "
+        "description": f"`images`, BYTES [N]: encoded photos, in JSON as base64. Or `pixels`, UINT8 [N, H, W, C], as the model "
         f"takes them. At most {settings.max_images}. One bad photo refuses all, as the protocol has no single errors. "
         "With `classification` of probabilities, the highest so many as text, `value:index:label`.",
         "security": keyed if settings.api_keys else [{}, *keyed],

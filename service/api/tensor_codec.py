@@ -19,7 +19,7 @@ from service.http.text_validation import describe
 from service.http.uploads import VALUES_PER_PHOTO, check_image_count
 from service.settings import Settings
 
-DATATYPES = {"photos": "BYTES", "pixels": "UINT8"}
+DATATYPES = {"images": "BYTES", "pixels": "UINT8"}
 OUTPUTS = ("probabilities", "label")
 JSON_HINT = "send fewer photos, or the tensor as bytes (binary_tensor_data)"
 LENGTH = struct.Struct("<I")  # before each element of BYTES
@@ -63,7 +63,7 @@ def parse_request(body: bytes, json_bytes: int | None, settings: Settings, prepr
         raise Problem("bad_json", "The JSON is not an object.")
     inputs = document.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise tensor_problem("One input is wanted: either `photos`, BYTES, or `pixels`, UINT8.")
+        raise tensor_problem("One input is wanted: either `images`, BYTES, or `pixels`, UINT8.")
     given = document.get("id")
     if not isinstance(given, (str, type(None))):
         raise tensor_problem("The request's `id` is no text.")
@@ -91,26 +91,26 @@ def _read_input(given: dict[str, Any], rest: bytes, settings: Settings) -> Input
         raise tensor_problem(f"The datatype of {name} is {describe(given.get('datatype'))}; {DATATYPES[name]} is wanted.")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
         raise tensor_problem(f"The shape of {name} is no list of whole numbers.")
-    if len(shape) == (1 if name == "photos" else 4):
+    if len(shape) == (1 if name == "images" else 4):
         check_image_count(shape[0], settings)  # before each of a million empty ones is looked at
     size = _parameters(given).get("binary_data_size")
     if size != (len(rest) if rest or size is not None else None):
         raise tensor_problem(f"binary_data_size of {name} is {describe(size)} and {len(rest)} bytes follow the JSON.")
     data = rest if size is not None else given.get("data")
-    return _photos(shape, data) if name == "photos" else _pixels(shape, data)
+    return _photos(shape, data) if name == "images" else _pixels(shape, data)
 
 
 def _photos(shape: list[int], data: Any) -> InputTensor:
     if len(shape) != 1:
-        raise tensor_problem(f"The shape of photos is {shape[:8]}; [N] is wanted.")
+        raise tensor_problem(f"The shape of images is {shape[:8]}; [N] is wanted.")
     if not isinstance(data, (bytes, list)):
-        raise tensor_problem("photos has neither `data`, a list, nor binary_data_size.")
+        raise tensor_problem("images has neither `data`, a list, nor binary_data_size.")
     elements = _split(data, shape[0]) if isinstance(data, bytes) else _flat(data)
     if len(elements) != shape[0]:
-        raise tensor_problem(f"The shape of photos is {shape} and {len(elements)} elements came.")
+        raise tensor_problem(f"The shape of images is {shape} and {len(elements)} elements came.")
     if not all(isinstance(element, (bytes, str)) for element in elements):
         raise tensor_problem("In JSON each of photos is text: the photo's bytes in base64.")
-    return InputTensor("photos", elements=elements)
+    return InputTensor("images", elements=elements)
 
 
 def _pixels(shape: list[int], data: Any) -> InputTensor:
@@ -141,7 +141,7 @@ def _split(data: bytes, most: int) -> list[bytes]:
     at = 0
     while at < len(data) and len(elements) <= most:
         if len(data) - at < LENGTH.size:
-            raise tensor_problem("photos breaks off inside of an element's length.")
+            raise tensor_problem("images breaks off inside of an element's length.")
         (size,) = LENGTH.unpack_from(data, at)
         at += LENGTH.size
         if size > len(data) - at:

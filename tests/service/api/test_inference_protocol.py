@@ -47,7 +47,7 @@ def photos(tiny_bundle: SimpleNamespace) -> list[bytes]:
 
 def photos_input(photos: list[bytes], *, binary: bool = True) -> Any:
     given = photos if binary else [base64.b64encode(photo) for photo in photos]
-    made = triton.InferInput("photos", [len(photos)], "BYTES")
+    made = triton.InferInput("images", [len(photos)], "BYTES")
     return made.set_data_from_numpy(np.array(given, dtype=object), binary_data=binary)
 
 
@@ -74,7 +74,7 @@ def test_it_says_what_it_is(server: Server, client: Any, name: str, tiny_bundle:
     for described in (client.get_model_metadata(name), client.get_model_metadata(name, version)):
         assert (described["name"], described["versions"]) == (name, [version])
         assert described["inputs"] == [
-            {"name": "photos", "datatype": "BYTES", "shape": [-1]},
+            {"name": "images", "datatype": "BYTES", "shape": [-1]},
             {"name": "pixels", "datatype": "UINT8", "shape": [-1, SIDE, SIDE, 3]},
         ]
         assert described["outputs"] == [
@@ -178,7 +178,7 @@ def infer(server: Server, name: str, body: bytes, **headers: str) -> Reply:
     ],
 )  # fmt: skip
 def test_a_request_that_is_none_is_refused_in_the_protocols_form(server: Server, name: str, given: Any) -> None:
-    whole = {"name": "photos", "datatype": "BYTES", "shape": [1], "data": ["eA=="]}
+    whole = {"name": "images", "datatype": "BYTES", "shape": [1], "data": ["eA=="]}
     if isinstance(given, dict) and not given.keys() & {"inputs"}:
         apart = {key: value for key, value in given.items() if key in ("id", "outputs")}
         given = (
@@ -191,7 +191,7 @@ def test_a_request_that_is_none_is_refused_in_the_protocols_form(server: Server,
 
 def test_bytes_that_break_off_are_refused(server: Server, name: str) -> None:
     def send(tail: bytes, shape: int = 1, size: int | None = None, header: str | None = None) -> Reply:
-        given = {"name": "photos", "datatype": "BYTES", "shape": [shape], "parameters": {"binary_data_size": size or len(tail)}}
+        given = {"name": "images", "datatype": "BYTES", "shape": [shape], "parameters": {"binary_data_size": size or len(tail)}}
         text = json.dumps({"inputs": [given]}).encode()
         return infer(server, name, text + tail, Inference_Header_Content_Length=header or str(len(text)))
 
@@ -215,7 +215,7 @@ def test_a_key_is_wanted_as_for_predict_and_the_full_house_is_told(tiny_bundle: 
     app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("sesame",), max_in_flight=1, max_images=1, **PATIENT))
     served = app.extensions["model"]
     name = served.wait(START_S).bundle.name
-    body = {"inputs": [{"name": "photos", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}]}
+    body = {"inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}]}
     client = app.test_client()
 
     def send(**headers: str) -> Any:
@@ -225,7 +225,7 @@ def test_a_key_is_wanted_as_for_predict_and_the_full_house_is_told(tiny_bundle: 
     assert send(Authorization="Bearer sesame").get_json()["outputs"][1]["data"] == ["blue"]
     assert (send().status_code, "error" in send().get_json()) == (401, True)
     assert client.get(f"/v2/models/{name}").status_code == 200
-    app.extensions["admission"].enter()
+    app.extensions["admission"].acquire()
     answer = send(Authorization="Bearer sesame")
     assert (answer.status_code, answer.headers["Retry-After"], answer.get_json().keys()) == (503, "1", {"error"})
     served.close()

@@ -484,18 +484,18 @@ def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_in_flight=4, max_images=4) as client:
         admission = client.application.extensions["admission"]
         assert len(rows(send_form(client, *[("file", "a", photo)] * 4))) == 4
-        admission.enter(1)
+        admission.acquire(1)
         answer = send_form(client, *[("file", "a", photo)] * 4)  # the request is let in, and found to be of four photos
         refused(answer, "overloaded", "4 is the most")
         assert "classifier_in_flight_images 1.0" in client.get("/metrics").text
-        admission.enter(3)
+        admission.acquire(3)
         answer = send(client, photo, X_Request_ID="full")
         assert refused(answer, "overloaded", "4 photos are waiting")["request_id"] == "full"
         assert answer.headers["Retry-After"] == "1"
         assert client.get("/health/ready").status_code == 200
         admission.release(4)
         assert rows(send(client, photo))
-        assert admission.inside == 0
+        assert admission.in_flight == 0
 
 
 # Headers and logs
@@ -534,7 +534,7 @@ def test_every_answer_is_safe_in_a_browser(tiny_bundle: SimpleNamespace, photo: 
             client.get("/metrics"),
             client.options("/predict"),
         ]
-        admission.enter()
+        admission.acquire()
         answers.append(send(client, photo))
         assert [answer.status_code for answer in answers] == [200, 415, 404, 405, 200, 200, 200, 503]
         for answer in answers:
@@ -579,7 +579,7 @@ def test_pages_of_other_origins_may_ask_only_where_they_are_named(tiny_bundle: S
 def test_a_full_house_is_told_to_pages_of_other_origins_too(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     """Without the header a browser keeps the answer from the page, which then cannot tell it from a dead server."""
     with serving(tiny_bundle.path, cors_origins=("https://cats.example",), max_in_flight=1, max_images=1) as client:
-        client.application.extensions["admission"].enter()
+        client.application.extensions["admission"].acquire()
         answer = send(client, photo, Origin="https://cats.example")
         refused(answer, "overloaded")
         assert answer.headers["Access-Control-Allow-Origin"] == "https://cats.example"
