@@ -103,7 +103,7 @@ def generate(start: int, photos: int, classes: Sequence[str]) -> Predictions:
 
 def pages(photos: int, classes: int) -> Iterator[tuple[str, Filter, int]]:
     everything = Filter(model=f"v{photos}")
-    wrong = everything.replace(outcomes=("wrong",))
+    wrong = everything.replace(outcomes=("incorrect",))
     last = photos // everything.per_page
     yield "highest loss first", everything, 1
     yield "highest loss first, page in the middle", everything, last // 2
@@ -111,8 +111,8 @@ def pages(photos: int, classes: int) -> Iterator[tuple[str, Filter, int]]:
     yield "wrong, highest loss first", wrong, 1
     wrong_cats = int(photos * 0.03) // classes
     yield "wrong cats, by name", wrong.replace(labels=("cats",), sort="name"), min(3, 1 + wrong_cats // 48)
-    yield "right dogs, least certain first", everything.replace(outcomes=("right",), labels=("dogs",), sort="margin"), 1
-    yield "right, random", everything.replace(outcomes=("right",), sort="random", seed=7), 1
+    yield "right dogs, least certain first", everything.replace(outcomes=("correct",), labels=("dogs",), sort="margin"), 1
+    yield "right, random", everything.replace(outcomes=("correct",), sort="random", seed=7), 1
     yield "wrong, random, last page", wrong.replace(sort="random", seed=7), max(1, int(photos * 0.04) // 48 - 20)
     yield "confidence 60 to 80 %, by confidence", everything.replace(confidence=(60, 80), sort="confidence"), 1
     yield "confidence 99 % up, lowest loss last", everything.replace(confidence=(99, 100)), photos // 400

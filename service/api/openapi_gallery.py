@@ -9,9 +9,9 @@ from service.api.openapi_schemas import STRING, described, problem_answers, reco
 from service.db.filter import CHANGES, FACETS, FLAGS, OUTCOMES, PAGE_SIZES, REVIEWS, SORT_ORDERS, SOURCES
 
 TAG = "Gallery"
-FIXED = {"verdict": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
+FIXED = {"outcome": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
 MEANING = {
-    "verdict": "Whether the model is right; `unknown` where a live photo has no label.",
+    "outcome": "Whether the model is right; `unlabeled` where a live photo has no label.",
     "class": "The true class.",
     "predicted": "The predicted class.",
     "source": "Where the prediction is from.",
@@ -46,8 +46,8 @@ def _filter(*, model_alone: bool = False) -> list[dict[str, Any]]:
     return [
         *rows,
         parameter("confidence", STRING | {"pattern": "^([0-9]{1,2}-[0-9]{1,3})?$"}, "In whole per cent, as 50-90."),
-        parameter("vs", STRING, "Another model's version, with `change`."),
-        parameter("change", STRING | {"enum": [*CHANGES, ""]}, "What differs from the model `vs` on the same photo."),
+        parameter("baseline", STRING, "Another model's version, with `change`."),
+        parameter("change", STRING | {"enum": [*CHANGES, ""]}, "What differs from the model `baseline` on the same photo."),
         parameter(
             "sort", STRING | {"enum": [*SORT_ORDERS, ""]}, "What the order is by; highest loss first where it is not given."
         ),
@@ -69,9 +69,9 @@ def _pages() -> dict[str, Any]:
     photo = [
         parameter("photo", STRING, "Its name, as in predictions.csv."),
         parameter("sha256", STRING, "Its sha256, where two have the name."),
-        parameter("look", STRING, "A class: show where the model looked for it."),
+        parameter("explain", STRING, "A class: show where the model looked for it."),
         parameter("saved", STRING, "The id of the decision, note or undo that was just saved, to be said."),
-        parameter("end", STRING, "The filter's last photo was just decided: say so."),
+        parameter("last", STRING, "The filter's last photo was just decided: say so."),
     ]
     found = {
         "/gallery": _page("gallery_home", "Queues of photos that are worth a look", _filter(model_alone=True)),
@@ -93,10 +93,10 @@ def _listings() -> dict[str, Any]:
         found[f"/gallery/{name}.json"] = {"get": as_json | {"parameters": _filter()}}
         found[f"/gallery/{name}.csv"] = {"get": as_csv | {"parameters": _filter()}}
     table = answer("A row for each photo that was decided about.", "text/csv", STRING)
-    folder = answer("`live/train/CLASS/...`", "application/zip", {"type": "string", "format": "binary"})
+    folder = answer("`production/train/CLASS/...`", "application/zip", {"type": "string", "format": "binary"})
     return found | {
         "/gallery/reviews.csv": {"get": get("reviews_csv", TAG, "What `finetune train --reviews` takes", table, *FAILING)},
-        "/gallery/live.zip": {"get": get("live_zip", TAG, "Labelled live photos, to train with", folder, *FAILING)},
+        "/gallery/production.zip": {"get": get("production_zip", TAG, "Labelled live photos, to train with", folder, *FAILING)},
     }
 
 
@@ -110,16 +110,16 @@ def _pictures() -> dict[str, Any]:
         "thumbnail.jpg": ("A small picture", "image/jpeg", [photo]),
         "original.jpg": ("The photo, upright and without metadata", "image/jpeg", [photo]),
         "crop.png": ("What the model saw", "image/png", [photo, model]),
-        "attention.png": ("Where the model looked", "image/png", [photo, model, label]),
+        "heatmap.png": ("Where the model looked", "image/png", [photo, model, label]),
     }
     found = {}
     for name, (summary, media_type, parameters) in kinds.items():
         picture = answer("The picture.", media_type, {"type": "string", "format": "binary"})
         operation = get(name.partition(".")[0], TAG, summary, picture, *codes)
         operation["responses"]["304"] = {"description": "The browser has it."}
-        found[f"/gallery/pictures/{{sha256}}/{name}"] = {"get": operation | {"parameters": [sha256, *parameters]}}
+        found[f"/gallery/images/{{sha256}}/{name}"] = {"get": operation | {"parameters": [sha256, *parameters]}}
     colors = answer("The picture.", "image/png", {"type": "string", "format": "binary"})
-    found["/gallery/pictures/legend.png"] = {"get": get("legend", TAG, "The colours of where it looked", colors)}
+    found["/gallery/images/legend.png"] = {"get": get("legend", TAG, "The colors of where it looked", colors)}
     return found
 
 
@@ -143,9 +143,9 @@ def _decisions(security: list[dict[str, list[str]]]) -> dict[str, Any]:
         "new_label": described(STRING, "With `label`: the true class."),
         "note": STRING | {"maxLength": 2000},
         "reviewer": STRING | {"maxLength": 80},
-        "seen": described(STRING, "The id of the decision that was seen holding; empty where there was none."),
+        "expected_version": described(STRING, "The id of the decision that was seen holding; empty where there was none."),
         "filter": described(STRING, "A grid's query string."),
-        "next": described(STRING, "1: go on to the photo that follows in `filter`."),
+        "advance": described(STRING, "1: go on to the photo that follows in `filter`."),
     }
     optional = tuple(name for name in fields if name not in ("photo", "sha256", "decision"))
     form = record("A decision about a photo.", fields, optional=optional)

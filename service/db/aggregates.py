@@ -29,12 +29,12 @@ class Bucket(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        return "unknown" if self.label == UNLABELED else "right" if self.label == self.predicted else "wrong"
+        return "unlabeled" if self.label == UNLABELED else "correct" if self.label == self.predicted else "incorrect"
 
 
 # What a cell says of each facet: one value, but for flags, of which it can have none or both, and for live photos' split.
 _VALUES: dict[str, Callable[[Bucket], tuple[str, ...]]] = {
-    "verdict": lambda cell: (cell.outcome,),
+    "outcome": lambda cell: (cell.outcome,),
     "class": lambda cell: (cell.label,),
     "predicted": lambda cell: (cell.predicted,),
     "source": lambda cell: (cell.source,),

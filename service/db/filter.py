@@ -14,12 +14,12 @@ from werkzeug.datastructures import MultiDict
 from service.http.errors import Problem
 from service.http.text_validation import check_items
 
-UNLABELED = "not labelled"  # stands for the class of a live photo that nobody has labelled
-OUTCOMES = ("right", "wrong", "unknown")
+UNLABELED = "unlabeled"  # stands for the class of a live photo that nobody has labelled
+OUTCOMES = ("correct", "incorrect", "unlabeled")
 SOURCES = ("evaluation", "out-of-fold", "live")
 REVIEWS = ("unreviewed", "confirmed", "relabelled", "neither", "bad")
 FLAGS = ("duplicate", "mislabelled")
-CHANGES = ("fixed", "broke", "both-right", "both-wrong")
+CHANGES = ("fixed", "broke", "both-correct", "both-incorrect")
 MAX_CACHED = 200  # letters of a value whose form in a query is cached: a client may send long ones
 PAGE_SIZES = (24, 48, 72, 96)
 SORT_ORDERS = {  # a sort's own direction, and its name in each
@@ -32,7 +32,7 @@ SORT_ORDERS = {  # a sort's own direction, and its name in each
 
 # Parameter -> the field of Filter that takes several values.
 FACETS = {
-    "verdict": "outcomes",
+    "outcome": "outcomes",
     "class": "labels",
     "predicted": "predicted",
     "source": "sources",
@@ -40,7 +40,7 @@ FACETS = {
     "review": "reviews",
     "flag": "flags",
 }
-_FIXED = {"verdict": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
+_FIXED = {"outcome": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Filter:
     """Which predictions of one model, and in which order. An empty tuple lets everything through.
 
     Values of one facet are alternatives; facets add up. ``confidence`` is in whole per cent, the upper end excluded but
-    for 100. ``change`` is against the model whose version is ``vs``.
+    for 100. ``change`` is against the model whose version is ``baseline``.
     """
 
     model: str
@@ -75,7 +75,7 @@ class Filter:
         if self.confidence != (0, 100):
             pairs.append(("confidence", "{}-{}".format(*self.confidence)))
         if self.change:
-            pairs += [("vs", self.baseline), ("change", self.change)]
+            pairs += [("baseline", self.baseline), ("change", self.change)]
         if self.sort != "loss":
             pairs.append(("sort", self.sort))
         if self.order != SORT_ORDERS[self.sort][0]:
@@ -130,7 +130,7 @@ def parse_filter(params: MultiDict[str, str], *, model: str, extra: Iterable[str
 
     Raises Problem for a parameter that is not known here or has a value that it cannot have.
     """
-    known = ("model", *FACETS, "confidence", "vs", "change", "sort", "order", "seed", "per_page")
+    known = ("model", *FACETS, "confidence", "baseline", "change", "sort", "order", "seed", "per_page")
     for name in params:
         if name not in (*known, *extra):
             raise Problem(
@@ -142,7 +142,7 @@ def parse_filter(params: MultiDict[str, str], *, model: str, extra: Iterable[str
         model=params.get("model") or model,
         **{field: _several(params, parameter) for parameter, field in FACETS.items()},
         confidence=_range(params.get("confidence", "")),
-        baseline=params.get("vs", ""),
+        baseline=params.get("baseline", ""),
         change=_one_of(params, "change", CHANGES, ""),
         sort=sort,
         order=_one_of(params, "order", ("asc", "desc"), SORT_ORDERS[sort][0]),
@@ -150,7 +150,9 @@ def parse_filter(params: MultiDict[str, str], *, model: str, extra: Iterable[str
         per_page=parse_int(params, "per_page", 48, min_value=PAGE_SIZES[0], max_value=PAGE_SIZES[-1]),
     )
     if bool(found.baseline) != bool(found.change):
-        raise Problem("bad_parameter", "The parameters `vs`, another model's version, and `change` go together; one came.")
+        raise Problem(
+            "bad_parameter", "The parameters `baseline`, another model's version, and `change` go together; one came."
+        )
     return found
 
 
@@ -169,8 +171,8 @@ def describe_filter(filters: Filter, total: int, *, name: str, vs_name: str = ""
         parts.append(f"of the split {_either(filters.splits)}")
     if filters.sources:
         parts.append(f"from {_either([_SOURCE[source] for source in filters.sources])}")
-    verdict = _either([_VERDICT[verdict] for verdict in filters.outcomes]) or "has classified"
-    said = f"that {name} {verdict}"
+    words = _either([_OUTCOME[outcome] for outcome in filters.outcomes]) or "has classified"
+    said = f"that {name} {words}"
     if filters.predicted:
         said += f" as {_either(filters.predicted)}" if not filters.outcomes else f" and called {_either(filters.predicted)}"
     if filters.confidence != (0, 100):
@@ -189,7 +191,7 @@ def describe_filter(filters: Filter, total: int, *, name: str, vs_name: str = ""
 
 
 _SOURCE = {"evaluation": "the evaluation", "out-of-fold": "the out-of-fold evaluation", "live": "live requests"}
-_VERDICT = {"right": "got right", "wrong": "got wrong", "unknown": "classified without a known label"}
+_OUTCOME = {"correct": "got right", "incorrect": "got wrong", "unlabeled": "classified without a known label"}
 _FLAG = {  # of one photo, of several
     "duplicate": ("looks like a photo with another label", "look like a photo with another label"),
     "mislabelled": ("is probably mislabelled", "are probably mislabelled"),
@@ -197,8 +199,8 @@ _FLAG = {  # of one photo, of several
 _CHANGE = {
     "fixed": "{baseline} has wrong but {name} has right",
     "broke": "{baseline} has right but {name} has wrong",
-    "both-right": "{baseline} has right as well",
-    "both-wrong": "{baseline} has wrong as well",
+    "both-correct": "{baseline} has right as well",
+    "both-incorrect": "{baseline} has wrong as well",
 }
 _REVIEW = {
     "unreviewed": "nobody has reviewed yet",

@@ -72,10 +72,10 @@ def compare_models(connection: Connection, a: ModelRecord, b: ModelRecord) -> Mo
     )
 
 
-def select_changed(model: ModelRecord, vs: ModelRecord, change: str) -> Select[Any]:
-    """The ids of ``model``'s predictions whose outcome differs from ``vs``'s as ``change`` says, or does not differ."""
-    vs_right, right = {"fixed": (0, 1), "broke": (1, 0), "both-right": (1, 1), "both-wrong": (0, 0)}[change]
-    pairs = _pairs(vs, model).subquery()
+def select_changed(model: ModelRecord, baseline: ModelRecord, change: str) -> Select[Any]:
+    """The ids of ``model``'s predictions whose outcome differs from ``baseline``'s as ``change`` says, or does not differ."""
+    vs_right, right = {"fixed": (0, 1), "broke": (1, 0), "both-correct": (1, 1), "both-incorrect": (0, 0)}[change]
+    pairs = _pairs(baseline, model).subquery()
     return select(pairs.c.b_id).where(pairs.c.truth >= 0, pairs.c.a_right == vs_right, pairs.c.b_right == right)
 
 

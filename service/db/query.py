@@ -68,7 +68,7 @@ class PredictionRecord:
 
     @property
     def outcome(self) -> str:
-        return "unknown" if self.label is None else "right" if self.label == self.predicted else "wrong"
+        return "unlabeled" if self.label is None else "correct" if self.label == self.predicted else "incorrect"
 
 
 class PredictionQuery:

@@ -33,7 +33,7 @@ def page() -> Response:
         b=b,
         outcome=outcome,
         grids=grids,
-        words=_in_words(a, b, outcome),
+        summary=_in_words(a, b, outcome),
         right={"a": outcome.both_correct + outcome.broke, "b": outcome.both_correct + outcome.fixed} if outcome else {},
         served=gallery().active_version,
         train="" if a else retrain_command(),
@@ -59,7 +59,7 @@ def as_json() -> Response:
         only_a=outcome.only_a,
         only_b=outcome.only_b,
         p_value=outcome.p_value,
-        words=_in_words(a, b, outcome),
+        summary=_in_words(a, b, outcome),
     )
     answer.headers["Cache-Control"] = "no-cache"
     return answer

@@ -31,11 +31,11 @@ bp = Blueprint("exports", __name__)
 
 
 @bp.get("/gallery/photos.json", endpoint="photos_json")
-@bp.get("/gallery/correct.json", endpoint="correct_json", defaults={"verdict": "right"})
-@bp.get("/gallery/incorrect.json", endpoint="incorrect_json", defaults={"verdict": "wrong"})
-def as_json(verdict: str = "") -> Response:
+@bp.get("/gallery/correct.json", endpoint="correct_json", defaults={"outcome": "correct"})
+@bp.get("/gallery/incorrect.json", endpoint="incorrect_json", defaults={"outcome": "incorrect"})
+def as_json(outcome: str = "") -> Response:
     """{"total": N, "rows": [...]} over the whole filter."""
-    filters = _asked(verdict)
+    filters = _asked(outcome)
     total, model, rows = _everything(filters)
 
     def text() -> Iterator[str]:
@@ -48,16 +48,16 @@ def as_json(verdict: str = "") -> Response:
 
 
 @bp.get("/gallery/photos.csv", endpoint="photos_csv")
-@bp.get("/gallery/correct.csv", endpoint="correct_csv", defaults={"verdict": "right"})
-@bp.get("/gallery/incorrect.csv", endpoint="incorrect_csv", defaults={"verdict": "wrong"})
-def as_csv(verdict: str = "") -> Response:
+@bp.get("/gallery/correct.csv", endpoint="correct_csv", defaults={"outcome": "correct"})
+@bp.get("/gallery/incorrect.csv", endpoint="incorrect_csv", defaults={"outcome": "incorrect"})
+def as_csv(outcome: str = "") -> Response:
     """The columns of predictions.csv, then what the gallery knows beside."""
-    filters = _asked(verdict)
+    filters = _asked(outcome)
     _, model, rows = _everything(filters)
     header = ["photo", "label", "predicted", *(f"p_{name}" for name in model.classes), "loss", "split", "sha256"]
-    header += ["source", "verdict", "confidence", "margin", "review", "flags", "new_label", "note", "reviewer"]
+    header += ["source", "outcome", "confidence", "margin", "review", "flags", "new_label", "note", "reviewer"]
     lines = (_csv_row(photo) for photo in rows)
-    return _csv(header, lines, f"{verdict or 'photos'}.csv")
+    return _csv(header, lines, f"{outcome or 'photos'}.csv")
 
 
 @bp.get("/gallery/reviews.csv")
@@ -69,13 +69,13 @@ def reviews_csv() -> Response:
     return Response(write_reviews(found), headers=headers, content_type="text/csv; charset=utf-8")
 
 
-@bp.get("/gallery/live.zip")
+@bp.get("/gallery/production.zip")
 def production_zip() -> Response:
     """The live photos that were given a class, as a folder that `finetune train --extra-data` takes."""
     database = gallery().database
     with database.read() as connection:
         chosen = list(production.labeled_images(connection))
-    headers = {"Cache-Control": "no-cache", "Content-Disposition": 'attachment; filename="live.zip"'}
+    headers = {"Cache-Control": "no-cache", "Content-Disposition": 'attachment; filename="production.zip"'}
     return Response(_zipped(database, chosen), headers=headers, mimetype="application/zip")
 
 
@@ -87,7 +87,7 @@ def _zipped(database: Database, chosen: Sequence[tuple[str, str]]) -> Iterator[b
             with database.read() as connection:
                 data = production.load_image(connection, sha256)
             if data is not None:
-                folder.writestr(f"live/train/{label}/{sha256[:16]}{production.file_suffix(data)}", data)
+                folder.writestr(f"production/train/{label}/{sha256[:16]}{production.file_suffix(data)}", data)
                 yield outgoing.taken()
     yield outgoing.taken()
 
@@ -121,7 +121,7 @@ def row_to_json(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
         "split": photo.split,
         "label": photo.label,
         "predicted": photo.predicted,
-        "verdict": photo.outcome,
+        "outcome": photo.outcome,
         "confidence": photo.confidence,
         "margin": photo.margin,
         "loss": photo.loss,
@@ -138,7 +138,7 @@ def row_to_json(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
             "decided_at": decision.decided_at.isoformat(timespec="seconds"),
         },
         "page": url_for("photo.page", photo=photo.photo, sha256=photo.sha256, model=model.version),
-        "thumbnail": url_for("pictures.thumbnail", sha256=photo.sha256, photo=photo.photo),
+        "thumbnail": url_for("images.thumbnail", sha256=photo.sha256, photo=photo.photo),
     }
 
 
@@ -159,9 +159,9 @@ def _review(row: Any) -> Review:
     )
 
 
-def _asked(verdict: str) -> Filter:
+def _asked(outcome: str) -> Filter:
     """The filter of the page's own address; which page of it that is makes no difference here."""
-    return sidebar.apply_range_params(page_filter_from_request(**({"outcomes": (verdict,)} if verdict else {})), request.args)
+    return sidebar.apply_range_params(page_filter_from_request(**({"outcomes": (outcome,)} if outcome else {})), request.args)
 
 
 def _everything(filters: Filter) -> tuple[int, ModelRecord, Rows]:

@@ -13,7 +13,7 @@ from service.gallery import sidebar
 from service.gallery.index import gallery
 
 REVIEWER_COOKIE = "reviewer"  # the cookie with the name that somebody gave themselves
-AUTO_ADVANCE_COOKIE = "next"  # the cookie that says whether they go on to the next photo
+AUTO_ADVANCE_COOKIE = "advance"  # the cookie that says whether they go on to the next photo
 
 
 def filter_from_request(*, extra: Iterable[str] = (), **preset: tuple[str, ...]) -> Filter:

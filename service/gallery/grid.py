@@ -57,12 +57,12 @@ def home() -> Response:
             rows.append(QueuePreview(queue, found.counts.total, found.first(QUEUE_PREVIEW_SIZE)))
         evaluated, live = (
             PredictionQuery(connection, Filter(model=version, sources=sources), same_model_as=everything).counts.facets[
-                "verdict"
+                "outcome"
             ]
             for sources in (("evaluation", "out-of-fold"), ("live",))
         )
         waiting = PredictionQuery(
-            connection, Filter(model=version, outcomes=("unknown",), reviews=("unreviewed",)), same_model_as=everything
+            connection, Filter(model=version, outcomes=("unlabeled",), reviews=("unreviewed",)), same_model_as=everything
         )
         models = shown.models(connection)
     return render_gallery(
@@ -88,12 +88,12 @@ def photos() -> Response:
 
 @bp.get("/gallery/correct")
 def correct() -> Response:
-    return _grid(outcomes=("right",))
+    return _grid(outcomes=("correct",))
 
 
 @bp.get("/gallery/incorrect")
 def incorrect() -> Response:
-    return _grid(outcomes=("wrong",))
+    return _grid(outcomes=("incorrect",))
 
 
 @bp.errorhandler(Problem)
@@ -140,7 +140,7 @@ def _grid(**preset: tuple[str, ...]) -> Response:
         facets={facet.parameter: facet for facet in sidebar.build_facets(filters, found.counts)},
         confusion=sidebar.build_confusion_matrix(filters, found),
         bars=sidebar.build_histogram(filters, found.counts),
-        ends=[request.args.get(name, end) for name, end in zip(("from", "to"), ends, strict=True)],
+        ends=[request.args.get(name, end) for name, end in zip(("min_confidence", "max_confidence"), ends, strict=True)],
         refused=refused,
         hidden=sidebar.hidden_fields,
         sorts=sidebar.sort_options(filters),

@@ -12,7 +12,7 @@ from service.gallery.index import gallery
 from service.images.render import encode_png
 from service.web.layout import ONE_YEAR_S
 
-bp = Blueprint("pictures", __name__, url_prefix="/gallery/pictures")
+bp = Blueprint("images", __name__, url_prefix="/gallery/images")
 
 
 @bp.get("/<sha256>/thumbnail.jpg")
@@ -31,7 +31,7 @@ def crop(sha256: str) -> Response:
     return _forever(encode_png(image_access().crop(_version(), _photo(), sha256)), "image/png")
 
 
-@bp.get("/<sha256>/attention.png")
+@bp.get("/<sha256>/heatmap.png")
 def heatmap(sha256: str) -> Response:
     """The crop, with the places bright that speak for ``class``."""
     active_version, photo = _version(), _photo()

@@ -64,9 +64,9 @@ def say(problem: Problem) -> Response:
 @bp.get("/gallery/photo")
 def page() -> Response:
     """One photo under the filter that one came with, which says what comes before and after it."""
-    filters = filter_from_request(extra=("photo", "sha256", "look", "saved", "end"))
+    filters = filter_from_request(extra=("photo", "sha256", "explain", "saved", "last"))
     return render_photo_page(
-        filters, request.args.get("photo", ""), request.args.get("sha256", ""), explain_class=request.args.get("look", "")
+        filters, request.args.get("photo", ""), request.args.get("sha256", ""), explain_class=request.args.get("explain", "")
     )
 
 
@@ -115,11 +115,11 @@ def render_photo_page(
         previous=previous,
         following=following,
         first=first,
-        is_end="end" in request.args,
+        is_last="last" in request.args,
         saved=just_saved,
         rejected=rejected,
         grid=grid_url(filters, page=min(before, max(0, found.counts.total - 1)) // filters.per_page + 1),
-        look_address=lambda label: f"{url_for('photo.page')}?{_look(filters, this, label)}#look",
+        look_address=lambda label: f"{url_for('photo.page')}?{_look(filters, this, label)}#explain",
         reviewer=request.cookies.get(REVIEWER_COOKIE, ""),
         goes_on=request.cookies.get(AUTO_ADVANCE_COOKIE, "1") == "1",
         key=_key(),
@@ -217,4 +217,4 @@ def _key() -> dict[str, Any]:
 
 
 def _look(filters: Filter, this: PredictionRecord, label: str) -> str:
-    return filters.query(photo=this.photo, sha256=this.sha256, look=label)
+    return filters.query(photo=this.photo, sha256=this.sha256, explain=label)

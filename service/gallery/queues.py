@@ -24,7 +24,7 @@ class ReviewQueue:
 def review_queues(version: str, classes: Sequence[str]) -> list[ReviewQueue]:
     """In the order in which they repay looking."""
     everything = Filter(model=version)
-    wrong, right = everything.replace(outcomes=("wrong",)), everything.replace(outcomes=("right",))
+    wrong, right = everything.replace(outcomes=("incorrect",)), everything.replace(outcomes=("correct",))
     return [
         ReviewQueue(
             "Confidently wrong",

@@ -29,7 +29,7 @@ MAX_KEY = 1_000  # letters; a browser keeps no cookie of more than 4 KiB
 NO_ADVANCE = ("note", "undo")  # after these nobody goes on to the next photo
 SINGLE_LINE = frozenset({"reviewer", "key", "back"})
 JSON_FORMAT = 'send {"photo": ..., "sha256": ..., "decision": ...}'
-FIELDS = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "seen", "filter", "next")
+FIELDS = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "expected_version", "filter", "advance")
 
 bp = Blueprint("review", __name__)
 
@@ -44,7 +44,7 @@ def refuse(problem: Problem) -> Response:
 
 @bp.post("/gallery/review")
 def review() -> Response:
-    """Save a decision: a form goes on to a page (the next photo of the filter with ``next``), JSON is answered with JSON.
+    """Save a decision: a form goes on to a page (the next photo of the filter with ``advance``), JSON is answered with JSON.
 
     A form that is refused comes back on its photo's page, with what was typed in it and the reason.
     """
@@ -67,21 +67,21 @@ def review() -> Response:
 def _review(given: dict[str, str]) -> Response:
     settings: Settings = current_app.extensions["settings"]
     g.key_name = require_key_or_cookie(request, settings)
-    verdict = _verdict(given, key_name=g.key_name)
-    here, following = _photo_page(given), _next(given, verdict)  # before anything is saved: the filter may be no filter
+    decision = _decision(given, key_name=g.key_name)
+    here, following = _photo_page(given), _next(given, decision)  # before anything is saved: the filter may be no filter
     with gallery().database.write() as connection:
-        id_ = save_decision(connection, verdict)
+        id_ = save_decision(connection, decision)
     way = following and f"{following}&saved={id_}"
     if request.is_json:
         with gallery().database.read() as connection:
-            rows = [entry_to_json(row) for row in load_history(connection, verdict.sha256)]
+            rows = [entry_to_json(row) for row in load_history(connection, decision.sha256)]
         answer = jsonify(id=id_, history=rows, next=way)
     else:
         answer = redirect(way or f"{here}&saved={id_}", 303)  # type: ignore[assignment]
-        if verdict.decision not in NO_ADVANCE:
-            _keep(answer, AUTO_ADVANCE_COOKIE, "1" if given.get("next") == "1" else "0")
+        if decision.decision not in NO_ADVANCE:
+            _keep(answer, AUTO_ADVANCE_COOKIE, "1" if given.get("advance") == "1" else "0")
     if "reviewer" in given and g.key_name is None:
-        _keep(answer, REVIEWER_COOKIE, verdict.reviewer)
+        _keep(answer, REVIEWER_COOKIE, decision.reviewer)
     answer.headers["Cache-Control"] = "no-store"
     return answer
 
@@ -163,17 +163,18 @@ def _fields() -> dict[str, str]:
     return fields | ({"decision": decision, "new_label": label} if colon else {})
 
 
-def _verdict(given: dict[str, str], *, key_name: str | None) -> ReviewDecision:
+def _decision(given: dict[str, str], *, key_name: str | None) -> ReviewDecision:
     for name in ("photo", "sha256", "decision"):
         if not given.get(name):
             raise Problem("bad_parameter", f"The field `{name}` is missing; it is wanted with every decision.")
     for name, most in MAX_LENGTHS.items():
         if len(given.get(name, "")) > most:
             raise Problem("bad_parameter", f"The field `{name}` has {len(given[name]):,} letters; {most:,} is the most.")
-    expected_version = given.get("seen", "")
+    expected_version = given.get("expected_version", "")
     if expected_version and not (expected_version.isascii() and expected_version.isdigit() and len(expected_version) < 19):
         raise Problem(
-            "bad_parameter", f"The field `seen` is {expected_version!r}; the seen decision's id is wanted, or nothing."
+            "bad_parameter",
+            f"The field `expected_version` is {expected_version!r}; expected the id of the current decision, or nothing.",
         )
     return ReviewDecision(
         photo=given["photo"],
@@ -188,18 +189,18 @@ def _verdict(given: dict[str, str], *, key_name: str | None) -> ReviewDecision:
     )
 
 
-def _next(given: dict[str, str], verdict: ReviewDecision) -> str | None:
+def _next(given: dict[str, str], decision: ReviewDecision) -> str | None:
     """The page of the photo that follows in the filter, found before the decision may take this one out of it.
 
     Behind the last photo there is none: its own page says then that the filter is through.
     """
-    if given.get("next") != "1" or not given.get("filter") or verdict.decision in NO_ADVANCE:
+    if given.get("advance") != "1" or not given.get("filter") or decision.decision in NO_ADVANCE:
         return None
     filters = _filter(given)
     with open_query(filters) as found:
-        _, _, following = found.neighbors(found.find(verdict.photo, verdict.sha256))
+        _, _, following = found.neighbors(found.find(decision.photo, decision.sha256))
     if following is None:
-        return f"{_photo_page(given)}&end=1"
+        return f"{_photo_page(given)}&last=1"
     return f"{url_for('photo.page')}?{filters.query(photo=following.photo, sha256=following.sha256)}"
 
 

@@ -17,7 +17,7 @@ from service.http.errors import Problem
 
 # Parameter -> its title, and what its values are called; classes and splits have their own names.
 FACET_TITLES = {
-    "verdict": "Right or wrong",
+    "outcome": "Right or wrong",
     "class": "True class",
     "predicted": "Predicted class",
     "review": "Review",
@@ -26,7 +26,7 @@ FACET_TITLES = {
     "split": "Split",
 }
 VALUE_NAMES = {
-    "verdict": {"right": "Right", "wrong": "Wrong", "unknown": "No label"},
+    "outcome": {"correct": "Right", "incorrect": "Wrong", "unlabeled": "No label"},
     "review": {
         "unreviewed": "Not yet reviewed",
         "confirmed": "Confirmed",
@@ -37,8 +37,8 @@ VALUE_NAMES = {
     "flag": {"duplicate": "Same photo, another label", "mislabelled": "Probably mislabelled"},
     "source": {"evaluation": "Evaluation", "out-of-fold": "Out of fold", "live": "Live"},
 }
-CHANGE_NAMES = {"fixed": "Fixed", "broke": "Broke", "both-right": "Both right", "both-wrong": "Both wrong"}
-FORM_PARAMS = ("by", "from", "to")  # what the forms send beside a filter's own parameters
+CHANGE_NAMES = {"fixed": "Fixed", "broke": "Broke", "both-correct": "Both right", "both-incorrect": "Both wrong"}
+FORM_PARAMS = ("sort_by", "min_confidence", "max_confidence")  # what the forms send beside a filter's own parameters
 MAX_MATRIX_CELLS = 900  # of a matrix; of more classes the confusions are listed, the most frequent first
 MAX_CONFUSIONS = 20
 SHADES = 4
@@ -79,7 +79,7 @@ class ConfusionCell:
     @property
     def kind(self) -> str:
         """How a matrix shows it: what nobody has labelled is no mistake."""
-        return "diagonal" if self.label == self.predicted else "unlabelled" if self.label == UNLABELED else "off"
+        return "diagonal" if self.label == self.predicted else "unlabeled" if self.label == UNLABELED else "off"
 
 
 @dataclass(frozen=True)
@@ -123,21 +123,24 @@ def _path(endpoint: str) -> str:
 
 
 def apply_sort_params(filters: Filter, given: Mapping[str, str]) -> Filter:
-    """The filter in the order that a form of the grid sent, as ``by=loss.asc``. Raises Problem."""
-    if by := given.get("by"):
-        sort, _, order = by.partition(".")
+    """The filter in the order that a form of the grid sent, as ``sort_by=loss.asc``. Raises Problem."""
+    if sort_by := given.get("sort_by"):
+        sort, _, order = sort_by.partition(".")
         if sort not in SORT_ORDERS or order not in ("asc", "desc"):
             known = ", ".join(f"{sort}.{order}" for sort in SORT_ORDERS for order in ("asc", "desc"))
-            raise Problem("bad_parameter", f"The parameter `by` is {by!r}; it can be {known}.")
+            raise Problem("bad_parameter", f"The parameter `sort_by` is {sort_by!r}; it can be {known}.")
         filters = filters.replace(sort=sort, order=order)
     return filters
 
 
 def apply_range_params(filters: Filter, given: Mapping[str, str]) -> Filter:
-    """The filter with the confidences that a form of the grid sent, as ``from=50`` and ``to=90``. Raises Problem."""
-    if "from" not in given and "to" not in given:
+    """The filter with the confidences that a form of the grid sent, as ``min_confidence=50`` and ``max_confidence=90``. Raises Problem."""
+    if "min_confidence" not in given and "max_confidence" not in given:
         return filters
-    low, high = parse_int(given, "from", 0, min_value=0, max_value=100), parse_int(given, "to", 100, min_value=0, max_value=100)
+    low, high = (
+        parse_int(given, "min_confidence", 0, min_value=0, max_value=100),
+        parse_int(given, "max_confidence", 100, min_value=0, max_value=100),
+    )
     if low >= high:
         raise Problem(
             "bad_parameter", f"The range of confidence is from {low} to {high} %; the first number has to be the lower one."
@@ -180,7 +183,7 @@ def active_filters(filters: Filter, vs_name: str) -> list[tuple[str, str, str]]:
         rows.append(("Confidence", f"{low}\u2013{high}\u202f%", grid_url(filters.replace(confidence=(0, 100)))))
     if filters.change:
         title = f"Against {vs_name} {filters.baseline}"
-        rows.append((title, CHANGE_NAMES[filters.change], grid_url(filters.replace(vs="", change=""))))
+        rows.append((title, CHANGE_NAMES[filters.change], grid_url(filters.replace(baseline="", change=""))))
     return rows
 
 
@@ -237,7 +240,7 @@ def build_histogram(filters: Filter, counts: FacetCounts) -> list[HistogramBar]:
 
 
 def sort_options(filters: Filter) -> list[tuple[str, str, bool]]:
-    """What the form's ``by`` can be: value, words, and whether it is what is shown."""
+    """What the form's ``sort_by`` can be: value, words, and whether it is what is shown."""
     return [
         (f"{sort}.{order}", label_text[:1].upper() + label_text[1:], (sort, order) == (filters.sort, filters.order))
         for sort, (natural, named) in SORT_ORDERS.items()

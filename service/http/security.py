@@ -9,7 +9,7 @@ from flask import Request
 from service.http.errors import Problem
 from service.settings import Settings
 
-KEY_COOKIE = "key"
+KEY_COOKIE = "api_key"
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "

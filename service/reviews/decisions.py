@@ -37,45 +37,45 @@ class ReviewDecision:
     expected_version: int | None = None
 
 
-def save_decision(connection: Connection, verdict: ReviewDecision) -> int:
-    """Enter a verdict and all that follows from it; returns the id that it got.
+def save_decision(connection: Connection, decision: ReviewDecision) -> int:
+    """Enter a decision and all that follows from it; returns the id that it got.
 
     Raises Problem: no such decision, label or photo, an empty note, nothing to undo, somebody decided since, or a text that
     no database takes.
     """
-    if verdict.decision not in ACTIONS:
-        raise Problem("bad_parameter", f"The field `decision` is {verdict.decision[:80]!r}; it can be {', '.join(ACTIONS)}.")
-    if verdict.decision == "note" and not verdict.note.strip():
+    if decision.decision not in ACTIONS:
+        raise Problem("bad_parameter", f"The field `decision` is {decision.decision[:80]!r}; it can be {', '.join(ACTIONS)}.")
+    if decision.decision == "note" and not decision.note.strip():
         raise Problem("bad_parameter", "The field `note` is empty; a note was to be saved.")
-    if not is_storable(verdict.new_label or "", verdict.note, verdict.reviewer):
+    if not is_storable(decision.new_label or "", decision.note, decision.reviewer):
         raise Problem("bad_parameter", "A text arrived with a letter that cannot be kept, as a zero byte; leave it out.")
-    label = _label_of(connection, verdict)
-    holds = current_decision(connection, verdict.sha256)
-    if verdict.decision != "note" and verdict.expected_version != (holds.id if holds else None):
+    label = _label_of(connection, decision)
+    holds = current_decision(connection, decision.sha256)
+    if decision.decision != "note" and decision.expected_version != (holds.id if holds else None):
         said = f"{holds.reviewer or 'Somebody'} {describe_decision(holds)}" if holds else "The decision was taken back"
         raise Problem("review_conflict", f"{said} meanwhile; look at it, and decide again to overrule it.")
     undoes = None
-    if verdict.decision == "undo":
+    if decision.decision == "undo":
         if holds is None:
-            raise Problem("nothing_to_undo", f"Nothing is decided about {verdict.photo}; there is nothing to undo.")
+            raise Problem("nothing_to_undo", f"Nothing is decided about {decision.photo}; there is nothing to undo.")
         undoes = holds.id
     made = connection.execute(
         insert(decisions).values(
-            sha256=verdict.sha256,
-            photo=verdict.photo,
+            sha256=decision.sha256,
+            photo=decision.photo,
             label=label,
-            decision=verdict.decision,
-            new_label=verdict.new_label if verdict.decision == LABEL else None,
-            note=verdict.note,
-            reviewer=verdict.reviewer,
-            key_name=verdict.key_name,
-            model_version=verdict.model_version,
+            decision=decision.decision,
+            new_label=decision.new_label if decision.decision == LABEL else None,
+            note=decision.note,
+            reviewer=decision.reviewer,
+            key_name=decision.key_name,
+            model_version=decision.model_version,
             undoes=undoes,
             decided_at=datetime.now(timezone.utc),
         )
     )
-    if verdict.decision != "note":
-        _hold(connection, verdict.sha256)
+    if decision.decision != "note":
+        _hold(connection, decision.sha256)
     return int(made.inserted_primary_key[0])  # type: ignore[index]
 
 
@@ -153,12 +153,12 @@ def _hold(connection: Connection, sha256: str) -> None:
     apply_decision(connection, sha256)
 
 
-def _label_of(connection: Connection, verdict: ReviewDecision) -> str | None:
+def _label_of(connection: Connection, decision: ReviewDecision) -> str | None:
     """The class that the photo was evaluated with, None for a live one.
 
     Raises Problem where there is no such photo, or the label to give is none of the model's classes.
     """
-    texts = verdict.model_version, verdict.photo, verdict.sha256
+    texts = decision.model_version, decision.photo, decision.sha256
     found = (
         is_storable(*texts)
         and connection.execute(
@@ -167,15 +167,15 @@ def _label_of(connection: Connection, verdict: ReviewDecision) -> str | None:
             .join(buckets, buckets.c.id == predictions.c.cell_id)
             .join(models, models.c.id == predictions.c.model_id)
             .where(
-                models.c.version == verdict.model_version,
-                predictions.c.photo == verdict.photo,
-                predictions.c.sha256 == verdict.sha256,
+                models.c.version == decision.model_version,
+                predictions.c.photo == decision.photo,
+                predictions.c.sha256 == decision.sha256,
             )
         ).first()
     )
     if not found:
-        raise Problem("not_found", f"The model {verdict.model_version} was not evaluated on a photo {verdict.photo!r}.")
-    if verdict.decision == LABEL and verdict.new_label not in found.classes:
+        raise Problem("not_found", f"The model {decision.model_version} was not evaluated on a photo {decision.photo!r}.")
+    if decision.decision == LABEL and decision.new_label not in found.classes:
         known = ", ".join(found.classes)
-        raise Problem("bad_parameter", f"The field `new_label` is {verdict.new_label!r}; it can be {known}.")
+        raise Problem("bad_parameter", f"The field `new_label` is {decision.new_label!r}; it can be {known}.")
     return None if found.source == "live" else str(found.classes[found.label])

@@ -34,8 +34,8 @@
     adorn();
     const note = find("note");
     if (note && !note.value) note.value = sessionStorage.getItem(draft()) ?? "";
-    const goesOn = document.querySelector("input[name=next]");
-    if (goesOn && sessionStorage.getItem("next")) goesOn.checked = sessionStorage.getItem("next") === "1";
+    const goesOn = document.querySelector("input[name=advance]");
+    if (goesOn && sessionStorage.getItem("advance")) goesOn.checked = sessionStorage.getItem("advance") === "1";
     const { prefetch, prefetchCrop } = page().dataset;
     for (const address of [prefetch, prefetchCrop]) if (address) new Image().src = address;
     const here = new URL(location.href);
@@ -61,7 +61,7 @@
     const refused = find("refused");
     if (refused) return (find("overrule") ?? refused).focus();
     document.querySelector("h1").focus({ preventScroll: true });
-    say([words(find("saved")?.querySelector("p")), words(find("end")), words(document.querySelector("h1")), words(find("state"))].join(" "));
+    say([words(find("saved")?.querySelector("p")), words(find("last")), words(document.querySelector("h1")), words(find("state"))].join(" "));
   }
 
   // The parts that others' decisions change; what somebody types meanwhile stays
@@ -120,12 +120,12 @@
     box.focus();
   }
 
-  async function look(link) {
-    const section = find("look");
+  async function explain(link) {
+    const section = find("explain");
     section.setAttribute("aria-busy", "true");
     say("Computing where the model looked\u2026");
     const answer = await fetch(link.href).catch(() => null);
-    const fresh = answer?.ok && parse(await answer.text()).getElementById("look");
+    const fresh = answer?.ok && parse(await answer.text()).getElementById("explain");
     if (!fresh) return location.assign(link.href);
     section.replaceWith(fresh);
     history.replaceState(null, "", link.href);
@@ -142,17 +142,17 @@
   });
 
   addEventListener("click", (event) => {
-    const link = event.target.closest?.("a[data-look]");
+    const link = event.target.closest?.("a[data-explain]");
     if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey && event.button === 0) {
       event.preventDefault();
-      look(link);
+      explain(link);
     }
     if (event.target.closest?.("#help-open")) find("help").showModal();
   });
 
   addEventListener("input", (event) => {
     if (event.target.id === "note") sessionStorage.setItem(draft(), event.target.value);
-    if (event.target.name === "next") sessionStorage.setItem("next", event.target.checked ? "1" : "0");
+    if (event.target.name === "advance") sessionStorage.setItem("advance", event.target.checked ? "1" : "0");
   });
 
   // Keys

@@ -59,7 +59,7 @@ def name_of(row: Row) -> str:
 def has_looked(server: Server, row: Row) -> None:
     """Where the model looked is computed at a low priority, which a page does not wait for long on a busy machine."""
     query = urlencode({"photo": row["photo"], "class": row["predicted"]})
-    poll(lambda: server.get(f"/gallery/pictures/{row['sha256']}/attention.png?{query}").status == 200)
+    poll(lambda: server.get(f"/gallery/images/{row['sha256']}/heatmap.png?{query}").status == 200)
 
 
 def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) -> None:
@@ -167,7 +167,7 @@ def test_where_the_model_looked_comes_in_place_and_the_next_photo_beforehand(new
     with page.expect_request(lambda request: f"{second['sha256']}/original.jpg" in request.url):
         page.goto(page_of(first, **LEFT))
     page.get_by_label("Note").fill("Still typing")
-    page.locator("a[data-look]").first.click()
+    page.locator("a[data-explain]").first.click()
     picture = page.get_by_role("img", name=re.compile("places that speak for"))
     expect(picture).to_be_visible()
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 32
@@ -190,7 +190,7 @@ def test_without_javascript_everything_works_as_forms(new_page: NewPage, server:
     page.locator("#saved").get_by_role("button", name="Undo").click()
     expect(heading).to_have_text(name_of(first))
     expect(page.locator("#history")).to_contain_text("By hand")
-    page.locator("a[data-look]").first.click()
+    page.locator("a[data-explain]").first.click()
     expect(page.get_by_role("img", name=re.compile("places that speak for"))).to_be_visible()
     expect(page.get_by_role("button", name="Keys")).to_be_hidden()
     assert past(server, first)[:2] == ["undo", "neither"]
@@ -202,7 +202,7 @@ def test_the_page_is_accessible_and_fits(new_page: NewPage, server: Server, tmp_
     row = rows(server, source="evaluation", sort="name")[-1]
     has_looked(server, row)
     options = PHONE if device == "phone" else {}
-    page = new_page(page_of(row, look=row["predicted"]), color_scheme=scheme, reduced_motion="reduce", **options)
+    page = new_page(page_of(row, explain=row["predicted"]), color_scheme=scheme, reduced_motion="reduce", **options)
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
     for name in ("photo", "decided", "keys"):
         if name == "decided":

@@ -22,7 +22,7 @@ ROOM_LEFT = """select => {
   const arrow_px = 20, around_px = parseFloat(style.paddingLeft) + parseFloat(style.paddingRight) + arrow_px;
   return select.clientWidth - around_px - context.measureText(select.selectedOptions[0].text).width;
 }"""
-OUTCOMES = {(True, True): "both-right", (False, True): "fixed", (True, False): "broke", (False, False): "both-wrong"}
+OUTCOMES = {(True, True): "both-correct", (False, True): "fixed", (True, False): "broke", (False, False): "both-incorrect"}
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +74,11 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
     with serve(old, **settings) as server:
         wait(server)
         a = server.get("/models").json()["models"][0]["version"]
-        wrong = server.get("/gallery/photos.json?sort=loss&verdict=wrong").json()["rows"]
+        wrong = server.get("/gallery/photos.json?sort=loss&outcome=incorrect").json()["rows"]
         odd = {row["photo"]: row for row in wrong if "/odd-" in row["photo"]}
         truth = {photo: "blue" if "/odd-blue" in photo else "red" for photo in odd}
         first = next(iter(odd))
-        page.goto(f"{server.url}/gallery/photos?sort=loss&verdict=wrong")
+        page.goto(f"{server.url}/gallery/photos?sort=loss&outcome=incorrect")
         page.locator(f'a[href*="/gallery/photo?"][href*="{odd[first]["sha256"]}"]').first.click()
         for photo, row in odd.items():
             if photo != first:
@@ -124,7 +124,7 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
             link = page.locator(f'a[href*="/gallery/photos?"][href*="change={change}"]').first
             if numbers[change]:
                 expect(link).to_contain_text(str(numbers[change]))
-            grid = server.get(f"/gallery/photos.json?model={b}&vs={a}&change={change}").json()["rows"]
+            grid = server.get(f"/gallery/photos.json?model={b}&baseline={a}&change={change}").json()["rows"]
             assert {row["photo"] for row in grid} == {photo for photo, both in right.items() if OUTCOMES[both] == change}
         page.locator('a[href*="change=fixed"]').first.click()
         fixed = next(photo for photo, both in right.items() if OUTCOMES[both] == "fixed")

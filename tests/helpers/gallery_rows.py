@@ -44,7 +44,7 @@ class Plain:
 
     @property
     def outcome(self) -> str:
-        return "right" if self.label == self.predicted else "wrong"
+        return "correct" if self.label == self.predicted else "incorrect"
 
     @property
     def flags(self) -> set[str]:
@@ -105,7 +105,7 @@ def _plain(row: dict[str, str], source: str, duplicate: bool, mislabeled: bool) 
 
 
 CHECKS: dict[str, Callable[[Plain, Filter], bool]] = {
-    "verdict": lambda row, filters: not filters.outcomes or row.outcome in filters.outcomes,
+    "outcome": lambda row, filters: not filters.outcomes or row.outcome in filters.outcomes,
     "class": lambda row, filters: not filters.labels or row.label in filters.labels,
     "predicted": lambda row, filters: not filters.predicted or row.predicted in filters.predicted,
     "source": lambda row, filters: not filters.sources or row.source in filters.sources,
@@ -133,7 +133,7 @@ def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]
     low = rng.choice((0, 0, 50, 57, 58, rng.randrange(99)))
     return Filter(
         model=VERSION,
-        outcomes=some(("right", "wrong")),
+        outcomes=some(("correct", "incorrect")),
         labels=some(classes),
         predicted=some(classes),
         sources=some(sorted({row.source for row in rows})),

@@ -102,7 +102,7 @@ def test_a_query_string_is_the_shortest_one(seed: int) -> None:
 
 def test_nothing_is_said_of_what_is_so_anyway() -> None:
     assert EVERYTHING.query() == "model=m"
-    assert read("sort=loss&order=desc&confidence=0-100&per_page=48&seed=0&class=&verdict=&model=").query() == "model=m"
+    assert read("sort=loss&order=desc&confidence=0-100&per_page=48&seed=0&class=&outcome=&model=").query() == "model=m"
     assert EVERYTHING.query(page=2, after=None) == "model=m&page=2"
 
 
@@ -111,11 +111,11 @@ def test_what_is_given_twice_counts_once() -> None:
 
 
 def test_a_query_string_as_people_type_it() -> None:
-    found = read("class=cats&verdict=wrong&confidence=90-100&sort=margin&order=desc&per_page=96&vs=v2&change=broke")
+    found = read("class=cats&outcome=incorrect&confidence=90-100&sort=margin&order=desc&per_page=96&baseline=v2&change=broke")
     assert found == Filter(
         model="m",
         labels=("cats",),
-        outcomes=("wrong",),
+        outcomes=("incorrect",),
         confidence=(90, 100),
         sort="margin",
         order="desc",
@@ -128,16 +128,19 @@ def test_a_query_string_as_people_type_it() -> None:
 @pytest.mark.parametrize(
     ("query", "wanted"),
     [
-        ("klass=cats", "The parameter 'klass' is not known here; there are model, verdict, class, predicted,"),
+        ("klass=cats", "The parameter 'klass' is not known here; there are model, outcome, class, predicted,"),
         ("page=2", "The parameter 'page' is not known here"),
-        ("verdict=maybe", "The parameter `verdict` is 'maybe'; it can be right, wrong, unknown."),
+        ("outcome=maybe", "The parameter `outcome` is 'maybe'; it can be correct, incorrect, unlabeled."),
         ("source=moon", "The parameter `source` is 'moon'; it can be evaluation, out-of-fold, live."),
         ("review=done", "The parameter `review` is 'done'; it can be unreviewed, confirmed, relabelled, neither, bad."),
         ("flag=red", "The parameter `flag` is 'red'; it can be duplicate, mislabelled."),
         ("sort=size", "The parameter `sort` is 'size'; it can be loss, confidence, margin, name, random."),
         ("order=up", "The parameter `order` is 'up'; it can be asc, desc."),
-        ("vs=v2&change=worse", "The parameter `change` is 'worse'; it can be fixed, broke, both-right, both-wrong."),
-        ("vs=v2", "go together"),
+        (
+            "baseline=v2&change=worse",
+            "The parameter `change` is 'worse'; it can be fixed, broke, both-correct, both-incorrect.",
+        ),
+        ("baseline=v2", "go together"),
         ("change=fixed", "go together"),
         ("seed=-1", "The parameter `seed` is '-1'; a whole number from 0 to 2147483647 was wanted."),
         ("seed=2147483648", "a whole number from 0 to 2147483647"),
@@ -209,15 +212,15 @@ def test_another_sort_comes_in_its_own_direction() -> None:
     [
         ("", 25_000, "25,000 photos that m7 has classified"),
         ("sort=random", 1, "1 photo that m7 has classified, in a random order."),
-        ("verdict=wrong", 0, "0 photos that m7 got wrong"),
-        ("verdict=wrong&class=dogs", 3, "3 photos of class dogs that m7 got wrong"),
+        ("outcome=incorrect", 0, "0 photos that m7 got wrong"),
+        ("outcome=incorrect&class=dogs", 3, "3 photos of class dogs that m7 got wrong"),
         (
-            "verdict=wrong&verdict=unknown&sort=name",
+            "outcome=incorrect&outcome=unlabeled&sort=name",
             3,
             "3 photos that m7 got wrong or classified without a known label, by name.",
         ),
         ("predicted=cats", 3, "3 photos that m7 has classified as cats"),
-        ("predicted=cats&verdict=wrong", 3, "3 photos that m7 got wrong and called cats"),
+        ("predicted=cats&outcome=incorrect", 3, "3 photos that m7 got wrong and called cats"),
         (
             "class=a&class=b&class=c&split=valid&source=evaluation&source=live&sort=confidence",
             9,
@@ -227,7 +230,7 @@ def test_another_sort_comes_in_its_own_direction() -> None:
         ("class=not+labelled&source=live", 2, "2 photos without a label from live requests that m7 has classified"),
         ("class=cats&class=not+labelled", 2, "2 photos of class cats or without a label that m7 has classified"),
         (
-            "verdict=right&confidence=50-60&sort=margin",
+            "outcome=correct&confidence=50-60&sort=margin",
             4,
             "4 photos that m7 got right with a confidence of 50 to 60 %, closest call first.",
         ),
@@ -235,7 +238,7 @@ def test_another_sort_comes_in_its_own_direction() -> None:
         ("flag=duplicate", 2, "2 photos that m7 has classified and that look like a photo with another label"),
         ("flag=duplicate", 1, "1 photo that m7 has classified and that looks like a photo with another label"),
         (
-            "flag=mislabelled&review=unreviewed&verdict=wrong",
+            "flag=mislabelled&review=unreviewed&outcome=incorrect",
             12,
             "12 photos that m7 got wrong, that are probably mislabelled and that nobody has reviewed yet",
         ),
@@ -245,13 +248,13 @@ def test_another_sort_comes_in_its_own_direction() -> None:
             "12 photos that m7 has classified and that a reviewer has confirmed or a reviewer has called bad",
         ),
         ("review=neither", 1, "1 photo that m7 has classified and that a reviewer has found to be none of the classes"),
-        ("vs=v6&change=fixed", 5, "5 photos that m7 has classified and that m6 has wrong but m7 has right"),
+        ("baseline=v6&change=fixed", 5, "5 photos that m7 has classified and that m6 has wrong but m7 has right"),
         (
-            "vs=v6&change=broke&class=cats",
+            "baseline=v6&change=broke&class=cats",
             1,
             "1 photo of class cats that m7 has classified and that m6 has right but m7 has wrong",
         ),
-        ("vs=v6&change=both-wrong&verdict=wrong", 5, "5 photos that m7 got wrong and that m6 has wrong as well"),
+        ("baseline=v6&change=both-incorrect&outcome=incorrect", 5, "5 photos that m7 got wrong and that m6 has wrong as well"),
     ],
 )
 def test_a_filter_in_words(query: str, total: int, wanted: str) -> None:

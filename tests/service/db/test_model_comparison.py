@@ -52,7 +52,7 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
             truth[sha] = label = rng.choice(more.classes) if decision == "label" else None
             words = {"photo": old[sha].photo, "sha256": sha, "model_version": "v3", "decision": decision}
             save_decision(connection, ReviewDecision(**words, new_label=label))  # type: ignore[arg-type]
-    kinds = {(False, True): "fixed", (True, False): "broke", (True, True): "both-right", (False, False): "both-wrong"}
+    kinds = {(False, True): "fixed", (True, False): "broke", (True, True): "both-correct", (False, False): "both-incorrect"}
     expected: dict[str, set[str]] = {kind: set() for kind in (*CHANGES, "aside", "label_conflicts")}
     for sha, label in truth.items():
         if label == "?":
@@ -65,8 +65,8 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
     with database.read() as connection:
         found = compare_models(connection, get_model(connection, "v1"), get_model(connection, "v2"))
         assert found == ModelComparison(
-            both_correct=len(expected["both-right"]),
-            both_incorrect=len(expected["both-wrong"]),
+            both_correct=len(expected["both-correct"]),
+            both_incorrect=len(expected["both-incorrect"]),
             fixed=len(expected["fixed"]),
             broke=len(expected["broke"]),
             excluded=len(expected["aside"]),

@@ -69,13 +69,13 @@ def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
         "live",
         None,
         "dogs",
-        "unknown",
+        "unlabeled",
         "unreviewed",
     )
     assert (photo.confidence, photo.margin, photo.loss, photo.true_probability) == (0.75, 0.5, None, None)
     with database.read() as connection:
         counts = PredictionQuery(connection, Filter(model=VERSION)).counts
-        assert counts.facets["verdict"] == {"unknown": 2}
+        assert counts.facets["outcome"] == {"unlabeled": 2}
         assert counts.facets["class"] == {UNLABELED: 2}
         assert counts.facets["split"] == {}
         assert load_image(connection, answered(2).sha256) == b"photo 2"
@@ -85,11 +85,11 @@ def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
 @pytest.mark.parametrize(
     ("decision", "new_label", "wanted"),
     [
-        ("label", "dogs", ("dogs", "right", "confirmed")),
-        ("label", "cats", ("cats", "wrong", "relabelled")),
-        ("label", "birds", (None, "unknown", "relabelled")),
-        ("neither", None, (None, "unknown", "neither")),
-        ("bad", None, (None, "unknown", "bad")),
+        ("label", "dogs", ("dogs", "correct", "confirmed")),
+        ("label", "cats", ("cats", "incorrect", "relabelled")),
+        ("label", "birds", (None, "unlabeled", "relabelled")),
+        ("neither", None, (None, "unlabeled", "neither")),
+        ("bad", None, (None, "unlabeled", "bad")),
     ],
 )
 def test_a_decision_labels_it_and_undoing_takes_that_back(
@@ -110,7 +110,7 @@ def test_a_decision_labels_it_and_undoing_takes_that_back(
         assert list(labeled_images(connection)) == ([(photo.sha256, new_label)] if decision == "label" else [])
     say(database, photo, "undo")
     found = one(database, photo)
-    assert (found.label, found.outcome, found.review, found.loss) == (None, "unknown", "unreviewed", None)
+    assert (found.label, found.outcome, found.review, found.loss) == (None, "unlabeled", "unreviewed", None)
     check_cells(database)
 
 

@@ -101,7 +101,7 @@ def facet(rows: Sequence[Plain], wanted: Filter, parameter: str) -> Counter[str]
 
 def values_of(rows: Sequence[Plain]) -> dict[str, set[str]]:
     return {
-        "verdict": {"right", "wrong"},
+        "outcome": {"correct", "incorrect"},
         "class": {row.label for row in rows},
         "predicted": {row.predicted for row in rows},
         "source": {row.source for row in rows},
@@ -188,17 +188,17 @@ def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(
     monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
     monkeypatch.setattr(pagination, "SMALL_RESULT", 10)
     model_total = EVERYTHING.replace(sort=sort)
-    wanted = model_total.replace(outcomes=("wrong",))
+    wanted = model_total.replace(outcomes=("incorrect",))
     with gallery.database.read() as connection:
         whole = PredictionQuery(connection, model_total)
         shown = whole.fetch(whole.ids())
         narrow = PredictionQuery(connection, wanted)
         for photo in shown[::37]:
-            if photo.outcome == "right":
+            if photo.outcome == "correct":
                 assert not narrow.matches(photo)
                 before, previous, following = narrow.neighbors(photo)
                 place = shown.index(next(p for p in shown if p.id == photo.id))
-                wrong = [p.id if p.outcome == "wrong" else None for p in shown]
+                wrong = [p.id if p.outcome == "incorrect" else None for p in shown]
                 earlier, later = ([id_ for id_ in part if id_] for part in (wrong[:place], wrong[place:]))
                 assert before == len(earlier)
                 assert (previous and previous.id) == (earlier[-1] if earlier else None)

@@ -152,7 +152,7 @@ def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
         assert 1 <= row.count("<li>") <= 8
 
 
-@pytest.mark.parametrize("query", ["", "verdict=wrong", "class=red&class=blue&confidence=50-90"])
+@pytest.mark.parametrize("query", ["", "outcome=incorrect", "class=red&class=blue&confidence=50-90"])
 def test_facets_and_confusions_and_bars_count_what_they_lead_to(gallery: Gallery, query: str) -> None:
     given = parse_qs(query)
     low, high = map(int, given.get("confidence", ["0-100"])[0].split("-"))
@@ -161,7 +161,7 @@ def test_facets_and_confusions_and_bars_count_what_they_lead_to(gallery: Gallery
         return (
             low <= confidence(row) < (high if high < 100 else 101)
             and (but == "class" or row["label"] in given.get("class", [row["label"]]))
-            and (but == "verdict" or "verdict" not in given or not is_right(row))
+            and (but == "outcome" or "outcome" not in given or not is_right(row))
         )
 
     rows = [row for row in gallery.rows if fits(row)]
@@ -171,7 +171,7 @@ def test_facets_and_confusions_and_bars_count_what_they_lead_to(gallery: Gallery
     for facet, value in (
         ("class", lambda row: row["label"]),
         ("predicted", lambda row: row["predicted"]),
-        ("verdict", lambda row: "Right" if is_right(row) else "Wrong"),
+        ("outcome", lambda row: "Right" if is_right(row) else "Wrong"),
         ("source", lambda row: {"evaluation": "Evaluation", "out-of-fold": "Out of fold"}[row["source"]]),
         ("split", lambda row: row["split"]),
     ):
@@ -241,16 +241,16 @@ def test_no_probability_is_rounded_to_a_certainty(gallery: Gallery) -> None:
 # Links and forms
 
 
-@pytest.mark.parametrize("verdict", ["right", "wrong"])
-def test_a_button_says_whether_it_keeps_the_label_or_gives_another(gallery: Gallery, verdict: str) -> None:
-    row = gallery.server.get(f"/gallery/photos.json?verdict={verdict}").json()["rows"][-1]
+@pytest.mark.parametrize("outcome", ["correct", "incorrect"])
+def test_a_button_says_whether_it_keeps_the_label_or_gives_another(gallery: Gallery, outcome: str) -> None:
+    row = gallery.server.get(f"/gallery/photos.json?outcome={outcome}").json()["rows"][-1]
     page = gallery.text(row["page"])
     buttons = dict(re.findall(r'<button [^>]*value="label:(\w+)"[^>]*><span>(.*?)</span>', page))
     wanted = {name: f"It is {name}" for name in gallery.classes}
     wanted[row["predicted"]] += " as predicted"
     wanted[row["label"]] = f"Keep {row['label']} its label is right"
     assert {name: re.sub(r"<[^>]*>", "", words) for name, words in buttons.items()} == wanted
-    if verdict == "right":
+    if outcome == "correct":
         assert re.findall(r"data-look>(\w+)<small>(.*?)</small>", page) == [(row["label"], "its label, as predicted")]
 
 
@@ -267,7 +267,7 @@ def test_every_link_leads_somewhere(gallery: Gallery, path: str) -> None:
 
 
 def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
-    answer = gallery.server.get("/gallery/photos?class=red&by=margin.asc&per_page=24&from=40&to=95")
+    answer = gallery.server.get("/gallery/photos?class=red&sort_by=margin.asc&per_page=24&min_confidence=40&max_confidence=95")
     assert answer.status == 302
     query = parse_qs(urlsplit(answer.headers["Location"]).query)
     assert query == {
@@ -281,7 +281,7 @@ def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
 
 
 def test_a_listing_takes_the_address_of_any_page_and_gives_the_whole_filter(gallery: Gallery) -> None:
-    page = "class=red&by=margin.asc&per_page=24&from=40&to=95&page=2"
+    page = "class=red&sort_by=margin.asc&per_page=24&min_confidence=40&max_confidence=95&page=2"
     whole = gallery.server.get("/gallery/photos.json?class=red&sort=margin&confidence=40-95").json()
     assert whole["total"] == len(whole["rows"]) > 0
     assert gallery.server.get(f"/gallery/photos.json?{page}").json() == whole
@@ -323,7 +323,7 @@ def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low
         ("/gallery?colour=red", 400, "The parameter &#39;colour&#39; is not known here"),
         ("/gallery?model=nobody", 404, "no predictions of a model"),
         ("/gallery/photos?class=zebra", 400, "the model knows"),
-        ("/gallery/photos?by=size", 400, "it can be loss.asc"),
+        ("/gallery/photos?sort_by=size", 400, "it can be loss.asc"),
         ("/gallery/photos?page=0", 400, "a whole number from 1"),
         ("/gallery/photos?per_page=1000", 400, "from 24 to 96"),
         ("/gallery/correct?sort=size", 400, "it can be loss"),
@@ -516,7 +516,7 @@ def test_a_photo_that_is_missing_is_said_so_in_its_place(new_page: NewPage) -> N
 @pytest.mark.parametrize("device", [PHONE, DESKTOP], ids=["phone", "desktop"])
 def test_every_listing_page_is_accessible_and_fits(new_page: NewPage, scheme: str, device: dict[str, Any]) -> None:
     page = new_page("/gallery", color_scheme=scheme, reduced_motion="reduce", **device)
-    for path in ("/gallery", "/gallery/photos?verdict=wrong&per_page=24", "/gallery/photos?confidence=0-10", "/compare"):
+    for path in ("/gallery", "/gallery/photos?outcome=incorrect&per_page=24", "/gallery/photos?confidence=0-10", "/compare"):
         page.goto(path)
         fold = page.locator("#panel > summary")
         if fold.is_visible():

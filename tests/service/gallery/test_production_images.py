@@ -75,9 +75,9 @@ def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> 
     for decision, words in (("neither", "None of the classes"), ("bad", "Bad photo")):
         (row,) = gallery.live(decision=decision)
         page = gallery.text(row["page"])
-        assert re.search(r'<p class="verdict-mark unknown"><svg.*?</svg>Set aside</p>', page, re.DOTALL)
+        assert re.search(r'<p class="outcome-mark unlabeled"><svg.*?</svg>Set aside</p>', page, re.DOTALL)
         grid = gallery.text(f"/gallery/photos?source=live&review={decision}")
-        assert re.search(r'<span class="verdict-mark unknown"><svg.*?</svg>Set aside</span>', grid, re.DOTALL)
+        assert re.search(r'<span class="outcome-mark unlabeled"><svg.*?</svg>Set aside</span>', grid, re.DOTALL)
         assert re.search(rf'<li class="badge reviewed"><svg.*?</svg>{words}</li>', grid, re.DOTALL)
         for text in (page, grid):
             assert "No label yet" not in plain(text)

@@ -122,15 +122,15 @@ def _version(server: Server) -> str:
 
 def explained(server: Server, row: Row) -> Reply | None:
     """The page with where the model looked, once it was computed: at a low priority, which a page does not wait for long."""
-    reply = server.get(page_of(row, look=row["predicted"]))
+    reply = server.get(page_of(row, explain=row["predicted"]))
     return reply if re.search("The brighter a place|No place of the photo", text(reply)) else None
 
 
 def test_where_the_model_looked_is_shown_by_a_link_with_its_method(server: Server, row: Row) -> None:
     reply = poll(lambda: explained(server, row))
-    picture = html.unescape(re.search(r'src="([^"]+attention.png[^"]+)"', reply.body.decode())[1])  # type: ignore[index]
+    picture = html.unescape(re.search(r'src="([^"]+heatmap.png[^"]+)"', reply.body.decode())[1])  # type: ignore[index]
     assert server.get(picture).headers["Content-Type"] == "image/png"
-    refused = server.get(page_of(row, look="no such class"))
+    refused = server.get(page_of(row, explain="no such class"))
     assert (refused.status, "this model's classes are" in text(refused)) == (400, True)
 
 
@@ -154,7 +154,7 @@ def test_no_address_leads_out_of_the_data_folder(server: Server, data: Path) -> 
     for photo in ("../secret.jpg", str(secret), "valid/red/link.jpg", "valid/../../secret.jpg", "", "\0", "valid/red"):
         for kind in ("thumbnail.jpg", "original.jpg", "crop.png"):
             query = urlencode({"photo": photo, "model": _version(server)})
-            reply = server.get(f"/gallery/pictures/{sha256_of(secret)}/{kind}?{query}")
+            reply = server.get(f"/gallery/images/{sha256_of(secret)}/{kind}?{query}")
             assert (reply.status, reply.code) == ((400, "bad_parameter") if photo == "\0" else (404, "image_missing")), photo
 
 
@@ -163,10 +163,10 @@ def test_a_missing_and_a_replaced_photo_are_said_and_not_shown(server: Server, d
     (data / missing["photo"]).unlink()
     paint(data / replaced["photo"], (9, 9, 9), seed=77)
     for row, words, code in ((missing, "is not in the data folder", 404), (replaced, "is not the one that was evaluated", 409)):
-        reply = server.get(page_of(row, look=row["predicted"]))
+        reply = server.get(page_of(row, explain=row["predicted"]))
         assert (reply.status, words in text(reply)) == (200, True)
-        assert not re.search(rf'src="/gallery/pictures/{row["sha256"]}', reply.body.decode())
-        assert server.get(f"/gallery/pictures/{row['sha256']}/original.jpg?photo={row['photo']}").status == code
+        assert not re.search(rf'src="/gallery/images/{row["sha256"]}', reply.body.decode())
+        assert server.get(f"/gallery/images/{row['sha256']}/original.jpg?photo={row['photo']}").status == code
 
 
 # Deciding
@@ -175,7 +175,9 @@ def test_a_missing_and_a_replaced_photo_are_said_and_not_shown(server: Server, d
 def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Server) -> None:
     filter_ = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
     first, second, third = rows(server, **filter_)[:3]
-    reply = post(server, first, f"label:{first['label']}", next="1", filter=urlencode(filter_), reviewer="Ada", note="a\r\nb")
+    reply = post(
+        server, first, f"label:{first['label']}", advance="1", filter=urlencode(filter_), reviewer="Ada", note="a\r\nb"
+    )
     path, query = way(reply)
     assert (path, query["photo"], query["review"]) == ("/gallery/photo", second["photo"], "unreviewed")
     cookies = reply.headers.get_all("Set-Cookie")
@@ -183,15 +185,15 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     assert all("HttpOnly" in cookie and "SameSite=Strict" in cookie for cookie in cookies)
     said = server.get(reply.headers["Location"])
     assert f"Saved: {Path(first['photo']).name}, Ada confirmed {first['label']}." in text(said)
-    assert f'name="seen" value="{query["saved"]}"' in said.body.decode()
+    assert f'name="expected_version" value="{query["saved"]}"' in said.body.decode()
     [entry] = past(server, first)
     assert (entry["decision"], entry["new_label"], entry["note"], entry["reviewer"]) == ("label", first["label"], "a\nb", "Ada")
-    path, query = way(post(server, second, "bad", next="1", filter=urlencode(filter_)))
+    path, query = way(post(server, second, "bad", advance="1", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]
     path, query = way(post(server, third, "neither", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]  # nothing said to go on
     assert "found it to be none of the classes" in text(server.get(f"{path}?{urlencode(query)}"))
-    path, query = way(post(server, third, "undo", seen=query["saved"], next="1", filter=urlencode(filter_)))
+    path, query = way(post(server, third, "undo", expected_version=query["saved"], advance="1", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]  # who undoes wants to see it
     said = text(server.get(f"{path}?{urlencode(query)}"))
     undone = f"Undone: {Path(third['photo']).name}, Somebody found it to be none of the classes."
@@ -213,7 +215,7 @@ def test_a_card_says_what_was_decided_in_the_queues_too(server: Server) -> None:
         ("bad", "Bad photo"),
         ("undo", "None of the classes"),  # which was decided before it
     ):
-        seen = str(post(server, row, decision, as_json=True, seen=seen).json()["id"])
+        seen = str(post(server, row, decision, as_json=True, expected_version=seen).json()["id"])
         queue = re.search(r">Least certain<.*?</section>", server.get("/gallery").body.decode(), re.DOTALL)[0]  # type: ignore[index]
         grid = server.get("/gallery/photos?sort=margin").body.decode()
         for text, card in (
@@ -231,9 +233,9 @@ def test_a_card_says_what_was_decided_in_the_queues_too(server: Server) -> None:
 def test_behind_the_last_photo_of_a_filter_it_is_said_so(server: Server) -> None:
     filter_ = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
     left = rows(server, **filter_)
-    reply = post(server, left[-1], "bad", next="1", filter=urlencode(filter_))
+    reply = post(server, left[-1], "bad", advance="1", filter=urlencode(filter_))
     _, query = way(reply)
-    assert (query["photo"], query["end"]) == (left[-1]["photo"], "1")
+    assert (query["photo"], query["last"]) == (left[-1]["photo"], "1")
     said = text(server.get(reply.headers["Location"]))
     assert f"That was the last photo of this filter. Begin again with the first of {len(left) - 1}" in said
     assert f"not among the {len(left) - 1}" in said
@@ -250,7 +252,7 @@ def test_json_is_answered_with_the_history_and_the_way_on(server: Server, row: R
 
 def test_what_another_decided_meanwhile_is_shown_and_the_note_is_kept(server: Server, row: Row) -> None:
     first = post(server, row, "bad", as_json=True, reviewer="Ann").json()["id"]
-    fields = {"note": 'My <b>"own"</b> note', "reviewer": "Ben", "filter": "sort=name", "next": "1"}
+    fields = {"note": 'My <b>"own"</b> note', "reviewer": "Ben", "filter": "sort=name", "advance": "1"}
     reply = post(server, row, f"label:{row['label']}", **fields)
     assert reply.status == 409
     said, body = text(reply), reply.body.decode()
@@ -258,21 +260,21 @@ def test_what_another_decided_meanwhile_is_shown_and_the_note_is_kept(server: Se
     assert f"Overrule it: {row['label']}" in said
     assert "My &lt;b&gt;&#34;own&#34;&lt;/b&gt; note</textarea>" in body
     assert 'value="Ben"' in body
-    seen = re.search(r'id="about".*?name="seen" value="(\d+)"', body, re.DOTALL)[1]  # type: ignore[index]
+    seen = re.search(r'id="about".*?name="expected_version" value="(\d+)"', body, re.DOTALL)[1]  # type: ignore[index]
     assert int(seen) == first
-    way(post(server, row, f"label:{row['label']}", seen=seen, **fields))
+    way(post(server, row, f"label:{row['label']}", expected_version=seen, **fields))
     assert [entry["decision"] for entry in past(server, row)] == ["label", "bad"]
-    assert post(server, row, "undo", as_json=True, seen=seen).code == "review_conflict"
+    assert post(server, row, "undo", as_json=True, expected_version=seen).code == "review_conflict"
 
 
 def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(server: Server, row: Row) -> None:
     _, query = way(post(server, row, "bad", reviewer="Ann"))
-    _, query = way(post(server, row, "neither", reviewer="Ben", seen=query["saved"]))
-    path, query = way(post(server, row, "undo", reviewer="Cid", seen=query["saved"]))
+    _, query = way(post(server, row, "neither", reviewer="Ben", expected_version=query["saved"]))
+    path, query = way(post(server, row, "undo", reviewer="Cid", expected_version=query["saved"]))
     said = text(server.get(f"{path}?{urlencode(query)}"))
     assert "Ben found it to be none of the classes. What was decided before holds again: Ann called it a bad photo." in said
     seen = str(past(server, row)[-1]["id"])
-    post(server, row, f"label:{row['label']}", as_json=True, seen=seen)
+    post(server, row, f"label:{row['label']}", as_json=True, expected_version=seen)
     assert "Undone" not in text(server.get(f"{path}?{urlencode(query)}"))  # somebody decided since
 
 
@@ -294,7 +296,7 @@ def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> Non
         ("maybe", {}, "it can be label, neither, bad, note, undo"),
         ("bad", {"note": "x" * 2_001}, "2,000 is the most"),
         ("bad", {"reviewer": "x" * 81}, "80 is the most"),
-        ("bad", {"seen": "-1"}, "the seen decision's id is wanted"),
+        ("bad", {"expected_version": "-1"}, "expected the id of the current decision"),
         ("bad", {"filter": "sort=colour"}, "`sort` is 'colour'"),
         ("bad", {"more": "1"}, "The field 'more' is not known here"),
         ("bad", {"sha256": "0" * 64}, "was not evaluated on a photo"),
@@ -309,7 +311,7 @@ def test_what_is_refused_is_said_on_a_page_and_to_a_program_as_a_problem(
     assert page.status >= 400
     assert said.replace("`", "") in text(page)  # where it is shown as code
     if "more" not in fields and len(fields.get("note", "")) < 60_000:
-        program = post(server, row, decision, as_json=True, **({"next": "1"} | fields))
+        program = post(server, row, decision, as_json=True, **({"advance": "1"} | fields))
         assert (program.status, program.headers["Content-Type"]) == (page.status, "application/problem+json")
         assert said in program.json()["detail"]
     assert past(server, row) == []
@@ -351,7 +353,9 @@ def test_with_keys_anybody_looks_and_who_has_one_decides(tiny_bundle: SimpleName
         assert "You decide as ann, by your key." in text(keyed.get(page_of(row), headers=mine))
         way(post(keyed, row, "bad", headers=BROWSER | mine, reviewer="Somebody Else"))
         assert past(keyed, row)[0]["reviewer"] == "ann"
-        assert post(keyed, row, "undo", as_json=True, seen="1", headers={"Authorization": "Bearer open"}).status == 200
+        assert (
+            post(keyed, row, "undo", as_json=True, expected_version="1", headers={"Authorization": "Bearer open"}).status == 200
+        )
         assert past(keyed, row)[0]["reviewer"] == "ben"
 
 
@@ -371,10 +375,10 @@ def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
         page = text(server.get(page_of(live[0], source="live")))
         for words in ("No label", "What is it?", "not labelled"):
             assert words in page
-        way(post(server, live[0], "label:red", next="1", filter="source=live&sort=name"))
+        way(post(server, live[0], "label:red", advance="1", filter="source=live&sort=name"))
         way(post(server, live[1], "label:blue"))
         assert "labelled it red" in text(server.get(page_of(live[0])))
-        archive = server.get("/gallery/live.zip").body
+        archive = server.get("/gallery/production.zip").body
         acknowledged = _decide_until_killed(server)
     with serve(tiny_bundle.path, max_saved=3, **settings) as server:
         _wait(server)

@@ -212,7 +212,7 @@ def test_another_body_than_a_form_is_refused(app: Flask, photo: bytes) -> None:
 
 def test_a_full_house_is_said_on_the_page_with_the_time_to_wait(app: Flask, photo: bytes) -> None:
     admission = app.extensions["admission"]
-    admission.enter(64)
+    admission.acquire(64)
     try:
         answer = post(app, (photo, "a.jpg"))
     finally:
@@ -221,7 +221,7 @@ def test_a_full_house_is_said_on_the_page_with_the_time_to_wait(app: Flask, phot
     assert int(answer.headers["Retry-After"]) >= 1
     assert "64 photos are waiting" in answer.text
     assert 'http-equiv="refresh"' not in answer.text
-    assert admission.inside == 0
+    assert admission.in_flight == 0
 
 
 def test_an_unforeseen_error_is_said_with_the_id_under_which_it_was_logged(app: Flask, photo: bytes) -> None:
