@@ -18,7 +18,7 @@ from tests.helpers.server import ANSWER_S, ROOT, START_S, poll, serve
 PACKAGES = ("models", "finetune", "service")
 PAGES = (
     "/", "/model", "/docs", "/openapi.json", "/gallery", "/gallery/photos", "/gallery/correct", "/gallery/incorrect",
-    "/compare", "/gallery/photos.json", "/gallery/reviews.csv", "/gallery/pictures/legend.png", "/models", "/metrics", "/v2",
+    "/compare", "/gallery/photos.json", "/gallery/reviews.csv", "/gallery/images/legend.png", "/models", "/metrics", "/v2",
 )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def admin_paths(settings: Settings) -> dict[str, Any]:
                 "description": "It is loaded beside the one that serves. Its files and golden answers are checked, its classes "
                 f"have to be the same, and it has to give the same label to {settings.min_agreement:.0%} of the last "
                 f"{settings.shadow_samples} answered photos. Then it serves, and no request fails for it; else it is refused, "
-                "and nothing changes. The answer comes when the worker that was asked serves it; `converged` tells when all do.",
+                "and nothing changes. The response is sent when this worker serves it; `converged` tells when all do.",
                 "requestBody": body,
                 "responses": _answers(*SWAPPING, *reading, "bundle_incompatible"),
             },

@@ -25,7 +25,7 @@ ADVICE = {
     "admin_disabled": "Set ADMIN_KEYS where the server is started.",
     "not_found": "Look up the address on this page.",
     "method_not_allowed": "The answer's header `Allow` lists the methods.",
-    "review_conflict": "Look at what the other one decided, and send yours again with its id as `expected_version` to overrule it.",
+    "review_conflict": "Read the other decision, and send yours again with its id as `expected_version` to overrule it.",
     "nothing_to_undo": "There is no decision about this photo; decide first.",
     "body_timeout": "The connection was too slow for the body; send it again, or a smaller photo.",
     "rollout_in_progress": "Ask again when it is done; a swap takes seconds.",

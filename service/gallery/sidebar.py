@@ -134,7 +134,7 @@ def apply_sort_params(filters: Filter, given: Mapping[str, str]) -> Filter:
 
 
 def apply_range_params(filters: Filter, given: Mapping[str, str]) -> Filter:
-    """The filter with the confidences that a form of the grid sent, as ``min_confidence=50`` and ``max_confidence=90``. Raises Problem."""
+    """Apply the range of a grid's form, ``min_confidence=50&max_confidence=90``. Raises Problem."""
     if "min_confidence" not in given and "max_confidence" not in given:
         return filters
     low, high = (

@@ -144,7 +144,7 @@ def test_no_request_hashes_a_static_file(app: Flask, monkeypatch: pytest.MonkeyP
 # Text that no database stores, that breaks a header, or that is merely odd.
 UNSTORABLE = ("\0", "half \udcff")
 HOSTILE = (*UNSTORABLE, "\r\nSet-Cookie: a=b", "\x01\x7f\x85\u2028\u202e", "%ud800'\";--", "x" * 9_000)
-PARAMETERS = (*FACETS, "model", "photo", "sha256", "look", "saved", "a", "b", "vs", "change", "sort", "order", "seed")
+PARAMETERS = (*FACETS, "model", "photo", "sha256", "explain", "saved", "a", "b", "baseline", "change", "sort", "order", "seed")
 PARAMETERS += ("per_page", "confidence", "page", *FORM, "unknown")
 SECURITY_HEADERS = ("Authorization", "Cookie", "Host", "If_None_Match", "If_Modified_Since", "Inference_Header_Content_Length")
 SECURITY_HEADERS += ("Origin", "Range", "Referer", "Sec_Fetch_Site", "X_API_Key", "X_Request_ID")
@@ -175,13 +175,13 @@ def test_hostile_text_in_a_query_is_no_server_error(app: Flask, text: str) -> No
             assert text != "\0" or response.status_code == 400, f"{path}?{name}"
     photo = "live/" + quoted(text)
     for kind in ("thumbnail.jpg", "original.jpg", "crop.png", "attention.png"):
-        check(send(app, "GET", f"/gallery/pictures/{text}/{kind}", f"photo={photo}"), f"{kind} {text!r}")
+        check(send(app, "GET", f"/gallery/images/{text}/{kind}", f"photo={photo}"), f"{kind} {text!r}")
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text)[:20])
 def test_hostile_text_in_a_body_is_no_server_error(app: Flask, text: str) -> None:
     row = json.loads(send(app, "GET", "/gallery/photos.json").data)["rows"][0]
-    decision = {"photo": row["photo"], "sha256": row["sha256"], "decision": "note", "note": "a note", "seen": ""}
+    decision = {"photo": row["photo"], "sha256": row["sha256"], "decision": "note", "note": "a note", "expected_version": ""}
     for name in FIELDS:
         for value in (text, f"class={text}", [text], {text: text}):
             body = json.dumps(decision | {name: value}).encode()
@@ -220,7 +220,7 @@ def test_hostile_text_in_a_body_is_no_server_error(app: Flask, text: str) -> Non
     "text", ["\0", "\xff", "\xed\xa0\x80", "a=\xff; key=\xff; reviewer=\xff\0", "x" * 4_000], ids=lambda text: ascii(text)[:20]
 )
 def test_hostile_bytes_in_a_header_are_no_server_error(app: Flask, text: str) -> None:
-    for path in ("/", "/model", "/static/site.css", "/gallery/photos", "/gallery/pictures/legend.png", "/admin/bundle", "/x"):
+    for path in ("/", "/model", "/static/site.css", "/gallery/photos", "/gallery/images/legend.png", "/admin/bundle", "/x"):
         for name in SECURITY_HEADERS:
             check(send(app, "GET", path, **{name: text}), f"GET {path} with {name}: {text!r}")
     for path in ("/", "/predict", "/gallery/review", "/gallery/key", "/admin/bundle"):

@@ -158,8 +158,9 @@ def everywhere(document: Any) -> Iterator[Any]:
 
 
 def test_a_value_of_another_kind_anywhere_is_no_server_error(app: Flask, infer: str) -> None:
-    decision = dict.fromkeys(("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "seen"), "note")
-    tensor = {"name": "photos", "datatype": "BYTES", "shape": [1], "data": ["eA=="], "parameters": {"binary_data_size": 1}}
+    fields = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "expected_version")
+    decision = dict.fromkeys(fields, "note")
+    tensor = {"name": "images", "datatype": "BYTES", "shape": [1], "data": ["eA=="], "parameters": {"binary_data_size": 1}}
     pixels = {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
     outputs = [{"name": "probabilities", "parameters": {"classification": 1, "binary_data": True}}]
     rest = {"id": "a", "parameters": {"binary_data_output": True}, "outputs": outputs}
