@@ -116,7 +116,7 @@ def pages(photos: int, classes: int) -> Iterator[tuple[str, Filter, int]]:
     yield "wrong, random, last page", wrong.replace(sort="random", seed=7), max(1, int(photos * 0.04) // 48 - 20)
     yield "confidence 60 to 80 %, by confidence", everything.replace(confidence=(60, 80), sort="confidence"), 1
     yield "confidence 99 % up, lowest loss last", everything.replace(confidence=(99, 100)), photos // 400
-    yield "reviewed (none), by name", everything.replace(reviews=("relabelled",), sort="name"), 1
+    yield "reviewed (none), by name", everything.replace(reviews=("relabeled",), sort="name"), 1
 
 
 def time_page(client: FlaskClient, filters: Filter, page: int) -> float:

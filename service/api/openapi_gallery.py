@@ -17,7 +17,7 @@ MEANING = {
     "source": "Where the prediction is from.",
     "split": "The folder that the photo lay in.",
     "review": "What reviewers decided.",
-    "flag": "`duplicate`: looks like a photo with another label. `mislabelled`: probably has a wrong one.",
+    "flag": "`duplicate`: looks like a photo with another label. `mislabeled`: probably has a wrong one.",
 }
 ROW = {"type": "object", "description": "A photo: what it is, what the model said, what was decided."}
 FAILING = ("internal_error", "not_ready", "database_unavailable")

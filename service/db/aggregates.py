@@ -40,7 +40,7 @@ _VALUES: dict[str, Callable[[Bucket], tuple[str, ...]]] = {
     "source": lambda cell: (cell.source,),
     "split": lambda cell: (cell.split,) * bool(cell.split),
     "review": lambda cell: (cell.review,),
-    "flag": lambda cell: ("duplicate",) * cell.duplicate + ("mislabelled",) * cell.mislabeled,
+    "flag": lambda cell: ("duplicate",) * cell.duplicate + ("mislabeled",) * cell.mislabeled,
 }
 
 

@@ -16,9 +16,9 @@ from service.http.text_validation import check_items
 
 UNLABELED = "unlabeled"  # stands for the class of a live photo that nobody has labelled
 OUTCOMES = ("correct", "incorrect", "unlabeled")
-SOURCES = ("evaluation", "out-of-fold", "live")
-REVIEWS = ("unreviewed", "confirmed", "relabelled", "neither", "bad")
-FLAGS = ("duplicate", "mislabelled")
+SOURCES = ("evaluation", "out-of-fold", "production")
+REVIEWS = ("unreviewed", "confirmed", "relabeled", "neither", "bad")
+FLAGS = ("duplicate", "mislabeled")
 CHANGES = ("fixed", "broke", "both-correct", "both-incorrect")
 MAX_CACHED = 200  # letters of a value whose form in a query is cached: a client may send long ones
 PAGE_SIZES = (24, 48, 72, 96)
@@ -190,11 +190,11 @@ def describe_filter(filters: Filter, total: int, *, name: str, vs_name: str = ""
     return f"{' '.join(parts)} {told}, {filters.order_label}."
 
 
-_SOURCE = {"evaluation": "the evaluation", "out-of-fold": "the out-of-fold evaluation", "live": "live requests"}
+_SOURCE = {"evaluation": "the evaluation", "out-of-fold": "the out-of-fold evaluation", "production": "live requests"}
 _OUTCOME = {"correct": "got right", "incorrect": "got wrong", "unlabeled": "classified without a known label"}
 _FLAG = {  # of one photo, of several
     "duplicate": ("looks like a photo with another label", "look like a photo with another label"),
-    "mislabelled": ("is probably mislabelled", "are probably mislabelled"),
+    "mislabeled": ("is probably mislabelled", "are probably mislabelled"),
 }
 _CHANGE = {
     "fixed": "{baseline} has wrong but {name} has right",
@@ -205,7 +205,7 @@ _CHANGE = {
 _REVIEW = {
     "unreviewed": "nobody has reviewed yet",
     "confirmed": "a reviewer has confirmed",
-    "relabelled": "a reviewer has relabelled",
+    "relabeled": "a reviewer has relabeled",
     "neither": "a reviewer has found to be none of the classes",
     "bad": "a reviewer has called bad",
 }

@@ -18,14 +18,14 @@ from models.artifacts.predictions import Predictions, cross_entropy
 from service.db.schema import RANGE_COLUMNS, UNKNOWN, buckets, current_reviews, imports, models, predictions
 
 CHUNK_ROWS = 5_000
-DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabelled")
+DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabeled")
 _PERCENTS = [n / 100 for n in range(100)]  # confidence * 100 rounds: 0.29 * 100 is less than 29
 BucketKey = tuple[Any, ...]  # a value for each of DIMENSIONS
 
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """The predictions of one evaluation, and what else is known of its N photos: ``duplicate`` and ``mislabelled`` are (N,)."""
+    """The predictions of one evaluation, and what else is known of its N photos: ``duplicate`` and ``mislabeled`` are (N,)."""
 
     source: str
     digest: str
@@ -43,7 +43,7 @@ class BucketTotals:
     highs: dict[int, list[Any]] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        id_, values = row["cell_id"], _ranged(row)
+        id_, values = row["bucket_id"], _ranged(row)
         self.counts[id_] += 1
         self.lows[id_] = list(map(min, self.lows.get(id_, values), values))
         self.highs[id_] = list(map(max, self.highs.get(id_, values), values))
@@ -55,7 +55,7 @@ _ranged = itemgetter(*RANGE_COLUMNS)
 # What has to be known of a prediction to move it from one cell to another.
 PREDICTION_COLUMNS = (
     predictions.c.id.label("prediction_id"),
-    predictions.c.cell_id,
+    predictions.c.bucket_id,
     *(predictions.c[name] for name in RANGE_COLUMNS),
     *(buckets.c[name] for name in DIMENSIONS),
 )
@@ -76,7 +76,7 @@ class BucketWriter:
             found = select(buckets.c.id).where(*(buckets.c[name] == value for name, value in row.items()))
             id_ = self.connection.execute(found).scalar()
             if id_ is None:
-                made = self.connection.execute(insert(buckets).values(photos=0, **row))
+                made = self.connection.execute(insert(buckets).values(images=0, **row))
                 id_ = made.inserted_primary_key[0]  # type: ignore[index]
             self.ids[place] = id_
         return self.ids[place]
@@ -84,7 +84,7 @@ class BucketWriter:
     def add(self, tally: BucketTotals) -> None:
         """Count photos into their cells, which from now on reach as far as these do."""
         for id_, number in sorted(tally.counts.items()):
-            values: dict[str, Any] = {"photos": buckets.c.photos + number}
+            values: dict[str, Any] = {"images": buckets.c.images + number}
             for name, low, high in zip(RANGE_COLUMNS, tally.lows[id_], tally.highs[id_], strict=True):
                 first, last = buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]
                 values[first.name] = case((first < low, first), else_=low)  # nothing is less or more than null
@@ -95,18 +95,18 @@ class BucketWriter:
         """Put a prediction, a row of PLACED, into the cell where it has these ``changes``; its loss may be one of them."""
         now = {**row, **changes}
         to = self.get_or_create(tuple(now[name] for name in DIMENSIONS))
-        if to == row["cell_id"]:
+        if to == row["bucket_id"]:
             return
         moved = update(predictions).where(predictions.c.id == row["prediction_id"])
-        self.connection.execute(moved.values(cell_id=to, loss=now["loss"]))
-        self.remove(row["cell_id"])
+        self.connection.execute(moved.values(bucket_id=to, loss=now["loss"]))
+        self.remove(row["bucket_id"])
         tally = BucketTotals()
-        tally.add({**now, "cell_id": to})
+        tally.add({**now, "bucket_id": to})
         self.add(tally)
 
     def remove(self, id_: int, photos: int = 1) -> None:
         """Count photos out of a cell, which keeps its reach."""
-        self.connection.execute(update(buckets).where(buckets.c.id == id_).values(photos=buckets.c.photos - photos))
+        self.connection.execute(update(buckets).where(buckets.c.id == id_).values(images=buckets.c.images - photos))
 
 
 def get_or_create_model(connection: Connection, *, version: str, name: str, classes: Sequence[str]) -> int:
@@ -114,13 +114,13 @@ def get_or_create_model(connection: Connection, *, version: str, name: str, clas
     known = connection.execute(select(models.c.id).where(models.c.version == version)).scalar()
     if known is not None:
         return int(known)
-    row = {"version": version, "name": name, "classes": list(classes), "seen_at": datetime.now(timezone.utc)}
+    row = {"version": version, "name": name, "classes": list(classes), "last_active_at": datetime.now(timezone.utc)}
     return int(connection.execute(insert(models).values(row)).inserted_primary_key[0])  # type: ignore[index]
 
 
 def mark_model_active(connection: Connection, model_id: int) -> None:
     """Note that a model was put to serve now."""
-    connection.execute(update(models).where(models.c.id == model_id).values(seen_at=datetime.now(timezone.utc)))
+    connection.execute(update(models).where(models.c.id == model_id).values(last_active_at=datetime.now(timezone.utc)))
 
 
 def is_imported(connection: Connection, version: str, digest: str) -> bool:
@@ -152,13 +152,13 @@ def import_predictions(connection: Connection, model_id: int, table: EvaluationT
     places.add(tally)
     for id_ in suspected:  # an earlier import brought them
         known_row = connection.execute(select(*PREDICTION_COLUMNS).join(buckets).where(predictions.c.id == id_)).one()
-        places.move(known_row._mapping, mislabelled=True)
+        places.move(known_row._mapping, mislabeled=True)
     connection.execute(
         insert(imports).values(
             model_id=model_id,
             digest=table.digest,
             source=table.source,
-            photos=len(new),
+            images=len(new),
             imported_at=datetime.now(timezone.utc),
         )
     )
@@ -173,12 +173,12 @@ def resolve_label(
     An evaluated photo keeps the label that it was evaluated with. A live one has the label that it was given, if any.
     """
     if review is None:
-        return (UNKNOWN if source == "live" else label), "unreviewed"
+        return (UNKNOWN if source == "production" else label), "unreviewed"
     if review.decision != "label":
-        return (UNKNOWN if source == "live" else label), str(review.decision)
+        return (UNKNOWN if source == "production" else label), str(review.decision)
     given = classes.index(review.new_label) if review.new_label in classes else UNKNOWN
-    before = predicted if source == "live" else label
-    return (given if source == "live" else label), "confirmed" if given == before else "relabelled"
+    before = predicted if source == "production" else label
+    return (given if source == "production" else label), "confirmed" if given == before else "relabeled"
 
 
 def _rows(
@@ -206,7 +206,7 @@ def _rows(
         )
         yield {
             "model_id": model_id,
-            "cell_id": places.get_or_create(place),
+            "bucket_id": places.get_or_create(place),
             "photo": encode_file_name(said.image_names[i]),
             "sha256": sha256,
             "loss": float(losses[i]),

@@ -99,8 +99,8 @@ def _pairs(a: ModelRecord, b: ModelRecord) -> Select[Any]:
         )
         .select_from(of_b)
         .join(of_a, and_(of_a.c.model_id == a.id, of_a.c.photo == of_b.c.photo, of_a.c.sha256 == of_b.c.sha256))
-        .join(cell_a, cell_a.c.id == of_a.c.cell_id)
-        .join(cell_b, cell_b.c.id == of_b.c.cell_id)
+        .join(cell_a, cell_a.c.id == of_a.c.bucket_id)
+        .join(cell_b, cell_b.c.id == of_b.c.bucket_id)
         .outerjoin(current_reviews, current_reviews.c.sha256 == of_b.c.sha256)
         .where(of_b.c.model_id == b.id)
     )
@@ -116,6 +116,6 @@ def _truth(a: ColumnElement[int], b: ColumnElement[int], classes: tuple[str, ...
 def _photos(connection: Connection, model: ModelRecord) -> int:
     return int(
         connection.execute(
-            select(func.coalesce(func.sum(buckets.c.photos), 0)).where(buckets.c.model_id == model.id)
+            select(func.coalesce(func.sum(buckets.c.images), 0)).where(buckets.c.model_id == model.id)
         ).scalar_one()
     )

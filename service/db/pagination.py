@@ -77,7 +77,7 @@ class Paginator:
         return count, previous, following
 
     def contains(self, id_: int) -> bool:
-        cell = (predictions.c.cell_id + 0).in_(list(self.bucket_counts))
+        cell = (predictions.c.bucket_id + 0).in_(list(self.bucket_counts))
         this = select(predictions.c.id).where(predictions.c.id == id_, cell)
         if self.restrict_to is not None:
             this = this.where(predictions.c.id.in_(self.restrict_to))
@@ -119,7 +119,7 @@ class Paginator:
         else:
             name = SORT_COLUMNS[self.filters.sort].name
             columns = buckets.c.id, buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]
-            rows = self.connection.execute(select(*columns).where(buckets.c.model_id == self.model_id, buckets.c.photos > 0))
+            rows = self.connection.execute(select(*columns).where(buckets.c.model_id == self.model_id, buckets.c.images > 0))
             photos = self.bucket_counts
             segments = merge_ranges((low, high, photos[id_], id_) for id_, low, high in rows if id_ in photos)
         return segments if self._is_ascending else segments[::-1]
@@ -174,9 +174,9 @@ class Paginator:
         if len(self.bucket_counts) == self.bucket_total:
             chosen.append(predictions.c.model_id == self.model_id)
         elif by_cell:
-            chosen.append(predictions.c.cell_id.in_(segment.bucket_ids))
+            chosen.append(predictions.c.bucket_id.in_(segment.bucket_ids))
         else:  # + 0 keeps a planner, which cannot know how many photos the cells have, from going through them
-            chosen += [predictions.c.model_id == self.model_id, (predictions.c.cell_id + 0).in_(segment.bucket_ids)]
+            chosen += [predictions.c.model_id == self.model_id, (predictions.c.bucket_id + 0).in_(segment.bucket_ids)]
         if self.restrict_to is not None:
             chosen.append(predictions.c.id.in_(self.restrict_to))
         return chosen

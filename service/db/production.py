@@ -21,7 +21,7 @@ from service.db.ingest import (
 )
 from service.db.schema import buckets, current_reviews, predictions, production_images
 
-NAME_PREFIX = "live"
+NAME_PREFIX = "production"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +57,12 @@ def save_predictions(connection: Connection, model_id: int, classes: Sequence[st
             continue
         guess, confidence = int(photo.probabilities.argmax()), float(photo.probabilities.max())
         review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == photo.sha256)).first()
-        label, state = resolve_label(review, label=guess, predicted=guess, classes=classes, source="live")
-        cell = places.get_or_create(("live", "", label, guess, confidence_percent(confidence), state, False, False))
+        label, state = resolve_label(review, label=guess, predicted=guess, classes=classes, source="production")
+        cell = places.get_or_create(("production", "", label, guess, confidence_percent(confidence), state, False, False))
         values = photo.probabilities.astype("<f4").tobytes()
         row = {
             "model_id": model_id,
-            "cell_id": cell,
+            "bucket_id": cell,
             "photo": name,
             "sha256": photo.sha256,
             "loss": production_loss(values, label),
@@ -128,9 +128,11 @@ def labeled_images(connection: Connection) -> Iterator[tuple[str, str]]:
 
 def _forget(connection: Connection, sha256: str) -> None:
     mine = (predictions.c.sha256 == sha256) & (predictions.c.photo == production_name(sha256))
-    in_cells = connection.execute(select(predictions.c.cell_id, func.count()).where(mine).group_by(predictions.c.cell_id)).all()
-    for cell_id, photos in in_cells:
-        connection.execute(update(buckets).where(buckets.c.id == cell_id).values(photos=buckets.c.photos - photos))
+    in_cells = connection.execute(
+        select(predictions.c.bucket_id, func.count()).where(mine).group_by(predictions.c.bucket_id)
+    ).all()
+    for bucket_id, photos in in_cells:
+        connection.execute(update(buckets).where(buckets.c.id == bucket_id).values(images=buckets.c.images - photos))
     connection.execute(delete(predictions).where(mine))
     connection.execute(delete(production_images).where(production_images.c.sha256 == sha256))
 

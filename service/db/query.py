@@ -87,7 +87,7 @@ class PredictionQuery:
         image_counts: dict[int, int] | None = None
         if filters.change:
             self._changed = select_changed(self.model, get_model(connection, filters.baseline), filters.change)
-            of_cell = predictions.c.cell_id
+            of_cell = predictions.c.bucket_id
             found = select(of_cell, func.count()).where(predictions.c.id.in_(self._changed)).group_by(of_cell)
             image_counts = {row[0]: row[1] for row in connection.execute(found)}
         self.buckets: Sequence[Bucket] = same_model_as.buckets if same_model_as else load_buckets(connection, self.model)
@@ -168,7 +168,7 @@ class PredictionQuery:
         return -1.0 if found is None else found
 
     def _photo(self, row: Any) -> PredictionRecord:
-        cell = bucket_from_row([row.cell_id, *(getattr(row, name) for name in DIMENSIONS), 1], self.model.classes)
+        cell = bucket_from_row([row.bucket_id, *(getattr(row, name) for name in DIMENSIONS), 1], self.model.classes)
         values = np.frombuffer(row.probabilities, dtype="<f4")
         known = cell.label != UNLABELED
         decided = (
@@ -209,13 +209,13 @@ def get_model(connection: Connection, version: str) -> ModelRecord:
 
 def list_models(connection: Connection) -> list[ModelRecord]:
     """All of them, the one seen last first."""
-    rows = connection.execute(select(models).order_by(models.c.seen_at.desc(), models.c.id.desc()))
+    rows = connection.execute(select(models).order_by(models.c.last_active_at.desc(), models.c.id.desc()))
     return [ModelRecord(row.id, row.version, row.name, tuple(row.classes)) for row in rows]
 
 
 def load_buckets(connection: Connection, model: ModelRecord) -> list[Bucket]:
-    columns = [buckets.c.id, *(buckets.c[name] for name in DIMENSIONS), buckets.c.photos]
-    found = select(*columns).where(buckets.c.model_id == model.id, buckets.c.photos > 0)
+    columns = [buckets.c.id, *(buckets.c[name] for name in DIMENSIONS), buckets.c.images]
+    found = select(*columns).where(buckets.c.model_id == model.id, buckets.c.images > 0)
     return [bucket_from_row(tuple(row), model.classes) for row in connection.execute(found)]
 
 
@@ -227,11 +227,11 @@ def _check_classes(filters: Filter, model: ModelRecord) -> None:
                 raise Problem("bad_parameter", f"The parameter `{name}` is {value!r}; the model knows {some}.")
 
 
-_JOINED = predictions.join(buckets, predictions.c.cell_id == buckets.c.id).outerjoin(
+_JOINED = predictions.join(buckets, predictions.c.bucket_id == buckets.c.id).outerjoin(
     current_reviews, current_reviews.c.sha256 == predictions.c.sha256
 )
 _COLUMNS = [
-    *(predictions.c[name] for name in ("id", "cell_id", "photo", "sha256", "loss", "confidence", "margin", "shuffle")),
+    *(predictions.c[name] for name in ("id", "bucket_id", "photo", "sha256", "loss", "confidence", "margin", "shuffle")),
     predictions.c.probabilities,
     *(buckets.c[name] for name in DIMENSIONS),
     *(current_reviews.c[name] for name in ("decision_id", "decision", "new_label", "note", "reviewer", "decided_at")),

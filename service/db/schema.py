@@ -71,7 +71,7 @@ models = Table(
     Column("version", String(64), nullable=False, unique=True),
     Column("name", Text, nullable=False),
     Column("classes", JSON, nullable=False),
-    Column("seen_at", UtcDateTime, nullable=False),
+    Column("last_active_at", UtcDateTime, nullable=False),
 )
 
 imports = Table(  # which tables of predictions were read already
@@ -81,25 +81,25 @@ imports = Table(  # which tables of predictions were read already
     Column("model_id", PrimaryKey, ForeignKey("models.id"), nullable=False),
     Column("digest", String(64), nullable=False),
     Column("source", String(16), nullable=False),
-    Column("photos", Integer, nullable=False),
+    Column("images", Integer, nullable=False),
     Column("imported_at", UtcDateTime, nullable=False),
     UniqueConstraint("model_id", "digest"),
 )
 
 buckets = Table(
-    "cells",
+    "buckets",
     metadata,
     Column("id", PrimaryKey, primary_key=True),
     Column("model_id", PrimaryKey, ForeignKey("models.id"), nullable=False),
-    Column("source", String(16), nullable=False),  # evaluation, out-of-fold or live
+    Column("source", String(16), nullable=False),  # evaluation, out-of-fold or production
     Column("split", Text, nullable=False),
     Column("label", SmallInteger, nullable=False),  # indexes the model's classes; UNKNOWN where nobody has said
     Column("predicted", SmallInteger, nullable=False),
     Column("percent", SmallInteger, nullable=False),  # the confidence, rounded down, 99 at most
-    Column("review", String(16), nullable=False),  # unreviewed, confirmed, relabelled, neither or bad
+    Column("review", String(16), nullable=False),  # unreviewed, confirmed, relabeled, neither or bad
     Column("duplicate", Boolean, nullable=False),  # looks like a photo with another label
-    Column("mislabelled", Boolean, nullable=False),  # probably: see models.artifacts.label_issues
-    Column("photos", Integer, nullable=False),
+    Column("mislabeled", Boolean, nullable=False),  # probably: see models.artifacts.label_issues
+    Column("images", Integer, nullable=False),
     # Between which values its photos lie, or lay once; nulls before the first. See service/db/key_ranges.py.
     *(Column(f"{name}_{end}", PathText if name == "photo" else Double) for name in RANGE_COLUMNS for end in ("low", "high")),
     UniqueConstraint(
@@ -111,8 +111,8 @@ buckets = Table(
         "percent",
         "review",
         "duplicate",
-        "mislabelled",
-        name="uq_cells_everything",
+        "mislabeled",
+        name="uq_buckets_dimensions",
     ),
 )
 
@@ -121,7 +121,7 @@ predictions = Table(
     metadata,
     Column("id", PrimaryKey, primary_key=True),
     Column("model_id", PrimaryKey, ForeignKey("models.id"), nullable=False),
-    Column("cell_id", PrimaryKey, ForeignKey("cells.id"), nullable=False),
+    Column("bucket_id", PrimaryKey, ForeignKey("buckets.id"), nullable=False),
     Column("photo", PathText, nullable=False),  # relative to the data folder, as in predictions.csv
     Column("sha256", String(64), nullable=False),
     Column("loss", Double, nullable=False),
@@ -131,12 +131,12 @@ predictions = Table(
     Column("probabilities", LargeBinary, nullable=False),  # little-endian float32, in the order of the model's classes
     UniqueConstraint("model_id", "photo", "sha256"),
     # One for each order of a grid. The cell is in each, so that a filter is answered from the index alone.
-    Index("ix_predictions_loss", "model_id", "loss", "id", "cell_id"),
-    Index("ix_predictions_confidence", "model_id", "confidence", "id", "cell_id"),
-    Index("ix_predictions_margin", "model_id", "margin", "id", "cell_id"),
-    Index("ix_predictions_photo", "model_id", "photo", "id", "cell_id"),
-    Index("ix_predictions_shuffle", "model_id", "shuffle", "id", "cell_id"),
-    Index("ix_predictions_cell", "cell_id", "shuffle", "id"),  # few photos, and a random order of some
+    Index("ix_predictions_loss", "model_id", "loss", "id", "bucket_id"),
+    Index("ix_predictions_confidence", "model_id", "confidence", "id", "bucket_id"),
+    Index("ix_predictions_margin", "model_id", "margin", "id", "bucket_id"),
+    Index("ix_predictions_photo", "model_id", "photo", "id", "bucket_id"),
+    Index("ix_predictions_shuffle", "model_id", "shuffle", "id", "bucket_id"),
+    Index("ix_predictions_bucket", "bucket_id", "shuffle", "id"),  # few photos, and a random order of some
     Index("ix_predictions_sha256", "sha256"),
 )
 
@@ -172,7 +172,7 @@ current_reviews = Table(  # what holds of each photo; training reads it, so its 
 )
 
 production_images = Table(  # the photos behind live predictions, where the operator keeps them
-    "live_photos",
+    "production_images",
     metadata,
     Column("sha256", String(64), primary_key=True),
     Column("data", LargeBinary, nullable=False),

@@ -143,7 +143,7 @@ def row_to_json(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
 
 
 def list_flags(photo: PredictionRecord) -> list[str]:
-    return ["duplicate"] * photo.duplicate + ["mislabelled"] * photo.mislabeled
+    return ["duplicate"] * photo.duplicate + ["mislabeled"] * photo.mislabeled
 
 
 def _review(row: Any) -> Review:

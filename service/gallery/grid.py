@@ -59,7 +59,7 @@ def home() -> Response:
             PredictionQuery(connection, Filter(model=version, sources=sources), same_model_as=everything).counts.facets[
                 "outcome"
             ]
-            for sources in (("evaluation", "out-of-fold"), ("live",))
+            for sources in (("evaluation", "out-of-fold"), ("production",))
         )
         waiting = PredictionQuery(
             connection, Filter(model=version, outcomes=("unlabeled",), reviews=("unreviewed",)), same_model_as=everything
@@ -185,7 +185,7 @@ def _name_of(version: str) -> str:
 def _trouble(photos: Sequence[PredictionRecord]) -> str | None:
     """Why the first photo cannot be shown, if it cannot; where no folder is set, that goes for all of them."""
     settings: Settings = current_app.extensions["settings"]
-    evaluated = [photo for photo in photos if photo.source != "live"]
+    evaluated = [photo for photo in photos if photo.source != "production"]
     if not evaluated:
         return None
     if settings.data_dir is None:

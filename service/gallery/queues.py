@@ -36,7 +36,7 @@ def review_queues(version: str, classes: Sequence[str]) -> list[ReviewQueue]:
             "Probably mislabelled",
             "Photos whose probabilities fit another class better than the photos of that class themselves do.",
             "Nothing looks mislabelled. With `finetune evaluate --folds 5` the training photos are looked through as well.",
-            everything.replace(flags=("mislabelled",)),
+            everything.replace(flags=("mislabeled",)),
         ),
         ReviewQueue(
             "Least certain",
@@ -54,7 +54,7 @@ def review_queues(version: str, classes: Sequence[str]) -> list[ReviewQueue]:
             "Live, not yet reviewed",
             "What people sent to be classified, the least certain first; label some, and train with them.",
             "None wait. With SAVE_PREDICTIONS=1 photos that are sent to /predict are kept, and come here.",
-            everything.replace(sources=("live",), reviews=("unreviewed",), sort="margin"),
+            everything.replace(sources=("production",), reviews=("unreviewed",), sort="margin"),
         ),
         ReviewQueue("Random incorrect", "A fair sample of the mistakes.", "The model has nothing wrong.", _random(wrong)),
         ReviewQueue("Random correct", "A fair sample of what it gets right.", "The model has nothing right.", _random(right)),

@@ -30,12 +30,12 @@ VALUE_NAMES = {
     "review": {
         "unreviewed": "Not yet reviewed",
         "confirmed": "Confirmed",
-        "relabelled": "Relabelled",
+        "relabeled": "Relabelled",
         "neither": "None of the classes",
         "bad": "Bad photo",
     },
-    "flag": {"duplicate": "Same photo, another label", "mislabelled": "Probably mislabelled"},
-    "source": {"evaluation": "Evaluation", "out-of-fold": "Out of fold", "live": "Live"},
+    "flag": {"duplicate": "Same photo, another label", "mislabeled": "Probably mislabelled"},
+    "source": {"evaluation": "Evaluation", "out-of-fold": "Out of fold", "production": "Live"},
 }
 CHANGE_NAMES = {"fixed": "Fixed", "broke": "Broke", "both-correct": "Both right", "both-incorrect": "Both wrong"}
 FORM_PARAMS = ("sort_by", "min_confidence", "max_confidence")  # what the forms send beside a filter's own parameters

@@ -133,13 +133,13 @@ def apply_decision(connection: Connection, sha256: str) -> None:
     review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == sha256)).first()
     found = connection.execute(
         select(*PREDICTION_COLUMNS, predictions.c.probabilities, models.c.id.label("model_id"), models.c.classes)
-        .join(buckets, buckets.c.id == predictions.c.cell_id)
+        .join(buckets, buckets.c.id == predictions.c.bucket_id)
         .join(models, models.c.id == predictions.c.model_id)
         .where(predictions.c.sha256 == sha256)
     ).all()
     for row in found:
         label, state = resolve_label(review, label=row.label, predicted=row.predicted, classes=row.classes, source=row.source)
-        loss = production_loss(row.probabilities, label) if row.source == "live" else row.loss
+        loss = production_loss(row.probabilities, label) if row.source == "production" else row.loss
         BucketWriter(connection, row.model_id).move(row._mapping, label=label, review=state, loss=loss)
 
 
@@ -164,7 +164,7 @@ def _label_of(connection: Connection, decision: ReviewDecision) -> str | None:
         and connection.execute(
             select(buckets.c.label, buckets.c.source, models.c.classes)
             .select_from(predictions)
-            .join(buckets, buckets.c.id == predictions.c.cell_id)
+            .join(buckets, buckets.c.id == predictions.c.bucket_id)
             .join(models, models.c.id == predictions.c.model_id)
             .where(
                 models.c.version == decision.model_version,
@@ -178,4 +178,4 @@ def _label_of(connection: Connection, decision: ReviewDecision) -> str | None:
     if decision.decision == LABEL and decision.new_label not in found.classes:
         known = ", ".join(found.classes)
         raise Problem("bad_parameter", f"The field `new_label` is {decision.new_label!r}; it can be {known}.")
-    return None if found.source == "live" else str(found.classes[found.label])
+    return None if found.source == "production" else str(found.classes[found.label])

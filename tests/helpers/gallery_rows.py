@@ -48,7 +48,7 @@ class Plain:
 
     @property
     def flags(self) -> set[str]:
-        return set(("duplicate",) * self.duplicate + ("mislabelled",) * self.mislabeled)
+        return set(("duplicate",) * self.duplicate + ("mislabeled",) * self.mislabeled)
 
 
 def sha256_of(name: str) -> str:
@@ -139,7 +139,7 @@ def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]
         sources=some(sorted({row.source for row in rows})),
         splits=some(sorted({row.split for row in rows})),
         reviews=some(REVIEWS) if any(row.review != "unreviewed" for row in rows) else (),
-        flags=some(("duplicate", "mislabelled")),
+        flags=some(("duplicate", "mislabeled")),
         confidence=(low, rng.choice((100, 100, 58, 99)) if low < 58 else 100),
     )
 
@@ -149,7 +149,7 @@ def with_reviews(rows: Sequence[Plain], decided: dict[str, tuple[str, str | None
     found = []
     for row in rows:
         decision, new_label = decided.get(row.sha256, ("", None))
-        state = ("confirmed" if new_label == row.label else "relabelled") if decision == "label" else decision or "unreviewed"
+        state = ("confirmed" if new_label == row.label else "relabeled") if decision == "label" else decision or "unreviewed"
         found.append(replace(row, review=state))
     return found
 
@@ -160,9 +160,9 @@ def check_cells(database: Database) -> None:
     outside = select(predictions.c.id).join(buckets).where(not_(func.coalesce(and_(*inside), false())))
     with database.read() as connection:
         assert connection.execute(outside).all() == []
-        by_cell = select(predictions.c.cell_id, func.count()).group_by(predictions.c.cell_id)
+        by_cell = select(predictions.c.bucket_id, func.count()).group_by(predictions.c.bucket_id)
         counted = {row[0]: row[1] for row in connection.execute(by_cell)}
-        kept = {row[0]: row[1] for row in connection.execute(select(buckets.c.id, buckets.c.photos))}
+        kept = {row[0]: row[1] for row in connection.execute(select(buckets.c.id, buckets.c.images))}
     assert {id_: photos for id_, photos in kept.items() if photos} == counted
 
 

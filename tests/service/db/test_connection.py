@@ -7,8 +7,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sqlalchemy
 from alembic import command
@@ -20,9 +22,14 @@ from sqlalchemy import insert, select, text
 
 from models.errors import ConfigError
 from service.db.connection import MIGRATIONS, SCHEMA_REVISION, Database
+from service.db.filter import Filter
 from service.db.ingest import get_or_create_model
-from service.db.schema import buckets, metadata, models
+from service.db.production import ServedPrediction, load_image, save_predictions
+from service.db.query import PredictionQuery
+from service.db.schema import buckets, imports, metadata, models
+from service.reviews.decisions import list_reviews, load_history
 from tests.helpers.databases import Postgres
+from tests.helpers.gallery_rows import check_cells
 
 ROOT = Path(__file__).resolve().parents[3]
 SECRET = "hunter2"
@@ -86,6 +93,80 @@ def test_down_to_nothing_and_up_again(empty_url: str) -> None:
     again = Database(empty_url)
     assert difference(again) == []
     again.close()
+
+
+LIVE = "ab" * 32
+DOG = "cd" * 32
+ROWS_0001 = f"""
+INSERT INTO models (version, name, classes, seen_at) VALUES ('v1', 'm', '["cats", "dogs"]', '2026-11-01 00:00:00+00:00');
+INSERT INTO imports (model_id, digest, source, photos, imported_at) VALUES (1, 'd', 'evaluation', 1, '2026-11-01 00:00:00+00:00');
+INSERT INTO cells (model_id, source, split, label, predicted, percent, review, duplicate, mislabelled, photos,
+  loss_low, loss_high, confidence_low, confidence_high, margin_low, margin_high, photo_low, photo_high) VALUES
+  (1, 'evaluation', 'valid', 1, 0, 75, 'relabelled', false, true, 1, 1.5, 1.5, 0.75, 0.75, 0.5, 0.5, 'live/dog.jpg', 'live/dog.jpg'),
+  (1, 'live', '', -1, 0, 75, 'neither', false, false, 1, -1, -1, 0.75, 0.75, 0.5, 0.5, 'live/{LIVE[:16]}', 'live/{LIVE[:16]}'),
+  (1, 'live', '', -1, 1, 75, 'unreviewed', false, false, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL);
+INSERT INTO predictions (model_id, cell_id, photo, sha256, loss, confidence, margin, shuffle, probabilities) VALUES
+  (1, 1, 'live/dog.jpg', '{DOG}', 1.5, 0.75, 0.5, 1, PROBABILITIES),
+  (1, 2, 'live/{LIVE[:16]}', '{LIVE}', -1, 0.75, 0.5, 2, PROBABILITIES);
+INSERT INTO decisions (sha256, photo, label, decision, new_label, note, reviewer, model_version, decided_at) VALUES
+  ('{DOG}', 'live/dog.jpg', 'cats', 'label', 'dogs', '', 'Ann', 'v1', '2026-11-02 00:00:00+00:00'),
+  ('{LIVE}', 'live/{LIVE[:16]}', NULL, 'neither', NULL, '', 'Ann', 'v1', '2026-11-02 00:00:00+00:00');
+INSERT INTO current_reviews (sha256, photo, label, decision, new_label, note, reviewer, decided_at, decision_id)
+  SELECT sha256, photo, label, decision, new_label, note, reviewer, decided_at, id FROM decisions;
+INSERT INTO live_photos (sha256, data, received_at) VALUES ('{LIVE}', PROBABILITIES, '2026-11-01 00:00:00+00:00')
+"""
+
+
+def migrate(database: Database, revision: str) -> None:
+    to = config()
+    with database.write() as connection:
+        to.attributes["connection"] = connection
+        (command.downgrade if revision < SCHEMA_REVISION else command.upgrade)(to, revision)
+
+
+def test_the_rows_of_the_first_revision_are_kept(empty_url: str) -> None:
+    """Also a photo of the data folder whose name looks like that of a saved one."""
+    database = Database(empty_url)
+    migrate(database, "0001")
+    assert {"cells", "live_photos"} <= tables_of(database)
+    probabilities = np.array([0.75, 0.25], "<f4").tobytes()
+    literal = f"X'{probabilities.hex()}'" if database.is_sqlite else f"'\\x{probabilities.hex()}'"
+    with database.write() as connection:
+        for statement in ROWS_0001.replace("PROBABILITIES", literal).strip().split(";\n"):
+            connection.exec_driver_sql(statement)
+    database.close()
+
+    database = Database(empty_url)
+    assert difference(database) == []
+    name = f"production/{LIVE[:16]}"
+    with database.read() as connection:
+        found = PredictionQuery(connection, Filter(model="v1"))
+        dog, live = found.page(1)
+        assert (dog.photo, dog.source, dog.review, dog.mislabeled) == ("live/dog.jpg", "evaluation", "relabeled", True)
+        assert (live.photo, live.source, live.review, live.outcome) == (name, "production", "neither", "unlabeled")
+        assert (live.sha256, live.decision and live.decision.id) == (LIVE, 2)
+        assert found.counts.facets["source"] == {"evaluation": 1, "production": 1}
+        assert load_image(connection, LIVE) == probabilities
+        assert [row.photo for row in list_reviews(connection)] == ["live/dog.jpg", name]
+        assert [row.photo for row in load_history(connection, LIVE)] == [name]
+        assert connection.execute(select(imports.c.images)).scalars().all() == [1]
+    check_cells(database)
+
+    with database.write() as connection:  # ids go on after those that are there
+        classes = ("cats", "dogs")
+        model = get_or_create_model(connection, version="v1", name="m", classes=classes)
+        served = ServedPrediction(b"image", "ef" * 32, np.array([0.25, 0.75], np.float32), datetime.now(timezone.utc))
+        assert save_predictions(connection, model, classes, [served]) == 1
+    check_cells(database)
+    migrate(database, "0001")
+    with database.read() as connection:
+        photos = connection.exec_driver_sql(
+            "SELECT photo, source FROM predictions JOIN cells ON cells.id = cell_id ORDER BY photo"
+        )
+        assert photos.all() == [
+            (f"live/{LIVE[:16]}", "live"), ("live/dog.jpg", "evaluation"), (f"live/{'ef' * 8}", "live")
+        ]  # fmt: skip
+    database.close()
 
 
 def test_it_is_migrated_once_however_many_start_at_once(empty_url: str) -> None:
@@ -182,8 +263,8 @@ def test_sqlite_is_as_safe_as_it_can_be(tmp_path: Path) -> None:
         said = [connection.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "foreign_keys", "synchronous")]
     assert said == ["wal", 1, 2]
     with pytest.raises(sqlalchemy.exc.IntegrityError), database.write() as connection:
-        connection.execute(insert(buckets).values(model_id=77, source="live", split="", label=0, predicted=0, percent=0,
-                                                review="bad", duplicate=False, mislabelled=False, photos=0))  # fmt: skip
+        connection.execute(insert(buckets).values(model_id=77, source="production", split="", label=0, predicted=0, percent=0,
+                                                review="bad", duplicate=False, mislabeled=False, images=0))  # fmt: skip
     database.close()
 
 
@@ -194,7 +275,7 @@ def test_what_the_planner_knows_stays_known(database: Database) -> None:
     query = (
         "SELECT count(*) FROM sqlite_stat1"
         if database.is_sqlite
-        else "SELECT count(*) FROM pg_stat_user_tables WHERE relname IN ('predictions', 'cells') AND last_analyze IS NOT NULL"
+        else "SELECT count(*) FROM pg_stat_user_tables WHERE relname IN ('predictions', 'buckets') AND last_analyze IS NOT NULL"
     )
     with database.read() as connection:
         assert connection.execute(text(query)).scalar_one() > 0

@@ -131,9 +131,9 @@ def test_a_query_string_as_people_type_it() -> None:
         ("klass=cats", "The parameter 'klass' is not known here; there are model, outcome, class, predicted,"),
         ("page=2", "The parameter 'page' is not known here"),
         ("outcome=maybe", "The parameter `outcome` is 'maybe'; it can be correct, incorrect, unlabeled."),
-        ("source=moon", "The parameter `source` is 'moon'; it can be evaluation, out-of-fold, live."),
-        ("review=done", "The parameter `review` is 'done'; it can be unreviewed, confirmed, relabelled, neither, bad."),
-        ("flag=red", "The parameter `flag` is 'red'; it can be duplicate, mislabelled."),
+        ("source=moon", "The parameter `source` is 'moon'; it can be evaluation, out-of-fold, production."),
+        ("review=done", "The parameter `review` is 'done'; it can be unreviewed, confirmed, relabeled, neither, bad."),
+        ("flag=red", "The parameter `flag` is 'red'; it can be duplicate, mislabeled."),
         ("sort=size", "The parameter `sort` is 'size'; it can be loss, confidence, margin, name, random."),
         ("order=up", "The parameter `order` is 'up'; it can be asc, desc."),
         (
@@ -222,13 +222,13 @@ def test_another_sort_comes_in_its_own_direction() -> None:
         ("predicted=cats", 3, "3 photos that m7 has classified as cats"),
         ("predicted=cats&outcome=incorrect", 3, "3 photos that m7 got wrong and called cats"),
         (
-            "class=a&class=b&class=c&split=valid&source=evaluation&source=live&sort=confidence",
+            "class=a&class=b&class=c&split=valid&source=evaluation&source=production&sort=confidence",
             9,
             "9 photos of class a, b or c of the split valid from the evaluation or live requests that m7 has classified, "
             "most confident first.",
         ),
-        ("class=not+labelled&source=live", 2, "2 photos without a label from live requests that m7 has classified"),
-        ("class=cats&class=not+labelled", 2, "2 photos of class cats or without a label that m7 has classified"),
+        ("class=unlabeled&source=production", 2, "2 photos without a label from live requests that m7 has classified"),
+        ("class=cats&class=unlabeled", 2, "2 photos of class cats or without a label that m7 has classified"),
         (
             "outcome=correct&confidence=50-60&sort=margin",
             4,
@@ -238,7 +238,7 @@ def test_another_sort_comes_in_its_own_direction() -> None:
         ("flag=duplicate", 2, "2 photos that m7 has classified and that look like a photo with another label"),
         ("flag=duplicate", 1, "1 photo that m7 has classified and that looks like a photo with another label"),
         (
-            "flag=mislabelled&review=unreviewed&outcome=incorrect",
+            "flag=mislabeled&review=unreviewed&outcome=incorrect",
             12,
             "12 photos that m7 got wrong, that are probably mislabelled and that nobody has reviewed yet",
         ),

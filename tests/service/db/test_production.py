@@ -34,7 +34,7 @@ def answered(number: int, *, age_days: float = 0.0, p_dogs: float = 0.75) -> Ser
 
 def keep_all(database: Database, *photos: ServedPrediction, version: str = VERSION, classes: tuple[str, ...] = CLASSES) -> int:
     with database.write() as connection:
-        model = get_or_create_model(connection, version=version, name="live", classes=classes)
+        model = get_or_create_model(connection, version=version, name="production", classes=classes)
         return save_predictions(connection, model, classes, photos)
 
 
@@ -66,7 +66,7 @@ def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
     assert keep_all(database, answered(1, p_dogs=0.1)) == 0
     photo = one(database, answered(1))
     assert (photo.source, photo.label, photo.predicted, photo.outcome, photo.review) == (
-        "live",
+        "production",
         None,
         "dogs",
         "unlabeled",
@@ -86,8 +86,8 @@ def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
     ("decision", "new_label", "wanted"),
     [
         ("label", "dogs", ("dogs", "correct", "confirmed")),
-        ("label", "cats", ("cats", "incorrect", "relabelled")),
-        ("label", "birds", (None, "unlabeled", "relabelled")),
+        ("label", "cats", ("cats", "incorrect", "relabeled")),
+        ("label", "birds", (None, "unlabeled", "relabeled")),
         ("neither", None, (None, "unlabeled", "neither")),
         ("bad", None, (None, "unlabeled", "bad")),
     ],

@@ -107,7 +107,7 @@ def values_of(rows: Sequence[Plain]) -> dict[str, set[str]]:
         "source": {row.source for row in rows},
         "split": {row.split for row in rows},
         "review": {row.review for row in rows},
-        "flag": {"duplicate", "mislabelled"},
+        "flag": {"duplicate", "mislabeled"},
     }
 
 
@@ -282,7 +282,7 @@ def test_two_processes_that_import_at_once_give_one_import(database: Database, d
     assert [process.returncode for process in started] == [0, 0], said
     with database.read() as connection:
         assert [model.version for model in list_models(connection)] == [VERSION]
-        assert connection.execute(select(imports.c.photos)).scalars().all() == [300]
+        assert connection.execute(select(imports.c.images)).scalars().all() == [300]
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 300
     check_cells(database)
 
@@ -323,7 +323,7 @@ def test_what_a_later_evaluation_suspects_is_suspected_though_it_is_known(databa
     none = np.zeros(40, dtype=np.bool_)
     some = none.copy()
     some[[4, 30]] = True
-    suspected = Filter(model=VERSION, flags=("mislabelled",))
+    suspected = Filter(model=VERSION, flags=("mislabeled",))
     with database.write() as connection:
         model = get_or_create_model(connection, version=VERSION, name="one", classes=CLASSES[2])
         assert import_predictions(connection, model, EvaluationTable("evaluation", "a", said, none, none)) == 40

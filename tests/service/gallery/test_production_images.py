@@ -35,13 +35,13 @@ class Gallery:
 
     def live(self, *, decision: str = "") -> list[Row]:
         """The live ones with this decision, or in whatever state."""
-        found = [row for row in self.rows if row["source"] == "live"]
+        found = [row for row in self.rows if row["source"] == "production"]
         return [row for row in found if not decision or (row["decision"] or {}).get("decision") == decision]
 
 
 @pytest.fixture(scope="module")
 def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
-    folder: Path = tmp_path_factory.mktemp("live")
+    folder: Path = tmp_path_factory.mktemp("production")
     url = f"sqlite:///{folder / 'reviews.db'}"
     with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, save_predictions=1) as server:
         poll(lambda: server.get("/gallery").status == 200)
@@ -64,11 +64,11 @@ def test_what_nobody_has_labelled_is_no_mistake_in_the_matrix(gallery: Gallery) 
     text = gallery.text("/gallery/photos")
     cells = re.findall(r'<td class="([\w-]+) shade-\d">\s*<a href="[^"]*" title="([^"]*), called (\w+)">([\d,]+)<', text)
     kinds = {(label, predicted): kind for kind, label, predicted, _ in cells}
-    assert {label for label, _ in kinds} >= {"not labelled", "red"}
+    assert {label for label, _ in kinds} >= {"unlabeled", "red"}
     for (label, predicted), kind in kinds.items():
-        assert kind == ("unlabelled" if label == "not labelled" else "diagonal" if label == predicted else "off")
-    unlabelled = sum(int(number) for kind, *_, number in cells if kind == "unlabelled")
-    assert unlabelled == SENT - len(gallery.live(decision="label"))
+        assert kind == ("unlabeled" if label == "unlabeled" else "diagonal" if label == predicted else "off")
+    unlabeled = sum(int(number) for kind, *_, number in cells if kind == "unlabeled")
+    assert unlabeled == SENT - len(gallery.live(decision="label"))
 
 
 def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> None:
@@ -81,7 +81,7 @@ def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> 
         assert re.search(rf'<li class="badge reviewed"><svg.*?</svg>{words}</li>', grid, re.DOTALL)
         for text in (page, grid):
             assert "No label yet" not in plain(text)
-            assert "not labelled" not in plain(text.split('<table class="matrix')[0])
+            assert "unlabeled" not in plain(text.split('<table class="matrix')[0])
     waiting = SENT - len(DECISIONS)
     home = gallery.text("/gallery")
     address, number = re.findall(r'<dt>No label yet</dt><dd><a href="([^"]*)">(\d+)</a>', home)[0]
@@ -91,7 +91,7 @@ def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> 
 
 def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(gallery: Gallery) -> None:
     text = gallery.text("/gallery")
-    evaluated = [row for row in gallery.rows if row["source"] != "live"]
+    evaluated = [row for row in gallery.rows if row["source"] != "production"]
     right = sum(row["label"] == row["predicted"] for row in evaluated)
     figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>(?:<a [^>]*>)?([^<]*)", text))
     assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(evaluated):.2%}"

@@ -371,9 +371,9 @@ def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
         _wait(server)
         for number in range(4):
             assert server.post(paint(tmp_path / "sent.jpg", (255, 40, 40), seed=900 + number).read_bytes()).status == 200
-        live = poll(lambda: (found := rows(server, source="live", sort="name")) and len(found) == 4 and found)
-        page = text(server.get(page_of(live[0], source="live")))
-        for words in ("No label", "What is it?", "not labelled"):
+        live = poll(lambda: (found := rows(server, source="production", sort="name")) and len(found) == 4 and found)
+        page = text(server.get(page_of(live[0], source="production")))
+        for words in ("No label", "What is it?", "unlabeled"):
             assert words in page
         way(post(server, live[0], "label:red", advance="1", filter="source=live&sort=name"))
         way(post(server, live[1], "label:blue"))
@@ -388,16 +388,16 @@ def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
             assert kept[sha256]["decision"] == decision
             assert any(entry["id"] == id_ for entry in past(server, {"sha256": sha256}))
         assert server.post(paint(tmp_path / "sent.jpg", (255, 40, 40), seed=990).read_bytes()).status == 200
-        poll(lambda: len(rows(server, source="live")) == 3)
-        assert {live[0]["sha256"], live[1]["sha256"]} <= {row["sha256"] for row in rows(server, source="live")}
+        poll(lambda: len(rows(server, source="production")) == 3)
+        assert {live[0]["sha256"], live[1]["sha256"]} <= {row["sha256"] for row in rows(server, source="production")}
     folder = tmp_path / "unpacked"
     with zipfile.ZipFile(io.BytesIO(archive)) as packed:
         packed.extractall(folder)
-    names = {path.parent.name: sha256_of(path) for path in (folder / "live" / "train").rglob("*.jpg")}
+    names = {path.parent.name: sha256_of(path) for path in (folder / "production" / "train").rglob("*.jpg")}
     assert names == {"red": live[0]["sha256"], "blue": live[1]["sha256"]}
     with registered():
         flags = ("--backbone", "tiny", "--weights", save_weights(tmp_path / "tiny.pth"), "--output-dir", tmp_path / "run")
-        code, said, failed = finetune("train", "--data-dir", tiny_bundle.data, *flags, "--extra-data", folder / "live")
+        code, said, failed = finetune("train", "--data-dir", tiny_bundle.data, *flags, "--extra-data", folder / "production")
     assert code == 0, failed
     assert "train: blue 13, green 12, red 13" in said
 

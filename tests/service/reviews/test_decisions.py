@@ -67,12 +67,12 @@ def state(database: Database, photo: Plain) -> tuple[str, str | None]:
 def test_decide_undo_and_undo_again(database: Database, photos: list[Plain]) -> None:
     photo = next(row for row in photos if row.label == "cats")
     first = say(database, photo, "label", "dogs", reviewer="Ann", note="has a tail", key_name="key-1")
-    assert state(database, photo) == ("relabelled", "dogs")
+    assert state(database, photo) == ("relabeled", "dogs")
     second = say(database, photo, "label", "cats", reviewer="Ben")
     assert state(database, photo) == ("confirmed", "cats")
     third = say(database, photo, "bad")
     assert state(database, photo) == ("bad", None)
-    for undone, left in ((third, ("confirmed", "cats")), (second, ("relabelled", "dogs")), (first, ("unreviewed", None))):
+    for undone, left in ((third, ("confirmed", "cats")), (second, ("relabeled", "dogs")), (first, ("unreviewed", None))):
         id_ = say(database, photo, "undo", reviewer="Cid")
         with database.read() as connection:
             assert load_history(connection, photo.sha256)[0].id == id_
@@ -195,8 +195,8 @@ def test_decisions_hold_for_a_later_model_with_other_classes(database: Database,
         listing = PredictionQuery(connection, Filter(model="v2"))
         found = {photo.sha256: photo for photo in listing.fetch(listing.ids())}
         of_dogs, of_cats, of_neither = (found[photo.sha256] for photo in (to_dogs, to_cats, neither))
-        assert of_dogs.review == ("confirmed" if of_dogs.label == "dogs" else "relabelled")
-        assert (of_cats.review, of_cats.decision and of_cats.decision.new_label) == ("relabelled", "cats")
+        assert of_dogs.review == ("confirmed" if of_dogs.label == "dogs" else "relabeled")
+        assert (of_cats.review, of_cats.decision and of_cats.decision.new_label) == ("relabeled", "cats")
         assert of_neither.review == "neither"
         assert listing.counts.facets["review"]["unreviewed"] == 57
     say(database, neither, "undo")
@@ -213,7 +213,7 @@ def test_a_decision_is_about_every_photo_with_the_same_bytes(database: Database,
     with database.read() as connection:
         counts = PredictionQuery(connection, Filter(model=VERSION)).counts
     cats = sum(row.label == "cats" for row in rows)
-    assert counts.facets["review"] == {"confirmed": cats, "relabelled": 20 - cats}
+    assert counts.facets["review"] == {"confirmed": cats, "relabeled": 20 - cats}
     check_cells(database)
 
 
@@ -236,7 +236,7 @@ def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
             found[model.version] = Counter()
             rows = connection.execute(
                 select(predictions.c.sha256, *(buckets.c[name] for name in DIMENSIONS))
-                .join(buckets, buckets.c.id == predictions.c.cell_id)
+                .join(buckets, buckets.c.id == predictions.c.bucket_id)
                 .join(models, models.c.id == predictions.c.model_id)
                 .where(models.c.id == model.id)
             )
@@ -253,9 +253,9 @@ def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
                 label, after = resolve_label(
                     review, label=row.label, predicted=row.predicted, classes=model.classes, source=row.source
                 )
-                name = "not labelled" if label < 0 else model.classes[label]
+                name = "unlabeled" if label < 0 else model.classes[label]
                 place = (row.source, row.split, name, model.classes[row.predicted], row.percent, after)
-                found[model.version][(*place, row.duplicate, row.mislabelled)] += 1
+                found[model.version][(*place, row.duplicate, row.mislabeled)] += 1
     return found
 
 
