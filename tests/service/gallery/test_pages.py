@@ -251,7 +251,7 @@ def test_a_button_says_whether_it_keeps_the_label_or_gives_another(gallery: Gall
     wanted[row["label"]] = f"Keep {row['label']} its label is right"
     assert {name: re.sub(r"<[^>]*>", "", words) for name, words in buttons.items()} == wanted
     if outcome == "correct":
-        assert re.findall(r"data-look>(\w+)<small>(.*?)</small>", page) == [(row["label"], "its label, as predicted")]
+        assert re.findall(r"data-explain>(\w+)<small>(.*?)</small>", page) == [(row["label"], "its label, as predicted")]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_listing_takes_the_address_of_any_page_and_gives_the_whole_filter(gall
 )
 def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low: str, high: str, words: str) -> None:
     query = {"model": gallery.version, "predicted": "red", "confidence": "40-95"}
-    answer = gallery.server.get(f"/gallery/photos?{urlencode(query | {'from': low, 'to': high})}")
+    answer = gallery.server.get(f"/gallery/photos?{urlencode(query | {'min_confidence': low, 'max_confidence': high})}")
     text = answer.body.decode()
     assert (answer.status, answer.headers["Content-Type"]) == (400, "text/html; charset=utf-8")
     before = gallery.text(f"/gallery/photos?{urlencode(query)}")
@@ -311,7 +311,7 @@ def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low
     fields = {
         html.unescape(name): html.unescape(value) for name, value in re.findall(r'name="(\w+)"[^>]*? value="([^"]*)"', form)
     }
-    assert fields == query | {"from": low, "to": high}
+    assert fields == query | {"min_confidence": low, "max_confidence": high}
     assert form.count('aria-invalid="true" aria-describedby="range-refused"') == 2
     assert '<details class="panel-fold" id="panel" open>' in text
     assert gallery.server.get("/gallery/photos.json?confidence=90-50").headers["Content-Type"] == "application/problem+json"

@@ -48,7 +48,7 @@ def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFacto
         for number in range(SENT):
             photo = paint(folder / "sent.jpg", (255, 40, 40), seed=900 + number)
             assert server.post(photo.read_bytes()).status == 200
-        path = "/gallery/photos.json?source=live&sort=name"
+        path = "/gallery/photos.json?source=production&sort=name"
         sent = poll(lambda: len(rows := server.get(path).json()["rows"]) == SENT and rows)
         for row, decision in zip(sent, DECISIONS, strict=False):
             given = json.dumps({"photo": row["photo"], "sha256": row["sha256"], "decision": decision}).encode()
@@ -76,7 +76,7 @@ def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> 
         (row,) = gallery.live(decision=decision)
         page = gallery.text(row["page"])
         assert re.search(r'<p class="outcome-mark unlabeled"><svg.*?</svg>Set aside</p>', page, re.DOTALL)
-        grid = gallery.text(f"/gallery/photos?source=live&review={decision}")
+        grid = gallery.text(f"/gallery/photos?source=production&review={decision}")
         assert re.search(r'<span class="outcome-mark unlabeled"><svg.*?</svg>Set aside</span>', grid, re.DOTALL)
         assert re.search(rf'<li class="badge reviewed"><svg.*?</svg>{words}</li>', grid, re.DOTALL)
         for text in (page, grid):

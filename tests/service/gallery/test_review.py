@@ -375,7 +375,7 @@ def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
         page = text(server.get(page_of(live[0], source="production")))
         for words in ("No label", "What is it?", "unlabeled"):
             assert words in page
-        way(post(server, live[0], "label:red", advance="1", filter="source=live&sort=name"))
+        way(post(server, live[0], "label:red", advance="1", filter="source=production&sort=name"))
         way(post(server, live[1], "label:blue"))
         assert "labelled it red" in text(server.get(page_of(live[0])))
         archive = server.get("/gallery/production.zip").body
