@@ -194,7 +194,7 @@ def test_hostile_text_in_a_body_is_no_server_error(app: Flask, text: str) -> Non
         form = f"key={quoted(text)}&back={quoted(back)}"
         check(send(app, "POST", "/gallery/key", body=form.encode(), content_type=FORM_TYPE), f"key {back!r}")
     model = json.loads(send(app, "GET", "/models").data)["models"][0]["name"]
-    tensor = {"name": "photos", "datatype": "BYTES", "shape": [1], "data": ["eA=="]}
+    tensor = {"name": "images", "datatype": "BYTES", "shape": [1], "data": ["eA=="]}
     documents: list[tuple[str, Any]] = [
         ("/predict", {"image": text}),
         ("/predict", {"instances": [{"b64": text}, {text: text}]}),
