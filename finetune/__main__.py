@@ -1,4 +1,4 @@
-"""The command line: ``finetune COMMAND``, with the commands of the table below."""
+"""Command-line interface: ``finetune COMMAND [OPTIONS]``."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from models.errors import ConfigError, UserError, did_you_mean
 
 COMMANDS = {
-    "train": "a folder of photos becomes a bundle",
-    "evaluate": "measure a bundle on labelled photos",
+    "train": "train a classifier on a folder of photos and export it as a bundle",
+    "evaluate": "evaluate a bundle on labeled photos",
     "predict": "classify photos with a bundle",
-    "audit": "what is wrong with a folder of photos",
-    "download": "fetch real photos of cats and dogs",
-    "synthesize": "draw labelled pictures of cats and dogs, to try things out",
+    "audit": "check a folder of photos for damaged files, duplicates and leakage",
+    "download": "download photos of cats and dogs",
+    "synthesize": "draw a synthetic data set of cats and dogs for trying things out",
     "merge": "merge a head-only bundle with its pretrained weights",
-    "models": "the networks to start from",
-    "visualize": "draw a network's filters, and what a photo leaves in its layers",
+    "models": "list the available networks",
+    "visualize": "draw a network's filters and the feature maps of a photo",
     "compare": "train several networks on the same photos and compare them",
 }
 MODULES = {
@@ -38,58 +38,64 @@ MODULES = {
 }
 RENAMED = {"join": "merge", "bakeoff": "compare", "kernels": "visualize", "sample": "synthesize"}
 MULTIPROCESS_COMMANDS = ("train", "predict")
-# What an operating system refuses and a person can mend; any other OSError is a defect of ours and keeps its traceback.
-_FULL = "cannot be written, as the disk is full; make room and run it again."
-_DENIED = "may not be read or written by you; mend its permissions, or name another."
-_NO_FOLDER = "is, or lies below, something that is not a folder; name another."
+# Operating system errors that a user can fix. Any other OSError is a bug and keeps its traceback.
+_DISK_FULL = "the disk is full. Free some space and run the command again."
+_PERMISSION_DENIED = "permission denied. Fix the permissions or choose another path."
+_NOT_A_FOLDER = "the path, or a parent of it, is not a folder. Choose another path."
 OS_ERROR_MESSAGES = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
-    errno.EFBIG: "cannot be written, as files may not grow so large here; raise the limit (ulimit -f) and run it again.",
-    errno.EACCES: _DENIED,
-    errno.EPERM: _DENIED,
-    errno.EROFS: "cannot be written, as the disk is read-only; name another.",
-    errno.ENOTDIR: _NO_FOLDER,
-    errno.EEXIST: _NO_FOLDER,
-    errno.ENAMETOOLONG: "is too long a name; name another.",
+    errno.ENOSPC: _DISK_FULL,
+    errno.EDQUOT: _DISK_FULL,
+    errno.EFBIG: "the file size limit is exceeded. Raise it (ulimit -f) and run the command again.",
+    errno.EACCES: _PERMISSION_DENIED,
+    errno.EPERM: _PERMISSION_DENIED,
+    errno.EROFS: "the file system is read-only. Choose another path.",
+    errno.ENOTDIR: _NOT_A_FOLDER,
+    errno.EEXIST: _NOT_A_FOLDER,
+    errno.ENAMETOOLONG: "the name is too long. Choose another path.",
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with the nearest known word for a flag or command that is not known."""
+    """An argument parser that raises ConfigError and suggests the closest flag for an unknown one."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
         words = message.rpartition(":")[2].split()
         known = list(self._option_string_actions)
-        near = did_you_mean(words[0].split("=")[0], known) if message.startswith("unrecognized") and words else ""
-        raise ConfigError(f"{message[0].upper()}{message[1:]}.{near} `{self.prog} --help` lists what there is.")
+        hint = did_you_mean(words[0].split("=")[0], known) if message.startswith("unrecognized") and words else ""
+        raise ConfigError(f"{message[0].upper()}{message[1:]}.{hint} See `{self.prog} --help`.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0 done, 1 done with findings, 2 a mistake to mend, 130 interrupted."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0 success, 1 success with findings (or standard output was closed), 2 usage or input error,
+        130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _world(arguments):
+        with _process_group(arguments):
             code = _run(arguments)
-        sys.stdout.flush()  # here, where a reader that has gone is noticed in time
+        sys.stdout.flush()  # raises BrokenPipeError here rather than at interpreter exit
         return code
     except UserError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what reads us has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has exited, as `head` does
         return 1
     except OSError as error:
         if error.errno not in OS_ERROR_MESSAGES:
             raise
-        print(f"finetune: {error.filename or 'A file'} {OS_ERROR_MESSAGES[error.errno]}", file=sys.stderr)
+        prefix = f"{error.filename}: " if error.filename else ""
+        print(f"finetune: {prefix}{OS_ERROR_MESSAGES[error.errno]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def _world(arguments: Sequence[str]) -> contextlib.AbstractContextManager[None]:
-    """The other processes, where torchrun started several; those of ``predict`` do not need to know of each other."""
+def _process_group(arguments: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """Join torchrun's process group if there are several processes. Those of ``predict`` do not communicate."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or arguments[:1] == ["predict"]:
         return contextlib.nullcontext()
     from finetune.compute import distributed
@@ -99,7 +105,7 @@ def _world(arguments: Sequence[str]) -> contextlib.AbstractContextManager[None]:
 
 def _run(arguments: list[str]) -> int:
     parser = _Parser(
-        prog="finetune", description="Transfer learning for image classifiers: from photos to a bundle that serves."
+        prog="finetune", description="Transfer learning for image classifiers: from a folder of photos to a servable bundle."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, help in COMMANDS.items():
@@ -111,10 +117,12 @@ def _run(arguments: list[str]) -> int:
     if name in RENAMED:
         raise ConfigError(f"`finetune {name}` is now `finetune {RENAMED[name]}`.")
     if name not in COMMANDS and not name.startswith("-"):
-        raise ConfigError(f"There is no command {name!r}.{did_you_mean(name, COMMANDS)} `finetune --help` lists them.")
+        raise ConfigError(f"Unknown command {name!r}.{did_you_mean(name, COMMANDS)} See `finetune --help`.")
     if name not in MULTIPROCESS_COMMANDS and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"`finetune {name}` runs in one process; torchrun is for {' and '.join(MULTIPROCESS_COMMANDS)}.")
-    if name in COMMANDS:  # only the command that is called is imported: torch takes seconds
+        raise ConfigError(
+            f"`finetune {name}` runs in one process. Use torchrun only with {' and '.join(MULTIPROCESS_COMMANDS)}."
+        )
+    if name in COMMANDS:  # import only the requested command, as importing torch takes seconds
         module = importlib.import_module(f"finetune.{MODULES[name]}")
         module.add_arguments(commands.choices[name])
         return int(module.run(commands.choices[name].parse_args(arguments[1:])))

@@ -26,18 +26,18 @@ def write_yaml(tmp_path: Path, text: str) -> str:
     return str(tmp_path / "settings.yaml")
 
 
-def test_nothing_given_is_the_defaults() -> None:
+def test_no_arguments_give_the_defaults() -> None:
     assert parse() == Config()
     assert parse().backbone == "vgg16"
 
 
-def test_a_flag_beats_the_file_and_the_file_beats_the_default(tmp_path: Path) -> None:
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     file = write_yaml(tmp_path, "epochs: 7\nbatch-size: 8\nseed: 3\n")
     config = parse("--config", file, "--epochs", "2", "--batch-size", "16")
     assert (config.epochs, config.batch_size, config.seed, config.momentum) == (2, 16, 3, None)
 
 
-def test_a_switch_in_the_file_can_be_turned_off_by_a_flag(tmp_path: Path) -> None:
+def test_a_flag_can_turn_off_a_boolean_of_the_file(tmp_path: Path) -> None:
     file = write_yaml(tmp_path, "augment: yes\nfeature_cache: false\n")
     assert parse("--config", file).augment
     config = parse("--config", file, "--no-augment", "--feature-cache")
@@ -45,7 +45,7 @@ def test_a_switch_in_the_file_can_be_turned_off_by_a_flag(tmp_path: Path) -> Non
     assert config.feature_cache
 
 
-def test_yaml_values_arrive_as_what_they_mean(tmp_path: Path) -> None:
+def test_yaml_values_are_converted_to_their_types(tmp_path: Path) -> None:
     text = "lr: 1e-3\nmin-delta: 0\nunfreeze: [layer4, layer3.1]\ndata-dir: ~/photos\nweights: none\noutput_dir:\n"
     config = parse("--config", write_yaml(tmp_path, text))
     assert config.lr == 0.001
@@ -58,7 +58,7 @@ def test_yaml_values_arrive_as_what_they_mean(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["unfreeze: layer4,layer3", "unfreeze: [layer4, layer3]"])
-def test_a_list_may_be_written_in_two_ways(tmp_path: Path, text: str) -> None:
+def test_a_list_may_be_yaml_or_comma_separated(tmp_path: Path, text: str) -> None:
     assert parse("--config", write_yaml(tmp_path, text)).unfreeze == ("layer4", "layer3")
 
 
@@ -69,23 +69,23 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("epoch: 3", ["no setting 'epoch'", "Did you mean 'epochs'?"]),
-        ("batch-sise: 3", ["no setting 'batch_sise'", "Did you mean 'batch_size'?"]),
-        ("epochs: many", ["epochs is 'many'", "a whole number"]),
-        ("epochs: 1.5", ["epochs is 1.5", "a whole number"]),
-        ("epochs: true", ["epochs is True", "a whole number"]),
-        ("lr: fast", ["lr is 'fast'", "a number"]),
-        ("lr: .nan", ["--lr is nan", "0 or more"]),
-        ("augment: 1", ["augment is 1", "true or false"]),
-        ("backbone: 16", ["backbone is 16", "a word"]),
-        ("data_dir: 5", ["data_dir is 5", "a path"]),
-        ("unfreeze: 4", ["unfreeze is 4", "a list of names"]),
-        ("backbone:", ["backbone is None", "a word"]),
-        ("- epochs\n- lr", ["holds a list", "epochs: 10"]),
-        ("epochs: [1", ["cannot be read", "YAML"]),
+        ("epoch: 3", ["Unknown setting 'epoch'", "Did you mean 'epochs'?"]),
+        ("batch-sise: 3", ["Unknown setting 'batch_sise'", "Did you mean 'batch_size'?"]),
+        ("epochs: many", ["epochs must be a whole number", "(got 'many')"]),
+        ("epochs: 1.5", ["epochs must be a whole number", "(got 1.5)"]),
+        ("epochs: true", ["epochs must be a whole number", "(got True)"]),
+        ("lr: fast", ["lr must be a number", "(got 'fast')"]),
+        ("lr: .nan", ["--lr must be at least 0", "(got nan)"]),
+        ("augment: 1", ["augment must be true or false", "(got 1)"]),
+        ("backbone: 16", ["backbone must be a string", "(got 16)"]),
+        ("data_dir: 5", ["data_dir must be a path", "(got 5)"]),
+        ("unfreeze: 4", ["unfreeze must be a list of names", "(got 4)"]),
+        ("backbone:", ["backbone must be a string", "(got None)"]),
+        ("- epochs\n- lr", ["contains a list", "epochs: 10"]),
+        ("epochs: [1", ["Cannot read", "YAML"]),
     ],
 )
-def test_a_wrong_file_is_refused_with_a_sentence(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_an_invalid_file_is_explained_in_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         parse("--config", write_yaml(tmp_path, text))
     for word in words:
@@ -93,40 +93,40 @@ def test_a_wrong_file_is_refused_with_a_sentence(tmp_path: Path, text: str, word
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read"):
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Cannot read the config file .*nothing\.yaml"):
         parse("--config", str(tmp_path / "nothing.yaml"))
 
 
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ({"epochs": 0}, "--epochs is 0, and takes 1 or more"),
-        ({"batch_size": 0}, "--batch-size is 0, and takes 1 or more"),
-        ({"lr": -1.0}, "--lr is -1.0, and takes 0 or more"),
-        ({"momentum": 1.5}, "--momentum is 1.5, and takes 0 to 1"),
-        ({"valid_fraction": 0.0}, "--valid-fraction is 0.0, and takes 0.01 to 0.9"),
-        ({"workers": -1}, "--workers is -1, and takes 0 or more"),
-        ({"device": "gpu"}, "--device is 'gpu', and takes auto, cpu, cuda, mps. Did you mean 'cpu'?"),
+        ({"epochs": 0}, "--epochs must be at least 1 (got 0)."),
+        ({"batch_size": 0}, "--batch-size must be at least 1 (got 0)."),
+        ({"lr": -1.0}, "--lr must be at least 0 (got -1.0)."),
+        ({"momentum": 1.5}, "--momentum must be between 0 and 1 (got 1.5)."),
+        ({"valid_fraction": 0.0}, "--valid-fraction must be between 0.01 and 0.9 (got 0.0)."),
+        ({"workers": -1}, "--workers must be at least 0 (got -1)."),
+        ({"device": "gpu"}, "--device must be one of auto, cpu, cuda, mps (got 'gpu'). Did you mean 'cpu'?"),
         ({"lr_schedule": "cosin"}, "Did you mean 'cosine'?"),
-        ({"export": "onnx"}, "--export is 'onnx', and takes full, head"),
+        ({"export": "onnx"}, "--export must be one of full, head (got 'onnx')."),
         ({"export": "head", "weights": "none"}, "--export head"),
     ],
 )
-def test_a_value_that_a_setting_cannot_take_is_refused(value: dict[str, Any], words: str) -> None:
+def test_an_invalid_value_is_rejected(value: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(**value)
     assert words in str(caught.value)
 
 
-def test_the_recipe_fills_only_what_was_left_open() -> None:
+def test_the_recipe_fills_only_unset_settings() -> None:
     config = Config(epochs=2, lr=0.5).with_recipe(Recipe(epochs=30, batch_size=8, lr=0.1, weight_decay=1e-4))
     assert (config.epochs, config.lr) == (2, 0.5)
     assert (config.batch_size, config.weight_decay, config.momentum) == (8, 1e-4, 0.9)
     assert None not in (config.momentum, config.lr_schedule)
 
 
-def test_settings_survive_yaml() -> None:
+def test_settings_round_trip_through_yaml() -> None:
     config = Config(
         data_dir=Path("fötös"), epochs=3, lr=1e-5, unfreeze=("layer4",), cache_dir=Path("c"), augment=True, name="größe"
     )
@@ -135,13 +135,13 @@ def test_settings_survive_yaml() -> None:
 
 
 @pytest.mark.parametrize("name", list(Config().as_dict()))
-def test_every_setting_has_a_flag_that_help_explains(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_setting_has_a_flag_in_the_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["train", "--help"])
     assert f"--{name.replace('_', '-')}" in capsys.readouterr().out
 
 
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / "finetune"
     monkeypatch.delenv("XDG_CACHE_HOME")

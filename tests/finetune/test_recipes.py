@@ -79,4 +79,4 @@ def test_a_misspelt_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     code, _, err = finetune("train", "--config", tmp_path / "recipe.yaml")
     assert code == 2
-    assert "no setting 'epoch'. Did you mean 'epochs'?" in err
+    assert "Unknown setting 'epoch'. Did you mean 'epochs'?" in err

@@ -241,7 +241,7 @@ def test_a_mistake_in_the_reviews_is_one_sentence(
     file.write_text("photo,label\n")
     assert "has no column 'sha256'" in refused("--reviews", file)
     assert "cannot be read (No such file or directory)" in refused("--reviews", tmp_path / "no.csv")
-    assert "give one of them" in refused("--reviews", file, "--reviews-from", "sqlite:///x")
+    assert "--reviews and --reviews-from cannot be combined" in refused("--reviews", file, "--reviews-from", "sqlite:///x")
     assert "--reviews-from is 'reviews.csv'; give an address" in refused("--reviews-from", "reviews.csv")
     assert "There is no database" in refused("--reviews-from", f"sqlite:///{tmp_path}/no.db")
     assert not (tmp_path / "no.db").exists()

@@ -98,7 +98,7 @@ def test_optimizer_matches_the_config(name: str, kind: type) -> None:
 def test_unknown_optimizer_error_suggests_the_closest_one(data: Path) -> None:
     code, _, err = finetune("train", "--data-dir", data, "--optimizer", "adma")
     assert code == 2
-    assert "--optimizer is 'adma', and takes sgd, adam. Did you mean 'adam'?" in err
+    assert "--optimizer must be one of sgd, adam (got 'adma'). Did you mean 'adam'?" in err
 
 
 def test_images_are_decoded_once_if_they_fit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
