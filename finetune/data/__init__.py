@@ -1,1 +1,1 @@
-"""Image folders: reading, inspecting, auditing, downloading and correcting them."""
+"""Read, inspect, audit, download and relabel image folders."""

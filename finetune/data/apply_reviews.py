@@ -1,4 +1,4 @@
-"""Apply what people decided about photos to a dataset: by sha256, never by name, and with a word on each photo."""
+"""Apply review decisions to a dataset: relabel, confirm or exclude images, matched by sha256."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from finetune.data.inspection import ImageRecord
 from models.artifacts.reviews import BAD, LABEL, NEITHER, Review, read_reviews
 from models.errors import DataError, did_you_mean
 
-EXCLUSION_REASONS = {NEITHER: "it is of none of the classes", BAD: "it is a bad photo"}
+EXCLUSION_REASONS = {NEITHER: "none of the classes", BAD: "bad photo"}
 
 
 @dataclass(frozen=True)
 class ReviewTable:
-    """A table of reviews as it arrived: its bytes, where they came from, and the decision on each sha256."""
+    """A table of reviews.
+
+    Attributes:
+        data: The CSV file's bytes, as received.
+        origin: File name or address, without secrets, for messages.
+        decisions: The review of each image, by sha256.
+    """
 
     data: bytes
     origin: str
@@ -36,7 +42,15 @@ class ReviewTable:
 
 @dataclass
 class ReviewSummary:
-    """What the reviews did to a dataset. ``relabeled`` maps a photo to its old and new class, ``excluded`` to the reason."""
+    """The effect of reviews on a dataset.
+
+    Attributes:
+        reviews: The applied reviews.
+        relabeled: Maps an image's name to its old and new class.
+        confirmed: Names of the images whose label was confirmed.
+        excluded: Maps an image's name to the reason.
+        matched: The reviewed sha256s that are in the dataset.
+    """
 
     reviews: ReviewTable
     relabeled: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -45,7 +59,7 @@ class ReviewSummary:
     matched: set[str] = field(default_factory=set)
 
     def as_dict(self) -> dict[str, Any]:
-        """The counts, for a manifest: no names of people and no notes."""
+        """Return the counts for a manifest, without the reviewers' names and notes."""
         reasons = list(self.excluded.values())
         return {
             "sha256": self.reviews.sha256,
@@ -59,68 +73,75 @@ class ReviewSummary:
         }
 
     def text(self) -> str:
-        """What was changed and dropped, photo by photo."""
+        """Format a summary line and a line per relabeled or excluded image."""
         counts = self.as_dict()
         lines = [
-            f"Reviews from {self.reviews.origin}: {counts['decisions']:,} photos decided; here {len(self.relabeled):,} labels "
-            f"changed, {len(self.confirmed):,} confirmed, {len(self.excluded):,} photos left out, and "
-            f"{counts['unmatched']:,} rows matched no photo"
+            f"{self.reviews.origin}: {counts['decisions']:,} reviews ({len(self.relabeled):,} relabeled, "
+            f"{len(self.confirmed):,} confirmed, {len(self.excluded):,} excluded, {counts['unmatched']:,} unmatched)"
         ]
         lines += [f"  {name}: {old} -> {new}" for name, (old, new) in self.relabeled.items()]
-        lines += [f"  {name}: left out, as {reason}" for name, reason in self.excluded.items()]
+        lines += [f"  {name}: excluded ({reason})" for name, reason in self.excluded.items()]
         return "\n".join(lines)
 
 
 def apply_reviews(
     reviews: ReviewTable, dataset: Dataset, records: Sequence[ImageRecord]
 ) -> tuple[Dataset, list[ImageRecord], ReviewSummary]:
-    """The dataset and its scans with the decisions in place of the folders' labels. Raises DataError for an unknown class.
+    """Apply review decisions on top of the folders' labels.
 
-    A decision counts for every copy of the photo. Where the same photo lay in two classes, it settles that too: a copy that
-    looks the same and says otherwise is left out, and so is one whose folder was wrong if it lies in the other split.
+    A decision applies to every exact copy of an image. It also resolves near duplicates with conflicting labels: those that
+    contradict the decision are excluded, as are copies with a corrected label if the other split has the image too.
+
+    Returns:
+        The dataset and records with the decisions applied, and a summary.
+
+    Raises:
+        DataError: A review has a class that the dataset does not have.
     """
     _check_classes(reviews, dataset.classes)
-    applied = ReviewSummary(reviews)
+    summary = ReviewSummary(reviews)
     for record in records:
-        _note(record, reviews, dataset.classes, applied)
+        _apply_decision(record, reviews, dataset.classes, summary)
     for group in find_duplicates(records):
-        _settle(group, reviews, dataset.classes, applied)
+        _resolve_conflict(group, reviews, dataset.classes, summary)
     classes = {name: index for index, name in enumerate(dataset.classes)}
-    kept = []
+    remaining = []
     for record in records:
         sample = record.sample
-        if sample.name in applied.relabeled:
-            sample = dataclasses.replace(sample, label=classes[applied.relabeled[sample.name][1]])
-        if sample.name not in applied.excluded:
-            kept.append(dataclasses.replace(record, sample=sample))
-    return dataset.with_samples(record.sample for record in kept), kept, applied
+        if sample.name in summary.relabeled:
+            sample = dataclasses.replace(sample, label=classes[summary.relabeled[sample.name][1]])
+        if sample.name not in summary.excluded:
+            remaining.append(dataclasses.replace(record, sample=sample))
+    return dataset.with_samples(record.sample for record in remaining), remaining, summary
 
 
 def _check_classes(reviews: ReviewTable, classes: Sequence[str]) -> None:
     for review in reviews.decisions.values():
         if review.decision == LABEL and review.new_label not in classes:
             raise DataError(
-                f"{reviews.origin} says that {review.photo} is {review.new_label!r}, and the classes are {', '.join(classes)}."
-                f"{did_you_mean(review.new_label, classes)} Mend the row, or add the class's folder."
+                f"{reviews.origin}: unknown class {review.new_label!r} for {review.photo}. The classes are "
+                f"{', '.join(classes)}.{did_you_mean(review.new_label, classes)} Fix the row, or add a folder for the class."
             )
 
 
-def _note(record: ImageRecord, reviews: ReviewTable, classes: Sequence[str], applied: ReviewSummary) -> None:
+def _apply_decision(record: ImageRecord, reviews: ReviewTable, classes: Sequence[str], summary: ReviewSummary) -> None:
     review = reviews.decisions.get(record.sha256)
     if review is None:
         return
-    applied.matched.add(record.sha256)
+    summary.matched.add(record.sha256)
     old = classes[record.sample.label]
     if review.decision != LABEL:
-        applied.excluded[record.sample.name] = EXCLUSION_REASONS[review.decision]
+        summary.excluded[record.sample.name] = EXCLUSION_REASONS[review.decision]
     elif review.new_label == old:
-        applied.confirmed.append(record.sample.name)
+        summary.confirmed.append(record.sample.name)
     else:
-        applied.relabeled[record.sample.name] = (old, review.new_label)
+        summary.relabeled[record.sample.name] = (old, review.new_label)
 
 
-def _settle(group: Sequence[ImageRecord], reviews: ReviewTable, classes: Sequence[str], applied: ReviewSummary) -> None:
-    """Settle photos that look the same and lay in two classes, where the decisions on some of them agree."""
+def _resolve_conflict(
+    group: Sequence[ImageRecord], reviews: ReviewTable, classes: Sequence[str], summary: ReviewSummary
+) -> None:
+    """Resolve a group of duplicates with different labels if the decisions on some of them agree on one class."""
     decisions = [reviews.decisions[s.sha256] for s in group if s.sha256 in reviews.decisions]
     decided = {review.new_label for review in decisions if review.decision == LABEL}
     if len({s.sample.label for s in group}) < 2 or len(decided) != 1:
@@ -128,19 +149,18 @@ def _settle(group: Sequence[ImageRecord], reviews: ReviewTable, classes: Sequenc
     label = decided.pop()
     for record in group:
         if record.sha256 not in reviews.decisions and classes[record.sample.label] != label:
-            applied.excluded[record.sample.name] = f"it looks the same as a photo that was decided to be {label}"
-    left = [s for s in group if s.sample.name not in applied.excluded]
-    right = [s for s in left if classes[s.sample.label] == label] or [s for s in left if s.sample.split == "train"]
-    if len({s.sample.split for s in left}) > 1:
-        for record in left:
-            if record not in right:
-                _forget(record, applied)
-                applied.excluded[record.sample.name] = (
-                    f"the same photo, which was decided to be {label}, lies in the other split"
-                )
+            summary.excluded[record.sample.name] = f"near duplicate of a photo reviewed as {label}"
+    remaining = [s for s in group if s.sample.name not in summary.excluded]
+    preferred = [s for s in remaining if classes[s.sample.label] == label]
+    preferred = preferred or [s for s in remaining if s.sample.split == "train"]
+    if len({s.sample.split for s in remaining}) > 1:
+        for record in remaining:
+            if record not in preferred:
+                _undo(record, summary)
+                summary.excluded[record.sample.name] = f"reviewed as {label}, and the other split has the same photo"
 
 
-def _forget(record: ImageRecord, applied: ReviewSummary) -> None:
-    applied.relabeled.pop(record.sample.name, None)
-    if record.sample.name in applied.confirmed:
-        applied.confirmed.remove(record.sample.name)
+def _undo(record: ImageRecord, summary: ReviewSummary) -> None:
+    summary.relabeled.pop(record.sample.name, None)
+    if record.sample.name in summary.confirmed:
+        summary.confirmed.remove(record.sample.name)

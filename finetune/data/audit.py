@@ -1,4 +1,4 @@
-"""What is wrong with a photo folder, by file name, before any training."""
+"""Audit an image folder before training: damaged files, duplicates, leakage between splits, and class problems."""
 
 from __future__ import annotations
 
@@ -24,11 +24,21 @@ MAX_SHOWN = 10
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The findings on a dataset. ``counts`` is {split: {class: photos}}; photos are named from the data folder.
+    """The findings of an audit. Images are named by their path relative to the data folder.
 
-    ``leakage`` are groups that lie in training and validation, ``conflicts`` groups that lie in two classes,
-    ``duplicates`` groups within one class and split; ``damaged`` maps a photo to the reason, ``dropped_extra``
-    one of a further folder, which was left out, to the data folder's own.
+    Attributes:
+        counts: Readable images as {split: {class: count}}.
+        damaged: Maps each undecodable image to the reason.
+        other_files: Files in class folders without a supported image extension.
+        ignored_folders: Hidden folders and those starting with ``__``.
+        empty_classes: Class folders without readable images, as "split/class".
+        class_mismatch: Classes that only one of the splits has, as {"training" or "validation": classes}.
+        leakage: Groups of duplicates across training and validation.
+        conflicts: Groups of duplicates with different labels.
+        duplicates: Groups of duplicates within one class and split.
+        imbalance: Size of the largest training class divided by that of the smallest.
+        split_from_train: Whether validation was held out from training.
+        dropped_extra: Maps each skipped image of ``--extra-data`` to its duplicate in the data folder.
     """
 
     root: str
@@ -50,84 +60,96 @@ class AuditReport:
 
     @property
     def problems(self) -> list[str]:
-        """What should be mended, a sentence each; nothing where all is well."""
+        """One line per kind of problem; empty if there are none."""
         found = []
         if self.class_mismatch:
-            only = "; ".join(f"only {split} has {', '.join(names)}" for split, names in self.class_mismatch.items())
-            found.append(f"classes differ between the splits: {only}")
+            only = "; ".join(f"only in {split}: {', '.join(names)}" for split, names in self.class_mismatch.items())
+            found.append(f"classes differ between the splits ({only})")
         if self.leakage:
-            found.append(f"{_count(self.leakage, 'group')} of photos in both training and validation (leakage)")
+            found.append(f"{_count(self.leakage, 'group')} of duplicates across training and validation (leakage)")
         if self.conflicts:
-            found.append(f"{_count(self.conflicts, 'group')} of the same photo in two classes")
+            found.append(f"{_count(self.conflicts, 'group')} of duplicates with different labels")
         if self.damaged:
-            found.append(f"{_count(self.damaged, 'damaged file')}, left out")
+            found.append(f"{_count(self.damaged, 'damaged file')} (skipped)")
         if self.dropped_extra:
             found.append(describe_dropped(self.dropped_extra))
         if self.other_files:
-            found.append(f"{_count(self.other_files, 'file')} of another kind than photos, passed over")
+            found.append(f"{_count(self.other_files, 'file')} without a supported image extension (skipped)")
         if self.ignored_folders:
-            found.append(f"{_count(self.ignored_folders, 'ignored folder')}, passed over")
+            found.append(_count(self.ignored_folders, "ignored folder"))
         if self.empty_classes:
-            found.append(f"{_count(self.empty_classes, 'class folder')} without photos")
+            found.append(f"{_count(self.empty_classes, 'class folder')} without readable photos")
         if self.imbalance > MAX_IMBALANCE:
-            found.append(f"the largest class has {self.imbalance:.1f} times the photos of the smallest")
+            found.append(f"the largest class has {self.imbalance:.1f} times as many photos as the smallest")
         return found
 
     def raise_for_problems(self, *, allow_leakage: bool, allow_class_mismatch: bool) -> None:
-        """Raise DataError where training on this is impossible, or would deceive and that is not allowed."""
+        """Check that the dataset can be trained on.
+
+        Args:
+            allow_leakage: Accept duplicates across training and validation.
+            allow_class_mismatch: Accept classes that are missing or empty in one of the splits.
+
+        Raises:
+            DataError: A split has no readable images, or there is a problem that the arguments do not allow.
+        """
         for split, row in self.counts.items():
             if not any(row.values()):
                 name = "training" if split == "train" else "validation"
-                raise DataError(f"{self.root}: there is no photo for {name} that can be read; `finetune audit` says why.")
+                raise DataError(f"{self.root}: no readable photos for {name}. Run `finetune audit {self.root}` for details.")
         if self.class_mismatch and not allow_class_mismatch:
             raise DataError(
-                f"{self.root}: {self.problems[0]}; give every split the same class folders, or go on with "
-                f"--allow-class-mismatch."
+                f"{self.root}: {self.problems[0]}. Use the same class folders in every split, or pass --allow-class-mismatch."
             )
         if self.empty_classes and not allow_class_mismatch:
             raise DataError(
-                f"{self.root}: {self.empty_classes[0]} has no photo that can be read; add photos, delete the folder, or go on "
-                f"with --allow-class-mismatch."
+                f"{self.root}: {self.empty_classes[0]} has no readable photos. Add photos, delete the folder, or pass "
+                f"--allow-class-mismatch."
             )
         if self.leakage and not allow_leakage:
             example = " = ".join(self.leakage[0][:3])
             raise DataError(
-                f"{self.root}: {_count(self.leakage, 'photo')} in both training and validation ({example}), which flatters "
-                f"the result; `finetune audit {self.root}` names all, delete one of each, or go on with --allow-leakage."
+                f"{self.root}: {_count(self.leakage, 'photo')} in both training and validation ({example}), which "
+                f"inflates the results. Run `finetune audit {self.root}` to list them and delete the duplicates, or "
+                f"pass --allow-leakage."
             )
 
     def text(self) -> str:
-        """The findings for a person, the first ten of each kind by name."""
+        """Format the findings as text, with the first ten file names of each kind."""
         lines = [f"{self.root}: {sum(sum(row.values()) for row in self.counts.values()):,} photos"]
         for split, row in self.counts.items():
-            held = ", held out from training" if split == "valid" and self.split_from_train else ""
-            lines.append(f"  {split}{held}: " + ", ".join(f"{name} {n:,}" for name, n in row.items()))
-        lines += [f"- {problem}" for problem in self.problems] or ["- nothing wrong was found"]
+            origin = " (held out from training)" if split == "valid" and self.split_from_train else ""
+            lines.append(f"  {split}{origin}: " + ", ".join(f"{name} {n:,}" for name, n in row.items()))
+        lines += [f"- {problem}" for problem in self.problems] or ["No problems found."]
         if self.duplicates:
-            lines.append(
-                f"- no harm, but good to know: {_count(self.duplicates, 'group')} of the same photo within one class and split"
-            )
-        lines += _section("Damaged", [f"{name}: {why}" for name, why in self.damaged.items()])
+            lines.append(f"Note: {_count(self.duplicates, 'group')} of duplicates within the same class and split.")
+        lines += _section("Damaged", [f"{name}: {reason}" for name, reason in self.damaged.items()])
         lines += _section(
-            "Of --extra-data, and in the data folder", [f"{name} = {twin}" for name, twin in self.dropped_extra.items()]
+            "Extra photos already in the data folder", [f"{name} = {known}" for name, known in self.dropped_extra.items()]
         )
         lines += _section("Other files", self.other_files)
         lines += _section("Ignored folders", self.ignored_folders)
         lines += _section("Empty classes", self.empty_classes)
-        lines += _section("In training and validation", [" = ".join(group) for group in self.leakage])
-        lines += _section("In two classes", [" = ".join(group) for group in self.conflicts])
-        lines += _section("Repeated", [" = ".join(group) for group in self.duplicates])
+        lines += _section("Duplicates across training and validation", [" = ".join(group) for group in self.leakage])
+        lines += _section("Duplicates with different labels", [" = ".join(group) for group in self.conflicts])
+        lines += _section("Duplicates within a class and split", [" = ".join(group) for group in self.duplicates])
         return "\n".join(lines)
 
 
 def audit(
     dataset: Dataset, records: Sequence[ImageRecord], *, dropped_extra: Mapping[str, ExistingImage] | None = None
 ) -> AuditReport:
-    """Judge a dataset by the records of its photos; ``dropped_extra`` are those of further folders that were left out of it."""
-    good = [s.sample for s in records if s.error is None]
+    """Audit a dataset.
+
+    Args:
+        dataset: The dataset.
+        records: Inspection results of its images.
+        dropped_extra: Extra images that were dropped from ``dataset``, with their duplicates in it.
+    """
+    readable = [s.sample for s in records if s.error is None]
     counts = {
         split: {
-            name: sum(sample.split == split and sample.label == label for sample in good)
+            name: sum(sample.split == split and sample.label == label for sample in readable)
             for label, name in enumerate(dataset.classes)
         }
         for split in ("train", "valid")
@@ -160,21 +182,21 @@ def audit(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data_dir", type=Path, metavar="DATA", help="the folder to look at")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON, all of them")
+    parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder to audit")
+    parser.add_argument("--json", action="store_true", help="print all findings as JSON")
     parser.add_argument(
-        "--cache-dir", type=Path, default=None, help="where what photos look like is kept (default: ~/.cache/finetune)"
+        "--cache-dir", type=Path, default=None, help="cache directory for image fingerprints (default: ~/.cache/finetune)"
     )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that decode photos")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="decoding threads; 0: one per CPU")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``finetune audit DATA``: print the findings. The exit code is 0 where nothing is wrong, else 1."""
+    """Run ``finetune audit``: print the findings and return 0 if there are no problems, else 1."""
     dataset = read_dataset(args.data_dir)
     store = ArrayStore(args.cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
-    found = audit(dataset, inspect_images(dataset.samples, store=store, workers=args.workers, quiet=args.json))
-    print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False) if args.json else found.text())
-    return 1 if found.problems else 0
+    report = audit(dataset, inspect_images(dataset.samples, store=store, workers=args.workers, quiet=args.json))
+    print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if args.json else report.text())
+    return 1 if report.problems else 0
 
 
 def _other_files(dataset: Dataset) -> list[str]:
@@ -187,9 +209,9 @@ def _other_files(dataset: Dataset) -> list[str]:
 
 
 def _ignored_folders(dataset: Dataset) -> list[str]:
-    beside = {entry for folder in (dataset.root, *dataset.split_folders.values()) for entry in folder.iterdir()}
-    inside = {entry for folder in _class_folders(dataset) for entry in folder.rglob("*")}
-    return sorted(_name(entry, dataset) for entry in beside | inside if entry.is_dir() and is_ignored_folder(entry.name))
+    top_level = {entry for folder in (dataset.root, *dataset.split_folders.values()) for entry in folder.iterdir()}
+    nested = {entry for folder in _class_folders(dataset) for entry in folder.rglob("*")}
+    return sorted(_name(entry, dataset) for entry in top_level | nested if entry.is_dir() and is_ignored_folder(entry.name))
 
 
 def _class_folders(dataset: Dataset) -> list[Path]:
@@ -216,5 +238,5 @@ def _count(items: Iterable[object], noun: str) -> str:
 def _section(title: str, lines: Sequence[str]) -> list[str]:
     if not lines:
         return []
-    more = [f"  ... and {len(lines) - MAX_SHOWN:,} more; --json lists all"] if len(lines) > MAX_SHOWN else []
+    more = [f"  ... and {len(lines) - MAX_SHOWN:,} more (use --json to list all)"] if len(lines) > MAX_SHOWN else []
     return [f"{title}:", *(f"  {line}" for line in lines[:MAX_SHOWN]), *more]

@@ -1,4 +1,4 @@
-"""Which photos are the same, to the byte or to the eye."""
+"""Find exact and near duplicates among images."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ MAX_BUCKET_SIZE = 200
 
 
 def find_duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, ...]]:
-    """Groups of two or more photos that are byte-identical or look the same, in the order of their names.
+    """Group exact and near duplicates.
 
-    Two photos look the same where their perceptual hashes differ in at most 3 of 64 bits and their 16 x 16 thumbnails by
-    at most 10 of 255 levels in the mean. A hash that far apart agrees in one of its four 16-bit quarters, so only photos
-    that share a quarter are compared.
+    Two images are near duplicates if their perceptual hashes differ in at most 3 of 64 bits and their 16 x 16 thumbnails by
+    at most 10 of 255 levels on average. Two hashes that differ in at most 3 bits agree in at least one of their four 16-bit
+    quarters, so only images that share a quarter are compared.
+
+    Returns:
+        Groups of two or more images, sorted by name.
     """
     readable = [record for record in records if record.error is None]
     parent = list(range(len(readable)))
@@ -38,27 +41,27 @@ def find_duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, .
         parent[root(i)] = root(first.setdefault(record.sha256, i))
     distinct = sorted(first.values())
     prints = np.array([readable[i].fingerprint for i in distinct], dtype=np.uint8).reshape(len(distinct), -1)
-    for a, b in _alike(prints):
+    for a, b in _near_duplicates(prints):
         parent[root(distinct[a])] = root(distinct[b])
     groups = defaultdict(list)
     for i, record in enumerate(readable):
         groups[root(i)].append(record)
-    found = [tuple(sorted(group, key=lambda s: s.sample.name)) for group in groups.values() if len(group) > 1]
-    return sorted(found, key=lambda group: group[0].sample.name)
+    duplicates = [tuple(sorted(group, key=lambda s: s.sample.name)) for group in groups.values() if len(group) > 1]
+    return sorted(duplicates, key=lambda group: group[0].sample.name)
 
 
-def _alike(prints: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
-    """Pairs of rows that look the same."""
+def _near_duplicates(prints: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of rows that are near duplicates."""
     for a, b in _candidates(prints):
         bits = int(np.unpackbits(prints[a, :HASH_BYTES] ^ prints[b, :HASH_BYTES]).sum())
         if bits <= MAX_HASH_DISTANCE:
-            apart = np.abs(prints[a, HASH_BYTES:].astype(np.int16) - prints[b, HASH_BYTES:]).mean()
-            if apart <= MAX_MEAN_DIFFERENCE:
+            difference = np.abs(prints[a, HASH_BYTES:].astype(np.int16) - prints[b, HASH_BYTES:]).mean()
+            if difference <= MAX_MEAN_DIFFERENCE:
                 yield a, b
 
 
 def _candidates(prints: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
-    """Pairs of rows whose hashes share one of four quarters; in a crowded one each row is paired with its neighbours only."""
+    """Yield the pairs of rows whose hashes share a quarter. In large buckets rows are paired with their neighbors only."""
     for quarter in range(0, HASH_BYTES, 2):
         buckets = defaultdict(list)
         for i, row in enumerate(prints):

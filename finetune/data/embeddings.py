@@ -1,4 +1,4 @@
-"""Which photos look alike, for those who review predictions: embeddings made small, and duplicates by name."""
+"""Build the similarity index of an evaluation: compact embeddings and groups of duplicates."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MAX_DIMENSIONS = 64
 
 @contextlib.contextmanager
 def capture_embeddings(classifier: Classifier, spec: ModelSpec) -> Iterator[list[NDArray[np.float32]]]:
-    """Collect the head's input of every batch that passes it inside the block, (n, d) each, as the served graph gives it."""
-    seen: list[NDArray[np.float32]] = []
+    """Collect the head's inputs during the block: one (n, d) array per batch, equal to the served graph's embeddings."""
+    batches: list[NDArray[np.float32]] = []
 
-    def keep(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        embedding = given[0].detach().float()
-        seen.append((embedding.mean((2, 3)) if isinstance(layer, nn.Conv2d) else embedding).cpu().numpy())
+    def collect(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        embedding = inputs[0].detach().float()
+        batches.append((embedding.mean((2, 3)) if isinstance(layer, nn.Conv2d) else embedding).cpu().numpy())
 
-    handle = classifier.net.get_submodule(spec.head).register_forward_pre_hook(keep)
+    handle = classifier.net.get_submodule(spec.head).register_forward_pre_hook(collect)
     try:
-        yield seen
+        yield batches
     finally:
         handle.remove()
 
@@ -39,7 +39,14 @@ def capture_embeddings(classifier: Classifier, spec: ModelSpec) -> Iterator[list
 def build_similarity_index(
     sha256s: Sequence[str], embeddings: NDArray[np.floating[Any]], records: Sequence[ImageRecord], classes: Sequence[str]
 ) -> SimilarityIndex:
-    """What looks alike: ``embeddings`` (N, d) of the evaluated photos, and the duplicates among ``records`` of more of them."""
+    """Build the similarity index.
+
+    Args:
+        sha256s: The sha256 of each evaluated image.
+        embeddings: Their embeddings, (N, d).
+        records: The images to search for duplicates; may include others, such as the training images.
+        classes: Class names, in the order of the labels.
+    """
     duplicates = [
         DuplicateRow(number, s.sample.name, classes[s.sample.label], s.sample.split, s.sha256)
         for number, group in enumerate(find_duplicates(records), start=1)
@@ -49,14 +56,14 @@ def build_similarity_index(
 
 
 def reduce_dimensions(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
-    """At most 64 numbers of unit length for each photo, by principal components where there are more: (N, d) -> (N, min(...)).
+    """Reduce embeddings to at most 64 dimensions by PCA and normalize them to unit length: (N, d) -> (N, min(64, N, d)).
 
-    A cosine between them is near the cosine between the whole embeddings, less what all photos have in common.
+    After PCA, cosine similarities approximate those of the full embeddings with their mean subtracted.
     """
-    small = embeddings.reshape(len(embeddings), -1).astype(np.float64)
-    numbers = min(MAX_DIMENSIONS, *small.shape)
-    if numbers < small.shape[1] and len(small) > 1:
-        with np.errstate(invalid="ignore"):  # the share of variance that each explains, where all photos are the same
-            small = PCA(n_components=numbers, random_state=0).fit_transform(small)
-    lengths = np.linalg.norm(small[:, :numbers], axis=1, keepdims=True)
-    return (small[:, :numbers] / np.where(lengths > 0, lengths, 1)).astype(np.float16)
+    reduced = embeddings.reshape(len(embeddings), -1).astype(np.float64)
+    dimensions = min(MAX_DIMENSIONS, *reduced.shape)
+    if dimensions < reduced.shape[1] and len(reduced) > 1:
+        with np.errstate(invalid="ignore"):  # the explained variance ratio is 0/0 if all images are the same
+            reduced = PCA(n_components=dimensions, random_state=0).fit_transform(reduced)
+    norms = np.linalg.norm(reduced[:, :dimensions], axis=1, keepdims=True)
+    return (reduced[:, :dimensions] / np.where(norms > 0, norms, 1)).astype(np.float16)

@@ -1,4 +1,4 @@
-"""Which files are photos, by their names, and the photos below a folder, one after another. No torch."""
+"""Recognize image files by their extension and walk folders of images. Does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif",
 
 
 def is_image_file(path: Path, root: Path) -> bool:
-    """Whether a file is named as a photo is, and lies in no stray folder below ``root``."""
+    """Return whether a file has an image extension and is not in an ignored folder below ``root``."""
     return is_image_name(path.name) and not in_ignored_folder(path, root)
 
 
@@ -23,15 +23,15 @@ def in_ignored_folder(path: Path, root: Path) -> bool:
 
 
 def is_ignored_folder(folder_name: str) -> bool:
-    """Folders that notebooks, editors and operating systems leave behind."""
+    """Return whether a folder is one that notebooks, editors or operating systems leave behind."""
     return folder_name.startswith((".", "__"))
 
 
 def walk_images(root: Path) -> Iterator[Path]:
-    """The photos below ``root``, always in the same order; of the names, no more than a folder's own are held at a time."""
+    """Yield the images below ``root`` in a fixed order, with only one folder per level listed in memory."""
     with os.scandir(root) as entries:
-        here = sorted((entry.name, entry.is_dir(follow_symlinks=False), entry.is_file()) for entry in entries)
-    for name, is_folder, is_file in here:
+        listing = sorted((entry.name, entry.is_dir(follow_symlinks=False), entry.is_file()) for entry in entries)
+    for name, is_folder, is_file in listing:
         if is_folder and not is_ignored_folder(name):
             yield from walk_images(root / name)
         elif is_file and is_image_name(name):

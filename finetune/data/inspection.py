@@ -1,7 +1,7 @@
-"""Look at every photo once: its sha256, whether it decodes, what it looks like, and its pixels for the network.
+"""Inspect each image once: its sha256, whether it decodes, a fingerprint for duplicate search, and the network's input.
 
-What a photo looks like is kept between runs under its sha256; pixels are kept in memory, within a bound, until the frozen
-part has run over them, so that no photo is decoded twice.
+Fingerprints are cached on disk by sha256. Decoded pixels stay in memory, up to a limit, until the frozen layers have
+processed them, so that images are not decoded twice.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from models.errors import ImageError
 from models.preprocess import MIN_DECODE_PX, Preprocessing, decode
 
 THUMB_PX = 16
-EXACT_PX = 32  # what the perceptual hash shrinks a photo to: of one no larger, any two of a kind look alike to it
+EXACT_PX = 32  # the perceptual hash works at this size and cannot tell images this small apart
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """What one look at a photo gave. ``fingerprint`` (8 + 768,) uint8 is its perceptual hash and a tiny picture of it."""
+    """Inspection result of one image. ``fingerprint`` (8 + 768,) uint8 is its perceptual hash followed by a thumbnail."""
 
     sample: Sample
     sha256: str
@@ -43,7 +43,7 @@ class ImageRecord:
 
 @dataclass
 class PixelCache:
-    """Decoded and cropped photos by sha256, up to ``limit_mb``; what does not fit is decoded again when it is needed."""
+    """Decoded and cropped images by sha256, up to ``limit_mb``. Images that do not fit are decoded again when needed."""
 
     preprocessing: Preprocessing
     limit_mb: int = 1024
@@ -55,9 +55,9 @@ class PixelCache:
             self.pixels[sha256] = self.preprocessing.crop(image)
 
     def pop(self, sha256: str, path: Path) -> NDArray[np.uint8]:
-        """The pixels (H, W, C), which the stash then forgets."""
-        found = self.pixels.pop(sha256, None)
-        return found if found is not None else self.preprocessing.pixels(path.read_bytes())
+        """Remove the pixels (H, W, C) from the cache and return them, decoding ``path`` if they are not cached."""
+        cached = self.pixels.pop(sha256, None)
+        return cached if cached is not None else self.preprocessing.pixels(path.read_bytes())
 
 
 def inspect_images(
@@ -69,32 +69,41 @@ def inspect_images(
     workers: int = 0,
     quiet: bool = False,
 ) -> list[ImageRecord]:
-    """Scan ``samples``, in order. ``select_pixels`` gives, of all sha256s, those whose pixels to keep.
+    """Inspect images in threads.
 
-    Photos are decoded as far as ``pixel_cache`` needs them; ``store`` is that of ``fingerprint_context`` for as many pixels.
+    Args:
+        samples: The images to inspect.
+        store: Fingerprint cache, created with ``fingerprint_context`` for the ``decode_px`` of ``pixel_cache``.
+        pixel_cache: If set, images are decoded at the resolution it needs, and the selected ones are added to it.
+        select_pixels: Takes all sha256s and returns those whose pixels to add to ``pixel_cache``.
+        workers: Number of threads; 0 for one per CPU.
+        quiet: Hide the progress bar.
+
+    Returns:
+        One record per sample, in order.
     """
     decode_px = pixel_cache.preprocessing.decode_px if pixel_cache else MIN_DECODE_PX
     sha256s = list(threaded_map(lambda sample: _sha256(sample.path), samples, workers=workers))
     known = store.load([sha for sha in sha256s if sha])
     keep = select_pixels([sha for sha in sha256s if sha]) if select_pixels else set()
-    bar = tqdm(total=len(samples), desc="looking at photos", unit="photo", disable=quiet or None, leave=False)
+    bar = tqdm(total=len(samples), desc="inspecting images", unit="image", disable=quiet or None, leave=False)
 
-    def look(pair: tuple[Sample, str]) -> ImageRecord:
+    def inspect(pair: tuple[Sample, str]) -> ImageRecord:
         sample, sha256 = pair
         if not sha256:
-            return ImageRecord(sample, sha256, None, "it cannot be read")
+            return ImageRecord(sample, sha256, None, "the file cannot be read")
         if sha256 in known and sha256 not in keep:
             return ImageRecord(sample, sha256, known[sha256], None)
         try:
-            picture = decode(sample.path.read_bytes(), min_side_px=decode_px)
+            image = decode(sample.path.read_bytes(), min_side_px=decode_px)
         except (ImageError, OSError) as error:
             return ImageRecord(sample, sha256, None, str(error))
         if pixel_cache and sha256 in keep:
-            pixel_cache.add(sha256, picture)
-        return ImageRecord(sample, sha256, known[sha256] if sha256 in known else fingerprint(picture), None)
+            pixel_cache.add(sha256, image)
+        return ImageRecord(sample, sha256, known[sha256] if sha256 in known else fingerprint(image), None)
 
     records = []
-    for result in threaded_map(look, zip(samples, sha256s, strict=True), workers=workers):
+    for result in threaded_map(inspect, zip(samples, sha256s, strict=True), workers=workers):
         if result.fingerprint is not None and result.sha256 not in known:
             store.add(result.sha256, result.fingerprint)
         records.append(result)
@@ -105,7 +114,10 @@ def inspect_images(
 
 
 def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
-    """Everything beside the photo that its fingerprint depends on: a large JPEG is decoded to ``decode_px`` at least."""
+    """Return the cache context of fingerprints: all that they depend on besides the image.
+
+    Large JPEGs are decoded at a reduced size of at least ``decode_px``, which slightly changes the fingerprint.
+    """
     return {
         "what": "fingerprint",
         "phash_bits": 64,
@@ -118,10 +130,10 @@ def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
 
 
 def fingerprint(image: Image.Image) -> NDArray[np.uint8]:
-    """Eight bytes of perceptual hash (imagehash's DCT hash), then a 16 x 16 RGB thumbnail: (776,) uint8.
+    """Compute a fingerprint for duplicate search: 8 bytes of perceptual hash and a 16 x 16 RGB thumbnail, (776,) uint8.
 
-    For a picture of 32 px at most the eight bytes are those of its pixels' sha256: it looks like no other than itself, and
-    sixty thousand of them are compared in seconds.
+    The hash is imagehash's `phash <https://github.com/JohannesBuchner/imagehash>`_. For images of up to 32 x 32 px it is
+    replaced by the start of the sha256 of the pixels, so that only exact repeats match.
     """
     small = image.reduce(max(1, min(image.size) // 128))
     if max(image.size) <= EXACT_PX:
@@ -133,7 +145,7 @@ def fingerprint(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _sha256(path: Path) -> str:
-    """The file's sha256, or nothing where it cannot be read."""
+    """Return the file's sha256, or "" if it cannot be read."""
     try:
         return sha256_of(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Where a table of reviews comes from: a file, a gallery's address, or its database."""
+"""Load reviews from a CSV file, a gallery's URL or its database."""
 
 from __future__ import annotations
 
@@ -18,13 +18,25 @@ from models.errors import DataError
 
 KEY_VARIABLE = "REVIEWS_KEY"
 TIMEOUT_S = 60
-# The driver that is installed; SQLAlchemy's own choice for PostgreSQL is another.
+# psycopg 3 is installed; SQLAlchemy's default driver for PostgreSQL is psycopg2.
 DRIVERS = {"postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+_URL_HINT = "Use the URL of the gallery's reviews.csv"
 QUERY = f"SELECT {', '.join(COLUMNS)} FROM current_reviews ORDER BY photo, sha256"
 
 
 def load_reviews(config: Config, *, saved: Path | None = None) -> ReviewTable | None:
-    """The reviews that the settings name, or None. A run that goes on has ``saved`` what it fetched. Raises DataError."""
+    """Load the reviews of ``--reviews`` or ``--reviews-from``.
+
+    Args:
+        config: The training settings.
+        saved: File in which a resumed run saved the reviews that it had fetched.
+
+    Returns:
+        The reviews, or None if the settings name none.
+
+    Raises:
+        DataError: The reviews cannot be read.
+    """
     if config.reviews:
         return read_review_file(config.reviews)
     if config.reviews_from is None:
@@ -33,33 +45,33 @@ def load_reviews(config: Config, *, saved: Path | None = None) -> ReviewTable | 
 
 
 def read_review_file(path: Path) -> ReviewTable:
-    """The reviews in a file. Raises DataError."""
+    """Read reviews from a CSV file. Raises DataError."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"The reviews {path} cannot be read ({error.strerror}); give the reviews.csv of a gallery.") from None
+        raise DataError(f"Cannot read the reviews {path} ({error.strerror}). Use the reviews.csv of a gallery.") from None
     return ReviewTable.parse(data, origin=path.name)
 
 
 def fetch_reviews(source: str) -> ReviewTable:
-    """The reviews at an http(s) address, or in a database by its SQLAlchemy URL. Raises DataError; no password is printed."""
+    """Fetch reviews from an http(s) URL or a database (SQLAlchemy URL). Raises DataError, without passwords in the text."""
     if source.startswith(("http://", "https://")):
         return ReviewTable.parse(_download(source), origin=hide_password(source))
     if "://" not in source:
         raise DataError(
-            f"--reviews-from is {source!r}; give an address (https://...), or a database (sqlite:///FILE, postgresql://...), "
-            f"or a file with --reviews."
+            f"--reviews-from must be a URL (https://...) or a database (sqlite:///FILE, postgresql://...), got {source!r}. "
+            f"For a file use --reviews."
         )
     return ReviewTable.parse(_query(source), origin=hide_password(source))
 
 
 def hide_password(source: str) -> str:
-    """The source without what only its owner should know: its password and its query."""
+    """Remove the password and the query string from a URL."""
     return re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", source).partition("?")[0]
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follow no redirect: the key is for the host that was named."""
+    """Do not follow redirects, as the API key is meant for the given host only."""
 
     def redirect_request(self, *args: Any, **more: Any) -> None:
         return None
@@ -69,15 +81,15 @@ def _download(url: str) -> bytes:
     key = os.environ.get(KEY_VARIABLE)
     request = urllib.request.Request(url, headers={"Accept": "text/csv"} | ({"X-API-Key": key} if key else {}))
     try:
-        with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_S) as answer:
-            data: bytes = answer.read()
+        with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_S) as response:
+            data: bytes = response.read()
             return data
     except urllib.error.HTTPError as error:
-        hint = f"put the gallery's key into {KEY_VARIABLE}" if error.code in (401, 403) else "name the gallery's reviews.csv"
-        raise DataError(f"{hide_password(url)} answered {error.code} {error.reason}; {hint}.") from None
+        hint = f"Set {KEY_VARIABLE} to the gallery's API key" if error.code in (401, 403) else _URL_HINT
+        raise DataError(f"{hide_password(url)} returned {error.code} {error.reason}. {hint}.") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())[:160]
-        raise DataError(f"{hide_password(url)} cannot be reached ({reason}); name the gallery's reviews.csv.") from None
+        raise DataError(f"Cannot reach {hide_password(url)} ({reason}). {_URL_HINT}.") from None
 
 
 def _query(source: str) -> bytes:
@@ -87,7 +99,7 @@ def _query(source: str) -> bytes:
         url = sqlalchemy.engine.make_url(source)
         url = url.set(drivername=DRIVERS.get(url.drivername, url.drivername))
         if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-            raise DataError(f"There is no database {url.database}; name the gallery's with --reviews-from sqlite:///FILE.")
+            raise DataError(f"No such database: {url.database}. Use --reviews-from sqlite:///FILE with the gallery's database.")
         engine = sqlalchemy.create_engine(url)
         try:
             with engine.connect() as connection:
@@ -97,7 +109,7 @@ def _query(source: str) -> bytes:
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())[:200]
         raise DataError(
-            f"The reviews cannot be read from {hide_password(source)} ({reason}); name the database of a gallery."
+            f"Cannot read reviews from {hide_password(source)} ({reason}). Use the database of a gallery."
         ) from None
     return write_reviews(Review(*(_text(value) for value in row)) for row in rows)
 

@@ -245,9 +245,9 @@ def test_an_evaluation_that_cannot_be_is_refused(made: SimpleNamespace, tmp_path
         return refused("evaluate", "--bundle", made.whole, "--data-dir", data, "--output-dir", out, *words)
 
     other = color_folder(tmp_path / "other", train=1, valid=1, classes=("blue", "green"))
-    assert "has the class 'green', and the bundle knows blue, red, or so" in said(other)
+    assert "has the class 'green', but the bundle's classes are blue, red, or so" in said(other)
     assert "no folder for the split 'nights'" in said(made.data, "--split", "nights")
-    assert "There is no folder" in said(tmp_path / "nowhere")
+    assert "No such folder" in said(tmp_path / "nowhere")
     bad = color_folder(tmp_path / "bad", train=1, valid=1, classes=CLASSES)
     for photo in (bad / "valid").glob("*/*.jpg"):
         photo.write_bytes(b"no photo")

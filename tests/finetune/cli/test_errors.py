@@ -135,16 +135,20 @@ def test_a_flag_that_the_file_spells_wrong_is_refused(said: Callable[..., str], 
 
 def test_photos_that_are_not_there(said: Callable[..., str], tmp_path: Path) -> None:
     nowhere, bare, single = (tmp_path / name for name in ("nowhere", "bare", "single"))
-    assert f"There is no folder {nowhere}" in said("--data-dir", nowhere)
-    assert f"There is no folder {nowhere}" in refused("audit", nowhere)
+    assert f"No such folder: {nowhere}" in said("--data-dir", nowhere)
+    assert f"No such folder: {nowhere}" in refused("audit", nowhere)
     (bare / "train" / "a").mkdir(parents=True)
     (bare / "train" / "b").mkdir()
-    assert "has no photos in its class folders" in said("--data-dir", bare)
+    assert f"No photos in the class folders of {bare / 'train'}." in said("--data-dir", bare)
     color_folder(single, train=2, valid=1, classes=("red",))
-    assert "has one class (red), and two or more are wanted" in said("--data-dir", single)
-    assert "has one class (red), and two or more are wanted" in refused("audit", single)
+    assert f"Found only one class (red) in {single / 'train'}. At least two are needed, one folder per class." in said(
+        "--data-dir", single
+    )
+    assert f"Found only one class (red) in {single / 'train'}. At least two are needed, one folder per class." in refused(
+        "audit", single
+    )
     a_file = paint(tmp_path / "photo.jpg", (0, 0, 0), seed=1)
-    assert "There is no folder" in said("--data-dir", a_file)
+    assert f"No such folder: {a_file}" in said("--data-dir", a_file)
 
 
 def test_leakage_is_refused_with_the_names(said: Callable[..., str], data: Path, tmp_path: Path) -> None:

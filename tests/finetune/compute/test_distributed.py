@@ -112,7 +112,7 @@ def test_photos_that_are_run_live_give_the_same_weights_too(data: Path, tiny_wei
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"--data-dir": "no-such-folder"}, "There is no folder no-such-folder"),
+        ({"--data-dir": "no-such-folder"}, "No such folder: no-such-folder"),
         ({"--lr": "-1"}, "--lr must be at least 0 (got -1.0)."),
         ({"--unfreeze": "features.4"}, "features.4 is BatchNorm that learns"),
     ],

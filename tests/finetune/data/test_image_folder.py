@@ -21,7 +21,7 @@ def count(folder: Path, **options: object) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.parametrize("name", ["valid", "val", "validation", "test"])
-def test_the_validation_folder_goes_by_several_names(tmp_path: Path, photo_folder: PhotoFolder, name: str) -> None:
+def test_the_validation_folder_may_have_any_usual_name(tmp_path: Path, photo_folder: PhotoFolder, name: str) -> None:
     photo_folder(tmp_path, train=3, valid=2, valid_name=name)
     assert count(tmp_path) == {("train", c): 3 for c in CLASSES} | {("valid", c): 2 for c in CLASSES}
     dataset = read_dataset(tmp_path)
@@ -30,13 +30,13 @@ def test_the_validation_folder_goes_by_several_names(tmp_path: Path, photo_folde
     assert {photo.name.split("/")[0] for photo in dataset.in_split("valid")} == {name}
 
 
-def test_the_training_folder_may_be_called_training(tmp_path: Path) -> None:
+def test_the_training_folder_may_be_named_training(tmp_path: Path) -> None:
     (color_folder(tmp_path, train=2, valid=2) / "train").rename(tmp_path / "training")
     assert len(read_dataset(tmp_path).in_split("train")) == 4
 
 
 @pytest.mark.parametrize("below", ["train", "."])
-def test_without_a_validation_folder_a_part_of_each_class_is_held_out(tmp_path: Path, below: str) -> None:
+def test_without_a_validation_folder_a_fraction_of_each_class_is_held_out(tmp_path: Path, below: str) -> None:
     color_folder(tmp_path / "made", train=10, valid=0)
     shutil.copytree(tmp_path / "made" / "train", tmp_path / "data" / below)
     assert count(tmp_path / "data", valid_fraction=0.3) == {
@@ -48,7 +48,7 @@ def test_without_a_validation_folder_a_part_of_each_class_is_held_out(tmp_path: 
     assert read_dataset(tmp_path / "data").split_from_train
 
 
-def test_the_hold_out_is_the_same_for_a_seed_and_another_for_another(tmp_path: Path) -> None:
+def test_the_hold_out_depends_only_on_the_seed(tmp_path: Path) -> None:
     color_folder(tmp_path, train=10, valid=0)
 
     def held(seed: int) -> list[str]:
@@ -58,7 +58,7 @@ def test_the_hold_out_is_the_same_for_a_seed_and_another_for_another(tmp_path: P
     assert held(0) != held(1)
 
 
-def test_a_new_class_leaves_the_hold_out_of_the_others_alone(tmp_path: Path) -> None:
+def test_a_new_class_does_not_change_the_hold_out_of_the_others(tmp_path: Path) -> None:
     color_folder(tmp_path, train=10, valid=0)
     before = {photo.name for photo in read_dataset(tmp_path).in_split("valid")}
     for i in range(5):
@@ -68,14 +68,14 @@ def test_a_new_class_leaves_the_hold_out_of_the_others_alone(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("photos", "fraction"), [(2, 0.01), (2, 0.9), (3, 0.9)])
-def test_every_class_is_on_both_sides_of_a_hold_out(tmp_path: Path, photos: int, fraction: float) -> None:
+def test_a_hold_out_has_every_class_in_both_splits(tmp_path: Path, photos: int, fraction: float) -> None:
     color_folder(tmp_path, train=photos, valid=0)
     assert set(count(tmp_path, valid_fraction=fraction)) == {(s, c) for s in ("train", "valid") for c in ("blue", "red")}
 
 
-def test_hidden_and_stray_folders_are_no_classes_and_hold_no_photos(tmp_path: Path) -> None:
+def test_hidden_folders_are_ignored(tmp_path: Path) -> None:
     color_folder(tmp_path, train=2, valid=2)
-    want = count(tmp_path)
+    expected = count(tmp_path)
     photo = next((tmp_path / "train" / "red").iterdir())
     for stray in (".ipynb_checkpoints", "__MACOSX", "red/.ipynb_checkpoints", "blue/__MACOSX/deep"):
         (tmp_path / "train" / stray).mkdir(parents=True)
@@ -83,16 +83,16 @@ def test_hidden_and_stray_folders_are_no_classes_and_hold_no_photos(tmp_path: Pa
     shutil.copy(photo, tmp_path / "train" / "red" / "._hidden.jpg")
     (tmp_path / "train" / "red" / "notes.txt").write_text("not a photo")
     assert read_dataset(tmp_path).classes == ("blue", "red")
-    assert count(tmp_path) == want
+    assert count(tmp_path) == expected
 
 
-def test_photos_in_folders_below_a_class_count_and_so_do_capital_endings(tmp_path: Path) -> None:
+def test_nested_folders_and_uppercase_extensions_count(tmp_path: Path) -> None:
     color_folder(tmp_path, train=2, valid=2)
     paint(tmp_path / "train" / "red" / "summer" / "beach" / "A.JPEG", (255, 0, 0), seed=99)
     assert count(tmp_path)["train", "red"] == 3
 
 
-def test_a_data_folder_may_lie_in_a_hidden_folder(tmp_path: Path) -> None:
+def test_a_data_folder_may_be_inside_a_hidden_folder(tmp_path: Path) -> None:
     color_folder(tmp_path / ".hidden" / "__data", train=2, valid=1)
     assert len(read_dataset(tmp_path / ".hidden" / "__data").samples) == 6
 
@@ -106,34 +106,34 @@ def test_classes_may_have_any_name(tmp_path: Path) -> None:
 
 def test_one_class_is_not_enough(tmp_path: Path) -> None:
     color_folder(tmp_path, train=2, valid=1, classes=("red",))
-    with pytest.raises(DataError, match=r"has one class \(red\), and two or more are wanted"):
+    with pytest.raises(DataError, match=r"Found only one class \(red\) in .*At least two are needed, one folder per class"):
         read_dataset(tmp_path)
 
 
-def test_photos_without_class_folders_are_refused(tmp_path: Path) -> None:
+def test_photos_without_class_folders_are_rejected(tmp_path: Path) -> None:
     for i in range(3):
         paint(tmp_path / "train" / f"cat.{i}.jpg", (255, 0, 0), seed=i)
-    with pytest.raises(DataError, match="has no class folders, and two or more are wanted: one folder a class"):
+    with pytest.raises(DataError, match=r"Found no class folders in .*At least two are needed, one folder per class"):
         read_dataset(tmp_path)
 
 
-def test_no_folder_and_no_photos_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"There is no folder .*nowhere"):
+def test_a_missing_folder_and_an_empty_one_have_different_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"No such folder: .*nowhere"):
         read_dataset(tmp_path / "nowhere")
     for name in ("cats", "dogs"):
         (tmp_path / "train" / name).mkdir(parents=True)
         (tmp_path / "train" / name / "readme.txt").write_text("no photo")
-    with pytest.raises(DataError, match=r"has no photos in its class folders; \.jpg, "):
+    with pytest.raises(DataError, match=r"No photos in the class folders of .*\.jpg, "):
         read_dataset(tmp_path)
 
 
-def test_validation_without_training_is_refused(tmp_path: Path) -> None:
+def test_validation_without_training_is_rejected(tmp_path: Path) -> None:
     (color_folder(tmp_path, train=1, valid=1) / "train").rename(tmp_path / "traning")
-    with pytest.raises(DataError, match="has a folder valid and none named train"):
+    with pytest.raises(DataError, match="has a folder valid but no folder train"):
         read_dataset(tmp_path)
 
 
-def test_the_loader_is_an_image_folder_of_upright_rgb_photos(tmp_path: Path, photo_folder: PhotoFolder) -> None:
+def test_the_image_folder_loads_upright_rgb_images(tmp_path: Path, photo_folder: PhotoFolder) -> None:
     photo_folder(tmp_path, train=1, valid=1)
     photo, label = ImageFolder(tmp_path / "train")[1]
     assert (photo.mode, label) == ("RGB", 1)
@@ -142,7 +142,7 @@ def test_the_loader_is_an_image_folder_of_upright_rgb_photos(tmp_path: Path, pho
         ImageFolder(tmp_path / "train")[0]
 
 
-def test_a_split_is_labelled_as_the_bundle_is(tmp_path: Path) -> None:
+def test_a_split_has_the_labels_of_the_bundle(tmp_path: Path) -> None:
     color_folder(tmp_path, train=1, valid=2)
     photos = read_split(tmp_path, "valid", ["amber", "red", "blue"])
     assert [(photo.name.split("/")[1], photo.label, photo.split) for photo in photos] == [
@@ -157,15 +157,17 @@ def test_a_split_is_labelled_as_the_bundle_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "classes", "words"),
     [
-        ("valid", ("cats", "red"), "has the class 'blue', and the bundle knows cats, red"),
+        ("valid", ("cats", "red"), "has the class 'blue', but the bundle's classes are cats, red"),
         ("holiday", ("blue", "red"), "has no folder for the split 'holiday'"),
         ("empty", ("blue", "red"), "has no photos in folders named blue, red"),
     ],
 )
-def test_a_split_that_does_not_fit_is_refused(tmp_path: Path, split: str, classes: tuple[str, ...], words: str) -> None:
+def test_a_split_that_does_not_fit_the_bundle_is_rejected(
+    tmp_path: Path, split: str, classes: tuple[str, ...], words: str
+) -> None:
     color_folder(tmp_path, train=1, valid=1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=words):
         read_split(tmp_path, split, classes)
-    with pytest.raises(DataError, match="There is no folder"):
+    with pytest.raises(DataError, match="No such folder"):
         read_split(tmp_path / "nowhere", split, classes)

@@ -109,10 +109,10 @@ def test_decisions_change_confirm_and_drop_by_sha256(data: Path) -> None:
     assert labels["train/blue/blue.001.jpg"] == labels["train/blue/blue.002.jpg"] == "blue"
     assert not {"train/red/red.000.jpg", "valid/red/red.001.jpg"} & labels.keys()
     assert len(labels) == 16
-    assert "5 photos decided; here 1 labels changed, 1 confirmed, 2 photos left out, and 1 rows matched no photo" in said
+    assert "reviews.csv: 5 reviews (1 relabeled, 1 confirmed, 2 excluded, 1 unmatched)" in said
     assert "  train/blue/renamed.jpg: blue -> red" in said
-    assert "  train/red/red.000.jpg: left out, as it is of none of the classes" in said
-    assert "  valid/red/red.001.jpg: left out, as it is a bad photo" in said
+    assert "  train/red/red.000.jpg: excluded (none of the classes)" in said
+    assert "  valid/red/red.001.jpg: excluded (bad photo)" in said
 
 
 def test_the_same_photo_in_two_classes_is_settled_by_the_decision(data: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_same_photo_in_two_classes_is_settled_by_the_decision(data: Path) ->
     labels, said = applied(data, review(first, new_label="red"), review(second, new_label="red"))
     assert labels["train/blue/blue.000.jpg"] == labels["train/red/same.jpg"] == labels["valid/red/same.jpg"] == "red"
     assert "train/blue/blue.001.jpg" not in labels
-    assert "blue.001.jpg: left out, as the same photo, which was decided to be red, lies in the other split" in said
+    assert "blue.001.jpg: excluded (reviewed as red, and the other split has the same photo)" in said
 
 
 def test_a_look_alike_that_says_otherwise_is_left_out(data: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_look_alike_that_says_otherwise_is_left_out(data: Path) -> None:
     labels, said = applied(data, review(first, new_label="blue"))
     assert labels["train/blue/blue.000.jpg"] == "blue"
     assert "train/red/again.png" not in labels
-    assert "again.png: left out, as it looks the same as a photo that was decided to be blue" in said
+    assert "again.png: excluded (near duplicate of a photo reviewed as blue)" in said
 
 
 # Through the command line
@@ -237,17 +237,17 @@ def test_a_mistake_in_the_reviews_is_one_sentence(
 
     photo = data / "train" / "blue" / "blue.000.jpg"
     file = table(review(photo, new_label="rde"), path=tmp_path / "reviews.csv")
-    assert "says that blue.000.jpg is 'rde', and the classes are blue, red. Did you mean 'red'?" in refused("--reviews", file)
+    assert "unknown class 'rde' for blue.000.jpg. The classes are blue, red. Did you mean 'red'?" in refused("--reviews", file)
     file.write_text("photo,label\n")
     assert "has no column 'sha256'" in refused("--reviews", file)
-    assert "cannot be read (No such file or directory)" in refused("--reviews", tmp_path / "no.csv")
+    assert "Cannot read the reviews" in refused("--reviews", tmp_path / "no.csv")
     assert "--reviews and --reviews-from cannot be combined" in refused("--reviews", file, "--reviews-from", "sqlite:///x")
-    assert "--reviews-from is 'reviews.csv'; give an address" in refused("--reviews-from", "reviews.csv")
-    assert "There is no database" in refused("--reviews-from", f"sqlite:///{tmp_path}/no.db")
+    assert "(sqlite:///FILE, postgresql://...), got 'reviews.csv'" in refused("--reviews-from", "reviews.csv")
+    assert "No such database" in refused("--reviews-from", f"sqlite:///{tmp_path}/no.db")
     assert not (tmp_path / "no.db").exists()
     sqlite3.connect(tmp_path / "empty.db").close()
     assert "no such table: current_reviews" in refused("--reviews-from", f"sqlite:///{tmp_path}/empty.db")
-    assert "cannot be reached" in refused("--reviews-from", "http://127.0.0.1:9/reviews.csv")
+    assert "Cannot reach http://127.0.0.1:9/reviews.csv" in refused("--reviews-from", "http://127.0.0.1:9/reviews.csv")
     err = refused("--reviews-from", "postgresql://ada:opensesame@127.0.0.1:9/gallery")
     assert "postgresql://ada:***@127.0.0.1:9/gallery" in err
     assert "opensesame" not in err
@@ -263,7 +263,7 @@ def test_reviews_are_read_from_a_database(data: Path, tmp_path: Path, train: Cal
         database.executemany(f"INSERT INTO kept VALUES ({','.join('?' * len(COLUMNS))})", values)
     code, out, err = train("--reviews-from", f"sqlite:///{tmp_path}/gallery.db")
     assert (code, err) == (0, "")
-    assert "2 photos decided; here 1 labels changed, 0 confirmed, 1 photos left out, and 0 rows matched no photo" in out
+    assert "2 reviews (1 relabeled, 0 confirmed, 1 excluded, 0 unmatched)" in out
     assert read_reviews((tmp_path / "run" / "reviews.csv").read_bytes(), origin="run") == tuple(rows)
 
 
@@ -302,10 +302,10 @@ def test_reviews_are_fetched_from_a_gallery_with_its_key(
 ) -> None:
     monkeypatch.setattr(Gallery, "table", write_reviews([review(data / "train" / "blue" / "blue.000.jpg", new_label="red")]))
     code, _, err = train("--reviews-from", f"{gallery}/reviews.csv")
-    assert (code, "answered 401 Unauthorized; put the gallery's key into REVIEWS_KEY" in err) == (2, True)
+    assert (code, "returned 401 Unauthorized. Set REVIEWS_KEY to the gallery's API key." in err) == (2, True)
     monkeypatch.setenv("REVIEWS_KEY", "opensesame")
     code, _, err = train("--reviews-from", f"{gallery}/moved")
-    assert (code, "answered 302" in err) == (2, True)
+    assert (code, "returned 302" in err) == (2, True)
     code, out, err = train("--reviews-from", f"{gallery.replace('//', '//ada:word@')}/reviews.csv?x=1")
     assert code == 2  # urllib knows no password in an address
     assert "word" not in err
@@ -337,7 +337,7 @@ def test_a_folder_with_training_photos_alone_is_trained_on(tmp_path: Path, tiny_
     flags = ("--backbone", "tiny", "--weights", tiny_weights, "--output-dir", tmp_path / "run")
     code, out, err = finetune("train", "--data-dir", data, *flags)
     assert (code, err) == (0, "")
-    assert "valid, held out from training: blue 1, red 1" in out
+    assert "valid (held out from training): blue 1, red 1" in out
 
 
 def test_photos_of_further_folders_are_added_to_training(
@@ -382,10 +382,10 @@ def test_photos_of_further_folders_that_the_data_has_are_left_out(
     code, out, err = train("--extra-data", tmp_path / "live")
     assert (code, err) == (0, "")
     assert (
-        "- 4 photos of --extra-data, left out, as the data folder has them; "
-        "1 of them in another class, which is for --reviews to change\n"
+        "- skipped 4 photos from --extra-data (already in the data folder, 1 with another label; "
+        "use --reviews to change labels)\n"
     ) in out
-    assert "  extra-1/train/red/valid-blue.jpg = valid/blue/blue.000.jpg, which is blue there\n" in out
+    assert "  extra-1/train/red/valid-blue.jpg = valid/blue/blue.000.jpg (labeled blue)\n" in out
     found = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert found["dropped_extra"] == {
         "extra-1/train/blue/train-blue.jpg": {"name": "train/blue/blue.000.jpg", "label": None},
@@ -407,9 +407,9 @@ def test_a_further_folder_that_does_not_fit_is_refused(tmp_path: Path, train: Ca
     (tmp_path / "none" / "train" / "blue").mkdir(parents=True)
     (tmp_path / "other" / "green").mkdir(parents=True)
     for folder, said in (
-        ("nowhere", "There is no folder"),
-        ("none", "has no photos in folders named blue, red; leave it out of --extra-data"),
-        ("other", "has the class 'green', and the data's are blue, red"),
+        ("nowhere", "No such folder"),
+        ("none", "has no photos in folders named blue, red. Remove it from --extra-data."),
+        ("other", "has the class 'green', but the data folder has blue, red"),
     ):
         code, _, err = train("--extra-data", tmp_path / folder)
         assert (code, said in err) == (2, True), err
