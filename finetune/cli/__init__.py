@@ -1,1 +1,1 @@
-"""The commands of ``finetune``, one module each."""
+"""Commands of ``finetune`` that have no package of their own."""

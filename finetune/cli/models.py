@@ -1,4 +1,4 @@
-"""The networks that a training can start from: as a table, or one of them layer by layer."""
+"""``finetune models``: list the available networks, or show one layer by layer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from models.errors import ConfigError, did_you_mean
 from models.networks.flops import get_cost
 from models.networks.registry import get_spec, list_models
 
-LIBRARY = "timm:NAME is any of timm's networks, as timm:convnext_tiny; `finetune models show NAME` has one layer by layer."
+LIBRARY = "timm:NAME is any network of timm, such as timm:convnext_tiny. `finetune models show NAME` lists a network's layers."
 
 
 @cache
 def describe(name: str) -> dict[str, Any]:
-    """What is known about a network, for one that records no cost counted on its own architecture, without any weights."""
+    """Return the facts about a network. Costs that its spec does not record are counted on the meta device, without weights."""
     spec = get_spec(name)
     cost, weights = get_cost(spec), spec.weights
     return {
@@ -37,11 +37,11 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-HEADER = f"{'name':<20} {'year':>4} {'parameters':>12} {'MACs':>8} {'input':>10}  {'weights':<34} license of the weights"
+HEADER = f"{'name':<20} {'year':>4} {'parameters':>12} {'MACs':>8} {'input':>10}  {'weights':<34} weights license"
 
 
 def line(row: dict[str, Any]) -> str:
-    """One network's line of the table."""
+    """Format one row of the table."""
     weights = (row["weights"] or "none, trained from scratch").rsplit("/", 1)[-1]
     size = f"{row['channels']} x {row['input_px']:>3} px"
     counts = f"{row['parameters']:>12,} {short(row['macs']):>8} {size:>10}"
@@ -49,7 +49,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def short(count: int) -> str:
-    """A count with the prefix that suits it: 15,470,264,320 -> ``15.5 G``."""
+    """Format a count with a unit prefix: 15,470,264,320 -> ``15.5 G``."""
     for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.1f} {prefix}" if count < 100 * size else f"{count / size:.0f} {prefix}"
@@ -57,7 +57,7 @@ def short(count: int) -> str:
 
 
 def show_all(*, as_json: bool) -> None:
-    """Print the table, the oldest network first, each line as soon as it is counted."""
+    """Print the table, oldest network first, each row as soon as its costs are counted."""
     names = sorted(list_models(), key=lambda name: (get_spec(name).year or 0, name))
     if as_json:
         print(json.dumps([describe(name) for name in names], indent=2))
@@ -69,25 +69,28 @@ def show_all(*, as_json: bool) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", nargs="?", metavar="show", help="with NAME: the layers of one network, worked out")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a network of the table, or timm:NAME")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "action", nargs="?", metavar="show", help="with NAME: show one network's layers and the arithmetic of its convolutions"
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="network name from the table, or timm:NAME")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``finetune models`` prints the table, ``finetune models show NAME`` one network."""
+    """Run ``finetune models`` (print the table) or ``finetune models show NAME`` (print one network)."""
     if args.action is None:
         show_all(as_json=args.json)
         return 0
     if args.action != "show" or args.name is None:
-        near = did_you_mean(args.action, ["show"]) if args.action != "show" else ""
-        raise ConfigError(f"`finetune models` takes nothing or `show NAME`, and got {args.action!r} alone.{near}")
+        words = " ".join(filter(None, (args.action, args.name)))
+        hint = did_you_mean(args.action, ["show"]) if args.action != "show" else ""
+        raise ConfigError(f"Use `finetune models` or `finetune models show NAME` (got {words!r}).{hint}")
     from finetune.introspection import summary
 
-    shown = describe(args.name)
+    facts = describe(args.name)
     if args.json:
-        print(json.dumps({**shown, **summary.as_dict(args.name)}, indent=2))
+        print(json.dumps({**facts, **summary.as_dict(args.name)}, indent=2))
     else:
-        counts = f"{shown['parameters']:,} parameters, {shown['macs']:,} MACs a picture"
+        counts = f"{facts['parameters']:,} parameters, {facts['macs']:,} MACs per image"
         print(summary.format_network(args.name, counts=counts))
     return 0

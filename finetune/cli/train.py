@@ -1,4 +1,4 @@
-"""``finetune train``: settings from flags and file, the data set where one is named, then the run."""
+"""``finetune train``: read the settings, download a built-in data set if requested, and train."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from models.errors import RunError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir where it was interrupted")
+    parser.add_argument("--resume", action="store_true", help="continue the interrupted run in --output-dir")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train. ``--resume`` takes the run's own settings for what is not given."""
+    """Run ``finetune train``. With ``--resume``, settings that are not given are those of the run."""
     if args.resume:
         explicit_settings = settings.explicit_settings(args)
         if "output_dir" not in explicit_settings:
-            raise RunError("--resume needs the run to go on with; name it with --output-dir runs/NAME.")
-        from finetune.compute import distributed  # as below
+            raise RunError("--resume requires the run directory. Add --output-dir runs/NAME.")
+        from finetune.compute import distributed
         from finetune.training import run_directory
 
-        kept = distributed.run_on_main(lambda: run_directory.read_config(Path(explicit_settings["output_dir"])))
-        config = settings.from_mapping({**kept, **explicit_settings})
+        saved = distributed.run_on_main(lambda: run_directory.read_config(Path(explicit_settings["output_dir"])))
+        config = settings.from_mapping({**saved, **explicit_settings})
     else:
         config = settings.from_arguments(args)
     from finetune.compute import distributed
-    from finetune.pipeline import train  # here, as torch takes seconds to import and a wrong flag should not wait for it
+    from finetune.pipeline import train  # importing torch takes seconds; report flag errors first
 
     if config.dataset:
         config = distributed.local_main_first(lambda: _with_dataset(config, resume=args.resume))
     bundle = train(config, resume=args.resume)
     if not distributed.is_main_process():
         return 0
-    print(f"speed        {photos_per_second(bundle):,.0f} training photos a second, validation included")
+    print(f"speed        {photos_per_second(bundle):,.0f} training photos per second (time includes validation)")
     if config.dataset:
         _evaluate_test_split(bundle, config)
     return 0
 
 
 def photos_per_second(bundle: Bundle) -> float:
-    """How many training photos a second its run took in, over all epochs; the time holds the look at validation too."""
+    """Return the training photos per second over all epochs. The time includes validation."""
     with (bundle.path.parent / "history.csv").open(newline="") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     photos = sum(bundle.manifest["provenance"]["dataset"]["photos"]["train"].values())
@@ -53,7 +53,7 @@ def photos_per_second(bundle: Bundle) -> float:
 
 
 def _evaluate_test_split(bundle: Bundle, config: settings.Config) -> None:
-    """Evaluate a finished run on its data set's test split, once, into the folder ``test`` next to the bundle."""
+    """Evaluate a finished run on its data set's test split into ``test`` next to the bundle, unless already done."""
     from finetune.data.builtin_datasets import TEST
     from finetune.evaluation.evaluate import evaluate_bundle
     from finetune.metrics.classification import format_summary
@@ -63,12 +63,12 @@ def _evaluate_test_split(bundle: Bundle, config: settings.Config) -> None:
         return
     shutil.rmtree(out, ignore_errors=True)  # left by an interrupted evaluation
     metrics = evaluate_bundle(bundle.path, config.data_dir, split=TEST, out=out, workers=config.workers, seed=config.seed)
-    print("\nOn the test pictures, which had no part in training:")
+    print("\nTest results, on images that were not used in training:")
     print(f"{format_summary(metrics)}\nresults      {out}")
 
 
 def _with_dataset(config: settings.Config, *, resume: bool) -> settings.Config:
-    """Fetch the data set that is named, once the network is known and the run's place is free: it may be large."""
+    """Prepare ``--dataset``. Check the network and the run directory first, as the download may be large."""
     from finetune.data import builtin_datasets
     from finetune.pipeline import default_run_dir
     from finetune.training import run_directory

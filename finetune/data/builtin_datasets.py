@@ -1,7 +1,7 @@
-"""Data sets by name, through torchvision or scikit-learn, as the pipeline's own folders of PNG files.
+"""Download built-in data sets (MNIST, CIFAR-10, ...) with torchvision or scikit-learn and save them as PNG folders.
 
-``train`` is the data set's own training part less a tenth of each class, which is ``valid``: it chooses the best epoch, stops
-early and calibrates. ``test`` is the data set's own and has no part in training, so its figure is the one to compare.
+A tenth of each class of the official training split becomes ``valid``, which selects the best epoch and calibrates. The
+official test split becomes ``test`` and is not used for training, so results on it are comparable with published ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ImageArray = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """One part of a data set: ``images`` (N, h, w) grey or (N, h, w, 3), and the class of each (N,)."""
+    """One split: uint8 ``images`` (N, H, W) grayscale or (N, H, W, 3) RGB, and ``labels`` (N,)."""
 
     images: ImageArray
     labels: NDArray[np.int64]
@@ -46,7 +46,13 @@ class ArraySplit:
 
 @dataclass(frozen=True)
 class BuiltinDataset:
-    """A data set: what it is called, how its classes and parts are read, and which files by hand stand in for a download."""
+    """A built-in data set.
+
+    Attributes:
+        title: Name for messages.
+        read: Takes the folder of raw files; returns the classes, the training split and the test split.
+        manual_files: Files that can be placed into the raw folder by hand instead of being downloaded.
+    """
 
     title: str
     read: Callable[[Path], tuple[Sequence[str], ArraySplit, ArraySplit]]
@@ -54,131 +60,132 @@ class BuiltinDataset:
 
 
 def with_data_dir(config: Config) -> Config:
-    """The settings with the folder where ``config.dataset`` is to be: ``--data-dir``, or data/NAME where none is given."""
+    """Set ``data_dir`` to data/NAME if ``--dataset`` is used without ``--data-dir``."""
     if config.dataset is None or config.data_dir != Path("data"):
         return config
     return dataclasses.replace(config, data_dir=config.data_dir / config.dataset)
 
 
 def make_dataset(name: str, folder: Path) -> None:
-    """Make ``folder`` of the data set ``name``, whole or not at all, where it is not there yet; the raw files lie beside it.
+    """Write a built-in data set to ``folder`` atomically, unless it is already there. Raw files go to ``../raw``.
 
-    Raises DataError for a folder that holds something else, and where the files cannot be had.
+    Raises:
+        DataError: The folder contains something else, or the files cannot be downloaded.
     """
     record = folder / RECORD
     if record.is_file():
-        held = json.loads(record.read_text(encoding="utf-8"))["dataset"]
-        if held != name:
-            raise DataError(f"{folder} holds the data set {held}, not {name}; name another folder with --data-dir.")
+        existing = json.loads(record.read_text(encoding="utf-8"))["dataset"]
+        if existing != name:
+            raise DataError(f"{folder} contains the data set {existing}, not {name}. Set --data-dir to another folder.")
         return
     require_empty_folder(folder)
-    known = BUILTIN_DATASETS[name]
-    classes, train, test = _read(known, folder.parent / RAW)
-    held_out = _draw_valid(name, train)
-    parts = {
+    dataset = BUILTIN_DATASETS[name]
+    classes, train, test = _read(dataset, folder.parent / RAW)
+    held_out = _select_valid(name, train)
+    splits = {
         "train": (train, np.flatnonzero(~held_out)),
         "valid": (train, np.flatnonzero(held_out)),
         TEST: (test, np.arange(len(test.labels))),
     }
     with atomic_folder(folder) as new:
-        for split, (part, chosen) in parts.items():
-            _write(new / split, classes, part, chosen)
-        counts = {split: len(chosen) for split, (_, chosen) in parts.items()}
+        for split, (source, indices) in splits.items():
+            _write(new / split, classes, source, indices)
+        counts = {split: len(indices) for split, (_, indices) in splits.items()}
         repeated = len(set(map(_digest, train.images)) & set(map(_digest, test.images)))
-        facts = {"dataset": name, "title": known.title, "images": counts, "in_train_and_test": repeated}
+        facts = {"dataset": name, "title": dataset.title, "images": counts, "in_train_and_test": repeated}
         atomic_write_text(new / RECORD, json.dumps(facts, indent=2) + "\n")
     print(
-        f"{known.title} is in {folder}: {counts['train']:,} pictures for training, {counts['valid']:,} of its training part "
-        f"held out for validation, and {counts[TEST]:,} for the test, which have no part in training"
-        + (f" ({repeated:,} of them are in the training part too, as published)." if repeated else ".")
+        f"Saved {dataset.title} to {folder}: {counts['train']:,} training images, {counts['valid']:,} validation images (held "
+        f"out from training) and {counts[TEST]:,} test images"
+        + (f" ({repeated:,} of which the published training split also contains)." if repeated else ".")
     )
-    print("Pictures this small are searched for exact repeats alone: to a perceptual hash many of a kind look the same.")
+    print("Note: images this small are checked for exact duplicates only, as perceptual hashes cannot tell them apart.")
 
 
-def _read(known: BuiltinDataset, raw: Path) -> tuple[Sequence[str], ArraySplit, ArraySplit]:
+def _read(dataset: BuiltinDataset, raw: Path) -> tuple[Sequence[str], ArraySplit, ArraySplit]:
     try:
-        return known.read(raw)
+        return dataset.read(raw)
     except (OSError, http.client.HTTPException, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise DataError(
-            f"{known.title} could not be fetched ({reason}); try again, or fetch {known.manual_files} elsewhere and put it "
-            f"into {shlex.quote(str(raw))}."
+            f"Could not download {dataset.title} ({reason}). Try again, or put {dataset.manual_files} into "
+            f"{shlex.quote(str(raw))} yourself."
         ) from None
 
 
 def _mnist(raw: Path) -> tuple[Sequence[str], ArraySplit, ArraySplit]:
     from torchvision.datasets import MNIST
 
-    return [str(digit) for digit in range(10)], *_parts(MNIST, raw)
+    return [str(digit) for digit in range(10)], *_read_torchvision(MNIST, raw)
 
 
 def _fashion_mnist(raw: Path) -> tuple[Sequence[str], ArraySplit, ArraySplit]:
     from torchvision.datasets import FashionMNIST
 
-    return [_folder_name(name) for name in FashionMNIST.classes], *_parts(FashionMNIST, raw)
+    return [_folder_name(name) for name in FashionMNIST.classes], *_read_torchvision(FashionMNIST, raw)
 
 
 def _cifar10(raw: Path) -> tuple[Sequence[str], ArraySplit, ArraySplit]:
     from torchvision.datasets import CIFAR10
 
-    train, test = _parts(CIFAR10, raw)
+    train, test = _read_torchvision(CIFAR10, raw)
     return CIFAR10(str(raw)).classes, train, test
 
 
 def _digits(raw: Path) -> tuple[Sequence[str], ArraySplit, ArraySplit]:
-    """Scikit-learn's 1,797 digits of 8 x 8 px (UCI's, Alpaydin and Kaynak 1998), scaled to 28 px; a fifth is the test."""
+    """Read scikit-learn's 1,797 digits (UCI, 8 x 8 px), upscale them to 28 px and use a fifth as the test split."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    small = (found.images * 255 / 16).round().astype(np.uint8)
+    digits = load_digits()
+    small = (digits.images * 255 / 16).round().astype(np.uint8)
     large = np.stack([np.asarray(Image.fromarray(p).resize((28, 28), Image.Resampling.BICUBIC)) for p in small])
-    test = _draw("digits/test", found.target, np.ones(len(small), dtype=bool), DIGITS_TEST)
-    labels = found.target.astype(np.int64)
+    test = _sample("digits/test", digits.target, np.ones(len(small), dtype=bool), DIGITS_TEST)
+    labels = digits.target.astype(np.int64)
     return [str(digit) for digit in range(10)], ArraySplit(large[~test], labels[~test]), ArraySplit(large[test], labels[test])
 
 
-def _parts(kind: Any, raw: Path) -> tuple[ArraySplit, ArraySplit]:
-    """A torchvision data set's training and test part; its files are downloaded where they are not, and checked."""
-    train, test = (kind(str(raw), train=is_train, download=is_train) for is_train in (True, False))
-    images = [np.asarray(part.data, dtype=np.uint8) for part in (train, test)]
-    labels = [np.asarray(part.targets, dtype=np.int64) for part in (train, test)]
+def _read_torchvision(dataset_class: Any, raw: Path) -> tuple[ArraySplit, ArraySplit]:
+    """Read the training and test splits of a torchvision data set, which downloads missing files and checks them."""
+    train, test = (dataset_class(str(raw), train=is_train, download=is_train) for is_train in (True, False))
+    images = [np.asarray(split.data, dtype=np.uint8) for split in (train, test)]
+    labels = [np.asarray(split.targets, dtype=np.int64) for split in (train, test)]
     return ArraySplit(images[0], labels[0]), ArraySplit(images[1], labels[1])
 
 
-def _draw_valid(name: str, train: ArraySplit) -> NDArray[np.bool_]:
-    """Which training pictures are for validation: a tenth of each class, none that is there twice."""
-    digests = [_digest(picture) for picture in train.images]
+def _select_valid(name: str, train: ArraySplit) -> NDArray[np.bool_]:
+    """Select a tenth of each training class for validation, without images that occur more than once: mask (N,)."""
+    digests = [_digest(image) for image in train.images]
     counts = Counter(digests)
-    single = np.array([counts[digest] == 1 for digest in digests])
-    return _draw(f"{name}/valid", train.labels, single, VALID_FRACTION)
+    unique = np.array([counts[digest] == 1 for digest in digests])
+    return _sample(f"{name}/valid", train.labels, unique, VALID_FRACTION)
 
 
-def _draw(seed: str, labels: NDArray[np.int64], allowed: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
-    """A ``share`` of each class (one at least), of those ``allowed``, always the same for a ``seed``: (N,) True where drawn."""
-    drawn = np.zeros(len(labels), dtype=bool)
+def _sample(seed: str, labels: NDArray[np.int64], allowed: NDArray[np.bool_], fraction: float) -> NDArray[np.bool_]:
+    """Sample a fraction of each class (at least one image) from the ``allowed`` images, reproducibly: mask (N,)."""
+    selected = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         candidates = np.flatnonzero((labels == label) & allowed).tolist()
         random.Random(f"{seed}/{label}").shuffle(candidates)
-        drawn[candidates[: max(1, round(share * int((labels == label).sum())))]] = True
-    return drawn
+        selected[candidates[: max(1, round(fraction * int((labels == label).sum())))]] = True
+    return selected
 
 
-def _write(folder: Path, classes: Sequence[str], part: ArraySplit, chosen: NDArray[np.intp]) -> None:
-    """Write the pictures ``chosen`` as PNG files in their class's folder, named by their number in the data set."""
+def _write(folder: Path, classes: Sequence[str], source: ArraySplit, indices: NDArray[np.intp]) -> None:
+    """Write the images at ``indices`` as CLASS/INDEX.png."""
     for name in classes:
         (folder / name).mkdir(parents=True)
 
     def save(index: int) -> None:
-        place = folder / classes[part.labels[index]] / f"{index:05d}.png"
-        Image.fromarray(part.images[index]).save(place, compress_level=1)
+        path = folder / classes[source.labels[index]] / f"{index:05d}.png"
+        Image.fromarray(source.images[index]).save(path, compress_level=1)
 
-    written = threaded_map(save, chosen.tolist(), workers=0)
-    for _ in tqdm(written, total=len(chosen), desc=f"writing {folder.name}", unit="picture", disable=None):
+    saved = threaded_map(save, indices.tolist(), workers=0)
+    for _ in tqdm(saved, total=len(indices), desc=f"writing {folder.name}", unit="image", disable=None):
         pass
 
 
-def _digest(picture: ImageArray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(picture).tobytes()).digest()
+def _digest(image: ImageArray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest()
 
 
 def _folder_name(name: str) -> str:

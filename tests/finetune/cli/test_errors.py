@@ -178,7 +178,7 @@ def test_a_folder_that_is_taken_is_left_alone(said: Callable[..., str], tmp_path
 
 def test_resuming_needs_a_run(said: Callable[..., str], tmp_path: Path, data: Path) -> None:
     assert f"There is no run in {tmp_path / 'run'} to go on with; start it without --resume." in said("--resume")
-    assert "--resume needs the run to go on with" in refused("train", "--resume")
+    assert "--resume requires the run directory. Add --output-dir runs/NAME." in refused("train", "--resume")
     (tmp_path / "c.yaml").write_text(f"output-dir: {tmp_path / 'run'}\n")
     assert "There is no run in" in refused("train", "--resume", "--config", tmp_path / "c.yaml")
     (tmp_path / "run").mkdir()

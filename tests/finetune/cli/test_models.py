@@ -1,4 +1,4 @@
-"""``finetune models``: the table, and one network layer by layer with its convolutions worked out."""
+"""``finetune models``: the table, and one network layer by layer with the arithmetic of its convolutions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shown(*words: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "pattern"),
     [
         ("lenet5", r"lenet5 +1998 +61,706 +417 k +1 x  28 px +none, trained from scratch"),
         ("vgg16", r"vgg16 +2014 +138,357,544 +15\.5 G +3 x 224 px +vgg16-397923af\.pth +BSD-3-Clause \(trained on ImageNet.*"),
@@ -34,11 +34,11 @@ def shown(*words: str) -> str:
         ("inception_v4", r"inception_v4 +2016 +42,679,816 +12\.3 G +3 x 299 px +inceptionv4-8e4777a0\.pth +Apache-2\.0"),
     ],
 )
-def test_a_networks_line_says_what_it_is_costs_and_may_be_used_for(name: str, wanted: str) -> None:
-    assert re.fullmatch(wanted, line(describe(name)))
+def test_a_row_has_the_costs_the_weights_and_their_license(name: str, pattern: str) -> None:
+    assert re.fullmatch(pattern, line(describe(name)))
 
 
-def test_counts_are_short() -> None:
+def test_counts_have_unit_prefixes() -> None:
     assert [short(n) for n in (6416, 149_300, 41_030_272, 568_740_352, 15_470_264_320, 12)] == [
         "6.4 k",
         "149 k",
@@ -49,9 +49,9 @@ def test_counts_are_short() -> None:
     ]
 
 
-def test_lenets_convolutions_are_worked_out() -> None:
+def test_the_arithmetic_of_lenets_convolutions_is_shown() -> None:
     said = shown("show", "lenet5")
-    assert "61,706 parameters, 416,520 MACs" in said
+    assert "61,706 parameters, 416,520 MACs per image" in said
     assert "(5 * 5 * 1 + 1) * 6 = 156" in said
     assert "floor((28 + 2 * 2 - 5) / 1) + 1 = 28" in said
     assert "(5 * 5 * 6 + 1) * 16 = 2,416" in said
@@ -60,7 +60,7 @@ def test_lenets_convolutions_are_worked_out() -> None:
     assert "frozen       nothing" in said
 
 
-def test_a_pretrained_network_shows_where_its_frozen_part_ends() -> None:
+def test_a_pretrained_network_shows_its_last_frozen_layer() -> None:
     said = shown("show", "vgg11")
     assert "frozen       up to classifier.1\n" in said
     assert "vgg11-8a719046.pth, BSD-3-Clause" in said
@@ -71,8 +71,8 @@ def test_a_pretrained_network_shows_where_its_frozen_part_ends() -> None:
     "name",
     ["alexnet_2012", "mobilenet_v1", "inception_v3", "squeezenet1_1", "efficientnet_lite0", "timm:mobilenetv3_small_050"],
 )
-def test_the_formulas_give_what_the_layers_give(name: str) -> None:
-    """Depthwise, strided, 1x7, dilated or TensorFlow's "same": each formula, read as arithmetic, is right."""
+def test_the_formulas_match_the_layers(name: str) -> None:
+    """Depthwise, strided, 1x7, dilated and TensorFlow's "same" convolutions: each formula evaluates to the layer's numbers."""
     spec = get_spec(name)
     net = build_on_meta(spec)
     found = trace_convolutions(net, *input_shape(spec))
@@ -87,21 +87,21 @@ def test_the_formulas_give_what_the_layers_give(name: str) -> None:
             assert eval(formula, {"floor": lambda x: int(x // 1), "ceil": lambda x: -int(-x // 1)}) == int(size) == gives
 
 
-def test_a_dilated_convolution_is_worked_out() -> None:
+def test_the_arithmetic_of_a_dilated_convolution() -> None:
     (conv,) = trace_convolutions(nn.Conv2d(4, 8, (3, 5), dilation=2, stride=2, padding=(1, 0), groups=2), 4, 32, 32)
     assert conv.parameters_formula == "(3 * 5 * 4/2 + 1) * 8 = 248"
     assert conv.size_formula == "floor((32 + 2 * 1 - 5) / 2) + 1 = 15 high, floor((32 + 2 * 0 - 9) / 2) + 1 = 12 wide"
 
 
-def test_json_has_the_layers_for_a_program() -> None:
-    told = json.loads(shown("show", "resnet18", "--json"))
-    assert told["name"] == "resnet18"
-    assert told["last_frozen_layer"] == "flatten"
-    layers = {layer["name"]: layer for layer in told["layers"]}
+def test_json_output_has_the_layers() -> None:
+    info = json.loads(shown("show", "resnet18", "--json"))
+    assert info["name"] == "resnet18"
+    assert info["last_frozen_layer"] == "flatten"
+    layers = {layer["name"]: layer for layer in info["layers"]}
     assert layers["layer4"]["output"] == [1, 512, 7, 7]
     assert layers["fc"]["parameters"] == 513_000
-    assert len(told["convolutions"]) == 20
-    assert told["convolutions"][0]["size_formula"] == "floor((224 + 2 * 3 - 7) / 2) + 1 = 112"
+    assert len(info["convolutions"]) == 20
+    assert info["convolutions"][0]["size_formula"] == "floor((224 + 2 * 3 - 7) / 2) + 1 = 112"
 
 
 @pytest.mark.parametrize(
@@ -120,24 +120,24 @@ def test_json_has_the_layers_for_a_program() -> None:
         ("lenet5", None),
     ],
 )
-def test_where_the_frozen_part_ends(name: str, after: str | None) -> None:
+def test_last_frozen_layer(name: str, after: str | None) -> None:
     assert last_frozen_layer(get_spec(name)) == after
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("show",), "takes nothing or `show NAME`, and got 'show' alone"),
-        (("shwo", "vgg16"), "got 'shwo' alone. Did you mean 'show'?"),
+        (("show",), "Use `finetune models` or `finetune models show NAME` (got 'show')."),
+        (("shwo", "vgg16"), "(got 'shwo vgg16'). Did you mean 'show'?"),
         (("show", "lenet6"), "no network named 'lenet6'. Did you mean 'lenet5'?"),
         (("show", "timm:convnexttiny"), "Did you mean 'convnext_tiny'?"),
     ],
 )
-def test_a_slip_gets_the_nearest(words: tuple[str, ...], said: str) -> None:
+def test_a_misspelling_gets_a_suggestion(words: tuple[str, ...], said: str) -> None:
     code, _, err = finetune("models", *words)
     assert code == 2
     assert said in err
 
 
-def test_counting_computes_nothing() -> None:
+def test_costs_are_counted_on_the_meta_device() -> None:
     assert {parameter.device for parameter in build_on_meta(get_spec("vgg19")).parameters()} == {torch.device("meta")}

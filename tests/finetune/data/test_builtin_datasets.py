@@ -1,4 +1,4 @@
-"""Data sets by name: fetched, checked, laid out as folders, split honestly, and learned from."""
+"""Built-in data sets: download, checks, folder layout, splits and training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("name", "shape"), [("mnist", (28, 28)), ("fashion-mnist", (28, 28)), ("cifar10", (32, 32, 3))])
-def test_a_data_set_becomes_folders_of_its_own_pixels(
+def test_a_data_set_is_saved_as_folders_with_unchanged_pixels(
     name: str, shape: tuple[int, ...], mirror: ThreadingHTTPServer, tmp_path: Path
 ) -> None:
     make_dataset(name, tmp_path / name)
@@ -46,16 +46,16 @@ def test_a_data_set_becomes_folders_of_its_own_pixels(
     assert len(dataset.classes) == 10
     assert all(len(list((tmp_path / name / "valid" / label).iterdir())) == 1 for label in dataset.classes)
     seed = {"mnist": TEST, "fashion-mnist": 10 + TEST, "cifar10": 4}[name]
-    wanted, labels = pictures(TEST, shape, seed=seed)
+    expected, labels = pictures(TEST, shape, seed=seed)
     for file in (tmp_path / name / "test").rglob("*.png"):
         index = int(file.stem)
-        assert np.array_equal(np.asarray(Image.open(file)), wanted[index])
+        assert np.array_equal(np.asarray(Image.open(file)), expected[index])
         if name == "cifar10":
             assert file.parent.name == CIFAR_NAMES[labels[index]]
-    make_dataset(name, tmp_path / name)  # it is there, and nothing is read again
+    make_dataset(name, tmp_path / name)  # already there: nothing is read again
 
 
-def test_files_that_are_there_are_not_downloaded_again(
+def test_existing_files_are_not_downloaded_again(
     mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_dataset("mnist", tmp_path / "one")
@@ -67,41 +67,41 @@ def test_files_that_are_there_are_not_downloaded_again(
         assert (tmp_path / f"{name}-again" / "test").is_dir()
 
 
-def test_without_a_network_a_sentence_says_what_to_put_where(
+def test_without_a_network_the_error_explains_the_manual_download(
     mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
     code, _, err = finetune("train", "--dataset", "mnist", "--data-dir", tmp_path / "mnist", "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "MNIST could not be fetched" in err
+    assert "Could not download MNIST" in err
     assert str(tmp_path / "raw") in err
     assert not (tmp_path / "mnist").exists()
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_download_is_refused(mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_download_is_rejected(mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MNIST, "resources", [(name, "0" * 32) for name, _ in MNIST.resources])
-    with pytest.raises(DataError, match="could not be fetched"):
+    with pytest.raises(DataError, match="Could not download MNIST"):
         make_dataset("mnist", tmp_path / "mnist")
     assert not (tmp_path / "mnist").exists()
 
 
 def test_another_data_set_or_a_folder_of_photos_is_not_overwritten(mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
     make_dataset("mnist", tmp_path / "here")
-    with pytest.raises(DataError, match="holds the data set mnist, not cifar10"):
+    with pytest.raises(DataError, match="contains the data set mnist, not cifar10"):
         make_dataset("cifar10", tmp_path / "here")
     (tmp_path / "photos" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="not empty"):
         make_dataset("mnist", tmp_path / "photos")
 
 
-def test_a_misspelt_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
+def test_a_misspelled_name_gets_a_suggestion(tmp_path: Path) -> None:
     code, _, err = finetune("train", "--dataset", "minst")
     assert code == 2
     assert "Did you mean 'mnist'?" in err
 
 
-def test_a_run_in_the_way_is_found_before_anything_is_fetched(tmp_path: Path) -> None:
+def test_an_occupied_run_directory_is_reported_before_the_download(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     code, _, err = finetune("train", "--dataset", "digits", "--data-dir", tmp_path / "digits", "--output-dir", tmp_path / "run")
@@ -110,8 +110,8 @@ def test_a_run_in_the_way_is_found_before_anything_is_fetched(tmp_path: Path) ->
     assert not (tmp_path / "digits").exists()
 
 
-def test_of_small_pictures_only_exact_repeats_are_repeats(tmp_path: Path) -> None:
-    """A one looks like any other one, and that is no leak; the same pixels in another format are the same picture."""
+def test_small_images_are_duplicates_only_if_pixels_are_equal(tmp_path: Path) -> None:
+    """Two similar digits are not duplicates. The same pixels in another file format are."""
     one = np.zeros((28, 28), np.uint8)
     one[4:24, 13:15] = 250
     other = one.copy()
@@ -125,12 +125,12 @@ def test_of_small_pictures_only_exact_repeats_are_repeats(tmp_path: Path) -> Non
     assert [[s.sample.name for s in group] for group in found] == [["train/one/a.png", "valid/one/c.bmp"]]
 
 
-def test_no_picture_that_is_there_twice_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_images_are_not_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.data import builtin_datasets
 
     pixels, labels = pictures(4, (28, 28), seed=0)
-    pixels[10:] = np.concatenate([pixels[:10]] * 3)  # of each class one picture, four times
-    pixels[30:] = pictures(1, (28, 28), seed=9)[0]  # but for the last
+    pixels[10:] = np.concatenate([pixels[:10]] * 3)  # four copies of one image per class
+    pixels[30:] = pictures(1, (28, 28), seed=9)[0]  # except for the last
     part = builtin_datasets.ArraySplit(pixels, labels.astype(np.int64))
     monkeypatch.setitem(
         BUILTIN_DATASETS,
@@ -143,13 +143,13 @@ def test_no_picture_that_is_there_twice_is_held_out(tmp_path: Path, monkeypatch:
     assert json.loads((tmp_path / "doubles" / "DATASET.json").read_text())["in_train_and_test"] == 20
 
 
-def test_the_idx_files_are_as_the_data_set_has_them(mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_the_mirror_serves_valid_idx_files(mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
     make_dataset("mnist", tmp_path / "mnist")
     head = gzip.decompress((tmp_path / "raw" / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").read_bytes())[:16]
     assert head == bytes([0, 0, 8, 3, 0, 0, 0, 10 * TRAIN, 0, 0, 0, 28, 0, 0, 0, 28])
 
 
-def test_permuted_pixels_are_the_same_pixels_elsewhere() -> None:
+def test_permuted_pixels_are_the_same_values_in_another_order() -> None:
     preprocessing = Preprocessing(input_px=4, resize_px=4, mean=(0.5,), std=(0.5,))
     pixels = torch.arange(32, dtype=torch.uint8).reshape(2, 4, 4, 1)
     plain = Normalize(preprocessing)(pixels)
@@ -158,7 +158,7 @@ def test_permuted_pixels_are_the_same_pixels_elsewhere() -> None:
     assert not torch.equal(mixed, other)
     assert not torch.equal(mixed, plain)
     assert torch.equal(mixed.flatten(1).sort(1).values, plain.flatten(1))
-    assert torch.equal((mixed[1] - mixed[0]).unique(), (plain[1] - plain[0]).unique())  # both in the same way
+    assert torch.equal((mixed[1] - mixed[0]).unique(), (plain[1] - plain[0]).unique())  # the same permutation for both images
 
 
 @pytest.fixture(scope="module")
@@ -167,23 +167,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestDigits:
-    """Scikit-learn's real digits, through the command line."""
+    """Training on scikit-learn's digits through the command line."""
 
     def learn(self, home: Path, backbone: str, *flags: object) -> dict[str, dict[str, float]]:
         out = home / "-".join(map(str, [backbone, *flags]))
         words = ("train", "--dataset", "digits", "--data-dir", home / "digits", "--backbone", backbone, "--output-dir", out)
         code, said, err = finetune(*words, "--epochs", 15, "--batch-size", 16, *flags)
         assert code == 0, err
-        assert "training photos a second" in said
-        assert "On the test pictures, which had no part in training" in said
+        assert "training photos per second" in said
+        assert "Test results, on images that were not used in training:" in said
         metrics = json.loads((out / "test" / "metrics.json").read_text())
         assert metrics["photos"] == 359
         return metrics
 
-    def test_lenet5_learns_them(self, home: Path) -> None:
+    def test_lenet5_learns_the_digits(self, home: Path) -> None:
         assert self.learn(home, "lenet5")["accuracy"]["value"] > 0.93
 
-    def test_permuted_pixels_cost_the_convolutional_network_only(self, home: Path) -> None:
+    def test_permuted_pixels_hurt_only_the_convolutional_network(self, home: Path) -> None:
         seed = ("--permute-pixels", 1)
         mlp, mlp_permuted = self.learn(home, "mlp"), self.learn(home, "mlp", *seed)
         cnn, cnn_permuted = self.learn(home, "cnn_mnist"), self.learn(home, "cnn_mnist", *seed)
@@ -198,7 +198,7 @@ class TestDigits:
         assert "change places" in (bundle.path / "README.md").read_text()
         assert open_bundle(home / "cnn_mnist" / "bundle").permute_pixels is None
 
-    def test_a_finished_run_is_only_opened(self, home: Path) -> None:
+    def test_resuming_a_finished_run_only_opens_it(self, home: Path) -> None:
         code, said, err = finetune("train", "--resume", "--output-dir", home / "lenet5")
         assert (code, err) == (0, "")
         assert "is finished" in said
