@@ -1,1 +1,1 @@
-"""Download published photos of cats and dogs into an image folder."""
+"""Download public data sets of cats and dogs into an image folder."""

@@ -1,4 +1,4 @@
-"""Photos of cats and dogs, from where they are published, as ``OUT/{train,valid}/{cats,dogs}``."""
+"""``finetune download``: download photos of cats and dogs into ``OUT/{train,valid}/{cats,dogs}``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,16 @@ _FOLDERS = {"validation": "valid", "Cat": "cats", "Dog": "dogs", "cat": "cats", 
 
 @dataclass(frozen=True)
 class DownloadSummary:
-    """What arrived: ``image_counts`` is by split and class; ``verified`` says that a known sha256 was checked."""
+    """Result of a download.
+
+    Attributes:
+        name: Name of the source.
+        out: The image folder.
+        origin: File, URL or competition that the archive came from.
+        sha256: The archive's sha256.
+        verified: Whether the sha256 was compared with an expected one.
+        image_counts: Number of images by split and class.
+    """
 
     name: str
     out: Path
@@ -58,65 +67,72 @@ def download(
     archive: Path | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> DownloadSummary:
-    """Fetch the photos of ``SOURCES[name]`` and lay them out in ``out``, whole or not at all, with a ``SOURCE.json``.
+    """Download a source and write it to an image folder atomically, together with a ``SOURCE.json``.
 
-    ``url`` and ``sha256`` stand in for the source's own (a mirror); ``archive`` is a file that was downloaded by hand.
-    Where the source has no split of its own, ``valid_fraction`` of each class, drawn with ``seed``, is for validation.
-    Half a download waits in ``cache_dir`` (``.NAME.download`` beside ``out`` unless given) for the next run; only a
-    given ``cache_dir`` keeps the archive after success. ``sleep`` is called with the seconds between tries.
+    Args:
+        name: Key of ``SOURCES``.
+        out: The folder to create.
+        url: Mirror to use instead of the source's URL.
+        sha256: Expected sha256 of the archive, instead of the published one. No sha256 is published for ``filtered``, so
+            its archive is only verified with this argument.
+        valid_fraction: Fraction of each class used for validation if the source has no split.
+        seed: Seed of this split.
+        cache_dir: Folder that keeps the archive. By default it is downloaded to ``.NAME.download`` next to ``out``, where
+            a partial download stays for the next run and a complete one is deleted after unpacking.
+        archive: An archive that was downloaded manually.
+        sleep: Called with the seconds to wait before a retry.
 
-    Nobody publishes the sha256 of ``filtered``: the one that arrived is recorded, not checked, unless one is given.
-
-    Raises ``DataError`` for everything outside this program that can go wrong.
+    Raises:
+        DataError: An argument is invalid, or the download, the archive or the disk fails.
     """
     source = _source(name)
     _check_options(valid_fraction, sha256)
     require_empty_folder(out)
-    home = Path(os.path.abspath(out))
-    cache = cache_dir or home.parent / f".{home.name}.download"
+    target = Path(os.path.abspath(out))
+    cache = cache_dir or target.parent / f".{target.name}.download"
     try:
-        fetched = archive or _fetch(name, source, url or source.url, cache, sleep)
+        archive_path = archive or _fetch(name, source, url or source.url, cache, sleep)
     except DataError:
         with contextlib.suppress(OSError):
-            cache.rmdir()  # which it refuses where half a download waits
+            cache.rmdir()  # fails if there is a partial download
         raise
-    known = (sha256 or source.sha256 or "").lower()
+    expected = (sha256 or source.sha256 or "").lower()
     split = None if source.has_split else {"valid_fraction": valid_fraction, "seed": seed}
     try:
-        arrived = _checked_sha256(fetched, known)
+        actual = _verify_sha256(archive_path, expected)
         with atomic_folder(out) as folder:
-            photos = _unpack(fetched, source, folder, valid_fraction, seed)
+            image_counts = _unpack(archive_path, source, folder, valid_fraction, seed)
             record = {
                 "source": name,
                 "url": url or source.url,
                 "competition": None if url else source.competition,
                 "archive": archive.name if archive else None,
-                "sha256": arrived,
-                "sha256_verified": bool(known),
+                "sha256": actual,
+                "sha256_verified": bool(expected),
                 "split": split,
-                "photos": photos,
+                "photos": image_counts,
             }
             (folder / "SOURCE.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except ArchiveError:
         if archive is None:
-            fetched.unlink(missing_ok=True)  # or the next run would take it up again
+            archive_path.unlink(missing_ok=True)  # do not reuse it in the next run
         raise
     if cache_dir is None:
         shutil.rmtree(cache, ignore_errors=True)
     origin = str(archive or url or source.url or f"kaggle.com/c/{source.competition}")
-    return DownloadSummary(name, out, origin, arrived, bool(known), photos)
+    return DownloadSummary(name, out, origin, actual, bool(expected), image_counts)
 
 
 def _check_options(valid_fraction: float, sha256: str | None) -> None:
     if not 0 < valid_fraction < 1:
-        raise DataError(f"--valid-fraction {valid_fraction} is not between 0 and 1; 0.2 is usual.")
+        raise DataError(f"--valid-fraction must be between 0 and 1, such as 0.2 (got {valid_fraction}).")
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        raise DataError(f"--sha256 {sha256!r} is not 64 hexadecimal digits; copy it from where the archive is published.")
+        raise DataError(f"--sha256 must be 64 hexadecimal digits (got {sha256!r}).")
 
 
 def _source(name: str) -> Source:
     if name not in SOURCES:
-        raise DataError(f"There is no source {name!r}; there are {', '.join(SOURCES)}.{did_you_mean(name, SOURCES)}")
+        raise DataError(f"Unknown source {name!r}. Valid sources: {', '.join(SOURCES)}.{did_you_mean(name, SOURCES)}")
     return SOURCES[name]
 
 
@@ -124,67 +140,67 @@ def _fetch(name: str, source: Source, url: str | None, cache: Path, sleep: Calla
     if url is None:
         assert source.competition is not None
         return download_competition(source.competition, cache)
-    # The URL is in the name: a half or a whole archive from elsewhere is another file.
+    # The name depends on the URL, so that an archive from another URL is not resumed or reused.
     path = cache / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}.zip"
     download_file(url, path, sleep=sleep)
     return path
 
 
-def _checked_sha256(archive: Path, known: str) -> str:
+def _verify_sha256(archive: Path, expected: str) -> str:
     try:
-        arrived = sha256_of(archive)
+        actual = sha256_of(archive)
     except OSError as error:
-        raise DataError(f"Could not read the archive {archive} ({error.strerror or error}); check the path.") from error
-    if known and arrived != known:
+        raise DataError(f"Could not read the archive {archive} ({error.strerror or error}). Check the path.") from error
+    if expected and actual != expected:
         raise ArchiveError(
-            f"The archive has the sha256 {arrived}, where {known} was wanted, and was not used: download it again, or "
-            f"pass --sha256 {arrived} if you trust this one."
+            f"The archive has the sha256 {actual}, expected {expected}. Download it again, or pass --sha256 {actual} if you "
+            f"trust it."
         )
-    return arrived
+    return actual
 
 
 def _unpack(path: Path, source: Source, folder: Path, valid_fraction: float, seed: int) -> dict[str, dict[str, int]]:
-    """Unpack the photos into ``folder/{train,valid}/{cats,dogs}`` and count them."""
+    """Unpack the images into ``folder/{train,valid}/{cats,dogs}`` and return their number by split and class."""
     with open_zip(path) as archive:
         members = safe_members(archive, max_members=source.max_members, max_bytes=source.max_bytes)
         inner_archive = next((member for member in members if member.filename == source.inner_archive), None)
         if inner_archive is not None:
             nested = folder / inner_archive.filename
             extract(archive, inner_archive, nested)
-            photos = _unpack(nested, replace(source, inner_archive=None), folder, valid_fraction, seed)
+            image_counts = _unpack(nested, replace(source, inner_archive=None), folder, valid_fraction, seed)
             nested.unlink()
-            return photos
-        placed = _place(members, source, valid_fraction, seed)
-        with tqdm(total=sum(map(len, placed.values())), unit=" photos", desc="unpack", disable=None) as bar:
-            for (split, label), photos_there in placed.items():
-                for member in photos_there:
+            return image_counts
+        images = _assign_splits(members, source, valid_fraction, seed)
+        with tqdm(total=sum(map(len, images.values())), unit=" images", desc="unpack", disable=None) as bar:
+            for (split, label), class_members in images.items():
+                for member in class_members:
                     extract(archive, member, folder / split / label / PurePosixPath(member.filename).name)
                     bar.update()
-    return {split: {label: len(placed[split, label]) for label in _CLASSES} for split in _SPLITS}
+    return {split: {label: len(images[split, label]) for label in _CLASSES} for split in _SPLITS}
 
 
-def _place(
+def _assign_splits(
     members: list[zipfile.ZipInfo], source: Source, valid_fraction: float, seed: int
 ) -> dict[tuple[str, str], list[zipfile.ZipInfo]]:
-    """The photos of each split and class; what is not a photo by its name is left out."""
-    placed: dict[tuple[str, str], list[zipfile.ZipInfo]] = {(s, c): [] for s in _SPLITS for c in _CLASSES}
+    """Group the members that match the source's image pattern by split and class."""
+    images: dict[tuple[str, str], list[zipfile.ZipInfo]] = {(s, c): [] for s in _SPLITS for c in _CLASSES}
     for member in sorted(members, key=lambda member: member.filename):
-        if found := re.fullmatch(source.image_pattern, member.filename):
-            words = {group: _FOLDERS.get(word, word) for group, word in found.groupdict().items()}
-            placed[words.get("split", "train"), words["label"]].append(member)
+        if match := re.fullmatch(source.image_pattern, member.filename):
+            folders = {group: _FOLDERS.get(name, name) for group, name in match.groupdict().items()}
+            images[folders.get("split", "train"), folders["label"]].append(member)
     if not source.has_split:
         for label in _CLASSES:
-            photos = placed["train", label]
-            random.Random(f"{seed}/{label}").shuffle(photos)
-            cut = max(1, round(len(photos) * valid_fraction))
-            placed["valid", label], placed["train", label] = photos[:cut], photos[cut:]
-    empty = [f"{split}/{label}" for (split, label), photos in placed.items() if not photos]
+            class_members = images["train", label]
+            random.Random(f"{seed}/{label}").shuffle(class_members)
+            n_valid = max(1, round(len(class_members) * valid_fraction))
+            images["valid", label], images["train", label] = class_members[:n_valid], class_members[n_valid:]
+    empty = [f"{split}/{label}" for (split, label), class_members in images.items() if not class_members]
     if empty:
         raise ArchiveError(
-            f"The archive holds no photos for {', '.join(empty)}: it is not laid out as {source.image_pattern!r}; "
-            "check that it is the archive of this source."
+            f"The archive has no photos for {', '.join(empty)}. Expected paths that match {source.image_pattern!r}. Check "
+            "that it is the archive of this source."
         )
-    return placed
+    return images
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,23 +209,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "sources:\n" + "\n".join(f"  {name:<10} {source.description}" for name, source in SOURCES.items())
     add = parser.add_argument
     add("name", metavar="SOURCE", help=f"one of {', '.join(SOURCES)}")
-    add("out", type=Path, metavar="OUT", help="the folder to make; it must not exist or be empty")
-    add("--archive", type=Path, metavar="FILE", help="use this archive, which you downloaded by hand")
-    add("--url", help="download from this mirror instead")
-    add("--sha256", metavar="HEX", help="the sha256 that the archive must have, instead of the published one")
+    add("out", type=Path, metavar="OUT", help="folder to create; must be empty if it exists")
+    add("--archive", type=Path, metavar="FILE", help="use this manually downloaded archive")
+    add("--url", help="download from this mirror")
+    add("--sha256", metavar="HEX", help="expected sha256 of the archive, instead of the published one")
     add(
         "--valid-fraction",
         type=float,
         default=0.2,
         metavar="F",
-        help="the share of each class for validation, where the source has no split of its own (%(default)s)",
+        help="fraction of each class for validation if the source has no split (default: %(default)s)",
     )
-    add("--seed", type=int, default=0, help="which photos those are (%(default)s)")
-    add("--cache-dir", type=Path, metavar="DIR", help="keep the archive here (otherwise it is deleted once unpacked)")
+    add("--seed", type=int, default=0, help="seed of this split (default: %(default)s)")
+    add("--cache-dir", type=Path, metavar="DIR", help="keep the archive here (default: delete it after unpacking)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Download what ``args`` asks for, say what arrived and what to type next."""
+    """Run ``finetune download``: download a source, then print a summary and the next command."""
     summary = download(
         args.name,
         args.out,
@@ -224,10 +240,10 @@ def run(args: argparse.Namespace) -> int:
     print(f"Unpacked {total:,} photos from {summary.origin} into {summary.out}.")
     for split, counts in summary.image_counts.items():
         print(f"  {split}: " + ", ".join(f"{count:,} {label}" for label, count in counts.items()))
-    checked = "as was wanted" if summary.verified else "recorded in SOURCE.json; no published one is known to compare"
-    print(f"sha256 {summary.sha256} ({checked}).")
+    check = "verified" if summary.verified else "recorded in SOURCE.json; no published one to compare with"
+    print(f"sha256 {summary.sha256} ({check}).")
     if total != source.image_count:
-        print(f"Note: {source.image_count:,} photos were published.")
+        print(f"Note: the published archive has {source.image_count:,} photos.")
     if source.note:
         print(source.note)
     print(f"Next: finetune train --data-dir {shlex.quote(str(summary.out))} --backbone efficientnet_lite0")

@@ -1,4 +1,4 @@
-"""Competition archives, through Kaggle's own client: it holds the credentials, so we never see them."""
+"""Download Kaggle competition archives with Kaggle's own client, which keeps the credentials to itself."""
 
 from __future__ import annotations
 
@@ -12,41 +12,48 @@ from models.errors import DataError
 
 
 def download_competition(competition: str, folder: Path) -> Path:
-    """Download a competition's archive into ``folder`` with the ``kaggle`` command, and give its path.
+    """Download a competition's archive with the ``kaggle`` command, which skips it if it is already complete.
 
-    What the client prints goes on to standard error as it comes. An archive that is there already is the client's to
-    look at: it skips one that is whole.
+    The output of the command is forwarded to standard error.
 
-    Raises ``DataError`` where the command is missing or fails.
+    Args:
+        competition: Name of the competition.
+        folder: Folder for the archive.
+
+    Returns:
+        The path of the archive.
+
+    Raises:
+        DataError: The command is missing or fails.
     """
     remedy = (
-        f"accept the rules at https://www.kaggle.com/c/{competition}/rules and put your kaggle.json in ~/.kaggle, or "
-        "download the archive in a browser and pass --archive FILE"
+        f"Accept the rules at https://www.kaggle.com/c/{competition}/rules and put your kaggle.json in ~/.kaggle, or "
+        "download the archive in a browser and pass --archive FILE."
     )
     command = shutil.which("kaggle")
     if command is None:
-        raise DataError(f"There is no kaggle command on PATH; type `pip install kaggle`, {remedy}.")
+        raise DataError(f"The kaggle command was not found. Run `pip install kaggle`. {remedy}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        status, words = _run([command, "competitions", "download", "-c", competition, "-p", str(folder)])
+        status, last_line = _run([command, "competitions", "download", "-c", competition, "-p", str(folder)])
     except OSError as error:
-        raise DataError(f"Could not run {command} ({error.strerror or error}); {remedy}.") from error
+        raise DataError(f"Could not run {command} ({error.strerror or error}). {remedy}") from error
     if status != 0:
-        raise DataError(f"The kaggle command failed ({words or f'exit status {status}'}); {remedy}.")
+        raise DataError(f"The kaggle command failed ({last_line or f'exit status {status}'}). {remedy}")
     archive = folder / f"{competition}.zip"
     if not archive.is_file():
-        raise DataError(f"The kaggle command left no {archive.name} in {folder}; {remedy}.")
+        raise DataError(f"The kaggle command did not create {archive.name} in {folder}. {remedy}")
     return archive
 
 
 def _run(command: list[str]) -> tuple[int, str]:
-    """Run a command, pass on what it prints, and give its exit status and its last line."""
-    tail = ""
+    """Run a command, forward its output to standard error, and return its exit status and last line."""
+    last_line = ""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
-        # newline="" ends a line at each \r of a progress bar too, and passes it on as it is
+        # newline="" also splits at the \r of a progress bar and does not translate it
         with io.TextIOWrapper(process.stdout, errors="replace", newline="") as lines:
             for line in lines:
                 sys.stderr.write(line)
-                tail = line.strip() or tail
-    return process.returncode, tail.rstrip(".")
+                last_line = line.strip() or last_line
+    return process.returncode, last_line.rstrip(".")

@@ -1,4 +1,7 @@
-"""Downloads that go on from where they stopped (RFC 9110, sections 13.1.5 and 14: ``If-Range`` and ``Range``)."""
+"""Resumable HTTP downloads with ``Range`` and ``If-Range`` requests.
+
+See `RFC 9110 <https://www.rfc-editor.org/rfc/rfc9110>`_, sections 13.1.5 and 14.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,18 @@ from models.artifacts.atomic_io import atomic_write_text
 from models.errors import DataError
 
 _CHUNK_BYTES = 1 << 16
-_BY_HAND = "or download it in a browser and pass --archive FILE"
+_MANUAL_DOWNLOAD = "or download it in a browser and pass --archive FILE"
 
 
 class _RetryableError(Exception):
-    """A try that failed and may be made again."""
+    """A failed attempt that may be retried."""
 
 
 @dataclass(frozen=True)
 class _PartialDownload:
-    """What is known about a half download: beside it, so that another run can go on."""
+    """Metadata of a partial download, saved next to it so that another run can resume."""
 
-    validator: str  # an ETag or a date, for If-Range
+    validator: str  # value for If-Range: an ETag or a date
     total: int | None
 
 
@@ -44,42 +47,48 @@ def download_file(
     timeout_s: float = 30.0,
     max_attempts: int = 5,
 ) -> None:
-    """Download ``url`` to ``path``, through the proxies that the environment names.
+    """Download a URL to a file, resuming after interruptions.
 
-    Half a download stays as ``path.part``, with a note of what it is half of in ``path.json``: the next try, or the
-    next run, asks for the missing bytes only. A server without ranges, or a file that changed, starts again. A file
-    that is at ``path`` already is left alone, so its name should tell the URL. ``sleep`` is called with the seconds
-    between tries; ``max_attempts`` is how many may fail in a row without a byte more than ever before.
+    A partial download stays in ``path.part`` and its metadata in ``path.json``, so that the next attempt or run requests
+    only the missing bytes. The download restarts if the server does not support ranges or the file has changed. The
+    environment's proxy settings apply.
 
-    Raises ``DataError`` where the URL cannot be used, the server refuses, the network fails or the disk does.
+    Args:
+        url: An http(s) URL.
+        path: Target file. Nothing is downloaded if it exists, so its name should identify the URL.
+        sleep: Called with the seconds to wait before a retry.
+        timeout_s: Timeout of network operations in seconds.
+        max_attempts: Maximum number of consecutive attempts without progress.
+
+    Raises:
+        DataError: The URL is invalid, the server rejects the request, the network fails, or the file cannot be written.
     """
     _check_url(url)
-    part, note_path = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.json")
+    partial, metadata_path = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             return
-        if _read_note(note_path) is None:
-            part.unlink(missing_ok=True)
-        failures, best = 0, _size(part)
+        if _read_metadata(metadata_path) is None:
+            partial.unlink(missing_ok=True)
+        failures, max_size = 0, _size(partial)
         while True:
             try:
-                _fetch_rest(url, part, note_path, timeout_s)
-                part.replace(path)
-                note_path.unlink(missing_ok=True)
+                _fetch_missing(url, partial, metadata_path, timeout_s)
+                partial.replace(path)
+                metadata_path.unlink(missing_ok=True)
                 return
             except _RetryableError as error:
-                failures = 1 if _size(part) > best else failures + 1
-                best = max(best, _size(part))
+                failures = 1 if _size(partial) > max_size else failures + 1
+                max_size = max(max_size, _size(partial))
                 if failures >= max_attempts:
                     raise DataError(
-                        f"Could not download {url} ({error}); run the same command again to go on from where it "
-                        f"stopped, {_BY_HAND}."
+                        f"Could not download {url} ({error}). Re-run the same command to resume, {_MANUAL_DOWNLOAD}."
                     ) from error
                 sleep(2.0 ** (failures - 1))
     except OSError as error:
         raise DataError(
-            f"Could not write the download to {path.parent} ({error.strerror or error}); make room, or pick another "
+            f"Could not write the download to {path.parent} ({error.strerror or error}). Free some space, or choose another "
             "folder with --cache-dir."
         ) from error
 
@@ -87,74 +96,74 @@ def download_file(
 def _check_url(url: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
-        fits = (
+        valid = (
             parts.scheme in ("http", "https")
             and bool(parts.hostname)
             and parts.port != 0
             and re.fullmatch(r"[!-~]+", url) is not None
         )
     except ValueError:
-        fits = False
-    if not fits:
-        raise DataError(f"{url!r} is not an address to download from; it must start with https:// or http://.")
+        valid = False
+    if not valid:
+        raise DataError(f"Invalid download URL {url!r}. It must start with https:// or http://.")
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _read_note(path: Path) -> _PartialDownload | None:
+def _read_metadata(path: Path) -> _PartialDownload | None:
     try:
         return _PartialDownload(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
-def _fetch_rest(url: str, part: Path, note_path: Path, timeout_s: float) -> None:
-    """Make one try: ask for the bytes that are missing and append them."""
-    have, note = _size(part), _read_note(note_path) or _PartialDownload("", None)
+def _fetch_missing(url: str, partial: Path, metadata_path: Path, timeout_s: float) -> None:
+    """Make one attempt to request and append the missing bytes."""
+    offset, metadata = _size(partial), _read_metadata(metadata_path) or _PartialDownload("", None)
     headers = {"User-Agent": "finetune"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if note.validator:
-            headers["If-Range"] = note.validator
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+        if metadata.validator:
+            headers["If-Range"] = metadata.validator
     response = _open(urllib.request.Request(url, headers=headers), timeout_s)
-    if response is None:  # 416: there is nothing after what we have, or the file is another one
-        if have != note.total:
-            part.unlink(missing_ok=True)
-            raise _RetryableError("the server has no such range of bytes")
+    if response is None:  # 416: the download is complete, or the file has changed
+        if offset != metadata.total:
+            partial.unlink(missing_ok=True)
+            raise _RetryableError("the server rejected the byte range")
         return
     with response:
         if response.status == 206:
             start, total = _content_range(response.headers.get("Content-Range", ""))
-            if start != have or (note.total is not None and total != note.total):
-                part.unlink(missing_ok=True)
-                raise _RetryableError("the server sent other bytes than it was asked for")
+            if start != offset or (metadata.total is not None and total != metadata.total):
+                partial.unlink(missing_ok=True)
+                raise _RetryableError("the server sent a different range than requested")
         else:
-            have, total = 0, _content_length(response)
-            note = _PartialDownload(_validator(response), total)
-            part.unlink(missing_ok=True)
-            atomic_write_text(note_path, json.dumps(asdict(note)))
-        _append(response, part, have, total)
-    if total is not None and _size(part) != total:
-        raise _RetryableError(f"the connection closed after {_size(part):,} of {total:,} bytes")
+            offset, total = 0, _content_length(response)
+            metadata = _PartialDownload(_validator(response), total)
+            partial.unlink(missing_ok=True)
+            atomic_write_text(metadata_path, json.dumps(asdict(metadata)))
+        _append(response, partial, offset, total)
+    if total is not None and _size(partial) != total:
+        raise _RetryableError(f"the connection closed after {_size(partial):,} of {total:,} bytes")
 
 
-def _append(response: IO[bytes], part: Path, have: int, total: int | None) -> None:
-    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc="download")
-    with part.open("ab") as file, bar:
+def _append(response: IO[bytes], partial: Path, offset: int, total: int | None) -> None:
+    bar = tqdm(total=total, initial=offset, unit="B", unit_scale=True, unit_divisor=1024, disable=None, desc="download")
+    with partial.open("ab") as file, bar:
         while True:
-            with _network():
-                piece = response.read(_CHUNK_BYTES)
-            if not piece:
+            with _retry_network_errors():
+                chunk = response.read(_CHUNK_BYTES)
+            if not chunk:
                 return
-            file.write(piece)
-            bar.update(len(piece))
+            file.write(chunk)
+            bar.update(len(chunk))
 
 
 def _open(request: urllib.request.Request, timeout_s: float) -> Any:
-    """The response, or None for 416."""
-    with _network():
+    """Send the request and return the response, or None for status 416."""
+    with _retry_network_errors():
         try:
             return urllib.request.urlopen(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
@@ -162,15 +171,16 @@ def _open(request: urllib.request.Request, timeout_s: float) -> Any:
             if error.code == 416 and request.has_header("Range"):
                 return None
             if error.code in (408, 425, 429) or error.code >= 500:
-                raise _RetryableError(f"the server answered {error.code} {error.reason}") from error
+                raise _RetryableError(f"the server returned {error.code} {error.reason}") from error
             raise DataError(
-                f"The server answered {error.code} {error.reason} for {request.full_url}; try another --url, {_BY_HAND}."
+                f"The server returned {error.code} {error.reason} for {request.full_url}. Try another --url, "
+                f"{_MANUAL_DOWNLOAD}."
             ) from error
 
 
 @contextlib.contextmanager
-def _network() -> Iterator[None]:
-    """Tell the errors of the network from those of the disk."""
+def _retry_network_errors() -> Iterator[None]:
+    """Convert network errors, but not disk errors of the caller, to retryable ones."""
     try:
         yield
     except (OSError, http.client.HTTPException, UnicodeError) as error:
@@ -179,10 +189,11 @@ def _network() -> Iterator[None]:
 
 
 def _content_range(text: str) -> tuple[int | None, int | None]:
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", text.strip())
-    if not found:
+    """Parse the start and the total size."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", text.strip())
+    if not match:
         return None, None
-    return int(found[1]), None if found[2] == "*" else int(found[2])
+    return int(match[1]), None if match[2] == "*" else int(match[2])
 
 
 def _content_length(response: Any) -> int | None:
@@ -191,6 +202,6 @@ def _content_length(response: Any) -> int | None:
 
 
 def _validator(response: Any) -> str:
-    """A strong ETag or a date; a weak ETag promises no equal bytes, and If-Range may not hold it."""
+    """Return a strong ETag or the modification date. If-Range does not allow weak ETags."""
     etag: str = response.headers.get("ETag", "")
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")

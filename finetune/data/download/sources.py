@@ -1,4 +1,4 @@
-"""Where photos of cats and dogs are published, and how their archives are laid out."""
+"""Public sources of cat and dog photos, and the layout of their archives."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ _GIGABYTE = 1 << 30
 
 @dataclass(frozen=True)
 class Source:
-    """Where photos are published and how their archive is laid out.
+    """A public data set and the layout of its archive.
 
-    ``image_pattern`` matches the path of a photo in the archive; its group ``label`` is the class and ``split``, where the
-    source has a split of its own, the split. No ``url`` means Kaggle's own client and the competition of that name;
-    ``inner_archive`` is the archive inside the archive, and ``image_count`` how many were published.
+    Attributes:
+        description: One line for the help text.
+        image_count: Number of published images.
+        image_pattern: Regular expression for image paths in the archive, with a group ``label`` for the class and,
+            if the source has a split, a group ``split``.
+        url: Download URL, or None to download ``competition`` with Kaggle's client.
+        competition: Name of the Kaggle competition.
+        sha256: Expected sha256 of the archive, if known.
+        inner_archive: Archive within the archive that contains the images.
+        note: Printed after the download.
+        max_members: Maximum number of files in the archive.
+        max_bytes: Maximum uncompressed size of the archive in bytes.
     """
 
     description: str
@@ -29,13 +38,13 @@ class Source:
 
     @property
     def has_split(self) -> bool:
-        """Whether the archive itself says which photos are for validation."""
+        """Whether the archive has a validation split."""
         return "(?P<split>" in self.image_pattern
 
 
 SOURCES: dict[str, Source] = {
     "filtered": Source(
-        description="2,000 training and 1,000 validation photos, Google's small extract (69 MB)",
+        description="2,000 training and 1,000 validation photos, a subset by Google (69 MB)",
         image_count=3_000,
         image_pattern=r"cats_and_dogs_filtered/(?P<split>train|validation)/(?P<label>cats|dogs)/[^/.][^/]*\.(?i:jpe?g)",
         url="https://storage.googleapis.com/mledu-datasets/cats_and_dogs_filtered.zip",
@@ -43,15 +52,15 @@ SOURCES: dict[str, Source] = {
         max_bytes=_GIGABYTE,
     ),
     "microsoft": Source(
-        description="all 25,000 photos, from Microsoft (825 MB)",
+        description="all 25,000 photos from Microsoft (825 MB)",
         image_count=25_000,
         image_pattern=r"PetImages/(?P<label>Cat|Dog)/[^/.][^/]*\.(?i:jpe?g)",
         url="https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/kagglecatsanddogs_5340.zip",
         sha256="b7974bd00a84a99921f36ee4403f089853777b5ae8d151c76a86e64900334af9",
-        note="By the published count 1,738 of its files are damaged; they were left in.",
+        note="According to the publisher, 1,738 of its files are damaged. They are not removed.",
     ),
     "kaggle": Source(
-        description="the 25,000 training photos of the Kaggle competition, through Kaggle's own client (about 850 MB)",
+        description="the 25,000 training photos of the Kaggle competition, with Kaggle's client (about 850 MB)",
         image_count=25_000,
         image_pattern=r"train/(?P<label>cat|dog)\.\d+\.(?i:jpe?g)",
         competition="dogs-vs-cats",

@@ -1,4 +1,4 @@
-"""Photos are fetched from where a try stopped, checked, unpacked without trust, and never half there."""
+"""``finetune download``: resuming, checksums, safe unpacking and atomic output."""
 
 from __future__ import annotations
 
@@ -55,15 +55,15 @@ FILTERED = zip_of(filtered_members())
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``body`` at every path, as well or as badly as it is told to, and remembers what it was asked for."""
+    """Serves ``body`` at every path, with configurable failures, and records the requests."""
 
     body = FILTERED
     ranges = True
     etag: str | None = '"one"'
-    drops: list[int]  # how many bytes each of the next answers sends before the connection closes
-    statuses: list[int]  # what each of the next answers says instead
-    asked: list[str | None]  # the Range of each request
-    sent: list[int]  # the bytes of each answer
+    drops: list[int]  # bytes that each of the next responses sends before the connection closes
+    statuses: list[int]  # error statuses of the next responses
+    requested_ranges: list[str | None]  # the Range header of each request
+    sent: list[int]  # bytes sent in each response
 
     @property
     def url(self) -> str:
@@ -74,15 +74,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self) -> None:
-        server, wanted = self.server, self.headers.get("Range")
-        server.asked.append(wanted)
+        server, requested_range = self.server, self.headers.get("Range")
+        server.requested_ranges.append(requested_range)
         body, start = server.body, 0
         fresh = self.headers.get("If-Range") in (None, server.etag)
         if server.statuses:
             self.send_error(server.statuses.pop(0))
             return
-        if wanted and server.ranges and fresh:
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])  # type: ignore[index]
+        if requested_range and server.ranges and fresh:
+            start = int(re.fullmatch(r"bytes=(\d+)-", requested_range)[1])  # type: ignore[index]
             if start >= len(body):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(body)}")
@@ -96,11 +96,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.etag:
             self.send_header("ETag", server.etag)
         self.end_headers()
-        piece = body[start:]
+        chunk = body[start:]
         if server.drops:
-            piece = piece[: server.drops.pop(0)]
-        server.sent.append(len(piece))
-        self.wfile.write(piece)
+            chunk = chunk[: server.drops.pop(0)]
+        server.sent.append(len(chunk))
+        self.wfile.write(chunk)
 
     def log_message(self, *args: object) -> None:
         pass
@@ -110,7 +110,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server(("127.0.0.1", 0), Handler) as running:
-        running.drops, running.statuses, running.asked, running.sent = [], [], [], []
+        running.drops, running.statuses, running.requested_ranges, running.sent = [], [], [], []
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield running
@@ -133,13 +133,13 @@ def source_json(out: Path) -> dict[str, object]:
 
 
 def archive_file(tmp_path: Path, content: bytes) -> Path:
-    path = tmp_path / "by-hand.zip"
+    path = tmp_path / "manual.zip"
     path.write_bytes(content)
     return path
 
 
 def never_wait(seconds: float) -> None:
-    raise AssertionError(f"waited {seconds} s, where the first try should have ended it")
+    raise AssertionError(f"waited {seconds} s instead of failing at the first attempt")
 
 
 def no_wait(seconds: float) -> None:
@@ -149,7 +149,7 @@ def no_wait(seconds: float) -> None:
 # Layouts
 
 
-def test_filtered_keeps_its_own_split_and_leaves_strays_out(server: Server, out: Path) -> None:
+def test_filtered_keeps_its_split_and_skips_other_files(server: Server, out: Path) -> None:
     summary = download("filtered", out, url=server.url, sleep=never_wait)
     assert summary.image_counts == {"train": {"cats": 3, "dogs": 3}, "valid": {"cats": 3, "dogs": 3}}
     photos = [f"{s}/{c}s/{c}.{i}.jpg" for s in ("train", "valid") for c in ("cat", "dog") for i in range(3)]
@@ -158,7 +158,7 @@ def test_filtered_keeps_its_own_split_and_leaves_strays_out(server: Server, out:
     assert [path.name for path in out.parent.iterdir()] == ["pets"]
 
 
-def test_source_json_says_where_the_photos_are_from(server: Server, out: Path) -> None:
+def test_source_json_records_the_origin(server: Server, out: Path) -> None:
     download("filtered", out, url=server.url)
     assert source_json(out) == {
         "source": "filtered",
@@ -200,44 +200,44 @@ def test_the_published_sha256_is_checked_even_for_a_mirror(server: Server, out: 
 # Downloads that go wrong
 
 
-def test_a_dropped_connection_goes_on_with_the_missing_bytes_only(server: Server, out: Path) -> None:
+def test_a_dropped_connection_resumes_with_the_missing_bytes(server: Server, out: Path) -> None:
     server.drops = [500, 300]
     waits: list[float] = []
     download("filtered", out, url=server.url, sleep=waits.append)
-    assert server.asked == [None, "bytes=500-", "bytes=800-"]
+    assert server.requested_ranges == [None, "bytes=500-", "bytes=800-"]
     assert sum(server.sent) == len(FILTERED)
     assert waits == [1.0, 1.0]
     assert source_json(out)["sha256"] == hashlib.sha256(FILTERED).hexdigest()
 
 
-def test_another_run_goes_on_where_a_failed_run_stopped(server: Server, out: Path) -> None:
+def test_another_run_resumes_a_failed_one(server: Server, out: Path) -> None:
     server.drops = [700, 0, 0, 0, 0]
     waits: list[float] = []
-    with pytest.raises(DataError, match=r"closed after 700 of .* bytes.*run the same command again.*--archive FILE"):
+    with pytest.raises(DataError, match=r"closed after 700 of .* bytes.*Re-run the same command to resume.*--archive FILE"):
         download("filtered", out, url=server.url, sleep=waits.append)
     assert waits == [1.0, 2.0, 4.0, 8.0]
     assert not out.exists()
-    server.asked.clear()
+    server.requested_ranges.clear()
     download("filtered", out, url=server.url)
-    assert server.asked == ["bytes=700-"]
+    assert server.requested_ranges == ["bytes=700-"]
     assert len(names(out)) == 13
 
 
-def test_a_server_without_ranges_starts_again(server: Server, out: Path) -> None:
+def test_without_range_support_the_download_restarts(server: Server, out: Path) -> None:
     server.ranges, server.drops = False, [500]
     download("filtered", out, url=server.url, sleep=no_wait)
-    assert server.asked == [None, "bytes=500-"]
+    assert server.requested_ranges == [None, "bytes=500-"]
     assert server.sent == [500, len(FILTERED)]
 
 
-def test_a_server_that_never_gets_further_is_given_up(server: Server, out: Path) -> None:
+def test_the_download_fails_after_max_attempts_without_progress(server: Server, out: Path) -> None:
     server.ranges, server.drops = False, [500] * 50
     with pytest.raises(DataError, match="closed after 500"):
         download("filtered", out, url=server.url, sleep=no_wait)
-    assert len(server.asked) == 5
+    assert len(server.requested_ranges) == 5
 
 
-def test_a_file_that_changed_on_the_server_starts_again(server: Server, out: Path, tmp_path: Path) -> None:
+def test_a_changed_file_restarts_the_download(server: Server, out: Path, tmp_path: Path) -> None:
     server.drops = [500, 0, 0, 0, 0]
     with pytest.raises(DataError):
         download("filtered", out, url=server.url, cache_dir=tmp_path / "cache", sleep=no_wait)
@@ -247,7 +247,7 @@ def test_a_file_that_changed_on_the_server_starts_again(server: Server, out: Pat
     assert summary.image_counts["train"]["cats"] == 4
 
 
-def test_without_an_etag_another_length_tells_that_the_file_changed(server: Server, out: Path) -> None:
+def test_without_an_etag_a_changed_length_restarts_the_download(server: Server, out: Path) -> None:
     server.etag, server.drops = None, [500, 0, 0, 0, 0]
     with pytest.raises(DataError):
         download("filtered", out, url=server.url, sleep=no_wait)
@@ -255,42 +255,42 @@ def test_without_an_etag_another_length_tells_that_the_file_changed(server: Serv
     assert download("filtered", out, url=server.url, sleep=no_wait).image_counts["train"]["cats"] == 4
 
 
-def test_a_part_that_is_whole_already_is_taken(server: Server, out: Path) -> None:
+def test_a_complete_partial_file_is_used(server: Server, out: Path) -> None:
     server.drops = [len(FILTERED) - 1, 0, 0, 0, 0]
     with pytest.raises(DataError):
         download("filtered", out, url=server.url, sleep=no_wait)
     (part,) = out.parent.rglob("*.part")
     part.write_bytes(FILTERED)
-    server.asked.clear()
+    server.requested_ranges.clear()
     download("filtered", out, url=server.url, sleep=never_wait)
-    assert server.asked == [f"bytes={len(FILTERED)}-"]
+    assert server.requested_ranges == [f"bytes={len(FILTERED)}-"]
 
 
-def test_a_part_that_is_too_long_is_thrown_away(server: Server, out: Path) -> None:
+def test_an_oversized_partial_file_is_discarded(server: Server, out: Path) -> None:
     server.drops = [500, 0, 0, 0, 0]
     with pytest.raises(DataError):
         download("filtered", out, url=server.url, sleep=no_wait)
     (part,) = out.parent.rglob("*.part")
     part.write_bytes(bytes(len(FILTERED) + 10))
-    server.asked.clear()
+    server.requested_ranges.clear()
     download("filtered", out, url=server.url, sleep=no_wait)
-    assert server.asked == [f"bytes={len(FILTERED) + 10}-", None]
+    assert server.requested_ranges == [f"bytes={len(FILTERED) + 10}-", None]
 
 
-def test_a_busy_server_is_asked_again(server: Server, out: Path) -> None:
+def test_a_busy_server_is_retried(server: Server, out: Path) -> None:
     server.statuses = [503, 429]
     download("filtered", out, url=server.url, sleep=no_wait)
-    assert len(server.asked) == 3
+    assert len(server.requested_ranges) == 3
 
 
-def test_a_missing_page_ends_at_once_with_what_to_do(server: Server, out: Path) -> None:
+def test_404_fails_without_retries(server: Server, out: Path) -> None:
     server.statuses = [404]
     with pytest.raises(DataError, match=r"404 Not Found for http://.*--archive FILE"):
         download("filtered", out, url=server.url, sleep=never_wait)
     assert list(out.parent.iterdir()) == []
 
 
-def test_a_network_that_cannot_be_reached_says_what_to_do(server: Server, out: Path) -> None:
+def test_an_unreachable_server_is_explained(server: Server, out: Path) -> None:
     closed = server.url
     server.shutdown()
     server.server_close()
@@ -299,35 +299,35 @@ def test_a_network_that_cannot_be_reached_says_what_to_do(server: Server, out: P
 
 
 @pytest.mark.parametrize("url", ["pets.zip", "file:///etc/hosts", "https://", "http://[half", "http://a b/", "http://a:x/"])
-def test_what_is_no_address_is_refused(out: Path, url: str) -> None:
-    with pytest.raises(DataError, match="is not an address to download from"):
+def test_an_invalid_url_is_rejected(out: Path, url: str) -> None:
+    with pytest.raises(DataError, match="Invalid download URL"):
         download("filtered", out, url=url, sleep=never_wait)
 
 
-def test_wrong_bytes_are_deleted_and_asked_for_again(server: Server, out: Path, tmp_path: Path) -> None:
-    right = hashlib.sha256(FILTERED).hexdigest()
+def test_an_archive_with_the_wrong_sha256_is_deleted(server: Server, out: Path, tmp_path: Path) -> None:
+    expected = hashlib.sha256(FILTERED).hexdigest()
     server.body = b"?" * len(FILTERED)
-    with pytest.raises(DataError, match=f"where {right} was wanted"):
-        download("filtered", out, url=server.url, sha256=right, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match=f"expected {expected}"):
+        download("filtered", out, url=server.url, sha256=expected, cache_dir=tmp_path / "cache")
     assert names(tmp_path) == []
     server.body = FILTERED
-    assert download("filtered", out, url=server.url, sha256=right, cache_dir=tmp_path / "cache").verified
+    assert download("filtered", out, url=server.url, sha256=expected, cache_dir=tmp_path / "cache").verified
 
 
-def test_a_given_cache_keeps_the_archive_and_saves_the_next_download(server: Server, out: Path, tmp_path: Path) -> None:
+def test_cache_dir_keeps_the_archive_for_the_next_download(server: Server, out: Path, tmp_path: Path) -> None:
     download("filtered", out, url=server.url, cache_dir=tmp_path / "cache")
     download("filtered", tmp_path / "again", url=server.url, cache_dir=tmp_path / "cache")
-    assert server.asked == [None]
+    assert server.requested_ranges == [None]
     assert len(names(tmp_path / "cache")) == 1
 
 
-def test_a_cache_that_cannot_be_written_ends_in_one_sentence(server: Server, out: Path, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_explained(server: Server, out: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match="pick another folder with --cache-dir"):
+    with pytest.raises(DataError, match="choose another folder with --cache-dir"):
         download("filtered", out, url=server.url, cache_dir=tmp_path / "cache")
 
 
-# Archives that are not what they should be
+# Invalid archives
 
 
 def with_member(member: zipfile.ZipInfo | str, content: bytes = PHOTO) -> bytes:
@@ -356,23 +356,23 @@ def symlink() -> zipfile.ZipInfo:
     ],
     ids=str,
 )
-def test_a_member_that_leads_elsewhere_is_refused_by_name(tmp_path: Path, out: Path, member: zipfile.ZipInfo | str) -> None:
+def test_a_member_with_an_unsafe_path_is_rejected(tmp_path: Path, out: Path, member: zipfile.ZipInfo | str) -> None:
     name = member if isinstance(member, str) else member.filename
     archive = archive_file(tmp_path, with_member(member, b"/etc/hosts"))
     with pytest.raises(DataError, match=re.escape(f"its member {name!r}")):
         download("filtered", out, archive=archive)
-    assert names(tmp_path) == ["by-hand.zip"]
+    assert names(tmp_path) == ["manual.zip"]
 
 
-def test_a_member_named_twice_is_refused(tmp_path: Path, out: Path) -> None:
+def test_a_duplicate_member_is_rejected(tmp_path: Path, out: Path) -> None:
     with pytest.warns(UserWarning, match="Duplicate name"):
         content = with_member("cats_and_dogs_filtered/train/cats/cat.0.jpg")
-    with pytest.raises(DataError, match="is there twice"):
+    with pytest.raises(DataError, match="occurs more than once"):
         download("filtered", out, archive=archive_file(tmp_path, content))
 
 
 @pytest.mark.parametrize("limit", [{"max_bytes": 10_000}, {"max_members": 10}])
-def test_an_archive_that_unpacks_to_too_much_is_refused(
+def test_an_oversized_archive_is_rejected(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
 ) -> None:
     monkeypatch.setitem(SOURCES, "filtered", dataclasses.replace(SOURCES["filtered"], **limit))
@@ -380,49 +380,49 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(
     with zipfile.ZipFile(memory, "a", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("cats_and_dogs_filtered/train/cats/cat.9.jpg", bytes(1_000_000))
     assert len(memory.getvalue()) < 10_000
-    with pytest.raises(DataError, match="where at most"):
+    with pytest.raises(DataError, match="but the limits for this source are"):
         download("filtered", out, archive=archive_file(tmp_path, memory.getvalue()))
     assert not out.exists()
 
 
-def test_a_member_that_hides_its_size_does_not_unpack_to_more(tmp_path: Path, out: Path) -> None:
+def test_a_member_that_understates_its_size_is_rejected(tmp_path: Path, out: Path) -> None:
     memory = io.BytesIO(FILTERED)
     with zipfile.ZipFile(memory, "a", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("cats_and_dogs_filtered/train/cats/cat.9.jpg", bytes(1_000_000))
     lying = memory.getvalue().replace((1_000_000).to_bytes(4, "little"), (10).to_bytes(4, "little"))
-    with pytest.raises(DataError, match="not a whole zip archive"):
+    with pytest.raises(DataError, match="not a complete zip archive"):
         download("filtered", out, archive=archive_file(tmp_path, lying))
     assert not out.exists()
 
 
 @pytest.mark.parametrize("content", [b"<html>Sorry</html>", b"", FILTERED[:-30], FILTERED.replace(PHOTO, PHOTO[::-1], 1)])
-def test_what_is_no_whole_zip_is_refused(tmp_path: Path, out: Path, content: bytes) -> None:
-    with pytest.raises(DataError, match="not a whole zip archive"):
+def test_an_incomplete_zip_is_rejected(tmp_path: Path, out: Path, content: bytes) -> None:
+    with pytest.raises(DataError, match="not a complete zip archive"):
         download("filtered", out, archive=archive_file(tmp_path, content))
-    assert names(tmp_path) == ["by-hand.zip"]
+    assert names(tmp_path) == ["manual.zip"]
 
 
-def test_a_web_page_in_the_place_of_the_archive_is_not_kept(server: Server, out: Path, tmp_path: Path) -> None:
+def test_a_web_page_instead_of_the_archive_is_not_kept(server: Server, out: Path, tmp_path: Path) -> None:
     server.body = b"<html>Please log in</html>"
-    with pytest.raises(DataError, match="not a whole zip archive"):
+    with pytest.raises(DataError, match="not a complete zip archive"):
         download("filtered", out, url=server.url, cache_dir=tmp_path / "cache")
     assert names(tmp_path) == []
 
 
-def test_another_layout_is_refused(tmp_path: Path, out: Path) -> None:
+def test_another_layout_is_rejected(tmp_path: Path, out: Path) -> None:
     archive = archive_file(tmp_path, zip_of(microsoft_members()))
-    with pytest.raises(DataError, match="no photos for train/cats, train/dogs, valid/cats, valid/dogs"):
+    with pytest.raises(DataError, match=r"no photos for train/cats, train/dogs, valid/cats, valid/dogs\."):
         download("filtered", out, archive=archive)
     few = archive_file(tmp_path, zip_of({"PetImages/Cat/1.jpg": PHOTO, "PetImages/Dog/1.jpg": PHOTO}))
     sha256 = hashlib.sha256(few.read_bytes()).hexdigest()
-    with pytest.raises(DataError, match="no photos for train/cats, train/dogs:"):
+    with pytest.raises(DataError, match=r"no photos for train/cats, train/dogs\."):
         download("microsoft", out, archive=few, sha256=sha256)
 
 
-# Nothing half made
+# Atomic output
 
 
-def test_an_interrupted_unpacking_leaves_nothing_but_the_archive(
+def test_interrupted_unpacking_leaves_only_the_archive(
     server: Server, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: object) -> None:
@@ -434,10 +434,10 @@ def test_an_interrupted_unpacking_leaves_nothing_but_the_archive(
             download("filtered", out, url=server.url)
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".zip"]
     download("filtered", out, url=server.url)
-    assert server.asked == [None]
+    assert server.requested_ranges == [None]
 
 
-def test_a_kill_in_the_middle_of_unpacking_leaves_no_folder(tmp_path: Path, out: Path) -> None:
+def test_a_kill_during_unpacking_leaves_no_output_folder(tmp_path: Path, out: Path) -> None:
     archive = archive_file(tmp_path, FILTERED)
     program = (
         "import os, sys; from pathlib import Path; from finetune.data.download import downloader as d; real = d.extract\n"
@@ -453,24 +453,22 @@ def test_a_kill_in_the_middle_of_unpacking_leaves_no_folder(tmp_path: Path, out:
     assert download("filtered", out, archive=archive).image_counts["train"]["cats"] == 3
 
 
-def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_explained_and_leaves_nothing(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "extract", full)
     with pytest.raises(DataError, match=r"Could not write to .*No space left on device"):
         download("filtered", out, archive=archive_file(tmp_path, FILTERED))
-    assert names(tmp_path) == ["by-hand.zip"]
+    assert names(tmp_path) == ["manual.zip"]
 
 
-def test_a_folder_with_something_in_it_is_refused_before_any_download(server: Server, out: Path) -> None:
+def test_a_non_empty_folder_is_rejected_before_the_download(server: Server, out: Path) -> None:
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
         download("filtered", out, url=server.url)
-    assert server.asked == []
+    assert server.requested_ranges == []
     assert names(out) == ["mine.txt"]
 
 
@@ -503,16 +501,14 @@ def test_kaggle_unpacks_the_inner_archive_and_splits_it(
     assert "Downloading dogs-vs-cats.zip" in capsys.readouterr().err
 
 
-def test_a_train_zip_that_was_downloaded_alone_is_taken_too(tmp_path: Path, out: Path) -> None:
+def test_the_inner_archive_alone_is_accepted(tmp_path: Path, out: Path) -> None:
     train = zip_of({f"train/{c}.{i}.jpg": PHOTO for c in ("cat", "dog") for i in range(5)})
     assert download("kaggle", out, archive=archive_file(tmp_path, train)).image_counts["valid"] == {"cats": 1, "dogs": 1}
 
 
-def test_without_the_kaggle_command_the_message_says_what_to_do(
-    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_kaggle_command_is_explained(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DataError, match=r"pip install kaggle.*accept the rules.*kaggle\.json in ~/\.kaggle"):
+    with pytest.raises(DataError, match=r"pip install kaggle.*Accept the rules.*kaggle\.json in ~/\.kaggle"):
         download("kaggle", out)
 
 
@@ -521,15 +517,15 @@ def test_without_the_kaggle_command_the_message_says_what_to_do(
     [
         ("print('Warning\\r'); sys.exit('403 - Forbidden')", r"failed \(403 - Forbidden\)"),
         ("sys.exit(7)", r"failed \(exit status 7\)"),
-        ("pass", r"left no dogs-vs-cats\.zip"),
+        ("pass", r"did not create dogs-vs-cats\.zip"),
     ],
 )
-def test_a_kaggle_command_that_fails_says_why_and_what_to_do(
+def test_a_failing_kaggle_command_is_explained(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, body: str, why: str
 ) -> None:
     fake_kaggle(tmp_path / "bin", body)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(DataError, match=why + ".*accept the rules"):
+    with pytest.raises(DataError, match=why + ".*Accept the rules"):
         download("kaggle", out)
     assert not out.exists()
 
@@ -543,7 +539,7 @@ def parse(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_the_command_says_what_arrived_and_what_to_type_next(
+def test_the_command_prints_a_summary_and_the_next_command(
     server: Server, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert module.run(parse("filtered", str(out), "--url", server.url)) == 0
@@ -551,18 +547,18 @@ def test_the_command_says_what_arrived_and_what_to_type_next(
     assert f"Unpacked 12 photos from {server.url} into {out}." in printed
     assert "train: 3 cats, 3 dogs" in printed
     assert f"sha256 {hashlib.sha256(FILTERED).hexdigest()} (recorded in SOURCE.json" in printed
-    assert "3,000 photos were published" in printed
+    assert "the published archive has 3,000 photos" in printed
     assert f"finetune train --data-dir {out} --backbone efficientnet_lite0" in printed
 
 
-def test_the_command_tells_of_damaged_files_that_were_left_in(
+def test_the_command_mentions_damaged_files_of_the_source(
     tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive = archive_file(tmp_path, zip_of(microsoft_members()))
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
     module.run(parse("microsoft", str(out), "--archive", str(archive), "--sha256", sha256))
     printed = capsys.readouterr().out
-    assert f"sha256 {sha256} (as was wanted)" in printed
+    assert f"sha256 {sha256} (verified)" in printed
     assert "1,738 of its files are damaged" in printed
 
 
@@ -570,13 +566,13 @@ def test_the_command_tells_of_damaged_files_that_were_left_in(
     ("name", "options", "message"),
     [
         ("filterd", {}, "Did you mean 'filtered'"),
-        ("filtered", {"valid_fraction": 0.0}, "--valid-fraction 0.0 is not between 0 and 1"),
-        ("filtered", {"valid_fraction": float("nan")}, "--valid-fraction nan"),
-        ("filtered", {"sha256": "abc"}, "not 64 hexadecimal digits"),
+        ("filtered", {"valid_fraction": 0.0}, r"--valid-fraction must be between 0 and 1, such as 0\.2 \(got 0\.0\)"),
+        ("filtered", {"valid_fraction": float("nan")}, r"--valid-fraction must be between 0 and 1.*\(got nan\)"),
+        ("filtered", {"sha256": "abc"}, "--sha256 must be 64 hexadecimal digits"),
         ("filtered", {"archive": Path("nowhere.zip")}, r"Could not read the archive nowhere\.zip"),
     ],
 )
-def test_options_that_cannot_be_are_refused(out: Path, name: str, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_rejected(out: Path, name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         download(name, out, **options)
     assert not out.exists()
