@@ -1,1 +1,1 @@
-"""Arrays on disk, reading ahead in threads, and output folders that are complete or absent."""
+"""Array cache on disk, threaded mapping, and atomic output folders."""

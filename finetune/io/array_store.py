@@ -1,8 +1,8 @@
-"""A content-addressed store of array rows on disk: written once, shared between runs, bounded, safe against a kill.
+"""A size-limited, content-addressed cache of array rows on disk, shared between runs.
 
-Rows of one kind (``context`` says what made them) lie in a folder named by the context's sha256, in files of some hundred
-rows each: the rows, and the sha256 of what each row was made from. A file appears whole or not at all and never changes,
-so several runs may read and write at once; a damaged one is left out and its rows are made again.
+Rows that were computed in the same way (their ``context``) are stored in a folder named after the context's sha256, in files
+of 256 rows. Each file holds the rows and the sha256 of each row's input. Files are written atomically and never change, so
+several runs can read and write at the same time. Damaged files are deleted and their rows computed again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ ROWS_PER_FILE = 256
 
 
 class ArrayStore:
-    """Rows by key, for one context. ``root`` is shared by all contexts and holds at most ``limit_mb`` after ``prune``."""
+    """A cache of rows by key for one context.
+
+    Args:
+        root: Cache folder, shared by all contexts.
+        context: All that the rows depend on besides their input, as JSON-compatible data.
+        limit_mb: Maximum size of ``root`` in MB, enforced after each write.
+    """
 
     def __init__(self, root: Path, context: Mapping[str, Any], *, limit_mb: int) -> None:
         text = json.dumps(context, sort_keys=True)
@@ -40,7 +46,7 @@ class ArrayStore:
         self._rows: dict[str, NDArray[Any]] = {}
 
     def load(self, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """The rows that are there for ``keys`` (sha256 in hexadecimal digits); those that are not are left out."""
+        """Return the cached rows among ``keys`` (hexadecimal sha256s)."""
         missing = set(keys) - self._rows.keys()
         if missing and self._folder.is_dir():
             for file in sorted(self._folder.glob("*.safetensors")):
@@ -48,13 +54,13 @@ class ArrayStore:
         return {key: self._rows[key] for key in keys if key in self._rows}
 
     def add(self, key: str, row: NDArray[Any]) -> None:
-        """Keep a row; it is on disk after some hundred more, or after ``flush``."""
+        """Add a row. It is written to disk when a file is full, or by ``flush``."""
         self._rows[key] = self._pending[key] = row
         if len(self._pending) >= ROWS_PER_FILE:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending, then remove the files used longest ago while the whole store is over its limit."""
+        """Write the pending rows to disk, then prune the cache to its size limit."""
         if not self._pending:
             return
         keys = np.frombuffer(bytes.fromhex("".join(self._pending)), dtype=np.uint8).reshape(-1, 32)
@@ -62,39 +68,39 @@ class ArrayStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         if not (self._folder / "context.json").exists():
             atomic_write_text(self._folder / "context.json", self._context + "\n")
-        with atomic_write(self._folder / f"{uuid.uuid4().hex}.safetensors") as part:
-            part.write_bytes(save({"keys": keys, "rows": rows}, {"crc32": str(_checksum(keys, rows))}))
+        with atomic_write(self._folder / f"{uuid.uuid4().hex}.safetensors") as temporary:
+            temporary.write_bytes(save({"keys": keys, "rows": rows}, {"crc32": str(_checksum(keys, rows))}))
         self._pending.clear()
         prune(self._root, self._limit_bytes)
 
-    def _read(self, file: Path, wanted: set[str]) -> None:
+    def _read(self, file: Path, missing: set[str]) -> None:
         try:
             data = file.read_bytes()
             arrays = load(data)
             keys, rows = arrays["keys"], arrays["rows"]
             if _metadata(data).get("crc32") != str(_checksum(keys, rows)):
                 raise ValueError("checksum")
-        except FileNotFoundError:  # another run has pruned it
+        except FileNotFoundError:  # pruned by another run
             return
         except (SafetensorError, KeyError, ValueError):
             file.unlink(missing_ok=True)
             return
-        found = [(key, row) for key, row in zip((bytes(k).hex() for k in keys), rows, strict=True) if key in wanted]
-        self._rows.update(found)
-        if found:
+        matches = [(key, row) for key, row in zip((bytes(k).hex() for k in keys), rows, strict=True) if key in missing]
+        self._rows.update(matches)
+        if matches:
             with contextlib.suppress(OSError):
-                os.utime(file)
+                os.utime(file)  # marks the file as recently used
 
 
 def prune(root: Path, limit_bytes: int) -> None:
-    """Remove the files used longest ago until all that lie in ``root`` take at most ``limit_bytes``."""
-    found = []
-    for file in (*root.glob("*/*.safetensors"), *root.glob("*/.*.part")):  # a killed run leaves its part behind
+    """Delete the least recently used files until ``root`` takes at most ``limit_bytes``."""
+    files = []
+    for file in (*root.glob("*/*.safetensors"), *root.glob("*/.*.part")):  # a killed run leaves its temporary file
         with contextlib.suppress(FileNotFoundError):
             stat = file.stat()
-            found.append((stat.st_mtime_ns, stat.st_size, file))
-    total = sum(size for _, size, _ in found)
-    for _, size, file in sorted(found):
+            files.append((stat.st_mtime_ns, stat.st_size, file))
+    total = sum(size for _, size, _ in files)
+    for _, size, file in sorted(files):
         if total <= limit_bytes:
             return
         file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Dataset folders that are there whole or not at all."""
+"""Create output folders atomically."""
 
 from __future__ import annotations
 
@@ -13,38 +13,41 @@ from models.errors import DataError
 
 
 def require_empty_folder(out: Path) -> None:
-    """Raise ``DataError`` where something is at ``out`` already; an empty folder counts as nothing."""
+    """Raise DataError if ``out`` exists and is not an empty folder."""
     try:
-        full = out.is_dir() and any(out.iterdir())
+        is_full = out.is_dir() and any(out.iterdir())
     except OSError as error:
-        raise DataError(f"Could not look into {out} ({error.strerror or error}); pick another folder.") from error
-    if full:
-        raise DataError(f"The folder {out} is not empty; pick another folder, or delete it first.")
+        raise DataError(f"Could not read {out} ({error.strerror or error}). Choose another folder.") from error
+    if is_full:
+        raise DataError(f"The folder {out} is not empty. Choose another folder, or delete it first.")
     if not out.is_dir() and (out.exists() or out.is_symlink()):
-        raise DataError(f"{out} is not a folder, where a new one was wanted; pick another name.")
+        raise DataError(f"{out} exists and is not a folder. Choose another name.")
 
 
 @contextlib.contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Give a temporary folder beside ``out`` to fill, and rename it to ``out`` when the block ends without an error.
+    """Yield a temporary folder next to ``out`` that is renamed to ``out`` if the block succeeds.
 
-    A kill or a full disk in the middle leaves no ``out``. Parent folders are made.
+    A kill or a full disk leaves no incomplete ``out``. Parent folders are created.
 
-    Raises ``DataError`` where something is at ``out`` already, and for every ``OSError`` inside the block.
+    Raises:
+        DataError: ``out`` exists and is not an empty folder, or an OSError occurred in the block.
     """
-    part: Path | None = None
+    temporary: Path | None = None
     try:
         require_empty_folder(out)
-        home = Path(os.path.abspath(out))
-        home.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{home.name}.", suffix=".part", dir=home.parent))
-        part.chmod(0o755)  # mkdtemp gives 0700; a dataset is read by other users too
-        yield part
-        if home.is_dir():
-            home.rmdir()  # empty, or it would have been refused; Windows renames onto nothing else
-        part.replace(home)
+        target = Path(os.path.abspath(out))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        temporary.chmod(0o755)  # mkdtemp creates 0700, but other users may read datasets
+        yield temporary
+        if target.is_dir():
+            target.rmdir()  # empty, as checked above; Windows cannot replace a folder
+        temporary.replace(target)
     except OSError as error:
-        raise DataError(f"Could not write to {out} ({error.strerror or error}); make room, or pick another folder.") from error
+        raise DataError(
+            f"Could not write to {out} ({error.strerror or error}). Free some space, or choose another folder."
+        ) from error
     finally:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,7 @@
-"""Work ahead in threads, hand over in order. Pillow decodes outside Python's lock, so threads keep all processors busy."""
+"""Map a function over items in threads, with results in order.
+
+Pillow releases the GIL while it decodes, so threads are enough to use all CPUs.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ Result = TypeVar("Result")
 
 
 def available_cpus() -> int:
-    """The processors that this process may use: where torchrun started several on this machine, its share of them."""
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, there // _local_world_size())
+    """Return the number of CPUs for this process, divided among torchrun's processes on this machine."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // _local_world_size())
 
 
 def engine_threads() -> int:
-    """How many threads an engine may take: 0, all that it likes, or this process's share of the machine."""
+    """Return the thread limit for inference engines: 0 (no limit), or the CPUs of this process under torchrun."""
     return available_cpus() if _local_world_size() > 1 else 0
 
 
@@ -30,22 +33,32 @@ def _local_world_size() -> int:
 def threaded_map(
     work: Callable[[Item], Result], items: Iterable[Item], *, workers: int, buffer_size: int = 64
 ) -> Iterator[Result]:
-    """``map(work, items)`` in ``workers`` threads (0: one a CPU), at most ``buffer_size`` results before they are taken."""
+    """Map ``work`` over ``items`` in threads.
+
+    Args:
+        work: Function to apply.
+        items: Its inputs, consumed lazily.
+        workers: Number of threads; 0 for one per CPU.
+        buffer_size: Maximum number of pending results.
+
+    Yields:
+        The results, in the order of the items.
+    """
     pool = ThreadPoolExecutor(workers or available_cpus(), thread_name_prefix="decode")
-    waiting: deque[Future[Result]] = deque()
+    pending: deque[Future[Result]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > buffer_size:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(work, item))
+            if len(pending) > buffer_size:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of ``size`` items, the last one shorter (itertools.batched is Python 3.12's)."""
+    """Yield lists of ``size`` items; the last may be shorter. (itertools.batched needs Python 3.12.)"""
     batch: list[Item] = []
     for item in items:
         batch.append(item)

@@ -104,7 +104,7 @@ def test_an_unknown_class_is_refused_with_the_nearest_name() -> None:
 
 def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(DataError, match="not empty; pick another folder, or delete it"):
+    with pytest.raises(DataError, match=r"not empty\. Choose another folder, or delete it"):
         write_synthetic_dataset(tmp_path, train=2, valid=2)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 

@@ -19,7 +19,7 @@ from finetune.io.array_store import ArrayStore, prune
 from tests.helpers.server import poll
 
 ROOT = Path(__file__).resolve().parents[3]
-CONTEXT = {"what": "numbers", "version": 1}
+CONTEXT = {"kind": "numbers", "version": 1}
 
 
 def key(i: int) -> str:
@@ -35,7 +35,7 @@ def open_store(root: Path, *, limit_mb: int = 100, **context: object) -> ArraySt
 
 
 def fill(root: Path, numbers: range, *, width: int = 16, limit_mb: int = 100, **context: object) -> list[Path]:
-    """Rows for ``numbers`` in one file; returns the files that this made."""
+    """Write rows for ``numbers`` to one file and return the new files."""
     before = set(root.glob("*/*.safetensors"))
     store = open_store(root, limit_mb=limit_mb, **context)
     for i in numbers:
@@ -45,7 +45,7 @@ def fill(root: Path, numbers: range, *, width: int = 16, limit_mb: int = 100, **
 
 
 def found(root: Path, numbers: range, **context: object) -> set[int]:
-    """Which of ``numbers`` a new process would find; every row that is there must be the right one."""
+    """Return the ``numbers`` whose rows a new process finds, and check the values of these rows."""
     rows = open_store(root, **context).load([key(i) for i in numbers])
     for i in numbers:
         if key(i) in rows:
@@ -53,7 +53,7 @@ def found(root: Path, numbers: range, **context: object) -> set[int]:
     return {i for i in numbers if key(i) in rows}
 
 
-def test_what_is_kept_comes_back(tmp_path: Path) -> None:
+def test_rows_are_read_back(tmp_path: Path) -> None:
     fill(tmp_path, range(10))
     rows = open_store(tmp_path).load([key(3), key(99), key(7)])
     assert list(rows) == [key(3), key(7)]
@@ -61,7 +61,7 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows[key(7)], row(7))
 
 
-def test_rows_have_any_shape_and_kind(tmp_path: Path) -> None:
+def test_rows_have_any_shape_and_dtype(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     maps = {key(i): np.random.default_rng(i).integers(0, 256, (3, 4, 5)).astype(np.uint8) for i in range(3)}
     for name, value in maps.items():
@@ -72,14 +72,14 @@ def test_rows_have_any_shape_and_kind(tmp_path: Path) -> None:
         np.testing.assert_array_equal(value, maps[name])
 
 
-def test_a_store_that_is_not_there_is_empty_and_makes_no_folder(tmp_path: Path) -> None:
+def test_an_empty_store_creates_no_folder(tmp_path: Path) -> None:
     store = open_store(tmp_path / "cache")
     assert store.load([key(1)]) == {}
     store.flush()
     assert not (tmp_path / "cache").exists()
 
 
-def test_rows_are_there_before_they_are_on_disk_and_some_hundred_go_by_themselves(tmp_path: Path) -> None:
+def test_rows_are_available_before_a_full_file_is_written(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     for i in range(array_store.ROWS_PER_FILE + 1):
         store.add(key(i), row(i))
@@ -87,7 +87,7 @@ def test_rows_are_there_before_they_are_on_disk_and_some_hundred_go_by_themselve
     assert found(tmp_path, range(300)) == set(range(array_store.ROWS_PER_FILE))
 
 
-def test_contexts_do_not_meet(tmp_path: Path) -> None:
+def test_contexts_are_separate(tmp_path: Path) -> None:
     fill(tmp_path, range(4))
     fill(tmp_path, range(6), version=2, width=8)
     assert found(tmp_path, range(9)) == {0, 1, 2, 3}
@@ -96,26 +96,26 @@ def test_contexts_do_not_meet(tmp_path: Path) -> None:
     assert {len(r) for r in open_store(tmp_path).load([key(1)]).values()} == {16}
 
 
-def test_a_file_cut_short_at_any_byte_is_made_again(tmp_path: Path) -> None:
+def test_a_truncated_file_is_deleted(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
     (file,) = fill(tmp_path, range(3, 6), width=2)
-    whole = file.read_bytes()
-    for length in range(len(whole)):
-        file.write_bytes(whole[:length])
-        assert found(tmp_path, range(6)) == {0, 1, 2}, f"cut to {length} bytes"
+    content = file.read_bytes()
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        assert found(tmp_path, range(6)) == {0, 1, 2}, f"truncated to {length} bytes"
         assert not file.exists()
     fill(tmp_path, range(3, 6))
     assert found(tmp_path, range(6)) == set(range(6))
 
 
-def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
+def test_any_flipped_bit_is_detected(tmp_path: Path) -> None:
     (file,) = fill(tmp_path, range(2), width=2)
-    whole = file.read_bytes()
-    for place in range(8 * len(whole)):
-        bits = bytearray(whole)
-        bits[place // 8] ^= 1 << place % 8
+    content = file.read_bytes()
+    for bit in range(8 * len(content)):
+        bits = bytearray(content)
+        bits[bit // 8] ^= 1 << bit % 8
         file.write_bytes(bits)
-        assert found(tmp_path, range(2)) in (set(), {0, 1}), f"bit {place}"  # found() compares the values of those there
+        assert found(tmp_path, range(2)) in (set(), {0, 1}), f"bit {bit}"  # found() also checks the values
 
 
 def test_a_damaged_file_does_not_hide_the_others(tmp_path: Path) -> None:
@@ -132,18 +132,18 @@ def age(file: Path, seconds: int) -> None:
     os.utime(file, (time.time() - seconds, time.time() - seconds))
 
 
-def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+def test_the_least_recently_used_file_is_deleted_first(tmp_path: Path) -> None:
     files = [fill(tmp_path, range(10 * i, 10 * i + 10), width=12_500)[0] for i in range(3)]  # 0.5 MB each
     for i, file in enumerate(files):
         age(file, 300 - i)
-    assert found(tmp_path, range(10)) == set(range(10))  # the oldest is used, and is the youngest now
+    assert found(tmp_path, range(10)) == set(range(10))  # reading the oldest file makes it the most recent
     fill(tmp_path, range(30, 40), width=12_500, limit_mb=2)
     assert [file.exists() for file in files] == [True, False, True]
     assert sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) <= 2_000_000
     assert found(tmp_path, range(40)) == {*range(10), *range(20, 40)}
 
 
-def test_the_limit_is_for_all_contexts_together_and_counts_what_a_kill_left(tmp_path: Path) -> None:
+def test_the_limit_covers_all_contexts_and_temporary_files(tmp_path: Path) -> None:
     (old,) = fill(tmp_path, range(10), width=12_500, version=7)
     left = old.with_name(".abc.safetensors.xyz.part")
     left.write_bytes(bytes(600_000))
@@ -154,7 +154,7 @@ def test_the_limit_is_for_all_contexts_together_and_counts_what_a_kill_left(tmp_
     assert not old.exists()
 
 
-def test_pruning_leaves_other_peoples_files_alone(tmp_path: Path) -> None:
+def test_pruning_does_not_delete_other_files(tmp_path: Path) -> None:
     (tmp_path / "merged" / "bundle").mkdir(parents=True)
     mine = tmp_path / "merged" / "bundle" / "model.safetensors"
     mine.write_bytes(bytes(2_000_000))
@@ -176,44 +176,44 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def writing(root: Path, first: int, last: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that writes those rows one by one, and lives on until its standard input ends."""
+    """Start a process that writes these rows one by one and exits when its standard input is closed."""
     words = [sys.executable, "-c", WRITER, root, first, last]
     with subprocess.Popen([str(word) for word in words], stdin=subprocess.PIPE, cwd=ROOT) as writer:
         yield writer
 
 
 def wait_for_files(root: Path, count: int, writer: subprocess.Popen[bytes]) -> None:
-    def are_there() -> bool:
-        assert writer.poll() is None, "the writer ended by itself"
+    def exist() -> bool:
+        assert writer.poll() is None, "the writer exited early"
         return len(list(root.glob("*/*.safetensors"))) >= count
 
-    poll(are_there, every_s=0.005)
+    poll(exist, every_s=0.005)
 
 
-def test_a_kill_between_or_within_writes_leaves_only_whole_rows(tmp_path: Path) -> None:
+def test_a_kill_leaves_only_complete_files(tmp_path: Path) -> None:
     for start, files in ((0, 1), (100_000, 8), (200_000, 21)):
         with writing(tmp_path, start, start + 300) as writer:
             wait_for_files(tmp_path, files, writer)
             writer.send_signal(signal.SIGKILL)
             assert writer.wait() == -signal.SIGKILL
     on_disk = len(list(tmp_path.glob("*/*.safetensors")))
-    there = {i for start in (0, 100_000, 200_000) for i in found(tmp_path, range(start, start + 300))}
-    assert len(there) == on_disk >= 21
-    assert {0, 100_000, 200_000} <= there
+    readable = {i for start in (0, 100_000, 200_000) for i in found(tmp_path, range(start, start + 300))}
+    assert len(readable) == on_disk >= 21
+    assert {0, 100_000, 200_000} <= readable
     fill(tmp_path, range(300_000, 300_010))
     assert len(found(tmp_path, range(300_000, 300_010))) == 10
 
 
-def test_two_processes_write_at_once(tmp_path: Path) -> None:
+def test_two_processes_write_at_the_same_time(tmp_path: Path) -> None:
     with writing(tmp_path, 0, 40) as one, writing(tmp_path, 20, 60) as other:
         wait_for_files(tmp_path, 1, one)
-        assert found(tmp_path, range(60)) <= set(range(60))  # a reader meanwhile
+        assert found(tmp_path, range(60)) <= set(range(60))  # reads while both write
     assert (one.returncode, other.returncode) == (0, 0)
     assert found(tmp_path, range(60)) == set(range(60))
 
 
-def test_a_full_disk_is_an_os_error_and_leaves_what_was_there(tmp_path: Path) -> None:
-    from tests.helpers.tiny_network import file_size_limit  # here, as it imports torch, for which the writers above would wait
+def test_a_full_disk_raises_and_keeps_the_existing_rows(tmp_path: Path) -> None:
+    from tests.helpers.tiny_network import file_size_limit  # imports torch, which would slow down the writer processes
 
     fill(tmp_path, range(3))
     with file_size_limit(100_000), pytest.raises(OSError, match="too large"):
