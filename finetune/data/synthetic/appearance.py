@@ -1,6 +1,6 @@
-"""What one animal looks like, settled before the first stroke.
+"""Random appearance of a drawn animal: coat, colors, ears and expression.
 
-Cats and dogs wear the same colours, collars and patterns, so that no single colour gives a class away.
+Cats and dogs share coat colors, collars and patterns, so that color alone does not reveal the class.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from finetune.data.synthetic.pen import Color, brightness, darker, lighter, mix
 FURS: tuple[Color, ...] = (
     (52, 48, 54),  # black
     (92, 92, 102),  # slate
-    (138, 142, 152),  # grey
+    (138, 142, 152),  # gray
     (238, 234, 228),  # white
     (236, 214, 178),  # cream
     (226, 146, 72),  # ginger
@@ -36,7 +36,7 @@ DOG_EYES: tuple[Color, ...] = ((70, 42, 28), (44, 30, 26), (112, 70, 36), (118, 
 
 @dataclass(frozen=True)
 class Appearance:
-    """All that is settled about one animal before the first stroke."""
+    """The appearance of one animal."""
 
     cat: bool
     fur: Color
@@ -45,7 +45,7 @@ class Appearance:
     coat: str
     eye: Color
     collar: Color | None
-    turn: float  # where the face looks: -1 to its right, 0 at us, 1 to its left
+    turn: float  # head direction: -1 to its right, 0 frontal, 1 to its left
     ears: str
     mouth: str
     eyes: str
@@ -53,7 +53,7 @@ class Appearance:
 
 
 def random_appearance(label: str, rng: random.Random) -> Appearance:
-    """Make up an animal of the class ``label``."""
+    """Draw a random appearance for the class ``label``, "cats" or "dogs"."""
     cat = label == "cats"
     fur = rng.choice(FURS)
     fur = mix(fur, rng.choice(FURS), rng.uniform(0, 0.25))

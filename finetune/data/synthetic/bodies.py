@@ -1,4 +1,4 @@
-"""Bodies, tails and poses; a unit is half a head's width and a head's middle is (0, 0)."""
+"""Draw bodies, tails and poses. The unit is half the head width, and the head center is (0, 0)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _DOG_TAILS = (
 
 
 def draw_animal(pen: Pen, appearance: Appearance, pose: str) -> None:
-    """Draw the animal in one of ``POSES``, its head's middle at the pen's origin."""
+    """Draw the animal in one of ``POSES``, with the head center at the pen's origin."""
     {"portrait": _portrait, "sitting": _sitting, "standing": _standing, "lying": _lying}[pose](pen, appearance)
 
 
 def _limbs(appearance: Appearance) -> tuple[Color, Color]:
-    """The colours of the legs and of the paws."""
+    """Return the colors of the legs and the paws."""
     leg = mix(appearance.fur, appearance.marks, 0.75) if appearance.coat == "pointed" else appearance.fur
     return leg, appearance.second if appearance.coat in ("tuxedo", "patched") else lighter(leg, 0.12)
 
@@ -40,7 +40,7 @@ def _paw(pen: Pen, x: float, y: float, rx: float, fill: Color) -> None:
 
 
 def _tail(pen: Pen, appearance: Appearance, *, length: float = 1.0) -> None:
-    """A tail that starts at the origin and goes up to the right."""
+    """Draw a tail from the origin up to the right."""
     wag, fur = pen.rng.uniform(-0.3, 0.3), _limbs(appearance)[0]
     path = pen.rng.choice(_CAT_TAILS if appearance.cat else _DOG_TAILS)
     path = [(x * length, y * length) for x, y in path]
@@ -105,7 +105,7 @@ def _sitting(pen: Pen, appearance: Appearance) -> None:
 
 
 def _standing(pen: Pen, appearance: Appearance) -> None:
-    """Seen from the side, the head at the left."""
+    """Draw a side view with the head on the left."""
     leg, paw = _limbs(appearance)
     long, tall = pen.rng.uniform(2.4, 3.0), pen.rng.uniform(1.25, 1.7) + (0.0 if appearance.cat else 0.2)
     _tail(pen.moved(long + 0.3, 0.95), appearance)

@@ -1,4 +1,4 @@
-"""Labelled drawings of cats and dogs, so that a person without photos can run the whole job."""
+"""``finetune synthesize``: write a labeled data set of drawn cats and dogs, to try the pipeline without a download."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from finetune.io.output_folder import atomic_folder
 from models.errors import DataError, did_you_mean
 
 CLASSES = ("cats", "dogs")
-README = """These pictures are drawings. No camera and no animal had a part in them.
+README = """These images are drawings, not photos.
 
-They were made by `finetune synthesize` (train {train}, valid {valid}, seed {seed}), so that every step of the job can
-be tried without a download. Accuracy on them says nothing about photos: a drawing of a cat is far easier than a cat.
-`finetune download --help` says where to get real photos.
+They were created by `finetune synthesize` (train {train}, valid {valid}, seed {seed}), so that every step of the pipeline
+can be tried without a download. Accuracy on them says nothing about photos: drawings are much easier to classify.
+See `finetune download --help` for real photos.
 """
 
 _ASPECTS = ((4, 3), (4, 3), (13, 10), (6, 5), (1, 1), (3, 4), (5, 6))
@@ -31,7 +31,7 @@ _ASPECTS = ((4, 3), (4, 3), (13, 10), (6, 5), (1, 1), (3, 4), (5, 6))
 
 @dataclass(frozen=True)
 class SyntheticDataset:
-    """What was written: pictures for training and for validation, over both classes together."""
+    """Summary of a written data set. ``train`` and ``valid`` count the images of both classes together."""
 
     out: Path
     train: int
@@ -40,17 +40,22 @@ class SyntheticDataset:
 
 
 def write_synthetic_dataset(out: Path, *, train: int = 200, valid: int = 80, seed: int = 0) -> SyntheticDataset:
-    """Write drawings to ``out/{train,valid}/{cats,dogs}``, whole or not at all; the same seed draws the same pictures.
+    """Write drawings to ``out/{train,valid}/{cats,dogs}`` atomically.
 
-    ``train`` and ``valid`` count both classes together. A picture depends on the seed, its split, class and number
-    only, so asking for more keeps those that were there before.
+    Args:
+        out: The folder to create.
+        train: Number of training images, both classes together.
+        valid: Number of validation images, both classes together.
+        seed: Random seed. An image depends only on the seed, its split, class and number, so larger data sets contain the
+            images of smaller ones.
 
-    Raises ``DataError`` where ``out`` has something in it, cannot be written, or a count is below one a class.
+    Raises:
+        DataError: ``out`` is not empty or cannot be written, or there would be less than one image per class.
     """
     for flag, count in (("--train", train), ("--valid", valid)):
         if count < len(CLASSES):
-            raise DataError(f"{flag} {count} leaves a class without a picture; ask for {len(CLASSES)} or more.")
-    with atomic_folder(out) as folder, tqdm(total=train + valid, unit=" pictures", disable=None, leave=False) as bar:
+            raise DataError(f"{flag} must be at least {len(CLASSES)}, one image per class (got {count}).")
+    with atomic_folder(out) as folder, tqdm(total=train + valid, unit=" images", disable=None, leave=False) as bar:
         for split, count in (("train", train), ("valid", valid)):
             for i in range(count):
                 label, number = CLASSES[i % 2], i // 2 + 1
@@ -64,32 +69,32 @@ def write_synthetic_dataset(out: Path, *, train: int = 200, valid: int = 80, see
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``finetune synthesize``."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; it must not exist or be empty")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to create; must be empty if it exists")
     parser.add_argument(
-        "--train", type=int, default=200, metavar="N", help="training pictures, both classes together (%(default)s)"
+        "--train", type=int, default=200, metavar="N", help="training images, both classes together (default: %(default)s)"
     )
     parser.add_argument(
-        "--valid", type=int, default=80, metavar="N", help="validation pictures, both classes together (%(default)s)"
+        "--valid", type=int, default=80, metavar="N", help="validation images, both classes together (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw the sample that ``args`` asks for, say where it is and what to type next."""
+    """Run ``finetune synthesize``: write the data set, then print a summary and the next command."""
     summary = write_synthetic_dataset(args.out, train=args.train, valid=args.valid, seed=args.seed)
-    print(f"Drew {summary.train} training and {summary.valid} validation pictures of cats and dogs in {summary.out}.")
+    print(f"Drew {summary.train} training and {summary.valid} validation images of cats and dogs in {summary.out}.")
     print("They are drawings: accuracy on them says nothing about photos.")
     print(f"Next: finetune train --data-dir {shlex.quote(str(summary.out))} --backbone efficientnet_lite0")
     return 0
 
 
 def draw_image(label: str, *, rng: random.Random) -> Image.Image:
-    """Draw one animal of the class ``label`` somewhere, RGB, sides of 200 to 520 pixels.
+    """Draw one animal of the class ``label`` in a random scene: RGB, with sides of 200 to 520 pixels.
 
-    Raises ``DataError`` for a label that is not in ``CLASSES``.
+    Raises DataError for an unknown label.
     """
     if label not in CLASSES:
-        raise DataError(f"There is no class {label!r} to draw; the classes are cats and dogs.{did_you_mean(label, CLASSES)}")
+        raise DataError(f"Unknown class {label!r}. The classes are cats and dogs.{did_you_mean(label, CLASSES)}")
     wide, high = rng.choice(_ASPECTS)
     short_px = rng.randint(200, 390) if wide != high else rng.randint(240, 390)
     size_px = (short_px * wide // min(wide, high), short_px * high // min(wide, high))
@@ -98,16 +103,16 @@ def draw_image(label: str, *, rng: random.Random) -> Image.Image:
     if ground:
         _cast_shadow(image, corner, shape.size)
     image.paste(animal, corner, shape)
-    return _photographed(image, rng)
+    return _apply_camera_effects(image, rng)
 
 
 def _animal(
     label: str, size_px: tuple[int, int], ground: float, rng: random.Random
 ) -> tuple[Image.Image, Image.Image, tuple[int, int]]:
-    """The animal, the mask of its outline, and where its top left corner goes."""
+    """Draw the animal and return its image, its mask and the position of its top left corner."""
     appearance, pose = random_appearance(label, rng), rng.choice(POSES)
     width, height = size_px
-    # Pillow draws hard edges: twice the size, halved at the end, makes them smooth.
+    # Pillow does not antialias, so draw at twice the size and downscale.
     canvas = Image.new("RGBA", (width * 2, height * 2), (*appearance.fur, 0))
     x, y, unit = _place(pose, width / height, ground, rng)
     flip = rng.random() < 0.5
@@ -130,7 +135,7 @@ def _animal(
 
 
 def _place(pose: str, aspect: float, ground: float, rng: random.Random) -> tuple[float, float, float]:
-    """Where the head's middle goes and how long a unit is, all in heights of the picture."""
+    """Choose the head center (x, y) and the drawing unit, as fractions of the image height."""
     room = min(1.0, aspect * 0.85)
     if pose == "portrait":
         unit = rng.uniform(0.2, 0.34) * room
@@ -158,8 +163,8 @@ def _cast_shadow(image: Image.Image, corner: tuple[int, int], size_px: tuple[int
     image.paste((20, 18, 30), (left - 16, bottom - 16 - round(deep * 5.6)), soft)
 
 
-def _photographed(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Light, tint, noise and focus as another camera would have given them."""
+def _apply_camera_effects(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Vary brightness, contrast, white balance, blur and noise."""
     warmth, contrast, lift = rng.uniform(-14, 14), rng.uniform(0.8, 1.15), rng.uniform(-16, 16)
     level = 128 * (1 - contrast) + lift
     image = image.convert("RGB", (contrast, 0, 0, level + warmth, 0, contrast, 0, level, 0, 0, contrast, level - warmth))

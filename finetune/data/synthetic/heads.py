@@ -1,6 +1,6 @@
-"""The heads, which tell a cat from a dog: ears, eyes, noses, mouths and whiskers.
+"""Draw heads, which distinguish cats from dogs: ears, eyes, noses, mouths and whiskers.
 
-A head's middle is (0, 0) and half its width about one unit.
+The head center is (0, 0), and half the head width is about one unit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BLAZE = mirrored([(0.03, -0.66), (0.16, 0), (0.5, 0.5), (0, 0.74)])
 
 
 def draw_head(pen: Pen, appearance: Appearance) -> None:
-    """Draw the animal's head about the pen's origin, a little tilted."""
+    """Draw the animal's head at the pen's origin, slightly tilted."""
     pen = pen.moved(0, 0, degrees=pen.rng.uniform(-14, 14), scale=pen.rng.uniform(0.95, 1.08))
     (_cat_head if appearance.cat else _dog_head)(pen, appearance)
 

@@ -1,4 +1,4 @@
-"""A pen that draws smooth shapes in units of its own, on a Pillow canvas of any size."""
+"""Draw smooth shapes on a Pillow canvas in a scaled, rotated coordinate system."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Point = tuple[float, float]
 Color = tuple[int, int, int]
 
 _CIRCLE = [(math.cos(i * math.tau / 24), math.sin(i * math.tau / 24)) for i in range(24)]
-_ROUND_END = 0.03  # half a line's width, in units, from which a square end shows
+_ROUND_END = 0.03  # half line width, in units, above which lines get round ends
 _STEPS = [i / 5 for i in range(5)]
-# Catmull and Rom's spline (1974): the weights of four neighbours at each step between the middle two.
+# Catmull-Rom spline: the weights of four neighboring points at each step between the middle two.
 _SPLINE = [
     (
         (-t + 2 * t**2 - t**3) / 2,
@@ -28,33 +28,33 @@ _SPLINE = [
 
 
 def mix(first: Color, second: Color, fraction: float) -> Color:
-    """The colour ``fraction`` of the way from the first (0) to the second (1)."""
+    """Interpolate between two colors: ``fraction`` 0 is the first, 1 the second."""
     red, green, blue = (round(a + (b - a) * fraction) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
 def darker(color: Color, fraction: float) -> Color:
-    """The colour, ``fraction`` of the way to a warm black."""
+    """Darken a color toward a warm black."""
     return mix(color, (24, 16, 20), fraction)
 
 
 def lighter(color: Color, fraction: float) -> Color:
-    """The colour, ``fraction`` of the way to a warm white."""
+    """Lighten a color toward a warm white."""
     return mix(color, (255, 250, 242), fraction)
 
 
 def brightness(color: Color) -> float:
-    """How bright a colour looks, 0 to 255 (the ITU-R 601 luma that Pillow uses too)."""
+    """Return the perceived brightness, 0 to 255 (ITU-R BT.601 luma, as in Pillow)."""
     return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
 def mirrored(half: Sequence[Point]) -> list[Point]:
-    """The whole of a shape like on both sides, from its right half, top to bottom."""
+    """Complete a symmetric shape from its right half, which goes from top to bottom."""
     return [*half, *((-x, y) for x, y in reversed(half) if x)]
 
 
 def smooth(points: Sequence[Point], *, closed: bool) -> list[Point]:
-    """A curve through all of the points; a point given twice makes a corner."""
+    """Interpolate a smooth curve through the points. A repeated point makes a corner."""
     count = len(points)
     curve: list[Point] = []
     for i in range(count if closed else count - 1):
@@ -84,9 +84,9 @@ def _grown(points: Sequence[Point], normals: Sequence[Point], lengths: Sequence[
 
 @dataclass(frozen=True)
 class Pen:
-    """Where and how to draw: x to the right, y down, one unit being half a head's width.
+    """A drawing context with an affine coordinate system: x to the right, y down, one unit is half a head width.
 
-    ``line`` is the width of outlines and ``fluff`` the length of hairs along the edges, both in units.
+    ``line`` is the width of outlines and ``fluff`` the length of hairs along edges, both in units.
     """
 
     ink: ImageDraw.ImageDraw
@@ -96,7 +96,7 @@ class Pen:
     affine: tuple[float, float, float, float, float, float] = (1, 0, 0, 0, 1, 0)
 
     def moved(self, x: float, y: float, *, scale: float = 1.0, degrees: float = 0.0, flip: bool = False) -> Pen:
-        """The same pen with its origin at (x, y), turned clockwise, enlarged, and mirrored if asked."""
+        """Return a pen with its origin at (x, y), rotated clockwise, scaled and optionally mirrored."""
         a, b, c, d, e, f = self.affine
         cos, sin = scale * math.cos(math.radians(degrees)), scale * math.sin(math.radians(degrees))
         sign = -1 if flip else 1
@@ -111,25 +111,25 @@ class Pen:
         return replace(self, affine=turned)
 
     def sleek(self) -> Pen:
-        """The same pen without outlines and hairs, for eyes and markings."""
+        """Return a pen without outlines and hairs, for eyes and markings."""
         return replace(self, line=0.0, fluff=0.0)
 
     def smoothed(self) -> Pen:
-        """The same pen without hairs."""
+        """Return a pen without hairs."""
         return replace(self, fluff=0.0)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Color, *, degrees: float = 0.0) -> None:
-        """Fill an ellipse about (x, y), turned clockwise."""
+        """Fill an ellipse centered at (x, y), rotated clockwise."""
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         outline = [(x + u * rx * cos - v * ry * sin, y + u * rx * sin + v * ry * cos) for u, v in _CIRCLE]
         self._fill(outline, fill)
 
     def shape(self, points: Sequence[Point], fill: Color) -> None:
-        """Fill the smooth closed shape through the points, given clockwise."""
+        """Fill a smooth closed shape through the points, which are in clockwise order."""
         self._fill(smooth(points, closed=True), fill)
 
     def stroke(self, points: Sequence[Point], start: float, end: float, fill: Color) -> None:
-        """Draw a smooth line through the points whose width goes from ``start`` to ``end`` units, with round ends."""
+        """Draw a smooth line through the points, tapering from ``start`` to ``end`` units wide, with round ends."""
         curve = smooth(points, closed=False)
         normals = _normals(curve, closed=False)
         halves = [(start + (end - start) * i / (len(curve) - 1)) / 2 for i in range(len(curve))]
@@ -154,6 +154,6 @@ class Pen:
         self.polygon(outline, fill)
 
     def polygon(self, points: Sequence[Point], fill: Color) -> None:
-        """Fill the straight-edged shape through the points, without outline or hairs."""
+        """Fill a polygon, without outline or hairs."""
         a, b, c, d, e, f = self.affine
         self.ink.polygon([(a * x + b * y + c, d * x + e * y + f) for x, y in points], fill=fill)

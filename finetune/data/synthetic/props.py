@@ -1,6 +1,6 @@
-"""What stands, hangs and lies about in a drawn place, at cats' and at dogs' homes alike.
+"""Draw furniture, toys and landscape elements, which do not depend on the class.
 
-A place's unit is the picture's height; ``edge`` is how far down the wall meets the floor.
+The unit is the image height; ``edge`` is the y coordinate at which the wall meets the floor.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SKIES: tuple[tuple[Color, Color], ...] = (
 
 
 def box(pen: Pen, x: float, y: float, width: float, height: float, fill: Color) -> None:
-    """Fill an upright box whose top left corner is (x, y)."""
+    """Fill an axis-aligned box with its top left corner at (x, y)."""
     pen.polygon([(x, y), (x + width, y), (x + width, y + height), (x, y + height)], fill)
 
 
 def window(pen: Pen, x: float, edge: float) -> None:
-    """A window with a view of the sky, some with curtains."""
+    """Draw a window with a view of the sky, sometimes with curtains."""
     high, (sky, low) = edge * 0.62, pen.rng.choice(SKIES)
     box(pen, x - 0.02, 0.06, 0.42, high, (240, 236, 228))
     box(pen, x, 0.08, 0.38, high - 0.04, sky)
@@ -47,7 +47,7 @@ def window(pen: Pen, x: float, edge: float) -> None:
 
 
 def frame(pen: Pen, x: float, edge: float) -> None:
-    """A picture on the wall."""
+    """Draw a framed picture on the wall."""
     high, inside = pen.rng.uniform(0.16, 0.3), pen.rng.choice(TOYS + WALLS)
     box(pen, x, 0.1, 0.3, high, darker(inside, 0.6))
     box(pen, x + 0.02, 0.12, 0.26, high - 0.04, lighter(inside, 0.4))
@@ -55,14 +55,14 @@ def frame(pen: Pen, x: float, edge: float) -> None:
 
 
 def lamp(pen: Pen, x: float, edge: float) -> None:
-    """A standing lamp."""
+    """Draw a floor lamp."""
     shade = lighter(pen.rng.choice(TOYS), 0.35)
     box(pen, x + 0.12, 0.3, 0.015, edge - 0.25, (70, 60, 56))
     pen.polygon([(x + 0.06, 0.14), (x + 0.2, 0.14), (x + 0.26, 0.34), (x, 0.34)], shade)
 
 
 def shelf(pen: Pen, x: float, edge: float) -> None:
-    """Two shelves of books."""
+    """Draw two shelves of books."""
     wood = pen.rng.choice(FLOORS)
     for y in (0.22, edge * 0.7):
         at = x + 0.02
@@ -74,7 +74,7 @@ def shelf(pen: Pen, x: float, edge: float) -> None:
 
 
 def sofa(pen: Pen, x: float, edge: float) -> None:
-    """A sofa against the wall."""
+    """Draw a sofa against the wall."""
     cloth = mix(pen.rng.choice(TOYS), pen.rng.choice(WALLS), 0.5)
     back = mirrored([(0, -0.24), (0.4, -0.2), (0.44, 0.2)])
     pen.moved(x + 0.4, edge).shape(back, darker(cloth, 0.15))
@@ -110,21 +110,21 @@ def _parcel(pen: Pen, color: Color) -> None:
 
 
 def scatter(pen: Pen, wide: float, edge: float) -> None:
-    """Up to three things on the floor."""
+    """Draw up to three objects on the floor."""
     for _ in range(pen.rng.randint(0, 3)):
         thing = pen.rng.choice((_ball, _ball, _bowl, _plant, _parcel))
         thing(pen.moved(pen.rng.uniform(0.05, wide - 0.05), pen.rng.uniform(edge + 0.05, 0.97)), pen.rng.choice(TOYS))
 
 
 def hills(pen: Pen, wide: float, y: float, color: Color) -> None:
-    """Everything below a wavy line about ``y``."""
+    """Fill everything below a wavy line around ``y``."""
     rough = pen.rng.uniform(0.02, 0.09)
     tops = [(wide * i / 5, y + pen.rng.uniform(-rough, rough)) for i in range(-1, 7)]
     pen.shape([*tops, (wide * 1.3, 1.3), (-wide * 0.3, 1.3)], color)
 
 
 def tree(pen: Pen, leaf: Color) -> None:
-    """A fir or a round tree that stands at the pen's origin."""
+    """Draw a fir or a round tree at the pen's origin."""
     box(pen, -0.02, -0.25, 0.04, 0.27, (110, 80, 60))
     if pen.rng.random() < 0.4:
         for up in (0.0, 0.16, 0.32):
@@ -136,7 +136,7 @@ def tree(pen: Pen, leaf: Color) -> None:
 
 
 def clouds(pen: Pen, wide: float, color: Color) -> None:
-    """Up to three clouds."""
+    """Draw up to three clouds."""
     for _ in range(pen.rng.randint(0, 3)):
         x, y, size = pen.rng.uniform(0, wide), pen.rng.uniform(0.05, 0.3), pen.rng.uniform(0.6, 1.3)
         for dx, dy, r in ((-0.1, 0.02, 0.06), (0, 0, 0.085), (0.1, 0.02, 0.06)):

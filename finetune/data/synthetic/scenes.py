@@ -1,6 +1,6 @@
-"""Places for a drawn animal to be in: rooms, meadows, nights, beaches, snow, a studio.
+"""Draw background scenes: studio, room, meadow, night, beach, snow and lights.
 
-A scene's unit is the picture's height: y goes from 0 at the top to 1, x from 0 to the width over the height.
+The unit is the image height: y goes from 0 (top) to 1, x from 0 to the aspect ratio.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from finetune.data.synthetic.props import (
 
 
 def gradient(size_px: tuple[int, int], first: Color, second: Color, *, across: bool = False) -> Image.Image:
-    """A picture that goes from the first colour at the top (or at the left) to the second."""
+    """Create a gradient from the first color at the top (or left if ``across``) to the second."""
     length = size_px[0] if across else size_px[1]
     ends = Image.new("RGB", (2, 1), first)
     ends.putpixel((1, 0), second)
@@ -41,7 +41,7 @@ def gradient(size_px: tuple[int, int], first: Color, second: Color, *, across: b
 
 
 def draw_scene(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Image, float]:
-    """Draw a place without an animal, a little out of focus, and say where its ground begins (0 if anywhere)."""
+    """Draw a slightly blurred scene. Returns it and the y coordinate where the ground begins (0 if there is no horizon)."""
     scene = rng.choice((_studio, _room, _room, _room, _meadow, _meadow, _night, _beach, _snow, _lights))
     width, height = size_px
     image, ground = scene((width // 2, height // 2), rng)
@@ -54,7 +54,7 @@ def draw_scene(size_px: tuple[int, int], rng: random.Random) -> tuple[Image.Imag
 
 
 def _pen(image: Image.Image, rng: random.Random) -> tuple[Pen, float]:
-    """A pen in the scene's units, and the scene's width."""
+    """Return a pen in scene units and the width of the scene."""
     scale = image.height
     return Pen(ImageDraw.Draw(image), rng).moved(0, 0, scale=scale), image.width / image.height
 
