@@ -1,1 +1,1 @@
-"""Where training computes: devices, numeric precision, and several processes as one."""
+"""Devices, numeric precision and distributed training."""

@@ -1,4 +1,4 @@
-"""Where to compute, and in which precision."""
+"""Select the device and the numeric precision."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Compute:
-    """A device, and the precision of the frozen part on it; what is trained keeps float32 weights everywhere."""
+    """A device and the precision of the frozen layers on it. Trained layers always have float32 weights."""
 
     device: torch.device
     precision: str
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Mixed precision around torch's forward pass on a GPU; on a CPU torch runs only what is trained, in float32."""
+        """Return an autocast context on a GPU. On a CPU, torch only runs the trained layers, in float32."""
         if self.precision == "fp32" or self.device.type == "cpu":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
@@ -31,18 +31,26 @@ class Compute:
 
 
 def select_compute(device: str, precision: str) -> Compute:
-    """Take a GPU where there is one, and the precision that suits it. Raises ConfigError for what the machine has not."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    chosen = next(name for name in ("cuda", "mps", "cpu") if there[name]) if device == "auto" else device
-    if not there[chosen]:
-        raise ConfigError(f"--device is {chosen}, and this machine has none; leave it out, or say --device cpu.")
+    """Select the device and precision.
+
+    Args:
+        device: "auto" (a GPU if available), "cpu", "cuda" or "mps".
+        precision: "auto", "fp32", "bf16" or "fp16".
+
+    Raises:
+        ConfigError: The device or the precision is not available on this machine.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    selected = next(name for name in ("cuda", "mps", "cpu") if available[name]) if device == "auto" else device
+    if not available[selected]:
+        raise ConfigError(f"No {selected.upper()} device found. Remove --device or use --device cpu.")
     if precision == "auto":
-        precision = {"cpu": "fp32", "mps": "fp32", "cuda": ""}[chosen] or _cuda_precision()
-    elif precision == "fp16" and chosen == "cpu":
-        raise ConfigError("--precision is fp16, which is for GPUs; on a CPU say fp32, or bf16 where the processor has it.")
-    elif precision == "bf16" and chosen == "cpu" and not supports_bf16():
-        raise ConfigError("--precision is bf16, which this processor does not have; say fp32, or leave it out.")
-    return Compute(torch.device(chosen), precision)
+        precision = {"cpu": "fp32", "mps": "fp32", "cuda": ""}[selected] or _cuda_precision()
+    elif precision == "fp16" and selected == "cpu":
+        raise ConfigError("--precision fp16 requires a GPU. On a CPU use fp32, or bf16 if the CPU supports it.")
+    elif precision == "bf16" and selected == "cpu" and not supports_bf16():
+        raise ConfigError("This CPU does not support --precision bf16. Use --precision fp32 or remove the option.")
+    return Compute(torch.device(selected), precision)
 
 
 def _cuda_precision() -> str:

@@ -109,7 +109,7 @@ def test_a_renamed_command_names_the_new_one(old: str, new: str) -> None:
         (("--lr", "nan"), "--lr must be at least 0 (got nan)."),
         (("--lr-schedule", "cosin"), "Did you mean 'cosine'?"),
         (("--unfreeze", "features.33"), "--unfreeze: 'features.33' is not a layer with parameters. Did you mean 'features.3'?"),
-        (("--precision", "fp16"), "--precision is fp16, which is for GPUs"),
+        (("--precision", "fp16"), "--precision fp16 requires a GPU."),
         (("--export", "head", "--weights", "none"), "--export head omits the pretrained weights"),
         (("--weights", "no.pth"), "There is no weights file no.pth"),
         (("--weights", ""), "No pretrained weights are known for tiny"),
@@ -122,7 +122,7 @@ def test_a_setting_that_cannot_be_is_refused(said: Callable[..., str], flags: tu
 
 def test_a_gpu_that_is_not_there_is_refused(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device is cuda, and this machine has none; leave it out, or say --device cpu." in said("--device", "cuda")
+    assert "No CUDA device found. Remove --device or use --device cpu." in said("--device", "cuda")
 
 
 def test_a_flag_that_the_file_spells_wrong_is_refused(said: Callable[..., str], tmp_path: Path) -> None:

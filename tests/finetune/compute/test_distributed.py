@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun, train as one: the same weights, one that writes, one end for all."""
+"""Distributed training with torchrun: same weights as one process, one writer, joint failure."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from finetune.compute import distributed
 from tests.helpers.tiny_network import color_folder, finetune
 
 ROOT = Path(__file__).resolve().parents[3]
-PATIENCE_S = 900.0
-TOLERANCE = 1e-5  # of a weight; float32 sums in another order
+TIMEOUT_S = 900.0
+TOLERANCE = 1e-5  # of a weight; float32 sums depend on their order
 PROGRAM = ("-m", "tests.helpers.tiny_network", "train")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
@@ -37,7 +37,7 @@ def environment(**more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(*words: object, prefix: Sequence[str] = (), **more: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that is ended, if need be by force, when the block ends."""
+    """Start a process and terminate or kill it at the end of the block."""
     process = subprocess.Popen(
         [*prefix, *map(str, words)],
         env=environment(**more),
@@ -50,7 +50,7 @@ def started(*words: object, prefix: Sequence[str] = (), **more: str) -> Iterator
         yield process
     finally:
         if process.poll() is None:
-            process.terminate()  # torchrun ends its processes then
+            process.terminate()  # torchrun then terminates its workers
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.communicate(timeout=30)
             process.kill()
@@ -58,9 +58,9 @@ def started(*words: object, prefix: Sequence[str] = (), **more: str) -> Iterator
 
 
 def torchrun(count: int, *words: object) -> tuple[int, str, str]:
-    """``finetune train`` in ``count`` processes; gives torchrun's exit code, and what was printed and complained."""
+    """Run ``finetune train`` in ``count`` processes; return torchrun's exit code, standard output and standard error."""
     with started(*TORCHRUN, "--standalone", "--nproc-per-node", count, *PROGRAM, *words) as process:
-        out, err = process.communicate(timeout=PATIENCE_S)
+        out, err = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, out, err
 
 
@@ -76,7 +76,7 @@ def largest_difference(run: Path, other: Path) -> float:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """22 photos in batches of 5: a last one of 2, of which two ranks of four have none."""
+    """22 photos in batches of 5: the last batch has 2, so that two of four ranks get none."""
     return color_folder(tmp_path_factory.mktemp("data") / "colours", train=11, valid=5)
 
 
@@ -89,10 +89,10 @@ def alone(data: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.heavy)])
-def test_processes_together_give_one_processs_weights(
+def test_several_processes_give_the_weights_of_one(
     count: int, data: Path, tiny_weights: Path, alone: Path, tmp_path: Path
 ) -> None:
-    """With dropout before the head, an uneven last batch, and each photo's features computed by one of them."""
+    """With dropout before the head, an uneven last batch, and features computed by one rank per photo."""
     code, out, err = torchrun(count, *flags(data, tiny_weights, tmp_path / "run", "--cache-dir", tmp_path / "cache"))
     assert code == 0, err
     assert out.count("The best epoch was") == out.count("bundle       ") == 1
@@ -100,7 +100,7 @@ def test_processes_together_give_one_processs_weights(
 
 
 @pytest.mark.heavy
-def test_photos_that_are_run_live_give_the_same_weights_too(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
+def test_training_without_cached_features_gives_the_same_weights(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
     more = ("--augment", "--unfreeze", "classifier.3", "--optimizer", "adam", "--lr", 0.005)
     code, _, said = finetune("train", *flags(data, tiny_weights, tmp_path / "one", *more))
     assert (code, said) == (0, "")
@@ -114,10 +114,10 @@ def test_photos_that_are_run_live_give_the_same_weights_too(data: Path, tiny_wei
     [
         ({"--data-dir": "no-such-folder"}, "No such folder: no-such-folder"),
         ({"--lr": "-1"}, "--lr must be at least 0 (got -1.0)."),
-        ({"--unfreeze": "features.4"}, "features.4 is BatchNorm that learns"),
+        ({"--unfreeze": "features.4"}, "features.4 is a trainable BatchNorm layer"),
     ],
 )
-def test_all_end_and_the_reason_is_said_once(
+def test_an_error_on_all_ranks_is_printed_once(
     change: dict[str, str], said: str, data: Path, tiny_weights: Path, tmp_path: Path
 ) -> None:
     more = [word for pair in change.items() for word in pair]
@@ -127,8 +127,8 @@ def test_all_end_and_the_reason_is_said_once(
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_first_alone_meets_ends_the_others(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
-    """Only the first looks at the run's folder, which another run has."""
+def test_an_error_on_rank_0_ends_the_others(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    """Only rank 0 checks the run directory, which another run occupies."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
     code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "run"))
@@ -147,7 +147,7 @@ def test_a_killed_process_loses_no_finished_epoch(data: Path, tiny_weights: Path
     with started(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *PROGRAM, *words, HOLD_AT="30") as process:
         wait_for(lambda: epochs(run) >= 3, process)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
-        _, err = process.communicate(timeout=PATIENCE_S)
+        _, err = process.communicate(timeout=TIMEOUT_S)
     killed = epochs(run)
     assert process.returncode != 0
     assert 3 <= killed < 60, err
@@ -158,10 +158,10 @@ def test_a_killed_process_loses_no_finished_epoch(data: Path, tiny_weights: Path
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"never came to be stopped: {process.communicate()}")
+            pytest.fail(f"the process exited or timed out: {process.communicate()}")
         time.sleep(0.005)
 
 
@@ -179,9 +179,9 @@ def children(pid: int) -> list[int]:
 
 @pytest.fixture
 def two_hosts() -> Iterator[list[list[str]]]:
-    """Two network namespaces with a cable between them; gives the words before a command that runs it in one of them."""
+    """Create two connected network namespaces; yield the command prefix that runs a program in each of them."""
     if shutil.which("ip") is None:
-        pytest.skip("there is no `ip` command (Debian's iproute2) to make network namespaces with")
+        pytest.skip("the `ip` command (Debian package iproute2) is required to create network namespaces")
     names = [f"finetune-{os.getpid()}-{i}" for i in range(2)]
     ends = [f"ft{os.getpid() % 100_000}-{i}" for i in range(2)]
 
@@ -194,12 +194,12 @@ def two_hosts() -> Iterator[list[list[str]]]:
                 ip("netns", "add", name)
             ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"network namespaces are not permitted here: {error.stderr.strip()}")
+            pytest.skip(f"no permission to create network namespaces: {error.stderr.strip()}")
         for number, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
             ip("link", "set", end, "netns", name)
-            ip("-n", name, "link", "set", end, "name", "cable")
-            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", end, "name", "veth")
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "veth")
+            ip("-n", name, "link", "set", "veth", "up")
             ip("-n", name, "link", "set", "lo", "up")
         yield [["ip", "netns", "exec", name] for name in names]
     finally:
@@ -207,10 +207,10 @@ def two_hosts() -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
 
-def test_two_hosts_without_a_shared_folder_but_the_photos(
+def test_two_hosts_without_a_shared_file_system(
     two_hosts: list[list[str]], data: Path, tiny_weights: Path, alone: Path, tmp_path: Path
 ) -> None:
-    """Each has a copy of the photos and a cache of its own; only the first writes a run."""
+    """Each host has its own copy of the photos and its own cache. Only the first writes a run directory."""
     with contextlib.ExitStack() as stack:
         processes = []
         for number, prefix in enumerate(two_hosts):
@@ -219,11 +219,11 @@ def test_two_hosts_without_a_shared_folder_but_the_photos(
             shutil.copy(tiny_weights, home / "tiny.pth")
             words = flags(home / "photos", home / "tiny.pth", home / "run", "--cache-dir", home / "cache")
             nodes = ("--nnodes", 2, "--nproc-per-node", 1, "--node-rank", number)
-            meeting = ("--master-addr", "10.77.0.1", "--master-port", 29517)
-            command = started(*TORCHRUN, *nodes, *meeting, *PROGRAM, *words, prefix=prefix, GLOO_SOCKET_IFNAME="cable")
+            rendezvous = ("--master-addr", "10.77.0.1", "--master-port", 29517)
+            command = started(*TORCHRUN, *nodes, *rendezvous, *PROGRAM, *words, prefix=prefix, GLOO_SOCKET_IFNAME="veth")
             processes.append(stack.enter_context(command))
         for process in processes:
-            _, err = process.communicate(timeout=PATIENCE_S)
+            _, err = process.communicate(timeout=TIMEOUT_S)
             assert process.returncode == 0, err
     assert largest_difference(tmp_path / "host0" / "run", alone) < TOLERANCE
     assert not (tmp_path / "host1" / "run").exists()
@@ -249,24 +249,24 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, number: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_dropout_of_every_kind_drops_what_one_process_drops(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_kinds_of_dropout_equal_those_of_one_process(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network, photos = Block().train(), torch.randn(7, 3, 8, 8)
     torch.manual_seed(1)
-    whole = [network(photos) for _ in range(2)]  # the second batch goes on where the first one's numbers ended
-    shares: list[list[torch.Tensor]] = [[], []]
+    expected = [network(photos) for _ in range(2)]  # the second batch continues the random stream
+    slices: list[list[torch.Tensor]] = [[], []]
     for number in range(count):
         as_rank(monkeypatch, number, count)
         torch.manual_seed(1)
         for step in range(2):
             with distributed.shared_dropout(7):
-                shares[step].append(network(photos[distributed.shard_slice(7)]))
+                slices[step].append(network(photos[distributed.shard_slice(7)]))
     for step in range(2):
-        torch.testing.assert_close(torch.cat(shares[step]), whole[step])
+        torch.testing.assert_close(torch.cat(slices[step]), expected[step])
 
 
-def test_a_gpus_own_dropout_is_shared_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """native_dropout is what a GPU calls; every rank drops its rows of one mask, and gradients pass where it kept them."""
+def test_native_dropout_is_shared_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs use native_dropout. Every rank applies its rows of one mask, and gradients pass through the same elements."""
     ones = torch.ones(6, 50)
     parts = []
     for number in range(2):
@@ -284,14 +284,20 @@ def test_a_gpus_own_dropout_is_shared_likewise(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(torch.cat(parts), torch.empty(6, 50).bernoulli_(0.75).bool())
 
 
-@pytest.mark.parametrize("draw", [lambda x: x + torch.randn(x.shape), lambda x: x * torch.empty(9).bernoulli_(0.5).sum()])
-def test_other_random_numbers_are_refused(draw: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda x: x + torch.randn(x.shape), "does not support the random operation aten.randn"),
+        (lambda x: x * torch.empty(9).bernoulli_(0.5).sum(), "does not support random numbers shared between images"),
+    ],
+)
+def test_other_random_numbers_are_rejected(draw: Callable[[Any], Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     as_rank(monkeypatch, 0, 2)
-    with distributed.shared_dropout(6), pytest.raises(distributed.RunError, match=r"train it in one|random numbers"):
+    with distributed.shared_dropout(6), pytest.raises(distributed.RunError, match=message):
         draw(torch.ones(3, 2))
 
 
-def test_shares_are_all_of_a_batch_and_even(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_cover_the_batch_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     for total in range(12):
         parts = []
         for number in range(4):
