@@ -224,8 +224,8 @@ def _help(f: dataclasses.Field[Any]) -> str:
     if f.name in {field.name for field in dataclasses.fields(Recipe)}:
         default = getattr(Recipe(), f.name)
         return f"{f.metadata['help']} (default: the backbone's recipe; vgg16: {default})".replace("%", "%%")
-    shown = "" if f.default in (None, (), False, True) else f" (default: {f.default})"
-    return f"{f.metadata['help']}{shown}".replace("%", "%%")
+    default = "" if f.default in (None, ()) or isinstance(f.default, bool) else f" (default: {f.default})"
+    return f"{f.metadata['help']}{default}".replace("%", "%%")
 
 
 def _plain(value: Any) -> Any:

@@ -147,3 +147,10 @@ def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / ".cache" / "finetune"
+
+
+@pytest.mark.parametrize(("name", "default"), [("seed", "0"), ("min_delta", "0.0"), ("valid_fraction", "0.2")])
+def test_the_help_shows_numeric_defaults_also_if_zero(name: str, default: str) -> None:
+    parser = argparse.ArgumentParser()
+    settings.add_flags(parser, [name])
+    assert f"(default: {default})" in parser.format_help()
