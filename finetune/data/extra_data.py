@@ -35,8 +35,8 @@ def drop_known_images(
         for record in group:
             if record.sample.is_extra and (known := _find_existing(record, own, dataset.classes)):
                 duplicates[record.sample.name] = known
-    kept = [s for s in records if s.sample.name not in duplicates]
-    return dataset.with_samples(s.sample for s in kept), kept, duplicates
+    remaining = [s for s in records if s.sample.name not in duplicates]
+    return dataset.with_samples(s.sample for s in remaining), remaining, duplicates
 
 
 def describe_dropped(duplicates: Mapping[str, ExistingImage]) -> str:

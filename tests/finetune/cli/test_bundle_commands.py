@@ -1,4 +1,4 @@
-"""predict, evaluate and merge, on one small bundle: exported as a head, then merged with its pretrained weights."""
+"""predict, evaluate and merge with one small bundle: exported head-only, then merged with its pretrained weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLASSES = ("blue", "red, or so")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> SimpleNamespace:
-    """The data, the run with the head-only bundle, and the whole bundle."""
+    """The data, the run with the head-only bundle, and the merged bundle."""
     root = tmp_path_factory.mktemp("made")
     data = color_folder(root / "colours", train=9, valid=5, classes=CLASSES)
     flags = (
@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Simple
 
 @pytest.fixture
 def whole(made: SimpleNamespace, tmp_path: Path) -> Path:
-    """A copy of the whole bundle, to be spoilt."""
+    """A copy of the merged bundle, for tests that damage it."""
     return Path(shutil.copytree(made.whole, tmp_path / "spoilt"))
 
 
@@ -63,7 +63,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def refused(*words: object) -> str:
-    """Run a command that has to be refused in one sentence; gives the sentence."""
+    """Run a command that must fail with a one-line error; return the error."""
     code, out, err = finetune(*words)
     assert code == 2
     assert re.fullmatch(r"finetune: [^\n]+\n", err)
@@ -74,7 +74,7 @@ def refused(*words: object) -> str:
 # merge
 
 
-def test_a_head_and_its_base_are_the_whole_network(made: SimpleNamespace, tiny_weights: Path) -> None:
+def test_a_head_and_its_base_make_the_full_network(made: SimpleNamespace, tiny_weights: Path) -> None:
     head, whole = open_bundle(made.head), open_bundle(made.whole)
     assert (head.is_head_only, whole.is_head_only) == (True, False)
     base, own = read_tensors(tiny_weights), load_file(made.whole / "model.safetensors")
@@ -86,14 +86,14 @@ def test_a_head_and_its_base_are_the_whole_network(made: SimpleNamespace, tiny_w
     Tiny(2).load_state_dict(own)
 
 
-def test_the_merged_bundle_gives_the_golden_answers_of_the_head(made: SimpleNamespace) -> None:
+def test_the_merged_bundle_reproduces_the_golden_outputs_of_the_head(made: SimpleNamespace) -> None:
     engine = OpenVINOEngine(made.whole / "model.onnx", outputs=["probabilities"])
     for bundle in (open_bundle(made.whole), open_bundle(made.head)):
         assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) < 1e-5
     assert open_bundle(made.whole).manifest["merged_from"] == open_bundle(made.head).version
 
 
-def test_another_base_is_refused_and_nothing_is_written(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_different_base_is_rejected_and_nothing_is_written(made: SimpleNamespace, tmp_path: Path) -> None:
     other = save_weights(tmp_path / "other.pth", seed=1)
     said = refused("merge", made.head, tmp_path / "out", "--weights", other)
     assert "was trained on weights with sha256" in said
@@ -101,7 +101,7 @@ def test_another_base_is_refused_and_nothing_is_written(made: SimpleNamespace, t
     assert list(tmp_path.iterdir()) == [other]
 
 
-def test_a_base_that_is_not_to_be_had_is_said(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_missing_base_is_reported(made: SimpleNamespace, tmp_path: Path) -> None:
     assert "No pretrained weights are known for tiny" in refused("merge", made.head, tmp_path / "out")
     assert "There is no weights file" in refused("merge", made.head, tmp_path / "out", "--weights", tmp_path / "no.pth")
     assert not (tmp_path / "out").exists()
@@ -125,19 +125,19 @@ def predict(bundle: Path, *words: object, code: int = 0) -> str:
     return out
 
 
-def test_predictions_of_a_folder_are_those_of_training(made: SimpleNamespace) -> None:
-    wanted = {row["photo"]: row for row in table(made.run / "predictions.csv")}
+def test_predictions_of_a_folder_equal_those_of_training(made: SimpleNamespace) -> None:
+    expected = {row["photo"]: row for row in table(made.run / "predictions.csv")}
     rows = list(csv.DictReader(io.StringIO(predict(made.whole, made.data / "valid", "--csv"))))
     assert list(rows[0]) == ["photo", "label", "p_blue", "p_red, or so", "error"]
-    assert [row["photo"] for row in rows] == [str(made.data / name) for name in wanted]
+    assert [row["photo"] for row in rows] == [str(made.data / name) for name in expected]
     for row in rows:
-        want = wanted[Path(row["photo"]).relative_to(made.data).as_posix()]
+        want = expected[Path(row["photo"]).relative_to(made.data).as_posix()]
         assert (row["label"], row["error"]) == (want["predicted"], "")
         for name in ("p_blue", "p_red, or so"):
             assert float(row[name]) == pytest.approx(float(want[name]), abs=1e-5)
 
 
-def test_a_broken_photo_is_named_and_the_others_are_answered(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_damaged_photo_does_not_stop_the_others(made: SimpleNamespace, tmp_path: Path) -> None:
     good = [paint(tmp_path / f"{i}.jpg", COLORS[i], seed=700 + i) for i in range(2)]
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(good[0].read_bytes()[:300])
@@ -162,7 +162,7 @@ def test_a_broken_photo_is_named_and_the_others_are_answered(made: SimpleNamespa
     assert rows[1]["p_blue"] == ""
 
 
-def test_an_answer_does_not_depend_on_the_other_photos(made: SimpleNamespace) -> None:
+def test_a_prediction_does_not_depend_on_the_other_photos(made: SimpleNamespace) -> None:
     photo = sorted((made.data / "valid" / "blue").iterdir())[3]
 
     def ask(*photos: Path) -> Any:
@@ -172,7 +172,7 @@ def test_an_answer_does_not_depend_on_the_other_photos(made: SimpleNamespace) ->
     assert ask(photo) == pytest.approx(ask(made.data), abs=1e-6)
 
 
-def test_what_is_no_photo_is_passed_over_in_a_folder(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_other_files_in_a_folder_are_ignored(made: SimpleNamespace, tmp_path: Path) -> None:
     paint(tmp_path / "deep" / "a.JPG", COLORS[0], seed=1)
     paint(tmp_path / ".ipynb_checkpoints" / "b.jpg", COLORS[0], seed=2)
     (tmp_path / "notes.txt").write_text("x")
@@ -182,10 +182,10 @@ def test_what_is_no_photo_is_passed_over_in_a_folder(made: SimpleNamespace, tmp_
     assert "There is no photo or folder" in refused("predict", "--bundle", made.whole, tmp_path / "no.jpg")
 
 
-def test_a_head_only_bundle_is_merged_once_to_answer(
+def test_a_head_only_bundle_is_merged_once_for_prediction(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
 ) -> None:
-    """The base is looked for where torchvision's downloads lie; the whole bundle is kept."""
+    """The base is found among torchvision's downloads, and the merged bundle is cached."""
     source = WeightsSource(url="https://example.org/tiny.pth", sha256=sha256_of(tiny_weights), license="MIT")
     monkeypatch.setitem(registry._ENTRIES, "tiny", (replace(TINY, weights=source), Tiny))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -213,17 +213,17 @@ def test_an_evaluation_agrees_with_training(made: SimpleNamespace, tmp_path: Pat
     for measure in ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_uncalibrated"):
         for end in ("value", "low", "high"):
             assert ours[measure][end] == pytest.approx(theirs[measure][end], abs=1e-4), (measure, end)
-    rows, wanted = table(out / "predictions.csv"), table(made.run / "predictions.csv")
+    rows, expected = table(out / "predictions.csv"), table(made.run / "predictions.csv")
     assert [(r["photo"], r["label"], r["split"], r["sha256"]) for r in rows] == [
-        (r["photo"], r["label"], r["split"], r["sha256"]) for r in wanted
+        (r["photo"], r["label"], r["split"], r["sha256"]) for r in expected
     ]
-    np.testing.assert_allclose([float(r["loss"]) for r in rows], [float(r["loss"]) for r in wanted], atol=1e-4)
+    np.testing.assert_allclose([float(r["loss"]) for r in rows], [float(r["loss"]) for r in expected], atol=1e-4)
     plots = {path.name for path in (out / "plots").iterdir()}
     assert {"confusion_matrix.png", "reliability.png"} <= plots
     assert "learning_curves.png" not in plots
 
 
-def test_another_split_goes_where_its_name_says_and_damaged_photos_are_left_out(
+def test_another_split_is_evaluated_without_its_damaged_photos(
     made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = color_folder(tmp_path / "holiday", train=2, valid=0, classes=CLASSES)
@@ -238,7 +238,7 @@ def test_another_split_goes_where_its_name_says_and_damaged_photos_are_left_out(
     assert "is not empty" in again
 
 
-def test_an_evaluation_that_cannot_be_is_refused(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_an_impossible_evaluation_is_rejected(made: SimpleNamespace, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def said(data: Path, *words: object) -> str:
@@ -255,7 +255,7 @@ def test_an_evaluation_that_cannot_be_is_refused(made: SimpleNamespace, tmp_path
     assert not out.exists()
 
 
-# Bundles that are not what they were
+# Changed bundles
 
 
 def _swap_classes(manifest: dict[str, Any]) -> None:
@@ -267,7 +267,9 @@ def _newer(manifest: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
-def test_a_changed_bundle_is_refused_by_every_command(made: SimpleNamespace, whole: Path, tmp_path: Path, command: str) -> None:
+def test_a_changed_bundle_is_rejected_by_every_command(
+    made: SimpleNamespace, whole: Path, tmp_path: Path, command: str
+) -> None:
     def said() -> str:
         if command == "predict":
             return refused("predict", "--bundle", whole, made.data)

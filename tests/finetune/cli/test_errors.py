@@ -1,4 +1,4 @@
-"""What the command line says where a person, a disk or a network is in the way: one sentence, exit code 2, nothing written."""
+"""Error handling of the command line: one line on standard error, exit code 2, nothing written."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def refused(*words: object) -> str:
 
 @pytest.fixture
 def said(data: Path, tmp_path: Path, tiny_weights: Path) -> Callable[..., str]:
-    """Train with a mistake among the flags (a later flag beats an earlier one); gives the sentence."""
+    """Train with invalid flags (later flags override earlier ones); return the error."""
 
     def train(*flags: object) -> str:
         run = tmp_path / "run"
@@ -56,10 +56,10 @@ def said(data: Path, tmp_path: Path, tiny_weights: Path) -> Callable[..., str]:
     return train
 
 
-# Words
+# Arguments
 
 
-def test_an_unknown_command_gets_the_nearest() -> None:
+def test_an_unknown_command_gets_a_suggestion() -> None:
     assert "Unknown command 'trian'. Did you mean 'train'?" in refused("trian")
     assert "`finetune --help`" in refused("xyz")
 
@@ -77,13 +77,13 @@ def test_an_unknown_command_gets_the_nearest() -> None:
         (("--version-of-what",), "Unrecognized arguments"),
     ],
 )
-def test_a_wrong_flag_gets_the_nearest(words: tuple[str, ...], near: str) -> None:
+def test_an_invalid_flag_is_explained(words: tuple[str, ...], near: str) -> None:
     said = refused(*words)
     assert near in said
     assert "--help`." in said
 
 
-def test_help_is_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     listed = capsys.readouterr().out
     for command in ("train", "evaluate", "predict", "audit", "download", "synthesize", "merge", "models"):
@@ -116,16 +116,16 @@ def test_a_renamed_command_names_the_new_one(old: str, new: str) -> None:
         (("--config", "no.yaml"), "Cannot read the config file no.yaml"),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused(said: Callable[..., str], flags: tuple[str, ...], words: str) -> None:
+def test_an_invalid_setting_is_rejected(said: Callable[..., str], flags: tuple[str, ...], words: str) -> None:
     assert words in said(*flags)
 
 
-def test_a_gpu_that_is_not_there_is_refused(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "No CUDA device found. Remove --device or use --device cpu." in said("--device", "cuda")
 
 
-def test_a_flag_that_the_file_spells_wrong_is_refused(said: Callable[..., str], tmp_path: Path) -> None:
+def test_a_misspelled_setting_in_the_file_is_rejected(said: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("epoch: 3\n")
     assert "Did you mean 'epochs'?" in said("--config", tmp_path / "c.yaml")
 
@@ -133,7 +133,7 @@ def test_a_flag_that_the_file_spells_wrong_is_refused(said: Callable[..., str], 
 # Photos
 
 
-def test_photos_that_are_not_there(said: Callable[..., str], tmp_path: Path) -> None:
+def test_missing_photos_are_reported(said: Callable[..., str], tmp_path: Path) -> None:
     nowhere, bare, single = (tmp_path / name for name in ("nowhere", "bare", "single"))
     assert f"No such folder: {nowhere}" in said("--data-dir", nowhere)
     assert f"No such folder: {nowhere}" in refused("audit", nowhere)
@@ -151,7 +151,7 @@ def test_photos_that_are_not_there(said: Callable[..., str], tmp_path: Path) -> 
     assert f"No such folder: {a_file}" in said("--data-dir", a_file)
 
 
-def test_leakage_is_refused_with_the_names(said: Callable[..., str], data: Path, tmp_path: Path) -> None:
+def test_leakage_is_rejected_with_the_file_names(said: Callable[..., str], data: Path, tmp_path: Path) -> None:
     leaky = Path(shutil.copytree(data, tmp_path / "leaky"))
     shutil.copy(leaky / "train/red/red.001.jpg", leaky / "valid/red/again.jpg")
     err = said("--data-dir", leaky)
@@ -162,7 +162,7 @@ def test_leakage_is_refused_with_the_names(said: Callable[..., str], data: Path,
 # Folders and runs
 
 
-def test_a_folder_that_is_taken_is_left_alone(said: Callable[..., str], tmp_path: Path) -> None:
+def test_an_occupied_folder_is_not_changed(said: Callable[..., str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "thesis.txt").write_text("mine")
@@ -176,7 +176,7 @@ def test_a_folder_that_is_taken_is_left_alone(said: Callable[..., str], tmp_path
     assert "the name is too long" in said("--output-dir", tmp_path / ("x" * 300))
 
 
-def test_resuming_needs_a_run(said: Callable[..., str], tmp_path: Path, data: Path) -> None:
+def test_resuming_requires_a_run(said: Callable[..., str], tmp_path: Path, data: Path) -> None:
     assert f"There is no run in {tmp_path / 'run'} to go on with; start it without --resume." in said("--resume")
     assert "--resume requires the run directory. Add --output-dir runs/NAME." in refused("train", "--resume")
     (tmp_path / "c.yaml").write_text(f"output-dir: {tmp_path / 'run'}\n")
@@ -186,7 +186,7 @@ def test_resuming_needs_a_run(said: Callable[..., str], tmp_path: Path, data: Pa
     assert "Cannot read the config file" in said("--resume")
 
 
-def test_resuming_with_other_settings_is_refused(
+def test_resuming_with_other_settings_is_rejected(
     said: Callable[..., str], tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(Exception):  # noqa: N818
@@ -205,12 +205,12 @@ def test_resuming_with_other_settings_is_refused(
     (tmp_path / "c.yaml").write_text("lr: 0.25\n")
     assert "--lr 0.05, not 0.25" in refused(*resume, "--config", tmp_path / "c.yaml")
     with pytest.raises(Stop):
-        finetune(*resume, "--workers", 2, "--lr", 0.05)  # what has no part in the weights, and what is the same
+        finetune(*resume, "--workers", 2, "--lr", 0.05)  # a setting without influence on the weights, and an unchanged one
 
 
 @contextlib.contextmanager
-def as_somebody_else() -> Iterator[None]:
-    """Root may write anywhere; nobody may not."""
+def unprivileged() -> Iterator[None]:
+    """Run as user nobody, because root may write anywhere."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -221,8 +221,8 @@ def as_somebody_else() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_a_folder_that_may_not_be_written(tiny_weights: Path) -> None:
-    with tempfile.TemporaryDirectory() as open_to_all:  # pytest's own folders are closed to others
+def test_a_folder_without_write_permission_is_reported(tiny_weights: Path) -> None:
+    with tempfile.TemporaryDirectory() as open_to_all:  # other users cannot access pytest's folders
         place = Path(open_to_all)
         colors = color_folder(place / "colours", train=2, valid=1)
         weights = Path(shutil.copy(tiny_weights, place / "tiny.pth"))
@@ -232,7 +232,7 @@ def test_a_folder_that_may_not_be_written(tiny_weights: Path) -> None:
         for path, mode in ((place, 0o755), (theirs, 0o555), (ours, 0o777), (weights, 0o644)):
             path.chmod(mode)
         flags = ("train", "--data-dir", colors, "--backbone", "tiny", "--weights", weights)
-        with as_somebody_else():
+        with unprivileged():
             for run, cache in ((theirs / "run", ours / "cache"), (ours / "run", theirs / "cache")):
                 err = refused(*flags, "--output-dir", run, "--cache-dir", cache)
                 assert str(theirs) in err
@@ -244,7 +244,7 @@ def test_a_folder_that_may_not_be_written(tiny_weights: Path) -> None:
 # Weights
 
 
-def test_weights_that_do_not_fit_or_are_damaged(said: Callable[..., str], tmp_path: Path, tiny_weights: Path) -> None:
+def test_weights_that_are_damaged_or_of_another_network(said: Callable[..., str], tmp_path: Path, tiny_weights: Path) -> None:
     whole = tiny_weights.read_bytes()
     for name, content in (("half.pth", whole[:5000]), ("page.pth", b"<html>"), ("empty.pth", b""), ("x.safetensors", b"no")):
         (tmp_path / name).write_bytes(content)
@@ -261,8 +261,8 @@ def test_weights_that_do_not_fit_or_are_damaged(said: Callable[..., str], tmp_pa
     assert "There is no weights file" in said("--weights", tmp_path)
 
 
-class _BreaksOff(http.server.BaseHTTPRequestHandler):
-    """Promises a file, sends a part of it, and hangs up."""
+class _DropsConnection(http.server.BaseHTTPRequestHandler):
+    """Announces a file, sends the beginning and closes the connection."""
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -276,7 +276,7 @@ class _BreaksOff(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _BreaksOff) as running:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _DropsConnection) as running:
         thread = threading.Thread(target=running.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{running.server_port}"
@@ -284,23 +284,23 @@ def server() -> Iterator[str]:
         thread.join()
 
 
-def test_a_download_that_breaks_off_leaves_nothing(
+def test_an_interrupted_download_leaves_nothing(
     server: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for url in (f"{server}/tiny.pth", "http://127.0.0.1:9/tiny.pth"):  # breaks off; nobody listens
+    for url in (f"{server}/tiny.pth", "http://127.0.0.1:9/tiny.pth"):  # interrupted; connection refused
         source = WeightsSource(url=url, sha256="00c0ffee", license="MIT")
         monkeypatch.setitem(registry._ENTRIES, "tiny", (replace(TINY, weights=source), Tiny))
         code, _, err = finetune("train", "--data-dir", data, "--backbone", "tiny", "--output-dir", tmp_path / "run")
         assert code == 2
-        last = err.splitlines()[-1]  # after the progress of the download
+        last = err.splitlines()[-1]  # after the progress bar
         assert "are not on this machine and could not be downloaded" in last
         assert f"Download {url} on a connected machine, then use --weights FILE" in last
         assert "Traceback" not in err
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_a_damaged_file_among_the_downloads_is_named(
+def test_a_damaged_downloaded_file_is_reported(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path
 ) -> None:
     source = WeightsSource(url="https://example.org/tiny.pth", sha256=sha256_of(tiny_weights), license="MIT")
@@ -318,10 +318,10 @@ def test_a_damaged_file_among_the_downloads_is_named(
 
 
 @pytest.mark.parametrize(("flags", "limit", "begun"), [((), 2_000, False), (("--weights", "none"), 30_000, True)])
-def test_a_full_disk_is_said_and_nothing_is_half_written(
+def test_a_full_disk_is_reported_and_leaves_no_partial_files(
     data: Path, tmp_path: Path, tiny_weights: Path, flags: tuple[str, ...], limit: int, begun: bool
 ) -> None:
-    """It strikes while the cache is written, or at the first checkpoint, which is larger."""
+    """The disk is full when the cache is written, or at the first checkpoint, which is larger."""
     run, cache = tmp_path / "run", tmp_path / "cache"
     fine = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--output-dir", run, "--cache-dir", cache)
     with file_size_limit(limit):
@@ -331,7 +331,7 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_ctrl_c_is_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+def test_ctrl_c_exits_with_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
     def interrupted(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
@@ -339,7 +339,7 @@ def test_ctrl_c_is_130_without_a_traceback(monkeypatch: pytest.MonkeyPatch, data
     assert finetune("audit", data) == (130, "", "")
 
 
-def test_a_reader_that_has_gone_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     """As in ``finetune | head -1``."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -354,7 +354,7 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
 # The table of networks
 
 
-def test_the_networks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_networks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     import json
 
     assert main(["models"]) == 0
@@ -374,7 +374,7 @@ def test_the_networks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "merge"])
-def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, data: Path, command: str) -> None:
+def test_a_folder_that_is_not_a_bundle_is_rejected(tmp_path: Path, data: Path, command: str) -> None:
     rest = {"predict": (data,), "evaluate": ("--data-dir", data), "merge": ()}[command]
     for bundle in (tmp_path / "nowhere", data):
         place = (bundle, tmp_path / "out") if command == "merge" else ("--bundle", bundle)

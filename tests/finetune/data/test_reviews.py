@@ -1,4 +1,4 @@
-"""Correct labels and train again: decisions on photos, by sha256, through the command line."""
+"""Retraining with reviews: decisions are matched by sha256, through the command line."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def data(tmp_path: Path) -> Path:
 
 
 def review(photo: Path, decision: str = "label", new_label: str = "", **more: str) -> Review:
-    given = {"label": photo.parent.name, "note": "", "reviewer": "Ada", "decided_at": "2024-05-01T10:00:00+00:00"} | more
-    return Review(sha256_of(photo), photo.name, decision=decision, new_label=new_label, **given)
+    fields = {"label": photo.parent.name, "note": "", "reviewer": "Ada", "decided_at": "2024-05-01T10:00:00+00:00"} | more
+    return Review(sha256_of(photo), photo.name, decision=decision, new_label=new_label, **fields)
 
 
 def table(*reviews: Review, path: Path) -> Path:
@@ -46,19 +46,21 @@ def table(*reviews: Review, path: Path) -> Path:
 
 
 def applied(data: Path, *reviews: Review) -> tuple[dict[str, str], str]:
-    """The photos that are left with their class, and what is said."""
+    """Apply reviews; return {photo: class} of the remaining photos, and the summary text."""
     dataset = read_dataset(data)
     store = ArrayStore(data.parent / "cache", fingerprint_context(), limit_mb=10)
     records = inspect_images(dataset.samples, store=store, quiet=True)
-    changed, kept, what = apply_reviews(ReviewTable.parse(write_reviews(reviews), origin="reviews.csv"), dataset, records)
-    assert [s.sample for s in kept] == list(changed.samples)
-    return {p.name: changed.classes[p.label] for p in changed.samples}, what.text()
+    reviewed, remaining, summary = apply_reviews(
+        ReviewTable.parse(write_reviews(reviews), origin="reviews.csv"), dataset, records
+    )
+    assert [s.sample for s in remaining] == list(reviewed.samples)
+    return {p.name: reviewed.classes[p.label] for p in reviewed.samples}, summary.text()
 
 
 # The table
 
 
-def test_a_table_comes_back_as_it_was_also_from_a_spreadsheet() -> None:
+def test_a_table_round_trips_also_through_a_spreadsheet() -> None:
     reviews = (
         Review("a" * 64, "train/cats/1, or so.jpg", "cats", "label", "dogs", 'a "dog"\nclearly', "Ada", "2024-05-01"),
         Review("b" * 64, "train/cats/猫.jpg", "cats", "bad", "", "", "", ""),
@@ -78,13 +80,13 @@ def test_a_table_comes_back_as_it_was_also_from_a_spreadsheet() -> None:
         ({"sha256": "abc"}, "'abc' is not a sha256"),
     ],
 )
-def test_a_malformed_row_is_named(changes: dict[str, str], said: str) -> None:
+def test_a_malformed_row_is_reported(changes: dict[str, str], said: str) -> None:
     row = replace(Review("a" * 64, "1.jpg", "cats", "bad", "", "", "", ""), **changes)
     with pytest.raises(DataError, match=said):
         read_reviews(write_reviews([row]), origin="r.csv")
 
 
-def test_two_decisions_on_one_photo_are_refused() -> None:
+def test_contradictory_decisions_are_rejected() -> None:
     row = Review("a" * 64, "1.jpg", "cats", "bad", "", "", "", "")
     with pytest.raises(DataError, match=r"row 3 \(2\.jpg\): contradicts another row of the same photo"):
         read_reviews(write_reviews([row, replace(row, photo="2.jpg", decision="neither")]), origin="r.csv")
@@ -94,14 +96,14 @@ def test_two_decisions_on_one_photo_are_refused() -> None:
 # What decisions do
 
 
-def test_decisions_change_confirm_and_drop_by_sha256(data: Path) -> None:
+def test_decisions_relabel_confirm_and_exclude_by_sha256(data: Path) -> None:
     blue, red = data / "train" / "blue", data / "train" / "red"
     decisions = (
         review(blue / "blue.000.jpg", new_label="red"),
         review(blue / "blue.001.jpg", new_label="blue"),
         review(red / "red.000.jpg", "neither"),
         review(data / "valid" / "red" / "red.001.jpg", "bad"),
-        replace(review(blue / "blue.002.jpg", "bad"), sha256="0" * 64),  # a name is no reason
+        replace(review(blue / "blue.002.jpg", "bad"), sha256="0" * 64),  # the name alone does not match
     )
     (blue / "blue.000.jpg").rename(blue / "renamed.jpg")
     labels, said = applied(data, *decisions)
@@ -115,8 +117,8 @@ def test_decisions_change_confirm_and_drop_by_sha256(data: Path) -> None:
     assert "  valid/red/red.001.jpg: excluded (bad photo)" in said
 
 
-def test_the_same_photo_in_two_classes_is_settled_by_the_decision(data: Path) -> None:
-    """Within a split every copy gets the label; across splits the copy whose folder was right stays alone."""
+def test_a_decision_resolves_duplicates_with_different_labels(data: Path) -> None:
+    """Within a split every copy gets the label. Across splits only the copy whose folder was correct remains."""
     first, second = (data / "train" / "blue" / f"blue.00{i}.jpg" for i in (0, 1))
     shutil.copyfile(first, data / "train" / "red" / "same.jpg")
     shutil.copyfile(second, data / "valid" / "red" / "same.jpg")
@@ -126,7 +128,7 @@ def test_the_same_photo_in_two_classes_is_settled_by_the_decision(data: Path) ->
     assert "blue.001.jpg: excluded (reviewed as red, and the other split has the same photo)" in said
 
 
-def test_a_look_alike_that_says_otherwise_is_left_out(data: Path) -> None:
+def test_a_contradicting_near_duplicate_is_excluded(data: Path) -> None:
     from PIL import Image
 
     first = data / "train" / "blue" / "blue.000.jpg"
@@ -157,10 +159,10 @@ def predictions_of(run: Path) -> dict[str, str]:
         return {row["photo"]: row["label"] for row in csv.DictReader(file)}
 
 
-def test_a_training_with_reviews_says_and_keeps_what_it_did(
+def test_training_with_reviews_reports_and_saves_the_changes(
     data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """Also where the same photo lies in two classes and both splits, which without a decision is leakage and stops."""
+    """Includes a photo in two classes and both splits, which without a decision is rejected as leakage."""
     shutil.copyfile(data / "train" / "blue" / "blue.005.jpg", data / "valid" / "red" / "same.jpg")
     code, _, err = train()
     assert (code, "in both training and validation" in err) == (2, True)
@@ -202,7 +204,7 @@ def test_a_training_with_reviews_says_and_keeps_what_it_did(
             assert b"Ada" not in kept.read_bytes()
 
 
-def test_resuming_on_other_reviews_is_refused(
+def test_resuming_with_other_reviews_is_rejected(
     data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(Exception):  # noqa: N818
@@ -225,9 +227,7 @@ def test_resuming_on_other_reviews_is_refused(
     assert finetune(*resume)[0] == 0
 
 
-def test_a_mistake_in_the_reviews_is_one_sentence(
-    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_errors_in_the_reviews_are_one_line(data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]) -> None:
     def refused(*flags: object) -> str:
         code, _, err = train(*flags)
         assert code == 2
@@ -268,7 +268,7 @@ def test_reviews_are_read_from_a_database(data: Path, tmp_path: Path, train: Cal
 
 
 class Gallery(http.server.BaseHTTPRequestHandler):
-    """Answers reviews.csv to who has the key, and sends everybody away from elsewhere."""
+    """Serves reviews.csv to requests with the API key, and redirects from another path."""
 
     table = b""
 
@@ -307,7 +307,7 @@ def test_reviews_are_fetched_from_a_gallery_with_its_key(
     code, _, err = train("--reviews-from", f"{gallery}/moved")
     assert (code, "returned 302" in err) == (2, True)
     code, out, err = train("--reviews-from", f"{gallery.replace('//', '//ada:word@')}/reviews.csv?x=1")
-    assert code == 2  # urllib knows no password in an address
+    assert code == 2  # urllib does not support passwords in URLs
     assert "word" not in err
     code, out, err = train("--reviews-from", f"{gallery}/reviews.csv?x=1")
     assert (code, err) == (0, "")
@@ -318,7 +318,7 @@ def test_reviews_are_fetched_from_a_gallery_with_its_key(
     monkeypatch.delenv("REVIEWS_KEY")
     (run / "checkpoint.pt").unlink()
     shutil.rmtree(run / "bundle")
-    code, out, _ = finetune("train", "--resume", "--output-dir", run)  # goes on with what it fetched
+    code, out, _ = finetune("train", "--resume", "--output-dir", run)  # uses the saved reviews
     assert code == 0
     assert "train/blue/blue.000.jpg: blue -> red" in out
 
@@ -332,7 +332,7 @@ def test_a_password_is_never_shown() -> None:
 # Further folders, such as what was photographed live
 
 
-def test_a_folder_with_training_photos_alone_is_trained_on(tmp_path: Path, tiny_weights: Path) -> None:
+def test_a_folder_with_only_training_photos_can_be_used(tmp_path: Path, tiny_weights: Path) -> None:
     data = color_folder(tmp_path / "live", train=6, valid=0)
     flags = ("--backbone", "tiny", "--weights", tiny_weights, "--output-dir", tmp_path / "run")
     code, out, err = finetune("train", "--data-dir", data, *flags)
@@ -340,9 +340,7 @@ def test_a_folder_with_training_photos_alone_is_trained_on(tmp_path: Path, tiny_
     assert "valid (held out from training): blue 1, red 1" in out
 
 
-def test_photos_of_further_folders_are_added_to_training(
-    data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_extra_photos_are_added_to_training(data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]) -> None:
     live = color_folder(tmp_path / "live", train=4, valid=2, classes=("blue", "red", "green"))
     shutil.rmtree(live / "train" / "green")
     for i in range(4):  # others than data has
@@ -350,7 +348,7 @@ def test_photos_of_further_folders_are_added_to_training(
     more = tmp_path / "more"
     shutil.copytree(color_folder(tmp_path / "x", train=8, valid=0) / "train" / "red", more / "red")
     for i in range(6):
-        (more / "red" / f"red.00{i}.jpg").unlink()  # those that data has too
+        (more / "red" / f"red.00{i}.jpg").unlink()  # already in the data folder
     shutil.copyfile(live / "train" / "red" / "red.000.jpg", more / "red" / "again.jpg")
     shutil.rmtree(live / "train" / "blue")
     code, out, err = train("--extra-data", live, "--extra-data", more)
@@ -366,10 +364,10 @@ def test_photos_of_further_folders_are_added_to_training(
     assert {row["photo"] for row in rows} == {"extra-1/train/red/red.000.jpg", "extra-2/red/again.jpg"}
 
 
-def test_photos_of_further_folders_that_the_data_has_are_left_out(
+def test_extra_photos_already_in_the_data_folder_are_skipped(
     data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """By their bytes in whatever split and class; and a photo that looks the same as one of validation."""
+    """Exact duplicates of any photo, and near duplicates of validation photos."""
     from PIL import Image
 
     live = tmp_path / "live" / "train"
@@ -403,7 +401,7 @@ def test_photos_of_further_folders_that_the_data_has_are_left_out(
     assert predictions_of(tmp_path / "again")["valid/blue/blue.000.jpg"] == "red"
 
 
-def test_a_further_folder_that_does_not_fit_is_refused(tmp_path: Path, train: Callable[..., tuple[int, str, str]]) -> None:
+def test_an_extra_folder_that_does_not_fit_is_rejected(tmp_path: Path, train: Callable[..., tuple[int, str, str]]) -> None:
     (tmp_path / "none" / "train" / "blue").mkdir(parents=True)
     (tmp_path / "other" / "green").mkdir(parents=True)
     for folder, said in (
@@ -415,16 +413,16 @@ def test_a_further_folder_that_does_not_fit_is_refused(tmp_path: Path, train: Ca
         assert (code, said in err) == (2, True), err
 
 
-# Out of fold
+# Out-of-fold predictions
 
 
-def test_every_photo_is_answered_by_a_head_that_did_not_see_it(
+def test_out_of_fold_predictions_with_reviews(
     data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]], tiny_weights: Path
 ) -> None:
     from models.artifacts.evaluation import open_predictions
 
-    wrong = data / "train" / "red" / "blue.jpg"
-    (data / "train" / "blue" / "blue.003.jpg").rename(wrong)
+    mislabeled = data / "train" / "red" / "blue.jpg"
+    (data / "train" / "blue" / "blue.003.jpg").rename(mislabeled)
     shutil.copyfile(data / "train" / "blue" / "blue.001.jpg", data / "train" / "blue" / "again.jpg")
     assert train("--epochs", 12)[0] == 0
     bundle, out = tmp_path / "run" / "bundle", tmp_path / "folds"
@@ -446,13 +444,13 @@ def test_every_photo_is_answered_by_a_head_that_did_not_see_it(
     assert (out / "metrics.json").is_file()
     assert results.bundle_version == open_bundle(bundle).version
 
-    file = table(review(wrong, new_label="blue"), path=tmp_path / "reviews.csv")
+    file = table(review(mislabeled, new_label="blue"), path=tmp_path / "reviews.csv")
     assert finetune("evaluate", *flags, "--output-dir", tmp_path / "again", "--reviews", file)[0] == 0
     corrected = open_predictions(tmp_path / "again").predictions()
     assert corrected.classes[corrected.labels[corrected.image_names.index("train/red/blue.jpg")]] == "blue"
 
 
-def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> None:
+def test_duplicates_are_in_the_same_fold(data: Path, tmp_path: Path) -> None:
     import numpy as np
 
     from finetune.evaluation.cross_validation import assign_folds
@@ -475,7 +473,7 @@ def test_what_looks_alike_is_dealt_into_one_fold(data: Path, tmp_path: Path) -> 
         assign_folds(records, labels, folds=10, classes=dataset.classes, seed=0)
 
 
-def test_folds_that_cannot_be_are_refused(
+def test_impossible_folds_are_rejected(
     data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]], tiny_weights: Path
 ) -> None:
     assert train("--epochs", 1)[0] == 0
