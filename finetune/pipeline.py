@@ -1,4 +1,4 @@
-"""One training from a folder of photos to a bundle: the flow, step by step."""
+"""Train a classifier on an image folder and export it as a bundle: the steps of ``finetune train``."""
 
 from __future__ import annotations
 
@@ -48,27 +48,36 @@ Embeddings = NDArray[np.float32]
 
 
 def train(config: Config, *, resume: bool = False) -> Bundle:
-    """Train as ``config`` says, write the run's folder, and give its bundle.
+    """Train a network, write the run directory and export the bundle.
 
-    Prints what it does. A run that was interrupted goes on with ``resume``; one that is finished is only opened. Nothing is
-    written before the settings, the weights and the photos are known to be good. Raises UserError for every mistake that a
-    person can mend.
+    Prints its progress. Nothing is written before the settings, the weights and the images have been checked.
+
+    Args:
+        config: The settings of the run. Unset hyperparameters come from the network's recipe.
+        resume: Continue an interrupted run in ``config.output_dir``. A finished run is only opened.
+
+    Returns:
+        The exported bundle.
+
+    Raises:
+        UserError: For every error that the user can fix (settings, data, weights, storage).
     """
     spec = get_spec(config.backbone)
     config = resolve_config(config, spec)
     folder = config.output_dir or default_run_dir(config)
-    asked, config = config, dataclasses.replace(config, reviews_from=config.reviews_from and hide_password(config.reviews_from))
+    requested = config
+    config = dataclasses.replace(config, reviews_from=config.reviews_from and hide_password(config.reviews_from))
     if finished := distributed.run_on_main(lambda: open_run(folder, config, resume=resume)):
-        print(f"The run in {folder} is finished.")
+        print(f"The run in {folder} is already finished.")
         return finished
-    reviews = distributed.run_on_main(lambda: load_reviews(asked, saved=folder / run_directory.REVIEWS if resume else None))
+    reviews = distributed.run_on_main(lambda: load_reviews(requested, saved=folder / run_directory.REVIEWS if resume else None))
     compute = select_compute(config.device, config.precision)
     dataset = read_dataset(
         config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
     )
-    print(f"Training {spec.title} on {config.data_dir} ({compute}); the run is in {folder}")
+    print(f"Training {spec.title} on {config.data_dir} ({compute}). Run directory: {folder}")
     for number, extra in enumerate(config.extra_data, start=1):
-        print(f"Further photos, named extra-{number}/...: {extra}")
+        print(f"Extra data: {extra} (as extra-{number}/)")
     network = distributed.local_main_first(lambda: prepare_network(spec, len(dataset.classes), config, compute))
     distributed.check_supported(compute, network.split_model.trainable)
     distributed.require_same_on_all_ranks("pretrained weights", network.base.sha256 if network.base else None)
@@ -79,12 +88,16 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     with _resumable(folder):
         batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=hash_inputs(prepared, network))
-        answers = predict_validation(network, batches["valid"], compute)
-        return distributed.run_on_main(lambda: write_outputs(config, folder, network, compute, answers, prepared, progress))
+        outputs = predict_validation(network, batches["valid"], compute)
+        return distributed.run_on_main(lambda: write_outputs(config, folder, network, compute, outputs, prepared, progress))
 
 
 def open_run(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
-    """Check that the run's folder is free, or that it holds this run to go on with; gives the bundle of a finished one."""
+    """Check that a new run has an empty folder, or that ``folder`` contains the run to resume.
+
+    Returns:
+        The bundle of a run that is already finished, else None.
+    """
     if not resume:
         run_directory.require_no_run(folder)
         return None
@@ -94,13 +107,14 @@ def open_run(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
 
 
 def resolve_config(config: Config, spec: ModelSpec) -> Config:
-    """Fill what was left open: the network's recipe, and random weights to start from where it has no others.
+    """Fill unset settings from the network's recipe, and train from random weights if it has no pretrained ones.
 
-    Raises ConfigError where the bundle is to leave pretrained weights out that there are not.
+    Raises:
+        ConfigError: ``--export head`` for a network without pretrained weights.
     """
     if spec.weights is None and config.weights is None:
         if config.export == "head":
-            raise ConfigError(f"--export head leaves the pretrained weights out, and {spec.title} has none; drop it.")
+            raise ConfigError(f"--export head omits the pretrained weights, but {spec.title} has none. Remove --export.")
         config = dataclasses.replace(config, weights="none")
     return config.with_recipe(spec.recipe)
 
@@ -116,10 +130,10 @@ def default_name(config: Config) -> str:
 def fit_head(
     config: Config, folder: Path, network: TrainingNetwork, compute: Compute, batches: Mapping[str, Batches], *, inputs: str
 ) -> Progress:
-    """Train what follows the cut, from the run's checkpoint where there is one, and keep a new one after each epoch."""
-    before = distributed.run_on_main(lambda: run_directory.load_checkpoint(folder, inputs=inputs))
-    if before:
-        print(f"Going on after epoch {before.epoch}.")
+    """Train the layers after the split point, resuming from the run's checkpoint, and save one after each epoch."""
+    saved = distributed.run_on_main(lambda: run_directory.load_checkpoint(folder, inputs=inputs))
+    if saved:
+        print(f"Resuming after epoch {saved.epoch}.")
     with EventWriter(folder if config.tensorboard and distributed.is_main_process() else None) as events:
 
         def on_epoch(progress: Progress) -> None:
@@ -135,16 +149,20 @@ def fit_head(
             compute=compute,
             head=[f"net.{head}.{tensor}" for head in network.spec.heads for tensor in ("weight", "bias")],
             aux_weight=network.classifier.aux_weight,
-            progress=before,
+            progress=saved,
             on_epoch=on_epoch,
         )
 
 
 def predict_validation(network: TrainingNetwork, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:
-    """The photos' log-probabilities (N, classes), labels (N,) and embeddings (N, d) by what was trained."""
-    with capture_embeddings(network.classifier, network.spec) as seen:
+    """Predict the validation images with the trained network.
+
+    Returns:
+        Log-probabilities (N, classes), labels (N,) and embeddings (N, d).
+    """
+    with capture_embeddings(network.classifier, network.spec) as captured:
         log_probs, labels = predict(network.split_model.trainable, batches, compute=compute)
-    return log_probs, labels, np.concatenate([rows for own in distributed.all_gather(seen) for rows in own])
+    return log_probs, labels, np.concatenate([rows for own in distributed.all_gather(captured) for rows in own])
 
 
 def write_outputs(
@@ -152,29 +170,29 @@ def write_outputs(
     folder: Path,
     network: TrainingNetwork,
     compute: Compute,
-    answers: tuple[Tensor, Tensor, Embeddings],
+    outputs: tuple[Tensor, Tensor, Embeddings],
     prepared: PreparedDataset,
     progress: Progress,
 ) -> Bundle:
-    """Calibrate, measure and export what was trained; ``answers`` are what ``predict_validation`` gave of validation."""
+    """Calibrate, evaluate and export the trained network. ``outputs`` are those of ``predict_validation``."""
     atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    log_probs, labels, embeddings = answers
-    photos = prepared.splits["valid"]
+    log_probs, labels, embeddings = outputs
+    valid_records = prepared.splits["valid"]
     raw = log_probs.double().numpy()
     temperature = fit_temperature(raw, labels.numpy())
     predictions = Predictions(
         classes=prepared.dataset.classes,
-        image_names=tuple(s.sample.name for s in photos),
+        image_names=tuple(s.sample.name for s in valid_records),
         labels=labels.numpy(),
         probabilities=apply_temperature(raw, temperature),
-        splits=tuple(s.sample.split for s in photos),
-        sha256s=tuple(s.sha256 for s in photos),
+        splits=tuple(s.sample.split for s in valid_records),
+        sha256s=tuple(s.sha256 for s in valid_records),
     )
     metrics = write_results(
         folder,
         predictions,
         similarity=build_similarity_index(
-            predictions.sha256s, embeddings, [*prepared.splits["train"], *photos], prepared.dataset.classes
+            predictions.sha256s, embeddings, [*prepared.splits["train"], *valid_records], prepared.dataset.classes
         ),
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
@@ -182,11 +200,12 @@ def write_outputs(
         history=progress.history,
         seed=config.seed,
     )
-    print(f"\nThe best epoch was {progress.best_epoch} of {progress.epoch}. On the validation photos:")
+    print(f"\nBest epoch: {progress.best_epoch} of {progress.epoch}. Validation results:")
     print(format_summary(metrics))
     if prepared.reviews:
-        print("These figures are on the labels that the reviews corrected, in training and validation alike.")
-    print("The best epoch and the temperature were chosen on these photos; `finetune evaluate` measures others.\n")
+        print("The reviews corrected labels in both training and validation.")
+    print("These photos also selected the best epoch and the temperature.")
+    print("For an unbiased figure, run `finetune evaluate` on other photos.\n")
     state = network.classifier.net.cpu().state_dict()
     bundle = export_bundle(
         folder / run_directory.BUNDLE,
@@ -204,34 +223,34 @@ def write_outputs(
             compute=str(compute),
             progress=progress,
             audit_report=prepared.audit_report,
-            records=[*prepared.splits["train"], *photos],
+            records=[*prepared.splits["train"], *valid_records],
             reviews=prepared.reviews.as_dict() if prepared.reviews else None,
         ),
         trained_tensors={name: state[name] for name in network.trainable_names},
         evaluation_dir=folder,
-        parity=_parity(photos, predictions, network, compute),
+        parity=_parity_sample(valid_records, predictions, network, compute),
         head_only=config.export == "head",
     )
-    _say_where(folder, bundle)
+    _print_paths(folder, bundle)
     return bundle
 
 
 def hash_inputs(prepared: PreparedDataset, network: TrainingNetwork) -> str:
-    """Name what a run is trained on, so that resuming on other photos, labels, splits, reviews or base weights is refused."""
-    photos = [[s.sample.split, s.sample.label, s.sha256] for records in prepared.splits.values() for s in records]
+    """Hash the images, labels, splits, reviews and base weights of a run, to reject resuming with different ones."""
+    images = [[s.sample.split, s.sample.label, s.sha256] for records in prepared.splits.values() for s in records]
     base = network.base.sha256 if network.base else None
     reviews = [prepared.reviews.reviews.sha256] if prepared.reviews else []
-    return hashlib.sha256(json.dumps([photos, base, *reviews]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([images, base, *reviews]).encode()).hexdigest()
 
 
-def _parity(
+def _parity_sample(
     records: Sequence[ImageRecord], predictions: Predictions, network: TrainingNetwork, compute: Compute
 ) -> ParitySample:
-    """Validation photos spread over all of them, through the same preprocessing as a server's."""
-    chosen = np.unique(np.linspace(0, len(records) - 1, min(PARITY_IMAGES, len(records))).round().astype(int))
+    """Select evenly spaced validation images and preprocess them as the service does."""
+    rows = np.unique(np.linspace(0, len(records) - 1, min(PARITY_IMAGES, len(records))).round().astype(int))
     pixel_cache = PixelCache(network.spec.preprocessing, limit_mb=0)
-    pixels = np.stack([pixel_cache.pop(records[i].sha256, records[i].sample.path) for i in chosen])
-    return ParitySample(pixels, predictions.probabilities[chosen], compute.precision)
+    pixels = np.stack([pixel_cache.pop(records[i].sha256, records[i].sample.path) for i in rows])
+    return ParitySample(pixels, predictions.probabilities[rows], compute.precision)
 
 
 @contextlib.contextmanager
@@ -239,11 +258,11 @@ def _resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\nInterrupted; go on with: finetune train --resume --output-dir {folder}")
+        print(f"\nInterrupted. Resume with: finetune train --resume --output-dir {folder}")
         raise
 
 
-def _say_where(folder: Path, bundle: Bundle) -> None:
+def _print_paths(folder: Path, bundle: Bundle) -> None:
     print(f"bundle       {bundle.path} (version {bundle.version})")
     print(f"model card   {bundle.path / 'README.md'}")
     print(f"metrics      {folder / 'metrics.json'}")

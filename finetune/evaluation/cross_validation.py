@@ -1,9 +1,9 @@
-"""Out-of-fold predictions: every photo of a dataset, answered by a head that was trained on others.
+"""Out-of-fold predictions for a data set: cross-validate a bundle's recipe with one head per fold.
 
-The recipe is the bundle's own: its base weights, settings and seed. The photos of training and validation are dealt into folds,
-each with its share of every class; photos that look alike go into the same one. A head for each fold learns on the other folds
-for as many epochs as the bundle's best one took, so that no photo has a say in when to stop, and the bundle's temperature
-calibrates it. The frozen part's features come from the cache, so that this takes a few trainings of a head.
+The base weights, settings and seed are those of the bundle. Training and validation images are split into stratified folds,
+with near duplicates in the same fold. Each fold's head trains on the other folds for the bundle's best number of epochs, so no
+image influences when to stop, and is calibrated with the bundle's temperature. Frozen features come from the cache, so the
+cost is that of training a few heads.
 """
 
 from __future__ import annotations
@@ -53,25 +53,40 @@ def cross_validate(
     workers: int = 0,
     cache_dir: Path | None = None,
 ) -> tuple[Predictions, dict[str, Any]]:
-    """Write the results of an evaluation into ``out``, with a row for every photo, and give predictions and metrics.
+    """Predict every training and validation image out of fold and write an evaluation to ``out``.
 
-    Raises BundleError for a bundle whose training cannot be repeated on cached features, and DataError.
+    Args:
+        bundle_dir: The bundle whose training is repeated.
+        data_dir: The data set that the bundle was trained on.
+        folds: Number of folds, 2 or more.
+        out: A new or empty folder for the results.
+        weights: File of the pretrained weights, if they are not found automatically.
+        reviews: Reviewed labels to apply before training.
+        workers: Number of decoding threads. 0: one per CPU.
+        cache_dir: Folder of the feature cache.
+
+    Returns:
+        The predictions, one row per image, and the metrics.
+
+    Raises:
+        BundleError: The bundle's training cannot be repeated on cached features, or the base weights differ.
+        DataError: The data set does not match the bundle or has too few images.
     """
     bundle = open_bundle(bundle_dir)
     config = training_config(bundle, data_dir, weights=weights, workers=workers, cache_dir=cache_dir)
     dataset = read_dataset(data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
     if dataset.classes != bundle.classes:
         raise DataError(
-            f"{data_dir} has the classes {', '.join(dataset.classes)}, and the bundle {', '.join(bundle.classes)}; give the "
-            "data that it was trained on."
+            f"The classes of {data_dir} ({', '.join(dataset.classes)}) differ from those of the bundle "
+            f"({', '.join(bundle.classes)}). Use the data that the bundle was trained on."
         )
     require_empty_folder(out)
     compute = select_compute(config.device, config.precision)
     network = prepare_network(get_spec(bundle.backbone), len(bundle.classes), config, compute)
     if network.base is None or network.base.sha256 != bundle.manifest["base"]["sha256"]:
-        raise BundleError(f"The bundle {bundle_dir} was trained on other base weights; give the file with --weights.")
+        raise BundleError(f"The bundle {bundle_dir} was trained on other base weights. Pass their file with --weights.")
     cache = build_feature_cache(config, network, compute)
-    assert cache is not None, "training_config lets through only what has a cache"
+    assert cache is not None, "training_config rejects bundles without a feature cache"
     prepared = prepare_dataset(config, dataset, network, cache, reviews=reviews)
     records = [*prepared.splits["train"], *prepared.splits["valid"]]
     features = cache.features(records, prepared.pixel_cache, label="features")
@@ -112,31 +127,35 @@ def cross_validate(
 
 
 def training_config(bundle: Bundle, data_dir: Path, *, weights: Path | None, workers: int, cache_dir: Path | None) -> Config:
-    """The settings that the bundle was trained with, on this data. Raises BundleError where its features cannot be cached."""
-    kept: Mapping[str, Any] = bundle.manifest["provenance"]["config"]
-    why = (
+    """Return the settings that the bundle was trained with, for ``data_dir``.
+
+    Raises:
+        BundleError: The bundle has no frozen features that can be cached.
+    """
+    saved: Mapping[str, Any] = bundle.manifest["provenance"]["config"]
+    reason = (
         "all of its weights were trained"
         if bundle.manifest["base"] is None
         else "it was trained with --unfreeze"
-        if kept["unfreeze"]
+        if saved["unfreeze"]
         else "it was trained with --augment"
-        if kept["augment"]
+        if saved["augment"]
         else None
     )
-    if why:
+    if reason:
         raise BundleError(
-            f"--folds trains heads on features that are computed once, and {bundle.path} has none, as {why}; "
-            "evaluate it on photos that it has not seen (--split)."
+            f"--folds requires frozen features, which {bundle.path} does not have because {reason}. "
+            "Evaluate it on unseen photos with --split instead."
         )
     return dataclasses.replace(
-        settings.from_mapping(kept),
+        settings.from_mapping(saved),
         data_dir=data_dir,
         weights=str(weights) if weights else None,
         workers=workers,
         cache_dir=cache_dir,
         feature_cache=True,
         device="auto",
-        allow_leakage=True,  # what looks alike is in one fold
+        allow_leakage=True,  # near duplicates share a fold
         allow_class_mismatch=True,
     )
 
@@ -144,19 +163,29 @@ def training_config(bundle: Bundle, data_dir: Path, *, weights: Path | None, wor
 def assign_folds(
     records: list[ImageRecord], labels: NDArray[np.int64], *, folds: int, classes: tuple[str, ...], seed: int
 ) -> NDArray[np.int64]:
-    """The fold of each photo, (N,): stratified by class, and the same for photos that look alike. Raises DataError."""
-    fewest = int(np.bincount(labels, minlength=len(classes)).min())
-    if fewest < folds:
-        poorest = classes[int(np.bincount(labels, minlength=len(classes)).argmin())]
-        raise DataError(f"--folds is {folds}, and the class {poorest} has {fewest} photos; every fold needs one of each class.")
+    """Assign images to folds, stratified by class, with near duplicates in the same fold.
+
+    Returns:
+        The fold of each image, (N,).
+
+    Raises:
+        DataError: A class has fewer images than there are folds.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    if counts.min() < folds:
+        smallest = int(counts.argmin())
+        raise DataError(
+            f"--folds is {folds}, but the class {classes[smallest]} has only {counts[smallest]} photos. "
+            "Every fold needs one of each class."
+        )
     row_of = {id(record): row for row, record in enumerate(records)}
     groups = np.arange(len(records))
     for group in find_duplicates(records):
         rows = [row_of[id(record)] for record in group]
         groups[rows] = rows[0]
     fold_of = np.zeros(len(records), dtype=np.int64)
-    dealer = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for fold, (_, rows) in enumerate(dealer.split(groups, labels, groups)):
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    for fold, (_, rows) in enumerate(splitter.split(groups, labels, groups)):
         fold_of[rows] = fold
     return fold_of
 
@@ -171,41 +200,45 @@ def predict_out_of_fold(
     epochs: int,
     compute: Compute,
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Log-probabilities (N, classes), each by the head that its own fold had no part in, and embeddings (N, d)."""
-    part = network.split_model.trainable
+    """Train a head per fold on the other folds and predict the images of its fold.
+
+    Returns:
+        Log-probabilities (N, classes) and embeddings (N, d), in the order of ``features``.
+    """
+    module = network.split_model.trainable
     names = [f"net.{name}" for name in network.trainable_names]
-    fresh = {name: tensor.detach().clone() for name, tensor in part.state_dict().items() if name in names}
+    initial = {name: tensor.detach().clone() for name, tensor in module.state_dict().items() if name in names}
     log_probs = np.zeros((len(labels), int(labels.max()) + 1))
     embeddings: list[NDArray[np.float32]] = []
     order: list[int] = []
     folds = int(fold_of.max()) + 1
     for fold in range(folds):
-        mine, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
-        part.load_state_dict(fresh, strict=False)
+        held_out, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
+        module.load_state_dict(initial, strict=False)
         train = _batches(features, labels, others, config)
         fit_fold(network, train, config, epochs=epochs, compute=compute, label=f"fold {fold + 1} of {folds}")
-        with capture_embeddings(network.classifier, network.spec) as seen:
-            given, _ = predict(part, _batches(features, labels, mine, config), compute=compute)
-        log_probs[mine] = given.double().numpy()
-        embeddings += seen
-        order += mine.tolist()
+        with capture_embeddings(network.classifier, network.spec) as captured:
+            fold_log_probs, _ = predict(module, _batches(features, labels, held_out, config), compute=compute)
+        log_probs[held_out] = fold_log_probs.double().numpy()
+        embeddings += captured
+        order += held_out.tolist()
     return log_probs, np.concatenate(embeddings)[np.argsort(order)]
 
 
 def fit_fold(
     network: TrainingNetwork, train: CachedBatches, config: Config, *, epochs: int, compute: Compute, label: str
 ) -> None:
-    """Train what follows the cut for ``epochs`` of the recipe's epochs; nothing is measured in between and nothing chosen."""
-    part = network.split_model.trainable
-    part.to(compute.device)
+    """Train the layers after the split point for ``epochs`` of the recipe's schedule, without validation in between."""
+    module = network.split_model.trainable
+    module.to(compute.device)
     heads = [f"net.{head}.{tensor}" for head in network.spec.heads for tensor in ("weight", "bias")]
-    optimizer = make_optimizer(part, config, head=heads)
+    optimizer = make_optimizer(module, config, head=heads)
     with tqdm(total=epochs * len(train), desc=label, unit="photo", disable=None, leave=False) as bar:
         for epoch in range(epochs):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch) * group["scale"]
             torch.manual_seed(config.seed * 1_000_003 + epoch)
-            train_one_epoch(part, train, optimizer, epoch, compute=compute, bar=bar)
+            train_one_epoch(module, train, optimizer, epoch, compute=compute, bar=bar)
 
 
 def _batches(features: NDArray[np.float32], labels: NDArray[np.int64], rows: NDArray[np.intp], config: Config) -> CachedBatches:

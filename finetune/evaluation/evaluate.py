@@ -1,4 +1,4 @@
-"""Measure a bundle on labelled photos, through the graph that is served; no run is needed."""
+"""Evaluate a bundle on labeled images with its serving graph: ``finetune evaluate``."""
 
 from __future__ import annotations
 
@@ -36,9 +36,25 @@ def evaluate_bundle(
     seed: int = 0,
     cache_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Write metrics.json, predictions.csv, what looks alike, plots/ and evaluation.json into ``out``, and give the metrics.
+    """Evaluate a bundle and write metrics, predictions, similar images, plots and evaluation.json to ``out``.
 
-    Photos that cannot be read are left out and named. Raises BundleError and DataError.
+    Unreadable images are skipped and reported.
+
+    Args:
+        bundle_dir: The bundle to evaluate.
+        data_dir: The folder of labeled images.
+        split: The subfolder of ``data_dir`` to evaluate.
+        out: A new or empty folder for the results.
+        workers: Number of decoding threads. 0: one per CPU.
+        seed: Seed of the bootstrap and of the random sheets.
+        cache_dir: Folder of the fingerprint cache.
+
+    Returns:
+        The metrics, as written to metrics.json.
+
+    Raises:
+        BundleError: The bundle cannot be opened.
+        DataError: The data set does not match the bundle, or none of its images can be read.
     """
     bundle = open_full_bundle(bundle_dir)
     samples = read_split(data_dir, split, bundle.classes)
@@ -48,33 +64,35 @@ def evaluate_bundle(
         cache_dir or default_cache_dir(), fingerprint_context(pixel_cache.preprocessing.decode_px), limit_mb=4096
     )
     records = inspect_images(samples, store=store, pixel_cache=pixel_cache, workers=workers)
-    answers = list(classify(bundle, [sample.path for sample in samples], workers=workers))
-    for answer in answers:
-        if answer.error:
-            print(f"left out: {answer.path}: {answer.error}")
-    good = [
-        (s, a.probabilities, a.embedding)
-        for s, a in zip(records, answers, strict=True)
-        if a.probabilities is not None and a.embedding is not None
+    results = list(classify(bundle, [sample.path for sample in samples], workers=workers))
+    for result in results:
+        if result.error:
+            print(f"Skipped: {result.path}: {result.error}")
+    readable = [
+        (s, r.probabilities, r.embedding)
+        for s, r in zip(records, results, strict=True)
+        if r.probabilities is not None and r.embedding is not None
     ]
-    if not good:
-        raise DataError(f"None of the {len(samples)} photos in {data_dir} can be read; `finetune audit {data_dir}` says why.")
-    probabilities = np.stack([row for _, row, _ in good]).astype(np.float64)
+    if not readable:
+        raise DataError(
+            f"None of the {len(samples)} photos in {data_dir} can be read. Run `finetune audit {data_dir}` for details."
+        )
+    probabilities = np.stack([row for _, row, _ in readable]).astype(np.float64)
     predictions = Predictions(
         classes=bundle.classes,
-        image_names=tuple(s.sample.name for s, _, _ in good),
-        labels=np.array([s.sample.label for s, _, _ in good], dtype=np.int64),
+        image_names=tuple(s.sample.name for s, _, _ in readable),
+        labels=np.array([s.sample.label for s, _, _ in readable], dtype=np.int64),
         probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
-        splits=tuple(s.sample.split for s, _, _ in good),
-        sha256s=tuple(s.sha256 for s, _, _ in good),
+        splits=tuple(s.sample.split for s, _, _ in readable),
+        sha256s=tuple(s.sha256 for s, _, _ in readable),
     )
     temperature = float(bundle.manifest["temperature"])
-    raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) to the power T is softmax(z), but for its sum
-    embeddings = np.stack([row for _, _, row in good])
+    raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) ** T is softmax(z) before normalization
+    embeddings = np.stack([row for _, _, row in readable])
     metrics = write_results(
         out,
         predictions,
-        similarity=build_similarity_index(predictions.sha256s, embeddings, [s for s, _, _ in good], bundle.classes),
+        similarity=build_similarity_index(predictions.sha256s, embeddings, [s for s, _, _ in readable], bundle.classes),
         uncalibrated=raw / raw.sum(axis=1, keepdims=True),
         temperature=temperature,
         data_dir=data_dir,
@@ -85,33 +103,37 @@ def evaluate_bundle(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="the bundle to measure")
-    parser.add_argument("--data-dir", type=Path, required=True, metavar="DATA", help="the folder of labelled photos")
-    parser.add_argument("--split", help="which of its folders (default: valid)")
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to evaluate")
+    parser.add_argument("--data-dir", type=Path, required=True, metavar="DATA", help="folder of labeled photos")
+    parser.add_argument("--split", help="subfolder of DATA to evaluate (default: valid)")
     parser.add_argument(
         "--folds",
         type=int,
         metavar="N",
-        help="instead, answer every photo of train and valid by a head trained on the other N - 1 parts of them",
+        help="cross-validate instead: predict all photos of train and valid out of fold, with N folds",
     )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="with --folds: the base's weights, where not found")
-    parser.add_argument("--reviews", type=Path, metavar="FILE", help="with --folds: a gallery's decisions on labels")
     parser.add_argument(
-        "--output-dir", type=Path, metavar="OUT", help="where the results go (default: evaluations/BUNDLE-DATA-SPLIT)"
+        "--weights", type=Path, metavar="FILE", help="with --folds: pretrained weights, if not found automatically"
     )
-    parser.add_argument("--cache-dir", type=Path, metavar="PATH", help="folder of the cache (default: ~/.cache/finetune)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that decode photos")
+    parser.add_argument(
+        "--reviews", type=Path, metavar="FILE", help="with --folds: reviewed labels from the gallery (reviews.csv)"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="OUT", help="folder for the results (default: evaluations/BUNDLE-DATA-SPLIT)"
+    )
+    parser.add_argument("--cache-dir", type=Path, metavar="PATH", help="cache folder (default: ~/.cache/finetune)")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="number of decoding threads")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``finetune evaluate``: measure, write and print a summary."""
+    """Run ``finetune evaluate``: write the results and print a summary."""
     bundle_name = args.bundle.resolve().parent.name if args.bundle.name == "bundle" else args.bundle.name
-    what = f"{args.folds}-folds" if args.folds else args.split or "valid"
-    out = args.output_dir or Path("evaluations") / f"{bundle_name}-{args.data_dir.resolve().name}-{what}"
+    name = f"{args.folds}-folds" if args.folds else args.split or "valid"
+    out = args.output_dir or Path("evaluations") / f"{bundle_name}-{args.data_dir.resolve().name}-{name}"
     if args.folds is not None:
         _run_folds(args, out)
     elif args.weights or args.reviews:
-        raise ConfigError("--weights and --reviews go with --folds; name the number of folds, or leave them out.")
+        raise ConfigError("--weights and --reviews require --folds. Set the number of folds, or remove them.")
     else:
         metrics = evaluate_bundle(
             args.bundle, args.data_dir, split=args.split or "valid", out=out, workers=args.workers, cache_dir=args.cache_dir
@@ -126,7 +148,7 @@ def _run_folds(args: argparse.Namespace, out: Path) -> None:
     from finetune.evaluation.cross_validation import cross_validate
 
     if args.folds < 2 or args.split:
-        raise ConfigError("--folds takes 2 or more, and goes over training and validation together; leave --split out.")
+        raise ConfigError("--folds must be at least 2, and cannot be combined with --split: it covers training and validation.")
     predictions, metrics = cross_validate(
         args.bundle,
         args.data_dir,
@@ -138,10 +160,10 @@ def _run_folds(args: argparse.Namespace, out: Path) -> None:
         cache_dir=args.cache_dir,
     )
     print(format_summary(metrics))
-    named, suggested = rank_label_issues(predictions), suggested_labels(predictions)
-    print(f"\nProbably mislabelled, by out-of-fold prediction: {len(named):,} of {len(predictions.image_names):,} photos")
-    for row in named[:MAX_SHOWN]:
+    issues, suggested = rank_label_issues(predictions), suggested_labels(predictions)
+    print(f"\nPossible label errors (out-of-fold): {len(issues):,} of {len(predictions.image_names):,} photos")
+    for row in issues[:MAX_SHOWN]:
         label, other = (predictions.classes[i] for i in (predictions.labels[row], suggested[row]))
         print(f"  {predictions.image_names[row]}: {label}, looks like {other}")
-    if len(named) > MAX_SHOWN:
-        print(f"  ... and {len(named) - MAX_SHOWN:,} more; the gallery shows them")
+    if len(issues) > MAX_SHOWN:
+        print(f"  ... and {len(issues) - MAX_SHOWN:,} more, shown in the gallery")

@@ -1,4 +1,4 @@
-"""Whole runs, from a folder of photos to a bundle, through the command line."""
+"""Complete training runs through the command line, from an image folder to a bundle."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ MEASURES = ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_un
 
 
 def train(data: Path, out: Path, *flags: object) -> SimpleNamespace:
-    """Train, and give where the run is, its whole bundle or head, what was printed, and the data."""
-    code, printed, said = finetune("train", "--data-dir", data, "--output-dir", out, *flags)
-    assert (code, said) == (0, "")
+    """Train a network.
+
+    Returns:
+        The run directory, its bundle, the printed output and the data folder.
+    """
+    code, printed, errors = finetune("train", "--data-dir", data, "--output-dir", out, *flags)
+    assert (code, errors) == (0, "")
     return SimpleNamespace(folder=out, bundle=open_bundle(out / "bundle"), printed=printed, data=data)
 
 
@@ -51,15 +55,15 @@ def predictions_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def changed(bundle: Bundle, base: dict[str, Tensor]) -> set[str]:
-    """The tensors that are no longer those of the pretrained weights, bit for bit; they have the same names."""
+def changed_tensors(bundle: Bundle, base: dict[str, Tensor]) -> set[str]:
+    """Return the names of the tensors that differ from the pretrained weights in any bit."""
     ours = weights_of(bundle)
     assert ours.keys() == base.keys()
     return {name for name in ours if not torch.equal(ours[name], base[name])}
 
 
-def texts_inside(folder: Path) -> Iterator[tuple[Path, bytes]]:
-    """Every file, and what a compressed one holds."""
+def file_contents(folder: Path) -> Iterator[tuple[Path, bytes]]:
+    """Yield every file with its bytes, and the arrays of compressed files."""
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             yield file, file.read_bytes()
@@ -68,8 +72,8 @@ def texts_inside(folder: Path) -> Iterator[tuple[Path, bytes]]:
                 yield from ((file, arrays[name].tobytes()) for name in arrays.files)
 
 
-def assert_tells_nothing_of_this_machine(folder: Path, *, run: SimpleNamespace) -> None:
-    places = {
+def assert_contains_no_local_paths(folder: Path, *, run: SimpleNamespace) -> None:
+    paths = {
         str(run.data),
         str(run.folder),
         sys.prefix,
@@ -77,12 +81,12 @@ def assert_tells_nothing_of_this_machine(folder: Path, *, run: SimpleNamespace) 
         str(Path.home()),
         str(Path.cwd()),
     }
-    for file, data in texts_inside(folder):
-        for place in places - {"/", "/usr"}:
-            assert place.encode() not in data, f"{file.name} holds {place}"
+    for file, data in file_contents(folder):
+        for path in paths - {"/", "/usr"}:
+            assert path.encode() not in data, f"{file.name} contains {path}"
 
 
-# The real network that needs no download, exported without its pretrained weights
+# EfficientNet-Lite0 needs no download; it is exported without its pretrained weights
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +96,7 @@ def lite(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder) ->
     return train(data, folder / "run", "--backbone", "efficientnet_lite0", "--epochs", 3, "--export", "head", "--name", "pets")
 
 
-def test_a_run_leaves_what_it_says(lite: SimpleNamespace) -> None:
+def test_a_run_writes_the_files_that_it_prints(lite: SimpleNamespace) -> None:
     assert {path.name for path in lite.folder.iterdir()} == {
         "config.yaml",
         "audit.json",
@@ -105,21 +109,21 @@ def test_a_run_leaves_what_it_says(lite: SimpleNamespace) -> None:
         "plots",
         "bundle",
     }
-    for what in ("bundle", "metrics.json", "predictions.csv", "plots"):
-        assert str(lite.folder / what) in lite.printed
+    for name in ("bundle", "metrics.json", "predictions.csv", "plots"):
+        assert str(lite.folder / name) in lite.printed
     assert "The frozen part ends behind" in lite.printed
     assert len((lite.folder / "history.csv").read_text().splitlines()) == 1 + 3
 
 
-def test_plots_are_pictures(lite: SimpleNamespace) -> None:
+def test_plots_are_images(lite: SimpleNamespace) -> None:
     names = {path.name for path in (lite.folder / "plots").iterdir()}
     assert {"learning_curves.png", "confusion_matrix.png", "reliability.png", "least_certain_cats.png"} <= names
     for name in names:
-        with Image.open(lite.folder / "plots" / name) as picture:
-            assert min(picture.size) > 300
+        with Image.open(lite.folder / "plots" / name) as image:
+            assert min(image.size) > 300
 
 
-def test_a_head_only_bundle_is_small_and_shows_no_photo(lite: SimpleNamespace) -> None:
+def test_a_head_only_bundle_is_small_and_contains_no_plots(lite: SimpleNamespace) -> None:
     files = {path.name for path in lite.bundle.path.rglob("*")}
     assert files == {
         "manifest.json",
@@ -135,12 +139,12 @@ def test_a_head_only_bundle_is_small_and_shows_no_photo(lite: SimpleNamespace) -
     assert set(load_file(lite.bundle.path / "head.safetensors")) == {"classifier.weight", "classifier.bias"}
 
 
-def test_no_bundle_tells_of_this_machine(lite: SimpleNamespace, cached: SimpleNamespace) -> None:
-    assert_tells_nothing_of_this_machine(lite.bundle.path, run=lite)
-    assert_tells_nothing_of_this_machine(cached.bundle.path, run=cached)
+def test_bundles_contain_no_local_paths(lite: SimpleNamespace, cached: SimpleNamespace) -> None:
+    assert_contains_no_local_paths(lite.bundle.path, run=lite)
+    assert_contains_no_local_paths(cached.bundle.path, run=cached)
 
 
-def test_metrics_have_intervals_and_follow_from_the_predictions(lite: SimpleNamespace) -> None:
+def test_metrics_have_intervals_and_match_the_predictions(lite: SimpleNamespace) -> None:
     metrics = json.loads((lite.folder / "metrics.json").read_text(encoding="utf-8"))
     for measure in MEASURES:
         assert metrics[measure].keys() == {"value", "low", "high"}, measure
@@ -148,9 +152,9 @@ def test_metrics_have_intervals_and_follow_from_the_predictions(lite: SimpleName
     assert metrics["temperature"] == lite.bundle.manifest["temperature"] > 0
     assert metrics == lite.bundle.manifest["metrics"]
     rows = predictions_of(lite.folder)
-    right = [row["label"] == row["predicted"] for row in rows]
+    correct = [row["label"] == row["predicted"] for row in rows]
     assert metrics["photos"] == len(rows) == 8
-    assert metrics["accuracy"]["value"] == sum(right) / 8
+    assert metrics["accuracy"]["value"] == sum(correct) / 8
     losses = [-np.log(float(row[f"p_{row['label']}"])) for row in rows]
     assert metrics["log_loss"]["value"] == pytest.approx(np.mean(losses), rel=1e-6)
 
@@ -167,7 +171,7 @@ def test_predictions_have_a_row_for_each_photo(lite: SimpleNamespace) -> None:
         assert row["predicted"] == max(("cats", "dogs"), key=lambda name: float(row[f"p_{name}"]))
 
 
-def test_the_model_card_says_what_it_is_and_how_good(lite: SimpleNamespace) -> None:
+def test_the_model_card_describes_the_model_and_its_metrics(lite: SimpleNamespace) -> None:
     card = (lite.bundle.path / "README.md").read_text(encoding="utf-8")
     accuracy = lite.bundle.manifest["metrics"]["accuracy"]
     assert card.startswith("# pets\n")
@@ -179,7 +183,7 @@ def test_the_model_card_says_what_it_is_and_how_good(lite: SimpleNamespace) -> N
     assert "head.safetensors" in card
 
 
-# The settings, on a network that is trained in a moment
+# The settings, on a tiny network that trains quickly
 
 
 @pytest.fixture(scope="module")
@@ -192,35 +196,35 @@ def cached(colors: Path, tmp_path_factory: pytest.TempPathFactory, tiny_weights:
     return train(colors, tmp_path_factory.mktemp("cached"), "--backbone", "tiny", "--weights", tiny_weights)
 
 
-def test_training_on_cached_features_changes_the_head_alone(cached: SimpleNamespace, tiny_weights: Path) -> None:
+def test_training_on_cached_features_changes_only_the_head(cached: SimpleNamespace, tiny_weights: Path) -> None:
     base = read_tensors(tiny_weights)
-    assert changed(cached.bundle, base) == {"classifier.4.weight", "classifier.4.bias"}
+    assert changed_tensors(cached.bundle, base) == {"classifier.4.weight", "classifier.4.bias"}
     assert cached.bundle.manifest["last_frozen"] == "classifier.1"
     assert cached.bundle.manifest["base"]["sha256"] == hashlib.sha256(tiny_weights.read_bytes()).hexdigest()
 
 
-def test_it_learns_what_can_be_learned(cached: SimpleNamespace) -> None:
+def test_separable_classes_are_learned(cached: SimpleNamespace) -> None:
     assert cached.bundle.manifest["metrics"]["accuracy"]["value"] == 1.0
 
 
 def test_without_the_feature_cache_the_weights_are_the_same_bit_for_bit(
     cached: SimpleNamespace, tmp_path: Path, tiny_weights: Path
 ) -> None:
-    """Both run the frozen part in the same engine on batches of one size, the last one padded: not even rounding differs."""
+    """Both run the frozen layers in the same engine with a fixed batch size, so not even rounding differs."""
     flags = ("--backbone", "tiny", "--weights", tiny_weights, "--no-feature-cache", "--workers", 3)
-    live = train(cached.data, tmp_path / "run", *flags)
-    assert "No feature cache, as --no-feature-cache was given" in live.printed
-    ours, theirs = weights_of(cached.bundle), weights_of(live.bundle)
+    uncached = train(cached.data, tmp_path / "run", *flags)
+    assert "No feature cache, as --no-feature-cache was given" in uncached.printed
+    ours, theirs = weights_of(cached.bundle), weights_of(uncached.bundle)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert (live.folder / "predictions.csv").read_text() == (cached.folder / "predictions.csv").read_text()
+    assert (uncached.folder / "predictions.csv").read_text() == (cached.folder / "predictions.csv").read_text()
 
 
 def test_unfrozen_layers_are_trained_and_no_others(cached: SimpleNamespace, tmp_path: Path, tiny_weights: Path) -> None:
-    """Together with augmentation and TensorBoard, which leave the frozen tensors alone just as well."""
+    """Augmentation and TensorBoard are on as well: neither changes a frozen tensor."""
     before = tiny_weights.read_bytes()
     flags = ("--backbone", "tiny", "--weights", tiny_weights, "--unfreeze", "features.3", "features.4", "--epochs", 4)
     run = train(cached.data, tmp_path / "run", *flags, "--augment", "--tensorboard")
-    assert changed(run.bundle, read_tensors(tiny_weights)) == {
+    assert changed_tensors(run.bundle, read_tensors(tiny_weights)) == {
         "features.3.weight",
         *(f"features.4.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
         *(f"classifier.4.{name}" for name in ("weight", "bias")),
@@ -241,7 +245,7 @@ def test_unfrozen_layers_are_trained_and_no_others(cached: SimpleNamespace, tmp_
         ({"feature_cache": False}, "--no-feature-cache was given"),
     ],
 )
-def test_where_there_is_no_feature_cache_it_says_why(
+def test_the_reason_for_no_feature_cache_is_printed(
     tiny_weights: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], why: str
 ) -> None:
     config = Config(**({"backbone": "tiny", "weights": str(tiny_weights)} | settings))
@@ -276,7 +280,7 @@ def test_random_weights_five_classes_held_out_photos_and_a_damaged_file(tmp_path
     Tiny(5).load_state_dict(weights_of(run.bundle))
 
 
-# VGG16, the home ground
+# VGG16
 
 
 @pytest.fixture(scope="module")
@@ -284,18 +288,18 @@ def vgg(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder, vgg
     folder = tmp_path_factory.mktemp("vgg")
     data = photo_folder(folder / "pets", train=8, valid=4)
     yield train(data, folder / "run", "--weights", vgg16_weights, "--backbone", "vgg16", "--epochs", 1)
-    shutil.rmtree(folder)  # half a gigabyte of weights, and as much of a graph
+    shutil.rmtree(folder)  # 0.5 GB of weights and a graph of the same size
 
 
-def test_vgg16_keeps_all_but_its_head_and_is_torchvisions_own(vgg: SimpleNamespace, vgg16_weights: Path) -> None:
-    assert changed(vgg.bundle, read_tensors(vgg16_weights)) == {"classifier.6.weight", "classifier.6.bias"}
+def test_vgg16_changes_only_its_head_and_loads_into_torchvision(vgg: SimpleNamespace, vgg16_weights: Path) -> None:
+    assert changed_tensors(vgg.bundle, read_tensors(vgg16_weights)) == {"classifier.6.weight", "classifier.6.bias"}
     assert vgg.bundle.manifest["last_frozen"] == "classifier.1"
     assert "not the published ones" in vgg.printed
     with torch.device("meta"):
         net: nn.Module = torchvision_models.vgg16(num_classes=2)
     net.load_state_dict(weights_of(vgg.bundle), assign=True)
     net.eval()
-    form: Any = transforms.Compose(
+    preprocess: Any = transforms.Compose(
         [
             transforms.Resize(256),
             transforms.CenterCrop(224),
@@ -305,10 +309,10 @@ def test_vgg16_keeps_all_but_its_head_and_is_torchvisions_own(vgg: SimpleNamespa
     )
     rows = predictions_of(vgg.folder)[::3]
     with torch.inference_mode():
-        photos = torch.stack([form(Image.open(vgg.data / row["photo"]).convert("RGB")) for row in rows])
-        probabilities = torch.softmax(net(photos) / vgg.bundle.manifest["temperature"], dim=1)
-    wanted = [[float(row["p_cats"]), float(row["p_dogs"])] for row in rows]
-    np.testing.assert_allclose(probabilities.numpy(), wanted, atol=1e-3)
+        images = torch.stack([preprocess(Image.open(vgg.data / row["photo"]).convert("RGB")) for row in rows])
+        probabilities = torch.softmax(net(images) / vgg.bundle.manifest["temperature"], dim=1)
+    expected = [[float(row["p_cats"]), float(row["p_dogs"])] for row in rows]
+    np.testing.assert_allclose(probabilities.numpy(), expected, atol=1e-3)
 
 
 def test_the_documented_example_loads_vgg16s_weights_into_plain_torchvision(vgg: SimpleNamespace) -> None:

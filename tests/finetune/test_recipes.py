@@ -1,4 +1,4 @@
-"""Every recipe in docs/recipes is read, says which figure is to be met, and trains on a small stand-in of its data set."""
+"""Every recipe in docs/recipes is valid, names its target accuracy and trains on a small substitute of its data set."""
 
 from __future__ import annotations
 
@@ -42,39 +42,39 @@ def test_a_recipe_trains(
     recipe = from_mapping(read_yaml(file))
     assert recipe.dataset is not None
     with made_small(recipe.backbone, small_pictures=False) if recipe.backbone in WIDE else contextlib.nullcontext():
-        words = ("train", "--config", file, "--epochs", 1, "--output-dir", tmp_path / "run")
-        code, said, _ = finetune(*words, "--data-dir", data / recipe.dataset)
+        command = ("train", "--config", file, "--epochs", 1, "--output-dir", tmp_path / "run")
+        code, out, _ = finetune(*command, "--data-dir", data / recipe.dataset)
     assert code == 0
-    assert re.search(r"^speed +[\d,]+ training photos per second", said, flags=re.MULTILINE)
+    assert re.search(r"^speed +[\d,]+ training photos per second", out, flags=re.MULTILINE)
     used = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    given = {"epochs", "output_dir", "dataset", "data_dir"}
-    assert {key: used[key] for key in read_yaml(file) if key not in given} == {
-        key: value for key, value in read_yaml(file).items() if key not in given
+    overridden = {"epochs", "output_dir", "dataset", "data_dir"}
+    assert {key: used[key] for key in read_yaml(file) if key not in overridden} == {
+        key: value for key, value in read_yaml(file).items() if key not in overridden
     }
     assert json.loads((tmp_path / "run" / "test" / "metrics.json").read_text())["photos"] == 20
     assert open_bundle(tmp_path / "run" / "bundle").permute_pixels == recipe.permute_pixels
 
 
 @pytest.mark.parametrize(("name", "figure"), FIGURES.items())
-def test_the_figure_to_meet_is_in_the_file_and_in_the_table(name: str, figure: str) -> None:
+def test_the_target_figure_is_in_the_file_and_in_the_table(name: str, figure: str) -> None:
     assert f"figure to meet: {figure}" in (FOLDER / f"{name}.yaml").read_text()
     (row,) = (line for line in (FOLDER / "README.md").read_text().splitlines() if line.startswith(f"| [{name}]"))
     assert figure in row
 
 
-def test_the_table_lists_every_recipe_and_no_other() -> None:
+def test_the_table_lists_exactly_the_recipes() -> None:
     linked = re.findall(r"^\| \[([\w-]+)\]\(([\w-]+)\.yaml\)", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
     assert linked
     assert all(name == target for name, target in linked)
     assert sorted(name for name, _ in linked) == sorted(file.stem for file in RECIPES)
 
 
-def test_recipes_do_not_write_to_the_same_place() -> None:
-    places = [read_yaml(file)["output_dir"] for file in RECIPES]
-    assert len(set(places)) == len(places)
+def test_recipes_have_different_output_directories() -> None:
+    folders = [read_yaml(file)["output_dir"] for file in RECIPES]
+    assert len(set(folders)) == len(folders)
 
 
-def test_a_misspelt_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
+def test_a_misspelled_key_is_rejected_with_a_suggestion(tmp_path: Path) -> None:
     text = RECIPES[0].read_text().replace("epochs:", "epoch:")
     (tmp_path / "recipe.yaml").write_text(text)
     code, _, err = finetune("train", "--config", tmp_path / "recipe.yaml")

@@ -232,7 +232,7 @@ def test_another_split_is_evaluated_without_its_damaged_photos(
     monkeypatch.chdir(tmp_path)
     code, printed, _ = finetune("evaluate", "--bundle", made.whole, "--data-dir", data, "--split", "summer")
     assert code == 0
-    assert f"left out: {data / 'summer' / 'blue' / 'z.jpg'}" in printed
+    assert f"Skipped: {data / 'summer' / 'blue' / 'z.jpg'}" in printed
     assert len(table(tmp_path / "evaluations" / "whole-holiday-summer" / "predictions.csv")) == 4
     again = refused("evaluate", "--bundle", made.whole, "--data-dir", data, "--split", "summer")
     assert "is not empty" in again

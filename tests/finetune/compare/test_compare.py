@@ -118,7 +118,7 @@ class TestOneBakeoff:
         shutil.rmtree(home / "out" / "cnn_mnist" / "bundle")
         code, said, err = bake(home, *FLAGS)
         assert code == 0, err
-        assert "Going on after epoch 6" in said
+        assert "Resuming after epoch 6" in said
         assert said.count("Reusing the finished run") == 2
 
 

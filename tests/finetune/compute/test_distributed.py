@@ -95,7 +95,7 @@ def test_several_processes_give_the_weights_of_one(
     """With dropout before the head, an uneven last batch, and features computed by one rank per photo."""
     code, out, err = torchrun(count, *flags(data, tiny_weights, tmp_path / "run", "--cache-dir", tmp_path / "cache"))
     assert code == 0, err
-    assert out.count("The best epoch was") == out.count("bundle       ") == 1
+    assert out.count("Best epoch: ") == out.count("bundle       ") == 1
     assert largest_difference(tmp_path / "run", alone) < TOLERANCE
 
 
@@ -153,7 +153,7 @@ def test_a_killed_process_loses_no_finished_epoch(data: Path, tiny_weights: Path
     assert 3 <= killed < 60, err
     code, out, err = torchrun(2, "--resume", "--output-dir", run)
     assert code == 0, err
-    assert f"Going on after epoch {killed}" in out or f"Going on after epoch {killed + 1}" in out  # between two files
+    assert f"Resuming after epoch {killed}" in out or f"Resuming after epoch {killed + 1}" in out  # between two files
     assert largest_difference(run, tmp_path / "whole") < TOLERANCE
 
 

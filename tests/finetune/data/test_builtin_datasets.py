@@ -201,4 +201,4 @@ class TestDigits:
     def test_resuming_a_finished_run_only_opens_it(self, home: Path) -> None:
         code, said, err = finetune("train", "--resume", "--output-dir", home / "lenet5")
         assert (code, err) == (0, "")
-        assert "is finished" in said
+        assert "is already finished" in said

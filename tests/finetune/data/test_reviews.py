@@ -176,7 +176,7 @@ def test_training_with_reviews_reports_and_saves_the_changes(
     code, out, err = train("--reviews", file)
     assert (code, err) == (0, "")
     assert "train/blue/blue.000.jpg: blue -> red" in out
-    assert "These figures are on the labels that the reviews corrected" in out
+    assert "The reviews corrected labels in both training and validation." in out
     run = tmp_path / "run"
     assert predictions_of(run) == {
         "valid/blue/blue.000.jpg": "red",
@@ -353,7 +353,7 @@ def test_extra_photos_are_added_to_training(data: Path, tmp_path: Path, train: C
     shutil.rmtree(live / "train" / "blue")
     code, out, err = train("--extra-data", live, "--extra-data", more)
     assert (code, err) == (0, "")
-    assert f"named extra-1/...: {live}" in out
+    assert f"Extra data: {live} (as extra-1/)" in out
     bundle = open_bundle(tmp_path / "run" / "bundle")
     dataset = bundle.manifest["provenance"]["dataset"]
     assert dataset["photos"] == {"train": {"blue": 6, "red": 6 + 4 + 3}, "valid": {"blue": 3, "red": 3}}
@@ -469,7 +469,7 @@ def test_duplicates_are_in_the_same_fold(data: Path, tmp_path: Path) -> None:
     assert all(len(folds) == 1 for folds in by_sha.values())
     for fold in range(3):
         assert set(labels[fold_of == fold]) == {0, 1}
-    with pytest.raises(DataError, match="--folds is 10, and the class blue has 9 photos"):
+    with pytest.raises(DataError, match="--folds is 10, but the class blue has only 9 photos"):
         assign_folds(records, labels, folds=10, classes=dataset.classes, seed=0)
 
 
@@ -488,9 +488,9 @@ def test_impossible_folds_are_rejected(
         return err
 
     base = ("--weights", tiny_weights)
-    assert "takes 2 or more" in refused("--folds", 1, *base)
-    assert "leave --split out" in refused("--folds", 3, "--split", "train", *base)
-    assert "the class blue has 9 photos" in refused("--folds", 10, *base)
+    assert "--folds must be at least 2" in refused("--folds", 1, *base)
+    assert "cannot be combined with --split" in refused("--folds", 3, "--split", "train", *base)
+    assert "the class blue has only 9 photos" in refused("--folds", 10, *base)
     assert "was trained on other base weights" in refused("--folds", 3, "--weights", other)
-    assert "go with --folds" in refused("--reviews", tmp_path / "reviews.csv")
-    assert "has none, as it was trained with --unfreeze" in refused("--folds", 3, *base, run="deep")
+    assert "require --folds" in refused("--reviews", tmp_path / "reviews.csv")
+    assert "does not have because it was trained with --unfreeze" in refused("--folds", 3, *base, run="deep")

@@ -83,14 +83,14 @@ def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_
 
     code, out, err = Training(*resume, hold_at=12).stop_when(lambda: len(history(run)) >= 3, by=signal.SIGINT)
     assert code == 130
-    assert f"Interrupted; go on with: finetune train --resume --output-dir {run}" in out
+    assert f"Interrupted. Resume with: finetune train --resume --output-dir {run}" in out
     assert "Traceback" not in out + err
     interrupted = len(history(run))
 
     training = Training(*resume, hold_at=interrupted + 30)
     code, out, _ = training.stop_when(lambda: len(history(run)) >= interrupted + 15, by=signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert f"Going on after epoch {interrupted}." in out
+    assert f"Resuming after epoch {interrupted}." in out
     (run / ".bundle.abc.part").mkdir()  # what a kill a moment later would have left
     (run / "plots").mkdir()
     (run / "plots" / ".reliability.png.xyz.part").write_bytes(b"half")
@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_
 
     code, out, err = finetune("train", *resume)
     assert (code, err) == (0, "")
-    assert f"Going on after epoch {killed}" in out or f"Going on after epoch {killed + 1}" in out  # between two files
+    assert f"Resuming after epoch {killed}" in out or f"Resuming after epoch {killed + 1}" in out  # between two files
     assert finetune("train", *flags, "--output-dir", whole, *caches[1])[0] == 0
 
     ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, whole))
@@ -115,7 +115,7 @@ def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_
     assert not list(run.rglob("*.part"))
 
     code, out, _ = finetune("train", *resume)
-    assert (code, out.splitlines()[0]) == (0, f"The run in {run} is finished.")
+    assert (code, out.splitlines()[0]) == (0, f"The run in {run} is already finished.")
     code, _, err = finetune("train", *resume, "--lr", 0.3)
     assert code == 2
     assert "was started with --lr 0.05, not 0.3" in err

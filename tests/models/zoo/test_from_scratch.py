@@ -82,7 +82,7 @@ def test_head_export_requires_pretrained_weights(data: Path, tmp_path: Path) -> 
         "train", "--data-dir", data, "--backbone", "lenet5", "--export", "head", "--output-dir", tmp_path / "run"
     )
     assert code == 2
-    assert "--export head leaves the pretrained weights out, and LeNet-5 has none" in err
+    assert "--export head omits the pretrained weights, but LeNet-5 has none" in err
     assert not (tmp_path / "run").exists()
 
 
