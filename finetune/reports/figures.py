@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: how training went, what is mixed up, how honest confidence is, and which photos."""
+"""Plots of an evaluation: learning curves, confusion matrix, reliability diagram and image sheets."""
 
 from __future__ import annotations
 
@@ -27,17 +27,29 @@ def write_plots(
     uncalibrated: NDArray[np.float64] | None,
     seed: int = 0,
 ) -> list[Path]:
-    """Write the report's PNGs into ``out_dir``, each whole or not at all, and return those written.
+    """Write the plots of an evaluation as PNG files, each atomically.
 
-    Always confusion_matrix.png and reliability.png; with ``history`` (one mapping an epoch: epoch, train_loss,
-    valid_loss, train_accuracy and valid_accuracy from 0 to 1, seconds) learning_curves.png; with ``data_dir`` sheets
-    of up to 12 photos for each class, confident_mistakes_<class>.png, least_certain_<class>.png and
-    random_correct_<class>.png, where there is something to show; of more than 20 classes, the 20 with most mistakes.
-    ``uncalibrated`` (N, C) are the probabilities before temperature scaling. Raises ValueError for shapes that do not
-    fit, and where there are no photos.
+    confusion_matrix.png and reliability.png are always written, the others depend on the arguments.
+
+    Args:
+        out_dir: The folder for the plots.
+        predictions: The evaluated predictions.
+        data_dir: Folder of the images. If set, sheets of up to 12 images per class are written:
+            confident_mistakes_<class>.png, least_certain_<class>.png and random_correct_<class>.png. Empty sheets are
+            omitted, and beyond 20 classes only the 20 with the most mistakes get sheets.
+        history: One mapping per epoch (epoch, train_loss, valid_loss, train_accuracy and valid_accuracy from 0 to 1,
+            seconds). If set, learning_curves.png is written.
+        uncalibrated: Probabilities before temperature scaling, (N, C).
+        seed: Seed of the bootstrap and of the random sheets.
+
+    Returns:
+        The paths of the written files.
+
+    Raises:
+        ValueError: There are no images, or the shapes do not match.
     """
     if not predictions.image_names:
-        raise ValueError("No photos arrived; at least one was wanted.")
+        raise ValueError("Expected at least one photo, got none.")
     if uncalibrated is not None:
         check_probabilities(predictions.labels, uncalibrated, len(predictions.classes))
     classes = predictions.classes
@@ -52,7 +64,7 @@ def write_plots(
         if data_dir is not None:
             names = slugs(classes)
             for label in _with_most_mistakes(counts):
-                written += _photo_sheets(out_dir, predictions, label, names[label], data_dir, seed=seed)
+                written += _write_sheets(out_dir, predictions, label, names[label], data_dir, seed=seed)
     return written
 
 
@@ -61,15 +73,15 @@ def _with_most_mistakes(counts: NDArray[np.int64]) -> list[int]:
     return sorted(np.argsort(-mistakes, kind="stable")[:MAX_SHEET_CLASSES].tolist())
 
 
-def _photo_sheets(out_dir: Path, predictions: Predictions, label: int, slug: str, data_dir: Path, *, seed: int) -> list[Path]:
+def _write_sheets(out_dir: Path, predictions: Predictions, label: int, slug: str, data_dir: Path, *, seed: int) -> list[Path]:
     photos_of = f"Photos of {plots.printable(predictions.classes[label], 30)}"
     mistakes = image_sheets.confident_mistakes(predictions, label)
-    doubts = image_sheets.least_certain(predictions, label)
+    uncertain = image_sheets.least_certain(predictions, label)
     sample = image_sheets.random_correct(predictions, label, seed=seed)
     sheets = [
-        ("confident_mistakes", mistakes, f"{photos_of} predicted wrong,\nhighest loss first"),
-        ("least_certain", doubts, f"{photos_of}, least certain first\n(frames: blue right, orange wrong)"),
-        ("random_correct", sample, f"{photos_of} predicted right,\ndrawn at random"),
+        ("confident_mistakes", mistakes, f"{photos_of}: mistakes,\nhighest loss first"),
+        ("least_certain", uncertain, f"{photos_of}: least certain first\n(blue frame: correct, orange: incorrect)"),
+        ("random_correct", sample, f"{photos_of}: correct,\nrandom sample"),
     ]
     return [
         image_sheets.image_sheet(predictions, indices, title, data_dir, out_dir / f"{kind}_{slug}.png")
@@ -79,9 +91,9 @@ def _photo_sheets(out_dir: Path, predictions: Predictions, label: int, slug: str
 
 
 def slugs(classes: Sequence[str]) -> tuple[str, ...]:
-    """A part of a file name for each class: letters, digits, ``_``, ``-`` and ``.`` inside, up to 40 characters.
+    """Return a file name component for each class: letters, digits, ``_``, ``-`` and inner ``.``, up to 40 characters.
 
-    No two are equal, not even where case is ignored, and none can lead out of a folder.
+    The components are unique, also ignoring case, and cannot leave a folder.
     """
     taken: set[str] = set()
     result = []

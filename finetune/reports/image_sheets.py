@@ -1,4 +1,4 @@
-"""Sheets of photos with what the network said of them: the mistakes, the doubts, and a fair sample of the rest."""
+"""Sheets of images with their predictions: confident mistakes, least certain and random correct images."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TILE_PX, FRAME_PX, GAP_PX, CAPTION_PX, HEADER_PX = 270, 5, 16, 78, 64
 
 
 def confident_mistakes(predictions: Predictions, label: int) -> NDArray[np.intp]:
-    """Up to 12 photos of the class ``label`` that were predicted as another, highest loss first, as indices."""
+    """Return the indices of up to 12 misclassified images of class ``label``, highest loss first."""
     wrong = np.flatnonzero((predictions.labels == label) & ~predictions.correct)
     return wrong[np.argsort(-predictions.losses[wrong], kind="stable")][:MAX_IMAGES]
 
 
 def least_certain(predictions: Predictions, label: int) -> NDArray[np.intp]:
-    """Up to 12 photos of the class ``label`` by the smallest lead of the most probable class over the second."""
+    """Return the indices of the up to 12 images of class ``label`` with the smallest margin between the top two classes."""
     if len(predictions.classes) < 2:
         return np.zeros(0, dtype=np.intp)
     members = np.flatnonzero(predictions.labels == label)
@@ -37,18 +37,18 @@ def least_certain(predictions: Predictions, label: int) -> NDArray[np.intp]:
 
 
 def random_correct(predictions: Predictions, label: int, *, seed: int) -> NDArray[np.intp]:
-    """Up to 12 photos of the class ``label`` that were predicted right, drawn at random, in the order of the photos."""
-    right = np.flatnonzero((predictions.labels == label) & predictions.correct)
+    """Return the sorted indices of a random sample of up to 12 correctly classified images of class ``label``."""
+    correct = np.flatnonzero((predictions.labels == label) & predictions.correct)
     rng = np.random.default_rng([seed, label])
-    return np.sort(rng.choice(right, size=min(MAX_IMAGES, len(right)), replace=False))
+    return np.sort(rng.choice(correct, size=min(MAX_IMAGES, len(correct)), replace=False))
 
 
 def image_sheet(predictions: Predictions, indices: NDArray[np.intp], title: str, data_dir: Path, path: Path) -> Path:
-    """Draw the photos at ``indices`` up to four abreast, each with file name, predicted class and p(true class).
+    """Draw the images at ``indices`` in up to four columns, each with file name, predicted class and p(true class).
 
-    Blue frames are right answers, orange frames wrong ones. A photo that is gone or damaged is a grey tile saying so.
+    Frames are blue for correct and orange for incorrect predictions. A missing or damaged image is a gray tile with the reason.
     """
-    columns = min(COLUMNS, max(2, len(indices)))  # two leave room for the title
+    columns = min(COLUMNS, max(2, len(indices)))  # at least two, to leave room for the title
     rows = -(-len(indices) // columns)
     width_px = columns * (TILE_PX + GAP_PX) + GAP_PX
     height_px = HEADER_PX + rows * (TILE_PX + CAPTION_PX)
@@ -59,13 +59,13 @@ def image_sheet(predictions: Predictions, indices: NDArray[np.intp], title: str,
         figure.text(x_px / width_px, 1 - y_px / height_px, text, **style)
 
     write(GAP_PX, HEADER_PX / 2, title, va="center", fontsize=12)
-    for place, index in enumerate(indices.tolist()):
-        left = GAP_PX + place % columns * (TILE_PX + GAP_PX)
-        top = HEADER_PX + place // columns * (TILE_PX + CAPTION_PX)
-        tile, trouble = _tile(data_dir / predictions.image_names[index], BLUE if predictions.correct[index] else ORANGE)
+    for position, index in enumerate(indices.tolist()):
+        left = GAP_PX + position % columns * (TILE_PX + GAP_PX)
+        top = HEADER_PX + position // columns * (TILE_PX + CAPTION_PX)
+        tile, error = _tile(data_dir / predictions.image_names[index], BLUE if predictions.correct[index] else ORANGE)
         sheet.paste(tile, (left, top))
         middle = left + TILE_PX / 2
-        write(middle, top + TILE_PX / 2, trouble, ha="center", va="center")
+        write(middle, top + TILE_PX / 2, error, ha="center", va="center")
         write(middle, top + TILE_PX + 6, _caption(predictions, index), ha="center", va="top", fontsize=9)
     figure.figimage(np.asarray(sheet), zorder=-1)
     return save_png(figure, path)
@@ -80,18 +80,18 @@ def _caption(predictions: Predictions, index: int) -> str:
     return f"{file}\npredicted {names[0]}\np({names[1]}) = {shown}"
 
 
-def _tile(photo: Path, color: str) -> tuple[Image.Image, str]:
-    """The whole photo in the middle of a framed grey square; where that is not possible, the square and why."""
+def _tile(path: Path, color: str) -> tuple[Image.Image, str]:
+    """Return the complete image centered in a framed gray square, and an error text if it could not be read."""
     inner_px = TILE_PX - 2 * FRAME_PX
     tile = ImageOps.expand(Image.new("RGB", (inner_px, inner_px), TILE), FRAME_PX, color)
     try:
-        picture = decode(photo.read_bytes())
+        image = decode(path.read_bytes())
     except FileNotFoundError:
         return tile, "photo is missing"
-    except (OSError, ValueError):  # ValueError: a path that no file system can hold
+    except (OSError, ValueError):  # ValueError: invalid path, for example with a null byte
         return tile, "photo cannot be read"
     except ImageError:
         return tile, "photo cannot be decoded"
-    picture = ImageOps.contain(picture, (inner_px, inner_px))
-    tile.paste(picture, ((TILE_PX - picture.width) // 2, (TILE_PX - picture.height) // 2))
+    image = ImageOps.contain(image, (inner_px, inner_px))
+    tile.paste(image, ((TILE_PX - image.width) // 2, (TILE_PX - image.height) // 2))
     return tile, ""

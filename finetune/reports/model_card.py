@@ -1,4 +1,4 @@
-"""The model card: what a bundle is, how good it is and where its limits are, for a person to read."""
+"""The model card of a bundle: metrics, training data, training settings, limits and files, as Markdown."""
 
 from __future__ import annotations
 
@@ -13,39 +13,38 @@ TITLES = {"accuracy": "accuracy", "log_loss": "log loss", "roc_auc": "ROC AUC", 
 
 
 def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the card of a bundle from its manifest."""
+    """Write a bundle's model card from its manifest."""
     metrics, provenance = manifest["metrics"], manifest["provenance"]
     dataset = provenance["dataset"]
     config = provenance["config"]
     sections = [
         f"# {manifest['name']}\n",
         f"An image classifier for {_and(manifest['classes'])}: {manifest['title']} ([paper]({manifest['paper']})), "
-        f"{_how(manifest)}, made on {provenance['created'][:10]}.\n",
-        "## How good it is\n",
+        f"{_origin(manifest)}, trained on {provenance['created'][:10]}.\n",
+        "## Metrics\n",
         f"On {metrics['photos']:,} photos of the {dataset['evaluated_split']} split:\n",
         _table(metrics),
-        "How each was measured:\n",
+        "Methods:\n",
         "\n".join(f"- {TITLES.get(name, name)}: {method}" for name, method in metrics["methods"].items()) + "\n",
-        f"The best epoch ({provenance['best_epoch']}) and the temperature ({manifest['temperature']:.3f}) were chosen on"
-        " these same photos, so a figure from photos that had no part in it is the one to trust:"
+        f"These photos also selected the best epoch ({provenance['best_epoch']}) and the temperature"
+        f" ({manifest['temperature']:.3f}). For an unbiased figure, evaluate on unseen photos:"
         " `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
-        "## What it was trained on\n",
-        f"{_counts(dataset['photos'])} The labels are the folders' names{_reviewed(dataset)}."
-        " It knows only these classes: a photo of anything else"
-        " gets one of them all the same, often with confidence. Photos of other kinds (drawings, other cameras, crops) are"
-        " outside of what was measured.\n",
-        "## How it was trained\n",
+        "## Training data\n",
+        f"{_counts(dataset['photos'])} The labels are the folder names.{_reviewed(dataset)}"
+        " The model only knows these classes: any other photo is still labeled as one of them, often with high confidence."
+        " Other kinds of images (drawings, other cameras, crops) were not evaluated.\n",
+        "## Training\n",
         f"{_base(manifest)} {_trained(manifest)} {_permuted(manifest)}"
         f"Epochs: {provenance['epochs']}. Batch size: {config['batch_size']}."
         f" {_optimizer(config)} with learning rate {config['lr']:g} ({config['lr_schedule']}), weight decay"
         f" {config['weight_decay']:g}; NLLLoss on log-probabilities; seed {config['seed']}; {provenance['compute']}.\n",
-        "## What is in the folder\n",
+        "## Files\n",
         _contents(manifest),
     ]
     atomic_write_text(path, "\n".join(sections))
 
 
-def _how(manifest: Mapping[str, Any]) -> str:
+def _origin(manifest: Mapping[str, Any]) -> str:
     if manifest["base"] is None:
         return "trained from random weights"
     return f"fine-tuned from pretrained weights ({manifest['base']['license']})"
@@ -54,21 +53,23 @@ def _how(manifest: Mapping[str, Any]) -> str:
 def _base(manifest: Mapping[str, Any]) -> str:
     base = manifest["base"]
     if base is None:
-        return "All weights were random at the start and all of them were trained."
+        return "All weights were initialized randomly and trained."
     return f"The pretrained weights came from {base['origin']}, sha256 `{base['sha256'][:16]}...`."
 
 
 def _trained(manifest: Mapping[str, Any]) -> str:
     if manifest["base"] is None:
         return ""
-    return f"Everything was frozen but {_and([manifest['head'], *manifest['provenance']['config']['unfreeze']])}."
+    layers = [f"`{name}`" for name in (manifest["head"], *manifest["provenance"]["config"]["unfreeze"])]
+    subject = f"the last layer ({layers[0]}) was" if len(layers) == 1 else f"{_and(layers)} were"
+    return f"Only {subject} trained. All other layers were frozen."
 
 
 def _permuted(manifest: Mapping[str, Any]) -> str:
     seed = manifest.get("permute_pixels")
     if seed is None:
         return ""
-    return f"The pixels of every picture change places in the network's first layer, always in the same way (seed {seed}). "
+    return f"The network shuffles the pixel positions of every image with a fixed permutation (seed {seed}). "
 
 
 def _optimizer(config: Mapping[str, Any]) -> str:
@@ -78,7 +79,7 @@ def _optimizer(config: Mapping[str, Any]) -> str:
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    rows = ["| measure | value | 95 % interval |", "| --- | --- | --- |"]
+    rows = ["| measure | value | 95% interval |", "| --- | --- | --- |"]
     rows += [_row(title, metrics[name]) for name, title in TITLES.items()]
     for measure in ("precision", "recall"):
         rows += [_row(f"{measure} of {name}", value) for name, value in metrics[measure].items()]
@@ -92,8 +93,8 @@ def _row(title: str, measure: Mapping[str, float] | None) -> str:
 
 
 def _counts(photos: Mapping[str, Mapping[str, int]]) -> str:
-    parts = [f"{split}: {', '.join(f'{n:,} {name}' for name, n in row.items())}" for split, row in photos.items()]
-    return "Photos, " + "; ".join(parts) + "."
+    splits = [f"{split}: {', '.join(f'{n:,} {name}' for name, n in row.items())}" for split, row in photos.items()]
+    return "Photos: " + "; ".join(splits) + "."
 
 
 def _reviewed(dataset: Mapping[str, Any]) -> str:
@@ -102,30 +103,29 @@ def _reviewed(dataset: Mapping[str, Any]) -> str:
         return ""
     dropped = reviews["neither"] + reviews["bad"] + reviews["other_copies"]
     return (
-        f", but for what people decided in a review: {reviews['relabeled']:,} labels were changed, {reviews['confirmed']:,}"
-        f" confirmed, and {dropped:,} photos left out, in training and validation alike, so that the figures above are on"
-        " corrected labels"
+        f" In a review, {reviews['relabeled']:,} labels were changed, {reviews['confirmed']:,} confirmed and {dropped:,} photos"
+        " excluded, in both training and validation. The metrics above use the corrected labels."
     )
 
 
 def _contents(manifest: Mapping[str, Any]) -> str:
     lines = [
-        "`manifest.json` names every file with its sha256. `predictions.csv` has a row for each evaluated photo,"
-        " `embeddings.npz` numbers that are alike for photos that are, and `duplicates.csv` the photos that are the same."
+        "`manifest.json` lists every file with its sha256. `predictions.csv` has a row for each evaluated photo,"
+        " `embeddings.npz` contains feature vectors for similarity search, and `duplicates.csv` lists near duplicates."
     ]
     if manifest["kind"] == "head":
         lines.append(
-            "`head.safetensors` holds only what was trained; `finetune merge` makes the whole bundle of it and the pretrained"
-            " weights."
+            "`head.safetensors` contains only the trained tensors. `finetune merge` combines it with the pretrained weights"
+            " into a full bundle."
         )
     else:
         lines.append(
-            "`model.safetensors` is the network's state dict. `model.onnx` takes pixels (N, H, W, C) uint8, resized and cropped"
-            " as the manifest says, and gives calibrated probabilities."
+            "`model.safetensors` is the network's state dict. `model.onnx` maps pixels (N, H, W, C) uint8, resized and cropped"
+            " as described in the manifest, to calibrated probabilities."
         )
     if manifest["bf16"]:
         use = (
-            "The service uses it where the processor has it"
+            "The service uses it if the processor supports it"
             if is_bf16_acceptable(manifest["bf16"])
             else "The service does not use it"
         )

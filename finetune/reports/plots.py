@@ -1,4 +1,4 @@
-"""What the report's figures have in common, and the figures of numbers: learning curves, confusions, calibration."""
+"""Plot style and helpers, learning curves and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from models.artifacts.atomic_io import atomic_write
 
-# Okabe and Ito (2008): told apart with any kind of colour blindness
+# Okabe and Ito (2008): distinguishable with any kind of color blindness
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 INK, FAINT, TILE = "#222222", "#8A8A8A", "#D9D9D9"
-# Scripts that matplotlib's own font lacks, where the machine has a font for them
+# For scripts that matplotlib's own font lacks; used if installed
 FALLBACK_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")
 STYLE: dict[Any, Any] = {
     "axes.edgecolor": FAINT,
@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#E6E6E6",
     "legend.frameon": False,
     "text.color": INK,
-    "text.parse_math": False,  # a class or file name may hold dollar signs
+    "text.parse_math": False,  # class and file names may contain dollar signs
     "xtick.color": INK,
     "ytick.color": INK,
 }
@@ -44,24 +44,24 @@ STYLE: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def report_style() -> Iterator[None]:
-    """Draw and save figures with the report's look and fonts; afterwards matplotlib's settings are as they were."""
+    """Apply the style and fonts of the report, and restore matplotlib's settings afterward."""
     installed = set(font_manager.get_font_names())
     fonts = ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]
     with mpl.rc_context({**STYLE, "font.family": fonts}), warnings.catch_warnings():
-        # A name in a script that no font here has shows as boxes: no reason to stop, or to warn once a letter
+        # Names in a script without an installed font show as boxes; one warning per glyph would not help
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
 
 def save_png(figure: Figure, path: Path) -> Path:
-    """Write ``figure`` as a PNG, whole or not at all; the same figure gives the same bytes."""
-    with atomic_write(path) as part:
-        figure.savefig(part, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    """Write ``figure`` as a PNG atomically. The same figure always produces the same bytes."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None}, pil_kwargs={"compress_level": 3})
     return path
 
 
 def printable(text: str, max_length: int) -> str:
-    """``text`` in one line of at most ``max_length`` characters, cut in the middle, fit to be drawn whatever it holds."""
+    """Shorten ``text`` in the middle to ``max_length`` characters, and replace characters that cannot be drawn."""
     clean = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
     if len(clean) <= max_length:
         return clean
@@ -89,7 +89,7 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> 
             best["epoch"], at_best, "o", markersize=10, markerfacecolor="none", markeredgecolor=ORANGE,
             markeredgewidth=1.8, linestyle="none", label=f"lowest validation loss (epoch {best['epoch']:g})",
         )  # fmt: skip
-        shown = f"{at_best:.4f}" if key == "loss" else f"{at_best:.2f} %"
+        shown = f"{at_best:.4f}" if key == "loss" else f"{at_best:.2f}%"
         title = f"{key.capitalize()}: validation {shown} at epoch {best['epoch']:g}"
         axes.set(title=title, xlabel="epoch", ylabel=unit)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -101,29 +101,34 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> 
 
 
 def plot_confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], path: Path) -> Path:
-    """Photos of each true class (rows) by predicted class (columns), as counts and per cent of the row: (C, C) counts.
+    """Plot the confusion matrix, rows being true classes, with counts and percent of the row.
 
-    Right answers are blue, wrong ones orange; the deeper, the larger their share of the row.
+    Correct predictions are blue and incorrect ones orange, darker for a larger fraction of the row.
+
+    Args:
+        counts: Number of images by true and predicted class, (C, C).
+        classes: The class names.
+        path: The PNG file.
     """
     size = len(classes)
     totals = counts.sum(axis=1, keepdims=True)
-    shares = counts / np.maximum(totals, 1)
+    fractions = counts / np.maximum(totals, 1)
     cell_in = float(np.clip(7.0 / size, 0.42, 1.5))
     figure = Figure(figsize=(size * cell_in + 3.0, size * cell_in + 2.2), layout="constrained")
     axes = figure.add_subplot()
-    colors = _cell_colors(shares)
+    colors = _cell_colors(fractions)
     axes.imshow(colors, aspect="equal")
     font_pt = float(np.clip(cell_in * 14, 6.5, 13))
     for row, column in np.argwhere(counts > 0):
         brightness = float(colors[row, column, :3] @ (0.299, 0.587, 0.114))
-        text = f"{counts[row, column]:,}\n{100 * shares[row, column]:.{1 if cell_in > 0.6 else 0}f} %"
+        text = f"{counts[row, column]:,}\n{100 * fractions[row, column]:.{1 if cell_in > 0.6 else 0}f}%"
         color = INK if brightness > 0.5 else "white"
         axes.text(column, row, text, ha="center", va="center", fontsize=font_pt, color=color)
     names = [printable(name, 24) for name in classes]
-    level = size <= 4 and max(map(len, names)) <= 12
+    horizontal = size <= 4 and max(map(len, names)) <= 12
     label_pt = 11 if size <= 6 else 9
     title_pt = float(np.clip(size * cell_in, 11, 16))
-    axes.set_xticks(range(size), names, rotation=0 if level else 90, fontsize=label_pt)
+    axes.set_xticks(range(size), names, rotation=0 if horizontal else 90, fontsize=label_pt)
     rows = [f"{name} ({total:,})" for name, total in zip(names, totals.ravel(), strict=True)]
     axes.set_yticks(range(size), rows, fontsize=label_pt)
     axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
@@ -133,16 +138,16 @@ def plot_confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], pat
     axes.spines[:].set_visible(False)
     axes.set_xlabel("predicted class", fontsize=title_pt)
     axes.set_ylabel("true class (number of photos)", fontsize=title_pt)
-    wrong = int(counts.sum() - counts.trace())
-    title = f"Confusion matrix: {wrong:,} of {counts.sum():,} photos wrong\nphotos, and % of the true class"
+    mistakes = int(counts.sum() - counts.trace())
+    title = f"Confusion matrix: {mistakes:,} of {counts.sum():,} photos incorrect\nphotos, and % of the true class"
     axes.set_title(title, fontsize=title_pt)
     return save_png(figure, path)
 
 
-def _cell_colors(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Blues on the diagonal, oranges beside it: (C, C) -> (C, C, 4); the root makes one wrong photo in 200 visible."""
-    colors = mpl.colormaps["Oranges"](0.9 * np.sqrt(shares))
-    diagonal = np.arange(len(shares))
-    colors[diagonal, diagonal] = mpl.colormaps["Blues"](0.15 + 0.7 * shares[diagonal, diagonal])
-    colors[shares == 0] = mpl.colors.to_rgba("#F6F6F6")
+def _cell_colors(fractions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Map fractions (C, C) to RGBA colors (C, C, 4). The square root makes one mistake in 200 visible."""
+    colors = mpl.colormaps["Oranges"](0.9 * np.sqrt(fractions))
+    diagonal = np.arange(len(fractions))
+    colors[diagonal, diagonal] = mpl.colormaps["Blues"](0.15 + 0.7 * fractions[diagonal, diagonal])
+    colors[fractions == 0] = mpl.colors.to_rgba("#F6F6F6")
     return np.asarray(colors)

@@ -1,4 +1,4 @@
-"""The reliability diagram: how often a network is right against how sure it was, before and after calibration."""
+"""The reliability diagram: accuracy against confidence, before and after calibration."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from finetune.metrics.reliability import calibration_error, equal_mass_bins
 from finetune.reports.plots import BLUE, FAINT, ORANGE, save_png
 from models.artifacts.statistics import wilson_interval
 
-CROWDED = 0.95  # a median confidence above this leaves nothing to see on an even axis
-SMALLEST_MISS = 1e-5  # what is missing to 1 is told apart down to here on the stretched axis
+CROWDED = 0.95  # with a median confidence above this, a linear axis shows too little
+MIN_GAP = 1e-5  # smallest distance from 1 that the stretched axis resolves
 EVEN_TICKS = tuple(tenth / 10 for tenth in range(11))
 STRETCHED_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 0.9999, 1.0)
 HISTOGRAM_BARS = 30
@@ -29,13 +29,18 @@ def plot_reliability_diagram(
     *,
     seed: int,
 ) -> Path:
-    """Accuracy against confidence in 15 equal-mass bins with 95 % Wilson intervals, above a histogram of confidence.
+    """Plot accuracy against confidence in 15 equal-mass bins with 95% Wilson intervals, above a histogram of confidence.
 
-    Takes labels (N,) and probabilities (N, C); with ``uncalibrated`` (N, C) there are two columns, before and after.
-    Where most confidences crowd near 100 %, the confidence axis is stretched toward it, by the logarithm of what is
-    missing.
+    If most confidences are close to 100%, the confidence axis is logarithmic in the distance from 100%.
+
+    Args:
+        labels: True classes, (N,).
+        probabilities: Predicted probabilities, (N, C).
+        uncalibrated: Probabilities before calibration, (N, C). If set, a second column shows them.
+        path: The PNG file.
+        seed: Seed of the bootstrap.
     """
-    columns = [("As it is", probabilities)]
+    columns = [("Predictions", probabilities)]
     if uncalibrated is not None:
         columns = [("Before calibration", uncalibrated), ("After calibration", probabilities)]
     stretched = max(float(np.median(values.max(axis=1))) for _, values in columns) > CROWDED
@@ -49,14 +54,14 @@ def plot_reliability_diagram(
         confidence, correct = np.minimum(values.max(axis=1), 1.0), values.argmax(axis=1) == labels
         error = calibration_error(confidence, correct, seed=seed, resamples=1000)
         percents = [100.0 * error[end] for end in ("value", "low", "high")]
-        upper.set_title("{}: calibration error {:.1f} % ({:.1f} to {:.1f} %)".format(name, *percents))
+        upper.set_title("{}: calibration error {:.1f}% ({:.1f} to {:.1f}%)".format(name, *percents))
         _draw_bins(upper, confidence, correct, lowest)
         _draw_histogram(lower, confidence, correct, lowest, stretched=stretched)
         _set_confidence_axis(upper, lowest, stretched=stretched)
         _set_confidence_axis(lower, lowest, stretched=stretched)
         lower.set_xlabel(f"confidence: probability of the predicted class (%{stretch})")
     panels[0, 0].set_ylim(top=1.0)
-    panels[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.6g}"))
+    panels[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g}"))
     panels[0, 0].set_ylabel("accuracy (% of photos)")
     panels[1, 0].set_ylabel("photos")
     panels[0, 0].legend(loc="best", fontsize=9)
@@ -65,13 +70,13 @@ def plot_reliability_diagram(
 
 def _draw_bins(axes: Axes, confidence: NDArray[np.float64], correct: NDArray[np.bool_], lowest: float) -> None:
     bins = equal_mass_bins(confidence)
-    even = _spread(lowest, 200)
-    axes.plot(even, even, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label="perfectly calibrated")
+    identity = _spread(lowest, 200)
+    axes.plot(identity, identity, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), label="perfectly calibrated")
     means = np.array([confidence[bins == k].mean() for k in np.unique(bins)])
-    shares = [wilson_interval(int(correct[bins == k].sum()), int((bins == k).sum())) for k in np.unique(bins)]
-    value, low, high = (np.array([share[end] for share in shares]) for end in ("value", "low", "high"))
+    accuracies = [wilson_interval(int(correct[bins == k].sum()), int((bins == k).sum())) for k in np.unique(bins)]
+    value, low, high = (np.array([accuracy[end] for accuracy in accuracies]) for end in ("value", "low", "high"))
     axes.vlines(means, low, high, color=BLUE, alpha=0.35, linewidth=2)
-    label = "bins of equal numbers of photos, 95 % interval"
+    label = "bins with equal numbers of photos, 95% interval"
     axes.plot(means, value, "o", color=BLUE, markersize=6, label=label, clip_on=False)
     axes.grid()
     axes.set_axisbelow(True)
@@ -81,29 +86,29 @@ def _draw_histogram(
     axes: Axes, confidence: NDArray[np.float64], correct: NDArray[np.bool_], lowest: float, *, stretched: bool
 ) -> None:
     edges = _spread(lowest, HISTOGRAM_BARS + 1) if stretched else np.linspace(lowest, 1.0, HISTOGRAM_BARS + 1)
-    parts = [confidence[~correct], confidence[correct]]
-    axes.hist(parts, bins=list(edges), stacked=True, color=[ORANGE, BLUE], edgecolor="white", linewidth=0.5)
+    groups = [confidence[~correct], confidence[correct]]
+    axes.hist(groups, bins=list(edges), stacked=True, color=[ORANGE, BLUE], edgecolor="white", linewidth=0.5)
     axes.margins(y=0.25)
-    height = np.full(len(parts[0]), 0.93)  # a few wrong photos are invisible in bars that are scaled for the right ones
-    axes.plot(parts[0], height, "|", color=ORANGE, markersize=9, transform=axes.get_xaxis_transform())
-    title = f"{len(parts[0]):,} wrong (orange, with a tick each) and {len(parts[1]):,} right (blue)"
+    height = np.full(len(groups[0]), 0.93)  # a few mistakes are invisible in bars scaled for the correct photos
+    axes.plot(groups[0], height, "|", color=ORANGE, markersize=9, transform=axes.get_xaxis_transform())
+    title = f"{len(groups[0]):,} incorrect (orange, one tick each) and {len(groups[1]):,} correct (blue)"
     axes.set_title(title, fontsize=10)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
-def _stretch(share: NDArray[np.float64]) -> NDArray[np.float64]:
-    return -np.log10(np.clip(1.0 - share, 0.0, None) + SMALLEST_MISS)
+def _stretch(confidence: NDArray[np.float64]) -> NDArray[np.float64]:
+    return -np.log10(np.clip(1.0 - confidence, 0.0, None) + MIN_GAP)
 
 
 def _shrink(stretched: NDArray[np.float64]) -> NDArray[np.float64]:
-    return 1.0 + SMALLEST_MISS - 10.0 ** (-stretched)
+    return 1.0 + MIN_GAP - 10.0 ** (-stretched)
 
 
 def _spread(lowest: float, count: int) -> NDArray[np.float64]:
-    """``count`` confidences from ``lowest`` to 1 that lie evenly on the stretched axis."""
+    """Return ``count`` confidences from ``lowest`` to 1, evenly spaced on the stretched axis."""
     low, high = _stretch(np.array([lowest, 1.0]))
     values = _shrink(np.linspace(low, high, count))
-    values[[0, -1]] = lowest, 1.0  # exactly, so that no photo falls out of the histogram by a rounding error
+    values[[0, -1]] = lowest, 1.0  # exact, so that rounding drops no photo from the histogram
     return values
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves, the same from a training and from a bundle: metrics, predictions, what looks alike, plots."""
+"""Write the results of an evaluation: metrics, predictions, similarity files and plots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,21 @@ def write_results(
     history: Sequence[Mapping[str, float]] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure ``predictions`` and write all of it into ``folder``; returns the metrics."""
+    """Compute the metrics of ``predictions`` and write all results to ``folder``.
+
+    Args:
+        folder: The folder for the results. It is created if missing.
+        predictions: The calibrated predictions.
+        similarity: Embeddings and near duplicates of the images.
+        uncalibrated: Probabilities before temperature scaling, (N, C).
+        temperature: The temperature that calibrated the predictions.
+        data_dir: Folder of the images, for the image sheets.
+        history: One row per epoch, for the learning curves.
+        seed: Seed of the bootstrap and of the random sheets.
+
+    Returns:
+        The metrics, as written to metrics.json.
+    """
     metrics = compute_metrics(
         predictions.labels, predictions.probabilities, classes=predictions.classes, uncalibrated=uncalibrated, seed=seed
     )

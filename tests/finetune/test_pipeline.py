@@ -229,7 +229,7 @@ def test_unfrozen_layers_are_trained_and_no_others(cached: SimpleNamespace, tmp_
         *(f"features.4.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
         *(f"classifier.4.{name}" for name in ("weight", "bias")),
     }
-    assert "frozen but classifier.4, features.3 and features.4" in (run.bundle.path / "README.md").read_text()
+    assert "Only `classifier.4`, `features.3` and `features.4` were trained." in (run.bundle.path / "README.md").read_text()
     assert tiny_weights.read_bytes() == before
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
     assert {"loss/train", "loss/valid", "accuracy/train", "accuracy/valid", "learning_rate"} <= set(events.Tags()["scalars"])

@@ -195,7 +195,7 @@ class TestDigits:
         assert cnn_permuted["log_loss"]["value"] > 1.2 * cnn["log_loss"]["value"]
         bundle = open_bundle(home / "cnn_mnist---permute-pixels-1" / "bundle")
         assert bundle.permute_pixels == 1
-        assert "change places" in (bundle.path / "README.md").read_text()
+        assert "shuffles the pixel positions" in (bundle.path / "README.md").read_text()
         assert open_bundle(home / "cnn_mnist" / "bundle").permute_pixels is None
 
     def test_resuming_a_finished_run_only_opens_it(self, home: Path) -> None:

@@ -197,7 +197,7 @@ def test_training_with_reviews_reports_and_saves_the_changes(
     }
     assert dataset["photos"]["train"] == {"blue": 5, "red": 7}
     card = (run / "bundle" / "README.md").read_text(encoding="utf-8")
-    assert "but for what people decided in a review: 2 labels were changed, 1 confirmed, and 2 photos left out" in card
+    assert "In a review, 2 labels were changed, 1 confirmed and 2 photos excluded" in card
     for kept in run.joinpath("bundle").rglob("*"):
         if kept.is_file():
             assert b"secret note" not in kept.read_bytes()

@@ -25,28 +25,28 @@ HISTORY = [
 
 
 @pytest.fixture(autouse=True)
-def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw fewer pixels, for speed."""
     monkeypatch.setitem(plots.STYLE, "figure.dpi", 50)
     monkeypatch.setattr(image_sheets, "TILE_PX", 100)
 
 
 def some_predictions(classes: tuple[str, ...], p_true: list[float], *, repeat: int = 1) -> Predictions:
-    """For each class photos with these probabilities of the true class; the next class gets most of the rest."""
+    """Return predictions with these probabilities of the true class for each class. The next class gets the rest."""
     count = len(classes)
     labels = np.repeat(np.arange(count), len(p_true) * repeat)
     values = np.tile(np.repeat(p_true, repeat), count)
     probabilities = np.zeros((len(labels), count))
     probabilities[np.arange(len(labels)), (labels + 1) % count] = 1 - values
     probabilities[np.arange(len(labels)), labels] = values if count > 1 else 1.0
-    photos = tuple(f"valid/{label}/{i}.jpg" for i, label in enumerate(labels))
-    return Predictions(classes, photos, labels, probabilities, ("valid",) * len(photos), ("0" * 64,) * len(photos))
+    names = tuple(f"valid/{label}/{i}.jpg" for i, label in enumerate(labels))
+    return Predictions(classes, names, labels, probabilities, ("valid",) * len(names), ("0" * 64,) * len(names))
 
 
 def save_photos(predictions: Predictions, data_dir: Path) -> None:
-    for photo in predictions.image_names:
-        (data_dir / photo).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40, 30), "green").save(data_dir / photo)
+    for name in predictions.image_names:
+        (data_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), "green").save(data_dir / name)
 
 
 def plots_of(
@@ -57,23 +57,23 @@ def plots_of(
     history: list[dict[str, float]] | None = None,
     uncalibrated: NDArray[np.float64] | None = None,
 ) -> list[str]:
-    """Write the plots, check that they are PNGs and all that is there, and give their names."""
+    """Write the plots, check that they are PNGs and the only files, and return their names."""
     written = write_plots(out_dir, predictions=predictions, data_dir=data_dir, history=history, uncalibrated=uncalibrated)
     assert sorted(written) == sorted(path for path in out_dir.rglob("*") if path.is_file())
     for path in written:
-        with Image.open(path) as picture:
-            assert picture.format == "PNG"
-            assert min(picture.size) > 150
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 150
     return [path.name for path in written]
 
 
-def share_of_color(path: Path, wanted: tuple[int, int, int]) -> float:
-    with Image.open(path) as picture:
-        pixels = np.asarray(picture.convert("RGB"), dtype=int)
-    return float((np.abs(pixels - wanted).max(axis=2) <= 3).mean())
+def color_fraction(path: Path, color: tuple[int, int, int]) -> float:
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=int)
+    return float((np.abs(pixels - color).max(axis=2) <= 3).mean())
 
 
-def test_everything_that_was_asked_for_is_written(tmp_path: Path) -> None:
+def test_all_plots_are_written(tmp_path: Path) -> None:
     predictions = some_predictions(("cats", "dogs"), [0.1, 0.55, 0.999])
     save_photos(predictions, tmp_path / "data")
     uncalibrated = np.full_like(predictions.probabilities, 0.5)
@@ -85,28 +85,28 @@ def test_everything_that_was_asked_for_is_written(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_without_history_and_photos_only_the_numbers_are_drawn(tmp_path: Path) -> None:
+def test_without_history_and_photos_only_two_plots_are_written(tmp_path: Path) -> None:
     names = plots_of(tmp_path, some_predictions(("cats", "dogs"), [0.6]), history=[])
     assert names == ["confusion_matrix.png", "reliability.png"]
 
 
 def test_a_class_with_nothing_to_show_gets_no_sheet(tmp_path: Path) -> None:
     predictions = some_predictions(("cats", "dogs", "cows"), [0.9])
-    chosen = predictions.labels < 2
+    selected = predictions.labels < 2
     fewer = Predictions(
         predictions.classes,
         predictions.image_names[:2],
-        predictions.labels[chosen],
-        predictions.probabilities[chosen],
+        predictions.labels[selected],
+        predictions.probabilities[selected],
         predictions.splits[:2],
         predictions.sha256s[:2],
     )
     names = plots_of(tmp_path / "out", fewer, tmp_path)
-    wanted = [f"{kind}_{name}.png" for name in ("cats", "dogs") for kind in ("least_certain", "random_correct")]
-    assert names[2:] == wanted
+    expected = [f"{kind}_{name}.png" for name in ("cats", "dogs") for kind in ("least_certain", "random_correct")]
+    assert names[2:] == expected
 
 
-def test_sheets_choose_the_photos_that_they_name() -> None:
+def test_each_sheet_selects_its_photos() -> None:
     predictions = some_predictions(("cats", "dogs"), [0.4, 0.01, 0.25, 0.9, 0.52, 0.7])
     assert image_sheets.confident_mistakes(predictions, 0).tolist() == [1, 2, 0]
     assert image_sheets.confident_mistakes(predictions, 1).tolist() == [7, 8, 6]
@@ -114,7 +114,7 @@ def test_sheets_choose_the_photos_that_they_name() -> None:
     assert image_sheets.random_correct(predictions, 1, seed=0).tolist() == [9, 10, 11]
 
 
-def test_random_photos_are_twelve_the_same_for_the_same_seed() -> None:
+def test_random_samples_are_reproducible_and_limited_to_twelve() -> None:
     predictions = some_predictions(("cats", "dogs"), [0.8], repeat=60)
     drawn = [image_sheets.random_correct(predictions, 1, seed=seed).tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -123,7 +123,7 @@ def test_random_photos_are_twelve_the_same_for_the_same_seed() -> None:
     assert len(image_sheets.least_certain(predictions, 1)) == 12
 
 
-def test_only_the_photos_that_are_shown_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_displayed_photos_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictions = some_predictions(("cats", "dogs"), [0.8], repeat=40)
     save_photos(predictions, tmp_path / "data")
     decode = Mock(wraps=preprocess.decode)
@@ -132,37 +132,37 @@ def test_only_the_photos_that_are_shown_are_decoded(tmp_path: Path, monkeypatch:
     assert decode.call_count == 2 * 2 * 12
 
 
-def test_photos_are_shown_and_missing_or_damaged_ones_are_grey(tmp_path: Path) -> None:
+def test_missing_and_damaged_photos_are_gray_tiles(tmp_path: Path) -> None:
     predictions = some_predictions(("cats", "dogs"), [0.9, 0.9])
     save_photos(predictions, tmp_path / "data")
-    gone, damaged, folder, whole = (tmp_path / "data" / photo for photo in predictions.image_names)
-    gone.unlink()
-    damaged.write_bytes(whole.read_bytes()[:200])
+    missing, damaged, folder, intact = (tmp_path / "data" / photo for photo in predictions.image_names)
+    missing.unlink()
+    damaged.write_bytes(intact.read_bytes()[:200])
     folder.unlink()
     folder.mkdir()
     plots_of(tmp_path / "out", predictions, tmp_path / "data")
-    green, grey = Image.new("RGB", (1, 1), "green").getpixel((0, 0)), (217, 217, 217)
-    assert share_of_color(tmp_path / "out" / "random_correct_cats.png", green) == 0.0  # type: ignore[arg-type]
-    assert share_of_color(tmp_path / "out" / "random_correct_dogs.png", green) > 0.1  # type: ignore[arg-type]
-    both = [share_of_color(tmp_path / "out" / f"random_correct_{name}.png", grey) for name in ("cats", "dogs")]
+    green, gray = Image.new("RGB", (1, 1), "green").getpixel((0, 0)), (217, 217, 217)
+    assert color_fraction(tmp_path / "out" / "random_correct_cats.png", green) == 0.0  # type: ignore[arg-type]
+    assert color_fraction(tmp_path / "out" / "random_correct_dogs.png", green) > 0.1  # type: ignore[arg-type]
+    both = [color_fraction(tmp_path / "out" / f"random_correct_{name}.png", gray) for name in ("cats", "dogs")]
     assert both[0] > both[1] + 0.05
 
 
-def test_frames_tell_right_from_wrong(tmp_path: Path) -> None:
+def test_frame_colors_show_correct_and_incorrect(tmp_path: Path) -> None:
     predictions = some_predictions(("cats", "dogs"), [0.2, 0.9])
     plots_of(tmp_path / "out", predictions, tmp_path)
     blue, orange = (0, 0x72, 0xB2), (0xD5, 0x5E, 0)
-    shares = {
-        kind: [share_of_color(tmp_path / "out" / f"{kind}_cats.png", color) > 0.005 for color in (blue, orange)]
+    colors = {
+        kind: [color_fraction(tmp_path / "out" / f"{kind}_cats.png", color) > 0.005 for color in (blue, orange)]
         for kind in ("confident_mistakes", "least_certain", "random_correct")
     }
-    assert shares == {
+    assert colors == {
         "confident_mistakes": [False, True], "least_certain": [True, True], "random_correct": [True, False],
     }  # fmt: skip
 
 
-def test_beyond_twenty_classes_those_with_most_mistakes_have_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_sheets, "image_sheet", lambda *arguments: arguments[-1])  # drawing 40 takes long
+def test_beyond_twenty_classes_only_the_worst_twenty_have_sheets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_sheets, "image_sheet", lambda *arguments: arguments[-1])  # drawing 40 sheets is slow
     predictions = some_predictions(tuple(f"class{i}" for i in range(24)), [0.9])
     probabilities = predictions.probabilities.copy()
     probabilities[[21, 22, 23]] = probabilities[[21, 22, 23]][:, ::-1]
@@ -173,36 +173,36 @@ def test_beyond_twenty_classes_those_with_most_mistakes_have_sheets(tmp_path: Pa
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])
-def test_any_number_of_classes_is_drawn(tmp_path: Path, count: int) -> None:
+def test_any_number_of_classes_is_plotted(tmp_path: Path, count: int) -> None:
     predictions = some_predictions(tuple(f"a rather long class name {i}" for i in range(count)), [0.4, 0.7])
     assert plots_of(tmp_path, predictions) == ["confusion_matrix.png", "reliability.png"]
 
 
 @pytest.mark.parametrize("p_true", [[1.0], [0.99999, 1.0, 0.9999999], [0.0, 0.5, 0.97]])
-def test_confidence_however_crowded_is_drawn(tmp_path: Path, p_true: list[float]) -> None:
+def test_crowded_confidences_are_plotted(tmp_path: Path, p_true: list[float]) -> None:
     predictions = some_predictions(("cats", "dogs"), p_true, repeat=20)
     uncalibrated = predictions.probabilities[:, ::-1]
     names = plots_of(tmp_path, predictions, history=HISTORY[: len(p_true)], uncalibrated=uncalibrated)
     assert names == ["learning_curves.png", "confusion_matrix.png", "reliability.png"]
 
 
-def test_names_in_any_script_are_drawn_without_a_warning_and_stay_in_the_folder(tmp_path: Path) -> None:
+def test_class_names_in_any_script_are_drawn_without_warnings_and_stay_in_the_folder(tmp_path: Path) -> None:
     names = ("猫", "कुत्ता", "قط", "$5_{x$", "\udc80\x00\n", "../../up", "x" * 300, "", "🐈")
     plain = some_predictions(names, [0.2])
-    photos = tuple(f"valid/{name}.jpg" for name in names)
-    odd = dataclasses.replace(plain, image_names=photos)
+    image_names = tuple(f"valid/{name}.jpg" for name in names)
+    odd = dataclasses.replace(plain, image_names=image_names)
     assert len(plots_of(tmp_path / "out", odd, tmp_path / "data")) == 2 + 2 * len(names)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_slugs_are_safe_readable_and_never_the_same() -> None:
+def test_slugs_are_safe_readable_and_unique() -> None:
     assert slugs(["cats", "Golden Retriever", "猫"]) == ("cats", "Golden-Retriever", "猫")
     assert slugs(["a/b", "a b", "A-B", "a-b-2"]) == ("a-b", "a-b-2", "A-B-3", "a-b-2-2")
     assert slugs(["..", "", "/", "../../etc/passwd"]) == ("class", "class-2", "class-3", "etc-passwd")
     assert len(slugs(["x" * 300])[0].encode()) <= 160
 
 
-def test_matplotlib_is_left_as_it_was_and_files_are_the_same_again(tmp_path: Path) -> None:
+def test_matplotlib_settings_are_restored_and_files_are_reproducible(tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
     predictions = some_predictions(("cats", "dogs"), [0.9])
     for out in ("one", "two"):
@@ -212,10 +212,10 @@ def test_matplotlib_is_left_as_it_was_and_files_are_the_same_again(tmp_path: Pat
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_invalid_predictions_are_rejected(tmp_path: Path) -> None:
     predictions = some_predictions(("cats", "dogs"), [0.9])
     with pytest.raises(ValueError, match="Expected labels of shape"):
         plots_of(tmp_path, predictions, uncalibrated=np.ones((1, 2)) / 2)
     empty = Predictions(("cats", "dogs"), (), np.zeros(0, dtype=np.int64), np.zeros((0, 2)), (), ())
-    with pytest.raises(ValueError, match="No photos"):
+    with pytest.raises(ValueError, match="Expected at least one photo"):
         plots_of(tmp_path, empty)
