@@ -110,7 +110,7 @@ def score(
     whole = args.photos / (time.perf_counter() - started)
     if any(process.returncode for process in running):
         raise SystemExit("a process failed")
-    own = [re.search(r"([\d,.]+) photos scored, ([\d,.]+) a second", text) for text in said]
+    own = [re.search(r"([\d,.]+) photos scored \(([\d,.]+) per second\)", text) for text in said]
     seconds = [int(match[1].replace(",", "")) / float(match[2].replace(",", "")) for match in own if match]
     return args.photos / max(seconds), whole
 

@@ -144,7 +144,7 @@ def test_a_damaged_photo_does_not_stop_the_others(made: SimpleNamespace, tmp_pat
     photos = (good[0], broken, good[1])
 
     lines = predict(made.whole, *photos, code=1).splitlines()
-    assert re.fullmatch(rf"{re.escape(str(good[0]))}: blue \(\d+\.\d\d %\)", lines[0])
+    assert re.fullmatch(rf"{re.escape(str(good[0]))}: blue \(\d+\.\d\d%\)", lines[0])
     assert lines[1].startswith(f"{broken}: The image is damaged")
     assert f"{good[1]}: red, or so (" in lines[2]
 
@@ -178,8 +178,8 @@ def test_other_files_in_a_folder_are_ignored(made: SimpleNamespace, tmp_path: Pa
     (tmp_path / "notes.txt").write_text("x")
     assert len(predict(made.whole, tmp_path).splitlines()) == 1
     (tmp_path / "empty").mkdir()
-    assert "has no photos in it" in refused("predict", "--bundle", made.whole, tmp_path / "empty")
-    assert "There is no photo or folder" in refused("predict", "--bundle", made.whole, tmp_path / "no.jpg")
+    assert f"No photos found in {tmp_path / 'empty'}" in refused("predict", "--bundle", made.whole, tmp_path / "empty")
+    assert "No such photo or folder" in refused("predict", "--bundle", made.whole, tmp_path / "no.jpg")
 
 
 def test_a_head_only_bundle_is_merged_once_for_prediction(
