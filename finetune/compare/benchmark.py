@@ -1,4 +1,4 @@
-"""Trained networks measured alike: through the graphs that are served, on the same photos, one after another in turns."""
+"""Benchmark trained networks on the same images through their serving graphs, with interleaved timing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Interval = dict[str, float]
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One network's figures. ``correct`` (N,) says which photos it has right; ``accuracy`` and ``log_loss`` have 95 % ends."""
+    """One network's results. ``correct`` (N,) is true for correctly classified images. The intervals are 95% intervals."""
 
     backbone: str
     pretrained: bool
@@ -46,23 +46,32 @@ class BenchmarkResult:
 def benchmark(
     bundles: Mapping[str, Bundle], data: Path, *, seconds: Mapping[str, float], workers: int = 0
 ) -> list[BenchmarkResult]:
-    """Measure the bundles on the validation photos that all of them know, the best first.
+    """Benchmark the bundles on the validation images that all of them share.
 
-    Each in the precision that the service would choose. A run moves a held-out photo that looks like a training one back, so
-    that the photos of two runs can differ by some; those that not all have are left out.
+    Each runs in the precision that the service would select. Runs with a held-out split move near duplicates of training images
+    back to training, so validation images can differ slightly between runs.
+
+    Args:
+        bundles: The bundles by network name.
+        data: The data set that all were trained on.
+        seconds: Training time of each network in seconds.
+        workers: Number of decoding threads. 0: one per CPU.
+
+    Returns:
+        The results, best accuracy first.
     """
-    known = {name: Predictions.read_csv(bundle.path / PREDICTIONS) for name, bundle in bundles.items()}
-    first = next(iter(known.values()))
-    shared = set.intersection(*(set(table.image_names) for table in known.values()))
-    chosen = [i for i, photo in enumerate(first.image_names) if photo in shared]
-    labels = first.labels[chosen]
-    paths = [data / first.image_names[i] for i in chosen]
+    evaluated = {name: Predictions.read_csv(bundle.path / PREDICTIONS) for name, bundle in bundles.items()}
+    first = next(iter(evaluated.values()))
+    shared = set.intersection(*(set(table.image_names) for table in evaluated.values()))
+    selected = [i for i, name in enumerate(first.image_names) if name in shared]
+    labels = first.labels[selected]
+    paths = [data / first.image_names[i] for i in selected]
     precisions = {name: select_precision(bundle).name for name, bundle in bundles.items()}
     times = measure_latency(bundles, paths[:IMAGES_PER_ROUND], precisions)
     rows = []
     for name, bundle in bundles.items():
-        answers = classify(bundle, paths, precision=precisions[name], workers=workers)
-        probabilities = np.stack([a.probabilities for a in answers if a.probabilities is not None]).astype(np.float64)
+        predictions = classify(bundle, paths, precision=precisions[name], workers=workers)
+        probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None]).astype(np.float64)
         correct = np.asarray(probabilities.argmax(axis=1) == labels)
         rows.append(
             BenchmarkResult(
@@ -83,7 +92,7 @@ def benchmark(
 
 
 def measure_latency(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisions: Mapping[str, str]) -> dict[str, float]:
-    """Milliseconds for one photo, batch 1, all processors, decoding left out: the median of 20 rounds."""
+    """Measure the median latency per image in ms (batch size 1, all CPUs, without decoding) over 20 interleaved rounds."""
     engines = {
         name: OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"], precision=precisions[name])
         for name, bundle in bundles.items()
@@ -93,17 +102,17 @@ def measure_latency(bundles: Mapping[str, Bundle], paths: Sequence[Path], precis
     }
 
     def run_all(name: str) -> None:
-        for photo in pixels[name]:
-            engines[name].run(photo)
+        for image in pixels[name]:
+            engines[name].run(image)
 
     calls = {name: partial(run_all, name) for name in bundles}
     time_interleaved(calls, rounds=1)  # the first round compiles kernels
-    took = time_interleaved(calls, rounds=ROUNDS)
-    return {name: 1000 * float(np.median(values)) / len(paths) for name, values in took.items()}
+    durations = time_interleaved(calls, rounds=ROUNDS)
+    return {name: 1000 * float(np.median(values)) / len(paths) for name, values in durations.items()}
 
 
 def bundle_parameters(bundle: Bundle) -> int:
-    """What the network has to learn with the bundle's own number of classes."""
+    """Count the network's parameters with the bundle's number of classes."""
     spec = get_spec(bundle.backbone)
     net = build_on_meta(spec)
     replace_heads(net, spec.heads, len(bundle.classes))

@@ -1,4 +1,4 @@
-"""A comparison as a table, as numbers for a program, as sentences and as one picture."""
+"""Write a comparison of networks as Markdown, CSV, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from models.artifacts.atomic_io import atomic_write_text
 
 COLUMNS = (
     "network",
-    "accuracy (95 % interval)",
+    "accuracy (95% interval)",
     "log loss",
     "ms per image",
     "precision",
@@ -33,7 +33,17 @@ COLUMNS = (
 
 
 def write_report(out: Path, rows: Sequence[BenchmarkResult], *, data: Path, skipped: Mapping[str, str]) -> str:
-    """Write compare.md, .csv, .json and .png into ``out``; returns the Markdown."""
+    """Write compare.md, compare.csv, compare.json and compare.png to ``out``.
+
+    Args:
+        out: The folder for the report.
+        rows: The results, best first.
+        data: The data set.
+        skipped: The networks that could not be trained, with the reasons.
+
+    Returns:
+        The Markdown text.
+    """
     pairs = compare_pairs({row.backbone: row.correct for row in rows})
     text = markdown(rows, pairs, name=data.resolve().name, skipped=skipped)
     atomic_write_text(out / "compare.md", text)
@@ -41,7 +51,7 @@ def write_report(out: Path, rows: Sequence[BenchmarkResult], *, data: Path, skip
     numbers = {
         "data": data.resolve().name,
         "photos": len(rows[0].correct),
-        "networks": [_plain(row) for row in rows],
+        "networks": [_as_dict(row) for row in rows],
         "pairs": [{**dataclasses.asdict(pair), "is_significant": pair.is_significant} for pair in pairs],
         "skipped": dict(skipped),
     }
@@ -54,34 +64,33 @@ def write_report(out: Path, rows: Sequence[BenchmarkResult], *, data: Path, skip
 def markdown(
     rows: Sequence[BenchmarkResult], pairs: Sequence[PairwiseComparison], *, name: str, skipped: Mapping[str, str]
 ) -> str:
-    """The table, how it was measured, and what is better than what."""
+    """Format the table, the methods, the significant differences and the skipped networks as Markdown."""
     photos = len(rows[0].correct)
     table = ["| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * len(COLUMNS)) + " |"]
     table += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    parts = [
+    sections = [
         f"# Comparison on {name}: {photos:,} validation photos\n",
         "\n".join(table) + "\n",
-        f"All networks learned from the same photos and were measured on the same {photos:,} others, through the graph that is "
-        "served, in the precision that the service would choose here. The best epoch and the calibration of each were "
-        "chosen on these photos too. Milliseconds are those of the network alone, one photo at a time on all processors: the "
-        f"median of {ROUNDS} rounds in which each took its turn. Training is the whole run, from the first look at the "
-        "photos to the bundle; what was in the feature cache before is not counted. Networks marked * started from random "
-        "weights.\n",
+        f"All networks were trained on the same photos and evaluated on the same {photos:,} validation photos, with the "
+        "serving graph in the precision that the service selects on this machine. These photos also selected the best epoch "
+        "and the calibration of each network. Latency is that of the network alone, one photo at a time on all CPUs: the "
+        f"median of {ROUNDS} interleaved rounds. Training time is that of the complete run, from reading the photos to the "
+        "bundle, without features that were already cached. Networks marked * were trained from random weights.\n",
     ]
     if pairs:
-        parts += [
-            "## Which differences are real\n",
-            "By McNemar's exact test on the photos that only one of two has right, corrected for the number of pairs (Holm); "
-            "real is p < 0.05.\n",
+        sections += [
+            "## Significance of the differences\n",
+            "McNemar's exact test on the photos that only one of the two gets right, corrected for the number of pairs (Holm). "
+            "Significant: p < 0.05.\n",
             "\n".join(f"- {pair.text()}" for pair in pairs) + "\n",
         ]
     if skipped:
-        parts += ["## Skipped\n", "\n".join(f"- {network}: {why}" for network, why in skipped.items()) + "\n"]
-    return "\n".join(parts)
+        sections += ["## Skipped\n", "\n".join(f"- {network}: {reason}" for network, reason in skipped.items()) + "\n"]
+    return "\n".join(sections)
 
 
 def plot_accuracy_over_latency(rows: Sequence[BenchmarkResult], path: Path) -> Path:
-    """Accuracy, with its interval, against milliseconds a photo; the names stand beside, in order, tied to their points."""
+    """Plot accuracy with its interval against latency, with the names on the right connected to their points."""
     figure = Figure(figsize=(9, max(4.5, 0.42 * len(rows) + 2)), layout="constrained")
     axes = figure.add_subplot()
     for row in rows:
@@ -94,12 +103,12 @@ def plot_accuracy_over_latency(rows: Sequence[BenchmarkResult], path: Path) -> P
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     low, high = axes.get_ylim()
-    places = _spread([100 * row.accuracy["value"] for row in rows], low, high)
-    for row, place in zip(rows, places, strict=True):
+    label_heights = _spread([100 * row.accuracy["value"] for row in rows], low, high)
+    for row, height in zip(rows, label_heights, strict=True):
         axes.annotate(
-            f"{row.backbone}  {100 * row.accuracy['value']:.1f} %",
+            f"{row.backbone}  {100 * row.accuracy['value']:.1f}%",
             xy=(row.ms_per_image, 100 * row.accuracy["value"]),
-            xytext=(1.03, (place - low) / (high - low)),
+            xytext=(1.03, (height - low) / (high - low)),
             textcoords="axes fraction",
             va="center",
             fontsize=9,
@@ -110,30 +119,30 @@ def plot_accuracy_over_latency(rows: Sequence[BenchmarkResult], path: Path) -> P
     axes.set_ylim(low, high)
     axes.grid(axis="both")
     axes.set_axisbelow(True)
-    title = f"Accuracy on {len(rows[0].correct):,} photos against time\nblue: pretrained, orange: trained from random weights"
-    axes.set(xlabel="milliseconds a photo (log scale)", ylabel="accuracy, % (bars: 95 % interval)", title=title)
+    title = f"Accuracy on {len(rows[0].correct):,} photos against latency\nblue: pretrained, orange: random initial weights"
+    axes.set(xlabel="ms per photo (log scale)", ylabel="accuracy, % (bars: 95% interval)", title=title)
     return plots.save_png(figure, path)
 
 
 def _spread(values: Sequence[float], low: float, high: float) -> list[float]:
-    """Falling ``values``, moved apart so far that labels at their height do not touch, and kept within the axis."""
+    """Move descending ``values`` apart so that labels at these heights do not overlap, within the axis limits."""
     gap = (high - low) / max(18, len(values) + 1)
-    places: list[float] = []
+    heights: list[float] = []
     for value in values:
-        places.append(min(value, places[-1] - gap) if places else min(value, high - gap / 2))
-    under = low + gap / 2 - places[-1]
-    if under > 0:
-        places[-1] += under
-        for i in range(len(places) - 2, -1, -1):
-            places[i] = max(places[i], places[i + 1] + gap)
-    return places
+        heights.append(min(value, heights[-1] - gap) if heights else min(value, high - gap / 2))
+    below_axis = low + gap / 2 - heights[-1]
+    if below_axis > 0:
+        heights[-1] += below_axis
+        for i in range(len(heights) - 2, -1, -1):
+            heights[i] = max(heights[i], heights[i + 1] + gap)
+    return heights
 
 
 def _cells(row: BenchmarkResult) -> list[str]:
     value, low, high = (100 * row.accuracy[end] for end in ("value", "low", "high"))
     return [
         row.backbone + ("" if row.pretrained else " *"),
-        f"{value:.2f} % ({low:.1f} to {high:.1f} %)",
+        f"{value:.2f}% ({low:.1f} to {high:.1f}%)",
         f"{row.log_loss['value']:.3f} ({row.log_loss['low']:.3f} to {row.log_loss['high']:.3f})",
         f"{row.ms_per_image:.2f}",
         row.precision,
@@ -163,6 +172,6 @@ def _csv(rows: Sequence[BenchmarkResult]) -> str:
     return text.getvalue()
 
 
-def _plain(row: BenchmarkResult) -> dict[str, Any]:
-    plain = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "correct"}
-    return {**plain, "correct": int(np.count_nonzero(row.correct))}
+def _as_dict(row: BenchmarkResult) -> dict[str, Any]:
+    values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "correct"}
+    return {**values, "correct": int(np.count_nonzero(row.correct))}

@@ -1,4 +1,4 @@
-"""Several networks, trained on the same photos and measured on the same others: which is better, faster, smaller."""
+"""Train several networks on the same data and compare their accuracy, latency and size: ``finetune compare``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from models.errors import RunError, WeightsError
 from models.networks.registry import get_spec
 
 RECORD_FILE = "compare-run.json"
-# What a person may give for all networks alike; what is not given is each one's own recipe.
+# Settings that apply to all networks. Unset ones come from each network's recipe.
 SHARED_SETTINGS = (
     "epochs",
     "batch_size",
@@ -54,7 +54,7 @@ IGNORED_SETTINGS = run_directory.CHANGEABLE_ON_RESUME - {"epochs", "export"}
 
 @dataclass(frozen=True)
 class ComparisonRun:
-    """One network's place in the comparison: its settings, and the folder of its run."""
+    """One network of a comparison: its settings and run directory."""
 
     backbone: str
     config: Config
@@ -62,10 +62,22 @@ class ComparisonRun:
 
 
 def compare_networks(data: Path, backbones: Sequence[str], out: Path, shared: dict[str, Any]) -> list[BenchmarkResult]:
-    """Train, or reuse, a run for each of ``backbones`` below ``out``, measure all alike and write the report.
+    """Train each network or reuse its run, benchmark all of them and write the report.
 
-    A network whose weights cannot be had, or whose loss runs away, is reported as skipped. Raises RunError where a run is
-    in the way that was made with other settings or photos, or where nothing is left to compare, and DataError.
+    A network is skipped if its weights are unavailable or its training fails.
+
+    Args:
+        data: The data set.
+        backbones: Names of the networks.
+        out: The folder for the runs and the report.
+        shared: Settings for all networks.
+
+    Returns:
+        The results, best accuracy first.
+
+    Raises:
+        RunError: ``out`` contains a run with other settings or images, or no network could be trained.
+        DataError: The data set cannot be used.
     """
     entries = [_entry(name, data, out, shared) for name in backbones]
     inputs = hash_dataset(entries[0].config)
@@ -81,7 +93,7 @@ def compare_networks(data: Path, backbones: Sequence[str], out: Path, shared: di
             skipped[entry.backbone] = str(error)
             print(f"Skipped: {error}")
     if not bundles:
-        raise RunError(f"None of the networks could be trained; the first one: {next(iter(skipped.values()))}")
+        raise RunError(f"None of the networks could be trained. First error: {next(iter(skipped.values()))}")
     seconds = {
         name: _read_record(entry.folder)["seconds"] for name, entry in zip(backbones, entries, strict=True) if name in bundles
     }
@@ -91,7 +103,7 @@ def compare_networks(data: Path, backbones: Sequence[str], out: Path, shared: di
 
 
 def hash_dataset(config: Config) -> str:
-    """Name the photos by their names, contents, labels and splits, so that a run on others is not taken for this one."""
+    """Hash the names, contents, labels and splits of the images, to detect runs on other data."""
     dataset = read_dataset(config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
     rows = [[sample.name, sample.split, sample.label, sha256_of(sample.path)] for sample in dataset.samples]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -104,36 +116,36 @@ def _entry(name: str, data: Path, out: Path, shared: dict[str, Any]) -> Comparis
 
 
 def _train(entry: ComparisonRun, inputs: str) -> Bundle:
-    """The run's bundle; one that is finished is reused, and one that was interrupted goes on. Keeps the seconds it took."""
+    """Train, resume or reuse a run, record its training time and return its bundle."""
     record = _read_record(entry.folder)
     if record and (entry.folder / run_directory.BUNDLE).is_dir():
         print(f"Reusing the finished run in {entry.folder}.")
     resume = (entry.folder / run_directory.CONFIG).is_file()
-    began = time.perf_counter()
-    had = (entry.folder / run_directory.BUNDLE).is_dir()
+    started = time.perf_counter()
+    was_finished = (entry.folder / run_directory.BUNDLE).is_dir()
     try:
         return train(entry.config, resume=resume)
     finally:
-        if (entry.folder / run_directory.CONFIG).is_file() and not (had and record):
-            seconds = record.get("seconds", 0.0) + time.perf_counter() - began
+        if (entry.folder / run_directory.CONFIG).is_file() and not (was_finished and record):
+            seconds = record.get("seconds", 0.0) + time.perf_counter() - started
             atomic_write_text(entry.folder / RECORD_FILE, json.dumps({"photos": inputs, "seconds": seconds}) + "\n")
 
 
 def _check_same(entry: ComparisonRun, inputs: str) -> None:
-    """Raise RunError where the run in the way was started with other settings or photos."""
+    """Raise RunError if an existing run was started with other settings or images."""
     if not (entry.folder / run_directory.CONFIG).is_file():
         run_directory.require_no_run(entry.folder)
         return
-    kept = settings.from_mapping(run_directory.read_config(entry.folder))
+    saved = settings.from_mapping(run_directory.read_config(entry.folder))
     for f in dataclasses.fields(Config):
-        before, now = getattr(kept, f.name), getattr(entry.config, f.name)
+        before, now = getattr(saved, f.name), getattr(entry.config, f.name)
         if f.name not in IGNORED_SETTINGS and before != now:
             flag = f"--{f.name.replace('_', '-')}"
             raise RunError(
-                f"The run in {entry.folder} was made with {flag} {before}, not {now}; name another folder with --output-dir."
+                f"The run in {entry.folder} was trained with {flag} {before}, not {now}. Choose another --output-dir."
             )
     if _read_record(entry.folder).get("photos", inputs) != inputs:
-        raise RunError(f"The run in {entry.folder} was made with other photos; name another folder with --output-dir.")
+        raise RunError(f"The run in {entry.folder} was trained on other photos. Choose another --output-dir.")
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -147,14 +159,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbones",
         required=True,
         metavar="A,B,C",
-        help="networks; `small`: the small own ones; `all`: whose weights are here",
+        help="comma-separated networks; `small`: small built-in networks; `all`: networks with local weights",
     )
-    parser.add_argument("--output-dir", type=Path, metavar="OUT", help="where it all goes (default: runs/DATA-compare)")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="OUT", help="folder for the runs and the report (default: runs/DATA-compare)"
+    )
     settings.add_flags(parser, SHARED_SETTINGS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """``finetune compare``: train, measure, compare, and say what is better than what."""
+    """Run ``finetune compare``: train and benchmark the networks and print the report."""
     names = select_networks(args.backbones)
     require_two(names)
     out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-compare"

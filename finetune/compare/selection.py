@@ -1,4 +1,4 @@
-"""Which networks take part in a comparison: names, and words for several of them."""
+"""Select the networks of a comparison by name or group."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ SMALL_PX = 64
 SMALL, ALL = "small", "all"
 
 
-def select_networks(words: str) -> list[str]:
-    """The networks that ``words``, with commas, stand for, each once, in that order.
+def select_networks(text: str) -> list[str]:
+    """Return the networks of a comma-separated list of names and groups, without duplicates.
 
-    ``small`` are those of this project that are trained from random weights and take pictures of 64 px at most (a photo is
-    made as small, and grey where they know no colours); ``all`` those whose pretrained weights are on this machine. Raises
-    UnknownModelError and ConfigError.
+    The group ``small`` contains the networks of this project that are trained from random weights on images of up to 64 px,
+    ``all`` those whose pretrained weights are on this machine.
+
+    Raises:
+        UnknownModelError: A name is unknown.
+        ConfigError: The list is empty.
     """
     names: list[str] = []
-    for word in filter(None, map(str.strip, words.split(","))):
+    for word in filter(None, map(str.strip, text.split(","))):
         if word == SMALL:
             names += [name for name in list_models() if is_small(get_spec(name))]
         elif word == ALL:
@@ -29,7 +32,7 @@ def select_networks(words: str) -> list[str]:
         else:
             names.append(get_spec(word).name)
     if not names:
-        raise ConfigError(f"--backbones is {words!r}, and takes names of networks with commas, `small` or `all`.")
+        raise ConfigError(f"--backbones takes comma-separated network names, `small` or `all` (got {text!r}).")
     return list(dict.fromkeys(names))
 
 
@@ -38,11 +41,11 @@ def is_small(spec: ModelSpec) -> bool:
 
 
 def run_folder_name(backbone: str) -> str:
-    """``timm:convnext_tiny`` as a folder's name."""
+    """Return a folder name for a network, such as ``timm-convnext_tiny`` for ``timm:convnext_tiny``."""
     return backbone.replace(":", "-").replace("/", "-")
 
 
 def require_two(names: Sequence[str]) -> None:
-    """Raise ConfigError where there is nothing to compare."""
+    """Raise ConfigError for fewer than two networks."""
     if len(names) < 2:
-        raise ConfigError(f"--backbones names {names[0]} alone, and a comparison takes two or more; add another.")
+        raise ConfigError(f"--backbones must name at least two networks (got only {names[0]}).")

@@ -1,1 +1,1 @@
-"""Metrics with confidence intervals, calibration, and tests of significance."""
+"""Metrics with confidence intervals, calibration and significance tests."""

@@ -1,4 +1,4 @@
-"""Bootstrap 95% confidence intervals of means. Intervals of proportions are in ``models.artifacts.statistics``."""
+"""Bootstrap confidence intervals of means (95%). ``models.artifacts.statistics`` has those of proportions."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 from models.artifacts.statistics import confidence_interval
 
 QUANTILES_95 = (0.025, 0.975)
-MAX_CELLS = 4_000_000  # photos x resamples that are in memory together: 32 MB for each array of them
+MAX_CELLS = 4_000_000  # images x resamples in memory at once: 32 MB per array
 
 
 def resample_batches(num_images: int, resamples: int) -> Iterator[int]:
-    """How many resamples to do at a time so that memory stays bounded; the sizes add up to ``resamples``."""
+    """Yield batch sizes that add up to ``resamples`` and keep memory bounded."""
     size = max(1, MAX_CELLS // num_images)
     for start in range(0, resamples, size):
         yield min(size, resamples - start)
 
 
 def bootstrap_means(values: NDArray[np.float64], *, seed: int, resamples: int) -> NDArray[np.float64]:
-    """Means over photos drawn anew with replacement: (N, K) values -> (resamples, K), the same for the same seed."""
+    """Compute the means of bootstrap resamples, reproducibly by ``seed``: (N, K) values -> (resamples, K)."""
     rng = np.random.default_rng(seed)
     num_images = len(values)
     means = []
@@ -33,7 +33,7 @@ def bootstrap_means(values: NDArray[np.float64], *, seed: int, resamples: int) -
 
 
 def bootstrap_mean_interval(values: NDArray[np.float64], *, seed: int, resamples: int) -> dict[str, float]:
-    """The mean of (N,) values with the interval of the percentile bootstrap (Efron 1979)."""
+    """Compute the mean of (N,) values with its 95% percentile bootstrap interval (Efron 1979)."""
     means = bootstrap_means(values[:, None], seed=seed, resamples=resamples)
     low, high = np.quantile(means, QUANTILES_95)
     return confidence_interval(values.mean(), low, high)

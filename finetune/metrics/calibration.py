@@ -1,4 +1,4 @@
-"""Temperature scaling: one number that makes a network's confidence match how often it is right."""
+"""Temperature scaling: calibrate a network's confidence with a single parameter."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 
 
 def fit_temperature(log_probs: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> float:
-    """The temperature T that makes softmax(log_probs / T) fit ``labels`` best, within 0.05 to 20.
+    """Fit the temperature T with which softmax(log_probs / T) fits ``labels`` best, from 0.05 to 20.
 
-    Takes log-softmax outputs or logits (N, C) and class indices (N,) of photos that training has not seen. Minimises
-    the summed negative log likelihood (Guo et al. 2017, arXiv 1706.04599) plus log(T)^2 / 2, a prior that weighs about
-    as much as one photo. Where every photo is right T is 1 at least: without a mistake nothing shows how sure is too
-    sure, and the surest would fit best. Raises ValueError for shapes that do not fit, labels out of range and values
-    that are not finite.
+    Minimizes the summed negative log likelihood (Guo et al. 2017, https://arxiv.org/abs/1706.04599) plus log(T)^2 / 2, a
+    prior with about the weight of one image. If every prediction is correct, T is at least 1: without mistakes the data
+    cannot show overconfidence, and the smallest T would fit best.
+
+    Args:
+        log_probs: Log-softmax outputs or logits of images unseen in training, (N, C).
+        labels: Class indices, (N,).
+
+    Raises:
+        ValueError: The shapes do not match, a label is out of range, or a value is not finite.
     """
-    scores = _checked(log_probs)
+    scores = _check_scores(log_probs)
     if labels.shape != (len(scores),):
-        raise ValueError(f"Log-probabilities {scores.shape} came with labels {labels.shape}; (N, C) and (N,) wanted.")
+        raise ValueError(f"Expected log-probabilities (N, C) and labels (N,), got shapes {scores.shape} and {labels.shape}.")
     if len(labels) and not (labels.min() >= 0 and labels.max() < scores.shape[1]):
-        raise ValueError(f"Labels run from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} classes.")
+        raise ValueError(f"Labels range from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} classes.")
     true = scores[np.arange(len(labels)), labels]
 
     def cost(log_temperature: float) -> float:
@@ -40,21 +45,23 @@ def fit_temperature(log_probs: NDArray[np.floating[Any]], labels: NDArray[np.int
 
 
 def apply_temperature(log_probs: NDArray[np.floating[Any]], temperature: float) -> NDArray[np.float64]:
-    """softmax(log_probs / temperature) of each row, in float64: (N, C) -> (N, C).
+    """Compute softmax(log_probs / temperature) of each row in float64: (N, C) -> (N, C).
 
-    Above 1 the probabilities become less sure, below 1 surer; the order of the classes stays. Raises ValueError for a
-    temperature that is not a positive number, and for values that are not finite.
+    A temperature above 1 lowers the confidence, one below 1 raises it. The order of the classes does not change.
+
+    Raises:
+        ValueError: The temperature is not a positive number, or a value is not finite.
     """
     if not (temperature > 0.0 and math.isfinite(temperature)):
-        raise ValueError(f"Temperature {temperature} arrived; a positive number was wanted.")
-    return np.asarray(softmax(_checked(log_probs) / temperature, axis=1), dtype=np.float64)
+        raise ValueError(f"The temperature must be a positive number (got {temperature}).")
+    return np.asarray(softmax(_check_scores(log_probs) / temperature, axis=1), dtype=np.float64)
 
 
-def _checked(log_probs: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+def _check_scores(log_probs: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     scores = np.asarray(log_probs, dtype=np.float64)
     if scores.ndim != 2 or not np.isfinite(scores).all():
         raise ValueError(
-            f"Log-probabilities of shape {scores.shape} arrived; finite values of shape (N, C) were wanted: "
-            "take log_softmax of the logits, for the log of a softmax can be -inf."
+            f"Log-probabilities must be finite and of shape (N, C) (got shape {scores.shape}). "
+            "Use log_softmax of the logits, since the log of a softmax can be -inf."
         )
     return scores

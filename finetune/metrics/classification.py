@@ -1,4 +1,4 @@
-"""How good a network is on photos it has not seen: numbers with intervals, ready for JSON and for a person."""
+"""Classification metrics with 95% confidence intervals, as JSON-ready values and as a text summary."""
 
 from __future__ import annotations
 
@@ -27,15 +27,26 @@ def compute_metrics(
     seed: int = 0,
     resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Measure predictions of shape (N, C) against labels (N,), and say under ``methods`` how each number came about.
+    """Compute the metrics of predictions with 95% intervals, reproducibly by ``seed``.
 
-    Each measure is {"value", "low", "high"}, the ends at 95 %, or None with a sentence in ``notes`` where it is not
-    defined. ``uncalibrated`` (N, C) are the probabilities before temperature scaling. The same ``seed`` gives the same
-    numbers. Raises ValueError for shapes and values that do not fit together, and where there are no photos.
+    Args:
+        labels: True classes, (N,).
+        probabilities: Predicted probabilities, (N, C).
+        classes: The class names.
+        uncalibrated: Probabilities before temperature scaling, (N, C).
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap resamples.
+
+    Returns:
+        The metrics. Each is {"value", "low", "high"}, or None with a sentence in ``notes`` if it is not defined.
+        ``methods`` describes how each was computed.
+
+    Raises:
+        ValueError: There are no images, or the shapes or values do not match.
     """
     check_probabilities(labels, probabilities, len(classes))
     if not len(labels):
-        raise ValueError("No photos arrived; at least one was wanted.")
+        raise ValueError("Expected at least one photo, got none.")
     counts = confusion_counts(labels, probabilities.argmax(axis=1), len(classes))
     notes: list[str] = []
     metrics: dict[str, Any] = {
@@ -50,8 +61,8 @@ def compute_metrics(
         check_probabilities(labels, uncalibrated, len(classes))
         before = _by_probability(labels, uncalibrated, seed=seed, resamples=resamples)
         metrics |= {f"{name}_uncalibrated": measure for name, measure in before.items()}
-    metrics["precision"] = _shares(counts, 0, classes, notes, "precision", "was predicted for no photo")
-    metrics["recall"] = _shares(counts, 1, classes, notes, "recall", "has no photos")
+    metrics["precision"] = _per_class(counts, 0, classes, notes, "precision", "was never predicted")
+    metrics["recall"] = _per_class(counts, 1, classes, notes, "recall", "has no photos")
     metrics |= {"confusion_matrix": counts.tolist(), "notes": notes, "methods": _methods(seed, resamples)}
     return metrics
 
@@ -77,7 +88,7 @@ def _roc_auc(
     resamples: int,
 ) -> dict[str, float] | None:
     if len(classes) < 2:
-        notes.append("roc_auc is not defined: there is one class only.")
+        notes.append("roc_auc is not defined: there is only one class.")
         return None
     absent = [name for index, name in enumerate(classes) if not (labels == index).any()]
     if absent:
@@ -85,58 +96,55 @@ def _roc_auc(
         return None
     area = roc_auc(labels, probabilities, seed=seed, resamples=resamples)
     if area["low"] == 1.0:
-        notes.append("roc_auc is 1 in every resample: its interval cannot show how uncertain a perfect ranking is.")
+        notes.append("ROC AUC is 1.0 in every bootstrap sample, so its interval is not informative.")
     return area
 
 
-def _shares(
-    counts: NDArray[np.int64], axis: int, classes: Sequence[str], notes: list[str], name: str, why: str
+def _per_class(
+    counts: NDArray[np.int64], axis: int, classes: Sequence[str], notes: list[str], name: str, reason: str
 ) -> dict[str, dict[str, float] | None]:
-    """Precision (axis 0: of the photos predicted so) or recall (axis 1: of the photos that are so) of each class."""
-    shares: dict[str, dict[str, float] | None] = {}
-    for class_name, right, total in zip(classes, counts.diagonal(), counts.sum(axis=axis), strict=True):
-        shares[class_name] = wilson_interval(int(right), int(total)) if total else None
+    """Compute the precision (axis 0) or recall (axis 1) of each class."""
+    values: dict[str, dict[str, float] | None] = {}
+    for class_name, correct, total in zip(classes, counts.diagonal(), counts.sum(axis=axis), strict=True):
+        values[class_name] = wilson_interval(int(correct), int(total)) if total else None
         if not total:
-            notes.append(f"{name} of {class_name!r} is not defined: the class {why}.")
-    return shares
+            notes.append(f"{name} of {class_name!r} is not defined: the class {reason}.")
+    return values
 
 
 def _methods(seed: int, resamples: int) -> dict[str, str]:
-    drawn = f"{resamples} resamples of the photos, seed {seed}"
+    bootstrap = f"{resamples} resamples of the photos, seed {seed}"
     return {
-        "accuracy": "Share of photos whose most probable class is the true one; 95 % Wilson score interval.",
-        "precision": "Of the photos predicted as the class, the share that are it; 95 % Wilson score interval.",
-        "recall": "Of the photos of the class, the share predicted as it; 95 % Wilson score interval.",
-        "log_loss": f"Mean of -ln p(true class), p floored at 1e-12; 95 % percentile bootstrap, {drawn}.",
+        "accuracy": "Fraction of photos whose most probable class is the true class. 95% Wilson score interval.",
+        "precision": "Fraction of photos predicted as the class that truly belong to it. 95% Wilson score interval.",
+        "recall": "Fraction of photos of the class that are predicted as it. 95% Wilson score interval.",
+        "log_loss": f"Mean of -ln p(true class), with p at least 1e-12. 95% percentile bootstrap, {bootstrap}.",
         "roc_auc": (
-            "Area under the ROC curve: of the second class where there are two, else the mean of each class against "
-            f"the rest; 95 % percentile bootstrap, {drawn}, drawn within each class."
+            "Area under the ROC curve. With two classes that of the second, else the mean of one class against the rest. "
+            f"95% percentile bootstrap, {bootstrap}, stratified by class."
         ),
         "calibration_error": (
-            f"Expected calibration error of the most probable class: {BINS} bins of equal numbers of photos by "
-            "confidence (equal confidences share a bin), the sum over bins of |right - sum of confidences| / photos. "
-            "Chance alone makes it larger than 0, so the low end of the interval is 0 where a perfectly calibrated "
-            "network would reach the value in over 2.5 % of simulations, else that of the basic bootstrap; the high "
-            f"end is that of the percentile bootstrap; nominally 95 %, {drawn}, bins kept."
+            f"Expected calibration error of the most probable class: {BINS} bins with equal numbers of photos by "
+            "confidence (equal confidences share a bin), the sum over bins of |correct - sum of confidences| / photos. "
+            "Chance alone makes it larger than 0. The lower bound is therefore 0 if a perfectly calibrated network "
+            "reaches the value in over 2.5% of simulations, else that of the basic bootstrap. The upper bound is that of the "
+            f"percentile bootstrap. Nominally 95%, {bootstrap}, with fixed bins."
         ),
-        "uncalibrated": "The same measures of the probabilities before temperature scaling.",
+        "uncalibrated": "The same metrics of the probabilities before temperature scaling.",
     }
 
 
 def format_summary(metrics: Mapping[str, Any]) -> str:
-    """A few plain lines for the end of a training, from the dict of ``compute_metrics``.
-
-    Beyond 10 classes only the five weakest by recall are listed.
-    """
-    right = sum(row[i] for i, row in enumerate(metrics["confusion_matrix"]))
-    before = "log_loss_uncalibrated" in metrics
+    """Format the result of ``compute_metrics`` as a short text. Beyond 10 classes it lists the five with the lowest recall."""
+    correct = sum(row[i] for i, row in enumerate(metrics["confusion_matrix"]))
+    has_uncalibrated = "log_loss_uncalibrated" in metrics
     lines = [
-        f"accuracy           {_percent(metrics['accuracy'], 2)}, {right:,} of {metrics['photos']:,} photos right",
-        f"log loss           {_plain(metrics['log_loss'])}"
-        + (f", before calibration {_plain(metrics['log_loss_uncalibrated'])}" if before else ""),
-        f"ROC AUC            {_plain(metrics['roc_auc'])}",
+        f"accuracy           {_percent(metrics['accuracy'], 2)}, {correct:,} of {metrics['photos']:,} photos correct",
+        f"log loss           {_decimal(metrics['log_loss'])}"
+        + (f", before calibration {_decimal(metrics['log_loss_uncalibrated'])}" if has_uncalibrated else ""),
+        f"ROC AUC            {_decimal(metrics['roc_auc'])}",
         f"calibration error  {_percent(metrics['calibration_error'], 2)}"
-        + (f", before calibration {_percent(metrics['calibration_error_uncalibrated'], 2)}" if before else ""),
+        + (f", before calibration {_percent(metrics['calibration_error_uncalibrated'], 2)}" if has_uncalibrated else ""),
         *_class_lines(metrics),
         *(f"note: {note}" for note in metrics["notes"]),
     ]
@@ -147,9 +155,9 @@ def _class_lines(metrics: Mapping[str, Any]) -> list[str]:
     names = list(metrics["classes"])
     heading = "class"
     if len(names) > MANY_CLASSES:
-        measured = [name for name in names if metrics["recall"][name]]
-        names = sorted(measured, key=lambda name: metrics["recall"][name]["value"])[:WEAKEST_SHOWN]
-        heading = f"weakest {len(names)} of {len(metrics['classes'])}"
+        defined = [name for name in names if metrics["recall"][name]]
+        names = sorted(defined, key=lambda name: metrics["recall"][name]["value"])[:WEAKEST_SHOWN]
+        heading = f"lowest {len(names)} of {len(metrics['classes'])}"
     width = max(len(heading), *(len(name) for name in names))
     rows = [f"{heading:<{width}}  {'precision':<28}  {'recall':<28}  photos"]
     for name in names:
@@ -162,10 +170,10 @@ def _percent(measure: Mapping[str, float] | None, digits: int = 1) -> str:
     if measure is None:
         return "not defined"
     value, low, high = (100.0 * measure[end] for end in ("value", "low", "high"))
-    return f"{value:.{digits}f} % ({low:.1f} to {high:.1f} %)"
+    return f"{value:.{digits}f}% ({low:.1f} to {high:.1f}%)"
 
 
-def _plain(measure: Mapping[str, float] | None) -> str:
+def _decimal(measure: Mapping[str, float] | None) -> str:
     if measure is None:
         return "not defined"
     return f"{measure['value']:.4f} ({measure['low']:.4f} to {measure['high']:.4f})"

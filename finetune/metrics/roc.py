@@ -1,4 +1,4 @@
-"""The area under the ROC curve with its interval, fast enough for a thousand resamples."""
+"""Area under the ROC curve with a bootstrap interval, fast enough for a thousand resamples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from models.artifacts.statistics import confidence_interval
 
 
 def roc_auc(labels: NDArray[np.int64], probabilities: NDArray[np.float64], *, seed: int, resamples: int) -> dict[str, float]:
-    """The area for two classes is that of the second; for more, the mean of each class against the rest.
+    """Compute the ROC AUC of the second of two classes, or the mean of one class against the rest for more classes.
 
-    Takes labels (N,) and probabilities (N, C), C at least 2 and every class with a photo. The interval is that of the
-    percentile bootstrap, photos drawn anew within each class so that no resample lacks one (the default of R's pROC).
+    The interval is that of the percentile bootstrap, stratified by class so that every resample contains all classes (the
+    default of R's pROC).
+
+    Args:
+        labels: True classes, (N,). Every class needs an image.
+        probabilities: Predicted probabilities, (N, C), with C at least 2.
+        seed: Seed of the bootstrap.
+        resamples: Number of resamples.
     """
     class_count = probabilities.shape[1]
     positives = [1] if class_count == 2 else list(range(class_count))
@@ -30,7 +36,7 @@ def roc_auc(labels: NDArray[np.int64], probabilities: NDArray[np.float64], *, se
 
 
 def _stratified_counts(members: list[NDArray[np.intp]], size: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """How often each photo is drawn in each of ``size`` resamples that keep every class's number: (N, size)."""
+    """Count how often each image is drawn in each of ``size`` resamples stratified by class: (N, size)."""
     num_images = sum(len(indices) for indices in members)
     drawn = np.concatenate([indices[rng.integers(len(indices), size=(len(indices), size))] for indices in members])
     cells = drawn * size + np.arange(size)
@@ -40,19 +46,19 @@ def _stratified_counts(members: list[NDArray[np.intp]], size: int, rng: np.rando
 def weighted_roc_auc(
     positive: NDArray[np.bool_], scores: NDArray[np.float64], weights: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """The ROC area of each column of weights: positive (N,), scores (N,), weights (N, R) -> (R,).
+    """Compute the ROC AUC for each column of weights: positive (N,), scores (N,), weights (N, R) -> (R,).
 
-    It is the share of positive-negative pairs in which the positive scores higher, a tie counting half.
+    The AUC is the fraction of positive-negative pairs in which the positive scores higher. A tie counts half.
     """
     negatives = np.flatnonzero(~positive)
     negatives = negatives[np.argsort(scores[negatives])]
     lower = np.searchsorted(scores[negatives], scores[positive], side="left")
     not_higher = np.searchsorted(scores[negatives], scores[positive], side="right")
-    # The running sum of the negatives' weights is needed at the positives' places only: sum what lies between them.
-    cuts = np.unique(np.concatenate([[0], lower, not_higher]))
-    below = np.zeros((len(cuts) + 1, weights.shape[1]))
-    inner = cuts[cuts < len(negatives)]
+    # The cumulative weight of the negatives is needed only at the positives' positions, so sum between those.
+    edges = np.unique(np.concatenate([[0], lower, not_higher]))
+    below = np.zeros((len(edges) + 1, weights.shape[1]))
+    inner = edges[edges < len(negatives)]
     np.cumsum(np.add.reduceat(weights[negatives], inner, axis=0), axis=0, out=below[1 : len(inner) + 1])
-    pairs_twice = weights[positive] * (below[np.searchsorted(cuts, lower)] + below[np.searchsorted(cuts, not_higher)])
+    pairs_twice = weights[positive] * (below[np.searchsorted(edges, lower)] + below[np.searchsorted(edges, not_higher)])
     total = weights[positive].sum(axis=0) * below[len(inner)]
     return np.asarray(pairs_twice.sum(axis=0) / (2.0 * total), dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Which of several classifiers is better on the same photos, and whether the difference is more than chance."""
+"""Pairwise significance tests of classifiers evaluated on the same images (McNemar, Holm)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ SIGNIFICANCE_LEVEL = 0.05
 
 @dataclass(frozen=True)
 class PairwiseComparison:
-    """Two classifiers: how many photos only the one and only the other has right, and Holm's p of that being chance."""
+    """The comparison of two classifiers.
+
+    Attributes:
+        better: The classifier with more correct predictions.
+        worse: The other one.
+        only_better: Number of images that only ``better`` classifies correctly.
+        only_worse: Number of images that only ``worse`` classifies correctly.
+        p: The p value of McNemar's exact test after Holm's correction.
+    """
 
     better: str
     worse: str
@@ -28,35 +36,39 @@ class PairwiseComparison:
         return self.p < SIGNIFICANCE_LEVEL
 
     def text(self) -> str:
-        counts = f"{self.only_better} photos that only it has right, against {self.only_worse}"
+        """Describe the comparison in one sentence."""
         p = "p < 0.001" if self.p < 0.001 else f"p = {self.p:.3f}"
+        counts = f"photos that only one gets right: {self.better} {self.only_better}, {self.worse} {self.only_worse}"
         if self.is_significant:
-            return f"{self.better} is better than {self.worse}: {counts} ({p})."
-        counts = f"{self.only_better} photos that only the first has right, against {self.only_worse}"
-        return f"No difference is shown between {self.better} and {self.worse}: {counts} ({p})."
+            return f"{self.better} is better than {self.worse} ({p}; {counts})."
+        return f"No significant difference between {self.better} and {self.worse} ({p}; {counts})."
 
 
 def compare_pairs(correct: Mapping[str, NDArray[np.bool_]]) -> list[PairwiseComparison]:
-    """Every pair, by McNemar's exact test on the photos (N,) that one of the two has right (McNemar 1947).
+    """Compare every pair of classifiers by McNemar's exact test (McNemar 1947), corrected for the number of pairs (Holm 1979).
 
-    The p values are corrected for the number of pairs (Holm 1979). The clearest differences come first.
+    Args:
+        correct: For each classifier, whether each of the same images is classified correctly, (N,).
+
+    Returns:
+        The comparisons, smallest p value first.
     """
-    found = []
+    pairs = []
     for a, b in combinations(correct, 2):
         only_a, only_b = int((correct[a] & ~correct[b]).sum()), int((correct[b] & ~correct[a]).sum())
         if only_b > only_a:
             a, b, only_a, only_b = b, a, only_b, only_a
         p = float(binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
-        found.append(PairwiseComparison(a, b, only_a, only_b, p))
-    found.sort(key=lambda pair: (pair.p, pair.only_worse - pair.only_better))
-    corrected = holm_correction([pair.p for pair in found])
+        pairs.append(PairwiseComparison(a, b, only_a, only_b, p))
+    pairs.sort(key=lambda pair: (pair.p, pair.only_worse - pair.only_better))
+    corrected = holm_correction([pair.p for pair in pairs])
     return [
-        PairwiseComparison(x.better, x.worse, x.only_better, x.only_worse, p) for x, p in zip(found, corrected, strict=True)
+        PairwiseComparison(x.better, x.worse, x.only_better, x.only_worse, p) for x, p in zip(pairs, corrected, strict=True)
     ]
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction of p values that come in rising order."""
+    """Apply Holm's step-down correction to p values in ascending order."""
     corrected, highest = [], 0.0
     for rank, p in enumerate(p_values):
         highest = max(highest, min(1.0, p * (len(p_values) - rank)))

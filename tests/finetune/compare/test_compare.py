@@ -1,4 +1,4 @@
-"""``finetune compare``: several networks on the same photos, compared honestly, and nothing trained twice."""
+"""``finetune compare``: several networks are trained and compared on the same photos, and finished runs are reused."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def bake(home: Path, *words: object, backbones: str = NAMES) -> tuple[int, str, str]:
-    return finetune("compare", home / "colours", "--backbones", backbones, "--output-dir", home / "out", *words)
+def compare(home: Path, *flags: object, backbones: str = NAMES) -> tuple[int, str, str]:
+    return finetune("compare", home / "colours", "--backbones", backbones, "--output-dir", home / "out", *flags)
 
 
-class TestOneBakeoff:
-    """The first test trains; the others look at what it left, and run it again."""
+class TestComparison:
+    """The first test trains the networks. The others check its results and run it again."""
 
     def test_networks_are_trained_measured_and_compared(self, home: Path) -> None:
-        code, said, err = bake(home, *FLAGS)
+        code, out, err = compare(home, *FLAGS)
         assert code == 0, err
-        assert "[4 of 4] efficientnet_lite0" in said
-        assert "The frozen part ends behind" in said  # the head on cached features
+        assert "[4 of 4] efficientnet_lite0" in out
+        assert "The frozen part ends behind" in out
         text = (home / "out" / "compare.md").read_text()
-        assert text in said
+        assert text in out
         assert "Comparison on colours: 16 validation photos" in text
         assert "## Skipped\n\n- resnet18: The weights of resnet18 are not on this machine" in text
         assert "| lenet_cifar * | " in text
         assert "lenet_cifar and cnn_mnist" in text or "cnn_mnist and lenet_cifar" in text or "is better than" in text
 
-    def test_the_numbers_are_those_of_the_bundles(self, home: Path) -> None:
-        told = json.loads((home / "out" / "compare.json").read_text())
-        assert told["photos"] == 16
-        assert set(told["skipped"]) == {"resnet18"}
-        rows = {row["backbone"]: row for row in told["networks"]}
+    def test_the_numbers_match_the_bundles(self, home: Path) -> None:
+        report = json.loads((home / "out" / "compare.json").read_text())
+        assert report["photos"] == 16
+        assert set(report["skipped"]) == {"resnet18"}
+        rows = {row["backbone"]: row for row in report["networks"]}
         assert set(rows) == {"lenet_cifar", "cnn_mnist", "efficientnet_lite0"}
         for name, row in rows.items():
             bundle = open_bundle(home / "out" / name / "bundle")
@@ -77,9 +77,9 @@ class TestOneBakeoff:
         assert rows["lenet_cifar"]["parameters"] == 62_006 - 8 * 85
         assert not rows["lenet_cifar"]["pretrained"]
         assert rows["efficientnet_lite0"]["pretrained"]
-        assert len(told["pairs"]) == 3
+        assert len(report["pairs"]) == 3
 
-    def test_the_table_is_there_for_a_spreadsheet_too(self, home: Path) -> None:
+    def test_the_table_is_written_as_csv(self, home: Path) -> None:
         with (home / "out" / "compare.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert [row["network"] for row in rows] == [
@@ -88,88 +88,87 @@ class TestOneBakeoff:
         values = [float(row["accuracy_value"]) for row in rows]
         assert values == sorted(values, reverse=True)
 
-    def test_the_picture_shows_something(self, home: Path) -> None:
+    def test_the_plot_is_not_blank(self, home: Path) -> None:
         pixels = np.asarray(Image.open(home / "out" / "compare.png").convert("RGB")).astype(int)
         assert pixels.std() > 10
-        assert np.ptp(pixels, axis=2).max() > 100  # points in colour
+        assert np.ptp(pixels, axis=2).max() > 100  # colored points
 
     def test_a_finished_run_is_reused(self, home: Path) -> None:
         before = {file: file.stat().st_mtime_ns for file in (home / "out").glob("*/checkpoint.pt")}
         seconds = [row["training_s"] for row in json.loads((home / "out" / "compare.json").read_text())["networks"]]
-        code, said, err = bake(home, *FLAGS)
+        code, out, err = compare(home, *FLAGS)
         assert code == 0, err
-        assert said.count("Reusing the finished run") == 3
+        assert out.count("Reusing the finished run") == 3
         assert before == {file: file.stat().st_mtime_ns for file in (home / "out").glob("*/checkpoint.pt")}
         again = [row["training_s"] for row in json.loads((home / "out" / "compare.json").read_text())["networks"]]
         assert again == seconds
 
-    def test_other_settings_or_photos_are_refused(self, home: Path) -> None:
-        code, _, err = bake(home, "--epochs", 2, "--batch-size", 4)
+    def test_other_settings_or_photos_are_rejected(self, home: Path) -> None:
+        code, _, err = compare(home, "--epochs", 2, "--batch-size", 4)
         assert code == 2
-        assert "was made with --epochs 6, not 2" in err
+        assert "was trained with --epochs 6, not 2" in err
         extra = paint(home / "colours" / "train" / "red" / "more.jpg", (250, 30, 30), seed=77)
-        code, _, err = bake(home, *FLAGS)
+        code, _, err = compare(home, *FLAGS)
         extra.unlink()
         assert code == 2
-        assert "was made with other photos" in err
+        assert "was trained on other photos" in err
 
-    def test_a_run_that_was_interrupted_goes_on(self, home: Path) -> None:
-        """As after a kill between the last epoch and the bundle."""
+    def test_an_interrupted_run_is_resumed(self, home: Path) -> None:
+        """Simulate a kill between the last epoch and the export."""
         shutil.rmtree(home / "out" / "cnn_mnist" / "bundle")
-        code, said, err = bake(home, *FLAGS)
+        code, out, err = compare(home, *FLAGS)
         assert code == 0, err
-        assert "Resuming after epoch 6" in said
-        assert said.count("Reusing the finished run") == 2
+        assert "Resuming after epoch 6" in out
+        assert out.count("Reusing the finished run") == 2
 
 
 @pytest.mark.parametrize(
-    ("backbones", "said"),
+    ("backbones", "message"),
     [
-        ("lenet_cifar", "names lenet_cifar alone, and a comparison takes two or more"),
+        ("lenet_cifar", "must name at least two networks (got only lenet_cifar)"),
         ("lenet_cifar,lenet6", "no network named 'lenet6'. Did you mean 'lenet5'?"),
-        (",", "takes names of networks with commas, `small` or `all`"),
+        (",", "takes comma-separated network names, `small` or `all`"),
     ],
 )
-def test_a_mistake_gets_one_sentence(backbones: str, said: str, home: Path) -> None:
-    code, _, err = bake(home, backbones=backbones)
+def test_invalid_backbones_are_rejected(backbones: str, message: str, home: Path) -> None:
+    code, _, err = compare(home, backbones=backbones)
     assert code == 2
-    assert said in err
+    assert message in err
 
 
-def test_where_nothing_can_be_trained_there_is_no_report(home: Path, tmp_path: Path) -> None:
-    words = ("compare", home / "colours", "--backbones", "vgg11,resnet18", "--output-dir", tmp_path / "out")
-    code, _, err = finetune(*words)
+def test_no_report_is_written_if_nothing_can_be_trained(home: Path, tmp_path: Path) -> None:
+    code, _, err = finetune("compare", home / "colours", "--backbones", "vgg11,resnet18", "--output-dir", tmp_path / "out")
     assert code == 2
     assert "None of the networks could be trained" in err
     assert not (tmp_path / "out" / "compare.md").exists()
 
 
-def test_words_stand_for_networks() -> None:
+def test_groups_of_networks() -> None:
     small = select_networks("small")
     assert {"lenet5", "mlp", "cnn_mnist", "lenet_cifar", "vgg_cifar", "cnn_selu", "cnn_separable", "cnn_two_conv"} == set(small)
     assert select_networks("mlp, small")[0] == "mlp"
     assert len(select_networks("mlp,small")) == len(small)
-    here = select_networks("all")
-    assert {"efficientnet_lite0", "efficientnet_lite2"} <= set(here)
-    assert not {"vgg16", "lenet5"} & set(here)
+    local = select_networks("all")
+    assert {"efficientnet_lite0", "efficientnet_lite2"} <= set(local)
+    assert not {"vgg16", "lenet5"} & set(local)
     with pytest.raises(UnknownModelError):
         select_networks("smal")
     with pytest.raises(ConfigError):
         select_networks("")
 
 
-def test_weights_in_the_hub_cache_count_as_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_the_hub_cache_count_as_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").touch()
     assert "resnet18" in select_networks("all")
 
 
-def test_only_the_photos_that_one_of_two_has_right_decide() -> None:
-    rights = {"a": [1] * 12 + [0] * 1 + [1] * 87, "b": [0] * 12 + [1] * 1 + [1] * 87, "c": [0] * 10 + [1] * 90}
-    pairs = compare_pairs({name: np.array(values, dtype=bool) for name, values in rights.items()})
-    found = {frozenset((pair.better, pair.worse)): pair for pair in pairs}
-    ab, ac, bc = (found[frozenset(pair)] for pair in ("ab", "ac", "bc"))
+def test_pairs_are_compared_on_the_photos_that_only_one_gets_right() -> None:
+    correct = {"a": [1] * 12 + [0] * 1 + [1] * 87, "b": [0] * 12 + [1] * 1 + [1] * 87, "c": [0] * 10 + [1] * 90}
+    pairs = compare_pairs({name: np.array(values, dtype=bool) for name, values in correct.items()})
+    by_names = {frozenset((pair.better, pair.worse)): pair for pair in pairs}
+    ab, ac, bc = (by_names[frozenset(pair)] for pair in ("ab", "ac", "bc"))
     assert (ab.better, ab.only_better, ab.only_worse) == ("a", 12, 1)
     assert (bc.better, bc.only_better, bc.only_worse) == ("c", 2, 0)
     assert ab.p == pytest.approx(3 * binomtest(1, 13, 0.5).pvalue)
@@ -177,16 +176,16 @@ def test_only_the_photos_that_one_of_two_has_right_decide() -> None:
     assert ac.p == pytest.approx(2 * binomtest(1, 11, 0.5).pvalue)
     assert ab.is_significant
     assert not bc.is_significant
-    assert ab.text() == "a is better than b: 12 photos that only it has right, against 1 (p = 0.010)."
-    assert bc.text().startswith("No difference is shown between c and b: 2 photos that only the first has right")
+    assert ab.text() == "a is better than b (p = 0.010; photos that only one gets right: a 12, b 1)."
+    assert bc.text() == "No significant difference between c and b (p = 0.500; photos that only one gets right: c 2, b 0)."
 
 
 def test_equal_networks_do_not_differ() -> None:
-    right = np.array([True, False, True])
-    (pair,) = compare_pairs({"a": right, "b": right})
+    correct = np.array([True, False, True])
+    (pair,) = compare_pairs({"a": correct, "b": correct})
     assert (pair.p, pair.is_significant) == (1.0, False)
 
 
-def test_holm_never_lets_a_larger_p_overtake() -> None:
+def test_holm_keeps_the_order_of_p_values() -> None:
     assert holm_correction([0.01, 0.011, 0.5]) == pytest.approx([0.03, 0.03, 0.5])
     assert holm_correction([0.4, 0.9]) == pytest.approx([0.8, 0.9])
