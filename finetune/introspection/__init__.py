@@ -1,1 +1,1 @@
-"""Look inside a network: layer summaries, filters and feature maps."""
+"""Inspect a network: layer summaries, filters and feature maps."""

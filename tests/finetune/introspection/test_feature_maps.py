@@ -1,4 +1,4 @@
-"""``finetune visualize``: pictures of filters and maps, for a bundle of any network."""
+"""``finetune visualize``: sheets of filters and feature maps for bundles of any network."""
 
 from __future__ import annotations
 
@@ -28,45 +28,45 @@ def pixels_of(path: Path) -> np.ndarray:
 
 
 def is_blank(path: Path) -> bool:
-    """Whether there is nothing but white and the title's black below the title."""
+    """Return whether the sheet is blank below the title."""
     return float(pixels_of(path)[44:].std()) < 5
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small colour network after an epoch."""
+    """Train a small color network for one epoch."""
     root = tmp_path_factory.mktemp("visualize")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
         data = color_folder(root / "data")
-        words = ("train", "--data-dir", data, "--backbone", "lenet_cifar", "--epochs", 1, "--permute-pixels", 3)
-        code, _, err = finetune(*words, "--output-dir", root / "run")
+        command = ("train", "--data-dir", data, "--backbone", "lenet_cifar", "--epochs", 1, "--permute-pixels", 3)
+        code, _, err = finetune(*command, "--output-dir", root / "run")
     assert code == 0, err
     return root / "run" / "bundle"
 
 
-def test_a_photo_goes_through_the_layers(bundle: Path, tmp_path: Path) -> None:
+def test_filters_and_maps_of_a_photo(bundle: Path, tmp_path: Path) -> None:
     photo = paint(tmp_path / "photo.jpg", (250, 40, 40), seed=1)
     out = tmp_path / "out"
-    code, said, err = finetune("visualize", "--bundle", bundle, "--photo", photo, "--output-dir", out, "--maps", 4)
+    code, printed, err = finetune("visualize", "--bundle", bundle, "--photo", photo, "--output-dir", out, "--maps", 4)
     assert (code, err) == (0, "")
-    assert f"filters      {out / 'filters.png'}" in said
+    assert f"filters      {out / 'filters.png'}" in printed
     files = sorted(file.relative_to(out).as_posix() for file in out.rglob("*.png"))
     assert files == ["filters.png", "maps/00-input.png", "maps/01-conv1.png", "maps/02-conv2.png"]
     assert not any(is_blank(out / file) for file in files)
     colors = pixels_of(out / "filters.png")[44:].astype(int)
-    assert np.abs(colors[..., 0] - colors[..., 1]).max() > 50  # three channels: in colour
+    assert np.abs(colors[..., 0] - colors[..., 1]).max() > 50  # three channels: in color
     maps = pixels_of(out / "maps" / "01-conv1.png")[44:].astype(int)
-    assert np.ptp(maps, axis=2).max() == 0  # maps: in grey
+    assert np.ptp(maps, axis=2).max() == 0  # maps: in gray
 
 
-def test_without_a_photo_there_are_the_filters_alone(bundle: Path, tmp_path: Path) -> None:
+def test_without_a_photo_only_filters_are_drawn(bundle: Path, tmp_path: Path) -> None:
     code, _, err = finetune("visualize", "--bundle", bundle, "--output-dir", tmp_path / "out")
     assert (code, err) == (0, "")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["filters.png"]
 
 
-def test_a_head_only_bundle_of_a_large_network_is_shown_by_stages(tmp_path: Path) -> None:
+def test_a_head_only_bundle_of_a_large_network_is_shown_by_stage(tmp_path: Path) -> None:
     photo = paint(tmp_path / "photo.jpg", (40, 40, 250), seed=1, size=(320, 300))
     out = tmp_path / "out"
     code, _, err = finetune("visualize", "--bundle", SHIPPED, "--photo", photo, "--output-dir", out)
@@ -79,22 +79,22 @@ def test_a_head_only_bundle_of_a_large_network_is_shown_by_stages(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("flags", "message"),
     [
-        (("--photo", "nothing.jpg"), "There is no photo nothing.jpg"),
-        (("--maps", 0), "--maps is 0, and takes 1 or more"),
+        (("--photo", "nothing.jpg"), "No such photo: nothing.jpg"),
+        (("--maps", 0), "--maps must be at least 1 (got 0)"),
         (("--photo", __file__), "not a supported image"),
     ],
 )
-def test_a_mistake_gets_one_sentence(words: tuple[object, ...], said: str, bundle: Path, tmp_path: Path) -> None:
-    code, _, err = finetune("visualize", "--bundle", bundle, "--output-dir", tmp_path / "out", *words)
+def test_invalid_arguments_are_rejected(flags: tuple[object, ...], message: str, bundle: Path, tmp_path: Path) -> None:
+    code, _, err = finetune("visualize", "--bundle", bundle, "--output-dir", tmp_path / "out", *flags)
     assert code == 2
-    assert said in err
+    assert message in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_are_not_written_over_others(bundle: Path, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     code, _, err = finetune("visualize", "--bundle", bundle, "--output-dir", tmp_path)
     assert code == 2
@@ -108,8 +108,8 @@ def test_pictures_are_not_written_over_others(bundle: Path, tmp_path: Path) -> N
 def test_filters_of_any_size_fill_a_sheet(name: str, layer: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     with made_small(name, small_pictures=False):
         classifier = build_classifier(get_spec(name), num_classes=2, base=None)
-    found, weights = first_layer_filters(classifier)
-    assert (found, weights.shape) == (layer, shape)
+    layer_name, weights = first_layer_filters(classifier)
+    assert (layer_name, weights.shape) == (layer, shape)
     path = draw_filters(classifier, tmp_path / "filters.png", name=name)
     assert not is_blank(path)
     height, width, _ = pixels_of(path).shape
@@ -117,7 +117,7 @@ def test_filters_of_any_size_fill_a_sheet(name: str, layer: str, shape: tuple[in
     assert width < 1500
 
 
-def test_other_numbers_of_channels_get_a_grey_grid_each(tmp_path: Path) -> None:
+def test_other_channel_counts_are_drawn_in_gray(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(5, 4, 3), nn.Flatten(), nn.LazyLinear(2))
     path = draw_filters(Classifier(net, GRAY_28), tmp_path / "filters.png", name="five")
     tiles = pixels_of(path)[44:].astype(int)
@@ -125,42 +125,42 @@ def test_other_numbers_of_channels_get_a_grey_grid_each(tmp_path: Path) -> None:
     assert len(np.unique(tiles)) > 20
 
 
-def test_filters_of_permuted_pixels_are_put_in_order_again() -> None:
-    """A unit that looks for one pixel of the picture shows that pixel, wherever the network was given it."""
+def test_filters_of_permuted_pixels_are_put_back_in_order() -> None:
+    """A unit that responds to one pixel of the image shows that pixel, wherever the permutation moves it."""
     spec = get_spec("mlp")
     classifier = build_classifier(spec, num_classes=2, base=None, permute_pixels=5)
-    photo = torch.zeros(1, 28, 28, 1, dtype=torch.uint8)
-    photo[0, 20, 7, 0] = 255
-    given = classifier.normalize(photo).flatten()
+    image = torch.zeros(1, 28, 28, 1, dtype=torch.uint8)
+    image[0, 20, 7, 0] = 255
+    permuted = classifier.normalize(image).flatten()
     with torch.no_grad():
-        classifier.net.get_parameter("hidden1.weight")[0] = (given > 0).float()
+        classifier.net.get_parameter("hidden1.weight")[0] = (permuted > 0).float()
     _, weights = first_layer_filters(classifier)
     assert np.argwhere(weights[0, 0] == 1).tolist() == [[20, 7]]
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "layers"),
     [
         ("alexnet", ["features.0", "features.3", "features.6", "features.8", "features.10"]),
         ("resnet18", ["conv1", "layer1", "layer2", "layer3", "layer4"]),
         ("mlp", ["hidden1", "hidden2", "output"]),
     ],
 )
-def test_what_is_shown_of_a_network(name: str, wanted: list[str]) -> None:
-    assert map_layers(build_on_meta(get_spec(name))) == wanted
+def test_layers_to_visualize(name: str, layers: list[str]) -> None:
+    assert map_layers(build_on_meta(get_spec(name))) == layers
 
 
-def test_maps_are_those_that_the_layers_give() -> None:
+def test_maps_are_the_outputs_of_the_layers() -> None:
     classifier = build_classifier(get_spec("lenet5"), num_classes=3, base=None)
-    photo = np.random.default_rng(0).integers(0, 256, (28, 28, 1), dtype=np.uint8)
-    maps = dict(compute_feature_maps(classifier, photo))
-    assert {name: one.shape for name, one in maps.items()} == {"conv1": (6, 28, 28), "conv2": (16, 10, 10)}
+    image = np.random.default_rng(0).integers(0, 256, (28, 28, 1), dtype=np.uint8)
+    maps = dict(compute_feature_maps(classifier, image))
+    assert {name: layer_maps.shape for name, layer_maps in maps.items()} == {"conv1": (6, 28, 28), "conv2": (16, 10, 10)}
     with torch.inference_mode():
-        wanted = classifier.net.get_submodule("conv1")(classifier.normalize(torch.from_numpy(photo[None])))[0]
-    assert np.array_equal(maps["conv1"], wanted.numpy())
+        expected = classifier.net.get_submodule("conv1")(classifier.normalize(torch.from_numpy(image[None])))[0]
+    assert np.array_equal(maps["conv1"], expected.numpy())
 
 
-def test_numbers_fill_the_range_from_black_to_white(tmp_path: Path) -> None:
+def test_values_are_scaled_from_black_to_white(tmp_path: Path) -> None:
     assert to_gray_levels(np.array([[-2.0, 0.0], [1.0, 2.0]], np.float32)).tolist() == [[0, 128], [191, 255]]
     assert to_gray_levels(np.full((2, 2), 7.0, np.float32)).tolist() == [[128, 128], [128, 128]]
     path = tile_sheet([np.zeros((2, 2), np.uint8)], tmp_path / "one.png", title="one", tile_px=40)
