@@ -1,4 +1,4 @@
-"""From a trained network to a bundle that is served: weights, graph, golden answers, parity check, card."""
+"""Export a trained network as a bundle: weights, serving graph, golden outputs, parity check and model card."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from models.networks.weights import write_tensors
 from models.runtime.openvino_engine import OpenVINOEngine
 from models.runtime.precision import measure_bf16
 
-# The largest difference of a probability. In float32 two engines differ by rounding alone. In bfloat16 a feature has 8
-# significant bits: what was trained on rounded features is served on exact ones.
+# Max difference of a probability. In float32 the engines differ only by rounding. In bfloat16 a feature has 8 significant bits:
+# the head is trained on rounded features and served with exact ones.
 PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 GOLDEN_TOLERANCE = 1e-3
 PARITY_IMAGES = 64
@@ -45,7 +45,7 @@ PARITY_IMAGES = 64
 
 @dataclass(frozen=True)
 class ParitySample:
-    """Some real photos' pixels (N, H, W, C) and the calibrated probabilities (N, classes) that training gave them."""
+    """Pixels (N, H, W, C) of real images and their calibrated probabilities (N, classes) from training."""
 
     pixels: NDArray[np.uint8]
     probabilities: NDArray[np.float64]
@@ -64,11 +64,24 @@ def export_bundle(
     parity: ParitySample,
     head_only: bool = False,
 ) -> Bundle:
-    """Write the bundle, if its graph gives the training path's probabilities; raises BundleError, and writes none, else.
+    """Write a bundle after checking that its graph reproduces the probabilities of training.
 
-    ``training`` is what the manifest says of training; ``trained_tensors`` the tensors that training changed;
-    ``evaluation_dir`` the folder of the evaluation, whose predictions.csv, similarity files and plots go along. A head-only
-    bundle holds ``trained_tensors`` in place of the whole weights and of the graph, and no plots, as they show photos.
+    Args:
+        path: The folder of the new bundle.
+        classifier: The trained network.
+        spec: The network's specification.
+        temperature: The calibration temperature.
+        training: The training entries of the manifest.
+        trained_tensors: The tensors that training changed.
+        evaluation_dir: The folder with predictions.csv, similarity files and plots to include.
+        parity: The images for the parity check.
+        head_only: Write ``trained_tensors`` instead of all weights and the graph, and omit the plots, which show images.
+
+    Returns:
+        The written bundle.
+
+    Raises:
+        BundleError: The graph's probabilities differ from those of training. No bundle is written.
     """
     golden = golden_pixels(spec.preprocessing)
 
@@ -135,12 +148,12 @@ def check_finite(classifier: Classifier, pixels: NDArray[np.uint8]) -> None:
 
 
 def check_parity(engine: OpenVINOEngine, parity: ParitySample) -> dict[str, Any]:
-    """Run real photos through the exported graph; raises BundleError where it does not give what training gave."""
+    """Compare the exported graph with training on real images. Raises BundleError if the probabilities differ."""
     difference = float(np.abs(engine.run(parity.pixels)[0] - parity.probabilities).max())
     tolerance = PARITY_TOLERANCE[parity.precision]
     if not difference <= tolerance:
         raise BundleError(
-            f"The exported graph's probabilities differ from training's by up to {difference:.2g} on {len(parity.pixels)} "
-            f"photos, {tolerance:.2g} is allowed; no bundle was written, train again with --precision fp32."
+            f"The probabilities of the exported graph differ from training by up to {difference:.2g} on "
+            f"{len(parity.pixels)} photos (allowed: {tolerance:.2g}). No bundle was written. Train again with --precision fp32."
         )
     return {"images": len(parity.pixels), "max_difference": difference, "tolerance": tolerance}

@@ -1,4 +1,4 @@
-"""A head-only bundle and its base's pretrained weights make a whole bundle, once, where torch is installed."""
+"""Merge a head-only bundle with its pretrained weights into a full bundle: ``finetune merge``. Requires torch."""
 
 from __future__ import annotations
 
@@ -26,9 +26,16 @@ from models.runtime.openvino_engine import OpenVINOEngine
 
 
 def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> Bundle:
-    """Write the whole bundle to ``out``; it must give the golden answers that the head was exported with.
+    """Write the full bundle to ``out`` after checking its golden outputs.
 
-    Raises WeightsError where the base is not to be had, BundleError where it is not the one that the head was trained on.
+    Args:
+        bundle: The head-only bundle.
+        out: The folder of the full bundle.
+        weights: File of the pretrained weights, if they are not found automatically.
+
+    Raises:
+        WeightsError: The pretrained weights are not available.
+        BundleError: The weights or the preprocessing differ from those that the head was trained with.
     """
     from models.networks.classifier import build_classifier
     from models.networks.onnx_export import export_serving_graph
@@ -38,13 +45,13 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
     spec = get_spec(bundle.backbone)
     if spec.preprocessing != bundle.preprocessing:
         raise BundleError(
-            f"The bundle {bundle.path} was made for another preprocessing than this version's {spec.name}; train it again."
+            f"The bundle {bundle.path} uses another preprocessing than {spec.name} in this version. Train it again."
         )
     base = load_weights(spec, file=weights)
     if base.sha256 != bundle.manifest["base"]["sha256"]:
         raise BundleError(
             f"The bundle {bundle.path} was trained on weights with sha256 {bundle.manifest['base']['sha256'][:12]}..., and "
-            f"{base.origin} has {base.sha256[:12]}...; give the right file with --weights."
+            f"{base.origin} has {base.sha256[:12]}.... Pass the correct file with --weights."
         )
     classifier = build_classifier(
         spec, num_classes=len(bundle.classes), base=base.tensors, permute_pixels=bundle.permute_pixels
@@ -56,46 +63,44 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
         engine = OpenVINOEngine(folder / GRAPH, outputs=["probabilities"])
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())
-        older = [name for name in SIMILARITY_FILES if name not in bundle.manifest["files"]]
-        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, *SIMILARITY_FILES} - set(older):
+        missing = [name for name in SIMILARITY_FILES if name not in bundle.manifest["files"]]
+        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, *SIMILARITY_FILES} - set(missing):
             shutil.copyfile(bundle.path / name, folder / name)
 
-    kept = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}
-    return write_bundle(out, {**kept, "kind": "full", "merged_from": bundle.version}, write_files=write_files)
+    manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}
+    return write_bundle(out, {**manifest, "kind": "full", "merged_from": bundle.version}, write_files=write_files)
 
 
 def open_full_bundle(path: Path, *, weights: Path | None = None) -> Bundle:
-    """Open a bundle that can answer: itself if it is whole, else the merged one, which is kept under the cache folder."""
+    """Open a full bundle. A head-only bundle is merged once, into the cache folder."""
     bundle = open_bundle(path)
     if not bundle.is_head_only:
         return bundle
-    kept = merged_dir(bundle)
+    merged = merged_dir(bundle)
     try:
-        return open_bundle(kept)
+        return open_bundle(merged)
     except BundleError:
-        print(f"Merging {path} with its pretrained weights, once; the whole bundle is kept in {kept}", file=sys.stderr)
-        return merge_bundle(bundle, kept, weights=weights)
+        print(f"Merging {path} with its pretrained weights. Full bundle: {merged}", file=sys.stderr)
+        return merge_bundle(bundle, merged, weights=weights)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a bundle that holds only what was trained")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="head-only bundle")
     parser.add_argument(
-        "out", type=Path, nargs="?", metavar="OUT", help="where the whole bundle goes (default: where the service looks for it)"
+        "out", type=Path, nargs="?", metavar="OUT", help="folder for the full bundle (default: where the service looks for it)"
     )
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="the base's weights, where they are not found by themselves"
-    )
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="pretrained weights, if not found automatically")
 
 
 def run(args: argparse.Namespace) -> int:
-    """``finetune merge``: write the whole bundle."""
+    """Run ``finetune merge``: write the full bundle."""
     bundle = open_bundle(args.bundle)
     if not bundle.is_head_only:
-        raise BundleError(f"The bundle {args.bundle} is whole already; use it as it is.")
+        raise BundleError(f"The bundle {args.bundle} is already a full bundle. Use it without merging.")
     if args.out is None:
         merged = open_full_bundle(args.bundle, weights=args.weights)
     elif args.out.exists() and any(args.out.iterdir()):
-        raise BundleError(f"{args.out} is not empty; name a new folder for the whole bundle.")
+        raise BundleError(f"{args.out} is not empty. Choose a new folder for the full bundle.")
     else:
         merged = merge_bundle(bundle, args.out, weights=args.weights)
     print(f"bundle       {merged.path} (version {merged.version})")

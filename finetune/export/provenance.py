@@ -1,4 +1,4 @@
-"""Where a bundle came from, for its manifest: photos, weights, settings, code and libraries."""
+"""Provenance of a bundle for its manifest: images, weights, settings, code and libraries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from models.networks.spec import ModelSpec
 from models.networks.weights import Weights
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "openvino", "onnx", "onnxscript")
-# A bundle travels: where on this machine things lay is nobody's business.
+# Bundles are shared, so local paths are left out.
 PRIVATE_SETTINGS = ("data_dir", "output_dir", "cache_dir", "weights", "extra_data", "reviews", "reviews_from")
 
 
@@ -39,7 +39,7 @@ def training_manifest(
     records: Sequence[ImageRecord],
     reviews: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What the manifest says of a training."""
+    """Build the training entries of the manifest."""
     return {
         "name": name,
         "backbone": spec.name,
@@ -80,16 +80,16 @@ def base_manifest(spec: ModelSpec, base: Weights | None) -> dict[str, Any] | Non
 
 
 def dataset_sha256(records: Sequence[ImageRecord]) -> str:
-    """Name a dataset by its photos' names, contents, labels and splits."""
+    """Hash the names, contents, labels and splits of a data set's images."""
     rows = sorted([s.sample.name, s.sample.split, s.sample.label, s.sha256] for s in records)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with ``-dirty`` where it was changed; None outside a checkout."""
+    """Return the commit of this code, with ``-dirty`` for local changes, or None outside a checkout."""
     folder = Path(__file__).parent
     try:
-        said = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match", ""],
             cwd=folder,
             capture_output=True,
@@ -99,4 +99,4 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip() or None
+    return result.stdout.strip() or None

@@ -108,7 +108,7 @@ def test_a_missing_base_is_reported(made: SimpleNamespace, tmp_path: Path) -> No
 
 
 def test_a_join_that_makes_no_sense_is_refused(made: SimpleNamespace, tmp_path: Path, tiny_weights: Path) -> None:
-    assert "is whole already" in refused("merge", made.whole, tmp_path / "out", "--weights", tiny_weights)
+    assert "is already a full bundle" in refused("merge", made.whole, tmp_path / "out", "--weights", tiny_weights)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     assert "is not empty" in refused("merge", made.head, tmp_path / "full", "--weights", tiny_weights)
@@ -194,7 +194,7 @@ def test_a_head_only_bundle_is_merged_once_for_prediction(
     shutil.copy(tiny_weights, tmp_path / "torch" / "hub" / "checkpoints" / "tiny.pth")
     code, first, said = finetune("predict", "--bundle", made.head, made.data / "valid")
     assert code == 0
-    assert said.startswith(f"Merging {made.head} with its pretrained weights, once")
+    assert said.startswith(f"Merging {made.head} with its pretrained weights. Full bundle: ")
     shutil.rmtree(tmp_path / "torch")
     assert predict(made.head, made.data / "valid") == first == predict(made.whole, made.data / "valid")
 
