@@ -1,4 +1,4 @@
-"""The frozen part, run once: the numbers behind the cut for every photo, computed or found on disk."""
+"""Compute the outputs of the frozen layers (features) once per image and cache them on disk."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ CPU_BATCH, GPU_BATCH = 8, 64
 
 
 class FeatureExtractor:
-    """``run(pixels)``: (N, H, W, C) uint8 -> (N, ...) float32, what the network gives behind the cut.
+    """Runs the frozen layers of a network.
 
-    On a CPU the part is compiled by OpenVINO, which takes a third of eager torch's time for depthwise convolutions; on a
-    GPU it is torch's own, in mixed precision and channels last. Either way the batch size is fixed and the last one padded, so
-    that a photo's numbers do not depend on which others stand beside it. Where everything is trained, only normalisation is
-    left, which needs none of that.
+    On a CPU they are compiled by OpenVINO, which takes a third of the time of eager torch for depthwise convolutions. On a GPU
+    they run in torch, in mixed precision and channels last. The batch size is fixed and the last batch padded, so features do
+    not depend on the other images of a batch. If all layers are trained, only the normalization remains, which runs in torch.
     """
 
     def __init__(self, split_model: SplitModel, preprocessing: Preprocessing, compute: Compute) -> None:
@@ -49,6 +48,7 @@ class FeatureExtractor:
         return f"openvino {load_openvino().__version__}" if on_cpu else f"torch {torch.__version__} {self._compute.device.type}"
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Compute features (N, ...) float32 of pixels (N, H, W, C) uint8."""
         if self._split_model.last_frozen == "normalize":
             with torch.inference_mode():
                 return self._split_model.frozen.cpu()(torch.from_numpy(pixels)).numpy()
@@ -80,7 +80,7 @@ class FeatureExtractor:
 
 
 class FeatureCache:
-    """Features by the sha256 of the photo, for one frozen part, kept on disk."""
+    """A disk cache of features by the sha256 of the image, for one set of frozen layers."""
 
     def __init__(self, frozen: FeatureExtractor, store: ArrayStore, *, workers: int = 0) -> None:
         self._frozen = frozen
@@ -88,42 +88,42 @@ class FeatureCache:
         self._workers = workers
 
     def missing(self, sha256s: Sequence[str]) -> set[str]:
-        """Those whose features are not on disk."""
+        """Return the images whose features are not on disk."""
         return set(sha256s) - self._store.load(sha256s).keys()
 
     def features(self, records: Sequence[ImageRecord], pixel_cache: PixelCache, *, label: str) -> NDArray[np.float32]:
-        """The features (N, ...) of readable photos, in order; those not on disk are computed and kept.
+        """Return the features (N, ...) of readable images, in order, and compute and cache those that are not on disk.
 
-        Of several processes each sees to its own photos, keeps their features on its own disk and hands them to the others.
+        In distributed training each process computes and caches its own shard and sends it to the others.
         """
         return distributed.map_rows_sharded(
-            records, lambda own: self._own(own, pixel_cache, label), name=lambda record: record.sample.name
+            records, lambda own: self._shard_features(own, pixel_cache, label), name=lambda record: record.sample.name
         )
 
-    def _own(self, records: Sequence[ImageRecord], pixel_cache: PixelCache, label: str) -> NDArray[np.float32]:
+    def _shard_features(self, records: Sequence[ImageRecord], pixel_cache: PixelCache, label: str) -> NDArray[np.float32]:
         sha256s = [record.sha256 for record in records]
         rows = self._store.load(sha256s)
-        todo = list({record.sha256: record for record in records if record.sha256 not in rows}.values())
+        missing = list({record.sha256: record for record in records if record.sha256 not in rows}.values())
         try:
-            for record, row in self._compute(todo, pixel_cache, label):
+            for record, row in self._compute(missing, pixel_cache, label):
                 rows[record.sha256] = row
                 self._store.add(record.sha256, row)
-        finally:  # also when a person stops the run: what is computed is kept
+        finally:  # also on an interrupt, to keep the features computed so far
             self._store.flush()
         return np.stack([rows[sha256] for sha256 in sha256s])
 
     def _compute(
-        self, todo: Sequence[ImageRecord], pixel_cache: PixelCache, label: str
+        self, missing: Sequence[ImageRecord], pixel_cache: PixelCache, label: str
     ) -> Iterator[tuple[ImageRecord, NDArray[np.float32]]]:
-        if not todo:
+        if not missing:
             return
-        pixels = threaded_map(lambda record: pixel_cache.pop(record.sha256, record.sample.path), todo, workers=self._workers)
-        with tqdm(total=len(todo), desc=label, unit="photo", disable=None) as bar:
+        pixels = threaded_map(lambda record: pixel_cache.pop(record.sha256, record.sample.path), missing, workers=self._workers)
+        with tqdm(total=len(missing), desc=label, unit="photo", disable=None) as bar:
             if bar.disable:
-                print(f"{label}: {len(todo):,} photos to run", flush=True)
-            for batch in batched(zip(todo, pixels, strict=True), GPU_BATCH):
-                records, pictures = zip(*batch, strict=True)
-                yield from zip(records, self._frozen.run(np.stack(pictures)), strict=True)
+                print(f"{label}: {len(missing):,} photos to compute", flush=True)
+            for batch in batched(zip(missing, pixels, strict=True), GPU_BATCH):
+                records, images = zip(*batch, strict=True)
+                yield from zip(records, self._frozen.run(np.stack(images)), strict=True)
                 bar.update(len(batch))
 
 
@@ -137,7 +137,7 @@ def cache_context(
     engine: str,
     permute_pixels: int | None = None,
 ) -> dict[str, Any]:
-    """Everything beside the photo that its features depend on."""
+    """Return everything that features depend on besides the image."""
     permuted = {} if permute_pixels is None else {"permute_pixels": permute_pixels}
     return permuted | {
         "what": "features",

@@ -1,7 +1,7 @@
-"""The usual augmentation: random resized crop, flip and colour jitter, each drawn from a generator of its own.
+"""Data augmentation: random resized crop, horizontal flip and color jitter.
 
-The ranges are those of torchvision's RandomResizedCrop and of common ImageNet recipes. A photo's random numbers depend on
-seed, epoch and photo alone, so neither threads nor a resumed run change them.
+The ranges are those of torchvision's RandomResizedCrop and common ImageNet recipes. The random numbers depend only on seed,
+epoch and image, so they do not change with threads or when a run is resumed.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ JITTER = 0.2
 
 @dataclass(frozen=True)
 class Augment:
-    """``crop(photo, epoch=, index=)``: a random view of an RGB photo, (input_px, input_px, channels) uint8."""
+    """Random augmentation for a network's input."""
 
     preprocessing: Preprocessing
     seed: int
 
-    def crop(self, photo: Image.Image, *, epoch: int, index: int) -> NDArray[np.uint8]:
+    def crop(self, image: Image.Image, *, epoch: int, index: int) -> NDArray[np.uint8]:
+        """Return a random view of an RGB image, (input_px, input_px, channels) uint8."""
         rng = np.random.default_rng((self.seed, epoch, index))
         side = self.preprocessing.input_px
-        view = photo.resize((side, side), INTERPOLATIONS[self.preprocessing.interpolation], _random_box(photo.size, rng))
+        view = image.resize((side, side), INTERPOLATIONS[self.preprocessing.interpolation], _random_box(image.size, rng))
         if rng.random() < 0.5:
             view = ImageOps.mirror(view)
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
@@ -40,7 +41,7 @@ class Augment:
 
 
 def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A box of random area and aspect within the picture, (left, top, right, bottom) in pixels."""
+    """Draw a box of random area and aspect ratio within the image, (left, top, right, bottom) in pixels."""
     width, height = size
     for _ in range(10):
         area = width * height * rng.uniform(*AREA_RANGE)

@@ -1,4 +1,4 @@
-"""What an epoch is made of: batches of features and labels, from the cache or computed anew from photos."""
+"""Batches of features and labels for training, from cached features or computed from images in every epoch."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Batches(Protocol):
-    """``shuffled(epoch)`` gives an epoch in that epoch's random order, ``ordered()`` the photos one after another.
+    """An iterable over the batches of a split.
 
-    A batch is features (n, ...) float32 and labels (n,) int64, on the CPU. Where several processes train, each is given its
-    share of every batch, which may be empty, and of the photos in order.
+    ``shuffled(epoch)`` yields the batches in the random order of that epoch, ``ordered()`` in the order of the images. A batch
+    is features (n, ...) float32 and labels (n,) int64, on the CPU. In distributed training each process gets its shard of every
+    batch, which may be empty, and of the ordered images.
     """
 
     def __len__(self) -> int: ...
@@ -34,7 +35,7 @@ class Batches(Protocol):
 
 
 class CachedBatches:
-    """Batches of features that were computed before."""
+    """Batches of precomputed features."""
 
     def __init__(self, features: NDArray[np.float32], labels: Sequence[int], *, batch_size: int, seed: int) -> None:
         self._features = torch.from_numpy(features)
@@ -46,24 +47,24 @@ class CachedBatches:
         return len(self._labels)
 
     def shuffled(self, epoch: int) -> Iterator[Batch]:
-        return self._take(shuffled_batches(len(self), self._batch_size, self._seed, epoch))
+        return self._load(shuffled_batches(len(self), self._batch_size, self._seed, epoch))
 
     def ordered(self) -> Iterator[Batch]:
-        return self._take(ordered_batches(len(self), self._batch_size))
+        return self._load(ordered_batches(len(self), self._batch_size))
 
-    def _take(self, parts: Sequence[Tensor]) -> Iterator[Batch]:
-        for part in parts:
-            yield self._features[part], self._labels[part]
+    def _load(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        for indices in batches:
+            yield self._features[indices], self._labels[indices]
 
 
 MAX_CACHED_BYTES = 512 * 2**20
 
 
 class UncachedBatches:
-    """Batches of photos; what lies before the cut runs over them in every epoch.
+    """Batches of images whose features are computed in every epoch.
 
-    They are decoded each time too, but for those that are kept: 512 MB of pixels, which is 680,000 grey photos of 28 px or
-    3,500 coloured ones of 224 px.
+    Up to 512 MB of decoded pixels are cached (680,000 gray images of 28 px or 3,500 color images of 224 px). The rest are
+    decoded in every epoch.
     """
 
     def __init__(
@@ -84,8 +85,8 @@ class UncachedBatches:
         self._batch_size = batch_size
         self._seed = seed
         self._workers = workers
-        self._kept: dict[int, NDArray[np.uint8]] = {}
-        self._room = MAX_CACHED_BYTES // (preprocessing.input_px**2 * preprocessing.channels)
+        self._pixel_cache: dict[int, NDArray[np.uint8]] = {}
+        self._max_cached_images = MAX_CACHED_BYTES // (preprocessing.input_px**2 * preprocessing.channels)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -96,38 +97,38 @@ class UncachedBatches:
     def ordered(self) -> Iterator[Batch]:
         return self._load(ordered_batches(len(self), self._batch_size), None)
 
-    def _load(self, parts: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
+    def _load(self, batches: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         def pixels(index: int) -> NDArray[np.uint8]:
-            if index in self._kept:
-                return self._kept[index]
+            if index in self._pixel_cache:
+                return self._pixel_cache[index]
             data = self._samples[index].path.read_bytes()
             if self._augment is not None and epoch is not None:
                 return self._augment.crop(self._preprocessing.decode(data), epoch=epoch, index=index)
-            picture = self._preprocessing.pixels(data)
-            if self._augment is None and len(self._kept) < self._room:
-                self._kept[index] = picture
-            return picture
+            image = self._preprocessing.pixels(data)
+            if self._augment is None and len(self._pixel_cache) < self._max_cached_images:
+                self._pixel_cache[index] = image
+            return image
 
-        lists = [part.tolist() for part in parts]
+        lists = [indices.tolist() for indices in batches]
         loaded = threaded_map(pixels, chain.from_iterable(lists), workers=self._workers, buffer_size=2 * self._batch_size)
         for indices in lists:
-            pictures = list(islice(loaded, len(indices)))
-            features = torch.from_numpy(self._frozen.run(np.stack(pictures))) if pictures else torch.empty(0)
+            images = list(islice(loaded, len(indices)))
+            features = torch.from_numpy(self._frozen.run(np.stack(images))) if images else torch.empty(0)
             yield features, torch.tensor([self._samples[i].label for i in indices], dtype=torch.long)
 
 
 def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """This process's share of each batch of an epoch, as indices; the batches are those of a single process."""
-    whole = torch.split(epoch_permutation(count, seed, epoch), batch_size)
-    return [part[distributed.shard_slice(len(part))] for part in whole]
+    """Return the indices of this process's shard of each batch of an epoch. The batches are those of a single process."""
+    batches = torch.split(epoch_permutation(count, seed, epoch), batch_size)
+    return [indices[distributed.shard_slice(len(indices))] for indices in batches]
 
 
 def ordered_batches(count: int, batch_size: int) -> list[Tensor]:
-    """This process's share of all photos in order, in batches; all shares one after another are all photos."""
-    mine = torch.arange(count)[distributed.shard_slice(count)]
-    return list(torch.split(mine, batch_size)) if len(mine) else []
+    """Return the indices of this process's shard of the ordered images, in batches. The shards concatenate to all images."""
+    indices = torch.arange(count)[distributed.shard_slice(count)]
+    return list(torch.split(indices, batch_size)) if len(indices) else []
 
 
 def epoch_permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch's photos; it depends on nothing but its arguments, so a resumed run draws it again."""
+    """Return the order of an epoch's images. It depends only on the arguments, so a resumed run repeats it."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

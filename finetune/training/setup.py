@@ -1,4 +1,4 @@
-"""What a training needs before its first epoch: the network, one look at every photo, and the batches."""
+"""Prepare a training: load the network, inspect the data set, and build the feature cache and batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from models.networks.weights import Weights, load_weights
 
 @dataclass(frozen=True)
 class TrainingNetwork:
-    """A network ready to train, and what it started from."""
+    """A network ready to train, and its pretrained weights (``base``)."""
 
     spec: ModelSpec
     classifier: Classifier
@@ -40,9 +40,9 @@ class TrainingNetwork:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """The dataset after one look at every photo: what was found, the readable photos by split, and their pixels.
+    """An inspected data set: the audit report, the readable images by split, and their pixels.
 
-    ``reviews`` is what people's decisions changed, where there are any.
+    ``reviews`` summarizes the labels that reviews changed, if there are any.
     """
 
     dataset: Dataset
@@ -53,11 +53,11 @@ class PreparedDataset:
 
 
 def prepare_network(spec: ModelSpec, num_classes: int, config: Config, compute: Compute) -> TrainingNetwork:
-    """Load the pretrained weights, put the new head in and cut the network."""
+    """Load the pretrained weights, replace the head and split the network into frozen and trainable layers."""
     base = None
     if config.weights != "none":
         base = load_weights(spec, file=Path(config.weights) if config.weights else None)
-        note = "" if base.published else " (not the published ones)"
+        note = "" if base.published else " (not the published weights)"
         print(f"Weights: {base.origin}, sha256 {base.sha256[:12]}...{note}")
     classifier = build_classifier(
         spec,
@@ -67,14 +67,14 @@ def prepare_network(spec: ModelSpec, num_classes: int, config: Config, compute: 
         seed=config.seed,
         permute_pixels=config.permute_pixels,
     )
-    parts = split_model(classifier)
-    extractor = FeatureExtractor(parts, spec.preprocessing, compute)
-    return TrainingNetwork(spec, classifier, parts, extractor, base, trainable_names(classifier.net))
+    split = split_model(classifier)
+    extractor = FeatureExtractor(split, spec.preprocessing, compute)
+    return TrainingNetwork(spec, classifier, split, extractor, base, trainable_names(classifier.net))
 
 
 def build_feature_cache(config: Config, network: TrainingNetwork, compute: Compute) -> FeatureCache | None:
-    """The cache of the frozen part's output, or None where there is no such thing; says why."""
-    why = (
+    """Create the feature cache, or print why there is none and return None."""
+    reason = (
         "all weights are trained and nothing is frozen"
         if network.base is None
         else "--unfreeze trains deeper layers"
@@ -85,8 +85,8 @@ def build_feature_cache(config: Config, network: TrainingNetwork, compute: Compu
         if not config.feature_cache
         else None
     )
-    if why:
-        print(f"No feature cache, as {why}: every epoch runs every photo through the whole network.")
+    if reason:
+        print(f"No feature cache because {reason}. Every epoch runs every photo through the complete network.")
         return None
     assert network.base is not None
     context = cache_context(
@@ -99,7 +99,7 @@ def build_feature_cache(config: Config, network: TrainingNetwork, compute: Compu
         permute_pixels=config.permute_pixels,
     )
     store = ArrayStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
-    print(f"The frozen part ends behind {network.split_model.last_frozen}; it runs once for each photo.")
+    print(f"Features are computed once per photo, up to {network.split_model.last_frozen}.")
     return FeatureCache(network.extractor, store, workers=config.workers)
 
 
@@ -111,10 +111,20 @@ def prepare_dataset(
     *,
     reviews: ReviewTable | None = None,
 ) -> PreparedDataset:
-    """Scan and audit the photos, print the findings, and stop (DataError) where training on them would deceive.
+    """Inspect and audit the images and print the findings.
 
-    Photos of further folders that the data folder has are left out, and ``reviews`` applied, before that. Where validation
-    was held out of training, photos that look alike are kept on one side: in training.
+    Images of extra folders that are already in the data set are dropped and ``reviews`` are applied before the audit. If
+    validation was split from training, groups of near duplicates across both are moved to training.
+
+    Args:
+        config: The settings of the run.
+        dataset: The data set.
+        network: The network to train.
+        cache: The feature cache, if any. Pixels are cached only for images without features.
+        reviews: Reviewed labels to apply.
+
+    Raises:
+        DataError: The audit found a problem that would invalidate the training, such as leakage between splits.
     """
     pixel_cache = PixelCache(network.spec.preprocessing)
     context = fingerprint_context(pixel_cache.preprocessing.decode_px)
@@ -130,7 +140,7 @@ def prepare_dataset(
         ),
         name=lambda sample: sample.name,
     )
-    # this host's paths
+    # map_sharded returns records with the paths of other hosts
     records = [dataclasses.replace(s, sample=sample) for s, sample in zip(records, dataset.samples, strict=True)]
     dataset, records, dropped_extra = drop_known_images(dataset, records)
     applied = None
@@ -151,7 +161,7 @@ def prepare_dataset(
 def make_batches(
     config: Config, network: TrainingNetwork, cache: FeatureCache | None, prepared: PreparedDataset, split: str
 ) -> Batches:
-    """The batches of one split; with a cache the frozen part runs here, over the photos that it does not know."""
+    """Build the batches of one split. With a cache, missing features are computed here."""
     assert config.batch_size is not None
     records = prepared.splits[split]
     if cache:

@@ -1,4 +1,4 @@
-"""TensorBoard events, for those who ask for them."""
+"""Write the training history as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from finetune.training.trainer import EpochRow
 
 
 class EventWriter:
-    """Writes one row of history an epoch into ``run/tensorboard``; does nothing where ``run`` is None."""
+    """Writes the rows of the history to ``run/tensorboard``. Does nothing if ``run`` is None."""
 
     def __init__(self, run: Path | None) -> None:
         self._writer = None
         if run is not None:
-            from torch.utils.tensorboard import SummaryWriter  # here, as it takes seconds to import
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
 
             self._writer = SummaryWriter(str(run / "tensorboard"))
 

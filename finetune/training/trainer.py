@@ -1,4 +1,4 @@
-"""Train what follows the cut: NLLLoss on log-probabilities, SGD or Adam, the best epoch by validation loss kept."""
+"""The training loop for the layers after the split point: NLLLoss, SGD or Adam, best epoch by validation loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EpochRow = dict[str, float]
 
 @dataclass
 class Progress:
-    """All that a training needs to go on: the state after ``epoch`` epochs, and the best one so far."""
+    """The complete state of a training after ``epoch`` epochs, including the best epoch so far."""
 
     epoch: int = 0
     last: dict[str, Tensor] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Progress:
 
 
 def fit(
-    part: nn.Module,
+    module: nn.Module,
     names: Sequence[str],
     train: Batches,
     valid: Batches,
@@ -49,21 +49,36 @@ def fit(
     progress: Progress | None = None,
     on_epoch: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Train ``part`` (features -> log-probabilities) and give the state of its best epoch.
+    """Train ``module`` (features -> log-probabilities) and leave it in the state of its best epoch.
 
-    ``names`` are the tensors of ``part`` that training changes, ``head`` those among them that learn at the full rate.
-    Where ``part`` answers with a tuple, the losses of all answers but the first count ``aux_weight`` each.
-    ``on_epoch`` is called after each epoch with what is needed to go on from there: passing it as ``progress`` gives the
-    same weights, bit for bit, as if nothing had happened, for every random number is drawn from the seed and the epoch.
+    All random numbers depend only on the seed and the epoch, so a resumed training gives the same weights bit for bit.
+
+    Args:
+        module: The layers to train. If it returns a tuple, the outputs after the first are those of auxiliary heads.
+        names: The tensors of ``module`` that training changes.
+        train: The training batches.
+        valid: The validation batches.
+        config: The settings of the run.
+        compute: Device and precision.
+        head: The tensors among ``names`` that learn at the full learning rate.
+        aux_weight: Weight of the loss of each auxiliary head.
+        progress: The state to resume from.
+        on_epoch: Called after each epoch with the state to resume from.
+
+    Returns:
+        The state after the last epoch.
+
+    Raises:
+        RunError: The loss is not finite.
     """
     epochs = _known(config.epochs)
     progress = progress or Progress()
-    part.to(compute.device)
-    optimizer = make_optimizer(part, config, head=head)
+    module.to(compute.device)
+    optimizer = make_optimizer(module, config, head=head)
     if progress.epoch:
-        part.load_state_dict(progress.last, strict=False)
+        module.load_state_dict(progress.last, strict=False)
         optimizer.load_state_dict(progress.optimizer)
-    distributed.broadcast_weights(part)
+    distributed.broadcast_weights(module)
     with tqdm(
         total=epochs * len(train), initial=progress.epoch * len(train), desc="training", unit="photo", disable=None
     ) as bar:
@@ -74,11 +89,11 @@ def fit(
                 group["lr"] = rate * group["scale"]
             torch.manual_seed(config.seed * 1_000_003 + progress.epoch)
             train_loss, train_accuracy = train_one_epoch(
-                part, train, optimizer, progress.epoch, compute=compute, aux_weight=aux_weight, bar=bar
+                module, train, optimizer, progress.epoch, compute=compute, aux_weight=aux_weight, bar=bar
             )
-            valid_loss, valid_accuracy = distributed.broadcast(evaluate(part, valid, compute=compute))
+            valid_loss, valid_accuracy = distributed.broadcast(evaluate(module, valid, compute=compute))
             if not math.isfinite(train_loss + valid_loss):
-                raise RunError(f"The loss is no longer a number in epoch {progress.epoch + 1}; lower --lr, which is {rate:g}.")
+                raise RunError(f"The loss became NaN or infinite in epoch {progress.epoch + 1}. Lower --lr (now {rate:g}).")
             progress.epoch += 1
             progress.history.append(
                 {
@@ -91,25 +106,25 @@ def fit(
                     "seconds": time.perf_counter() - started,
                 }
             )
-            progress.last = _pick(part, names)
+            progress.last = _pick(module, names)
             progress.optimizer = copy.deepcopy(optimizer.state_dict())
             if valid_loss < progress.best_loss - config.min_delta:
                 progress.best, progress.best_epoch, progress.best_loss = progress.last, progress.epoch, valid_loss
             bar.set_postfix(valid_loss=f"{valid_loss:.4f}", valid_accuracy=f"{valid_accuracy:.2%}")
-            if bar.disable:  # into a file: no bar, but a line an epoch
+            if bar.disable:  # not a terminal: print a line per epoch instead
                 print(
                     f"epoch {progress.epoch} of {epochs}: train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, "
                     f"valid accuracy {valid_accuracy:.2%}",
                     flush=True,
                 )
             on_epoch(progress)
-    part.load_state_dict(progress.best, strict=False)
+    module.load_state_dict(progress.best, strict=False)
     return progress
 
 
-def make_optimizer(part: nn.Module, config: Config, *, head: Sequence[str]) -> torch.optim.Optimizer:
-    """SGD or Adam over what is trainable: the head at the full rate, unfrozen layers at their part of it."""
-    trainable = [(name, p) for name, p in part.named_parameters() if p.requires_grad]
+def make_optimizer(module: nn.Module, config: Config, *, head: Sequence[str]) -> torch.optim.Optimizer:
+    """Create SGD or Adam with the head at the full learning rate and unfrozen layers at ``unfreeze_lr_scale`` of it."""
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in trainable if name in set(head)], "scale": 1.0},
         {"params": [p for name, p in trainable if name not in set(head)], "scale": config.unfreeze_lr_scale},
@@ -124,7 +139,7 @@ def make_optimizer(part: nn.Module, config: Config, *, head: Sequence[str]) -> t
 
 
 def train_one_epoch(
-    part: nn.Module,
+    module: nn.Module,
     batches: Batches,
     optimizer: torch.optim.Optimizer,
     epoch: int,
@@ -133,60 +148,62 @@ def train_one_epoch(
     aux_weight: float = 0.0,
     bar: Any,
 ) -> tuple[float, float]:
-    """One pass in the epoch's order; returns the mean loss and the accuracy, as they were while the weights moved."""
-    train_mode(part)
+    """Train for one epoch and return the mean loss and the accuracy, both measured during the epoch."""
+    train_mode(module)
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
     loss_of = nn.NLLLoss()
-    loss_sum, right = 0.0, 0
+    loss_sum, correct = 0.0, 0
     for features, labels in batches.shuffled(epoch):
         features, labels = features.to(compute.device), labels.to(compute.device)
-        count = distributed.all_reduce_sum(
-            len(labels)
-        )  # of the whole batch: several processes have a share of it each, which may be empty
+        count = distributed.all_reduce_sum(len(labels))  # size of the batch over all processes; a shard may be empty
         optimizer.zero_grad()
         if len(labels):
             with compute.autocast(), distributed.shared_dropout(count):
-                log_probs, *aux = _answers(part(features))
+                log_probs, *aux = _as_tuple(module(features))
             loss = loss_of(log_probs.float(), labels)
-            aux_loss = sum(loss_of(answer.float(), labels) for answer in aux)
+            aux_loss = sum(loss_of(output.float(), labels) for output in aux)
             scaler.scale((loss + aux_weight * aux_loss) * (len(labels) / count)).backward()
             loss_sum += loss.item() * len(labels)
-            right += int((log_probs.argmax(1) == labels).sum())
-        distributed.all_reduce_gradients(part)
+            correct += int((log_probs.argmax(1) == labels).sum())
+        distributed.all_reduce_gradients(module)
         scaler.step(optimizer)
         scaler.update()
         bar.update(count)
-    return distributed.all_reduce_sum(loss_sum) / len(batches), distributed.all_reduce_sum(right) / len(batches)
+    return distributed.all_reduce_sum(loss_sum) / len(batches), distributed.all_reduce_sum(correct) / len(batches)
 
 
-def evaluate(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[float, float]:
-    """The mean loss and the accuracy in evaluation mode."""
-    log_probs, labels = predict(part, batches, compute=compute)
+def evaluate(module: nn.Module, batches: Batches, *, compute: Compute) -> tuple[float, float]:
+    """Compute the mean loss and the accuracy in evaluation mode."""
+    log_probs, labels = predict(module, batches, compute=compute)
     loss = nn.functional.nll_loss(log_probs, labels).item()
     return loss, float((log_probs.argmax(1) == labels).float().mean())
 
 
-def predict(part: nn.Module, batches: Batches, *, compute: Compute) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, classes) float32 and labels (N,), in the photos' order, in evaluation mode."""
-    part.eval()
+def predict(module: nn.Module, batches: Batches, *, compute: Compute) -> tuple[Tensor, Tensor]:
+    """Predict all batches in evaluation mode.
+
+    Returns:
+        Log-probabilities (N, classes) float32 and labels (N,), in the order of the images.
+    """
+    module.eval()
     outputs: list[Tensor] = []
-    truths: list[Tensor] = []
+    label_batches: list[Tensor] = []
     with torch.inference_mode():
         for features, labels in batches.ordered():
             with compute.autocast():
-                outputs.append(_answers(part(features.to(compute.device)))[0].float().cpu())
-            truths.append(labels)
-    parts = distributed.all_gather((outputs, truths))
-    return torch.cat([rows for own, _ in parts for rows in own]), torch.cat([rows for _, own in parts for rows in own])
+                outputs.append(_as_tuple(module(features.to(compute.device)))[0].float().cpu())
+            label_batches.append(labels)
+    shards = distributed.all_gather((outputs, label_batches))
+    return torch.cat([rows for own, _ in shards for rows in own]), torch.cat([rows for _, own in shards for rows in own])
 
 
-def _answers(given: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The network's own log-probabilities, then those of its auxiliary heads, where it has them."""
-    return given if isinstance(given, tuple) else (given,)
+def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return the network's log-probabilities, followed by those of its auxiliary heads if it has any."""
+    return output if isinstance(output, tuple) else (output,)
 
 
 def learning_rate(config: Config, epoch: int) -> float:
-    """The rate of an epoch (from 0): constant, or half a cosine from the full rate towards zero."""
+    """Return the learning rate of an epoch (from 0): constant, or a half cosine from the full rate toward zero."""
     rate: float = _known(config.lr)
     if config.lr_schedule == "cosine":
         return rate * 0.5 * (1 + math.cos(math.pi * epoch / int(_known(config.epochs))))
@@ -197,8 +214,8 @@ def _should_stop(progress: Progress, config: Config) -> bool:
     return bool(config.patience) and progress.epoch - progress.best_epoch >= config.patience
 
 
-def _pick(part: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    state = part.state_dict()
+def _pick(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    state = module.state_dict()
     return {name: state[name].detach().cpu().clone() for name in names}
 
 

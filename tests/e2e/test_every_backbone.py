@@ -93,7 +93,7 @@ def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: P
     spec = get_spec(name)
     assert bundle.backbone == name
     assert bundle.preprocessing == spec.preprocessing
-    frozen = "The frozen part ends behind" if spec.weights else "No feature cache, as all weights are trained"
+    frozen = "Features are computed once per photo" if spec.weights else "No feature cache because all weights are trained"
     assert frozen in said
 
     code, _, err = finetune("evaluate", "--bundle", bundle.path, "--data-dir", photos, "--output-dir", tmp_path / "evaluation")

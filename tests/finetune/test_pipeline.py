@@ -111,7 +111,7 @@ def test_a_run_writes_the_files_that_it_prints(lite: SimpleNamespace) -> None:
     }
     for name in ("bundle", "metrics.json", "predictions.csv", "plots"):
         assert str(lite.folder / name) in lite.printed
-    assert "The frozen part ends behind" in lite.printed
+    assert "Features are computed once per photo, up to" in lite.printed
     assert len((lite.folder / "history.csv").read_text().splitlines()) == 1 + 3
 
 
@@ -213,7 +213,7 @@ def test_without_the_feature_cache_the_weights_are_the_same_bit_for_bit(
     """Both run the frozen layers in the same engine with a fixed batch size, so not even rounding differs."""
     flags = ("--backbone", "tiny", "--weights", tiny_weights, "--no-feature-cache", "--workers", 3)
     uncached = train(cached.data, tmp_path / "run", *flags)
-    assert "No feature cache, as --no-feature-cache was given" in uncached.printed
+    assert "No feature cache because --no-feature-cache was given" in uncached.printed
     ours, theirs = weights_of(cached.bundle), weights_of(uncached.bundle)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert (uncached.folder / "predictions.csv").read_text() == (cached.folder / "predictions.csv").read_text()
@@ -237,7 +237,7 @@ def test_unfrozen_layers_are_trained_and_no_others(cached: SimpleNamespace, tmp_
 
 
 @pytest.mark.parametrize(
-    ("settings", "why"),
+    ("settings", "reason"),
     [
         ({"weights": "none"}, "all weights are trained and nothing is frozen"),
         ({"unfreeze": ("classifier.3",)}, "--unfreeze trains deeper layers"),
@@ -246,12 +246,12 @@ def test_unfrozen_layers_are_trained_and_no_others(cached: SimpleNamespace, tmp_
     ],
 )
 def test_the_reason_for_no_feature_cache_is_printed(
-    tiny_weights: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], why: str
+    tiny_weights: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], reason: str
 ) -> None:
     config = Config(**({"backbone": "tiny", "weights": str(tiny_weights)} | settings))
     compute = select_compute("cpu", "fp32")
     assert build_feature_cache(config, prepare_network(TINY, 2, config, compute), compute) is None
-    assert f"No feature cache, as {why}: every epoch runs every photo" in capsys.readouterr().out
+    assert f"No feature cache because {reason}. Every epoch runs every photo" in capsys.readouterr().out
 
 
 def test_random_weights_five_classes_held_out_photos_and_a_damaged_file(tmp_path: Path, tiny_weights: Path) -> None:
@@ -294,7 +294,7 @@ def vgg(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder, vgg
 def test_vgg16_changes_only_its_head_and_loads_into_torchvision(vgg: SimpleNamespace, vgg16_weights: Path) -> None:
     assert changed_tensors(vgg.bundle, read_tensors(vgg16_weights)) == {"classifier.6.weight", "classifier.6.bias"}
     assert vgg.bundle.manifest["last_frozen"] == "classifier.1"
-    assert "not the published ones" in vgg.printed
+    assert "not the published weights" in vgg.printed
     with torch.device("meta"):
         net: nn.Module = torchvision_models.vgg16(num_classes=2)
     net.load_state_dict(weights_of(vgg.bundle), assign=True)

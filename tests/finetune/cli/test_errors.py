@@ -166,21 +166,21 @@ def test_an_occupied_folder_is_not_changed(said: Callable[..., str], tmp_path: P
     run = tmp_path / "run"
     run.mkdir()
     (run / "thesis.txt").write_text("mine")
-    assert f"{run} is not empty and is no run" in said()
+    assert f"{run} is not empty and does not contain a run" in said()
     (run / "config.yaml").write_text("epochs: 3\n")
-    assert f"{run} holds another run" in said()
+    assert f"{run} already contains a run" in said()
     assert "--resume" in said()
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "thesis.txt"]
-    assert "is a file, and a run needs a folder" in said("--output-dir", run / "thesis.txt")
+    assert "is a file, but a run needs a folder" in said("--output-dir", run / "thesis.txt")
     assert "the path, or a parent of it, is not a folder" in said("--output-dir", run / "thesis.txt" / "run")
     assert "the name is too long" in said("--output-dir", tmp_path / ("x" * 300))
 
 
-def test_resuming_requires_a_run(said: Callable[..., str], tmp_path: Path, data: Path) -> None:
-    assert f"There is no run in {tmp_path / 'run'} to go on with; start it without --resume." in said("--resume")
+def test_resuming_needs_a_run(said: Callable[..., str], tmp_path: Path, data: Path) -> None:
+    assert f"No run to resume in {tmp_path / 'run'}. Start it without --resume." in said("--resume")
     assert "--resume requires the run directory. Add --output-dir runs/NAME." in refused("train", "--resume")
     (tmp_path / "c.yaml").write_text(f"output-dir: {tmp_path / 'run'}\n")
-    assert "There is no run in" in refused("train", "--resume", "--config", tmp_path / "c.yaml")
+    assert "No run to resume in" in refused("train", "--resume", "--config", tmp_path / "c.yaml")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("epochs: [1")
     assert "Cannot read the config file" in said("--resume")
@@ -201,7 +201,7 @@ def test_resuming_with_other_settings_is_rejected(
     with pytest.raises(Stop):
         finetune("train", *flags, "--seed", 3)
     resume = ("train", "--resume", "--output-dir", tmp_path / "run")
-    assert "was started with --seed 3, not 4; leave --seed out, or start another run." in refused(*resume, "--seed", 4)
+    assert "was started with --seed 3, not 4. Remove --seed, or start another run." in refused(*resume, "--seed", 4)
     (tmp_path / "c.yaml").write_text("lr: 0.25\n")
     assert "--lr 0.05, not 0.25" in refused(*resume, "--config", tmp_path / "c.yaml")
     with pytest.raises(Stop):

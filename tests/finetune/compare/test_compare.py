@@ -50,7 +50,7 @@ class TestComparison:
         code, out, err = compare(home, *FLAGS)
         assert code == 0, err
         assert "[4 of 4] efficientnet_lite0" in out
-        assert "The frozen part ends behind" in out
+        assert "Features are computed once per photo, up to" in out
         text = (home / "out" / "compare.md").read_text()
         assert text in out
         assert "Comparison on colours: 16 validation photos" in text

@@ -133,7 +133,7 @@ def test_an_error_on_rank_0_ends_the_others(data: Path, tiny_weights: Path, tmp_
     (tmp_path / "run" / "config.yaml").touch()
     code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "run"))
     assert code != 0
-    assert err.count("holds another run") == 1
+    assert err.count("already contains a run") == 1
     assert "Traceback" not in err.split("finetune: ")[0]
 
 

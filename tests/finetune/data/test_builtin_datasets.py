@@ -106,7 +106,7 @@ def test_an_occupied_run_directory_is_reported_before_the_download(tmp_path: Pat
     (tmp_path / "run" / "notes.txt").write_text("mine")
     code, _, err = finetune("train", "--dataset", "digits", "--data-dir", tmp_path / "digits", "--output-dir", tmp_path / "run")
     assert code == 2
-    assert "is not empty and is no run" in err
+    assert "is not empty and does not contain a run" in err
     assert not (tmp_path / "digits").exists()
 
 

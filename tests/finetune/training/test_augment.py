@@ -18,14 +18,14 @@ def photo(tmp_path: Path) -> Image.Image:
     return Image.open(paint(tmp_path / "photo.png", COLORS[0], seed=1, size=(120, 90)))
 
 
-def test_a_view_is_what_the_network_takes(photo: Image.Image) -> None:
+def test_a_view_has_the_input_shape_of_the_network(photo: Image.Image) -> None:
     view = Augment(PREPROCESSING, seed=0).crop(photo, epoch=0, index=0)
     assert (view.shape, view.dtype) == ((32, 32, 3), np.uint8)
-    grey = replace(PREPROCESSING, mean=(0.5,), std=(0.5,))
-    assert Augment(grey, seed=0).crop(photo, epoch=0, index=0).shape == (32, 32, 1)
+    gray = replace(PREPROCESSING, mean=(0.5,), std=(0.5,))
+    assert Augment(gray, seed=0).crop(photo, epoch=0, index=0).shape == (32, 32, 1)
 
 
-def test_a_view_depends_on_seed_epoch_and_photo_alone(photo: Image.Image) -> None:
+def test_a_view_depends_only_on_seed_epoch_and_photo(photo: Image.Image) -> None:
     augment = Augment(PREPROCESSING, seed=3)
     first = augment.crop(photo, epoch=2, index=5)
     augment.crop(photo, epoch=0, index=0)
@@ -38,8 +38,8 @@ def test_a_view_depends_on_seed_epoch_and_photo_alone(photo: Image.Image) -> Non
         assert (other != first).any()
 
 
-def test_a_view_shows_a_part_of_the_photo_flipped_half_of_the_time() -> None:
-    """In a photo whose red grows to the right and green downwards, a view says itself which part it is of."""
+def test_a_view_is_a_random_crop_flipped_half_of_the_time() -> None:
+    """The photo is a color ramp, red to the right and green downward, so the colors show the crop."""
     ramp = np.zeros((200, 300, 3), np.uint8)
     ramp[:, :, 0] = np.linspace(0, 255, 300)[None]
     ramp[:, :, 1] = np.linspace(0, 255, 200)[:, None]
@@ -52,12 +52,12 @@ def test_a_view_shows_a_part_of_the_photo_flipped_half_of_the_time() -> None:
     widths = [abs(view[:, -1, 0].mean() - view[:, 0, 0].mean()) / 255 for view in views]
     heights = [abs(view[-1, :, 1].mean() - view[0, :, 1].mean()) / 255 for view in views]
     areas = np.multiply(widths, heights)
-    assert np.quantile(areas, 0.05) > 0.6 * AREA_RANGE[0]  # colour jitter moves the levels by some tenths
+    assert np.quantile(areas, 0.05) > 0.6 * AREA_RANGE[0]  # color jitter changes the levels
     assert areas.min() < 0.45 < 0.75 < areas.max()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2000, 3), (3, 2000), (32, 32)])
-def test_odd_shapes_give_a_view_too(size: tuple[int, int]) -> None:
+def test_extreme_aspect_ratios(size: tuple[int, int]) -> None:
     view = Augment(PREPROCESSING, seed=0).crop(Image.new("RGB", size, (10, 200, 30)), epoch=0, index=0)
     assert view.shape == (32, 32, 3)
     assert view[..., 1].min() > 100 > view[..., 0].max()

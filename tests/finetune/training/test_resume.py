@@ -1,4 +1,4 @@
-"""A training that is killed goes on where it was, and gives the weights that it would have given."""
+"""A killed training can be resumed and gives the same weights as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -32,25 +32,29 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Training:
-    """A ``finetune train`` in a process of its own, which never comes to the end of the epoch ``hold_at``."""
+    """``finetune train`` in a separate process that never finishes the epoch ``hold_at``."""
 
-    def __init__(self, *words: object, hold_at: int) -> None:
-        command = [sys.executable, "-m", "tests.helpers.tiny_network", "train", *map(str, words)]
-        place = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": place, "PYTHONUNBUFFERED": "1", "HOLD_AT": str(hold_at)}
+    def __init__(self, *flags: object, hold_at: int) -> None:
+        command = [sys.executable, "-m", "tests.helpers.tiny_network", "train", *map(str, flags)]
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", "HOLD_AT": str(hold_at)}
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
         )
 
     def stop_when(self, condition: Callable[[], bool], *, by: signal.Signals) -> tuple[int, str, str]:
-        """Send a signal as soon as ``condition`` holds; gives the exit code and what was printed."""
+        """Send a signal as soon as ``condition`` is true.
+
+        Returns:
+            The exit code, stdout and stderr.
+        """
         deadline = time.monotonic() + 600
         while not condition():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(0.005)
             if self.process.returncode is not None or time.monotonic() > deadline:
                 self.process.kill()
-                pytest.fail(f"never came to be stopped: {self.process.communicate()}")
+                pytest.fail(f"ended or timed out before the signal: {self.process.communicate()}")
         self.process.send_signal(by)
         out, err = self.process.communicate(timeout=600)
         return self.process.returncode, out, err
@@ -69,10 +73,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return color_folder(tmp_path_factory.mktemp("data") / "colours", train=9, valid=5)
 
 
-def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_path: Path, tiny_weights: Path) -> None:
-    """Killed before the first feature, interrupted and killed between epochs; compared with a run that nothing happened to."""
+def test_a_run_interrupted_three_times_ends_with_the_same_weights(data: Path, tmp_path: Path, tiny_weights: Path) -> None:
+    """Kill a run before the first feature, interrupt and kill it between epochs, and compare it with an uninterrupted run."""
     flags = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--epochs", EPOCHS, "--lr-schedule", "cosine")
-    run, whole = tmp_path / "run", tmp_path / "whole"
+    run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
     caches = [("--cache-dir", tmp_path / name) for name in ("cache", "other-cache")]
     resume = ("--resume", "--output-dir", run)
 
@@ -91,7 +95,7 @@ def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_
     code, out, _ = training.stop_when(lambda: len(history(run)) >= interrupted + 15, by=signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert f"Resuming after epoch {interrupted}." in out
-    (run / ".bundle.abc.part").mkdir()  # what a kill a moment later would have left
+    (run / ".bundle.abc.part").mkdir()  # as left by a later kill
     (run / "plots").mkdir()
     (run / "plots" / ".reliability.png.xyz.part").write_bytes(b"half")
     killed = len(history(run))
@@ -100,18 +104,18 @@ def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_
     code, out, err = finetune("train", *resume)
     assert (code, err) == (0, "")
     assert f"Resuming after epoch {killed}" in out or f"Resuming after epoch {killed + 1}" in out  # between two files
-    assert finetune("train", *flags, "--output-dir", whole, *caches[1])[0] == 0
+    assert finetune("train", *flags, "--output-dir", uninterrupted, *caches[1])[0] == 0
 
-    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, whole))
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, uninterrupted))
     assert ours["epoch"] == theirs["epoch"] == EPOCHS
     assert ours["best_epoch"] == theirs["best_epoch"]
     for state in ("best", "last"):
         assert ours[state].keys() == theirs[state].keys()
         assert all(torch.equal(ours[state][name], theirs[state][name]) for name in ours[state])
-    ours, theirs = (load_file(folder / "bundle" / "model.safetensors") for folder in (run, whole))
+    ours, theirs = (load_file(folder / "bundle" / "model.safetensors") for folder in (run, uninterrupted))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert history(run) == history(whole)
-    assert (run / "predictions.csv").read_text() == (whole / "predictions.csv").read_text()
+    assert history(run) == history(uninterrupted)
+    assert (run / "predictions.csv").read_text() == (uninterrupted / "predictions.csv").read_text()
     assert not list(run.rglob("*.part"))
 
     code, out, _ = finetune("train", *resume)
@@ -121,8 +125,8 @@ def test_a_run_that_is_killed_thrice_ends_with_the_same_weights(data: Path, tmp_
     assert "was started with --lr 0.05, not 0.3" in err
 
 
-class _TiresAfter(FeatureExtractor):
-    """A frozen part that a person interrupts after some batches."""
+class _InterruptedAfter(FeatureExtractor):
+    """A feature extractor that is interrupted after ``batches`` batches."""
 
     batches = 1
 
@@ -133,11 +137,11 @@ class _TiresAfter(FeatureExtractor):
         return pixels.reshape(len(pixels), -1)[:, :7].astype(np.float32)
 
 
-def test_features_that_were_computed_before_an_interrupt_are_kept(tmp_path: Path) -> None:
+def test_features_computed_before_an_interrupt_are_cached(tmp_path: Path) -> None:
     photos = sorted((color_folder(tmp_path / "data", train=40, valid=0) / "train").glob("*/*.jpg"))
     records = [ImageRecord(Sample(path.name, path, 0, "train"), f"{i:064x}", None, None) for i, path in enumerate(photos)]
-    parts = split_model(build_classifier(TINY, num_classes=2, base=None))
-    frozen = _TiresAfter(parts, TINY.preprocessing, select_compute("cpu", "fp32"))
+    split = split_model(build_classifier(TINY, num_classes=2, base=None))
+    frozen = _InterruptedAfter(split, TINY.preprocessing, select_compute("cpu", "fp32"))
     pixel_cache = PixelCache(TINY.preprocessing)
 
     def cache() -> FeatureCache:

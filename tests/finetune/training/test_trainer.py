@@ -37,27 +37,31 @@ def base(tiny_weights: Path) -> dict[str, Tensor]:
 
 
 def fresh(base: dict[str, Tensor], config: Config) -> Classifier:
-    own = {name: tensor.clone() for name, tensor in base.items()}  # the network takes them as they are and trains them
+    own = {name: tensor.clone() for name, tensor in base.items()}  # the network trains these tensors in place
     return build_classifier(TINY, num_classes=2, base=own, unfreeze=config.unfreeze, seed=config.seed)
 
 
-def batches_for(parts: SplitModel, config: Config, *, count: int, seed: int) -> CachedBatches:
-    """What the frozen part says of noisy pictures, which are a little brighter in the second class."""
+def batches_for(split: SplitModel, config: Config, *, count: int, seed: int) -> CachedBatches:
+    """Return the features of noise images that are slightly brighter in the second class."""
     labels = torch.arange(count) % 2
     noise = torch.randint(0, 200, (count, 32, 32, 3), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        rows = parts.frozen((noise + 40 * labels.reshape(-1, 1, 1, 1)).to(torch.uint8))
+        rows = split.frozen((noise + 40 * labels.reshape(-1, 1, 1, 1)).to(torch.uint8))
     return CachedBatches(rows.numpy(), labels.tolist(), batch_size=config.batch_size or 1, seed=config.seed)
 
 
 def run(base: dict[str, Tensor], config: Config = CONFIG, **options: Any) -> tuple[Progress, Classifier]:
-    """Fit ``tiny`` on 23 + 10 pictures; gives the progress and the network, which then holds the best epoch."""
+    """Fit ``tiny`` on 23 + 10 images.
+
+    Returns:
+        The progress, and the network in the state of the best epoch.
+    """
     classifier = fresh(base, config)
-    parts = split_model(classifier)
-    batches = [batches_for(parts, config, count=count, seed=seed) for count, seed in ((23, 0), (10, 1))]
+    split = split_model(classifier)
+    batches = [batches_for(split, config, count=count, seed=seed) for count, seed in ((23, 0), (10, 1))]
     names = [f"net.{name}" for name in trainable_names(classifier.net)]
     head = ["net.classifier.4.weight", "net.classifier.4.bias"]
-    return fit(parts.trainable, names, *batches, config, compute=CPU, head=head, **options), classifier
+    return fit(split.trainable, names, *batches, config, compute=CPU, head=head, **options), classifier
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -67,16 +71,16 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
-    """Let the validation losses be these; the accuracy stays at one half."""
+    """Replace the validation losses by ``losses`` and the accuracy by 0.5."""
     script: Iterator[float] = iter(losses)
-    monkeypatch.setattr(trainer, "evaluate", lambda part, batches, *, compute: (next(script), 0.5))
+    monkeypatch.setattr(trainer, "evaluate", lambda module, batches, *, compute: (next(script), 0.5))
 
 
-# The textbook
+# Comparison with a plain training loop
 
 
 def random_state(backbone: str) -> dict[str, Tensor]:
-    """Random weights whose BatchNorm statistics fit them, so that signals neither fade nor grow."""
+    """Return random weights with matching BatchNorm statistics, so that activations neither vanish nor explode."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         net = create_model(backbone).train()
@@ -85,10 +89,10 @@ def random_state(backbone: str) -> dict[str, Tensor]:
     return net.state_dict()
 
 
-def textbook(
+def train_plainly(
     net: nn.Module, pixels: Tensor, labels: Tensor, config: Config, head: str, start: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The loop that everybody writes: torchvision's network, all of it, over every photo in every epoch, in eager torch."""
+    """Train with a plain eager loop: torchvision's complete network over every image in every epoch."""
     for parameter in net.parameters():
         parameter.requires_grad = False
     layer = net.get_submodule(head)
@@ -113,12 +117,12 @@ def textbook(
 
 
 @pytest.mark.parametrize(("backbone", "after"), [("alexnet", "flatten"), ("resnet18", "flatten")])
-def test_the_head_is_the_one_that_the_textbook_loop_trains(backbone: str, after: str) -> None:
-    """AlexNet has two dropouts behind the cut: drawn from the same seeds, they drop the same numbers in both loops.
+def test_the_head_matches_a_plain_training_loop(backbone: str, after: str) -> None:
+    """AlexNet has two dropouts after the split point. With the same seeds they drop the same values in both loops.
 
-    The frozen parts run in two engines, OpenVINO here and eager torch there, which add in different orders. Float32's rounding
-    (6e-8) grows over layers and steps: measured are 2e-6 (AlexNet) and 4e-5 (ResNet-18) of the way that the head has moved. One
-    dropped number that differs, or BatchNorm statistics that move, change more than a hundredth.
+    The frozen layers run in OpenVINO here and in eager torch in the plain loop, which add in different orders. The rounding
+    error of float32 (6e-8) grows over layers and steps. The measured difference is 2e-6 (AlexNet) and 4e-5 (ResNet-18) of the
+    change of the head. A different dropped value or changing BatchNorm statistics cause a difference of more than 1e-2.
     """
     config = Config(backbone=backbone, epochs=3, batch_size=4, lr=0.01, seed=2).with_recipe(get_spec(backbone).recipe)
     state = random_state(backbone)
@@ -127,17 +131,17 @@ def test_the_head_is_the_one_that_the_textbook_loop_trains(backbone: str, after:
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
 
     classifier = build_classifier(spec, num_classes=3, base=state, seed=config.seed)
-    parts = split_model(classifier)
-    assert parts.last_frozen == after
-    rows = FeatureExtractor(parts, spec.preprocessing, CPU).run(pixels.numpy())
+    split = split_model(classifier)
+    assert split.last_frozen == after
+    rows = FeatureExtractor(split, spec.preprocessing, CPU).run(pixels.numpy())
     cached = CachedBatches(rows, labels.tolist(), batch_size=4, seed=config.seed)
     names = [f"net.{spec.head}.{name}" for name in ("weight", "bias")]
     start = copy.deepcopy(classifier.net.get_submodule(spec.head).state_dict())
-    ours = fit(parts.trainable, names, cached, cached, config, compute=CPU, head=names).last
+    ours = fit(split.trainable, names, cached, cached, config, compute=CPU, head=names).last
 
     net = getattr(torchvision.models, backbone)(num_classes=3)
     net.load_state_dict({k: v for k, v in state.items() if not k.startswith(f"{spec.head}.")}, strict=False)
-    theirs = textbook(net, pixels, labels, config, spec.head, start)
+    theirs = train_plainly(net, pixels, labels, config, spec.head, start)
     for name, tensor in theirs.items():
         moved = (tensor - start[name]).abs().max()
         print(backbone, name, moved, (ours[f"net.{spec.head}.{name}"] - tensor).abs().max() / moved)
@@ -149,8 +153,8 @@ def test_the_head_is_the_one_that_the_textbook_loop_trains(backbone: str, after:
 
 
 @pytest.mark.parametrize("unfreeze", [(), ("classifier.3",), ("features.3",), ("features.3", "features.4")])
-def test_no_frozen_tensor_moves_and_every_trained_one_does(base: dict[str, Tensor], unfreeze: tuple[str, ...]) -> None:
-    """Behind features.3, a convolution, BatchNorm is frozen and runs in every epoch: its statistics stay as they were."""
+def test_exactly_the_trained_tensors_change(base: dict[str, Tensor], unfreeze: tuple[str, ...]) -> None:
+    """BatchNorm after features.3 (a convolution) is frozen and runs in every epoch: its statistics must not change."""
     config = replace(CONFIG, unfreeze=unfreeze, unfreeze_lr_scale=0.5)
     before = {name: tensor.clone() for name, tensor in fresh(base, config).net.state_dict().items()}
     progress, classifier = run(base, config)
@@ -161,14 +165,14 @@ def test_no_frozen_tensor_moves_and_every_trained_one_does(base: dict[str, Tenso
         assert torch.equal(after[name], before[name]) != name.startswith(learned), name
 
 
-def test_without_pretrained_weights_everything_learns(base: dict[str, Tensor]) -> None:
+def test_without_pretrained_weights_all_tensors_are_trained(base: dict[str, Tensor]) -> None:
     config = replace(CONFIG, weights="none")
     classifier = build_classifier(TINY, num_classes=2, base=None, seed=config.seed)
     before = {name: tensor.clone() for name, tensor in classifier.net.state_dict().items()}
-    parts = split_model(classifier)
-    batches = batches_for(parts, config, count=12, seed=0)
+    split = split_model(classifier)
+    batches = batches_for(split, config, count=12, seed=0)
     names = [f"net.{name}" for name in trainable_names(classifier.net)]
-    fit(parts.trainable, names, batches, batches, config, compute=CPU, head=[])
+    fit(split.trainable, names, batches, batches, config, compute=CPU, head=[])
     after = classifier.net.state_dict()
     assert [name for name in after if torch.equal(after[name], before[name])] == []
 
@@ -176,14 +180,14 @@ def test_without_pretrained_weights_everything_learns(base: dict[str, Tensor]) -
 # Seeds, resuming and the best epoch
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_gives_others(base: dict[str, Tensor]) -> None:
+def test_weights_are_reproducible_by_seed(base: dict[str, Tensor]) -> None:
     first, again, other = run(base)[0], run(base)[0], run(base, replace(CONFIG, seed=6))[0]
     assert_same(first.last, again.last)
     assert [row["train_loss"] for row in first.history] == [row["train_loss"] for row in again.history]
     assert all(not torch.equal(first.last[name], other.last[name]) for name in first.last)
 
 
-def test_dropout_is_drawn_from_the_seed_and_the_epoch_not_from_what_ran_before(base: dict[str, Tensor]) -> None:
+def test_dropout_does_not_depend_on_the_global_random_state(base: dict[str, Tensor]) -> None:
     first = run(base)[0]
     torch.manual_seed(99)
     torch.rand(1000)
@@ -192,7 +196,7 @@ def test_dropout_is_drawn_from_the_seed_and_the_epoch_not_from_what_ran_before(b
 
 @pytest.mark.parametrize("settings", [{}, {"lr_schedule": "cosine"}, {"unfreeze": ("classifier.3",), "weight_decay": 0.01}])
 @pytest.mark.parametrize("epochs_before", [1, 3])
-def test_going_on_from_a_checkpoint_gives_the_same_weights_bit_for_bit(
+def test_resuming_from_a_checkpoint_gives_identical_weights(
     tmp_path: Path, base: dict[str, Tensor], settings: dict[str, Any], epochs_before: int
 ) -> None:
     config = replace(CONFIG, **settings)
@@ -200,35 +204,35 @@ def test_going_on_from_a_checkpoint_gives_the_same_weights_bit_for_bit(
     class Killed(Exception):  # noqa: N818
         pass
 
-    def keep_and_die(progress: Progress) -> None:
+    def save_and_raise(progress: Progress) -> None:
         run_directory.save_checkpoint(tmp_path, progress, inputs="photos")
         if progress.epoch == epochs_before:
             raise Killed
 
-    whole, net = run(base, config)
+    uninterrupted, net = run(base, config)
     with pytest.raises(Killed):
-        run(base, config, on_epoch=keep_and_die)
-    kept = run_directory.load_checkpoint(tmp_path, inputs="photos")
-    assert kept is not None
-    assert kept.epoch == epochs_before
-    resumed, resumed_net = run(base, config, progress=kept)
-    assert_same(resumed.last, whole.last)
-    assert_same(resumed.best, whole.best)
+        run(base, config, on_epoch=save_and_raise)
+    loaded = run_directory.load_checkpoint(tmp_path, inputs="photos")
+    assert loaded is not None
+    assert loaded.epoch == epochs_before
+    resumed, resumed_net = run(base, config, progress=loaded)
+    assert_same(resumed.last, uninterrupted.last)
+    assert_same(resumed.best, uninterrupted.best)
     assert_same(resumed_net.state_dict(), net.state_dict())
-    assert resumed.best_epoch == whole.best_epoch
-    for ours, theirs in zip(resumed.history, whole.history, strict=True):
+    assert resumed.best_epoch == uninterrupted.best_epoch
+    for ours, theirs in zip(resumed.history, uninterrupted.history, strict=True):
         assert {k: v for k, v in ours.items() if k != "seconds"} == {k: v for k, v in theirs.items() if k != "seconds"}
 
 
-def test_a_checkpoint_of_other_photos_or_a_damaged_one_is_refused(tmp_path: Path, base: dict[str, Tensor]) -> None:
+def test_checkpoints_of_other_photos_and_damaged_ones_are_rejected(tmp_path: Path, base: dict[str, Tensor]) -> None:
     progress = run(base)[0]
     assert run_directory.load_checkpoint(tmp_path, inputs="photos") is None
     run_directory.save_checkpoint(tmp_path, progress, inputs="photos")
-    with pytest.raises(RunError, match="are not those that the run"):
+    with pytest.raises(RunError, match="differ from those that the run"):
         run_directory.load_checkpoint(tmp_path, inputs="other photos")
     file = tmp_path / run_directory.CHECKPOINT
-    whole = file.read_bytes()
-    for damaged in (whole[: len(whole) // 2], b"", b"no checkpoint"):
+    intact = file.read_bytes()
+    for damaged in (intact[: len(intact) // 2], b"", b"no checkpoint"):
         file.write_bytes(damaged)
         with pytest.raises(RunError, match=r"checkpoint\.pt is damaged"):
             run_directory.load_checkpoint(tmp_path, inputs="photos")
@@ -238,7 +242,7 @@ def test_a_checkpoint_of_other_photos_or_a_damaged_one_is_refused(tmp_path: Path
     ("patience", "min_delta", "epochs", "best"),
     [(0, 0.0, 6, 5), (2, 0.0, 4, 2), (3, 0.0, 6, 5), (1, 0.0, 3, 2), (3, 0.15, 4, 1), (4, 0.15, 6, 5)],
 )
-def test_patience_and_min_delta_say_when_to_stop_and_what_is_best(
+def test_patience_and_min_delta_control_early_stopping(
     base: dict[str, Tensor],
     monkeypatch: pytest.MonkeyPatch,
     patience: int,
@@ -253,31 +257,31 @@ def test_patience_and_min_delta_say_when_to_stop_and_what_is_best(
     assert (progress.epoch, progress.best_epoch) == (epochs, best)
     assert_same(progress.best, states[best - 1])
     own = classifier.state_dict()
-    assert_same({name: own[name] for name in progress.best}, states[best - 1])  # what is exported is the best epoch
+    assert_same({name: own[name] for name in progress.best}, states[best - 1])  # the best epoch is exported
 
 
-def test_a_run_that_stopped_early_stays_where_it_is(base: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_an_early_stopped_run_trains_no_further(base: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, [1.0, 2.0, 3.0])
     config = replace(CONFIG, epochs=9, patience=2)
     stopped = run(base, config)[0]
     assert run(base, config, progress=stopped)[0].epoch == 3
 
 
-def test_a_loss_that_is_no_number_stops_with_what_to_do(base: dict[str, Tensor]) -> None:
-    with pytest.raises(RunError, match=r"no longer a number in epoch \d; lower --lr, which is 1e\+38"):
+def test_a_loss_that_is_not_finite_stops_the_run(base: dict[str, Tensor]) -> None:
+    with pytest.raises(RunError, match=r"became NaN or infinite in epoch \d\. Lower --lr \(now 1e\+38\)"):
         run(base, replace(CONFIG, lr=1e38))
 
 
 def test_the_learning_rate_is_constant_or_half_a_cosine(base: dict[str, Tensor]) -> None:
     cosine = replace(CONFIG, lr=0.1, lr_schedule="cosine")
     assert [learning_rate(CONFIG, epoch) for epoch in range(4)] == [0.05] * 4
-    want = [0.1 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
-    assert [row["learning_rate"] for row in run(base, cosine)[0].history] == pytest.approx(want)
-    assert want[0] == 0.1
-    assert want[3] < 0.015
+    expected = [0.1 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+    assert [row["learning_rate"] for row in run(base, cosine)[0].history] == pytest.approx(expected)
+    assert expected[0] == 0.1
+    assert expected[3] < 0.015
 
 
-def test_unfrozen_layers_learn_at_their_part_of_the_rate(base: dict[str, Tensor]) -> None:
+def test_unfrozen_layers_use_their_scaled_learning_rate(base: dict[str, Tensor]) -> None:
     moved = {}
     for scale in (0.0, 0.1, 1.0):
         config = replace(CONFIG, unfreeze=("classifier.3",), unfreeze_lr_scale=scale, epochs=1, batch_size=99, momentum=0.0)
@@ -287,7 +291,7 @@ def test_unfrozen_layers_learn_at_their_part_of_the_rate(base: dict[str, Tensor]
     torch.testing.assert_close(moved[0.1] * 10, moved[1.0], rtol=1e-3, atol=1e-6)
 
 
-def test_history_says_how_it_went(tmp_path: Path, base: dict[str, Tensor]) -> None:
+def test_history_has_a_row_per_epoch(tmp_path: Path, base: dict[str, Tensor]) -> None:
     progress = run(base, replace(CONFIG, epochs=12))[0]
     run_directory.save_checkpoint(tmp_path, progress, inputs="")
     header, *rows = (tmp_path / run_directory.HISTORY).read_text(encoding="utf-8").splitlines()
@@ -300,7 +304,7 @@ def test_history_says_how_it_went(tmp_path: Path, base: dict[str, Tensor]) -> No
         assert row["valid_accuracy"] * 10 == pytest.approx(round(row["valid_accuracy"] * 10))
 
 
-def test_every_epoch_has_its_own_order_with_every_photo_once() -> None:
+def test_every_epoch_is_a_different_permutation() -> None:
     orders = [epoch_permutation(50, 3, epoch).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert orders[0] != orders[1] != orders[2] != orders[0]

@@ -40,7 +40,7 @@ def test_network_without_pretrained_weights_is_trained_from_random_ones(data: Pa
     code, output, err = finetune(*arguments, "--output-dir", tmp_path / "run")
     assert (code, err) == (0, "")
     (line,) = (line for line in output.splitlines() if "frozen" in line)
-    assert line.startswith("No feature cache, as all weights are trained and nothing is frozen")
+    assert line.startswith("No feature cache because all weights are trained and nothing is frozen")
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (settings["weights"], settings["optimizer"], settings["lr"], settings["augment"]) == ("none", "adam", 0.001, False)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -74,7 +74,7 @@ def test_weights_file_freezes_a_small_network(data: Path, tmp_path: Path) -> Non
     arguments = ("train", "--data-dir", data, "--backbone", "lenet5", "--weights", tmp_path / "lenet5.pth", "--epochs", 1)
     code, output, err = finetune(*arguments, "--output-dir", tmp_path / "run")
     assert (code, err) == (0, "")
-    assert "The frozen part ends behind sigmoid4" in output
+    assert "Features are computed once per photo, up to sigmoid4." in output
 
 
 def test_head_export_requires_pretrained_weights(data: Path, tmp_path: Path) -> None:
