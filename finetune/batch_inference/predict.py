@@ -91,7 +91,7 @@ def _missing_path(path: Path) -> DataError:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to predict with")
     parser.add_argument("photos", type=Path, nargs="*", metavar="PHOTO_OR_FOLDER", help="photos or folders to classify")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="number of decoding threads")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="number of decoding threads (default: one per CPU)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object per line")
     output.add_argument("--csv", action="store_true", help="print CSV with a column per class")

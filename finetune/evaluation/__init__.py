@@ -1,1 +1,1 @@
-"""Evaluate a bundle on labelled images, or every image of a data set by cross-validation."""
+"""Evaluate a bundle on labeled images, or every image of a data set by cross-validation."""

@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir", type=Path, metavar="OUT", help="folder for the results (default: evaluations/BUNDLE-DATA-SPLIT)"
     )
     parser.add_argument("--cache-dir", type=Path, metavar="PATH", help="cache folder (default: ~/.cache/finetune)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="number of decoding threads")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="number of decoding threads (default: one per CPU)")
 
 
 def run(args: argparse.Namespace) -> int:
