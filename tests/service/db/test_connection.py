@@ -99,10 +99,12 @@ LIVE = "ab" * 32
 DOG = "cd" * 32
 ROWS_0001 = f"""
 INSERT INTO models (version, name, classes, seen_at) VALUES ('v1', 'm', '["cats", "dogs"]', '2026-11-01 00:00:00+00:00');
-INSERT INTO imports (model_id, digest, source, photos, imported_at) VALUES (1, 'd', 'evaluation', 1, '2026-11-01 00:00:00+00:00');
+INSERT INTO imports (model_id, digest, source, photos, imported_at)
+  VALUES (1, 'd', 'evaluation', 1, '2026-11-01 00:00:00+00:00');
 INSERT INTO cells (model_id, source, split, label, predicted, percent, review, duplicate, mislabelled, photos,
   loss_low, loss_high, confidence_low, confidence_high, margin_low, margin_high, photo_low, photo_high) VALUES
-  (1, 'evaluation', 'valid', 1, 0, 75, 'relabelled', false, true, 1, 1.5, 1.5, 0.75, 0.75, 0.5, 0.5, 'live/dog.jpg', 'live/dog.jpg'),
+  (1, 'evaluation', 'valid', 1, 0, 75, 'relabelled', false, true, 1, 1.5, 1.5, 0.75, 0.75, 0.5, 0.5,
+    'live/dog.jpg', 'live/dog.jpg'),
   (1, 'live', '', -1, 0, 75, 'neither', false, false, 1, -1, -1, 0.75, 0.75, 0.5, 0.5, 'live/{LIVE[:16]}', 'live/{LIVE[:16]}'),
   (1, 'live', '', -1, 1, 75, 'unreviewed', false, false, 0, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL);
 INSERT INTO predictions (model_id, cell_id, photo, sha256, loss, confidence, margin, shuffle, probabilities) VALUES

@@ -108,7 +108,8 @@ def _copy_buckets(old: Names, new: Names) -> None:
     )
     if op.get_bind().dialect.name == "postgresql":  # the copied ids did not count up its sequence
         op.execute(
-            f"SELECT setval(pg_get_serial_sequence('{new.buckets}', 'id'), (SELECT coalesce(max(id), 0) + 1 FROM {new.buckets}), "
+            f"SELECT setval(pg_get_serial_sequence('{new.buckets}', 'id'), "
+            f"(SELECT coalesce(max(id), 0) + 1 FROM {new.buckets}), "
             "false)"
         )
 
