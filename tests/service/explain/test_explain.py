@@ -123,11 +123,11 @@ def test_the_map_adds_up_to_the_scores_and_so_to_the_probabilities(make: Callabl
 
 def test_the_map_is_warm_on_what_speaks_for_the_class(make: Callable[..., Bundle]) -> None:
     bundle = make()
-    y, x = place(explain(bundle, "red").heat(SIDE))
+    y, x = place(explain(bundle, "red").heatmap(SIDE))
     assert (4 <= y < 12, 8 <= x < 16) == (True, True)
-    y, x = place(explain(bundle, "green").heat(SIDE))
+    y, x = place(explain(bundle, "green").heatmap(SIDE))
     assert (24 <= y < 28, 20 <= x < 24) == (True, True)
-    assert "exact for this network" in explain(bundle, "red").sentence
+    assert "exact for this network" in explain(bundle, "red").description
 
 
 def test_heat_is_between_0_and_1_and_little_evidence_stays_little(make: Callable[..., Bundle]) -> None:
@@ -135,7 +135,7 @@ def test_heat_is_between_0_and_1_and_little_evidence_stays_little(make: Callable
     pixels[:16] = (255, 0, 0)
     pixels[24:] = (128, 140, 128)  # a breath of green
     bundle = make()
-    strong, weak = explain(bundle, "red", pixels).heat(SIDE), explain(bundle, "green", pixels).heat(SIDE)
+    strong, weak = explain(bundle, "red", pixels).heatmap(SIDE), explain(bundle, "green", pixels).heatmap(SIDE)
     assert (strong.shape, strong.dtype) == ((SIDE, SIDE), np.float32)
     assert strong.min() == 0
     assert strong.max() == pytest.approx(1)
@@ -146,8 +146,8 @@ def test_where_nothing_speaks_for_a_class_it_says_so(make: Callable[..., Bundle]
     pixels = np.full((SIDE, SIDE, 3), (255, 0, 0), np.uint8)
     found = explain(make(gain=2.0), "blue", pixels)
     assert found.is_empty
-    assert found.heat(SIDE).max() == 0
-    assert found.sentence == "No place of the photo speaks for 'blue' rather than for the other classes (class-activation map)."
+    assert found.heatmap(SIDE).max() == 0
+    assert found.description == "No place of the photo speaks for 'blue' rather than for the other classes (class-activation map)."
 
 
 @pytest.mark.parametrize("wrong", ["weights", "no weights", "max pooling", "shuffled"])
@@ -159,7 +159,7 @@ def test_exactness_is_checked_and_not_believed(make: Callable[..., Bundle], wron
         bundle = replace(bundle, manifest={**bundle.manifest, "permute_pixels": 0})
     found = explain(bundle, "red")
     assert (found.method, found.forward_passes) == (OCCLUSION, FORWARD_PASSES)
-    assert "was blurred" in found.sentence
+    assert "was blurred" in found.description
 
 
 def test_a_head_that_is_a_convolution_is_linear_too(make: Callable[..., Bundle]) -> None:
@@ -181,7 +181,7 @@ def test_occlusion_finds_the_object_that_was_drawn(make: Callable[..., Bundle]) 
     found = explain(make(bent=True, gain=4.0), "red", pixels)
     assert found.method == OCCLUSION
     assert found.evidence.shape == (GRID_SIZE, GRID_SIZE)
-    heat = found.heat(SIDE)
+    heat = found.heatmap(SIDE)
     assert heat[12:20, 12:20].min() > 2 * max(heat[:8].max(), heat[24:].max(), heat[:, :8].max(), heat[:, 24:].max())
 
 

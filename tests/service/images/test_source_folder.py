@@ -131,7 +131,7 @@ def test_a_photo_that_was_checked_is_not_read_again(root: Path, monkeypatch: pyt
 
 
 def test_what_is_remembered_is_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.images.source_folder.CACHE_SIZE", 3)
+    monkeypatch.setattr("service.images.source_folder.MAX_VERIFIED", 3)
     folder = SourceFolder([root])
     for number in range(10):
         (root / f"{number}.jpg").write_bytes(CAT)
