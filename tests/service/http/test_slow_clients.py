@@ -339,7 +339,7 @@ def test_every_line_of_the_log_is_json_and_has_the_requests_id(server: Server) -
         "status",
         "duration_ms",
         "client",
-        "key",
+        "key_name",
     }
     assert (line["status"], line["process"]) == (200, server.workers()[0])
 
