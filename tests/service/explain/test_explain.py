@@ -147,7 +147,9 @@ def test_where_nothing_speaks_for_a_class_it_says_so(make: Callable[..., Bundle]
     found = explain(make(gain=2.0), "blue", pixels)
     assert found.is_empty
     assert found.heatmap(SIDE).max() == 0
-    assert found.description == "No place of the photo speaks for 'blue' rather than for the other classes (class-activation map)."
+    assert (
+        found.description == "No place of the photo speaks for 'blue' rather than for the other classes (class-activation map)."
+    )
 
 
 @pytest.mark.parametrize("wrong", ["weights", "no weights", "max pooling", "shuffled"])
