@@ -54,7 +54,9 @@ class App:
 
     def __init__(self) -> None:
         nothing = re.compile("(?!)")
-        self._gate = RequestMiddleware(_respond, AdmissionController(4), Metrics(), paths=nothing, spoken=nothing)
+        self._gate = RequestMiddleware(
+            _respond, AdmissionController(4), Metrics(), inference_paths=nothing, custom_error_paths=nothing
+        )
         self.extensions = {"settings": Settings(page_threads=1), "gate": self._gate}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:

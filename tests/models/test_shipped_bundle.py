@@ -50,7 +50,7 @@ def test_score_maps_are_exact(photo_folder: object, tmp_path: Path) -> None:
     pixels = bundle.preprocessing.pixels(photo.read_bytes())
     engine = OpenVINOEngine(bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,))
     probabilities, embedding, feature_map = (rows[0] for rows in engine.run(pixels[None]))
-    head = LinearHead.of(bundle)
+    head = LinearHead.from_bundle(bundle)
     assert head is not None
     maps = [head.score_map(probabilities, embedding, feature_map, label) for label in range(2)]
     scores = (np.array([score_map.mean() for score_map in maps if score_map is not None]) + head.bias) / head.temperature

@@ -115,7 +115,7 @@ def test_a_server_with_an_old_name_ends_with_the_new_one(tmp_path: Path) -> None
 
 
 def test_a_request_that_could_never_fit_is_refused() -> None:
-    assert "MAX_IMAGES is 16 and MAX_IN_FLIGHT 8" in refused(MAX_IN_FLIGHT="8")
+    assert "MAX_IMAGES is 16 and MAX_IN_FLIGHT is 8" in refused(MAX_IN_FLIGHT="8")
     assert read(MAX_IN_FLIGHT="8", MAX_IMAGES="8").max_in_flight == 8
 
 

@@ -22,7 +22,7 @@ import service
 from service import create_app
 from service.db.filter import FACETS
 from service.gallery.review import FIELDS
-from service.gallery.sidebar import FORM
+from service.gallery.sidebar import FORM_PARAMS
 from service.settings import Settings
 from tests.helpers.server import PATIENT, START_S, poll
 
@@ -145,7 +145,7 @@ def test_no_request_hashes_a_static_file(app: Flask, monkeypatch: pytest.MonkeyP
 UNSTORABLE = ("\0", "half \udcff")
 HOSTILE = (*UNSTORABLE, "\r\nSet-Cookie: a=b", "\x01\x7f\x85\u2028\u202e", "%ud800'\";--", "x" * 9_000)
 PARAMETERS = (*FACETS, "model", "photo", "sha256", "explain", "saved", "a", "b", "baseline", "change", "sort", "order", "seed")
-PARAMETERS += ("per_page", "confidence", "page", *FORM, "unknown")
+PARAMETERS += ("per_page", "confidence", "page", *FORM_PARAMS, "unknown")
 SECURITY_HEADERS = ("Authorization", "Cookie", "Host", "If_None_Match", "If_Modified_Since", "Inference_Header_Content_Length")
 SECURITY_HEADERS += ("Origin", "Range", "Referer", "Sec_Fetch_Site", "X_API_Key", "X_Request_ID")
 

@@ -389,7 +389,7 @@ def test_refused_photos_are_forgotten_at_once(tiny_bundle: SimpleNamespace) -> N
 
         def refuse() -> float:
             for _ in range(10):
-                assert server.post(junk).status == 415
+                assert server.post(junk).status == 422
                 assert server.post(*multipart(("file", "a", junk), ("file", "b", b"no"))).status == 200
                 assert server.post(b"--y\r\n" + junk, "multipart/form-data; boundary=x").code == "bad_form"
             return rss_mb(worker)

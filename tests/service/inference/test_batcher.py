@@ -221,8 +221,8 @@ class Isolating(Door):
         super().__init__(*isolated)
         self.simple = simple
 
-    def preprocess(self, data: bytes, preprocessing: Preprocessing, *, waits: bool = True, **_: Any) -> PreprocessedImage:
-        if data[0] in self.held and not waits:
+    def preprocess(self, data: bytes, preprocessing: Preprocessing, *, block: bool = True, **_: Any) -> PreprocessedImage:
+        if data[0] in self.held and not block:
             raise DeferredError(Structure("PNG", 1, is_simple=data[0] in self.simple))
         return super().preprocess(data, preprocessing)
 

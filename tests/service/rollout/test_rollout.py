@@ -210,7 +210,7 @@ def test_a_bundle_from_elsewhere_is_none(client: FlaskClient, bundles: Bundles, 
     (tmp_path / "bundles").mkdir()
     for path in ("..", ".", "", "/", "/etc", tmp_path, "one/../../run-two/bundle", "a\0b", "x" * 5000):
         answer = choose(client, path)
-        refused(answer, "bad_json" if path == "" else "bundle_invalid")
+        refused(answer, "bad_json" if path in ("", "a\0b") else "bundle_invalid")
     link = bundles.path("link-out")
     link.symlink_to(tmp_path)
     refused(choose(client, "link-out"), "bundle_invalid", "does not lie below")
@@ -223,7 +223,7 @@ def test_a_bundle_from_elsewhere_is_none(client: FlaskClient, bundles: Bundles, 
     "body",
     [
         b"", b"{", b"[]", b"{}", b'{"bundle": 5}', b'{"bundle": ""}', b'{"bundle": "two", "allow": "all"}',
-        b'{"bundle": "two", "allow": [[]]}', b"[" * 100_000,
+        b'{"bundle": "two", "allow": [[]]}', b"[" * 900,
     ],
 )  # fmt: skip
 def test_a_request_that_is_none(client: FlaskClient, bundles: Bundles, body: bytes) -> None:

@@ -23,7 +23,7 @@ from service.full_app import create_full_app
 from service.http.errors import Problem
 from service.http.uploads import Upload
 from service.inference.batcher import InferenceResult
-from service.inference.image_decoder import PreprocessedImage
+from service.inference.image_decoder import ImageDecoder, PreprocessedImage
 from service.inference.model_manager import ModelManager, load_model
 from service.inference.predictor import Prediction
 from service.resources import allocate_resources
@@ -331,7 +331,7 @@ def test_behind_a_proxy_the_addresses_have_its_prefix(tiny_bundle: SimpleNamespa
 
 def test_the_card_is_shown_with_its_table_of_figures(app: Flask) -> None:
     text = app.test_client().get("/model").text
-    assert "<h3>How good it is</h3>" in text
+    assert "<h3>Metrics</h3>" in text
     assert re.search(r"<td>accuracy</td>\s*<td>[\d.]+</td>\s*<td>[\d.]+ to [\d.]+</td>", text)
     assert len(re.findall("<h1", text)) == 1
     assert re.search(r"<dt>Accuracy</dt><dd>[\d.]+\u202f%<small>\d+ of the \d+ photos", text)
@@ -364,7 +364,7 @@ def test_a_bundle_whose_card_was_changed_is_not_served(
         (bundle / "README.md").write_text("# Another card\n")
     settings = Settings(bundle=bundle)
     with pytest.raises(BundleError, match=r"README\.md"):
-        load_model(settings, allocate_resources(settings), Metrics())
+        load_model(settings, allocate_resources(settings), Metrics(), ImageDecoder.of(settings))
 
 
 def test_a_card_that_is_changed_while_it_is_served_is_not_shown(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
