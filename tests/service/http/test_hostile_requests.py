@@ -56,7 +56,7 @@ def opened_files() -> Iterator[list[str]]:
 def app(tiny_bundle: SimpleNamespace, new_database: Any, request: pytest.FixtureRequest) -> Iterator[Flask]:
     with new_database(request.param) as url:
         settings = Settings(
-            bundle=tiny_bundle.path, data=tiny_bundle.data, database_url=url, admin_keys=("boss:sesame",), **PATIENT
+            bundle=tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, admin_keys=("boss:sesame",), **PATIENT
         )
         app = create_app(settings)
         app.extensions["model"].wait(START_S)
