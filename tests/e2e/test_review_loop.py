@@ -102,7 +102,7 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
     assert decided == truth
 
     said = made.train("new", "--reviews", reviews)
-    assert f"{len(odd)} labels changed" in said
+    assert f"{len(odd)} reviews ({len(odd)} relabeled, 0 confirmed" in said
     before, after = read(old / "predictions.csv"), read(new / "predictions.csv")
     assert before.keys() == after.keys()
     truth = {photo: decided.get(photo, row["label"]) for photo, row in before.items()}
