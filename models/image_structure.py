@@ -95,12 +95,15 @@ def examine(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Structure:
     except (struct.error, IndexError):  # it breaks off; Pillow says so soon enough, in a process that can be ended
         is_simple = False
     if found.pixels > limits.max_pixels:
-        raise ImageTooLargeError(
-            "The photo is {:,} x {:,} pixels{} and {:,} in all are allowed; send it smaller.".format(
-                *found.size, found.what, limits.max_pixels
-            )
-        )
+        raise too_large(*found.size, limits.max_pixels, what=found.what)
     return Structure(name, found.pixels, is_simple, found.pixels * found.bytes_per_pixel(name))
+
+
+def too_large(width: int, height: int, max_pixels: int, *, what: str = "") -> ImageTooLargeError:
+    """Return the error of an image, or of ``what`` in it, with more than ``max_pixels``."""
+    return ImageTooLargeError(
+        f"The photo is {width:,} x {height:,} pixels{what} and {max_pixels:,} in all are allowed; send it smaller."
+    )
 
 
 class _Found:

@@ -79,10 +79,10 @@ def save_predictions(connection: Connection, model_id: int, classes: Sequence[st
 
 
 def prune(connection: Connection, *, max_images: int, days: float) -> int:
-    """Forget photos that are older than ``days``, and of more than ``max_images`` those without a decision first, then the
-    oldest.
+    """Delete saved images that are older than ``days``, then the excess over ``max_images``.
 
-    Returns how many were forgotten. What was decided about them stays in the history.
+    Of the excess, images without a decision go first, the oldest of them before others. Returns how many were deleted.
+    What was decided about them stays in the history.
     """
     columns = production_images.c
     until = datetime.now(timezone.utc) - timedelta(days=days)

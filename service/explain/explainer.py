@@ -78,7 +78,8 @@ class Explanation:
 
 class Explainer:
     """Explain one bundle's answers, one at a time; the last REMEMBERED are kept.
-     The engine is made at the first question, and its memory given back ``idle_timeout_s`` after the last one. ``max_queued``
+
+    The engine is made at the first question, and its memory given back ``idle_timeout_s`` after the last one. ``max_queued``
     may wait, each ``timeout_s`` at most.
     """
 

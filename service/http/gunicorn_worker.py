@@ -411,7 +411,7 @@ class EventLoopWorker(Worker):
         for listener in self.sockets:
             if accepting:
                 listener.setblocking(False)
-                self._selector.register(listener, READ, partial(self._accept, listener, ACCEPTED_AT_ONCE))
+                self._selector.register(listener, READ, partial(self._accept, listener))
             else:
                 self._selector.unregister(listener)
         self._accepts_from = None if accepting else 0.0
@@ -422,8 +422,8 @@ class EventLoopWorker(Worker):
             while self._accept_one(listener):
                 pass
 
-    def _accept(self, listener: Any, most: int, _: int) -> None:
-        for _ in range(most):
+    def _accept(self, listener: Any, _: int) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
             if not self._accept_one(listener):
                 return
 
@@ -519,7 +519,7 @@ class EventLoopWorker(Worker):
             return
         self._set_timer(connection, None)
         self._listen(connection, 0)
-        self._count_buffered(-len(connection.buffer))
+        self._drop_buffer(connection)
         exchange, connection.exchange = connection.exchange, None
         if exchange:
             if connection.state is State.SENDING:

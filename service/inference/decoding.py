@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageCms
 
-from models.errors import ImageTooLargeError
+from models.image_structure import too_large
 from models.preprocess import Preprocessing, decode
 from models.runtime.openvino_engine import Pixels
 
@@ -81,9 +81,7 @@ def render(data: bytes, *, max_side_px: int, quality: int, max_pixels: int) -> R
 
 def _check_size(photo: Image.Image, max_pixels: int) -> None:
     if photo.width * photo.height > max_pixels:
-        raise ImageTooLargeError(
-            f"The photo is {photo.width:,} x {photo.height:,} pixels and {max_pixels:,} in all are allowed; send it smaller."
-        )
+        raise too_large(photo.width, photo.height, max_pixels)
 
 
 def _notes(photo: Image.Image) -> tuple[str, ...]:

@@ -228,16 +228,16 @@ def load_model(
     Raises BundleError or ConfigError.
     """
     path = resolve_bundle(path or settings.bundle)
-    card = open_bundle(path, files=()).model_card()  # checked before the minutes that a large network may take to compile
     sizes = batch_sizes(settings.max_batch_size)
-    if uses_torch(settings):
-        bundle = open_bundle(path, files=(WEIGHTS, GOLDEN))
+    with_torch = uses_torch(settings)
+    bundle = open_bundle(path, files=(WEIGHTS if with_torch else GRAPH, GOLDEN))
+    card = bundle.model_card()  # checked before the minutes that a large network may take to compile
+    if with_torch:
         precision = Precision("fp32", float(bundle.manifest["golden"]["tolerance"]), "torch computes it")
         from models.runtime.torch_engine import TorchEngine
 
         engine: Engine = TorchEngine(bundle)
     else:
-        bundle = open_bundle(path, files=(GRAPH, GOLDEN))
         precision = select_precision(bundle, settings.precision)
         engine = OpenVINOEngine(
             path / GRAPH,
