@@ -76,7 +76,9 @@ class Config:
     cache_dir: Path | None = _setting(None, "feature cache directory (default: ~/.cache/finetune)")
     cache_limit_mb: int = _setting(4096, "feature cache size in MB; the least recently used files are deleted first", low=1)
     export: str = _setting(
-        "full", "weights in the bundle: full network, or trained layers only (head)", choices=("full", "head")
+        "full",
+        "contents of the bundle: weights and serving graph (full), serving graph only, or trained layers only (head)",
+        choices=("full", "graph", "head"),
     )
     name: str | None = _setting(None, "bundle name (default: DATA-BACKBONE)")
     tensorboard: bool = _setting(False, "write TensorBoard events to the run directory")

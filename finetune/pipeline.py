@@ -229,7 +229,7 @@ def write_outputs(
         trained_tensors={name: state[name] for name in network.trainable_names},
         evaluation_dir=folder,
         parity=_parity_sample(valid_records, predictions, network, compute),
-        head_only=config.export == "head",
+        contents=config.export,
     )
     _print_paths(folder, bundle)
     return bundle

@@ -62,7 +62,7 @@ def export_bundle(
     trained_tensors: Mapping[str, Tensor],
     evaluation_dir: Path,
     parity: ParitySample,
-    head_only: bool = False,
+    contents: str = "full",
 ) -> Bundle:
     """Write a bundle after checking that its graph reproduces the probabilities of training.
 
@@ -75,7 +75,8 @@ def export_bundle(
         trained_tensors: The tensors that training changed.
         evaluation_dir: The folder with predictions.csv, similarity files and plots to include.
         parity: The images for the parity check.
-        head_only: Write ``trained_tensors`` instead of all weights and the graph, and omit the plots, which show images.
+        contents: ``full`` (all weights and the graph), ``graph`` (the graph and ``trained_tensors``) or ``head``
+            (``trained_tensors`` only). The plots, which show images, are part of a full bundle only.
 
     Returns:
         The written bundle.
@@ -93,8 +94,9 @@ def export_bundle(
         manifest["bf16"] = measure_bf16(graph, parity.pixels)
         check_finite(classifier, golden)
         np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])
-        if head_only:
+        if contents == "head":
             graph.unlink()
+        if contents != "full":
             write_tensors(folder / HEAD, trained_tensors)
         else:
             write_tensors(folder / WEIGHTS, classifier.net.state_dict())
@@ -105,7 +107,7 @@ def export_bundle(
         write_model_card(folder / MODEL_CARD, manifest)
 
     manifest = {
-        "kind": "head" if head_only else "full",
+        "kind": contents,
         **training,
         **preprocessing_fields(spec.preprocessing),
         "head": spec.head,

@@ -71,10 +71,16 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
     return write_bundle(out, {**manifest, "kind": "full", "merged_from": bundle.version}, write_files=write_files)
 
 
-def open_full_bundle(path: Path, *, weights: Path | None = None) -> Bundle:
-    """Open a full bundle. A head-only bundle is merged once, into the cache folder."""
+def open_full_bundle(path: Path, *, weights: Path | None = None, needs_weights: bool = False) -> Bundle:
+    """Open a bundle that has a graph. A head-only bundle is merged once, into the cache folder.
+
+    Args:
+        path: The bundle's folder.
+        weights: File of the pretrained weights, if they are not found automatically.
+        needs_weights: Merge a bundle without all weights, too.
+    """
     bundle = open_bundle(path)
-    if not bundle.is_head_only:
+    if not (bundle.lacks_weights if needs_weights else bundle.is_head_only):
         return bundle
     merged = merged_dir(bundle)
     try:
@@ -95,10 +101,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune merge``: write the full bundle."""
     bundle = open_bundle(args.bundle)
-    if not bundle.is_head_only:
+    if not bundle.lacks_weights:
         raise BundleError(f"The bundle {args.bundle} is already a full bundle. Use it without merging.")
     if args.out is None:
-        merged = open_full_bundle(args.bundle, weights=args.weights)
+        merged = open_full_bundle(args.bundle, weights=args.weights, needs_weights=True)
     elif args.out.exists() and any(args.out.iterdir()):
         raise BundleError(f"{args.out} is not empty. Choose a new folder for the full bundle.")
     else:

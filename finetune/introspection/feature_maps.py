@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``finetune visualize``: draw the filters and, with ``--photo``, the feature maps."""
     if args.maps < 1:
         raise ConfigError(f"--maps must be at least 1 (got {args.maps}).")
-    bundle = open_full_bundle(args.bundle)
+    bundle = open_full_bundle(args.bundle, needs_weights=True)
     out = args.output_dir or Path("visualizations") / bundle.name
     require_empty_folder(out)
     classifier = load_classifier(bundle)

@@ -113,15 +113,17 @@ def _contents(manifest: Mapping[str, Any]) -> str:
         "`manifest.json` lists every file with its sha256. `predictions.csv` has a row for each evaluated photo,"
         " `embeddings.npz` contains feature vectors for similarity search, and `duplicates.csv` lists near duplicates."
     ]
-    if manifest["kind"] == "head":
+    if manifest["kind"] != "head":
+        lines.append(
+            "`model.onnx` maps pixels (N, H, W, C) uint8, resized and cropped as described in the manifest, to calibrated"
+            " probabilities."
+        )
+    if manifest["kind"] == "full":
+        lines.append("`model.safetensors` is the network's state dict.")
+    else:
         lines.append(
             "`head.safetensors` contains only the trained tensors. `finetune merge` combines it with the pretrained weights"
             " into a full bundle."
-        )
-    else:
-        lines.append(
-            "`model.safetensors` is the network's state dict. `model.onnx` maps pixels (N, H, W, C) uint8, resized and cropped"
-            " as described in the manifest, to calibrated probabilities."
         )
     if manifest["bf16"]:
         use = (

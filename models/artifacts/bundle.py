@@ -73,7 +73,13 @@ class Bundle:
 
     @property
     def is_head_only(self) -> bool:
+        """Whether the bundle has no graph, so that it cannot serve before it is merged with its pretrained weights."""
         return bool(self.manifest["kind"] == "head")
+
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether the bundle has the trained layers' weights only, so that PyTorch cannot run it before it is merged."""
+        return WEIGHTS not in self.manifest["files"]
 
     def model_card(self) -> str | None:
         """Read and verify the model card (Markdown). Returns None if the bundle has none.

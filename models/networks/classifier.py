@@ -129,6 +129,11 @@ def build_classifier(
 
 def load_classifier(bundle: Bundle) -> Classifier:
     """Load a full bundle's classifier in evaluation mode. Raises BundleError if weights are missing."""
+    if bundle.lacks_weights:
+        raise BundleError(
+            f"The bundle {bundle.path} has no {WEIGHTS}, which PyTorch needs. Run `finetune merge {bundle.path}` to add the "
+            "pretrained weights."
+        )
     spec = get_spec(bundle.backbone)
     classifier = build_classifier(spec, num_classes=len(bundle.classes), base=None, permute_pixels=bundle.permute_pixels)
     tensors = read_tensors(bundle.path / WEIGHTS)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from models.artifacts.bundle import WEIGHTS, Bundle
+from models.artifacts.bundle import HEAD, WEIGHTS, Bundle
 
 Floats = NDArray[np.float32]
 
@@ -39,10 +39,10 @@ class LinearHead:
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> LinearHead | None:
-        """The head of a whole bundle, or None where its weights hold none by that name."""
+        """Read the last layer from a bundle's weights. Returns None if they have no layer of that name."""
         name = bundle.manifest["head"]
         try:
-            with safe_open(bundle.path / WEIGHTS, framework="numpy") as tensors:
+            with safe_open(bundle.path / (HEAD if bundle.lacks_weights else WEIGHTS), framework="numpy") as tensors:
                 weight = tensors.get_tensor(f"{name}.weight")
                 has_bias = f"{name}.bias" in tensors.keys()  # noqa: SIM118 - it is no mapping
                 bias = tensors.get_tensor(f"{name}.bias") if has_bias else np.zeros(len(weight))

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import MANIFEST, check_golden, open_bundle
+from models.errors import BundleError
 from models.networks import registry
+from models.networks.classifier import load_classifier
 from models.networks.spec import WeightsSource
 from models.networks.weights import read_tensors
 from models.runtime.openvino_engine import OpenVINOEngine
@@ -84,6 +86,26 @@ def test_a_head_and_its_base_make_the_full_network(made: SimpleNamespace, tiny_w
     for name, tensor in own.items():
         assert torch.equal(tensor, trained.get(name, base[name])), name
     Tiny(2).load_state_dict(own)
+
+
+def test_a_bundle_with_the_graph_alone_predicts_and_can_be_merged(
+    made: SimpleNamespace, tmp_path: Path, tiny_weights: Path
+) -> None:
+    flags = ("--backbone", "tiny", "--weights", tiny_weights, "--output-dir", tmp_path / "run", "--export", "graph")
+    assert finetune("train", "--data-dir", made.data, *flags)[0] == 0
+    path = tmp_path / "run" / "bundle"
+    bundle = open_bundle(path)
+    assert {"model.onnx", "head.safetensors"} <= set(bundle.manifest["files"])
+    assert not {"model.safetensors", "plots/confusion_matrix.png"} & set(bundle.manifest["files"])
+    assert (bundle.is_head_only, bundle.lacks_weights) == (False, True)
+    assert "`head.safetensors` contains only the trained tensors." in (path / "README.md").read_text(encoding="utf-8")
+    code, out, err = finetune("predict", "--bundle", path, made.data / "valid", "--json")
+    assert (code, len(out.splitlines())) == (0, 10)
+    assert "Merging" not in err
+    with pytest.raises(BundleError, match=r"has no model\.safetensors, which PyTorch needs\. Run `finetune merge "):
+        load_classifier(bundle)
+    assert finetune("merge", path, tmp_path / "full", "--weights", tiny_weights)[0] == 0
+    assert load_file(tmp_path / "full" / "model.safetensors").keys() == load_file(made.whole / "model.safetensors").keys()
 
 
 def test_the_merged_bundle_reproduces_the_golden_outputs_of_the_head(made: SimpleNamespace) -> None:
