@@ -1,7 +1,8 @@
-"""The wheel holds every file of the packages, and a service that is installed from it shows every page."""
+"""The wheel contains every file of the packages, and a service installed from it serves every page without PyTorch."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from tests.helpers.server import ANSWER_S, ROOT, START_S, poll, serve
 
 PACKAGES = ("models", "finetune", "service")
+TRAINING_ONLY = ("torch", "torchvision", "timm", "onnx", "scipy", "sklearn", "matplotlib", "pyarrow")
 PAGES = (
     "/", "/model", "/docs", "/openapi.json", "/gallery", "/gallery/photos", "/gallery/correct", "/gallery/incorrect",
     "/compare", "/gallery/photos.json", "/gallery/reviews.csv", "/gallery/images/legend.png", "/models", "/metrics", "/v2",
@@ -57,18 +60,38 @@ def test_the_wheel_holds_every_file_of_the_packages_and_no_other(files: list[str
     assert found == expected
 
 
-def test_an_installed_service_shows_every_page(wheel: Path, tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
-    folder = tmp_path / "venv"
-    venv.create(folder, symlinks=True)
-    python = folder / "bin" / "python"
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    # The packages that the project needs, without the project: a .pth in a folder that a .pth names is not read.
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a clean environment with the wheel installed and without the packages of training."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "venv", symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
+    # The dependencies without the project itself, because Python ignores .pth files in a folder that a .pth file adds.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "without_training.pth").write_text(f"import sys; sys.modules.update(dict.fromkeys({TRAINING_ONLY}))\n")
     pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
-    run(*pip, "install", "--no-deps", "--no-index", "--quiet", wheel, cwd=tmp_path)
-    where = run(python, "-c", "import service, models; print(service.__file__, models.__file__)", cwd=tmp_path)
+    run(*pip, "install", "--no-deps", "--no-index", "--quiet", wheel, cwd=folder)
+    where = run(python, "-c", "import service, models; print(service.__file__, models.__file__)", cwd=folder)
     assert all(Path(path).is_relative_to(site) for path in where.split())
-    command = [folder / "bin" / "serve-classifier", tmp_path / "no-bundle", "--port", "0"]
+    return python
+
+
+def test_the_included_bundle_serves_without_the_packages_of_training(python: Path, tmp_path: Path) -> None:
+    for name in TRAINING_ONLY:
+        failed = subprocess.run([python, "-c", f"import {name}"], cwd=tmp_path, capture_output=True, text=True)
+        assert "ModuleNotFoundError" in failed.stderr
+    image = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(image, "JPEG")
+    shipped = Path(run(python, "-c", "from service.settings import Settings; print(Settings().bundle)", cwd=tmp_path).strip())
+    with serve(shipped, python=python, cwd=tmp_path, database_url=f"sqlite:///{tmp_path / 'reviews.db'}") as server:
+        result = server.post(image.getvalue()).json()
+        assert set(result["predictions"][0]["probabilities"]) == {"cats", "dogs"}
+        poll(lambda: server.get("/gallery").status == 200, within_s=START_S)
+
+
+def test_an_installed_service_shows_every_page(python: Path, tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+    command = [python.with_name("serve-classifier"), tmp_path / "no-bundle", "--port", "0"]
     failed = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=ANSWER_S)
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
     assert failed.stderr.startswith("service: ")

@@ -1,4 +1,4 @@
-"""The shipped bundle: its size and contents, its model card, and its predictions after merging."""
+"""The shipped bundle: its size and contents, its model card, and its predictions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from finetune.__main__ import main
-from finetune.export.merge_head import open_full_bundle
 from models.artifacts.bundle import GRAPH, check_golden, open_bundle
 from models.runtime.openvino_engine import OpenVINOEngine
 from service.explain.cam import LinearHead
@@ -20,7 +19,8 @@ SHIPPED = Path(__file__).resolve().parents[2] / "models" / "shipped" / "dogs-vs-
 
 def test_bundle_is_small_and_contains_no_images() -> None:
     files = [file for file in SHIPPED.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 300_000
+    assert sum(file.stat().st_size for file in files) < 14_000_000
+    assert not open_bundle(SHIPPED).is_head_only
     assert {file.name for file in files} == set(open_bundle(SHIPPED).manifest["files"]) | {"manifest.json"}
     assert not [file for file in files if file.suffix in (".png", ".jpg")]
 
@@ -31,10 +31,10 @@ def test_model_card_states_the_manifests_accuracy() -> None:
     assert value >= 0.985
 
 
-def test_merged_bundle_reproduces_its_golden_outputs_and_predicts(
+def test_bundle_reproduces_its_golden_outputs_and_predicts(
     photo_folder: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = open_full_bundle(SHIPPED)
+    bundle = open_bundle(SHIPPED)
     engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"])
     assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) <= 1e-3
     photos = photo_folder(tmp_path / "drawn", train=1, valid=0)  # type: ignore[operator]
@@ -45,7 +45,7 @@ def test_merged_bundle_reproduces_its_golden_outputs_and_predicts(
 
 def test_score_maps_are_exact(photo_folder: object, tmp_path: Path) -> None:
     """Lite0's head is linear in its averaged last feature map, so the means of the score maps give the probabilities."""
-    bundle = open_full_bundle(SHIPPED)
+    bundle = open_bundle(SHIPPED)
     photo = next(photo_folder(tmp_path / "drawn", train=1, valid=0).rglob("*.jpg"))  # type: ignore[attr-defined,operator]
     pixels = bundle.preprocessing.pixels(photo.read_bytes())
     engine = OpenVINOEngine(bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,))
