@@ -1,38 +1,38 @@
-# Two images: `serve`, the default, answers photos with the shipped bundle and has neither PyTorch nor a compiler; `finetune`
-# trains, and serves on a GPU.
+# Two images. `serve`, the default, classifies images with the included bundle and contains neither PyTorch nor a compiler.
+# `finetune` trains, and also serves on a GPU.
 #
 #   docker build -t dogs-vs-cats .
 #   docker build --target finetune -t dogs-vs-cats-finetune .
 #
-# Both install the versions of requirements.lock, as `make setup` does. PIP_ARGS is handed to pip, for an index of your own.
+# Both install the versions of requirements.lock, like `make setup`. PIP_ARGS is passed to pip, for example for another index.
 
-# ---- what pyproject.toml wants, so that another change in that file installs nothing anew ---------------------------------
-FROM python:3.11-slim-bookworm AS wanted
-WORKDIR /wanted
+# ---- requirements: only these lines of pyproject.toml decide whether packages are installed again -------------------------
+FROM python:3.11-slim-bookworm AS requirements
+WORKDIR /requirements
 COPY pyproject.toml tools/requirements.py ./
 RUN python requirements.py serve > serve.txt && python requirements.py finetune > finetune.txt
 
-# ---- the service's packages, without what it never opens ------------------------------------------------------------------
+# ---- packages: what the service imports, without the files that it never opens --------------------------------------------
 FROM python:3.11-slim-bookworm AS packages
 ARG PIP_ARGS=""
 WORKDIR /build
 COPY requirements.lock tools/slim.py ./
-COPY --from=wanted /wanted/serve.txt ./
+COPY --from=requirements /requirements/serve.txt ./
 RUN python -m venv --without-pip /opt/venv \
  && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --quiet $PIP_ARGS \
       -c requirements.lock -r serve.txt \
  && python slim.py /opt/venv
 
-# ---- everything, PyTorch too ----------------------------------------------------------------------------------------------
-FROM python:3.11-slim-bookworm AS training
+# ---- finetune: all packages, including PyTorch -----------------------------------------------------------------------------
+FROM python:3.11-slim-bookworm AS finetune
 ARG PIP_ARGS=""
 WORKDIR /build
 COPY requirements.lock ./
-COPY --from=wanted /wanted/finetune.txt ./
+COPY --from=requirements /requirements/finetune.txt ./
 RUN python -m venv --without-pip /opt/venv \
  && python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --quiet $PIP_ARGS \
       -c requirements.lock -r finetune.txt
-COPY --from=wanted /wanted/serve.txt ./
+COPY --from=requirements /requirements/serve.txt ./
 RUN python -m pip --python /opt/venv/bin/python install --no-cache-dir --no-compile --quiet $PIP_ARGS -c requirements.lock -r serve.txt
 RUN groupadd --gid 10001 classifier \
  && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home classifier \
@@ -45,25 +45,18 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     USER=classifier \
-    XDG_CACHE_HOME=/cache
-
-# The shipped bundle holds only what was trained: its pretrained base is merged here, where PyTorch is. A short training shows
-# that nothing is missing. Both leave the byte code of what they import, which a process that may not write cannot keep.
-RUN python -m finetune merge /app/models/shipped/dogs-vs-cats /bundles/shipped \
- && ln -s shipped /bundles/current \
- && python -m finetune synthesize /tmp/smoke/pictures --train 24 --valid 8 \
- && python -m finetune train --data-dir /tmp/smoke/pictures --backbone efficientnet_lite0 --epochs 1 --output-dir /tmp/smoke/run \
- && rm -rf /tmp/* /cache/*
-
-# ---- finetune -------------------------------------------------------------------------------------------------------------
-FROM training AS finetune
-ENV BUNDLE=/bundles/current \
+    XDG_CACHE_HOME=/cache \
+    BUNDLE=/app/models/shipped/dogs-vs-cats \
     HOST=0.0.0.0 \
     PORT=8000
+# A short training shows that nothing is missing, and writes the bytecode of what it imports: a read-only container cannot.
+RUN python -m finetune synthesize /tmp/smoke/pictures --train 24 --valid 8 \
+ && python -m finetune train --data-dir /tmp/smoke/pictures --backbone efficientnet_lite0 --epochs 1 --output-dir /tmp/smoke/run \
+ && rm -rf /tmp/* /cache/*
 WORKDIR /work
 ARG REVISION=""
 LABEL org.opencontainers.image.title="dogs-vs-cats-finetune" \
-      org.opencontainers.image.description="Makes a verified bundle of a folder of labelled photos" \
+      org.opencontainers.image.description="Turn a folder of labeled photos into a verified classifier bundle" \
       org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="$REVISION"
@@ -71,14 +64,15 @@ USER 10001:10001
 ENTRYPOINT ["python", "-m", "finetune"]
 CMD ["--help"]
 
-# ---- serve ----------------------------------------------------------------------------------------------------------------
+# ---- serve -----------------------------------------------------------------------------------------------------------------
 FROM python:3.11-slim-bookworm AS serve
-# Folders for volumes: bundles; what can be made again; the database of reviews.
+# Folders for volumes: bundles, the cache, and the database of reviews.
 RUN groupadd --gid 10001 classifier \
  && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home classifier \
  && install -d -o 10001 -g 10001 /bundles /cache /state
 COPY --from=packages /opt/venv /opt/venv
-COPY --from=training --chown=10001:10001 /bundles /bundles
+COPY --chown=10001:10001 models/shipped/dogs-vs-cats /bundles/shipped
+RUN ln -s shipped /bundles/current
 COPY models /app/models
 COPY service /app/service
 ENV PATH=/opt/venv/bin:$PATH \
@@ -90,12 +84,12 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOST=0.0.0.0 \
     PORT=8000
 WORKDIR /app
-# Started once: what was left out and is needed shows here, and the byte code of just what it imports is kept.
+# Start the service once. This fails if slim.py removed a needed file, and writes the bytecode of exactly what is imported.
 RUN --mount=type=bind,source=tools,target=/build \
     XDG_CACHE_HOME=/tmp/smoke DATABASE_URL=sqlite:////tmp/smoke/reviews.db python /build/smoke.py && rm -rf /tmp/smoke
 ARG REVISION=""
 LABEL org.opencontainers.image.title="dogs-vs-cats" \
-      org.opencontainers.image.description="Says over HTTP what is on a photo" \
+      org.opencontainers.image.description="Classify images over HTTP, and review the predictions" \
       org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.revision="$REVISION"

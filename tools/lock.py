@@ -1,8 +1,9 @@
-"""Write requirements.lock: the versions that pip chooses today, for each Python given, as one constraints file.
+"""Write requirements.lock: the versions that pip selects today for the given Pythons, as one constraints file.
 
     python tools/lock.py python3.10 python3.11
 
-Where two Pythons get different versions of a package, each line carries a marker; the last Python stands for all newer ones.
+If the Pythons get different versions of a package, each line has an environment marker. The last Python's line applies to all
+newer ones.
 """
 
 from __future__ import annotations
@@ -16,35 +17,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """\
 # Versions that are known to work together, as constraints: pip install -c requirements.lock -e '.[serve,finetune,dev,docs]'
-# Written by tools/lock.py from the ranges in pyproject.toml; `make lock` renews it.
+# Written by tools/lock.py from the ranges in pyproject.toml. Update it with `make lock`.
 """
 
 
 def resolve(python: str) -> tuple[str, dict[str, str]]:
-    """The interpreter's version ("3.11") and what pip would install for it, {package: version}."""
+    """Return the interpreter's version ("3.11") and the packages that pip would install for it, {package: version}."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
         pip = Path(folder) / "bin" / "pip"
         report = Path(folder) / "report.json"
-        wanted = f"{ROOT}[serve,finetune,dev,docs]"
-        subprocess.run([pip, "install", "--quiet", "--dry-run", "--report", report, wanted], check=True)
-        told = json.loads(report.read_text())
-    version = told["environment"]["python_version"]
-    metadata = [item["metadata"] for item in told["install"]]
+        project = f"{ROOT}[serve,finetune,dev,docs]"
+        subprocess.run([pip, "install", "--quiet", "--dry-run", "--report", report, project], check=True)
+        resolved = json.loads(report.read_text())
+    version = resolved["environment"]["python_version"]
+    metadata = [item["metadata"] for item in resolved["install"]]
     return version, {m["name"].lower().replace("_", "-"): m["version"] for m in metadata if m["name"] != "dogs-vs-cats"}
 
 
 def merge(resolved: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """Return the lines of the constraints file for the packages of several Pythons."""
     lines = []
     for name in sorted({name for _, versions in resolved for name in versions}):
-        found = [(python, versions[name]) for python, versions in resolved if name in versions]
-        if len(found) == len(resolved) and len({version for _, version in found}) == 1:
-            lines.append(f"{name}=={found[0][1]}")
+        pins = [(python, versions[name]) for python, versions in resolved if name in versions]
+        if len(pins) == len(resolved) and len({version for _, version in pins}) == 1:
+            lines.append(f"{name}=={pins[0][1]}")
         else:
             newest = resolved[-1][0]
             lines += [
                 f'{name}=={version} ; python_version {">=" if python == newest else "=="} "{python}"'
-                for python, version in found
+                for python, version in pins
             ]
     return lines
 

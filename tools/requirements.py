@@ -1,9 +1,9 @@
-"""Print what pyproject.toml wants of the given extras, one requirement a line, for an image that installs no project.
+"""Print the requirements of extras in pyproject.toml, one per line.
 
-    python tools/requirements.py serve finetune > wanted.txt
-    pip install -c requirements.lock -r wanted.txt
+    python tools/requirements.py serve finetune > requirements.txt
+    pip install -c requirements.lock -r requirements.txt
 
-So an image's packages stay as they are built while only the project's code changes.
+The Dockerfile installs these in a layer of their own, which is rebuilt only if a requirement changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tomllib
 
 
 def requirements(pyproject: str, extras: list[str]) -> list[str]:
-    """The project's own requirements and those of ``extras``; KeyError names an extra that is not there."""
+    """List the requirements of the project and of its ``extras``. Raises KeyError for an unknown extra."""
     project = tomllib.loads(pyproject)["project"]
     optional = project["optional-dependencies"]
     return sorted({*project["dependencies"], *(row for extra in extras for row in optional[extra])})

@@ -1,8 +1,8 @@
-"""Take the README's pictures of the gallery, from drawn photos of which a few are labelled wrongly on purpose.
+"""Take the screenshots of the documentation, with generated pictures, a few of them mislabeled on purpose.
 
     python tools/screenshots.py [--out docs/images]
 
-Needs the training side, and Debian's chromium. No photo of a data set comes into them.
+Requires the extra `finetune`, Playwright and Debian's chromium. The screenshots contain no photo of a data set.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-MISLABELLED = 5  # of each class
+MISLABELED = 5  # of each class
 WIDTH_PX, HEIGHT_PX = 1280, 860
 
 
@@ -39,19 +39,19 @@ def main() -> int:
 
 
 def mislabel(split: Path) -> None:
-    """Put the first few pictures of each class into the other's folder."""
+    """Move the first few pictures of each class into the other class's folder."""
     one, other = sorted(path for path in split.iterdir() if path.is_dir())
-    moves = [(file, other / file.name) for file in sorted(one.iterdir())[:MISLABELLED]]
-    moves += [(file, one / file.name) for file in sorted(other.iterdir())[:MISLABELLED]]
+    moves = [(file, other / file.name) for file in sorted(one.iterdir())[:MISLABELED]]
+    moves += [(file, one / file.name) for file in sorted(other.iterdir())[:MISLABELED]]
     for file, to in moves:
         file.rename(to)
 
 
 def take(work: Path, out: Path) -> None:
-    """Serve the run and photograph the grid of what it has wrong, and the page of one photo."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    """Serve the run and take a screenshot of its mistakes and of one photo's page."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     settings = {
         "BUNDLE": work / "run" / "bundle",
         "DATA_DIR": work / "pictures",
@@ -61,12 +61,12 @@ def take(work: Path, out: Path) -> None:
     environ = os.environ | {name: str(value) for name, value in settings.items()}
     server = subprocess.Popen([sys.executable, "-m", "service"], cwd=ROOT, env=environ, stderr=subprocess.DEVNULL)
     try:
-        here = f"http://127.0.0.1:{port}"
-        wait_for(f"{here}/gallery/photos.json")
+        base = f"http://127.0.0.1:{port}"
+        wait_for(f"{base}/gallery/photos.json")
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": WIDTH_PX, "height": HEIGHT_PX}, color_scheme="light")
-            page.goto(f"{here}/gallery/incorrect")
+            page.goto(f"{base}/gallery/incorrect")
             shoot(page, out / "gallery.png")
             page.locator('a[href*="/gallery/photo?"]').first.click()
             shoot(page, out / "photo.png")
@@ -90,7 +90,7 @@ def wait_for(url: str) -> None:
             return
         except OSError:
             time.sleep(0.1)
-    raise RuntimeError(f"{url} never answered; start the service by itself to see why: python -m service")
+    raise RuntimeError(f"{url} did not respond. Start the service to see why: python -m service")
 
 
 def finetune(*words: object) -> None:

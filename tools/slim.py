@@ -1,9 +1,9 @@
-"""Remove from a virtual environment what the service never opens, so that its image is small.
+"""Remove files that the service never opens from a virtual environment, to make its image smaller.
 
     python tools/slim.py /opt/venv
 
-Each pattern has its reason. One that matches nothing is an error, so that the list is looked at when a package changes;
-``tools/smoke.py``, which the image runs last, shows that nothing is missing.
+A pattern that matches nothing is an error, so that the list is revised when a package changes. ``tools/smoke.py``, the last
+step of the image's build, shows that nothing is missing.
 """
 
 from __future__ import annotations
@@ -13,59 +13,59 @@ import sys
 from pathlib import Path
 
 UNNEEDED = {
-    "openvino/libs/libopenvino_intel_[gn]pu_plugin.so": "the service computes on the CPU; GPUs are PyTorch's",
-    "openvino/libs/libopenvino_auto*_plugin.so": "chooses among devices; there is one",
-    "openvino/libs/libopenvino_hetero_plugin.so": "spreads a network over devices",
-    "openvino/libs/cache.json": "the GPU plugin's table of kernels",
-    "openvino/libs/libopenvino_[!io]*_frontend.so.*": "reads other formats than OpenVINO's own and ONNX",
-    "openvino/libs/libopenvino_c.so.*": "OpenVINO for C",
+    "openvino/libs/libopenvino_intel_[gn]pu_plugin.so": "OpenVINO runs on the CPU only; PyTorch uses GPUs",
+    "openvino/libs/libopenvino_auto*_plugin.so": "selects a device; there is only one",
+    "openvino/libs/libopenvino_hetero_plugin.so": "splits a network across devices",
+    "openvino/libs/cache.json": "kernels of the GPU plugin",
+    "openvino/libs/libopenvino_[!io]*_frontend.so.*": "reads formats other than ONNX and OpenVINO IR",
+    "openvino/libs/libopenvino_c.so.*": "C API",
     "openvino/include": "C++ headers",
-    "openvino/cmake": "for building C++ against it",
+    "openvino/cmake": "for C++ builds",
     "openvino/tools": "the model converter",
-    "openvino/frontend/[!o_]*/": "the other formats' Python side",
-    "openvino_telemetry": "reports to OpenVINO's makers",
+    "openvino/frontend/[!o_]*/": "Python modules of the other formats",
+    "openvino_telemetry": "sends usage data",
     "numpy/**/tests": "tests",
     "numpy/f2py": "compiles Fortran",
     "numpy/distutils": "builds extensions",
     "numpy/_core/include": "C headers",
-    "numpy/**/*.a": "for linking C against it",
+    "numpy/**/*.a": "static libraries",
     "numpy/_core/_*tests.*.so": "tests",
     "numpy/_core/_simd.*.so": "tests",
-    "numpy/random": "chance, which the service leaves to Python and to databases",
+    "numpy/random": "random numbers, which the service takes from Python and databases",
     "sqlalchemy/testing": "tests",
-    "sqlalchemy/dialects/m[sy]*sql": "other databases than SQLite and PostgreSQL",
-    "sqlalchemy/dialects/oracle": "the same",
-    "**/*.pyi": "types, for editors and mypy",
-    "PIL/_avif.*.so": "AVIF, which the service does not take",
-    "pillow.libs/libavif-*": "the same",
-    "PIL/_imagingft.*.so": "letters, which the service does not draw",
-    "pillow.libs/libharfbuzz-*": "the same",
-    "pillow.libs/libfreetype-*": "the same",
+    "sqlalchemy/dialects/m[sy]*sql": "databases other than SQLite and PostgreSQL",
+    "sqlalchemy/dialects/oracle": "another database",
+    "**/*.pyi": "type stubs",
+    "PIL/_avif.*.so": "AVIF, which the service does not accept",
+    "pillow.libs/libavif-*": "AVIF",
+    "PIL/_imagingft.*.so": "text rendering",
+    "pillow.libs/libharfbuzz-*": "text rendering",
+    "pillow.libs/libfreetype-*": "text rendering",
 }
 
 
 def slim(site: Path) -> list[str]:
-    """Remove what matches; gives the patterns that matched nothing."""
-    missed = []
+    """Remove all files and folders that match. Returns the patterns without a match."""
+    unmatched = []
     for pattern in UNNEEDED:
-        found = sorted(site.glob(pattern))
-        if not found:
-            missed.append(pattern)
-        for path in found:
+        matches = sorted(site.glob(pattern))
+        if not matches:
+            unmatched.append(pattern)
+        for path in matches:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    return missed
+    return unmatched
 
 
 def main() -> int:
     (site,) = Path(sys.argv[1]).glob("lib/python3*/site-packages")
     before = _size_mb(site)
-    if missed := slim(site):
-        print(f"slim: nothing matches {', '.join(missed)}; mend the list in {__file__}.", file=sys.stderr)
+    if unmatched := slim(site):
+        print(f"slim: nothing matches {', '.join(unmatched)}. Update the patterns in {__file__}.", file=sys.stderr)
         return 2
-    print(f"slim: {before:.0f} MB became {_size_mb(site):.0f} MB")
+    print(f"slim: reduced {before:.0f} MB to {_size_mb(site):.0f} MB")
     return 0
 
 
