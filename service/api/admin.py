@@ -8,16 +8,14 @@ from typing import Any
 from flask import Blueprint, Response, current_app, g, jsonify, request
 
 from service.http.errors import Problem
-from service.http.json_body import OTHER_VALUES, parse_json
-from service.http.request_body import read_body
+from service.http.request_body import OTHER_VALUES, parse_json, read_body
 from service.http.security import key_from_request, match_key
 from service.inference.model_manager import ModelManager
 from service.rollout.agreement import ALLOWED_DIFFERENCES
 from service.rollout.rollout import RolloutManager
 from service.settings import Settings
 
-FORM = 'send {"bundle": "FOLDER"}, and with it "allow": ["classes", "disagreement"] where that is meant'
-
+HINT = 'Send {"bundle": "FOLDER"}, optionally with "allow": ["classes", "disagreement"].'
 MAX_BYTES = 64 << 10
 
 bp = Blueprint("admin", __name__, url_prefix="/admin")
@@ -68,14 +66,14 @@ def _status() -> Response:
 def _asked_for() -> tuple[str, list[str]]:
     settings: Settings = current_app.extensions["settings"]
     if request.mimetype != "application/json":
-        raise Problem("unsupported_media_type", f"The body came as {request.mimetype or 'no media type'}; {FORM} as JSON.")
-    body = read_body(request, settings, max_bytes=MAX_BYTES, advice=FORM)
-    document: Any = parse_json(body, max_values=OTHER_VALUES, hint=FORM)
+        raise Problem("unsupported_media_type", f"Unsupported Content-Type: {request.mimetype[:80] or 'none'}. {HINT}")
+    body = read_body(request, settings, max_bytes=MAX_BYTES, advice=HINT)
+    document: Any = parse_json(body, max_values=OTHER_VALUES, hint=HINT)
     if not isinstance(document, dict) or not isinstance(document.get("bundle"), str) or not document["bundle"]:
-        raise Problem("bad_json", f"The JSON names no bundle; {FORM}.")
+        raise Problem("bad_json", f"The JSON names no bundle. {HINT}")
     allow = document.get("allow", [])
     if not isinstance(allow, list) or not all(word in ALLOWED_DIFFERENCES for word in allow):
-        raise Problem("bad_json", f"`allow` is no list of {' and '.join(ALLOWED_DIFFERENCES)}; {FORM}.")
+        raise Problem("bad_json", f"`allow` must be a list of {' and '.join(ALLOWED_DIFFERENCES)}. {HINT}")
     return document["bundle"], allow
 
 

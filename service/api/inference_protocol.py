@@ -82,8 +82,6 @@ def infer(name: str, version: str | None) -> Response:
     settings: Settings = current_app.extensions["settings"]
     g.key_name = require_key(request, settings)
     preprocessing = _found(name, version).bundle.preprocessing
-    if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise Problem("unsupported_media_type", "The body came compressed; send it as it is.")
     wanted = parse_request(read_body(request, settings), _json_bytes(), settings, preprocessing)
     model, predictions = predictor().predict(request, _uploads(wanted.input), all_or_none=True)
     _check(model, name, version)  # it may have been exchanged meanwhile

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
-from service.http.json_body import OTHER_VALUES, parse_json
+from service.http.request_body import OTHER_VALUES, parse_json
 from service.http.text_validation import describe
-from service.http.uploads import VALUES_PER_PHOTO, check_image_count
+from service.http.uploads import VALUES_PER_IMAGE, check_image_count
 from service.settings import Settings
 
 DATATYPES = {"images": "BYTES", "pixels": "UINT8"}
 OUTPUTS = ("probabilities", "label")
-JSON_HINT = "send fewer photos, or the tensor as bytes (binary_tensor_data)"
+JSON_HINT = "Send fewer images, or the tensor as bytes (binary_tensor_data)."
 LENGTH = struct.Struct("<I")  # before each element of BYTES
 
 
@@ -74,7 +74,7 @@ def _json_limits(settings: Settings, preprocessing: Preprocessing) -> tuple[int,
     """Return the most values and the most lists and objects of a request: those of ``max_images`` images as nested lists."""
     rows = 1 + preprocessing.input_px
     lists = settings.max_images * (rows + preprocessing.input_px**2)
-    other = OTHER_VALUES + settings.max_images * VALUES_PER_PHOTO
+    other = OTHER_VALUES + settings.max_images * VALUES_PER_IMAGE
     pixels = settings.max_images * preprocessing.input_px**2 * preprocessing.channels
     return other + lists + pixels, other + lists
 

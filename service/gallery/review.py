@@ -15,8 +15,7 @@ from service.gallery.filter_params import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, 
 from service.gallery.index import gallery
 from service.gallery.photo import RejectedReview, render_photo_page
 from service.http.errors import Problem
-from service.http.json_body import OTHER_VALUES, parse_json
-from service.http.request_body import read_body
+from service.http.request_body import OTHER_VALUES, parse_json, read_body
 from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
 from service.http.text_validation import check_items, describe
 from service.reviews.decisions import ReviewDecision, load_history, save_decision
@@ -28,7 +27,7 @@ MAX_LENGTHS = {"note": 2_000, "reviewer": 80}
 MAX_KEY = 1_000  # letters; a browser keeps no cookie of more than 4 KiB
 NO_ADVANCE = ("note", "undo")  # after these nobody goes on to the next photo
 SINGLE_LINE = frozenset({"reviewer", "key", "back"})
-JSON_FORMAT = 'send {"photo": ..., "sha256": ..., "decision": ...}'
+JSON_FORMAT = 'Send {"photo": ..., "sha256": ..., "decision": ...}.'
 FIELDS = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "expected_version", "filter", "advance")
 
 bp = Blueprint("review", __name__)
@@ -138,7 +137,7 @@ def entry_to_json(row: Any) -> dict[str, Any]:
 
 def _receive() -> bytes:
     """Read the body before Flask parses it, as Flask would wait for a client that trickles. Raises Problem."""
-    body = read_body(request, current_app.extensions["settings"], max_bytes=MAX_BODY_BYTES, advice="shorten the text")
+    body = read_body(request, current_app.extensions["settings"], max_bytes=MAX_BODY_BYTES, advice="Shorten the text.")
     request.environ["wsgi.input"] = io.BytesIO(body)
     return body
 
@@ -149,7 +148,7 @@ def _fields() -> dict[str, str]:
     if request.is_json:
         given = parse_json(body, max_values=OTHER_VALUES, hint=JSON_FORMAT)
         if not isinstance(given, dict):
-            raise Problem("bad_json", f"The JSON is no object; {JSON_FORMAT}.")
+            raise Problem("bad_json", f"The JSON is not an object. {JSON_FORMAT}")
         if nested := next((name for name, value in given.items() if isinstance(value, (list, dict))), None):
             raise Problem("bad_parameter", f"The field {nested[:40]!r} is {describe(given[nested])}; text is expected.")
         fields = {name: "" if value is None else str(value) for name, value in given.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import io
 import json
 import logging
@@ -119,6 +120,9 @@ def test_a_photo_comes_in_every_form_and_gets_the_same_answer(client: FlaskClien
     plain = one(send(client, photo))
     text = base64.b64encode(photo).decode()
     wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    url_safe = base64.urlsafe_b64encode(photo).decode()
+    assert "-" in url_safe
+    assert "_" in url_safe
     forms = {
         "image/*": send(client, photo, "image/whatever"),
         "octet-stream": send(client, photo, "application/octet-stream"),
@@ -130,7 +134,12 @@ def test_a_photo_comes_in_every_form_and_gets_the_same_answer(client: FlaskClien
         "JSON": send_json(client, {"image": text}),
         "JSON in lines": send_json(client, {"image": wrapped}),
         "data: URL": send_json(client, {"image": f"data:image/jpeg;base64,{text}"}),
+        "URL-safe base64": send_json(client, {"image": url_safe}),
+        "URL-safe base64 without padding": send_json(client, {"image": url_safe.rstrip("=")}),
+        "an object": send_json(client, {"image": {"b64": text}}),
         "instances": send_json(client, {"instances": [{"b64": text}]}),
+        "instances of strings": send_json(client, {"instances": [text]}),
+        "instances of named inputs": send_json(client, {"instances": [{"image_bytes": {"b64": text}, "key": "1"}]}),
         "a data: URL in instances": send_json(client, {"instances": [{"b64": f"data:image/jpeg;base64,{text}"}]}),
     }
     for form, answer in forms.items():
@@ -157,10 +166,39 @@ def test_a_name_in_any_script_comes_back_as_it_went(client: FlaskClient, photo: 
         assert one(send_form(client, ("file", name, photo)))["file"] == name
 
 
+@pytest.mark.parametrize(
+    ("headers", "name"),
+    [
+        (b"name=\"file\"; filename*=utf-8''%E6%9D%B1.jpg", "東.jpg"),
+        (b"name=\"file\"; filename*=iso-8859-1'en'caf%E9.jpg", "café.jpg"),
+        (b'name="file"; filename="x.jpg"; filename*=UTF-8\'\'%E6%9D%B1.jpg', "東.jpg"),
+        (b'name="file"; filename="x.jpg"; filename*=nonsense\'\'a', "a"),
+        (b"name=\"file\"; filename*=utf-8''%ff.jpg", "\ufffd.jpg"),
+        (b'name="file"; filename*=a.jpg', "a.jpg"),
+        (b'name="file"; filename="caf\xe9.jpg"', "caf\ufffd.jpg"),
+        (b'name="\xe9"; filename="a.jpg"', "a.jpg"),
+        (b'name="image"\r\nContent-Type: image/jpeg', None),
+        (b'name="image"\r\nContent-Type: application/octet-stream', None),
+    ],
+)
+def test_a_file_is_recognized_by_its_name_in_any_encoding_or_by_its_type(
+    client: FlaskClient, photo: bytes, headers: bytes, name: str | None
+) -> None:
+    body = b"--x\r\nContent-Disposition: form-data; " + headers + b"\r\n\r\n" + photo + b"\r\n--x--\r\n"
+    row = one(send(client, body, "multipart/form-data; boundary=x"))
+    assert row["file"] == name
+    assert same(row, one(send(client, photo)))
+
+
 def test_a_form_without_a_chosen_file_is_told_so(client: FlaskClient, photo: bytes) -> None:
     refused(send_form(client, ("file", "", b"", "application/octet-stream")), "no_image")
     assert len(rows(send_form(client, ("file", "", b""), ("file", "a.jpg", photo)))) == 1
-    refused(send_form(client, ("file", None, photo)), "no_image", "without a file name", "-F file=@")
+    refused(
+        send_form(client, ("file", None, photo)),
+        "no_image",
+        "The field `file` is text, not a file: it has no file name.",
+        "-F file=@",
+    )
 
 
 # What comes out
@@ -306,7 +344,7 @@ def test_a_phones_jpeg_with_a_second_picture_is_no_animation(client: FlaskClient
 
 
 def test_no_photo(client: FlaskClient) -> None:
-    refused(send(client, b""), "no_image", "No photo arrived", "multipart/form-data")
+    refused(send(client, b""), "no_image", "The request contains no image. Send multipart/form-data")
     refused(send(client, b"", "application/octet-stream"), "no_image")
     refused(send(client, b"", "application/json"), "bad_json")
     refused(send_form(client), "no_image")
@@ -320,7 +358,17 @@ def test_an_empty_file(client: FlaskClient) -> None:
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "video/mp4", "", "nonsense"])
 def test_a_body_of_another_kind(client: FlaskClient, photo: bytes, kind: str) -> None:
-    refused(send(client, photo, kind), "unsupported_media_type", "The body came as", "image/*")
+    refused(send(client, photo, kind), "unsupported_media_type", f"Unsupported Content-Type: {kind or 'none'}. Send", "image/*")
+
+
+@pytest.mark.parametrize("kind", ["image/jpeg", "application/json", "multipart/form-data; boundary=x"])
+def test_a_compressed_body_is_rejected_as_such(client: FlaskClient, photo: bytes, kind: str) -> None:
+    name = client.application.extensions["model"].get().bundle.name
+    for path in ("/predict", f"/v2/models/{name}/infer"):
+        response = client.post(path, data=gzip.compress(photo), content_type=kind, headers={"Content-Encoding": "gzip"})
+        said = "Compressed bodies are not supported (Content-Encoding: gzip). Send it uncompressed."
+        assert (response.status_code, response.get_json().get("detail", response.get_json().get("error"))) == (415, said)
+    assert rows(send(client, photo, Content_Encoding="identity"))
 
 
 @pytest.mark.parametrize(
@@ -375,18 +423,26 @@ def test_a_body_that_is_too_large(tiny_bundle: SimpleNamespace, photo: bytes) ->
     with serving(tiny_bundle.path, max_body_mb=0.01) as client:
         assert len(photo) < 0.01 * 2**20
         assert rows(send(client, photo))
-        refused(send(client, bytes(10_486)), "body_too_large", "10,486 bytes arrived and 10,485 is the most")
+        refused(send(client, bytes(10_486)), "body_too_large", "Upload too large: 10.3 KB, the limit is 10.2 KB.")
 
 
 def test_too_many_photos(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_images=3) as client:
         assert len(rows(send_form(client, *[("file", "a.jpg", photo)] * 3))) == 3
-        said = "4 photos arrived and 3 is the most"
+        said = "Too many images: 4 images, the limit is 3."
         refused(send_form(client, *[("file", "a.jpg", photo)] * 4), "too_many_images", said)
-        refused(send_form(client, *[("file", "a.jpg", b"x")] * 200), "too_many_images", "too many parts")
+        refused(
+            send_form(client, *[("file", "a.jpg", b"x")] * 200),
+            "too_many_images",
+            "Too many images: more than 35 parts, the limit is 3.",
+        )
         refused(send_json(client, {"instances": [{"b64": "eA=="}] * 4}), "too_many_images", said)
-        refused(send_json(client, {"instances": [{}] * 400}), "too_many_images", "400 photos arrived")
-        refused(send_json(client, {"instances": [{}] * 100_000}), "json_too_large", "100,002 lists and objects")
+        refused(send_json(client, {"instances": [{}] * 400}), "too_many_images", "Too many images: 400 images, the limit is 3.")
+        refused(
+            send_json(client, {"instances": [{}] * 100_000}),
+            "json_too_large",
+            "The JSON has 100,002 lists and objects, the limit is 1,048.",
+        )
 
 
 @pytest.mark.parametrize(

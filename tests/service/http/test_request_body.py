@@ -16,7 +16,7 @@ from werkzeug.test import TestResponse
 
 from service import create_app
 from service.http.errors import Problem
-from service.http.json_body import parse_json
+from service.http.request_body import parse_json
 from service.settings import Settings
 from tests.helpers.server import PATIENT, START_S, poll
 
@@ -48,7 +48,7 @@ def no_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(text: object) -> None:
         raise AssertionError("the JSON was parsed")
 
-    monkeypatch.setattr("service.http.json_body.json", SimpleNamespace(loads=fail))
+    monkeypatch.setattr("service.http.request_body.json", SimpleNamespace(loads=fail))
 
 
 def post(app: Flask, path: str, body: bytes | Any) -> TestResponse:
@@ -58,7 +58,7 @@ def post(app: Flask, path: str, body: bytes | Any) -> TestResponse:
 
 def rejected(body: bytes, **limits: int) -> Problem:
     with pytest.raises(Problem) as caught:
-        parse_json(body, **{"max_values": 1_000, **limits}, hint="send less")
+        parse_json(body, **{"max_values": 1_000, **limits}, hint="Send less.")
     return caught.value
 
 
@@ -71,16 +71,16 @@ def test_the_bound_is_taken_and_one_more_is_not(item: bytes, monkeypatch: pytest
         return sum(map(body.count, (b"[", b"{", b",")))
 
     bound = size(listed(10))
-    assert len(parse_json(listed(10), max_values=bound, hint="send less")) == 10
-    monkeypatch.setattr("service.http.json_body.json", None)
+    assert len(parse_json(listed(10), max_values=bound, hint="Send less.")) == 10
+    monkeypatch.setattr("service.http.request_body.json", None)
     problem = rejected(listed(10), max_values=bound - 1)
     assert (problem.code, problem.status) == ("json_too_large", 413)
-    assert f"has {bound:,} values and at most {bound - 1:,} are allowed; send less." in problem.detail
+    assert f"The JSON has {bound:,} values, the limit is {bound - 1:,}. Send less." in problem.detail
 
 
 def test_lists_and_objects_have_a_bound_of_their_own() -> None:
     assert parse_json(b'[[1,2],{"a":3}]', max_values=9, max_containers=3, hint="") == [[1, 2], {"a": 3}]
-    assert "has 3 lists and objects and at most 2" in rejected(b'[[1,2],{"a":3}]', max_containers=2).detail
+    assert "The JSON has 3 lists and objects, the limit is 2." in rejected(b'[[1,2],{"a":3}]', max_containers=2).detail
 
 
 @pytest.mark.parametrize(
