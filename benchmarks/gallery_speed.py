@@ -23,6 +23,7 @@ from flask.testing import FlaskClient
 
 from models.artifacts.predictions import Predictions
 from service import create_app
+from service.context import services_of
 from service.db.connection import Database
 from service.db.filter import Filter
 from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions, is_imported
@@ -61,7 +62,7 @@ def main() -> int:
 def start(url: str) -> FlaskClient:
     """The application on that database, once its gallery is there."""
     app = create_app(Settings(database_url=url))
-    app.extensions["model"].wait(None)
+    services_of(app).model_manager.wait(None)
     client = app.test_client()
     while client.get("/gallery").status_code == 503:
         time.sleep(0.1)

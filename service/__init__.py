@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
-    from service.app import Services
+    from service.context import Services
     from service.deferred_app import DeferredApp
     from service.settings import Settings
 
@@ -42,8 +42,8 @@ def _core(settings: Settings) -> Services:
     from service.inference.model_manager import ModelManager
 
     model = ModelManager.start(settings)  # before Flask is imported: the two take their time side by side
-    from service.app import Services
+    from service.app import create_services
 
-    core = Services.create(settings, model)
+    core = create_services(settings, model)
     core.rollout.start()
     return core

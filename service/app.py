@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from service.api import admin, health, inference_protocol, predict
+from service.context import EXTENSION, Services
 from service.http.admission import AdmissionController
 from service.http.errors import Problem, code_for_status
 from service.http.middleware import KNOWN_METHODS, RequestMiddleware
 from service.http.text_validation import check_items, check_text
 from service.inference.model_manager import ModelManager
-from service.inference.predictor import PredictionCallback, Predictor
+from service.inference.predictor import Predictor
 from service.rollout.rollout import RolloutManager
 from service.settings import Settings
 from service.web import layout
@@ -27,31 +28,17 @@ INFERENCE_PATHS = re.compile(rf"/|/predict|{inference_protocol.INFER_PATH.patter
 CUSTOM_ERROR_PATHS = re.compile(rf"/|{inference_protocol.INFER_PATH.pattern}")
 
 
-@dataclass(frozen=True)
-class Services:
-    """What answers photos, whichever application stands before it."""
-
-    settings: Settings
-    model_manager: ModelManager
-    admission: AdmissionController
-    rollout: RolloutManager
-
-    @classmethod
-    def create(cls, settings: Settings, model: ModelManager) -> Services:
-        return cls(
-            settings,
-            model,
-            AdmissionController(settings.max_in_flight, gauge=model.metrics.in_flight),
-            RolloutManager(settings, model),
-        )
+def create_services(settings: Settings, models: ModelManager) -> Services:
+    """Create the components that all applications of this process share."""
+    admission = AdmissionController(settings.max_in_flight, gauge=models.metrics.in_flight)
+    predictor = Predictor(settings, models, admission)
+    return Services(settings, models, admission, RolloutManager(settings, models), predictor)
 
 
-def create_api_app(services: Services, *, on_prediction: PredictionCallback | None = None) -> Flask:
-    """The application without its pages: what programs ask. ``on_prediction`` is told of every photo that was answered."""
-    settings, model, admission = services.settings, services.model_manager, services.admission
+def create_api_app(services: Services) -> Flask:
+    """Create the application without its pages."""
+    settings, model = services.settings, services.model_manager
     app = Flask("service")
-    predictor = Predictor(settings, model, admission, on_prediction=on_prediction)
-    app.extensions.update(settings=settings, model=model, admission=admission, predictor=predictor, rollout=services.rollout)
     app.json.sort_keys = False  # type: ignore[attr-defined]
     for part in (predict, health, inference_protocol, admin):
         app.register_blueprint(part.bp)
@@ -59,14 +46,14 @@ def create_api_app(services: Services, *, on_prediction: PredictionCallback | No
     _add_error_handlers(app, model)
     wsgi = RequestMiddleware(
         app.wsgi_app,
-        admission,
+        services.admission,
         model.metrics,
         inference_paths=INFERENCE_PATHS,
         custom_error_paths=CUSTOM_ERROR_PATHS,
         cors_origins=settings.cors_origins,
     )
     app.wsgi_app = wsgi  # type: ignore[method-assign]
-    app.extensions["gate"] = wsgi
+    app.extensions[EXTENSION] = replace(services, middleware=wsgi)
     if settings.trusted_proxies:
         hops = settings.trusted_proxies
         app.wsgi_app = ProxyFix(wsgi, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops)  # type: ignore[method-assign]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 
-from service.app import Services, create_api_app
+from service.app import create_api_app
+from service.context import Services
 from service.http.middleware import normalize_path
 
 if TYPE_CHECKING:

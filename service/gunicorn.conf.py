@@ -11,6 +11,7 @@ from typing import Any
 
 from models.artifacts.paths import resolve_bundle
 from models.errors import UserError
+from service.context import services_of
 from service.http.gunicorn_worker import raise_file_limit
 from service.resources import allocate_resources
 from service.rollout.bundle_link import initial_state
@@ -54,7 +55,7 @@ def post_worker_init(worker: Any) -> None:
     """A model that cannot be loaded stops the whole server, with gunicorn's own exit code for that."""
     from gunicorn.arbiter import Arbiter
 
-    worker.wsgi.extensions["model"].add_failure_callback(lambda reason: os._exit(Arbiter.WORKER_BOOT_ERROR))
+    services_of(worker.wsgi).model_manager.add_failure_callback(lambda reason: os._exit(Arbiter.WORKER_BOOT_ERROR))
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -62,7 +63,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
     Photos that were answered and are to be kept are written first.
     """
-    if recorder := worker.wsgi and worker.wsgi.extensions.get("recorder"):
+    if worker.wsgi and (recorder := services_of(worker.wsgi).recorder):
         recorder.close()
     ending = sys.exc_info()[1]
     if isinstance(ending, SystemExit) and ending.code == 0:

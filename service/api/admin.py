@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flask import Blueprint, Response, current_app, g, jsonify, request
+from flask import Blueprint, Response, g, jsonify, request
 
+from service.context import services
 from service.http.errors import Problem
 from service.http.request_body import OTHER_VALUES, parse_json, read_body
 from service.http.security import key_from_request, match_key
-from service.inference.model_manager import ModelManager
 from service.rollout.agreement import ALLOWED_DIFFERENCES
-from service.rollout.rollout import RolloutManager
-from service.settings import Settings
 
 HINT = 'Send {"bundle": "FOLDER"}, optionally with "allow": ["classes", "disagreement"].'
 MAX_BYTES = 64 << 10
@@ -24,7 +22,7 @@ bp = Blueprint("admin", __name__, url_prefix="/admin")
 @bp.before_request
 def require_admin_key() -> None:
     """Only with a key in a header, which no page of another origin can send: a form cannot, and CORS is not granted here."""
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     if not settings.admin_keys:
         raise Problem("admin_disabled", "This server was started without ADMIN_KEYS, so nobody may administer it; set them.")
     g.key_name = match_key(settings.admin_keys, key_from_request(request))
@@ -39,19 +37,19 @@ def bundle() -> Response:
 def activate() -> Response:
     """Answers when this worker serves the bundle; the others follow within the time that loading takes."""
     wanted, allow = _asked_for()
-    _rollout().activate(wanted, actor=g.key_name, allow=allow)
+    services().rollout.activate(wanted, actor=g.key_name, allow=allow)
     return _status()
 
 
 @bp.post("/rollback")
 def rollback() -> Response:
-    _rollout().roll_back(actor=g.key_name)
+    services().rollout.roll_back(actor=g.key_name)
     return _status()
 
 
 def _status() -> Response:
-    settings: Settings = current_app.extensions["settings"]
-    served: ModelManager = current_app.extensions["model"]
+    settings = services().settings
+    served = services().model_manager
     state, worker_versions = served.rollout_store.read(), served.rollout_store.worker_versions()
     answer = dataclasses.asdict(state)
     del answer["link_fingerprint"]
@@ -64,7 +62,7 @@ def _status() -> Response:
 
 
 def _asked_for() -> tuple[str, list[str]]:
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     if request.mimetype != "application/json":
         raise Problem("unsupported_media_type", f"Unsupported Content-Type: {request.mimetype[:80] or 'none'}. {HINT}")
     body = read_body(request, settings, max_bytes=MAX_BYTES, advice=HINT)
@@ -75,8 +73,3 @@ def _asked_for() -> tuple[str, list[str]]:
     if not isinstance(allow, list) or not all(word in ALLOWED_DIFFERENCES for word in allow):
         raise Problem("bad_json", f"`allow` must be a list of {' and '.join(ALLOWED_DIFFERENCES)}. {HINT}")
     return document["bundle"], allow
-
-
-def _rollout() -> RolloutManager:
-    found: RolloutManager = current_app.extensions["rollout"]
-    return found

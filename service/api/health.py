@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, current_app, jsonify
+from flask import Blueprint, Response, jsonify
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.inference.model_manager import ModelManager
+from service.context import services
 
 bp = Blueprint("health", __name__)
-
-
-def _served() -> ModelManager:
-    served: ModelManager = current_app.extensions["model"]
-    return served
 
 
 @bp.get("/health/live")
@@ -22,10 +17,10 @@ def live() -> Response:
 
 @bp.get("/health/ready")
 def ready() -> Response:
-    model = _served().check_ready()
+    model = services().model_manager.check_ready()
     return jsonify(status="ready", model=model.summary)
 
 
 @bp.get("/metrics")
 def metrics() -> Response:
-    return Response(_served().metrics.render(), content_type=CONTENT_TYPE_LATEST)
+    return Response(services().model_manager.metrics.render(), content_type=CONTENT_TYPE_LATEST)

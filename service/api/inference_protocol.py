@@ -10,18 +10,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
-from flask import Blueprint, Response, current_app, g, jsonify, request
+from flask import Blueprint, Response, g, jsonify, request
 from numpy.typing import NDArray
 
 from service.api.tensor_codec import InputTensor, RequestedOutput, encode_response, parse_request, tensor_problem
+from service.context import services
 from service.http import REJECTION
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import require_key
 from service.http.uploads import Upload, upload_from_base64
 from service.inference.model_manager import LoadedModel, ModelManager
-from service.inference.predictor import Prediction, predictor
-from service.settings import Settings
+from service.inference.predictor import Prediction
 
 INFER_PATH = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -79,11 +79,11 @@ def model_ready(name: str, version: str | None) -> Response:
 def infer(name: str, version: str | None) -> Response:
     if refusal := request.environ.get(REJECTION):
         raise refusal
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     g.key_name = require_key(request, settings)
     preprocessing = _found(name, version).bundle.preprocessing
     wanted = parse_request(read_body(request, settings), _json_bytes(), settings, preprocessing)
-    model, predictions = predictor().predict(request, _uploads(wanted.input), all_or_none=True)
+    model, predictions = services().predictor.predict(request, _uploads(wanted.input), all_or_none=True)
     _check(model, name, version)  # it may have been exchanged meanwhile
     head = {"model_name": model.bundle.name, "model_version": model.bundle.version}
     if wanted.id is not None:
@@ -111,8 +111,7 @@ def error_response(problem: Problem) -> Response:
 
 
 def _served() -> ModelManager:
-    served: ModelManager = current_app.extensions["model"]
-    return served
+    return services().model_manager
 
 
 def _found(name: str, version: str | None) -> LoadedModel:

@@ -6,16 +6,16 @@ import base64
 import re
 from typing import Any
 
-from flask import Blueprint, Response, current_app, g, jsonify, request
+from flask import Blueprint, Response, g, jsonify, request
 
 from models.runtime.openvino_engine import Pixels
+from service.context import services
 from service.http.errors import Problem
 from service.http.security import require_key
 from service.http.uploads import read_uploads
 from service.images.render import encode_png
-from service.inference.model_manager import LoadedModel, ModelManager
-from service.inference.predictor import Prediction, predictor, ranked_probabilities
-from service.settings import Settings
+from service.inference.model_manager import LoadedModel
+from service.inference.predictor import Prediction, ranked_probabilities
 
 MAX_TOP_K = 1_000_000
 
@@ -24,10 +24,10 @@ bp = Blueprint("api", __name__)
 
 @bp.post("/predict")
 def predict() -> Response:
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     g.key_name = require_key(request, settings)
     top_k, crop = _top_k(), _crop()
-    model, predictions = predictor().predict(request, read_uploads(request, settings).images)
+    model, predictions = services().predictor.predict(request, read_uploads(request, settings).images)
     rows = [_row(model, prediction, top_k=top_k, crop=crop) for prediction in predictions]
     result = jsonify(model=model.summary, request_id=g.request_id, predictions=rows)
     result.headers["X-Model-Version"] = model.bundle.version
@@ -37,7 +37,7 @@ def predict() -> Response:
 
 @bp.get("/models")
 def models() -> Response:
-    served: ModelManager = current_app.extensions["model"]
+    served = services().model_manager
     model = served.get()
     bundle, manifest = model.bundle, model.bundle.manifest
     return jsonify(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, jsonify, request
 
+from service.context import gallery
 from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import ModelComparison, compare_models
 from service.db.query import ModelRecord, get_model
 from service.gallery.grid import render_gallery, retrain_command, serve_both_command
-from service.gallery.index import gallery
 from service.gallery.sidebar import grid_url
 from service.http.errors import Problem
 from service.web.layout import problem_page

@@ -12,6 +12,7 @@ from typing import Any
 from flask import Blueprint, Response, request, stream_with_context, url_for
 
 from models.artifacts.reviews import Review, write_reviews
+from service.context import gallery
 from service.db import production
 from service.db.connection import Database
 from service.db.filter import Filter
@@ -19,7 +20,6 @@ from service.db.ingest import decode_file_name
 from service.db.query import ModelRecord, PredictionRecord
 from service.gallery import sidebar
 from service.gallery.filter_params import open_query, page_filter_from_request
-from service.gallery.index import gallery
 from service.reviews.decisions import list_reviews
 
 CHUNK = 500

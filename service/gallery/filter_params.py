@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 
 from flask import request
 
+from service.context import gallery
 from service.db.filter import Filter, parse_filter
 from service.db.query import PredictionQuery
 from service.gallery import sidebar
-from service.gallery.index import gallery
 
 REVIEWER_COOKIE = "reviewer"  # the cookie with the name that somebody gave themselves
 AUTO_ADVANCE_COOKIE = "advance"  # the cookie that says whether they go on to the next photo

@@ -8,21 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, Response, current_app, redirect, render_template, request
+from flask import Blueprint, Response, redirect, render_template, request
 
 from models.artifacts.paths import resolve_bundle
 from models.artifacts.statistics import wilson_interval
 from models.errors import UserError
+from service.context import gallery, image_access, services
 from service.db.filter import Filter, describe_filter, parse_page
 from service.db.query import PredictionQuery, PredictionRecord, get_model
 from service.gallery import sidebar
 from service.gallery.filter_params import open_query, page_filter_from_request
-from service.gallery.image_access import image_access
-from service.gallery.index import gallery
 from service.gallery.queues import ReviewQueue, review_queues
 from service.gallery.sidebar import grid_url, photo_url
 from service.http.errors import Problem
-from service.settings import Settings
 from service.web.layout import current_model, problem_page, record_problem
 
 QUEUE_PREVIEW_SIZE = 8  # a queue's row
@@ -157,7 +155,7 @@ def _grid(**preset: tuple[str, ...]) -> Response:
 
 
 def render_gallery(template: str, **context: Any) -> Response:
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     shared = {
         "photo_url": photo_url,
         "grid_url": grid_url,
@@ -184,7 +182,7 @@ def _name_of(version: str) -> str:
 
 def _trouble(photos: Sequence[PredictionRecord]) -> str | None:
     """Why the first photo cannot be shown, if it cannot; where no folder is set, that goes for all of them."""
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     evaluated = [photo for photo in photos if photo.source != "production"]
     if not evaluated:
         return None
@@ -210,7 +208,7 @@ def retrain_command() -> str:
 
 def serve_both_command() -> str:
     """What serves the newly trained model, with the one that serves now beside it."""
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     now = current_model().bundle.path
     with contextlib.suppress(UserError):  # as the operator calls it, if that is still it
         now = settings.bundle if resolve_bundle(settings.bundle) == now else now
@@ -218,7 +216,7 @@ def serve_both_command() -> str:
 
 
 def _data() -> str:
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     return shlex.quote(str(settings.data_dir)) if settings.data_dir else "DATA"
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 
-from flask import current_app
-
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.paths import resolve_bundle, thumbnails_dir
 from models.runtime.openvino_engine import Pixels
@@ -96,12 +94,6 @@ class ImageAccess:
         if path is None:
             raise Problem("not_found", f"The bundle {version} is not on this machine; name its folder in EVALUATIONS.")
         return open_bundle(resolve_bundle(path), files=())
-
-
-def image_access() -> ImageAccess:
-    """The application's own."""
-    found: ImageAccess = current_app.extensions["image_access"]
-    return found
 
 
 def _problem(error: ImageUnavailableError) -> Problem:

@@ -6,9 +6,8 @@ import hashlib
 
 from flask import Blueprint, Response, request
 
+from service.context import gallery, image_access
 from service.explain.heatmap import legend, overlay
-from service.gallery.image_access import image_access
-from service.gallery.index import gallery
 from service.images.render import encode_png
 from service.web.layout import ONE_YEAR_S
 

@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from flask import current_app
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -145,12 +144,6 @@ class GalleryIndex:
     def _fail(self, reason: str) -> None:
         self._error = reason
         log.error(reason)
-
-
-def gallery() -> GalleryIndex:
-    """The application's own."""
-    found: GalleryIndex = current_app.extensions["gallery"]
-    return found
 
 
 def _merged(bundle: Bundle) -> dict[str, str]:

@@ -8,23 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, Response, current_app, request, url_for
+from flask import Blueprint, Response, request, url_for
 
 from models.artifacts.similarity import DuplicateRow
+from service.context import gallery, image_access, services
 from service.db.filter import Filter, describe_filter
 from service.db.ingest import encode_file_name
 from service.db.query import PredictionQuery, PredictionRecord
 from service.explain.explainer import Explanation
 from service.gallery.filter_params import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, filter_from_request, open_query
 from service.gallery.grid import render_gallery
-from service.gallery.image_access import image_access
-from service.gallery.index import gallery
 from service.gallery.sidebar import grid_url
 from service.http.errors import Problem
 from service.http.security import require_key_or_cookie
 from service.reviews.decisions import load_history
 from service.reviews.history import history_entries, saved_message
-from service.settings import Settings
 from service.web.layout import problem_page, record_problem
 
 MAX_NEIGHBORS = 8
@@ -209,7 +207,7 @@ def _warnings(this: PredictionRecord, duplicates: Sequence[SimilarImage]) -> lis
 
 def _key() -> dict[str, Any]:
     """Whether decisions want a key here, and whose was given."""
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     try:
         return {"is_wanted": bool(settings.api_keys), "name": require_key_or_cookie(request, settings)}
     except Problem:

@@ -7,19 +7,18 @@ import io
 from typing import Any
 from urllib.parse import parse_qsl
 
-from flask import Blueprint, Response, current_app, g, jsonify, redirect, request, url_for
+from flask import Blueprint, Response, g, jsonify, redirect, request, url_for
 from werkzeug.datastructures import MultiDict
 
+from service.context import gallery, services
 from service.db.filter import Filter, parse_filter
 from service.gallery.filter_params import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, open_query
-from service.gallery.index import gallery
 from service.gallery.photo import RejectedReview, render_photo_page
 from service.http.errors import Problem
 from service.http.request_body import OTHER_VALUES, parse_json, read_body
 from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
 from service.http.text_validation import check_items, describe
 from service.reviews.decisions import ReviewDecision, load_history, save_decision
-from service.settings import Settings
 from service.web.layout import ONE_YEAR_S, problem_page, problem_response
 
 MAX_BODY_BYTES = 64 << 10
@@ -64,7 +63,7 @@ def review() -> Response:
 
 
 def _review(given: dict[str, str]) -> Response:
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     g.key_name = require_key_or_cookie(request, settings)
     decision = _decision(given, key_name=g.key_name)
     here, following = _photo_page(given), _next(given, decision)  # before anything is saved: the filter may be no filter
@@ -88,7 +87,7 @@ def _review(given: dict[str, str]) -> Response:
 @bp.post("/gallery/key")
 def key() -> Response:
     """Take a key from a form into a cookie, and go back to the page that it came from."""
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     require_same_origin(request)
     _receive()
     if unknown := set(request.form) - {"key", "back"}:
@@ -137,7 +136,7 @@ def entry_to_json(row: Any) -> dict[str, Any]:
 
 def _receive() -> bytes:
     """Read the body before Flask parses it, as Flask would wait for a client that trickles. Raises Problem."""
-    body = read_body(request, current_app.extensions["settings"], max_bytes=MAX_BODY_BYTES, advice="Shorten the text.")
+    body = read_body(request, services().settings, max_bytes=MAX_BODY_BYTES, advice="Shorten the text.")
     request.environ["wsgi.input"] = io.BytesIO(body)
     return body
 

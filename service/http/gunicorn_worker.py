@@ -48,6 +48,7 @@ from gunicorn.http import get_parser, wsgi
 from gunicorn.http.errors import LimitRequestHeaders, NoMoreData
 from gunicorn.workers.base import Worker
 
+from service.context import services_of
 from service.http import REJECTION, SLOT
 
 if TYPE_CHECKING:  # this module is imported before the fork: Flask must not be yet, nor prometheus_client without its folder
@@ -326,8 +327,10 @@ class EventLoopWorker(Worker):
         self._selector.close()
 
     def _read_settings(self) -> None:
-        settings: Settings = self.wsgi.extensions["settings"]
-        self._settings, self._gate = settings, self.wsgi.extensions["gate"]
+        services = services_of(self.wsgi)
+        self._settings = settings = services.settings
+        assert services.middleware is not None
+        self._gate = services.middleware
         self._seconds = {
             Timer.FIRST_BYTE: settings.first_byte_timeout_s,
             Timer.HEAD: settings.head_timeout_s,

@@ -9,7 +9,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 
 import numpy as np
-from flask import Request, current_app, g
+from flask import Request, g
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
@@ -152,12 +152,6 @@ def _of_all(predictions: list[Prediction], number: int) -> Problem:
     if len(predictions) == 1:
         return problem
     return Problem(problem.code, f"Photo {number} of {len(predictions)}: {problem.detail}", headers=problem.headers)
-
-
-def predictor() -> Predictor:
-    """The application's own."""
-    found: Predictor = current_app.extensions["predictor"]
-    return found
 
 
 def ranked_probabilities(model: LoadedModel, answer: InferenceResult, top_k: int | None = None) -> dict[str, float]:

@@ -6,13 +6,13 @@ import json
 import re
 from typing import Any
 
-from flask import Blueprint, Response, current_app, render_template, request
+from flask import Blueprint, Response, render_template, request
 from markupsafe import Markup, escape
 
 from service.api.openapi import document
 from service.api.openapi_schemas import ADVICE
+from service.context import services
 from service.http.errors import PROBLEM_TYPES
-from service.settings import Settings
 from service.web.markdown import render_markdown
 
 bp = Blueprint("docs", __name__)
@@ -52,7 +52,7 @@ def pretty_json(value: Any) -> str:
 
 
 def _document() -> dict[str, Any]:
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     return document(settings, request.url_root.rstrip("/"))
 
 

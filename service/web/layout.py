@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flask import Blueprint, Response, current_app, g, render_template, request, url_for
-from flask.sansio.blueprints import BlueprintSetupState
+from flask import Blueprint, Response, g, render_template, request, url_for
 from markupsafe import Markup, escape
 from werkzeug.urls import iri_to_uri
 
 from models.artifacts.atomic_io import sha256_of
 from models.runtime.openvino_engine import Pixels
 from service.api.predict import png_data_url
+from service.context import services
 from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
-from service.inference.model_manager import LoadedModel, ModelManager
+from service.inference.model_manager import LoadedModel
 
 ONE_YEAR_S = 365 * 24 * 3600
 MIN_PROBABILITY = 1e-12
+STATIC_FOLDER = Path(__file__).parents[1] / "static"
 VERSION_DIGITS = 12  # of a static file's sha256
 
 bp = Blueprint("site", __name__)
@@ -42,14 +44,14 @@ NAVIGATION = [
 
 def current_model() -> LoadedModel:
     """The model; raises Problem while there is none."""
-    served: ModelManager = current_app.extensions["model"]
+    served = services().model_manager
     return served.get()
 
 
 def record_problem(problem: Problem) -> None:
     """Count a problem that is answered, and have the request's line in the log name it."""
     g.code = problem.without_traceback().code
-    served: ModelManager = current_app.extensions["model"]
+    served = services().model_manager
     served.metrics.errors.labels(problem.code).inc()
 
 
@@ -89,28 +91,25 @@ def template_context() -> dict[str, Any]:
     return {"navigation": NAVIGATION, "model": served.summary | {"merged_from": served.bundle.merged_from}}
 
 
-@bp.record_once
-def hash_static_files(state: BlueprintSetupState) -> None:
+@functools.cache
+def static_versions() -> dict[str, str]:
     """Compute the version of every static file once, so that no request makes the server open a file by a client's name."""
-    folder = Path(state.app.static_folder or "")
-    files = (file for file in folder.rglob("*") if file.is_file())
-    state.app.extensions["static_versions"] = {
-        file.relative_to(folder).as_posix(): sha256_of(file)[:VERSION_DIGITS] for file in files
-    }
+    files = (file for file in STATIC_FOLDER.rglob("*") if file.is_file())
+    return {file.relative_to(STATIC_FOLDER).as_posix(): sha256_of(file)[:VERSION_DIGITS] for file in files}
 
 
 @bp.app_url_defaults
 def add_version(endpoint: str, values: dict[str, Any]) -> None:
     """Add a static file's version to its address, which thereby changes with the file's content."""
     if endpoint == "static" and "v" not in values:
-        values["v"] = current_app.extensions["static_versions"][values["filename"]]
+        values["v"] = static_versions()[values["filename"]]
 
 
 @bp.after_app_request
 def cache_static(response: Response) -> Response:
     """Let browsers cache a static file without end if its address names its version, and revalidate it otherwise."""
     if request.endpoint == "static" and request.method in ("GET", "HEAD") and response.status_code in (200, 304):
-        version = current_app.extensions["static_versions"].get((request.view_args or {})["filename"])
+        version = static_versions().get((request.view_args or {})["filename"])
         if version is not None and request.args.get("v") == version:
             response.headers["Cache-Control"] = f"public, max-age={ONE_YEAR_S}, immutable"
     return response

@@ -6,18 +6,18 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from flask import Blueprint, Request, Response, current_app, g, render_template, request
+from flask import Blueprint, Request, Response, g, render_template, request
 
 from models.preprocess import IMAGE_FORMATS_TEXT
 from models.runtime.openvino_engine import Pixels
+from service.context import services
 from service.http import REJECTION
 from service.http.errors import Problem
 from service.http.security import authenticate
 from service.http.uploads import Upload, read_uploads
 from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel
-from service.inference.predictor import Prediction, predictor, ranked_probabilities
-from service.settings import Settings
+from service.inference.predictor import Prediction, ranked_probabilities
 from service.web.layout import current_model, problem_page
 from service.web.markdown import render_markdown
 
@@ -53,7 +53,7 @@ def home() -> Response:
 @bp.post("/")
 def classify() -> Response:
     """The form, for browsers that run no script; with one they send their photos to /predict."""
-    model, predictions = predictor().predict(request, _admitted(request))
+    model, predictions = services().predictor.predict(request, _admitted(request))
     cards = [_card(model, prediction, number) for number, prediction in enumerate(predictions, 1)]
     result = _answer_home(model, cards)
     result.headers["Cache-Control"] = "no-store"
@@ -93,7 +93,7 @@ def _page(text: str) -> Response:
 
 def _form() -> dict[str, object]:
     """What the form has to know of the settings."""
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     return {"settings": settings, "accept": ACCEPTED_TYPES, "formats": IMAGE_FORMATS_TEXT, "shown": MAX_BARS}
 
 
@@ -101,7 +101,7 @@ def _admitted(asked: Request) -> list[Upload]:
     """The photos, if they may be computed: there is room, it is a form, and its field ``key`` is a known key."""
     if refusal := asked.environ.get(REJECTION):
         raise refusal
-    settings: Settings = current_app.extensions["settings"]
+    settings = services().settings
     if asked.mimetype != "multipart/form-data":
         raise Problem("unsupported_media_type", "The page takes its own form; send photos to POST /predict instead.")
     sent = read_uploads(asked, settings)

@@ -6,8 +6,10 @@ import contextvars
 import re
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+from service.context import EXTENSION
 from service.http.admission import AdmissionController
 from service.http.middleware import RequestMiddleware
 from service.settings import Settings
@@ -57,7 +59,8 @@ class App:
         self._gate = RequestMiddleware(
             _respond, AdmissionController(4), Metrics(), inference_paths=nothing, custom_error_paths=nothing
         )
-        self.extensions = {"settings": Settings(page_threads=1), "gate": self._gate}
+        services = SimpleNamespace(settings=Settings(page_threads=1), middleware=self._gate)
+        self.extensions = {EXTENSION: services}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         return self._gate(environ, start_response)

@@ -15,7 +15,8 @@ from gunicorn.arbiter import Arbiter
 from werkzeug.test import Client, TestResponse
 
 import service.full_app
-from service.app import Services
+from service.app import create_services
+from service.context import Services, services_of
 from service.deferred_app import DeferredApp
 from service.inference.model_manager import ModelManager
 from service.settings import Settings
@@ -25,7 +26,7 @@ from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll
 @pytest.fixture
 def core(tiny_bundle: SimpleNamespace) -> Iterator[Services]:
     settings = Settings(bundle=tiny_bundle.path, **PATIENT)
-    core = Services.create(settings, ModelManager.start(settings))
+    core = create_services(settings, ModelManager.start(settings))
     core.model_manager.wait(START_S)
     yield core
     core.model_manager.close()
@@ -60,7 +61,7 @@ def test_photos_are_answered_before_the_pages_are_there_and_a_page_is_waited_for
         assert Client(opening).get(path).status_code == 200, path
     assert Client(opening).get("/admin/bundle").status_code == 403
     assert Client(opening).get("/v2/nothing").status_code == 404
-    assert "recorder" not in opening.extensions
+    assert services_of(opening).gallery is None
 
     with ThreadPoolExecutor(2) as pool:
         pages = [pool.submit(Client(opening).get, path) for path in ("/", "/docs")]
@@ -71,7 +72,7 @@ def test_photos_are_answered_before_the_pages_are_there_and_a_page_is_waited_for
 
     late = predict()
     assert late.get_json()["predictions"] == early.get_json()["predictions"]
-    assert "recorder" in opening.extensions
+    assert services_of(opening).gallery is not None
     counted = Client(opening).get("/metrics").text
     assert 'http_requests_total{method="POST",route="/predict",status="200"} 3.0' in counted  # of both applications
 

@@ -210,10 +210,11 @@ def test_an_address_that_is_none_is_told_in_the_protocols_form(server: Server, n
 
 def test_a_key_is_wanted_as_for_predict_and_the_full_house_is_told(tiny_bundle: SimpleNamespace, photos: list[bytes]) -> None:
     from service import create_app
+    from service.context import services_of
     from service.settings import Settings
 
     app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("sesame",), max_in_flight=1, max_images=1, **PATIENT))
-    served = app.extensions["model"]
+    served = services_of(app).model_manager
     name = served.wait(START_S).bundle.name
     body = {"inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}]}
     client = app.test_client()
@@ -225,7 +226,7 @@ def test_a_key_is_wanted_as_for_predict_and_the_full_house_is_told(tiny_bundle: 
     assert send(Authorization="Bearer sesame").get_json()["outputs"][1]["data"] == ["blue"]
     assert (send().status_code, "error" in send().get_json()) == (401, True)
     assert client.get(f"/v2/models/{name}").status_code == 200
-    app.extensions["admission"].acquire()
+    services_of(app).admission.acquire()
     answer = send(Authorization="Bearer sesame")
     assert (answer.status_code, answer.headers["Retry-After"], answer.get_json().keys()) == (503, "1", {"error"})
     served.close()

@@ -25,6 +25,7 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from service import create_app
 from service.api.openapi import document
 from service.api.openapi_schemas import ADVICE
+from service.context import services_of
 from service.http.errors import PROBLEM_TYPES
 from service.settings import Settings
 from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll, serve
@@ -33,10 +34,10 @@ from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll, serve
 @pytest.fixture(scope="module")
 def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
     app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, **PATIENT))
-    app.extensions["model"].wait(START_S)
+    services_of(app).model_manager.wait(START_S)
     poll(lambda: app.test_client().get("/gallery").status_code == 200)
     yield app
-    app.extensions["model"].close()
+    services_of(app).model_manager.close()
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +114,9 @@ def test_the_docs_show_every_operation_parameter_and_form(app: Flask, said: dict
 
 def test_a_key_is_wanted_by_the_document_where_it_is_by_the_service(tiny_bundle: SimpleNamespace, said: dict[str, Any]) -> None:
     app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame",)))
-    app.extensions["model"].wait(START_S)
+    services_of(app).model_manager.wait(START_S)
     keyed = app.test_client().get("/openapi.json").get_json()["paths"]["/predict"]["post"]
-    app.extensions["model"].close()
+    services_of(app).model_manager.close()
     assert keyed["security"] == [{"bearer": []}, {"apiKey": []}]
     assert all("KEY" in sample["source"] for sample in keyed["x-codeSamples"])
     assert {} in said["paths"]["/predict"]["post"]["security"]

@@ -26,6 +26,7 @@ from finetune.batch_inference.predict import classify
 from models.artifacts.bundle import open_bundle
 from models.preprocess import Preprocessing
 from service import create_app
+from service.context import services_of
 from service.http.errors import PROBLEM_TYPES
 from service.settings import Settings
 from tests.helpers.server import PATIENT, START_S, multipart
@@ -38,7 +39,7 @@ PROBLEM = "application/problem+json"
 def serving(bundle: Path, **settings: Any) -> Iterator[FlaskClient]:
     """The application without a server before it."""
     app = create_app(Settings(bundle=bundle, **(PATIENT | settings)))
-    served = app.extensions["model"]
+    served = services_of(app).model_manager
     served.wait(START_S)
     try:
         yield app.test_client()
@@ -538,7 +539,7 @@ def test_a_fault_of_the_servers_own_is_logged_and_not_told(
 
 def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_in_flight=4, max_images=4) as client:
-        admission = client.application.extensions["admission"]
+        admission = services_of(client.application).admission
         assert len(rows(send_form(client, *[("file", "a", photo)] * 4))) == 4
         admission.acquire(1)
         answer = send_form(client, *[("file", "a", photo)] * 4)  # the request is let in, and found to be of four photos
@@ -580,7 +581,7 @@ SECURE = {
 
 def test_every_answer_is_safe_in_a_browser(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_in_flight=1, max_images=1) as client:
-        admission = client.application.extensions["admission"]
+        admission = services_of(client.application).admission
         answers = [
             send(client, photo),
             send(client, b"no"),
@@ -635,7 +636,7 @@ def test_pages_of_other_origins_may_ask_only_where_they_are_named(tiny_bundle: S
 def test_a_full_house_is_told_to_pages_of_other_origins_too(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     """Without the header a browser keeps the answer from the page, which then cannot tell it from a dead server."""
     with serving(tiny_bundle.path, cors_origins=("https://cats.example",), max_in_flight=1, max_images=1) as client:
-        client.application.extensions["admission"].acquire()
+        services_of(client.application).admission.acquire()
         answer = send(client, photo, Origin="https://cats.example")
         refused(answer, "overloaded")
         assert answer.headers["Access-Control-Allow-Origin"] == "https://cats.example"

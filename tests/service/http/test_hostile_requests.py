@@ -20,10 +20,12 @@ from werkzeug.test import EnvironBuilder, TestResponse, run_wsgi_app
 
 import service
 from service import create_app
+from service.context import services_of
 from service.db.filter import FACETS
 from service.gallery.review import FIELDS
 from service.gallery.sidebar import FORM_PARAMS
 from service.settings import Settings
+from service.web.layout import static_versions
 from tests.helpers.server import PATIENT, START_S, poll
 
 KNOWN_METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW")
@@ -59,10 +61,10 @@ def app(tiny_bundle: SimpleNamespace, new_database: Any, request: pytest.Fixture
             bundle=tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, admin_keys=("boss:sesame",), **PATIENT
         )
         app = create_app(settings)
-        app.extensions["model"].wait(START_S)
+        services_of(app).model_manager.wait(START_S)
         poll(lambda: app.test_client().get("/gallery").status_code == 200, within_s=START_S)
         yield app
-        app.extensions["model"].close()
+        services_of(app).model_manager.close()
 
 
 def send(
@@ -124,7 +126,7 @@ def test_no_method_on_no_route_fails_or_opens_a_file_that_the_path_names(
 
 @pytest.mark.parametrize("method", KNOWN_METHODS)
 def test_only_get_and_head_touch_a_static_file(app: Flask, method: str) -> None:
-    version = app.extensions["static_versions"]["site.css"]
+    version = static_versions()["site.css"]
     with opened_files() as opened:
         response = send(app, method, "/static/site.css", query=f"v={version}")
     assert [Path(file).name for file in opened if Path(file).parent == STATIC] == ["site.css"] * (method in ("GET", "HEAD"))

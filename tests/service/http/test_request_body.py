@@ -15,6 +15,7 @@ from flask import Flask
 from werkzeug.test import TestResponse
 
 from service import create_app
+from service.context import services_of
 from service.http.errors import Problem
 from service.http.request_body import parse_json
 from service.settings import Settings
@@ -32,15 +33,15 @@ def app(tiny_bundle: SimpleNamespace, new_database: Any) -> Iterator[Flask]:
             bundle=tiny_bundle.path, database_url=url, max_images=MAX_PHOTOS, admin_keys=("boss:sesame",), **PATIENT
         )
         app = create_app(settings)
-        app.extensions["model"].wait(START_S)
+        services_of(app).model_manager.wait(START_S)
         poll(lambda: app.test_client().get("/gallery").status_code == 200, within_s=START_S)
         yield app
-        app.extensions["model"].close()
+        services_of(app).model_manager.close()
 
 
 @pytest.fixture
 def infer(app: Flask) -> str:
-    return f"/v2/models/{app.extensions['model'].get().bundle.name}/infer"
+    return f"/v2/models/{services_of(app).model_manager.get().bundle.name}/infer"
 
 
 @pytest.fixture
@@ -104,11 +105,11 @@ def test_json_of_honest_clients_is_taken() -> None:
 @pytest.mark.parametrize("item", [b"[]", b"{}", b"1", b'{"name":"label"}'])
 def test_no_route_parses_a_million_values(app: Flask, infer: str, item: bytes) -> None:
     for path in ("/predict", infer, "/admin/bundle", "/gallery/review"):
-        before = app.extensions["model"].metrics.errors.labels("json_too_large")._value.get()
+        before = services_of(app).model_manager.metrics.errors.labels("json_too_large")._value.get()
         items = b",".join([item] * (1_000_000 if path in ("/predict", infer) else 3_000))
         response = post(app, path, b'{"instances":[' + items + b"]}")
         assert response.status_code == 413, path
-        assert app.extensions["model"].metrics.errors.labels("json_too_large")._value.get() == before + 1
+        assert services_of(app).model_manager.metrics.errors.labels("json_too_large")._value.get() == before + 1
 
 
 @pytest.mark.usefixtures("no_parser")
@@ -122,7 +123,7 @@ def test_the_most_photos_fit_in_every_form(app: Flask, infer: str, tiny_bundle: 
     others = {"file": "a.jpg", "tags": ["red"] * 5, "size": {"width": 1, "height": 1}}
     response = post(app, "/predict", {"instances": [others | {"b64": photo}] * MAX_PHOTOS, "other": list(range(900))})
     assert [row["label"] for row in response.get_json()["predictions"]] == ["red"] * MAX_PHOTOS
-    seen = app.extensions["model"].get().bundle.preprocessing
+    seen = services_of(app).model_manager.get().bundle.preprocessing
     pixels = np.zeros((MAX_PHOTOS, seen.input_px, seen.input_px, seen.channels), np.uint8)
     for data in (pixels.tolist(), pixels.ravel().tolist()):
         tensor = {"name": "pixels", "datatype": "UINT8", "shape": list(pixels.shape), "data": data}

@@ -21,7 +21,7 @@ from PIL import Image
 
 from models.errors import ImageError, TooComplexError, UnsupportedImageError
 from models.preprocess import Preprocessing
-from service.app import Services, create_api_app
+from service.app import create_api_app, create_services
 from service.http.errors import Problem
 from service.inference import decoder_process
 from service.inference.decoder_process import DecoderBusyError, DecoderProcess
@@ -308,7 +308,7 @@ def test_it_is_not_ready_while_its_decoders_are_stalled() -> None:
     served = ModelManager(settings, Metrics())
     batcher = SimpleNamespace(is_stalled=True)
     served._model = SimpleNamespace(batcher=batcher, summary={"name": "tiny"})  # type: ignore[assignment]
-    client = create_api_app(Services.create(settings, served)).test_client()
+    client = create_api_app(create_services(settings, served)).test_client()
     reply = client.get("/health/ready")
     assert (reply.status_code, reply.get_json()["code"]) == (503, "decoders_stalled")
     assert client.get("/v2/health/ready").status_code == 503

@@ -15,6 +15,7 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from service import create_app
+from service.context import services_of
 from service.http.errors import PROBLEM_TYPES, Problem
 from service.inference.model_manager import LoadedModel
 from service.rollout.state import RolloutState, RolloutStore
@@ -34,7 +35,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
 def serving(bundle: Path, **settings: Any) -> Iterator[FlaskClient]:
     """The application with a key for its administrator, without a server before it."""
     app = create_app(Settings(bundle=bundle, **{"admin_keys": ("ann:sesame",), **PATIENT, **settings}))
-    served = app.extensions["model"]
+    served = services_of(app).model_manager
     served.wait(START_S)
     try:
         yield app.test_client()
@@ -121,7 +122,7 @@ def test_back_and_forth_at_once(client: FlaskClient, bundles: Bundles) -> None:
 def test_the_same_bundle_again_changes_nothing(client: FlaskClient, bundles: Bundles) -> None:
     before = status(client)
     assert choose(client, "one").get_json() == before
-    assert client.application.extensions["model"].get().bundle.path == bundles.path("one")
+    assert services_of(client.application).model_manager.get().bundle.path == bundles.path("one")
 
 
 def test_who_wants_to_know_is_told_of_every_model_that_serves(bundles: Bundles) -> None:
@@ -131,7 +132,7 @@ def test_who_wants_to_know_is_told_of_every_model_that_serves(bundles: Bundles) 
         raise ZeroDivisionError
 
     with serving(bundles.path("one")) as client:
-        served = client.application.extensions["model"]
+        served = services_of(client.application).model_manager
         served.add_install_callback(fail)
         served.add_install_callback(lambda model: told.append(model.bundle.version))
         assert choose(client, "two").status_code == 200

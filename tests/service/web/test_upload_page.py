@@ -18,7 +18,8 @@ from werkzeug.test import TestResponse
 
 from models.errors import BundleError
 from service import create_app
-from service.app import Services
+from service.app import create_services
+from service.context import services_of
 from service.full_app import create_full_app
 from service.http.errors import Problem
 from service.http.uploads import Upload
@@ -38,24 +39,24 @@ HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"
 @pytest.fixture(scope="module")
 def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
     app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, max_megapixels=1, **PATIENT))
-    app.extensions["model"].wait(START_S)
+    services_of(app).model_manager.wait(START_S)
     yield app
-    app.extensions["model"].close()
+    services_of(app).model_manager.close()
 
 
 @pytest.fixture(scope="module")
 def keyed(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
     app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame", "grün"), **PATIENT))
-    app.extensions["model"].wait(START_S)
+    services_of(app).model_manager.wait(START_S)
     yield app
-    app.extensions["model"].close()
+    services_of(app).model_manager.close()
 
 
 @pytest.fixture
 def loading(tiny_bundle: SimpleNamespace) -> Flask:
     """An application whose model is never there."""
     settings = Settings(bundle=tiny_bundle.path)
-    return create_full_app(Services.create(settings, ModelManager(settings, Metrics())))
+    return create_full_app(create_services(settings, ModelManager(settings, Metrics())))
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_a_file_name_is_text_and_nothing_else(app: Flask, photo: bytes) -> None:
 
 
 def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: Flask, photo: bytes) -> None:
-    model = app.extensions["model"].get()
+    model = services_of(app).model_manager.get()
     names = [f"kind {i}" for i in range(25)]
     bundle = dataclasses.replace(model.bundle, manifest={**model.bundle.manifest, "classes": names})
     many = dataclasses.replace(model, bundle=bundle)
@@ -138,7 +139,7 @@ def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: 
     prepared = PreprocessedImage(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ("It has several frames.",))
     row = Prediction(Upload("a.gif", b""), InferenceResult(prepared, shares, 0, 0, 0, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=lambda request, photos: (many, [row])))
+        patch.setattr(services_of(app), "predictor", SimpleNamespace(predict=lambda request, photos: (many, [row])))
         (card,) = cards(post(app, (photo, "a.gif")))
     first, _, others = card.partition("<details")
     assert re.findall(r'data-slot="name">(.*?)<', first) == names[:14:-1]
@@ -168,11 +169,11 @@ def test_a_share_is_not_rounded_to_all_or_nothing(share: float, digits: int, tex
 
 def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, photo: bytes) -> None:
     prepared = PreprocessedImage(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ())
-    model = app.extensions["model"].get()
+    model = services_of(app).model_manager.get()
     shares = np.eye(len(model.bundle.classes), dtype=np.float32)[0]
     row = Prediction(Upload("a.gif", b""), InferenceResult(prepared, shares, 0, 0, 0, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=lambda request, photos: (model, [row])))
+        patch.setattr(services_of(app), "predictor", SimpleNamespace(predict=lambda request, photos: (model, [row])))
         (card,) = cards(post(app, (photo, "a.gif")))
     said = re.findall(r'data-slot="(?:share|value)">([^<]*)<', card.replace("\u202f", " "))
     assert said == ["&gt; 99.9 %"] * 2 + ["&lt; 0.1 %"] * (len(shares) - 1)
@@ -211,7 +212,7 @@ def test_another_body_than_a_form_is_refused(app: Flask, photo: bytes) -> None:
 
 
 def test_a_full_house_is_said_on_the_page_with_the_time_to_wait(app: Flask, photo: bytes) -> None:
-    admission = app.extensions["admission"]
+    admission = services_of(app).admission
     admission.acquire(64)
     try:
         answer = post(app, (photo, "a.jpg"))
@@ -229,7 +230,7 @@ def test_an_unforeseen_error_is_said_with_the_id_under_which_it_was_logged(app: 
         raise ZeroDivisionError("secret")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(app.extensions, "predictor", SimpleNamespace(predict=fail))
+        patch.setattr(services_of(app), "predictor", SimpleNamespace(predict=fail))
         answer = post(app, (photo, "a.jpg"))
     assert answer.status_code == 500
     assert answer.headers["X-Request-ID"] in answer.text
@@ -247,7 +248,7 @@ def test_while_the_model_loads_the_page_asks_again_by_itself(loading: Flask, pat
 def test_a_model_that_cannot_be_loaded_is_not_asked_for_again(tmp_path: Path) -> None:
     app = create_app(Settings(bundle=tmp_path))
     with pytest.raises(Problem):
-        app.extensions["model"].wait(START_S)
+        services_of(app).model_manager.wait(START_S)
     answer = app.test_client().get("/")
     assert answer.status_code == 503
     assert "is not a bundle" in answer.text
@@ -255,7 +256,7 @@ def test_a_model_that_cannot_be_loaded_is_not_asked_for_again(tmp_path: Path) ->
 
 
 def test_problems_on_the_page_are_counted(app: Flask) -> None:
-    errors = app.extensions["model"].metrics.errors.labels("no_image")
+    errors = services_of(app).model_manager.metrics.errors.labels("no_image")
     before = errors._value.get()
     post(app)
     assert errors._value.get() == before + 1
@@ -299,7 +300,7 @@ def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing_inline(app: Flask,
 @pytest.mark.parametrize("path", ["/", "/model", "/docs"])
 def test_the_header_names_the_model_and_the_way(app: Flask, path: str) -> None:
     text = app.test_client().get(path).text
-    model = app.extensions["model"].get()
+    model = services_of(app).model_manager.get()
     assert all(words in text for words in (model.bundle.name, model.bundle.version, model.precision.name))
     assert all(f">{entry.label}</a>" in text for entry in NAVIGATION)
     assert re.findall(r'<a href="([^"]*)" aria-current="page">', text) == [path]
@@ -317,13 +318,13 @@ def test_a_static_file_is_kept_for_ever_under_its_version_only(app: Flask) -> No
 
 def test_behind_a_proxy_the_addresses_have_its_prefix(tiny_bundle: SimpleNamespace) -> None:
     app = create_app(Settings(bundle=tiny_bundle.path, trusted_proxies=1))
-    app.extensions["model"].wait(START_S)
+    services_of(app).model_manager.wait(START_S)
     headers = {"X-Forwarded-Prefix": "/animals", "X-Forwarded-Host": "example.org", "X-Forwarded-Proto": "https"}
     text = app.test_client().get("/", headers=headers).text
     assert 'action="/animals/#results"' in text
     assert 'data-predict="/animals/predict"' in text
     assert "https://example.org/animals/predict" in text
-    app.extensions["model"].close()
+    services_of(app).model_manager.close()
 
 
 # The card
@@ -370,18 +371,18 @@ def test_a_bundle_whose_card_was_changed_is_not_served(
 def test_a_card_that_is_changed_while_it_is_served_is_not_shown(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
     app = create_app(Settings(bundle=bundle, **PATIENT))
-    app.extensions["model"].wait(START_S)
+    services_of(app).model_manager.wait(START_S)
     card = (bundle / "README.md").read_text(encoding="utf-8")
     (bundle / "README.md").unlink()
     (bundle / "README.md").symlink_to("/etc/passwd")
     assert app.test_client().get("/models").get_json()["models"][0]["card"] == card
     assert "root:" not in app.test_client().get("/model").text
-    app.extensions["model"].close()
+    services_of(app).model_manager.close()
 
 
 def _with_card(app: Flask, card: str | None) -> TestResponse:
     """GET /model, where the bundle has that model card."""
-    served = app.extensions["model"]
+    served = services_of(app).model_manager
     model = served.get()
     moved = dataclasses.replace(model, card=card)
     with pytest.MonkeyPatch.context() as patch:
