@@ -8,7 +8,8 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+
+from models.artifacts.statistics import mcnemar_p_value
 
 SIGNIFICANCE_LEVEL = 0.05
 
@@ -58,8 +59,7 @@ def compare_pairs(correct: Mapping[str, NDArray[np.bool_]]) -> list[PairwiseComp
         only_a, only_b = int((correct[a] & ~correct[b]).sum()), int((correct[b] & ~correct[a]).sum())
         if only_b > only_a:
             a, b, only_a, only_b = b, a, only_b, only_a
-        p = float(binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
-        pairs.append(PairwiseComparison(a, b, only_a, only_b, p))
+        pairs.append(PairwiseComparison(a, b, only_a, only_b, mcnemar_p_value(only_a, only_b)))
     pairs.sort(key=lambda pair: (pair.p, pair.only_worse - pair.only_better))
     corrected = holm_correction([pair.p for pair in pairs])
     return [

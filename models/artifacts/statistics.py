@@ -1,4 +1,4 @@
-"""95% confidence intervals of proportions such as accuracy."""
+"""95% confidence intervals of proportions such as accuracy, and the comparison of two classifiers on the same images."""
 
 from __future__ import annotations
 
@@ -27,3 +27,21 @@ def wilson_interval(correct: int, total: int) -> dict[str, float]:
     half_width = Z_95 * math.sqrt(proportion * (1 - proportion) / total + Z_95**2 / (4 * total**2))
     scale = 1 + Z_95**2 / total
     return confidence_interval(proportion, max(0.0, (center - half_width) / scale), min(1.0, (center + half_width) / scale))
+
+
+def mcnemar_p_value(only_a: int, only_b: int) -> float:
+    """Compute the two-sided p value of McNemar's exact test for two classifiers on the same images.
+
+    McNemar 1947 (https://doi.org/10.1007/BF02295996): if neither classifier is better, the images that only one of the two
+    classifies correctly are split between them like fair coin tosses.
+
+    Args:
+        only_a: Number of images that only the first classifies correctly.
+        only_b: Number of images that only the second classifies correctly.
+    """
+    total = only_a + only_b
+    ways = tail = 1  # ways to choose 0, 1, 2, ... of the images
+    for i in range(min(only_a, only_b)):
+        ways = ways * (total - i) // (i + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**total)
