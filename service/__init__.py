@@ -1,4 +1,4 @@
-"""Serve a bundle over HTTP. No work at import."""
+"""Serve a bundle over HTTP. Importing the package does nothing else."""
 
 from __future__ import annotations
 
@@ -7,43 +7,45 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flask import Flask
 
+    from service.app import DeferredApp
     from service.context import Services
-    from service.deferred_app import DeferredApp
     from service.settings import Settings
 
 
 def create_app(settings: Settings | None = None) -> Flask:
-    """Build the application and start to load the model behind it; ``settings`` come from the environment if not given.
+    """Create the application and start to load its model in the background.
 
-    Answers at once; ``/health/ready`` tells when the model is there.
+    Args:
+        settings: Default: from the environment.
+
+    Returns:
+        The Flask application. ``/health/ready`` reports when the model is loaded.
     """
-    from service.settings import Settings
+    services = _start_services(settings)
+    from service.app import create_full_app
 
-    core = _core(settings or Settings.from_environment())
-    from service.full_app import create_full_app
-
-    return create_full_app(core)
+    return create_full_app(services)
 
 
 def create_wsgi_app() -> DeferredApp | Flask:
-    """What gunicorn runs: as ``create_app``, but photos are answered before the pages are there, unless they are to be kept."""
+    """Create the application for gunicorn, with settings from the environment.
+
+    It predicts before its pages are built, unless predictions are saved, which needs the gallery's database.
+    """
+    services = _start_services(None)
+    from service.app import DeferredApp, create_full_app
+
+    return create_full_app(services) if services.settings.save_predictions else DeferredApp(services)
+
+
+def _start_services(settings: Settings | None) -> Services:
+    from service.inference.model_manager import ModelManager
     from service.settings import Settings
 
-    settings = Settings.from_environment()
-    if settings.save_predictions:
-        return create_app(settings)
-    core = _core(settings)
-    from service.deferred_app import DeferredApp
-
-    return DeferredApp(core)
-
-
-def _core(settings: Settings) -> Services:
-    from service.inference.model_manager import ModelManager
-
-    model = ModelManager.start(settings)  # before Flask is imported: the two take their time side by side
+    settings = settings or Settings.from_environment()
+    models = ModelManager.start(settings)  # in a thread, while this one imports Flask
     from service.app import create_services
 
-    core = create_services(settings, model)
-    core.rollout.start()
-    return core
+    services = create_services(settings, models)
+    services.rollout.start()
+    return services

@@ -1,11 +1,22 @@
-"""The Flask application that programs ask: blueprints, the hooks around every request, and errors in one form."""
+"""Build the Flask application: blueprints, request hooks and error handlers.
+
+Requests of programs and pages of people are two applications. The first needs Flask only and is complete at once. The second
+also imports SQLAlchemy, which takes as long as loading a model. ``DeferredApp`` builds it once the model is loaded.
+"""
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
+import queue
 import re
+import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
@@ -15,54 +26,123 @@ from service.api import admin, health, inference_protocol, predict
 from service.context import EXTENSION, Services
 from service.http.admission import AdmissionController
 from service.http.errors import Problem, code_for_status
-from service.http.middleware import KNOWN_METHODS, RequestMiddleware
+from service.http.middleware import KNOWN_METHODS, RequestMiddleware, normalize_path
 from service.http.text_validation import check_items, check_text
-from service.inference.model_manager import ModelManager
+from service.inference.model_manager import LoadedModel, ModelManager
 from service.inference.predictor import Predictor
 from service.rollout.rollout import RolloutManager
 from service.settings import Settings
 from service.web import layout
 
-log = logging.getLogger("service.request")
-INFERENCE_PATHS = re.compile(rf"/|/predict|{inference_protocol.INFER_PATH.pattern}")
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+log = logging.getLogger("service")
+request_log = logging.getLogger("service.request")
+API_PATHS = re.compile(r"/(predict|models|metrics|health/.*|v2|v2/.*|admin/.*)")
 CUSTOM_ERROR_PATHS = re.compile(rf"/|{inference_protocol.INFER_PATH.pattern}")
+INFERENCE_PATHS = re.compile(rf"/predict|{CUSTOM_ERROR_PATHS.pattern}")
+MODEL_WAIT_S = 2.0  # pages do not wait longer for a model: they can say that it is being loaded
 
 
 def create_services(settings: Settings, models: ModelManager) -> Services:
-    """Create the components that all applications of this process share."""
+    """Create the components that the applications of this process share."""
     admission = AdmissionController(settings.max_in_flight, gauge=models.metrics.in_flight)
-    predictor = Predictor(settings, models, admission)
-    return Services(settings, models, admission, RolloutManager(settings, models), predictor)
+    return Services(settings, models, admission, RolloutManager(settings, models), Predictor(models))
 
 
 def create_api_app(services: Services) -> Flask:
-    """Create the application without its pages."""
-    settings, model = services.settings, services.model_manager
+    """Create the application for programs: predictions, health, metrics and administration."""
+    settings, models = services.settings, services.model_manager
     app = Flask("service")
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    for part in (predict, health, inference_protocol, admin):
-        app.register_blueprint(part.bp)
-    _add_hooks(app, model)
-    _add_error_handlers(app, model)
-    wsgi = RequestMiddleware(
+    for module in (predict, health, inference_protocol, admin):
+        app.register_blueprint(module.bp)
+    _add_hooks(app, models)
+    _add_error_handlers(app)
+    middleware = RequestMiddleware(
         app.wsgi_app,
         services.admission,
-        model.metrics,
+        models.metrics,
         inference_paths=INFERENCE_PATHS,
         custom_error_paths=CUSTOM_ERROR_PATHS,
         cors_origins=settings.cors_origins,
     )
-    app.wsgi_app = wsgi  # type: ignore[method-assign]
-    app.extensions[EXTENSION] = replace(services, middleware=wsgi)
-    if settings.trusted_proxies:
-        hops = settings.trusted_proxies
-        app.wsgi_app = ProxyFix(wsgi, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops)  # type: ignore[method-assign]
+    app.extensions[EXTENSION] = replace(services, middleware=middleware)
+    app.wsgi_app = middleware  # type: ignore[method-assign]
+    if hops := settings.trusted_proxies:
+        app.wsgi_app = ProxyFix(middleware, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops)  # type: ignore[method-assign]
     return app
 
 
-def _add_hooks(app: Flask, model: ModelManager) -> None:
+def create_full_app(services: Services) -> Flask:
+    """Create the application with all pages: the upload page, the gallery and the documentation."""
+    from service.gallery import compare, export, grid, image_routes, photo, review
+    from service.gallery.image_access import ImageAccess
+    from service.gallery.index import GalleryIndex
+    from service.gallery.recorder import PredictionRecorder
+    from service.web import api_docs, upload_page
+
+    settings, models = services.settings, services.model_manager
+    gallery = GalleryIndex(settings)
+    services = replace(services, gallery=gallery, image_access=ImageAccess(settings, gallery, models.decoder))
+    if settings.save_predictions:
+        services.recorder = PredictionRecorder(gallery, settings, models.metrics)
+        services.predictor = Predictor(models, on_prediction=services.recorder.record)
+    app = create_api_app(services)
+    pages = (layout, upload_page, api_docs, grid, photo, export, image_routes, review, compare)
+    for blueprint in (*(module.bp for module in pages), compare.json_bp):
+        app.register_blueprint(blueprint)
+
+    installed: queue.SimpleQueue[LoadedModel] = queue.SimpleQueue()
+    models.add_install_callback(installed.put)
+
+    def import_models() -> None:  # in a thread, so that neither predictions nor the next rollout wait for the database
+        while True:
+            gallery.import_model(installed.get())
+
+    threading.Thread(target=import_models, name="gallery", daemon=True).start()
+    return app
+
+
+class DeferredApp:
+    """A WSGI application that serves programs at once and builds the pages once the model is loaded.
+
+    Both would compete for the interpreter's lock. Requests for pages wait until the full application is built, which
+    from then on handles all requests.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._api_app = create_api_app(services)
+        self._full_app: Future[Flask] = Future()
+        threading.Thread(target=self._build, args=(services,), name="build-pages", daemon=True).start()
+
+    @property
+    def extensions(self) -> dict[str, Any]:
+        """The extensions of the application that currently handles requests of programs."""
+        return (self._full_app.result() if self._full_app.done() else self._api_app).extensions
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        normalize_path(environ)
+        if not self._full_app.done() and API_PATHS.fullmatch(environ["PATH_INFO"]):
+            return self._api_app(environ, start_response)
+        return self._full_app.result()(environ, start_response)
+
+    def _build(self, services: Services) -> None:
+        services.model_manager.loaded.wait(MODEL_WAIT_S)
+        try:
+            self._full_app.set_result(create_full_app(services))
+            gc.freeze()
+        except BaseException:  # without its pages the server is broken
+            log.exception("the pages could not be built")
+            from gunicorn.arbiter import Arbiter
+
+            os._exit(Arbiter.WORKER_BOOT_ERROR)
+
+
+def _add_hooks(app: Flask, models: ModelManager) -> None:
     @app.before_request
-    def begin() -> None:
+    def check_request() -> None:
         g.began = request.environ["service.began"]
         g.request_id = request.environ["service.request_id"]
         check_text("The path", request.path)
@@ -70,63 +150,61 @@ def _add_hooks(app: Flask, model: ModelManager) -> None:
             check_items("parameter", request.args.items(multi=True))
 
     @app.after_request
-    def finish(answer: Response) -> Response:
+    def count_and_log(response: Response) -> Response:
         # Flask's proxies look up the thread's request at every use.
-        asked, noted = request._get_current_object(), g._get_current_object()  # type: ignore[attr-defined]
-        seconds = time.perf_counter() - noted.began
-        route = asked.url_rule.rule if asked.url_rule else "none"
-        method = asked.method if asked.method in KNOWN_METHODS else "other"  # a label's every value is kept for ever
-        model.metrics.requests.labels(route, method, answer.status_code).inc()
-        model.metrics.request_duration.labels(route).observe(seconds)
+        current, context = request._get_current_object(), g._get_current_object()  # type: ignore[attr-defined]
+        duration_s = time.perf_counter() - context.began
+        route = current.url_rule.rule if current.url_rule else "none"
+        method = current.method if current.method in KNOWN_METHODS else "other"  # Prometheus keeps every label value
+        models.metrics.requests.labels(route, method, response.status_code).inc()
+        models.metrics.request_duration.labels(route).observe(duration_s)
         level = logging.DEBUG if route.startswith("/health") or route == "/metrics" else logging.INFO
-        if log.isEnabledFor(level):
-            log.log(
+        if request_log.isEnabledFor(level):
+            request_log.log(
                 level,
                 "request",
                 extra={
-                    "request_id": noted.request_id,
-                    "method": asked.method,
-                    "path": asked.path,
-                    "status": answer.status_code,
-                    "code": noted.get("code"),
-                    "duration_ms": round(seconds * 1e3, 1),
-                    "client": asked.remote_addr,
-                    "key_name": noted.get("key_name"),
+                    "request_id": context.request_id,
+                    "method": current.method,
+                    "path": current.path,
+                    "status": response.status_code,
+                    "code": context.get("code"),
+                    "duration_ms": round(duration_s * 1e3, 1),
+                    "client": current.remote_addr,
+                    "key_name": context.get("key_name"),
                 },
             )
-        return answer
+        return response
 
 
-def _add_error_handlers(app: Flask, model: ModelManager) -> None:
+def _add_error_handlers(app: Flask) -> None:
     @app.errorhandler(Problem)
-    def problem(error: Problem) -> Response:
+    def handle_problem(problem: Problem) -> Response:
         if inference_protocol.is_protocol_path(request.path):
-            layout.record_problem(error)
-            return inference_protocol.error_response(error)
-        return layout.problem_response(error)
+            layout.record_problem(problem)
+            return inference_protocol.error_response(problem)
+        return layout.problem_response(problem)
 
     @app.errorhandler(HTTPException)
-    def http_error(error: HTTPException) -> Response:
+    def handle_http_exception(error: HTTPException) -> Response:
         status = error.code or 500
-        if status < 400:  # a redirection
-            return error.get_response(request.environ)  # type: ignore[return-value]
+        response = error.get_response(request.environ)
+        if status < 400:  # a redirect
+            return response  # type: ignore[return-value]
         code = code_for_status(status)
-        wanted = Problem(code, _sentence(code, error))
-        if allowed := error.get_response(request.environ).headers.get("Allow"):
-            wanted.headers["Allow"] = allowed
-        return problem(wanted)
+        detail = f"{error.description}"
+        if code == "not_found":
+            detail = f"{request.path} does not exist. GET /docs lists all routes."
+        elif code == "method_not_allowed":
+            detail = f"{request.method} is not allowed on {request.path}. GET /docs lists the allowed methods."
+        problem = Problem(code, detail)
+        if allowed := response.headers.get("Allow"):
+            problem.headers["Allow"] = allowed
+        return handle_problem(problem)
 
     @app.errorhandler(Exception)
-    def unforeseen(error: Exception) -> Response:
-        log.exception("unhandled exception", extra={"request_id": g.request_id})
-        return problem(
-            Problem("internal_error", "An error of the server's own was logged under the request's id; tell its operator.")
+    def handle_unexpected(error: Exception) -> Response:
+        request_log.exception("unhandled exception", extra={"request_id": g.request_id})
+        return handle_problem(
+            Problem("internal_error", "An unexpected error was logged with the request id. Report it to the server's operator.")
         )
-
-
-def _sentence(code: str, error: HTTPException) -> str:
-    if code == "not_found":
-        return f"There is no {request.path} here; GET /docs lists what there is."
-    if code == "method_not_allowed":
-        return f"{request.method} is not allowed on {request.path}; GET /docs lists what is."
-    return f"{error.description}"

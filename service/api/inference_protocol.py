@@ -13,6 +13,7 @@ import numpy as np
 from flask import Blueprint, Response, g, jsonify, request
 from numpy.typing import NDArray
 
+from service.api.predict import Prediction, classify
 from service.api.tensor_codec import InputTensor, RequestedOutput, encode_response, parse_request, tensor_problem
 from service.context import services
 from service.http import REJECTION
@@ -21,7 +22,6 @@ from service.http.request_body import read_body
 from service.http.security import require_key
 from service.http.uploads import Upload, upload_from_base64
 from service.inference.model_manager import LoadedModel, ModelManager
-from service.inference.predictor import Prediction
 
 INFER_PATH = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -83,7 +83,7 @@ def infer(name: str, version: str | None) -> Response:
     g.key_name = require_key(request, settings)
     preprocessing = _found(name, version).bundle.preprocessing
     wanted = parse_request(read_body(request, settings), _json_bytes(), settings, preprocessing)
-    model, predictions = services().predictor.predict(request, _uploads(wanted.input), all_or_none=True)
+    model, predictions = classify(_uploads(wanted.input), all_or_none=True)
     _check(model, name, version)  # it may have been exchanged meanwhile
     head = {"model_name": model.bundle.name, "model_version": model.bundle.version}
     if wanted.id is not None:

@@ -4,22 +4,85 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, Response, g, jsonify, request
 
 from models.runtime.openvino_engine import Pixels
 from service.context import services
+from service.http import SLOT
 from service.http.errors import Problem
 from service.http.security import require_key
-from service.http.uploads import read_uploads
+from service.http.uploads import Upload, is_client_connected, read_uploads
 from service.images.render import encode_png
+from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel
-from service.inference.predictor import Prediction, ranked_probabilities
+from service.inference.predictor import ranked_probabilities
 
 MAX_TOP_K = 1_000_000
 
 bp = Blueprint("api", __name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The result of one image, or the problem with it."""
+
+    upload: Upload
+    result: InferenceResult | None
+    problem: Problem | None = None
+
+
+def classify(uploads: list[Upload], *, all_or_none: bool = False) -> tuple[LoadedModel, list[Prediction]]:
+    """Admit, predict and count the images of the current request.
+
+    Args:
+        uploads: At least one image.
+        all_or_none: Raise the first image's problem; otherwise only that of a single image is raised.
+
+    Returns:
+        The model that predicted, and the predictions in the order of ``uploads``.
+
+    Raises:
+        Problem: The server is at capacity, not ready or too slow, or an image is invalid.
+    """
+    app, environ = services(), request.environ
+    deadline_ms = app.settings.deadline_ms
+    more = len(uploads) - bool(environ.get(SLOT))  # the request itself was admitted as one image
+    app.admission.acquire(more)
+    completed = 0
+    try:
+        model, results = app.predictor.predict(
+            [upload.data if upload.pixels is None else upload.pixels for upload in uploads if not upload.problem],
+            deadline=g.began + deadline_ms / 1e3,
+            is_cancelled=lambda: not is_client_connected(environ),
+        )
+        completed = sum(isinstance(result, InferenceResult) for result in results)
+    except TimeoutError:
+        raise Problem("deadline_exceeded", f"The request was not completed within {deadline_ms} ms. Retry it later.") from None
+    finally:
+        app.admission.release(more, completed=completed)
+    remaining = iter(results)
+    predictions = [_to_prediction(upload, upload.problem or next(remaining)) for upload in uploads]
+    for number, prediction in enumerate(predictions, 1):
+        if (problem := prediction.problem) and len(uploads) == 1:
+            raise problem
+        if problem and all_or_none:
+            raise Problem(problem.code, f"Image {number} of {len(uploads)}: {problem.detail}", headers=problem.headers)
+    for prediction in predictions:
+        if prediction.problem:
+            app.model_manager.metrics.errors.labels(prediction.problem.code).inc()
+        elif prediction.result:
+            upload = prediction.upload
+            app.predictor.record(model, prediction.result, data=upload.data, content_key=upload.content_key)
+    return model, predictions
+
+
+def _to_prediction(upload: Upload, result: InferenceResult | Problem) -> Prediction:
+    if isinstance(result, Problem):
+        return Prediction(upload, None, result)
+    return Prediction(upload, result)
 
 
 @bp.post("/predict")
@@ -27,7 +90,7 @@ def predict() -> Response:
     settings = services().settings
     g.key_name = require_key(request, settings)
     top_k, crop = _top_k(), _crop()
-    model, predictions = services().predictor.predict(request, read_uploads(request, settings).images)
+    model, predictions = classify(read_uploads(request, settings).images)
     rows = [_row(model, prediction, top_k=top_k, crop=crop) for prediction in predictions]
     result = jsonify(model=model.summary, request_id=g.request_id, predictions=rows)
     result.headers["X-Model-Version"] = model.bundle.version

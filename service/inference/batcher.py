@@ -1,11 +1,10 @@
-"""From photos' bytes to answers: one crew of threads that decodes and computes, in batches over all requests.
+"""Decode images and run them through the model in batches over all requests.
 
-One thread more than processors, and each does what is most wanted next: decode a photo, or compute a batch of decoded ones.
-So the processors are hardly fought over, an idle server decodes and computes a photo in one go, and a busy one fills its
-batches by itself. Both kinds of work leave Python's lock to the others; the thread more works while one waits for it.
+One pool of threads, one larger than the number of CPUs, does both kinds of work: a free thread decodes an image or runs a
+batch of decoded ones. An idle server handles an image without a hand-over, and a busy one fills its batches.
 
-Large and unusual photos are decoded in a process of their own (``service.inference.decoder_process``). One more thread
-waits for it, so that a photo that takes long holds up no others.
+Large and unusual images are decoded in a separate process (``service.inference.decoder_process``). One more thread waits for
+that process, so that a slow image does not delay others.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ from service.inference.image_decoder import DeferredError, ImageDecoder, Preproc
 from service.telemetry.metrics import Metrics
 
 log = logging.getLogger("service")
-CANCEL_CHECK_S = 0.02  # to look whether a client is still there costs more than it saves
+CANCEL_CHECK_S = 0.02  # checking a connection costs a system call, so young images are not checked
 
 
 class BatcherClosedError(Exception):
-    """The pipeline was closed before the photo came."""
+    """The batcher was closed before the images were submitted."""
 
 
 class RequestCancelledError(Exception):
-    """Nobody waited for the answer any more, so it was not computed."""
+    """The image was not computed, because its request was cancelled or its deadline passed."""
 
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """A photo as the model saw it and its probabilities (classes,); how long it took, and in how large a batch."""
+    """A preprocessed image, its probabilities (classes,), and the time and batch size of each stage."""
 
     image: PreprocessedImage
     probabilities: NDArray[np.float32]
@@ -56,29 +55,41 @@ class InferenceResult:
 
     @cached_property
     def top_class(self) -> int:
-        """The class of the highest probability."""
+        """The index of the highest probability."""
         return int(self.probabilities.argmax())
 
 
 @dataclass
-class _Photo:
+class _Item:
+    """An image on its way through the batcher. Times are of ``time.perf_counter``."""
+
     data: bytes
-    is_wanted: Callable[[], bool]
-    until: float = math.inf  # when nobody waits any longer, by time.perf_counter
-    answer: Future[InferenceResult] = field(default_factory=Future)
-    came: float = field(default_factory=time.perf_counter)
-    looked: float = 0.0  # when it was found that somebody waits for it
-    prepared: PreprocessedImage | None = None
+    is_cancelled: Callable[[], bool]
+    deadline: float = math.inf
+    future: Future[InferenceResult] = field(default_factory=Future)
+    submitted_at: float = field(default_factory=time.perf_counter)
+    checked_at: float = 0.0  # when it was last known not to be cancelled
+    image: PreprocessedImage | None = None
     is_simple: bool = True
     decode_s: float = 0.0
-    ready: float = 0.0  # when it was decoded
+    decoded_at: float = 0.0
 
 
 class Batcher:
-    """One model's crew. ``streams`` batches of up to ``max_batch_size`` photos are computed at a time.
+    """Decode and compute images for one model. ``close`` ends its threads.
 
-    A batch that is not full waits only for photos that are being decoded, and for ``batch_timeout_s`` at most. How many photos
-    may wait is bounded by who admits them (``service.http.admission``).
+    The queue is not bounded here: ``service.http.admission`` limits the number of images in flight.
+
+    Args:
+        engine: Computes (N, H, W, C) uint8 pixels.
+        preprocessing: What the engine's network takes.
+        decoder: Decodes image files.
+        metrics: Receives the duration of each stage.
+        threads: Threads that decode and compute.
+        streams: Batches that are computed at a time.
+        max_batch_size: Images per batch.
+        batch_timeout_s: How long a partial batch waits for images that are being decoded.
+        deadline_s: A decode that takes longer counts as stalled.
     """
 
     def __init__(
@@ -94,68 +105,72 @@ class Batcher:
         batch_timeout_s: float,
         deadline_s: float = 60.0,
     ) -> None:
-        self._engine, self._preprocessing, self._door, self._metrics = engine, preprocessing, decoder, metrics
-        self._streams, self._max_batch, self._max_wait_s, self._deadline_s = (
-            streams,
-            max_batch_size,
-            batch_timeout_s,
-            deadline_s,
-        )
-        self._arrived: deque[_Photo] = deque()
-        self._deferred: deque[_Photo] = deque()  # for the decoder process
-        self._decoded: deque[_Photo] = deque()
-        self._began: dict[int, float] = {}  # thread -> when it began with the photo that it is decoding
-        self._isolated = self._computing = self._in_batches = 0
+        self._engine, self._preprocessing, self._decoder, self._metrics = engine, preprocessing, decoder, metrics
+        self._streams, self._max_batch_size = streams, max_batch_size
+        self._batch_timeout_s, self._deadline_s = batch_timeout_s, deadline_s
+        self._undecoded: deque[_Item] = deque()
+        self._deferred: deque[_Item] = deque()  # for the decoder process
+        self._decoded: deque[_Item] = deque()
+        self._decoding: dict[int, float] = {}  # thread id -> when it started the image that it decodes
+        self._isolated = self._running_batches = self._batched_images = 0
         self._closed = False
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
-        self._was_deferred = threading.Condition(lock)  # for the thread that waits for the decoder process
-        self._threads = threads
-        self._crew = [threading.Thread(target=self._work, name=f"crew-{i}", daemon=True) for i in range(threads)]
-        self._crew.append(threading.Thread(target=self._work_isolated, name="isolated", daemon=True))
-        for thread in self._crew:
+        self._was_deferred = threading.Condition(lock)
+        self._pool_size = threads
+        self._threads = [threading.Thread(target=self._work, name=f"batcher-{i}", daemon=True) for i in range(threads)]
+        self._threads.append(threading.Thread(target=self._work_isolated, name="batcher-isolated", daemon=True))
+        for thread in self._threads:
             thread.start()
 
     @property
     def is_stalled(self) -> bool:
-        """Whether every thread has been decoding one photo for longer than the deadline, so that no other is answered."""
+        """Whether every thread has been decoding one image for longer than the deadline, so that no request progresses."""
         with self._changed:
-            began = list(self._began.values())
-        return len(began) >= self._threads and max(began) < time.perf_counter() - self._deadline_s
+            started = list(self._decoding.values())
+        return len(started) >= self._pool_size and max(started) < time.perf_counter() - self._deadline_s
 
     def submit(
-        self, photo: bytes | PreprocessedImage, is_wanted: Callable[[], bool], *, until: float = math.inf
+        self, image: bytes | PreprocessedImage, is_cancelled: Callable[[], bool], *, deadline: float = math.inf
     ) -> Future[InferenceResult]:
-        """Begin with a photo, as ``submit_all`` does with several."""
-        return self.submit_all([photo], is_wanted, until=until)[0]
+        """Submit one image; see ``submit_all``."""
+        return self.submit_all([image], is_cancelled, deadline=deadline)[0]
 
     def submit_all(
-        self, photos: Sequence[bytes | PreprocessedImage], is_wanted: Callable[[], bool], *, until: float = math.inf
+        self, images: Sequence[bytes | PreprocessedImage], is_cancelled: Callable[[], bool], *, deadline: float = math.inf
     ) -> list[Future[InferenceResult]]:
-        """Begin with photos, or with what was made of them elsewhere: with all of them, or with none (BatcherClosedError).
+        """Submit all images or none.
 
-        A future raises Problem for a bad photo, and RequestCancelledError where ``is_wanted`` called it off, or where it
-        was not decoded by ``until`` (of ``time.perf_counter``).
+        Args:
+            images: Image files, or images that were preprocessed elsewhere.
+            is_cancelled: Called before each stage, from any thread. If it returns true, the image is dropped.
+            deadline: Time of ``time.perf_counter`` after which an image is no longer decoded.
+
+        Returns:
+            A future for each image. It raises Problem for an invalid image and RequestCancelledError for a dropped one.
+
+        Raises:
+            BatcherClosedError: The batcher was closed.
         """
-        submitted = [_as_photo(photo, is_wanted, until) for photo in photos]
+        items = [_to_item(image, is_cancelled, deadline) for image in images]
         with self._changed:
             if self._closed:
                 raise BatcherClosedError
-            for photo in submitted:
-                (self._decoded if photo.prepared else self._arrived).append(photo)
-            self._changed.notify(len(submitted))
-        return [photo.answer for photo in submitted]
+            for item in items:
+                (self._decoded if item.image else self._undecoded).append(item)
+            self._changed.notify(len(items))
+        return [item.future for item in items]
 
     def close(self) -> None:
-        """Finish what was submitted, and end the threads. One that is not done within the deadline is left to itself."""
+        """Finish what was submitted and end the threads. A thread that takes longer than the deadline is abandoned."""
         with self._changed:
             self._closed = True
             self._wake_all()
-        until = time.monotonic() + self._deadline_s
-        for thread in self._crew:
-            thread.join(max(0.0, until - time.monotonic()))
-        if left := [thread.name for thread in self._crew if thread.is_alive()]:
-            log.error("threads of a closed pipeline are still at work", extra={"threads": left})
+        deadline = time.monotonic() + self._deadline_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if alive := [thread.name for thread in self._threads if thread.is_alive()]:
+            log.error("threads of a closed batcher are still running", extra={"threads": alive})
 
     def _wake_all(self) -> None:
         self._changed.notify_all()
@@ -166,153 +181,152 @@ class Batcher:
             work()
 
     def _work_isolated(self) -> None:
-        while photo := self._next_deferred():
-            self._decode(photo, waits=True)
+        while item := self._next_deferred():
+            self._decode(item, block=True)
 
     def _next(self) -> Callable[[], None] | None:
-        """What is most wanted now: a full batch, else another photo for it, else what there is. None when all is done."""
+        """Wait for work: a full batch first, then an image to decode, then a partial batch. None once closed and empty."""
         with self._changed:
             while True:
-                may_compute = bool(self._decoded) and self._computing < self._streams
-                if may_compute and len(self._decoded) >= self._batch_now():
+                can_compute = bool(self._decoded) and self._running_batches < self._streams
+                if can_compute and len(self._decoded) >= self._target_batch_size():
                     return self._take_batch()
-                if self._arrived:
-                    photo = self._arrived.popleft()
-                    self._began[threading.get_ident()] = time.perf_counter()
-                    return partial(self._decode, photo, waits=False)
-                wait_s = self._worth_waiting_s() if may_compute else None
+                if self._undecoded:
+                    item = self._undecoded.popleft()
+                    self._decoding[threading.get_ident()] = time.perf_counter()
+                    return partial(self._decode, item, block=False)
+                wait_s = self._batch_wait_s() if can_compute else None
                 if wait_s == 0:
                     return self._take_batch()
-                if self._closed and not (self._decoded or self._began or self._deferred or self._isolated):
-                    self._changed.notify_all()  # the others can go as well
+                if self._closed and not (self._decoded or self._decoding or self._deferred or self._isolated):
+                    self._changed.notify_all()  # the other threads can end as well
                     return None
                 self._changed.wait(wait_s)
 
-    def _next_deferred(self) -> _Photo | None:
-        """The next photo for the decoder process: large ones first, as their time is known to be bounded. None at the end."""
+    def _next_deferred(self) -> _Item | None:
+        """Wait for an image for the decoder process, simple ones first, as their time is bounded. None once closed."""
         with self._changed:
             while not self._deferred:
-                if self._closed and not (self._arrived or self._began):
+                if self._closed and not (self._undecoded or self._decoding):
                     self._changed.notify_all()
                     return None
                 self._was_deferred.wait()
-            photo = next((photo for photo in self._deferred if photo.is_simple), self._deferred[0])
-            self._deferred.remove(photo)
+            item = next((item for item in self._deferred if item.is_simple), self._deferred[0])
+            self._deferred.remove(item)
             self._isolated += 1
-            return photo
+            return item
 
-    def _batch_now(self) -> int:
-        """How many photos to compute in one go: as many as leave work for all streams and one part to be decoded.
+    def _target_batch_size(self) -> int:
+        """Return the batch size that leaves work for every stream and one share of the images to decode.
 
-        Larger batches take less time a photo; but when all photos are in them, the processors wait for the next to arrive.
+        Larger batches take less time per image. But with all images in batches, the CPUs would wait for new ones.
         """
-        inside = len(self._arrived) + len(self._began) + len(self._decoded) + self._in_batches
-        return max(1, min(self._max_batch, -(-inside // (self._streams + 1))))
+        in_flight = len(self._undecoded) + len(self._decoding) + len(self._decoded) + self._batched_images
+        return max(1, min(self._max_batch_size, -(-in_flight // (self._streams + 1))))
 
-    def _worth_waiting_s(self) -> float:
-        """How long the decoded photos should wait for those that are being decoded."""
-        if not self._began or self._closed:
+    def _batch_wait_s(self) -> float:
+        """Return how long the decoded images should wait for images that are being decoded."""
+        if not self._decoding or self._closed:
             return 0
-        return max(0.0, self._decoded[0].ready + self._max_wait_s - time.perf_counter())
+        return max(0.0, self._decoded[0].decoded_at + self._batch_timeout_s - time.perf_counter())
 
     def _take_batch(self) -> Callable[[], None]:
-        self._computing += 1
-        photos = [self._decoded.popleft() for _ in range(min(len(self._decoded), self._batch_now()))]
-        self._in_batches += len(photos)
-        return lambda: self._compute(photos)
+        self._running_batches += 1
+        items = [self._decoded.popleft() for _ in range(min(len(self._decoded), self._target_batch_size()))]
+        self._batched_images += len(items)
+        return lambda: self._compute(items)
 
-    def _decode(self, photo: _Photo, *, waits: bool) -> None:
-        """Decode a photo, or defer it where that is for the decoder process and ``waits`` is false."""
-        began = time.perf_counter()
+    def _decode(self, item: _Item, *, block: bool) -> None:
+        """Decode an image, or defer it if it needs the decoder process and ``block`` is false."""
+        started = time.perf_counter()
         try:
-            if _still_wanted(photo):
-                photo.prepared = self._prepare(photo, waits=waits)
+            if not _is_cancelled(item):
+                item.image = self._decoder.preprocess(
+                    item.data, self._preprocessing, block=block, within_s=item.deadline - time.perf_counter()
+                )
         except DeferredError as deferred:
-            photo.is_simple = deferred.is_simple
+            item.is_simple = deferred.is_simple
             with self._changed:
-                del self._began[threading.get_ident()]
-                self._deferred.append(photo)
+                del self._decoding[threading.get_ident()]
+                self._deferred.append(item)
                 self._was_deferred.notify()
             return
         except DecoderBusyError:
-            photo.answer.set_exception(RequestCancelledError())
+            item.future.set_exception(RequestCancelledError())
         except BaseException as error:
-            photo.answer.set_exception(_without_frames(error))
-        photo.data = b""
-        photo.ready = time.perf_counter()
-        photo.decode_s = photo.ready - began
+            item.future.set_exception(_without_frames(error))
+        item.data = b""
+        item.decoded_at = time.perf_counter()
+        item.decode_s = item.decoded_at - started
         with self._changed:
-            if waits:
+            if block:
                 self._isolated -= 1
             else:
-                del self._began[threading.get_ident()]
-            if photo.prepared:
-                self._decoded.append(photo)
+                del self._decoding[threading.get_ident()]
+            if item.image:
+                self._decoded.append(item)
             if self._closed:
                 self._wake_all()
             else:
                 self._changed.notify()
-        self._metrics.stages["decode_queue"].observe(began - photo.came)
-        self._metrics.stages["decode"].observe(photo.decode_s)
+        self._metrics.stages["decode_queue"].observe(started - item.submitted_at)
+        self._metrics.stages["decode"].observe(item.decode_s)
 
-    def _prepare(self, photo: _Photo, *, waits: bool) -> PreprocessedImage:
-        within_s = photo.until - time.perf_counter()
-        return self._door.preprocess(photo.data, self._preprocessing, block=waits, within_s=within_s)
-
-    def _compute(self, photos: list[_Photo]) -> None:
+    def _compute(self, items: list[_Item]) -> None:
         try:
-            wanted = [photo for photo in photos if _still_wanted(photo)]
-            began = time.perf_counter()
-            if wanted:
-                pixels = np.stack([photo.prepared.pixels for photo in wanted if photo.prepared])
-                self._answer(wanted, self._engine.run(pixels)[0], began)
+            active = [item for item in items if not _is_cancelled(item)]
+            started = time.perf_counter()
+            if active:
+                pixels = np.stack([item.image.pixels for item in active if item.image])
+                self._resolve(active, self._engine.run(pixels)[0], started)
         except Exception as error:
-            for photo in photos:
-                if not photo.answer.done():
-                    photo.answer.set_exception(error)
+            for item in items:
+                if not item.future.done():
+                    item.future.set_exception(error)
         finally:
             with self._changed:
-                self._computing -= 1
-                self._in_batches -= len(photos)
+                self._running_batches -= 1
+                self._batched_images -= len(items)
                 self._changed.notify()
 
-    def _answer(self, photos: list[_Photo], probabilities: NDArray[np.float32], began: float) -> None:
-        compute_s = time.perf_counter() - began
-        self._metrics.batch_size.observe(len(photos))
-        self._metrics.stages["inference"].observe(compute_s)
-        for photo, row in zip(photos, probabilities, strict=True):
-            assert photo.prepared is not None
-            queue_s = began - photo.ready
+    def _resolve(self, items: list[_Item], probabilities: NDArray[np.float32], started: float) -> None:
+        inference_s = time.perf_counter() - started
+        self._metrics.batch_size.observe(len(items))
+        self._metrics.stages["inference"].observe(inference_s)
+        for item, row in zip(items, probabilities, strict=True):
+            assert item.image is not None
+            queue_s = started - item.decoded_at
             self._metrics.stages["batch_queue"].observe(queue_s)
-            answer = InferenceResult(photo.prepared, row, photo.decode_s * 1e3, queue_s * 1e3, compute_s * 1e3, len(photos))
-            photo.answer.set_result(answer)
+            item.future.set_result(
+                InferenceResult(item.image, row, item.decode_s * 1e3, queue_s * 1e3, inference_s * 1e3, len(items))
+            )
 
 
 def _without_frames(error: BaseException) -> BaseException:
-    """The error without what its frames hold: the photo's bytes, and, in a circle, the future that holds the error."""
+    """Drop an error's frames, which reference the image file and, in a cycle, the future that holds the error."""
     if isinstance(error, Problem):
         return error.without_traceback()
     if error.__traceback__:
-        error.__traceback__ = error.__traceback__.tb_next  # the caller's own, which is still running
+        error.__traceback__ = error.__traceback__.tb_next  # the caller's own frame is still running
     traceback.clear_frames(error.__traceback__)
     return error
 
 
-def _as_photo(photo: bytes | PreprocessedImage, is_wanted: Callable[[], bool], until: float) -> _Photo:
-    if isinstance(photo, bytes):
-        return _Photo(photo, is_wanted, until)
-    made = _Photo(b"", is_wanted, until, prepared=photo)
-    made.ready = made.came
-    return made
+def _to_item(image: bytes | PreprocessedImage, is_cancelled: Callable[[], bool], deadline: float) -> _Item:
+    if isinstance(image, bytes):
+        return _Item(image, is_cancelled, deadline)
+    item = _Item(b"", is_cancelled, deadline, image=image)
+    item.decoded_at = item.submitted_at
+    return item
 
 
-def _still_wanted(photo: _Photo) -> bool:
-    """Whether anybody waits for the answer still; a photo that nobody wants is told so. One that came just now is wanted."""
+def _is_cancelled(item: _Item) -> bool:
+    """Check at most every CANCEL_CHECK_S whether the request was cancelled, and fail the image's future if so."""
     now = time.perf_counter()
-    if now - max(photo.came, photo.looked) < CANCEL_CHECK_S:
+    if now - max(item.submitted_at, item.checked_at) < CANCEL_CHECK_S:
+        return False
+    if item.is_cancelled():
+        item.future.set_exception(RequestCancelledError())
         return True
-    if photo.is_wanted():
-        photo.looked = now
-        return True
-    photo.answer.set_exception(RequestCancelledError())
+    item.checked_at = now
     return False

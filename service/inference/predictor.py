@@ -1,161 +1,111 @@
-"""Photos in, predictions out: what /predict and the page both do, whatever form they answer in."""
+"""Run images through the current model within a deadline."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
 
 import numpy as np
-from flask import Request, g
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
-from service.http import SLOT
-from service.http.admission import AdmissionController
+from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
-from service.http.uploads import Upload, is_client_connected
 from service.inference.batcher import BatcherClosedError, InferenceResult, RequestCancelledError
 from service.inference.image_decoder import PreprocessedImage
 from service.inference.model_manager import LoadedModel, ModelManager
 from service.inference.recent_predictions import RecentPrediction
-from service.settings import Settings
 
-PredictionCallback = Callable[[Bundle, bytes, NDArray[np.float32]], None]  # told of every photo that was answered
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One photo's outcome: an ``answer``, or the ``problem`` with it."""
-
-    upload: Upload
-    result: InferenceResult | None
-    problem: Problem | None = None
+PredictionCallback = Callable[[Bundle, bytes, NDArray[np.float32]], None]
 
 
 class Predictor:
-    """Admits, reads, submits and waits. One for the application."""
+    """Submit images to the model that serves, and wait for their results.
 
-    def __init__(
-        self,
-        settings: Settings,
-        model: ModelManager,
-        admission: AdmissionController,
-        *,
-        on_prediction: PredictionCallback | None = None,
-    ) -> None:
-        self._settings = settings
-        self._on_answer = on_prediction
-        self._served = model
-        self._admission = admission
+    ``on_prediction`` is called with the bundle, the image file and the probabilities of every recorded prediction.
+    """
+
+    def __init__(self, models: ModelManager, *, on_prediction: PredictionCallback | None = None) -> None:
+        self._models = models
+        self._on_prediction = on_prediction
 
     def predict(
-        self, request: Request, uploads: list[Upload], *, all_or_none: bool = False
-    ) -> tuple[LoadedModel, list[Prediction]]:
-        """The model that answered, and its predictions for ``uploads`` in their order. Raises Problem where there are none.
+        self, images: Sequence[bytes | Pixels], *, deadline: float, is_cancelled: Callable[[], bool]
+    ) -> tuple[LoadedModel, list[InferenceResult | Problem]]:
+        """Predict images, all with the same model.
 
-        A single photo's problem is raised; of several photos each carries its own, but with ``all_or_none`` the first is
-        raised. The request itself was admitted as one photo before it came here (``service.http.middleware``); were there a
-        way around that, it would be admitted here.
+        Args:
+            images: Image files, or pixels (H, W, C) uint8 as the network takes them.
+            deadline: Time of ``time.perf_counter`` by which the results are required.
+            is_cancelled: Whether the results are no longer required; called from other threads.
+
+        Returns:
+            The model, and in the order of ``images`` each result, or the problem with the image.
+
+        Raises:
+            Problem: No model is ready, or pixels have an unexpected shape.
+            TimeoutError: The deadline passed, or the request was cancelled.
         """
-        more = len(uploads) - bool(request.environ.get(SLOT))
-        self._admission.acquire(more)
-        completed = 0
-        try:
-            model, predictions = self._wait(request, uploads)
-            completed = sum(prediction.result is not None for prediction in predictions)
-        finally:
-            self._admission.release(more, completed=completed)
-        bad = [number for number, prediction in enumerate(predictions, 1) if prediction.problem]
-        if bad and (all_or_none or len(predictions) == 1):
-            raise _of_all(predictions, bad[0])
-        for prediction in predictions:
-            self._count(model, prediction)
-        return model, predictions
 
-    def _wait(self, request: Request, uploads: list[Upload]) -> tuple[LoadedModel, list[Prediction]]:
-        until: float = g.began + self._settings.deadline_ms / 1e3
-        environ = request.environ
+        def is_expired_or_cancelled() -> bool:
+            return time.perf_counter() >= deadline or is_cancelled()
 
-        def is_wanted() -> bool:
-            return time.perf_counter() < until and is_client_connected(environ)
-
-        model, submitted = self._submit(uploads, is_wanted, until)
-        predictions = []
-        try:
-            for upload, future in zip(uploads, submitted, strict=True):
-                if future is None:
-                    predictions.append(Prediction(upload, None, upload.problem))
-                    continue
-                try:
-                    answer = future.result(max(0.0, until - time.perf_counter()))
-                    predictions.append(Prediction(upload, answer))
-                except Problem as problem:
-                    predictions.append(Prediction(upload, None, problem.without_traceback()))
-        except (FutureTimeout, RequestCancelledError):
-            raise Problem(
-                "deadline_exceeded", f"The answer was not there within {self._settings.deadline_ms} ms; send it again later."
-            ) from None
-        return model, predictions
-
-    def _submit(
-        self, uploads: list[Upload], is_wanted: Callable[[], bool], until: float
-    ) -> tuple[LoadedModel, list[Future[InferenceResult] | None]]:
-        """All photos to one model: where it was exchanged between the look and the touch, to the one that came after it."""
-        model = self._served.get()
+        model = self._models.get()
         while True:
-            photos = [_as_sent(upload, model) for upload in uploads if not upload.problem]
+            prepared = [_check_pixels(image, model) for image in images]
             try:
-                futures = iter(model.batcher.submit_all(photos, is_wanted, until=until))
-            except BatcherClosedError:
-                if (now := self._served.get()) is model:
+                futures = model.batcher.submit_all(prepared, is_expired_or_cancelled, deadline=deadline)
+                break
+            except BatcherClosedError:  # a rollout replaced the model since ``get``
+                if (newer := self._models.get()) is model:
                     raise Problem(
-                        "not_ready", "The server is being stopped; send it again.", headers={"Retry-After": "1"}
+                        "not_ready", "The server is shutting down. Retry the request.", headers={"Retry-After": "1"}
                     ) from None
-                model = now
-                continue
-            return model, [None if upload.problem else next(futures) for upload in uploads]
+                model = newer
+        results: list[InferenceResult | Problem] = []
+        try:
+            for future in futures:
+                try:
+                    results.append(future.result(max(0.0, deadline - time.perf_counter())))
+                except Problem as problem:
+                    results.append(problem.without_traceback())
+        except (FutureTimeout, RequestCancelledError):
+            raise TimeoutError from None
+        return model, results
 
-    def _count(self, model: LoadedModel, prediction: Prediction) -> None:
-        metrics = self._served.metrics
-        if prediction.problem:
-            metrics.errors.labels(prediction.problem.code).inc()
-        elif prediction.result:
-            probabilities, top_class = prediction.result.probabilities, prediction.result.top_class
-            metrics.predictions.labels(model.bundle.classes[top_class]).inc()
-            metrics.confidence.observe(float(probabilities[top_class]))
-            if self._on_answer and prediction.upload.data:
-                self._on_answer(model.bundle, prediction.upload.data, probabilities)
-            seen = RecentPrediction(
-                model.bundle.version, prediction.result.image.pixels, probabilities, prediction.upload.content_key
-            )
-            self._served.recent_predictions.add(seen)
+    def record(self, model: LoadedModel, result: InferenceResult, *, data: bytes, content_key: int) -> None:
+        """Count a prediction that is returned to a client, and keep it for the comparison with the next bundle.
 
-
-def _as_sent(upload: Upload, model: LoadedModel) -> bytes | PreprocessedImage:
-    """What the pipeline takes: a photo's bytes, or the pixels that came in their place. Raises Problem for a wrong shape."""
-    if upload.pixels is None:
-        return upload.data
-    seen = model.bundle.preprocessing
-    wanted = (seen.input_px, seen.input_px, seen.channels)
-    if upload.pixels.shape != wanted:
-        raise Problem("bad_tensor", f"The pixels have the shape {list(upload.pixels.shape)} a photo; {list(wanted)} is wanted.")
-    return PreprocessedImage(upload.pixels, width_px=seen.input_px, height_px=seen.input_px, format="pixels")
-
-
-def _of_all(predictions: list[Prediction], number: int) -> Problem:
-    """The problem of the photo ``number`` as that of the whole request."""
-    problem = predictions[number - 1].problem
-    assert problem is not None
-    if len(predictions) == 1:
-        return problem
-    return Problem(problem.code, f"Photo {number} of {len(predictions)}: {problem.detail}", headers=problem.headers)
+        Args:
+            model: The model of the result.
+            result: The prediction.
+            data: The image file, or nothing if the client sent pixels.
+            content_key: Equal for requests with the same content.
+        """
+        metrics, probabilities = self._models.metrics, result.probabilities
+        metrics.predictions.labels(model.bundle.classes[result.top_class]).inc()
+        metrics.confidence.observe(float(probabilities[result.top_class]))
+        if self._on_prediction and data:
+            self._on_prediction(model.bundle, data, probabilities)
+        self._models.recent_predictions.add(
+            RecentPrediction(model.bundle.version, result.image.pixels, probabilities, content_key)
+        )
 
 
-def ranked_probabilities(model: LoadedModel, answer: InferenceResult, top_k: int | None = None) -> dict[str, float]:
-    """Class -> probability: all of them in the bundle's order, or the ``top_k`` highest, highest first."""
-    values = answer.probabilities
+def ranked_probabilities(model: LoadedModel, result: InferenceResult, top_k: int | None = None) -> dict[str, float]:
+    """Map classes to probabilities: all in the bundle's order, or the ``top_k`` highest in descending order."""
+    values = result.probabilities
     order = np.arange(len(values)) if top_k is None else np.argsort(-values, kind="stable")[:top_k]
     return {model.bundle.classes[i]: float(values[i]) for i in order}
+
+
+def _check_pixels(image: bytes | Pixels, model: LoadedModel) -> bytes | PreprocessedImage:
+    """Wrap pixels as a preprocessed image. Raises Problem if the network takes another shape."""
+    if isinstance(image, bytes):
+        return image
+    preprocessing = model.bundle.preprocessing
+    expected = (preprocessing.input_px, preprocessing.input_px, preprocessing.channels)
+    if image.shape != expected:
+        raise Problem("bad_tensor", f"Expected pixels of shape {list(expected)} per image, got {list(image.shape)}.")
+    return PreprocessedImage(image, width_px=preprocessing.input_px, height_px=preprocessing.input_px, format="pixels")

@@ -10,6 +10,7 @@ from flask import Blueprint, Request, Response, g, render_template, request
 
 from models.preprocess import IMAGE_FORMATS_TEXT
 from models.runtime.openvino_engine import Pixels
+from service.api.predict import Prediction, classify
 from service.context import services
 from service.http import REJECTION
 from service.http.errors import Problem
@@ -17,7 +18,7 @@ from service.http.security import authenticate
 from service.http.uploads import Upload, read_uploads
 from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel
-from service.inference.predictor import Prediction, ranked_probabilities
+from service.inference.predictor import ranked_probabilities
 from service.web.layout import current_model, problem_page
 from service.web.markdown import render_markdown
 
@@ -51,9 +52,9 @@ def home() -> Response:
 
 
 @bp.post("/")
-def classify() -> Response:
+def classify_form() -> Response:
     """The form, for browsers that run no script; with one they send their photos to /predict."""
-    model, predictions = services().predictor.predict(request, _admitted(request))
+    model, predictions = classify(_admitted(request))
     cards = [_card(model, prediction, number) for number, prediction in enumerate(predictions, 1)]
     result = _answer_home(model, cards)
     result.headers["Cache-Control"] = "no-store"

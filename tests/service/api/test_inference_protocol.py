@@ -121,7 +121,7 @@ def test_pixels_get_the_golden_answers(client: Any, name: str, tiny_bundle: Simp
 
 def test_one_bad_photo_refuses_all(server: Server, client: Any, name: str, photos: list[bytes]) -> None:
     before = server.metrics()
-    with pytest.raises(InferenceServerException, match=r"Photo 2 of 3: .*not a supported image"):
+    with pytest.raises(InferenceServerException, match=r"Image 2 of 3: .*not a supported image"):
         client.infer(name, [photos_input([photos[0], b"no photo", photos[2]])])
     after = server.metrics()
     assert after['http_problems_total{code="not_an_image"}'] == before.get('http_problems_total{code="not_an_image"}', 0) + 1
@@ -138,7 +138,12 @@ def test_what_cannot_be_is_told(client: Any, name: str, photos: list[bytes]) -> 
         (name, "", photos_input(photos * 2), "Too many images: 6 images, the limit is 4."),
         (name, "", photos_input([b""]), "has no bytes"),
         (name, "", photos_input([]), "is empty"),
-        (name, "", pixels_input(np.zeros((1, 8, 8, 3), np.uint8)), r"\[32, 32, 3\] is wanted"),
+        (
+            name,
+            "",
+            pixels_input(np.zeros((1, 8, 8, 3), np.uint8)),
+            r"Expected pixels of shape \[32, 32, 3\] per image, got \[8, 8, 3\]",
+        ),
         (name, "", pixels_input(np.zeros((8, 8, 3), np.uint8)), r"\[N, H, W, C\] is wanted"),
     ):
         with pytest.raises(InferenceServerException, match=words):

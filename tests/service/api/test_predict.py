@@ -364,7 +364,7 @@ def test_a_body_of_another_kind(client: FlaskClient, photo: bytes, kind: str) ->
 
 @pytest.mark.parametrize("kind", ["image/jpeg", "application/json", "multipart/form-data; boundary=x"])
 def test_a_compressed_body_is_rejected_as_such(client: FlaskClient, photo: bytes, kind: str) -> None:
-    name = client.application.extensions["model"].get().bundle.name
+    name = services_of(client.application).model_manager.get().bundle.name
     for path in ("/predict", f"/v2/models/{name}/infer"):
         response = client.post(path, data=gzip.compress(photo), content_type=kind, headers={"Content-Encoding": "gzip"})
         said = "Compressed bodies are not supported (Content-Encoding: gzip). Send it uncompressed."

@@ -18,18 +18,18 @@ from werkzeug.test import TestResponse
 
 from models.errors import BundleError
 from service import create_app
-from service.app import create_services
+from service.api.predict import Prediction
+from service.app import create_full_app, create_services
 from service.context import services_of
-from service.full_app import create_full_app
 from service.http.errors import Problem
 from service.http.uploads import Upload
 from service.inference.batcher import InferenceResult
 from service.inference.image_decoder import ImageDecoder, PreprocessedImage
 from service.inference.model_manager import ModelManager, load_model
-from service.inference.predictor import Prediction
 from service.resources import allocate_resources
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
+from service.web import upload_page
 from service.web.layout import NAVIGATION, percent
 from tests.helpers.server import PATIENT, START_S, multipart
 
@@ -139,7 +139,7 @@ def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: 
     prepared = PreprocessedImage(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ("It has several frames.",))
     row = Prediction(Upload("a.gif", b""), InferenceResult(prepared, shares, 0, 0, 0, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(services_of(app), "predictor", SimpleNamespace(predict=lambda request, photos: (many, [row])))
+        patch.setattr(upload_page, "classify", lambda uploads: (many, [row]))
         (card,) = cards(post(app, (photo, "a.gif")))
     first, _, others = card.partition("<details")
     assert re.findall(r'data-slot="name">(.*?)<', first) == names[:14:-1]
@@ -173,7 +173,7 @@ def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, pho
     shares = np.eye(len(model.bundle.classes), dtype=np.float32)[0]
     row = Prediction(Upload("a.gif", b""), InferenceResult(prepared, shares, 0, 0, 0, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(services_of(app), "predictor", SimpleNamespace(predict=lambda request, photos: (model, [row])))
+        patch.setattr(upload_page, "classify", lambda uploads: (model, [row]))
         (card,) = cards(post(app, (photo, "a.gif")))
     said = re.findall(r'data-slot="(?:share|value)">([^<]*)<', card.replace("\u202f", " "))
     assert said == ["&gt; 99.9 %"] * 2 + ["&lt; 0.1 %"] * (len(shares) - 1)
@@ -230,7 +230,7 @@ def test_an_unforeseen_error_is_said_with_the_id_under_which_it_was_logged(app: 
         raise ZeroDivisionError("secret")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(services_of(app), "predictor", SimpleNamespace(predict=fail))
+        patch.setattr(upload_page, "classify", fail)
         answer = post(app, (photo, "a.jpg"))
     assert answer.status_code == 500
     assert answer.headers["X-Request-ID"] in answer.text
