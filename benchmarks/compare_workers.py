@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare_workers BUNDLE PHOTOS [--times 3] [--seconds 3] [--rounds 9]
 
-Both servers run all the time, and each round measures one after the other, in alternating order, while the other is idle:
-predictions per second over 16 kept-alive connections, then the goodput at so many times that rate (``benchmarks.overload``).
-The medians are printed, and that of the ratios within a round, as a machine's speed drifts.
+Both servers run all the time. Each round measures one after the other, in alternating order, while the other one is idle:
+predictions per second over 16 kept-alive connections, then the goodput at a multiple of that rate (``benchmarks.overload``).
+The medians of the rates and of the ratios within a round are printed, because the speed of a machine drifts.
 """
 
 from __future__ import annotations
@@ -12,8 +12,16 @@ from __future__ import annotations
 import statistics
 import sys
 
-from benchmarks.overload import Flood
-from benchmarks.serve_speed import CONNECTIONS, ask, make_parser, quiet, read_photos, request_of, serving
+from benchmarks.overload import OpenLoopClient
+from benchmarks.serve_speed import (
+    CONNECTIONS,
+    encode_request,
+    make_parser,
+    measure_undisturbed,
+    read_photos,
+    run_service,
+    send_requests,
+)
 from models.artifacts.paths import resolve_bundle
 
 WORKERS = ("tuned", "stock")
@@ -24,22 +32,22 @@ def main() -> int:
     parser.add_argument("--times", type=float, default=3.0)
     args = parser.parse_args()
     photos = read_photos(parser, args.photos)
-    requests, bundle = [request_of(photo) for photo in photos], resolve_bundle(args.bundle)
+    requests, bundle = [encode_request(photo) for photo in photos], resolve_bundle(args.bundle)
     rates: dict[str, list[float]] = {name: [] for name in WORKERS}
     goodputs: dict[str, list[float]] = {name: [] for name in WORKERS}
-    with serving(bundle, GUNICORN_WORKER="tuned") as tuned, serving(bundle, GUNICORN_WORKER="stock") as stock:
+    with run_service(bundle, GUNICORN_WORKER="tuned") as tuned, run_service(bundle, GUNICORN_WORKER="stock") as stock:
         ports = dict(zip(WORKERS, (tuned, stock), strict=True))
 
         def measure(name: str) -> tuple[float, float]:
-            rate = len(ask(ports[name], photos, CONNECTIONS, args.seconds)) / args.seconds
-            statuses, _, _ = Flood(ports[name], requests).run(args.times * rate, args.seconds)
+            rate = len(send_requests(ports[name], photos, CONNECTIONS, args.seconds)) / args.seconds
+            statuses, _, _ = OpenLoopClient(ports[name], requests).run(args.times * rate, args.seconds)
             return rate, statuses["200"] / args.seconds
 
         for port in ports.values():
-            ask(port, photos, CONNECTIONS, 2.0)  # warms up
+            send_requests(port, photos, CONNECTIONS, 2.0)  # warm up
         for number in range(args.rounds):
             for name in WORKERS if number % 2 else reversed(WORKERS):
-                rate, goodput = quiet(lambda name=name: measure(name))  # type: ignore[misc]
+                rate, goodput = measure_undisturbed(lambda name=name: measure(name))  # type: ignore[misc]
                 rates[name].append(rate)
                 goodputs[name].append(goodput)
             row = ", ".join(f"{name} {rates[name][-1]:.1f}/s, overloaded {goodputs[name][-1]:.1f}/s" for name in WORKERS)

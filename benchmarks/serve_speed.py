@@ -1,11 +1,11 @@
-"""How much of what the engine and decoding can do is left when photos come over HTTP?
+"""Compare the throughput over HTTP with that of decoding plus inference alone.
 
     python benchmarks/serve_speed.py BUNDLE PHOTOS [--connections 16] [--seconds 2] [--rounds 25]
 
-Two in turn, while the other waits: threads that decode and compute photos with the engine itself, in batches and in the
-precision that the service chooses; and the service under gunicorn, asked by as many connections at a time. The medians of
-the rounds are printed, and that of their ratios: on a machine whose speed drifts, the two of a round are most alike, and the
-more so the shorter it is. A round in which a virtual machine's host took much of the time away is repeated.
+Each round measures two programs in turn while the other one waits. The baseline decodes photos and runs the engine in
+threads, in the batches and the precision of the service. The service runs under gunicorn and receives requests over several
+connections. The medians of the rounds and of the ratios within a round are printed, because the speed of a machine drifts. A
+round in which the host of a virtual machine took much processor time is repeated.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import numpy as np
 
 from models.artifacts.paths import resolve_bundle
 
-MOST_PHOTOS = 64
-MOST_STOLEN = 0.03
+MAX_PHOTOS = 64
+MAX_STOLEN = 0.03
 ATTEMPTS = 4
 CONNECTIONS = 16
 BOUNDARY = f"{'':->24}kwZt0Zq3XoNRVLqYxOa7Bn"  # as long as curl's
@@ -42,66 +42,73 @@ T = TypeVar("T")
 def main() -> int:
     parser = make_parser(__doc__, seconds=2.0, rounds=25)
     parser.add_argument("--connections", type=int, default=CONNECTIONS)
-    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # this program's own child
+    parser.add_argument("--baseline", action="store_true", help=argparse.SUPPRESS)  # run as the baseline process
     args = parser.parse_args()
     args.bundle = resolve_bundle(args.bundle)
     photos = read_photos(parser, args.photos)
-    if args.bare:
-        answer_rounds(Bare(args.bundle, photos))
+    if args.baseline:
+        measure_on_request(Baseline(args.bundle, photos))
         return 0
-    rates: dict[str, list[float]] = {"engine and decoding": [], "over HTTP": []}
-    with bare_child() as bare, serving(args.bundle) as port:
+    rates: dict[str, list[float]] = {"decoding and inference": [], "over HTTP": []}
+    with baseline_process() as baseline, run_service(args.bundle) as port:
 
         def both() -> tuple[float, list[float]]:
-            return bare(args.seconds), sorted(ask(port, photos, args.connections, args.seconds))
+            return baseline(args.seconds), sorted(send_requests(port, photos, args.connections, args.seconds))
 
         both()  # warms up
         for number in range(args.rounds):
-            rate, times_ms = quiet(both)
-            rates["engine and decoding"].append(rate)
+            rate, times_ms = measure_undisturbed(both)
+            rates["decoding and inference"].append(rate)
             rates["over HTTP"].append(len(times_ms) / args.seconds)
             row = ", ".join(f"{name} {values[-1]:.1f}/s" for name, values in rates.items())
             p50, p99 = statistics.median(times_ms), times_ms[int(len(times_ms) * 0.99)]
             print(f"round {number + 1}: {row} (p50 {p50:.0f} ms, p99 {p99:.0f} ms)", file=sys.stderr, flush=True)
     for name, values in rates.items():
-        print(f"{name:<20}{statistics.median(values):8.1f} photos/s")
-    ratios = sorted(over / bare for bare, over in zip(*rates.values(), strict=True))
-    print(f"{'ratio':<20}{statistics.median(ratios):8.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        print(f"{name:<24}{statistics.median(values):8.1f} photos/s")
+    ratios = sorted(over / alone for alone, over in zip(*rates.values(), strict=True))
+    print(f"{'ratio':<24}{statistics.median(ratios):8.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
     return 0
 
 
 def make_parser(about: str | None, *, seconds: float, rounds: int) -> argparse.ArgumentParser:
-    """What a comparison in rounds has to be told."""
+    """Create the parser of a benchmark that runs in rounds."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("photos", type=Path, help="a folder, looked through for .jpg")
+    parser.add_argument("photos", type=Path, help="folder with .jpg files, searched recursively")
     parser.add_argument("--seconds", type=float, default=seconds)
     parser.add_argument("--rounds", type=int, default=rounds)
     return parser
 
 
-def quiet(measure: Callable[[], T]) -> T:
-    """What ``measure`` gives while the host takes MOST_STOLEN of the time at most; else the quietest of ATTEMPTS.
+def measure_undisturbed(measure: Callable[[], T]) -> T:
+    """Call ``measure`` until the host steals at most MAX_STOLEN of the processor time, ATTEMPTS times at most.
 
-    On a rented machine the neighbours' turns fall on one part of a round and spare the other. Whether it counts is decided by
-    the kernel's count of the time that was taken away, and not by what came out.
+    Other virtual machines on the same host may slow down one half of a round only. The kernel's count of stolen time
+    decides whether a round is repeated, not its result.
+
+    Returns:
+        The result of the first undisturbed call, else that of the call with the least stolen time.
     """
     attempts: list[tuple[float, T]] = []
     for _ in range(ATTEMPTS):
         before = _processor_time()
-        found = measure()
-        stolen, passed = (now - then for now, then in zip(_processor_time(), before, strict=True))
-        cpus_per_worker = stolen / passed if passed else 0.0
-        if cpus_per_worker <= MOST_STOLEN:
-            return found
-        attempts.append((cpus_per_worker, found))
-    cpus_per_worker, found = min(attempts, key=lambda attempt: attempt[0])
-    print(f"the host took {cpus_per_worker:.0%} of the time away, or more, in {ATTEMPTS} attempts", file=sys.stderr, flush=True)
-    return found
+        result = measure()
+        stolen, total = (now - then for now, then in zip(_processor_time(), before, strict=True))
+        fraction = stolen / total if total else 0.0
+        if fraction <= MAX_STOLEN:
+            return result
+        attempts.append((fraction, result))
+    fraction, result = min(attempts, key=lambda attempt: attempt[0])
+    print(
+        f"the host took at least {fraction:.0%} of the processor time in each of {ATTEMPTS} attempts",
+        file=sys.stderr,
+        flush=True,
+    )
+    return result
 
 
 def _processor_time() -> tuple[int, int]:
-    """What the host took away, and all that passed, in ticks of all processors; zeros where there is no telling."""
+    """Return the stolen and the total time in ticks of all processors, or zeros if the system does not count them."""
     try:
         ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
     except OSError:
@@ -110,15 +117,15 @@ def _processor_time() -> tuple[int, int]:
 
 
 def read_photos(parser: argparse.ArgumentParser, folder: Path) -> list[bytes]:
-    """MOST_PHOTOS of a folder, from all over it; the program ends with the parser's error where there are none."""
+    """Read up to MAX_PHOTOS files, evenly spaced in the folder. Exits with a usage error if there are none."""
     paths = sorted(folder.rglob("*.jpg"))
     if not paths:
         parser.error(f"no .jpg below {folder}")
-    return [path.read_bytes() for path in paths[:: max(1, len(paths) // MOST_PHOTOS)][:MOST_PHOTOS]]
+    return [path.read_bytes() for path in paths[:: max(1, len(paths) // MAX_PHOTOS)][:MAX_PHOTOS]]
 
 
-class Bare:
-    """Decoding and engine alone, with the service's own settings."""
+class Baseline:
+    """Decoding and inference alone, with the settings of the service."""
 
     def __init__(self, path: Path, photos: list[bytes]) -> None:
         from models.artifacts.bundle import GRAPH, open_bundle
@@ -128,64 +135,64 @@ class Bare:
         from service.settings import Settings
 
         settings = Settings.from_environment({})
-        plan = allocate_resources(settings)
+        resources = allocate_resources(settings)
         bundle = open_bundle(path, files=(GRAPH,))
         self._preprocessing, self._photos = bundle.preprocessing, photos
-        self._threads, self._batch = plan.inference_threads, settings.max_batch_size
+        self._threads, self._batch = resources.inference_threads, settings.max_batch_size
         self._engine = OpenVINOEngine(
             path / GRAPH,
             outputs=["probabilities"],
             precision=select_precision(bundle).name,
-            threads=plan.cpus_per_worker,
-            streams=plan.streams,
+            threads=resources.cpus_per_worker,
+            streams=resources.streams,
             batch_sizes=(settings.max_batch_size,),
         )
 
     def rate(self, seconds: float) -> float:
-        """Photos a second, over the ``seconds`` that begin when there were as many batches as threads."""
+        """Measure photos per second. The measured ``seconds`` start when as many batches are done as there are threads."""
         ends: list[float] = []
-        with ThreadPoolExecutor(self._threads) as inference_threads:
-            for working in [inference_threads.submit(self._work, number, ends, seconds) for number in range(self._threads)]:
-                working.result()
-        began = ends[self._threads - 1]
-        return sum(began < end <= began + seconds for end in ends) * self._batch / seconds
+        with ThreadPoolExecutor(self._threads) as pool:
+            for future in [pool.submit(self._work, number, ends, seconds) for number in range(self._threads)]:
+                future.result()
+        start = ends[self._threads - 1]
+        return sum(start < end <= start + seconds for end in ends) * self._batch / seconds
 
     def _work(self, at: int, ends: list[float], seconds: float) -> None:
-        """Compute batches, and add to ``ends`` when each of them was done."""
+        """Compute batches and append to ``ends`` the time at which each one was done."""
         while len(ends) < self._threads or time.perf_counter() < ends[self._threads - 1] + seconds:
-            taken = [self._photos[(at + i) % len(self._photos)] for i in range(self._batch)]
-            self._engine.run(np.stack([self._preprocessing.pixels(data) for data in taken]))
+            images = [self._photos[(at + i) % len(self._photos)] for i in range(self._batch)]
+            self._engine.run(np.stack([self._preprocessing.pixels(data) for data in images]))
             ends.append(time.perf_counter())
             at += self._batch
 
 
-def answer_rounds(bare: Bare) -> None:
-    """Measure for as many seconds as each line of standard input names."""
+def measure_on_request(baseline: Baseline) -> None:
+    """Measure for the number of seconds in each line of standard input, and print the rates."""
     for line in sys.stdin:
-        print(bare.rate(float(line)), flush=True)
+        print(baseline.rate(float(line)), flush=True)
 
 
 @contextlib.contextmanager
-def bare_child() -> Iterator[Callable[[float], float]]:
-    """Measures decoding and engine, for the seconds given, in a process that does nothing else and waits in between."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--bare"]
+def baseline_process() -> Iterator[Callable[[float], float]]:
+    """Start a process that measures the baseline on request and idles in between. Yields the function that requests it."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--baseline"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as child:
-        told, heard = child.stdin, child.stdout
-        assert told
-        assert heard
+        stdin, stdout = child.stdin, child.stdout
+        assert stdin
+        assert stdout
 
         def rate(seconds: float) -> float:
-            print(seconds, file=told)
-            if not (line := heard.readline()):
-                raise RuntimeError("the engine alone could not be measured; its error stands above")
+            print(seconds, file=stdin)
+            if not (line := stdout.readline()):
+                raise RuntimeError("the baseline could not be measured; see its error above")
             return float(line)
 
         yield rate
 
 
 @contextlib.contextmanager
-def serving(path: Path, **settings: str) -> Iterator[int]:
-    """The port of a service that is ready; ``settings`` are environment variables."""
+def run_service(path: Path, **settings: str) -> Iterator[int]:
+    """Run the service until it is ready, and yield its port. ``settings`` are environment variables."""
     port = _free_port()
     environ = {**os.environ, "BUNDLE": str(path), "PORT": str(port), "HOST": "127.0.0.1", **settings}
     server = subprocess.Popen([sys.executable, "-m", "service"], env=environ, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -197,39 +204,42 @@ def serving(path: Path, **settings: str) -> Iterator[int]:
         server.wait(30)
 
 
-def ask(port: int, photos: list[bytes], connections: int, seconds: float) -> list[float]:
-    """Post photos over ``connections`` kept-alive connections, each its next when it has its answer: the answers' times in ms.
+def send_requests(port: int, photos: list[bytes], connections: int, seconds: float) -> list[float]:
+    """Post photos over kept-alive connections; each connection sends its next request when it has received its response.
 
-    Those are counted that come within ``seconds`` after as many as there are connections, by when the house is as full as it
-    stays. One thread, bytes made beforehand: the client runs on the server's processors, and must not cost much of them.
+    Responses count once every connection has received one, for ``seconds``. The client is one thread and its requests are
+    encoded beforehand, because it shares the processors with the server.
+
+    Returns:
+        The response times in milliseconds.
     """
-    requests = [request_of(photo) for photo in photos]
+    requests = [encode_request(photo) for photo in photos]
     selector = selectors.DefaultSelector()
     sent: dict[socket.socket, float] = {}
-    answers: dict[socket.socket, bytes] = {}
+    responses: dict[socket.socket, bytes] = {}
     times_ms: list[float] = []
     number = 0
     for _ in range(connections):
         connection = socket.create_connection(("127.0.0.1", port))
         selector.register(connection, selectors.EVENT_READ)
-        answers[connection] = b""
+        responses[connection] = b""
         connection.sendall(requests[number % len(requests)])
         sent[connection] = time.perf_counter()
         number += 1
-    until = math.inf
-    while time.perf_counter() < until:
+    deadline = math.inf
+    while time.perf_counter() < deadline:
         for key, _ in selector.select(timeout=1.0):
             connection = key.fileobj  # type: ignore[assignment]
-            answers[connection] += connection.recv(1 << 16)
-            if not is_whole(answers[connection]):
+            responses[connection] += connection.recv(1 << 16)
+            if not is_complete(responses[connection]):
                 continue
-            if not answers[connection].startswith(b"HTTP/1.1 200"):
-                raise RuntimeError(f"the service refused a photo: {answers[connection].decode()}")
+            if not responses[connection].startswith(b"HTTP/1.1 200"):
+                raise RuntimeError(f"the service rejected a photo: {responses[connection].decode()}")
             now = time.perf_counter()
-            answers[connection] = b""
+            responses[connection] = b""
             times_ms.append((now - sent[connection]) * 1e3)
             if len(times_ms) == connections:
-                until = now + seconds
+                deadline = now + seconds
             connection.sendall(requests[number % len(requests)])
             sent[connection] = now
             number += 1
@@ -238,15 +248,15 @@ def ask(port: int, photos: list[bytes], connections: int, seconds: float) -> lis
     return times_ms[connections:]
 
 
-def is_whole(answer: bytes) -> bool:
-    """Whether an answer's head and all of its body are there."""
-    head, end, body = answer.partition(b"\r\n\r\n")
+def is_complete(response: bytes) -> bool:
+    """Return whether a response's head and complete body were received."""
+    head, end, body = response.partition(b"\r\n\r\n")
     length = next((line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), b":0")
     return bool(end) and len(body) >= int(length.partition(b":")[2])
 
 
-def request_of(photo: bytes) -> bytes:
-    """A photo as a form, with the head that goes before it."""
+def encode_request(photo: bytes) -> bytes:
+    """Encode an image as a multipart form, with the head of the request."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="photo.jpg"\r\n\r\n'
     body = head.encode() + photo + f"\r\n--{BOUNDARY}--\r\n".encode()
     return (
@@ -256,20 +266,20 @@ def request_of(photo: bytes) -> bytes:
 
 
 def _wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
-    until = time.perf_counter() + 120
-    while time.perf_counter() < until and server.poll() is None:
+    deadline = time.perf_counter() + 120
+    while time.perf_counter() < deadline and server.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5)
             return
         except OSError:
             time.sleep(0.05)
-    raise RuntimeError("the service never got ready; start it by itself to see why: python -m service")
+    raise RuntimeError("the service did not become ready. Start it to see why: python -m service")
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How much faster is training on cached features than the textbook loop, in one run on this machine?
+"""Compare training on cached features with the textbook loop, in one run on this machine.
 
     python benchmarks/train_speed.py DATA --backbone efficientnet_lite0 [--photos 1000] [--weights FILE] [--precision bf16]
 
-The textbook loop runs every photo through the whole network in every epoch: ImageFolder, a DataLoader with two workers,
-frozen parameters, a new last layer, NLLLoss, SGD. Its epochs are all alike, so some are timed (--plain-epochs) and their
-mean stands for each of the ten. Ours is timed whole, from the list of files to the trained head: hashing, audit, decoding,
-conversion and run of the frozen part with an empty cache, then ten epochs of what follows; then again with the cache full.
-Neither side's time has the loading of the weights or the final evaluation. The rounds alternate; the medians count.
+The textbook loop runs every photo through the complete network in every epoch: ImageFolder, a DataLoader with two workers,
+frozen parameters, a new last layer, NLLLoss, SGD. All its epochs take the same time, so only some are timed (--plain-epochs)
+and their mean is multiplied. Our training is timed completely, from the list of files to the trained head: hashing, audit,
+decoding, conversion and the frozen layers with an empty cache, then ten epochs of the rest. It is timed again with the filled
+cache. Loading the weights and the final evaluation are not timed on either side. The rounds alternate, and the medians are
+printed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import onnxscript  # noqa: F401  (the exporter imports it on first use; neither side is timed while it imports)
+import onnxscript  # noqa: F401  (import it now, so that this is not timed)
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -45,9 +46,9 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--photos", type=int, default=1000, help="training photos, half of each class")
-    parser.add_argument("--weights", help="as of finetune train; `random` makes a file of random numbers")
-    parser.add_argument("--precision", default="fp32", help="of our frozen part; the textbook loop is float32")
-    parser.add_argument("--plain-epochs", type=int, default=1, help="epochs of the textbook loop that are timed in each round")
+    parser.add_argument("--weights", help="as for finetune train; `random`: random numbers")
+    parser.add_argument("--precision", default="fp32", help="precision of our frozen layers; the textbook loop uses float32")
+    parser.add_argument("--plain-epochs", type=int, default=1, help="timed epochs of the textbook loop per round")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -71,32 +72,32 @@ def main() -> None:
             print(f"round {i + 1}: textbook {plain:.1f} s, ours {cold:.1f} s, again {warm:.2f} s", flush=True)
     plain, cold, warm = (statistics.median(column) for column in zip(*rows, strict=True))
     print(f"{args.backbone}, {args.photos} photos, {EPOCHS} epochs, {args.precision}, median of {args.rounds}:")
-    print(f"  textbook loop     {plain:9.1f} s   {1000 * plain / args.photos / EPOCHS:7.1f} ms a photo and epoch")
+    print(f"  textbook loop     {plain:9.1f} s   {1000 * plain / args.photos / EPOCHS:7.1f} ms per photo and epoch")
     print(f"  ours, cache empty {cold:9.1f} s   {statistics.median(p / c for p, c, _ in rows):7.1f} times as fast")
     print(f"  ours, cache full  {warm:9.2f} s   {statistics.median(p / w for p, _, w in rows):7.0f} times as fast")
 
 
 def time_textbook(config: Config, epochs: int) -> float:
-    """Mean seconds of an epoch of the textbook loop."""
+    """Return the mean seconds per epoch of the textbook loop."""
     spec = get_spec(config.backbone)
     net, head = textbook_network(config, spec)
-    size = spec.preprocessing
-    form = transforms.Compose(
+    preprocessing = spec.preprocessing
+    transform = transforms.Compose(
         [
-            transforms.Resize(size.resize_px),
-            transforms.CenterCrop(size.input_px),
+            transforms.Resize(preprocessing.resize_px),
+            transforms.CenterCrop(preprocessing.input_px),
             transforms.ToTensor(),
-            transforms.Normalize(size.mean, size.std),
+            transforms.Normalize(preprocessing.mean, preprocessing.std),
         ]
     )
-    photos: Dataset[tuple[torch.Tensor, int]] = ImageFolder(str(config.data_dir / "train"), form)
+    photos: Dataset[tuple[torch.Tensor, int]] = ImageFolder(str(config.data_dir / "train"), transform)
     loader = DataLoader(photos, batch_size=64, shuffle=True, num_workers=2)
-    loss_of, optimizer = nn.NLLLoss(), torch.optim.SGD(head.parameters(), lr=1e-3, momentum=0.9)
+    nll_loss, optimizer = nn.NLLLoss(), torch.optim.SGD(head.parameters(), lr=1e-3, momentum=0.9)
     started = time.perf_counter()
     for _ in range(epochs):
         net.train()
         for images, labels in loader:
-            loss = loss_of(net(images), labels)
+            loss = nll_loss(net(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -104,18 +105,18 @@ def time_textbook(config: Config, epochs: int) -> float:
 
 
 def textbook_network(config: Config, spec: ModelSpec) -> tuple[nn.Module, nn.Module]:
-    """The network with its own normalisation left out (the loader does it), and its trainable head."""
+    """Return the network without its normalization, which the loader does, and its trainable head."""
     base = load_weights(spec, file=Path(config.weights) if config.weights else None)
     classifier = build_classifier(spec, num_classes=2, base=base.tensors)
     return nn.Sequential(classifier.net, classifier.log_softmax), classifier.net.get_submodule(spec.head)
 
 
 def time_ours(config: Config, folder: Path) -> float:
-    """Seconds from the list of files to the trained head."""
+    """Return the seconds from the list of files to the trained head."""
     spec = get_spec(config.backbone)
     config = config.with_recipe(spec.recipe)
     compute = select_compute("cpu", config.precision)
-    with quiet():
+    with without_output():
         network = prepare_network(spec, 2, config, compute)
         started = time.perf_counter()
         dataset = read_dataset(config.data_dir)
@@ -127,7 +128,7 @@ def time_ours(config: Config, folder: Path) -> float:
 
 
 def subset(data: Path, photos: int, out: Path) -> Path:
-    """Links to the first photos of each training class, and to two of each for validation."""
+    """Link the first photos of each class for training, and two of each class for validation."""
     for split, count in (("train", photos // 2), ("valid", 2)):
         source = next(p for p in (data / split, data / "train") if p.is_dir())
         for folder in sorted(p for p in source.iterdir() if p.is_dir()):
@@ -138,7 +139,7 @@ def subset(data: Path, photos: int, out: Path) -> Path:
 
 
 def random_weights(backbone: str, folder: Path) -> str:
-    """A file of random weights: speed does not depend on what the numbers are."""
+    """Write a file of random weights. They do not affect the speed."""
     from models.networks.registry import create_model
 
     torch.manual_seed(0)
@@ -147,7 +148,7 @@ def random_weights(backbone: str, folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def without_output() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
