@@ -89,8 +89,8 @@ def apply_reviews(
 ) -> tuple[Dataset, list[ImageRecord], ReviewSummary]:
     """Apply review decisions on top of the folders' labels.
 
-    A decision applies to every exact copy of an image. It also resolves near duplicates with conflicting labels: those that
-    contradict the decision are excluded, as are copies with a corrected label if the other split has the image too.
+    A decision applies to every exact copy of an image. It also resolves near duplicates with conflicting labels: images
+    that contradict the decision are excluded, as are copies with a corrected label if the other split has the image too.
 
     Returns:
         The dataset and records with the decisions applied, and a summary.

@@ -97,7 +97,7 @@ def make_dataset(name: str, folder: Path) -> None:
     print(
         f"Saved {dataset.title} to {folder}: {counts['train']:,} training images, {counts['valid']:,} validation images (held "
         f"out from training) and {counts[TEST]:,} test images"
-        + (f" ({repeated:,} of which the published training split also contains)." if repeated else ".")
+        + (f" ({repeated:,} are also in the published training split)." if repeated else ".")
     )
     print("Note: images this small are checked for exact duplicates only, as perceptual hashes cannot tell them apart.")
 

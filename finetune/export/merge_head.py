@@ -35,7 +35,7 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
 
     Raises:
         WeightsError: The pretrained weights are not available.
-        BundleError: The weights or the preprocessing differ from those that the head was trained with.
+        BundleError: The head was trained with other weights or another preprocessing.
     """
     from models.networks.classifier import build_classifier
     from models.networks.onnx_export import export_serving_graph

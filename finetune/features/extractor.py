@@ -92,7 +92,7 @@ class FeatureCache:
         return set(sha256s) - self._store.load(sha256s).keys()
 
     def features(self, records: Sequence[ImageRecord], pixel_cache: PixelCache, *, label: str) -> NDArray[np.float32]:
-        """Return the features (N, ...) of readable images, in order, and compute and cache those that are not on disk.
+        """Return the features (N, ...) of readable images, in order. Compute and cache the ones that are not on disk.
 
         In distributed training each process computes and caches its own shard and sends it to the others.
         """

@@ -109,7 +109,7 @@ def load_checkpoint(folder: Path, *, inputs: str) -> Progress | None:
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise RunError(f"The checkpoint {file} is damaged ({type(error).__name__}). Delete {folder} and start again.") from None
     if saved_inputs != inputs:
-        raise RunError(f"The photos or weights differ from those that the run in {folder} was started with. Start another run.")
+        raise RunError(f"The run in {folder} was started with other photos or weights. Start another run.")
     return progress
 
 

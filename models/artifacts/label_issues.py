@@ -28,7 +28,7 @@ def class_thresholds(predictions: Predictions) -> NDArray[np.float64]:
 
 
 def suggested_labels(predictions: Predictions) -> NDArray[np.int64]:
-    """Suggest a label per image: the most probable class among those that reach their threshold.
+    """Suggest a label per image: the most probable class that reaches its threshold.
 
     Returns:
         (N,) class indices. An image without such a class keeps its label.

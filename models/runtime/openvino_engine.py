@@ -1,7 +1,7 @@
 """OpenVINO engine that runs an ONNX graph on the CPU, without torch.
 
 Serving, feature extraction during training and the verification of an exported bundle all use this engine, so the served
-results are those that were evaluated.
+results equal the evaluated ones.
 """
 
 from __future__ import annotations
