@@ -19,13 +19,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, g, request
+from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from service.api import admin, health, inference_protocol, predict
 from service.context import EXTENSION, Services
 from service.http.admission import AdmissionController
-from service.http.errors import Problem, code_for_status
+from service.http.errors import Problem, code_for_status, problem_from
 from service.http.middleware import KNOWN_METHODS, RequestMiddleware, normalize_path
 from service.http.text_validation import check_items, check_text
 from service.inference.model_manager import LoadedModel, ModelManager
@@ -51,10 +52,17 @@ def create_services(settings: Settings, models: ModelManager) -> Services:
     return Services(settings, models, admission, RolloutManager(settings, models), Predictor(models))
 
 
+class _App(Flask):
+    """A Flask application that converts exceptions of the domain to problems before it looks for an error handler."""
+
+    def handle_user_exception(self, e: Exception) -> HTTPException | ResponseReturnValue:
+        return super().handle_user_exception(problem_from(e) or e)
+
+
 def create_api_app(services: Services) -> Flask:
     """Create the application for programs: predictions, health, metrics and administration."""
     settings, models = services.settings, services.model_manager
-    app = Flask("service")
+    app = _App("service")
     app.json.sort_keys = False  # type: ignore[attr-defined]
     for module in (predict, health, inference_protocol, admin):
         app.register_blueprint(module.bp)

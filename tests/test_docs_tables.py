@@ -56,7 +56,7 @@ def test_every_training_setting_is_listed_once_with_its_default() -> None:
 def test_every_error_code_is_listed_once_with_its_status() -> None:
     table = [row for row in rows(rendered("serving.md"), "`[a-z0-9_]+`") if row[1].isdigit()]
     assert len(table) == len(PROBLEM_TYPES)
-    assert {code.strip("`"): (int(status), title) for code, status, title in table} == dict(PROBLEM_TYPES)
+    assert {code.strip("`"): (int(status), *texts) for code, status, *texts in table} == PROBLEM_TYPES
 
 
 def test_every_subpackage_is_listed_once_with_its_summary() -> None:

@@ -58,10 +58,10 @@ def training_settings() -> str:
 
 
 def problem_codes() -> str:
-    """List the stable code of each error response with its HTTP status and title."""
-    problems = sorted(PROBLEM_TYPES.items(), key=lambda row: row[1][0])
-    rows = [(f"`{code}`", str(status), title) for code, (status, title) in problems]
-    return _table(("Code", "Status", "Title"), rows)
+    """List the stable code of each error response with its HTTP status, its title and what the client can do."""
+    problems = sorted(PROBLEM_TYPES.items(), key=lambda row: row[1].status)
+    rows = [(f"`{code}`", str(kind.status), kind.title, kind.advice) for code, kind in problems]
+    return _table(("Code", "Status", "Title", "What to do"), rows)
 
 
 def packages() -> str:

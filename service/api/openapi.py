@@ -10,6 +10,7 @@ from service.api.openapi_examples import models_samples, page_samples, predict_s
 from service.api.openapi_gallery import gallery_paths
 from service.api.openapi_operations import answer, get, said
 from service.api.openapi_schemas import STRING, described, headers, problem_answer, problem_answers, ref, schemas
+from service.http.errors import PROBLEM_TYPES
 from service.settings import Settings
 
 API_VERSION = "1.0.0"
@@ -129,7 +130,7 @@ def _photo_forms(settings: Settings) -> dict[str, Any]:
     row = described({"anyOf": [photo, {}]}, "What is no photo is answered with an error of its own.")
     instances = {"type": "array", "items": row, "minItems": 1, "maxItems": settings.max_images}
     several = {"type": "object", "properties": {"instances": instances}, "required": ["instances"]}
-    form = {"type": "object", "properties": {"file": files}, "required": ["file"]}
+    form = {"type": "object", "properties": {"file": files}, "minProperties": 1}
     return {
         "multipart/form-data": {"schema": described(form, "A form; every file in it is a photo, whatever its field's name.")},
         "image/*": {"schema": described(BINARY, "A photo's bytes, as they are.")},
@@ -191,7 +192,7 @@ def _form_post(settings: Settings, url: str) -> dict[str, Any]:
         "tags": ["Pages"],
         "summary": "The page's form",
         "description": "For browsers that run no script: the answer is the page, and so is a problem, with its own status.",
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form | {"required": ["file"]}}}},
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form | {"minProperties": 1}}}},
         "responses": {
             "200": answer("The page with the answers.", "text/html", STRING),
             **problem_answers("unauthorized", *SENDING, *READING, *FAILING),
@@ -218,7 +219,7 @@ EXAMPLE = {
             "file": "notes.txt",
             "error": {
                 "type": "/docs#not_an_image",
-                "title": "The file is not a picture",
+                "title": PROBLEM_TYPES["not_an_image"].title,
                 "status": 415,
                 "detail": f"The photo is not a picture that can be read; send {IMAGE_FORMATS_TEXT}.",
                 "code": "not_an_image",

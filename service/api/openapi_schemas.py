@@ -5,48 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-from models.preprocess import IMAGE_FORMATS_TEXT
 from service.http.errors import PROBLEM_MEDIA_TYPE, PROBLEM_TYPES
-
-# What the one who asks can do about each code.
-ADVICE = {
-    "no_image": "Send at least one photo: a form's field `file`, a body, or `image` in JSON.",
-    "empty_image": "The file has no bytes; look whether it was read before it was sent.",
-    "bad_json": "Mend the JSON; its form is shown above.",
-    "bad_base64": "Encode the photo's bytes again, in standard base64.",
-    "bad_tensor": "Look at the inputs' names, datatypes and shapes: `GET /v2/models/{name}`.",
-    "bad_form": "Let a library or the browser write the form, its boundary among it.",
-    "bad_parameter": "`detail` names the parameter and what it can be.",
-    "bad_request": "The body broke off or is malformed; send it again, whole.",
-    "unauthorized": "Send a key that is known here: `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
-    "cross_site_request": "A decision is taken from the gallery's own pages, or from a program that is no browser.",
-    "image_missing": "Start the server with `DATA_DIR` set to the folder of photos that was evaluated.",
-    "image_replaced": "Another file lies where the photo was; evaluate again.",
-    "admin_disabled": "Set ADMIN_KEYS where the server is started.",
-    "not_found": "Look up the address on this page.",
-    "method_not_allowed": "The answer's header `Allow` lists the methods.",
-    "review_conflict": "Read the other decision, and send yours again with its id as `expected_version` to overrule it.",
-    "nothing_to_undo": "There is no decision about this photo; decide first.",
-    "body_timeout": "The connection was too slow for the body; send it again, or a smaller photo.",
-    "rollout_in_progress": "Ask again when it is done; a swap takes seconds.",
-    "bundle_incompatible": "Look at the bundle; where it is meant to differ, say so in `allow`.",
-    "no_previous_bundle": "Name the bundle: `POST /admin/bundle`.",
-    "body_too_large": "Send fewer photos in a request, or smaller files.",
-    "json_too_large": "Send fewer photos in a request, and tensors as bytes (`binary_tensor_data`).",
-    "too_many_images": "Send them in several requests.",
-    "too_many_pixels": "Scale the photo down first.",
-    "unsupported_media_type": "Set the header `Content-Type` to one of those that are listed above.",
-    "not_an_image": f"Send {IMAGE_FORMATS_TEXT}.",
-    "damaged_image": "The picture cannot be decoded; look whether it opens elsewhere, and save it anew.",
-    "image_too_complex": "Decoding it would take too long or too much memory; save it again as a normal JPEG or PNG.",
-    "bundle_invalid": "`detail` says what is wrong with it; copy or export it again.",
-    "internal_error": "Tell the operator the request id; the log has more under it.",
-    "not_ready": "The model is being loaded; send it again after `Retry-After` seconds.",
-    "decoders_stalled": "Send requests to another server; where it lasts, the operator has to restart this one.",
-    "database_unavailable": "Predictions go on; the operator has to look after the database.",
-    "overloaded": "Send it again after `Retry-After` seconds, and fewer at a time.",
-    "deadline_exceeded": "The server is busy; send it again later.",
-}
 
 STRING: dict[str, Any] = {"type": "string"}
 SHARE: dict[str, Any] = {"type": "number", "minimum": 0, "maximum": 1}
@@ -104,7 +63,7 @@ def schemas() -> dict[str, Any]:
     problem = {
         "type": described(STRING | {"format": "uri-reference"}, "Where the code is explained: `/docs#code`."),
         "title": described(STRING, "The code in words."),
-        "status": {"type": "integer", "enum": sorted({status for status, _ in PROBLEM_TYPES.values()})},
+        "status": {"type": "integer", "enum": sorted({status for status, _, _ in PROBLEM_TYPES.values()})},
         "detail": described(STRING, "What arrived, what was wanted, what to do."),
         "code": described(STRING | {"enum": list(PROBLEM_TYPES)}, "Stable: what a program should look at."),
     }

@@ -11,9 +11,9 @@ from service.db import production
 from service.db.ingest import decode_file_name
 from service.explain.explainer import Explainer, Explanation
 from service.gallery.index import GalleryIndex
-from service.http.errors import Problem
+from service.http.errors import Problem, problem_from
 from service.images.render import render_jpeg
-from service.images.source_folder import ImageMissingError, ImageReplacedError, ImageUnavailableError, SourceFolder
+from service.images.source_folder import ImageUnavailableError, SourceFolder
 from service.images.thumbnails import ThumbnailCache
 from service.images.worker_pool import WorkerPool
 from service.inference.decoding import RenderedImage
@@ -48,7 +48,7 @@ class ImageAccess:
         try:
             return self._folder.read(decode_file_name(photo), sha256)
         except ImageUnavailableError as error:
-            raise _problem(error) from None
+            raise problem_from(error) or error from None
 
     def find_problem(self, photo: str, sha256: str) -> Problem | None:
         """Why a photo cannot be shown, if it cannot; cheap for one that was looked at before."""
@@ -58,7 +58,7 @@ class ImageAccess:
         try:
             self._folder.check(decode_file_name(photo), sha256)
         except ImageUnavailableError as error:
-            return _problem(error)
+            return problem_from(error)
         return None
 
     def thumbnail(self, photo: str, sha256: str) -> RenderedImage:
@@ -94,11 +94,6 @@ class ImageAccess:
         if path is None:
             raise Problem("not_found", f"The bundle {version} is not on this machine; name its folder in EVALUATIONS.")
         return open_bundle(resolve_bundle(path), files=())
-
-
-def _problem(error: ImageUnavailableError) -> Problem:
-    code = {ImageMissingError: "image_missing", ImageReplacedError: "image_replaced"}.get(type(error), "too_many_pixels")
-    return Problem(code, str(error))
 
 
 def _forgotten(photo: str) -> Problem:

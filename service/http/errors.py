@@ -1,59 +1,99 @@
-"""Errors as an answer: ``application/problem+json`` (RFC 9457), each with a stable code, a sentence and the request id."""
+"""Error responses: ``application/problem+json`` (RFC 9457) with a stable code, a sentence and the request id.
+
+This is the only module that turns an exception of the domain (models, images, db, reviews, ...) into an HTTP status. Packages
+below HTTP raise their own exceptions. Each class is registered with its code at the end of this module.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
-from models.errors import UserError
+from models.errors import ImageError, ImageTooLargeError, TooComplexError, UnsupportedImageError, UserError
+from models.preprocess import IMAGE_FORMATS_TEXT
+from service.images.source_folder import ImageMissingError, ImageReplacedError, ImageUnavailableError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
-# Every code that an answer can carry: its status, and its title. docs.html and /openapi.json list them.
-PROBLEM_TYPES: dict[str, tuple[int, str]] = {
-    "no_image": (400, "No photo arrived"),
-    "empty_image": (400, "The file is empty"),
-    "bad_json": (400, "The JSON cannot be read"),
-    "bad_base64": (400, "The base64 cannot be read"),
-    "bad_tensor": (400, "The tensor is not what is taken"),
-    "bad_form": (400, "The form cannot be read"),
-    "bad_parameter": (400, "A parameter has a wrong value"),
-    "bad_request": (400, "The request cannot be read"),
-    "unauthorized": (401, "A key is wanted"),
-    "cross_site_request": (403, "Another site sent this"),
-    "image_missing": (404, "The photo is not in the folder"),
-    "admin_disabled": (403, "There is no administration here"),
-    "not_found": (404, "There is nothing here"),
-    "method_not_allowed": (405, "The method is not allowed here"),
-    "image_replaced": (409, "The photo was replaced"),
-    "review_conflict": (409, "Somebody else has decided"),
-    "nothing_to_undo": (409, "There is nothing to undo"),
-    "body_timeout": (408, "The body did not arrive in time"),
-    "rollout_in_progress": (409, "Another bundle is being loaded"),
-    "bundle_incompatible": (409, "The bundle does not follow the one that serves"),
-    "no_previous_bundle": (409, "There is nothing to go back to"),
-    "body_too_large": (413, "The body is too large"),
-    "json_too_large": (413, "Too many JSON values"),
-    "too_many_images": (413, "Too many photos"),
-    "too_many_pixels": (413, "The photo has too many pixels"),
-    "unsupported_media_type": (415, "The media type is not supported"),
-    "not_an_image": (415, "The file is not a picture"),
-    "damaged_image": (422, "The picture is damaged"),
-    "image_too_complex": (422, "The image is too complex"),
-    "bundle_invalid": (422, "The bundle cannot be served"),
-    "internal_error": (500, "Something went wrong here"),
-    "not_ready": (503, "Not ready yet"),
-    "decoders_stalled": (503, "Image decoding is stalled"),
-    "database_unavailable": (503, "The review database cannot be used"),
-    "overloaded": (503, "The server is overloaded"),
-    "deadline_exceeded": (504, "The answer took too long"),
+
+class ProblemType(NamedTuple):
+    """The status and title of an error code, and what the client can do about it."""
+
+    status: int
+    title: str
+    advice: str
+
+
+PROBLEM_TYPES: dict[str, ProblemType] = {
+    "no_image": ProblemType(
+        400, "No image found", "Send at least one image: the form field `file`, the request body, or `image` in JSON."
+    ),
+    "empty_image": ProblemType(400, "Empty file", "The file has no bytes. Check that the client reads it before sending."),
+    "bad_json": ProblemType(400, "Invalid JSON", "Correct the JSON. Each operation shows an example."),
+    "bad_base64": ProblemType(400, "Invalid base64", "Encode the image's bytes in standard base64."),
+    "bad_tensor": ProblemType(
+        400, "Invalid tensor", "Check the names, datatypes and shapes of the inputs: `GET /v2/models/{name}` lists them."
+    ),
+    "bad_form": ProblemType(400, "Invalid form", "Let your HTTP library build the multipart body, including its boundary."),
+    "bad_parameter": ProblemType(400, "Invalid parameter", "`detail` names the parameter and its allowed values."),
+    "bad_request": ProblemType(400, "Invalid request", "The request is malformed or incomplete. Send it again."),
+    "unauthorized": ProblemType(401, "API key required", "Send a valid key: `Authorization: Bearer KEY` or `X-API-Key: KEY`."),
+    "admin_disabled": ProblemType(403, "Admin API disabled", "Start the server with `ADMIN_KEYS` set."),
+    "cross_site_request": ProblemType(403, "Cross-site request rejected", "Use the gallery pages or a non-browser client."),
+    "image_missing": ProblemType(404, "Image not found", "Start the server with `DATA_DIR` set to the evaluated folder."),
+    "not_found": ProblemType(404, "Not found", "Check the address against this page."),
+    "method_not_allowed": ProblemType(405, "Method not allowed", "The `Allow` header lists the allowed methods."),
+    "body_timeout": ProblemType(
+        408, "Request body timeout", "The connection was too slow. Send the request again, or send a smaller image."
+    ),
+    "bundle_incompatible": ProblemType(
+        409, "Bundle not compatible", "Check the bundle. If the difference is intended, list it in `allow`."
+    ),
+    "image_replaced": ProblemType(
+        409, "Image file changed", "The file differs from the evaluated one. Evaluate the model again."
+    ),
+    "no_previous_bundle": ProblemType(409, "No previous bundle", "Name the bundle in `POST /admin/bundle`."),
+    "nothing_to_undo": ProblemType(409, "Nothing to undo", "This image has no review."),
+    "review_conflict": ProblemType(
+        409, "Review conflict", "Read the other review. To overwrite it, send yours again with its id as `expected_version`."
+    ),
+    "rollout_in_progress": ProblemType(
+        409, "Rollout in progress", "Retry when the current rollout has finished, within seconds."
+    ),
+    "body_too_large": ProblemType(413, "Request too large", "Send fewer images per request, or smaller files."),
+    "json_too_large": ProblemType(
+        413, "JSON too large", "Send fewer images per request, and tensors as binary data (`binary_tensor_data`)."
+    ),
+    "too_many_images": ProblemType(413, "Too many images", "Split the images over several requests."),
+    "too_many_pixels": ProblemType(413, "Image too large", "Resize the image first."),
+    "not_an_image": ProblemType(415, "Unsupported image format", f"Use {IMAGE_FORMATS_TEXT}."),
+    "unsupported_media_type": ProblemType(415, "Unsupported media type", "Set `Content-Type` to one of the listed types."),
+    "bundle_invalid": ProblemType(422, "Invalid bundle", "`detail` states the reason. Copy or export the bundle again."),
+    "damaged_image": ProblemType(
+        422, "Damaged image", "The image cannot be decoded. Check that it opens elsewhere, and save it again."
+    ),
+    "image_too_complex": ProblemType(
+        422, "Image too complex", "Decoding would take too long or too much memory. Save the image as an ordinary JPEG or PNG."
+    ),
+    "internal_error": ProblemType(
+        500, "Internal server error", "Give the administrator the request id. The log has the details."
+    ),
+    "database_unavailable": ProblemType(
+        503, "Database unavailable", "Predictions are not affected. The administrator must check the review database."
+    ),
+    "decoders_stalled": ProblemType(
+        503, "Image decoding stalled", "Use another server. If this persists, the administrator must restart the server."
+    ),
+    "not_ready": ProblemType(503, "Service not ready", "The server is starting. Retry after `Retry-After` seconds."),
+    "overloaded": ProblemType(503, "Server overloaded", "Retry after `Retry-After` seconds, with fewer requests at a time."),
+    "deadline_exceeded": ProblemType(504, "Deadline exceeded", "The server is busy. Retry later."),
 }
 
 
-class Problem(UserError):  # noqa: N818 - RFC 9457 calls it so
-    """A refusal with its ``code`` of ``PROBLEM_TYPES``; ``detail`` says what arrived, what was wanted and what to do."""
+class Problem(UserError):  # noqa: N818 - the name in RFC 9457
+    """An error response: ``code`` is a key of ``PROBLEM_TYPES``, ``detail`` states what was wrong and what to do."""
 
     def __init__(self, code: str, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(detail)
@@ -62,20 +102,20 @@ class Problem(UserError):  # noqa: N818 - RFC 9457 calls it so
         self.headers = dict(headers or {})
 
     def without_traceback(self) -> Problem:
-        """Forget the way that it came: its frames hold photos' bytes, and would until the next collection of cycles."""
+        """Drop the traceback. Its frames reference image data, and a reference cycle would keep them alive."""
         self.__traceback__ = self.__context__ = None
         return self
 
     @property
     def status(self) -> int:
-        return PROBLEM_TYPES[self.code][0]
+        return PROBLEM_TYPES[self.code].status
 
     @property
     def title(self) -> str:
-        return PROBLEM_TYPES[self.code][1]
+        return PROBLEM_TYPES[self.code].title
 
     def to_dict(self, request_id: str | None = None) -> dict[str, Any]:
-        """The members of RFC 9457, with ``code`` and, where it stands for a whole answer, ``request_id``."""
+        """Return the members of RFC 9457 with ``code``, and with ``request_id`` if the problem is the whole response."""
         members = {
             "type": f"/docs#{self.code}",
             "title": self.title,
@@ -93,8 +133,40 @@ class Problem(UserError):  # noqa: N818 - RFC 9457 calls it so
         return f"{self.status} {HTTPStatus(self.status).phrase}"
 
 
+class _Registration(NamedTuple):
+    code: str
+    retry_after_s: int | None
+
+
+_registered: dict[type[Exception], _Registration] = {}
+
+
+def register(error_class: type[Exception], code: str, *, retry_after_s: int | None = None) -> None:
+    """Map an exception of the domain to an error code. Subclasses without a registration of their own inherit it.
+
+    Args:
+        error_class: The exception. Its message becomes the problem's ``detail``.
+        code: A key of ``PROBLEM_TYPES``.
+        retry_after_s: The value of the ``Retry-After`` header, if retrying helps.
+    """
+    if code not in PROBLEM_TYPES:
+        raise ValueError(f"{code!r} is not an error code.")
+    _registered[error_class] = _Registration(code, retry_after_s)
+
+
+def problem_from(error: Exception) -> Problem | None:
+    """Return the error response for an exception, or None if its class is not registered: that exception is a bug."""
+    if isinstance(error, Problem):
+        return error
+    registration = next((_registered[cls] for cls in type(error).__mro__ if cls in _registered), None)
+    if registration is None:
+        return None
+    headers = {"Retry-After": str(registration.retry_after_s)} if registration.retry_after_s else {}
+    return Problem(registration.code, str(error), headers=headers)
+
+
 def code_for_status(status: int) -> str:
-    """The code for an error that the framework found: 404, 405 and so on."""
+    """Return the error code for an HTTP error that Flask or Werkzeug raised."""
     known = {
         404: "not_found",
         405: "method_not_allowed",
@@ -103,3 +175,12 @@ def code_for_status(status: int) -> str:
         415: "unsupported_media_type",
     }
     return known.get(status, "bad_request" if status < 500 else "internal_error")
+
+
+register(ImageError, "damaged_image")
+register(UnsupportedImageError, "not_an_image")
+register(ImageTooLargeError, "too_many_pixels")
+register(TooComplexError, "image_too_complex")
+register(ImageUnavailableError, "too_many_pixels")
+register(ImageMissingError, "image_missing")
+register(ImageReplacedError, "image_replaced")

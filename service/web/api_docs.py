@@ -10,7 +10,6 @@ from flask import Blueprint, Response, render_template, request
 from markupsafe import Markup, escape
 
 from service.api.openapi import document
-from service.api.openapi_schemas import ADVICE
 from service.context import services
 from service.http.errors import PROBLEM_TYPES
 from service.web.markdown import render_markdown
@@ -26,7 +25,7 @@ def openapi() -> Response:
 @bp.get("/docs")
 def docs() -> Response:
     described = _document()
-    text = render_template("docs.html", document=described, groups=_groups(described), codes=PROBLEM_TYPES, advice=ADVICE)
+    text = render_template("docs.html", document=described, groups=_groups(described), codes=PROBLEM_TYPES)
     return Response(text, headers={"Cache-Control": "no-cache"}, mimetype="text/html")
 
 

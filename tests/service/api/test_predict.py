@@ -96,7 +96,7 @@ def same(a: dict[str, Any], b: dict[str, Any], within: float = 1e-5) -> bool:
 
 def refused(answer: TestResponse, code: str, *words: str) -> dict[str, Any]:
     """Check that it is the problem ``code``, whole, and that its sentence has the ``words`` in it."""
-    status, title = PROBLEM_TYPES[code]
+    status, title, _ = PROBLEM_TYPES[code]
     assert (answer.status_code, answer.content_type) == (status, PROBLEM), answer.text
     problem = answer.get_json()
     assert problem.keys() == {"type", "title", "status", "detail", "code", "request_id"}
