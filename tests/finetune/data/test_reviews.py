@@ -222,7 +222,7 @@ def test_resuming_with_other_reviews_is_rejected(
     table(review(photo, new_label="red", note="on second thoughts"), path=file)
     resume = ("train", "--resume", "--output-dir", tmp_path / "run")
     code, _, err = finetune(*resume)
-    assert (code, "differ from those that the run in" in err) == (2, True)
+    assert (code, "was started with other photos or weights. Start another run." in err) == (2, True)
     table(review(photo, new_label="red"), path=file)
     assert finetune(*resume)[0] == 0
 

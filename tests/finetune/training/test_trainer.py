@@ -228,7 +228,7 @@ def test_checkpoints_of_other_photos_and_damaged_ones_are_rejected(tmp_path: Pat
     progress = run(base)[0]
     assert run_directory.load_checkpoint(tmp_path, inputs="photos") is None
     run_directory.save_checkpoint(tmp_path, progress, inputs="photos")
-    with pytest.raises(RunError, match="differ from those that the run"):
+    with pytest.raises(RunError, match="was started with other photos or weights"):
         run_directory.load_checkpoint(tmp_path, inputs="other photos")
     file = tmp_path / run_directory.CHECKPOINT
     intact = file.read_bytes()
