@@ -24,18 +24,6 @@ COMMANDS = {
     "visualize": "draw a network's filters and the feature maps of a photo",
     "compare": "train several networks on the same photos and compare them",
 }
-MODULES = {
-    "train": "cli.train",
-    "evaluate": "evaluation.evaluate",
-    "predict": "batch_inference.predict",
-    "audit": "data.audit",
-    "download": "data.download.downloader",
-    "synthesize": "data.synthetic.dataset",
-    "merge": "export.merge_head",
-    "models": "cli.models",
-    "visualize": "introspection.feature_maps",
-    "compare": "compare.runner",
-}
 RENAMED = {"join": "merge", "bakeoff": "compare", "kernels": "visualize", "sample": "synthesize"}
 MULTIPROCESS_COMMANDS = ("train", "predict")
 # Operating system errors that a user can fix. Any other OSError is a bug and keeps its traceback.
@@ -123,7 +111,7 @@ def _run(arguments: list[str]) -> int:
             f"`finetune {name}` runs in one process. Use torchrun only with {' and '.join(MULTIPROCESS_COMMANDS)}."
         )
     if name in COMMANDS:  # import only the requested command, as importing torch takes seconds
-        module = importlib.import_module(f"finetune.{MODULES[name]}")
+        module = importlib.import_module(f"finetune.cli.{name}")
         module.add_arguments(commands.choices[name])
         return int(module.run(commands.choices[name].parse_args(arguments[1:])))
     parser.parse_args(arguments)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +36,7 @@ from finetune.training.setup import (
     prepare_dataset,
     prepare_network,
 )
-from finetune.training.tensorboard import EventWriter
-from finetune.training.trainer import Progress, fit, predict
+from finetune.training.trainer import EpochRow, Progress, fit, predict
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.predictions import Predictions
@@ -152,6 +152,33 @@ def fit_head(
             progress=saved,
             on_epoch=on_epoch,
         )
+
+
+class EventWriter:
+    """Writes the rows of the history to ``run/tensorboard``. Does nothing if ``run`` is None."""
+
+    def __init__(self, run: Path | None) -> None:
+        self._writer = None
+        if run is not None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._writer = SummaryWriter(str(run / "tensorboard"))
+
+    def __enter__(self) -> EventWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def write(self, row: EpochRow) -> None:
+        if self._writer:
+            for name, value in row.items():
+                if name != "epoch":
+                    split, _, measure = name.partition("_")
+                    tag = f"{measure}/{split}" if split in ("train", "valid") else name
+                    self._writer.add_scalar(tag, value, int(row["epoch"]))
+            self._writer.flush()
 
 
 def predict_validation(network: TrainingNetwork, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:

@@ -1,1 +1,1 @@
-"""Commands of ``finetune`` that have no package of their own."""
+"""The commands of ``finetune``, one module each: parsing and printing."""

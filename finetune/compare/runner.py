@@ -1,8 +1,7 @@
-"""Train several networks on the same data and compare their accuracy, latency and size: ``finetune compare``."""
+"""Train several networks on the same data and compare their accuracy, latency and size."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -15,15 +14,16 @@ from typing import Any
 from finetune import config as settings
 from finetune.compare.benchmark import BenchmarkResult, benchmark
 from finetune.compare.comparison_report import write_report
-from finetune.compare.selection import require_two, run_folder_name, select_networks
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
 from finetune.pipeline import resolve_config, train
 from finetune.training import run_directory
 from models.artifacts.atomic_io import atomic_write_text, sha256_of
 from models.artifacts.bundle import Bundle
-from models.errors import RunError, WeightsError
-from models.networks.registry import get_spec
+from models.errors import ConfigError, RunError, WeightsError
+from models.networks.registry import get_spec, list_models
+from models.networks.spec import ModelSpec
+from models.networks.weights import has_local_weights
 
 RECORD_FILE = "compare-run.json"
 # Settings that apply to all networks. Unset ones come from each network's recipe.
@@ -52,6 +52,10 @@ SHARED_SETTINGS = (
 IGNORED_SETTINGS = run_directory.CHANGEABLE_ON_RESUME - {"epochs", "export"}
 
 
+SMALL_PX = 64
+SMALL, ALL = "small", "all"
+
+
 @dataclass(frozen=True)
 class ComparisonRun:
     """One network of a comparison: its settings and run directory."""
@@ -59,6 +63,36 @@ class ComparisonRun:
     backbone: str
     config: Config
     folder: Path
+
+
+def select_networks(text: str) -> list[str]:
+    """Return the networks of a comma-separated list of names and groups, without duplicates.
+
+    The group ``small`` contains the networks of this project that are trained from random weights on images of up to 64 px,
+    ``all`` those whose pretrained weights are on this machine.
+
+    Raises:
+        UnknownModelError: A name is unknown.
+        ConfigError: There are fewer than two names.
+    """
+    names: list[str] = []
+    for word in filter(None, map(str.strip, text.split(","))):
+        if word == SMALL:
+            names += [name for name in list_models() if is_small(get_spec(name))]
+        elif word == ALL:
+            names += [name for name in list_models() if has_local_weights(get_spec(name))]
+        else:
+            names.append(get_spec(word).name)
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise ConfigError(f"--backbones takes comma-separated network names, `small` or `all` (got {text!r}).")
+    if len(names) < 2:
+        raise ConfigError(f"--backbones must name at least two networks (got only {names[0]}).")
+    return names
+
+
+def is_small(spec: ModelSpec) -> bool:
+    return spec.weights is None and spec.preprocessing.input_px <= SMALL_PX
 
 
 def compare_networks(data: Path, backbones: Sequence[str], out: Path, shared: dict[str, Any]) -> list[BenchmarkResult]:
@@ -110,7 +144,7 @@ def hash_dataset(config: Config) -> str:
 
 
 def _entry(name: str, data: Path, out: Path, shared: dict[str, Any]) -> ComparisonRun:
-    folder = out / run_folder_name(name)
+    folder = out / name.replace(":", "-").replace("/", "-")
     config = settings.from_mapping({**shared, "data_dir": data, "backbone": name, "output_dir": folder})
     return ComparisonRun(name, resolve_config(config, get_spec(name)), folder)
 
@@ -151,27 +185,3 @@ def _check_same(entry: ComparisonRun, inputs: str) -> None:
 def _read_record(folder: Path) -> dict[str, Any]:
     file = folder / RECORD_FILE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder with train/CLASS/ and valid/CLASS/")
-    parser.add_argument(
-        "--backbones",
-        required=True,
-        metavar="A,B,C",
-        help="comma-separated networks; `small`: small built-in networks; `all`: networks with local weights",
-    )
-    parser.add_argument(
-        "--output-dir", type=Path, metavar="OUT", help="folder for the runs and the report (default: runs/DATA-compare)"
-    )
-    settings.add_flags(parser, SHARED_SETTINGS)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run ``finetune compare``: train and benchmark the networks and print the report."""
-    names = select_networks(args.backbones)
-    require_two(names)
-    out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-compare"
-    shared = {key: value for key, value in vars(args).items() if key in SHARED_SETTINGS}
-    compare_networks(args.data_dir, names, out, shared)
-    return 0

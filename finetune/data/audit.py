@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -181,22 +179,18 @@ def audit(
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder to audit")
-    parser.add_argument("--json", action="store_true", help="print all findings as JSON")
-    parser.add_argument(
-        "--cache-dir", type=Path, default=None, help="cache directory for image fingerprints (default: ~/.cache/finetune)"
-    )
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="decoding threads; 0: one per CPU")
+def audit_folder(data_dir: Path, *, cache_dir: Path | None = None, workers: int = 0, quiet: bool = False) -> AuditReport:
+    """Read, inspect and audit a data folder.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Run ``finetune audit``: print the findings and return 0 if there are no problems, else 1."""
-    dataset = read_dataset(args.data_dir)
-    store = ArrayStore(args.cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
-    report = audit(dataset, inspect_images(dataset.samples, store=store, workers=args.workers, quiet=args.json))
-    print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if args.json else report.text())
-    return 1 if report.problems else 0
+    Args:
+        data_dir: The folder.
+        cache_dir: Folder of the fingerprint cache. None: the default.
+        workers: Number of decoding threads. 0: one per CPU.
+        quiet: Hide the progress bar.
+    """
+    dataset = read_dataset(data_dir)
+    store = ArrayStore(cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
+    return audit(dataset, inspect_images(dataset.samples, store=store, workers=workers, quiet=quiet))
 
 
 def _other_files(dataset: Dataset) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from finetune.export.golden import golden_pixels
 from finetune.reports.model_card import write_model_card
 from finetune.reports.results import PLOTS
 from models.artifacts.bundle import (
@@ -33,6 +34,7 @@ from models.networks.classifier import Classifier
 from models.networks.onnx_export import OUTPUTS, PIXELS, export_serving_graph
 from models.networks.spec import ModelSpec
 from models.networks.weights import write_tensors
+from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import OpenVINOEngine
 from models.runtime.precision import measure_bf16
 
@@ -41,6 +43,7 @@ from models.runtime.precision import measure_bf16
 PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 GOLDEN_TOLERANCE = 1e-3
 PARITY_IMAGES = 64
+NUM_GOLDEN = 4
 
 
 @dataclass(frozen=True)
@@ -159,3 +162,20 @@ def check_parity(engine: OpenVINOEngine, parity: ParitySample) -> dict[str, Any]
             f"{len(parity.pixels)} photos (allowed: {tolerance:.2g}). No bundle was written. Train again with --precision fp32."
         )
     return {"images": len(parity.pixels), "max_difference": difference, "tolerance": tolerance}
+
+
+def golden_pixels(preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Draw four reproducible images of flat shapes, so that a bundle contains no photos: (4, input_px, input_px, channels)."""
+    return np.stack([preprocessing.crop(_draw(random.Random(seed))) for seed in range(NUM_GOLDEN)])
+
+
+def _draw(rng: random.Random) -> Image.Image:
+    def color() -> tuple[int, int, int]:
+        return rng.randrange(256), rng.randrange(256), rng.randrange(256)
+
+    image = Image.new("RGB", (320, 256), color())
+    pen = ImageDraw.Draw(image)
+    for _ in range(8):
+        x, y, w, h = rng.randrange(280), rng.randrange(220), rng.randrange(20, 160), rng.randrange(20, 120)
+        rng.choice((pen.ellipse, pen.rectangle))((x, y, x + w, y + h), fill=color())
+    return image

@@ -1,8 +1,7 @@
-"""Merge a head-only bundle with its pretrained weights into a full bundle: ``finetune merge``. Requires torch."""
+"""Merge a head-only bundle with its pretrained weights into a full bundle. Requires torch."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -88,26 +87,3 @@ def open_full_bundle(path: Path, *, weights: Path | None = None, needs_weights: 
     except BundleError:
         print(f"Merging {path} with its pretrained weights. Full bundle: {merged}", file=sys.stderr)
         return merge_bundle(bundle, merged, weights=weights)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="head-only bundle")
-    parser.add_argument(
-        "out", type=Path, nargs="?", metavar="OUT", help="folder for the full bundle (default: where the service looks for it)"
-    )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="pretrained weights, if not found automatically")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run ``finetune merge``: write the full bundle."""
-    bundle = open_bundle(args.bundle)
-    if not bundle.lacks_weights:
-        raise BundleError(f"The bundle {args.bundle} is already a full bundle. Use it without merging.")
-    if args.out is None:
-        merged = open_full_bundle(args.bundle, weights=args.weights, needs_weights=True)
-    elif args.out.exists() and any(args.out.iterdir()):
-        raise BundleError(f"{args.out} is not empty. Choose a new folder for the full bundle.")
-    else:
-        merged = merge_bundle(bundle, args.out, weights=args.weights)
-    print(f"bundle       {merged.path} (version {merged.version})")
-    return 0

@@ -1,32 +1,73 @@
-"""Visualize a network: the filters of its first layer and the feature maps of an image: ``finetune visualize``.
+"""Visualize a network: the filters of its first layer and the feature maps of an image.
 
 The sheets follow figure 3 of Krizhevsky et al. (2012) and figure 2 of Zeiler and Fergus (2013).
 """
 
 from __future__ import annotations
 
-import argparse
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.output_folder import require_empty_folder
-from finetune.reports import plots
-from finetune.reports.tiles import tile_sheet, to_gray_levels
+from finetune.reports.plots import report_style, save_png
 from models.artifacts.bundle import Bundle
 from models.errors import BundleError, ConfigError, DataError
 from models.networks.classifier import Classifier, load_classifier
 from models.networks.hooks import forward_hooks, layer_names
 
 FILTER_PX, MAP_PX, INPUT_PX = 60, 112, 224
+DPI = 110
+GAP_PX, NUMBER_PX, TITLE_PX, MARGIN_PX = 6, 15, 44, 12
+MIN_SHEET_PX = 640
+MAX_COLUMNS = 16
 MAX_FILTERS = 256
 MAX_CONVOLUTIONS = 16  # networks with more convolutions are shown by stage
 Maps = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Visualization:
+    """The written files: the sheet of filters, and the network's input followed by a sheet of feature maps per layer."""
+
+    filters: Path
+    maps: list[Path]
+
+
+def visualize_bundle(
+    bundle_dir: Path, *, out: Path | None = None, photo: Path | None = None, max_maps: int = 32
+) -> Visualization:
+    """Draw the filters of a bundle's network and the feature maps of a photo.
+
+    Args:
+        bundle_dir: The bundle.
+        out: A new or empty folder. None: visualizations/BUNDLE.
+        photo: The image file, if feature maps are requested.
+        max_maps: Max number of maps per sheet.
+
+    Raises:
+        ConfigError: ``max_maps`` is below 1.
+        DataError: ``photo`` does not exist, or ``out`` is not empty.
+        ImageError: ``photo`` is not a readable image.
+    """
+    if max_maps < 1:
+        raise ConfigError(f"--maps must be at least 1 (got {max_maps}).")
+    bundle = open_full_bundle(bundle_dir, needs_weights=True)
+    out = out or Path("visualizations") / bundle.name
+    require_empty_folder(out)
+    classifier = load_classifier(bundle)
+    with report_style():
+        maps = draw_maps(classifier, bundle, photo, out / "maps", max_maps=max_maps) if photo else []
+        return Visualization(draw_filters(classifier, out / "filters.png", name=bundle.name), maps)
 
 
 def draw_filters(classifier: Classifier, path: Path, *, name: str) -> Path:
@@ -144,24 +185,48 @@ def draw_maps(classifier: Classifier, bundle: Bundle, image: Path, folder: Path,
     return written
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to visualize")
-    parser.add_argument("--photo", type=Path, metavar="FILE", help="also draw the feature maps of this photo")
-    parser.add_argument("--maps", type=int, default=32, metavar="N", help="max maps per layer (default: 32)")
-    parser.add_argument("--output-dir", type=Path, metavar="OUT", help="folder for the images (default: visualizations/BUNDLE)")
+def to_gray_levels(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Scale values to 0 (the minimum, black) to 255 (the maximum, white). Constant arrays become 128. Keeps the shape."""
+    low, high = float(values.min()), float(values.max())
+    if high <= low:
+        return np.full(values.shape, 128, np.uint8)
+    return ((values - low) * (255 / (high - low))).round().astype(np.uint8)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run ``finetune visualize``: draw the filters and, with ``--photo``, the feature maps."""
-    if args.maps < 1:
-        raise ConfigError(f"--maps must be at least 1 (got {args.maps}).")
-    bundle = open_full_bundle(args.bundle, needs_weights=True)
-    out = args.output_dir or Path("visualizations") / bundle.name
-    require_empty_folder(out)
-    classifier = load_classifier(bundle)
-    with plots.report_style():
-        written = draw_maps(classifier, bundle, args.photo, out / "maps", max_maps=args.maps) if args.photo else []
-        print(f"filters      {draw_filters(classifier, out / 'filters.png', name=bundle.name)}")
-    if written:
-        print(f"maps         {out / 'maps'}: {len(written)} images, the input first")
-    return 0
+def tile_sheet(
+    images: Sequence[NDArray[np.uint8]], path: Path, *, title: str, tile_px: int, columns: int = 0, labels: Sequence[str] = ()
+) -> Path:
+    """Write a sheet of images as a PNG.
+
+    Args:
+        images: Images of shape (h, w) or (h, w, 3).
+        path: The PNG file.
+        title: The title above the images.
+        tile_px: Smaller images are enlarged by an integer factor, so that the longer side is at most this.
+        columns: Number of columns. 0: chosen by the number of images.
+        labels: Text under each image. Default: numbers from 0.
+    """
+    tiles = [_enlarge(image, tile_px) for image in images]
+    tile_width = max(tile.width for tile in tiles) + GAP_PX
+    min_columns = (MIN_SHEET_PX - 2 * MARGIN_PX) // tile_width
+    columns = columns or max(min_columns, min(MAX_COLUMNS, int(np.ceil(np.sqrt(2 * len(images))))))
+    rows = -(-len(images) // columns)
+    tile_height = max(tile.height for tile in tiles) + NUMBER_PX + GAP_PX
+    width_px = max(MIN_SHEET_PX, columns * tile_width + 2 * MARGIN_PX)
+    height_px = TITLE_PX + rows * tile_height + MARGIN_PX
+    canvas = Image.new("RGB", (width_px, height_px), "white")
+    figure = Figure(figsize=(width_px / DPI, height_px / DPI), dpi=DPI)
+    figure.text(MARGIN_PX / width_px, 1 - TITLE_PX / 2 / height_px, title, va="center", fontsize=10)
+    for position, tile in enumerate(tiles):
+        left, top = MARGIN_PX + position % columns * tile_width, TITLE_PX + position // columns * tile_height
+        canvas.paste(tile.convert("RGB"), (left, top))
+        x, y = (left + tile.width / 2) / width_px, 1 - (top + tile.height + 2) / height_px
+        figure.text(x, y, labels[position] if labels else str(position), ha="center", va="top", fontsize=7)
+    figure.figimage(np.asarray(canvas), zorder=-1)
+    return save_png(figure, path)
+
+
+def _enlarge(image: NDArray[np.uint8], tile_px: int) -> Image.Image:
+    tile = Image.fromarray(image)
+    factor = max(1, tile_px // max(tile.size))
+    return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.reports import image_sheets, plots
-from finetune.reports.reliability_diagram import plot_reliability_diagram
 from models.artifacts.predictions import Predictions, check_probabilities, confusion_counts
 
 MAX_SHEET_CLASSES = 20
@@ -60,7 +59,9 @@ def write_plots(
         counts = confusion_counts(predictions.labels, predictions.predicted, len(classes))
         written.append(plots.plot_confusion_matrix(counts, classes, out_dir / "confusion_matrix.png"))
         path = out_dir / "reliability.png"
-        written.append(plot_reliability_diagram(predictions.labels, predictions.probabilities, uncalibrated, path, seed=seed))
+        written.append(
+            plots.plot_reliability_diagram(predictions.labels, predictions.probabilities, uncalibrated, path, seed=seed)
+        )
         if data_dir is not None:
             names = slugs(classes)
             for label in _with_most_mistakes(counts):

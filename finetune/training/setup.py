@@ -15,10 +15,10 @@ from finetune.data.duplicates import find_duplicates
 from finetune.data.extra_data import drop_known_images
 from finetune.data.image_folder import Dataset, move_to_train
 from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_context, inspect_images
-from finetune.features.extractor import FeatureCache, FeatureExtractor, cache_context
+from finetune.features.cache import FeatureCache, cache_context
+from finetune.features.extractor import FeatureExtractor
 from finetune.io.array_store import ArrayStore
-from finetune.training.augment import Augment
-from finetune.training.data_loaders import Batches, CachedBatches, UncachedBatches
+from finetune.training.data_loaders import Augment, Batches, CachedBatches, UncachedBatches
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.spec import ModelSpec

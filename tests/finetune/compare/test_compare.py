@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-from finetune.compare.selection import select_networks
+from finetune.compare.runner import select_networks
 from finetune.metrics.significance import compare_pairs, holm_correction
 from models.artifacts.bundle import open_bundle
 from models.errors import ConfigError, UnknownModelError

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from finetune.cli import download as command
 from finetune.data.download import downloader as module
 from finetune.data.download.downloader import SOURCES, download
 from models.errors import DataError
@@ -535,14 +536,14 @@ def test_a_failing_kaggle_command_is_explained(
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args(words)
 
 
 def test_the_command_prints_a_summary_and_the_next_command(
     server: Server, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert module.run(parse("filtered", str(out), "--url", server.url)) == 0
+    assert command.run(parse("filtered", str(out), "--url", server.url)) == 0
     printed = capsys.readouterr().out
     assert f"Unpacked 12 photos from {server.url} into {out}." in printed
     assert "train: 3 cats, 3 dogs" in printed
@@ -556,7 +557,7 @@ def test_the_command_mentions_damaged_files_of_the_source(
 ) -> None:
     archive = archive_file(tmp_path, zip_of(microsoft_members()))
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
-    module.run(parse("microsoft", str(out), "--archive", str(archive), "--sha256", sha256))
+    command.run(parse("microsoft", str(out), "--archive", str(archive), "--sha256", sha256))
     printed = capsys.readouterr().out
     assert f"sha256 {sha256} (verified)" in printed
     assert "1,738 of its files are damaged" in printed

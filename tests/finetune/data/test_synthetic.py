@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.cli import synthesize
 from finetune.data.synthetic import dataset
 from finetune.data.synthetic.dataset import CLASSES, draw_image, write_synthetic_dataset
 from models.errors import DataError
@@ -29,7 +30,7 @@ def photos(folder: Path) -> list[Path]:
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    dataset.add_arguments(parser)
+    synthesize.add_arguments(parser)
     return parser.parse_args(words)
 
 
@@ -152,7 +153,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_command_prints_a_summary_and_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "my pets"
-    assert dataset.run(parse(str(out), "--train", "6", "--valid", "4", "--seed", "1")) == 0
+    assert synthesize.run(parse(str(out), "--train", "6", "--valid", "4", "--seed", "1")) == 0
     printed = capsys.readouterr().out
     assert "6 training and 4 validation images" in printed
     assert "nothing about photos" in printed

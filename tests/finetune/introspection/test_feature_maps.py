@@ -10,8 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from finetune.introspection.feature_maps import compute_feature_maps, draw_filters, first_layer_filters, map_layers
-from finetune.reports.tiles import tile_sheet, to_gray_levels
+from finetune.introspection.feature_maps import (
+    compute_feature_maps,
+    draw_filters,
+    first_layer_filters,
+    map_layers,
+    tile_sheet,
+    to_gray_levels,
+)
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.flops import build_on_meta
 from models.networks.registry import get_spec

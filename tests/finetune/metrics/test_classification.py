@@ -11,9 +11,8 @@ from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
 from finetune.metrics.bootstrap import bootstrap_means
-from finetune.metrics.classification import compute_metrics, format_summary
-from finetune.metrics.reliability import calibration_error, equal_mass_bins
-from finetune.metrics.roc import weighted_roc_auc
+from finetune.metrics.calibration import calibration_error, equal_mass_bins
+from finetune.metrics.classification import compute_metrics, format_summary, weighted_roc_auc
 from models.artifacts.statistics import wilson_interval
 
 

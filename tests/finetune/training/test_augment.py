@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.training.augment import AREA_RANGE, Augment
+from finetune.training.data_loaders import AREA_RANGE, Augment
 from tests.helpers.tiny_network import COLORS, TINY, paint
 
 PREPROCESSING = TINY.preprocessing

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from finetune.compute.device import select_compute
 from finetune.data.image_folder import Sample
 from finetune.data.inspection import ImageRecord, PixelCache
-from finetune.features.extractor import FeatureCache, FeatureExtractor
+from finetune.features.cache import FeatureCache
+from finetune.features.extractor import FeatureExtractor
 from finetune.io.array_store import ArrayStore
 from models.networks.classifier import build_classifier
 from models.networks.split_point import split_model

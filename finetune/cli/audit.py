@@ -1,0 +1,25 @@
+"""``finetune audit``: check a folder of photos before training."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from finetune.data.audit import audit_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder to audit")
+    parser.add_argument("--json", action="store_true", help="print all findings as JSON")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=None, help="cache directory for image fingerprints (default: ~/.cache/finetune)"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="decoding threads; 0: one per CPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``finetune audit``: print the findings and return 0 if there are no problems, else 1."""
+    report = audit_folder(args.data_dir, cache_dir=args.cache_dir, workers=args.workers, quiet=args.json)
+    print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if args.json else report.text())
+    return 1 if report.problems else 0

@@ -1,0 +1,32 @@
+"""``finetune compare``: train several networks on the same photos and compare them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from finetune import config as settings
+from finetune.compare.runner import SHARED_SETTINGS, compare_networks, select_networks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder with train/CLASS/ and valid/CLASS/")
+    parser.add_argument(
+        "--backbones",
+        required=True,
+        metavar="A,B,C",
+        help="comma-separated networks; `small`: small built-in networks; `all`: networks with local weights",
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="OUT", help="folder for the runs and the report (default: runs/DATA-compare)"
+    )
+    settings.add_flags(parser, SHARED_SETTINGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``finetune compare``: train and benchmark the networks and print the report."""
+    names = select_networks(args.backbones)
+    out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-compare"
+    shared = {key: value for key, value in vars(args).items() if key in SHARED_SETTINGS}
+    compare_networks(args.data_dir, names, out, shared)
+    return 0

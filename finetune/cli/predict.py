@@ -1,0 +1,134 @@
+"""``finetune predict``: classify photos with a bundle. Never imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+from finetune.batch_inference.predict import ImagePrediction, classify, find_images, iter_images
+from finetune.export.merge_head import open_full_bundle
+from models.artifacts.bundle import Bundle, open_bundle
+from models.artifacts.paths import resolve_bundle
+from models.errors import ConfigError
+from models.runtime.openvino_engine import supports_bf16
+from models.runtime.precision import select_precision
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to predict with")
+    parser.add_argument("photos", type=Path, nargs="*", metavar="PHOTO_OR_FOLDER", help="photos or folders to classify")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="number of decoding threads (default: one per CPU)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object per line")
+    output.add_argument("--csv", action="store_true", help="print CSV with a column per class")
+    output.add_argument(
+        "--output",
+        type=Path,
+        metavar="SCORES.parquet",
+        help="write a folder of Parquet files, for any number of photos; already scored photos are skipped",
+    )
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="with --output: file with one path per line (-: standard input)"
+    )
+    parser.add_argument(
+        "--images-per-file", type=int, default=4096, metavar="N", help="photos per Parquet file (default: 4096)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "auto"),
+        default="fp32",
+        help="numeric precision of the network (default: fp32)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``finetune predict``: print a prediction for each photo. Returns 1 if a photo could not be read."""
+    if args.output:
+        return run_scoring(args)
+    if not args.photos or args.list or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("Pass photos or folders to classify. --list and multiple processes require --output SCORES.parquet.")
+    bundle = open_full_bundle(args.bundle)
+    predictions = classify(bundle, find_images(args.photos), precision=_precision(args, bundle), workers=args.workers)
+    failed = False
+    table = csv.writer(sys.stdout, lineterminator="\n")
+    if args.csv:
+        table.writerow(["photo", "label", *(f"p_{name}" for name in bundle.classes), "error"])
+    for prediction in predictions:
+        failed = failed or prediction.error is not None
+        if args.json:
+            print(json.dumps(_as_dict(prediction, bundle), ensure_ascii=False))
+        elif args.csv:
+            table.writerow(_as_row(prediction, bundle))
+        else:
+            print(_as_line(prediction, bundle))
+    return 1 if failed else 0
+
+
+def run_scoring(args: argparse.Namespace) -> int:
+    """Run ``finetune predict --output``: score the chunks of this process (RANK of WORLD_SIZE) into Parquet files."""
+    from finetune.batch_inference.parquet import score_to_parquet
+
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if bool(args.photos) == bool(args.list):
+        raise ConfigError("--output requires either photos and folders or a --list.")
+    if args.images_per_file < 1:
+        raise ConfigError(f"--images-per-file must be at least 1 (got {args.images_per_file}).")
+    if world_size > 1 and args.list == Path("-"):
+        raise ConfigError("Only one process can read standard input. Write the list to a file that all processes can read.")
+    bundle = open_full_bundle(args.bundle) if world_size == 1 else open_bundle(resolve_bundle(args.bundle))
+    counts = score_to_parquet(
+        bundle,
+        iter_images(args.photos, args.list),
+        args.output,
+        images_per_file=args.images_per_file,
+        precision=_precision(args, bundle),
+        workers=args.workers,
+        rank=rank,
+        world_size=world_size,
+    )
+    prefix = f"process {rank + 1} of {world_size}: " if world_size > 1 else ""
+    rate = counts.scored / counts.seconds
+    print(f"{prefix}{counts.scored:,} photos scored ({rate:,.1f} per second), {counts.skipped:,} already scored")
+    if counts.unreadable:
+        print(f"{prefix}{counts.unreadable:,} of them could not be read (see column `error`)")
+    if counts.complete:
+        print(f"{args.output} is complete.")
+    return 0
+
+
+def _precision(args: argparse.Namespace, bundle: Bundle) -> str:
+    if args.precision == "bf16" and not supports_bf16():
+        raise ConfigError("This processor does not support bf16. Remove --precision, or use --precision fp32.")
+    return select_precision(bundle, args.precision).name
+
+
+def _as_dict(prediction: ImagePrediction, bundle: Bundle) -> dict[str, object]:
+    if prediction.probabilities is None:
+        return {"photo": str(prediction.path), "error": prediction.error}
+    best = int(prediction.probabilities.argmax())
+    return {
+        "photo": str(prediction.path),
+        "label": bundle.classes[best],
+        "confidence": float(prediction.probabilities[best]),
+        "probabilities": {name: float(p) for name, p in zip(bundle.classes, prediction.probabilities, strict=True)},
+        "model": bundle.name,
+        "version": bundle.version,
+    }
+
+
+def _as_row(prediction: ImagePrediction, bundle: Bundle) -> list[str]:
+    if prediction.probabilities is None:
+        return [str(prediction.path), "", *("" for _ in bundle.classes), prediction.error or ""]
+    best = bundle.classes[int(prediction.probabilities.argmax())]
+    return [str(prediction.path), best, *(f"{p:.9g}" for p in prediction.probabilities), ""]
+
+
+def _as_line(prediction: ImagePrediction, bundle: Bundle) -> str:
+    if prediction.probabilities is None:
+        return f"{prediction.path}: {prediction.error}"
+    best = int(prediction.probabilities.argmax())
+    return f"{prediction.path}: {bundle.classes[best]} ({100 * prediction.probabilities[best]:.2f}%)"
