@@ -19,7 +19,7 @@ from service.db.filter import Filter
 from service.db.ingest import decode_file_name
 from service.db.query import ModelRecord, PredictionRecord
 from service.gallery import sidebar
-from service.gallery.filter_params import open_query, page_filter_from_request
+from service.gallery.sidebar import open_query, page_filter_from_request
 from service.reviews.decisions import list_reviews
 
 CHUNK = 500

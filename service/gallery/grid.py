@@ -17,9 +17,8 @@ from service.context import gallery, image_access, services
 from service.db.filter import Filter, describe_filter, parse_page
 from service.db.query import PredictionQuery, PredictionRecord, get_model
 from service.gallery import sidebar
-from service.gallery.filter_params import open_query, page_filter_from_request
 from service.gallery.queues import ReviewQueue, review_queues
-from service.gallery.sidebar import grid_url, photo_url
+from service.gallery.sidebar import grid_url, open_query, page_filter_from_request, photo_url
 from service.http.errors import Problem
 from service.web.layout import current_model, problem_page, record_problem
 

@@ -16,15 +16,16 @@ from service.db.filter import Filter, describe_filter
 from service.db.ingest import encode_file_name
 from service.db.query import PredictionQuery, PredictionRecord
 from service.explain.explainer import Explanation
-from service.gallery.filter_params import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, filter_from_request, open_query
 from service.gallery.grid import render_gallery
-from service.gallery.sidebar import grid_url
+from service.gallery.sidebar import filter_from_request, grid_url, open_query
 from service.http.errors import Problem
 from service.http.security import require_key_or_cookie
 from service.reviews.decisions import load_history
 from service.reviews.history import history_entries, saved_message
 from service.web.layout import problem_page, record_problem
 
+REVIEWER_COOKIE = "reviewer"  # the name that the reviewer entered
+AUTO_ADVANCE_COOKIE = "advance"  # whether a save opens the next photo
 MAX_NEIGHBORS = 8
 MAX_EXPLAIN_CLASSES = 20  # classes that one can look for by a link, the most probable ones
 RESERVED_KEYS = "bjkntu"  # keys of the page that are no class's

@@ -12,8 +12,8 @@ from werkzeug.datastructures import MultiDict
 
 from service.context import gallery, services
 from service.db.filter import Filter, parse_filter
-from service.gallery.filter_params import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, open_query
-from service.gallery.photo import RejectedReview, render_photo_page
+from service.gallery.photo import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, RejectedReview, render_photo_page
+from service.gallery.sidebar import open_query
 from service.http.errors import Problem
 from service.http.request_body import OTHER_VALUES, parse_json, read_body
 from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin

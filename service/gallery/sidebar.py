@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-from flask import g, url_for
+from flask import g, request, url_for
 
+from service.context import gallery
 from service.db.aggregates import HISTOGRAM_BINS, FacetCounts
-from service.db.filter import FACETS, PAGE_SIZES, SORT_ORDERS, UNLABELED, Filter, encode_param, parse_int
+from service.db.filter import FACETS, PAGE_SIZES, SORT_ORDERS, UNLABELED, Filter, encode_param, parse_filter, parse_int
 from service.db.query import PredictionQuery, PredictionRecord
 from service.http.errors import Problem
 
@@ -100,6 +102,33 @@ class HistogramBar:
     photos: int
     height: float
     url: str
+
+
+def filter_from_request(*, extra: Iterable[str] = (), **preset: tuple[str, ...]) -> Filter:
+    """Parse the filter of the current request.
+
+    Args:
+        extra: Query parameters of the page that are not part of the filter.
+        preset: Fields of the filter that the path implies, such as ``outcomes`` of ``/gallery/correct``.
+
+    Raises:
+        Problem: The database is not ready, or a parameter is unknown or invalid.
+    """
+    index = gallery()
+    _ = index.database  # raises while there is none
+    return parse_filter(request.args, model=index.active_version or "", extra=extra).replace(**preset)
+
+
+def page_filter_from_request(**preset: tuple[str, ...]) -> Filter:
+    """Parse the filter of a grid page, including the sort order of its form (see ``filter_from_request``)."""
+    return apply_sort_params(filter_from_request(extra=("page", *FORM_PARAMS), **preset), request.args)
+
+
+@contextlib.contextmanager
+def open_query(filters: Filter) -> Iterator[PredictionQuery]:
+    """Query a filter in one read transaction, which ends with the block."""
+    with gallery().database.read() as connection:
+        yield PredictionQuery(connection, filters)
 
 
 def grid_url(filters: Filter, **more: Any) -> str:
