@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from flask import Flask, Response, g, request
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
-from werkzeug.middleware.proxy_fix import ProxyFix
 
 from service.api import admin, health, inference_protocol, predict
 from service.context import EXTENSION, Services
 from service.http.admission import AdmissionController
 from service.http.errors import Problem, code_for_status, problem_from
-from service.http.middleware import KNOWN_METHODS, RequestMiddleware, normalize_path
+from service.http.middleware import KNOWN_METHODS, RequestMiddleware, TrustedProxies, normalize_path
+from service.http.security import require_allowed_host
 from service.http.text_validation import check_items, check_text
 from service.inference.model_manager import LoadedModel, ModelManager
 from service.inference.predictor import Predictor
@@ -66,7 +66,7 @@ def create_api_app(services: Services) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     for module in (predict, health, inference_protocol, admin):
         app.register_blueprint(module.bp)
-    _add_hooks(app, models)
+    _add_hooks(app, settings, models)
     _add_error_handlers(app)
     middleware = RequestMiddleware(
         app.wsgi_app,
@@ -78,8 +78,8 @@ def create_api_app(services: Services) -> Flask:
     )
     app.extensions[EXTENSION] = replace(services, middleware=middleware)
     app.wsgi_app = middleware  # type: ignore[method-assign]
-    if hops := settings.trusted_proxies:
-        app.wsgi_app = ProxyFix(middleware, x_for=hops, x_proto=hops, x_host=hops, x_prefix=hops)  # type: ignore[method-assign]
+    if settings.trusted_proxies:
+        app.wsgi_app = TrustedProxies(middleware, settings.trusted_proxies)  # type: ignore[method-assign]
     return app
 
 
@@ -148,11 +148,12 @@ class DeferredApp:
             os._exit(Arbiter.WORKER_BOOT_ERROR)
 
 
-def _add_hooks(app: Flask, models: ModelManager) -> None:
+def _add_hooks(app: Flask, settings: Settings, models: ModelManager) -> None:
     @app.before_request
     def check_request() -> None:
         g.began = request.environ["service.began"]
         g.request_id = request.environ["service.request_id"]
+        require_allowed_host(request, settings)
         check_text("The path", request.path)
         if request.query_string:
             check_items("parameter", request.args.items(multi=True))

@@ -34,6 +34,7 @@ workers = _plan.workers
 threads = _plan.threads
 worker_connections = min(_settings.max_connections, raise_file_limit())
 keepalive = _settings.keepalive_s
+forwarded_allow_ips = ""  # only TRUSTED_PROXIES decides whose headers are trusted (service.http.middleware.TrustedProxies)
 timeout = 60  # of a worker that hangs; loading is a thread of its own, and does not count
 graceful_timeout = _settings.shutdown_timeout_s
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a heartbeat must not wait for a disk

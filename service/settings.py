@@ -141,6 +141,11 @@ class Settings:
     )
     api_keys: tuple[str, ...] = _setting((), "keys for /predict, with commas, each NAME:KEY or KEY; empty lets everybody in")
     admin_keys: tuple[str, ...] = _setting((), "keys for /admin, with commas, each NAME:KEY or KEY; empty lets nobody in")
+    allowed_hosts: tuple[str, ...] = _setting(
+        (),
+        "host names in URLs of this server, comma-separated; others get 400 (default: localhost if `HOST` is a loopback address"
+        " and `TRUSTED_PROXIES` is 0, else any name)",
+    )
     cors_origins: tuple[str, ...] = _setting((), "origins whose pages may call /predict, with commas; * for all")
     trusted_proxies: int = _setting(0, "reverse proxies in front whose X-Forwarded-* headers are believed", least=0, most=10)
     database_url: str | None = _setting(

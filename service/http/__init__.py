@@ -1,5 +1,10 @@
-"""HTTP below the application: how connections are accepted, read, answered and closed."""
+"""The HTTP layer below the application: connections, admission, request bodies, errors and security headers."""
 
-# Keys of the WSGI environment, by which a server tells the application what it has decided before the body arrived.
-SLOT = "service.slot"  # the request's place among those in flight
-REJECTION = "service.rejection"  # the problem to answer with in place of the application's work
+import re
+
+# Keys of the WSGI environment by which the server passes on what it decided before the body arrived.
+SLOT = "service.slot"  # the request's slot among those in flight
+REJECTION = "service.rejection"  # the problem to respond with
+# Paths with threads of their own, as they must not wait for pages, or pages for them.
+PROBE_PATHS = re.compile(r"/health/.*|/metrics|/v2/health/.*|/v2/models/[^/]+(/versions/[^/]+)?/ready")
+IMAGE_PATHS = re.compile(r"/gallery/images/.*")

@@ -1,4 +1,4 @@
-"""How many photos are in the house, and when to say no: before a body is read, for a fraction of an answer's work."""
+"""Admit images up to a limit, and compute when a rejected client should retry."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from prometheus_client import Gauge
 
 from service.http.errors import Problem
 
-RATE_WINDOW = 256  # answered photos that the drain rate is measured on
+RATE_WINDOW = 256  # completed images that the rate is measured on
 RATE_MAX_AGE_S = 10.0
 MAX_ACCEPT_PAUSE_S = 0.05
 
 
 class Slot:
-    """One photo's place in the house. Whoever has it gives it back; a second time changes nothing."""
+    """A slot for one image in flight. Releasing it a second time changes nothing."""
 
     def __init__(self, admission: AdmissionController) -> None:
         self._admission: AdmissionController | None = admission
@@ -29,34 +29,33 @@ class Slot:
 
 
 class AdmissionController:
-    """Count photos in, count them out, and refuse those over ``limit`` with the seconds until there is room.
+    """Count the images in flight, and reject those above the limit.
 
-    A request counts as one photo from its arrival on, and as what it holds once that is known. ``gauge`` follows the count.
+    A request counts as one image when it is admitted, and as its number of images once that is known.
+
+    Args:
+        limit: Max. images in flight.
+        gauge: A metric that follows the count.
     """
 
     def __init__(self, limit: int, *, gauge: Gauge | None = None) -> None:
         self._limit = limit
         self._gauge = gauge
-        self._inside = 0
+        self._in_flight = 0
         self._lock = threading.Lock()
-        self._left: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)
+        self._completed: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)
 
     @property
     def in_flight(self) -> int:
-        return self._inside
+        return self._in_flight
 
     @property
     def is_at_capacity(self) -> bool:
-        return self._inside >= self._limit
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether it is worth a look who comes: half of the house is full."""
-        return self._inside * 2 >= self._limit
+        return self._in_flight >= self._limit
 
     @property
     def accept_pause_s(self) -> float:
-        """How long those who come to a full house can wait for a look, without it running empty meanwhile; 0: not at all."""
+        """How long new requests can wait at capacity without the server running empty; 0 below capacity."""
         if not self.is_at_capacity:
             return 0.0
         with self._lock:
@@ -64,55 +63,54 @@ class AdmissionController:
         return min(MAX_ACCEPT_PAUSE_S, self._limit / rate / 8) if rate else 0.0
 
     def try_acquire_slot(self) -> Slot | None:
-        """A place for one photo; None where there is none."""
-        return Slot(self) if self._has_taken(1) else None
+        """Return a slot for one image, or None at capacity."""
+        return Slot(self) if self._try_acquire(1) else None
 
-    def acquire(self, photos: int = 1) -> None:
-        """Count ``photos`` in; raises Problem where there is no room for them."""
-        if not self._has_taken(photos):
-            raise self.overload_problem(photos)
+    def acquire(self, count: int = 1) -> None:
+        """Count ``count`` more images as in flight. Raises Problem if they exceed the limit."""
+        if not self._try_acquire(count):
+            raise self.overload_problem(count)
 
-    def overload_problem(self, photos: int = 1) -> Problem:
-        """What they are told for whom there is no room."""
+    def overload_problem(self, count: int = 1) -> Problem:
+        """Return the problem of a request for ``count`` images that is rejected now."""
         with self._lock:
-            wait_s = self._wait_s(photos)
+            wait_s = self._wait_s(count)
         return Problem(
             "overloaded",
-            f"{self._inside} photos are waiting and {self._limit} is the most; send it again in {wait_s} s.",
+            f"The server is at capacity ({self._in_flight} of {self._limit} images in flight). Retry in {wait_s} s.",
             headers={"Retry-After": str(wait_s)},
         )
 
-    def release(self, photos: int = 1, *, completed: int = 0) -> None:
-        """Count ``photos`` out, ``completed`` of them with an answer."""
+    def release(self, count: int = 1, *, completed: int = 0) -> None:
+        """Count ``count`` images as no longer in flight, ``completed`` of them with a result."""
         with self._lock:
-            self._count(-photos)
+            self._add(-count)
             if completed:
-                self._left.append((time.monotonic(), completed))
+                self._completed.append((time.monotonic(), completed))
 
-    def _has_taken(self, photos: int) -> bool:
-        """Count ``photos`` in if there is room for all of them."""
+    def _try_acquire(self, count: int) -> bool:
         with self._lock:
-            if self._inside + photos > self._limit:
+            if self._in_flight + count > self._limit:
                 return False
-            self._count(photos)
+            self._add(count)
             return True
 
-    def _count(self, more: int) -> None:
-        self._inside += more
-        if self._gauge and more:
-            self._gauge.inc(more)
+    def _add(self, count: int) -> None:
+        self._in_flight += count
+        if self._gauge and count:
+            self._gauge.inc(count)
 
-    def _wait_s(self, photos: int) -> int:
-        """Whole seconds until ``photos`` more have room at the measured rate, 1 to 60."""
+    def _wait_s(self, count: int) -> int:
+        """Return after how many seconds, 1 to 60, there is room for ``count`` more images at the measured rate."""
         rate = self._rate()
-        too_many = self._inside + photos - self._limit
-        # Not the first that leaves: by then the others that were refused are here again. Half of the house has to be empty.
-        return min(60, max(1, math.ceil((too_many + self._limit / 2) / rate))) if rate else 1
+        excess = self._in_flight + count - self._limit
+        # Until half of the capacity is free: other rejected clients retry by then, too.
+        return min(60, max(1, math.ceil((excess + self._limit / 2) / rate))) if rate else 1
 
     def _rate(self) -> float:
-        """Photos answered a second, over the last ones; 0 where none was answered lately."""
+        """Return the images completed per second lately; 0 if none were."""
         now = time.monotonic()
-        recent = [(at, photos) for at, photos in self._left if now - at < RATE_MAX_AGE_S]
+        recent = [(at, count) for at, count in self._completed if now - at < RATE_MAX_AGE_S]
         if not recent:
             return 0.0
-        return sum(photos for _, photos in recent) / max(now - recent[0][0], 1e-3)
+        return sum(count for _, count in recent) / max(now - recent[0][0], 1e-3)

@@ -1,15 +1,19 @@
-"""Who may ask, and what a browser may do with an answer."""
+"""Authentication, and what protects browsers: allowed hosts, same-origin requests, CORS and response headers."""
 
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 
 from flask import Request
+from werkzeug.sansio.utils import host_is_trusted
 
+from service.http import PROBE_PATHS
 from service.http.errors import Problem
 from service.settings import Settings
 
 KEY_COOKIE = "api_key"
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -24,65 +28,98 @@ SECURITY_HEADERS = {
 }
 
 
-def require_key(request: Request, settings: Settings) -> str | None:
-    """The name of the key that came with a request, or None where no keys are set. Raises Problem for a wrong one.
+def require_allowed_host(request: Request, settings: Settings) -> None:
+    """Raise Problem for a request to another host name than ALLOWED_HOSTS.
 
-    A key comes as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``.
+    A web page can let its own name resolve to the server's address (DNS rebinding). To a browser both are then one origin, so
+    that the page reads and writes what only the server's users may. Probes address a server by its IP address, and may.
+    """
+    allowed: Sequence[str] = settings.allowed_hosts
+    is_loopback = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
+    if not allowed and is_loopback and not settings.trusted_proxies:
+        allowed = LOOPBACK if settings.host in ("::1", *LOOPBACK) else (settings.host, *LOOPBACK)
+    if not allowed or PROBE_PATHS.fullmatch(request.path) or host_is_trusted(request.host.lower(), allowed):
+        return
+    raise Problem("bad_request", f'Unknown host "{request.host[:80]}". Use {" or ".join(allowed)}, or add it to ALLOWED_HOSTS.')
+
+
+def require_key(request: Request, settings: Settings) -> str | None:
+    """Authenticate a request by its headers ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``.
+
+    Returns:
+        The name of the key, or None if no keys are configured.
+
+    Raises:
+        Problem: The key is missing or unknown.
     """
     return authenticate(key_from_request(request), settings)
 
 
 def key_from_request(request: Request) -> str:
-    """The key in a request's headers; empty where there is none."""
+    """Return the key in a request's headers, or an empty string."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
 
 
 def require_key_or_cookie(request: Request, settings: Settings) -> str | None:
-    """As ``require_key``, for pages: a browser that was given the key keeps it in a cookie."""
+    """Authenticate a request to a page: by its headers, or by the cookie of a browser in which a key was entered."""
     if "Authorization" in request.headers or "X-API-Key" in request.headers:
         return require_key(request, settings)
     return authenticate(request.cookies.get(KEY_COOKIE, ""), settings)
 
 
 def require_same_origin(request: Request) -> None:
-    """Raise Problem for what another site made a browser send.
+    """Raise Problem for a request that another site made a browser send.
 
-    Every browser says where a request comes from, ``Sec-Fetch-Site`` or at least ``Origin``, and no page can forge them; what
-    comes with neither is no browser, and has no cookies to be misused (as in Go's CrossOriginProtection).
+    Every browser sends ``Sec-Fetch-Site`` or at least ``Origin``, and pages cannot forge them. A request with neither is not
+    from a browser and has no cookies to abuse (as in Go's `CrossOriginProtection <https://pkg.go.dev/net/http>`_).
     """
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
     if site in ("same-origin", "none") or (site is None and origin in (None, request.host_url.rstrip("/"))):
         return
-    raise Problem("cross_site_request", f"The request came from {origin or 'another site'}; decide on the gallery's own pages.")
+    raise Problem(
+        "cross_site_request",
+        f"The request came from {origin or 'another site'}. Use the gallery pages or a non-browser client.",
+    )
 
 
-def authenticate(given: str, settings: Settings) -> str | None:
-    """What API_KEYS call a key, or None where no keys are set. Raises Problem for one that is not known."""
-    return match_key(settings.api_keys, given)
+def authenticate(key: str, settings: Settings) -> str | None:
+    """Return the name of a key of API_KEYS, or None if no keys are configured. Raises Problem for an unknown key."""
+    return match_key(settings.api_keys, key)
 
 
-def match_key(rows: tuple[str, ...], given: str) -> str | None:
-    """What the ``rows``, NAME:KEY or KEY, call a key: all are compared, each in constant time. Raises Problem for another."""
+def match_key(rows: tuple[str, ...], key: str) -> str | None:
+    """Find a key among configured ones, each compared in constant time.
+
+    Args:
+        rows: NAME:KEY or KEY.
+        key: What the client sent.
+
+    Returns:
+        The name of the key, "key" for one without a name, or None if ``rows`` is empty.
+
+    Raises:
+        Problem: The key is missing or unknown.
+    """
     if not rows:
         return None
-    found = None
+    match = None
     for row in rows:
-        name, _, key = row.rpartition(":")
-        if hmac.compare_digest(key.encode(), given.encode()):
-            found = name or "key"
-    if found is None:
-        what = "The key is not one that is known here" if given else "No key came with the request"
+        name, _, known = row.rpartition(":")
+        if hmac.compare_digest(known.encode(), key.encode()):
+            match = name or "key"
+    if match is None:
+        what = "Unknown API key" if key else "An API key is required"
         raise Problem(
             "unauthorized",
-            f"{what}; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
+            f"{what}. Send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    return found
+    return match
 
 
 def cors_headers(origin: str | None, allowed: tuple[str, ...]) -> dict[str, str]:
-    """What tells a browser whether a page of ``origin`` may read the answer; nothing where no origins are ``allowed``."""
+    """Return the headers by which a browser lets a page of ``origin`` read the response; none if no origins are allowed."""
     if not origin or not allowed:
         return {}
     if "*" not in allowed and origin not in allowed:

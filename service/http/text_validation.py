@@ -1,4 +1,4 @@
-"""Reject text that cannot be stored or sent on, where it enters the service and before any handler uses it."""
+"""Reject text that cannot be stored or forwarded, before any handler uses it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def is_storable(*texts: str) -> bool:
-    """Return whether every database, file name and HTTP response takes these texts."""
+    """Return whether these texts fit every database, file name and HTTP response."""
     return not any(UNSTORABLE.search(text) for text in texts)
 
 
@@ -21,25 +21,26 @@ def check_text(name: str, *texts: str, single_line: bool = False, code: str = "b
     """Raise Problem for text with a NUL or a lone surrogate.
 
     Args:
-        name: What the text is, for the message: "The parameter `class`".
-        single_line: Reject all control characters, as in what becomes an HTTP header.
+        name: Describes the text in the message, as "The parameter `class`".
+        texts: The texts.
+        single_line: Also reject control characters, for text that becomes an HTTP header.
         code: The problem's code.
     """
     if not is_storable(*texts):
-        raise Problem(code, f"{name} contains a NUL character or an unpaired surrogate; remove it.")
+        raise Problem(code, f"{name} contains a NUL character or an unpaired surrogate. Remove it.")
     if single_line and any(CONTROL.search(text) for text in texts):
-        raise Problem(code, f"{name} contains a control character; write it in one line.")
+        raise Problem(code, f"{name} contains a control character. Write it on one line.")
 
 
 def check_items(kind: str, items: Iterable[tuple[str, str]], *, single_line: frozenset[str] = frozenset()) -> None:
-    """Check the names and values of a query or a form; the values of the ``single_line`` names must be in one line."""
+    """Check the names and values of a query or a form. The values of ``single_line`` names must have no control characters."""
     for name, value in items:
         check_text(f"The name of a {kind}", name)
         check_text(f"The {kind} `{name[:40]}`", value, single_line=name in single_line)
 
 
 def strings_in(document: object) -> Iterator[str]:
-    """Yield every string of a JSON document, the names of its objects included."""
+    """Yield every string of a JSON document, including the names in its objects."""
     pending = [document]
     while pending:
         value = pending.pop()
@@ -53,7 +54,7 @@ def strings_in(document: object) -> Iterator[str]:
 
 
 def describe(value: object) -> str:
-    """Show a JSON value in a message, shortened: of a list or an object only the kind, as either may be large or deep."""
+    """Show a JSON value in a message, shortened. Lists and objects may be large or deep, so only their kind is shown."""
     if isinstance(value, (list, dict)):
         return "a list" if isinstance(value, list) else "an object"
     return repr(value)[:40]

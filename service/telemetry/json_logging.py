@@ -1,4 +1,4 @@
-"""Logs as JSON lines on standard error: one a request, with its id; never a photo, a file's name or a key."""
+"""Logs as JSON lines on standard error, one per request. They contain no images, file names or keys."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 from gunicorn.glogging import Logger
 
-# What a record has anyway; the rest is what the call named in ``extra``.
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-# What no line shows is not looked for (logging's documentation, "Optimization"): the caller's place, its thread and task.
+# The attributes of every record. Any other was passed as ``extra``.
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+# Skip computing what no line shows: https://docs.python.org/3/howto/logging.html#optimization
 logging._srcfile = None
 logging.logThreads = logging.logMultiprocessing = False
 _encode = json.JSONEncoder(default=str).encode
 
 
 class JsonFormatter(logging.Formatter):
-    """A line a record: time in UTC, level, logger, message, process and what the call added.
+    """Format a record as one JSON object: time in UTC, level, logger, message, process and ``extra``.
 
-    Not python-json-logger's, which takes a tenth of a request's time outside of decoding and computing.
+    python-json-logger would take a tenth of a request's time outside of decoding and inference.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -33,22 +33,22 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             "process": record.process,
         }
-        line.update((key, value) for key, value in vars(record).items() if key not in _OWN)
+        line.update((key, value) for key, value in vars(record).items() if key not in _STANDARD)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return _encode(line)
 
 
 class StderrHandler(logging.Handler):
-    """Each line to standard error in one system call, so that the lines of threads and of processes do not mix.
+    """Write each line to standard error in one system call, so that lines of threads and processes do not mix.
 
-    logging's own holds a lock meanwhile, and in a busy server the threads queue for that.
+    The standard handler holds a lock while it writes, which the threads of a busy server wait for.
     """
 
     def handle(self, record: logging.LogRecord) -> bool:
-        if kept := bool(self.filter(record)):
+        if accepted := bool(self.filter(record)):
             self.emit(record)
-        return kept
+        return accepted
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -60,21 +60,21 @@ class StderrHandler(logging.Handler):
 
 
 class QuietLogger(Logger):
-    """gunicorn's logger without its line for each request: the application's own knows more."""
+    """gunicorn's logger without its line per request, as the application logs a more complete one."""
 
     def access(self, *_: Any) -> None:
         return
 
 
 def logging_config(level: str) -> dict[str, Any]:
-    """For logging.config.dictConfig, and for gunicorn's own loggers as well."""
+    """Return the configuration for ``logging.config.dictConfig``, which includes gunicorn's loggers."""
     return {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"json": {"()": JsonFormatter}},
         "handlers": {"stderr": {"()": StderrHandler, "formatter": "json"}},
         "root": {"level": level.upper(), "handlers": ["stderr"]},
-        # Pillow logs errors for files that strangers sent, and in debugging a line for each chunk of them.
+        # Pillow logs errors for invalid files of clients, and at debug level each of their chunks.
         "loggers": {
             "PIL": {"level": "CRITICAL"},
             "gunicorn.error": {"level": level.upper(), "propagate": True, "handlers": []},

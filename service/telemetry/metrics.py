@@ -1,4 +1,4 @@
-"""What Prometheus reads: counters and histograms over all workers, with the names that the dashboard and the docs use."""
+"""Metrics for Prometheus. The dashboard and the operator's guide use the same names."""
 
 from __future__ import annotations
 
@@ -14,89 +14,91 @@ STAGES = ("decode_queue", "decode", "batch_queue", "inference")
 
 @dataclass
 class Metrics:
-    """One application's measures. Under gunicorn each worker writes its own file and ``render`` adds them up."""
+    """The metrics of an application. Under gunicorn each worker writes its own files, and ``render`` adds them up."""
 
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
 
     def __post_init__(self) -> None:
         r = self.registry
-        self.requests = Counter("http_requests_total", "Requests answered.", ["route", "method", "status"], registry=r)
+        self.requests = Counter(
+            "http_requests_total", "Requests by route, method and status.", ["route", "method", "status"], registry=r
+        )
         self.request_duration = Histogram(
             "http_request_duration_seconds",
-            "From a request's arrival to its answer.",
+            "Seconds from the arrival of a request to its response.",
             ["route"],
             buckets=DURATION_BUCKETS,
             registry=r,
         )
-        self.errors = Counter(
-            "http_problems_total", "Problems answered, by their code; also those of single photos.", ["code"], registry=r
-        )
+        self.errors = Counter("http_problems_total", "Errors by code, including those of single images.", ["code"], registry=r)
         self.connections = Gauge(
-            "http_connections", "Open connections, as of the last second.", registry=r, multiprocess_mode="livesum"
+            "http_connections", "Open connections, updated every second.", registry=r, multiprocess_mode="livesum"
         )
         self.connections_cut = Counter(
             "http_connections_cut_total",
-            "Connections closed because of their clients, or for want of room: first_byte_timeout, head_timeout, body_timeout,"
-            " send_timeout, connection_limit, buffer_limit; or not accepted for a moment: file_limit.",
+            "Connections closed because of the client (first_byte_timeout, head_timeout, body_timeout, send_timeout) or of a"
+            " limit (connection_limit, buffer_limit), or not accepted for a moment (file_limit).",
             ["reason"],
             registry=r,
         )
         self.requests_rejected = Counter(
             "http_requests_rejected_total",
-            "Requests rejected before the application: at_capacity, page_queue_full, probe_queue_full, invalid_head.",
+            "Requests rejected before the application: at_capacity, page_queue_full, image_queue_full, probe_queue_full,"
+            " invalid_head.",
             ["reason"],
             registry=r,
         )
         self.stage_duration = Histogram(
             "classifier_stage_duration_seconds",
-            "A photo's time in a stage: decode_queue, decode, batch_queue and inference (of the whole batch).",
+            "Seconds of an image in a stage: decode_queue, decode, batch_queue and inference (of its complete batch).",
             ["stage"],
             buckets=DURATION_BUCKETS,
             registry=r,
         )
         self.stages = {name: self.stage_duration.labels(name) for name in STAGES}
         self.batch_size = Histogram(
-            "classifier_batch_size", "Photos computed in one go.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r
+            "classifier_batch_size", "Images per inference.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=r
         )
         self.in_flight = Gauge(
-            "classifier_in_flight_images", "Photos waiting, being decoded or computed.", registry=r, multiprocess_mode="livesum"
+            "classifier_in_flight_images", "Images waiting, decoding or in inference.", registry=r, multiprocess_mode="livesum"
         )
         self.predictions = Counter(
-            "classifier_predictions_total", "Photos classified, by what was predicted.", ["label"], registry=r
+            "classifier_predictions_total", "Classified images by predicted label.", ["label"], registry=r
         )
         self.confidence = Histogram(
             "classifier_prediction_confidence",
-            "The highest probability of each photo.",
+            "Highest probability of each image.",
             buckets=(0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0),
             registry=r,
         )
         self.saved_predictions = Counter(
             "classifier_saved_predictions_total",
-            "Answered photos handed to the gallery: saved, duplicate (the same photo again) or dropped.",
+            "Classified images offered to the gallery: saved, duplicate or dropped.",
             ["outcome"],
             registry=r,
         )
         self.images_rejected = Counter(
             "classifier_images_rejected_total",
-            "Images rejected for what decoding them would cost, by reason: pixels, jpeg_scans, segments, timeout, memory, ...",
+            "Images rejected for the cost of decoding them, by reason: pixels, jpeg_scans, segments, timeout, memory, ...",
             ["reason"],
             registry=r,
         )
         self.isolated_decodes = Counter(
             "classifier_isolated_decodes_total",
-            "Images decoded in the decoder process: ok, rejected, timeout, crash, or cut (by the request's deadline).",
+            "Images decoded in the decoder process: ok, rejected, timeout, crash or cut (by the request's deadline).",
             ["outcome"],
             registry=r,
         )
-        self.ready = Gauge("classifier_ready_workers", "Workers whose model is ready.", registry=r, multiprocess_mode="livesum")
+        self.ready = Gauge(
+            "classifier_ready_workers", "Workers with a model that is ready.", registry=r, multiprocess_mode="livesum"
+        )
         self.model_info = Gauge(
             "classifier_model_info",
-            "1 for a model that a worker serves, with its name, version and precision; 0 once none does.",
+            "1 for each name, version and precision that a worker serves, 0 once none does.",
             ["name", "version", "precision"],
             registry=r,
             multiprocess_mode="livemax",
         )
-
         self.rollouts = Counter(
             "classifier_rollouts_total",
             "Bundles by outcome: activated, rolled_back, synced (by the other workers), rejected or failed (to sync).",
@@ -111,9 +113,9 @@ class Metrics:
         self.isolated_decodes.labels(outcome).inc()
 
     def render(self) -> bytes:
-        """The text that Prometheus scrapes."""
+        """Return the metrics of all workers in Prometheus's text format."""
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return generate_latest(self.registry)
-        everyone = CollectorRegistry()
-        MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]
-        return generate_latest(everyone)
+        all_workers = CollectorRegistry()
+        MultiProcessCollector(all_workers)  # type: ignore[no-untyped-call]
+        return generate_latest(all_workers)

@@ -54,7 +54,8 @@ class Line:
         self.socket.close()
 
     def head(self, length: int | str, *, path: str = "/predict", **headers: str) -> bytes:
-        lines = {"Host": "x", "Content-Type": "image/png", **{name.replace("_", "-"): text for name, text in headers.items()}}
+        lines = {"Host": "localhost", "Content-Type": "image/png"}
+        lines |= {name.replace("_", "-"): text for name, text in headers.items()}
         if length != "chunked":
             lines["Content-Length"] = str(length)
         else:

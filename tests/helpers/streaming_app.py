@@ -56,14 +56,14 @@ class App:
 
     def __init__(self) -> None:
         nothing = re.compile("(?!)")
-        self._gate = RequestMiddleware(
+        self._middleware = RequestMiddleware(
             _respond, AdmissionController(4), Metrics(), inference_paths=nothing, custom_error_paths=nothing
         )
-        services = SimpleNamespace(settings=Settings(page_threads=1), middleware=self._gate)
+        services = SimpleNamespace(settings=Settings(page_threads=1), middleware=self._middleware)
         self.extensions = {EXTENSION: services}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
-        return self._gate(environ, start_response)
+        return self._middleware(environ, start_response)
 
 
 app = App()

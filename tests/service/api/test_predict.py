@@ -547,7 +547,7 @@ def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
         assert "classifier_in_flight_images 1.0" in client.get("/metrics").text
         admission.acquire(3)
         answer = send(client, photo, X_Request_ID="full")
-        assert refused(answer, "overloaded", "4 photos are waiting")["request_id"] == "full"
+        assert refused(answer, "overloaded", "The server is at capacity (4 of 4 images in flight).")["request_id"] == "full"
         assert answer.headers["Retry-After"] == "1"
         assert client.get("/health/ready").status_code == 200
         admission.release(4)

@@ -13,10 +13,10 @@ from gunicorn.config import Config
 from gunicorn.http import errors, wsgi
 from gunicorn.workers.base import Worker
 
-from service.http.gunicorn_worker import ChunkScanner, iter_of
+from service.http.gunicorn_worker import ChunkScanner, growing_iterator
 
 HERE = ("127.0.0.1", 1)
-POST = b"POST /a%20b?c=d HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /a%20b?c=d HTTP/1.1\r\nHost: localhost\r\n"
 
 
 class Socket:
@@ -33,13 +33,13 @@ class Socket:
 
 
 def parse(*source: bytes) -> Any:
-    return next(http.get_parser(Config(), iter_of(list(source)), HERE))
+    return next(http.get_parser(Config(), growing_iterator(list(source)), HERE))
 
 
 def test_a_parser_takes_an_iterable_and_says_when_a_head_is_not_complete() -> None:
     request = parse(POST + b"Content-Length: 5\r\n\r\n")
     assert (request.method, request.path, request.query, request.version) == ("POST", "/a%20b", "c=d", (1, 1))
-    assert request.headers == [("HOST", "x"), ("CONTENT-LENGTH", "5")]
+    assert request.headers == [("HOST", "localhost"), ("CONTENT-LENGTH", "5")]
     assert not request.should_close()
     request.force_close()
     assert request.should_close()
@@ -53,11 +53,11 @@ def test_a_parser_takes_an_iterable_and_says_when_a_head_is_not_complete() -> No
 
 def test_a_body_in_chunks_is_read_from_what_the_iterable_gives_later() -> None:
     source = [POST + b"Transfer-Encoding: chunked\r\n\r\n"]
-    request = next(http.get_parser(Config(), iter_of(source), HERE))
+    request = next(http.get_parser(Config(), growing_iterator(source), HERE))
     source.append(b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nA: b\r\n\r\n")
     assert request.body.read() == b"abcde"
     source = [POST + b"Transfer-Encoding: chunked\r\n\r\n"]
-    request = next(http.get_parser(Config(), iter_of(source), HERE))
+    request = next(http.get_parser(Config(), growing_iterator(source), HERE))
     source.append(b"3\r\nab")
     with pytest.raises(errors.NoMoreData):
         request.body.read()
@@ -81,7 +81,7 @@ def test_the_scanner_finds_the_end_that_gunicorn_finds(body: bytes) -> None:
         received += extra
         assert scanner.find_end(received) == len(body)
     source = [POST + b"Transfer-Encoding: chunked\r\n\r\n", body + b"next"]
-    parser = http.get_parser(Config(), iter_of(source), HERE)
+    parser = http.get_parser(Config(), growing_iterator(source), HERE)
     next(parser).body.read()
     assert parser.unreader.take_buffered() == b"next"
 

@@ -17,7 +17,7 @@ import pytest
 from tests.helpers.raw_connection import RED, Line, held, inside, probabilities
 from tests.helpers.server import ANSWER_S, Server, poll, serve
 
-GET = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n"
+GET = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n"
 RELAXED = {"first_byte_timeout_s": 300, "head_timeout_s": 300, "send_timeout_s": 300}  # no attacker is rid of by itself
 
 
@@ -94,7 +94,7 @@ def test_clients_that_do_not_read_are_cut_and_do_not_delay_a_stop(tiny_bundle: S
 
 def test_a_client_that_reads_slowly_gets_all_of_its_response(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, send_timeout_s=300) as server:
-        whole = server.get("/openapi.json", headers={"Host": "x"}).body
+        whole = server.get("/openapi.json", headers={"Host": "localhost"}).body
         with deaf_lines(server, 1) as (sock,), sock.makefile("rb") as source:
             for _ in range(60):
                 while source.readline() != b"\r\n":
@@ -135,10 +135,10 @@ def test_a_worker_without_free_files_pauses_and_goes_on(tiny_bundle: SimpleNames
     [
         b"",
         b"GET /health/live HTTP/1.1\r\nX-Slow: ",
-        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nx",
-        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc",
-        b"POST /gallery/review HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
-        b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\nx",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabc",
+        b"POST /gallery/review HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{",
+        b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000\r\n\r\n",
     ],
     ids=["silent", "head", "body", "chunks", "page", "probe"],
 )
@@ -157,7 +157,7 @@ def test_connections_that_take_too_long_are_ended_and_counted(tiny_bundle: Simpl
         for reason, data in {
             "first_byte_timeout": b"",
             "head_timeout": b"GET / HTTP/1.1\r\n",
-            "body_timeout": b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n",
+            "body_timeout": b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n",
         }.items():
             with lines(server, 3, data) as opened:
                 assert all(is_ended(line) for line in opened)
@@ -251,7 +251,7 @@ def test_another_protocol_words_its_rejection_however_the_path_is_spelled(full: 
             line.socket.sendall(line.head(len(RED), path=path) + RED)
             reply = line.answer()
             assert reply.status == 503
-            assert "photos are waiting" in reply.json()["error"]
+            assert "The server is at capacity (4 of 4 images in flight)." in reply.json()["error"]
 
 
 def test_what_computes_nothing_is_answered_at_capacity(full: Server) -> None:
@@ -263,7 +263,7 @@ def test_what_computes_nothing_is_answered_at_capacity(full: Server) -> None:
 
 
 LENGTH = str(len(RED)).encode()
-PLAIN = [b"POST /predict HTTP/1.1", b"Host: x", b"Content-Type: image/png", b"Content-Length: " + LENGTH]
+PLAIN = [b"POST /predict HTTP/1.1", b"Host: localhost", b"Content-Type: image/png", b"Content-Length: " + LENGTH]
 HEADS = {
     "plain": PLAIN,
     "two hosts": [*PLAIN, b"Host: y"],
@@ -292,6 +292,7 @@ HEADS = {
     "no host": [PLAIN[0], *PLAIN[2:]],
     "another path": [b"POST /predict;x HTTP/1.1", *PLAIN[1:]],
     "absolute": [b"POST http://elsewhere/predict HTTP/1.1", *PLAIN[1:]],
+    "an empty line before it": [b"", *PLAIN],
 }
 
 
@@ -308,9 +309,43 @@ def test_a_head_is_judged_alike_at_capacity(tiny_bundle: SimpleNamespace) -> Non
 
         idle = statuses()
         assert idle["plain"] == 200
+        assert (idle["no host"], idle["two hosts"], idle["101 headers"]) == (400, 400, 431)
         assert sum(400 <= status < 502 for status in idle.values()) >= 18
         with held(server, 4):
             assert statuses() == {name: 503 if status == 200 else status for name, status in idle.items()}
+
+
+# Headers that only a proxy may set
+
+
+@pytest.mark.parametrize("worker", ["tuned", "stock"])
+def test_headers_of_a_proxy_are_ignored_without_one(tiny_bundle: SimpleNamespace, worker: str) -> None:
+    forged = {"SCRIPT_NAME": "//evil.example", "X-Forwarded-Prefix": "//evil.example", "X-Forwarded-Host": "evil.example"}
+    with serve(tiny_bundle.path, gunicorn_worker=worker) as server:
+        reply = server.get("/openapi.json", headers=forged | {"X-Forwarded-Proto": "https"})
+        assert reply.json()["servers"] == [{"url": server.url}]
+
+
+def test_other_host_names_are_rejected_on_a_loopback_address(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, allowed_hosts="") as server:
+        for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "[::1]", "[::1]:80"):
+            assert server.get("/models", headers={"Host": host}).status == 200, host
+        for host in (
+            "evil.example",
+            "evil.example:8000",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "192.168.0.1",
+            "",
+        ):
+            for path in ("/models", "/gallery", "/predict", "/v2", "/nowhere"):
+                assert server.get(path, headers={"Host": host}).status == 400, host
+            assert server.get("/health/ready", headers={"Host": host}).status == 200, host
+        detail = 'Unknown host "evil.example". Use localhost or 127.0.0.1 or [::1], or add it to ALLOWED_HOSTS.'
+        assert server.get("/models", headers={"Host": "evil.example"}).json()["detail"] == detail
+    with serve(tiny_bundle.path, allowed_hosts="cats.example, .dogs.example") as server:
+        for host, status in {"cats.example:8000": 200, "a.dogs.example": 200, "localhost": 400, "a.cats.example": 400}.items():
+            assert server.get("/models", headers={"Host": host}).status == status, host
 
 
 # Ends

@@ -220,7 +220,7 @@ def test_a_full_house_is_said_on_the_page_with_the_time_to_wait(app: Flask, phot
         admission.release(64)
     assert (answer.status_code, answer.mimetype) == (503, "text/html")
     assert int(answer.headers["Retry-After"]) >= 1
-    assert "64 photos are waiting" in answer.text
+    assert "The server is at capacity (64 of 64 images in flight)." in answer.text
     assert 'http-equiv="refresh"' not in answer.text
     assert admission.in_flight == 0
 
@@ -324,6 +324,10 @@ def test_behind_a_proxy_the_addresses_have_its_prefix(tiny_bundle: SimpleNamespa
     assert 'action="/animals/#results"' in text
     assert 'data-predict="/animals/predict"' in text
     assert "https://example.org/animals/predict" in text
+    for prefix in ("//evil.example", "/\\evil.example", "https://evil.example", "/a/../b?c", "/a//evil.example", "a"):
+        text = app.test_client().get("/", headers=headers | {"X-Forwarded-Prefix": prefix}).text
+        assert "evil" not in text, prefix
+        assert 'action="/#results"' in text, prefix
     services_of(app).model_manager.close()
 
 
