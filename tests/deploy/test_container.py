@@ -1,4 +1,4 @@
-"""What the images, compose.yaml and the make targets agree on, and the helpers that the images are made with."""
+"""The Dockerfile, compose.yaml and the make targets agree, and the scripts that build the images work."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def stage(name: str) -> str:
-    """A stage of the Dockerfile, its continued lines joined and its comments gone."""
+    """Return a stage of the Dockerfile without comments and line continuations."""
     stages = re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)
-    (found,) = [text for text in stages if re.match(rf"\S+ AS {name}\n", text)]
-    lines = [line for line in found.splitlines() if not line.startswith("#")]
+    (matches,) = [text for text in stages if re.match(rf"\S+ AS {name}\n", text)]
+    lines = [line for line in matches.splitlines() if not line.startswith("#")]
     return "\n".join(lines).replace("\\\n", " ")
 
 
@@ -44,7 +44,7 @@ def environment(name: str) -> dict[str, str]:
 # The images
 
 
-def test_serve_is_what_a_build_without_a_target_makes() -> None:
+def test_serve_is_the_default_target() -> None:
     assert re.findall(r"^FROM .* AS (\w+)$", DOCKERFILE, flags=re.MULTILINE)[-1] == "serve"
 
 
@@ -57,17 +57,17 @@ def test_the_serve_image_contains_nothing_of_training() -> None:
 
 
 @pytest.mark.parametrize("name", ["serve", "finetune"])
-def test_a_process_is_nobody_special_and_gets_signals_itself(name: str) -> None:
+def test_a_process_is_unprivileged_and_receives_signals(name: str) -> None:
     text = stage(name)
     assert re.search(r"^USER ([1-9]\d+):\1$", text, flags=re.MULTILINE)
     for start in re.findall(r"^(?:CMD|ENTRYPOINT|HEALTHCHECK .*?CMD) (.*)", text, flags=re.MULTILINE):
         assert all(isinstance(word, str) for word in json.loads(start))
 
 
-def test_the_settings_in_the_image_are_settings() -> None:
-    given = environment("serve")
-    known = {name: value for name, value in given.items() if name in SETTINGS}
-    assert set(given) - SETTINGS == {"PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "HOME", "XDG_CACHE_HOME"}
+def test_the_variables_of_the_image_are_settings() -> None:
+    variables = environment("serve")
+    known = {name: value for name, value in variables.items() if name in SETTINGS}
+    assert set(variables) - SETTINGS == {"PATH", "PYTHONPATH", "PYTHONUNBUFFERED", "HOME", "XDG_CACHE_HOME"}
     settings = Settings.from_environment(known)
     assert (settings.host, str(settings.bundle)) == ("0.0.0.0", "/bundles/current")
     assert f"EXPOSE {settings.port}\n" in stage("serve")
@@ -82,15 +82,15 @@ def test_the_label_and_the_project_have_one_version() -> None:
 # Compose
 
 
-def test_every_variable_that_compose_gives_the_service_is_a_setting() -> None:
-    given = COMPOSE["services"]["service"]["environment"]
-    assert set(given) <= SETTINGS
-    defaults = {name: re.sub(r"\$\{\w+:-(.*?)\}", r"\1", str(value)) for name, value in given.items()}
+def test_the_variables_of_compose_are_settings() -> None:
+    variables = COMPOSE["services"]["service"]["environment"]
+    assert set(variables) <= SETTINGS
+    defaults = {name: re.sub(r"\$\{\w+:-(.*?)\}", r"\1", str(value)) for name, value in variables.items()}
     settings = Settings.from_environment(defaults)
     assert COMPOSE["services"]["service"]["stop_grace_period"] == f"{settings.shutdown_timeout_s + 10}s"
 
 
-def test_what_compose_mounts_is_declared_and_in_the_image() -> None:
+def test_compose_mounts_declared_volumes_on_folders_of_the_image() -> None:
     named = {row for service in COMPOSE["services"].values() for row in service["volumes"]}
     assert {row.partition(":")[0] for row in named} == set(COMPOSE["volumes"])
     made = re.search(r"install -d .*", stage("serve"))
@@ -116,28 +116,28 @@ def test_the_published_port_is_the_one_that_the_image_listens_on() -> None:
 
 
 @pytest.mark.parametrize("engine", ["docker", "podman"])
-def test_make_image_takes_the_engine_that_is_there(engine: str, tmp_path: Path) -> None:
+def test_make_image_uses_the_installed_engine(engine: str, tmp_path: Path) -> None:
     done = fake_engine(engine, tmp_path, "image")
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("called ")]
     assert line.startswith(f"called {engine} build ")
     assert "-t dogs-vs-cats " in line
 
 
-def test_make_image_says_what_is_missing(tmp_path: Path) -> None:
+def test_make_image_reports_a_missing_engine(tmp_path: Path) -> None:
     done = fake_engine("", tmp_path, "image")
     assert done.returncode == 2
     assert "Docker or Podman is required" in done.stderr
 
 
-def fake_engine(engine: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """``make`` where only ``engine`` is on the PATH, which prints how it was called."""
+def fake_engine(engine: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``make`` with only ``engine`` on the PATH, which prints its arguments."""
     for tool in ("make", "sh", "git", "env"):
         (folder / tool).symlink_to(subprocess.check_output(["sh", "-c", f"command -v {tool}"], text=True).strip())
     if engine:
         (folder / engine).write_text(f'#!/bin/sh\necho "called {engine} $*"\n', encoding="utf-8")
         (folder / engine).chmod(0o755)
     return subprocess.run(
-        [folder / "make", "--no-print-directory", *words],
+        [folder / "make", "--no-print-directory", *arguments],
         cwd=ROOT,
         env={"PATH": str(folder)},
         capture_output=True,
@@ -153,30 +153,30 @@ def probe(**env: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "service.healthcheck"], cwd=ROOT, env=environ, capture_output=True, text=True)
 
 
-def test_the_health_check_passes_where_the_service_is_ready_and_says_why_where_not(tiny_bundle: SimpleNamespace) -> None:
+def test_the_health_check_passes_if_the_service_is_ready_and_reports_why_if_not(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path) as server:
-        poll(lambda: probe(PORT=server.port).returncode == 0)  # it waits 4 s, which a busy machine may need
+        poll(lambda: probe(PORT=server.port).returncode == 0)  # each probe waits 4 s at most
         assert server.stop() == 0
-        with socket.socket() as nobody:  # nor may another take the port meanwhile
-            nobody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            nobody.bind(("127.0.0.1", server.port))
+        with socket.socket() as blocker:  # keep other programs from using the port
+            blocker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            blocker.bind(("127.0.0.1", server.port))
             gone = probe(PORT=server.port)
     assert gone.returncode == 1
     assert f"no answer from port {server.port}" in gone.stderr
 
 
-def test_the_health_check_imports_next_to_nothing() -> None:
+def test_the_health_check_imports_no_heavy_package() -> None:
     heavy = ("flask", "numpy", "openvino", "ssl")
     code = f"import sys, service.healthcheck; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("[]", "['ssl']")
 
 
-# What the images are made with
+# The scripts of the build
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
-def test_the_extras_wanted_are_the_projects() -> None:
+def test_the_requirements_are_those_of_the_extras() -> None:
     tool: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "requirements.py"))
     serving, training = (tool["requirements"](PROJECT, [extra]) for extra in ("serve", "finetune"))
     assert any(row.startswith("flask") for row in serving)
@@ -187,7 +187,7 @@ def test_the_extras_wanted_are_the_projects() -> None:
         tool["requirements"](PROJECT, ["serv"])
 
 
-def test_slimming_removes_what_matches_and_names_what_does_not(tmp_path: Path) -> None:
+def test_slim_removes_matches_and_returns_patterns_without_a_match(tmp_path: Path) -> None:
     tool: dict[str, Any] = runpy.run_path(str(ROOT / "tools" / "slim.py"))
     for name in ("onnx", "ir", "paddle", "tensorflow_lite"):
         file = tmp_path / "openvino" / "libs" / f"libopenvino_{name}_frontend.so.2641"

@@ -1,4 +1,4 @@
-"""The manifests are what Kubernetes knows, and agree with one another, with the image and with the service's settings."""
+"""The manifests are valid, and agree with each other, with the image and with the settings of the service."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def load(path: Path) -> Any:
 
 
 def kustomization(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = load(folder / "kustomization.yaml")
-    return found
+    manifest: dict[str, Any] = load(folder / "kustomization.yaml")
+    return manifest
 
 
 def of_kind(kind: str) -> dict[str, Any]:
-    """The one manifest of this kind in the base."""
-    (found,) = [body for path in (KUBERNETES / "base").glob("*.yaml") if (body := load(path))["kind"] == kind]
-    return dict(found)
+    """Load the only manifest of this kind in the base."""
+    (manifest,) = [body for path in (KUBERNETES / "base").glob("*.yaml") if (body := load(path))["kind"] == kind]
+    return dict(manifest)
 
 
 def pod() -> dict[str, Any]:
@@ -42,14 +42,14 @@ def pod() -> dict[str, Any]:
 
 
 def container() -> dict[str, Any]:
-    (found,) = pod()["containers"]
-    return dict(found)
+    (manifest,) = pod()["containers"]
+    return dict(manifest)
 
 
 def config(folder: str) -> dict[str, str]:
-    """What the settings' ConfigMap of a folder holds."""
-    (found,) = kustomization(KUBERNETES / folder)["configMapGenerator"]
-    return dict(row.split("=", 1) for row in found["literals"])
+    """Return the settings in the ConfigMap of a folder."""
+    (manifest,) = kustomization(KUBERNETES / folder)["configMapGenerator"]
+    return dict(row.split("=", 1) for row in manifest["literals"])
 
 
 def variables(env: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -58,19 +58,19 @@ def variables(env: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_resource_is_one_that_kubernetes_knows(version: str) -> None:
+def test_every_resource_is_valid(version: str) -> None:
     checked = set()
     for folder in FOLDERS:
         for name in kustomization(folder)["resources"]:
             body = load(folder / name) if name.endswith(".yaml") else None
-            if body and body["apiVersion"] != "monitoring.coreos.com/v1":  # the operator's, which has no schema here
+            if body and body["apiVersion"] != "monitoring.coreos.com/v1":  # a custom resource without a schema here
                 kubernetes_validate.validate(body, version, strict=True)
                 checked.add(body["kind"])
     assert {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy"} <= checked
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
-def test_a_kustomization_lists_every_file_beside_it_and_no_other(folder: Path) -> None:
+def test_a_kustomization_lists_every_file_of_its_folder(folder: Path) -> None:
     body = kustomization(folder)
     patches = [row["path"] for row in body.get("patches", [])]
     files = [name for name in body["resources"] if name.endswith(".yaml")] + patches
@@ -79,39 +79,39 @@ def test_a_kustomization_lists_every_file_beside_it_and_no_other(folder: Path) -
         assert (folder / other).exists(), other
 
 
-def test_every_variable_is_a_setting_with_a_value_that_the_service_takes() -> None:
+def test_every_variable_is_a_setting_with_a_valid_value() -> None:
     overlay = load(KUBERNETES / "overlays" / "production" / "deployment.yaml")
     (patched,) = overlay["spec"]["template"]["spec"]["containers"]
-    named = dict(variables(container()["env"])) | dict(variables(patched["env"]))
-    given = config("base") | config("overlays/production")
-    given |= {name: row["value"] for name, row in named.items() if "value" in row}
-    assert set(given) | set(named) <= SETTINGS
-    Settings.from_environment(given)
+    names = dict(variables(container()["env"])) | dict(variables(patched["env"]))
+    settings = config("base") | config("overlays/production")
+    settings |= {name: row["value"] for name, row in names.items() if "value" in row}
+    assert set(settings) | set(names) <= SETTINGS
+    Settings.from_environment(settings)
 
 
-def test_without_a_limit_the_service_plans_for_the_processors_that_it_asks_for() -> None:
-    wanted = container()["resources"]
-    assert config("base")["CPUS"] == wanted["requests"]["cpu"]
-    assert "cpu" not in wanted["limits"]
+def test_without_a_cpu_limit_the_service_uses_the_requested_cpus() -> None:
+    resources = container()["resources"]
+    assert config("base")["CPUS"] == resources["requests"]["cpu"]
+    assert "cpu" not in resources["limits"]
 
 
-def test_a_pod_has_time_to_finish_what_it_accepted() -> None:
+def test_a_pod_has_time_to_finish_accepted_requests() -> None:
     command = container()["lifecycle"]["preStop"]["exec"]["command"]
     pause_s = int(command[-1])
     assert pod()["terminationGracePeriodSeconds"] > pause_s + int(config("base")["SHUTDOWN_TIMEOUT_S"])
 
 
-def test_the_probes_ask_what_the_service_answers() -> None:
+def test_the_probes_request_existing_routes() -> None:
     routes = set(re.findall(r'@bp\.get\("(.*?)"\)', (ROOT / "service" / "api" / "health.py").read_text(encoding="utf-8")))
-    asked = {name: container()[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
-    assert {row["path"] for row in asked.values()} <= routes
-    assert asked["liveness"]["path"] == "/health/live"
-    assert asked["readiness"]["path"] == asked["startup"]["path"] == "/health/ready"
+    probes = {name: container()[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    assert {row["path"] for row in probes.values()} <= routes
+    assert probes["liveness"]["path"] == "/health/live"
+    assert probes["readiness"]["path"] == probes["startup"]["path"] == "/health/ready"
     monitor = load(KUBERNETES / "components" / "prometheus" / "service-monitor.yaml")
     assert monitor["spec"]["endpoints"][0]["path"] in routes
 
 
-def test_ports_agree_from_the_image_to_the_monitor() -> None:
+def test_ports_agree() -> None:
     (port,) = container()["ports"]
     assert port == {"name": "http", "containerPort": Settings().port}
     assert {container()[f"{name}Probe"]["httpGet"]["port"] for name in ("startup", "readiness", "liveness")} == {"http"}
@@ -123,7 +123,7 @@ def test_ports_agree_from_the_image_to_the_monitor() -> None:
     assert [row["port"] for row in monitor["spec"]["endpoints"]] == ["http"]
 
 
-def test_every_selector_finds_the_pods() -> None:
+def test_every_selector_matches_the_pods() -> None:
     labels = of_kind("Deployment")["spec"]["template"]["metadata"]["labels"]
     monitor = load(KUBERNETES / "components" / "prometheus" / "service-monitor.yaml")
     selectors = [
@@ -138,14 +138,14 @@ def test_every_selector_finds_the_pods() -> None:
     assert monitor["spec"]["selector"]["matchLabels"] == of_kind("Service")["metadata"]["labels"]
 
 
-def test_the_autoscaler_scales_the_deployment_which_leaves_it_the_number() -> None:
+def test_the_autoscaler_scales_the_deployment_which_sets_no_replicas() -> None:
     target = of_kind("HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("Deployment", of_kind("Deployment")["metadata"]["name"])
     assert "replicas" not in of_kind("Deployment")["spec"]
     assert of_kind("HorizontalPodAutoscaler")["spec"]["minReplicas"] > of_kind("PodDisruptionBudget")["spec"]["maxUnavailable"]
 
 
-def test_a_pod_may_next_to_nothing() -> None:
+def test_a_pod_has_minimal_permissions() -> None:
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     security = pod()["securityContext"]
     assert f"USER {security['runAsUser']}:{security['runAsGroup']}\n" in dockerfile
@@ -157,7 +157,7 @@ def test_a_pod_may_next_to_nothing() -> None:
     assert pod()["automountServiceAccountToken"] is False
 
 
-def test_what_is_mounted_is_a_volume_and_what_is_written_is_mounted() -> None:
+def test_every_mount_is_a_volume_and_writable_folders_are_mounted() -> None:
     mounted = {row["name"]: row["mountPath"] for row in container()["volumeMounts"]}
     assert set(mounted) == {row["name"] for row in pod()["volumes"]}
     assert {"/tmp", "/cache"} == set(mounted.values())

@@ -1,4 +1,4 @@
-"""The Kubernetes examples for training and scoring: their pods by Kubernetes' own schema, their commands by ours."""
+"""The Kubernetes examples for training and batch prediction: valid pods and commands."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import yaml
 from kubernetes_validate import validate
 
-from finetune.batch_inference import predict
-from finetune.cli import train
+from finetune.cli import predict, train
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes" / "training"
 VERSION = "1.32"
@@ -23,12 +22,12 @@ def read(name: str) -> dict[str, Any]:
     return manifest
 
 
-def words_of(command: str) -> list[str]:
-    """What follows ``finetune COMMAND``."""
+def arguments_of(command: str) -> list[str]:
+    """Return the arguments after ``finetune COMMAND``."""
     return re.sub(r"\$\(.*?\)", " ", command).split("finetune ")[-1].split()[1:]
 
 
-def test_the_scoring_job_is_kubernetes_own_and_its_command_is_ours() -> None:
+def test_the_scoring_job_and_its_command_are_valid() -> None:
     job = read("score-job.yaml")
     validate(job, VERSION, strict=True)
     (container,) = job["spec"]["template"]["spec"]["containers"]
@@ -42,8 +41,8 @@ def test_the_scoring_job_is_kubernetes_own_and_its_command_is_ours() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Master", "Worker"])
-def test_the_pods_of_the_training_are_kubernetes_own(kind: str) -> None:
-    """The schema of a PyTorchJob is not Kubernetes'; that of the pods inside is."""
+def test_the_pods_of_the_training_job_are_valid(kind: str) -> None:
+    """Kubernetes has no schema for a PyTorchJob, but for its pods."""
     template = read("pytorchjob.yaml")["spec"]["pytorchReplicaSpecs"][kind]["template"]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", **template["metadata"]}, "spec": template["spec"]}
     validate(pod, VERSION, strict=True)
@@ -53,7 +52,7 @@ def test_the_pods_of_the_training_are_kubernetes_own(kind: str) -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
-def test_the_training_starts_as_many_processes_as_it_declares() -> None:
+def test_the_training_starts_the_declared_number_of_processes() -> None:
     job = read("pytorchjob.yaml")
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
@@ -64,7 +63,7 @@ def test_the_training_starts_as_many_processes_as_it_declares() -> None:
     assert f"--nproc-per-node {job['spec']['nprocPerNode']} " in command
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    args = parser.parse_args(words_of(command))
+    args = parser.parse_args(arguments_of(command))
     assert f"{args.output_dir}/config.yaml" in command
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {str(args.data_dir), str(args.output_dir.parent), str(args.cache_dir)} <= mounts
