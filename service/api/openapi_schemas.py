@@ -108,8 +108,9 @@ def _prediction() -> dict[str, Any]:
         "format": described(STRING, "JPEG, PNG and so on."),
         "notes": described(notes, "What should be known of how it was read."),
         "crop": described(STRING | {"pattern": "^data:image/png;base64,"}, "With `crop=1`: what the model saw, exactly."),
+        "page": described(STRING, "With `SAVE_PREDICTIONS=1`: the address of the photo's page in the gallery."),
     }
-    return record("The answer for a photo.", fields, optional=("crop",))
+    return record("The answer for a photo.", fields, optional=("crop", "page"))
 
 
 def _model_details() -> dict[str, Any]:

@@ -139,7 +139,15 @@ def _row(model: LoadedModel, prediction: Prediction, *, top_k: int | None, crop:
         "format": result.image.format,
         "notes": result.image.notes,
     }
+    if page := gallery_url(model, prediction):
+        row["page"] = page
     return row | ({"crop": png_data_url(result.image.pixels)} if crop else {})
+
+
+def gallery_url(model: LoadedModel, prediction: Prediction) -> str | None:
+    """Return the address of an image's page in the gallery, or None if the image is not saved."""
+    recorder, data = services().recorder, prediction.upload.data
+    return recorder.page_url(model.bundle.version, data) if recorder and data else None
 
 
 def png_data_url(pixels: Pixels) -> str:

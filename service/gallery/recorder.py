@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import numpy as np
+from flask import url_for
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
 from service.db.ingest import get_or_create_model
-from service.db.production import ServedPrediction, prune, save_predictions
+from service.db.production import ServedPrediction, production_name, prune, save_predictions
 from service.gallery.index import GalleryIndex
 from service.http.errors import Problem
 from service.settings import Settings
@@ -53,6 +54,11 @@ class PredictionRecorder:
             self._offers.put_nowait(_Offer(bundle, answered))
         except queue.Full:
             self._metrics.saved_predictions.labels("dropped").inc()
+
+    def page_url(self, version: str, data: bytes) -> str:
+        """Return the address of the page of an image that the model of this version predicted."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        return url_for("photo.page", model=version, photo=production_name(sha256), sha256=sha256)
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Write what was handed over and end."""

@@ -1,43 +1,55 @@
-// Photos that were dropped, pasted, chosen or taken go to /predict; each has a card at once, which its answer then fills.
+// Send photos that were dropped, pasted, chosen or taken to /predict, and show a card for each.
 
 const root = document.documentElement;
-const find = (id) => document.getElementById(id);
-const form = find("classify");
-const zone = find("zone");
-const keyField = find("key");
-const results = find("results");
-const cards = find("cards");
-const said = find("said");
-const progress = { box: find("progress"), bar: find("progress-bar"), text: find("progress-text") };
+const byId = (id) => document.getElementById(id);
+const form = byId("classify");
+const zone = byId("zone");
+const keyField = byId("key");
+const forgetKey = byId("forget-key");
+const message = byId("message");
+const results = byId("results");
+const cards = byId("cards");
+const status = byId("status");
+const viewer = byId("viewer");
+const progress = { box: byId("progress"), bar: byId("progress-bar"), text: byId("progress-text") };
 
 const MAX_IMAGES = Number(form.dataset.maxImages);
 const MAX_BYTES = Number(form.dataset.maxBytes);
-const SHOWN = Number(form.dataset.shown);
-const PART_BYTES = 1024; // what a form adds to each photo, at most
+const MAX_BARS = Number(form.dataset.maxBars);
+const OVERHEAD_BYTES = 1024; // upper bound of what a form adds to each photo
 const KEY = "key";
+const NO_IMAGE = "No image found. Drop or paste an image file.";
+const LINK = "This is a link, not a file. Save the image first, then drop or choose the file.";
 
-const waiting = [];
+const queue = [];
 let isBusy = false;
 let done = 0;
-let wanted = 0;
+let total = 0;
 
 root.classList.add("js");
 
-// Words
+// Text
 
-const decimals = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
-const whole = new Intl.NumberFormat("en");
+const decimals = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+const percents = new Intl.NumberFormat("en", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
+const integers = new Intl.NumberFormat("en");
 
-// As the server writes it: a probability is never quite 0 or 1, though it may come so, rounded.
-function percent(share) {
-  if (share < 0.0005) return "<\u202f0.1\u202f%";
-  if (share >= 0.9995) return ">\u202f99.9\u202f%";
-  return `${decimals.format(100 * share)}\u202f%`;
+// The same format as the server's: a probability is never exactly 0 or 1, although it may be rounded to it.
+function percent(probability) {
+  if (probability < 0.0005) return "<0.1%";
+  if (probability >= 0.9995) return ">99.9%";
+  return `${percents.format(100 * probability)}%`;
 }
 
-function say(text) {
-  said.textContent = "";
-  requestAnimationFrame(() => (said.textContent = text));
+function announce(text) {
+  status.textContent = "";
+  requestAnimationFrame(() => (status.textContent = text));
+}
+
+function showMessage(text) {
+  message.textContent = text;
+  message.hidden = !text;
+  if (text) announce(text);
 }
 
 // Cards
@@ -47,13 +59,13 @@ function slot(element, name) {
 }
 
 function setSlot(element, name, text) {
-  const found = slot(element, name);
-  if (text) found.textContent = text;
-  else found.remove();
+  const target = slot(element, name);
+  if (text) target.textContent = text;
+  else target.remove();
 }
 
 function newCard(photo) {
-  const card = find("card-template").content.firstElementChild.cloneNode(true);
+  const card = byId("card-template").content.firstElementChild.cloneNode(true);
   const name = slot(card, "file");
   name.textContent = name.title = photo.name;
   const notes = slot(card, "notes");
@@ -63,83 +75,107 @@ function newCard(photo) {
     note.textContent = text;
     notes.append(note);
   }
-  const picture = slot(card, "crop");
-  if (photo.picture) {
-    picture.alt = photo.alt;
-    picture.addEventListener("error", () => picture.closest("figure").remove());
-    picture.src = photo.picture;
-  } else picture.closest("figure").remove();
-  if (!photo.isSeen) card.querySelector("figcaption")?.remove();
+  setPicture(card, photo);
   setSlot(card, "problem", photo.problem);
   setSlot(card, "size", photo.size);
-  if (photo.again) slot(card, "again").addEventListener("click", photo.again);
-  else slot(card, "again").remove();
+  if (photo.page) for (const link of slot(card, "links").children) link.href = photo.page + link.hash;
+  else slot(card, "links").remove();
+  if (photo.retry) slot(card, "retry").addEventListener("click", photo.retry);
+  else slot(card, "retry").remove();
   fillBars(card, photo);
   return card;
 }
 
+function setPicture(card, photo) {
+  const picture = slot(card, "crop");
+  const figure = picture.closest("figure");
+  if (!photo.picture) return figure.remove();
+  picture.alt = photo.alt;
+  picture.addEventListener("error", () => figure.remove());
+  picture.src = photo.picture;
+  if (photo.original) {
+    slot(card, "enlarge").lastElementChild.textContent = ` ${photo.name}`;
+    figure.dataset.original = photo.original;
+  } else {
+    slot(card, "enlarge").remove();
+    card.querySelector("figcaption").remove();
+  }
+}
+
 function fillBars(card, photo) {
   if (!photo.label) {
-    for (const name of ["label", "bars", "more"]) slot(card, name).closest(".verdict, .bars, .more").remove();
+    for (const name of ["label", "bars", "more"]) slot(card, name).closest(".top-result, .bars, .more").remove();
     return;
   }
   setSlot(card, "label", photo.label);
-  setSlot(card, "share", percent(photo.confidence));
+  setSlot(card, "confidence", percent(photo.confidence));
   const bars = Object.entries(photo.probabilities).sort((a, b) => b[1] - a[1]);
-  slot(card, "bars").append(...bars.slice(0, SHOWN).map(newBar));
-  if (bars.length <= SHOWN) return slot(card, "more").remove();
-  setSlot(card, "count", whole.format(bars.length));
+  slot(card, "bars").append(...bars.slice(0, MAX_BARS).map(newBar));
+  if (bars.length <= MAX_BARS) return slot(card, "more").remove();
+  setSlot(card, "count", integers.format(bars.length));
   const others = slot(card, "others");
-  slot(card, "more").addEventListener("toggle", () => others.append(...bars.slice(SHOWN).map(newBar)), { once: true });
+  slot(card, "more").addEventListener("toggle", () => others.append(...bars.slice(MAX_BARS).map(newBar)), { once: true });
 }
 
-function newBar([name, share]) {
-  const bar = find("bar-template").content.firstElementChild.cloneNode(true);
+function newBar([name, probability]) {
+  const bar = byId("bar-template").content.firstElementChild.cloneNode(true);
   slot(bar, "name").textContent = name;
-  slot(bar, "value").textContent = percent(share);
-  slot(bar, "fill").setAttribute("width", (100 * share).toFixed(2));
+  slot(bar, "value").textContent = percent(probability);
+  slot(bar, "fill").setAttribute("width", (100 * probability).toFixed(2));
   return bar;
 }
 
-function show(item, photo, className = "") {
+function showCard(item, photo, className = "") {
   const card = newCard({ name: item.name, ...photo });
   card.className = `card ${className}`.trim();
   const hadFocus = item.card?.contains(document.activeElement);
-  item.card?.querySelector("img")?.removeAttribute("src"); // or a preview that is still being read is missed
+  item.card?.querySelector("img")?.removeAttribute("src"); // otherwise a preview that is still loading logs an error
   item.card?.replaceWith(card);
   item.card = card;
   if (hadFocus) card.querySelector("h3").focus();
 }
 
 function showWaiting(item, text) {
-  show(item, { picture: item.preview, alt: "", problem: text }, "waiting");
+  showCard(item, { picture: item.preview, alt: "", problem: text }, "waiting");
   item.card.setAttribute("aria-busy", "true");
 }
 
-function showAnswer(item, row) {
-  const kind = row.format ? `${row.format}, ` : "";
-  show(item, {
+function showResult(item, row) {
+  const format = row.format ? `${row.format}, ` : "";
+  showCard(item, {
     ...row,
     picture: row.crop,
+    original: item.preview,
     alt: `The part of ${item.name} that the model saw`,
-    isSeen: true,
-    size: `${kind}${whole.format(row.width)} \u00d7 ${whole.format(row.height)} pixels`,
+    size: `${format}${integers.format(row.width)} \u00d7 ${integers.format(row.height)} pixels`,
   });
-  URL.revokeObjectURL(item.preview);
   return `${item.name}: ${row.label}, ${percent(row.confidence)}.`;
 }
 
-function showProblem(item, detail, mayTryAgain = false) {
-  const again = mayTryAgain && (() => {
+function showProblem(item, detail, canRetry = false) {
+  const retry = canRetry && (() => {
     showWaiting(item, "Waiting\u2026");
-    take([item]);
+    enqueue([item]);
   });
-  show(item, { picture: mayTryAgain && item.preview, alt: "", problem: detail, again }, "bad");
-  if (!mayTryAgain) URL.revokeObjectURL(item.preview);
+  showCard(item, { picture: canRetry && item.preview, alt: "", problem: detail, retry }, "bad");
+  if (!canRetry) URL.revokeObjectURL(item.preview);
   return `${item.name}: ${detail}`;
 }
 
-// The way to the server: one request at a time, each with as many photos as it may hold
+function enlarge(figure) {
+  const crop = figure.querySelector("img");
+  const picture = viewer.querySelector("img");
+  picture.alt = figure.closest(".card").querySelector(".file").textContent;
+  viewer.querySelector("bdi").textContent = picture.alt;
+  picture.onerror = () => { // a browser cannot show every format that the model can read
+    picture.onerror = null;
+    picture.src = crop.src;
+  };
+  picture.src = figure.dataset.original ?? crop.src;
+  viewer.showModal();
+}
+
+// Requests: one at a time, each with as many photos as the server accepts
 
 function accept(files) {
   const items = [...files].map((file, i) => ({
@@ -147,69 +183,70 @@ function accept(files) {
     name: file.name || `Photo ${i + 1}`,
     preview: URL.createObjectURL(file),
   }));
-  if (!items.length) return say("There was no photo in that. Drop or paste a picture's file.");
+  showMessage(items.length ? "" : NO_IMAGE);
+  if (!items.length) return;
   for (const item of items) showWaiting(item, "Waiting\u2026");
   cards.prepend(...items.map((item) => item.card));
   results.hidden = false;
-  take(items);
+  enqueue(items);
   items[0].card.scrollIntoView({ block: "nearest" });
 }
 
-function take(items) {
-  waiting.push(...items);
-  wanted += items.length;
+function enqueue(items) {
+  queue.push(...items);
+  total += items.length;
   if (!isBusy) run();
 }
 
 async function run() {
   isBusy = true;
   const sentences = [];
-  while (waiting.length) {
+  while (queue.length) {
     showProgress();
     const batch = nextBatch();
     sentences.push(...(await classify(batch)));
     done += batch.length;
   }
-  say(sentences.length > 4 ? `${sentences.length} photos are done. The first: ${sentences[0]}` : sentences.join(" "));
+  announce(sentences.length > 4 ? `${sentences.length} results. First result: ${sentences[0]}` : sentences.join(" "));
   isBusy = false;
-  done = wanted = 0;
+  done = total = 0;
   showProgress();
 }
 
 function showProgress() {
   progress.box.hidden = !isBusy;
-  progress.bar.max = Math.max(1, wanted);
+  progress.bar.max = Math.max(1, total);
   if (done) progress.bar.value = done;
-  else progress.bar.removeAttribute("value"); // which browsers draw as "under way"
-  progress.text.textContent = wanted === 1 ? "Classifying\u2026" : `Classifying: ${done} of ${wanted} photos are done`;
+  else progress.bar.removeAttribute("value"); // an indeterminate bar
+  progress.text.textContent = total === 1 ? "Classifying\u2026" : `Classifying: ${done} of ${total} photos done`;
 }
 
 function nextBatch() {
-  let bytes = PART_BYTES;
+  let bytes = OVERHEAD_BYTES;
   let count = 0;
-  for (const { file } of waiting.slice(0, MAX_IMAGES)) {
-    bytes += file.size + PART_BYTES;
+  for (const { file } of queue.slice(0, MAX_IMAGES)) {
+    bytes += file.size + OVERHEAD_BYTES;
     if (count && bytes > MAX_BYTES) break;
     count += 1;
   }
-  return waiting.splice(0, count);
+  return queue.splice(0, count);
 }
 
 async function classify(batch) {
-  if (batch[0].file.size + 2 * PART_BYTES > MAX_BYTES) {
-    const most = decimals.format(MAX_BYTES / 2 ** 20);
-    return [showProblem(batch[0], `The file is larger than ${most} MiB, which is the most; choose a smaller one.`)];
+  if (batch[0].file.size + 2 * OVERHEAD_BYTES > MAX_BYTES) {
+    const limit = decimals.format(MAX_BYTES / 2 ** 20);
+    return [showProblem(batch[0], `The file exceeds the ${limit} MB limit. Choose a smaller one.`)];
   }
   for (const item of batch) showWaiting(item, "Classifying\u2026");
   try {
-    let answer = await send(batch);
-    if (answer.status === 503 && answer.headers.has("Retry-After")) {
-      await pause(batch, Number(answer.headers.get("Retry-After")) || 1);
-      answer = await send(batch);
+    let response = await send(batch);
+    if (response.status === 503 && response.headers.has("Retry-After")) {
+      await pause(batch, Number(response.headers.get("Retry-After")) || 1);
+      response = await send(batch);
     }
-    return answer.ok ? await showAnswers(batch, await answer.json()) : await refuse(batch, answer);
+    return response.ok ? showPredictions(batch, await response.json()) : await showRejection(batch, response);
   } catch {
-    return batch.map((item) => showProblem(item, "The server could not be reached, or broke off.", true));
+    return batch.map((item) => showProblem(item, "Could not reach the server, or the connection was lost.", true));
   }
 }
 
@@ -222,33 +259,33 @@ function send(batch) {
 }
 
 async function pause(batch, seconds) {
-  const text = `The server is busy; this is sent once more in ${seconds} s.`;
+  const text = `The server is busy. Retrying in ${seconds} s.`;
   for (const item of batch) showWaiting(item, text);
-  say(text);
+  announce(text);
   await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
   for (const item of batch) showWaiting(item, "Classifying\u2026");
 }
 
-function showAnswers(batch, { predictions }) {
+function showPredictions(batch, { predictions }) {
   return batch.map((item, i) =>
-    predictions[i].error ? showProblem(item, predictions[i].error.detail) : showAnswer(item, predictions[i]),
+    predictions[i].error ? showProblem(item, predictions[i].error.detail) : showResult(item, predictions[i]),
   );
 }
 
-async function refuse(batch, answer) {
-  const problem = await answer.json().catch(() => ({ detail: `The server answered ${answer.status}.` }));
-  const mayTryAgain = answer.status === 401 || answer.status === 408 || answer.status >= 500;
-  if (answer.status === 401 && keyField) {
-    problem.detail = keyField.value ? "That key is not one that is known here." : "A key is wanted here; type it into the field Key.";
+async function showRejection(batch, response) {
+  const problem = await response.json().catch(() => ({ detail: `The server returned status ${response.status}.` }));
+  const canRetry = response.status === 401 || response.status === 408 || response.status >= 500;
+  if (response.status === 401 && keyField) {
+    problem.detail = keyField.value ? "Unknown API key." : "Enter your API key above.";
     keyField.setAttribute("aria-invalid", "true");
     keyField.focus();
   }
-  return batch.map((item) => showProblem(item, problem.detail, mayTryAgain));
+  return batch.map((item) => showProblem(item, problem.detail, canRetry));
 }
 
-// What a person does
+// Input
 
-for (const input of [find("files"), find("camera")]) {
+for (const input of [byId("files"), byId("camera")]) {
   input.addEventListener("change", () => {
     if (input.files.length) accept(input.files);
     input.value = "";
@@ -258,14 +295,20 @@ for (const input of [find("files"), find("camera")]) {
 form.addEventListener("submit", (event) => event.preventDefault());
 
 zone.addEventListener("click", (event) => {
-  if (!event.target.closest(".choose")) find("files").click();
+  if (!event.target.closest(".choose, button, #message")) byId("files").click();
+});
+
+byId("sample")?.addEventListener("click", async ({ currentTarget }) => {
+  const response = await fetch(currentTarget.dataset.url).catch(() => null);
+  if (response?.ok) accept([new File([await response.blob()], "sample.jpg")]);
+  else showMessage("The sample photo could not be loaded.");
 });
 
 addEventListener("paste", (event) => {
   if (event.clipboardData.files.length) {
     event.preventDefault();
     accept(event.clipboardData.files);
-  }
+  } else if (!event.target.closest("input")) showMessage(NO_IMAGE);
 });
 
 addEventListener("dragover", (event) => {
@@ -280,20 +323,41 @@ addEventListener("dragleave", (event) => {
 addEventListener("drop", (event) => {
   event.preventDefault();
   zone.classList.remove("over");
-  accept(event.dataTransfer.files);
+  const { files, types } = event.dataTransfer;
+  if (!files.length && types.includes("text/uri-list")) showMessage(LINK);
+  else accept(files);
 });
 
-find("clear").addEventListener("click", () => {
-  for (const card of cards.querySelectorAll(".card:not(.waiting)")) card.remove();
+cards.addEventListener("click", (event) => {
+  const figure = event.target.closest(".crop");
+  if (figure && slot(figure, "enlarge")) enlarge(figure);
+});
+
+byId("clear").addEventListener("click", () => {
+  for (const card of cards.querySelectorAll(".card:not(.waiting)")) {
+    const original = card.querySelector(".crop")?.dataset.original;
+    if (original) URL.revokeObjectURL(original);
+    card.remove();
+  }
   if (!cards.children.length) results.hidden = true;
-  find("files").focus();
-  say("The answers are cleared.");
+  byId("files").focus();
+  announce("Results cleared.");
 });
 
 if (keyField) {
+  const showForget = () => (forgetKey.hidden = !keyField.value);
   keyField.value = sessionStorage.getItem(KEY) ?? "";
+  showForget();
   keyField.addEventListener("input", () => {
     keyField.removeAttribute("aria-invalid");
     sessionStorage.setItem(KEY, keyField.value);
+    showForget();
+  });
+  forgetKey.addEventListener("click", () => {
+    keyField.value = "";
+    sessionStorage.removeItem(KEY);
+    showForget();
+    keyField.focus();
+    announce("Key forgotten.");
   });
 }

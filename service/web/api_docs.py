@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from service.api.openapi import document
 from service.context import services
 from service.http.errors import PROBLEM_TYPES
-from service.web.markdown import render_markdown
+from service.web.layout import render_markdown
 
 bp = Blueprint("docs", __name__)
 

@@ -1,4 +1,4 @@
-"""What all pages share: the way between them, the model they speak of, and files that a browser may keep for ever."""
+"""What all pages share: the navigation, error pages, template filters, and cacheable addresses of static files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flask import Blueprint, Response, g, render_template, request, url_for
+from flask import Blueprint, Response, current_app, g, redirect, render_template, request, url_for
+from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 from werkzeug.urls import iri_to_uri
 
@@ -22,13 +23,14 @@ ONE_YEAR_S = 365 * 24 * 3600
 MIN_PROBABILITY = 1e-12
 STATIC_FOLDER = Path(__file__).parents[1] / "static"
 VERSION_DIGITS = 12  # of a static file's sha256
+MEDIA_TYPES = [PROBLEM_MEDIA_TYPE, "application/json", "text/html"]  # of a problem, the default first
+TABLE = '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>'
 
 bp = Blueprint("site", __name__)
+_markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
 
 
 class NavigationLink(NamedTuple):
-    """A link of the navigation: the endpoint that it leads to, and its name."""
-
     endpoint: str
     label: str
 
@@ -43,71 +45,89 @@ NAVIGATION = [
 
 
 def current_model() -> LoadedModel:
-    """The model; raises Problem while there is none."""
-    served = services().model_manager
-    return served.get()
+    """Return the active model. Raises Problem while none is loaded."""
+    return services().model_manager.get()
 
 
 def record_problem(problem: Problem) -> None:
-    """Count a problem that is answered, and have the request's line in the log name it."""
+    """Count a problem and add its code to the request's log line."""
     g.code = problem.without_traceback().code
-    served = services().model_manager
-    served.metrics.errors.labels(problem.code).inc()
+    services().model_manager.metrics.errors.labels(problem.code).inc()
 
 
 def problem_response(problem: Problem) -> Response:
-    """A problem for a program."""
+    """Return a problem as problem+json, or as a page if the client prefers HTML, and count it."""
+    if bp.name in current_app.blueprints and request.accept_mimetypes.best_match(MEDIA_TYPES) == "text/html":
+        return problem_page(problem)
     record_problem(problem)
     return Response(problem.to_json(g.request_id), problem.status, problem.headers, content_type=PROBLEM_MEDIA_TYPE)
 
 
 def problem_page(problem: Problem, template: str = "problem.html", **context: Any) -> Response:
-    """A problem in words on a page, counted and logged as the API's are. One that passes has the page asked for again."""
+    """Return a problem as an HTML page, and count it.
+
+    Args:
+        problem: The problem. A page that failed with Retry-After reloads itself after that time.
+        template: The page to show the problem on.
+        **context: Further variables of the template.
+    """
     record_problem(problem)
     refresh_s = problem.headers.get("Retry-After") if request.method in ("GET", "HEAD") else None
-    text = render_template(template, problem=problem, refresh_s=refresh_s, way_back=_way_back(), **context)
+    text = render_template(template, problem=problem, refresh_s=refresh_s, back_link=_back_link(), **context)
     return Response(text, problem.status, {**problem.headers, "Cache-Control": "no-store"}, mimetype="text/html")
 
 
-def _way_back() -> tuple[str, str] | None:
-    """Address and words of a link to the page of this site that one came from, else to the gallery or the first page."""
-    before = request.referrer or ""
-    if before.startswith(request.host_url) and before != iri_to_uri(request.url):
-        return before, "Back to the page before"
-    here = request.script_root + request.full_path.removesuffix("?")
+def _back_link() -> tuple[str, str] | None:
+    """Return the address and text of a link to the previous page of this site, else to the gallery or the home page."""
+    referrer = request.referrer or ""
+    if referrer.startswith(request.host_url) and referrer != iri_to_uri(request.url):
+        return referrer, "Go back"
+    current = request.script_root + request.full_path.removesuffix("?")
     gallery, home = url_for("gallery.home"), url_for("page.home")
-    if here.startswith((gallery, url_for("compare.page"))) and here != gallery:
-        return gallery, "To the gallery"
-    return (home, "To the first page") if here != home else None
+    if current.startswith((gallery, url_for("compare.page"))) and current != gallery:
+        return gallery, "Back to the gallery"
+    return (home, "Home") if current != home else None
 
 
 @bp.app_context_processor
 def template_context() -> dict[str, Any]:
-    """Names that every template knows."""
+    """Add the navigation and the active model to the variables of every template."""
     try:
-        served = current_model()
+        active = current_model()
     except Problem:
         return {"navigation": NAVIGATION, "model": None}
-    return {"navigation": NAVIGATION, "model": served.summary | {"merged_from": served.bundle.merged_from}}
+    return {"navigation": NAVIGATION, "model": active.summary | {"merged_from": active.bundle.merged_from}}
+
+
+@bp.before_app_request
+def redirect_trailing_slash() -> Response | None:
+    """Redirect /gallery/ to /gallery, and likewise for all pages."""
+    path = request.path.rstrip("/")
+    if request.routing_exception is None or path == request.path or request.method not in ("GET", "HEAD"):
+        return None
+    if not current_app.url_map.bind("").test(path, "GET"):
+        return None
+    query = request.query_string.decode("ascii", "replace")
+    return redirect(request.script_root + path + (f"?{query}" if query else ""), 308)  # type: ignore[return-value]
 
 
 @functools.cache
 def static_versions() -> dict[str, str]:
-    """Compute the version of every static file once, so that no request makes the server open a file by a client's name."""
+    """Hash all static files once, so that no request opens a file by a client's name to compute its version."""
     files = (file for file in STATIC_FOLDER.rglob("*") if file.is_file())
     return {file.relative_to(STATIC_FOLDER).as_posix(): sha256_of(file)[:VERSION_DIGITS] for file in files}
 
 
 @bp.app_url_defaults
 def add_version(endpoint: str, values: dict[str, Any]) -> None:
-    """Add a static file's version to its address, which thereby changes with the file's content."""
+    """Add a static file's version to its address, so that the address changes with the content."""
     if endpoint == "static" and "v" not in values:
         values["v"] = static_versions()[values["filename"]]
 
 
 @bp.after_app_request
 def cache_static(response: Response) -> Response:
-    """Let browsers cache a static file without end if its address names its version, and revalidate it otherwise."""
+    """Let browsers cache a static file for a year if its address has its version, and revalidate it otherwise."""
     if request.endpoint == "static" and request.method in ("GET", "HEAD") and response.status_code in (200, 304):
         version = static_versions().get((request.view_args or {})["filename"])
         if version is not None and request.args.get("v") == version:
@@ -115,30 +135,57 @@ def cache_static(response: Response) -> Response:
     return response
 
 
+def render_markdown(text: str, *, lower_by: int = 1) -> Markup:
+    """Render Markdown as HTML in which wide tables can be scrolled by keyboard. HTML in the text is shown as text.
+
+    Args:
+        text: The Markdown.
+        lower_by: How many levels to lower the headings by.
+    """
+    tokens = _markdown.parse(text)
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + lower_by)}"
+    html = str(_markdown.renderer.render(tokens, _markdown.options, {}))
+    return Markup(html.replace("<table>", TABLE).replace("</table>", "</table></div>"))
+
+
 @bp.app_template_filter("percent")
-def percent(share: float, digits: int = 1) -> str:
-    """0.992 -> 99.2 %. What is not quite all is not rounded up to 100 %, and what is not quite nothing not down to 0 %."""
-    said, step = f"{share:.{digits}%}", 10**-digits
-    if share > 0 and float(said[:-1]) == 0:
-        said = f"<\u202f{step:.{digits}f}%"
-    elif share < 1 and float(said[:-1]) == 100:
-        said = f">\u202f{100 - step:.{digits}f}%"
-    return said.replace("%", "\u202f%")
+def percent(fraction: float, digits: int = 1) -> str:
+    """Format a fraction: 0.992 -> 99.2%. Only 1 becomes 100%, and only 0 becomes 0%."""
+    text, step = f"{fraction:.{digits}%}", 10**-digits
+    if fraction > 0 and float(text[:-1]) == 0:
+        return f"<{step:.{digits}f}%"
+    if fraction < 1 and float(text[:-1]) == 100:
+        return f">{100 - step:.{digits}f}%"
+    return text
 
 
 @bp.app_template_filter("probability")
 def probability(value: float) -> str:
-    """A model's probability. It is never quite 0 or 1, though it may be stored so, rounded."""
+    """Format a model's probability, which is never exactly 0 or 1 although it may be stored so after rounding."""
     return percent(min(max(value, MIN_PROBABILITY), 1 - MIN_PROBABILITY))
+
+
+@bp.app_template_filter("number")
+def number(value: int) -> str:
+    """Format a count with grouped digits: 1234 -> 1,234."""
+    return f"{value:,}"
+
+
+@bp.app_template_filter("pluralize")
+def pluralize(value: int, noun: str, plural: str = "") -> str:
+    """Format a count with its noun: 1 -> "1 photo", 1234 -> "1,234 photos"."""
+    return f"{value:,} {noun if value == 1 else plural or f'{noun}s'}"
 
 
 @bp.app_template_filter("code_spans")
 def code_spans(text: str) -> Markup:
-    """What stands between backticks as code; all of it is text, whoever wrote it."""
+    """Show text between backticks as code, and escape everything."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 @bp.app_template_filter("data_url")
 def data_url(pixels: Pixels) -> str:
-    """(H, W, C) uint8 -> a data: URL."""
+    """Encode pixels (H, W, C) uint8 as a data: URL."""
     return png_data_url(pixels)

@@ -1,4 +1,4 @@
-"""The page where a person drops a photo and sees the answer, with JavaScript and without; and the model's card."""
+"""The upload page, with and without JavaScript, and the page of the model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 from flask import Blueprint, Request, Response, g, render_template, request
 
+from models.artifacts.bundle import read_small_file
+from models.errors import BundleError
 from models.preprocess import IMAGE_FORMATS_TEXT
 from models.runtime.openvino_engine import Pixels
-from service.api.predict import Prediction, classify
+from service.api.predict import Prediction, classify, gallery_url
 from service.context import services
 from service.http import REJECTION
 from service.http.errors import Problem
@@ -19,100 +21,129 @@ from service.http.uploads import Upload, read_uploads
 from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel
 from service.inference.predictor import ranked_probabilities
-from service.web.layout import current_model, problem_page
-from service.web.markdown import render_markdown
+from service.web.layout import current_model, problem_page, render_markdown
 
 log = logging.getLogger("service.web.upload_page")
 ACCEPTED_TYPES = (
-    "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,.ppm,.pgm"  # no HEIC: phones send a JPEG instead
+    "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,.ppm,.pgm"  # without HEIC, as phones then send a JPEG
 )
-NO_FILE_SELECTED = "No photo was chosen; choose one or more and press Classify."
-MAX_BARS = 10  # bars at once; the others are unfolded
+NO_FILE_SELECTED = "Choose at least one photo, then press Classify."
+MAX_BARS = 10  # the others are folded
+
+PLOTS = {"learning_curves": "Learning curves", "reliability": "Reliability", "confusion_matrix": "Confusion matrix"}
 
 bp = Blueprint("page", __name__)
 
 
 @dataclass(frozen=True)
 class ResultCard:
-    """What is shown of one photo: the answer, or the sentence that says why there is none."""
+    """The result of one photo, or the ``error`` that prevented it. ``page`` is its address in the gallery, if it is saved."""
 
     name: str
     error: str | None = None
     label: str = ""
     confidence: float = 0.0
-    bars: tuple[tuple[str, float], ...] = ()  # class and probability, highest first
+    bars: tuple[tuple[str, float], ...] = ()  # (class, probability), highest first
     crop: Pixels | None = None
     size: str = ""
     notes: tuple[str, ...] = ()
+    page: str | None = None
 
 
 @bp.get("/")
 def home() -> Response:
-    return _answer_home(current_model())
+    return _render_home(current_model())
 
 
 @bp.post("/")
 def classify_form() -> Response:
-    """The form, for browsers that run no script; with one they send their photos to /predict."""
-    model, predictions = classify(_admitted(request))
+    """Classify the photos of the form without JavaScript. With JavaScript the page uses /predict."""
+    model, predictions = classify(_read_photos(request))
     cards = [_card(model, prediction, number) for number, prediction in enumerate(predictions, 1)]
-    result = _answer_home(model, cards)
-    result.headers["Cache-Control"] = "no-store"
-    return result
+    response = _render_home(model, cards)
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 @bp.get("/model")
 def model() -> Response:
-    served = current_model()
-    text = served.card
-    return _page(render_template("model.html", served=served, card=text and render_markdown(text)))
+    active = current_model()
+    text = active.card
+    files = active.bundle.manifest["files"]
+    plots = {name: title for name, title in PLOTS.items() if _plot_file(name) in files}
+    return _page(render_template("model.html", active=active, card=text and render_markdown(text), plots=plots))
+
+
+@bp.get("/model/plots/<name>.png")
+def plot(name: str) -> Response:
+    """Return a plot of the active bundle. Only the plots that the page shows and the manifest lists have an address."""
+    bundle = current_model().bundle
+    files = bundle.manifest["files"]
+    file = _plot_file(name)
+    if name not in PLOTS or file not in files:
+        raise Problem("not_found", f"The bundle {bundle.name} has no plot {name!r}. /model shows the plots that it has.")
+    try:
+        data = read_small_file(bundle.path, file, files)
+    except BundleError:
+        raise Problem("not_found", f"The plot {name!r} was changed after the bundle was exported.") from None
+    response = Response(data, mimetype="image/png")
+    response.headers["Cache-Control"] = "no-cache"
+    response.set_etag(files[file]["sha256"])
+    return response.make_conditional(request)  # type: ignore[return-value]
 
 
 @bp.errorhandler(Problem)
-def say(problem: Problem) -> Response:
-    """A problem with the whole request, in words on the page that it came from."""
+def handle_problem(problem: Problem) -> Response:
+    """Show a problem of the complete request on the page that sent it."""
     if request.method == "POST":
         if problem.code == "no_image":
             problem = Problem(problem.code, NO_FILE_SELECTED)
-        return problem_page(problem, "home.html", cards=[], **_form())
+        return problem_page(problem, "home.html", cards=[], **_form_context())
     return problem_page(problem)
 
 
 @bp.errorhandler(Exception)
-def say_unforeseen(error: Exception) -> Response:
+def handle_unexpected(error: Exception) -> Response:
     log.exception("unhandled exception", extra={"request_id": g.request_id})
-    return say(Problem("internal_error", f"An error of the server's own was logged as {g.request_id}; tell its operator."))
+    return handle_problem(Problem("internal_error", f"Give the administrator this request ID: {g.request_id}."))
 
 
-def _answer_home(model: LoadedModel, cards: list[ResultCard] | None = None) -> Response:
-    return _page(render_template("home.html", classes=model.bundle.classes, cards=cards or [], **_form()))
+def _render_home(model: LoadedModel, cards: list[ResultCard] | None = None) -> Response:
+    return _page(render_template("home.html", classes=model.bundle.classes, cards=cards or [], **_form_context()))
+
+
+def _plot_file(name: str) -> str:
+    return f"plots/{name}.png"
 
 
 def _page(text: str) -> Response:
     return Response(text, headers={"Cache-Control": "no-cache"}, mimetype="text/html")
 
 
-def _form() -> dict[str, object]:
-    """What the form has to know of the settings."""
+def _form_context() -> dict[str, object]:
     settings = services().settings
-    return {"settings": settings, "accept": ACCEPTED_TYPES, "formats": IMAGE_FORMATS_TEXT, "shown": MAX_BARS}
+    return {"settings": settings, "accept": ACCEPTED_TYPES, "formats": IMAGE_FORMATS_TEXT, "max_bars": MAX_BARS}
 
 
-def _admitted(asked: Request) -> list[Upload]:
-    """The photos, if they may be computed: there is room, it is a form, and its field ``key`` is a known key."""
-    if refusal := asked.environ.get(REJECTION):
-        raise refusal
+def _read_photos(request: Request) -> list[Upload]:
+    """Read the photos of the form.
+
+    Raises:
+        Problem: The server is at capacity, the body is not a form, or its field ``key`` is not a valid key.
+    """
+    if rejection := request.environ.get(REJECTION):
+        raise rejection
     settings = services().settings
-    if asked.mimetype != "multipart/form-data":
-        raise Problem("unsupported_media_type", "The page takes its own form; send photos to POST /predict instead.")
-    sent = read_uploads(asked, settings)
-    key = sent.fields.get("key", "").strip()
+    if request.mimetype != "multipart/form-data":
+        raise Problem("unsupported_media_type", "This page accepts its own form only. Send photos to POST /predict instead.")
+    form = read_uploads(request, settings)
+    key = form.fields.get("key", "").strip()
     try:
         g.key_name = authenticate(key, settings)
     except Problem as problem:
-        what = "That key is not one that is known here" if key else "A key is wanted here"
-        raise Problem(problem.code, f"{what}; type yours into the field Key.", headers=problem.headers) from None
-    return sent.images
+        detail = "Unknown API key." if key else "Enter your API key below."
+        raise Problem(problem.code, detail, headers=problem.headers) from None
+    return form.images
 
 
 def _card(model: LoadedModel, prediction: Prediction, number: int) -> ResultCard:
@@ -123,6 +154,7 @@ def _card(model: LoadedModel, prediction: Prediction, number: int) -> ResultCard
     result: InferenceResult = prediction.result
     bars = tuple(ranked_probabilities(model, result, len(model.bundle.classes)).items())
     label, confidence = bars[0]
-    seen = result.image
-    size = f"{seen.format}, {seen.width_px:,} \u00d7 {seen.height_px:,} pixels"
-    return ResultCard(name, None, label, confidence, bars, seen.pixels, size, seen.notes)
+    image = result.image
+    size = f"{image.format}, {image.width_px:,} \u00d7 {image.height_px:,} pixels"
+    page = gallery_url(model, prediction)
+    return ResultCard(name, None, label, confidence, bars, image.pixels, size, image.notes, page)

@@ -97,7 +97,7 @@ def test_several_chosen_photos_get_a_card_each_and_a_bad_one_its_sentence(new_pa
     page = new_page()
     choose(page, photos.red[0], photos.bad, photos.blue[0])
     red, bad, blue = answers(page, 3)
-    assert re.fullmatch(r"red\.000\.jpg: red, .+ %", red.replace("\u202f", " "))
+    assert re.fullmatch(r"red\.000\.jpg: red, [<>]?[\d.]+%", red)
     assert bad == "notes.txt:"
     assert blue.startswith("blue.000.jpg: blue,")
     expect(page.locator(".card").nth(1)).to_contain_text("is not a supported image")
@@ -123,7 +123,7 @@ def test_a_drag_is_shown_and_ends(new_page: NewPage, photos: SimpleNamespace) ->
     put(page, "dragleave")
     expect(page.locator("#zone.over")).to_have_count(0)
     put(page, "drop")
-    expect(page.get_by_role("status")).to_contain_text("no photo in that")
+    expect(page.get_by_role("status")).to_contain_text("No image found. Drop or paste an image file.")
 
 
 def test_later_answers_come_on_top_and_the_earlier_ones_stay(new_page: NewPage, photos: SimpleNamespace) -> None:
@@ -133,7 +133,7 @@ def test_later_answers_come_on_top_and_the_earlier_ones_stay(new_page: NewPage, 
     choose(page, photos.blue[0], photos.blue[1])
     names = [heading.split(".jpg")[0] for heading in answers(page, 3)]
     assert names == ["blue.000", "blue.001", "red.000"]
-    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="Clear all").click()
     expect(page.locator("#results")).to_be_hidden()
     expect(page.locator("#files")).to_be_focused()
 
@@ -155,14 +155,14 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_sent(
     (tmp_path / "huge.jpg").write_bytes(bytes(1_100_000))
     choose(page, tmp_path / "huge.jpg", photos.red[0])
     answers(page, 2)
-    expect(page.locator(".card").first).to_contain_text("larger than 1.0 MiB")
+    expect(page.locator(".card").first).to_contain_text("The file exceeds the 1 MB limit. Choose a smaller one.")
     assert len(asked) == 1
 
 
 def test_with_keys_only_a_photo_is_chosen_and_its_answer_heard(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
     page.keyboard.press("Tab")
-    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     for _ in range(8):
         page.keyboard.press("Tab")
         if page.locator("#files").evaluate("input => input === document.activeElement"):
@@ -198,7 +198,7 @@ def test_without_javascript_the_form_does_it_all(new_page: NewPage, photos: Simp
     assert len(answers(page, 2)) == 2
     assert page.url.endswith("/#results")
     page.get_by_role("button", name="Classify").click()
-    expect(page.get_by_role("alert")).to_contain_text("No photo was chosen")
+    expect(page.get_by_role("alert")).to_contain_text("Choose at least one photo, then press Classify.")
 
 
 # When something is amiss
@@ -209,7 +209,7 @@ def test_a_busy_server_is_asked_once_more_after_the_time_it_named(new_page: NewP
     busy = problem(503, "64 photos are waiting.", **{"Retry-After": "3600"})
     asked = answer_with(page, busy)
     choose(page, photos.red[0])
-    expect(page.locator(".card.waiting")).to_contain_text("sent once more in 3600 s")
+    expect(page.locator(".card.waiting")).to_contain_text("The server is busy. Retrying in 3600 s.")
     page.clock.fast_forward(3_000_000)
     assert len(asked) == 1
     page.clock.fast_forward(600_000)
@@ -232,7 +232,7 @@ def test_a_server_that_is_gone_is_said_so(new_page: NewPage, photos: SimpleNames
     page = new_page()
     page.route("**/predict?*", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>", content_type="text/html"))
     choose(page, photos.red[0])
-    expect(page.locator(".card.bad")).to_contain_text("The server answered 502.")
+    expect(page.locator(".card.bad")).to_contain_text("The server returned status 502.")
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
 
 
@@ -246,8 +246,8 @@ def test_of_many_classes_ten_are_shown_and_the_others_on_demand(new_page: NewPag
     answers(page, 1)
     expect(page.locator(".bar:visible")).to_have_count(10)
     expect(page.locator(".bar").first).to_contain_text("kind <b>29</b>")
-    expect(page.locator(".share")).to_have_text("> 99.9 %")  # nothing is certain, however it is rounded on its way
-    expect(page.locator(".bar-value").nth(1)).to_have_text("< 0.1 %")
+    expect(page.locator(".confidence")).to_have_text(">99.9%")  # nothing is certain, however it is rounded on its way
+    expect(page.locator(".bar-value").nth(1)).to_have_text("<0.1%")
     expect(page.locator(".note")).to_have_text("It has several frames.")
     page.get_by_text("Show all 30").press("Enter")
     expect(page.locator(".bar:visible")).to_have_count(30)
@@ -259,13 +259,13 @@ def test_a_key_is_kept_for_the_session_and_sent(
     with serve(tiny_bundle.path, api_keys="ann:sesame") as keyed, visitor(browser, keyed.url) as open_page:
         page = open_page()
         choose(page, photos.red[0])
-        expect(page.locator(".card.bad")).to_contain_text("A key is wanted here")
-        expect(page.get_by_label("Key")).to_be_focused()
-        page.get_by_label("Key").fill("sesame")
+        expect(page.locator(".card.bad")).to_contain_text("Enter your API key above.")
+        expect(page.get_by_label("API key")).to_be_focused()
+        page.get_by_label("API key").fill("sesame")
         page.get_by_role("button", name="Try again").click()
         assert "red" in answers(page, 1)[0]
         page.reload()
-        expect(page.get_by_label("Key")).to_have_value("sesame")
+        expect(page.get_by_label("API key")).to_have_value("sesame")
 
 
 # How it looks, and whether everybody can read it

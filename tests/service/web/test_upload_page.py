@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 from flask import Flask
+from PIL import Image
 from werkzeug.test import TestResponse
 
+from models.artifacts.bundle import open_bundle, write_bundle
 from models.errors import BundleError
 from service import create_app
 from service.api.predict import Prediction
@@ -31,7 +35,7 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.web import upload_page
 from service.web.layout import NAVIGATION, percent
-from tests.helpers.server import PATIENT, START_S, multipart
+from tests.helpers.server import PATIENT, START_S, multipart, poll, serve
 
 HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"
 
@@ -83,6 +87,12 @@ def cards(answer: TestResponse) -> list[str]:
     return re.findall(r'<li class="card.*?(?=<li class="card|</ol>)', shown, re.DOTALL)
 
 
+def text_of(answer: TestResponse) -> str:
+    """The visible text of the page, as a screen reader hears it: without tags, each run of white space as one space."""
+    main = re.sub(r"<template.*?</template>", "", answer.text, flags=re.DOTALL)
+    return html.unescape(" ".join(re.sub(r"<[^>]*>", "", main).split()))
+
+
 # The form
 
 
@@ -92,7 +102,7 @@ def test_the_page_invites_to_choose_photos(app: Flask) -> None:
     assert answer.mimetype == "text/html"
     assert 'enctype="multipart/form-data"' in answer.text
     assert re.search(r'<input id="files" type="file" name="file" multiple accept="image/jpeg,', answer.text)
-    assert "<strong>blue</strong>, <strong>green</strong> and <strong>red</strong>" in answer.text
+    assert "This model only knows blue, green and red. Any other photo will still be labeled as one of them." in text_of(answer)
     assert not cards(answer)
     assert 'name="key"' not in answer.text
 
@@ -103,7 +113,7 @@ def test_several_photos_are_answered_in_their_order_with_the_bad_one_among_them(
     assert answer.headers["Cache-Control"] == "no-store"
     one, two, three = cards(answer)
     assert all(name in card for name, card in (("one.jpg", one), ("two.txt", two), ("three.jpg", three)))
-    assert ">red</span>" in one
+    assert ">red</bdi>" in one
     assert re.findall(r'data-slot="name">(\w+)<', one)[0] == "red"
     assert 'src="data:image/png;base64,' in one
     assert "JPEG, 56 \u00d7 44 pixels" in one
@@ -150,21 +160,21 @@ def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: 
 @pytest.mark.parametrize(
     ("share", "digits", "text"),
     [
-        (1.0, 1, "100.0 %"),
-        (0.99996, 1, "> 99.9 %"),
-        (0.99996, 2, "> 99.99 %"),
-        (0.99996, 3, "99.996 %"),
-        (0.9995, 0, "> 99 %"),
-        (0.9994, 1, "99.9 %"),
-        (0.5, 1, "50.0 %"),
-        (0.0004, 2, "0.04 %"),
-        (0.0001, 1, "< 0.1 %"),
-        (0.0001, 0, "< 1 %"),
-        (0.0, 2, "0.00 %"),
+        (1.0, 1, "100.0%"),
+        (0.99996, 1, ">99.9%"),
+        (0.99996, 2, ">99.99%"),
+        (0.99996, 3, "99.996%"),
+        (0.9995, 0, ">99%"),
+        (0.9994, 1, "99.9%"),
+        (0.5, 1, "50.0%"),
+        (0.0004, 2, "0.04%"),
+        (0.0001, 1, "<0.1%"),
+        (0.0001, 0, "<1%"),
+        (0.0, 2, "0.00%"),
     ],
 )
 def test_a_share_is_not_rounded_to_all_or_nothing(share: float, digits: int, text: str) -> None:
-    assert percent(share, digits).replace("\u202f", " ") == text
+    assert percent(share, digits) == text
 
 
 def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, photo: bytes) -> None:
@@ -175,8 +185,43 @@ def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, pho
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upload_page, "classify", lambda uploads: (model, [row]))
         (card,) = cards(post(app, (photo, "a.gif")))
-    said = re.findall(r'data-slot="(?:share|value)">([^<]*)<', card.replace("\u202f", " "))
-    assert said == ["&gt; 99.9 %"] * 2 + ["&lt; 0.1 %"] * (len(shares) - 1)
+    said = re.findall(r'data-slot="(?:confidence|value)">([^<]*)<', card)
+    assert said == ["&gt;99.9%"] * 2 + ["&lt;0.1%"] * (len(shares) - 1)
+
+
+# Names and links
+
+
+def test_names_are_isolated_from_the_direction_of_the_text_around_them(app: Flask, photo: bytes) -> None:
+    hebrew, arabic = "\u05d7\u05ea\u05d5\u05dc", "\u0643\u0644\u0628"
+    model = services_of(app).model_manager.get()
+    text = json.dumps(model.bundle.manifest).replace('"blue"', f'"{hebrew}"').replace('"green"', f'"{arabic}"')
+    moved = dataclasses.replace(model, bundle=dataclasses.replace(model.bundle, manifest=json.loads(text)), card=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(services_of(app).model_manager, "_model", moved)
+        pages = [post(app, (photo, "\u202egpj.exe")).text, app.test_client().get("/model").text]
+    for name in (hebrew, arabic):
+        for page in pages:
+            assert page.count(name) == len(re.findall(f"<bdi[^>]*>(?:<strong>)?{name}<", page)) > 0
+    assert re.search('<bdi class="file" data-slot="file" title="[^"]*">\u202egpj.exe</bdi>', pages[0])
+
+
+def test_a_saved_photo_links_to_its_page_in_the_gallery(tiny_bundle: SimpleNamespace, photo: bytes, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'reviews.db'}"
+    with serve(tiny_bundle.path, save_predictions=1, database_url=url) as server:
+        poll(lambda: server.get("/gallery").status == 200)
+        row = server.post(photo).json()["predictions"][0]
+        body, kind = multipart(("file", "a.jpg", photo))
+        page = server.post(body, kind, path="/").body.decode().partition("<template")[0]
+        found = [html.unescape(link) for link in re.findall('<p class="card-links".*?</p>', page, re.DOTALL)]
+        assert re.findall('href="([^"]*)"', found[0]) == [row["page"], row["page"] + "#review"]
+        poll(lambda: server.get(row["page"]).status == 200)
+
+
+def test_a_photo_that_is_not_saved_has_no_links(app: Flask, photo: bytes) -> None:
+    assert "card-links" not in cards(post(app, (photo, "a.jpg")))[0]
+    answer = app.test_client().post("/predict", data={"file": (io.BytesIO(photo), "a.jpg")})
+    assert "page" not in answer.get_json()["predictions"][0]
 
 
 # Problems of the whole request
@@ -185,8 +230,8 @@ def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, pho
 @pytest.mark.parametrize(
     ("files", "status", "words"),
     [
-        ([], 400, "No photo was chosen"),
-        ([(b"", "")], 400, "No photo was chosen"),
+        ([], 400, "Choose at least one photo, then press Classify."),
+        ([(b"", "")], 400, "Choose at least one photo, then press Classify."),
         ([(b"", "empty.jpg")], 400, "has no bytes"),
         ([(b"no picture", "a.jpg")], 415, "not a supported image"),
         ([(b"x", "a.jpg")] * 5, 413, "Too many images: 5 images, the limit is 4."),
@@ -269,8 +314,8 @@ def test_where_keys_are_set_the_page_has_a_field_and_wants_one(keyed: Flask, pho
     assert re.search(r'<input id="key" name="key" type="password"', keyed.test_client().get("/").text)
     without, wrong = post(keyed, (photo, "a.jpg")), post(keyed, (photo, "a.jpg"), key="open")
     assert (without.status_code, wrong.status_code) == (401, 401)
-    assert "A key is wanted here" in without.text
-    assert "not one that is known here" in wrong.text
+    assert "Enter your API key below." in without.text
+    assert "Unknown API key." in wrong.text
     assert "Bearer" in wrong.headers["WWW-Authenticate"]
     assert not cards(wrong)
 
@@ -306,6 +351,36 @@ def test_the_header_names_the_model_and_the_way(app: Flask, path: str) -> None:
     assert re.findall(r'<a href="([^"]*)" aria-current="page">', text) == [path]
 
 
+def test_an_error_page_has_its_title_once(app: Flask) -> None:
+    text = app.test_client().get("/gallery/photo?x=1").text
+    heading = re.search("<h1>(.*?)</h1>", text)
+    assert heading
+    assert re.sub("<title>.*?</title>", "", text).count(heading[1]) == 1
+
+
+def test_an_unknown_address_is_a_page_for_a_browser_and_json_for_a_program(app: Flask) -> None:
+    browser = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+    page = get(app, "/nope", headers=browser)
+    assert (page.status_code, page.mimetype) == (404, "text/html")
+    assert "/nope does not exist." in page.text
+    assert '<a href="/">Home</a>' in page.text
+    for accept in ({}, {"Accept": "*/*"}, {"Accept": "application/json"}):
+        assert get(app, "/nope", headers=accept).mimetype == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("path", "target"), [("/gallery/", "/gallery"), ("/model/?a=%C3%BC", "/model?a=%C3%BC"), ("/docs///", "/docs")]
+)
+def test_a_slash_at_the_end_is_redirected(app: Flask, path: str, target: str) -> None:
+    answer = get(app, path)
+    assert (answer.status_code, answer.headers["Location"]) == (308, target)
+
+
+@pytest.mark.parametrize("path", ["/nope/", "/static/nope/", "/predict/"])
+def test_a_slash_at_the_end_of_no_page_is_not_found(app: Flask, path: str) -> None:
+    assert get(app, path).status_code == 404
+
+
 def test_a_static_file_is_kept_for_ever_under_its_version_only(app: Flask) -> None:
     address = re.findall(r'href="(/static/site\.css\?v=\w+)"', get(app, "/").text)[0]
     first = get(app, address)
@@ -339,7 +414,7 @@ def test_the_card_is_shown_with_its_table_of_figures(app: Flask) -> None:
     assert "<h3>Metrics</h3>" in text
     assert re.search(r"<td>accuracy</td>\s*<td>[\d.]+</td>\s*<td>[\d.]+ to [\d.]+</td>", text)
     assert len(re.findall("<h1", text)) == 1
-    assert re.search(r"<dt>Accuracy</dt><dd>[\d.]+\u202f%<small>\d+ of the \d+ photos", text)
+    assert re.search(r"<dt>Accuracy</dt><dd>[\d.]+%<small>\d+ of \d+ evaluation photos</small>", text)
 
 
 def test_html_in_a_card_is_text(app: Flask) -> None:
@@ -353,7 +428,7 @@ def test_html_in_a_card_is_text(app: Flask) -> None:
 def test_without_a_card_the_manifest_tells_the_figures(app: Flask) -> None:
     answer = _with_card(app, None)
     assert answer.status_code == 200
-    assert "came without a card" in answer.text
+    assert "The bundle has no model card (README.md). These metrics are from its manifest." in answer.text
     assert re.search(r'<th scope="row">accuracy</th><td>[\d.]+</td>', answer.text)
 
 
@@ -381,6 +456,49 @@ def test_a_card_that_is_changed_while_it_is_served_is_not_shown(tiny_bundle: Sim
     (bundle / "README.md").symlink_to("/etc/passwd")
     assert app.test_client().get("/models").get_json()["models"][0]["card"] == card
     assert "root:" not in app.test_client().get("/model").text
+    services_of(app).model_manager.close()
+
+
+def test_every_class_has_its_precision_recall_and_photos(app: Flask) -> None:
+    bundle = services_of(app).model_manager.get().bundle
+    metrics = bundle.manifest["metrics"]
+    table = re.search(r'<table class="by-class">.*?</table>', app.test_client().get("/model").text, re.DOTALL)
+    assert table
+    rows = re.findall(r'<th scope="row"><bdi>(.*?)</bdi></th>(.*?)</tr>', table[0])
+    assert [name for name, _ in rows] == list(bundle.classes)
+    for name, cells in rows:
+        shown = [f"{percent(row['value'])}<small> {percent(row['low'])} to {percent(row['high'])}</small>"
+                 for row in (metrics["precision"][name], metrics["recall"][name])]  # fmt: skip
+        assert re.findall("<td>(.*?)</td>", cells) == [*shown, str(metrics["support"][name])]
+
+
+def test_the_plots_of_a_bundle_are_shown_and_nothing_else_of_its_folder(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+    manifest = open_bundle(tiny_bundle.path).manifest
+    fields = {name: value for name, value in manifest.items() if name not in ("format", "files", "sha256")}
+
+    def write_files(folder: Path) -> None:
+        shutil.copytree(tiny_bundle.path, folder, dirs_exist_ok=True)
+        (folder / "manifest.json").unlink()
+        (folder / "plots").mkdir()
+        for name in ("confusion_matrix", "learning_curves", "random_correct_red"):
+            Image.new("RGB", (8, 6)).save(folder / "plots" / f"{name}.png")
+
+    bundle = write_bundle(tmp_path / "bundle", fields, write_files=write_files)
+    app = create_app(Settings(bundle=bundle.path, **PATIENT))
+    services_of(app).model_manager.wait(START_S)
+    shown = re.findall(r'<img src="(/model/plots/[^"]*)" alt="([^"]*)"', get(app, "/model").text)
+    assert shown == [
+        ("/model/plots/learning_curves.png", f"Learning curves of {bundle.name}"),
+        ("/model/plots/confusion_matrix.png", f"Confusion matrix of {bundle.name}"),
+    ]
+    answer = get(app, shown[0][0])
+    assert (answer.status_code, answer.mimetype) == (200, "image/png")
+    assert answer.data == (bundle.path / "plots" / "learning_curves.png").read_bytes()
+    assert get(app, shown[0][0], headers={"If-None-Match": answer.headers["ETag"]}).status_code == 304
+    for name in ("reliability.png", "random_correct_red.png", "../model.onnx", "..%2Fmanifest.png", "%2Fetc%2Fpasswd.png"):
+        assert get(app, f"/model/plots/{name}").status_code == 404, name
+    (bundle.path / "plots" / "learning_curves.png").write_bytes(b"changed")
+    assert get(app, shown[0][0]).status_code == 404
     services_of(app).model_manager.close()
 
 
