@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.data.image_files import walk_images
+from finetune.data.image_files import ImageSearch
 from models.artifacts.bundle import GRAPH, open_bundle
 from models.artifacts.paths import resolve_bundle
 from models.runtime.openvino_engine import OpenVINOEngine
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     args = parser.parse_args()
-    bundle, images = resolve_bundle(args.bundle), list(walk_images(args.data))
+    bundle, images = resolve_bundle(args.bundle), list(ImageSearch().walk([args.data]))
     if not images:
         parser.error(f"no photos in {args.data}")
     processors = sorted(os.sched_getaffinity(0))

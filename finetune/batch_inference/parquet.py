@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from finetune.data.image_files import read_image_file
 from finetune.io.threaded_map import available_cpus, batched, threaded_map
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
 from models.artifacts.bundle import GRAPH, Bundle
@@ -156,7 +157,7 @@ class _Scorer:
 
     def _pixels(self, photo: Path) -> NDArray[np.uint8] | str:
         try:
-            return self._bundle.preprocessing.pixels(photo.read_bytes())
+            return self._bundle.preprocessing.pixels(read_image_file(photo))
         except ImageError as error:
             return str(error)
         except PER_FILE_ERRORS as error:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.image_files import is_image_file, walk_images
+from finetune.data.image_files import ImageSearch, find_images, read_image_file
+from finetune.data.path_list import read_path_list
 from finetune.io.threaded_map import batched, threaded_map
 from models.artifacts.bundle import GRAPH, Bundle
 from models.errors import DataError, ImageError
@@ -43,7 +45,7 @@ def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", 
 
     def pixels(path: Path) -> NDArray[np.uint8] | str:
         try:
-            return bundle.preprocessing.pixels(path.read_bytes())
+            return bundle.preprocessing.pixels(read_image_file(path))
         except (ImageError, OSError) as error:
             return str(error)
 
@@ -58,54 +60,17 @@ def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", 
                 yield ImagePrediction(path, probabilities, embedding=embedding)
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """List the given files and the images in the given folders, sorted within each folder.
-
-    Raises:
-        DataError: A path does not exist, or a folder contains no images.
-    """
-    images: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            in_folder = [p for p in sorted(path.rglob("*")) if p.is_file() and is_image_file(p, path)]
-            if not in_folder:
-                raise DataError(f"No photos found in {path}. Pass photos, or a folder that contains some.")
-            images += in_folder
-        elif path.is_file():
-            images.append(path)
-        else:
-            raise _missing_path(path)
-    return images
-
-
-def _missing_path(path: Path) -> DataError:
-    return DataError(f"No such photo or folder: {path}. Pass photos, or a folder that contains some.")
-
-
-def iter_images(paths: Sequence[Path], listed: Path | None) -> Iterator[Path]:
+def list_images(paths: Sequence[Path], listed: Path | None, search: ImageSearch) -> Iterator[Path]:
     """Yield the images of a list, or the given files and the images in the given folders.
 
     Raises:
         DataError: The list or a path does not exist.
     """
     if listed == Path("-"):
-        yield from iter_list(sys.stdin.buffer)
+        yield from read_path_list(cast(io.BufferedReader, sys.stdin.buffer))
     elif listed is not None:
         if not listed.is_file():
             raise DataError(f"No such list: {listed}. --list takes a file with one path per line.")
-        with listed.open("rb") as lines:
-            yield from iter_list(lines)
-    for path in paths:
-        if path.is_dir():
-            yield from walk_images(path)
-        elif path.is_file():
-            yield path
-        else:
-            raise _missing_path(path)
-
-
-def iter_list(lines: Iterable[bytes]) -> Iterator[Path]:
-    """Yield the paths of a list with one path per line, as printed by ``find``."""
-    for line in lines:
-        if name := line.rstrip(b"\r\n"):
-            yield Path(os.fsdecode(name))
+        with listed.open("rb") as stream:
+            yield from read_path_list(stream)
+    yield from find_images(paths, search)

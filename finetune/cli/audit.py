@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``finetune audit``: print the findings and return 0 if there are no problems, else 1."""
+    """Run ``finetune audit``: print the findings. Returns 0 if there are no problems (notes are none), else 1."""
     report = audit_folder(args.data_dir, cache_dir=args.cache_dir, workers=args.workers, quiet=args.json)
     print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if args.json else report.text())
     return 1 if report.problems else 0

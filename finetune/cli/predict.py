@@ -9,7 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from finetune.batch_inference.predict import ImagePrediction, classify, find_images, iter_images
+from finetune.batch_inference.predict import ImagePrediction, classify, list_images
+from finetune.data.image_files import ImageSearch, describe_skipped, find_images, is_failure
 from finetune.export.merge_head import open_full_bundle
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.paths import resolve_bundle
@@ -52,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
     if not args.photos or args.list or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Pass photos or folders to classify. --list and multiple processes require --output SCORES.parquet.")
     bundle = open_full_bundle(args.bundle)
-    predictions = classify(bundle, find_images(args.photos), precision=_precision(args, bundle), workers=args.workers)
-    failed = False
+    search = ImageSearch()
+    images = list(find_images(args.photos, search))
+    failed = _print_skipped(search)
+    predictions = classify(bundle, images, precision=_precision(args, bundle), workers=args.workers)
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
         table.writerow(["photo", "label", *(f"p_{name}" for name in bundle.classes), "error"])
@@ -80,9 +83,10 @@ def run_scoring(args: argparse.Namespace) -> int:
     if world_size > 1 and args.list == Path("-"):
         raise ConfigError("Only one process can read standard input. Write the list to a file that all processes can read.")
     bundle = open_full_bundle(args.bundle) if world_size == 1 else open_bundle(resolve_bundle(args.bundle))
+    search = ImageSearch()
     counts = score_to_parquet(
         bundle,
-        iter_images(args.photos, args.list),
+        list_images(args.photos, args.list, search),
         args.output,
         images_per_file=args.images_per_file,
         precision=_precision(args, bundle),
@@ -97,7 +101,14 @@ def run_scoring(args: argparse.Namespace) -> int:
         print(f"{prefix}{counts.unreadable:,} of them could not be read (see column `error`)")
     if counts.complete:
         print(f"{args.output} is complete.")
-    return 0
+    return 1 if _print_skipped(search) else 0
+
+
+def _print_skipped(search: ImageSearch) -> bool:
+    """Print what was skipped to standard error. Returns whether something could not be read."""
+    for line in describe_skipped(search.skipped):
+        print(f"Note: {line}", file=sys.stderr)
+    return any(is_failure(entry.reason) for entry in search.skipped)
 
 
 def _precision(args: argparse.Namespace, bundle: Bundle) -> str:

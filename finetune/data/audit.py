@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.data.duplicates import find_duplicates
+from finetune.data.duplicates import find_duplicates, move_duplicates_to_train
 from finetune.data.extra_data import ExistingImage, describe_dropped
-from finetune.data.image_files import in_ignored_folder, is_ignored_folder, is_image_file
-from finetune.data.image_folder import Dataset, read_dataset
+from finetune.data.image_files import HARMLESS, Skipped, describe_skipped
+from finetune.data.image_folder import Dataset, Sample, read_dataset
 from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
 from finetune.io.array_store import ArrayStore
 from models.artifacts.paths import default_cache_dir
@@ -26,10 +26,12 @@ class AuditReport:
 
     Attributes:
         counts: Readable images as {split: {class: count}}.
+        folders: The folder of each split, relative to the data folder.
         damaged: Maps each undecodable image to the reason.
-        other_files: Files in class folders without a supported image extension.
-        ignored_folders: Hidden folders and those starting with ``__``.
+        skipped: Maps each skipped file and folder to the reason.
+        unlabeled: Maps each split without class folders to its folder's description.
         empty_classes: Class folders without readable images, as "split/class".
+        small_classes: Maps each class that is too small to hold out a photo to its number of different photos.
         class_mismatch: Classes that only one of the splits has, as {"training" or "validation": classes}.
         leakage: Groups of duplicates across training and validation.
         conflicts: Groups of duplicates with different labels.
@@ -41,10 +43,12 @@ class AuditReport:
 
     root: str
     counts: dict[str, dict[str, int]]
+    folders: dict[str, str]
     damaged: dict[str, str]
-    other_files: list[str]
-    ignored_folders: list[str]
+    skipped: dict[str, str]
+    unlabeled: dict[str, str]
     empty_classes: list[str]
+    small_classes: dict[str, int]
     class_mismatch: dict[str, list[str]]
     leakage: list[list[str]]
     conflicts: list[list[str]]
@@ -52,6 +56,7 @@ class AuditReport:
     imbalance: float
     split_from_train: bool
     dropped_extra: dict[str, ExistingImage] = field(default_factory=dict)
+    test_folder: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,10 +64,11 @@ class AuditReport:
     @property
     def problems(self) -> list[str]:
         """One line per kind of problem; empty if there are none."""
-        found = []
+        found = list(self.unlabeled.values())
         if self.class_mismatch:
             only = "; ".join(f"only in {split}: {', '.join(names)}" for split, names in self.class_mismatch.items())
             found.append(f"classes differ between the splits ({only})")
+        found += [_describe_small_class(name, photos) for name, photos in self.small_classes.items()]
         if self.leakage:
             found.append(f"{_count(self.leakage, 'group')} of duplicates across training and validation (leakage)")
         if self.conflicts:
@@ -71,15 +77,21 @@ class AuditReport:
             found.append(f"{_count(self.damaged, 'damaged file')} (skipped)")
         if self.dropped_extra:
             found.append(describe_dropped(self.dropped_extra))
-        if self.other_files:
-            found.append(f"{_count(self.other_files, 'file')} without a supported image extension (skipped)")
-        if self.ignored_folders:
-            found.append(_count(self.ignored_folders, "ignored folder"))
+        found += self._describe_skipped(harmless=False)
         if self.empty_classes:
             found.append(f"{_count(self.empty_classes, 'class folder')} without readable photos")
         if self.imbalance > MAX_IMBALANCE:
             found.append(f"the largest class has {self.imbalance:.1f} times as many photos as the smallest")
         return found
+
+    @property
+    def refusal(self) -> str | None:
+        """Why training on this folder fails with default settings, or None."""
+        try:
+            self.raise_for_problems(allow_leakage=False, allow_class_mismatch=False)
+        except DataError as error:
+            return str(error)
+        return None
 
     def raise_for_problems(self, *, allow_leakage: bool, allow_class_mismatch: bool) -> None:
         """Check that the dataset can be trained on.
@@ -91,6 +103,11 @@ class AuditReport:
         Raises:
             DataError: A split has no readable images, or there is a problem that the arguments do not allow.
         """
+        for split, description in self.unlabeled.items():
+            raise DataError(
+                f"{self.root}: {description}, so it cannot be used for validation. Sort its photos into class folders, or move "
+                f"the folder {split} elsewhere to hold out some training photos."
+            )
         for split, row in self.counts.items():
             if not any(row.values()):
                 name = "training" if split == "train" else "validation"
@@ -99,6 +116,9 @@ class AuditReport:
             raise DataError(
                 f"{self.root}: {self.problems[0]}. Use the same class folders in every split, or pass --allow-class-mismatch."
             )
+        if self.small_classes and not allow_class_mismatch:
+            description = _describe_small_class(*next(iter(self.small_classes.items())))
+            raise DataError(f"{self.root}: {description}. Add photos, or delete the folder.")
         if self.empty_classes and not allow_class_mismatch:
             raise DataError(
                 f"{self.root}: {self.empty_classes[0]} has no readable photos. Add photos, delete the folder, or pass "
@@ -116,22 +136,34 @@ class AuditReport:
         """Format the findings as text, with the first ten file names of each kind."""
         lines = [f"{self.root}: {sum(sum(row.values()) for row in self.counts.values()):,} photos"]
         for split, row in self.counts.items():
-            origin = " (held out from training)" if split == "valid" and self.split_from_train else ""
-            lines.append(f"  {split}{origin}: " + ", ".join(f"{name} {n:,}" for name, n in row.items()))
+            origin = "held out from training" if split == "valid" and self.split_from_train else self.folders.get(split, split)
+            note = f" ({origin})" if origin != split else ""
+            lines.append(f"  {split}{note}: " + ", ".join(f"{name} {n:,}" for name, n in row.items()))
         lines += [f"- {problem}" for problem in self.problems] or ["No problems found."]
         if self.duplicates:
             lines.append(f"Note: {_count(self.duplicates, 'group')} of duplicates within the same class and split.")
+        if self.test_folder:
+            lines.append(
+                f"Note: {self.test_folder} is not used for training. Evaluate it with `finetune evaluate "
+                f"--split {self.test_folder}`."
+            )
+        lines += [f"Note: {line}" for line in self._describe_skipped(harmless=True)]
         lines += _section("Damaged", [f"{name}: {reason}" for name, reason in self.damaged.items()])
         lines += _section(
             "Extra photos already in the data folder", [f"{name} = {known}" for name, known in self.dropped_extra.items()]
         )
-        lines += _section("Other files", self.other_files)
-        lines += _section("Ignored folders", self.ignored_folders)
+        lines += _section("Skipped", [f"{name}: {reason}" for name, reason in self.skipped.items()])
         lines += _section("Empty classes", self.empty_classes)
         lines += _section("Duplicates across training and validation", [" = ".join(group) for group in self.leakage])
         lines += _section("Duplicates with different labels", [" = ".join(group) for group in self.conflicts])
         lines += _section("Duplicates within a class and split", [" = ".join(group) for group in self.duplicates])
+        if self.refusal:
+            lines.append(f"Training on this folder fails: {self.refusal}")
         return "\n".join(lines)
+
+    def _describe_skipped(self, *, harmless: bool) -> list[str]:
+        entries = [Skipped(Path(name), why) for name, why in self.skipped.items() if (why in HARMLESS) == harmless]
+        return describe_skipped(entries)
 
 
 def audit(
@@ -152,6 +184,7 @@ def audit(
         }
         for split in ("train", "valid")
     }
+    small_classes = _count_small_classes(readable, dataset)
     leakage, conflicts, duplicates = [], [], []
     for group in find_duplicates(records):
         names = [s.sample.name for s in group]
@@ -165,10 +198,19 @@ def audit(
     return AuditReport(
         root=str(dataset.root),
         counts=counts,
+        folders={split: _name(folder, dataset) for split, folder in dataset.split_folders.items() if folder != dataset.root},
         damaged={s.sample.name: s.error for s in records if s.error is not None},
-        other_files=_other_files(dataset),
-        ignored_folders=_ignored_folders(dataset),
-        empty_classes=[f"{split}/{name}" for split, row in counts.items() for name, n in row.items() if not n],
+        skipped={_name(entry.path, dataset): entry.reason for entry in dataset.skipped},
+        unlabeled={
+            _name(dataset.split_folders[split], dataset): _describe_unlabeled(dataset, split) for split in dataset.unlabeled
+        },
+        empty_classes=[
+            f"{split}/{name}"
+            for split, row in counts.items()
+            for name, n in row.items()
+            if not n and name not in small_classes and split not in dataset.unlabeled
+        ],
+        small_classes=small_classes,
         class_mismatch=_class_mismatch(dataset),
         leakage=leakage,
         conflicts=conflicts,
@@ -176,6 +218,7 @@ def audit(
         imbalance=max(sizes) / min(sizes) if sizes else 1.0,
         split_from_train=dataset.split_from_train,
         dropped_extra=dict(dropped_extra or {}),
+        test_folder=_name(dataset.test_folder, dataset) if dataset.test_folder else None,
     )
 
 
@@ -190,30 +233,34 @@ def audit_folder(data_dir: Path, *, cache_dir: Path | None = None, workers: int 
     """
     dataset = read_dataset(data_dir)
     store = ArrayStore(cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
-    return audit(dataset, inspect_images(dataset.samples, store=store, workers=workers, quiet=quiet))
+    records = inspect_images(dataset.samples, store=store, workers=workers, quiet=quiet)
+    return audit(*move_duplicates_to_train(dataset, records))
 
 
-def _other_files(dataset: Dataset) -> list[str]:
-    return [
-        _name(file, dataset)
-        for folder in _class_folders(dataset)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not is_image_file(file, folder) and not in_ignored_folder(file, folder)
-    ]
+def _count_small_classes(readable: Sequence[Sample], dataset: Dataset) -> dict[str, int]:
+    """Count the photos of each class of which none could be held out, or none remains for training."""
+    if not dataset.split_from_train:
+        return {}
+    splits = {name: [s.split for s in readable if s.label == label] for label, name in enumerate(dataset.classes)}
+    return {name: len(own) for name, own in splits.items() if own and len(set(own)) < 2}
 
 
-def _ignored_folders(dataset: Dataset) -> list[str]:
-    top_level = {entry for folder in (dataset.root, *dataset.split_folders.values()) for entry in folder.iterdir()}
-    nested = {entry for folder in _class_folders(dataset) for entry in folder.rglob("*")}
-    return sorted(_name(entry, dataset) for entry in top_level | nested if entry.is_dir() and is_ignored_folder(entry.name))
+def _describe_small_class(name: str, photos: int) -> str:
+    different = "" if photos == 1 else ", all near duplicates"
+    return (
+        f"the class {name} has {photos:,} readable photo{'' if photos == 1 else 's'}{different}, but at least two different "
+        f"ones are needed to hold one out for validation"
+    )
 
 
-def _class_folders(dataset: Dataset) -> list[Path]:
-    return [folder / name for split, folder in dataset.split_folders.items() for name in dataset.split_classes[split]]
+def _describe_unlabeled(dataset: Dataset, split: str) -> str:
+    photos = dataset.unlabeled[split]
+    own = f" and {photos:,} photo{'' if photos == 1 else 's'} of its own" if photos else ""
+    return f"{_name(dataset.split_folders[split], dataset)} has no class folders{own}"
 
 
 def _class_mismatch(dataset: Dataset) -> dict[str, list[str]]:
-    if "valid" not in dataset.split_folders:
+    if "valid" not in dataset.split_folders or "valid" in dataset.unlabeled:
         return {}
     train, valid = (set(dataset.split_classes[split]) for split in ("train", "valid"))
     only = {"training": sorted(train - valid), "validation": sorted(valid - train)}
@@ -221,7 +268,7 @@ def _class_mismatch(dataset: Dataset) -> dict[str, list[str]]:
 
 
 def _name(path: Path, dataset: Dataset) -> str:
-    return path.relative_to(dataset.root).as_posix()
+    return path.relative_to(dataset.root).as_posix() if path.is_relative_to(dataset.root) else str(path)
 
 
 def _count(items: Iterable[object], noun: str) -> str:

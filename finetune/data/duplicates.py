@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.data.image_folder import Dataset, move_to_train
 from finetune.data.inspection import ImageRecord
 
 HASH_BYTES = 8
@@ -48,6 +50,18 @@ def find_duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, .
         groups[root(i)].append(record)
     duplicates = [tuple(sorted(group, key=lambda s: s.sample.name)) for group in groups.values() if len(group) > 1]
     return sorted(duplicates, key=lambda group: group[0].sample.name)
+
+
+def move_duplicates_to_train(dataset: Dataset, records: Sequence[ImageRecord]) -> tuple[Dataset, list[ImageRecord]]:
+    """Move held-out images that are near duplicates of training images to training.
+
+    Does nothing if the data folder has a validation folder of its own.
+    """
+    if not dataset.split_from_train:
+        return dataset, list(records)
+    across = [group for group in find_duplicates(records) if len({s.sample.split for s in group}) > 1]
+    dataset = move_to_train(dataset, (s.sample.name for group in across for s in group))
+    return dataset, [replace(s, sample=sample) for s, sample in zip(records, dataset.samples, strict=True)]
 
 
 def _near_duplicates(prints: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:

@@ -27,6 +27,7 @@ from finetune.data.duplicates import find_duplicates
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord
+from finetune.data.layout import class_name
 from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.calibration import apply_temperature
 from finetune.reports.results import write_results
@@ -75,7 +76,7 @@ def cross_validate(
     bundle = open_bundle(bundle_dir)
     config = training_config(bundle, data_dir, weights=weights, workers=workers, cache_dir=cache_dir)
     dataset = read_dataset(data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
-    if dataset.classes != bundle.classes:
+    if dataset.classes != tuple(map(class_name, bundle.classes)):
         raise DataError(
             f"The classes of {data_dir} ({', '.join(dataset.classes)}) differ from those of the bundle "
             f"({', '.join(bundle.classes)}). Use the data that the bundle was trained on."

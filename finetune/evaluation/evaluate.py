@@ -9,6 +9,7 @@ import numpy as np
 
 from finetune.batch_inference.predict import classify
 from finetune.data.embeddings import build_similarity_index
+from finetune.data.image_files import describe_skipped
 from finetune.data.image_folder import read_split
 from finetune.data.inspection import PixelCache, fingerprint_context, inspect_images
 from finetune.export.merge_head import open_full_bundle
@@ -54,7 +55,9 @@ def evaluate_bundle(
         DataError: The data set does not match the bundle, or none of its images can be read.
     """
     bundle = open_full_bundle(bundle_dir)
-    samples = read_split(data_dir, split, bundle.classes)
+    samples, skipped = read_split(data_dir, split, bundle.classes)
+    for line in describe_skipped(skipped, data_dir):
+        print(f"Note: {line}")
     require_empty_folder(out)
     pixel_cache = PixelCache(bundle.preprocessing, limit_mb=0)
     store = ArrayStore(

@@ -11,9 +11,9 @@ from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data.apply_reviews import ReviewSummary, ReviewTable, apply_reviews
 from finetune.data.audit import AuditReport, audit
-from finetune.data.duplicates import find_duplicates
+from finetune.data.duplicates import move_duplicates_to_train
 from finetune.data.extra_data import drop_known_images
-from finetune.data.image_folder import Dataset, move_to_train
+from finetune.data.image_folder import Dataset
 from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_context, inspect_images
 from finetune.features.cache import FeatureCache, cache_context
 from finetune.features.extractor import FeatureExtractor
@@ -147,10 +147,7 @@ def prepare_dataset(
     if reviews:
         dataset, records, applied = apply_reviews(reviews, dataset, records)
         print(applied.text())
-    if dataset.split_from_train:
-        across = [group for group in find_duplicates(records) if len({s.sample.split for s in group}) > 1]
-        dataset = move_to_train(dataset, (s.sample.name for group in across for s in group))
-        records = [dataclasses.replace(s, sample=sample) for s, sample in zip(records, dataset.samples, strict=True)]
+    dataset, records = move_duplicates_to_train(dataset, records)
     audit_report = audit(dataset, records, dropped_extra=dropped_extra)
     print(audit_report.text())
     audit_report.raise_for_problems(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
 from models.errors import DataError
 
@@ -40,6 +42,7 @@ class Review:
 
 
 COLUMNS = [field.name for field in fields(Review)]
+SEPARATORS = (",", ";", "\t")
 
 
 def write_reviews(reviews: Iterable[Review]) -> bytes:
@@ -52,48 +55,69 @@ def write_reviews(reviews: Iterable[Review]) -> bytes:
 
 
 def read_reviews(data: bytes, *, origin: str) -> tuple[Review, ...]:
-    """Parse a CSV file of reviews. Columns may be in any order, and additional columns are ignored.
+    """Parse a table of reviews as the gallery or a spreadsheet writes it.
+
+    Columns are separated by commas, semicolons or tabs, and may be in any order. Blank lines, additional columns and the line
+    ``sep=;`` of a spreadsheet are ignored. The encoding is UTF-8 or UTF-16.
 
     Args:
         data: The bytes of the file.
         origin: The file's name for error messages.
 
     Raises:
-        DataError: The file is malformed or contradictory. The message names the row (the header is row 1).
+        DataError: The file is malformed or contradictory. The message names the line (the header is line 1).
     """
+    text = _decode(data)
+    separator, header_line = _find_header(text)
     try:
-        # utf-8-sig: spreadsheets write a byte order mark
-        text = data.decode("utf-8-sig", errors="surrogateescape")
-        header, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise DataError(f"{origin} cannot be read as a table of reviews ({error}). Download it again.") from None
+    rows = [(number, row) for number, row in rows if number >= header_line]
+    header = [name.strip().lower() for name in rows[0][1]] if rows else []
     missing = [name for name in COLUMNS if name not in header]
     if missing:
         raise DataError(f"{origin} has no column {missing[0]!r}. A table of reviews has the columns {','.join(COLUMNS)}.")
     indices = [header.index(name) for name in COLUMNS]
     reviews = []
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
+    for number, row in rows[1:]:
+        if len(row) < len(header) or any(row[len(header) :]):
             raise DataError(
-                f"{origin}, row {number}: expected {len(header)} columns as in the header, got {len(row)}. Download it again."
+                f"{origin}, line {number}: expected {len(header)} columns as in the header, got {len(row)}. Download it again."
             )
-        reviews.append(Review(*(row[index] for index in indices)))
-    return check_reviews(reviews, origin=origin)
+        reviews.append((number, Review(*(row[index] for index in indices))))
+    return _check_reviews(reviews, origin)
 
 
-def check_reviews(reviews: Sequence[Review], *, origin: str) -> tuple[Review, ...]:
-    """Validate reviews.
+def _decode(data: bytes) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    return data.decode("utf-8-sig", errors="surrogateescape")  # spreadsheets write a byte order mark
 
-    Args:
-        reviews: The rows in the order of the file.
-        origin: The file's name for error messages.
 
-    Raises:
-        DataError: A decision or sha256 is invalid, or two rows contradict each other on the same image.
-    """
+def _find_header(text: str) -> tuple[str, int]:
+    """Return the separator of the columns and the number of the header's line."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.lower().startswith("sep=") and len(line) == 5:
+            continue
+        if line.strip():
+            return max(SEPARATORS, key=line.count), number
+    return SEPARATORS[0], 1
+
+
+def _check_reviews(reviews: Sequence[tuple[int, Review]], origin: str) -> tuple[Review, ...]:
+    """Return the reviews with normalized class names. ``reviews`` are preceded by their line numbers. Raises DataError."""
     by_sha256: dict[str, Review] = {}
-    for number, review in enumerate(reviews, start=2):
-        position = f"{origin}, row {number} ({review.photo})"
+    checked = []
+    for number, original in reviews:
+        review = replace(
+            original,
+            sha256=original.sha256.strip().lower(),
+            decision=original.decision.strip().lower(),
+            new_label=unicodedata.normalize("NFC", original.new_label),
+        )
+        position = f"{origin}, line {number} ({review.photo})"
         if review.decision not in DECISIONS:
             raise DataError(f"{position}: unknown decision {review.decision!r}. Use {', '.join(DECISIONS)}.")
         if review.decision == LABEL and not review.new_label:
@@ -103,4 +127,5 @@ def check_reviews(reviews: Sequence[Review], *, origin: str) -> tuple[Review, ..
         other = by_sha256.setdefault(review.sha256, review)
         if (other.decision, other.new_label) != (review.decision, review.new_label):
             raise DataError(f"{position}: contradicts another row of the same photo. Keep one row per photo.")
-    return tuple(reviews)
+        checked.append(review)
+    return tuple(checked)

@@ -15,7 +15,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.batch_inference.predict import classify, iter_images
+from finetune.batch_inference import parquet
+from finetune.batch_inference.predict import classify
+from finetune.data.image_files import ImageSearch, read_image_file
 from models.artifacts.bundle import open_bundle
 from tests.helpers.server import poll
 from tests.helpers.tiny_network import finetune
@@ -111,7 +113,7 @@ def test_a_killed_run_resumes_and_scores_every_photo_once(tiny_bundle: SimpleNam
     some = [*map(str, command[:-1]), "--list", "-"]  # the other photos are never listed, so it cannot finish before the kill
     with subprocess.Popen([sys.executable, "-m", "finetune", *some], env=environment(), stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
-        process.stdin.writelines(os.fsencode(photo) + b"\n" for photo in islice(iter_images([photos], None), 200))
+        process.stdin.writelines(os.fsencode(photo) + b"\n" for photo in islice(ImageSearch().walk([photos]), 200))
         process.stdin.flush()
         poll(lambda: process.poll() is not None or len(parts(out)) >= 5, every_s=0.002)
         assert process.poll() is None
@@ -189,15 +191,13 @@ def test_invalid_arguments_are_rejected(
 def test_a_storage_failure_stops_the_run_and_is_not_written_as_rows(
     tiny_bundle: SimpleNamespace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = Path.read_bytes
-
     def stale(path: Path) -> bytes:
         if path.name == "red.003.jpg":
             raise OSError(116, "Stale file handle")
-        return read(path)
+        return read_image_file(path)
 
     flags = ("--bundle", tiny_bundle.path, "--output", tmp_path / "out", "--images-per-file", 4, photos)
-    monkeypatch.setattr(Path, "read_bytes", stale)
+    monkeypatch.setattr(parquet, "read_image_file", stale)
     assert "could not be read (Stale file handle). Fix the storage" in score(*flags, code=2)
     written = len(parts(tmp_path / "out"))
     assert 0 < written < 10

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -198,7 +200,40 @@ def test_other_files_in_a_folder_are_ignored(made: SimpleNamespace, tmp_path: Pa
     paint(tmp_path / "deep" / "a.JPG", COLORS[0], seed=1)
     paint(tmp_path / ".ipynb_checkpoints" / "b.jpg", COLORS[0], seed=2)
     (tmp_path / "notes.txt").write_text("x")
-    assert len(predict(made.whole, tmp_path).splitlines()) == 1
+    code, printed, notes = finetune("predict", "--bundle", made.whole, tmp_path)
+    assert (code, len(printed.splitlines())) == (0, 1)
+    assert notes.splitlines() == [
+        f"Note: 1 skipped (hidden): {tmp_path / '.ipynb_checkpoints'}",
+        f"Note: 1 skipped (not a supported image type): {tmp_path / 'notes.txt'}",
+    ]
+
+
+def test_a_folder_or_link_that_cannot_be_read_is_named_by_every_prediction(made: SimpleNamespace, tmp_path: Path) -> None:
+    paint(tmp_path / "photos" / "a.jpg", COLORS[0], seed=1)
+    (tmp_path / "photos" / "b.jpg").symlink_to("gone.jpg")
+    note = f"Note: 1 skipped (broken link): {tmp_path / 'photos' / 'b.jpg'}\n"
+    for output in ((), ("--json",), ("--csv",), ("--output", tmp_path / "scores")):
+        code, _, notes = finetune("predict", "--bundle", made.whole, tmp_path / "photos", *output)
+        assert code == 1
+        assert notes.endswith(note)
+
+
+def test_the_rows_of_a_list_that_cannot_be_read_have_an_error(made: SimpleNamespace, tmp_path: Path) -> None:
+    photo = paint(tmp_path / "a.jpg", COLORS[0], seed=1)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    paths = [photo, tmp_path / "gone.jpg", tmp_path / "pipe.jpg"]
+    (tmp_path / "list.txt").write_bytes("\0".join(map(str, paths)).encode())
+    code, _, _ = finetune("predict", "--bundle", made.whole, "--list", tmp_path / "list.txt", "--output", tmp_path / "scores")
+    assert code == 0
+    rows = pq.read_table(tmp_path / "scores").to_pylist()
+    assert [(row["photo"], row["error"]) for row in rows] == [
+        (str(paths[0]), None),
+        (str(paths[1]), "No such file or directory"),
+        (str(paths[2]), "This is not a regular file. Use a file that contains an image."),
+    ]
+
+
+def test_an_empty_folder_is_rejected(made: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert f"No photos found in {tmp_path / 'empty'}" in refused("predict", "--bundle", made.whole, tmp_path / "empty")
     assert "No such photo or folder" in refused("predict", "--bundle", made.whole, tmp_path / "no.jpg")

@@ -43,7 +43,7 @@ def test_a_clean_folder_has_no_findings(data: Path, capsys: pytest.CaptureFixtur
     found = audit_json(data, capsys, code=0)
     assert found["counts"] == {"train": {"blue": 4, "red": 4}, "valid": {"blue": 2, "red": 2}}
     assert found["imbalance"] == 1.0
-    assert not any(found[key] for key in ("damaged", "leakage", "conflicts", "duplicates", "other_files", "ignored_folders"))
+    assert not any(found[key] for key in ("damaged", "leakage", "conflicts", "duplicates", "skipped", "unlabeled"))
     text = audit_text(data, capsys, code=0)
     assert "12 photos" in text
     assert "No problems found." in text
@@ -83,22 +83,37 @@ def test_damaged_files_are_listed_with_the_reason(data: Path, capsys: pytest.Cap
     assert "train/red/cut.jpg: The image is damaged" in text
 
 
-def test_other_files_and_ignored_folders_are_listed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (data / "train" / "red" / "Thumbs.db").write_bytes(b"x")
-    (data / "valid" / "blue" / "notes.txt").write_text("x")
-    (data / "train" / "blue" / "cat.heic").write_bytes(b"x")
+def test_other_files_and_hidden_folders_are_listed(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stray in ("train/.ipynb_checkpoints", "__MACOSX", "train/red/.ipynb_checkpoints"):
         (data / stray).mkdir()
         paint(data / stray / "copy.jpg", COLORS[0], seed=70)
+    text = audit_text(data, capsys, code=0)
+    assert "Note: 3 skipped (hidden): __MACOSX, train/.ipynb_checkpoints, train/red/.ipynb_checkpoints" in text
+    (data / "valid" / "blue" / "notes.txt").write_text("x")
+    (data / "train" / "blue" / "cat.heic").write_bytes(b"x")
     found = audit_json(data, capsys, code=1)
-    assert set(found["other_files"]) == {"train/red/Thumbs.db", "valid/blue/notes.txt", "train/blue/cat.heic"}
-    assert found["ignored_folders"] == ["__MACOSX", "train/.ipynb_checkpoints", "train/red/.ipynb_checkpoints"]
+    assert found["skipped"] == {
+        "__MACOSX": "hidden",
+        "train/.ipynb_checkpoints": "hidden",
+        "train/red/.ipynb_checkpoints": "hidden",
+        "train/blue/cat.heic": "not a supported image type",
+        "valid/blue/notes.txt": "not a supported image type",
+    }
     assert found["counts"]["train"] == {"blue": 4, "red": 4}
     text = audit_text(data, capsys, code=1)
-    assert "- 3 files without a supported image extension (skipped)" in text
-    assert "- 3 ignored folders" in text
-    assert "train/red/Thumbs.db" in text
-    assert "train/.ipynb_checkpoints" in text
+    assert "- 2 skipped (not a supported image type): train/blue/cat.heic, valid/blue/notes.txt" in text
+
+
+def test_the_folder_of_a_split_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "valid").rename(data / "Dev_Set")
+    assert "  valid (Dev_Set): blue 2, red 2\n" in audit_text(data, capsys, code=0)
+
+
+def test_a_test_split_is_not_used_for_training(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paint(data / "test" / "red" / "a.jpg", COLORS[0], seed=70)
+    assert "Note: test is not used for training. Evaluate it with `finetune evaluate --split test`." in audit_text(
+        data, capsys, code=0
+    )
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -301,11 +316,88 @@ def test_a_split_without_readable_photos_always_stops_training(data: Path, train
         train(data, allow_class_mismatch=True)
 
 
-def test_a_validation_folder_without_class_folders_is_rejected(tmp_path: Path, train: Any) -> None:
-    data = color_folder(tmp_path / "data", train=4, valid=0)
-    (data / "valid").mkdir()
-    with pytest.raises(DataError, match="no readable photos for validation"):
+def stopped_with(message: str, data: Path, train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training stops with the message, and the audit explains it."""
+    with pytest.raises(DataError) as raised:
         train(data)
+    assert str(raised.value) == message
+    capsys.readouterr()
+    assert audit_text(data, capsys, code=1).splitlines()[-1] == f"Training on this folder fails: {message}"
+
+
+@pytest.mark.parametrize(
+    ("photos", "description"),
+    [(0, "test has no class folders"), (1, "test has no class folders and 1 photo of its own"),
+     (4, "test has no class folders and 4 photos of its own")],
+)  # fmt: skip
+def test_an_unlabeled_validation_folder_stops_training(
+    tmp_path: Path, train: Any, capsys: pytest.CaptureFixture[str], photos: int, description: str
+) -> None:
+    data = color_folder(tmp_path / "data", train=4, valid=0)
+    (data / "test").mkdir()
+    for i in range(photos):
+        paint(data / "test" / f"{i}.jpg", COLORS[0], seed=70 + i)
+    stopped_with(
+        f"{data}: {description}, so it cannot be used for validation. Sort its photos into class folders, or move the folder "
+        f"test elsewhere to hold out some training photos.",
+        data,
+        train,
+        capsys,
+    )
+
+
+@pytest.mark.parametrize("case", ["one photo", "one readable photo", "two copies"])
+@pytest.mark.parametrize("below", ["train", "."])
+def test_a_class_too_small_to_hold_out_a_photo_stops_training(
+    tmp_path: Path, train: Any, capsys: pytest.CaptureFixture[str], case: str, below: str
+) -> None:
+    color_folder(tmp_path, train=4, valid=0)
+    data = tmp_path / "train" if below == "." else tmp_path
+    first, *others = sorted((tmp_path / "train" / "red").iterdir())
+    for photo in others:
+        photo.unlink()
+    if case == "one readable photo":
+        (first.parent / "z.jpg").write_bytes(b"damaged")
+    elif case == "two copies":
+        shutil.copy(first, first.with_name("z.jpg"))
+    photos = "2 readable photos, all near duplicates" if case == "two copies" else "1 readable photo"
+    stopped_with(
+        f"{data}: the class red has {photos}, but at least two different ones are needed to hold one out for validation. Add "
+        f"photos, or delete the folder.",
+        data,
+        train,
+        capsys,
+    )
+
+
+def test_the_audit_explains_every_error_of_training(data: Path, train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = data / "train/red/red.001.jpg"
+    shutil.copy(photo, data / "valid/red/z.jpg")
+    stopped_with(
+        f"{data}: 1 photo in both training and validation (train/red/red.001.jpg = valid/red/z.jpg), which "
+        f"inflates the results. "
+        f"Run `finetune audit {data}` to list them and delete the duplicates, or pass --allow-leakage.",
+        data,
+        train,
+        capsys,
+    )
+    for photo in (data / "valid/red").iterdir():
+        photo.write_bytes(b"damaged")
+    stopped_with(
+        f"{data}: valid/red has no readable photos. Add photos, delete the folder, or pass --allow-class-mismatch.",
+        data,
+        train,
+        capsys,
+    )
+    shutil.rmtree(data / "valid/red")
+    stopped_with(
+        f"{data}: classes differ between the splits (only in training: red). Use the same class folders in "
+        f"every split, or pass "
+        f"--allow-class-mismatch.",
+        data,
+        train,
+        capsys,
+    )
 
 
 def test_damaged_photos_are_not_used_for_training(data: Path, train: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 import sqlite3
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -72,10 +73,48 @@ def test_a_table_round_trips_also_through_a_spreadsheet() -> None:
     assert read_reviews(write_reviews([]), origin="r.csv") == ()
 
 
+SHA = "A" * 64
+HEADER = "sha256;photo;label;decision;new_label;note;reviewer;decided_at"
+ROW = f"{SHA};1.jpg;cats;label;dogs;note, with a comma;me;2026-01-01"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{HEADER}\n{ROW}\n",
+        f"sep=;\r\n{HEADER}\r\n{ROW}\r\n",
+        f"\n\n{HEADER}\n\n{ROW}\n;;;;;;;\n  \n",
+        f"{HEADER.upper()};extra\n{ROW};\n",
+        f"{HEADER}\n{ROW};;\n",
+        HEADER.replace(";", " ; ") + f"\n{ROW}",
+        f"{HEADER}\n{ROW}\n".replace(";", "\t"),
+        f"{HEADER}\n{ROW}\n".replace("note, with a comma", '"note, with a comma"').replace(";", ","),
+    ],
+    ids=["semicolon", "sep line", "blank lines", "extra column", "extra cells", "spaces", "tab", "comma"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_of_spreadsheets_are_read(text: str, encoding: str) -> None:
+    assert read_reviews(text.encode(encoding), origin="r.csv") == (
+        Review("a" * 64, "1.jpg", "cats", "label", "dogs", "note, with a comma", "me", "2026-01-01"),
+    )
+
+
+def test_the_line_of_a_malformed_row_is_reported_after_blank_lines_and_long_notes() -> None:
+    good = ROW.replace("note, with a comma", '"two\nlines"')
+    with pytest.raises(DataError, match=r"^r\.csv, line 7: expected 8 columns as in the header, got 3\."):
+        read_reviews(f"sep=;\n{HEADER}\n\n{good}\n\na;b;c\n".encode(), origin="r.csv")
+
+
+def test_the_unicode_form_of_a_class_in_a_table_does_not_matter() -> None:
+    nfc, nfd = (unicodedata.normalize(form, "bébé") for form in ("NFC", "NFD"))
+    (row,) = read_reviews(f"{HEADER}\n{ROW.replace('dogs', nfd)}".encode(), origin="r.csv")
+    assert row.new_label == nfc
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"decision": "maybe"}, r"row 2 .*: unknown decision 'maybe'\. Use label, neither, bad"),
+        ({"decision": "maybe"}, r"line 2 .*: unknown decision 'maybe'\. Use label, neither, bad"),
         ({"decision": "label"}, "the decision 'label' requires new_label"),
         ({"sha256": "abc"}, "'abc' is not a sha256"),
     ],
@@ -88,7 +127,7 @@ def test_a_malformed_row_is_reported(changes: dict[str, str], said: str) -> None
 
 def test_contradictory_decisions_are_rejected() -> None:
     row = Review("a" * 64, "1.jpg", "cats", "bad", "", "", "", "")
-    with pytest.raises(DataError, match=r"row 3 \(2\.jpg\): contradicts another row of the same photo"):
+    with pytest.raises(DataError, match=r"line 3 \(2\.jpg\): contradicts another row of the same photo"):
         read_reviews(write_reviews([row, replace(row, photo="2.jpg", decision="neither")]), origin="r.csv")
     assert len(read_reviews(write_reviews([row, replace(row, photo="2.jpg")]), origin="r.csv")) == 2
 

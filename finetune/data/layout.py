@@ -1,0 +1,216 @@
+"""Find the splits and the class folders of a data folder, however they are named and nested."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.data.image_files import HIDDEN, ImageSearch, is_ignored_folder
+from models.errors import DataError
+
+TRAIN, VALID, TEST = "train", "valid", "test"
+KNOWN_NAMES = "train, valid (or val, dev, eval) and test"
+_FILLER = r"(?:data|set|images?|imgs?|photos?|pictures?|pics?|split|folder|files?|samples?|examples?)*"
+_SPLIT = re.compile(
+    rf"\d*{_FILLER}(?:(?P<train>train(?:ing|s)?|trn)|(?P<valid>val(?:id(?:ation|ate|ating|s)?|s)?|dev(?:elopment)?|"
+    rf"eval(?:uation|uate|s)?|holdout)|(?P<test>test(?:ing|s)?|tst)){_FILLER}\d*"
+)
+_LABEL_IN_NAME = re.compile(r"(.*[^\W\d_])[._ -]*\(?\d+\)?")
+_CAMERA_NAMES = {"img", "dsc", "dscn", "dscf", "pxl", "image", "photo", "picture", "scan", "frame"}
+RESERVED_CLASSES = ("unlabeled",)  # the gallery's name for photos without a label
+LOOSE = "not in a class folder"
+UNUSED = f"not a split; splits are named {KNOWN_NAMES}"
+REPEATED = "contains the other class folders again"
+MAX_DEPTH = 6
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the photos of a data folder are.
+
+    Attributes:
+        base: The folder that contains the splits, or the classes if there are no splits.
+        splits: The folder of each split ("train", "valid", "test").
+        unused: Other folders next to those of the splits.
+    """
+
+    base: Path
+    splits: dict[str, Path]
+    unused: tuple[Path, ...]
+
+    @property
+    def train(self) -> Path:
+        return self.splits.get(TRAIN, self.base)
+
+    @property
+    def valid(self) -> Path | None:
+        """The folder to validate on: the test split if there is no validation split."""
+        return self.splits.get(VALID, self.splits.get(TEST))
+
+
+def split_of(name: str) -> str | None:
+    """Return the split ("train", "valid", "test") that a folder name stands for, as in "Training_Set" or "val2017"."""
+    compact = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
+    match = _SPLIT.fullmatch(compact)
+    return match.lastgroup if match else None
+
+
+def class_name(folder: str) -> str:
+    """Return the class of a folder name. File systems differ in their Unicode form, so names are normalized to NFC."""
+    return unicodedata.normalize("NFC", folder)
+
+
+def find_layout(root: Path) -> Layout:
+    """Find the splits of a data folder, also inside wrapping folders such as those of an archive.
+
+    Raises:
+        DataError: The folder does not exist, contains several data sets, or its splits are inside the class folders.
+    """
+    if not root.is_dir():
+        raise DataError(f"No such folder: {root}. Expected a folder with photos in train/CLASS/ and valid/CLASS/.")
+    base, unused = root, []
+    for _ in range(MAX_DEPTH):
+        search = ImageSearch()
+        folders = search.folders(base)
+        splits = _select_splits(folders)
+        if splits:
+            unused += [folder for folder in folders if folder not in splits.values()]
+            return Layout(base, splits, tuple(unused))
+        inner = [folder for folder in folders if _contains_splits(folder)]
+        if len(inner) > 1:
+            raise _ambiguous(base, inner)
+        if not inner and len(folders) == 1 and not search.images(base) and ImageSearch().folders(folders[0]):
+            inner = folders
+        if not inner:
+            break
+        unused += [folder for folder in folders if folder != inner[0]]
+        base = inner[0]
+    return Layout(base, {}, tuple(unused))
+
+
+def class_folders(split: Path, search: ImageSearch) -> tuple[Path, list[Path]]:
+    """Find the class folders of a split, also inside a wrapping folder (as in ``training_set/training_set/cats``).
+
+    Returns:
+        The folder that contains the class folders, and the class folders.
+
+    Raises:
+        DataError: The folders look like splits, not like classes, or have a reserved name.
+    """
+    for _ in range(MAX_DEPTH):
+        folders = search.folders(split)
+        if len(folders) != 1 or search.images(split):
+            break
+        repeats_name = split_of(folders[0].name) is not None and split_of(folders[0].name) == split_of(split.name)
+        if not (repeats_name or ImageSearch().folders(folders[0])):
+            break
+        split = folders[0]
+    for folder in folders:
+        if class_name(folder.name).casefold() in RESERVED_CLASSES:
+            raise DataError(
+                f"The class name {folder.name!r} is reserved for photos without a label. Rename the folder {folder}."
+            )
+    names = {folder.name for folder in folders}
+    repeated = [folder for folder in folders if _repeats(folder, names - {folder.name})]
+    if len(repeated) < len(folders):
+        for folder in repeated:
+            search.skip(folder, REPEATED)
+        folders = [folder for folder in folders if folder not in repeated]
+    _require_classes(split, folders)
+    return split, folders
+
+
+def labels_in_names(photos: Sequence[Path]) -> list[str]:
+    """Return the labels in file names such as ``cat.0.jpg`` and ``dog_17.jpg``, if most names have one of a few."""
+    matches = (_LABEL_IN_NAME.fullmatch(photo.stem) for photo in photos)
+    labels = Counter(match[1] for match in matches if match and match[1].casefold() not in _CAMERA_NAMES)
+    frequent = sorted(label for label, count in labels.items() if count > 1 or len(photos) < 10)
+    return frequent if 2 <= len(frequent) <= max(20, len(photos) // 10) and sum(labels.values()) >= 0.9 * len(photos) else []
+
+
+def hidden_folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if is_ignored_folder(entry.name) and entry.is_dir())
+
+
+def note_unused(layout: Layout, root: Path, search: ImageSearch) -> None:
+    """Record the folders and photos next to the splits, and those next to a wrapping folder."""
+    base = root
+    while True:
+        for folder in hidden_folders(base):
+            search.skip(folder, HIDDEN)
+        if layout.splits or base != layout.base:
+            for photo in ImageSearch().images(base):
+                search.skip(photo, LOOSE)
+        if base == layout.base:
+            break
+        base /= layout.base.relative_to(base).parts[0]
+    for folder in layout.unused:
+        if next(ImageSearch().walk([folder]), None):
+            search.skip(folder, UNUSED)
+
+
+def _select_splits(folders: Sequence[Path]) -> dict[str, Path]:
+    """Select one folder per split: the one with the plainest name if there are several."""
+    splits: dict[str, Path] = {}
+    for split in (TRAIN, VALID, TEST):
+        named = [folder for folder in folders if split_of(folder.name) == split]
+        if named:
+            splits[split] = min(named, key=lambda folder: (folder.name != split, folder.name.casefold() != split, folder.name))
+    return splits
+
+
+def _contains_splits(folder: Path) -> bool:
+    """Return whether a folder contains a training split: with class folders in it, or with another split next to it."""
+    try:
+        splits = _select_splits(ImageSearch().folders(folder))
+        return TRAIN in splits and (len(splits) > 1 or bool(ImageSearch().folders(splits[TRAIN])))
+    except OSError:
+        return False
+
+
+def _repeats(folder: Path, siblings: set[str]) -> bool:
+    try:
+        search = ImageSearch()
+        return len(siblings) > 1 and siblings <= {inner.name for inner in search.folders(folder)} and not search.images(folder)
+    except OSError:
+        return False
+
+
+def _require_classes(split: Path, folders: Sequence[Path]) -> None:
+    """Raise DataError if every folder contains the same two or more folders and no photos: these are splits."""
+    contents = []
+    for folder in folders:
+        search = ImageSearch()
+        try:
+            inner = tuple(class_name(path.name) for path in search.folders(folder))
+        except OSError:
+            return
+        if len(inner) < 2 or search.images(folder):
+            return
+        contents.append(inner)
+    if len(contents) > 1 and len(set(contents)) == 1:
+        names = _listed([folder.name for folder in folders])
+        raise DataError(
+            f"The folders {names} in {split} look like splits, not classes: each contains {_listed(contents[0])} and no photos "
+            f"of its own. Splits are named {KNOWN_NAMES}. If they are classes, move their photos out of the inner folders."
+        )
+
+
+def _ambiguous(base: Path, inner: Sequence[Path]) -> DataError:
+    train = _select_splits(ImageSearch().folders(inner[0]))[TRAIN]
+    names = _listed([folder.name for folder in inner])
+    if not ImageSearch().folders(train):
+        return DataError(
+            f"The folders {names} in {base} each contain their own {train.name} folder with photos. Expected SPLIT/CLASS, "
+            f"such as {train.name}/{inner[0].name}, instead of {inner[0].name}/{train.name}."
+        )
+    return DataError(f"{base} contains several data sets: {names}. Choose one of these folders.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [*names[:4], *(["..."] if len(names) > 4 else [])]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 and len(names) <= 4 else ", ".join(shown)
