@@ -143,8 +143,8 @@ class Settings:
     admin_keys: tuple[str, ...] = _setting((), "keys for /admin, with commas, each NAME:KEY or KEY; empty lets nobody in")
     allowed_hosts: tuple[str, ...] = _setting(
         (),
-        "host names in URLs of this server, comma-separated; others get 400 (default: localhost if `HOST` is a loopback address"
-        " and `TRUSTED_PROXIES` is 0, else any name)",
+        "host names in URLs of this server, comma-separated, `.name` with its subdomains; others get 400 (default: localhost"
+        " if `HOST` is a loopback address and `TRUSTED_PROXIES` is 0, else any name)",
     )
     cors_origins: tuple[str, ...] = _setting((), "origins whose pages may call /predict, with commas; * for all")
     trusted_proxies: int = _setting(0, "reverse proxies in front whose X-Forwarded-* headers are believed", least=0, most=10)

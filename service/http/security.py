@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Sequence
 
 from flask import Request
-from werkzeug.sansio.utils import host_is_trusted
 
 from service.http import PROBE_PATHS
 from service.http.errors import Problem
@@ -29,7 +29,7 @@ SECURITY_HEADERS = {
 
 
 def require_allowed_host(request: Request, settings: Settings) -> None:
-    """Raise Problem for a request to another host name than ALLOWED_HOSTS.
+    """Raise Problem for a request to another host name than ALLOWED_HOSTS, in which a leading dot includes subdomains.
 
     A web page can let its own name resolve to the server's address (DNS rebinding). To a browser both are then one origin, so
     that the page reads and writes what only the server's users may. Probes address a server by its IP address, and may.
@@ -38,7 +38,10 @@ def require_allowed_host(request: Request, settings: Settings) -> None:
     is_loopback = settings.host in ("localhost", "::1") or settings.host.startswith("127.")
     if not allowed and is_loopback and not settings.trusted_proxies:
         allowed = LOOPBACK if settings.host in ("::1", *LOOPBACK) else (settings.host, *LOOPBACK)
-    if not allowed or PROBE_PATHS.fullmatch(request.path) or host_is_trusted(request.host.lower(), allowed):
+    if not allowed or PROBE_PATHS.fullmatch(request.path):
+        return
+    name = re.sub(r":\d*$", "", request.host.lower())
+    if any(name == host or (host.startswith(".") and f".{name}".endswith(host)) for host in map(str.lower, allowed)):
         return
     raise Problem("bad_request", f'Unknown host "{request.host[:80]}". Use {" or ".join(allowed)}, or add it to ALLOWED_HOSTS.')
 

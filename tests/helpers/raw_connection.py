@@ -1,4 +1,4 @@
-"""Connections whose every byte is sent by hand, to a service with the tiny bundle: half requests, slow ones, many at once."""
+"""Raw connections to a service with the tiny bundle, for incomplete, slow and concurrent requests."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.helpers.server import ANSWER_S, Reply, Server, poll
 from tests.helpers.tiny_network import COLORS
 
 
-def photo_of(color: tuple[int, int, int], size: tuple[int, int] = (56, 44)) -> bytes:
+def image_of(color: tuple[int, int, int], size: tuple[int, int] = (56, 44)) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", size, color).save(file, "PNG")
     return file.getvalue()
 
 
-RED = photo_of(COLORS[1])
-HEAVY = photo_of(COLORS[1], (3000, 2500))  # some kB that take a while to decode
-BOMB = photo_of((0, 0, 0), (9000, 9000))  # 81 million pixels
+RED = image_of(COLORS[1])
+HEAVY = image_of(COLORS[1], (3000, 2500))  # a few KB that take some time to decode
+BOMB = image_of((0, 0, 0), (9000, 9000))  # 81 million pixels
 
 
 def probabilities(reply: Reply) -> list[float]:
@@ -33,22 +33,22 @@ def probabilities(reply: Reply) -> list[float]:
     return [round(value, 5) for value in row["probabilities"].values()]
 
 
-class Line:
-    """A connection whose every byte is sent by hand."""
+class RawConnection:
+    """A connection that sends exactly the given bytes."""
 
     def __init__(self, server: Server) -> None:
         self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=ANSWER_S)
-        self._source = self.socket.makefile("rb")  # one for all answers: it reads ahead
+        self._source = self.socket.makefile("rb")  # one for all responses, as it reads ahead
 
-    def __enter__(self) -> Line:
+    def __enter__(self) -> RawConnection:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self, *, rudely: bool = False) -> None:
-        """End the connection; ``rudely``, it is reset."""
-        if rudely:
+    def close(self, *, reset: bool = False) -> None:
+        """Close the connection, or reset it."""
+        if reset:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         self._source.close()
         self.socket.close()
@@ -63,13 +63,13 @@ class Line:
         return f"POST {path} HTTP/1.1\r\n".encode() + "".join(f"{a}: {b}\r\n" for a, b in lines.items()).encode() + b"\r\n"
 
     def begin(self, photo: bytes = RED, **headers: str) -> bytes:
-        """Send the head of a request and half of its body; gives the other half."""
+        """Send the head of a request and half of its body. Returns the other half."""
         half = len(photo) // 2
         self.socket.sendall(self.head(len(photo), **headers) + photo[:half])
         return photo[half:]
 
-    def begin_when_read(self, photo: bytes = RED) -> bytes:
-        """As ``begin``, but with the half of the body only when the server has read the head and says to go on."""
+    def begin_after_continue(self, photo: bytes = RED) -> bytes:
+        """As ``begin``, but send the half of the body once the server has read the head and sent 100 Continue."""
         half = len(photo) // 2
         self.socket.sendall(self.head(len(photo), Expect="100-continue"))
         assert self._source.readline() == b"HTTP/1.1 100 Continue\r\n"
@@ -77,8 +77,8 @@ class Line:
         self.socket.sendall(photo[:half])
         return photo[half:]
 
-    def answer(self) -> Reply:
-        """The next one; who was told to go on is not answered yet."""
+    def response(self) -> Reply:
+        """Read the next response. 100 Continue does not count."""
         status = 100
         while status == 100:
             status = int(self._source.readline().split()[1])
@@ -86,18 +86,18 @@ class Line:
         return Reply(status, headers, self._source.read(int(headers["Content-Length"])))
 
     def is_closed(self) -> bool:
-        """Whether the server ends the connection, in order: no reset, and nothing more said."""
+        """Return whether the server closes the connection without a reset and without further bytes."""
         return self._source.read(1) == b""
 
 
-def told(send: Callable[[], Reply]) -> Reply:
-    """What a client is answered that sends for longer than the server wants.
+def send_with_retry(send: Callable[[], Reply]) -> Reply:
+    """Return the response to a client that may still be sending when it is rejected.
 
-    The server reads on for LINGER_S. A client that the machine holds up for longer finds a reset, and begins again; one that
-    was quicker must not.
+    The server reads on for LINGER_S. A client that a busy machine delays for longer may be reset and retries. A faster one
+    must not be.
     """
 
-    def answer() -> Reply | None:
+    def attempt() -> Reply | None:
         began = time.monotonic()
         try:
             return send()
@@ -105,32 +105,32 @@ def told(send: Callable[[], Reply]) -> Reply:
             assert time.monotonic() - began > LINGER_S
             return None
 
-    return poll(answer)
+    return poll(attempt)
 
 
-def inside(server: Server) -> float:
+def in_flight(server: Server) -> float:
     return server.metrics()["classifier_in_flight_images"]
 
 
 @contextlib.contextmanager
-def halves(server: Server, count: int) -> Iterator[list[tuple[Line, bytes]]]:
-    """So many requests whose heads the server has read, and the other half of each one's body."""
-    with contextlib.ExitStack() as open_lines:
-        lines = [open_lines.enter_context(Line(server)) for _ in range(count)]
-        yield [(line, line.begin_when_read()) for line in lines]
+def half_sent(server: Server, count: int) -> Iterator[list[tuple[RawConnection, bytes]]]:
+    """Open ``count`` requests whose heads the server has read. Yields each with the other half of its body."""
+    with contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(RawConnection(server)) for _ in range(count)]
+        yield [(line, line.begin_after_continue()) for line in lines]
 
 
-class Held:
-    """Requests in flight: photos that the server does not decode until they are released."""
+class HeldRequests:
+    """Requests in flight, whose images the server does not decode until they are released."""
 
     def __init__(self, server: Server) -> None:
         self._server, self._file = server, server.log_file.with_name("hold")
-        self.lines: list[Line] = []
+        self.lines: list[RawConnection] = []
 
     def send(self, count: int) -> None:
-        """Send so many more."""
+        """Send ``count`` more requests."""
         for _ in range(count):
-            self.lines.append(line := Line(self._server))
+            self.lines.append(line := RawConnection(self._server))
             line.socket.sendall(line.head(len(RED)) + RED)
 
     def hold(self) -> None:
@@ -139,20 +139,20 @@ class Held:
     def release(self) -> None:
         self._file.unlink(missing_ok=True)
 
-    def answers(self) -> list[Reply]:
-        """Release them all and read their answers."""
+    def responses(self) -> list[Reply]:
+        """Release all requests and read their responses."""
         self.release()
-        return [line.answer() for line in self.lines]
+        return [line.response() for line in self.lines]
 
 
 @contextlib.contextmanager
-def held(server: Server, count: int) -> Iterator[Held]:
-    """Keep so many requests in flight until they are released, or the block ends. Nothing else is decoded meanwhile."""
-    holding = Held(server)
+def held(server: Server, count: int) -> Iterator[HeldRequests]:
+    """Keep ``count`` requests in flight until they are released or the block ends. Nothing else is decoded meanwhile."""
+    holding = HeldRequests(server)
     holding.hold()
     try:
         holding.send(count)
-        poll(lambda: inside(server) == count)
+        poll(lambda: in_flight(server) == count)
         yield holding
     finally:
         holding.release()

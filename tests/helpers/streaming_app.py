@@ -1,4 +1,4 @@
-"""An application whose one response is longer than any buffer, for the service's gunicorn worker."""
+"""An application for the service's gunicorn worker whose response is longer than any buffer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ closed = threading.Event()
 
 
 def _chunks() -> Iterator[bytes]:
-    """As with Flask's ``stream_with_context``: what is set at the beginning is reset at the end, in the same context."""
+    """Set a context variable at the start and reset it at the end, as Flask's ``stream_with_context`` does."""
     token = request_number.set(1)
     try:
         for number in range(CHUNKS):
@@ -37,7 +37,7 @@ def _respond(environ: dict[str, Any], start_response: Any) -> Any:
         start_response("200 OK", [("Content-Type", "text/plain")])
         return _broken()
     if environ["PATH_INFO"] == "/error":
-        raise RuntimeError("an error of the application's")
+        raise RuntimeError("an error of the application")
     if environ["PATH_INFO"] == "/closed":
         start_response("200 OK", [("Content-Length", "1")])
         return [b"1" if closed.wait(60) else b"0"]
@@ -48,11 +48,11 @@ def _respond(environ: dict[str, Any], start_response: Any) -> Any:
 
 def _broken() -> Iterator[bytes]:
     yield b"a" * 70_000
-    raise RuntimeError("an error in the middle")
+    raise RuntimeError("an error within the stream")
 
 
 class App:
-    """What the worker knows of the service's application."""
+    """The part of the service's application that the worker uses."""
 
     def __init__(self) -> None:
         nothing = re.compile("(?!)")

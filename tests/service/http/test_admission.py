@@ -1,4 +1,4 @@
-"""Who is let in, who is told to come again, and when."""
+"""Admission of images up to the limit, and the Retry-After of rejected requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from service.http.errors import Problem
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
 
     now = 1000.0
 
@@ -27,11 +27,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def retry_after(admission: AdmissionController, photos: int = 1) -> int:
-    """Be refused; gives the seconds that it says to wait."""
+def retry_after(admission: AdmissionController, count: int = 1) -> int:
+    """Be rejected, and return the seconds to wait."""
     before = admission.in_flight
     with pytest.raises(Problem) as caught:
-        admission.acquire(photos)
+        admission.acquire(count)
     assert admission.in_flight == before
     assert (caught.value.code, caught.value.status) == ("overloaded", 503)
     seconds = int(caught.value.headers["Retry-After"])
@@ -39,7 +39,7 @@ def retry_after(admission: AdmissionController, photos: int = 1) -> int:
     return seconds
 
 
-def test_it_counts_in_and_out() -> None:
+def test_images_are_counted() -> None:
     admission = AdmissionController(3)
     admission.acquire()
     admission.acquire(2)
@@ -53,55 +53,55 @@ def test_it_counts_in_and_out() -> None:
     assert admission.in_flight == 3
 
 
-def test_a_request_of_no_more_photos_is_always_let_in() -> None:
+def test_acquiring_no_more_images_always_succeeds() -> None:
     admission = AdmissionController(1)
     admission.acquire()
     admission.acquire(0)
     assert admission.in_flight == 1
 
 
-def test_the_limit_holds_when_many_come_at_once() -> None:
+def test_the_limit_holds_under_concurrency() -> None:
     admission, together = AdmissionController(10), threading.Barrier(8)
-    refused, most = 0, 0
+    rejected, highest = 0, 0
     lock = threading.Lock()
 
-    def come_and_go() -> None:
-        nonlocal refused, most
+    def acquire_and_release() -> None:
+        nonlocal rejected, highest
         together.wait()
         for _ in range(300):
             try:
                 admission.acquire(3)
             except Problem:
                 with lock:
-                    refused += 1
+                    rejected += 1
                 continue
             with lock:
-                most = max(most, admission.in_flight)
+                highest = max(highest, admission.in_flight)
             admission.release(3, completed=3)
 
-    threads = [threading.Thread(target=come_and_go) for _ in range(8)]
+    threads = [threading.Thread(target=acquire_and_release) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert admission.in_flight == 0
-    assert most <= 10
+    assert highest <= 10
 
 
-def test_who_is_refused_is_told_when_half_of_the_house_will_be_empty(clock: Clock) -> None:
+def test_retry_after_is_when_half_of_the_capacity_is_free(clock: Clock) -> None:
     admission = AdmissionController(64)
     admission.acquire(64)
-    assert retry_after(admission) == 1  # nothing was measured yet
-    for _ in range(20):  # four photos a second
+    assert retry_after(admission) == 1  # nothing measured yet
+    for _ in range(20):  # 4 images per second
         clock.now += 0.25
         admission.release(1, completed=1)
         admission.acquire(1)
-    rate = 20 / (20 * 0.25 - 0.25)  # from the first that left on
+    rate = 20 / (20 * 0.25 - 0.25)  # since the first completed image
     assert retry_after(admission) == -(-33 // rate) == 8
     assert retry_after(admission, 16) == -(-48 // rate) == 12
 
 
-def test_the_wait_is_never_below_a_second_nor_over_a_minute(clock: Clock) -> None:
+def test_retry_after_is_between_a_second_and_a_minute(clock: Clock) -> None:
     admission = AdmissionController(64)
     admission.acquire(64)
     for _ in range(200):
@@ -117,7 +117,7 @@ def test_the_wait_is_never_below_a_second_nor_over_a_minute(clock: Clock) -> Non
     assert retry_after(slow) == 60
 
 
-def test_what_was_measured_long_ago_does_not_count(clock: Clock) -> None:
+def test_old_measurements_are_ignored(clock: Clock) -> None:
     admission = AdmissionController(64)
     admission.acquire(64)
     admission.release(1, completed=1)
@@ -128,7 +128,7 @@ def test_what_was_measured_long_ago_does_not_count(clock: Clock) -> None:
     assert retry_after(admission) == 1
 
 
-def test_photos_without_an_answer_are_no_measure(clock: Clock) -> None:
+def test_images_without_a_result_are_not_measured(clock: Clock) -> None:
     admission = AdmissionController(2)
     admission.acquire(2)
     for _ in range(5):
@@ -138,7 +138,7 @@ def test_photos_without_an_answer_are_no_measure(clock: Clock) -> None:
     assert retry_after(admission) == 1
 
 
-def test_a_place_is_given_back_once() -> None:
+def test_a_slot_is_released_once() -> None:
     admission = AdmissionController(2)
     one, other = admission.try_acquire_slot(), admission.try_acquire_slot()
     assert one is not None
@@ -152,16 +152,16 @@ def test_a_place_is_given_back_once() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 4, 64])
-def test_a_full_house_is_looked_at_often_enough_not_to_run_empty(clock: Clock, limit: int) -> None:
+def test_the_accept_pause_at_capacity_is_short_enough(clock: Clock, limit: int) -> None:
     admission = AdmissionController(limit)
     assert admission.accept_pause_s == 0
     admission.acquire(limit)
-    assert admission.accept_pause_s == 0  # nothing was measured yet
-    for _ in range(100):  # a hundred photos a second
+    assert admission.accept_pause_s == 0  # nothing measured yet
+    for _ in range(100):  # 100 images per second
         clock.now += 0.01
         admission.release(1, completed=1)
         admission.acquire(1)
     assert 0 < admission.accept_pause_s <= 0.05
-    assert admission.accept_pause_s * 100 <= limit / 6  # photos that leave meanwhile
+    assert admission.accept_pause_s * 100 <= limit / 6  # images that complete meanwhile
     admission.release(1, completed=1)
     assert admission.accept_pause_s == 0

@@ -1,4 +1,4 @@
-"""What the service's worker uses of gunicorn beyond its documented worker class is as it expects."""
+"""Contract tests for the internals of gunicorn that the service's worker uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ POST = b"POST /a%20b?c=d HTTP/1.1\r\nHost: localhost\r\n"
 
 
 class Socket:
-    """What a response may use of a socket."""
+    """The methods of a socket that a response may use."""
 
     def __init__(self) -> None:
         self.sent = b""
@@ -36,7 +36,7 @@ def parse(*source: bytes) -> Any:
     return next(http.get_parser(Config(), growing_iterator(list(source)), HERE))
 
 
-def test_a_parser_takes_an_iterable_and_says_when_a_head_is_not_complete() -> None:
+def test_the_parser_takes_an_iterable_and_reports_an_incomplete_head() -> None:
     request = parse(POST + b"Content-Length: 5\r\n\r\n")
     assert (request.method, request.path, request.query, request.version) == ("POST", "/a%20b", "c=d", (1, 1))
     assert request.headers == [("HOST", "localhost"), ("CONTENT-LENGTH", "5")]
@@ -51,7 +51,7 @@ def test_a_parser_takes_an_iterable_and_says_when_a_head_is_not_complete() -> No
         parse(POST + b"A: b\r\n" * 101 + b"\r\n")
 
 
-def test_a_body_in_chunks_is_read_from_what_the_iterable_gives_later() -> None:
+def test_a_chunked_body_is_read_from_what_the_iterable_yields_later() -> None:
     source = [POST + b"Transfer-Encoding: chunked\r\n\r\n"]
     request = next(http.get_parser(Config(), growing_iterator(source), HERE))
     source.append(b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nA: b\r\n\r\n")
@@ -72,7 +72,7 @@ def test_a_body_in_chunks_is_read_from_what_the_iterable_gives_later() -> None:
         b"4\r\n\r\n\r\n\r\n0\r\n\r\n",
     ],
 )
-def test_the_scanner_finds_the_end_that_gunicorn_finds(body: bytes) -> None:
+def test_the_scanner_finds_the_same_end_as_gunicorn(body: bytes) -> None:
     for extra in (b"", b"GET / HTTP/1.1\r\n\r\n"):
         scanner, received = ChunkScanner(), bytearray()
         for i in range(len(body)):
@@ -100,14 +100,14 @@ def test_the_scanner_finds_the_end_that_gunicorn_finds(body: bytes) -> None:
         b"5;" + b"x" * 9000,
     ],
 )
-def test_what_gunicorn_refuses_is_not_waited_for(body: bytes) -> None:
+def test_the_scanner_does_not_wait_for_the_end_of_a_malformed_body(body: bytes) -> None:
     assert ChunkScanner().find_end(bytearray(body)) == len(body)
     request = parse(POST + b"Transfer-Encoding: chunked\r\n\r\n", body)
     with pytest.raises(Exception, match=r".*"):
         request.body.read()
 
 
-def test_the_environment_is_made_without_a_word_to_a_client_whose_expectation_was_met() -> None:
+def test_no_second_continue_is_sent() -> None:
     request = parse(POST + b"Content-Length: 5\r\nExpect: 100-continue\r\n\r\n")
     assert request._expected_100_continue is True
     request._expected_100_continue = False
@@ -118,7 +118,7 @@ def test_the_environment_is_made_without_a_word_to_a_client_whose_expectation_wa
     assert environ["gunicorn.socket"] is sock
 
 
-def test_a_response_writes_with_sendall_alone_and_says_what_it_wrote() -> None:
+def test_a_response_only_calls_sendall_and_counts_what_it_wrote() -> None:
     sock = Socket()
     response, _ = wsgi.create(parse(POST + b"\r\n"), sock, HERE, HERE, Config())
     assert not response.headers_sent
@@ -139,7 +139,7 @@ def test_a_response_writes_with_sendall_alone_and_says_what_it_wrote() -> None:
     ("error", "status"),
     [(errors.InvalidHeader("A"), b"400"), (errors.LimitRequestHeaders("x"), b"431"), (ValueError("x"), b"500")],
 )
-def test_a_worker_answers_errors_through_the_socket(error: Exception, status: bytes) -> None:
+def test_errors_are_sent_through_the_socket(error: Exception, status: bytes) -> None:
     class Log(logging.LoggerAdapter):  # type: ignore[type-arg]
         def access(self, *_: object) -> None:
             pass
@@ -153,7 +153,7 @@ def test_a_worker_answers_errors_through_the_socket(error: Exception, status: by
         assert b"\r\nConnection: close\r\n" in sock.sent
 
 
-def test_signals_wake_the_loop_through_the_workers_pipe() -> None:
+def test_signals_wake_the_loop_through_the_pipe() -> None:
     code = """
 import os, signal
 from gunicorn.workers.base import Worker

@@ -1,4 +1,4 @@
-"""Clients that are slow, silent, do not read, or are many: good requests succeed while they are still connected."""
+"""Slow, idle, unread and too many connections: good requests succeed while they are open."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.raw_connection import RED, Line, held, inside, probabilities
+from tests.helpers.raw_connection import RED, RawConnection, held, in_flight, probabilities
 from tests.helpers.server import ANSWER_S, Server, poll, serve
 
 GET = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n"
-RELAXED = {"first_byte_timeout_s": 300, "head_timeout_s": 300, "send_timeout_s": 300}  # no attacker is rid of by itself
+RELAXED = {"first_byte_timeout_s": 300, "head_timeout_s": 300, "send_timeout_s": 300}  # attackers stay connected
 
 
 @contextlib.contextmanager
-def lines(server: Server, count: int, data: bytes = b"") -> Iterator[list[Line]]:
-    """So many connections that sent ``data`` and do nothing more."""
+def open_connections(server: Server, count: int, data: bytes = b"") -> Iterator[list[RawConnection]]:
+    """Open ``count`` connections that send ``data`` and nothing more."""
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(Line(server)) for _ in range(count)]
+        opened = [stack.enter_context(RawConnection(server)) for _ in range(count)]
         for line in opened:
             line.socket.sendall(data)
         yield opened
 
 
-def check_well(server: Server, worker: int) -> None:
-    """Check that the worker is the same and answers every kind of request."""
+def check_health(server: Server, worker: int) -> None:
+    """Check that the worker is the same and serves every kind of request."""
     assert server.workers() == [worker]
     for path in ("/health/live", "/health/ready", "/metrics", "/openapi.json"):
         assert server.get(path).status == 200, path
@@ -47,8 +47,8 @@ def rejections(server: Server, reason: str) -> float:
     return server.metrics().get(f'http_requests_rejected_total{{reason="{reason}"}}', 0)
 
 
-def is_ended(line: Line) -> bool:
-    """Whether the server has closed the connection, after whatever it sent before."""
+def wait_for_close(line: RawConnection) -> bool:
+    """Read until the server closes the connection."""
     try:
         while line.socket.recv(1 << 16):
             pass
@@ -61,8 +61,8 @@ def is_ended(line: Line) -> bool:
 
 
 @contextlib.contextmanager
-def deaf_lines(server: Server, count: int) -> Iterator[list[socket.socket]]:
-    """Connections that ask for much, again and again, and read nothing."""
+def unread_responses(server: Server, count: int) -> Iterator[list[socket.socket]]:
+    """Open connections that request much and read nothing."""
     with contextlib.ExitStack() as stack:
         opened = []
         for _ in range(count):
@@ -75,27 +75,27 @@ def deaf_lines(server: Server, count: int) -> Iterator[list[socket.socket]]:
         yield opened
 
 
-def test_responses_that_are_not_read_hold_no_thread(tiny_bundle: SimpleNamespace) -> None:
+def test_unread_responses_occupy_no_thread(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, threads=4, page_queue=1000, **RELAXED) as server:
         (worker,) = server.workers()
-        with deaf_lines(server, 20):
+        with unread_responses(server, 20):
             for _ in range(5):
-                check_well(server, worker)
+                check_health(server, worker)
             assert cuts(server, "send_timeout") == 0
 
 
-def test_clients_that_do_not_read_are_cut_and_do_not_delay_a_stop(tiny_bundle: SimpleNamespace) -> None:
+def test_unread_responses_are_cut_and_do_not_delay_a_stop(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, page_queue=1000, send_timeout_s=0.5) as server:
-        with deaf_lines(server, 10):
+        with unread_responses(server, 10):
             poll(lambda: cuts(server, "send_timeout") == 10)
-        with deaf_lines(server, 10):
+        with unread_responses(server, 10):
             assert server.stop() == 0
 
 
-def test_a_client_that_reads_slowly_gets_all_of_its_response(tiny_bundle: SimpleNamespace) -> None:
+def test_a_slow_reader_gets_its_complete_response(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, send_timeout_s=300) as server:
         whole = server.get("/openapi.json", headers={"Host": "localhost"}).body
-        with deaf_lines(server, 1) as (sock,), sock.makefile("rb") as source:
+        with unread_responses(server, 1) as (sock,), sock.makefile("rb") as source:
             for _ in range(60):
                 while source.readline() != b"\r\n":
                     pass
@@ -105,27 +105,27 @@ def test_a_client_that_reads_slowly_gets_all_of_its_response(tiny_bundle: Simple
 # Clients that are silent or slow
 
 
-def test_silent_connections_do_not_use_up_the_files(tiny_bundle: SimpleNamespace) -> None:
+def test_idle_connections_do_not_exhaust_open_files(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, max_files=256, **RELAXED) as server:
         (worker,) = server.workers()
-        with lines(server, 400):
-            check_well(server, worker)
+        with open_connections(server, 400):
+            check_health(server, worker)
             assert cuts(server, "connection_limit") >= 400 - 256
             assert server.metrics()["http_connections"] <= 128
         assert [line for line in server.log() if line["level"] in ("ERROR", "CRITICAL")] == []
 
 
-def test_a_worker_without_free_files_pauses_and_goes_on(tiny_bundle: SimpleNamespace) -> None:
+def test_a_worker_without_free_files_pauses_and_continues(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, **RELAXED) as server:
         (worker,) = server.workers()
-        check_well(server, worker)
+        check_health(server, worker)
         limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
         highest = max(int(file.name) for file in Path(f"/proc/{worker}/fd").iterdir())
         resource.prlimit(worker, resource.RLIMIT_NOFILE, (highest + 4, limits[1]))
-        with lines(server, 50):
+        with open_connections(server, 50):
             assert server.get("/health/live").status == 200
             resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
-            check_well(server, worker)
+            check_health(server, worker)
             assert cuts(server, "file_limit") >= 1
         assert [line for line in server.log() if line["level"] in ("ERROR", "CRITICAL")] == []
 
@@ -142,16 +142,16 @@ def test_a_worker_without_free_files_pauses_and_goes_on(tiny_bundle: SimpleNames
     ],
     ids=["silent", "head", "body", "chunks", "page", "probe"],
 )
-def test_slow_clients_take_neither_threads_nor_slots(tiny_bundle: SimpleNamespace, data: bytes) -> None:
+def test_slow_clients_occupy_neither_threads_nor_slots(tiny_bundle: SimpleNamespace, data: bytes) -> None:
     with serve(tiny_bundle.path, max_in_flight=2, max_images=2, threads=2, page_queue=2, **RELAXED) as server:
         (worker,) = server.workers()
-        with lines(server, 200, data):
+        with open_connections(server, 200, data):
             for _ in range(3):
-                check_well(server, worker)
-            assert inside(server) == 0
+                check_health(server, worker)
+            assert in_flight(server) == 0
 
 
-def test_connections_that_take_too_long_are_ended_and_counted(tiny_bundle: SimpleNamespace) -> None:
+def test_timeouts_close_connections_and_are_counted(tiny_bundle: SimpleNamespace) -> None:
     slow = {"first_byte_timeout_s": 0.3, "head_timeout_s": 0.3, "body_timeout_s": 0.3}
     with serve(tiny_bundle.path, **slow) as server:
         for reason, data in {
@@ -159,50 +159,50 @@ def test_connections_that_take_too_long_are_ended_and_counted(tiny_bundle: Simpl
             "head_timeout": b"GET / HTTP/1.1\r\n",
             "body_timeout": b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n",
         }.items():
-            with lines(server, 3, data) as opened:
-                assert all(is_ended(line) for line in opened)
+            with open_connections(server, 3, data) as opened:
+                assert all(wait_for_close(line) for line in opened)
             assert cuts(server, reason) == 3
 
 
-def test_incomplete_requests_are_bounded_in_total(tiny_bundle: SimpleNamespace) -> None:
+def test_bytes_of_incomplete_requests_are_bounded(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, max_body_mb=1, max_buffered_mb=1) as server, contextlib.ExitStack() as stack:
         for _ in range(8):
-            line = stack.enter_context(Line(server))
+            line = stack.enter_context(RawConnection(server))
             line.socket.sendall(line.head(900_000) + bytes(300_000))
         poll(lambda: cuts(server, "buffer_limit") >= 5)  # three of them fit
         assert probabilities(server.post(RED, "image/png"))
         assert cuts(server, "buffer_limit") == 5
 
 
-def test_chunks_that_are_mostly_padding_are_refused(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, max_body_mb=0.1) as server, Line(server) as line:
+def test_padded_chunks_are_rejected(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, max_body_mb=0.1) as server, RawConnection(server) as line:
         line.socket.sendall(line.head("chunked") + (b"1;" + b"x" * 8000 + b"\r\na\r\n") * 40)
-        assert line.answer().code == "body_too_large"
+        assert line.response().code == "body_too_large"
         assert line.is_closed()
 
 
 # Too many connections
 
 
-def test_room_is_made_by_those_that_never_sent_then_by_those_idle_for_longest(tiny_bundle: SimpleNamespace) -> None:
+def test_connections_without_a_request_are_evicted_first_then_the_longest_idle(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, max_connections=16, **RELAXED) as server, contextlib.ExitStack() as stack:
 
-        def used() -> Line:
-            line = stack.enter_context(Line(server))
+        def used() -> RawConnection:
+            line = stack.enter_context(RawConnection(server))
             line.socket.sendall(GET % b"/health/live")
-            assert line.answer().status == 200
+            assert line.response().status == 200
             return line
 
-        def is_open(line: Line) -> bool:
+        def is_open(line: RawConnection) -> bool:
             line.socket.sendall(GET % b"/health/live")
-            return line.answer().status == 200
+            return line.response().status == 200
 
         idle = [used() for _ in range(4)]
-        with lines(server, 100):
+        with open_connections(server, 100):
             assert probabilities(server.post(RED, "image/png"))
             assert all(is_open(line) for line in idle)
         later = [used() for _ in range(16)]
-        assert all(is_ended(line) for line in idle)
+        assert all(wait_for_close(line) for line in idle)
         assert all(is_open(line) for line in later[1:])
 
 
@@ -211,11 +211,11 @@ def test_pages_starve_neither_predictions_nor_probes(tiny_bundle: SimpleNamespac
         (worker,) = server.workers()
         os.kill(worker, signal.SIGSTOP)
         try:
-            with lines(server, 50, GET % b"/openapi.json") as opened:
+            with open_connections(server, 50, GET % b"/openapi.json") as opened:
                 os.kill(worker, signal.SIGCONT)
                 assert server.get("/health/live").status == 200
                 assert probabilities(server.post(RED, "image/png"))
-                replies = [line.answer() for line in opened]
+                replies = [line.response() for line in opened]
         finally:
             os.kill(worker, signal.SIGCONT)
         seen = Counter(reply.status for reply in replies)
@@ -225,7 +225,7 @@ def test_pages_starve_neither_predictions_nor_probes(tiny_bundle: SimpleNamespac
         assert server.get("/openapi.json").status == 200
 
 
-# What must not walk around the admission
+# What must not bypass admission
 
 
 @pytest.fixture(scope="module")
@@ -237,29 +237,29 @@ def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
 @pytest.mark.parametrize(
     "path", ["/predict", "//predict", "///predict", "/pre%64ict", "/%2Fpredict", "//predict?top_k=1", "//"]
 )
-def test_every_spelling_of_a_path_is_admitted_alike(full: Server, path: str) -> None:
-    with Line(full) as line:
+def test_every_spelling_of_a_path_counts_for_admission(full: Server, path: str) -> None:
+    with RawConnection(full) as line:
         line.socket.sendall(line.head(len(RED), path=path) + RED)
-        assert line.answer().status == 503
-    assert inside(full) == 4
+        assert line.response().status == 503
+    assert in_flight(full) == 4
 
 
-def test_another_protocol_words_its_rejection_however_the_path_is_spelled(full: Server) -> None:
+def test_the_inference_protocol_words_its_own_rejection(full: Server) -> None:
     name = full.get("/models").json()["models"][0]["name"]
     for path in (f"/v2/models/{name}/infer", f"//v2/models/{name}/infer"):
-        with Line(full) as line:
+        with RawConnection(full) as line:
             line.socket.sendall(line.head(len(RED), path=path) + RED)
-            reply = line.answer()
+            reply = line.response()
             assert reply.status == 503
             assert "The server is at capacity (4 of 4 images in flight)." in reply.json()["error"]
 
 
-def test_what_computes_nothing_is_answered_at_capacity(full: Server) -> None:
+def test_requests_without_inference_are_served_at_capacity(full: Server) -> None:
     assert full.request("OPTIONS", "/predict").status == 200
     assert full.request("OPTIONS", "//predict").status == 200
     assert full.get("/predict").status == 405
     assert full.get("//health/live").status == 200
-    assert inside(full) == 4
+    assert in_flight(full) == 4
 
 
 LENGTH = str(len(RED)).encode()
@@ -276,7 +276,7 @@ HEADS = {
     "length with an underscore": [*PLAIN, b"Content_Length: 5"],
     "a space before the colon": [*PLAIN[:3], b"Content-Length : " + LENGTH],
     "length and chunks": [*PLAIN, b"Transfer-Encoding: chunked"],
-    "an unknown coding": [*PLAIN, b"Transfer-Encoding: xchunked"],
+    "an unknown encoding": [*PLAIN, b"Transfer-Encoding: xchunked"],
     "folded": [*PLAIN, b"X-A: b", b" c"],
     "bare LF": [*PLAIN, b"X-A: b\nX-B: c"],
     "bare CR": [*PLAIN, b"X-A: b\rX-B: c"],
@@ -296,16 +296,16 @@ HEADS = {
 }
 
 
-def test_a_head_is_judged_alike_at_capacity(tiny_bundle: SimpleNamespace) -> None:
+def test_heads_get_the_same_status_at_capacity(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
 
         def statuses() -> dict[str, int]:
-            found = {}
+            result = {}
             for name, head in HEADS.items():
-                with Line(server) as line:
+                with RawConnection(server) as line:
                     line.socket.sendall(b"\r\n".join(head) + b"\r\n\r\n" + RED)
-                    found[name] = line.answer().status
-            return found
+                    result[name] = line.response().status
+            return result
 
         idle = statuses()
         assert idle["plain"] == 200
@@ -348,40 +348,40 @@ def test_other_host_names_are_rejected_on_a_loopback_address(tiny_bundle: Simple
             assert server.get("/models", headers={"Host": host}).status == status, host
 
 
-# Ends
+# Half-closed connections and stops
 
 
 @pytest.mark.parametrize("path", ["/predict", "/", "/v2/models/tiny/infer"])
-def test_a_client_that_closes_its_half_is_answered(tiny_bundle: SimpleNamespace, path: str) -> None:
-    with serve(tiny_bundle.path) as server, Line(server) as line:
+def test_a_half_closed_connection_gets_its_response(tiny_bundle: SimpleNamespace, path: str) -> None:
+    with serve(tiny_bundle.path) as server, RawConnection(server) as line:
         line.socket.sendall(line.head(len(RED), path=path) + RED)
         line.socket.shutdown(socket.SHUT_WR)
-        reply = line.answer()
+        reply = line.response()
         assert reply.status != 504
         if path == "/predict":
             assert probabilities(reply)
         assert line.is_closed()
 
 
-def test_a_client_that_closes_its_half_is_answered_even_after_a_wait(tiny_bundle: SimpleNamespace) -> None:
+def test_a_half_closed_connection_gets_its_response_after_a_wait(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path) as server, held(server, 1) as accepted:
         for line in accepted.lines:
             line.socket.shutdown(socket.SHUT_WR)
         accepted.send(1)
-        poll(lambda: inside(server) == 2)
-        assert all(probabilities(reply) for reply in accepted.answers())
+        poll(lambda: in_flight(server) == 2)
+        assert all(probabilities(reply) for reply in accepted.responses())
 
 
-def test_a_stop_answers_whoever_the_kernel_has_accepted(tiny_bundle: SimpleNamespace) -> None:
+def test_a_stop_serves_connections_in_the_backlog(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path) as server:
         (worker,) = server.workers()
         os.kill(worker, signal.SIGSTOP)
         try:
-            with lines(server, 40, GET % b"/health/live") as opened:
+            with open_connections(server, 40, GET % b"/health/live") as opened:
                 server.process.send_signal(signal.SIGTERM)
                 poll(lambda: any("signal: term" in line["message"] for line in server.log()))
                 os.kill(worker, signal.SIGCONT)
-                assert [line.answer().status for line in opened] == [200] * 40
+                assert [line.response().status for line in opened] == [200] * 40
                 assert all(line.is_closed() for line in opened)
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -390,17 +390,17 @@ def test_a_stop_answers_whoever_the_kernel_has_accepted(tiny_bundle: SimpleNames
         assert all(line["level"] == "INFO" for line in server.log())
 
 
-def test_a_stop_does_not_wait_for_silent_clients(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, **RELAXED) as server, lines(server, 20) as opened:
+def test_a_stop_does_not_wait_for_idle_clients(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, **RELAXED) as server, open_connections(server, 20) as opened:
         server.process.send_signal(signal.SIGTERM)
-        assert all(is_ended(line) for line in opened)
+        assert all(wait_for_close(line) for line in opened)
         assert server.process.wait(ANSWER_S) == 0
 
 
-# gunicorn's own worker
+# The stock worker
 
 
-def test_gunicorns_own_worker_serves_and_admits(tiny_bundle: SimpleNamespace) -> None:
+def test_the_stock_worker_serves_and_admits(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, gunicorn_worker="stock", max_in_flight=4, max_images=4) as server:
         assert probabilities(server.post(RED, "image/png"))
         assert server.post([RED[:10], RED[10:]], "image/png").status == 200
@@ -408,12 +408,12 @@ def test_gunicorns_own_worker_serves_and_admits(tiny_bundle: SimpleNamespace) ->
             assert server.post(RED, "image/png").code == "overloaded"
             assert server.post(RED, "image/png", path="//predict").code == "overloaded"
             assert server.get("/health/live").status == 200
-            assert all(probabilities(reply) for reply in accepted.answers())
-        poll(lambda: inside(server) == 0)
+            assert all(probabilities(reply) for reply in accepted.responses())
+        poll(lambda: in_flight(server) == 0)
         assert server.stop() == 0
 
 
-def test_gunicorns_own_worker_ends_a_body_that_stays_out(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, gunicorn_worker="stock", body_timeout_s=0.4) as server, Line(server) as line:
+def test_the_stock_worker_times_out_a_missing_body(tiny_bundle: SimpleNamespace) -> None:
+    with serve(tiny_bundle.path, gunicorn_worker="stock", body_timeout_s=0.4) as server, RawConnection(server) as line:
         line.begin()
-        assert line.answer().code == "body_timeout"
+        assert line.response().code == "body_timeout"

@@ -1,4 +1,4 @@
-"""Every route with every method, and hostile text in every place: no server error, no file that a client names is opened."""
+"""Every method on every route, and hostile text everywhere: no server error, and no file that a client names is opened."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ sys.addaudithook(_note_opened)
 
 @contextlib.contextmanager
 def opened_files() -> Iterator[list[str]]:
-    """Record the paths that this process opens inside the block."""
+    """Record the paths that this process opens in_flight the block."""
     global _opened
     _opened = []
     try:
@@ -70,7 +70,7 @@ def app(tiny_bundle: SimpleNamespace, new_database: Any, request: pytest.Fixture
 def send(
     app: Flask, method: str, path: str, query: str = "", body: bytes = b"", content_type: str | None = None, **headers: str
 ) -> TestResponse:
-    """Send a request as a server passes it on: the path percent-decoded, its bytes as Latin-1, and not normalized."""
+    """Send a request as a server passes it to WSGI: the path percent-decoded, as Latin-1, and not normalized."""
     builder = EnvironBuilder(method=method, input_stream=io.BytesIO(body), content_length=len(body), content_type=content_type)
     environ = builder.get_environ()
     environ["PATH_INFO"] = path.encode("utf-8", "surrogatepass").decode("latin-1")
@@ -80,7 +80,7 @@ def send(
 
 
 def hostile_segments(secret: Path) -> list[str]:
-    """What stands in place of a path's parameter."""
+    """Return hostile values of a path parameter."""
     return [
         "..",
         "../../../etc/passwd",
@@ -104,7 +104,7 @@ def hostile_segments(secret: Path) -> list[str]:
     ]
 
 
-def test_no_method_on_no_route_fails_or_opens_a_file_that_the_path_names(
+def test_no_route_and_method_fails_or_opens_a_file_named_in_the_path(
     app: Flask, tiny_bundle: SimpleNamespace, tmp_path: Path
 ) -> None:
     secret = tmp_path / "secret"
@@ -125,7 +125,7 @@ def test_no_method_on_no_route_fails_or_opens_a_file_that_the_path_names(
 
 
 @pytest.mark.parametrize("method", KNOWN_METHODS)
-def test_only_get_and_head_touch_a_static_file(app: Flask, method: str) -> None:
+def test_only_get_and_head_open_a_static_file(app: Flask, method: str) -> None:
     version = static_versions()["site.css"]
     with opened_files() as opened:
         response = send(app, method, "/static/site.css", query=f"v={version}")
@@ -143,7 +143,7 @@ def test_no_request_hashes_a_static_file(app: Flask, monkeypatch: pytest.MonkeyP
         assert send(app, "OPTIONS", path).status_code == 200
 
 
-# Text that no database stores, that breaks a header, or that is merely odd.
+# Text that no database stores, that breaks a header, or that is unusual.
 UNSTORABLE = ("\0", "half \udcff")
 HOSTILE = (*UNSTORABLE, "\r\nSet-Cookie: a=b", "\x01\x7f\x85\u2028\u202e", "%ud800'\";--", "x" * 9_000)
 PARAMETERS = (*FACETS, "model", "photo", "sha256", "explain", "saved", "a", "b", "baseline", "change", "sort", "order", "seed")
@@ -156,12 +156,12 @@ def quoted(text: str) -> str:
     return quote(text.encode("utf-8", "surrogatepass"), safe="")
 
 
-def check(response: TestResponse, what: str) -> None:
-    assert response.status_code < 500, f"{what}: {response.status_code} {response.data[:300]!r}"
+def check(response: TestResponse, context: str) -> None:
+    assert response.status_code < 500, f"{context}: {response.status_code} {response.data[:300]!r}"
 
 
 def pages(app: Flask) -> list[str]:
-    """Every path that answers GET, its parameters filled in."""
+    """Return every path with a GET route, its parameters filled in."""
     sha256 = "0" * 64
     rules = sorted({rule.rule for rule in app.url_map.iter_rules() if "GET" in (rule.methods or ())})
     return [re.sub(r"<[^>]+>", sha256, rule) for rule in rules]

@@ -1,4 +1,4 @@
-"""The service when more come than it can answer: who is told to come again, how, and what happens to those who were let in."""
+"""The service above its capacity: how requests are rejected, and what happens to accepted ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.raw_connection import HEAVY, RED, Line, held, inside, probabilities, told
+from tests.helpers.raw_connection import HEAVY, RED, RawConnection, held, in_flight, probabilities, send_with_retry
 from tests.helpers.server import ANSWER_S, Reply, Server, multipart, poll, serve
 
-ID = "0123456789abcdef-is-given"
+ID = "0123456789abcdef-of-client"
 
 
 @pytest.fixture
 def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
-    """A server that has room for four, and has four."""
+    """A server at its capacity of four images."""
     with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, held(server, 4):
         yield server
 
 
-def check_refusal(reply: Reply, *, request_id: str | None = None) -> None:
+def check_rejection(reply: Reply, *, request_id: str | None = None) -> None:
     assert (reply.status, reply.code) == (503, "overloaded"), reply.body
     assert 1 <= int(reply.headers["Retry-After"]) <= 60
     assert f"Retry in {reply.headers['Retry-After']} s." in reply.json()["detail"]
@@ -36,26 +36,26 @@ def check_refusal(reply: Reply, *, request_id: str | None = None) -> None:
         assert reply.headers["X-Request-ID"] == request_id
 
 
-def test_a_full_house_says_when_to_come_again_and_finishes_what_it_took(tiny_bundle: SimpleNamespace) -> None:
+def test_at_capacity_requests_are_rejected_and_accepted_ones_finish(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
         with held(server, 4) as accepted:
             for body, kind in ((RED, "image/png"), multipart(("file", "a.png", RED))):
-                check_refusal(server.post(body, kind))
+                check_rejection(server.post(body, kind))
             assert server.get("/health/live").status == 200
             assert server.get("/health/ready").status == 200
-            for reply in accepted.answers():
+            for reply in accepted.responses():
                 assert probabilities(reply)
-        poll(lambda: inside(server) == 0)
+        poll(lambda: in_flight(server) == 0)
         assert probabilities(server.post(RED, "image/png"))
         assert server.metrics()['http_problems_total{code="overloaded"}'] == 2
         assert server.metrics()['http_requests_rejected_total{reason="at_capacity"}'] == 2
 
 
-def test_who_is_refused_hears_of_it_whatever_the_size_of_the_photo(tiny_bundle: SimpleNamespace) -> None:
-    """A refusal is sent before the body is read; a client that is still sending must find it nevertheless."""
+def test_a_rejection_arrives_whatever_the_size_of_the_body(tiny_bundle: SimpleNamespace) -> None:
+    """A rejection is sent before the body is read. A client that is still sending must get it nevertheless."""
     with serve(tiny_bundle.path, max_in_flight=1, max_images=1) as server, held(server, 1):
         for size in (10_000, 300_000, 3_000_000, 15_000_000):
-            reply = told(partial(server.post, bytes(size), "image/png"))
+            reply = send_with_retry(partial(server.post, bytes(size), "image/png"))
             assert (reply.status, reply.code) == (503, "overloaded"), size
 
 
@@ -63,28 +63,28 @@ def test_who_is_refused_hears_of_it_whatever_the_size_of_the_photo(tiny_bundle: 
     ("path", "status", "length"),
     [("/predict", 503, 1_000), ("/predict", 503, 100_000), ("/predict", 413, 30_000_000), ("/nowhere", 404, 100_000)],
 )
-def test_an_answer_says_whether_another_request_may_follow(
+def test_a_response_states_whether_the_connection_is_kept(
     tiny_bundle: SimpleNamespace, path: str, status: int, length: int
 ) -> None:
-    """What a client sends behind an answer on a connection that is being closed is lost: an application's next photo."""
+    """A request that a client sends on a connection that is being closed would be lost."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serve(tiny_bundle.path, max_in_flight=1, max_images=1))
         if status == 503:
             stack.enter_context(held(server, 1))
-        line = stack.enter_context(Line(server))
+        line = stack.enter_context(RawConnection(server))
         line.socket.sendall(line.head(length, path=path) + bytes(min(length, 100_000)))
-        reply = line.answer()
+        reply = line.response()
         assert reply.status == status
-        if length < 65_536 or status == 404:  # of a body that is not read, so much is thrown away for the next request's sake
+        if length < 65_536 or status == 404:  # so much of an unread body is discarded to keep the connection
             assert reply.headers["Connection"] == "keep-alive"
             line.socket.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert line.answer().status == 200
+            assert line.response().status == 200
         else:
             assert reply.headers["Connection"] == "close"
             assert line.is_closed()
 
 
-def test_overloaded_it_goes_on_answering(tiny_bundle: SimpleNamespace) -> None:
+def test_an_overloaded_server_keeps_serving(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
 
         def client(_: int) -> Counter[int]:
@@ -96,27 +96,27 @@ def test_overloaded_it_goes_on_answering(tiny_bundle: SimpleNamespace) -> None:
             return seen
 
         with ThreadPoolExecutor(12) as clients:
-            asked = [clients.submit(client, i) for i in range(12)]
-            while not all(future.done() for future in asked):
+            futures = [clients.submit(client, i) for i in range(12)]
+            while not all(future.done() for future in futures):
                 assert server.get("/health/ready").status == 200
-            seen = sum((future.result() for future in asked), Counter())
+            seen = sum((future.result() for future in futures), Counter())
         assert seen.keys() == {200, 503}
-        poll(lambda: inside(server) == 0)
+        poll(lambda: in_flight(server) == 0)
         metrics = server.metrics()
         for status, count in seen.items():
             assert metrics[f'http_requests_total{{method="POST",route="/predict",status="{status}"}}'] == count
 
 
-# What one connection hears
+# Responses on one connection
 
 
-def test_refusals_on_one_connection_have_their_own_ids(full: Server) -> None:
-    with Line(full) as line:
+def test_rejections_on_one_connection_have_their_own_ids(full: Server) -> None:
+    with RawConnection(full) as line:
         seen = set()
-        for given in (None, ID, None, "short", "x" * 64, "y" * 65, "not an id, as it has spaces", None):
-            line.socket.sendall(line.head(len(RED), **({"X_Request_ID": given} if given else {})) + RED)
-            reply = line.answer()
-            check_refusal(reply, request_id=given if given in (ID, "short", "x" * 64) else None)
+        for client_id in (None, ID, None, "short", "x" * 64, "y" * 65, "not an id, as it has spaces", None):
+            line.socket.sendall(line.head(len(RED), **({"X_Request_ID": client_id} if client_id else {})) + RED)
+            reply = line.response()
+            check_rejection(reply, request_id=client_id if client_id in (ID, "short", "x" * 64) else None)
             seen.add(reply.headers["X-Request-ID"])
         assert len(seen) == 8
         assert not any("y" * 65 in request_id or " " in request_id for request_id in seen)
@@ -134,13 +134,13 @@ def test_refusals_on_one_connection_have_their_own_ids(full: Server) -> None:
         b"POST http://x/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 8000 + b"\r\nContent-Length: %d\r\n\r\n",
     ],
-    ids=["plain", "other case", "other spaces", "close", "from a page", "HTTP/1.0", "absolute", "long"],
+    ids=["plain", "other case", "other spaces", "close", "with an origin", "HTTP/1.0", "absolute", "long"],
 )
-def test_however_it_is_asked_the_same_is_said(full: Server, head: bytes) -> None:
-    with Line(full) as line:
+def test_the_rejection_is_the_same_for_every_form_of_head(full: Server, head: bytes) -> None:
+    with RawConnection(full) as line:
         line.socket.sendall(head % len(RED) + RED)
-        reply = line.answer()
-        check_refusal(reply)
+        reply = line.response()
+        check_rejection(reply)
         plain = full.post(RED, "image/png")
         own = {"Date", "X-Request-ID", "Connection"}
         assert {**reply.headers} | dict.fromkeys(own) == {**plain.headers} | dict.fromkeys(own)
@@ -150,138 +150,146 @@ def test_however_it_is_asked_the_same_is_said(full: Server, head: bytes) -> None
             assert line.is_closed()
         else:
             line.socket.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert line.answer().status == 200
+            assert line.response().status == 200
 
 
-def test_chunks_are_refused_as_well(full: Server) -> None:
-    with Line(full) as line:
+def test_a_chunked_request_is_rejected_too(full: Server) -> None:
+    with RawConnection(full) as line:
         line.socket.sendall(line.head("chunked") + b"3\r\nabc\r\n0\r\n\r\n")
-        check_refusal(line.answer())
+        check_rejection(line.response())
 
 
-def test_who_waits_to_be_asked_for_the_body_is_refused_before(full: Server) -> None:
-    with Line(full) as line:
+def test_a_request_that_expects_continue_is_rejected_before_its_body(full: Server) -> None:
+    with RawConnection(full) as line:
         line.socket.sendall(line.head(len(RED), Expect="100-continue"))
-        check_refusal(line.answer())
+        check_rejection(line.response())
 
 
-@pytest.mark.parametrize("twice", [(b"5", b"5"), (b"5", b"0"), (b"0", b"5")])
-def test_two_lengths_are_none(full: Server, twice: tuple[bytes, bytes]) -> None:
-    with Line(full) as line:
+@pytest.mark.parametrize("lengths", [(b"5", b"5"), (b"5", b"0"), (b"0", b"5")])
+def test_two_lengths_are_invalid(full: Server, lengths: tuple[bytes, bytes]) -> None:
+    with RawConnection(full) as line:
         line.socket.sendall(
-            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\ncontent-length: %b\r\n\r\nGET /" % twice
+            b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\ncontent-length: %b\r\n\r\nGET /" % lengths
         )
-        assert line.answer().status == 400
+        assert line.response().status == 400
         assert line.is_closed()
 
 
-def test_a_refused_body_that_comes_late_is_no_request(full: Server) -> None:
-    """A head is refused before its body is there; what comes of it then must not be taken for what is asked next."""
+def test_the_late_body_of_a_rejected_request_is_not_parsed_as_a_request(full: Server) -> None:
+    """A head is rejected before its body arrives, which must not be parsed as the next request."""
     body = b"GET /models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100
-    with Line(full) as line:
+    with RawConnection(full) as line:
         for pieces in (1, 2, 30):
             line.socket.sendall(line.head(len(body)))
-            check_refusal(line.answer())
+            check_rejection(line.response())
             for i in range(pieces):
                 line.socket.sendall(body[len(body) * i // pieces : len(body) * (i + 1) // pieces])
             line.socket.sendall(line.head(len(body), X_Request_ID=ID) + body)
-            check_refusal(line.answer(), request_id=ID)
+            check_rejection(line.response(), request_id=ID)
 
 
-def test_requests_in_one_go_are_refused_and_answered_in_their_order(full: Server) -> None:
-    with Line(full) as line:
+def test_pipelined_requests_are_rejected_and_served_in_order(full: Server) -> None:
+    with RawConnection(full) as line:
         refused = [line.head(len(RED), X_Request_ID=f"{ID}-{i}") + RED for i in range(3)]
         line.socket.sendall(b"".join(refused) + b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" + refused[0])
         for i in range(3):
-            check_refusal(line.answer(), request_id=f"{ID}-{i}")
-        assert line.answer().json()["status"] == "alive"
-        check_refusal(line.answer(), request_id=f"{ID}-0")
+            check_rejection(line.response(), request_id=f"{ID}-{i}")
+        assert line.response().json()["status"] == "alive"
+        check_rejection(line.response(), request_id=f"{ID}-0")
 
 
-def test_a_refusal_needs_no_thread(tiny_bundle: SimpleNamespace) -> None:
-    """Those who are refused are many, and wait neither for those who are answered nor for those who trickle."""
+def test_a_rejection_needs_no_thread(tiny_bundle: SimpleNamespace) -> None:
+    """Rejections wait neither for accepted requests nor for slow clients."""
     with (
         serve(tiny_bundle.path, max_in_flight=4, max_images=4, threads=5) as server,
         held(server, 4) as accepted,
-        Line(server) as idle,
+        RawConnection(server) as idle,
     ):
-        idle.socket.sendall(b"POST /predict HTTP/1.1\r\n")  # and never more
-        with contextlib.ExitStack() as open_lines:
-            lines = [open_lines.enter_context(Line(server)) for _ in range(50)]
+        idle.socket.sendall(b"POST /predict HTTP/1.1\r\n")  # and nothing more
+        with contextlib.ExitStack() as stack:
+            lines = [stack.enter_context(RawConnection(server)) for _ in range(50)]
             for line in lines:
                 line.socket.sendall(line.head(len(RED)) + RED)
             for line in lines:
-                check_refusal(line.answer())
-            for reply in accepted.answers():
+                check_rejection(line.response())
+            for reply in accepted.responses():
                 assert probabilities(reply)
-            for line in lines:  # and so the house has room
+            for line in lines:  # now there is capacity
                 line.socket.sendall(line.head(len(RED)) + RED)
-                assert line.answer().status == 200
+                assert line.response().status == 200
 
 
-# Who was let in
+# Accepted requests
 
 
-def test_a_connection_that_was_refused_is_answered_when_there_is_room(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, held(server, 4) as accepted, Line(server) as line:
+def test_a_rejected_connection_is_served_once_there_is_capacity(tiny_bundle: SimpleNamespace) -> None:
+    with (
+        serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server,
+        held(server, 4) as accepted,
+        RawConnection(server) as line,
+    ):
         line.socket.sendall(line.head(len(RED)) + RED)
-        check_refusal(line.answer())
-        for reply in accepted.answers():
+        check_rejection(line.response())
+        for reply in accepted.responses():
             expected = probabilities(reply)
         for _ in range(3):
             line.socket.sendall(line.head(len(RED)) + RED)
-            assert probabilities(line.answer()) == expected
-        poll(lambda: inside(server) == 0)
+            assert probabilities(line.response()) == expected
+        poll(lambda: in_flight(server) == 0)
 
 
-@pytest.mark.parametrize("rudely", [False, True])
-def test_who_leaves_takes_no_place_along(tiny_bundle: SimpleNamespace, rudely: bool) -> None:
-    """Half of the house is full. A request that is not complete takes no place, and one that is gives it back."""
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_disconnected_client_occupies_no_slot(tiny_bundle: SimpleNamespace, reset: bool) -> None:
+    """At half of the capacity. An incomplete request occupies no slot, and a complete one releases it."""
     with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, held(server, 2) as accepted:
         for _ in range(30):
-            with Line(server) as line:
+            with RawConnection(server) as line:
                 line.begin()
-                line.close(rudely=rudely)
-        assert inside(server) == 2
+                line.close(reset=reset)
+        assert in_flight(server) == 2
         for _ in range(2):
-            with Line(server) as line:
+            with RawConnection(server) as line:
                 line.socket.sendall(line.head(len(RED)) + RED)
-                poll(lambda: inside(server) == 3)
-                line.close(rudely=True)
-            accepted.release()  # a thread notices it when it decodes
-            poll(lambda: inside(server) == 0)
+                poll(lambda: in_flight(server) == 3)
+                line.close(reset=True)
+            accepted.release()  # a thread notices the disconnect when it decodes
+            poll(lambda: in_flight(server) == 0)
             for line in accepted.lines:
-                assert probabilities(line.answer())
+                assert probabilities(line.response())
                 line.close()
             accepted.lines.clear()
             accepted.hold()
             accepted.send(2)
-            poll(lambda: inside(server) == 2)
+            poll(lambda: in_flight(server) == 2)
         accepted.send(2)
-        poll(lambda: inside(server) == 4)
-        check_refusal(server.post(RED, "image/png"))
-        for reply in accepted.answers():
+        poll(lambda: in_flight(server) == 4)
+        check_rejection(server.post(RED, "image/png"))
+        for reply in accepted.responses():
             assert probabilities(reply)
-        poll(lambda: inside(server) == 0)
+        poll(lambda: in_flight(server) == 0)
 
 
-def test_a_stop_of_a_full_house_answers_who_is_in_it_and_ends_who_is_not(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, held(server, 4) as accepted, Line(server) as line:
+def test_a_stop_at_capacity_finishes_accepted_requests_only(tiny_bundle: SimpleNamespace) -> None:
+    with (
+        serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server,
+        held(server, 4) as accepted,
+        RawConnection(server) as line,
+    ):
         line.socket.sendall(line.head(len(RED)) + RED)
-        check_refusal(line.answer())
+        check_rejection(line.response())
         os.kill(server.pid, signal.SIGTERM)
         assert line.is_closed()
-        for reply in accepted.answers():
+        for reply in accepted.responses():
             assert probabilities(reply)
         assert server.process.wait(ANSWER_S) == 0
 
 
-def test_refusals_are_counted(full: Server) -> None:
+def test_rejections_are_counted(full: Server) -> None:
     before = full.metrics()
-    with Line(full) as line:
-        for length in (len(RED), 100_000):  # kept, and closed
+    with RawConnection(full) as line:
+        for length in (len(RED), 100_000):  # kept and closed
             line.socket.sendall(line.head(length) + bytes(length))
-            check_refusal(line.answer())
+            check_rejection(line.response())
     now = full.metrics()
     for name in ('http_problems_total{code="overloaded"}', 'http_requests_total{method="POST",route="/predict",status="503"}'):
         assert now[name] - before.get(name, 0) == 2

@@ -1,4 +1,4 @@
-"""A client's JSON: what is too much is rejected before it is parsed, what is odd after it, and the largest request passes."""
+"""Request bodies: JSON above the limits is rejected before it is parsed, odd JSON after it, and the largest request passes."""
 
 from __future__ import annotations
 
@@ -64,22 +64,22 @@ def rejected(body: bytes, **limits: int) -> Problem:
 
 
 @pytest.mark.parametrize("item", [b"1", b"[]", b"{}", b'{"a":1}', b'"a"', b'","'])
-def test_the_bound_is_taken_and_one_more_is_not(item: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    def listed(number: int) -> bytes:
+def test_json_at_the_limit_is_parsed_and_above_it_rejected(item: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def list_of(number: int) -> bytes:
         return b"[" + b",".join([item] * number) + b"]"
 
     def size(body: bytes) -> int:
         return sum(map(body.count, (b"[", b"{", b",")))
 
-    bound = size(listed(10))
-    assert len(parse_json(listed(10), max_values=bound, hint="Send less.")) == 10
+    bound = size(list_of(10))
+    assert len(parse_json(list_of(10), max_values=bound, hint="Send less.")) == 10
     monkeypatch.setattr("service.http.request_body.json", None)
-    problem = rejected(listed(10), max_values=bound - 1)
+    problem = rejected(list_of(10), max_values=bound - 1)
     assert (problem.code, problem.status) == ("json_too_large", 413)
     assert f"The JSON has {bound:,} values, the limit is {bound - 1:,}. Send less." in problem.detail
 
 
-def test_lists_and_objects_have_a_bound_of_their_own() -> None:
+def test_lists_and_objects_have_their_own_limit() -> None:
     assert parse_json(b'[[1,2],{"a":3}]', max_values=9, max_containers=3, hint="") == [[1, 2], {"a": 3}]
     assert "The JSON has 3 lists and objects, the limit is 2." in rejected(b'[[1,2],{"a":3}]', max_containers=2).detail
 
@@ -91,11 +91,11 @@ def test_lists_and_objects_have_a_bound_of_their_own() -> None:
         b'"\\u0000"', b'{"\\u0000": 1}', b'["a", {"b": ["\\ud800"]}]', b'"\\udfff\\ud83d"', b'"\xed\xa0\x80"', b'"\0"',
     ],
 )  # fmt: skip
-def test_what_is_no_json_in_utf_8_or_cannot_be_stored_is_rejected(body: bytes) -> None:
+def test_invalid_json_and_text_that_cannot_be_stored_are_rejected(body: bytes) -> None:
     assert rejected(body).code == "bad_json"
 
 
-def test_json_of_honest_clients_is_taken() -> None:
+def test_valid_json_is_parsed() -> None:
     for text, value in (("\ufeff{}", {}), ('"\\ud83d\\udc08"', "🐈"), ('"🐈\\n\\\\u0000"', "🐈\n\\u0000"), ("NaN", None)):
         parsed = parse_json(text.encode(), max_values=1_000, hint="")
         assert parsed == value or value is None
@@ -113,12 +113,12 @@ def test_no_route_parses_a_million_values(app: Flask, infer: str, item: bytes) -
 
 
 @pytest.mark.usefixtures("no_parser")
-def test_admin_reads_no_large_body(app: Flask) -> None:
+def test_admin_rejects_a_large_body(app: Flask) -> None:
     response = post(app, "/admin/bundle", {"bundle": "x" * 100_000})
     assert (response.status_code, response.get_json()["code"]) == (413, "body_too_large")
 
 
-def test_the_most_photos_fit_in_every_form(app: Flask, infer: str, tiny_bundle: SimpleNamespace) -> None:
+def test_the_max_number_of_images_fits_in_every_form(app: Flask, infer: str, tiny_bundle: SimpleNamespace) -> None:
     photo = base64.b64encode((tiny_bundle.photos / "red" / "red.000.jpg").read_bytes()).decode()
     others = {"file": "a.jpg", "tags": ["red"] * 5, "size": {"width": 1, "height": 1}}
     response = post(app, "/predict", {"instances": [others | {"b64": photo}] * MAX_PHOTOS, "other": list(range(900))})
@@ -140,7 +140,7 @@ ODD = [None, True, 5, -1, 1e308, float("nan"), "", "text", [], {}, [[]], [{}], {
 
 
 def everywhere(document: Any) -> Iterator[Any]:
-    """Yield the document with each of its values replaced by each of ODD."""
+    """Yield the document with each of its values replaced by each value of ODD."""
 
     def paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         yield path
@@ -158,7 +158,7 @@ def everywhere(document: Any) -> Iterator[Any]:
             yield changed["document"]
 
 
-def test_a_value_of_another_kind_anywhere_is_no_server_error(app: Flask, infer: str) -> None:
+def test_a_value_of_another_type_anywhere_is_no_server_error(app: Flask, infer: str) -> None:
     fields = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "expected_version")
     decision = dict.fromkeys(fields, "note")
     tensor = {"name": "images", "datatype": "BYTES", "shape": [1], "data": ["eA=="], "parameters": {"binary_data_size": 1}}

@@ -1,4 +1,4 @@
-"""A response has gunicorn's bytes, leaves in as few packets as it can, and never waits for its client."""
+"""Responses have gunicorn's bytes, are sent in as few packets as possible, and never block."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 class Recorder:
-    """A socket that notes what it is given, piece by piece."""
+    """A socket that records each chunk."""
 
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []
+        self.chunks: list[bytes] = []
 
     def sendall(self, data: bytes) -> None:
-        self.pieces.append(bytes(data))
+        self.chunks.append(bytes(data))
 
     def send(self, data: bytes) -> int:
-        self.pieces.append(bytes(data))
+        self.chunks.append(bytes(data))
         return len(data)
 
 
 def respond(to: object, request: str, status: str, headers: list[tuple[str, str]], body: list[bytes]) -> None:
     """Write a response as gunicorn's worker does."""
     config = Config()
-    asked = next(get_parser(config, [f"{request}\r\nHost: here\r\n\r\n".encode()], ("127.0.0.1", 1)))
-    response, _ = wsgi.create(asked, to, ("127.0.0.1", 1), ("127.0.0.1", 2), config)
+    parsed = next(get_parser(config, [f"{request}\r\nHost: here\r\n\r\n".encode()], ("127.0.0.1", 1)))
+    response, _ = wsgi.create(parsed, to, ("127.0.0.1", 1), ("127.0.0.1", 2), config)
     response.start_response(status, headers)
-    for piece in body:
-        response.write(piece)
+    for chunk in body:
+        response.write(chunk)
     response.close()
 
 
@@ -52,17 +52,17 @@ def respond(to: object, request: str, status: str, headers: list[tuple[str, str]
     ("request_line", "status", "headers", "body"),
     [
         pytest.param("GET / HTTP/1.1", "200 OK", LENGTH_5, [b"whole"], id="known length"),
-        pytest.param("GET / HTTP/1.1", "200 OK", LENGTH_5, [b"wh", b"ole"], id="two chunks"),
-        pytest.param("GET / HTTP/1.1", "200 OK", LENGTH_5, [b"whole and more"], id="more than announced"),
+        pytest.param("GET / HTTP/1.1", "200 OK", LENGTH_5, [b"wh", b"ole"], id="two writes"),
+        pytest.param("GET / HTTP/1.1", "200 OK", LENGTH_5, [b"five and more"], id="longer than its length"),
         pytest.param("GET / HTTP/1.1", "200 OK", NO_LENGTH, [b"a", b"stream"], id="chunked"),
-        pytest.param("GET / HTTP/1.1", "200 OK", NO_LENGTH, [b"", b"late"], id="nothing at first"),
-        pytest.param("GET / HTTP/1.0", "200 OK", NO_LENGTH, [b"old"], id="until the end"),
+        pytest.param("GET / HTTP/1.1", "200 OK", NO_LENGTH, [b"", b"late"], id="empty first chunk"),
+        pytest.param("GET / HTTP/1.0", "200 OK", NO_LENGTH, [b"old"], id="until close"),
         pytest.param("GET / HTTP/1.1", "200 OK", NO_LENGTH, [], id="empty"),
         pytest.param("GET / HTTP/1.1", "204 No Content", [], [], id="no content"),
         pytest.param("HEAD / HTTP/1.1", "200 OK", LENGTH_5, [b""], id="head"),
     ],
 )
-def test_the_bytes_are_gunicorns_and_leave_together(
+def test_a_response_has_gunicorns_bytes_and_is_sent_at_once(
     request_line: str, status: str, headers: list[tuple[str, str]], body: list[bytes]
 ) -> None:
     ours, theirs = Recorder(), Recorder()
@@ -71,17 +71,17 @@ def test_the_bytes_are_gunicorns_and_leave_together(
     writer.flush()
     respond(theirs, request_line, status, headers, body)
 
-    without_date = [b"".join(p).split(b"Date: ")[0] + b"".join(p).split(b" GMT", 1)[1] for p in (ours.pieces, theirs.pieces)]
+    without_date = [b"".join(p).split(b"Date: ")[0] + b"".join(p).split(b" GMT", 1)[1] for p in (ours.chunks, theirs.chunks)]
     assert without_date[0] == without_date[1]
-    assert len(ours.pieces) == 1
+    assert len(ours.chunks) == 1
 
 
-def test_what_the_client_does_not_take_is_kept_and_sent_later(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_unsent_bytes_are_buffered_and_sent_later(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     writer, sent = ResponseWriter(ours), b""
     while not writer.is_congested:
-        sent += (piece := bytes([len(sent) % 251]) * 10_000)
-        writer.sendall(piece)
+        sent += (chunk := bytes([len(sent) % 251]) * 10_000)
+        writer.sendall(chunk)
     assert CONGESTED_BYTES <= writer.unsent < len(sent)
 
     received = b""
@@ -92,7 +92,7 @@ def test_what_the_client_does_not_take_is_kept_and_sent_later(pair: tuple[socket
     assert writer.unsent == 0
 
 
-def test_a_client_that_is_gone_is_noticed(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_a_disconnected_client_is_noticed(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     theirs.close()
     writer = ResponseWriter(ours)

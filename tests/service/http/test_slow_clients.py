@@ -1,4 +1,4 @@
-"""The service under gunicorn: slow, rude and too many clients, stops and deaths, and what /metrics says of it all."""
+"""The service under gunicorn: request bodies, slow and disconnecting clients, stops, killed workers, metrics and logs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,17 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.raw_connection import BOMB, HEAVY, RED, Line, halves, inside, photo_of, probabilities, told
+from tests.helpers.raw_connection import (
+    BOMB,
+    HEAVY,
+    RED,
+    RawConnection,
+    half_sent,
+    image_of,
+    in_flight,
+    probabilities,
+    send_with_retry,
+)
 from tests.helpers.server import ANSWER_S, Reply, Server, multipart, poll, rss_mb, serve
 from tests.helpers.tiny_network import COLORS
 
@@ -29,15 +39,15 @@ LABELS = ("blue", "red", "green")
 
 @pytest.fixture(scope="module")
 def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
-    """One for the tests that leave it as it was."""
+    """A server for tests that do not change it."""
     with serve(tiny_bundle.path) as server:
         yield server
 
 
-# It starts
+# Start
 
 
-def test_it_is_alive_at_once_and_ready_when_the_model_is(tiny_bundle: SimpleNamespace) -> None:
+def test_a_server_is_alive_at_once_and_ready_with_its_model(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, ready=False) as server:
         assert server.get("/health/live").status == 200
         seen = []
@@ -50,29 +60,29 @@ def test_it_is_alive_at_once_and_ready_when_the_model_is(tiny_bundle: SimpleName
         poll(ready)
         assert set(seen[:-1]) <= {(503, "not_ready")}
         assert probabilities(server.post(RED, "image/png"))
-        poll(lambda: "ready" in [line["message"] for line in server.log()])  # it serves a moment before it says so
+        poll(lambda: "ready" in [line["message"] for line in server.log()])  # logged shortly after it is ready
         assert server.metrics()["classifier_ready_workers"] == 1
 
 
-# What it is sent
+# Request bodies
 
 
-def test_chunks_are_put_together(server: Server) -> None:
-    wanted = probabilities(server.post(RED, "image/png"))
-    assert probabilities(server.post([RED[:10], RED[10:11], RED[11:]], "image/png")) == wanted
+def test_chunked_bodies_are_joined(server: Server) -> None:
+    expected = probabilities(server.post(RED, "image/png"))
+    assert probabilities(server.post([RED[:10], RED[10:11], RED[11:]], "image/png")) == expected
     body, kind = multipart(("file", "a.png", RED))
-    assert probabilities(server.post([body[i : i + 7] for i in range(0, len(body), 7)], kind)) == wanted
+    assert probabilities(server.post([body[i : i + 7] for i in range(0, len(body), 7)], kind)) == expected
     assert server.post([b""], "image/png").code == "no_image"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large_is_told_so_even_to_who_sends_all_of_it(server: Server, chunked: bool) -> None:
+def test_a_client_that_sends_a_body_above_the_limit_gets_413(server: Server, chunked: bool) -> None:
     body = bytes(24 << 20)
 
     def send() -> Reply:
         return server.post((body[i : i + 100_000] for i in range(0, len(body), 100_000)) if chunked else body, "image/png")
 
-    reply = told(send)
+    reply = send_with_retry(send)
     assert (reply.status, reply.code) == (413, "body_too_large")
     size = "" if chunked else "24 MB, "
     assert reply.json()["detail"] == f"Upload too large: {size}the limit is 20 MB. Send fewer or smaller images."
@@ -82,81 +92,81 @@ def test_a_body_that_is_too_large_is_told_so_even_to_who_sends_all_of_it(server:
     "body",
     [b"zz\r\n", b"-5\r\nabc", b"5\r\nabcdefgh\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\nnonsense\r\n\r\n", b"5;" + b"x" * 20_000],
 )
-def test_chunks_that_are_none_are_refused_and_the_connection_ends(server: Server, body: bytes) -> None:
-    with Line(server) as line:
+def test_malformed_chunks_are_rejected_and_the_connection_closed(server: Server, body: bytes) -> None:
+    with RawConnection(server) as line:
         line.socket.sendall(line.head("chunked") + body)
-        reply = line.answer()
+        reply = line.response()
         assert (reply.status, reply.code) == (400, "bad_request")
         assert line.is_closed()
 
 
-def test_requests_in_one_go_are_answered_in_their_order(server: Server) -> None:
-    photos = [photo_of(COLORS[i % 3], (40 + i, 50)) for i in range(30)]
+def test_pipelined_requests_are_served_in_order(server: Server) -> None:
+    photos = [image_of(COLORS[i % 3], (40 + i, 50)) for i in range(30)]
     alone = [probabilities(server.post(photo, "image/png")) for photo in photos]
     assert all(a != b for a, b in pairwise(alone))
-    with Line(server) as line:
+    with RawConnection(server) as line:
         requests = [line.head(len(photo), X_Request_ID=f"n{i}") + photo for i, photo in enumerate(photos)]
         threading.Thread(target=line.socket.sendall, args=(b"".join(requests),)).start()
-        for i, wanted in enumerate(alone):
-            reply = line.answer()
+        for i, expected in enumerate(alone):
+            reply = line.response()
             assert reply.headers["X-Request-ID"] == f"n{i}"
-            assert probabilities(reply) == wanted
+            assert probabilities(reply) == expected
 
 
-def test_many_clients_get_their_own_answers_on_connections_that_they_keep(server: Server) -> None:
-    photos = [photo_of(((i * 37) % 256, (i * 91) % 256, (i * 13) % 256)) for i in range(40)]
-    wanted = [probabilities(server.post(photo, "image/png")) for photo in photos]
+def test_concurrent_clients_get_their_own_results_on_kept_connections(server: Server) -> None:
+    photos = [image_of(((i * 37) % 256, (i * 91) % 256, (i * 13) % 256)) for i in range(40)]
+    expected = [probabilities(server.post(photo, "image/png")) for photo in photos]
 
     def client(number: int) -> list[bool]:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
-        right = []
+        matches = []
         for i in random.Random(number).sample(range(40), 40):
             connection.request("POST", "/predict", photos[i], {"Content-Type": "image/png", "X-Request-ID": f"c{number}-{i}"})
             answer = connection.getresponse()
             reply = Reply(answer.status, answer.headers, answer.read())
-            right.append(reply.headers["X-Request-ID"] == f"c{number}-{i}" and probabilities(reply) == wanted[i])
+            matches.append(reply.headers["X-Request-ID"] == f"c{number}-{i}" and probabilities(reply) == expected[i])
         connection.close()
-        return right
+        return matches
 
     with ThreadPoolExecutor(8) as clients:
-        assert all(all(right) for right in clients.map(client, range(8)))
+        assert all(all(matches) for matches in clients.map(client, range(8)))
 
 
-# Clients that are slow, or leave
+# Slow and disconnecting clients
 
 
-def test_a_body_that_stays_out_is_ended(tiny_bundle: SimpleNamespace) -> None:
+def test_a_missing_body_times_out(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, body_timeout_s=0.4) as server:
-        with Line(server) as line:
+        with RawConnection(server) as line:
             line.begin()
-            reply = line.answer()
+            reply = line.response()
             assert (reply.status, reply.code) == (408, "body_timeout")
             assert "within 0.4 s" in reply.json()["detail"]
             assert line.is_closed()
-        assert inside(server) == 0
+        assert in_flight(server) == 0
 
 
 @pytest.mark.parametrize("path", ["/gallery/review", "/gallery/key"])
-def test_a_form_that_stays_out_is_ended_too(tiny_bundle: SimpleNamespace, path: str) -> None:
-    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, Line(server) as line:
+def test_a_missing_form_times_out(tiny_bundle: SimpleNamespace, path: str) -> None:
+    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, RawConnection(server) as line:
         line.socket.sendall(line.head(100, path=path, Content_Type="application/x-www-form-urlencoded") + b"photo=")
-        reply = line.answer()
+        reply = line.response()
         assert reply.status == 408
         assert b"within 0.4 s" in reply.body
         assert line.is_closed()
 
 
-def test_a_form_of_any_size_is_not(server: Server) -> None:
+def test_a_form_above_the_limit_is_rejected(server: Server) -> None:
     form = b"note=" + b"x" * 70_000
-    reply = told(lambda: server.post(form, "application/x-www-form-urlencoded", path="/gallery/review"))
+    reply = send_with_retry(lambda: server.post(form, "application/x-www-form-urlencoded", path="/gallery/review"))
     assert reply.status == 413
     assert "Upload too large: 68.4 KB, the limit is 64 KB. Shorten the text." in reply.body.decode()
 
 
 @pytest.mark.parametrize("length", [1_000_000, "chunked"])
-def test_a_body_that_trickles_is_ended_as_well(tiny_bundle: SimpleNamespace, length: int | str) -> None:
-    """One byte now and then would keep a socket's own time-out from ever being reached."""
-    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, Line(server) as line:
+def test_a_trickling_body_times_out(tiny_bundle: SimpleNamespace, length: int | str) -> None:
+    """A byte now and then would reset a timeout of the socket."""
+    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, RawConnection(server) as line:
         line.socket.sendall(line.head(length))
         done = threading.Event()
 
@@ -168,91 +178,91 @@ def test_a_body_that_trickles_is_ended_as_well(tiny_bundle: SimpleNamespace, len
         sender = threading.Thread(target=trickle)
         sender.start()
         try:
-            assert line.answer().code == "body_timeout"
+            assert line.response().code == "body_timeout"
         finally:
             done.set()
             sender.join()
 
 
-def test_those_who_do_not_go_when_told_hold_nobody_up(tiny_bundle: SimpleNamespace) -> None:
-    """gunicorn waits 2 s for a client to close, in the thread that accepts: sixty in a row would be two minutes' silence."""
-    with serve(tiny_bundle.path) as server, contextlib.ExitStack() as open_lines:
-        lines = [open_lines.enter_context(Line(server)) for _ in range(60)]
+def test_clients_that_do_not_close_delay_nobody(tiny_bundle: SimpleNamespace) -> None:
+    """gunicorn's own worker waits 2 s for a client to close, in the thread that accepts."""
+    with serve(tiny_bundle.path) as server, contextlib.ExitStack() as stack:
+        lines = [stack.enter_context(RawConnection(server)) for _ in range(60)]
         began = time.monotonic()
         for line in lines:
             line.socket.sendall(line.head(30_000_000, Connection="close"))
         for line in lines:
-            assert line.answer().status == 413
+            assert line.response().status == 413
         assert server.get("/health/live").status == 200
         assert probabilities(server.post(RED, "image/png"))
-        assert time.monotonic() - began < 60  # a second or two; one after the other, they would take 120
+        assert time.monotonic() - began < 60  # one after the other, they would take 120 s
 
 
-@pytest.mark.parametrize("rudely", [False, True])
-def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(server: Server, rudely: bool) -> None:
-    with halves(server, 5) as begun:
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_disconnect_within_a_body_releases_everything(server: Server, reset: bool) -> None:
+    with half_sent(server, 5) as begun:
         for line, _ in begun:
-            line.close(rudely=rudely)
-        poll(lambda: inside(server) == 0)
+            line.close(reset=reset)
+        poll(lambda: in_flight(server) == 0)
     assert probabilities(server.post(RED, "image/png"))
 
 
-def test_a_client_that_leaves_before_its_answer_leaves_nothing_behind(server: Server) -> None:
+def test_a_disconnect_before_the_response_releases_everything(server: Server) -> None:
     for _ in range(5):
-        with Line(server) as line:
+        with RawConnection(server) as line:
             line.socket.sendall(line.head(len(HEAVY)) + HEAVY)
-    poll(lambda: inside(server) == 0)
+    poll(lambda: in_flight(server) == 0)
     assert probabilities(server.post(RED, "image/png"))
 
 
-def test_an_answer_that_comes_too_late_is_none(tiny_bundle: SimpleNamespace) -> None:
+def test_a_request_after_its_deadline_fails(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, deadline_ms=100) as server:
-        with Line(server) as line:
-            rest = line.begin_when_read(HEAVY)
-            time.sleep(0.1)  # from here on the deadline is over for certain
+        with RawConnection(server) as line:
+            rest = line.begin_after_continue(HEAVY)
+            time.sleep(0.1)  # now the deadline has passed
             line.socket.sendall(rest)
-            reply = line.answer()
+            reply = line.response()
         assert (reply.status, reply.code) == (504, "deadline_exceeded")
         assert "within 100 ms" in reply.json()["detail"]
-        poll(lambda: inside(server) == 0)
-        poll(lambda: server.post(RED, "image/png").status == 200)  # a busy machine may need more than 100 ms for one or two
+        poll(lambda: in_flight(server) == 0)
+        poll(lambda: server.post(RED, "image/png").status == 200)  # a busy machine may need several attempts
 
 
-# The end
+# Stops and killed workers
 
 
-def test_a_stop_answers_all_that_was_accepted(tiny_bundle: SimpleNamespace) -> None:
+def test_a_stop_finishes_accepted_requests(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path) as server:
         kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
         kept.request("GET", "/health/live")
         assert kept.getresponse().read()
-        with halves(server, 6) as begun:
+        with half_sent(server, 6) as begun:
             os.kill(server.pid, signal.SIGTERM)
             poll(lambda: any("signal: term" in line["message"] for line in server.log()))
             for line, rest in begun[:3]:
                 line.socket.sendall(rest)
             for line, _ in begun[:3]:
-                reply = line.answer()
+                reply = line.response()
                 assert probabilities(reply)
-            assert server.process.poll() is None  # it waits for the others
+            assert server.process.poll() is None  # waits for the others
             for line, rest in begun[3:]:
                 line.socket.sendall(rest)
-                reply = line.answer()
+                reply = line.response()
                 assert probabilities(reply)
                 assert line.is_closed()
             assert kept.sock is not None
-            assert kept.sock.recv(1) == b""  # ended, not reset
+            assert kept.sock.recv(1) == b""  # closed, not reset
             kept.close()
         assert server.process.wait(ANSWER_S) == 0
         assert all(line["level"] == "INFO" for line in server.log())
 
 
-def test_a_worker_that_dies_is_replaced_and_nothing_is_forgotten(tiny_bundle: SimpleNamespace) -> None:
+def test_a_killed_worker_is_replaced_and_counters_persist(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path) as server:
         for _ in range(5):
             probabilities(server.post(RED, "image/png"))
         (worker,) = server.workers()
-        with halves(server, 2) as begun:
+        with half_sent(server, 2) as begun:
             os.kill(worker, signal.SIGKILL)
             for line, _ in begun:
                 with contextlib.suppress(ConnectionResetError):
@@ -267,7 +277,7 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_forgotten(tiny_bundle: Si
         assert server.process.poll() is None
 
 
-def test_several_workers_share_the_work_and_sum_their_measures(tiny_bundle: SimpleNamespace) -> None:
+def test_workers_share_requests_and_sum_their_metrics(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, web_concurrency=2) as server:
         poll(lambda: server.metrics()["classifier_ready_workers"] == 2)
         workers, sent = set(server.workers()), 0
@@ -282,15 +292,15 @@ def test_several_workers_share_the_work_and_sum_their_measures(tiny_bundle: Simp
             return {line["process"] for line in server.log() if line.get("path") == "/predict"} == workers
 
         poll(both)
-        for _ in range(4):  # whichever answers, it speaks for both
+        for _ in range(4):  # each worker reports both
             assert server.metrics()['http_requests_total{method="POST",route="/predict",status="200"}'] == sent
         assert server.metrics()['classifier_predictions_total{label="red"}'] == sent
 
 
-# What it says of itself
+# Metrics and logs
 
 
-def test_its_measures_are_those_of_what_was_sent(tiny_bundle: SimpleNamespace) -> None:
+def test_metrics_match_the_requests(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path) as server:
         for i, label in enumerate(LABELS):
             for photo in sorted((tiny_bundle.photos / label).iterdir())[: i + 2]:
@@ -300,7 +310,7 @@ def test_its_measures_are_those_of_what_was_sent(tiny_bundle: SimpleNamespace) -
         assert server.get("/nowhere").status == 404
         assert server.get("/predict").status == 405
         decoded = 'classifier_stage_duration_seconds_count{stage="decode"}'
-        metrics = poll(lambda: (said := server.metrics())[decoded] >= 13 and said)  # counted while the answer is under way
+        metrics = poll(lambda: (latest := server.metrics())[decoded] >= 13 and latest)  # counted while the response is sent
         for name, value in {
             'http_requests_total{method="POST",route="/predict",status="200"}': 10,
             'http_requests_total{method="POST",route="/predict",status="415"}': 1,
@@ -326,9 +336,9 @@ def test_its_measures_are_those_of_what_was_sent(tiny_bundle: SimpleNamespace) -
         assert metrics[f"classifier_model_info{{{labels}}}"] == 1
 
 
-def test_every_line_of_the_log_is_json_and_has_the_requests_id(server: Server) -> None:
-    server.post(RED, "image/png", headers={"X-Request-ID": "look-for-me"})
-    (line,) = poll(lambda: [line for line in server.log() if line.get("request_id") == "look-for-me"])
+def test_every_log_line_is_json_with_the_request_id(server: Server) -> None:
+    server.post(RED, "image/png", headers={"X-Request-ID": "find-this-request"})
+    (line,) = poll(lambda: [line for line in server.log() if line.get("request_id") == "find-this-request"])
     assert line.keys() >= {
         "time",
         "level",
@@ -345,11 +355,11 @@ def test_every_line_of_the_log_is_json_and_has_the_requests_id(server: Server) -
     assert (line["status"], line["process"]) == (200, server.workers()[0])
 
 
-# Everything at once
+# Mixed requests
 
 
 def bad_requests(rng: random.Random) -> Iterator[tuple[bytes, str]]:
-    """Bodies that deserve a refusal, without end."""
+    """Yield invalid bodies without end."""
     while True:
         yield rng.randbytes(rng.randrange(3000)), "image/jpeg"
         yield RED[: rng.randrange(1, len(RED) - 20)], "image/png"
@@ -365,7 +375,7 @@ def bad_requests(rng: random.Random) -> Iterator[tuple[bytes, str]]:
 
 
 def chaos(server: Server, seed: int, requests: int) -> Counter[Any]:
-    """Good photos, bad ones, and hang-ups, one third each but for the first; gives what was answered."""
+    """Send valid images, invalid ones and disconnects. Returns the number of each response."""
     rng, seen = random.Random(seed), Counter[Any]()
     bad = bad_requests(rng)
     for _ in range(requests):
@@ -375,34 +385,34 @@ def chaos(server: Server, seed: int, requests: int) -> Counter[Any]:
         elif kind < 0.9:
             seen["bad", server.post(*next(bad)).status] += 1
         else:
-            with Line(server) as line:
+            with RawConnection(server) as line:
                 whole = line.head(len(RED)) + RED
                 line.socket.sendall(whole[: rng.randrange(1, len(whole) + 1)])
-            seen["left"] += 1
+            seen["disconnected"] += 1
     return seen
 
 
-def test_refused_photos_are_forgotten_at_once(tiny_bundle: SimpleNamespace) -> None:
-    """An error holds the frames that it came through, and they the photo: in a cycle, until somebody collects it."""
+def test_rejected_images_are_freed_at_once(tiny_bundle: SimpleNamespace) -> None:
+    """An exception references its frames, and they the image, in a cycle that only garbage collection frees."""
     junk = b"\xff\xd8\xff" + random.Random(0).randbytes(1 << 20) * 15
     with serve(tiny_bundle.path) as server:
         (worker,) = server.workers()
 
-        def refuse() -> float:
+        def reject() -> float:
             for _ in range(10):
                 assert server.post(junk).status == 422
                 assert server.post(*multipart(("file", "a", junk), ("file", "b", b"no"))).status == 200
                 assert server.post(b"--y\r\n" + junk, "multipart/form-data; boundary=x").code == "bad_form"
             return rss_mb(worker)
 
-        before_mb = refuse()
-        assert max(refuse() for _ in range(2)) - before_mb < 100  # each round sent 450 MB
+        before_mb = reject()
+        assert max(reject() for _ in range(2)) - before_mb < 100  # each round sent 450 MB
 
 
-def test_after_thousands_of_requests_of_every_kind_it_is_as_it_was(tiny_bundle: SimpleNamespace) -> None:
+def test_thousands_of_mixed_requests_leave_the_server_unchanged(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path) as server:
         (worker,) = server.workers()
-        wanted = probabilities(server.post(RED, "image/png"))
+        expected = probabilities(server.post(RED, "image/png"))
         with ThreadPoolExecutor(6) as clients:
             clients.submit(lambda: None)
 
@@ -413,10 +423,10 @@ def test_after_thousands_of_requests_of_every_kind_it_is_as_it_was(tiny_bundle: 
             storm(0, 900)
             before_mb = rss_mb(worker)
             seen = storm(100, 2100)
-        poll(lambda: inside(server) == 0)
-        assert probabilities(server.post(RED, "image/png")) == wanted
+        poll(lambda: in_flight(server) == 0)
+        assert probabilities(server.post(RED, "image/png")) == expected
         assert server.workers() == [worker]
-        assert {status for status in seen if status != "left" and status[1] >= 500} <= {("good", 503), ("bad", 503)}
+        assert {status for status in seen if status != "disconnected" and status[1] >= 500} <= {("good", 503), ("bad", 503)}
         assert {status[1] for status in seen if status[0] == "good"} <= {200, 503}
         assert {status[1] for status in seen if status[0] == "bad"} <= {200, 400, 413, 415, 422, 503}
         assert seen["good", 200] > 1000

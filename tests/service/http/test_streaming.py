@@ -1,4 +1,4 @@
-"""A response in many chunks goes at its client's pace, and holds no thread meanwhile."""
+"""Streamed responses follow their client's pace and occupy no thread meanwhile."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_all(port: int, path: str) -> tuple[int, bytes]:
         connection.close()
 
 
-def test_it_arrives_whole_at_every_pace_with_one_thread_for_all(port: int) -> None:
+def test_streams_arrive_completely_at_every_pace_with_one_thread(port: int) -> None:
     opened = [ask(port, "/") for _ in range(6)]
     _, fast = opened[3]
     assert fast.read() == b"".join(bytes([number % 256]) * CHUNK_BYTES for number in range(CHUNKS))
@@ -58,7 +58,7 @@ def test_it_arrives_whole_at_every_pace_with_one_thread_for_all(port: int) -> No
         connection.close()
 
 
-def test_one_that_is_given_up_is_closed(port: int) -> None:
+def test_an_abandoned_stream_is_closed(port: int) -> None:
     connection, response = ask(port, "/")
     assert response.read(10) == bytes(10)
     response.close()
@@ -66,13 +66,13 @@ def test_one_that_is_given_up_is_closed(port: int) -> None:
     assert read_all(port, "/closed") == (200, b"1")
 
 
-def test_an_error_in_the_middle_ends_the_connection_without_the_end_of_the_body(port: int) -> None:
+def test_an_error_within_a_stream_closes_the_connection(port: int) -> None:
     connection, response = ask(port, "/broken")
     with pytest.raises((http.client.IncompleteRead, ConnectionError)):
         response.read()
     connection.close()
 
 
-def test_an_error_before_it_is_a_500(port: int) -> None:
+def test_an_error_before_the_first_chunk_is_a_500(port: int) -> None:
     assert read_all(port, "/error")[0] == 500
     assert read_all(port, "/")[0] == 200
