@@ -25,6 +25,7 @@ from werkzeug.exceptions import HTTPException
 from service.api import admin, health, inference_protocol, predict
 from service.context import EXTENSION, Services
 from service.http.admission import AdmissionController
+from service.http.compression import compress
 from service.http.errors import Problem, code_for_status, problem_from
 from service.http.middleware import KNOWN_METHODS, RequestMiddleware, TrustedProxies, normalize_path
 from service.http.security import require_allowed_host
@@ -159,9 +160,10 @@ def _add_hooks(app: Flask, settings: Settings, models: ModelManager) -> None:
             check_items("parameter", request.args.items(multi=True))
 
     @app.after_request
-    def count_and_log(response: Response) -> Response:
+    def finish_response(response: Response) -> Response:
         # Flask's proxies look up the thread's request at every use.
         current, context = request._get_current_object(), g._get_current_object()  # type: ignore[attr-defined]
+        compress(current, response)
         duration_s = time.perf_counter() - context.began
         route = current.url_rule.rule if current.url_rule else "none"
         method = current.method if current.method in KNOWN_METHODS else "other"  # Prometheus keeps every label value
@@ -192,7 +194,9 @@ def _add_error_handlers(app: Flask) -> None:
         if inference_protocol.is_protocol_path(request.path):
             layout.record_problem(problem)
             return inference_protocol.error_response(problem)
-        return layout.problem_response(problem)
+        response = layout.problem_response(problem)
+        response.vary.add("Accept")
+        return response
 
     @app.errorhandler(HTTPException)
     def handle_http_exception(error: HTTPException) -> Response:

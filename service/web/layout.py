@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flask import Blueprint, Response, current_app, g, redirect, render_template, request, url_for
+from flask.typing import ResponseReturnValue
 from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 from werkzeug.urls import iri_to_uri
@@ -123,6 +124,12 @@ def add_version(endpoint: str, values: dict[str, Any]) -> None:
     """Add a static file's version to its address, so that the address changes with the content."""
     if endpoint == "static" and "v" not in values:
         values["v"] = static_versions()[values["filename"]]
+
+
+@bp.get("/favicon.ico")
+def favicon() -> ResponseReturnValue:
+    """Redirect browsers that request an icon by this fixed name, as for a response without HTML."""
+    return redirect(url_for("static", filename="favicon.svg"), 308)
 
 
 @bp.after_app_request
