@@ -1,54 +1,99 @@
-"""Two models on the same photos: who fixed what, who broke what, and whether the difference is more than chance."""
+"""The comparison of two models on the same photos: which mistakes one fixed or broke, and whether that is significant."""
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, jsonify, request
+from dataclasses import dataclass
+
+from flask import Blueprint, Response, jsonify, request, url_for
 
 from service.context import gallery
 from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import ModelComparison, compare_models
 from service.db.query import ModelRecord, get_model
-from service.gallery.grid import render_gallery, retrain_command, serve_both_command
+from service.gallery.commands import find_bundle, retrain_command, serve_both_command
+from service.gallery.grid import render_gallery
 from service.gallery.sidebar import grid_url
 from service.http.errors import Problem
-from service.web.layout import problem_page
+from service.web.layout import current_model, pluralize, problem_page
 
 SIGNIFICANCE_LEVEL = 0.05
 
 bp = Blueprint("compare", __name__)
-json_bp = Blueprint("compare_json", __name__)  # whose problems are JSON too
+json_bp = Blueprint("compare_json", __name__)  # its problems are JSON
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the page and its JSON show. Without another model to compare, ``baseline`` and ``outcome`` are None."""
+
+    models: list[ModelRecord]
+    baseline: ModelRecord | None
+    candidate: ModelRecord
+    outcome: ModelComparison | None
+
+    @property
+    def correct(self) -> dict[str, int]:
+        """How many common photos each model has right."""
+        if self.outcome is None:
+            return {}
+        both = self.outcome.both_correct
+        return {"baseline": both + self.outcome.broke, "candidate": both + self.outcome.fixed}
+
+    @property
+    def summary(self) -> str:
+        """The result in one or two sentences, with McNemar's exact test."""
+        if self.baseline is None or self.outcome is None:
+            return "Only one model is loaded. To compare, add a second one."
+        if not self.outcome.common:
+            return "The models have no labeled photos in common."
+        fixed, broke = self.outcome.fixed, self.outcome.broke
+        if not fixed + broke:
+            return f"No difference: both models have the same {self.outcome.common:,} photos right and wrong."
+        models = {"candidate": fixed, "baseline": broke}
+        better, worse = sorted(models, key=lambda name: models[name], reverse=True)
+        right = f"all {models[better]:,}" if not models[worse] else f"{models[better]:,}, the {worse} on {models[worse]:,}"
+        split = f"The models disagree on {pluralize(fixed + broke, 'photo')}. The {better} is right on {right}."
+        if fixed == broke:
+            split = f"The models disagree on {pluralize(fixed + broke, 'photo')}. Each is right on {fixed:,}."
+        significant = "Statistically" if self.outcome.p_value < SIGNIFICANCE_LEVEL else "Not statistically"
+        return f"{split} {significant} significant (p = {self.outcome.p_value:.2g}, McNemar's exact test)."
 
 
 @bp.get("/compare")
 def page() -> Response:
-    """a is the older of the two and b the newer, where they are not named."""
-    models, a, b, outcome = _compared()
-    grids = {}
-    if a:
-        grids = {change: grid_url(Filter(model=b.version, baseline=a.version, change=change)) for change in CHANGES}
+    """Show the comparison of ``a``, the baseline, with ``b``, the candidate."""
+    comparison = _compare()
+    baseline, candidate = comparison.baseline, comparison.candidate
+    active = current_model().bundle
     return render_gallery(
         "gallery/compare.html",
-        models=models,
-        a=a,
-        b=b,
-        outcome=outcome,
-        grids=grids,
-        summary=_in_words(a, b, outcome),
-        right={"a": outcome.both_correct + outcome.broke, "b": outcome.both_correct + outcome.fixed} if outcome else {},
+        comparison=comparison,
+        baseline=baseline,
+        candidate=candidate,
+        outcome=comparison.outcome,
+        correct=comparison.correct,
+        grids={
+            change: grid_url(Filter(model=candidate.version, baseline=baseline.version, change=change)) for change in CHANGES
+        }
+        if baseline
+        else {},
+        trained_on={model.version: _created(model.version)[:10] for model in comparison.models},
+        swap=url_for("compare.page", a=candidate.version, b=baseline.version) if baseline else "",
         served=gallery().active_version,
-        train="" if a else retrain_command(),
-        serve_both="" if a else serve_both_command(),
+        train="" if baseline else retrain_command(active, has_extra_data=False),
+        serve_both="" if baseline else serve_both_command(active),
     )
 
 
 @json_bp.get("/compare.json")
 def as_json() -> Response:
-    _, a, b, outcome = _compared()
-    if a is None or outcome is None:
-        raise Problem("not_found", "There are fewer than two models to compare; name bundles in EVALUATIONS, or train another.")
-    answer = jsonify(
-        a=a.version,
-        b=b.version,
+    comparison = _compare()
+    outcome = comparison.outcome
+    if comparison.baseline is None or outcome is None:
+        raise Problem("not_found", "Only one model is loaded. Set EVALUATIONS to another bundle, or train another.")
+    response = jsonify(
+        a=comparison.baseline.version,
+        b=comparison.candidate.version,
         fixed=outcome.fixed,
         broke=outcome.broke,
         both_correct=outcome.both_correct,
@@ -59,43 +104,37 @@ def as_json() -> Response:
         only_a=outcome.only_a,
         only_b=outcome.only_b,
         p_value=outcome.p_value,
-        summary=_in_words(a, b, outcome),
+        summary=comparison.summary,
     )
-    answer.headers["Cache-Control"] = "no-cache"
-    return answer
+    response.headers["Cache-Control"] = "no-cache"
+    return response
 
 
 @bp.errorhandler(Problem)
-def say(problem: Problem) -> Response:
+def handle_problem(problem: Problem) -> Response:
     return problem_page(problem)
 
 
-def _compared() -> tuple[list[ModelRecord], ModelRecord | None, ModelRecord, ModelComparison | None]:
+def _compare() -> Comparison:
+    """Compare the requested models. By default the active one and another, with the one trained earlier as the baseline."""
     for name in request.args:
         if name not in ("a", "b"):
-            raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there are a and b, versions of models.")
-    shown = gallery()
-    with shown.database.read() as connection:
-        models = shown.models(connection)
-        b = get_model(connection, request.args.get("b") or shown.active_version or "")
-        others = [model for model in models if model.version != b.version and model.classes == b.classes]
-        named = request.args.get("a")
-        a = get_model(connection, named) if named else next(iter(others), None)
-        return models, a, b, compare_models(connection, a, b) if a else None
+            raise Problem("bad_parameter", f'Unknown parameter "{name}". Valid parameters: a, b (versions of models).')
+    a, b = request.args.get("a"), request.args.get("b")
+    with gallery().database.read() as connection:
+        models = gallery().models(connection)
+        candidate = get_model(connection, b or gallery().active_version or "")
+        if a:
+            baseline: ModelRecord | None = get_model(connection, a)
+        else:
+            others = (model for model in models if model.version != candidate.version and model.classes == candidate.classes)
+            baseline = next(others, None)
+        if baseline and not a and not b and _created(baseline.version) > _created(candidate.version):
+            baseline, candidate = candidate, baseline
+        return Comparison(models, baseline, candidate, compare_models(connection, baseline, candidate) if baseline else None)
 
 
-def _in_words(a: ModelRecord | None, b: ModelRecord, outcome: ModelComparison | None) -> str:
-    """What McNemar's exact test says of the photos on which the two differ."""
-    if a is None or outcome is None:
-        return "There is one model only; name another bundle in EVALUATIONS, or train with the reviews and serve the new one."
-    if not outcome.common:
-        return "The two models have no labelled photos in common, so that there is nothing to compare."
-    changed = outcome.fixed + outcome.broke
-    if not changed:
-        return f"Both have the same {outcome.common:,} photos right and wrong: there is no difference between them."
-    better, most = (b, outcome.fixed) if outcome.fixed >= outcome.broke else (a, outcome.broke)
-    split = f"Of {changed:,} photos on which they differ, {better.version} has {most:,} right and the other {changed - most:,}"
-    p = f"p = {outcome.p_value:.2g}, McNemar's exact test"
-    if outcome.p_value < SIGNIFICANCE_LEVEL:
-        return f"{split}: more than chance would explain ({p})."
-    return f"{split}: no more than chance would explain ({p})."
+def _created(version: str) -> str:
+    """Return when a model was trained, in ISO 8601, or an empty text if its bundle is not on this machine."""
+    bundle = find_bundle(version)
+    return str(bundle.manifest["provenance"]["created"]) if bundle else ""

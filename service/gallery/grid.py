@@ -2,80 +2,75 @@
 
 from __future__ import annotations
 
-import contextlib
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, Response, redirect, render_template, request
 
-from models.artifacts.paths import resolve_bundle
 from models.artifacts.statistics import wilson_interval
-from models.errors import UserError
 from service.context import gallery, image_access, services
+from service.db.aggregates import FacetCounts
 from service.db.filter import Filter, describe_filter, parse_page
 from service.db.query import PredictionQuery, PredictionRecord, get_model
 from service.gallery import sidebar
-from service.gallery.queues import ReviewQueue, review_queues
+from service.gallery.commands import find_bundle, retrain_command
+from service.gallery.queues import QueuePreview, most_confident, review_queues
 from service.gallery.sidebar import grid_url, open_query, page_filter_from_request, photo_url
 from service.http.errors import Problem
-from service.web.layout import current_model, problem_page, record_problem
+from service.web.layout import percent, problem_page, record_problem
 
 QUEUE_PREVIEW_SIZE = 8  # a queue's row
-TRAIN_FLAGS = ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "seed")
 
 bp = Blueprint("gallery", __name__)
-
-
-@dataclass(frozen=True)
-class QueuePreview:
-    """A queue with its number of photos and the first of them."""
-
-    queue: ReviewQueue
-    total: int
-    photos: list[PredictionRecord]
 
 
 @bp.get("/gallery")
 def home() -> Response:
     for name in request.args:
         if name != "model":
-            raise Problem("bad_parameter", f"The parameter {name!r} is not known here; there is model, a model's version.")
-    shown = gallery()
-    database = shown.database
-    version = request.args.get("model") or shown.active_version or ""
-    with database.read() as connection:
+            raise Problem("bad_parameter", f'Unknown parameter "{name}". The only parameter is model, the version of a model.')
+    version = request.args.get("model") or gallery().active_version or ""
+    with gallery().database.read() as connection:
         everything = PredictionQuery(connection, Filter(model=version))
         model = everything.model
-        rows = []
-        for queue in review_queues(version, model.classes):
-            found = PredictionQuery(connection, queue.filters, same_model_as=everything)
-            rows.append(QueuePreview(queue, found.counts.total, found.first(QUEUE_PREVIEW_SIZE)))
-        evaluated, live = (
-            PredictionQuery(connection, Filter(model=version, sources=sources), same_model_as=everything).counts.facets[
-                "outcome"
-            ]
-            for sources in (("evaluation", "out-of-fold"), ("production",))
-        )
-        waiting = PredictionQuery(
-            connection, Filter(model=version, outcomes=("unlabeled",), reviews=("unreviewed",)), same_model_as=everything
-        )
-        models = shown.models(connection)
+
+        def counts_of(**values: tuple[str, ...]) -> FacetCounts:
+            filters = everything.filters.replace(**values)
+            return PredictionQuery(connection, filters, same_model_as=everything).counts
+
+        evaluated = counts_of(sources=("evaluation", "out-of-fold"))
+        production = counts_of(sources=("production",)).facets["outcome"]
+        unlabeled = counts_of(outcomes=("unlabeled",), reviews=("unreviewed",)).total
+        is_weak = _is_weak(evaluated)
+        queues = [queue for queue in review_queues(version) if not (is_weak and "mislabeled" in queue.filters.flags)]
+        previews = [QueuePreview.load(queue, everything, size=QUEUE_PREVIEW_SIZE) for queue in queues]
+        models = gallery().models(connection)
+    bundle = find_bundle(version)
+    has_extra_data = bool(production["correct"] or production["incorrect"])
     return render_gallery(
         "gallery/home.html",
         model_shown=model,
-        rows=rows,
+        previews=previews,
         counts=everything.counts,
-        evaluated=evaluated,
-        live=live,
-        waiting=waiting,
+        evaluated=evaluated.facets["outcome"],
+        production=production,
+        unlabeled=unlabeled,
+        is_weak=is_weak,
+        by_class=[(name, everything.counts.facets["predicted"][name], most_confident(version, name)) for name in model.classes],
         models=models,
-        served=shown.active_version,
+        served=gallery().active_version,
         everything=everything.filters,
-        train=retrain_command(),
-        trouble=_trouble([photo for row in rows for photo in row.photos]),
+        train=retrain_command(bundle, has_extra_data=has_extra_data) if bundle else None,
+        has_extra_data=has_extra_data,
+        trouble=_trouble([photo for preview in previews for photo in preview.photos]),
     )
+
+
+def _is_weak(evaluated: FacetCounts) -> bool:
+    """Return whether the accuracy is no better than always predicting the most frequent class."""
+    correct, labels = evaluated.facets["outcome"]["correct"], evaluated.facets["class"]
+    total = correct + evaluated.facets["outcome"]["incorrect"]
+    return total > 0 and wilson_interval(correct, total)["low"] <= max(labels.values()) / total
 
 
 @bp.get("/gallery/photos")
@@ -166,10 +161,10 @@ def render_gallery(template: str, **context: Any) -> Response:
     return Response(text, headers={"Cache-Control": "no-cache"}, mimetype="text/html")
 
 
-def _interval(right: int, judged: int) -> str:
-    """What an accuracy on so many photos can mean."""
-    found = wilson_interval(right, judged)
-    return f"95\u202f% interval {100 * found['low']:.1f} to {100 * found['high']:.1f}\u202f%"
+def _interval(correct: int, total: int) -> str:
+    """Format the confidence interval of an accuracy."""
+    interval = wilson_interval(correct, total)
+    return f"95% interval {percent(interval['low'])} to {percent(interval['high'])}"
 
 
 def _name_of(version: str) -> str:
@@ -187,37 +182,8 @@ def _trouble(photos: Sequence[PredictionRecord]) -> str | None:
         return None
     if settings.data_dir is None:
         return (
-            "No folder of photos is set. Start the service with DATA_DIR=FOLDER, the folder that was evaluated; until then the "
-            "gallery shows names, labels and probabilities."
+            "Start the service with `DATA_DIR` set to the evaluated folder. Until then the gallery shows names, labels and "
+            "probabilities."
         )
     problem = image_access().find_problem(evaluated[0].photo, evaluated[0].sha256)
     return problem.detail if problem else None
-
-
-def retrain_command() -> str:
-    """What trains the served model again with the decisions, and as it was trained, so that they alone make the difference."""
-    bundle = current_model().bundle
-    config = bundle.manifest.get("provenance", {}).get("config", {})
-    settings = [f"--{name.replace('_', '-')} {config[name]}" for name in TRAIN_FLAGS if config.get(name) is not None]
-    settings += [f"--unfreeze {shlex.join(config['unfreeze'])}"] if config.get("unfreeze") else []
-    settings += ["--augment"] if config.get("augment") else []
-    given = " ".join(["--data-dir", _data(), "--backbone", bundle.backbone, *settings])
-    return f"finetune train {given} --reviews reviews.csv --output-dir {_run()}"
-
-
-def serve_both_command() -> str:
-    """What serves the newly trained model, with the one that serves now beside it."""
-    settings = services().settings
-    now = current_model().bundle.path
-    with contextlib.suppress(UserError):  # as the operator calls it, if that is still it
-        now = settings.bundle if resolve_bundle(settings.bundle) == now else now
-    return f"BUNDLE={_run()}/bundle EVALUATIONS={shlex.quote(str(now))} DATA_DIR={_data()} python -m service"
-
-
-def _data() -> str:
-    settings = services().settings
-    return shlex.quote(str(settings.data_dir)) if settings.data_dir else "DATA"
-
-
-def _run() -> str:
-    return shlex.quote(f"runs/{current_model().bundle.name}-reviewed")

@@ -1,73 +1,106 @@
-"""The landing page's queues: what is worth looking at first, each a filter like any other."""
+"""The review queues of the gallery's landing page. Each is a filter with a title."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from service.db.filter import Filter
+from service.db.query import PredictionQuery, PredictionRecord
 
 SEED = 1
-MAX_CLASS_QUEUES = 20  # with a queue of their own
 
 
 @dataclass(frozen=True)
 class ReviewQueue:
-    """``description`` says what a person gains by looking; ``empty_text`` what it means that there is nothing."""
+    """A filter with the reason to review its photos, and the text to show if it has none."""
 
     title: str
     description: str
     empty_text: str
     filters: Filter
 
+    @property
+    def remaining(self) -> Filter:
+        """The part of the queue that is not reviewed yet."""
+        return self.filters.replace(reviews=("unreviewed",))
 
-def review_queues(version: str, classes: Sequence[str]) -> list[ReviewQueue]:
-    """In the order in which they repay looking."""
+
+@dataclass(frozen=True)
+class QueuePreview:
+    """A queue with its counts and its first photos, unreviewed ones if there are any. ``filters`` matches these photos."""
+
+    queue: ReviewQueue
+    total: int
+    reviewed: int
+    photos: list[PredictionRecord]
+    filters: Filter
+
+    @classmethod
+    def load(cls, queue: ReviewQueue, everything: PredictionQuery, *, size: int) -> QueuePreview:
+        """Count a queue and load its first photos.
+
+        Args:
+            queue: The queue.
+            everything: A query of all photos of the same model.
+            size: The max number of photos.
+        """
+        remaining = PredictionQuery(everything.connection, queue.remaining, same_model_as=everything)
+        reviews = remaining.counts.facets["review"]  # counts the complete queue, as a facet ignores its own values
+        total, unreviewed = reviews.total(), reviews["unreviewed"]
+        query = remaining
+        if not unreviewed and queue.filters != queue.remaining:
+            query = PredictionQuery(everything.connection, queue.filters, same_model_as=everything)
+        return cls(queue, total, total - unreviewed, query.first(size), query.filters)
+
+
+def review_queues(version: str) -> list[ReviewQueue]:
+    """Return the queues of a model, the most useful first."""
     everything = Filter(model=version)
-    wrong, right = everything.replace(outcomes=("incorrect",)), everything.replace(outcomes=("correct",))
+    incorrect, correct = everything.replace(outcomes=("incorrect",)), everything.replace(outcomes=("correct",))
     return [
         ReviewQueue(
-            "Confidently wrong",
-            "The mistakes that speak most against their label first: look whether it is the label that is wrong.",
-            "The model has nothing wrong.",
-            wrong,
+            "Mistakes, highest loss first",
+            "Check whether the label is wrong.",
+            "No mistakes.",
+            incorrect,
         ),
         ReviewQueue(
-            "Probably mislabelled",
-            "Photos whose probabilities fit another class better than the photos of that class themselves do.",
-            "Nothing looks mislabelled. With `finetune evaluate --folds 5` the training photos are looked through as well.",
+            "Possible label errors",
+            "Photos that look more like another class than like their own (confident learning).",
+            "No suspicious labels. Run `finetune evaluate --folds 5` to check training photos too.",
             everything.replace(flags=("mislabeled",)),
         ),
         ReviewQueue(
             "Least certain",
-            "The closest calls, right or wrong: more photos like these teach the model most.",
+            "The model's closest calls. Adding similar photos helps most.",
             "There are no predictions yet.",
             everything.replace(sort="margin"),
         ),
         ReviewQueue(
-            "Same photo, another label",
-            "Photos that look like one with another label; one of the two labels is wrong.",
-            "No two photos that look the same have different labels.",
+            "Near duplicates with different labels",
+            "Photos that look the same as one with another label. One of the two labels is wrong.",
+            "No near duplicates with different labels.",
             everything.replace(flags=("duplicate",)),
         ),
         ReviewQueue(
-            "Live, not yet reviewed",
-            "What people sent to be classified, the least certain first; label some, and train with them.",
-            "None wait. With SAVE_PREDICTIONS=1 photos that are sent to /predict are kept, and come here.",
-            everything.replace(sources=("production",), reviews=("unreviewed",), sort="margin"),
+            "Production photos",
+            "Photos sent to /predict, least certain first. Label some and train with them.",
+            "No production photos to review. Set SAVE_PREDICTIONS=1 to store photos sent to /predict.",
+            everything.replace(sources=("production",), sort="margin"),
         ),
-        ReviewQueue("Random incorrect", "A fair sample of the mistakes.", "The model has nothing wrong.", _random(wrong)),
-        ReviewQueue("Random correct", "A fair sample of what it gets right.", "The model has nothing right.", _random(right)),
-        *(
-            ReviewQueue(
-                f"Most confident: {name}",
-                f"What the model takes for the clearest {name}.",
-                f"Nothing was called {name}.",
-                everything.replace(predicted=(name,), sort="confidence"),
-            )
-            for name in classes[:MAX_CLASS_QUEUES]
+        ReviewQueue("Random sample of mistakes", "Mistakes in random order.", "No mistakes.", _random(incorrect)),
+        ReviewQueue(
+            "Random sample of correct predictions",
+            "Correct predictions in random order.",
+            "No correct predictions.",
+            _random(correct),
         ),
     ]
+
+
+def most_confident(version: str, class_name: str) -> Filter:
+    """Return the filter of the photos predicted as a class, most confident first."""
+    return Filter(model=version, predicted=(class_name,), sort="confidence")
 
 
 def _random(filters: Filter) -> Filter:

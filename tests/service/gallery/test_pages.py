@@ -78,6 +78,9 @@ def generate(classes: tuple[str, ...]) -> Predictions:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, len(classes), MORE)
     probabilities = rng.dirichlet(np.full(len(classes), 0.7), MORE)
+    for i in range(MORE // 2):  # a model that is better than chance
+        best = probabilities[i].argmax()
+        probabilities[i, [labels[i], best]] = probabilities[i, [best, labels[i]]]
     probabilities[0] = np.where(np.arange(len(classes)) == labels[0], 1 - 1e-9, 1e-9 / (len(classes) - 1))
     names = tuple(f"train/{classes[label]}/more.{i:03d}.jpg" for i, label in enumerate(labels))
     return Predictions(classes, names, labels, probabilities, ("train",) * MORE, tuple(rng.bytes(32).hex() for _ in names))
@@ -122,14 +125,13 @@ def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
     rows = gallery.rows
     right = sum(map(is_right, rows))
     figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>(?:<a [^>]*>)?([^<]*)", text))
-    assert figures["Right"] == str(right)
-    assert figures["Wrong"] == str(len(rows) - right)
+    assert figures["Correct"] == str(right)
+    assert figures["Incorrect"] == str(len(rows) - right)
     assert figures["All photos"] == str(len(rows))
-    assert figures["Reviewed so far"] == "0"
-    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(rows):.2%}"
+    assert figures["Reviewed"] == "0"
+    assert figures["Accuracy"] == f"{right / len(rows):.2%}"
     interval = binomtest(right, len(rows)).proportion_ci(method="wilson")
-    ends = f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
-    assert f"<small>{right} of {len(rows)}; 95% interval {ends}%</small>" in text.replace("\u202f", "")
+    assert f"<small>{right} of {len(rows)}; 95% interval {interval.low:.1%} to {interval.high:.1%}</small>" in text
     queues = {
         name: (int(number), html.unescape(address))
         for address, name, number in re.findall(
@@ -138,14 +140,19 @@ def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
     }
     called = Counter(row["predicted"] for row in rows)
     wanted = {
-        "Confidently wrong": len(rows) - right,
+        "Mistakes, highest loss first": len(rows) - right,
         "Least certain": len(rows),
-        "Random incorrect": len(rows) - right,
-        "Random correct": right,
-        "Probably mislabelled": MORE // 10,
-        "Same photo, another label": MORE // 10,
-    } | {f"Most confident: {name}": called[name] for name in gallery.classes}
-    assert {name: queues[name][0] for name in wanted} == wanted
+        "Random sample of mistakes": len(rows) - right,
+        "Random sample of correct predictions": right,
+        "Possible label errors": MORE // 10,
+        "Near duplicates with different labels": MORE // 10,
+    }
+    assert {name: number for name, (number, _) in queues.items()} == wanted
+    by_class = re.search(r'<ul class="class-links">.*?</ul>', text, re.DOTALL)
+    assert by_class
+    links_of = re.findall(r'<a href="([^"]*)"><bdi>(\w+)</bdi></a> <span class="count">(\d+)</span>', by_class[0])
+    assert {name: int(number) for _, name, number in links_of} == called
+    queues |= {name: (int(number), html.unescape(address)) for address, name, number in links_of}
     for name, (number, address) in queues.items():
         assert gallery.total(address) == number, name
     for row in re.findall(r'<ul class="strip">.*?</ul>', text, re.DOTALL):
@@ -320,14 +327,18 @@ def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low
 @pytest.mark.parametrize(
     ("path", "status", "words"),
     [
-        ("/gallery?colour=red", 400, "The parameter &#39;colour&#39; is not known here"),
+        (
+            "/gallery?colour=red",
+            400,
+            "Unknown parameter &#34;colour&#34;. The only parameter is model, the version of a model.",
+        ),
         ("/gallery?model=nobody", 404, "no predictions of a model"),
         ("/gallery/photos?class=zebra", 400, "the model knows"),
         ("/gallery/photos?sort_by=size", 400, "it can be loss.asc"),
         ("/gallery/photos?page=0", 400, "a whole number from 1"),
         ("/gallery/photos?per_page=1000", 400, "from 24 to 96"),
         ("/gallery/correct?sort=size", 400, "it can be loss"),
-        ("/compare?c=1", 400, "there are a and b"),
+        ("/compare?c=1", 400, "Unknown parameter &#34;c&#34;. Valid parameters: a, b (versions of models)."),
     ],
 )
 def test_what_cannot_be_meant_is_said_in_one_sentence(gallery: Gallery, path: str, status: int, words: str) -> None:
@@ -381,11 +392,11 @@ def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to
 ) -> None:
     with serve(tiny_bundle.path, database_url=f"sqlite:///{tmp_path / 'reviews.db'}") as server:
         text = poll(lambda: (page := server.get("/gallery/photos")).status == 200 and page.body.decode())
-        assert "Start the service with DATA_DIR=FOLDER" in text
+        assert "Start the service with <code>DATA_DIR</code> set to the evaluated folder." in text
         assert "Photo missing" in text
         assert "thumbnail.jpg" not in text
         text = server.get("/compare").body.decode()
-        assert "There is one model only." in text
+        assert "Only one model is loaded." in text
         bundle = open_bundle(tiny_bundle.path)
         name, config = bundle.name, bundle.manifest["provenance"]["config"]
         given = (
@@ -417,11 +428,11 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
     database.close()
     with serve(tiny_bundle.path, evaluations=f"{folds},{head.path}", database_url=url) as server:
         text = poll(lambda: (page := server.get("/gallery")).status == 200 and page.body.decode())
-        models = re.findall(r'<span class="model-name">[^<]*</span> <code>([^<]*)</code>', text)
+        models = re.findall(r'<bdi class="model-name">[^<]*</bdi> <code>([^<]*)</code>', text)
         assert models == [open_bundle(tiny_bundle.path).version]
-        assert "There is one model only." in server.get("/compare").body.decode()
+        assert "Only one model is loaded." in server.get("/compare").body.decode()
         assert server.get("/gallery/photos.json?source=out-of-fold").json()["total"] == MORE
-        assert f">{MORE}</a> were answered out of fold" in server.get("/gallery").body.decode()
+        assert f">{MORE} predictions</a> are out-of-fold (cross-validated)" in server.get("/gallery").body.decode()
         origin = f"merged from the head-only bundle <code>{head.version}</code> and its pretrained base"
         for path in ("/", "/model", "/gallery", server.get("/gallery/photos.json").json()["rows"][0]["page"]):
             page = server.get(path).body.decode()

@@ -94,16 +94,16 @@ def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(ga
     evaluated = [row for row in gallery.rows if row["source"] != "production"]
     right = sum(row["label"] == row["predicted"] for row in evaluated)
     figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>(?:<a [^>]*>)?([^<]*)", text))
-    assert figures["Accuracy"].replace("\u202f", "") == f"{right / len(evaluated):.2%}"
+    assert figures["Accuracy"] == f"{right / len(evaluated):.2%}"
     labelled = gallery.live(decision="label")
     right_live = sum(row["label"] == row["predicted"] for row in labelled)
     assert (len(labelled), right_live) == (2, 1)
     assert (
-        f"is that of the {len(evaluated)} evaluated photos alone. Of 2 live photos that were given a label, 1 is right"
-        in plain(text)
+        f"The accuracy is that of the {len(evaluated)} evaluated photos only. Of 2 labeled production photos, 1 is correct."
+        " Hand-picked photos are not a representative sample." in plain(text)
     )
-    assert (figures["Right"], figures["Wrong"]) == (str(right + 1), str(len(evaluated) - right + 1))
-    address = re.findall(r'<a href="([^"]*)">2 live photos', text)[0]
+    assert (figures["Correct"], figures["Incorrect"]) == (str(right + 1), str(len(evaluated) - right + 1))
+    address = re.findall(r'<a href="([^"]*)">2 labeled production photos', text)[0]
     assert '<h1 class="sentence">2 photos' in gallery.text(html.unescape(address))
 
 
