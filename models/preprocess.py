@@ -152,15 +152,32 @@ def decode(
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UnsupportedImageError(
-            f"This file is not a supported image ({len(data)} bytes). Use {IMAGE_FORMATS_TEXT}."
-        ) from None
+        name = _unsupported_format(data)
+        what = f"{name} is not supported." if name else f"This file is not a supported image ({len(data)} bytes)."
+        raise UnsupportedImageError(f"{what} Use {IMAGE_FORMATS_TEXT}.") from None
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"The image is too large to decode safely ({error}). Use a smaller one.") from None
     except MemoryError:
         raise TooComplexError("memory", "Decoding the image needs too much memory. Save it again as a smaller JPEG.") from None
     except Exception as error:  # Pillow raises many types on damaged data: struct.error, SyntaxError, ...
         raise ImageError(f"The image is damaged and could not be read ({error}). Use another copy.") from None
+
+
+def _unsupported_format(data: bytes) -> str | None:
+    """Return the name of a common image format that is not supported, by the first bytes of the file."""
+    if data[4:8] == b"ftyp":  # an ISO media file; the box lists the formats that it is compatible with
+        box = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
+        brands = {box[i : i + 4] for i in range(0, len(box), 4)}
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        return "HEIC" if brands & {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"} else None
+    signatures = {
+        b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG 2000",
+        b"\xffO\xffQ": "JPEG 2000",
+        b"\0\0\0\x0cJXL \r\n\x87\n": "JPEG XL",
+        b"\xff\n": "JPEG XL",
+    }
+    return next((name for start, name in signatures.items() if data.startswith(start)), None)
 
 
 def _reduced(photo: Image.Image, min_side_px: int) -> Image.Image:

@@ -64,7 +64,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
     Photos that were answered and are to be kept are written first.
     """
-    if worker.wsgi and (recorder := services_of(worker.wsgi).recorder):
+    if getattr(worker, "wsgi", None) and (recorder := services_of(worker.wsgi).recorder):
         recorder.close()
     ending = sys.exc_info()[1]
     if isinstance(ending, SystemExit) and ending.code == 0:

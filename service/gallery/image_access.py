@@ -30,7 +30,7 @@ class ImageAccess:
         self._gallery = gallery
         self._folder = SourceFolder([settings.data_dir] if settings.data_dir else [])
         self._door = decoder
-        self._crew = WorkerPool("pictures", threads=1, max_queued=256, timeout_s=30.0)
+        self._crew = WorkerPool("pictures", threads=1, max_queued=32, timeout_s=30.0)
         self._thumbnails = ThumbnailCache(
             thumbnails_dir(), limit_mb=settings.thumbnail_cache_mb, decoder=self._door, pool=self._crew
         )

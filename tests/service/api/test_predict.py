@@ -379,6 +379,25 @@ def test_what_is_no_picture(client: FlaskClient, data: bytes) -> None:
     refused(send(client, data), "not_an_image", f"This file is not a supported image ({len(data)} bytes)", "Use JPEG")
 
 
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300), "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(300), "HEIC"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + bytes(300), "AVIF"),
+        (b"\0\0\0\x14ftypavif\0\0\0\0avif", "AVIF"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(300), "JPEG 2000"),
+        (b"\xffO\xffQ" + bytes(300), "JPEG 2000"),
+        (b"\xff\n" + bytes(300), "JPEG XL"),
+    ],
+)
+def test_an_unsupported_image_format_is_named(client: FlaskClient, data: bytes, name: str) -> None:
+    refused(send(client, data), "not_an_image", f"{name} is not supported. Use JPEG")
+    refused(send_form(client, ("file", "a", data)), "not_an_image", f"{name} is not supported. Use JPEG")
+    video = b"\0\0\0\x14ftypisom\0\0\0\0mp42"
+    refused(send(client, video), "not_an_image", "This file is not a supported image (20 bytes)")
+
+
 def test_formats_that_run_programs_or_are_not_photos(client: FlaskClient, picture: Image.Image) -> None:
     for form in ("EPS", "PDF", "ICO", "TGA", "JPEG2000", "DDS"):
         refused(send(client, saved(picture, form)), "not_an_image")
@@ -654,7 +673,7 @@ def test_a_key_is_wanted_where_there_are_keys(
         assert rows(send(client, photo, X_API_Key="key-of-nobody"))
         for headers in ({}, {"Authorization": "Bearer"}, {"X_API_Key": ""}):
             answer = send(client, photo, **headers)
-            refused(answer, "unauthorized", "No key came", "Authorization: Bearer KEY")
+            refused(answer, "unauthorized", "An API key is required. Send it as `Authorization: Bearer KEY`")
             assert answer.headers["WWW-Authenticate"] == "Bearer"
         for headers in (
             {"X_API_Key": "ann"},

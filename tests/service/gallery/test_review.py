@@ -320,7 +320,7 @@ def test_what_is_refused_is_said_on_a_page_and_to_a_program_as_a_problem(
 def test_another_site_can_make_nobody_decide(server: Server, row: Row) -> None:
     for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "https://evil.example"}):
         reply = post(server, row, "bad", headers=headers)
-        assert (reply.status, "decide on the gallery's own pages" in text(reply)) == (403, True)
+        assert (reply.status, "Use the gallery pages or a non-browser client" in text(reply)) == (403, True)
         assert post(server, row, "bad", headers=headers, as_json=True).code == "cross_site_request"
         assert server.post(b"key=x", "application/x-www-form-urlencoded", path="/gallery/key", headers=headers).status == 403
     assert past(server, row) == []
