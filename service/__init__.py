@@ -21,7 +21,9 @@ def create_app(settings: Settings | None = None) -> Flask:
     Returns:
         The Flask application. ``/health/ready`` reports when the model is loaded.
     """
-    services = _start_services(settings)
+    from service.settings import Settings
+
+    services = _start_services(settings or Settings.from_environment())
     from service.app import create_full_app
 
     return create_full_app(services)
@@ -32,20 +34,22 @@ def create_wsgi_app() -> DeferredApp | Flask:
 
     It predicts before its pages are built, unless predictions are saved, which needs the gallery's database.
     """
-    services = _start_services(None)
+    from service.settings import process_settings
+
+    services = _start_services(process_settings())
     from service.app import DeferredApp, create_full_app
 
     return create_full_app(services) if services.settings.save_predictions else DeferredApp(services)
 
 
-def _start_services(settings: Settings | None) -> Services:
+def _start_services(settings: Settings) -> Services:
     from service.inference.model_manager import ModelManager
-    from service.settings import Settings
+    from service.rollout.state import open_store
 
-    settings = settings or Settings.from_environment()
-    models = ModelManager.start(settings)  # in a thread, while this one imports Flask
+    store = open_store(settings)
+    models = ModelManager.start(settings, bundles_to_load=store.bundles_to_load)  # in a thread, while this one imports Flask
     from service.app import create_services
 
-    services = create_services(settings, models)
+    services = create_services(settings, models, store)
     services.rollout.start()
     return services

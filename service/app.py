@@ -33,6 +33,7 @@ from service.http.text_validation import check_items, check_text
 from service.inference.model_manager import LoadedModel, ModelManager
 from service.inference.predictor import Predictor
 from service.rollout.rollout import RolloutManager
+from service.rollout.state import RolloutStore, open_store
 from service.settings import Settings
 from service.web import layout
 
@@ -47,10 +48,11 @@ INFERENCE_PATHS = re.compile(rf"/predict|{CUSTOM_ERROR_PATHS.pattern}")
 MODEL_WAIT_S = 2.0  # pages do not wait longer for a model: they can say that it is being loaded
 
 
-def create_services(settings: Settings, models: ModelManager) -> Services:
+def create_services(settings: Settings, models: ModelManager, store: RolloutStore | None = None) -> Services:
     """Create the components that the applications of this process share."""
     admission = AdmissionController(settings.max_in_flight, gauge=models.metrics.in_flight)
-    return Services(settings, models, admission, RolloutManager(settings, models), Predictor(models))
+    rollout = RolloutManager(settings, models, store or open_store(settings))
+    return Services(settings, models, admission, rollout, Predictor(models))
 
 
 class _App(Flask):

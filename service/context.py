@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from flask import current_app
-
 if TYPE_CHECKING:
     from service.gallery.image_access import ImageAccess
     from service.gallery.index import GalleryIndex
@@ -50,6 +48,8 @@ def services_of(app: HasExtensions) -> Services:
 
 def services() -> Services:
     """Return the components of the application that handles the current request."""
+    from flask import current_app  # gunicorn's parent process imports this module and has no use for Flask
+
     return services_of(current_app)
 
 

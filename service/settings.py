@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import types
 import typing
@@ -208,6 +209,15 @@ class Settings:
     @property
     def max_pixels(self) -> int:
         return int(self.max_megapixels * 1e6)
+
+
+@functools.cache
+def process_settings() -> Settings:
+    """Read the settings of this process once.
+
+    gunicorn's parent process does it, so that a worker that replaces another does not fail because a folder has gone since.
+    """
+    return Settings.from_environment()
 
 
 def _parse(row: dataclasses.Field[Any], wanted: Any, text: str) -> Any:

@@ -49,8 +49,8 @@ def rollback() -> Response:
 
 def _status() -> Response:
     settings = services().settings
-    served = services().model_manager
-    state, worker_versions = served.rollout_store.read(), served.rollout_store.worker_versions()
+    store = services().rollout.store
+    state, worker_versions = store.read(), store.worker_versions()
     answer = dataclasses.asdict(state)
     del answer["link_fingerprint"]
     answer["converged"] = state.active is not None and set(worker_versions.values()) == {state.active.version}

@@ -1,1 +1,1 @@
-"""Inference: decoding, batching and the model that serves."""
+"""Inference: decode images, batch them and run the model."""

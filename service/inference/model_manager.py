@@ -1,18 +1,22 @@
-"""The model that is served: loaded after the fork, warmed, and checked against its golden answers before it answers anybody."""
+"""Load the model after the fork, check it against its golden outputs, and let a rollout replace it."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import gc
 import logging
 import os
 import queue
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,39 +24,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
-from models.artifacts.paths import compiled_dir, resolve_bundle
-from models.errors import UserError
+from models.artifacts.paths import compiled_dir, merged_dir, resolve_bundle
+from models.errors import BundleError, UserError
 from models.runtime.openvino_engine import Engine, OpenVINOEngine, Pixels
 from models.runtime.precision import Precision, select_precision
 from service.http.errors import Problem
 from service.inference.batcher import Batcher
 from service.inference.image_decoder import ImageDecoder
-from service.inference.memory import return_large_blocks
 from service.inference.recent_predictions import RecentPrediction, RecentPredictions
 from service.resources import ResourceAllocation, allocate_resources
-from service.rollout.bundle_link import initial_state
-from service.rollout.state import RolloutStore
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
 log = logging.getLogger("service")
+RETRY_S = 10.0  # pause after a bundle could not be loaded
+LOADING = "The model is being loaded. Retry in a second."
+MERGING = "The bundle is being merged with its pretrained weights, which happens once. Retry in a few seconds."
+M_MMAP_THRESHOLD = -3  # of malloc.h
+LARGE_BLOCK_BYTES = 4 << 20
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A bundle that is ready to answer, and how exactly it does."""
+    """A bundle that is ready to predict.
+
+    Attributes:
+        bundle: The bundle, which is never head-only.
+        precision: What the engine computes in, and why.
+        golden_difference: The largest difference of a probability from the golden outputs.
+        engine: Computes probabilities.
+        batcher: Decodes images and runs the engine.
+        card: The model card in Markdown, as it was when the bundle was loaded.
+    """
 
     bundle: Bundle
     precision: Precision
     golden_difference: float
     engine: Engine
     batcher: Batcher
-    card: str | None = None  # Markdown, as it was when the bundle was loaded
+    card: str | None = None
 
     @cached_property
     def summary(self) -> dict[str, str]:
-        """What every answer says of the model that gave it."""
+        """The model as every response describes it."""
         return {
             "name": self.bundle.name,
             "version": self.bundle.version,
@@ -62,69 +77,80 @@ class LoadedModel:
 
 
 class ModelManager:
-    """The place where the model stands, and where another may take it; until there is one ``get`` says why there is none.
+    """Hold the model that serves. Every model is loaded in one thread, which ``start`` starts.
 
-    One thread of its own loads whatever is loaded.
+    Args:
+        settings: The settings.
+        metrics: Receives the readiness, the model and the durations of its stages.
+        bundles_to_load: Called before each attempt to load the first model; returns the folders to try in order.
+            Default: the setting BUNDLE.
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, *, bundles_to_load: Callable[[], Sequence[Path]] = tuple) -> None:
         self.metrics = metrics
-        self.rollout_store = RolloutStore.from_environment()
         self.recent_predictions = RecentPredictions(settings.shadow_samples)
         self.decoder = ImageDecoder.of(settings, metrics)
+        self.loaded = threading.Event()  # set after the first attempt to load, even if that failed
+        self.installed = threading.Event()  # set once there is a model
         self.closed = threading.Event()
-        self._settings = settings
+        self._settings, self._bundles_to_load = settings, bundles_to_load
         self._model: LoadedModel | None = None
+        self._progress = LOADING
         self._error: str | None = None
-        self.loaded = threading.Event()  # or failed
-        self._when_failed: list[Callable[[str], None]] = []
-        self._when_serving: list[Callable[[LoadedModel], None]] = []
+        self._lock = threading.Lock()
+        self._on_failure: list[Callable[[str], None]] = []
+        self._on_install: list[Callable[[LoadedModel], None]] = []
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._merge: subprocess.Popen[str] | None = None
 
     @classmethod
-    def start(cls, settings: Settings) -> ModelManager:
-        """Begin to load in a thread, so that /health/live answers meanwhile."""
+    def start(cls, settings: Settings, *, bundles_to_load: Callable[[], Sequence[Path]] = tuple) -> ModelManager:
+        """Create a manager that loads its model in the background."""
         return_large_blocks()
-        served = cls(settings, Metrics())
-        threading.Thread(target=served._work, name="load", daemon=True).start()
-        return served
+        manager = cls(settings, Metrics(), bundles_to_load=bundles_to_load)
+        threading.Thread(target=manager._work, name="load-model", daemon=True).start()
+        return manager
 
     def get(self) -> LoadedModel:
-        """The model; raises Problem while there is none."""
+        """Return the current model. Raises Problem if there is none."""
         if self._model is not None:
             return self._model
         if self._error is not None:
-            raise Problem("not_ready", self._error)
-        raise Problem("not_ready", "The model is being loaded; ask again in a second.", headers={"Retry-After": "1"})
+            raise Problem("not_ready", self._error, headers={"Retry-After": f"{RETRY_S:.0f}"})
+        raise Problem("not_ready", self._progress, headers={"Retry-After": "1"})
 
     def check_ready(self) -> LoadedModel:
-        """The model, where photos that are sent now would be decoded. Raises Problem."""
+        """Return the current model if requests progress. Raises Problem."""
         model = self.get()
         if model.batcher.is_stalled:
             raise Problem(
                 "decoders_stalled",
-                "Every decoding thread has been busy with one image for longer than DEADLINE_MS; ask another server.",
+                "Every decoding thread has been busy with one image for longer than DEADLINE_MS. Use another server.",
                 headers={"Retry-After": "1"},
             )
         return model
 
     def wait(self, timeout_s: float | None) -> LoadedModel:
-        """The model, once it is loaded."""
+        """Wait for the first attempt to load, and return the model. Raises Problem if it failed or took longer."""
         self.loaded.wait(timeout_s)
         return self.get()
 
-    def add_failure_callback(self, call: Callable[[str], None]) -> None:
-        """Have ``call`` told why, should loading fail."""
-        self._when_failed.append(call)
+    def add_failure_callback(self, callback: Callable[[str], None]) -> None:
+        """Call ``callback`` with the reason whenever the first model cannot be loaded."""
+        self._on_failure.append(callback)
         if self._error is not None:
-            call(self._error)
+            callback(self._error)
 
-    def add_install_callback(self, call: Callable[[LoadedModel], None]) -> None:
-        """Have ``call`` told of each model that begins to serve, and of the one that does: from the loading thread."""
-        self._jobs.put(lambda: self._tell_from_now_on(call))
+    def add_install_callback(self, callback: Callable[[LoadedModel], None]) -> None:
+        """Call ``callback`` in the loading thread for the current model, if any, and for every later one."""
+        with self._lock:
+            self._on_install.append(callback)
+            model = self._model
+        if model:
+            self._jobs.put(partial(_call, callback, model))
 
     def run_in_loader(self, job: Callable[[], T]) -> T:
-        """Run ``job`` in the thread that loads, and give what it gives."""
+        """Run ``job`` in the loading thread and return its result, or raise its exception."""
         done: Future[T] = Future()
 
         def work() -> None:
@@ -137,103 +163,167 @@ class ModelManager:
         return done.result()
 
     def install(self, model: LoadedModel, predictions: Iterable[RecentPrediction] = ()) -> None:
-        """Serve ``model`` from now on; in the loading thread only. What was begun ends with the model that it began with.
+        """Make ``model`` the current one. Running requests finish on the old one, which is then closed.
 
-        ``predictions`` are its answers to photos that the one before had answered.
+        Call it in the loading thread only.
+
+        Args:
+            model: The new model.
+            predictions: Its results for the recent images of the old model.
         """
-        before, self._model = self._model, model
+        with self._lock:
+            previous, self._model = self._model, model
+            callbacks = list(self._on_install)
+        self.installed.set()
         self.recent_predictions.replace(predictions)
-        if before:
-            self.metrics.model_info.labels(*_labels(before)).set(0)
+        if previous:
+            self.metrics.model_info.labels(*_labels(previous)).set(0)
         self.metrics.model_info.labels(*_labels(model)).set(1)
-        self.rollout_store.publish_version(model.bundle.version)
-        if before:
-            before.batcher.close()
-        for call in self._when_serving:
-            _tell(call, model)
+        for callback in callbacks:
+            _call(callback, model)
+        if previous:
+            previous.batcher.close()
 
     def close(self) -> None:
+        """End the threads and child processes."""
         self.closed.set()
         self._jobs.put(None)
         if self._model:
             self._model.batcher.close()
+        self.end_children()
+
+    def end_children(self) -> None:
+        """End the decoder process and a running merge."""
         self.decoder.process.close()
+        if self._merge:
+            self._merge.kill()
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError):  # this thread's children compute; those that talk to clients come first
+        with contextlib.suppress(OSError):  # the engine inherits the niceness; threads that serve clients come first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        self._load()
+        while not self._load():
+            self.loaded.set()
+            if self.closed.wait(RETRY_S):
+                return
+        self.loaded.set()
         while job := self._jobs.get():
             job()
 
-    def _load(self) -> None:
-        began = time.perf_counter()
-        chosen = self.rollout_store.read().active  # by the others, where this worker takes a dead one's place
-        path = Path(chosen.bundle) if chosen else self._settings.bundle
-        try:
-            model = load_model(self._settings, allocate_resources(self._settings), self.metrics, self.decoder, path=path)
-            if chosen is None:
-                with self.rollout_store.lock(wait=True):
-                    self.rollout_store.write(initial_state(self._settings))
-        except UserError as error:
-            self._fail(str(error))
-        except Exception as error:
-            log.exception("loading failed")
-            self._fail(f"The bundle {path} could not be loaded: {error!r}")
+    def _load(self) -> bool:
+        """Load the first of the bundles that can be loaded. Returns false if there is none."""
+        started = time.perf_counter()
+        reasons = []
+        for path in self._bundles_to_load() or (self._settings.bundle,):
+            try:
+                self._merge_if_needed(path)
+                model = load_model(self._settings, allocate_resources(self._settings), self.metrics, self.decoder, path=path)
+            except UserError as error:
+                reasons.append(str(error))
+            except Exception as error:
+                log.exception("loading failed")
+                reasons.append(f"The bundle {path} could not be loaded: {error!r}")
+            else:
+                break
+            log.error(reasons[-1])
         else:
-            gc.freeze()  # what is there by now stays; to look through all of it again and again costs every request
-            self.metrics.ready.set(1)  # before /health/ready says so
-            self.install(model)
-            log.info(
-                "ready",
-                extra={
-                    "model": model.bundle.name,
-                    "version": model.bundle.version,
-                    "precision": model.precision.name,
-                    "reason": model.precision.reason,
-                    "golden_difference": model.golden_difference,
-                    "duration_s": round(time.perf_counter() - began, 3),
-                },
+            self._error = reasons[0]
+            for callback in self._on_failure:
+                callback(self._error)
+            return False
+        gc.freeze()  # later collections skip what exists now, which costs every request otherwise
+        self.metrics.ready.set(1)  # before /health/ready reports it
+        self.install(model)
+        log.info(
+            "ready",
+            extra={
+                "model": model.bundle.name,
+                "version": model.bundle.version,
+                "precision": model.precision.name,
+                "reason": model.precision.reason,
+                "golden_difference": model.golden_difference,
+                "duration_s": round(time.perf_counter() - started, 3),
+            },
+        )
+        return True
+
+    def _merge_if_needed(self, path: Path) -> None:
+        """Merge a head-only bundle with its pretrained weights, in one worker at a time. Raises BundleError."""
+        bundle = open_bundle(path, files=())
+        if not bundle.is_head_only or merged_dir(bundle).is_dir():
+            return
+        self._progress = MERGING
+        with _locked_folder(path):
+            if merged_dir(bundle).is_dir():  # another worker merged it
+                return
+            log.info("merging the bundle with its pretrained weights", extra={"bundle": str(path)})
+            self._merge = subprocess.Popen(
+                [sys.executable, "-m", "finetune", "merge", str(path)],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
             )
-        self.loaded.set()
-
-    def _fail(self, reason: str) -> None:
-        self._error = reason
-        log.error(reason)
-        for call in self._when_failed:
-            call(reason)
-
-    def _tell_from_now_on(self, call: Callable[[LoadedModel], None]) -> None:
-        self._when_serving.append(call)
-        if self._model:
-            _tell(call, self._model)
+            _, output = self._merge.communicate()
+            if self._merge.returncode:
+                reason = (output.strip().splitlines() or [f"`finetune merge` ended with {self._merge.returncode}"])[-1]
+                raise BundleError(f"The bundle {path} could not be merged with its pretrained weights: {reason}")
+        self._progress = LOADING
 
 
-def _tell(call: Callable[[LoadedModel], None], model: LoadedModel) -> None:
+def _call(callback: Callable[[LoadedModel], None], model: LoadedModel) -> None:
     try:
-        call(model)
-    except Exception:  # what others make of a model must not keep it from serving
-        log.exception("a call that was told of the model failed")
+        callback(model)
+    except Exception:  # must not keep the model from serving
+        log.exception("a callback for the installed model failed")
 
 
 def _labels(model: LoadedModel) -> tuple[str, str, str]:
     return model.bundle.name, model.bundle.version, model.precision.name
 
 
+@contextlib.contextmanager
+def _locked_folder(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def return_large_blocks() -> None:
+    """Have glibc return large blocks to the system as soon as they are freed.
+
+    It does so at first, but raises its threshold to the size of the largest block that was freed: after one body of 20 MB,
+    bodies and pixels would come from heaps that keep their memory. Other C libraries are left as they are.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
 def load_model(
     settings: Settings, resources: ResourceAllocation, metrics: Metrics, decoder: ImageDecoder, *, path: Path | None = None
 ) -> LoadedModel:
-    """Open the bundle at ``path`` (that of the settings), compile, warm up and check it; nothing answers before that is done.
+    """Open a bundle, compile it for every batch size and check its golden outputs.
 
-    Raises BundleError or ConfigError.
+    Args:
+        settings: The settings.
+        resources: Threads and streams.
+        metrics: Receives the durations of the model's stages.
+        decoder: Decodes images for the model.
+        path: The bundle; default: the setting BUNDLE.
+
+    Raises:
+        BundleError: The bundle is invalid, or does not reproduce its golden outputs.
+        ConfigError: A setting does not fit the bundle or the machine.
     """
     path = resolve_bundle(path or settings.bundle)
     sizes = batch_sizes(settings.max_batch_size)
     with_torch = uses_torch(settings)
     bundle = open_bundle(path, files=(WEIGHTS if with_torch else GRAPH, GOLDEN))
-    card = bundle.model_card()  # checked before the minutes that a large network may take to compile
+    card = bundle.model_card()  # fails before a large network is compiled for minutes
     if with_torch:
-        precision = Precision("fp32", float(bundle.manifest["golden"]["tolerance"]), "torch computes it")
+        precision = Precision("fp32", float(bundle.manifest["golden"]["tolerance"]), "computed by torch")
         from models.runtime.torch_engine import TorchEngine
 
         engine: Engine = TorchEngine(bundle)
@@ -263,25 +353,24 @@ def load_model(
     return LoadedModel(bundle, precision, difference, engine, batcher, card)
 
 
-def batch_sizes(most: int) -> tuple[int, ...]:
-    """The sizes that are computed: all up to four, then every half more, as a smaller batch is padded to the next."""
+def batch_sizes(largest: int) -> tuple[int, ...]:
+    """Return the batch sizes to compile: 1 to 4, then steps of a half. Smaller batches are padded to the next size."""
     sizes = [1]
-    while sizes[-1] < most:
-        sizes.append(min(most, max(sizes[-1] + 1, sizes[-1] * 3 // 2)))
+    while sizes[-1] < largest:
+        sizes.append(min(largest, max(sizes[-1] + 1, sizes[-1] * 3 // 2)))
     return tuple(sizes)
 
 
 def uses_torch(settings: Settings) -> bool:
-    """Whether torch computes: where it is asked for, or where there is a GPU. Nothing heavy is imported to find out."""
+    """Return whether to compute with torch: if ENGINE says so, or if there is a GPU. This does not import torch."""
     if settings.engine != "auto":
         return settings.engine == "torch"
     return Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
 
 
 def _check_every_size(bundle: Bundle, engine: Engine, sizes: tuple[int, ...], *, tolerance: float, streams: int) -> float:
-    """Check the golden answers in batches of every size; as kernels are compiled at a size's first use, this warms them up."""
-
-    golden = bundle.golden()  # once: NumPy parses an array's header, which Python 3.11 cannot do in two threads at a time
+    """Check the golden outputs in batches of every size. The first use of a size also compiles its kernels."""
+    golden = bundle.golden()  # read once, as NumPy parses array headers in a way that is not thread-safe in Python 3.11
 
     def check(size: int) -> float:
         return check_golden(bundle, lambda pixels: _in_one_batch(engine, pixels, size), tolerance=tolerance, golden=golden)
@@ -291,5 +380,5 @@ def _check_every_size(bundle: Bundle, engine: Engine, sizes: tuple[int, ...], *,
 
 
 def _in_one_batch(engine: Engine, pixels: Pixels, size: int) -> NDArray[np.float32]:
-    """The answers to as many of ``pixels`` as a batch of ``size`` holds."""
+    """Run a batch of exactly ``size`` images and return the results of the first ones, at most ``len(pixels)``."""
     return engine.run(np.resize(pixels, (size, *pixels.shape[1:])))[0][: len(pixels)]

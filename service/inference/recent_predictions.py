@@ -1,6 +1,6 @@
-"""The last answered photos, as the model saw them: what a new bundle has to agree on with the one that it follows.
+"""The last predicted images as preprocessed pixels, on which a new bundle is compared with the current one.
 
-In memory only and bounded. Photos' files and names are not kept, and nothing of it is ever written or shown.
+They are bounded and in memory only. Files and their names are not kept, and nothing is written or shown.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from models.runtime.openvino_engine import Engine, Pixels
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of ``compared`` photos ``agreed`` got the same label; ``skipped_reason`` says why none were compared, where none were."""
+    """How far two models agree: ``agreed`` of ``compared`` images got the same label.
+
+    ``max_difference`` is the largest difference of a probability. ``skipped_reason`` says why nothing was compared, if so.
+    """
 
     compared: int = 0
     agreed: int = 0
-    max_difference: float = 0.0  # of a probability
+    max_difference: float = 0.0
     skipped_reason: str | None = None
 
     @property
@@ -32,52 +35,58 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RecentPrediction:
-    """A photo as the model saw it, (H, W, C) uint8, and the probabilities (classes,) that the model ``version`` gave it."""
+    """Pixels (H, W, C) uint8 and the probabilities (classes,) of the model with the ``version``."""
 
     version: str
     pixels: Pixels
     probabilities: NDArray[np.float32]
-    content_key: int  # tells what was sent from other photos (service.http.uploads)
+    content_key: int  # equal for uploads with the same content
 
 
 class RecentPredictions:
-    """The last ``most`` different photos by what was sent, so that one that is sent again and again counts once."""
+    """The predictions of the last ``max_count`` different uploads. An upload that is repeated counts once."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._seen: OrderedDict[int, RecentPrediction] = OrderedDict()
+    def __init__(self, max_count: int) -> None:
+        self._max_count = max_count
+        self._rows: OrderedDict[int, RecentPrediction] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(self, seen: RecentPrediction) -> None:
-        """Keep an answer; the oldest goes where there are too many."""
-        if not self._most:
+    def add(self, prediction: RecentPrediction) -> None:
+        """Keep a prediction and drop the oldest one if there are too many."""
+        if not self._max_count:
             return
         with self._lock:
-            self._seen[seen.content_key] = seen
-            self._seen.move_to_end(seen.content_key)
-            if len(self._seen) > self._most:
-                self._seen.popitem(last=False)
+            self._rows[prediction.content_key] = prediction
+            self._rows.move_to_end(prediction.content_key)
+            if len(self._rows) > self._max_count:
+                self._rows.popitem(last=False)
 
     def compare(self, version: str, engine: Engine, other: str) -> tuple[Agreement, list[RecentPrediction]]:
-        """Run what the model ``version`` answered through the ``engine`` of the ``other``, which takes the same pixels.
+        """Run the kept images of one model through the engine of another that takes the same pixels.
 
-        Gives how far they agree, and the other's answers, to be ``replace``d by where it serves from now on.
+        Args:
+            version: The version of the model whose predictions were kept.
+            engine: The other model's engine.
+            other: The other model's version.
+
+        Returns:
+            How far they agree, and the other model's predictions.
         """
         with self._lock:
-            seen = [row for row in self._seen.values() if row.version == version]
-        if not seen:
-            return Agreement(skipped_reason="no photo was answered lately" if self._most else "SHADOW_SAMPLES is 0"), []
-        before = np.stack([row.probabilities for row in seen])
-        after = engine.run(np.stack([row.pixels for row in seen]))[0]
+            rows = [row for row in self._rows.values() if row.version == version]
+        if not rows:
+            return Agreement(skipped_reason="no recent predictions" if self._max_count else "SHADOW_SAMPLES is 0"), []
+        before = np.stack([row.probabilities for row in rows])
+        after = engine.run(np.stack([row.pixels for row in rows]))[0]
         agreed = int((before.argmax(axis=1) == after.argmax(axis=1)).sum())
-        answers = [
-            RecentPrediction(other, row.pixels, values, row.content_key) for row, values in zip(seen, after, strict=True)
+        predictions = [
+            RecentPrediction(other, row.pixels, values, row.content_key) for row, values in zip(rows, after, strict=True)
         ]
-        return Agreement(len(seen), agreed, float(np.abs(before - after).max())), answers
+        return Agreement(len(rows), agreed, float(np.abs(before - after).max())), predictions
 
-    def replace(self, seen: Iterable[RecentPrediction]) -> None:
-        """Forget all but these."""
+    def replace(self, predictions: Iterable[RecentPrediction]) -> None:
+        """Keep these predictions only."""
         with self._lock:
-            self._seen.clear()
-        for row in seen:
-            self.add(row)
+            self._rows.clear()
+        for prediction in predictions:
+            self.add(prediction)

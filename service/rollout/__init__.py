@@ -1,1 +1,1 @@
-"""Rollout: replace the serving bundle without a failed request, and roll back."""
+"""Rollout: replace the current bundle without a failed request, and roll back."""

@@ -1,4 +1,4 @@
-"""Whether a bundle can follow the one that serves: the same classes, and the same labels for the last answered photos."""
+"""Decide whether a bundle may replace the current one: same classes, and same labels for recent images."""
 
 from __future__ import annotations
 
@@ -8,46 +8,56 @@ from service.http.errors import Problem
 from service.inference.model_manager import LoadedModel
 from service.inference.recent_predictions import Agreement, RecentPrediction, RecentPredictions
 
-ALLOWED_DIFFERENCES = ("classes", "disagreement")  # what may differ where it is said to be meant
+ALLOWED_DIFFERENCES = ("classes", "disagreement")  # what a request may allow to differ
 
 
 def measure_agreement(
     current: LoadedModel, model: LoadedModel, recent: RecentPredictions
 ) -> tuple[Agreement, list[RecentPrediction]]:
-    """How far ``model`` gives the answers that ``current`` gave to ``recent`` photos, and its own answers to them.
+    """Run a model on the recent images of the current one.
 
-    Left out where the pixels that were kept are not those that ``model`` would be given.
+    Returns:
+        How far the labels agree, and the model's own predictions. Nothing is compared if the classes differ, or if the model
+        takes other pixels than those that were kept.
     """
     if model.bundle.classes != current.bundle.classes:
-        return Agreement(skipped_reason="the classes are others"), []
-    if _pixels_of(model) != _pixels_of(current):
-        return Agreement(skipped_reason="photos are made into pixels in another way, and only pixels were kept"), []
+        return Agreement(skipped_reason="the classes differ"), []
+    if _pixel_fields(model) != _pixel_fields(current):
+        return Agreement(skipped_reason="the preprocessing differs, and only preprocessed pixels are kept"), []
     return recent.compare(current.bundle.version, model.engine, model.bundle.version)
 
 
 def rejection_reason(
     current: LoadedModel, model: LoadedModel, agreement: Agreement, *, min_agreement: float, allow: Collection[str]
 ) -> Problem | None:
-    """Why ``model`` should not follow ``current``: other classes, or fewer equal labels than the share ``min_agreement``."""
+    """Return why ``model`` must not replace ``current``, or None.
+
+    Args:
+        current: The model that serves.
+        model: The candidate.
+        agreement: Of the two on recent images.
+        min_agreement: Required fraction of equal labels.
+        allow: The ``ALLOWED_DIFFERENCES`` that are accepted.
+    """
     if model.bundle.classes != current.bundle.classes and "classes" not in allow:
         return Problem(
             "bundle_incompatible",
-            f"The bundle knows {_list(model)}, and the one that serves {_list(current)}, in this order; "
-            'where that is meant, send "allow": ["classes"].',
+            f"The bundle has the classes {_list(model)}, the current one {_list(current)}, in this order. "
+            'If that is intended, send "allow": ["classes"].',
         )
     if agreement.fraction < min_agreement and "disagreement" not in allow:
         return Problem(
             "bundle_incompatible",
-            f"Of the last {agreement.compared} answered photos {agreement.agreed} get the same label from this bundle, "
-            f'and {min_agreement:.0%} are wanted; where it is right, send "allow": ["disagreement"].',
+            f"The bundle agrees with the current one on {agreement.agreed} of the last {agreement.compared} images, "
+            f'but MIN_AGREEMENT is {min_agreement:.0%}. If that is intended, send "allow": ["disagreement"].',
         )
     return None
 
 
-def _pixels_of(model: LoadedModel) -> tuple[object, ...]:
-    """What decides over a photo's pixels; normalisation is a part of the graph."""
-    seen = model.bundle.preprocessing
-    return seen.input_px, seen.resize_px, seen.interpolation, seen.channels
+def _pixel_fields(model: LoadedModel) -> tuple[object, ...]:
+    """The preprocessing that determines the pixels. Normalization is part of the graph."""
+    preprocessing = model.bundle.preprocessing
+    return preprocessing.input_px, preprocessing.resize_px, preprocessing.interpolation, preprocessing.channels
 
 
 def _list(model: LoadedModel) -> str:

@@ -1,7 +1,7 @@
-"""What all workers read: which bundle serves, which one did before, and what was refused last; kept as long as the server runs.
+"""The rollout state that all workers share: which bundle serves, which one did before, and what was rejected last.
 
-gunicorn's master makes the folder before it forks (``found``); a worker that takes a dead one's place reads there what to load.
-Without such a folder, as in a single process, it is kept in memory.
+gunicorn's master creates the state before it forks. It is an unlinked file that the workers inherit: no cleaner of temporary
+files can remove it, and nothing is left behind when the server is killed.
 """
 
 from __future__ import annotations
@@ -9,25 +9,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
+import struct
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from models.artifacts.atomic_io import atomic_write_text
+from models.artifacts.bundle import MANIFEST, open_bundle
+from models.artifacts.paths import resolve_bundle
+from models.errors import BundleError
 from service.http.errors import Problem
+from service.settings import Settings
 
-STATE_DIR_VARIABLE = "SERVICE_ROLLOUT_DIR"
-STATE, LOCK, WORKER = "state.json", "lock", "worker-"
+SLOT_BYTES = 1 << 20  # the file has a header and two slots for documents, of which the header names the valid one
+HEADER = struct.Struct("<II")  # slot and length of the document
+DOCUMENT_LOCK, ROLLOUT_LOCK = 1 << 40, (1 << 40) + 1  # bytes beyond the end of the file
 
 
 @dataclass(frozen=True)
 class SelectedBundle:
-    """A bundle that was chosen to serve: its folder, what it is called, who chose it and when (UTC)."""
+    """A bundle that was selected to serve: its folder, name and version, who selected it, and when (UTC)."""
 
     bundle: str
     name: str
@@ -39,7 +47,7 @@ class SelectedBundle:
 
 @dataclass(frozen=True)
 class RejectedBundle:
-    """A bundle that was not taken, and why."""
+    """A bundle that was rejected, and why."""
 
     bundle: str
     code: str
@@ -50,7 +58,7 @@ class RejectedBundle:
 
 @dataclass(frozen=True)
 class RolloutState:
-    """All of it. ``link_fingerprint`` tells what BUNDLE led to when that was last looked into, whatever came of it."""
+    """The whole state. ``link_fingerprint`` is that of BUNDLE's target when it was last considered, whatever the outcome."""
 
     active: SelectedBundle | None = None
     previous: SelectedBundle | None = None
@@ -59,89 +67,172 @@ class RolloutState:
 
 
 class RolloutStore:
-    """The state, in ``folder`` for all workers or else in memory. One at a time may decide; all may read."""
+    """The state in an anonymous file, for this process and those forked from it.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-        self._state = RolloutState()
-        self._deciding = threading.Lock()
-        self._workers: dict[int, str] = {}
+    Each read and write locks the file for a moment. ``lock`` is held during a rollout, so that there is one at a time.
+    """
 
-    @classmethod
-    def from_environment(cls) -> RolloutStore:
-        """The one that the master made, or one in memory."""
-        folder = os.environ.get(STATE_DIR_VARIABLE)
-        return cls(Path(folder) if folder else None)
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other workers see it."""
-        return self._folder is not None
+    def __init__(self, state: RolloutState = RolloutState(), *, is_shared: bool = False) -> None:
+        self.is_shared = is_shared
+        with tempfile.TemporaryFile() as file:
+            self._fd = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._fd)
+        self._document_lock, self._rollout_lock = threading.Lock(), threading.Lock()  # POSIX locks are per process
+        self._write_document({"state": dataclasses.asdict(state), "workers": {}, "has_served": False}, slot=0)
 
     def read(self) -> RolloutState:
-        if self._folder is None:
-            return self._state
-        try:
-            rows = json.loads((self._folder / STATE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return RolloutState()
-        chosen = {name: SelectedBundle(**rows[name]) if rows[name] else None for name in ("active", "previous")}
-        return RolloutState(
-            **chosen,
-            last_rejection=RejectedBundle(**rows["last_rejection"]) if rows["last_rejection"] else None,
-            link_fingerprint=rows["link_fingerprint"],
-        )
+        """Return the current state."""
+        rows = self._read_document()["state"]
+        selected = {name: SelectedBundle(**rows[name]) if rows[name] else None for name in ("active", "previous")}
+        rejection = RejectedBundle(**rows["last_rejection"]) if rows["last_rejection"] else None
+        return RolloutState(**selected, last_rejection=rejection, link_fingerprint=rows["link_fingerprint"])
 
     def write(self, state: RolloutState) -> None:
-        """Whole or not at all. Only inside ``lock``."""
-        if self._folder is None:
-            self._state = state
-        else:
-            atomic_write_text(self._folder / STATE, json.dumps(dataclasses.asdict(state)))
+        """Replace the state; call it inside ``lock`` only. After an error the old state holds."""
+        with self._editing() as document:
+            document["state"] = dataclasses.asdict(state)
+
+    def set_initial(self, active: SelectedBundle) -> None:
+        """Make ``active`` the active bundle if there is none."""
+        with self._editing() as document:
+            if document["state"]["active"] is None:
+                document["state"]["active"] = dataclasses.asdict(active)
+
+    def bundles_to_load(self) -> list[Path]:
+        """Return the folders that a starting worker should try: that of the active bundle, then of the previous one."""
+        state = self.read()
+        return [Path(selected.bundle) for selected in (state.active, state.previous) if selected]
 
     @contextlib.contextmanager
-    def lock(self, *, wait: bool = False) -> Iterator[None]:
-        """Nobody else decides meanwhile, in no worker. Where somebody does, ``wait`` for it, or raise Problem at once.
+    def lock(self) -> Iterator[None]:
+        """Hold the right to change the state. A killed process releases it.
 
-        One that was killed decides no longer.
+        Raises:
+            Problem: Another thread or worker holds it.
         """
-        with contextlib.ExitStack() as held:
-            busy = Problem("rollout_in_progress", "Another bundle is being loaded and checked; ask again when that is done.")
-            if not self._deciding.acquire(blocking=wait):
-                raise busy
-            held.callback(self._deciding.release)
-            if self._folder is not None:
-                file = held.enter_context((self._folder / LOCK).open("w"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                except OSError:
-                    raise busy from None
-            yield
+        busy = Problem("rollout_in_progress", "Another bundle is being loaded and checked. Retry when it is done.")
+        if not self._rollout_lock.acquire(blocking=False):
+            raise busy
+        try:
+            try:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, ROLLOUT_LOCK)
+            except OSError:
+                raise busy from None
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, ROLLOUT_LOCK)
+        finally:
+            self._rollout_lock.release()
 
     def publish_version(self, version: str) -> None:
-        """Note what this process serves."""
-        self._workers[os.getpid()] = version
-        if self._folder is not None:
-            atomic_write_text(self._folder / f"{WORKER}{os.getpid()}", version)
+        """Record which version this process serves."""
+        with self._editing() as document:
+            document["workers"][str(os.getpid())] = version
+            document["has_served"] = True
+
+    def remove_worker(self, pid: int) -> None:
+        """Forget a worker that has ended."""
+        with self._editing() as document:
+            document["workers"].pop(str(pid), None)
 
     def worker_versions(self) -> dict[int, str]:
-        """Process id -> the version that it serves."""
-        if self._folder is None:
-            return dict(self._workers)
-        found = {}
-        for file in sorted(self._folder.glob(f"{WORKER}*")):
-            with contextlib.suppress(FileNotFoundError):  # it ended just now
-                found[int(file.name.removeprefix(WORKER))] = file.read_text(encoding="utf-8")
-        return found
+        """Map the process ids of the workers that serve to their versions."""
+        workers = self._read_document()["workers"]
+        return {pid: workers[str(pid)] for pid in sorted(map(int, workers))}
+
+    @property
+    def has_served(self) -> bool:
+        """Whether a worker of this server has been ready since the server started."""
+        return bool(self._read_document()["has_served"])
+
+    @contextlib.contextmanager
+    def _editing(self) -> Iterator[dict[str, Any]]:
+        with self._locked_document():
+            document, slot = self._load_document()
+            yield document
+            self._write_document(document, slot=1 - slot)
+
+    def _read_document(self) -> dict[str, Any]:
+        with self._locked_document():
+            return self._load_document()[0]
+
+    @contextlib.contextmanager
+    def _locked_document(self) -> Iterator[None]:
+        with self._document_lock:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, DOCUMENT_LOCK)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, DOCUMENT_LOCK)
+
+    def _load_document(self) -> tuple[dict[str, Any], int]:
+        slot, length = HEADER.unpack(os.pread(self._fd, HEADER.size, 0))
+        return json.loads(os.pread(self._fd, length, (slot + 1) * SLOT_BYTES)), slot
+
+    def _write_document(self, document: dict[str, Any], *, slot: int) -> None:
+        """Write the document to a slot that is not in use, then name it valid: a full disk or a kill leaves the old one."""
+        data = json.dumps(document).encode()
+        if len(data) > SLOT_BYTES or os.pwrite(self._fd, data, (slot + 1) * SLOT_BYTES) < len(data):
+            raise OSError("The rollout state could not be written completely.")
+        os.pwrite(self._fd, HEADER.pack(slot, len(data)), 0)
 
 
-def create_state_dir() -> Path:
-    """For the master: a folder that the workers forked from now on find."""
-    folder = Path(tempfile.mkdtemp(prefix="dogs-vs-cats-rollout-"))
-    os.environ[STATE_DIR_VARIABLE] = str(folder)
-    return folder
+_shared: RolloutStore | None = None
 
 
-def remove_worker(pid: int) -> None:
-    """For the master: a worker has ended."""
-    (Path(os.environ[STATE_DIR_VARIABLE]) / f"{WORKER}{pid}").unlink(missing_ok=True)
+def share_store(settings: Settings) -> RolloutStore:
+    """Create the store of the workers that this process forks from now on."""
+    global _shared
+    _shared = RolloutStore(initial_state(settings), is_shared=True)
+    return _shared
+
+
+def open_store(settings: Settings) -> RolloutStore:
+    """Return the store that the parent process shares, or one for this process alone."""
+    return _shared or RolloutStore(initial_state(settings))
+
+
+def initial_state(settings: Settings) -> RolloutState:
+    """Return the state of a starting server. Nothing is active if BUNDLE cannot be opened or has yet to be merged."""
+    fingerprint = bundle_fingerprint(settings.bundle)
+    try:
+        folder = settings.bundle.resolve()
+        bundle = open_bundle(resolve_bundle(folder), files=())
+    except (BundleError, OSError, RuntimeError):
+        return RolloutState(link_fingerprint=fingerprint)
+    active = SelectedBundle(str(folder), bundle.name, bundle.version, actor="BUNDLE", time=utc_now())
+    return RolloutState(active=active, link_fingerprint=fingerprint)
+
+
+def is_symlinked(path: Path) -> bool:
+    """Return whether ``path`` contains a symbolic link, so that it can be made to lead elsewhere."""
+    return path.resolve() != path.absolute()
+
+
+def bundle_fingerprint(path: Path) -> str | None:
+    """Hash where ``path`` leads and the sizes and times of the files there, which change while a bundle is being copied.
+
+    Returns:
+        The digest, or None if there is no readable manifest.
+    """
+    try:
+        folder = path.resolve()
+        manifest = (folder / MANIFEST).read_bytes()
+        names = sorted(json.loads(manifest)["files"])
+        files = [(name, stat.st_size, stat.st_mtime_ns) for name in names if (stat := _stat(folder / name))]
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return None
+    return hashlib.sha256(repr((str(folder), manifest, files)).encode()).hexdigest()
+
+
+def utc_now() -> str:
+    """Return the time in UTC in ISO 8601 format."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except OSError:
+        return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from service.telemetry.metrics_dir import DIR_VARIABLE
 
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 STAGES = ("decode_queue", "decode", "batch_queue", "inference")
@@ -113,8 +116,12 @@ class Metrics:
         self.isolated_decodes.labels(outcome).inc()
 
     def render(self) -> bytes:
-        """Return the metrics of all workers in Prometheus's text format."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        """Return the metrics of all workers in Prometheus's text format.
+
+        If something removed the workers' files, those of this worker alone.
+        """
+        folder = os.environ.get(DIR_VARIABLE)
+        if folder is None or not glob.glob(os.path.join(glob.escape(folder), f"*_{os.getpid()}.db")):
             return generate_latest(self.registry)
         all_workers = CollectorRegistry()
         MultiProcessCollector(all_workers)  # type: ignore[no-untyped-call]

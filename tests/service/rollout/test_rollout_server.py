@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -141,6 +142,31 @@ def test_all_workers_come_to_the_same_and_so_does_one_that_takes_a_dead_ones_pla
         assert outcomes['classifier_rollouts_total{outcome="rolled_back"}'] == 1
         assert outcomes['classifier_rollouts_total{outcome="synced"}'] == 2
         assert 'classifier_rollouts_total{outcome="failed"}' not in outcomes
+
+
+def test_a_rollout_and_the_metrics_survive_a_cleaner_of_temporary_files(bundles: Bundles) -> None:
+    two = bundles.version("two")
+    with serve(bundles.path("one"), admin_keys="sesame", web_concurrency=2) as server:
+        poll(lambda: server.metrics()["classifier_ready_workers"] == 2)
+        choose(server, "two")
+        poll(lambda: settled(server, two))
+        for path in (*server.log_file.parent.glob("dogs-vs-cats-*"), metrics_dir(server)):
+            shutil.rmtree(path)
+        assert server.get("/metrics").status == 200
+        assert server.get("/health/ready").status == 200
+        assert settled(server, two)
+        victim = server.workers()[0]
+        os.kill(victim, signal.SIGKILL)
+        poll(lambda: len(status(server)["workers"]) == 2 and victim not in server.workers())
+        assert settled(server, two)
+        assert {server.post(bundles.photo()).json()["model"]["version"] for _ in range(20)} == {two}
+        assert server.get("/metrics").status == 200
+
+
+def metrics_dir(server: Server) -> str:
+    """The folder of the workers' metrics, which a worker has open."""
+    maps = Path(f"/proc/{server.workers()[0]}/maps").read_text()
+    return next(word.rpartition("/")[0] for word in maps.split() if "dogs-vs-cats-metrics-" in word)
 
 
 def test_a_link_is_followed_by_all_workers_and_judged_once(bundles: Bundles, tmp_path: Path) -> None:
