@@ -1,4 +1,4 @@
-"""Start the service: ``serve-classifier [BUNDLE]`` or ``python -m service``. Every setting is an environment variable."""
+"""Start the service: ``serve-classifier [BUNDLE]`` or ``python -m service``. All settings are environment variables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import errno
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,40 +14,43 @@ from pathlib import Path
 from models.artifacts.bundle import open_bundle
 from models.artifacts.paths import merged_dir
 from models.errors import ConfigError, UserError
-from service.settings import Settings
+from service.settings import process_settings
 
 
 def check_free(host: str, port: int) -> None:
-    """Raise ConfigError where nothing can listen there. gunicorn would try five times, and say so in its log only."""
-    if {"LISTEN_FDS", "GUNICORN_FD"} & os.environ.keys():  # a socket that listens already was handed over
+    """Check that the address can be bound, as gunicorn retries five times and only logs why.
+
+    Raises:
+        ConfigError: The port is in use, or the address is not one of this machine.
+    """
+    if {"LISTEN_FDS", "GUNICORN_FD"} & os.environ.keys():  # a listening socket is inherited
         return
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gunicorn: what ended a moment ago is in no way
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gunicorn does
         try:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise ConfigError(
-                    f"The port {port} of {host} is in use; stop what listens there, or name another with PORT (0: any free)."
+                    f"PORT: {port} of {host} is in use. Stop the program that uses it, or set another PORT (0: any free one)."
                 ) from None
             raise ConfigError(
-                f"Nothing can listen on the port {port} of {host} ({error.strerror}); name others with HOST and PORT."
+                f"HOST: cannot listen on port {port} of {host} ({error.strerror}). Set another HOST or PORT."
             ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run gunicorn in this process, after merging a head-only bundle if PyTorch is installed.
+    """Run gunicorn in this process.
 
     Returns:
         The exit code: 2 for a usage or input error, which is explained in one line.
     """
     _set_environment(argv)
     try:
-        settings = Settings.from_environment()
+        settings = process_settings()
         check_free(settings.host, settings.port)
         bundle = open_bundle(settings.bundle, files=())
-        needs_merge = bundle.is_head_only and not merged_dir(bundle).is_dir()
-        if needs_merge and not find_spec("torch"):
+        if bundle.is_head_only and not merged_dir(bundle).is_dir() and not find_spec("torch"):
             raise ConfigError(
                 f"The bundle {settings.bundle} contains only the trained layers, and merging it with its pretrained weights "
                 "needs PyTorch once. Install the extra `finetune`, or serve a bundle that was exported with --export full."
@@ -56,10 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"service: {error}", file=sys.stderr)
         return 2
-    if needs_merge:
-        merge = subprocess.run([sys.executable, "-m", "finetune", "merge", str(settings.bundle)], stdout=subprocess.DEVNULL)
-        if merge.returncode:
-            return merge.returncode
 
     from gunicorn.app.wsgiapp import WSGIApplication
 
@@ -70,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _set_environment(argv: Sequence[str] | None) -> None:
-    """Read the command line into the environment, where gunicorn's workers find it. A flag overrides a variable."""
+    """Copy the command line to the environment, where gunicorn's workers find it. A flag overrides a variable."""
     parser = argparse.ArgumentParser(
         prog="serve-classifier",
         description="Serve a bundle over HTTP. Other settings are environment variables; see the documentation.",

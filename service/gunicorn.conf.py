@@ -13,7 +13,7 @@ from service.http.gunicorn_worker import raise_file_limit
 from service.resources import allocate_resources
 from service.rollout.state import open_store, share_store
 from service.settings import process_settings
-from service.telemetry.json_logging import logging_config
+from service.telemetry.json_logging import is_terminal, logging_config
 from service.telemetry.metrics_dir import create_metrics_dir, remove_metrics_dir, restore_metrics_dir
 
 try:
@@ -36,11 +36,12 @@ timeout = 60  # of a worker that hangs; loading runs in a thread of its own and 
 graceful_timeout = _settings.shutdown_timeout_s
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a heartbeat must not wait for a disk
 preload_app = False  # an engine's threads do not survive a fork
-logconfig_dict = logging_config(_settings.log_level)
+logconfig_dict = logging_config(_settings.log_level, terminal=is_terminal())
 logger_class = "service.telemetry.json_logging.QuietLogger"
 proc_name = "dogs-vs-cats"
 control_socket_disable = True
 LOAD_POLL_S = 1.0
+READY = "Ready: {} (gallery: /gallery). Ctrl-C stops it."
 
 
 def on_starting(server: Any) -> None:
@@ -48,6 +49,12 @@ def on_starting(server: Any) -> None:
     create_metrics_dir()
     share_store(_settings)
     server.log.info(str(_resources))
+
+
+def when_ready(server: Any) -> None:
+    """Say on a terminal that the server listens, while the model is being loaded."""
+    if is_terminal():
+        print(f"Starting on {_url(server.LISTENERS[0])} ...", flush=True)
 
 
 def pre_fork(server: Any, worker: Any) -> None:
@@ -70,10 +77,19 @@ def post_worker_init(worker: Any) -> None:
             os._exit(Arbiter.WORKER_BOOT_ERROR)
 
     models.add_failure_callback(handle_failure)
+    if is_terminal() and worker.age == 1:
+        models.add_install_callback(lambda model: print(READY.format(_url(worker.sockets[0])), flush=True))
     while worker.alive and worker.ppid == os.getppid() and store.worker_versions():
         if models.installed.wait(LOAD_POLL_S):
             break
         worker.notify()  # gunicorn's heartbeat
+
+
+def _url(listener: Any) -> str:
+    """Return the address of a listener as a browser on this machine takes it."""
+    host, port = str(listener.getsockname()[0]), listener.getsockname()[1]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -1,4 +1,4 @@
-"""How many processes, threads and streams: from the processors that the container really has."""
+"""Derive the number of workers, threads and streams from the settings and the CPUs of the container."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class ResourceAllocation:
-    """Processes, threads and streams. ``cpus_per_worker``, ``inference_threads`` and ``streams`` are per worker."""
+    """CPUs and workers of the server, and threads and streams of each worker."""
 
     cpus: int
     workers: int
@@ -24,16 +24,16 @@ class ResourceAllocation:
 
     def __str__(self) -> str:
         return (
-            f"{self.cpus} processors: {self.workers} worker(s), each with {self.threads} threads for requests, "
-            f"{self.inference_threads} that decode and compute, {self.streams} batches at a time"
+            f"{self.cpus} CPUs: {self.workers} worker(s), each with {self.threads} request threads, "
+            f"{self.inference_threads} threads that decode and compute, and {self.streams} batches at a time"
         )
 
 
 def allocate_resources(settings: Settings) -> ResourceAllocation:
-    """Settings decide where they are given; the rest follows from the processors.
+    """Allocate the CPUs, except where a setting decides.
 
-    One stream a processor computes more photos a second than all processors on one batch after another. The crew has one
-    thread more than there are processors: there is always one that waits for Python's lock.
+    One stream per CPU computes more images per second than all CPUs on one batch after another. There is one inference thread
+    more than CPUs, as one usually waits for the interpreter's lock.
     """
     cpus = settings.cpus or available_cpus()
     cpus_per_worker = max(1, cpus // settings.web_concurrency)
@@ -48,14 +48,14 @@ def allocate_resources(settings: Settings) -> ResourceAllocation:
 
 
 def available_cpus(cgroup: Path = CGROUP) -> int:
-    """The processors that this process may use: those it may run on, and no more than the container's quota, rounded up."""
+    """Return the number of CPUs that this process may run on, limited by the container's quota, which is rounded up."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup)
     return max(1, min(allowed, quota)) if quota else allowed
 
 
 def _quota(cgroup: Path) -> int | None:
-    """The quota in whole processors, from version 2 or 1 of control groups, or None where there is none."""
+    """Read the CPU quota of control groups version 2 or 1, rounded up, or None without one."""
     try:
         limit, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):

@@ -88,11 +88,11 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _allowed(limits: Mapping[str, Any]) -> str:
-    choices = limits.get("one_of") or limits.get("choices")
+    choices = limits.get("choices")
     if choices:
         return ", ".join(f"`{choice}`" for choice in choices)
-    low = limits.get("least", limits.get("low"))
-    high = limits.get("most", limits.get("high"))
+    low = limits.get("low")
+    high = limits.get("high")
     if low is None:
         return ""
     return f"{low:,} or more" if high is None else f"{low:,} to {high:,}"

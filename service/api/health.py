@@ -1,4 +1,4 @@
-"""What an orchestrator and Prometheus ask: is it alive, is it ready, how does it do."""
+"""Liveness, readiness and metrics."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def live() -> Response:
 
 @bp.get("/health/ready")
 def ready() -> Response:
-    model = services().model_manager.check_ready()
-    return jsonify(status="ready", model=model.summary)
+    """Report whether predictions are served. The gallery has a status of its own, as predictions do not wait for it."""
+    model, gallery = services().model_manager.check_ready(), services().gallery
+    return jsonify(status="ready", model=model.summary, gallery=gallery.status if gallery else "starting")
 
 
 @bp.get("/metrics")

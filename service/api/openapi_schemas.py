@@ -90,7 +90,16 @@ def schemas() -> dict[str, Any]:
         ),
         "Models": record("What is served.", {"models": {"type": "array", "minItems": 1, "items": ref("ModelDetails")}}),
         "Alive": record("The process answers.", {"status": {"const": "alive"}}),
-        "Ready": record("The model gave its golden answers.", {"status": {"const": "ready"}, "model": ref("Model")}),
+        "Ready": record(
+            "The model reproduced its golden outputs, and predictions are served.",
+            {
+                "status": {"const": "ready"},
+                "model": ref("Model"),
+                "gallery": described(
+                    {"enum": ["ready", "starting", "unavailable"]}, "The gallery's own status; predictions do not wait for it."
+                ),
+            },
+        ),
     }
 
 

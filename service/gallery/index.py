@@ -51,6 +51,13 @@ class GalleryIndex:
             raise Problem("database_unavailable", self._error)
         raise Problem("not_ready", "The gallery is being prepared; ask again in a second.", headers={"Retry-After": "1"})
 
+    @property
+    def status(self) -> str:
+        """What readiness reports: ``ready``, ``starting`` or ``unavailable``."""
+        if self._database is not None and self.active_version is not None:
+            return "ready"
+        return "starting" if self._error is None else "unavailable"
+
     def import_model(self, model: LoadedModel) -> None:
         """Read the predictions of the model that serves now, and those of EVALUATIONS, and show them."""
         with self._lock:

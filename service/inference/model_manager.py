@@ -255,7 +255,9 @@ class ModelManager:
         with _locked_folder(path):
             if merged_dir(bundle).is_dir():  # another worker merged it
                 return
-            log.info("merging the bundle with its pretrained weights", extra={"bundle": str(path)})
+            log.warning(
+                "the bundle is being merged with its pretrained weights, which happens once", extra={"bundle": str(path)}
+            )
             self._merge = subprocess.Popen(
                 [sys.executable, "-m", "finetune", "merge", str(path)],
                 stdout=subprocess.DEVNULL,

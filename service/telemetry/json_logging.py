@@ -66,17 +66,40 @@ class QuietLogger(Logger):
         return
 
 
-def logging_config(level: str) -> dict[str, Any]:
-    """Return the configuration for ``logging.config.dictConfig``, which includes gunicorn's loggers."""
+class TerminalFormatter(logging.Formatter):
+    """Format a record for a person: level, message and the reason, if there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{record.levelname.capitalize()}: {record.getMessage()}"
+        if reason := getattr(record, "reason", None):
+            line += f" ({reason})"
+        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+
+def is_terminal() -> bool:
+    """Return whether a person sees the output."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def logging_config(level: str, *, terminal: bool = False) -> dict[str, Any]:
+    """Return the configuration for ``logging.config.dictConfig``, which includes gunicorn's loggers.
+
+    Args:
+        level: The lowest level to log.
+        terminal: Write for a person: warnings and errors in plain text, unless the level is debug.
+    """
+    if terminal and level == "info":
+        level = "warning"
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"json": {"()": JsonFormatter}},
-        "handlers": {"stderr": {"()": StderrHandler, "formatter": "json"}},
+        "formatters": {"json": {"()": JsonFormatter}, "terminal": {"()": TerminalFormatter}},
+        "handlers": {"stderr": {"()": StderrHandler, "formatter": "terminal" if terminal else "json"}},
         "root": {"level": level.upper(), "handlers": ["stderr"]},
         # Pillow logs errors for invalid files of clients, and at debug level each of their chunks.
         "loggers": {
             "PIL": {"level": "CRITICAL"},
+            "alembic": {"level": "WARNING"},
             "gunicorn.error": {"level": level.upper(), "propagate": True, "handlers": []},
         },
     }

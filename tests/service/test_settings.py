@@ -1,4 +1,4 @@
-"""What an operator can set, what is refused, and what follows from the machine."""
+"""Settings: which values are accepted, and which resources follow from them and the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from models.artifacts.bundle import GOLDEN, MANIFEST, open_bundle, write_bundle
 from models.errors import ConfigError
-from service.resources import allocate_resources, available_cpus
+from service.resources import ResourceAllocation, allocate_resources, available_cpus
 from service.settings import RENAMED, SHIPPED_BUNDLE, Settings
 from tests.helpers.server import run_service
 
@@ -24,7 +24,7 @@ def read(**environ: str) -> Settings:
     return Settings.from_environment(environ)
 
 
-def refused(**environ: str) -> str:
+def error_of(**environ: str) -> str:
     with pytest.raises(ConfigError) as caught:
         read(**environ)
     return str(caught.value)
@@ -33,14 +33,14 @@ def refused(**environ: str) -> str:
 # The table
 
 
-def test_without_variables_it_serves_the_shipped_bundle_to_this_machine_only() -> None:
+def test_the_default_is_the_shipped_bundle_on_a_loopback_address() -> None:
     settings = read()
     assert settings == Settings()
     assert (settings.bundle, settings.host, settings.port) == (SHIPPED_BUNDLE, "127.0.0.1", 8000)
     assert (SHIPPED_BUNDLE / MANIFEST).is_file()
 
 
-def test_every_setting_has_a_variable_a_help_and_a_default_that_its_own_limits_let_pass() -> None:
+def test_every_setting_has_a_help_and_a_default_within_its_limits() -> None:
     for row in dataclasses.fields(Settings):
         assert row.metadata["help"]
         default = row.default
@@ -48,16 +48,16 @@ def test_every_setting_has_a_variable_a_help_and_a_default_that_its_own_limits_l
             assert getattr(read(**{row.name.upper(): str(int(default))}), row.name) == default
         elif isinstance(default, (int, float)):
             assert getattr(read(**{row.name.upper(): str(default)}), row.name) == default
-            assert row.metadata["least"] <= default <= row.metadata["most"]
+            assert row.metadata["low"] <= default <= row.metadata["high"]
 
 
-def test_an_evaluation_that_is_none_is_refused(tmp_path: Path) -> None:
-    said = refused(EVALUATIONS=str(tmp_path))
-    assert str(tmp_path) in said
-    assert "finetune evaluate" in said
+def test_a_folder_that_is_no_evaluation_is_rejected(tmp_path: Path) -> None:
+    assert error_of(EVALUATIONS=str(tmp_path)) == (
+        f'EVALUATIONS: "{tmp_path}" is neither a bundle nor a folder written by `finetune evaluate`.'
+    )
 
 
-def test_variables_are_read_by_their_kind() -> None:
+def test_variables_are_converted_to_the_types_of_the_settings() -> None:
     settings = read(
         BUNDLE="~/mine", HOST="::", PORT=" 0 ", THREADS="7", BATCH_TIMEOUT_MS="0.5", MAX_BODY_MB="0.5", MAX_MEGAPIXELS="2.5",
         API_KEYS="ann:k1, k2 ,", CORS_ORIGINS="https://a.example,https://b.example", LOG_LEVEL="debug", PRECISION="",
@@ -71,32 +71,33 @@ def test_variables_are_read_by_their_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "words"),
+    ("name", "text", "expected"),
     [
-        ("PORT", "eighty", "must be a whole number"),
-        ("PORT", "80.5", "must be a whole number"),
-        ("PORT", "65536", "from 0 to 65535"),
-        ("PORT", "-1", "from 0 to 65535"),
-        ("MAX_IN_FLIGHT", "0", "from 1 to 10000"),
-        ("BATCH_TIMEOUT_MS", "soon", "must be a number"),
-        ("BATCH_TIMEOUT_MS", "nan", "from 0 to 1000"),
-        ("BODY_TIMEOUT_S", "inf", "from 0.1 to 600"),
-        ("MAX_MEGAPIXELS", "100", "from 0.01 to 85"),
-        ("WEB_CONCURRENCY", "0", "from 1 to 64"),
-        ("ENGINE", "gpu", "openvino"),
+        ("PORT", "eighty", "an integer"),
+        ("PORT", "80.5", "an integer"),
+        ("PORT", "65536", "0 to 65535"),
+        ("PORT", "-1", "0 to 65535"),
+        ("MAX_IN_FLIGHT", "0", "1 to 10000"),
+        ("BATCH_TIMEOUT_MS", "soon", "a number"),
+        ("BATCH_TIMEOUT_MS", "nan", "0 to 1000"),
+        ("BODY_TIMEOUT_S", "inf", "0.1 to 600"),
+        ("MAX_MEGAPIXELS", "100", "0.01 to 85"),
+        ("WEB_CONCURRENCY", "0", "1 to 64"),
+        ("ENGINE", "gpu", "auto, openvino, torch"),
         ("PRECISION", "FP32", "auto, fp32, bf16"),
         ("GUNICORN_WORKER", "gevent", "tuned, stock"),
-        ("SEND_TIMEOUT_S", "0", "from 0.1 to 600"),
+        ("SEND_TIMEOUT_S", "0", "0.1 to 600"),
         ("LOG_LEVEL", "loud", "debug, info, warning, error"),
-        ("DATA_DIR", "/nowhere/at/all", "no folder"),
-        ("THUMBNAIL_CACHE_MB", "-1", "from 0 to 1000000"),
+        ("THUMBNAIL_CACHE_MB", "-1", "0 to 1000000"),
     ],
 )
-def test_a_wrong_value_is_refused_by_name(name: str, text: str, words: str) -> None:
-    said = refused(**{name: text})
-    assert said.startswith(f"{name} is ")
-    assert text in said
-    assert words in said
+def test_an_invalid_value_is_rejected_with_what_was_expected(name: str, text: str, expected: str) -> None:
+    error = error_of(**{name: text})
+    assert error in (f"{name}: expected {expected}, got {text}.", f'{name}: expected {expected}, got "{text}".')
+
+
+def test_a_missing_folder_is_rejected() -> None:
+    assert error_of(DATA_DIR="/nowhere") == 'DATA_DIR: no such folder "/nowhere".'
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
@@ -104,35 +105,35 @@ def test_an_old_name_is_rejected_with_the_new_one(old: str, new: str) -> None:
     names = {row.name.upper() for row in dataclasses.fields(Settings)}
     assert new in names
     assert old not in names
-    assert refused(**{old: "1"}) == f"{old} is now {new}; rename it in the environment."
+    assert error_of(**{old: "1"}) == f"{old} was renamed to {new}. Rename it in the environment."
     assert read(**{old: " "}) == read()
 
 
 def test_a_server_with_an_old_name_ends_with_the_new_one(tmp_path: Path) -> None:
     ended = run_service(bundle=tmp_path, QUEUE="64")
     assert ended.returncode == 2
-    assert ended.stderr == "service: QUEUE is now MAX_IN_FLIGHT; rename it in the environment.\n"
+    assert ended.stderr == "service: QUEUE was renamed to MAX_IN_FLIGHT. Rename it in the environment.\n"
 
 
-def test_a_request_that_could_never_fit_is_refused() -> None:
-    assert "MAX_IMAGES is 16 and MAX_IN_FLIGHT is 8" in refused(MAX_IN_FLIGHT="8")
+def test_limits_under_which_a_full_request_never_fits_are_rejected() -> None:
+    assert "MAX_IN_FLIGHT: 8 is less than MAX_IMAGES (16)" in error_of(MAX_IN_FLIGHT="8")
     assert read(MAX_IN_FLIGHT="8", MAX_IMAGES="8").max_in_flight == 8
 
 
-def test_a_body_that_could_never_be_buffered_is_refused() -> None:
-    assert "MAX_BUFFERED_MB is 10 and MAX_BODY_MB 20" in refused(MAX_BUFFERED_MB="10")
+def test_limits_under_which_a_full_body_never_fits_are_rejected() -> None:
+    assert "MAX_BUFFERED_MB: 10 is less than MAX_BODY_MB (20)" in error_of(MAX_BUFFERED_MB="10")
     assert read(MAX_BUFFERED_MB="10", MAX_BODY_MB="10").max_buffered_mb == 10
 
 
 @pytest.mark.parametrize("text", [",", "ann:", "ann:secret,bob:", "secret, ,bob:", "schlüssel", "ann:secret\u200b", "a\tb"])
-def test_a_key_that_is_none_is_refused_and_not_shown(text: str) -> None:
-    """``API_KEYS=ann:$KEY`` with KEY unset must not open the door to all, as an empty key would."""
-    said = refused(API_KEYS=text)
-    assert said.startswith("API_KEYS has a key that is empty")
-    assert "secret" not in said
+def test_an_empty_key_is_rejected_and_keys_are_not_shown(text: str) -> None:
+    """``API_KEYS=ann:$KEY`` with KEY unset must not allow requests without a key."""
+    assert error_of(API_KEYS=text) == (
+        "API_KEYS: a key is empty or not printable ASCII. Write NAME:KEY or KEY, separated by commas."
+    )
 
 
-# The plan
+# Resources
 
 
 def cgroup(folder: Path, **files: str) -> Path:
@@ -144,13 +145,13 @@ def cgroup(folder: Path, **files: str) -> Path:
 
 
 @pytest.fixture
-def eight(monkeypatch: pytest.MonkeyPatch) -> None:
+def eight_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
 
 
-@pytest.mark.usefixtures("eight")
-def test_the_processors_are_those_of_the_quota(tmp_path: Path) -> None:
-    for number, (files, wanted) in enumerate(
+@pytest.mark.usefixtures("eight_cpus")
+def test_cpus_are_limited_by_the_quota_of_the_container(tmp_path: Path) -> None:
+    for number, (files, expected) in enumerate(
         [
             ({}, 8),
             ({"cpu_max": "max 100000\n"}, 8),
@@ -164,35 +165,32 @@ def test_the_processors_are_those_of_the_quota(tmp_path: Path) -> None:
             ({"cpu__cpu_cfs_quota_us": "350000\n"}, 8),
         ]
     ):
-        assert available_cpus(cgroup(tmp_path / str(number), **files)) == wanted, files
+        assert available_cpus(cgroup(tmp_path / str(number), **files)) == expected, files
 
 
-@pytest.mark.usefixtures("eight")
-def test_the_plan_shares_the_processors_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resources_follow_from_the_cpus_and_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.resources.available_cpus", lambda: 8)
-    plan = allocate_resources(Settings())
-    assert (plan.cpus, plan.workers, plan.threads, plan.cpus_per_worker, plan.inference_threads, plan.streams) == (
-        8,
-        1,
-        80,
-        8,
-        9,
-        8,
+    assert allocate_resources(Settings()) == ResourceAllocation(
+        cpus=8, workers=1, threads=80, cpus_per_worker=8, inference_threads=9, streams=8
     )
-    plan = allocate_resources(Settings(web_concurrency=3, max_in_flight=32))
-    assert (plan.workers, plan.threads, plan.cpus_per_worker, plan.inference_threads, plan.streams) == (3, 48, 2, 3, 2)
-    plan = allocate_resources(Settings(web_concurrency=16))
-    assert (plan.cpus_per_worker, plan.inference_threads, plan.streams) == (1, 2, 1)
-    plan = allocate_resources(Settings(cpus=4, threads=9, streams=2))
-    assert (plan.cpus, plan.threads, plan.cpus_per_worker, plan.inference_threads, plan.streams) == (4, 9, 4, 5, 2)
-    assert "4 processors" in str(plan)
+    assert allocate_resources(Settings(web_concurrency=3, max_in_flight=32)) == ResourceAllocation(
+        cpus=8, workers=3, threads=48, cpus_per_worker=2, inference_threads=3, streams=2
+    )
+    assert allocate_resources(Settings(web_concurrency=16)) == ResourceAllocation(
+        cpus=8, workers=16, threads=80, cpus_per_worker=1, inference_threads=2, streams=1
+    )
+    resources = allocate_resources(Settings(cpus=4, threads=9, streams=2))
+    assert resources == ResourceAllocation(cpus=4, workers=1, threads=9, cpus_per_worker=4, inference_threads=5, streams=2)
+    assert str(resources) == (
+        "4 CPUs: 1 worker(s), each with 9 request threads, 5 threads that decode and compute, and 2 batches at a time"
+    )
 
 
-# `python -m service` where it cannot go on
+# `python -m service` that cannot start
 
 
-def gives_up(code: int = 2, **env: object) -> str:
-    """Run it; it has to end by itself, with ``code`` and without a traceback. Gives what it said."""
+def fails_to_start(code: int = 2, **env: object) -> str:
+    """Run the service, which must end with ``code`` and without a traceback. Returns its standard error."""
     done = run_service(**env)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
@@ -200,8 +198,8 @@ def gives_up(code: int = 2, **env: object) -> str:
     return done.stderr
 
 
-def test_a_wrong_setting_ends_it_with_one_sentence(tiny_bundle: SimpleNamespace) -> None:
-    assert gives_up(bundle=tiny_bundle.path, port="eighty") == "service: PORT is 'eighty'; it must be a whole number.\n"
+def test_an_invalid_setting_is_explained_in_one_line(tiny_bundle: SimpleNamespace) -> None:
+    assert fails_to_start(bundle=tiny_bundle.path, port="eighty") == 'service: PORT: expected an integer, got "eighty".\n'
 
 
 def taken_port(host: str) -> socket.socket:
@@ -212,73 +210,67 @@ def taken_port(host: str) -> socket.socket:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_a_port_in_use_ends_it_with_one_sentence(tiny_bundle: SimpleNamespace, host: str) -> None:
+def test_a_port_in_use_is_explained_in_one_line(tiny_bundle: SimpleNamespace, host: str) -> None:
     with taken_port(host) as taken:
         port = taken.getsockname()[1]
-        said = gives_up(bundle=tiny_bundle.path, host=host, port=port)
-    assert said.startswith(f"service: The port {port} of {host} is in use; stop what listens there, or name another with PORT")
-    assert said.count("\n") == 1
+        error = fails_to_start(bundle=tiny_bundle.path, host=host, port=port)
+    assert error == (
+        f"service: PORT: {port} of {host} is in use. Stop the program that uses it, or set another PORT (0: any free one).\n"
+    )
 
 
-def test_an_address_of_another_machine_ends_it(tiny_bundle: SimpleNamespace) -> None:
-    said = gives_up(bundle=tiny_bundle.path, host="192.0.2.1", port=8000)
-    assert "Nothing can listen on the port 8000 of 192.0.2.1 (" in said
-    assert said.count("\n") == 1
+def test_an_address_of_another_machine_is_explained_in_one_line(tiny_bundle: SimpleNamespace) -> None:
+    error = fails_to_start(bundle=tiny_bundle.path, host="192.0.2.1", port=8000)
+    assert error.startswith("service: HOST: cannot listen on port 8000 of 192.0.2.1 (")
+    assert error.count("\n") == 1
 
 
-def test_a_bundle_that_is_not_there_ends_it(tmp_path: Path) -> None:
-    said = gives_up(bundle=tmp_path / "nowhere")
-    assert said.startswith(f"service: {tmp_path / 'nowhere'} is not a bundle")
-    assert said.count("\n") == 1
+def test_a_missing_bundle_is_explained_in_one_line(tmp_path: Path) -> None:
+    error = fails_to_start(bundle=tmp_path / "nowhere")
+    assert error.startswith(f"service: {tmp_path / 'nowhere'} is not a bundle")
+    assert error.count("\n") == 1
 
 
-def test_a_head_that_cannot_be_merged_ends_it(tiny_bundle: SimpleNamespace) -> None:
-    """Nobody but these tests knows the network ``tiny``, so that its pretrained weights are not to be had."""
-    said = gives_up(bundle=tiny_bundle.head)
-    assert "'tiny'" in said
-    assert "Listening" not in said
-
-
-def logged(said: str) -> str:
-    """The messages of its log."""
-    return "\n".join(json.loads(line)["message"] for line in said.splitlines())
+def messages_of(output: str) -> str:
+    """Return the messages of a log."""
+    return "\n".join(json.loads(line)["message"] for line in output.splitlines())
 
 
 @pytest.fixture
-def spoilt(tiny_bundle: SimpleNamespace, tmp_path: Path) -> Path:
-    """A copy of the whole bundle, to be spoilt."""
-    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "spoilt"))
+def copy(tiny_bundle: SimpleNamespace, tmp_path: Path) -> Path:
+    """A copy of the bundle, to be modified."""
+    return Path(shutil.copytree(tiny_bundle.path, tmp_path / "copy"))
 
 
-def test_a_changed_graph_is_never_served(spoilt: Path) -> None:
-    graph = bytearray((spoilt / "model.onnx").read_bytes())
+def test_a_modified_graph_is_not_served(copy: Path) -> None:
+    graph = bytearray((copy / "model.onnx").read_bytes())
     graph[len(graph) // 2] ^= 1
-    (spoilt / "model.onnx").write_bytes(graph)
-    said = logged(gives_up(3, bundle=spoilt))
-    assert f"{spoilt / 'model.onnx'} was changed or damaged" in said
-    assert "ready" not in said.splitlines()
+    (copy / "model.onnx").write_bytes(graph)
+    error = messages_of(fails_to_start(3, bundle=copy))
+    assert f"{copy / 'model.onnx'} was changed or damaged" in error
+    assert "ready" not in error.splitlines()
 
 
-def test_an_edited_manifest_is_never_served(spoilt: Path) -> None:
-    manifest = json.loads((spoilt / MANIFEST).read_text(encoding="utf-8"))
+def test_an_edited_manifest_is_not_served(copy: Path) -> None:
+    manifest = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
     manifest["classes"].reverse()
-    (spoilt / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    assert "was changed after it was written" in gives_up(bundle=spoilt)
+    (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert "was changed after it was written" in fails_to_start(bundle=copy)
 
 
-def test_a_model_that_does_not_give_its_golden_answers_is_never_served(spoilt: Path) -> None:
-    """As where a library computes otherwise than the one that the bundle was exported with."""
-    bundle = open_bundle(spoilt)
+def test_a_model_that_does_not_reproduce_its_golden_outputs_is_not_served(copy: Path) -> None:
+    """For example because a library computes differently from the one that exported the bundle."""
+    bundle = open_bundle(copy)
     pixels, probabilities, _ = bundle.golden()
 
     def write_files(folder: Path) -> None:
         for name in bundle.manifest["files"]:
             (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(spoilt / name, folder / name)
+            shutil.copyfile(copy / name, folder / name)
         np.savez_compressed(folder / GOLDEN, pixels=pixels, probabilities=probabilities[:, ::-1])
 
     manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}
-    write_bundle(spoilt.parent / "other", manifest, write_files=write_files)
-    said = logged(gives_up(3, bundle=spoilt.parent / "other"))
-    assert "does not reproduce its golden outputs" in said
-    assert "ready" not in said.splitlines()
+    write_bundle(copy.parent / "other", manifest, write_files=write_files)
+    error = messages_of(fails_to_start(3, bundle=copy.parent / "other"))
+    assert "does not reproduce its golden outputs" in error
+    assert "ready" not in error.splitlines()

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import pty
+import re
+import signal
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +23,18 @@ from gunicorn.arbiter import Arbiter
 from werkzeug.test import Client, TestResponse
 
 import service.app
+from service import create_app
 from service.app import DeferredApp, create_services
 from service.context import Services, services_of
 from service.inference.model_manager import ModelManager
 from service.settings import Settings
-from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll
+from service.telemetry.json_logging import TerminalFormatter, logging_config
+from tests.helpers.server import ANSWER_S, PATIENT, ROOT, START_S, environment, poll, run_service
 
 
 @pytest.fixture
-def services(tiny_bundle: SimpleNamespace) -> Iterator[Services]:
-    settings = Settings(bundle=tiny_bundle.path, **PATIENT)
+def services(tiny_bundle: SimpleNamespace, tmp_path: Path) -> Iterator[Services]:
+    settings = Settings(bundle=tiny_bundle.path, database_url=f"sqlite:///{tmp_path}/reviews.db", **PATIENT)
     services = create_services(settings, ModelManager.start(settings))
     services.model_manager.wait(START_S)
     yield services
@@ -60,6 +71,7 @@ def test_predictions_are_served_before_the_pages_are_built_and_a_page_waits(
     assert Client(app).get("/admin/bundle").status_code == 403
     assert Client(app).get("/v2/nothing").status_code == 404
     assert services_of(app).gallery is None
+    assert Client(app).get("/health/ready").get_json()["gallery"] == "starting"
 
     with ThreadPoolExecutor(2) as pool:
         pages = [pool.submit(Client(app).get, path) for path in ("/", "/docs")]
@@ -68,6 +80,8 @@ def test_predictions_are_served_before_the_pages_are_built_and_a_page_waits(
         may_build.set()
         assert [page.result(ANSWER_S).status_code for page in pages] == [200, 200]
 
+    poll(lambda: Client(app).get("/health/ready").get_json()["gallery"] == "ready")
+    assert Client(app).get("/gallery").status_code == 200
     late = predict()
     assert late.get_json()["predictions"] == early.get_json()["predictions"]
     assert services_of(app).gallery is not None
@@ -85,3 +99,63 @@ def test_a_server_whose_pages_cannot_be_built_ends(services: Services, monkeypat
     DeferredApp(services)
     poll(lambda: codes)
     assert codes == [Arbiter.WORKER_BOOT_ERROR]
+
+
+def test_a_gallery_without_its_database_is_unavailable_and_predictions_are_served(
+    tiny_bundle: SimpleNamespace, tmp_path: Path
+) -> None:
+    app = create_app(Settings(bundle=tiny_bundle.path, database_url=f"sqlite:///{tmp_path}", **PATIENT))
+    models = services_of(app).model_manager
+    models.wait(START_S)
+    poll(lambda: app.test_client().get("/health/ready").get_json()["gallery"] == "unavailable")
+    assert app.test_client().get("/health/ready").status_code == 200
+    assert app.test_client().get("/gallery").status_code == 503
+    models.close()
+
+
+def test_on_a_terminal_the_server_says_in_words_where_it_is(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+    """Standard output and error are a pseudo-terminal."""
+    terminal, child = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service"],
+        cwd=ROOT,
+        env=environment({**PATIENT, "bundle": tiny_bundle.path, "port": 0, "TMPDIR": tmp_path}),
+        stdin=subprocess.DEVNULL,
+        stdout=child,
+        stderr=child,
+        start_new_session=True,
+    )
+    os.close(child)
+    output = ""
+    with open(terminal, encoding="utf-8", closefd=True) as lines:
+        for line in lines:
+            output += line
+            if "Ready" in line:
+                break
+        starting, ready = output.splitlines()
+        url = re.fullmatch(r"Starting on (http://127\.0\.0\.1:\d+) \.\.\.", starting)
+        assert url
+        assert ready == f"Ready: {url[1]} (gallery: /gallery). Ctrl-C stops it."
+        with urllib.request.urlopen(f"{url[1]}/health/ready") as response:
+            assert response.status == 200
+        process.send_signal(signal.SIGINT)
+        assert process.wait(ANSWER_S) == 0
+
+
+def test_a_bundle_that_has_to_be_merged_is_started_in_the_background(tiny_bundle: SimpleNamespace) -> None:
+    """The tests' own network has no pretrained weights elsewhere, so that the merge fails after the server listens."""
+    ended = run_service(bundle=tiny_bundle.head)
+    assert ended.returncode == Arbiter.WORKER_BOOT_ERROR
+    messages = [json.loads(line)["message"] for line in ended.stderr.splitlines()]
+    listening = next(number for number, message in enumerate(messages) if message.startswith("Listening at"))
+    failed = next(number for number, message in enumerate(messages) if "could not be merged" in message)
+    assert listening < failed
+    assert "'tiny'" in messages[failed]
+
+
+def test_records_are_plain_text_on_a_terminal() -> None:
+    assert logging_config("info", terminal=True)["root"] == {"level": "WARNING", "handlers": ["stderr"]}
+    assert logging_config("debug", terminal=True)["root"]["level"] == "DEBUG"
+    assert logging_config("info")["root"]["level"] == "INFO"
+    record = logging.makeLogRecord({"levelname": "WARNING", "msg": "rejected", "reason": "It is broken."})
+    assert TerminalFormatter().format(record) == "Warning: rejected (It is broken.)"
