@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.paths import resolve_bundle, thumbnails_dir
+from models.errors import BundleError
 from models.runtime.openvino_engine import Pixels
 from service.db import production
 from service.db.ingest import decode_file_name
@@ -20,6 +22,7 @@ from service.inference.decoding import RenderedImage
 from service.inference.image_decoder import ImageDecoder
 from service.settings import Settings
 
+log = logging.getLogger("service.gallery")
 MAX_EXPLAINERS = 4  # of which an explainer is held
 
 
@@ -91,9 +94,12 @@ class ImageAccess:
 
     def _bundle(self, version: str) -> Bundle:
         path = self._gallery.bundle_path(version)
-        if path is None:
-            raise Problem("not_found", f"The bundle {version} is not on this machine; name its folder in EVALUATIONS.")
-        return open_bundle(resolve_bundle(path), files=())
+        try:
+            if path is not None:
+                return open_bundle(resolve_bundle(path), files=())
+        except BundleError as error:  # it was moved or changed since the start
+            log.warning("a bundle of the gallery cannot be opened", extra={"version": version, "reason": str(error)})
+        raise Problem("not_found", f"The bundle {version} is not on this machine; name its folder in EVALUATIONS.")
 
 
 def _forgotten(photo: str) -> Problem:

@@ -1,8 +1,8 @@
-"""Decode in a child process that is limited in time and memory, and that can be killed.
+"""Decode images in a child process that is limited in time and memory, and that can be killed.
 
-``python -m service.inference.decoder_process`` is the child. It reads jobs from its standard input and writes results to
-its standard output, as messages of ``multiprocessing.connection``: a JSON header and the bytes, both ways. Its standard
-error is discarded, as libtiff writes there what it thinks of a file.
+``python -m service.inference.decoder_process`` is the child. It reads jobs from standard input and writes results to standard
+output, as messages of ``multiprocessing.connection``: a JSON header, then bytes, in both directions. Its standard error is
+discarded, as libtiff writes its own messages there.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from service.inference.decoding import PLAIN_JOBS
 
 IDLE_S = 30.0
 START_S = 60.0
-BYTES_PER_PIXEL = 20  # the most that Pillow takes for any format while it decodes and converts
+BYTES_PER_PIXEL = 20  # the maximum that Pillow uses for any format while it decodes and converts
 BODY_COPIES = 4
 SLACK_BYTES = 128 << 20
 READY = b"ready"
 MAX_RESULT_BYTES = 256 << 20
-PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")  # of the environment: no keys, no database's password
+INHERITED = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TZ")  # no variables with keys or passwords
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {"ImageError", "UnsupportedImageError", "ImageTooLargeError", "TooComplexError"}
 
 
 class DecoderBusyError(Exception):
-    """The time was over before the process was free for this job."""
+    """The process was not free, or not done, within the time of the caller."""
 
 
 class DecoderProcess:
-    """One child process, started with the first job, that does one job after another; for any number of threads.
+    """A child process that runs one job at a time, for any number of threads. The first job starts it.
 
     Args:
-        max_pixels: Largest image, in pixels; together with ``max_body_bytes`` it decides the child's memory limit.
+        max_pixels: Largest image in pixels. With ``max_body_bytes`` it determines the child's memory limit.
         max_body_bytes: Largest file.
-        timeout_s: The child is killed when a job takes longer.
-        idle_s: The child is ended after this time without a job, so that its memory is given back.
-        count: Called with how each job ended: "ok", "rejected", "timeout" or "crash".
+        timeout_s: The child is killed if a job takes longer.
+        idle_s: The child is ended after this time without a job, to free its memory.
+        count: Called with the outcome of each job: "ok", "rejected", "timeout", "crash", or "cut" by the caller's time.
     """
 
     def __init__(
@@ -65,50 +65,49 @@ class DecoderProcess:
         self.timeout_s = timeout_s
         self._memory_bytes = max_pixels * BYTES_PER_PIXEL + max_body_bytes * BODY_COPIES + SLACK_BYTES
         self._idle_s, self._count = idle_s, count
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._child: _Child | None = None
 
     @property
     def pid(self) -> int | None:
-        """The child's process id, while there is one."""
+        """The child's process id, or None."""
         child = self._child
         return child.pid if child and child.is_alive else None
 
     def run(self, job: str, data: bytes, *, within_s: float = math.inf, **arguments: Any) -> tuple[dict[str, Any], bytes]:
-        """Do a job of ``service.inference.decoding.PLAIN_JOBS`` in the child.
+        """Run a job in the child.
 
         Args:
-            job: The job's name.
+            job: A name in ``service.inference.decoding.PLAIN_JOBS``.
             data: The image file.
-            within_s: Time until the caller gives up; a job that is cut off by it, and not by ``timeout_s``, is not counted
-                against the image.
-            arguments: The job's own, as JSON takes them.
+            within_s: Time until the caller gives up. A job that is cut by it is not counted against the image.
+            arguments: JSON values for the job.
 
         Returns:
             The result's header and bytes.
 
         Raises:
-            ImageError: What the job raised; TooComplexError where the child was killed or died.
-            DecoderBusyError: ``within_s`` was over.
+            ImageError: Raised by the job; TooComplexError if the child died or was killed.
+            DecoderBusyError: ``within_s`` passed.
         """
-        until = time.monotonic() + within_s
-        if not self._turn.acquire(timeout=-1 if math.isinf(within_s) else max(0.0, within_s)):
+        deadline = time.monotonic() + within_s
+        if not self._lock.acquire(timeout=-1 if math.isinf(within_s) else max(0.0, within_s)):
             raise DecoderBusyError
         try:
-            return self._run(job, data, arguments, until)
+            return self._run(job, data, arguments, deadline)
         finally:
-            self._turn.release()
+            self._lock.release()
 
     def close(self) -> None:
-        """End the child. A later job starts another."""
+        """End the child. A later job starts another one."""
         child, self._child = self._child, None
         if child:
             child.kill()
 
-    def _run(self, job: str, data: bytes, arguments: dict[str, Any], until: float) -> tuple[dict[str, Any], bytes]:
-        child, timeout_s, is_cut = self._begin(until)
+    def _run(self, job: str, data: bytes, arguments: dict[str, Any], deadline: float) -> tuple[dict[str, Any], bytes]:
+        child, timeout_s, is_cut = self._start_job(deadline)
         try:
-            header, payload = child.ask({"job": job, "timeout_s": timeout_s, **arguments}, data)
+            header, payload = child.run({"job": job, "timeout_s": timeout_s, **arguments}, data)
         except (OSError, EOFError, ValueError):
             child.kill()
             if child.was_slow and is_cut:
@@ -116,7 +115,7 @@ class DecoderProcess:
                 raise DecoderBusyError from None
             self._count("timeout" if child.was_slow else "crash")
             raise self._failure(child) from None
-        child.end(self._idle_s)
+        child.finish(self._idle_s)
         error = header.get("error")
         self._count("rejected" if error else "ok")
         if error is None:
@@ -128,22 +127,22 @@ class DecoderProcess:
         failed: ImageError = getattr(errors, error["type"])(error["text"])
         raise failed
 
-    def _begin(self, until: float) -> tuple[_Child, float, bool]:
-        """A child that is ready, the time for the job in it, and whether that is less than the time-out."""
+    def _start_job(self, deadline: float) -> tuple[_Child, float, bool]:
+        """Return a child that is ready, the time for the job, and whether that is less than the timeout."""
         while True:
             if self._child is None or not self._child.is_alive:
                 self._child = _Child(self._memory_bytes)
             child = self._child
-            if not child.wait_until_ready(min(until - time.monotonic(), START_S)):
-                if time.monotonic() >= until:  # it goes on, for the next job
+            if not child.wait_until_ready(min(deadline - time.monotonic(), START_S)):
+                if time.monotonic() >= deadline:  # the child keeps starting, for the next job
                     raise DecoderBusyError
                 child.kill()
                 raise RuntimeError("The decoder process did not start.")
-            left_s = until - time.monotonic()
+            left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise DecoderBusyError
             timeout_s = min(left_s, self.timeout_s)
-            if child.begin(timeout_s):  # else it was ended just now, as it was idle
+            if child.begin(timeout_s):  # else it was just ended because it was idle
                 return child, timeout_s, left_s < self.timeout_s
 
     def _failure(self, child: _Child) -> TooComplexError:
@@ -152,15 +151,15 @@ class DecoderProcess:
                 "timeout", f"Decoding the image took longer than {self.timeout_s:g} s. Save it again as a normal JPEG or PNG."
             )
         return TooComplexError(
-            "crash", "The image cannot be decoded within the memory that is allowed. Save it again as a normal JPEG or PNG."
+            "crash", "The image cannot be decoded within the memory limit. Save it again as a normal JPEG or PNG."
         )
 
 
 class _Child:
-    """The process, and a thread that kills it when its time is over: a job's, or that of being idle."""
+    """The process, and a thread that kills it when a job or the idle time has taken too long."""
 
     def __init__(self, memory_bytes: int) -> None:
-        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
@@ -179,7 +178,7 @@ class _Child:
         self._process.stdin.close()
         self._process.stdout.close()
         self._is_ready = self._is_working = False
-        self._kill_at = time.monotonic() + START_S + IDLE_S  # where nobody comes, once it has started
+        self._kill_at = time.monotonic() + START_S + IDLE_S  # if no job follows its start
         self._changed = threading.Condition()
         threading.Thread(target=self._watch, name="decoder-watch", daemon=True).start()
 
@@ -188,36 +187,36 @@ class _Child:
         return self._process.poll() is None
 
     def wait_until_ready(self, within_s: float) -> bool:
-        """Wait until the process has started, which is not to count as decoding. False where it has not by then."""
+        """Wait until the process has started, which does not count as decoding. Returns false if that takes longer."""
         if not self._is_ready:
             try:
                 self._is_ready = self._results.poll(max(0.0, within_s)) and self._results.recv_bytes(100) == READY
             except (OSError, EOFError):
-                raise RuntimeError("The decoder process ended before it had started.") from None
+                raise RuntimeError("The decoder process ended during its start.") from None
         return self._is_ready
 
     def begin(self, timeout_s: float) -> bool:
-        """Note that a job begins. False where the process has ended."""
+        """Start the clock of a job. Returns false if the process has ended."""
         with self._changed:
             self._is_working, self._kill_at = True, time.monotonic() + timeout_s
             self._changed.notify()
             return self.is_alive
 
-    def end(self, idle_s: float) -> None:
-        """Note that a job has ended."""
+    def finish(self, idle_s: float) -> None:
+        """Start the clock of being idle."""
         with self._changed:
             self._is_working, self._kill_at = False, time.monotonic() + idle_s
             self._changed.notify()
 
-    def ask(self, header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Send a job and receive its result. Raises OSError or EOFError where the process ends meanwhile."""
+    def run(self, header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """Send a job and receive its result. Raises OSError or EOFError if the process ends meanwhile."""
         self._jobs.send_bytes(json.dumps(header).encode())
         self._jobs.send_bytes(data)
         result: dict[str, Any] = json.loads(self._results.recv_bytes(MAX_RESULT_BYTES))
         return result, self._results.recv_bytes(MAX_RESULT_BYTES)
 
     def kill(self) -> None:
-        """End the process at once, and collect it. A thread in ``ask`` gets an error."""
+        """End the process at once and reap it. A thread in ``run`` gets an error."""
         with self._changed:
             self._process.kill()
             self._process.wait()
@@ -239,19 +238,19 @@ class _Child:
 
 
 def main() -> None:
-    """Serve jobs until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, which ends this process
+    """Run jobs until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which ends this process
     results = Connection(os.dup(1), readable=False)
-    os.dup2(2, 1)  # what a library prints must not end up among the results
+    os.dup2(2, 1)  # output of libraries must not be mixed with the results
     jobs = Connection(os.dup(0), writable=False)
-    with contextlib.suppress(OSError):  # where memory runs out, the kernel should choose this process, not its parent
+    with contextlib.suppress(OSError):  # the kernel should kill this process before its parent
         Path("/proc/self/oom_score_adj").write_text("1000")
     _limit_memory(int(sys.argv[1]))
     results.send_bytes(READY)
     for header, data in _receive(jobs):
-        # The parent kills this process in time; should the parent be gone, the alarm does.
+        # The parent kills this process in time; the alarm does if the parent is gone.
         signal.alarm(math.ceil(header.pop("timeout_s")) + 1)
-        result, payload = _do(header.pop("job"), data, header)
+        result, payload = _run_job(header.pop("job"), data, header)
         signal.alarm(0)
         results.send_bytes(json.dumps(result).encode())
         results.send_bytes(payload)
@@ -263,11 +262,11 @@ def _receive(jobs: Connection) -> Iterator[tuple[dict[str, Any], bytes]]:
             yield json.loads(jobs.recv_bytes()), jobs.recv_bytes()
 
 
-def _do(job: str, data: bytes, arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+def _run_job(job: str, data: bytes, arguments: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     try:
         return PLAIN_JOBS[job](data, **arguments)
     except MemoryError:
-        error: BaseException = TooComplexError("memory", "Decoding the image needs too much memory; save it again smaller.")
+        error: BaseException = TooComplexError("memory", "Decoding the image needs too much memory. Save a smaller image.")
     except Exception as raised:
         error = raised
     kind = {"type": type(error).__name__, "text": str(error), "reason": getattr(error, "reason", "")}
@@ -275,8 +274,8 @@ def _do(job: str, data: bytes, arguments: dict[str, Any]) -> tuple[dict[str, Any
 
 
 def _limit_memory(budget_bytes: int) -> None:
-    """Allow ``budget_bytes`` beyond what the process has mapped by now."""
-    with contextlib.suppress(OSError, ValueError):  # no /proc, or a stricter limit already
+    """Limit the address space to ``budget_bytes`` more than the process has mapped."""
+    with contextlib.suppress(OSError, ValueError):  # there is no /proc, or a stricter limit
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + budget_bytes, mapped + budget_bytes))
 

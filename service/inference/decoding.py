@@ -1,6 +1,6 @@
-"""Decode an image into what the model takes, or into a picture for people.
+"""Decode an image to the pixels that a network takes, or to a JPEG for people.
 
-Pillow, NumPy and ``models.preprocess`` only: a decoder process imports this module and little else.
+This module imports Pillow, NumPy and ``models.preprocess`` only, as the decoder process imports little else.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from models.preprocess import Preprocessing, decode
 from models.runtime.openvino_engine import Pixels
 
 MAX_PROFILE_BYTES = 1 << 20
-ANIMATED = {"GIF", "PNG", "WEBP", "TIFF"}  # a phone's JPEG may hold a second picture, but not an animation
+ANIMATED = {"GIF", "PNG", "WEBP", "TIFF"}  # a JPEG of a phone may contain a second image, but no animation
 
 
 @dataclass(frozen=True)
 class PreprocessedImage:
-    """What the model sees of a photo: ``pixels`` (H, W, C) uint8; the size is the one that arrived."""
+    """An image as the network takes it: ``pixels`` (H, W, C) uint8. Size and format are those of the file."""
 
     pixels: Pixels
     width_px: int
@@ -34,7 +34,7 @@ class PreprocessedImage:
 
 @dataclass(frozen=True)
 class RenderedImage:
-    """A picture's file, and how large it is shown."""
+    """An image file for people, and its size."""
 
     data: bytes
     width_px: int
@@ -43,22 +43,30 @@ class RenderedImage:
 
 
 def preprocess(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> PreprocessedImage:
-    """Decode and crop a photo whose structure was examined. Raises ImageError."""
+    """Decode, resize and crop an image whose structure was examined. Raises ImageError."""
     opened: dict[str, Any] = {}
 
-    def inspect(photo: Image.Image) -> None:
-        _check_size(photo, max_pixels)
-        opened.update(width_px=photo.width, height_px=photo.height, format=photo.format or "", notes=_notes(photo))
+    def inspect(image: Image.Image) -> None:
+        _check_size(image, max_pixels)
+        opened.update(width_px=image.width, height_px=image.height, format=image.format or "", notes=_notes(image))
 
     pixels = preprocessing.pixels(data, inspect=inspect, limits=None)
     return PreprocessedImage(pixels, **opened)
 
 
 def render(data: bytes, *, max_side_px: int, quality: int, max_pixels: int) -> RenderedImage:
-    """Make a JPEG of a photo whose structure was examined, its longer side ``max_side_px`` at most. Raises ImageError.
+    """Render an image whose structure was examined as a JPEG without metadata.
 
-    Nothing of the photo's metadata goes along: no EXIF with its place, no comment, no preview. Transparent parts become white
-    and colours of another profile sRGB, as a browser would show them; the model is given them as they are.
+    Transparent areas become white, and colors of another profile sRGB, as in a browser. The network takes them unconverted.
+
+    Args:
+        data: The image file.
+        max_side_px: Upper limit of the longer side.
+        quality: JPEG quality.
+        max_pixels: Largest image.
+
+    Raises:
+        ImageError: The image is too large or damaged.
     """
     profile = b""
 
@@ -67,54 +75,54 @@ def render(data: bytes, *, max_side_px: int, quality: int, max_pixels: int) -> R
         _check_size(opened, max_pixels)
         profile = opened.info.get("icc_profile") or b""
 
-    photo = decode(data, min_side_px=max_side_px, inspect=inspect, limits=None)
-    scale = min(1.0, max_side_px / max(photo.size))
+    image = decode(data, min_side_px=max_side_px, inspect=inspect, limits=None)
+    scale = min(1.0, max_side_px / max(image.size))
     if scale < 1:
-        size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
-        photo = photo.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
-    photo = _to_srgb(photo, profile)
-    photo.info = {}  # Pillow writes a comment that it finds there
+        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
+    image = _to_srgb(image, profile)
+    image.info = {}  # Pillow would write a comment from there
     file = io.BytesIO()
-    photo.save(file, "JPEG", quality=quality)
-    return RenderedImage(file.getvalue(), *photo.size)
+    image.save(file, "JPEG", quality=quality)
+    return RenderedImage(file.getvalue(), *image.size)
 
 
-def _check_size(photo: Image.Image, max_pixels: int) -> None:
-    if photo.width * photo.height > max_pixels:
-        raise too_large(photo.width, photo.height, max_pixels)
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise too_large(image.width, image.height, max_pixels)
 
 
-def _notes(photo: Image.Image) -> tuple[str, ...]:
-    if photo.format in ANIMATED and getattr(photo, "is_animated", False):
-        return ("It has several frames; the first was classified.",)
+def _notes(image: Image.Image) -> tuple[str, ...]:
+    if image.format in ANIMATED and getattr(image, "is_animated", False):
+        return ("The image has several frames. The first one was classified.",)
     return ()
 
 
-def _to_srgb(photo: Image.Image, profile: bytes) -> Image.Image:
-    """Of RGB by its own profile -> sRGB; where the profile cannot be read, or is not of RGB, the colours stay."""
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Convert RGB with a profile to sRGB. Colors stay as they are if the profile is unreadable or not RGB."""
     if not profile or len(profile) > MAX_PROFILE_BYTES:
-        return photo
+        return image
     with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
-        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if given.profile.xcolor_space.strip() == "RGB":
-            converted = ImageCms.profileToProfile(photo, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            return converted or photo
-    return photo
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() == "RGB":
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return converted or image
+    return image
 
 
-# What a decoder process does, by name. Arguments and results are plain values, so that they can cross as JSON and bytes:
-# the process that asks must not unpickle what comes from one that has read a stranger's file.
+# The jobs of the decoder process. Arguments and results are JSON and bytes: the service must not unpickle data from a process
+# that has read an untrusted file.
 
 
 def preprocess_plain(data: bytes, *, preprocessing: dict[str, Any], max_pixels: int) -> tuple[dict[str, Any], bytes]:
-    made = preprocess(data, Preprocessing(**preprocessing), max_pixels=max_pixels)
-    fields = {"width_px": made.width_px, "height_px": made.height_px, "format": made.format, "notes": made.notes}
-    return fields | {"shape": made.pixels.shape}, made.pixels.tobytes()
+    result = preprocess(data, Preprocessing(**preprocessing), max_pixels=max_pixels)
+    fields = {"width_px": result.width_px, "height_px": result.height_px, "format": result.format, "notes": result.notes}
+    return fields | {"shape": result.pixels.shape}, result.pixels.tobytes()
 
 
 def render_plain(data: bytes, *, max_side_px: int, quality: int, max_pixels: int) -> tuple[dict[str, Any], bytes]:
-    made = render(data, max_side_px=max_side_px, quality=quality, max_pixels=max_pixels)
-    return {"width_px": made.width_px, "height_px": made.height_px, "media_type": made.media_type}, made.data
+    result = render(data, max_side_px=max_side_px, quality=quality, max_pixels=max_pixels)
+    return {"width_px": result.width_px, "height_px": result.height_px, "media_type": result.media_type}, result.data
 
 
 PLAIN_JOBS: dict[str, Callable[..., tuple[dict[str, Any], bytes]]] = {"preprocess": preprocess_plain, "render": render_plain}

@@ -332,7 +332,7 @@ def test_an_animation_is_answered_for_its_first_frame_and_says_so(client: FlaskC
     )
     assert same(still, moving)
     assert still["notes"] == []
-    assert moving["notes"] == ["It has several frames; the first was classified."]
+    assert moving["notes"] == ["The image has several frames. The first one was classified."]
 
 
 def test_a_phones_jpeg_with_a_second_picture_is_no_animation(client: FlaskClient, picture: Image.Image) -> None:
