@@ -70,7 +70,7 @@ class Settings:
     port: int = _setting(8000, "port to listen on; 0 selects a free one", low=0, high=65535)
     web_concurrency: int = _setting(1, "worker processes; each has its own copy of the model", low=1, high=64)
     threads: int | None = _setting(
-        None, "threads per worker, of which at most `MAX_IN_FLIGHT` predict (default: `MAX_IN_FLIGHT` + 16)", low=2, high=1024
+        None, "threads per worker; at most `MAX_IN_FLIGHT` of them predict (default: `MAX_IN_FLIGHT` + 16)", low=2, high=1024
     )
     page_threads: int | None = _setting(
         None, "threads per worker for all other requests (default: a quarter of `THREADS`)", low=1, high=1024

@@ -17,8 +17,8 @@ def measure_agreement(
     """Run a model on the recent images of the current one.
 
     Returns:
-        How far the labels agree, and the model's own predictions. Nothing is compared if the classes differ, or if the model
-        takes other pixels than those that were kept.
+        How far the labels agree, and the model's own predictions. Nothing is compared if the classes or the
+        preprocessing differ.
     """
     if model.bundle.classes != current.bundle.classes:
         return Agreement(skipped_reason="the classes differ"), []

@@ -28,7 +28,7 @@ from models.errors import BundleError
 from service.http.errors import Problem
 from service.settings import Settings
 
-SLOT_BYTES = 1 << 20  # the file has a header and two slots for documents, of which the header names the valid one
+SLOT_BYTES = 1 << 20  # the file has two slots for documents and a header that names the valid one
 HEADER = struct.Struct("<II")  # slot and length of the document
 DOCUMENT_LOCK, ROLLOUT_LOCK = 1 << 40, (1 << 40) + 1  # bytes beyond the end of the file
 

@@ -109,7 +109,7 @@ class Block:
 
 def test_results_are_not_mixed_up_between_requests() -> None:
     """Hundreds of images of different colors from many threads: each gets its own color and pixels back."""
-    colors = [(i % 256, i * 7 % 256, i // 256 * 90) for i in range(600)]
+    colors = [(i % 256, (7 * i) % 256, i // 256 * 90) for i in range(600)]
     assert len(set(colors)) == 600
     with running(ColorEngine(), threads=3, streams=2) as batcher, ThreadPoolExecutor(16) as clients:
 

@@ -1,4 +1,4 @@
-"""Images whose cost only decoding tells: decoded in a process with limits, with the same pixels, and without harm to others."""
+"""The decoder process: same pixels as in this process, limits of time and memory, and no effect on other images."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ from tests.helpers import bomb_images
 from tests.helpers.odd_images import odd_images, picture, png, saved
 from tests.helpers.server import poll, rss_mb, serve
 
-SEEN = Preprocessing(input_px=32, resize_px=40)
+PREPROCESSING = Preprocessing(input_px=32, resize_px=40)
 MAX_PIXELS = 50_000_000
-SLOW = bomb_images.hidden_scans(60_000, 256)  # minutes
-Made = Callable[..., DecoderProcess]
+SLOW = bomb_images.hidden_scans(60_000, 256)  # takes minutes to decode
+Make = Callable[..., DecoderProcess]
 T = TypeVar("T")
 
 
 @pytest.fixture
-def make() -> Iterator[Made]:
-    """``make(**limits)`` gives a decoder process, which is ended after the test."""
-    made: list[DecoderProcess] = []
+def make() -> Iterator[Make]:
+    """``make(**limits)`` creates a decoder process, which is ended after the test."""
+    processes: list[DecoderProcess] = []
 
     def new(**limits: object) -> DecoderProcess:
         options = {"max_pixels": MAX_PIXELS, "max_body_bytes": 20 << 20, "timeout_s": 300.0, **limits}
-        made.append(DecoderProcess(**options))  # type: ignore[arg-type]
-        return made[-1]
+        processes.append(DecoderProcess(**options))  # type: ignore[arg-type]
+        return processes[-1]
 
     yield new
-    for process in made:
+    for process in processes:
         process.close()
 
 
 def crop(process: DecoderProcess, data: bytes, **options: float) -> np.ndarray:
-    header, pixels = process.run("preprocess", data, preprocessing=asdict(SEEN), max_pixels=MAX_PIXELS, **options)
+    header, pixels = process.run("preprocess", data, preprocessing=asdict(PREPROCESSING), max_pixels=MAX_PIXELS, **options)
     return np.frombuffer(pixels, np.uint8).reshape(header["shape"])
 
 
@@ -70,34 +70,35 @@ def outcome(decode: Callable[[], T]) -> T | type[ImageError]:
 
 @pytest.mark.filterwarnings("ignore:::PIL")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_the_pixels_are_those_of_this_process(make: Made) -> None:
+def test_the_pixels_are_the_same_as_in_this_process(make: Make) -> None:
     process, outcomes = make(), Counter[object]()
-    fields = {"preprocessing": asdict(SEEN), "max_pixels": MAX_PIXELS}
+    fields = {"preprocessing": asdict(PREPROCESSING), "max_pixels": MAX_PIXELS}
     for name, data in (odd_images() | bomb_images.isolated() | bomb_images.simple()).items():
-        here = outcome(partial(preprocess, data, SEEN, max_pixels=MAX_PIXELS))
-        there = outcome(partial(process.run, "preprocess", data, **fields))
-        if isinstance(here, type) or isinstance(there, type):
-            assert here is there, name
-            outcomes[here] += 1
+        expected = outcome(partial(preprocess, data, PREPROCESSING, max_pixels=MAX_PIXELS))
+        result = outcome(partial(process.run, "preprocess", data, **fields))
+        if isinstance(expected, type) or isinstance(result, type):
+            assert expected is result, name
+            outcomes[expected] += 1
             continue
-        header, pixels = there
-        assert pixels == here.pixels.tobytes(), name
+        header, pixels = result
+        assert pixels == expected.pixels.tobytes(), name
         assert header.pop("shape") == [32, 32, 3]
-        assert header == {name: value for name, value in asdict(here).items() if name != "pixels"} | {"notes": list(here.notes)}
+        fields_of_image = {name: value for name, value in asdict(expected).items() if name != "pixels"}
+        assert header == fields_of_image | {"notes": list(expected.notes)}
         outcomes["ok"] += 1
     assert outcomes["ok"] > 200
     assert outcomes[UnsupportedImageError] > 20
 
 
-def test_a_picture_for_people_is_the_same(make: Made) -> None:
+def test_a_rendered_image_is_the_same_as_in_this_process(make: Make) -> None:
     data = saved(picture("RGBA", (700, 500)), "TIFF")
     arguments = {"max_side_px": 320, "quality": 80, "max_pixels": MAX_PIXELS}
-    header, made = make().run("render", data, **arguments)
-    here = render(data, max_side_px=320, quality=80, max_pixels=MAX_PIXELS)
-    assert (made, header["width_px"], header["height_px"]) == (here.data, 320, 229)
+    header, file = make().run("render", data, **arguments)
+    expected = render(data, max_side_px=320, quality=80, max_pixels=MAX_PIXELS)
+    assert (file, header["width_px"], header["height_px"]) == (expected.data, 320, 229)
 
 
-def test_one_process_serves_many_threads(make: Made) -> None:
+def test_one_process_serves_many_threads(make: Make) -> None:
     process = make()
     colors = [(i, 255 - i, 7) for i in range(0, 256, 5)]
     photos = [saved(Image.new("RGB", (40, 40), color), "TIFF") for color in colors]
@@ -108,26 +109,26 @@ def test_one_process_serves_many_threads(make: Made) -> None:
 
 
 def children_of_this() -> list[int]:
-    found = []
+    pids = []
     for task in os.listdir("/proc/self/task"):
         with open(f"/proc/self/task/{task}/children") as file:
-            found += [int(word) for word in file.read().split()]
-    return found
+            pids += [int(word) for word in file.read().split()]
+    return pids
 
 
-def test_one_that_takes_too_long_is_killed_and_the_next_is_decoded(make: Made) -> None:
-    counted: list[str] = []
-    process = make(timeout_s=1.0, count=counted.append)
+def test_a_job_that_takes_too_long_is_killed_and_the_next_one_runs(make: Make) -> None:
+    outcomes: list[str] = []
+    process = make(timeout_s=1.0, count=outcomes.append)
     with pytest.raises(TooComplexError, match="took longer than 1 s") as caught:
         crop(process, SLOW)
     assert caught.value.reason == "timeout"
     assert process.pid is None
     process.timeout_s = 300.0
     assert crop(process, saved(picture(), "TIFF")).shape == (32, 32, 3)
-    assert counted == ["timeout", "ok"]
+    assert outcomes == ["timeout", "ok"]
 
 
-def test_the_time_of_the_request_cuts_it_off_without_a_word_against_the_photo(make: Made) -> None:
+def test_a_job_cut_by_the_time_of_its_request_is_not_counted_against_the_image(make: Make) -> None:
     process = make()
     with pytest.raises(DecoderBusyError):
         crop(process, SLOW, within_s=0.5)
@@ -136,10 +137,10 @@ def test_the_time_of_the_request_cuts_it_off_without_a_word_against_the_photo(ma
     assert crop(process, saved(picture(), "TIFF")).shape == (32, 32, 3)
 
 
-def test_who_waits_for_another_photo_waits_no_longer_than_it_has(make: Made) -> None:
+def test_waiting_for_another_job_is_limited_by_the_time_of_the_request(make: Make) -> None:
     process = make()
     assert crop(process, saved(picture(), "TIFF")).size
-    with process._turn, pytest.raises(DecoderBusyError):
+    with process._lock, pytest.raises(DecoderBusyError):
         crop(process, saved(picture(), "TIFF"), within_s=0.01)
 
 
@@ -149,7 +150,7 @@ def cpu_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def test_a_process_that_dies_costs_its_photo_only(make: Made) -> None:
+def test_a_crash_fails_the_current_job_only(make: Make) -> None:
     process = make()
     assert crop(process, saved(picture(), "TIFF")).size
     child = process._child
@@ -157,18 +158,18 @@ def test_a_process_that_dies_costs_its_photo_only(make: Made) -> None:
     idle_ticks = cpu_ticks(child.pid)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(crop, process, SLOW)
-        poll(lambda: cpu_ticks(child.pid) > idle_ticks + 5)  # it decodes; killed before, it would only be replaced
+        poll(lambda: cpu_ticks(child.pid) > idle_ticks + 5)  # it decodes; killed earlier, it would just be replaced
         os.kill(child.pid, 9)
         with pytest.raises(TooComplexError) as caught:
             slow.result(120)
     assert caught.value.reason == "crash"
     assert crop(process, saved(picture(), "TIFF")).size
-    os.kill(process.pid or 0, 9)  # and between two photos, it costs none
+    os.kill(process.pid or 0, 9)  # between two jobs, it fails none
     poll(lambda: process.pid is None)
     assert crop(process, saved(picture(), "TIFF")).size
 
 
-def test_its_memory_is_limited(make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_limited(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_process, "SLACK_BYTES", 16 << 20)
     process = make(max_pixels=100_000, max_body_bytes=1000)
     with pytest.raises(TooComplexError) as caught:
@@ -177,14 +178,14 @@ def test_its_memory_is_limited(make: Made, monkeypatch: pytest.MonkeyPatch) -> N
     assert crop(process, saved(picture(), "TIFF")).size
 
 
-def test_it_ends_when_it_is_idle_and_comes_again(make: Made) -> None:
+def test_the_process_ends_when_it_is_idle_and_is_started_again(make: Make) -> None:
     process = make(idle_s=0.05)
     for _ in range(3):
         assert crop(process, saved(picture(), "TIFF")).size
         poll(lambda: process.pid is None)
 
 
-def test_it_ends_with_its_parent() -> None:
+def test_the_process_ends_with_its_parent() -> None:
     code = (
         "import os, sys; from service.inference.decoder_process import DecoderProcess;"
         "from service.inference.decoding import Preprocessing;"
@@ -205,7 +206,7 @@ def status(pid: int) -> str:
         return "Z"
 
 
-def test_it_imports_neither_the_server_nor_an_engine_and_sees_no_keys(make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_imports_no_server_or_engine_and_does_not_get_the_keys(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEYS", "ann:secret")
     code = (
         "import sys, service.inference.decoder_process;"
@@ -219,59 +220,59 @@ def test_it_imports_neither_the_server_nor_an_engine_and_sees_no_keys(make: Made
         assert b"secret" not in file.read()
 
 
-# The front door
+# The image decoder
 
 
-def test_what_is_simple_needs_no_process_and_the_rest_does() -> None:
-    door = ImageDecoder.of(Settings(decode_timeout_s=300))
+def test_simple_images_need_no_process_and_others_do() -> None:
+    decoder = ImageDecoder.of(Settings(decode_timeout_s=300))
     for name, data in bomb_images.simple().items():
         if name not in ("nothing", "not an image"):
-            assert door.preprocess(data, SEEN).pixels.shape == (32, 32, 3), name
-    assert door.process.pid is None
-    assert door.preprocess(saved(picture(), "TIFF"), SEEN).format == "TIFF"
-    assert door.process.pid
-    assert door.render(saved(picture(), "TIFF"), max_side_px=50, quality=80).width_px == 50
-    door.process.close()
+            assert decoder.preprocess(data, PREPROCESSING).pixels.shape == (32, 32, 3), name
+    assert decoder.process.pid is None
+    assert decoder.preprocess(saved(picture(), "TIFF"), PREPROCESSING).format == "TIFF"
+    assert decoder.process.pid
+    assert decoder.render(saved(picture(), "TIFF"), max_side_px=50, quality=80).width_px == 50
+    decoder.process.close()
 
 
-def test_large_ones_are_decoded_there_too() -> None:
-    door = ImageDecoder.of(Settings(decode_timeout_s=300))
-    assert door.preprocess(saved(Image.new("RGBA", (4000, 3000), "red"), "PNG"), SEEN).width_px == 4000
-    assert door.process.pid
-    door.process.close()
+def test_large_images_are_decoded_in_the_process() -> None:
+    decoder = ImageDecoder.of(Settings(decode_timeout_s=300))
+    assert decoder.preprocess(saved(Image.new("RGBA", (4000, 3000), "red"), "PNG"), PREPROCESSING).width_px == 4000
+    assert decoder.process.pid
+    decoder.process.close()
 
 
 def test_rejections_are_counted_by_their_reason() -> None:
     metrics = Metrics()
-    door = ImageDecoder.of(Settings(decode_timeout_s=0.5), metrics)
+    decoder = ImageDecoder.of(Settings(decode_timeout_s=0.5), metrics)
     codes = []
     for data in (bomb_images.progressive(6000), bomb_images.tiff_tile(46_336), SLOW, saved(picture(), "JPEG")[:100]):
         with pytest.raises(Problem) as caught:
-            door.preprocess(data, SEEN)
+            decoder.preprocess(data, PREPROCESSING)
         codes.append(caught.value.code)
     assert codes == ["image_too_complex", "too_many_pixels", "image_too_complex", "damaged_image"]
     value = metrics.registry.get_sample_value
     for reason in ("jpeg_scans", "pixels", "timeout"):
         assert value("classifier_images_rejected_total", {"reason": reason}) == 1
     assert value("classifier_isolated_decodes_total", {"outcome": "timeout"}) == 1
-    door.process.close()
+    decoder.process.close()
 
 
 # The service
 
 
-def test_files_that_are_built_to_be_slow_hold_up_nobody(tiny_bundle: SimpleNamespace) -> None:
-    """Bombs that are rejected, and that are decoded for as long as they may, come all the while; good photos are answered."""
+def test_files_built_to_be_slow_do_not_delay_others(tiny_bundle: SimpleNamespace) -> None:
+    """Good images are predicted while bombs arrive that are rejected or use up their decoding time."""
     good = saved(picture(), "PNG")
     with serve(tiny_bundle.path, decode_timeout_s=1) as server:
         (worker,) = server.workers()
-        wanted, before_mb = server.post(good).json()["predictions"], rss_mb(worker)
-        most_mb, done = before_mb, threading.Event()
+        expected, before_mb = server.post(good).json()["predictions"], rss_mb(worker)
+        max_mb, done = before_mb, threading.Event()
 
         def watch() -> None:
-            nonlocal most_mb
+            nonlocal max_mb
             while not done.wait(0.01):
-                most_mb = max(most_mb, rss_mb(worker))
+                max_mb = max(max_mb, rss_mb(worker))
 
         def attack(data: bytes) -> tuple[int, str | None]:
             reply = server.post(data, "application/octet-stream")
@@ -284,7 +285,7 @@ def test_files_that_are_built_to_be_slow_hold_up_nobody(tiny_bundle: SimpleNames
             slow = [attackers.submit(attack, SLOW) for _ in range(4)]
             outcomes = [attackers.submit(attack, data) for data in (*rejected, *bomb_images.isolated().values())]
             while not all(outcome.done() for outcome in slow):
-                assert server.post(good).json()["predictions"] == wanted
+                assert server.post(good).json()["predictions"] == expected
                 assert server.get("/health/ready").status == 200
         done.set()
         watcher.join()
@@ -295,20 +296,20 @@ def test_files_that_are_built_to_be_slow_hold_up_nobody(tiny_bundle: SimpleNames
         assert all(status in (200, 413, 415, 422) for status, _ in codes), codes
         assert server.post(saved(picture(), "TIFF"), "image/tiff").status == 200
         assert server.workers() == [worker]
-        assert most_mb - before_mb < 400
-        counted = server.metrics()
-        assert counted['classifier_isolated_decodes_total{outcome="timeout"}'] >= 4
-        assert counted['classifier_images_rejected_total{reason="jpeg_scans"}'] == 1
-        lines = server.log()  # each is a JSON object, whatever libtiff had to say
+        assert max_mb - before_mb < 400
+        metrics = server.metrics()
+        assert metrics['classifier_isolated_decodes_total{outcome="timeout"}'] >= 4
+        assert metrics['classifier_images_rejected_total{reason="jpeg_scans"}'] == 1
+        lines = server.log()  # each is a JSON object, whatever libtiff writes
         assert not [line for line in lines if line["level"] == "ERROR"]
 
 
-def test_it_is_not_ready_while_its_decoders_are_stalled() -> None:
+def test_the_server_is_not_ready_while_its_decoders_are_stalled() -> None:
     settings = Settings()
-    served = ModelManager(settings, Metrics())
+    models = ModelManager(settings, Metrics())
     batcher = SimpleNamespace(is_stalled=True)
-    served._model = SimpleNamespace(batcher=batcher, summary={"name": "tiny"})  # type: ignore[assignment]
-    client = create_api_app(create_services(settings, served)).test_client()
+    models._model = SimpleNamespace(batcher=batcher, summary={"name": "tiny"})  # type: ignore[assignment]
+    client = create_api_app(create_services(settings, models)).test_client()
     reply = client.get("/health/ready")
     assert (reply.status_code, reply.get_json()["code"]) == (503, "decoders_stalled")
     assert client.get("/v2/health/ready").status_code == 503
@@ -317,7 +318,7 @@ def test_it_is_not_ready_while_its_decoders_are_stalled() -> None:
     assert client.get("/v2/health/ready").status_code == 200
 
 
-def test_libtiff_says_nothing_on_standard_error(tiny_bundle: SimpleNamespace) -> None:
+def test_libtiff_writes_nothing_to_standard_error(tiny_bundle: SimpleNamespace) -> None:
     damaged = saved(picture(), "TIFF", compression="tiff_lzw")
     with serve(tiny_bundle.path) as server:
         for at in range(8, 200, 3):
@@ -325,6 +326,6 @@ def test_libtiff_says_nothing_on_standard_error(tiny_bundle: SimpleNamespace) ->
         assert all(line["message"] for line in server.log())
 
 
-def test_an_error_in_the_process_is_no_refusal(make: Made) -> None:
+def test_an_unexpected_error_in_the_process_does_not_reject_the_image(make: Make) -> None:
     with pytest.raises(RuntimeError, match="decoder process failed"):
         make().run("preprocess", png(), preprocessing={"no": "such"}, max_pixels=1)
