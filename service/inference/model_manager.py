@@ -199,8 +199,6 @@ class ModelManager:
             self._merge.kill()
 
     def _work(self) -> None:
-        with contextlib.suppress(OSError):  # the engine inherits the niceness; threads that serve clients come first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while not self._load():
             self.loaded.set()
             if self.closed.wait(RETRY_S):
@@ -216,6 +214,8 @@ class ModelManager:
         for path in self._bundles_to_load() or (self._settings.bundle,):
             try:
                 self._merge_if_needed(path)
+                with contextlib.suppress(OSError):  # the engine inherits the niceness; threads that serve clients come first
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
                 model = load_model(self._settings, allocate_resources(self._settings), self.metrics, self.decoder, path=path)
             except UserError as error:
                 reasons.append(str(error))
