@@ -123,6 +123,11 @@ class PredictionQuery:
         found = select(predictions.c.id).where(mine, predictions.c.sha256.in_(sha256s)).order_by(predictions.c.id.desc())
         return {photo.sha256: photo for photo in self.fetch(list(self.connection.execute(found).scalars()))}
 
+    def copies(self, photo: PredictionRecord) -> list[PredictionRecord]:
+        """Fetch the model's other predictions of the same bytes."""
+        same = predictions.c.model_id == self.model.id, predictions.c.sha256 == photo.sha256, predictions.c.id != photo.id
+        return self.fetch(list(self.connection.execute(select(predictions.c.id).where(*same)).scalars()))
+
     def fetch(self, ids: Sequence[int]) -> list[PredictionRecord]:
         """The photos with these ids, in their order; one that is gone meanwhile is passed over."""
         found = select(*_COLUMNS).select_from(_JOINED).where(predictions.c.id.in_(ids))

@@ -1,4 +1,4 @@
-"""A photo's page: what it is, what the model said and why, what it looks like, what was decided, and what comes next."""
+"""The page of one photo: its prediction, heat map, duplicates, review form and history."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from service.db.ingest import encode_file_name
 from service.db.query import PredictionQuery, PredictionRecord
 from service.explain.explainer import Explanation
 from service.gallery.grid import render_gallery
-from service.gallery.sidebar import filter_from_request, grid_url, open_query
+from service.gallery.sidebar import filter_from_request, grid_url, open_query, photo_url
 from service.http.errors import Problem
 from service.http.security import require_key_or_cookie
 from service.reviews.decisions import load_history
-from service.reviews.history import history_entries, saved_message
+from service.reviews.history import SavedMessage, history_entries, saved_message
 from service.web.layout import problem_page, record_problem
 
 REVIEWER_COOKIE = "reviewer"  # the name that the reviewer entered
 AUTO_ADVANCE_COOKIE = "advance"  # whether a save opens the next photo
 MAX_NEIGHBORS = 8
-MAX_EXPLAIN_CLASSES = 20  # classes that one can look for by a link, the most probable ones
-RESERVED_KEYS = "bjkntu"  # keys of the page that are no class's
+MAX_EXPLAIN_CLASSES = 20  # other classes with a link to their heat map, most probable first
+RESERVED_KEYS = "bjkntu"  # shortcuts of the page
 KEYS = [*"123456789", *(letter for letter in string.ascii_lowercase if letter not in RESERVED_KEYS)]
-MAX_CLASS_BUTTONS = 8  # with a button each, where there are more classes than keys
 
 bp = Blueprint("photo", __name__)
 
 
 @dataclass(frozen=True)
 class SimilarImage:
-    """A photo that looks like another: by its ``similarity`` (cosine of the embeddings), or the same to byte or eye (None)."""
+    """A similar image. ``similarity`` is the cosine of the embeddings, or None for a duplicate or near duplicate."""
 
     name: str
     sha256: str
@@ -48,21 +47,52 @@ class SimilarImage:
 
 
 @dataclass(frozen=True)
+class ClassAction:
+    """A button that gives the photo a class, and its keyboard shortcut."""
+
+    verb: str
+    label: str
+    is_predicted: bool
+    key: str
+
+
+@dataclass(frozen=True)
+class UndoTarget:
+    """The decision that the undo button takes back."""
+
+    id: int
+    photo: str
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        return self.photo.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class ReviewProgress:
+    """How many photos of a view are reviewed, whatever review state the filter selects."""
+
+    reviewed: int
+    total: int
+
+
+@dataclass(frozen=True)
 class RejectedReview:
-    """A decision that was not saved: why, and the fields that came, so that nobody types them again."""
+    """A review that was not saved: the reason, and the submitted fields to fill in again."""
 
     problem: Problem
     params: Mapping[str, str]
 
 
 @bp.errorhandler(Problem)
-def say(problem: Problem) -> Response:
+def show_problem(problem: Problem) -> Response:
     return problem_page(problem)
 
 
 @bp.get("/gallery/photo")
 def page() -> Response:
-    """One photo under the filter that one came with, which says what comes before and after it."""
+    """Show one photo. The filter of the query string determines the photos before and after it."""
     filters = filter_from_request(extra=("photo", "sha256", "explain", "saved", "last"))
     return render_photo_page(
         filters, request.args.get("photo", ""), request.args.get("sha256", ""), explain_class=request.args.get("explain", "")
@@ -72,56 +102,85 @@ def page() -> Response:
 def render_photo_page(
     filters: Filter, photo: str, sha256: str, *, explain_class: str = "", rejected: RejectedReview | None = None
 ) -> Response:
-    """The page of a photo; with what was ``refused`` on top of it. Raises Problem."""
-    shown = gallery()
-    with open_query(filters) as found:
-        this = found.find(photo, sha256)
-        before, previous, following = found.neighbors(this)
-        is_in = found.matches(this)
-        first = next(iter(found.first(1)), None)
-        neighbours = _neighbours(found, this)
-        duplicates = _duplicates(found, this)
-        past = load_history(found.connection, this.sha256)
-        just_saved = saved_message(found.connection, request.args.get("saved", ""))
-    model = found.model
-    trouble = image_access().find_problem(this.photo, this.sha256)
-    has_bundle = shown.bundle_path(model.version) is not None
-    explanation, no_look = (
-        _explain(model.version, this, explain_class) if explain_class and has_bundle and not trouble else (None, None)
+    """Render the page of a photo.
+
+    Args:
+        filters: The view that the photo was opened from.
+        photo: The photo's name.
+        sha256: The photo's digest, or empty for any.
+        explain_class: The class to show a heat map for, or empty for none.
+        rejected: A review that was not saved, shown with its reason.
+
+    Raises:
+        Problem: There is no such photo, model or class.
+    """
+    index = gallery()
+    with open_query(filters) as query:
+        record = query.find(photo, sha256)
+        before, previous, following = query.neighbors(record)
+        is_match = query.matches(record)
+        first = next(iter(query.first(1)), None)
+        neighbours = _neighbours(query, record)
+        duplicates = _duplicates(query, record)
+        history = load_history(query.connection, record.sha256)
+        saved = saved_message(query.connection, request.args.get("saved", ""))
+        just_saved = _saved_photo(query, saved)
+        copies = query.copies(record)
+        progress = _progress(query)
+        next_unreviewed = _next_unreviewed(query, record) if progress.reviewed < progress.total else None
+        if just_saved and just_saved.id != record.id and not query.matches(just_saved):
+            previous = just_saved  # it left the filter with its review
+        elif previous is None and filters.reviews:
+            _, previous, _ = PredictionQuery(query.connection, filters.replace(reviews=()), same_model_as=query).neighbors(
+                record
+            )
+    model = query.model
+    trouble = image_access().find_problem(record.photo, record.sha256)
+    has_bundle = index.bundle_path(model.version) is not None
+    explanation, explain_problem = (
+        _explain(model.version, record, explain_class) if explain_class and has_bundle and not trouble else (None, None)
     )
-    probabilities = sorted(zip(model.classes, map(float, this.probabilities), strict=True), key=lambda row: -row[1])
+    probabilities = sorted(zip(model.classes, map(float, record.probabilities), strict=True), key=lambda row: -row[1])
+    class_keys = dict(zip(model.classes, KEYS, strict=False)) if len(model.classes) <= len(KEYS) else {}
     answer = render_gallery(
         "gallery/photo.html",
         filters=filters,
-        judge=model,
-        photo=this,
+        model_shown=model,
+        photo=record,
         probabilities=probabilities,
-        choices=_choices(model.classes, this, probabilities),
+        actions=_actions(record, [name for name, _ in probabilities], class_keys),
+        all_classes=sorted(model.classes) if len(model.classes) > 2 else [],
+        class_keys=class_keys.items(),
         trouble=trouble,
         has_bundle=has_bundle,
         explain_class=explain_class,
-        looks=_looks(this, probabilities),
+        explain_classes=_explain_classes(record, probabilities),
         explanation=explanation,
-        no_look=no_look,
+        explain_problem=explain_problem,
         neighbours=neighbours,
         duplicates=duplicates,
-        warnings=_warnings(this, duplicates),
-        history=history_entries(past),
-        said=describe_filter(filters, found.counts.total, name=model.name),
-        total=found.counts.total,
+        copies=copies,
+        warnings=_warnings(record, duplicates),
+        history=history_entries(history),
+        description=describe_filter(filters, query.counts.total, name=model.name),
+        total=query.counts.total,
+        progress=progress,
+        next_unreviewed=next_unreviewed,
         before=before,
-        is_in=is_in,
+        is_match=is_match,
         previous=previous,
         following=following,
         first=first,
         is_last="last" in request.args,
-        saved=just_saved,
+        saved=saved,
+        saved_url=photo_url(filters, just_saved) if just_saved else "",
+        undo=_undo_target(record, saved),
         rejected=rejected,
-        grid=grid_url(filters, page=min(before, max(0, found.counts.total - 1)) // filters.per_page + 1),
-        look_address=lambda label: f"{url_for('photo.page')}?{_look(filters, this, label)}#explain",
+        grid=grid_url(filters, page=min(before, max(0, query.counts.total - 1)) // filters.per_page + 1),
+        explain_url=lambda label: f"{url_for('photo.page')}?{_explain_query(filters, record, label)}#explain",
         reviewer=request.cookies.get(REVIEWER_COOKIE, ""),
-        goes_on=request.cookies.get(AUTO_ADVANCE_COOKIE, "1") == "1",
-        key=_key(),
+        auto_advance=request.cookies.get(AUTO_ADVANCE_COOKIE, "1") == "1",
+        key=_key_status(),
     )
     if rejected:
         answer.status_code = rejected.problem.status
@@ -130,40 +189,84 @@ def render_photo_page(
     return answer
 
 
-def _explain(version: str, this: PredictionRecord, look: str) -> tuple[Explanation | None, Problem | None]:
-    """Where the model looked, or why that cannot be said now; a class that there is none of is the caller's mistake."""
+def _saved_photo(query: PredictionQuery, saved: SavedMessage | None) -> PredictionRecord | None:
+    """Return the photo that was just reviewed, unless the model has no prediction of it."""
+    if saved is None:
+        return None
+    with contextlib.suppress(Problem):
+        return query.find(saved.photo, saved.sha256)
+    return None
+
+
+def _progress(query: PredictionQuery) -> ReviewProgress:
+    states = query.counts.facets["review"]
+    total = sum(states.values())
+    return ReviewProgress(total - states["unreviewed"], total)
+
+
+def _next_unreviewed(query: PredictionQuery, record: PredictionRecord) -> PredictionRecord | None:
+    """Find the next unreviewed photo of the view, or the first where none follows."""
+    unreviewed = PredictionQuery(query.connection, query.filters.replace(reviews=("unreviewed",)), same_model_as=query)
+    _, _, following = unreviewed.neighbors(record)
+    found = following or next(iter(unreviewed.first(1)), None)
+    return found if found and found.id != record.id else None
+
+
+def _undo_target(record: PredictionRecord, saved: SavedMessage | None) -> UndoTarget | None:
+    """Choose what the undo button takes back: the last save, otherwise the review of this photo.
+
+    After an undo there is nothing more to take back, so that a second click at the same place does nothing.
+    """
+    if saved and saved.undo:
+        return UndoTarget(saved.undo, saved.photo, saved.sha256)
+    if record.decision is None or (saved and saved.is_undo):
+        return None
+    return UndoTarget(record.decision.id, record.photo, record.sha256)
+
+
+def _explain(version: str, record: PredictionRecord, label: str) -> tuple[Explanation | None, Problem | None]:
+    """Explain a class, or return the problem to show in place of the heat map. Raises Problem for an unknown class."""
     try:
-        return image_access().explain(version, this.photo, this.sha256, look), None
+        return image_access().explain(version, record.photo, record.sha256, label), None
     except Problem as problem:
         if problem.code == "bad_parameter":
             raise
         return None, problem.without_traceback()
 
 
-def _choices(
-    classes: Sequence[str], this: PredictionRecord, probabilities: Sequence[tuple[str, float]]
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """The classes that have a button, with the key of each; and those, where there are many, that are chosen from a list."""
-    if len(classes) <= len(KEYS):
-        return list(zip(classes, KEYS, strict=False)), []
-    likely = [name for name, _ in probabilities[:MAX_CLASS_BUTTONS]]
-    if this.label and this.label not in likely:
-        likely.append(this.label)
-    return list(zip(likely, KEYS, strict=False)), sorted(set(classes) - set(likely))
+def _actions(record: PredictionRecord, by_probability: Sequence[str], keys: Mapping[str, str]) -> list[ClassAction | None]:
+    """Choose the classes of the two buttons, whose meaning stays the same from photo to photo.
+
+    The first button accepts the label, or the prediction of a photo that came without a label. The second one changes to
+    the prediction. With two classes it changes to the other one; with more it is empty where the label was predicted.
+    What was decided about the photo does not move them.
+    """
+    predicted = record.predicted
+    runner_up = next((name for name in by_probability if name != predicted), None)
+    if record.source == "production":
+        first, second, verbs = predicted, runner_up, ("Label as", "Label as")
+    else:
+        first = record.label or predicted
+        second = predicted if predicted != first else runner_up if len(by_probability) == 2 else None
+        verbs = ("Keep label", "Change to")
+    return [
+        ClassAction(verb, name, name == predicted, keys.get(name, "")) if name else None
+        for verb, name in zip(verbs, (first, second), strict=True)
+    ]
 
 
-def _looks(this: PredictionRecord, probabilities: Sequence[tuple[str, float]]) -> tuple[list[str], list[str]]:
-    """The classes to look for: first those that matter, then the most probable others."""
-    foremost = list(dict.fromkeys(name for name in (this.predicted, this.label) if name))
+def _explain_classes(record: PredictionRecord, probabilities: Sequence[tuple[str, float]]) -> tuple[list[str], list[str]]:
+    """Return the classes to explain: the prediction and the label, then the most probable others."""
+    foremost = list(dict.fromkeys(name for name in (record.predicted, record.label) if name))
     return foremost, [name for name, _ in probabilities if name not in foremost][:MAX_EXPLAIN_CLASSES]
 
 
-def _neighbours(found: PredictionQuery, this: PredictionRecord) -> list[SimilarImage]:
-    """The evaluated photos nearest to this one by the network's embedding."""
-    for table in gallery().similarity_tables(found.model.version):
-        if this.sha256 in table.sha256s:
-            near = table.nearest(table.sha256s.index(this.sha256), MAX_NEIGHBORS)
-            known = found.fetch_by_sha256([table.sha256s[row] for row, _ in near])
+def _neighbours(query: PredictionQuery, record: PredictionRecord) -> list[SimilarImage]:
+    """Find the evaluated photos with the most similar embeddings."""
+    for table in gallery().similarity_tables(query.model.version):
+        if record.sha256 in table.sha256s:
+            near = table.nearest(table.sha256s.index(record.sha256), MAX_NEIGHBORS)
+            known = query.fetch_by_sha256([table.sha256s[row] for row, _ in near])
             return [
                 SimilarImage(other.photo, other.sha256, other.label or "", other.split, similarity, other)
                 for row, similarity in near
@@ -172,48 +275,48 @@ def _neighbours(found: PredictionQuery, this: PredictionRecord) -> list[SimilarI
     return []
 
 
-def _duplicates(found: PredictionQuery, this: PredictionRecord) -> list[SimilarImage]:
-    """Photos of the dataset that are the same to the byte or to the eye, in whatever split."""
+def _duplicates(query: PredictionQuery, record: PredictionRecord) -> list[SimilarImage]:
+    """Find the exact and near duplicates in all splits of the dataset."""
     groups: dict[str, DuplicateRow] = {}
-    for table in gallery().similarity_tables(found.model.version):
+    for table in gallery().similarity_tables(query.model.version):
         groups |= {
-            other.photo: other for other in table.duplicates_of(this.sha256) if encode_file_name(other.photo) != this.photo
+            other.photo: other for other in table.duplicates_of(record.sha256) if encode_file_name(other.photo) != record.photo
         }
     return [
-        SimilarImage(name, other.sha256, other.label, other.split, None, _evaluated(found, name, other.sha256))
+        SimilarImage(name, other.sha256, other.label, other.split, None, _evaluated(query, name, other.sha256))
         for other in groups.values()
         if (name := encode_file_name(other.photo))
     ]
 
 
-def _evaluated(found: PredictionQuery, name: str, sha256: str) -> PredictionRecord | None:
-    """The photo of that very name, as a copy of it elsewhere has the same content."""
+def _evaluated(query: PredictionQuery, name: str, sha256: str) -> PredictionRecord | None:
+    """Return the prediction of a name. Copies under other names have the same sha256."""
     with contextlib.suppress(Problem):
-        return found.find(name, sha256)
+        return query.find(name, sha256)
     return None
 
 
-def _warnings(this: PredictionRecord, duplicates: Sequence[SimilarImage]) -> list[str]:
-    """What the near-duplicates say against the dataset."""
-    found = []
-    if labels := sorted({other.label for other in duplicates if this.label and other.label != this.label}):
-        found.append(f"This photo is labelled {this.label}, and one that looks the same {' or '.join(labels)}: one is wrong.")
-    if this.split and (splits := sorted({other.split for other in duplicates if other.split != this.split})):
-        found.append(
-            f"This photo lies in {this.split}, and one that looks the same in {' and '.join(splits)}: what is measured on "
-            "photos that were trained with says too much good of the model."
+def _warnings(record: PredictionRecord, duplicates: Sequence[SimilarImage]) -> list[str]:
+    """Describe label conflicts and leaks between splits among the duplicates."""
+    warnings = []
+    if labels := sorted({other.label for other in duplicates if record.label and other.label != record.label}):
+        warnings.append(f"Label conflict: this photo is labeled {record.label}, a duplicate {' or '.join(labels)}.")
+    if record.split and (splits := sorted({other.split for other in duplicates if other.split != record.split})):
+        warnings.append(
+            f"Leak between splits: this photo is in {record.split}, a duplicate in {' and '.join(splits)}. "
+            "This makes the evaluation too optimistic."
         )
-    return found
+    return warnings
 
 
-def _key() -> dict[str, Any]:
-    """Whether decisions want a key here, and whose was given."""
+def _key_status() -> dict[str, Any]:
+    """Return whether reviewing requires a key, and the name of the submitted one."""
     settings = services().settings
     try:
-        return {"is_wanted": bool(settings.api_keys), "name": require_key_or_cookie(request, settings)}
+        return {"is_required": bool(settings.api_keys), "name": require_key_or_cookie(request, settings)}
     except Problem:
-        return {"is_wanted": True, "name": None}
+        return {"is_required": True, "name": None}
 
 
-def _look(filters: Filter, this: PredictionRecord, label: str) -> str:
-    return filters.query(photo=this.photo, sha256=this.sha256, explain=label)
+def _explain_query(filters: Filter, record: PredictionRecord, label: str) -> str:
+    return filters.query(photo=record.photo, sha256=record.sha256, explain=label)

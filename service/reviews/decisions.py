@@ -16,6 +16,7 @@ from service.http.errors import Problem
 from service.http.text_validation import is_storable
 
 ACTIONS = (*DECISIONS, "note", "undo")
+ANONYMOUS = "Anonymous"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ def save_decision(connection: Connection, decision: ReviewDecision) -> int:
     label = _label_of(connection, decision)
     holds = current_decision(connection, decision.sha256)
     if decision.decision != "note" and decision.expected_version != (holds.id if holds else None):
-        said = f"{holds.reviewer or 'Somebody'} {describe_decision(holds)}" if holds else "The decision was taken back"
-        raise Problem("review_conflict", f"{said} meanwhile; look at it, and decide again to overrule it.")
+        change = f"{holds.reviewer or ANONYMOUS} has just {describe_decision(holds)}" if holds else "The review was just undone"
+        raise Problem("review_conflict", f"{change}. Check it, then overwrite it if needed.")
     undoes = None
     if decision.decision == "undo":
         if holds is None:
@@ -110,15 +111,15 @@ def load_history(connection: Connection, sha256: str) -> list[Row[Any]]:
 
 
 def describe_decision(decision: Row[Any]) -> str:
-    """A decision, without who made it: "relabelled it dogs"."""
+    """Describe a decision without its reviewer, such as "relabeled to dogs"."""
     if decision.decision == LABEL:
-        did = "confirmed" if decision.new_label == decision.label else "relabelled it" if decision.label else "labelled it"
-        return f"{did} {decision.new_label}"
+        verb = "confirmed" if decision.new_label == decision.label else "relabeled to" if decision.label else "labeled"
+        return f"{verb} {decision.new_label}"
     return {
-        "neither": "found it to be none of the classes",
-        "bad": "called it a bad photo",
-        "note": "noted",
-        "undo": "took back",
+        "neither": "marked as none of the classes",
+        "bad": "excluded the photo",
+        "note": "added a note",
+        "undo": "undid",
     }[str(decision.decision)]
 
 

@@ -1,4 +1,4 @@
-"""What was decided about a photo, in words."""
+"""The reviews of a photo in words."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row
 
-from service.reviews.decisions import current_decision, describe_decision, get_entry, latest_entry
-
-ANONYMOUS = "Somebody"
+from service.reviews.decisions import ANONYMOUS, current_decision, describe_decision, get_entry, latest_entry
 
 
 @dataclass(frozen=True)
 class HistoryEntry:
-    """A line of the history. ``text`` continue "Ann ..."; one that was taken back counts no longer."""
+    """A line of the history: ``text`` follows the reviewer's name, and ``is_undone`` marks a decision without effect."""
 
     id: int
     reviewer: str
@@ -28,9 +26,9 @@ class HistoryEntry:
 
 @dataclass(frozen=True)
 class SavedMessage:
-    """What was just saved: what it is called, the photo that it is about, and the rest of the sentence, or of two.
+    """What was just saved about a photo.
 
-    ``undo`` is the id of the decision where it can be undone.
+    ``undo`` is the id of the decision that can be undone, and ``restored_note`` the note of one that was undone.
     """
 
     title: str
@@ -38,40 +36,42 @@ class SavedMessage:
     sha256: str
     text: str
     undo: int | None = None
+    is_undo: bool = False
+    restored_note: str = ""
+
+    @property
+    def file(self) -> str:
+        return self.photo.rpartition("/")[2]
 
 
 def saved_message(connection: Connection, id_: str) -> SavedMessage | None:
-    """The entry with an id that a link carries; of an undo, what it took back and what holds now."""
+    """Describe the entry with an id from a link, unless a newer decision replaced it."""
     row = latest_entry(connection, id_)
     if row is None:
         return None
     about = row.photo, row.sha256
     if row.decision == "note":
-        return SavedMessage("Noted", *about, "nothing else has changed.")
+        return SavedMessage("Note saved", *about, "")
     if row.decision != "undo":
-        return SavedMessage("Saved", *about, f"{_said(row)}.", undo=row.id)
-    undone, holds = get_entry(connection, row.undoes), current_decision(connection, row.sha256)
+        return SavedMessage("Saved", *about, f"{describe_decision(row)}.", undo=row.id)
+    undone, current = get_entry(connection, row.undoes), current_decision(connection, row.sha256)
     assert undone is not None  # entries are never deleted
-    if holds:
-        now = f"What was decided before holds again: {_said(holds)}."
+    if current:
+        text = f"previous review restored: {current.reviewer or ANONYMOUS} {describe_decision(current)}."
     else:
-        now = f"Nothing is decided about it now, and its label is {row.label}." if row.label else "It has no label now."
-    return SavedMessage("Undone", *about, f"{_said(undone)}. {now}")
-
-
-def _said(row: Row[Any]) -> str:
-    return f"{row.reviewer or ANONYMOUS} {describe_decision(row)}"
+        text = f"review removed; label is {row.label}." if row.label else "review removed; no label."
+    return SavedMessage("Undone", *about, text, is_undo=True, restored_note=undone.note)
 
 
 def history_entries(rows: Sequence[Row[Any]]) -> list[HistoryEntry]:
-    """A photo's decisions, as ``history`` gives them, in words."""
+    """Describe the rows of ``load_history``."""
     undone = {row.undoes for row in rows if row.undoes}
-    said = {row.id: describe_decision(row) for row in rows}
+    texts = {row.id: describe_decision(row) for row in rows}
     return [
         HistoryEntry(
             row.id,
             row.reviewer or ANONYMOUS,
-            said[row.id] + (f": {said[row.undoes]}" if row.undoes in said else ""),
+            texts[row.id] + (f": {texts[row.undoes]}" if row.undoes in texts else ""),
             row.note,
             row.decided_at,
             row.id in undone,

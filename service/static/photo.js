@@ -1,138 +1,208 @@
-// Reviewing by keys and in place. The server draws every state of the page; this takes its parts over, so that there is one
-// way to draw it, and the page works without this file as well.
+// Reviews in place and by keyboard. The server renders every state of the page, and this script swaps it in, so that the page
+// also works without JavaScript.
 "use strict";
 
 {
   const root = document.documentElement;
   const POLL_MS = 10_000;
-  const find = (id) => document.getElementById(id);
-  const page = () => find("photo-page");
-  const draft = () => `note ${page().dataset.sha256}`;
+  const ZOOMS = [1, 1.5, 2, 3, 4, 6];
+  const byId = (id) => document.getElementById(id);
+  const page = () => byId("photo-page");
+  const draftKey = () => `note ${page().dataset.sha256}`;
+  const stored = (storage, key) => storage.getItem(key);
+  const hasShortcuts = () => stored(localStorage, "shortcuts") !== "off";
   let isBusy = false;
-  let shown = "";
+  let shownUrl = "";
+  let zoom = 1;
   root.classList.add("js");
+  root.classList.toggle("no-shortcuts", !hasShortcuts());
 
-  const say = (text) => {
-    find("said").textContent = "";
-    requestAnimationFrame(() => (find("said").textContent = text));
+  const announce = (text) => {
+    byId("announcement").textContent = "";
+    requestAnimationFrame(() => (byId("announcement").textContent = text));
   };
 
-  const words = (element) => element?.textContent.replace(/\s+/g, " ").trim() ?? "";
+  const textOf = (element) => element?.textContent.replace(/\s+/g, " ").trim() ?? "";
 
   const parse = (html) => new DOMParser().parseFromString(html, "text/html");
 
-  // What the server drew, taken over
+  // Setup of a page that the server rendered
 
-  function adorn() {
+  function localizeTimes() {
     for (const time of document.querySelectorAll("time[datetime]:not([title])")) {
       time.title = time.textContent;
       time.textContent = new Date(time.dateTime).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
     }
   }
 
-  function begin() {
-    adorn();
-    const note = find("note");
-    if (note && !note.value) note.value = sessionStorage.getItem(draft()) ?? "";
-    const goesOn = document.querySelector("input[name=advance]");
-    if (goesOn && sessionStorage.getItem("advance")) goesOn.checked = sessionStorage.getItem("advance") === "1";
+  function setUp() {
+    localizeTimes();
+    const note = byId("note");
+    if (note && !note.value) note.value = stored(sessionStorage, draftKey()) ?? "";
+    const advance = document.querySelector("input[name=advance]");
+    if (advance && stored(sessionStorage, "advance")) advance.checked = stored(sessionStorage, "advance") === "1";
+    if (byId("shortcuts")) byId("shortcuts").checked = hasShortcuts();
     const { prefetch, prefetchCrop } = page().dataset;
-    for (const address of [prefetch, prefetchCrop]) if (address) new Image().src = address;
+    for (const url of [prefetch, prefetchCrop]) if (url) new Image().src = url;
     const here = new URL(location.href);
     if (here.searchParams.has("saved")) {
-      here.searchParams.delete("saved"); // what was just saved is old news for whoever comes back
+      here.searchParams.delete("saved"); // a reload does not repeat the message
       history.replaceState(null, "", here);
     }
-    shown = location.pathname + location.search;
+    shownUrl = location.pathname + location.search;
+    setZoom(1);
+    setOpacity();
+    const heatmap = stored(sessionStorage, "heatmap");
+    const link = heatmap && !byId("explain").dataset.explained && document.querySelector(`a[data-explain="${heatmap}"]`);
+    if (link) explain(link, { isQuiet: true });
   }
 
-  function show(html, address) {
+  function show(html, url) {
     const other = parse(html);
     const fresh = other.getElementById("photo-page");
-    if (!fresh && address) return location.assign(address); // it is saved; only the page that follows did not come
-    if (!fresh) return complain(words(other.querySelector(".alert")) || "The server gave no answer; nothing was saved.");
+    if (!fresh && url) return location.assign(url); // it is saved; only the next page failed
+    if (!fresh) return showError(textOf(other.querySelector(".alert")) || "Not saved: the server sent no valid response.");
     const isSame = fresh.dataset.sha256 === page().dataset.sha256;
-    if (address) history[isSame ? "replaceState" : "pushState"](null, "", address);
+    if (url) history[isSame ? "replaceState" : "pushState"](null, "", url);
     document.title = other.title;
     page().replaceWith(fresh);
-    find("help").replaceWith(other.getElementById("help"));
-    scrollTo(0, 0);
-    begin();
-    const refused = find("refused");
-    if (refused) return (find("overrule") ?? refused).focus();
+    byId("help").replaceWith(other.getElementById("help"));
+    setUp();
+    const refused = byId("refused");
+    if (refused) return (byId("overwrite") ?? refused).focus({ preventScroll: true });
     document.querySelector("h1").focus({ preventScroll: true });
-    say([words(find("saved")?.querySelector("p")), words(find("last")), words(document.querySelector("h1")), words(find("state"))].join(" "));
+    announce([textOf(byId("status")), textOf(document.querySelector("h1")), textOf(byId("state"))].join(" "));
   }
 
-  // The parts that others' decisions change; what somebody types meanwhile stays
+  // Replace what another person's review changes, and keep what is being typed
   async function refresh() {
-    const asked = page();
-    const answer = await fetch(asked.dataset.page);
-    if (!answer.ok) return;
-    const other = parse(await answer.text());
-    if (asked !== page() || isBusy) return;
-    const focused = document.activeElement?.dataset?.key;
-    for (const part of document.querySelectorAll("[data-live]")) {
-      const fresh = other.getElementById(part.id);
-      if (fresh) part.replaceWith(fresh);
+    const current = page();
+    const response = await fetch(current.dataset.page);
+    if (!response.ok) return;
+    const other = parse(await response.text());
+    if (current !== page() || isBusy) return;
+    const focusedKey = document.activeElement?.dataset?.key;
+    const typed = byId("new-label")?.value;
+    const isTyping = document.activeElement === byId("new-label");
+    for (const element of document.querySelectorAll("[data-live]")) {
+      const fresh = other.getElementById(element.id);
+      if (fresh) element.replaceWith(fresh);
     }
-    asked.dataset.newest = other.getElementById("photo-page").dataset.newest;
-    if (focused) document.querySelector(`[data-key="${focused}"]`)?.focus();
-    adorn();
-    say(words(document.querySelector("#history li p")));
+    if (typed) byId("new-label").value = typed;
+    if (isTyping) byId("new-label")?.focus({ preventScroll: true });
+    current.dataset.newest = other.getElementById("photo-page").dataset.newest;
+    if (focusedKey) document.querySelector(`[data-key="${focusedKey}"]`)?.focus({ preventScroll: true });
+    localizeTimes();
+    announce(textOf(document.querySelector("#history li p")));
   }
 
   async function poll() {
-    const asked = page();
-    if (document.hidden || isBusy || !asked) return;
-    const answer = await fetch(asked.dataset.history).catch(() => null);
-    if (!answer?.ok || asked !== page()) return;
-    const { history: rows } = await answer.json();
-    if (String(rows[0]?.id ?? "") !== asked.dataset.newest) await refresh().catch(() => {});
+    const current = page();
+    if (document.hidden || isBusy || !current) return;
+    const response = await fetch(current.dataset.history).catch(() => null);
+    if (!response?.ok || current !== page()) return;
+    const { history: rows } = await response.json();
+    if (String(rows[0]?.id ?? "") !== current.dataset.newest) await refresh().catch(() => {});
   }
 
-  // Decisions
+  // Reviews
 
   async function send(form, button) {
     if (isBusy) return;
     isBusy = true;
-    form.setAttribute("aria-busy", "true");
-    const note = draft();
+    root.classList.add("busy");
+    const draft = draftKey();
     try {
-      const answer = await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form, button)) });
-      const html = await answer.text();
-      if (answer.redirected) sessionStorage.removeItem(note);
+      const response = await fetch(form.action, { method: "POST", body: new URLSearchParams(new FormData(form, button)) });
+      const html = await response.text();
+      if (response.redirected) sessionStorage.removeItem(draft);
       isBusy = false;
-      show(html, answer.redirected ? answer.url : null);
+      show(html, response.redirected ? response.url : null);
     } catch {
       isBusy = false;
-      complain("The server could not be reached; nothing was saved. Decide again when it is there.");
+      showError("Not saved: the server is unreachable. Try again later.");
     } finally {
-      form.removeAttribute("aria-busy");
+      root.classList.remove("busy");
     }
   }
 
-  function complain(text) {
-    find("refused")?.remove();
+  function showError(text) {
+    byId("refused")?.remove();
     const box = document.createElement("div");
     Object.assign(box, { id: "refused", className: "alert", role: "alert", tabIndex: -1, textContent: text });
-    document.querySelector(".photo-body").before(box);
-    box.focus();
+    document.querySelector("#action-bar > .wrap").prepend(box);
+    box.focus({ preventScroll: true });
   }
 
-  async function explain(link) {
-    const section = find("explain");
-    section.setAttribute("aria-busy", "true");
-    say("Computing where the model looked\u2026");
-    const answer = await fetch(link.href).catch(() => null);
-    const fresh = answer?.ok && parse(await answer.text()).getElementById("explain");
-    if (!fresh) return location.assign(link.href);
-    section.replaceWith(fresh);
-    history.replaceState(null, "", link.href);
-    shown = location.pathname + location.search;
-    fresh.querySelector("[aria-current]")?.focus({ preventScroll: true });
-    say(words(fresh.querySelector("figcaption")) + ". " + words(fresh.querySelector(".hint, .alert")));
+  // The class that a text names: the same, ignoring case, or the only one that begins with it
+  function matchClass(text) {
+    const names = [...byId("classes").options].map((option) => option.value);
+    const lower = text.trim().toLowerCase();
+    const starts = names.filter((name) => lower && name.toLowerCase().startsWith(lower));
+    return names.find((name) => name === text.trim()) ?? names.find((name) => name.toLowerCase() === lower) ?? (starts.length === 1 ? starts[0] : null);
   }
+
+  function checkClass() {
+    const field = byId("new-label");
+    const name = matchClass(field.value);
+    field.setCustomValidity(name ? "" : "Enter one of the classes.");
+    if (name) field.value = name;
+    return field.reportValidity();
+  }
+
+  // Heat map and zoom
+
+  const setOpacity = () => {
+    const heatmap = document.querySelector(".heatmap");
+    if (!heatmap) return;
+    byId("opacity").value = stored(sessionStorage, "opacity") ?? 70;
+    heatmap.style.opacity = byId("opacity").value / 100;
+  };
+
+  async function explain(link, { isQuiet = false } = {}) {
+    const section = byId("explain");
+    section.setAttribute("aria-busy", "true");
+    if (!isQuiet) announce("Computing the heat map\u2026");
+    const response = await fetch(link.href).catch(() => null);
+    const fresh = response?.ok && parse(await response.text()).getElementById("explain");
+    if (section !== byId("explain")) return; // another photo is shown by now
+    section.removeAttribute("aria-busy");
+    if (!fresh) return isQuiet || location.assign(link.href);
+    section.replaceWith(fresh);
+    setOpacity();
+    if (isQuiet) return;
+    history.replaceState(null, "", link.href);
+    shownUrl = location.pathname + location.search;
+    fresh.querySelector("[aria-current]")?.focus({ preventScroll: true });
+    announce(`${textOf(fresh.querySelector("figcaption"))}. ${textOf(fresh.querySelector(".hint, .alert"))}`);
+  }
+
+  function setZoom(value) {
+    const viewport = byId("viewport");
+    if (!viewport) return;
+    const centerX = (viewport.scrollLeft + viewport.clientWidth / 2) / viewport.scrollWidth;
+    const centerY = (viewport.scrollTop + viewport.clientHeight / 2) / viewport.scrollHeight;
+    zoom = value;
+    viewport.style.setProperty("--zoom", zoom);
+    viewport.classList.toggle("zoomed", zoom > 1);
+    byId("zoom").textContent = `${Math.round(100 * zoom)}%`;
+    viewport.scrollLeft = centerX * viewport.scrollWidth - viewport.clientWidth / 2;
+    viewport.scrollTop = centerY * viewport.scrollHeight - viewport.clientHeight / 2;
+  }
+
+  const zoomBy = (steps) => setZoom(ZOOMS[Math.min(ZOOMS.length - 1, Math.max(0, ZOOMS.indexOf(zoom) + steps))]);
+
+  addEventListener("pointerdown", (event) => {
+    const viewport = event.target.closest?.(".viewport.zoomed");
+    if (!viewport || event.pointerType !== "mouse" || event.button !== 0) return; // touch scrolls natively
+    const [x, y, left, top] = [event.clientX, event.clientY, viewport.scrollLeft, viewport.scrollTop];
+    const move = (moved) => viewport.scrollTo(left + x - moved.clientX, top + y - moved.clientY);
+    viewport.setPointerCapture(event.pointerId);
+    viewport.addEventListener("pointermove", move);
+    viewport.addEventListener("lostpointercapture", () => viewport.removeEventListener("pointermove", move), { once: true });
+  });
+
+  // Events
 
   addEventListener("submit", (event) => {
     const form = event.target;
@@ -142,54 +212,80 @@
   });
 
   addEventListener("click", (event) => {
-    const link = event.target.closest?.("a[data-explain]");
-    if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey && event.button === 0) {
+    const target = event.target.closest?.("a, button");
+    if (!target) return;
+    if (target.closest(".actions") && event.detail > 1) event.preventDefault(); // a double click is one review
+    else if (target.value === "label" && target.name === "decision" && !checkClass()) event.preventDefault();
+    else if (target.dataset.zoom) zoomBy(Number(target.dataset.zoom));
+    else if (target.id === "help-open") byId("help").showModal();
+    else if (target.dataset.explain && !event.ctrlKey && !event.metaKey && !event.shiftKey && event.button === 0) {
       event.preventDefault();
-      explain(link);
+      sessionStorage.setItem("heatmap", target.dataset.explain);
+      explain(target);
     }
-    if (event.target.closest?.("#help-open")) find("help").showModal();
   });
 
-  addEventListener("input", (event) => {
-    if (event.target.id === "note") sessionStorage.setItem(draft(), event.target.value);
-    if (event.target.name === "advance") sessionStorage.setItem("advance", event.target.checked ? "1" : "0");
+  addEventListener("input", ({ target }) => {
+    if (target.id === "note") sessionStorage.setItem(draftKey(), target.value);
+    if (target.name === "advance") sessionStorage.setItem("advance", target.checked ? "1" : "0");
+    if (target.id === "new-label") target.setCustomValidity("");
+    if (target.id === "opacity") {
+      sessionStorage.setItem("opacity", target.value);
+      setOpacity();
+    }
+    if (target.id === "shortcuts") {
+      localStorage.setItem("shortcuts", target.checked ? "on" : "off");
+      root.classList.toggle("no-shortcuts", !target.checked);
+    }
   });
 
   // Keys
 
-  const step = (rel) => document.querySelector(`a[rel="${rel}"]`)?.click();
-  const keys = {
-    ArrowRight: () => step("next"),
-    j: () => step("next"),
-    ArrowLeft: () => step("prev"),
-    k: () => step("prev"),
-    t: () => find("note")?.focus(),
-    "?": () => find("help").showModal(),
+  const follow = (rel) => document.querySelector(`a[rel="${rel}"]`)?.click();
+  const arrows = { ArrowRight: () => follow("next"), ArrowLeft: () => follow("prev") };
+  const shortcuts = {
+    j: () => follow("next"),
+    k: () => follow("prev"),
+    t: () => byId("note")?.focus(),
+    "/": () => byId("new-label")?.focus(),
+    "+": () => zoomBy(1),
+    "-": () => zoomBy(-1),
+    0: () => setZoom(1),
+    "?": () => byId("help").showModal(),
   };
 
   addEventListener("keydown", (event) => {
-    if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || find("help")?.open) return;
+    if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || byId("help")?.open) return;
     if (event.target.closest?.("input:not([type=checkbox]), select, textarea")) {
       if (event.key === "Escape") event.target.blur();
+      if (event.key === "Enter" && event.target.id === "new-label") {
+        event.preventDefault();
+        document.querySelector(".class-search button").click();
+      }
       return;
     }
-    if (event.key in keys) {
+    if (event.target.closest?.(".viewport.zoomed") && event.key.startsWith("Arrow")) return;
+    const action = arrows[event.key] ?? (hasShortcuts() && shortcuts[event.key]);
+    if (action) {
       event.preventDefault();
-      keys[event.key]();
-    } else if (!event.repeat && !isBusy) {
+      action();
+    } else if (hasShortcuts() && !event.repeat && !isBusy) {
       const button = [...document.querySelectorAll("[data-key]")].find((one) => one.dataset.key === event.key);
-      if (button) button.click();
-      else if (event.key === "u") document.querySelector("[data-undo] button")?.click();
+      const row = document.querySelector(`#help [data-class-key="${CSS.escape(event.key)}"]`);
+      if (button) return button.click();
+      if (!row || !byId("new-label")) return;
+      byId("new-label").value = row.dataset.name;
+      document.querySelector(".class-search button").click();
     }
   });
 
   addEventListener("DOMContentLoaded", () => {
     if (!page()) return;
-    begin();
-    (find("overrule") ?? find("refused"))?.focus();
+    setUp();
+    (byId("overwrite") ?? byId("refused"))?.focus({ preventScroll: true });
     setInterval(poll, POLL_MS);
     document.addEventListener("visibilitychange", poll);
   });
-  addEventListener("popstate", () => location.pathname + location.search !== shown && location.reload());
+  addEventListener("popstate", () => location.pathname + location.search !== shownUrl && location.reload());
   addEventListener("pageshow", (event) => event.persisted && location.reload());
 }

@@ -5,6 +5,7 @@ Where no Chromium is installed these tests are skipped. ``SCREENSHOTS=folder`` k
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -72,19 +73,21 @@ def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) ->
     page.keyboard.press("Escape")
     page.keyboard.press("2")  # blue, green, red
     expect(heading).to_have_text(name_of(second))
-    expect(said).to_contain_text(f"Saved: {name_of(first)}, Somebody")
+    expect(said).to_contain_text(f"Saved: {name_of(first)} ")
     assert past(server, first) == ["label green"]
     expect(page.get_by_label("Note")).to_have_value("")
     expect(page).not_to_have_url(re.compile("saved="))
     page.keyboard.press("u")  # nothing is decided here: the one just saved is meant
     expect(heading).to_have_text(name_of(first))
-    expect(said).to_contain_text(f"Undone: {name_of(first)}, Somebody")
-    expect(said).to_contain_text("Nothing is decided about it now, and its label is")
-    expect(page.locator("#history")).to_contain_text("took back: ")
+    expect(said).to_contain_text(f"Undone: {name_of(first)} ")
+    expect(said).to_contain_text("review removed; label is")
+    expect(page.locator("#history")).to_contain_text("undid: ")
+    expect(page.get_by_label("Note")).to_have_value("1 and bad: keys are letters here")
+    page.get_by_label("Note").fill("")
     assert past(server, first) == ["undo", "label green"]
     page.get_by_label("Save and go to the next photo").uncheck()
     page.keyboard.press("n")
-    expect(page.locator("#state")).to_contain_text("Somebody found it to be none of the classes.")
+    expect(page.locator("#state")).to_contain_text("Anonymous marked as none of the classes.")
     expect(heading).to_have_text(name_of(first))
     expect(page.get_by_label("Save and go to the next photo")).not_to_be_checked()
     page.keyboard.press("u")
@@ -108,14 +111,14 @@ def test_the_keys_are_listed_and_do_nothing_while_they_are(new_page: NewPage, se
     row = rows(server, **LEFT)[0]
     page = new_page(page_of(row))
     page.keyboard.press("?")
-    dialog = page.get_by_role("dialog", name="Keys")
+    dialog = page.get_by_role("dialog", name="Shortcuts")
     expect(dialog).to_be_visible()
-    for words in ("blue", "Undo the decision", "Previous photo"):
+    for words in ("blue", "Undo the last save", "Previous photo"):
         expect(dialog).to_contain_text(words)
     page.keyboard.press("b")
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
-    page.get_by_role("button", name="Keys").click()
+    page.get_by_role("button", name="Shortcuts").click()
     expect(dialog).to_be_visible()
     dialog.get_by_role("button", name="Close").press("Enter")
     expect(dialog).to_be_hidden()
@@ -129,21 +132,21 @@ def test_two_people_see_each_others_decisions_and_none_is_overruled_unseen(new_p
         page.get_by_label("Your name").fill(name)
         page.get_by_label("Save and go to the next photo").uncheck()
     ben.get_by_label("Note").fill("It is a toy.")
-    ann.get_by_role("button", name="Bad photo").click()
-    expect(ann.locator("#state")).to_contain_text("Ann called it a bad photo.")
+    ann.get_by_role("button", name="Exclude photo").click()
+    expect(ann.locator("#state")).to_contain_text("Ann excluded the photo.")
     ben.clock.fast_forward(11_000)
-    expect(ben.locator("#state")).to_contain_text("Ann called it a bad photo.")
-    expect(ben.get_by_role("status")).to_contain_text("Ann called it a bad photo")
+    expect(ben.locator("#state")).to_contain_text("Ann excluded the photo.")
+    expect(ben.get_by_role("status")).to_contain_text("Ann excluded the photo")
     expect(ben.get_by_label("Note")).to_have_value("It is a toy.")
     ben.route("**/gallery/history.json?*", lambda route: route.fulfill(status=503))  # he hears nothing from now on
-    ann.get_by_role("button", name="blue").click()
+    ann.keyboard.press("1")
     expect(ann.locator("#state")).to_contain_text("blue.")
-    ben.get_by_role("button", name="Neither").click()
-    expect(ben.get_by_role("alert")).to_contain_text("blue meanwhile")
+    ben.get_by_role("button", name="None of these classes").click()
+    expect(ben.get_by_role("alert")).to_contain_text("Ann has just")
     expect(ben.get_by_label("Note")).to_have_value("It is a toy.")
-    expect(ben.get_by_role("button", name="Overrule it: none of the classes")).to_be_focused()
+    expect(ben.get_by_role("button", name='Overwrite with "none of the classes"')).to_be_focused()
     ben.keyboard.press("Enter")
-    expect(ben.locator("#state")).to_contain_text("Ben found it to be none of the classes.")
+    expect(ben.locator("#state")).to_contain_text("Ben marked as none of the classes.")
     expect(ben.locator("#history")).to_contain_text("It is a toy.")
     assert past(server, row)[:3] == ["neither", "label blue", "bad"]
 
@@ -153,8 +156,8 @@ def test_a_server_that_is_gone_loses_no_word(new_page: NewPage, server: Server) 
     page = new_page(page_of(row))
     page.get_by_label("Note").fill("Long thoughts.")
     page.route("**/gallery/review", lambda route: route.fulfill(status=502, body="Bad gateway", content_type="text/plain"))
-    page.get_by_role("button", name="Bad photo").click()
-    expect(page.get_by_role("alert")).to_contain_text("nothing was saved")
+    page.get_by_role("button", name="Exclude photo").click()
+    expect(page.get_by_role("alert")).to_contain_text("Not saved: the server sent no valid response.")
     expect(page.get_by_label("Note")).to_have_value("Long thoughts.")
     page.reload()
     expect(page.get_by_label("Note")).to_have_value("Long thoughts.")
@@ -168,7 +171,7 @@ def test_where_the_model_looked_comes_in_place_and_the_next_photo_beforehand(new
         page.goto(page_of(first, **LEFT))
     page.get_by_label("Note").fill("Still typing")
     page.locator("a[data-explain]").first.click()
-    picture = page.get_by_role("img", name=re.compile("places that speak for"))
+    picture = page.get_by_role("img", name=re.compile("regions that support"))
     expect(picture).to_be_visible()
     assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 32
     expect(page.get_by_label("Note")).to_have_value("Still typing")
@@ -183,17 +186,134 @@ def test_without_javascript_everything_works_as_forms(new_page: NewPage, server:
     page.get_by_label("Your name").fill("Zoë Ångström")
     page.get_by_label("Your name").press("Enter")  # decides nothing
     page.get_by_label("Note").fill("By hand")
-    page.get_by_role("button", name="Neither").click()
+    page.get_by_role("button", name="None of these classes").click()
     expect(heading).to_have_text(name_of(second))
-    expect(page.locator("#saved")).to_contain_text("Zoë Ångström found it to be none of the classes")
+    expect(page.locator("#status")).to_contain_text("marked as none of the classes")
     expect(page.get_by_label("Your name")).to_have_value("Zoë Ångström")
-    page.locator("#saved").get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo").click()
     expect(heading).to_have_text(name_of(first))
     expect(page.locator("#history")).to_contain_text("By hand")
     page.locator("a[data-explain]").first.click()
-    expect(page.get_by_role("img", name=re.compile("places that speak for"))).to_be_visible()
-    expect(page.get_by_role("button", name="Keys")).to_be_hidden()
+    expect(page.get_by_role("img", name=re.compile("regions that support"))).to_be_visible()
+    expect(page.get_by_role("button", name="Shortcuts")).to_be_hidden()
     assert past(server, first)[:2] == ["undo", "neither"]
+
+
+SIZES = [(390, 844), (1024, 768), (1440, 900)]
+POSITIONS = """() => [...document.querySelectorAll("#actions button, #new-label, .photo-steps > *")].map((element) => {
+  const box = element.getBoundingClientRect();
+  return [box.left, box.top, box.width, box.height].map(Math.round);
+})"""
+
+
+@pytest.mark.parametrize("has_script", [True, False], ids=["script", "no-script"])
+@pytest.mark.parametrize("size", SIZES, ids=["phone", "tablet", "desktop"])
+def test_clicks_at_one_place_keep_one_meaning(
+    new_page: NewPage, server: Server, size: tuple[int, int], has_script: bool
+) -> None:
+    """A save and an undo move nothing: the same place keeps the label of three photos, and takes back the last one once."""
+    view = {"source": "evaluation", "sort": "name"}
+    photos = rows(server, **view)[:4]
+    before = [len(past(server, photo)) for photo in photos]
+    viewport = {"width": size[0], "height": size[1]}
+    page = new_page(page_of(photos[0], **view), viewport=viewport, java_script_enabled=has_script)
+    heading, status = page.get_by_role("heading", level=1), page.locator("#status")
+
+    def center(selector: str) -> tuple[float, float]:
+        box = page.locator(selector).bounding_box()
+        assert box
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    positions = page.evaluate(POSITIONS)
+    keep, undo = center("#actions > .action >> nth=0"), center("#undo button")
+    for photo, following in itertools.pairwise(photos):
+        page.mouse.click(*keep)
+        expect(heading).to_have_text(name_of(following))
+        expect(status).to_contain_text(f"Saved: {name_of(photo)}")
+        assert page.evaluate(POSITIONS) == positions
+    page.mouse.click(*undo)
+    expect(heading).to_have_text(name_of(photos[2]))
+    expect(status).to_contain_text(f"Undone: {name_of(photos[2])}")
+    assert page.evaluate(POSITIONS) == positions
+    for _ in range(2):
+        page.mouse.click(*undo)
+    page.mouse.click(*keep)
+    expect(heading).to_have_text(name_of(photos[3]))
+    kept = [f"label {photo['label']}" for photo in photos]
+    added = [past(server, photo)[: -count or None] for photo, count in zip(photos, before, strict=True)]
+    assert added == [[kept[0]], [kept[1]], [kept[2], "undo", kept[2]], []]
+
+
+def test_a_double_click_is_one_review(new_page: NewPage, server: Server) -> None:
+    first, second = rows(server, **LEFT)[:2]
+    page = new_page(page_of(first, **LEFT))
+    page.get_by_role("button", name="Keep label").dblclick()
+    expect(page.get_by_role("heading", level=1)).to_have_text(name_of(second))
+    assert (past(server, first), past(server, second)) == ([f"label {first['label']}"], [])
+
+
+def test_a_class_is_found_by_its_first_letters(new_page: NewPage, server: Server) -> None:
+    row = rows(server, **LEFT)[0]
+    page = new_page(page_of(row, **LEFT))
+    page.keyboard.press("/")
+    page.keyboard.type("purple")
+    page.keyboard.press("Enter")
+    assert page.locator("#new-label").evaluate("field => field.validationMessage") == "Enter one of the classes."
+    assert past(server, row) == []
+    page.locator("#new-label").fill("GRE")
+    page.locator("#new-label").press("Enter")
+    expect(page.locator("#status")).to_contain_text(f"Saved: {name_of(row)}")
+    assert past(server, row) == ["label green"]
+
+
+def test_single_key_shortcuts_can_be_turned_off_for_good(new_page: NewPage, server: Server) -> None:
+    row, following = rows(server, **LEFT)[:2]
+    page = new_page(page_of(row, **LEFT))
+    page.get_by_role("button", name="Shortcuts").click()
+    page.get_by_label("Single-key shortcuts").uncheck()
+    page.keyboard.press("Escape")
+    page.reload()
+    expect(page.locator("#actions kbd").first).to_be_hidden()
+    for key in ("b", "n", "1", "/", "t", "?", "j"):
+        page.keyboard.press(key)
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    expect(page.get_by_role("heading", level=1)).to_have_text(name_of(row))
+    assert past(server, row) == []
+    page.keyboard.press("ArrowRight")  # not a character
+    expect(page.get_by_role("heading", level=1)).to_have_text(name_of(following))
+    page.get_by_role("button", name="Shortcuts").click()
+    expect(page.get_by_label("Single-key shortcuts")).not_to_be_checked()
+
+
+def test_the_photo_is_enlarged_and_moved_by_keys(new_page: NewPage, server: Server) -> None:
+    row, following = rows(server, **LEFT)[:2]
+    page = new_page(page_of(row, **LEFT))
+    viewport = page.locator("#viewport")
+    viewport.focus()
+    page.keyboard.press("+")
+    page.keyboard.press("+")
+    expect(page.locator("#zoom")).to_have_text("200%")
+    left = viewport.evaluate("element => element.scrollLeft")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("left => document.getElementById('viewport').scrollLeft > left", arg=left)
+    expect(page.get_by_role("heading", level=1)).to_have_text(name_of(row))
+    page.keyboard.press("0")
+    expect(page.locator("#zoom")).to_have_text("100%")
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("heading", level=1)).to_have_text(name_of(following))
+
+
+def test_previous_leads_back_to_a_photo_that_left_the_filter(new_page: NewPage, server: Server) -> None:
+    first, second, third = rows(server, **LEFT)[:3]
+    page = new_page(page_of(first, **LEFT))
+    heading = page.get_by_role("heading", level=1)
+    for following in (second, third):
+        page.get_by_role("button", name="Keep label").click()
+        expect(heading).to_have_text(name_of(following))
+    page.locator("#status").get_by_role("link").click()
+    expect(heading).to_have_text(name_of(second))
+    page.get_by_role("link", name="Previous").click()
+    expect(heading).to_have_text(name_of(first))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -207,10 +327,10 @@ def test_the_page_is_accessible_and_fits(new_page: NewPage, server: Server, tmp_
     for name in ("photo", "decided", "keys"):
         if name == "decided":
             page.get_by_label("Save and go to the next photo").uncheck()
-            page.get_by_role("button", name="Bad photo").click()
-            expect(page.locator("#saved")).to_be_visible()
+            page.get_by_role("button", name="Exclude photo").click()
+            expect(page.locator("#status")).to_contain_text("Saved: ")
         elif name == "keys":
-            page.get_by_role("button", name="Keys").click()
+            page.get_by_role("button", name="Shortcuts").click()
         page.screenshot(path=folder / f"{name}-{device}-{scheme}.png", full_page=True)
         found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
         assert found.violations_count == 0, f"{name}: {found.generate_report()}"

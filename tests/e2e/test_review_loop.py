@@ -88,12 +88,12 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
             page.get_by_label("Save and go to the next photo").uncheck()
             key = "1" if truth[photo] == "blue" else "2"
             page.keyboard.press(key)
-            expect(state).to_contain_text(f"relabelled it {truth[photo]}.")
+            expect(state).to_contain_text(f"relabeled to {truth[photo]}.")
             if photo == first:
                 page.keyboard.press("u")
                 expect(state).to_contain_text("Not reviewed yet.")
                 page.keyboard.press(key)
-                expect(state).to_contain_text(f"relabelled it {truth[photo]}.")
+                expect(state).to_contain_text(f"relabeled to {truth[photo]}.")
         with page.expect_download() as download:
             page.locator('a[href$="/gallery/reviews.csv"]').first.click()
         reviews = made.root / "reviews.csv"
@@ -130,5 +130,5 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
         fixed = next(photo for photo, both in right.items() if OUTCOMES[both] == "fixed")
         page.locator(f'a[href*="/gallery/photo?"][href*="{after[fixed]["sha256"]}"]').first.click()
         expect(heading).to_have_text(Path(fixed).name)
-        expect(state).to_contain_text("Right")
+        expect(state).to_contain_text("Correct")
     context.close()

@@ -249,16 +249,20 @@ def test_no_probability_is_rounded_to_a_certainty(gallery: Gallery) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["correct", "incorrect"])
-def test_a_button_says_whether_it_keeps_the_label_or_gives_another(gallery: Gallery, outcome: str) -> None:
+def test_the_first_button_keeps_the_label_and_the_second_takes_the_prediction(gallery: Gallery, outcome: str) -> None:
     row = gallery.server.get(f"/gallery/photos.json?outcome={outcome}").json()["rows"][-1]
     page = gallery.text(row["page"])
-    buttons = dict(re.findall(r'<button [^>]*value="label:(\w+)"[^>]*><span>(.*?)</span>', page))
-    wanted = {name: f"It is {name}" for name in gallery.classes}
-    wanted[row["predicted"]] += " as predicted"
-    wanted[row["label"]] = f"Keep {row['label']} its label is right"
-    assert {name: re.sub(r"<[^>]*>", "", words) for name, words in buttons.items()} == wanted
-    if outcome == "correct":
-        assert re.findall(r"data-explain>(\w+)<small>(.*?)</small>", page) == [(row["label"], "its label, as predicted")]
+    bar = re.search(r'id="actions".*?class="class-search"', page, re.DOTALL)[0]  # type: ignore[index]
+    buttons = re.findall(r'<button ([^>]*)><span class="action-text">(.*?)</span>(?:<kbd|</button>)', bar)
+    words = [" ".join(re.sub(r"<[^>]*>", "", text).split()) for _, text in buttons]
+    if outcome == "incorrect":
+        assert words == [f"Keep label: {row['label']}", f"Change to: {row['predicted']} (predicted)"]
+    else:
+        assert words == [f"Keep label: {row['label']} (predicted)", "Prediction is the label"]
+        assert "disabled" in buttons[1][0]
+        link = re.findall(r"data-explain=\"label\"><bdi>(\w+)</bdi> <small>(.*?)</small>", page)
+        assert link == [(row["label"], "label and prediction")]
+    assert re.findall(r'<option value="(\w+)">', page) == sorted(gallery.classes)
 
 
 @pytest.mark.parametrize(

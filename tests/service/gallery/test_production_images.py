@@ -72,12 +72,12 @@ def test_what_nobody_has_labelled_is_no_mistake_in_the_matrix(gallery: Gallery) 
 
 
 def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> None:
-    for decision, words in (("neither", "None of the classes"), ("bad", "Bad photo")):
+    for decision, words in (("neither", "None of the classes"), ("bad", "Excluded")):
         (row,) = gallery.live(decision=decision)
         page = gallery.text(row["page"])
-        assert re.search(r'<p class="outcome-mark unlabeled"><svg.*?</svg>Set aside</p>', page, re.DOTALL)
+        assert re.search(r'<p class="outcome-mark excluded"><svg.*?</svg>Excluded</p>', page, re.DOTALL)
         grid = gallery.text(f"/gallery/photos?source=production&review={decision}")
-        assert re.search(r'<span class="outcome-mark unlabeled"><svg.*?</svg>Set aside</span>', grid, re.DOTALL)
+        assert re.search(r'<span class="outcome-mark excluded"><svg.*?</svg>Excluded</span>', grid, re.DOTALL)
         assert re.search(rf'<li class="badge reviewed"><svg.*?</svg>{words}</li>', grid, re.DOTALL)
         for text in (page, grid):
             assert "No label yet" not in plain(text)
@@ -108,7 +108,9 @@ def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(ga
 
 
 def test_a_live_photo_has_no_label_to_keep(gallery: Gallery) -> None:
+    """Its buttons offer the prediction first, and stay where they are once it was labeled."""
     for row in gallery.live():
-        buttons = re.findall(r'<button [^>]*value="label:\w+"[^>]*><span>(.*?)</span>', gallery.text(row["page"]))
-        wanted = [f"It is {name}{' as predicted' if name == row['predicted'] else ''}" for name in row["probabilities"]]
-        assert [re.sub(r"<[^>]*>", "", words) for words in buttons] == wanted
+        buttons = re.findall(r'<button [^>]*value="label:\w+"[^>]*>(.*?)</button>', gallery.text(row["page"]), re.DOTALL)
+        by_probability = sorted(row["probabilities"], key=row["probabilities"].get, reverse=True)
+        expected = [f"Label as: {by_probability[0]} (predicted)", f"Label as: {by_probability[1]}"]
+        assert [plain(words.split("<kbd")[0]) for words in buttons] == expected

@@ -110,7 +110,7 @@ def test_the_page_says_what_is_known_of_a_photo(server: Server) -> None:
         assert fact in said
     assert f'rel="next" href="/gallery/photo?model={_version(server)}' in reply.body.decode()
     assert 'rel="prev"' not in reply.body.decode()
-    assert "Nobody has decided about this photo." in said
+    assert "No reviews yet." in said
     for picture in re.findall(r'<img [^>]*src="([^"]+)"', reply.body.decode()):
         poll(lambda picture=picture: server.get(html.unescape(picture)).status == 200)  # type: ignore[misc]
 
@@ -138,12 +138,12 @@ def test_a_neighbour_with_another_label_is_called_so_and_wrong_only_where_the_mo
     kinds = set()
     for row in rows(server, source="evaluation", sort="margin")[:8]:
         body = server.get(page_of(row)).body.decode()
-        for alike in re.findall(r'<li class="alike">.*?</li>', body, re.DOTALL):
+        for alike in re.findall(r'<li class="similar">.*?</li>', body, re.DOTALL):
             said = " ".join(re.sub(r"<[^>]*>", " ", alike).split())
             label, predicted = re.search(r"Label (\w+).*Predicted (\w+)", said).groups()  # type: ignore[union-attr]
             kind = label != row["label"], predicted != label
-            assert ("other label" in said, "wrong" in said) == kind
-            assert ('class="unlike"' in alike, 'class="mistake"' in alike) == kind
+            assert ("other label" in said, "incorrect" in said) == kind
+            assert ('class="differs"' in alike, 'class="mistake"' in alike) == kind
             kinds.add(kind)
     assert {(False, False), (True, False)} <= kinds
 
@@ -184,7 +184,7 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     assert any(cookie.startswith("reviewer=Ada;") for cookie in cookies)
     assert all("HttpOnly" in cookie and "SameSite=Strict" in cookie for cookie in cookies)
     said = server.get(reply.headers["Location"])
-    assert f"Saved: {Path(first['photo']).name}, Ada confirmed {first['label']}." in text(said)
+    assert f"Saved: {Path(first['photo']).name} confirmed {first['label']}." in text(said)
     assert f'name="expected_version" value="{query["saved"]}"' in said.body.decode()
     [entry] = past(server, first)
     assert (entry["decision"], entry["new_label"], entry["note"], entry["reviewer"]) == ("label", first["label"], "a\nb", "Ada")
@@ -192,12 +192,11 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     assert query["photo"] == third["photo"]
     path, query = way(post(server, third, "neither", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]  # nothing said to go on
-    assert "found it to be none of the classes" in text(server.get(f"{path}?{urlencode(query)}"))
+    assert "Anonymous marked as none of the classes." in text(server.get(f"{path}?{urlencode(query)}"))
     path, query = way(post(server, third, "undo", expected_version=query["saved"], advance="1", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]  # who undoes wants to see it
     said = text(server.get(f"{path}?{urlencode(query)}"))
-    undone = f"Undone: {Path(third['photo']).name}, Somebody found it to be none of the classes."
-    assert f"{undone} Nothing is decided about it now, and its label is {third['label']}." in said
+    assert f"Undone: {Path(third['photo']).name} review removed; label is {third['label']}." in said
     assert "Not reviewed yet." in said
     assert [entry["decision"] for entry in past(server, third)] == ["undo", "neither"]
     assert third["sha256"] not in reviews_of(server)
@@ -209,10 +208,10 @@ def test_a_card_says_what_was_decided_in_the_queues_too(server: Server) -> None:
     name = re.escape(Path(row["photo"]).name)
     seen = ""
     for decision, words in (
-        (f"label:{other}", f"Relabelled to {other}"),
+        (f"label:{other}", f"Relabeled to {other}"),
         (f"label:{row['label']}", "Confirmed"),
         ("neither", "None of the classes"),
-        ("bad", "Bad photo"),
+        ("bad", "Excluded"),
         ("undo", "None of the classes"),  # which was decided before it
     ):
         seen = str(post(server, row, decision, as_json=True, expected_version=seen).json()["id"])
@@ -224,10 +223,11 @@ def test_a_card_says_what_was_decided_in_the_queues_too(server: Server) -> None:
         ):
             said = re.search(card, text, re.DOTALL)
             assert said
-            marks = re.findall(
-                r'class="(?:thumb-review|badge reviewed)">(?:<span class="unseen">, </span>)?<svg.*?</svg>([^<]*)<', said[0]
+            mark = (
+                r'class="(?:thumb-review|badge reviewed)">(?:<span class="unseen">, </span>)?<svg.*?</svg>(.*?)</(?:li|span)>'
             )
-            assert marks == [words]
+            marks = re.findall(mark, said[0])
+            assert [re.sub(r"<[^>]*>", "", mark).strip() for mark in marks] == [words]
 
 
 def test_behind_the_last_photo_of_a_filter_it_is_said_so(server: Server) -> None:
@@ -237,8 +237,8 @@ def test_behind_the_last_photo_of_a_filter_it_is_said_so(server: Server) -> None
     _, query = way(reply)
     assert (query["photo"], query["last"]) == (left[-1]["photo"], "1")
     said = text(server.get(reply.headers["Location"]))
-    assert f"That was the last photo of this filter. Begin again with the first of {len(left) - 1}" in said
-    assert f"not among the {len(left) - 1}" in said
+    assert f"Last photo in this view. Next unreviewed ({len(left) - 1})" in said
+    assert "no longer matches this filter" in said
 
 
 def test_json_is_answered_with_the_history_and_the_way_on(server: Server, row: Row) -> None:
@@ -256,11 +256,11 @@ def test_what_another_decided_meanwhile_is_shown_and_the_note_is_kept(server: Se
     reply = post(server, row, f"label:{row['label']}", **fields)
     assert reply.status == 409
     said, body = text(reply), reply.body.decode()
-    assert "Ann called it a bad photo meanwhile" in said
-    assert f"Overrule it: {row['label']}" in said
+    assert "Ann has just excluded the photo. Check it, then overwrite it if needed." in said
+    assert f"Overwrite with {row['label']}" in said
     assert "My &lt;b&gt;&#34;own&#34;&lt;/b&gt; note</textarea>" in body
     assert 'value="Ben"' in body
-    seen = re.search(r'id="about".*?name="expected_version" value="(\d+)"', body, re.DOTALL)[1]  # type: ignore[index]
+    seen = re.search(r'id="version".*?name="expected_version" value="(\d+)"', body, re.DOTALL)[1]  # type: ignore[index]
     assert int(seen) == first
     way(post(server, row, f"label:{row['label']}", expected_version=seen, **fields))
     assert [entry["decision"] for entry in past(server, row)] == ["label", "bad"]
@@ -272,7 +272,7 @@ def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(
     _, query = way(post(server, row, "neither", reviewer="Ben", expected_version=query["saved"]))
     path, query = way(post(server, row, "undo", reviewer="Cid", expected_version=query["saved"]))
     said = text(server.get(f"{path}?{urlencode(query)}"))
-    assert "Ben found it to be none of the classes. What was decided before holds again: Ann called it a bad photo." in said
+    assert f"Undone: {Path(row['photo']).name} previous review restored: Ann excluded the photo." in said
     seen = str(past(server, row)[-1]["id"])
     post(server, row, f"label:{row['label']}", as_json=True, expected_version=seen)
     assert "Undone" not in text(server.get(f"{path}?{urlencode(query)}"))  # somebody decided since
@@ -281,7 +281,7 @@ def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(
 def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> None:
     path, query = way(post(server, row, "note", note="Is it a toy?"))
     said = text(server.get(f"{path}?{urlencode(query)}"))
-    assert f"Noted: {Path(row['photo']).name}, nothing else has changed." in said
+    assert f"Note saved: {Path(row['photo']).name}" in said
     assert row["sha256"] not in reviews_of(server)
     assert past(server, row)[0]["note"] == "Is it a toy?"
     assert post(server, row, "undo", as_json=True).code == "nothing_to_undo"
@@ -301,7 +301,7 @@ def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> Non
         ("bad", {"more": "1"}, "The field 'more' is not known here"),
         ("bad", {"sha256": "0" * 64}, "was not evaluated on a photo"),
         ("bad", {"sha256": ""}, "The field `sha256` is missing"),
-        ("bad", {"note": "x" * 70_000}, "shorten the text"),
+        ("bad", {"note": "x" * 70_000}, "Shorten the text."),
     ],
 )
 def test_what_is_refused_is_said_on_a_page_and_to_a_program_as_a_problem(
@@ -332,7 +332,7 @@ def test_with_keys_anybody_looks_and_who_has_one_decides(tiny_bundle: SimpleName
         _wait(keyed)
         row = rows(keyed)[0]
         page = keyed.get(page_of(row))
-        assert "Decisions want a key here" in text(page)
+        assert "Sign in with a key to review." in text(page)
         assert 'action="/gallery/review"' not in page.body.decode()
         refused = post(keyed, row, "bad", note="kept")
         assert (refused.status, "Your note: kept" in text(refused)) == (401, True)
@@ -350,7 +350,7 @@ def test_with_keys_anybody_looks_and_who_has_one_decides(tiny_bundle: SimpleName
         gone = keyed.post(urlencode(away).encode(), kind, path="/gallery/key", headers=BROWSER)
         assert gone.headers["Location"] == "/gallery"
         mine = {"Cookie": cookie.partition(";")[0]}
-        assert "You decide as ann, by your key." in text(keyed.get(page_of(row), headers=mine))
+        assert "Reviewing as ann." in text(keyed.get(page_of(row), headers=mine))
         way(post(keyed, row, "bad", headers=BROWSER | mine, reviewer="Somebody Else"))
         assert past(keyed, row)[0]["reviewer"] == "ann"
         assert (
@@ -377,7 +377,7 @@ def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
             assert words in page
         way(post(server, live[0], "label:red", advance="1", filter="source=production&sort=name"))
         way(post(server, live[1], "label:blue"))
-        assert "labelled it red" in text(server.get(page_of(live[0])))
+        assert "labeled red" in text(server.get(page_of(live[0])))
         archive = server.get("/gallery/production.zip").body
         acknowledged = _decide_until_killed(server)
     with serve(tiny_bundle.path, max_saved=3, **settings) as server:
