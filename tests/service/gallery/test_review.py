@@ -202,32 +202,25 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     assert third["sha256"] not in reviews_of(server)
 
 
-def test_a_card_says_what_was_decided_in_the_queues_too(server: Server) -> None:
+def test_a_card_shows_the_review(server: Server) -> None:
     row = next(row for row in rows(server, source="evaluation", sort="margin")[:8] if row["review"] == "unreviewed")
     other = next(name for name in row["probabilities"] if name != row["label"])
     name = re.escape(Path(row["photo"]).name)
-    seen = ""
-    for decision, words in (
-        (f"label:{other}", f"Relabeled to {other}"),
-        (f"label:{row['label']}", "Confirmed"),
-        ("neither", "None of the classes"),
-        ("bad", "Excluded"),
-        ("undo", "None of the classes"),  # which was decided before it
+    outcome = "Correct" if row["label"] == row["predicted"] else "Incorrect"
+    version = ""
+    for decision, state, badge in (
+        (f"label:{other}", "Pending", f"Relabeled to {other}"),
+        (f"label:{row['label']}", outcome, "Confirmed"),
+        ("neither", "Excluded", "None of the classes"),
+        ("bad", "Excluded", "Excluded"),
+        ("undo", "Excluded", "None of the classes"),  # which was decided before it
     ):
-        seen = str(post(server, row, decision, as_json=True, expected_version=seen).json()["id"])
-        queue = re.search(r">Least certain<.*?</section>", server.get("/gallery").body.decode(), re.DOTALL)[0]  # type: ignore[index]
+        version = str(post(server, row, decision, as_json=True, expected_version=version).json()["id"])
         grid = server.get("/gallery/photos?sort=margin").body.decode()
-        for text, card in (
-            (queue, rf'<li><a class="thumb [^>]*title="{name}:.*?</li>'),
-            (grid, rf'<li class="tile[^>]*>\s*<a[^>]*{name}.*?</dl>.*?(?=<li class="tile|</ol>)'),
-        ):
-            said = re.search(card, text, re.DOTALL)
-            assert said
-            mark = (
-                r'class="(?:thumb-review|badge reviewed)">(?:<span class="unseen">, </span>)?<svg.*?</svg>(.*?)</(?:li|span)>'
-            )
-            marks = re.findall(mark, said[0])
-            assert [re.sub(r"<[^>]*>", "", mark).strip() for mark in marks] == [words]
+        card = re.search(rf'<li class="tile[^>]*>\s*<a[^>]*{name}.*?</dl>.*?(?=<li class="tile|</ol>)', grid, re.DOTALL)
+        assert card
+        marks = re.findall(r'class="(?:outcome-mark \w+|badge reviewed)"><svg.*?</svg>(.*?)</(?:li|span)>', card[0])
+        assert [re.sub(r"<[^>]*>", "", mark).strip() for mark in marks] == [state, badge]
 
 
 def test_behind_the_last_photo_of_a_filter_it_is_said_so(server: Server) -> None:
