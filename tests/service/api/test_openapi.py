@@ -62,6 +62,7 @@ def test_every_route_is_in_the_document_and_the_other_way_round(app: Flask, said
     routes = {
         (method, re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
         for rule in app.url_map.iter_rules()
+        if rule.rule != "/favicon.ico"  # a redirect for browsers
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
     assert operations(said) == routes
@@ -180,6 +181,7 @@ def test_the_service_keeps_to_its_document(api: OpenApiSchema, method: str, path
     @BOUNDED
     @hypothesis.given(case=api[path][method].as_strategy(generation_mode=mode))
     def keeps(case: schemathesis.Case) -> None:
-        case.call_and_validate(checks=CHECKS.get_by_names(PROMISES))
+        # Schemathesis accepts gzip, but does not decompress responses of a WSGI application.
+        case.call_and_validate(checks=CHECKS.get_by_names(PROMISES), headers={"Accept-Encoding": "identity"})
 
     keeps()
