@@ -101,11 +101,11 @@ def key() -> Response:
     back = request.form.get("back", "")
     is_ours = back.startswith(("/gallery", "/compare")) and "//" not in back and "\\" not in back
     try:
-        g.key_name = authenticate(given, settings)
+        g.key_name = authenticate(given, settings) if given else None
     except Problem as problem:
         return problem_page(_for_people(problem, key=given), "gallery/key.html", back=back if is_ours else "")
     answer = redirect(request.script_root + back if is_ours else url_for("gallery.home"), 303)
-    answer.set_cookie(KEY_COOKIE, given, samesite="Strict", httponly=True, secure=request.is_secure)
+    _keep(answer, KEY_COOKIE, given, max_age=None)  # type: ignore[arg-type]  # an empty key deletes the cookie
     answer.headers["Cache-Control"] = "no-store"
     return answer  # type: ignore[return-value]
 
@@ -212,10 +212,10 @@ def _photo_page(given: dict[str, str]) -> str:
     return f"{url_for('photo.page')}?{_filter(given).query(photo=given['photo'], sha256=given['sha256'])}"
 
 
-def _keep(answer: Response, name: str, value: str) -> None:
+def _keep(answer: Response, name: str, value: str, *, max_age: int | None = ONE_YEAR_S) -> None:
     """In a cookie that no script reads and no other site's page sends; an empty value is forgotten."""
     if value:
-        answer.set_cookie(name, value, max_age=ONE_YEAR_S, samesite="Strict", httponly=True, secure=request.is_secure)
+        answer.set_cookie(name, value, max_age=max_age, samesite="Strict", httponly=True, secure=request.is_secure)
     else:
         answer.delete_cookie(name, samesite="Strict", httponly=True, secure=request.is_secure)
 

@@ -96,10 +96,7 @@ function setPicture(card, photo) {
   if (photo.original) {
     slot(card, "enlarge").lastElementChild.textContent = ` ${photo.name}`;
     figure.dataset.original = photo.original;
-  } else {
-    slot(card, "enlarge").remove();
-    card.querySelector("figcaption").remove();
-  }
+  } else card.querySelector("figcaption").remove();
 }
 
 function fillBars(card, photo) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from models.runtime.openvino_engine import Pixels
 from service.api.predict import png_data_url
 from service.context import services
 from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
+from service.http.security import KEY_COOKIE
 from service.inference.model_manager import LoadedModel
 
 ONE_YEAR_S = 365 * 24 * 3600
@@ -92,12 +94,12 @@ def _back_link() -> tuple[str, str] | None:
 
 @bp.app_context_processor
 def template_context() -> dict[str, Any]:
-    """Add the navigation and the active model to the variables of every template."""
-    try:
+    """Add the navigation, the active model and whether the browser has a key to the variables of every template."""
+    context: dict[str, Any] = {"navigation": NAVIGATION, "model": None, "has_key": KEY_COOKIE in request.cookies}
+    with contextlib.suppress(Problem):
         active = current_model()
-    except Problem:
-        return {"navigation": NAVIGATION, "model": None}
-    return {"navigation": NAVIGATION, "model": active.summary | {"merged_from": active.bundle.merged_from}}
+        context["model"] = active.summary | {"merged_from": active.bundle.merged_from}
+    return context
 
 
 @bp.before_app_request

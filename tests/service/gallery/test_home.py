@@ -218,3 +218,23 @@ def test_the_summary_names_the_better_model_and_the_significance(gallery: Galler
         f" {'Statistically' if outcome['p_value'] < 0.05 else 'Not statistically'} significant"
         f" (p = {outcome['p_value']:.2g}, McNemar's exact test)."
     )
+
+
+# Keys
+
+
+def test_a_browser_can_forget_its_key(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'reviews.db'}"
+    kind = "application/x-www-form-urlencoded"
+    with serve(tiny_bundle.path, database_url=url, api_keys="ann:sesame") as server:
+        poll(lambda: server.get("/gallery").status == 200)
+        button = '<button class="button small" name="key" value="">Forget key</button>'
+        signed_in = server.post(b"key=sesame", kind, path="/gallery/key")
+        cookie = signed_in.headers["Set-Cookie"].partition(";")[0]
+        assert cookie == "api_key=sesame"
+        for path in ("/", "/gallery", "/model"):
+            assert button in server.get(path, headers={"Cookie": cookie}).body.decode()
+            assert button not in server.get(path).body.decode()
+        forgotten = server.post(b"key=", kind, path="/gallery/key", headers={"Cookie": cookie})
+        assert (forgotten.status, forgotten.headers["Location"]) == (303, "/gallery")
+        assert forgotten.headers["Set-Cookie"].startswith("api_key=; Expires=Thu, 01 Jan 1970")
