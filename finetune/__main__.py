@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import errno
 import importlib
+import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -43,6 +45,9 @@ OS_ERROR_MESSAGES = {
 }
 
 
+MISSING_PACKAGE = "Install the packages for training, in a checkout with: pip install -e '.[finetune]'"
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser that raises ConfigError and suggests the closest flag for an unknown one."""
 
@@ -61,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _configure_streams()
     try:
         with _process_group(arguments):
             code = _run(arguments)
@@ -68,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         print(f"finetune: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("finetune", "models"):
+            raise
+        print(f"finetune: The package {error.name} is not installed. {MISSING_PACKAGE}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has exited, as `head` does
@@ -80,6 +91,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _configure_streams() -> None:
+    """Print each line at once, also into a pipe, and escape what the encoding cannot represent, such as odd file names."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not in tests that capture the output
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("dogs-vs-cats")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _process_group(arguments: Sequence[str]) -> contextlib.AbstractContextManager[None]:
@@ -98,6 +123,8 @@ def _run(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     for name, help in COMMANDS.items():
         commands.add_parser(name, help=help, allow_abbrev=False, description=f"{help[0].upper()}{help[1:]}.")
+    for command in (parser, *commands.choices.values()):
+        command.add_argument("--version", action="version", version=f"finetune {_version()}")
     if not arguments:
         parser.print_help()
         return 2

@@ -19,12 +19,11 @@ from finetune.compute.device import Compute, select_compute
 from finetune.config import Config
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
-from finetune.data.inspection import ImageRecord, PixelCache
+from finetune.data.inspection import ChangedImageError, ImageRecord, PixelCache
 from finetune.data.review_source import hide_password, load_reviews
 from finetune.export.exporter import PARITY_IMAGES, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
 from finetune.metrics.calibration import apply_temperature, fit_temperature
-from finetune.metrics.classification import format_summary
 from finetune.reports.results import write_results
 from finetune.training import run_directory
 from finetune.training.data_loaders import Batches
@@ -40,7 +39,7 @@ from finetune.training.trainer import EpochRow, Progress, fit, predict
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.predictions import Predictions
-from models.errors import ConfigError
+from models.errors import ConfigError, DataError
 from models.networks.registry import get_spec
 from models.networks.spec import ModelSpec
 
@@ -85,9 +84,10 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     prepared = prepare_dataset(config, dataset, network, cache, reviews=reviews)
     if not resume:
         distributed.run_on_main(lambda: run_directory.create_run(folder, config, reviews=reviews.data if reviews else None))
-    with _resumable(folder):
+    with run_directory.locked(folder) if distributed.is_main_process() else contextlib.nullcontext(), _resumable(folder):
         batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=hash_inputs(prepared, network))
+        print("Predicting the validation photos with the best epoch ...")
         outputs = predict_validation(network, batches["valid"], compute)
         return distributed.run_on_main(lambda: write_outputs(config, folder, network, compute, outputs, prepared, progress))
 
@@ -203,6 +203,7 @@ def write_outputs(
 ) -> Bundle:
     """Calibrate, evaluate and export the trained network. ``outputs`` are those of ``predict_validation``."""
     atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+    print("Computing the metrics and drawing the plots ...")
     log_probs, labels, embeddings = outputs
     valid_records = prepared.splits["valid"]
     raw = log_probs.double().numpy()
@@ -227,14 +228,8 @@ def write_outputs(
         history=progress.history,
         seed=config.seed,
     )
-    print(f"\nBest epoch: {progress.best_epoch} of {progress.epoch}. Validation results:")
-    print(format_summary(metrics))
-    if prepared.reviews:
-        print("The reviews corrected labels in both training and validation.")
-    print("These photos also selected the best epoch and the temperature.")
-    print("For an unbiased figure, run `finetune evaluate` on other photos.\n")
     state = network.classifier.net.cpu().state_dict()
-    bundle = export_bundle(
+    return export_bundle(
         folder / run_directory.BUNDLE,
         network.classifier.cpu(),
         network.spec,
@@ -258,8 +253,6 @@ def write_outputs(
         parity=_parity_sample(valid_records, predictions, network, compute),
         contents=config.export,
     )
-    _print_paths(folder, bundle)
-    return bundle
 
 
 def hash_inputs(prepared: PreparedDataset, network: TrainingNetwork) -> str:
@@ -287,11 +280,5 @@ def _resumable(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"\nInterrupted. Resume with: finetune train --resume --output-dir {folder}")
         raise
-
-
-def _print_paths(folder: Path, bundle: Bundle) -> None:
-    print(f"bundle       {bundle.path} (version {bundle.version})")
-    print(f"model card   {bundle.path / 'README.md'}")
-    print(f"metrics      {folder / 'metrics.json'}")
-    print(f"predictions  {folder / 'predictions.csv'}")
-    print(f"plots        {folder / 'plots'}")
+    except ChangedImageError as error:
+        raise DataError(f"{error} Then resume with: finetune train --resume --output-dir {folder}") from None

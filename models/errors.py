@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MIN_PREFIX = 4
+
 
 class UserError(Exception):
     """Base class of the errors that the user can fix; the message explains how."""
@@ -66,9 +68,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         known: The valid names.
 
     Returns:
-        ``" Did you mean 'x'?"``, or an empty string if no name is close. Names with the same letters in another order
-        take precedence.
+        ``" Did you mean 'x'?"``, or an empty string if no name is close. The shortest name that begins with ``name`` takes
+        precedence, then one with the same letters in another order.
     """
-    near = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+    known = list(known)
+    longer = [word for word in known if len(name) >= MIN_PREFIX and word.startswith(name)]
+    if longer:
+        return f" Did you mean {min(longer, key=lambda word: (len(word), word))!r}?"
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     nearest = next((word for word in near if sorted(word) == sorted(name)), near[0] if near else None)
     return f" Did you mean {nearest!r}?" if nearest else ""

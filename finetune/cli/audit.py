@@ -6,10 +6,15 @@ import argparse
 import json
 from pathlib import Path
 
-from finetune.data.audit import audit_folder
+EXIT_CODES = (
+    "Exit code: 0 without findings, 1 with findings, 2 if the folder cannot be audited. Training prints the same findings. It "
+    "stops at the ones that make its results wrong or a class unusable (photos in both training and validation, classes that "
+    "differ or are empty) and continues with all others."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EXIT_CODES
     parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder to audit")
     parser.add_argument("--json", action="store_true", help="print all findings as JSON")
     parser.add_argument(
@@ -20,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune audit``: print the findings. Returns 0 if there are no problems (notes are none), else 1."""
+    from finetune.data.audit import audit_folder  # slow to import
+
     report = audit_folder(args.data_dir, cache_dir=args.cache_dir, workers=args.workers, quiet=args.json)
     print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if args.json else report.text())
     return 1 if report.problems else 0

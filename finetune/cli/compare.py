@@ -6,7 +6,30 @@ import argparse
 from pathlib import Path
 
 from finetune import config as settings
-from finetune.compare.runner import SHARED_SETTINGS, compare_networks, select_networks
+
+# Settings that apply to all networks. Unset ones come from each network's recipe.
+SHARED_SETTINGS = (
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "lr_schedule",
+    "patience",
+    "min_delta",
+    "augment",
+    "permute_pixels",
+    "valid_fraction",
+    "allow_leakage",
+    "allow_class_mismatch",
+    "device",
+    "precision",
+    "seed",
+    "workers",
+    "cache_dir",
+    "cache_limit_mb",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune compare``: train and benchmark the networks and print the report."""
+    print("Loading PyTorch ...")
+    from finetune.compare.runner import compare_networks, select_networks
+
     names = select_networks(args.backbones)
     out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-compare"
     shared = {key: value for key, value in vars(args).items() if key in SHARED_SETTINGS}

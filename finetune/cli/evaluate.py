@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from finetune.evaluation.evaluate import evaluate_bundle
-from finetune.metrics.classification import format_summary
-from models.artifacts.label_issues import rank_label_issues, suggested_labels
 from models.errors import ConfigError
 
 MAX_SHOWN = 10
@@ -46,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.weights or args.reviews:
         raise ConfigError("--weights and --reviews require --folds. Set the number of folds, or remove them.")
     else:
+        print("Loading PyTorch ...")
+        from finetune.evaluation.evaluate import evaluate_bundle
+        from finetune.metrics.classification import format_summary
+
         metrics = evaluate_bundle(
             args.bundle, args.data_dir, split=args.split or "valid", out=out, workers=args.workers, cache_dir=args.cache_dir
         )
@@ -55,11 +56,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_folds(args: argparse.Namespace, out: Path) -> None:
-    from finetune.data.review_source import read_review_file
-    from finetune.evaluation.cross_validation import cross_validate
-
     if args.folds < 2 or args.split:
         raise ConfigError("--folds must be at least 2, and cannot be combined with --split: it covers training and validation.")
+    print("Loading PyTorch ...")
+    from finetune.data.review_source import read_review_file
+    from finetune.evaluation.cross_validation import cross_validate
+    from finetune.metrics.classification import format_summary
+    from models.artifacts.label_issues import rank_label_issues, suggested_labels
+
     predictions, metrics = cross_validate(
         args.bundle,
         args.data_dir,

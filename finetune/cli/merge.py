@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from finetune.export.merge_head import merge_bundle, open_full_bundle
 from models.artifacts.bundle import open_bundle
 from models.errors import BundleError
 
@@ -20,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune merge``: write the full bundle."""
+    from finetune.export.merge_head import merge_bundle, open_full_bundle  # slow to import
+
     bundle = open_bundle(args.bundle)
     if not bundle.lacks_weights:
         raise BundleError(f"The bundle {args.bundle} is already a full bundle. Use it without merging.")

@@ -1,9 +1,10 @@
-"""``finetune train``: read the settings, download a built-in data set if requested, and train."""
+"""``finetune train``: read the settings, download a built-in data set if requested, train and print the results."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import shlex
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
         explicit_settings = settings.explicit_settings(args)
         if "output_dir" not in explicit_settings:
             raise RunError("--resume requires the run directory. Add --output-dir runs/NAME.")
+        print("Loading PyTorch ...")
         from finetune.compute import distributed
         from finetune.training import run_directory
 
@@ -30,26 +32,70 @@ def run(args: argparse.Namespace) -> int:
         config = settings.from_mapping({**saved, **explicit_settings})
     else:
         config = settings.from_arguments(args)
+        print("Loading PyTorch ...")
     from finetune.compute import distributed
     from finetune.pipeline import train  # importing torch takes seconds; report flag errors first
 
     if config.dataset:
         config = distributed.local_main_first(lambda: _with_dataset(config, resume=args.resume))
     bundle = train(config, resume=args.resume)
-    if not distributed.is_main_process():
-        return 0
-    print(f"speed        {photos_per_second(bundle):,.0f} training photos per second (time includes validation)")
-    if config.dataset:
-        _evaluate_test_split(bundle, config)
+    if distributed.is_main_process():
+        _print_results(bundle, config)
     return 0
 
 
-def photos_per_second(bundle: Bundle) -> float:
-    """Return the training photos per second over all epochs. The time includes validation."""
+def _print_results(bundle: Bundle, config: settings.Config) -> None:
+    """Print the metrics, the written files and the next two commands."""
+    from finetune.metrics.classification import format_summary
+
+    provenance, folder = bundle.manifest["provenance"], bundle.path.parent
+    print(f"\nBest epoch: {provenance['best_epoch']} of {provenance['epochs']}. Validation results:")
+    print(format_summary(bundle.manifest["metrics"]))
+    if provenance["dataset"]["reviews"]:
+        print("The reviews corrected labels in both training and validation.")
+    print("These photos also selected the best epoch and the temperature.")
+    print("For an unbiased figure, run `finetune evaluate` on other photos.\n")
+    print(f"bundle       {bundle.path} (version {bundle.version})")
+    print(f"model card   {bundle.path / 'README.md'}")
+    print(f"metrics      {folder / 'metrics.json'}")
+    print(f"predictions  {folder / 'predictions.csv'}")
+    print(f"plots        {folder / 'plots'}")
+    print(f"training     {training_time(bundle)}")
+    if config.dataset:
+        _evaluate_test_split(bundle, config)
+    print("\nNext:")
+    for command in next_commands(bundle, config.data_dir):
+        print(f"  {command}")
+
+
+def training_time(bundle: Bundle) -> str:
+    """Describe the duration of the epochs."""
     with (bundle.path.parent / "history.csv").open(newline="") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     photos = sum(bundle.manifest["provenance"]["dataset"]["photos"]["train"].values())
-    return float(photos * len(seconds) / sum(seconds))
+    epochs = f"{len(seconds)} epoch{'' if len(seconds) == 1 else 's'}"
+    return f"{epochs} of {photos:,} photos in {sum(seconds):,.1f} s, including validation"
+
+
+def next_commands(bundle: Bundle, data_dir: Path) -> list[str]:
+    """Return the commands to evaluate and to serve the bundle.
+
+    The evaluation is on the test folder of the data if validation used another one, else by cross-validation if the bundle
+    has frozen features, else on the validation photos.
+    """
+    path, data = shlex.quote(str(bundle.path)), shlex.quote(str(data_dir))
+    saved = bundle.manifest["provenance"]["config"]
+    other_splits = [name for name in ("valid", "val", "validation") if (data_dir / name).is_dir()]
+    if (data_dir / "test").is_dir() and other_splits:
+        how = " --split test"
+    elif bundle.manifest["base"] is not None and not saved["unfreeze"] and not saved["augment"]:
+        how = " --folds 5"
+    else:
+        how = ""
+    return [
+        f"finetune evaluate --bundle {path} --data-dir {data}{how}",
+        f"BUNDLE={path} DATA_DIR={data} serve-classifier",
+    ]
 
 
 def _evaluate_test_split(bundle: Bundle, config: settings.Config) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from finetune.introspection.feature_maps import visualize_bundle
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to visualize")
@@ -17,6 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune visualize``: draw the filters and, with ``--photo``, the feature maps."""
+    print("Loading PyTorch ...")
+    from finetune.introspection.feature_maps import visualize_bundle
+
     written = visualize_bundle(args.bundle, out=args.output_dir, photo=args.photo, max_maps=args.maps)
     print(f"filters      {written.filters}")
     if written.maps:

@@ -26,29 +26,6 @@ from models.networks.spec import ModelSpec
 from models.networks.weights import has_local_weights
 
 RECORD_FILE = "compare-run.json"
-# Settings that apply to all networks. Unset ones come from each network's recipe.
-SHARED_SETTINGS = (
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "lr_schedule",
-    "patience",
-    "min_delta",
-    "augment",
-    "permute_pixels",
-    "valid_fraction",
-    "allow_leakage",
-    "allow_class_mismatch",
-    "device",
-    "precision",
-    "seed",
-    "workers",
-    "cache_dir",
-    "cache_limit_mb",
-)
 IGNORED_SETTINGS = run_directory.CHANGEABLE_ON_RESUME - {"epochs", "export"}
 
 

@@ -18,6 +18,7 @@ from models.errors import DataError
 
 MAX_IMBALANCE = 3.0
 MAX_SHOWN = 10
+MAX_LINE = 100  # characters of class counts
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,7 @@ class AuditReport:
     def text(self) -> str:
         """Format the findings as text, with the first ten file names of each kind."""
         lines = [f"{self.root}: {sum(sum(row.values()) for row in self.counts.values()):,} photos"]
-        for split, row in self.counts.items():
-            origin = "held out from training" if split == "valid" and self.split_from_train else self.folders.get(split, split)
-            note = f" ({origin})" if origin != split else ""
-            lines.append(f"  {split}{note}: " + ", ".join(f"{name} {n:,}" for name, n in row.items()))
+        lines += self._count_lines()
         lines += [f"- {problem}" for problem in self.problems] or ["No problems found."]
         if self.duplicates:
             lines.append(f"Note: {_count(self.duplicates, 'group')} of duplicates within the same class and split.")
@@ -164,6 +162,21 @@ class AuditReport:
     def _describe_skipped(self, *, harmless: bool) -> list[str]:
         entries = [Skipped(Path(name), why) for name, why in self.skipped.items() if (why in HARMLESS) == harmless]
         return describe_skipped(entries)
+
+    def _count_lines(self) -> list[str]:
+        """Format the counts as one line per split, or as a table if that line would be long."""
+        origins = {**self.folders, **({"valid": "held out from training"} if self.split_from_train else {})}
+        titles = {s: s if origins.get(s, s) == s else f"{s} ({origins[s]})" for s in self.counts}
+        rows = {titles[split]: ", ".join(f"{name} {n:,}" for name, n in row.items()) for split, row in self.counts.items()}
+        if max(map(len, rows.values())) <= MAX_LINE:
+            return [f"  {title}: {row}" for title, row in rows.items()]
+        names = list(self.counts["train"])
+        width = max(map(len, names))
+        table = [f"  {'class':<{width}}  " + "  ".join(titles.values())]
+        for name in names:
+            cells = (f"{row[name]:>{len(titles[split])},}" for split, row in self.counts.items())
+            table.append(f"  {name:<{width}}  " + "  ".join(cells))
+        return table
 
 
 def audit(

@@ -24,11 +24,15 @@ from finetune.data.image_folder import Sample
 from finetune.io.array_store import ArrayStore
 from finetune.io.threaded_map import threaded_map
 from models.artifacts.atomic_io import sha256_of
-from models.errors import ImageError
+from models.errors import DataError, ImageError
 from models.preprocess import MIN_DECODE_PX, Preprocessing, decode
 
 THUMB_PX = 16
 EXACT_PX = 32  # the perceptual hash works at this size and cannot tell images this small apart
+
+
+class ChangedImageError(DataError):
+    """An inspected image cannot be read any more, or its content has changed."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,22 @@ class PixelCache:
     def pop(self, sha256: str, path: Path) -> NDArray[np.uint8]:
         """Remove the pixels (H, W, C) from the cache and return them, decoding ``path`` if they are not cached."""
         cached = self.pixels.pop(sha256, None)
-        return cached if cached is not None else self.preprocessing.pixels(path.read_bytes())
+        return cached if cached is not None else self.preprocessing.pixels(read_inspected(path, sha256))
+
+
+def read_inspected(path: Path, sha256: str) -> bytes:
+    """Read an image that was inspected before.
+
+    Raises:
+        ChangedImageError: It cannot be read, or its sha256 differs.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ChangedImageError(f"{path} can no longer be read ({error.strerror or error}). Put it back.") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ChangedImageError(f"{path} has changed since it was inspected. Restore it.")
+    return data
 
 
 def inspect_images(
@@ -95,8 +114,10 @@ def inspect_images(
         if sha256 in known and sha256 not in keep:
             return ImageRecord(sample, sha256, known[sha256], None)
         try:
-            image = decode(sample.path.read_bytes(), min_side_px=decode_px)
-        except (ImageError, OSError) as error:
+            image = decode(read_inspected(sample.path, sha256), min_side_px=decode_px)
+        except ChangedImageError:
+            return ImageRecord(sample, sha256, None, "the file changed while it was read")
+        except ImageError as error:
             return ImageRecord(sample, sha256, None, str(error))
         if pixel_cache and sha256 in keep:
             pixel_cache.add(sha256, image)

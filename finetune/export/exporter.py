@@ -35,7 +35,7 @@ from models.networks.onnx_export import OUTPUTS, PIXELS, export_serving_graph
 from models.networks.spec import ModelSpec
 from models.networks.weights import write_tensors
 from models.preprocess import Preprocessing
-from models.runtime.openvino_engine import OpenVINOEngine
+from models.runtime.openvino_engine import OpenVINOEngine, supports_bf16
 from models.runtime.precision import measure_bf16
 
 # Max difference of a probability. In float32 the engines differ only by rounding. In bfloat16 a feature has 8 significant bits:
@@ -91,9 +91,13 @@ def export_bundle(
 
     def write_files(folder: Path) -> None:
         graph = folder / GRAPH
+        print("Exporting the serving graph ...")
         export_serving_graph(classifier, spec, temperature=temperature, path=graph)
+        print(f"Comparing it with the trained network on {len(parity.pixels)} photos ...")
         engine = OpenVINOEngine(graph, outputs=OUTPUTS[:1])
         manifest["parity"] = check_parity(engine, parity)
+        if supports_bf16():
+            print("Measuring its speed and accuracy in bfloat16 ...")
         manifest["bf16"] = measure_bf16(graph, parity.pixels)
         check_finite(classifier, golden)
         np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])

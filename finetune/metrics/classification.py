@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -191,14 +192,16 @@ def _methods(seed: int, resamples: int) -> dict[str, str]:
 def format_summary(metrics: Mapping[str, Any]) -> str:
     """Format the result of ``compute_metrics`` as a short text. Beyond 10 classes it lists the five with the lowest recall."""
     correct = sum(row[i] for i, row in enumerate(metrics["confusion_matrix"]))
-    has_uncalibrated = "log_loss_uncalibrated" in metrics
+
+    def calibrated(name: str, text: Callable[[Any], str]) -> str:
+        after, before = text(metrics[name]), text(metrics.get(f"{name}_uncalibrated", metrics[name]))
+        return after if before == after else f"{after}, before calibration {before}"
+
     lines = [
         f"accuracy           {_percent(metrics['accuracy'], 2)}, {correct:,} of {metrics['photos']:,} photos correct",
-        f"log loss           {_decimal(metrics['log_loss'])}"
-        + (f", before calibration {_decimal(metrics['log_loss_uncalibrated'])}" if has_uncalibrated else ""),
+        f"log loss           {calibrated('log_loss', _decimal)}",
         f"ROC AUC            {_decimal(metrics['roc_auc'])}",
-        f"calibration error  {_percent(metrics['calibration_error'], 2)}"
-        + (f", before calibration {_percent(metrics['calibration_error_uncalibrated'], 2)}" if has_uncalibrated else ""),
+        f"calibration error  {calibrated('calibration_error', partial(_percent, digits=2))}",
         *_class_lines(metrics),
         *(f"note: {note}" for note in metrics["notes"]),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from models.artifacts.atomic_io import atomic_write_text
 from models.runtime.precision import describe_bf16, is_bf16_acceptable
 
 TITLES = {"accuracy": "accuracy", "log_loss": "log loss", "roc_auc": "ROC AUC", "calibration_error": "calibration error"}
+MAX_LISTED_CLASSES = 30
 
 
 def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -19,7 +20,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
     config = provenance["config"]
     sections = [
         f"# {manifest['name']}\n",
-        f"An image classifier for {_and(manifest['classes'])}: {manifest['title']} ([paper]({manifest['paper']})), "
+        f"An image classifier for {_classes(manifest['classes'])}: {manifest['title']} ([paper]({manifest['paper']})), "
         f"{_origin(manifest)}, trained on {provenance['created'][:10]}.\n",
         "## Metrics\n",
         f"On {metrics['photos']:,} photos of the {dataset['evaluated_split']} split:\n",
@@ -78,11 +79,23 @@ def _optimizer(config: Mapping[str, Any]) -> str:
     return f"SGD (momentum {config['momentum']:g})"
 
 
+def _classes(names: Sequence[str]) -> str:
+    if len(names) <= MAX_LISTED_CLASSES:
+        return _and(names)
+    return f"{len(names):,} classes ({', '.join(names[:3])}, ..., {names[-1]})"
+
+
 def _table(metrics: Mapping[str, Any]) -> str:
     rows = ["| measure | value | 95% interval |", "| --- | --- | --- |"]
     rows += [_row(title, metrics[name]) for name, title in TITLES.items()]
+    names = metrics["classes"]
+    if len(names) > MAX_LISTED_CLASSES:
+        defined = [name for name in names if metrics["recall"][name]]
+        names = sorted(defined, key=lambda name: metrics["recall"][name]["value"])[:MAX_LISTED_CLASSES]
     for measure in ("precision", "recall"):
-        rows += [_row(f"{measure} of {name}", value) for name, value in metrics[measure].items()]
+        rows += [_row(f"{measure} of {name}", metrics[measure][name]) for name in names]
+    if len(names) < len(metrics["classes"]):
+        rows.append(f"\nOf {len(metrics['classes']):,} classes, the {len(names)} with the lowest recall. All: `manifest.json`.")
     return "\n".join(rows) + "\n"
 
 
@@ -93,7 +106,12 @@ def _row(title: str, measure: Mapping[str, float] | None) -> str:
 
 
 def _counts(photos: Mapping[str, Mapping[str, int]]) -> str:
-    splits = [f"{split}: {', '.join(f'{n:,} {name}' for name, n in row.items())}" for split, row in photos.items()]
+    splits = []
+    for split, row in photos.items():
+        counts = [f"{n:,} {name}" for name, n in row.items()]
+        if len(counts) > MAX_LISTED_CLASSES:
+            counts = [f"{sum(row.values()):,} of {len(row):,} classes, {min(row.values()):,} to {max(row.values()):,} each"]
+        splits.append(f"{split}: {', '.join(counts)}")
     return "Photos: " + "; ".join(splits) + "."
 
 
@@ -135,5 +153,5 @@ def _contents(manifest: Mapping[str, Any]) -> str:
     return " ".join(lines) + "\n"
 
 
-def _and(words: list[str]) -> str:
+def _and(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

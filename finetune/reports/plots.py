@@ -22,6 +22,7 @@ from models.artifacts.statistics import wilson_interval
 
 # Okabe and Ito (2008): distinguishable with any kind of color blindness
 BLUE, ORANGE = "#0072B2", "#D55E00"
+MAX_DETAILED_CLASSES = 60  # of a confusion matrix
 INK, FAINT, TILE = "#222222", "#8A8A8A", "#D9D9D9"
 # For scripts that matplotlib's own font lacks; used if installed
 FALLBACK_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")
@@ -106,7 +107,8 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> 
 def plot_confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], path: Path) -> Path:
     """Plot the confusion matrix, rows being true classes, with counts and percent of the row.
 
-    Correct predictions are blue and incorrect ones orange, darker for a larger fraction of the row.
+    Correct predictions are blue and incorrect ones orange, darker for a larger fraction of the row. The size of the figure is
+    bounded: beyond 60 classes it has colors without numbers, and names only some of the classes.
 
     Args:
         counts: Number of images by true and predicted class, (C, C).
@@ -116,13 +118,14 @@ def plot_confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], pat
     size = len(classes)
     totals = counts.sum(axis=1, keepdims=True)
     fractions = counts / np.maximum(totals, 1)
-    cell_in = float(np.clip(7.0 / size, 0.42, 1.5))
+    is_detailed = size <= MAX_DETAILED_CLASSES
+    cell_in = float(np.clip(7.0 / size, 0.42, 1.5)) if is_detailed else 0.42 * MAX_DETAILED_CLASSES / size
     figure = Figure(figsize=(size * cell_in + 3.0, size * cell_in + 2.2), layout="constrained")
     axes = figure.add_subplot()
     colors = _cell_colors(fractions)
-    axes.imshow(colors, aspect="equal")
+    axes.imshow((255 * colors).round().astype(np.uint8), aspect="equal")
     font_pt = float(np.clip(cell_in * 14, 6.5, 13))
-    for row, column in np.argwhere(counts > 0):
+    for row, column in np.argwhere(counts > 0) if is_detailed else ():
         brightness = float(colors[row, column, :3] @ (0.299, 0.587, 0.114))
         text = f"{counts[row, column]:,}\n{100 * fractions[row, column]:.{1 if cell_in > 0.6 else 0}f}%"
         color = INK if brightness > 0.5 else "white"
@@ -131,18 +134,20 @@ def plot_confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], pat
     horizontal = size <= 4 and max(map(len, names)) <= 12
     label_pt = 11 if size <= 6 else 9
     title_pt = float(np.clip(size * cell_in, 11, 16))
-    axes.set_xticks(range(size), names, rotation=0 if horizontal else 90, fontsize=label_pt)
-    rows = [f"{name} ({total:,})" for name, total in zip(names, totals.ravel(), strict=True)]
-    axes.set_yticks(range(size), rows, fontsize=label_pt)
-    axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
+    named = range(0, size, -(-size // MAX_DETAILED_CLASSES))
+    axes.set_xticks(named, [names[i] for i in named], rotation=0 if horizontal else 90, fontsize=label_pt)
+    axes.set_yticks(named, [f"{names[i]} ({totals[i, 0]:,})" for i in named], fontsize=label_pt)
+    if is_detailed:
+        axes.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("predicted class", fontsize=title_pt)
     axes.set_ylabel("true class (number of photos)", fontsize=title_pt)
     mistakes = int(counts.sum() - counts.trace())
-    title = f"Confusion matrix: {mistakes:,} of {counts.sum():,} photos incorrect\nphotos, and % of the true class"
+    caption = "photos, and % of the true class" if is_detailed else "the darker, the larger the fraction of the true class"
+    title = f"Confusion matrix: {mistakes:,} of {counts.sum():,} photos incorrect\n{caption}"
     axes.set_title(title, fontsize=title_pt)
     return save_png(figure, path)
 

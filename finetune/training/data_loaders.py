@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from finetune.compute import distributed
-from finetune.data.image_folder import Sample
+from finetune.data.inspection import ImageRecord, read_inspected
 from finetune.features.extractor import FeatureExtractor
 from finetune.io.threaded_map import threaded_map
 from models.preprocess import INTERPOLATIONS, Preprocessing
@@ -30,13 +30,14 @@ JITTER = 0.2
 class Batches(Protocol):
     """An iterable over the batches of a split.
 
-    ``shuffled(epoch)`` yields the batches in the random order of that epoch, ``ordered()`` in the order of the images. A batch
+    ``shuffled(epoch)`` yields the batches in the random order of that epoch, ``ordered()`` in the order of the images. A last
+    shuffled batch of fewer than ``min_batch`` images is merged into the one before. A batch
     is features (n, ...) float32 and labels (n,) int64, on the CPU. In distributed training each process gets its shard of every
     batch, which may be empty, and of the ordered images.
     """
 
     def __len__(self) -> int: ...
-    def shuffled(self, epoch: int) -> Iterator[Batch]: ...
+    def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]: ...
     def ordered(self) -> Iterator[Batch]: ...
 
 
@@ -52,8 +53,8 @@ class CachedBatches:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def shuffled(self, epoch: int) -> Iterator[Batch]:
-        return self._load(shuffled_batches(len(self), self._batch_size, self._seed, epoch))
+    def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
+        return self._load(shuffled_batches(len(self), self._batch_size, self._seed, epoch, min_batch=min_batch))
 
     def ordered(self) -> Iterator[Batch]:
         return self._load(ordered_batches(len(self), self._batch_size))
@@ -113,7 +114,7 @@ class UncachedBatches:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        records: Sequence[ImageRecord],
         *,
         preprocessing: Preprocessing,
         frozen: FeatureExtractor,
@@ -122,7 +123,7 @@ class UncachedBatches:
         seed: int,
         workers: int = 0,
     ) -> None:
-        self._samples = samples
+        self._records = records
         self._preprocessing = preprocessing
         self._frozen = frozen
         self._augment = augment
@@ -133,10 +134,10 @@ class UncachedBatches:
         self._max_cached_images = MAX_CACHED_BYTES // (preprocessing.input_px**2 * preprocessing.channels)
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._records)
 
-    def shuffled(self, epoch: int) -> Iterator[Batch]:
-        return self._load(shuffled_batches(len(self), self._batch_size, self._seed, epoch), epoch)
+    def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
+        return self._load(shuffled_batches(len(self), self._batch_size, self._seed, epoch, min_batch=min_batch), epoch)
 
     def ordered(self) -> Iterator[Batch]:
         return self._load(ordered_batches(len(self), self._batch_size), None)
@@ -145,7 +146,8 @@ class UncachedBatches:
         def pixels(index: int) -> NDArray[np.uint8]:
             if index in self._pixel_cache:
                 return self._pixel_cache[index]
-            data = self._samples[index].path.read_bytes()
+            record = self._records[index]
+            data = read_inspected(record.sample.path, record.sha256)
             if self._augment is not None and epoch is not None:
                 return self._augment.crop(self._preprocessing.decode(data), epoch=epoch, index=index)
             image = self._preprocessing.pixels(data)
@@ -158,12 +160,17 @@ class UncachedBatches:
         for indices in lists:
             images = list(islice(loaded, len(indices)))
             features = torch.from_numpy(self._frozen.run(np.stack(images))) if images else torch.empty(0)
-            yield features, torch.tensor([self._samples[i].label for i in indices], dtype=torch.long)
+            yield features, torch.tensor([self._records[i].sample.label for i in indices], dtype=torch.long)
 
 
-def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """Return the indices of this process's shard of each batch of an epoch. The batches are those of a single process."""
-    batches = torch.split(epoch_permutation(count, seed, epoch), batch_size)
+def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int, *, min_batch: int = 1) -> list[Tensor]:
+    """Return the indices of this process's shard of each batch of an epoch.
+
+    The batches are those of a single process. A last batch of fewer than ``min_batch`` images is merged into the one before.
+    """
+    batches = list(torch.split(epoch_permutation(count, seed, epoch), batch_size))
+    if len(batches) > 1 and len(batches[-1]) < min_batch:
+        batches[-2:] = [torch.cat(batches[-2:])]
     return [indices[distributed.shard_slice(len(indices))] for indices in batches]
 
 

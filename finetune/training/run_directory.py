@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from finetune.config import Config, from_mapping, read_yaml
 from finetune.training.trainer import Progress
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
 from models.errors import RunError
+
+if sys.platform != "win32":
+    import fcntl
 
 CONFIG, CHECKPOINT, HISTORY, BUNDLE = "config.yaml", "checkpoint.pt", "history.csv", "bundle"
 REVIEWS = "reviews.csv"
@@ -48,11 +53,41 @@ def require_no_run(folder: Path) -> None:
 
 
 def create_run(folder: Path, config: Config, *, reviews: bytes | None = None) -> None:
-    """Create a run directory with its settings and a copy of the reviews file."""
-    atomic_write_text(folder / CONFIG, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True))
+    """Create a run directory with its settings and a copy of the reviews file.
+
+    Raises:
+        RunError: Another process has created the run since ``require_no_run``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with (folder / CONFIG).open("x", encoding="utf-8") as file:
+            yaml.safe_dump(config.as_dict(), file, sort_keys=False, allow_unicode=True)
+    except FileExistsError:
+        require_no_run(folder)
+    except OSError:
+        (folder / CONFIG).unlink(missing_ok=True)
+        raise
     if reviews is not None:
         with atomic_write(folder / REVIEWS) as temporary:
             temporary.write_bytes(reviews)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in ``folder``. A killed process leaves no lock.
+
+    Raises:
+        RunError: Another process is training in it.
+    """
+    with (folder / CONFIG).open("r+b") as file:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"Another process is training in {folder}. Wait until it ends, or choose another --output-dir."
+                ) from None
+        yield
 
 
 def read_config(folder: Path) -> dict[str, Any]:

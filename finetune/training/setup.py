@@ -133,6 +133,7 @@ def prepare_dataset(
     distributed.require_same_on_all_ranks(
         f"photos in {config.data_dir}", [[sample.name, sample.split] for sample in dataset.samples]
     )
+    print(f"Inspecting {len(dataset.samples):,} photos ...")
     records = distributed.map_sharded(
         dataset.samples,
         lambda own: inspect_images(
@@ -166,7 +167,7 @@ def make_batches(
         return CachedBatches(rows, [s.sample.label for s in records], batch_size=config.batch_size, seed=config.seed)
     augmented = config.augment and split == "train"
     return UncachedBatches(
-        [s.sample for s in records],
+        records,
         preprocessing=network.spec.preprocessing,
         frozen=network.extractor,
         augment=Augment(network.spec.preprocessing, config.seed) if augmented else None,

@@ -11,16 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from finetune.compute import distributed
 from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.training.data_loaders import Batches
-from models.errors import RunError
+from models.errors import ConfigError, RunError
 from models.networks.split_point import train_mode
 
 EpochRow = dict[str, float]
+BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclass
@@ -70,6 +72,7 @@ def fit(
 
     Raises:
         RunError: The loss is not finite.
+        ConfigError: The network needs larger batches.
     """
     epochs = _known(config.epochs)
     progress = progress or Progress()
@@ -79,11 +82,15 @@ def fit(
         module.load_state_dict(progress.last, strict=False)
         optimizer.load_state_dict(progress.optimizer)
     distributed.broadcast_weights(module)
-    with tqdm(
-        total=epochs * len(train), initial=progress.epoch * len(train), desc="training", unit="photo", disable=None
-    ) as bar:
+    if min(_known(config.batch_size), len(train)) < _min_batch(module):
+        raise ConfigError(
+            f"This network has BatchNorm layers to train, which need at least 2 photos per batch (got --batch-size "
+            f"{config.batch_size} and {len(train):,} training photos)."
+        )
+    with tqdm(total=epochs * len(train), initial=progress.epoch * len(train), bar_format=BAR_FORMAT, disable=None) as bar:
         while progress.epoch < epochs and not _should_stop(progress, config):
             started = time.perf_counter()
+            bar.set_description(f"epoch {progress.epoch + 1} of {epochs}")
             rate = learning_rate(config, progress.epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
@@ -110,13 +117,10 @@ def fit(
             progress.optimizer = copy.deepcopy(optimizer.state_dict())
             if valid_loss < progress.best_loss - config.min_delta:
                 progress.best, progress.best_epoch, progress.best_loss = progress.last, progress.epoch, valid_loss
-            bar.set_postfix(valid_loss=f"{valid_loss:.4f}", valid_accuracy=f"{valid_accuracy:.2%}")
+            result = f"train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, valid accuracy {valid_accuracy:.2%}"
+            bar.set_postfix_str(result)
             if bar.disable:  # not a terminal: print a line per epoch instead
-                print(
-                    f"epoch {progress.epoch} of {epochs}: train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, "
-                    f"valid accuracy {valid_accuracy:.2%}",
-                    flush=True,
-                )
+                print(f"epoch {progress.epoch} of {epochs}: {result}", flush=True)
             on_epoch(progress)
     module.load_state_dict(progress.best, strict=False)
     return progress
@@ -153,7 +157,7 @@ def train_one_epoch(
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
     loss_of = nn.NLLLoss()
     loss_sum, correct = 0.0, 0
-    for features, labels in batches.shuffled(epoch):
+    for features, labels in batches.shuffled(epoch, min_batch=_min_batch(module)):
         features, labels = features.to(compute.device), labels.to(compute.device)
         count = distributed.all_reduce_sum(len(labels))  # size of the batch over all processes; a shard may be empty
         optimizer.zero_grad()
@@ -212,6 +216,12 @@ def learning_rate(config: Config, epoch: int) -> float:
 
 def _should_stop(progress: Progress, config: Config) -> bool:
     return bool(config.patience) and progress.epoch - progress.best_epoch >= config.patience
+
+
+def _min_batch(module: nn.Module) -> int:
+    """Return 2 if training computes BatchNorm statistics, as those of a single image can be undefined, else 1."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    return 2 if any(p.requires_grad for layer in layers for p in layer.parameters()) else 1
 
 
 def _pick(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

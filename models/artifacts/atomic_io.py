@@ -32,9 +32,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write ``text`` to a file as UTF-8, atomically."""
+    """Write ``text`` to a file as UTF-8, atomically. File names that are not UTF-8 are escaped, as in JSON (``\\udce9``)."""
     with atomic_write(path) as temp:
-        temp.write_text(text, encoding="utf-8")
+        temp.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def sha256_of(path: Path) -> str:

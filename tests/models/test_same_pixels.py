@@ -63,13 +63,16 @@ def test_training_on_cached_features(
         assert np.array_equal(pixel_cache.pop(record.sha256, record.sample.path), pixels)
 
 
-def test_training_on_images_that_are_decoded_in_every_epoch(samples: list[Sample], expected: list[NDArray[np.uint8]]) -> None:
+def test_training_on_images_that_are_decoded_in_every_epoch(
+    samples: list[Sample], expected: list[NDArray[np.uint8]], tmp_path: Path
+) -> None:
     class Identity:
         def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
             return pixels
 
+    records = scanned(samples, tmp_path, None)
     batches = UncachedBatches(
-        samples, preprocessing=PREPROCESSING, frozen=Identity(), augment=None, batch_size=2, seed=0  # type: ignore[arg-type]
+        records, preprocessing=PREPROCESSING, frozen=Identity(), augment=None, batch_size=2, seed=0  # type: ignore[arg-type]
     )  # fmt: skip
     ((features, _),) = batches.ordered()
     assert np.array_equal(features.numpy(), expected)

@@ -230,14 +230,25 @@ def test_summary() -> None:
     correct = np.ones(400, dtype=bool)
     correct[[0, 1, 200, 201, 202]] = False
     probabilities = np.where((labels[:, None] == [0, 1]) == correct[:, None], 0.97, 0.03)
-    result = compute_metrics(labels, probabilities, classes=["cats", "dogs"], uncalibrated=probabilities)
+    result = compute_metrics(
+        labels,
+        probabilities,
+        classes=["cats", "dogs"],
+        uncalibrated=probabilities**2 / (probabilities**2).sum(1, keepdims=True),
+    )
     lines = format_summary(result).splitlines()
     assert lines[0] == "accuracy           98.75% (97.1 to 99.5%), 395 of 400 photos correct"
     assert lines[1].startswith("log loss           0.0739 (")
-    assert ", before calibration 0.0739 (" in lines[1]
+    assert ", before calibration 0.0879 (" in lines[1]
     assert lines[3].startswith("calibration error  1.75% (0.")
     assert " ".join(lines[5].split()) == "cats 98.5% (95.7 to 99.5%) 99.0% (96.4 to 99.7%) 200"
     assert lines[6].startswith("dogs  ")
+
+
+def test_the_summary_omits_uncalibrated_values_that_do_not_differ() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8]])
+    result = compute_metrics(np.array([0, 1]), probabilities, classes=["cats", "dogs"], uncalibrated=probabilities)
+    assert "before calibration" not in format_summary(result)
 
 
 def test_summary_of_many_classes_shows_the_five_lowest_recalls() -> None:

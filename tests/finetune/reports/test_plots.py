@@ -178,6 +178,14 @@ def test_any_number_of_classes_is_plotted(tmp_path: Path, count: int) -> None:
     assert plots_of(tmp_path, predictions) == ["confusion_matrix.png", "reliability.png"]
 
 
+def test_the_size_of_the_confusion_matrix_is_bounded(tmp_path: Path) -> None:
+    counts = np.eye(300, dtype=np.int64)
+    with plots.report_style():
+        path = plots.plot_confusion_matrix(counts, [f"class {i}" for i in range(300)], tmp_path / "matrix.png")
+    with Image.open(path) as image:
+        assert max(image.size) < 1_800  # at 50 dots per inch
+
+
 @pytest.mark.parametrize("p_true", [[1.0], [0.99999, 1.0, 0.9999999], [0.0, 0.5, 0.97]])
 def test_crowded_confidences_are_plotted(tmp_path: Path, p_true: list[float]) -> None:
     predictions = some_predictions(("cats", "dogs"), p_true, repeat=20)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -302,6 +303,17 @@ def test_history_has_a_row_per_epoch(tmp_path: Path, base: dict[str, Tensor]) ->
     for row in progress.history:
         assert 0 <= row["train_accuracy"] <= 1
         assert row["valid_accuracy"] * 10 == pytest.approx(round(row["valid_accuracy"] * 10))
+
+
+def test_a_last_batch_of_one_photo_joins_the_batch_before_if_batchnorm_is_trained() -> None:
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2), nn.LogSoftmax(dim=1))
+    rows = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    batches = CachedBatches(rows, [0, 1] * 4 + [0], batch_size=8, seed=0)
+    config = replace(CONFIG, batch_size=8, epochs=1)
+    progress = fit(module, list(module.state_dict()), batches, batches, config, compute=CPU, head=["1.weight", "1.bias"])
+    assert progress.epoch == 1
+    assert [len(labels) for _, labels in batches.shuffled(0, min_batch=2)] == [9]
+    assert [len(labels) for _, labels in batches.shuffled(0)] == [8, 1]
 
 
 def test_every_epoch_is_a_different_permutation() -> None:

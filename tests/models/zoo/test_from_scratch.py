@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data.image_folder import Sample
+from finetune.data.inspection import ImageRecord
 from finetune.features.extractor import FeatureExtractor
 from finetune.training.data_loaders import UncachedBatches
 from finetune.training.trainer import make_optimizer
+from models.artifacts.atomic_io import sha256_of
 from models.networks.classifier import Classifier
 from models.networks.registry import create_model, get_spec
 from models.networks.split_point import split_model
@@ -103,14 +105,15 @@ def test_unknown_optimizer_error_suggests_the_closest_one(data: Path) -> None:
 
 def test_images_are_decoded_once_if_they_fit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = get_spec("lenet5")
-    samples = [Sample(f"{i}.jpg", paint(tmp_path / f"{i}.jpg", (250, 30, 30), seed=i), 0, "train") for i in range(3)]
+    files = [paint(tmp_path / f"{i}.jpg", (250, 30, 30), seed=i) for i in range(3)]
+    records = [ImageRecord(Sample(file.name, file, 0, "train"), sha256_of(file), None, None) for file in files]
     decoded: list[int] = []
     pixels = type(spec.preprocessing).pixels
     monkeypatch.setattr(type(spec.preprocessing), "pixels", lambda self, data: (decoded.append(1), pixels(self, data))[1])
     split = split_model(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
     frozen = FeatureExtractor(split, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
     batches = UncachedBatches(
-        samples, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1
+        records, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1
     )
     first, again = (torch.cat([rows for rows, _ in batches.ordered()]) for _ in range(2))
     assert first.shape == (3, 1, 28, 28)
