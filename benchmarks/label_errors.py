@@ -56,7 +56,7 @@ def main() -> None:
         config = Config(data_dir=data, backbone=args.backbone, output_dir=run, export="head", allow_leakage=True)
         bundle = train(config)
         start = time.perf_counter()
-        predictions, _ = cross_validate(bundle.path, data, folds=args.folds, out=Path(folder) / "folds")
+        predictions = cross_validate(bundle.path, data, folds=args.folds, out=Path(folder) / "folds").predictions
         seconds = time.perf_counter() - start
     reported = [predictions.image_names[row] for row in rank_label_issues(predictions)]
     true_positives = flipped & set(reported)

@@ -17,6 +17,7 @@ from torch import Tensor
 from finetune.compute import distributed
 from finetune.compute.device import Compute, select_compute
 from finetune.config import Config
+from finetune.data.builtin_datasets import make_dataset, with_data_dir
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ChangedImageError, ImageRecord, PixelCache
@@ -62,13 +63,15 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         UserError: For every error that the user can fix (settings, data, weights, storage).
     """
     spec = get_spec(config.backbone)
-    config = resolve_config(config, spec)
+    config = resolve_config(with_data_dir(config), spec)
     folder = config.output_dir or default_run_dir(config)
     requested = config
     config = dataclasses.replace(config, reviews_from=config.reviews_from and hide_password(config.reviews_from))
     if finished := distributed.run_on_main(lambda: open_run(folder, config, resume=resume)):
         print(f"The run in {folder} is already finished.")
         return finished
+    if config.dataset:
+        distributed.local_main_first(lambda: make_dataset(str(config.dataset), config.data_dir))
     reviews = distributed.run_on_main(lambda: load_reviews(requested, saved=folder / run_directory.REVIEWS if resume else None))
     compute = select_compute(config.device, config.precision)
     dataset = read_dataset(

@@ -30,6 +30,7 @@ LAYERS = {
         "evaluation",
         "pipeline",
         "compare introspection",
+        "api",
         "cli",
         "__main__ __init__",
     ),

@@ -11,12 +11,14 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from finetune.data.image_files import ImageSearch, find_images, read_image_file
 from finetune.data.path_list import read_path_list
 from finetune.io.threaded_map import batched, threaded_map
 from models.artifacts.bundle import GRAPH, Bundle
 from models.errors import DataError, ImageError
+from models.preprocess import to_rgb
 from models.runtime.openvino_engine import OpenVINOEngine
 
 BATCH = 16
@@ -24,40 +26,58 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """An image's probabilities (classes,) and embedding (d,), or the error if it could not be read."""
+    """An image's probabilities (classes,) and embedding (d,), or the error if it could not be read.
 
-    path: Path
+    ``image`` is the file, or the image in memory.
+    """
+
+    image: Path | Image.Image
     probabilities: NDArray[np.float32] | None
     error: str | None = None
     embedding: NDArray[np.float32] | None = None
 
 
-def classify(bundle: Bundle, paths: Sequence[Path], *, precision: str = "fp32", workers: int = 0) -> Iterator[ImagePrediction]:
+def open_engine(bundle: Bundle, *, precision: str = "fp32") -> OpenVINOEngine:
+    """Compile the bundle's graph for ``classify``."""
+    return OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"], precision=precision)
+
+
+def classify(
+    bundle: Bundle,
+    images: Sequence[Path | Image.Image],
+    *,
+    precision: str = "fp32",
+    workers: int = 0,
+    engine: OpenVINOEngine | None = None,
+) -> Iterator[ImagePrediction]:
     """Yield calibrated probabilities for each image, in order. An unreadable image yields its error instead.
 
     Args:
         bundle: The bundle to predict with.
-        paths: The image files.
+        images: Image files, or images in memory.
         precision: Numeric precision of the engine.
         workers: Number of decoding threads. 0: one per CPU.
+        engine: The result of ``open_engine``, to compile the graph only once for several calls.
     """
-    engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"], precision=precision)
+    engine = engine or open_engine(bundle, precision=precision)
 
-    def pixels(path: Path) -> NDArray[np.uint8] | str:
+    def pixels(image: Path | Image.Image) -> NDArray[np.uint8] | str:
         try:
-            return bundle.preprocessing.pixels(read_image_file(path))
+            if isinstance(image, Image.Image):
+                return bundle.preprocessing.crop(to_rgb(ImageOps.exif_transpose(image)))
+            return bundle.preprocessing.pixels(read_image_file(image))
         except (ImageError, OSError) as error:
             return str(error)
 
-    for batch in batched(zip(paths, threaded_map(pixels, paths, workers=workers), strict=True), BATCH):
+    for batch in batched(zip(images, threaded_map(pixels, images, workers=workers), strict=True), BATCH):
         readable = [decoded for _, decoded in batch if not isinstance(decoded, str)]
         rows = zip(*engine.run(np.stack(readable)), strict=True) if readable else iter(())
-        for path, decoded in batch:
+        for image, decoded in batch:
             if isinstance(decoded, str):
-                yield ImagePrediction(path, None, decoded)
+                yield ImagePrediction(image, None, decoded)
             else:
                 probabilities, embedding = next(rows)
-                yield ImagePrediction(path, probabilities, embedding=embedding)
+                yield ImagePrediction(image, probabilities, embedding=embedding)
 
 
 def list_images(paths: Sequence[Path], listed: Path | None, search: ImageSearch) -> Iterator[Path]:

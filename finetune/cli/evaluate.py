@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from models.artifacts.label_issues import rank_label_issues, suggested_labels
+from models.artifacts.predictions import Predictions
 from models.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetune.evaluation.evaluate import Evaluation
 
 MAX_SHOWN = 10
 
@@ -35,46 +41,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune evaluate``: write the results and print a summary."""
-    bundle_name = args.bundle.resolve().parent.name if args.bundle.name == "bundle" else args.bundle.name
-    name = f"{args.folds}-folds" if args.folds else args.split or "valid"
-    out = args.output_dir or Path("evaluations") / f"{bundle_name}-{args.data_dir.resolve().name}-{name}"
-    if args.folds is not None:
-        _run_folds(args, out)
-    elif args.weights or args.reviews:
+    if args.folds is None and (args.weights or args.reviews):
         raise ConfigError("--weights and --reviews require --folds. Set the number of folds, or remove them.")
+    if args.folds is not None and (args.folds < 2 or args.split):
+        raise ConfigError("--folds must be at least 2, and cannot be combined with --split: it covers training and validation.")
+    print("Loading PyTorch ...")
+    if args.folds:
+        evaluation = _cross_validate(args)
     else:
-        print("Loading PyTorch ...")
         from finetune.evaluation.evaluate import evaluate_bundle
-        from finetune.metrics.classification import format_summary
 
-        metrics = evaluate_bundle(
-            args.bundle, args.data_dir, split=args.split or "valid", out=out, workers=args.workers, cache_dir=args.cache_dir
+        evaluation = evaluate_bundle(
+            args.bundle,
+            args.data_dir,
+            split=args.split or "valid",
+            out=args.output_dir,
+            workers=args.workers,
+            cache_dir=args.cache_dir,
         )
-        print(format_summary(metrics))
-    print(f"\nresults      {out}")
+    print(evaluation.summary())
+    if args.folds:
+        _print_label_issues(evaluation.predictions)
+    print(f"\nresults      {evaluation.path}")
     return 0
 
 
-def _run_folds(args: argparse.Namespace, out: Path) -> None:
-    if args.folds < 2 or args.split:
-        raise ConfigError("--folds must be at least 2, and cannot be combined with --split: it covers training and validation.")
-    print("Loading PyTorch ...")
+def _cross_validate(args: argparse.Namespace) -> Evaluation:
     from finetune.data.review_source import read_review_file
     from finetune.evaluation.cross_validation import cross_validate
-    from finetune.metrics.classification import format_summary
-    from models.artifacts.label_issues import rank_label_issues, suggested_labels
 
-    predictions, metrics = cross_validate(
+    return cross_validate(
         args.bundle,
         args.data_dir,
         folds=args.folds,
-        out=out,
+        out=args.output_dir,
         weights=args.weights,
         reviews=read_review_file(args.reviews) if args.reviews else None,
         workers=args.workers,
         cache_dir=args.cache_dir,
     )
-    print(format_summary(metrics))
+
+
+def _print_label_issues(predictions: Predictions) -> None:
     issues, suggested = rank_label_issues(predictions), suggested_labels(predictions)
     print(f"\nPossible label errors (out-of-fold): {len(issues):,} of {len(predictions.image_names):,} photos")
     for row in issues[:MAX_SHOWN]:

@@ -119,10 +119,10 @@ def _precision(args: argparse.Namespace, bundle: Bundle) -> str:
 
 def _as_dict(prediction: ImagePrediction, bundle: Bundle) -> dict[str, object]:
     if prediction.probabilities is None:
-        return {"photo": str(prediction.path), "error": prediction.error}
+        return {"photo": str(prediction.image), "error": prediction.error}
     best = int(prediction.probabilities.argmax())
     return {
-        "photo": str(prediction.path),
+        "photo": str(prediction.image),
         "label": bundle.classes[best],
         "confidence": float(prediction.probabilities[best]),
         "probabilities": {name: float(p) for name, p in zip(bundle.classes, prediction.probabilities, strict=True)},
@@ -133,13 +133,13 @@ def _as_dict(prediction: ImagePrediction, bundle: Bundle) -> dict[str, object]:
 
 def _as_row(prediction: ImagePrediction, bundle: Bundle) -> list[str]:
     if prediction.probabilities is None:
-        return [str(prediction.path), "", *("" for _ in bundle.classes), prediction.error or ""]
+        return [str(prediction.image), "", *("" for _ in bundle.classes), prediction.error or ""]
     best = bundle.classes[int(prediction.probabilities.argmax())]
-    return [str(prediction.path), best, *(f"{p:.9g}" for p in prediction.probabilities), ""]
+    return [str(prediction.image), best, *(f"{p:.9g}" for p in prediction.probabilities), ""]
 
 
 def _as_line(prediction: ImagePrediction, bundle: Bundle) -> str:
     if prediction.probabilities is None:
-        return f"{prediction.path}: {prediction.error}"
+        return f"{prediction.image}: {prediction.error}"
     best = int(prediction.probabilities.argmax())
-    return f"{prediction.path}: {bundle.classes[best]} ({100 * prediction.probabilities[best]:.2f}%)"
+    return f"{prediction.image}: {bundle.classes[best]} ({100 * prediction.probabilities[best]:.2f}%)"

@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
         config = settings.from_arguments(args)
         print("Loading PyTorch ...")
     from finetune.compute import distributed
+    from finetune.data.builtin_datasets import with_data_dir
     from finetune.pipeline import train  # importing torch takes seconds; report flag errors first
 
-    if config.dataset:
-        config = distributed.local_main_first(lambda: _with_dataset(config, resume=args.resume))
+    config = with_data_dir(config)
     bundle = train(config, resume=args.resume)
     if distributed.is_main_process():
         _print_results(bundle, config)
@@ -102,28 +102,11 @@ def _evaluate_test_split(bundle: Bundle, config: settings.Config) -> None:
     """Evaluate a finished run on its data set's test split into ``test`` next to the bundle, unless already done."""
     from finetune.data.builtin_datasets import TEST
     from finetune.evaluation.evaluate import evaluate_bundle
-    from finetune.metrics.classification import format_summary
 
     out = bundle.path.parent / TEST
     if (out / "metrics.json").is_file():
         return
     shutil.rmtree(out, ignore_errors=True)  # left by an interrupted evaluation
-    metrics = evaluate_bundle(bundle.path, config.data_dir, split=TEST, out=out, workers=config.workers, seed=config.seed)
+    evaluation = evaluate_bundle(bundle.path, config.data_dir, split=TEST, out=out, workers=config.workers, seed=config.seed)
     print("\nTest results, on images that were not used in training:")
-    print(f"{format_summary(metrics)}\nresults      {out}")
-
-
-def _with_dataset(config: settings.Config, *, resume: bool) -> settings.Config:
-    """Prepare ``--dataset``. Check the network and the run directory first, as the download may be large."""
-    from finetune.data import builtin_datasets
-    from finetune.pipeline import default_run_dir
-    from finetune.training import run_directory
-    from models.networks.registry import get_spec
-
-    get_spec(config.backbone)
-    config = builtin_datasets.with_data_dir(config)
-    if not resume:
-        run_directory.require_no_run(config.output_dir or default_run_dir(config))
-    assert config.dataset is not None
-    builtin_datasets.make_dataset(config.dataset, config.data_dir)
-    return config
+    print(f"{evaluation.summary()}\nresults      {out}")

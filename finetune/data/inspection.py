@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from finetune.data.image_files import read_image_file
 from finetune.data.image_folder import Sample
 from finetune.io.array_store import ArrayStore
 from finetune.io.threaded_map import threaded_map
@@ -71,9 +72,10 @@ def read_inspected(path: Path, sha256: str) -> bytes:
         ChangedImageError: It cannot be read, or its sha256 differs.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ChangedImageError(f"{path} can no longer be read ({error.strerror or error}). Put it back.") from None
+        data = read_image_file(path)
+    except (OSError, ImageError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ChangedImageError(f"{path} can no longer be read ({reason}). Put it back.") from None
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ChangedImageError(f"{path} has changed since it was inspected. Restore it.")
     return data

@@ -28,12 +28,13 @@ from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord
 from finetune.data.layout import class_name
+from finetune.evaluation.evaluate import Evaluation, default_output_dir
 from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.calibration import apply_temperature
 from finetune.reports.results import write_results
 from finetune.training.data_loaders import CachedBatches
 from finetune.training.setup import TrainingNetwork, build_feature_cache, prepare_dataset, prepare_network
-from finetune.training.trainer import learning_rate, make_optimizer, predict, train_one_epoch
+from finetune.training.trainer import BAR_FORMAT, learning_rate, make_optimizer, predict, train_one_epoch
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions
@@ -48,26 +49,23 @@ def cross_validate(
     data_dir: Path,
     *,
     folds: int,
-    out: Path,
+    out: Path | None = None,
     weights: Path | None = None,
     reviews: ReviewTable | None = None,
     workers: int = 0,
     cache_dir: Path | None = None,
-) -> tuple[Predictions, dict[str, Any]]:
+) -> Evaluation:
     """Predict every training and validation image out of fold and write an evaluation to ``out``.
 
     Args:
         bundle_dir: The bundle whose training is repeated.
         data_dir: The data set that the bundle was trained on.
         folds: Number of folds, 2 or more.
-        out: A new or empty folder for the results.
+        out: A new or empty folder for the results. None: ``default_output_dir``.
         weights: File of the pretrained weights, if they are not found automatically.
         reviews: Reviewed labels to apply before training.
         workers: Number of decoding threads. 0: one per CPU.
         cache_dir: Folder of the feature cache.
-
-    Returns:
-        The predictions, one row per image, and the metrics.
 
     Raises:
         BundleError: The bundle's training cannot be repeated on cached features, or the base weights differ.
@@ -81,6 +79,7 @@ def cross_validate(
             f"The classes of {data_dir} ({', '.join(dataset.classes)}) differ from those of the bundle "
             f"({', '.join(bundle.classes)}). Use the data that the bundle was trained on."
         )
+    out = out or default_output_dir(bundle_dir, data_dir, f"{folds}-folds")
     require_empty_folder(out)
     compute = select_compute(config.device, config.precision)
     network = prepare_network(get_spec(bundle.backbone), len(bundle.classes), config, compute)
@@ -104,6 +103,7 @@ def cross_validate(
         splits=tuple(s.sample.split for s in records),
         sha256s=tuple(s.sha256 for s in records),
     )
+    print("Computing the metrics and drawing the plots ...")
     metrics = write_results(
         out,
         predictions,
@@ -124,7 +124,7 @@ def cross_validate(
         folds=folds,
         fold_training=fold_training,
     )
-    return predictions, metrics
+    return Evaluation(out, predictions, metrics)
 
 
 def training_config(bundle: Bundle, data_dir: Path, *, weights: Path | None, workers: int, cache_dir: Path | None) -> Config:
@@ -216,6 +216,7 @@ def predict_out_of_fold(
     for fold in range(folds):
         held_out, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
         module.load_state_dict(initial, strict=False)
+        print(f"Training and predicting fold {fold + 1} of {folds} ...")
         train = _batches(features, labels, others, config)
         fit_fold(network, train, config, epochs=epochs, compute=compute, label=f"fold {fold + 1} of {folds}")
         with capture_embeddings(network.classifier, network.spec) as captured:
@@ -234,7 +235,7 @@ def fit_fold(
     module.to(compute.device)
     heads = [f"net.{head}.{tensor}" for head in network.spec.heads for tensor in ("weight", "bias")]
     optimizer = make_optimizer(module, config, head=heads)
-    with tqdm(total=epochs * len(train), desc=label, unit="photo", disable=None, leave=False) as bar:
+    with tqdm(total=epochs * len(train), desc=label, bar_format=BAR_FORMAT, disable=None, leave=False) as bar:
         for epoch in range(epochs):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch) * group["scale"]

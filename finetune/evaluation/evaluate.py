@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from finetune.batch_inference.predict import classify
 from finetune.data.embeddings import build_similarity_index
@@ -15,13 +17,37 @@ from finetune.data.inspection import PixelCache, fingerprint_context, inspect_im
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
+from finetune.metrics.classification import format_summary
 from finetune.reports.results import write_results
 from models.artifacts.evaluation import EVALUATED, write_evaluation
 from models.artifacts.paths import default_cache_dir
 from models.artifacts.predictions import Predictions
 from models.errors import DataError
 
-MAX_SHOWN = 10
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Attributes:
+        path: The folder of the written files.
+        predictions: A row per image.
+        metrics: The metrics with their 95% intervals, as written to metrics.json.
+    """
+
+    path: Path
+    predictions: Predictions
+    metrics: dict[str, Any]
+
+    def summary(self) -> str:
+        """Format the metrics as a short text."""
+        return format_summary(self.metrics)
+
+
+def default_output_dir(bundle_dir: Path, data_dir: Path, name: str) -> Path:
+    """Return evaluations/BUNDLE-DATA-NAME. The name of a bundle in a run directory is that of the run."""
+    bundle_name = bundle_dir.resolve().parent.name if bundle_dir.name == "bundle" else bundle_dir.name
+    return Path("evaluations") / f"{bundle_name}-{data_dir.resolve().name}-{name}"
 
 
 def evaluate_bundle(
@@ -29,11 +55,11 @@ def evaluate_bundle(
     data_dir: Path,
     *,
     split: str = "valid",
-    out: Path,
+    out: Path | None = None,
     workers: int = 0,
     seed: int = 0,
     cache_dir: Path | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate a bundle and write metrics, predictions, similar images, plots and evaluation.json to ``out``.
 
     Unreadable images are skipped and reported.
@@ -42,13 +68,10 @@ def evaluate_bundle(
         bundle_dir: The bundle to evaluate.
         data_dir: The folder of labeled images.
         split: The subfolder of ``data_dir`` to evaluate.
-        out: A new or empty folder for the results.
+        out: A new or empty folder for the results. None: ``default_output_dir``.
         workers: Number of decoding threads. 0: one per CPU.
         seed: Seed of the bootstrap and of the random sheets.
         cache_dir: Folder of the fingerprint cache.
-
-    Returns:
-        The metrics, as written to metrics.json.
 
     Raises:
         BundleError: The bundle cannot be opened.
@@ -58,16 +81,19 @@ def evaluate_bundle(
     samples, skipped = read_split(data_dir, split, bundle.classes)
     for line in describe_skipped(skipped, data_dir):
         print(f"Note: {line}")
+    out = out or default_output_dir(bundle_dir, data_dir, split)
     require_empty_folder(out)
+    print(f"Inspecting and predicting {len(samples):,} photos ...")
     pixel_cache = PixelCache(bundle.preprocessing, limit_mb=0)
     store = ArrayStore(
         cache_dir or default_cache_dir(), fingerprint_context(pixel_cache.preprocessing.decode_px), limit_mb=4096
     )
     records = inspect_images(samples, store=store, pixel_cache=pixel_cache, workers=workers)
-    results = list(classify(bundle, [sample.path for sample in samples], workers=workers))
+    predicted = classify(bundle, [sample.path for sample in samples], workers=workers)
+    results = list(tqdm(predicted, total=len(samples), desc="predicting", unit="photo", disable=None, leave=False))
     for result in results:
         if result.error:
-            print(f"Skipped: {result.path}: {result.error}")
+            print(f"Skipped: {result.image}: {result.error}")
     readable = [
         (s, r.probabilities, r.embedding)
         for s, r in zip(records, results, strict=True)
@@ -89,6 +115,7 @@ def evaluate_bundle(
     temperature = float(bundle.manifest["temperature"])
     raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) ** T is softmax(z) before normalization
     embeddings = np.stack([row for _, _, row in readable])
+    print("Computing the metrics and drawing the plots ...")
     metrics = write_results(
         out,
         predictions,
@@ -99,4 +126,4 @@ def evaluate_bundle(
         seed=seed,
     )
     write_evaluation(out, bundle, kind=EVALUATED, classes=bundle.classes, split=split, temperature=temperature)
-    return metrics
+    return Evaluation(out, predictions, metrics)

@@ -1,0 +1,166 @@
+"""The Python interface for notebooks and scripts: ``train``, ``evaluate``, ``load`` and ``Classifier.predict``.
+
+The functions are the ones behind the commands, so both give the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from finetune import config as settings
+from finetune import pipeline
+from finetune.batch_inference.predict import classify, open_engine
+from finetune.data.image_files import ImageSearch, find_images
+from finetune.evaluation.cross_validation import cross_validate
+from finetune.evaluation.evaluate import Evaluation, evaluate_bundle
+from finetune.export.merge_head import open_full_bundle
+from models.artifacts.bundle import Bundle
+from models.errors import ImageError
+from models.runtime.openvino_engine import OpenVINOEngine
+
+__all__ = ["Classifier", "Evaluation", "Prediction", "evaluate", "load", "train"]
+
+ImageInput = str | Path | Image.Image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The prediction for one image.
+
+    Attributes:
+        image: The image file, or the image that was passed.
+        label: The most probable class.
+        confidence: Its calibrated probability.
+        probabilities: The calibrated probability of each class.
+    """
+
+    image: Path | Image.Image
+    label: str
+    confidence: float
+    probabilities: dict[str, float]
+
+
+class Classifier:
+    """A trained image classifier, opened by ``load`` or returned by ``train``."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    @property
+    def path(self) -> Path:
+        """The bundle's folder."""
+        return self._bundle.path
+
+    @property
+    def name(self) -> str:
+        """The bundle's name."""
+        return self._bundle.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the labels."""
+        return self._bundle.classes
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The validation metrics of the training, with their 95% intervals."""
+        return dict(self._bundle.manifest["metrics"])
+
+    def predict(self, images: ImageInput | Iterable[ImageInput], *, workers: int = 0) -> list[Prediction]:
+        """Classify images.
+
+        Args:
+            images: Image files, folders of images and images in memory, or a single one of these.
+            workers: Number of decoding threads. 0: one per CPU.
+
+        Returns:
+            One prediction per image, in order.
+
+        Raises:
+            ImageError: An image cannot be read.
+            DataError: A file does not exist, or a folder contains no images.
+        """
+        given = [images] if isinstance(images, ImageInput) else list(images)
+        listed: list[Path | Image.Image] = []
+        for image in given:
+            listed += [image] if isinstance(image, Image.Image) else find_images([Path(image)], ImageSearch())
+        predictions = []
+        for result in classify(self._bundle, listed, workers=workers, engine=self._engine):
+            if result.probabilities is None:
+                raise ImageError(f"{result.image}: {result.error}")
+            probabilities = dict(zip(self.classes, map(float, result.probabilities), strict=True))
+            label = max(probabilities, key=probabilities.__getitem__)
+            predictions.append(Prediction(result.image, label, probabilities[label], probabilities))
+        return predictions
+
+    def __repr__(self) -> str:
+        return f"Classifier({str(self.path)!r}, classes={list(self.classes)})"
+
+    @cached_property
+    def _engine(self) -> OpenVINOEngine:
+        return open_engine(self._bundle)
+
+
+def load(bundle: str | Path) -> Classifier:
+    """Open a bundle.
+
+    Raises:
+        BundleError: The folder is not a bundle, or a file was modified.
+    """
+    return Classifier(open_full_bundle(Path(bundle)))
+
+
+def train(data_dir: str | Path, *, backbone: str = "vgg16", resume: bool = False, **config: Any) -> Classifier:
+    """Train a classifier on a folder of labeled images, as ``finetune train`` does.
+
+    Prints its progress and writes a run directory.
+
+    Args:
+        data_dir: Folder with ``train/CLASS/`` and ``valid/CLASS/``, or with ``CLASS/`` only.
+        backbone: The pretrained network.
+        resume: Continue the interrupted run in ``output_dir``.
+        config: Any other setting of ``finetune.config.Config``, such as ``epochs`` or ``output_dir``.
+
+    Returns:
+        The trained classifier.
+
+    Raises:
+        UserError: For every error that the user can fix (settings, data, weights, storage).
+    """
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
+    bundle = pipeline.train(settings.from_mapping({"data_dir": str(data_dir), "backbone": backbone, **values}), resume=resume)
+    return load(bundle.path)
+
+
+def evaluate(
+    classifier: Classifier | str | Path,
+    data_dir: str | Path,
+    *,
+    split: str = "valid",
+    folds: int | None = None,
+    output_dir: str | Path | None = None,
+) -> Evaluation:
+    """Evaluate a classifier on labeled images, as ``finetune evaluate`` does.
+
+    Args:
+        classifier: The classifier, or the folder of its bundle.
+        data_dir: The folder of labeled images.
+        split: The subfolder of ``data_dir`` to evaluate.
+        folds: Cross-validate on training and validation images with this number of folds, instead of evaluating ``split``.
+        output_dir: A new or empty folder for the results. None: evaluations/BUNDLE-DATA-SPLIT.
+
+    Raises:
+        BundleError: The bundle cannot be opened, or cannot be cross-validated.
+        DataError: The data set does not match the bundle, or none of its images can be read.
+    """
+    bundle = classifier.path if isinstance(classifier, Classifier) else Path(classifier)
+    out = Path(output_dir) if output_dir else None
+    if folds is not None:
+        return cross_validate(bundle, Path(data_dir), folds=folds, out=out)
+    return evaluate_bundle(bundle, Path(data_dir), split=split, out=out)
