@@ -47,13 +47,17 @@ finetune: $(INSTALLED) ## train on DATA: make finetune DATA=photos BACKBONE=effi
 serve: $(INSTALLED) ## serve BUNDLE on 127.0.0.1:8000, with a gallery of DATA: make serve BUNDLE=runs/NAME/bundle DATA=photos
 	@BUNDLE='$(BUNDLE)' DATA_DIR='$(SHOWN)' HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
-demo: $(INSTALLED) ## run the complete workflow on generated pictures and open the gallery
-	rm -rf demo
-	$(BIN)/finetune synthesize demo/pictures
-	$(BIN)/finetune train --data-dir demo/pictures --backbone efficientnet_lite0 --output-dir demo/run
-	$(BIN)/finetune evaluate --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/evaluation
-	$(BIN)/finetune evaluate --folds 5 --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/folds
-	@echo "Pictures: demo/pictures. Run: demo/run. Evaluation: demo/evaluation. Cross-validated predictions: demo/folds."
+demo: $(INSTALLED) ## train on generated pictures and open the gallery (takes about a minute)
+	@if [ -f demo/folds/evaluation.json ]; then \
+	  echo "Reusing the demo, with its reviews. To start again: rm -r demo"; \
+	else \
+	  echo "This takes about a minute: draw 280 pictures, train on 200 of them, and predict all of them by cross-validation."; \
+	  rm -rf demo/run demo/folds && \
+	  { [ -d demo/pictures ] || $(BIN)/finetune synthesize demo/pictures; } && \
+	  $(BIN)/finetune train --data-dir demo/pictures --backbone efficientnet_lite0 --epochs 10 --output-dir demo/run && \
+	  $(BIN)/finetune evaluate --folds 5 --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/folds; \
+	fi
+	@echo "Pictures: demo/pictures. Run: demo/run. Cross-validated predictions: demo/folds. Reviews: demo/reviews.db."
 	@echo "Open http://$(or $(HOST),127.0.0.1):$(or $(PORT),8000)/gallery. Press Ctrl-C to stop."
 	@BUNDLE=demo/run/bundle DATA_DIR=demo/pictures EVALUATIONS=demo/folds DATABASE_URL=sqlite:///demo/reviews.db \
 	  HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service

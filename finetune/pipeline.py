@@ -24,6 +24,7 @@ from finetune.data.inspection import ChangedImageError, ImageRecord, PixelCache
 from finetune.data.review_source import hide_password, load_reviews
 from finetune.export.exporter import PARITY_IMAGES, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
+from finetune.io.progress import step
 from finetune.metrics.calibration import apply_temperature, fit_temperature
 from finetune.reports.results import write_results
 from finetune.training import run_directory
@@ -90,8 +91,8 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     with run_directory.locked(folder) if distributed.is_main_process() else contextlib.nullcontext(), _resumable(folder):
         batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=hash_inputs(prepared, network))
-        print("Predicting the validation photos with the best epoch ...")
-        outputs = predict_validation(network, batches["valid"], compute)
+        with step("Predicting the validation photos with the best epoch"):
+            outputs = predict_validation(network, batches["valid"], compute)
         return distributed.run_on_main(lambda: write_outputs(config, folder, network, compute, outputs, prepared, progress))
 
 
@@ -206,7 +207,6 @@ def write_outputs(
 ) -> Bundle:
     """Calibrate, evaluate and export the trained network. ``outputs`` are those of ``predict_validation``."""
     atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    print("Computing the metrics and drawing the plots ...")
     log_probs, labels, embeddings = outputs
     valid_records = prepared.splits["valid"]
     raw = log_probs.double().numpy()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from finetune import config as settings
+from finetune.io.progress import step
 
 # Settings that apply to all networks. Unset ones come from each network's recipe.
 SHARED_SETTINGS = (
@@ -48,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune compare``: train and benchmark the networks and print the report."""
-    print("Loading PyTorch ...")
-    from finetune.compare.runner import compare_networks, select_networks
+    with step("Loading PyTorch"):
+        from finetune.compare.runner import compare_networks, select_networks
 
     names = select_networks(args.backbones)
     out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-compare"

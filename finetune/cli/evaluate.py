@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from finetune.data.review_source import read_review_file
+from finetune.io.progress import step
 from models.artifacts.label_issues import rank_label_issues, suggested_labels
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError
-
-if TYPE_CHECKING:
-    from finetune.evaluation.evaluate import Evaluation
 
 MAX_SHOWN = 10
 
@@ -45,12 +43,22 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--weights and --reviews require --folds. Set the number of folds, or remove them.")
     if args.folds is not None and (args.folds < 2 or args.split):
         raise ConfigError("--folds must be at least 2, and cannot be combined with --split: it covers training and validation.")
-    print("Loading PyTorch ...")
-    if args.folds:
-        evaluation = _cross_validate(args)
-    else:
+    with step("Loading PyTorch"):
+        from finetune.evaluation.cross_validation import cross_validate
         from finetune.evaluation.evaluate import evaluate_bundle
 
+    if args.folds:
+        evaluation = cross_validate(
+            args.bundle,
+            args.data_dir,
+            folds=args.folds,
+            out=args.output_dir,
+            weights=args.weights,
+            reviews=read_review_file(args.reviews) if args.reviews else None,
+            workers=args.workers,
+            cache_dir=args.cache_dir,
+        )
+    else:
         evaluation = evaluate_bundle(
             args.bundle,
             args.data_dir,
@@ -64,22 +72,6 @@ def run(args: argparse.Namespace) -> int:
         _print_label_issues(evaluation.predictions)
     print(f"\nresults      {evaluation.path}")
     return 0
-
-
-def _cross_validate(args: argparse.Namespace) -> Evaluation:
-    from finetune.data.review_source import read_review_file
-    from finetune.evaluation.cross_validation import cross_validate
-
-    return cross_validate(
-        args.bundle,
-        args.data_dir,
-        folds=args.folds,
-        out=args.output_dir,
-        weights=args.weights,
-        reviews=read_review_file(args.reviews) if args.reviews else None,
-        workers=args.workers,
-        cache_dir=args.cache_dir,
-    )
 
 
 def _print_label_issues(predictions: Predictions) -> None:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from finetune import config as settings
+from finetune.io.progress import step
 from models.artifacts.bundle import Bundle
 from models.errors import RunError
 
@@ -24,18 +25,18 @@ def run(args: argparse.Namespace) -> int:
         explicit_settings = settings.explicit_settings(args)
         if "output_dir" not in explicit_settings:
             raise RunError("--resume requires the run directory. Add --output-dir runs/NAME.")
-        print("Loading PyTorch ...")
-        from finetune.compute import distributed
-        from finetune.training import run_directory
+        with step("Loading PyTorch"):
+            from finetune.compute import distributed
+            from finetune.training import run_directory
 
         saved = distributed.run_on_main(lambda: run_directory.read_config(Path(explicit_settings["output_dir"])))
         config = settings.from_mapping({**saved, **explicit_settings})
     else:
         config = settings.from_arguments(args)
-        print("Loading PyTorch ...")
-    from finetune.compute import distributed
-    from finetune.data.builtin_datasets import with_data_dir
-    from finetune.pipeline import train  # importing torch takes seconds; report flag errors first
+    with step("Loading PyTorch and other libraries"):  # takes seconds; report flag errors first
+        from finetune.compute import distributed
+        from finetune.data.builtin_datasets import with_data_dir
+        from finetune.pipeline import train
 
     config = with_data_dir(config)
     bundle = train(config, resume=args.resume)
@@ -94,7 +95,7 @@ def next_commands(bundle: Bundle, data_dir: Path) -> list[str]:
         how = ""
     return [
         f"finetune evaluate --bundle {path} --data-dir {data}{how}",
-        f"BUNDLE={path} DATA_DIR={data} serve-classifier",
+        f"DATA_DIR={data} serve-classifier {path}",
     ]
 
 

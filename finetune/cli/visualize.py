@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.io.progress import step
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to visualize")
@@ -15,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune visualize``: draw the filters and, with ``--photo``, the feature maps."""
-    print("Loading PyTorch ...")
-    from finetune.introspection.feature_maps import visualize_bundle
+    with step("Loading PyTorch"):
+        from finetune.introspection.feature_maps import visualize_bundle
 
     written = visualize_bundle(args.bundle, out=args.output_dir, photo=args.photo, max_maps=args.maps)
     print(f"filters      {written.filters}")

@@ -103,7 +103,6 @@ def cross_validate(
         splits=tuple(s.sample.split for s in records),
         sha256s=tuple(s.sha256 for s in records),
     )
-    print("Computing the metrics and drawing the plots ...")
     metrics = write_results(
         out,
         predictions,
@@ -216,7 +215,6 @@ def predict_out_of_fold(
     for fold in range(folds):
         held_out, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
         module.load_state_dict(initial, strict=False)
-        print(f"Training and predicting fold {fold + 1} of {folds} ...")
         train = _batches(features, labels, others, config)
         fit_fold(network, train, config, epochs=epochs, compute=compute, label=f"fold {fold + 1} of {folds}")
         with capture_embeddings(network.classifier, network.spec) as captured:
@@ -236,6 +234,8 @@ def fit_fold(
     heads = [f"net.{head}.{tensor}" for head in network.spec.heads for tensor in ("weight", "bias")]
     optimizer = make_optimizer(module, config, head=heads)
     with tqdm(total=epochs * len(train), desc=label, bar_format=BAR_FORMAT, disable=None, leave=False) as bar:
+        if bar.disable:
+            print(f"Training {label} ...")
         for epoch in range(epochs):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch) * group["scale"]

@@ -115,7 +115,6 @@ def evaluate_bundle(
     temperature = float(bundle.manifest["temperature"])
     raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) ** T is softmax(z) before normalization
     embeddings = np.stack([row for _, _, row in readable])
-    print("Computing the metrics and drawing the plots ...")
     metrics = write_results(
         out,
         predictions,

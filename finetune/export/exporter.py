@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from finetune.io.progress import step
 from finetune.reports.model_card import write_model_card
 from finetune.reports.results import PLOTS
 from models.artifacts.bundle import (
@@ -91,14 +93,13 @@ def export_bundle(
 
     def write_files(folder: Path) -> None:
         graph = folder / GRAPH
-        print("Exporting the serving graph ...")
-        export_serving_graph(classifier, spec, temperature=temperature, path=graph)
-        print(f"Comparing it with the trained network on {len(parity.pixels)} photos ...")
-        engine = OpenVINOEngine(graph, outputs=OUTPUTS[:1])
-        manifest["parity"] = check_parity(engine, parity)
-        if supports_bf16():
-            print("Measuring its speed and accuracy in bfloat16 ...")
-        manifest["bf16"] = measure_bf16(graph, parity.pixels)
+        with step("Exporting the serving graph"):
+            export_serving_graph(classifier, spec, temperature=temperature, path=graph)
+        with step(f"Comparing it with the trained network on {len(parity.pixels)} photos"):
+            engine = OpenVINOEngine(graph, outputs=OUTPUTS[:1])
+            manifest["parity"] = check_parity(engine, parity)
+        with step("Measuring its speed in bfloat16") if supports_bf16() else contextlib.nullcontext():
+            manifest["bf16"] = measure_bf16(graph, parity.pixels)
         check_finite(classifier, golden)
         np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])
         if contents == "head":

@@ -57,6 +57,7 @@ class FeatureCache:
     ) -> Iterator[tuple[ImageRecord, NDArray[np.float32]]]:
         if not missing:
             return
+        self._frozen.compile()
         pixels = threaded_map(lambda record: pixel_cache.pop(record.sha256, record.sample.path), missing, workers=self._workers)
         with tqdm(total=len(missing), desc=label, unit="photo", disable=None) as bar:
             if bar.disable:

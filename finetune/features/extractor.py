@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.compute.device import Compute
+from finetune.io.progress import step
 from finetune.io.threaded_map import engine_threads
 from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.onnx_export import export_onnx
@@ -38,6 +39,16 @@ class FeatureExtractor:
     def engine(self) -> str:
         on_cpu = self._compute.device.type == "cpu"
         return f"openvino {load_openvino().__version__}" if on_cpu else f"torch {torch.__version__} {self._compute.device.type}"
+
+    def compile(self) -> None:
+        """Compile the layers ahead of the first image, as it takes seconds. Later calls do nothing."""
+        if (
+            self._compute.device.type == "cpu"
+            and self._split_model.last_frozen != "normalize"
+            and "_compiled" not in vars(self)
+        ):
+            with step("Compiling the frozen layers"):
+                _ = self._compiled
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Compute features (N, ...) float32 of pixels (N, H, W, C) uint8."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from finetune.io.progress import step
 from finetune.metrics.classification import compute_metrics
 from finetune.reports.figures import write_plots
 from models.artifacts.atomic_io import atomic_write_text
@@ -44,20 +45,22 @@ def write_results(
     Returns:
         The metrics, as written to metrics.json.
     """
-    metrics = compute_metrics(
-        predictions.labels, predictions.probabilities, classes=predictions.classes, uncalibrated=uncalibrated, seed=seed
-    )
+    with step("Computing the metrics"):
+        metrics = compute_metrics(
+            predictions.labels, predictions.probabilities, classes=predictions.classes, uncalibrated=uncalibrated, seed=seed
+        )
     metrics["temperature"] = temperature
     folder.mkdir(parents=True, exist_ok=True)
     predictions.write_csv(folder / PREDICTIONS)
     similarity.write(folder)
     atomic_write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    write_plots(
-        folder / PLOTS,
-        predictions=predictions,
-        data_dir=data_dir,
-        history=history,
-        uncalibrated=uncalibrated,
-        seed=seed,
-    )
+    with step("Drawing the plots"):
+        write_plots(
+            folder / PLOTS,
+            predictions=predictions,
+            data_dir=data_dir,
+            history=history,
+            uncalibrated=uncalibrated,
+            seed=seed,
+        )
     return metrics

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import os
 import pickle
 import shutil
 import sys
@@ -59,14 +60,20 @@ def create_run(folder: Path, config: Config, *, reviews: bytes | None = None) ->
         RunError: Another process has created the run since ``require_no_run``.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{CONFIG}.{os.getpid()}.part"
+    text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
     try:
-        with (folder / CONFIG).open("x", encoding="utf-8") as file:
-            yaml.safe_dump(config.as_dict(), file, sort_keys=False, allow_unicode=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+        os.link(temporary, folder / CONFIG)  # atomic, and unlike a rename it fails if the file exists
     except FileExistsError:
         require_no_run(folder)
-    except OSError:
-        (folder / CONFIG).unlink(missing_ok=True)
-        raise
+    except PermissionError:
+        if not temporary.exists():
+            raise
+        temporary.replace(folder / CONFIG)  # a file system without hard links
+    finally:
+        temporary.unlink(missing_ok=True)
     if reviews is not None:
         with atomic_write(folder / REVIEWS) as temporary:
             temporary.write_bytes(reviews)

@@ -165,6 +165,7 @@ def make_batches(
     if cache:
         rows = cache.features(records, prepared.pixel_cache, label=f"features of {split}")
         return CachedBatches(rows, [s.sample.label for s in records], batch_size=config.batch_size, seed=config.seed)
+    network.extractor.compile()
     augmented = config.augment and split == "train"
     return UncachedBatches(
         records,

@@ -91,15 +91,17 @@ def test_training_reports_each_step_and_ends_with_the_next_commands(data: Path, 
     )  # fmt: skip
     assert (code, err) == (0, "")
     steps = (
-        "Loading PyTorch ...",
+        "Loading PyTorch and other libraries ...",
         f"Training Tiny on {data}",
         "Features are computed once per photo",
         "Inspecting 12 photos ...",
+        "Compiling the frozen layers ...",
         "features of train: 8 photos to compute",
         "epoch 1 of 2: train loss",
         "epoch 2 of 2: train loss",
         "Predicting the validation photos with the best epoch ...",
-        "Computing the metrics and drawing the plots ...",
+        "Computing the metrics ...",
+        "Drawing the plots ...",
         "Exporting the serving graph ...",
         "Comparing it with the trained network on 4 photos ...",
         "Best epoch: ",
@@ -111,7 +113,7 @@ def test_training_reports_each_step_and_ends_with_the_next_commands(data: Path, 
     assert printed.splitlines()[-3:] == [
         "Next:",
         f"  finetune evaluate --bundle '{out}/bundle' --data-dir {data} --folds 5",
-        f"  BUNDLE='{out}/bundle' DATA_DIR={data} serve-classifier",
+        f"  DATA_DIR={data} serve-classifier '{out}/bundle'",
     ]
 
 
