@@ -1,10 +1,11 @@
-"""What stands beside a grid, every part of it a way into another one: facets, confusion matrix, histogram, forms."""
+"""The filter of a request, and the filters beside the grid: facets, confusion matrix, histogram, forms."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -12,45 +13,46 @@ from urllib.parse import parse_qsl
 from flask import g, request, url_for
 
 from service.context import gallery
-from service.db.aggregates import HISTOGRAM_BINS, FacetCounts
+from service.db.aggregates import HISTOGRAM_BINS, FacetCounts, count_buckets
 from service.db.filter import FACETS, PAGE_SIZES, SORT_ORDERS, UNLABELED, Filter, encode_param, parse_filter, parse_int
 from service.db.query import PredictionQuery, PredictionRecord
 from service.http.errors import Problem
 
-# Parameter -> its title, and what its values are called; classes and splits have their own names.
+# Titles of the facets and names of their values. Classes and splits are named by themselves.
 FACET_TITLES = {
-    "outcome": "Right or wrong",
+    "outcome": "Outcome",
     "class": "True class",
     "predicted": "Predicted class",
     "review": "Review",
-    "flag": "Worth a look",
-    "source": "Where from",
+    "flag": "Flags",
+    "source": "Source",
     "split": "Split",
 }
 VALUE_NAMES = {
-    "outcome": {"correct": "Right", "incorrect": "Wrong", "unlabeled": "No label"},
+    "outcome": {"correct": "Correct", "incorrect": "Incorrect", "unlabeled": "No label"},
     "review": {
         "unreviewed": "Not yet reviewed",
         "confirmed": "Confirmed",
-        "relabeled": "Relabelled",
+        "relabeled": "Relabeled",
         "neither": "None of the classes",
-        "bad": "Bad photo",
+        "bad": "Excluded",
     },
-    "flag": {"duplicate": "Same photo, another label", "mislabeled": "Probably mislabelled"},
-    "source": {"evaluation": "Evaluation", "out-of-fold": "Out of fold", "production": "Live"},
+    "flag": {"duplicate": "Duplicate with another label", "mislabeled": "Possible label error"},
+    "source": {"evaluation": "Evaluation", "out-of-fold": "Out-of-fold", "production": "Production"},
 }
-CHANGE_NAMES = {"fixed": "Fixed", "broke": "Broke", "both-correct": "Both right", "both-incorrect": "Both wrong"}
-FORM_PARAMS = ("sort_by", "min_confidence", "max_confidence")  # what the forms send beside a filter's own parameters
-MAX_MATRIX_CELLS = 900  # of a matrix; of more classes the confusions are listed, the most frequent first
+CHANGE_NAMES = {"fixed": "Fixed", "broke": "Broke", "both-correct": "Both correct", "both-incorrect": "Both incorrect"}
+FORM_PARAMS = ("sort_by", "min_confidence", "max_confidence")  # parameters of the forms, which a redirect replaces
+MAX_MATRIX_CELLS = 900  # of a larger matrix only the most frequent confusions are listed
 MAX_CONFUSIONS = 20
+MAX_UNSORTED_CLASSES = 10  # with more classes those with the most mistakes come first
 SHADES = 4
 
 
 @dataclass(frozen=True)
 class FacetChoice:
-    """A value of a facet, how many photos it would show, and the address that adds it or takes it away."""
+    """A value of a facet: the number of photos with it, and the URL that adds or removes it."""
 
-    value: str
+    key: str
     name: str
     photos: int
     is_selected: bool
@@ -66,7 +68,7 @@ class Facet:
 
 @dataclass(frozen=True)
 class ConfusionCell:
-    """The photos of a true class that were called ``predicted``; ``shade`` from 0 to 4 is their share of the row's most."""
+    """The photos of a class with a predicted class. ``shade``, from 0 to 4, is relative to the largest cell of the row."""
 
     label: str
     predicted: str
@@ -76,17 +78,22 @@ class ConfusionCell:
 
     @property
     def label_text(self) -> str:
-        return f"{self.label}, called {self.predicted}"
+        if self.label == UNLABELED:
+            return f"unlabeled, predicted {self.predicted}"
+        return f"{self.label} predicted as {self.predicted}"
 
     @property
     def kind(self) -> str:
-        """How a matrix shows it: what nobody has labelled is no mistake."""
+        """The style of the cell. An unlabeled photo is not a mistake."""
         return "diagonal" if self.label == self.predicted else "unlabeled" if self.label == UNLABELED else "off"
 
 
 @dataclass(frozen=True)
 class ConfusionMatrix:
-    """A matrix, its rows in the order of ``columns``, or where it would be too large only its most frequent mistakes."""
+    """A confusion matrix, or only its most frequent mistakes if it would be too large.
+
+    With many classes those with the most mistakes come first.
+    """
 
     columns: list[str]
     rows: list[tuple[str, list[ConfusionCell]]]
@@ -95,7 +102,7 @@ class ConfusionMatrix:
 
 @dataclass(frozen=True)
 class HistogramBar:
-    """Confidences from ``low`` to ``high`` per cent; ``height`` is from 0 to 1."""
+    """Confidences from ``low`` to ``high`` percent. ``height`` is from 0 to 1."""
 
     low: int
     high: int
@@ -132,19 +139,19 @@ def open_query(filters: Filter) -> Iterator[PredictionQuery]:
 
 
 def grid_url(filters: Filter, **more: Any) -> str:
-    """The grid's address with this filter; page 1 is not said."""
+    """Build the URL of the grid under a filter. Page 1 is omitted."""
     if more.get("page") == 1:
         del more["page"]
     return f"{_path('gallery.photos')}?{filters.query(**more)}"
 
 
 def photo_url(filters: Filter, photo: PredictionRecord) -> str:
-    """The address of a photo's page, which knows the filter that one came from."""
+    """Build the URL of a photo's page, which remembers the filter."""
     return f"{_path('photo.page')}?{filters.query(photo=photo.photo, sha256=photo.sha256)}"
 
 
 def _path(endpoint: str) -> str:
-    """As ``url_for``, once for each request: a matrix of twenty classes has four hundred addresses."""
+    """Call ``url_for`` once per request: a matrix of 20 classes has 400 URLs."""
     paths: dict[str, str] = g.setdefault("paths", {})
     if endpoint not in paths:
         paths[endpoint] = url_for(endpoint)
@@ -152,7 +159,7 @@ def _path(endpoint: str) -> str:
 
 
 def apply_sort_params(filters: Filter, given: Mapping[str, str]) -> Filter:
-    """The filter in the order that a form of the grid sent, as ``sort_by=loss.asc``. Raises Problem."""
+    """Apply the order of the grid's form, such as ``sort_by=loss.asc``. Raises Problem."""
     if sort_by := given.get("sort_by"):
         sort, _, order = sort_by.partition(".")
         if sort not in SORT_ORDERS or order not in ("asc", "desc"):
@@ -163,7 +170,7 @@ def apply_sort_params(filters: Filter, given: Mapping[str, str]) -> Filter:
 
 
 def apply_range_params(filters: Filter, given: Mapping[str, str]) -> Filter:
-    """Apply the range of a grid's form, ``min_confidence=50&max_confidence=90``. Raises Problem."""
+    """Apply the range of the grid's form, such as ``min_confidence=50&max_confidence=90``. Raises Problem."""
     if "min_confidence" not in given and "max_confidence" not in given:
         return filters
     low, high = (
@@ -171,37 +178,43 @@ def apply_range_params(filters: Filter, given: Mapping[str, str]) -> Filter:
         parse_int(given, "max_confidence", 100, min_value=0, max_value=100),
     )
     if low >= high:
-        raise Problem(
-            "bad_parameter", f"The range of confidence is from {low} to {high} %; the first number has to be the lower one."
-        )
+        raise Problem("bad_parameter", "The minimum must be lower than the maximum.")
     return filters.replace(confidence=(low, high))
 
 
 def hidden_fields(filters: Filter, *without: str) -> list[tuple[str, str]]:
-    """The filter as the hidden fields of a form, without the parameters that the form asks for itself."""
+    """Return the filter as hidden fields of a form, without the form's own parameters."""
     return [(name, value) for name, value in parse_qsl(filters.query(), keep_blank_values=True) if name not in without]
 
 
-def build_facets(filters: Filter, counts: FacetCounts) -> list[Facet]:
-    """Those that have anything to choose."""
-    rows = []
+def build_facets(filters: Filter, query: PredictionQuery) -> list[Facet]:
+    """Build the facets with a choice. Their values and order do not depend on the filter, so that none of them moves."""
+    facets = []
+    everything = count_buckets(query.buckets, Filter(model=filters.model)).facets
+    orders: dict[str, Sequence[str]] = {"class": (*query.model.classes, UNLABELED), "predicted": query.model.classes}
     for parameter, title in FACET_TITLES.items():
-        chosen: tuple[str, ...] = getattr(filters, FACETS[parameter])
-        photos = counts.facets[parameter]
+        selected: tuple[str, ...] = getattr(filters, FACETS[parameter])
+        photos = query.counts.facets[parameter]
+        values = {*everything[parameter], *selected}
+        order = orders.get(parameter) or tuple(VALUE_NAMES.get(parameter, sorted(values)))
         choices = [
             FacetChoice(
-                value, value_label(parameter, value), photos[value], value in chosen, grid_url(filters.toggle(parameter, value))
+                f"{parameter} {value}",
+                value_label(parameter, value),
+                photos[value],
+                value in selected,
+                grid_url(filters.toggle(parameter, value)),
             )
-            for value in sorted({*photos, *chosen}, key=lambda value: (-photos[value], value))
-            if value
+            for value in order
+            if value in values and value
         ]
-        if len(choices) > 1 or chosen or (parameter == "flag" and choices):
-            rows.append(Facet(parameter, title, choices))
-    return rows
+        if len(choices) > 1 or selected or (parameter == "flag" and choices):
+            facets.append(Facet(parameter, title, choices))
+    return facets
 
 
 def active_filters(filters: Filter, vs_name: str) -> list[tuple[str, str, str]]:
-    """What narrows the grid: title, value, and the address without it."""
+    """List the active filters: title, value, and the URL without it."""
     rows = [
         (title, value_label(parameter, value), grid_url(filters.toggle(parameter, value)))
         for parameter, title in FACET_TITLES.items()
@@ -209,45 +222,50 @@ def active_filters(filters: Filter, vs_name: str) -> list[tuple[str, str, str]]:
     ]
     if filters.confidence != (0, 100):
         low, high = filters.confidence
-        rows.append(("Confidence", f"{low}\u2013{high}\u202f%", grid_url(filters.replace(confidence=(0, 100)))))
+        rows.append(("Confidence", f"{low}\u2013{high}%", grid_url(filters.replace(confidence=(0, 100)))))
     if filters.change:
-        title = f"Against {vs_name} {filters.baseline}"
+        title = f"Compared with {vs_name} {filters.baseline}"
         rows.append((title, CHANGE_NAMES[filters.change], grid_url(filters.replace(baseline="", change=""))))
     return rows
 
 
 def value_label(parameter: str, value: str) -> str:
-    """A facet's value in words."""
+    """Name a value of a facet."""
     return VALUE_NAMES.get(parameter, {}).get(value, value)
 
 
-def build_confusion_matrix(filters: Filter, found: PredictionQuery) -> ConfusionMatrix:
-    """The confusion matrix under the filter."""
-    counts = found.counts.confusion
+def build_confusion_matrix(filters: Filter, query: PredictionQuery) -> ConfusionMatrix:
+    """Build the confusion matrix of the photos under a filter."""
+    counts = query.counts.confusion
     labels = {label for (label, _), photos in counts.items() if photos}
-    answers = {predicted for (_, predicted), photos in counts.items() if photos}
-    columns = [name for name in found.model.classes if name in labels or name in answers]
+    predicted_classes = {predicted for (_, predicted), photos in counts.items() if photos}
+    columns = [name for name in query.model.classes if name in labels or name in predicted_classes]
+    mistakes = [(photos, *key) for key, photos in counts.items() if photos and key[0] not in (key[1], UNLABELED)]
+    if len(columns) > MAX_UNSORTED_CLASSES:
+        errors: Counter[str] = Counter()
+        for photos, label, predicted in mistakes:
+            errors.update({label: photos, predicted: photos})
+        columns.sort(key=lambda name: -errors[name])
     rows = [name for name in (*columns, UNLABELED) if name in labels]
     highest = {label: max(counts[label, other] for other in columns) for label in rows}
 
     @functools.cache
-    def row_address(label: str) -> str:
+    def row_url(label: str) -> str:
         return grid_url(filters.replace(labels=(label,), predicted=()))
 
-    def pair(label: str, predicted: str) -> ConfusionCell:
+    def cell(label: str, predicted: str) -> ConfusionCell:
         photos = counts[label, predicted]
-        url = f"{row_address(label)}&{encode_param('predicted', predicted)}" if photos else ""
+        url = f"{row_url(label)}&{encode_param('predicted', predicted)}" if photos else ""
         return ConfusionCell(label, predicted, photos, -(-SHADES * photos // highest[label]), url)
 
     if len(rows) * len(columns) <= MAX_MATRIX_CELLS:
-        return ConfusionMatrix(columns, [(label, [pair(label, other) for other in columns]) for label in rows], [])
-    wrong = [(photos, *key) for key, photos in counts.items() if photos and key[0] not in (key[1], UNLABELED)]
-    max_value = sorted(wrong, key=lambda row: (-row[0], *row[1:]))[:MAX_CONFUSIONS]
-    return ConfusionMatrix(columns, [], [pair(label, other) for _, label, other in max_value])
+        return ConfusionMatrix(columns, [(label, [cell(label, other) for other in columns]) for label in rows], [])
+    most_frequent = sorted(mistakes, key=lambda row: (-row[0], *row[1:]))[:MAX_CONFUSIONS]
+    return ConfusionMatrix(columns, [], [cell(label, other) for _, label, other in most_frequent])
 
 
 def build_histogram(filters: Filter, counts: FacetCounts) -> list[HistogramBar]:
-    """Ten bars, which leave room for a thumb: over the upper half of the range where nothing is in the lower."""
+    """Build ten bars, wide enough for a finger. They start at the middle if no confidence is lower."""
     step = 100 // HISTOGRAM_BINS
     half = HISTOGRAM_BINS // 2
     if any(counts.histogram[:half]):
@@ -261,7 +279,7 @@ def build_histogram(filters: Filter, counts: FacetCounts) -> list[HistogramBar]:
             low,
             high,
             photos,
-            (photos / highest) ** 0.5,  # so that the few are seen beside the many
+            (photos / highest) ** 0.5,  # makes small counts visible
             grid_url(filters.replace(confidence=(max(low, lowest), min(high, top)))) if photos else "",
         )
         for low, high, photos in bins
@@ -269,7 +287,7 @@ def build_histogram(filters: Filter, counts: FacetCounts) -> list[HistogramBar]:
 
 
 def sort_options(filters: Filter) -> list[tuple[str, str, bool]]:
-    """What the form's ``sort_by`` can be: value, words, and whether it is what is shown."""
+    """List the orders of the form: value, text, and whether it is the current one."""
     return [
         (f"{sort}.{order}", label_text[:1].upper() + label_text[1:], (sort, order) == (filters.sort, filters.order))
         for sort, (natural, named) in SORT_ORDERS.items()
@@ -279,12 +297,12 @@ def sort_options(filters: Filter) -> list[tuple[str, str, bool]]:
 
 
 def page_size_options(filters: Filter) -> list[int]:
-    """What ``per_page`` can be, the one that an address gave among them."""
+    """List the page sizes of the form, including the current one."""
     return sorted({*PAGE_SIZES, filters.per_page})
 
 
 def page_numbers(page: int, pages: int) -> list[int | None]:
-    """The pages to offer, None for a gap: the first, the last, and those around this one."""
+    """List the pages to link: the first, the last and the nearest ones, with None for a gap."""
     near = {1, pages, *range(max(1, page - 2), min(pages, page + 2) + 1)}
     near |= {2} if 3 in near else set()
     near |= {pages - 1} if pages - 2 in near else set()
