@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from flask import Blueprint, Request, Response, g, render_template, request
+from flask import Blueprint, Request, Response, g, render_template, request, url_for
 
 from models.artifacts.bundle import read_small_file
 from models.errors import BundleError
@@ -30,6 +30,8 @@ ACCEPTED_TYPES = (
 NO_FILE_SELECTED = "Choose at least one photo, then press Classify."
 MAX_BARS = 10  # the others are folded
 
+SAMPLE = "sample.jpg"  # Chelsea by Stefan van der Walt (CC0), from scikit-image
+SAMPLE_CLASSES = {"cat", "cats"}  # the sample is offered by models that know one of these
 PLOTS = {"learning_curves": "Learning curves", "reliability": "Reliability", "confusion_matrix": "Confusion matrix"}
 
 bp = Blueprint("page", __name__)
@@ -109,7 +111,9 @@ def handle_unexpected(error: Exception) -> Response:
 
 
 def _render_home(model: LoadedModel, cards: list[ResultCard] | None = None) -> Response:
-    return _page(render_template("home.html", classes=model.bundle.classes, cards=cards or [], **_form_context()))
+    classes = model.bundle.classes
+    sample = url_for("static", filename=SAMPLE) if SAMPLE_CLASSES & {name.lower() for name in classes} else None
+    return _page(render_template("home.html", classes=classes, sample_url=sample, cards=cards or [], **_form_context()))
 
 
 def _plot_file(name: str) -> str:

@@ -126,6 +126,76 @@ def test_a_drag_is_shown_and_ends(new_page: NewPage, photos: SimpleNamespace) ->
     expect(page.get_by_role("status")).to_contain_text("No image found. Drop or paste an image file.")
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("text/uri-list", "This is a link, not a file. Save the image first, then drop or choose the file."),
+        ("text/plain", "No image found. Drop or paste an image file."),
+    ],
+)
+def test_a_dropped_link_or_text_gets_a_visible_message(
+    new_page: NewPage, photos: SimpleNamespace, kind: str, message: str
+) -> None:
+    page = new_page()
+    page.evaluate(
+        """kind => {
+            const dataTransfer = new DataTransfer();
+            dataTransfer.setData(kind, "https://example.org/cat.jpg");
+            const event = new DragEvent("drop", { bubbles: true, cancelable: true, dataTransfer });
+            document.querySelector("#zone").dispatchEvent(event);
+        }""",
+        kind,
+    )
+    expect(page.locator("#message")).to_be_visible()
+    expect(page.locator("#message")).to_have_text(message)
+    expect(page.get_by_role("status")).to_have_text(message)
+    choose(page, photos.red[0])
+    answers(page, 1)
+    expect(page.locator("#message")).to_be_hidden()
+
+
+def test_a_photo_is_enlarged_by_mouse_and_keyboard(new_page: NewPage, photos: SimpleNamespace) -> None:
+    page = new_page()
+    choose(page, photos.red[0])
+    answers(page, 1)
+    dialog = page.get_by_role("dialog", name="red.000.jpg")
+    page.locator(".card img").click()
+    expect(dialog).to_be_visible()
+    picture = dialog.get_by_role("img", name="red.000.jpg")
+    expect(picture).to_have_js_property("naturalWidth", 56)
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    page.get_by_role("button", name="Enlarge red.000.jpg").press("Enter")
+    expect(dialog).to_be_visible()
+    dialog.get_by_role("button", name="Close").press("Enter")
+    expect(dialog).to_be_hidden()
+
+
+@pytest.mark.parametrize("classes", [2, 30])
+def test_the_picture_that_the_model_saw_is_complete(new_page: NewPage, photos: SimpleNamespace, classes: int) -> None:
+    page = new_page(viewport={"width": 1440, "height": 900})
+    crop = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAG7buVgAAAABJRU5ErkJggg=="
+    shares = {f"class {i}": 1 / classes for i in range(classes)}
+    row = {"file": "a", "label": "class 0", "confidence": 1 / classes, "probabilities": shares, "width": 5, "height": 4}
+    body = json.dumps({"predictions": [row | {"format": "GIF", "notes": [], "crop": crop}]})
+    answer_with(page, {"status": 200, "body": body, "content_type": "application/json"})
+    choose(page, photos.red[0])
+    answers(page, 1)
+    figure, picture = (page.locator(selector).bounding_box() for selector in (".crop", ".crop img"))
+    assert figure
+    assert picture
+    assert picture["width"] == pytest.approx(picture["height"], abs=1)
+    assert picture["width"] == pytest.approx(figure["width"], abs=1)
+    assert page.locator(".crop img").evaluate("image => getComputedStyle(image).objectFit") == "contain"
+
+
+def test_forced_colors_show_the_current_page(new_page: NewPage) -> None:
+    page = new_page(forced_colors="active")
+    border = "link => getComputedStyle(link).borderBottomStyle"
+    assert page.get_by_role("link", name="Classify").evaluate(border) == "solid"
+    assert page.get_by_role("link", name="Gallery").evaluate(border) == "none"
+
+
 def test_later_answers_come_on_top_and_the_earlier_ones_stay(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
     choose(page, photos.red[0])

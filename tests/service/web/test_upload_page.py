@@ -189,6 +189,18 @@ def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, pho
     assert said == ["&gt;99.9%"] * 2 + ["&lt;0.1%"] * (len(shares) - 1)
 
 
+def test_a_sample_photo_is_offered_where_the_model_knows_it(app: Flask) -> None:
+    model = services_of(app).model_manager.get()
+    assert 'id="sample"' not in get(app, "/").text
+    cats = dataclasses.replace(model.bundle, manifest={**model.bundle.manifest, "classes": ["Cats", "Dogs"]})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(services_of(app).model_manager, "_model", dataclasses.replace(model, bundle=cats))
+        address = re.search('<button id="sample"[^>]* data-url="([^"]*)">Try a sample photo</button>', get(app, "/").text)
+    assert address
+    sample = get(app, address[1])
+    assert (sample.status_code, sample.mimetype) == (200, "image/jpeg")
+
+
 # Names and links
 
 
