@@ -90,16 +90,26 @@ class ImageAccess:
                     self._explainers.pop(next(iter(self._explainers))).close()
                 self._explainers[version] = Explainer(self._bundle(version))
             explainer = self._explainers[version]
-        return explainer.explain(sha256, label, lambda: self.crop(version, photo, sha256))
+        try:
+            return explainer.explain(sha256, label, lambda: self.crop(version, photo, sha256))
+        except BundleError as error:
+            raise _bundle_missing(version, error) from None
 
     def _bundle(self, version: str) -> Bundle:
         path = self._gallery.bundle_path(version)
         try:
             if path is not None:
                 return open_bundle(resolve_bundle(path), files=())
-        except BundleError as error:  # it was moved or changed since the start
-            log.warning("a bundle of the gallery cannot be opened", extra={"version": version, "reason": str(error)})
-        raise Problem("not_found", f"The bundle {version} is not on this machine; name its folder in EVALUATIONS.")
+        except BundleError as error:
+            raise _bundle_missing(version, error) from None
+        raise _bundle_missing(version)
+
+
+def _bundle_missing(version: str, error: BundleError | None = None) -> Problem:
+    """The error for a bundle that was never here, or was moved or changed since the start; the log says which."""
+    if error:
+        log.warning("a bundle of the gallery cannot be opened", extra={"version": version, "reason": str(error)})
+    return Problem("not_found", f"The bundle {version} is not on this machine; name its folder in EVALUATIONS.")
 
 
 def _forgotten(photo: str) -> Problem:

@@ -131,12 +131,6 @@ class Batcher:
         return len(started) >= self._pool_size and max(started) < time.perf_counter() - self._deadline_s
 
     def submit(
-        self, image: bytes | PreprocessedImage, is_cancelled: Callable[[], bool], *, deadline: float = math.inf
-    ) -> Future[InferenceResult]:
-        """Submit one image; see ``submit_all``."""
-        return self.submit_all([image], is_cancelled, deadline=deadline)[0]
-
-    def submit_all(
         self, images: Sequence[bytes | PreprocessedImage], is_cancelled: Callable[[], bool], *, deadline: float = math.inf
     ) -> list[Future[InferenceResult]]:
         """Submit all images or none.

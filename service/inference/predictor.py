@@ -55,7 +55,7 @@ class Predictor:
         while True:
             prepared = [_check_pixels(image, model) for image in images]
             try:
-                futures = model.batcher.submit_all(prepared, is_expired_or_cancelled, deadline=deadline)
+                futures = model.batcher.submit(prepared, is_expired_or_cancelled, deadline=deadline)
                 break
             except BatcherClosedError:  # a rollout replaced the model since ``get``
                 if (newer := self._models.get()) is model:

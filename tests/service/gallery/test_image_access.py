@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
+from models.artifacts.atomic_io import sha256_of
+from models.artifacts.bundle import GRAPH, open_bundle
 from service.gallery.image_access import ImageAccess
 from service.gallery.index import GalleryIndex
 from service.http.errors import Problem
@@ -27,3 +30,19 @@ def test_a_bundle_that_is_gone_is_not_found(tmp_path: Path, is_known: bool) -> N
         with pytest.raises(Problem, match="The bundle v1 is not on this machine") as caught:
             look()
         assert caught.value.code == "not_found"
+
+
+def test_a_bundle_that_goes_after_the_first_explanation_is_not_found(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+    """Its engine is unloaded when it is idle and compiled again from the bundle's folder."""
+    bundle, version = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle")), open_bundle(tiny_bundle.path).version
+    photo = tiny_bundle.photos / "red" / "red.000.jpg"
+    gallery = cast("GalleryIndex", SimpleNamespace(bundle_path=lambda version: bundle))
+    images = ImageAccess(
+        Settings(data_dir=tiny_bundle.photos, thumbnail_cache_mb=0), gallery, ImageDecoder.of(Settings(decode_timeout_s=300))
+    )
+    arguments = (version, "red/red.000.jpg", sha256_of(photo))
+    assert images.explain(*arguments, "red").label == "red"
+    images._explainers[version]._give_back()
+    (bundle / GRAPH).unlink()
+    with pytest.raises(Problem, match=f"The bundle {version} is not on this machine"):
+        images.explain(*arguments, "blue")

@@ -75,6 +75,10 @@ def running(engine: Any, *, decoder: Any = None, threads: int = 2, streams: int 
         made.close()
 
 
+def submit(batcher: Batcher, image: bytes, is_cancelled: Callable[[], bool]) -> Future[InferenceResult]:
+    return batcher.submit([image], is_cancelled)[0]
+
+
 def active() -> bool:
     return False
 
@@ -114,7 +118,7 @@ def test_results_are_not_mixed_up_between_requests() -> None:
     with running(ColorEngine(), threads=3, streams=2) as batcher, ThreadPoolExecutor(16) as clients:
 
         def predict(color: tuple[int, int, int]) -> InferenceResult:
-            return batcher.submit(png(color), active).result(WAIT_S)
+            return submit(batcher, png(color), active).result(WAIT_S)
 
         futures = list(clients.map(predict, colors))
     for color, future in zip(colors, futures, strict=True):
@@ -127,9 +131,9 @@ def test_images_that_arrive_while_the_engine_is_busy_share_batches() -> None:
     block = Block()
     engine = ColorEngine(block)
     with running(engine, decoder=FakeDecoder(), threads=2, streams=1) as batcher:
-        first = batcher.submit(bytes([1]), active)
+        first = submit(batcher, bytes([1]), active)
         assert block.entered.wait(WAIT_S)
-        others = [batcher.submit(bytes([number]), active) for number in range(2, 12)]
+        others = [submit(batcher, bytes([number]), active) for number in range(2, 12)]
         poll(
             lambda: (
                 batcher._metrics.registry.get_sample_value("classifier_stage_duration_seconds_count", {"stage": "decode"}) == 11
@@ -157,22 +161,22 @@ def test_at_most_streams_batches_run_at_a_time() -> None:
             running_now -= 1
 
     with running(ColorEngine(count), decoder=FakeDecoder(), threads=4, streams=2, max_batch_size=1) as batcher:
-        futures = [batcher.submit(bytes([number]), active) for number in range(60)]
+        futures = [submit(batcher, bytes([number]), active) for number in range(60)]
         assert [red(future) for future in futures] == list(range(60))
     assert max_running <= 2
 
 
 def test_a_single_image_does_not_wait_for_others() -> None:
     with running(ColorEngine(), decoder=FakeDecoder(), batch_timeout_s=10 * WAIT_S) as batcher:
-        assert red(batcher.submit(bytes([7]), active)) == 7
+        assert red(submit(batcher, bytes([7]), active)) == 7
 
 
 def test_an_image_waits_for_one_that_is_being_decoded() -> None:
     decoder, engine = FakeDecoder(2, 3), ColorEngine()
     with running(engine, decoder=decoder, threads=3, streams=1, batch_timeout_s=10 * WAIT_S) as batcher:
-        slow, slower = (batcher.submit(bytes([number]), active) for number in (2, 3))
+        slow, slower = (submit(batcher, bytes([number]), active) for number in (2, 3))
         poll(lambda: len(decoder.started) == 2)
-        quick = batcher.submit(bytes([1]), active)
+        quick = submit(batcher, bytes([1]), active)
         poll(lambda: len(batcher._decoded) == 1)
         decoder.events[2].set()
         assert (red(quick), red(slow)) == (1, 2)
@@ -184,9 +188,9 @@ def test_an_image_waits_for_one_that_is_being_decoded() -> None:
 def test_an_image_waits_at_most_for_the_batch_timeout() -> None:
     decoder, engine = FakeDecoder(2, 3), ColorEngine()
     with running(engine, decoder=decoder, threads=3, streams=1, batch_timeout_s=0.004) as batcher:
-        slow = [batcher.submit(bytes([number]), active) for number in (2, 3)]
+        slow = [submit(batcher, bytes([number]), active) for number in (2, 3)]
         poll(lambda: len(decoder.started) == 2)
-        assert red(batcher.submit(bytes([1]), active)) == 1  # the others are still being decoded
+        assert red(submit(batcher, bytes([1]), active)) == 1  # the others are still being decoded
         for number, future in zip((2, 3), slow, strict=True):
             assert not future.done()
             decoder.events[number].set()
@@ -196,14 +200,14 @@ def test_an_image_waits_at_most_for_the_batch_timeout() -> None:
 def test_images_are_computed_in_the_order_of_submission() -> None:
     engine = ColorEngine()
     with running(engine, decoder=FakeDecoder(), threads=1, streams=1) as batcher:
-        futures = [batcher.submit(bytes([number]), active) for number in range(100)]
+        futures = [submit(batcher, bytes([number]), active) for number in range(100)]
         assert [red(future) for future in futures] == list(range(100))
     assert [number for batch_size in engine.batches for number in batch_size] == list(range(100))
 
 
 def test_stage_durations_and_batch_sizes_are_measured() -> None:
     with running(ColorEngine()) as batcher:
-        future = batcher.submit(png((1, 2, 3)), active).result(WAIT_S)
+        future = submit(batcher, png((1, 2, 3)), active).result(WAIT_S)
         sample = batcher._metrics.registry.get_sample_value
         poll(lambda: sample("classifier_stage_duration_seconds_count", {"stage": "decode"}) == 1)
         for stage in ("decode_queue", "decode", "batch_queue", "inference"):
@@ -229,9 +233,9 @@ class IsolatingDecoder(FakeDecoder):
 def test_images_for_the_decoder_process_do_not_delay_others() -> None:
     decoder = IsolatingDecoder(*range(10))
     with running(ColorEngine(), decoder=decoder) as batcher:
-        deferred = [batcher.submit(bytes([number]), active) for number in range(10)]
+        deferred = [submit(batcher, bytes([number]), active) for number in range(10)]
         for number in range(50, 60):
-            assert red(batcher.submit(bytes([number]), active)) == number
+            assert red(submit(batcher, bytes([number]), active)) == number
         assert not any(future.done() for future in deferred)
         for number in range(10):
             decoder.events[number].set()
@@ -242,9 +246,9 @@ def test_large_images_go_before_unusual_ones() -> None:
     """The time of a large image is bounded; an unusual one may take the whole timeout."""
     decoder = IsolatingDecoder(1, 2, 3, 4, simple=(3, 4))
     with running(ColorEngine(), decoder=decoder, threads=1) as batcher:
-        futures = [batcher.submit(bytes([1]), active)]
+        futures = [submit(batcher, bytes([1]), active)]
         poll(lambda: decoder.started == [1])
-        futures += [batcher.submit(bytes([number]), active) for number in (2, 3, 4)]
+        futures += [submit(batcher, bytes([number]), active) for number in (2, 3, 4)]
         poll(lambda: len(batcher._deferred) == 3)
         for event in decoder.events.values():
             event.set()
@@ -255,10 +259,10 @@ def test_large_images_go_before_unusual_ones() -> None:
 def test_the_batcher_is_stalled_while_every_thread_decodes_for_longer_than_the_deadline() -> None:
     decoder = FakeDecoder(1, 2)
     with running(ColorEngine(), decoder=decoder, threads=2, deadline_s=0.001) as batcher:
-        first = batcher.submit(bytes([1]), active)
+        first = submit(batcher, bytes([1]), active)
         poll(lambda: decoder.started == [1])
         assert not batcher.is_stalled
-        second = batcher.submit(bytes([2]), active)
+        second = submit(batcher, bytes([2]), active)
         poll(lambda: batcher.is_stalled)
         for event in decoder.events.values():
             event.set()
@@ -269,7 +273,7 @@ def test_the_batcher_is_stalled_while_every_thread_decodes_for_longer_than_the_d
 def test_closing_abandons_a_decode_that_exceeds_the_deadline() -> None:
     decoder = FakeDecoder(1)
     with running(ColorEngine(), decoder=decoder, deadline_s=0.05) as batcher:
-        future = batcher.submit(bytes([1]), active)
+        future = submit(batcher, bytes([1]), active)
         poll(lambda: decoder.started == [1])
         batcher.close()
         assert not future.done()
@@ -295,7 +299,7 @@ def test_an_error_does_not_keep_its_image_in_memory(error: Exception) -> None:
     try:
         with running(ColorEngine(), decoder=Broken()) as batcher:
             photo = Photo(b"1")
-            future = batcher.submit(photo, active)
+            future = submit(batcher, photo, active)
             assert future.exception(WAIT_S) is error
             del photo
             assert gone.wait(WAIT_S)
@@ -308,7 +312,7 @@ def test_an_error_does_not_keep_its_image_in_memory(error: Exception) -> None:
 
 def test_an_invalid_image_fails_and_the_others_are_computed() -> None:
     with running(ColorEngine()) as batcher:
-        futures = [batcher.submit(data, active) for data in (png((1, 0, 0)), b"no", b"", png((2, 0, 0))[:50], png((3, 0, 0)))]
+        futures = [submit(batcher, data, active) for data in (png((1, 0, 0)), b"no", b"", png((2, 0, 0))[:50], png((3, 0, 0)))]
         problems = [future.exception(WAIT_S) for future in futures]
         assert [problem.code if isinstance(problem, Problem) else problem for problem in problems] == [
             None, "not_an_image", "empty_image", "damaged_image", None,
@@ -325,7 +329,7 @@ def test_an_error_in_the_decoder_fails_its_image_only(error: type[BaseException]
             return super().preprocess(data, preprocessing)
 
     with running(ColorEngine(), decoder=Broken(), threads=1) as batcher:
-        futures = [batcher.submit(bytes([number]), active) for number in range(1, 10)]
+        futures = [submit(batcher, bytes([number]), active) for number in range(1, 10)]
         assert isinstance(futures[4].exception(WAIT_S), error)
         assert [red(future) for i, future in enumerate(futures) if i != 4] == [1, 2, 3, 4, 6, 7, 8, 9]
 
@@ -337,7 +341,7 @@ def test_an_error_in_the_engine_fails_its_batch_only() -> None:
 
     with running(ColorEngine(fail), decoder=FakeDecoder(), threads=1, streams=1, max_batch_size=1) as batcher:
         for _ in range(5):  # more often than there are threads that the error could end
-            futures = [batcher.submit(bytes([number]), active) for number in range(1, 10)]
+            futures = [submit(batcher, bytes([number]), active) for number in range(1, 10)]
             assert str(futures[4].exception(WAIT_S)) == "engine error"
             assert [red(future) for i, future in enumerate(futures) if i != 4] == [1, 2, 3, 4, 6, 7, 8, 9]
 
@@ -351,15 +355,15 @@ def test_an_engine_that_returns_too_few_rows_leaves_no_future_pending() -> None:
     block = Block()
     engine = Short(block)
     with running(engine, decoder=FakeDecoder(), threads=1, streams=1) as batcher:
-        first = batcher.submit(bytes([1]), active)
+        first = submit(batcher, bytes([1]), active)
         assert block.entered.wait(WAIT_S)
-        others = [batcher.submit(bytes([number]), active) for number in range(2, 9)]
+        others = [submit(batcher, bytes([number]), active) for number in range(2, 9)]
         block.go.set()
         assert red(first) == 1
         for number, future in zip(range(2, 9), others, strict=True):  # its own result or an error, but not another's result
             assert future.exception(WAIT_S) is not None or red(future) == number
         assert any(future.exception() for future in others)
-        assert red(batcher.submit(bytes([9]), active)) == 9
+        assert red(submit(batcher, bytes([9]), active)) == 9
 
 
 # Cancellation
@@ -375,9 +379,9 @@ def _checked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cancelled_image_is_neither_decoded_nor_computed() -> None:
     decoder, engine = FakeDecoder(), ColorEngine()
     with running(engine, decoder=decoder) as batcher:
-        dropped = batcher.submit(bytes([1]), cancelled)
+        dropped = submit(batcher, bytes([1]), cancelled)
         assert isinstance(dropped.exception(WAIT_S), RequestCancelledError)
-        assert red(batcher.submit(bytes([2]), active)) == 2
+        assert red(submit(batcher, bytes([2]), active)) == 2
     assert decoder.started == [2]
     assert engine.batches == [[2]]
 
@@ -387,9 +391,9 @@ def test_an_image_cancelled_in_the_batch_queue_is_not_computed() -> None:
     block = Block()
     engine, is_cancelled = ColorEngine(block), False
     with running(engine, decoder=FakeDecoder(), threads=2, streams=1) as batcher:
-        first = batcher.submit(bytes([1]), active)
+        first = submit(batcher, bytes([1]), active)
         assert block.entered.wait(WAIT_S)
-        second, third = batcher.submit(bytes([2]), lambda: is_cancelled), batcher.submit(bytes([3]), active)
+        second, third = submit(batcher, bytes([2]), lambda: is_cancelled), submit(batcher, bytes([3]), active)
         poll(
             lambda: (
                 batcher._metrics.registry.get_sample_value("classifier_stage_duration_seconds_count", {"stage": "decode"}) == 3
@@ -420,9 +424,9 @@ def test_an_error_in_is_cancelled_fails_its_image_only() -> None:
 
     with running(ColorEngine(), decoder=FakeDecoder(), threads=1, streams=1) as batcher:
         for number in (1, 2):  # before decoding, and before computing
-            failed = batcher.submit(bytes([1]), fail_at(number))
+            failed = submit(batcher, bytes([1]), fail_at(number))
             assert isinstance(failed.exception(WAIT_S), OSError)
-            assert red(batcher.submit(bytes([2]), active)) == 2
+            assert red(submit(batcher, bytes([2]), active)) == 2
 
 
 # Closing
@@ -432,7 +436,7 @@ def test_an_error_in_is_cancelled_fails_its_image_only() -> None:
 def test_closing_ends_every_thread(images: int) -> None:
     decoder = FakeDecoder(0)
     with running(ColorEngine(), decoder=decoder, threads=8) as batcher:
-        futures = [batcher.submit(bytes([number]), active) for number in range(images)]
+        futures = [submit(batcher, bytes([number]), active) for number in range(images)]
         poll(lambda: len(decoder.started) == images)
         closing = threading.Thread(target=batcher.close, daemon=True)
         closing.start()
@@ -449,13 +453,13 @@ def test_closing_ends_every_thread(images: int) -> None:
 def test_closing_finishes_what_was_submitted_and_accepts_no_more() -> None:
     block = Block()
     with running(ColorEngine(block), decoder=FakeDecoder(), threads=2, streams=1) as batcher:
-        futures = [batcher.submit(bytes([number]), active) for number in range(50)]
+        futures = [submit(batcher, bytes([number]), active) for number in range(50)]
         assert block.entered.wait(WAIT_S)
         closing = threading.Thread(target=batcher.close)
         closing.start()
         poll(lambda: batcher._closed)
         with pytest.raises(BatcherClosedError):
-            batcher.submit(bytes([99]), active)
+            submit(batcher, bytes([99]), active)
         assert closing.is_alive()
         block.go.set()
         closing.join(WAIT_S)
@@ -472,7 +476,7 @@ def test_closing_finishes_what_was_submitted_and_accepts_no_more() -> None:
 def test_files_and_pixels_can_be_submitted_together() -> None:
     pixels = PreprocessedImage(np.full((SIDE, SIDE, 3), 7, np.uint8), SIDE, SIDE, "pixels")
     with running(ColorEngine()) as batcher:
-        futures = batcher.submit_all([png((1, 0, 0)), pixels, png((3, 0, 0))], active)
+        futures = batcher.submit([png((1, 0, 0)), pixels, png((3, 0, 0))], active)
         assert [red(future) for future in futures] == [1, 7, 3]
     with pytest.raises(BatcherClosedError):
-        batcher.submit_all([pixels], active)
+        batcher.submit([pixels], active)

@@ -302,14 +302,15 @@ def test_while_the_model_loads_the_page_asks_again_by_itself(loading: Flask, pat
     assert "being loaded" in answer.text
 
 
-def test_a_model_that_cannot_be_loaded_is_not_asked_for_again(tmp_path: Path) -> None:
+def test_the_page_is_refreshed_while_loading_the_model_is_retried(tmp_path: Path) -> None:
     app = create_app(Settings(bundle=tmp_path))
     with pytest.raises(Problem):
         services_of(app).model_manager.wait(START_S)
     answer = app.test_client().get("/")
     assert answer.status_code == 503
     assert "is not a bundle" in answer.text
-    assert "refresh" not in answer.text
+    assert '<meta http-equiv="refresh" content="10">' in answer.text
+    services_of(app).model_manager.close()
 
 
 def test_problems_on_the_page_are_counted(app: Flask) -> None:
