@@ -30,7 +30,7 @@ from service.http.errors import Problem, code_for_status, problem_from
 from service.http.middleware import KNOWN_METHODS, RequestMiddleware, TrustedProxies, normalize_path
 from service.http.security import require_allowed_host
 from service.http.text_validation import check_items, check_text
-from service.inference.model_manager import LoadedModel, ModelManager
+from service.inference.model_manager import RETRY_S, LoadedModel, ModelManager
 from service.inference.predictor import Predictor
 from service.rollout.rollout import RolloutManager
 from service.rollout.state import RolloutStore, open_store
@@ -148,6 +148,9 @@ class DeferredApp:
             log.exception("the pages could not be built")
             from gunicorn.arbiter import Arbiter
 
+            if services.rollout.is_replacement:  # gunicorn replaces the worker again
+                services.model_manager.closed.wait(RETRY_S)
+                os._exit(1)
             os._exit(Arbiter.WORKER_BOOT_ERROR)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any
+
+from gunicorn.arbiter import Arbiter
 
 from models.artifacts.bundle import open_bundle
 from models.errors import UserError
@@ -41,6 +44,7 @@ logger_class = "service.telemetry.json_logging.QuietLogger"
 proc_name = "dogs-vs-cats"
 control_socket_disable = True
 LOAD_POLL_S = 1.0
+BOOT_RETRY_S = 5.0
 READY = "Ready: {} (gallery: /gallery). Ctrl-C stops it."
 
 
@@ -67,8 +71,6 @@ def post_worker_init(worker: Any) -> None:
 
     A replacement that cannot load its model keeps trying and accepts no connections, which the other workers handle.
     """
-    from gunicorn.arbiter import Arbiter
-
     services = services_of(worker.wsgi)
     models, store = services.model_manager, services.rollout.store
 
@@ -99,9 +101,12 @@ def worker_exit(server: Any, worker: Any) -> None:
         services.model_manager.end_children()
         if services.recorder:
             services.recorder.close()
-    error = sys.exc_info()[1]
-    if isinstance(error, SystemExit) and error.code == 0:
+    code = getattr(sys.exc_info()[1], "code", None)
+    if code == 0:
         os._exit(0)
+    if code in (Arbiter.WORKER_BOOT_ERROR, Arbiter.APP_LOAD_ERROR) and open_store(_settings).has_served:
+        time.sleep(BOOT_RETRY_S)
+        os._exit(1)  # gunicorn replaces the worker; the other codes would end the server
 
 
 def child_exit(server: Any, worker: Any) -> None:

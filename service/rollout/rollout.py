@@ -46,6 +46,7 @@ class RolloutManager:
         self._settings, self._models = settings, models
         self._fingerprint: str | None = None  # of the link's target at the last look
         self._retry_at = 0.0
+        self.is_replacement = store.has_served  # whether the server served before this worker was started
         models.add_install_callback(self._publish)
 
     def activate(self, bundle: str, *, actor: str, allow: Collection[str] = ()) -> None:

@@ -89,16 +89,23 @@ def test_predictions_are_served_before_the_pages_are_built_and_a_page_waits(
     assert 'http_requests_total{method="POST",route="/predict",status="200"} 3.0' in metrics  # of both applications
 
 
-def test_a_server_whose_pages_cannot_be_built_ends(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("is_replacement", "code"), [(False, Arbiter.WORKER_BOOT_ERROR), (True, 1)])
+def test_a_server_whose_pages_cannot_be_built_ends_unless_others_serve(
+    services: Services, monkeypatch: pytest.MonkeyPatch, is_replacement: bool, code: int
+) -> None:
+    """gunicorn ends the server after a worker that could not boot, and replaces workers with other exit codes."""
+
     def fail(services: Services) -> Flask:
         raise RuntimeError("no pages")
 
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(service.app, "create_full_app", fail)
+    monkeypatch.setattr(service.app, "RETRY_S", 0.0)
+    services.rollout.is_replacement = is_replacement
     DeferredApp(services)
     poll(lambda: codes)
-    assert codes == [Arbiter.WORKER_BOOT_ERROR]
+    assert codes[0] == code
 
 
 def test_a_gallery_without_its_database_is_unavailable_and_predictions_are_served(

@@ -6,11 +6,15 @@ import os
 import runpy
 import shutil
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import pytest
 
+from service.rollout import state
+from service.rollout.state import RolloutStore
 from service.settings import Settings, process_settings
 from tests.helpers.server import poll, serve
 
@@ -62,13 +66,38 @@ def test_a_killed_server_leaves_nothing_in_the_temporary_folder(tiny_bundle: Sim
         assert [path.name for path in server.log_file.parent.iterdir()] == ["stderr"]
 
 
-def test_a_worker_that_failed_before_it_built_the_application_ends_without_an_error(
-    tiny_bundle: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def worker_exit(tiny_bundle: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[FunctionType]:
+    """The hook of gunicorn's configuration, for a server of the bundle ``tiny``."""
     for row in Settings.__dataclass_fields__:
         monkeypatch.delenv(row.upper(), raising=False)
     monkeypatch.setenv("BUNDLE", str(tiny_bundle.path))
     process_settings.cache_clear()
-    config = runpy.run_path(str(CONFIG))
+    yield runpy.run_path(str(CONFIG))["worker_exit"]
     process_settings.cache_clear()
-    config["worker_exit"](None, SimpleNamespace())
+
+
+def test_a_worker_that_failed_before_it_built_the_application_ends_without_an_error(worker_exit: FunctionType) -> None:
+    worker_exit(None, SimpleNamespace())
+
+
+@pytest.mark.parametrize(("has_served", "code"), [(False, 3), (True, 1)])
+def test_a_worker_that_cannot_boot_ends_the_server_only_if_none_has_served(
+    worker_exit: FunctionType, monkeypatch: pytest.MonkeyPatch, has_served: bool, code: int
+) -> None:
+    """gunicorn ends the server after the exit code 3, and replaces workers with other exit codes."""
+    store = RolloutStore(is_shared=True)
+    monkeypatch.setattr(state, "_shared", store)
+    monkeypatch.setitem(worker_exit.__globals__, "BOOT_RETRY_S", 0.0)
+    if has_served:
+        store.publish_version("123456789abc")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            try:
+                sys.exit(3)
+            finally:
+                worker_exit(None, SimpleNamespace())
+        except BaseException as error:
+            os._exit(error.code if isinstance(error, SystemExit) else 99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
