@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.artifacts.bundle import GRAPH, Bundle, open_bundle
+from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.paths import compiled_dir
 from models.runtime.openvino_engine import OpenVINOEngine, Pixels
 from service.explain.cam import LinearHead
@@ -132,7 +132,6 @@ class Explainer:
     def _compiled(self) -> OpenVINOEngine:
         """Only the crew's thread comes here, so that OpenVINO's own threads, its children, have its low priority."""
         if self._engine is None:
-            open_bundle(self.bundle.path, files=(GRAPH,))  # it may have been moved or changed since the start
             self._head = LinearHead.from_bundle(self.bundle)
             self._engine = OpenVINOEngine(
                 self.bundle.path / GRAPH, outputs=OUTPUTS, threads=1, batch_sizes=(1,), cache_dir=compiled_dir()

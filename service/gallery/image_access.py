@@ -84,16 +84,14 @@ class ImageAccess:
 
     def explain(self, version: str, photo: str, sha256: str, label: str) -> Explanation:
         """Where the photo speaks for a class. Raises Problem where the model's bundle is not on this machine."""
+        bundle = self._bundle(version)  # an explainer reads it again after it was idle
         with self._lock:
             if version not in self._explainers:
                 if len(self._explainers) >= MAX_EXPLAINERS:
                     self._explainers.pop(next(iter(self._explainers))).close()
-                self._explainers[version] = Explainer(self._bundle(version))
+                self._explainers[version] = Explainer(bundle)
             explainer = self._explainers[version]
-        try:
-            return explainer.explain(sha256, label, lambda: self.crop(version, photo, sha256))
-        except BundleError as error:
-            raise _bundle_missing(version, error) from None
+        return explainer.explain(sha256, label, lambda: self.crop(version, photo, sha256))
 
     def _bundle(self, version: str) -> Bundle:
         path = self._gallery.bundle_path(version)
