@@ -1,4 +1,4 @@
-"""/openapi.json says what is true, /docs shows all of it, and the service keeps to it under whatever is sent."""
+"""The OpenAPI document agrees with the application, /docs shows all of it, and the service conforms to it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
 from service import create_app
-from service.api.openapi import document
+from service.api.openapi import DOCUMENT, PLACEHOLDER, load_document, operations
 from service.context import services_of
+from service.db.filter import CHANGES, FACETS, FLAGS, OUTCOMES, PAGE_SIZES, REVIEWS, SORT_ORDERS, SOURCES
+from service.gallery import review
 from service.http.errors import PROBLEM_TYPES
+from service.rollout.agreement import ALLOWED_DIFFERENCES
 from service.settings import Settings
+from service.web import api_docs
 from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll, serve
 
 
@@ -40,13 +44,13 @@ def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
 
 
 @pytest.fixture(scope="module")
-def said(app: Flask) -> dict[str, Any]:
+def document(app: Flask) -> dict[str, Any]:
     return dict(app.test_client().get("/openapi.json").get_json())
 
 
 @pytest.fixture(scope="module")
 def api(app: Flask, tiny_bundle: SimpleNamespace) -> OpenApiSchema:
-    """What schemathesis makes of the document; of the photos that it sends as they are, half can be read."""
+    """The document for schemathesis. Half of the images that it generates can be decoded."""
     photo = (tiny_bundle.photos / "red" / "red.000.jpg").read_bytes()
     schemathesis.openapi.media_type("image/*", st.one_of(st.just(photo), st.binary()), aliases=["application/octet-stream"])
     refusals = {"negative_data_rejection": {"expected-statuses": ["400", "403", "404", "405", "413", "415", "422"]}}
@@ -54,74 +58,208 @@ def api(app: Flask, tiny_bundle: SimpleNamespace) -> OpenApiSchema:
     return schemathesis.openapi.from_wsgi("/openapi.json", app, config=config)
 
 
-def operations(document: dict[str, Any]) -> set[tuple[str, str]]:
-    return {(method.upper(), path) for path, row in document["paths"].items() for method in row}
-
-
-def test_every_route_is_in_the_document_and_the_other_way_round(app: Flask, said: dict[str, Any]) -> None:
+def test_the_document_describes_exactly_the_routes_of_the_application(app: Flask, document: dict[str, Any]) -> None:
     routes = {
-        (method, re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule))
+        (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method)
         for rule in app.url_map.iter_rules()
-        if rule.rule != "/favicon.ico"  # a redirect for browsers
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
-    assert operations(said) == routes
+    assert {(path, method) for path, method, _ in operations(document)} == routes
 
 
-def test_the_document_is_openapi_3_1_without_loose_ends(api: OpenApiSchema, said: dict[str, Any]) -> None:
+def test_the_document_is_valid_openapi_3_1(api: OpenApiSchema, document: dict[str, Any]) -> None:
     api.validate()
-    assert said["openapi"].startswith("3.1")
-    names = set(re.findall(r"'#/components/(\w+)/([\w-]+)'", str(said)))
-    assert names
-    assert all(name in said["components"][kind] for kind, name in names)
-    ids = [row["operationId"] for path in said["paths"].values() for row in path.values()]
+    assert document["openapi"].startswith("3.1")
+    references = set(re.findall(r"'#/components/(\w+)/([\w-]+)'", str(document)))
+    assert references
+    assert references <= {(kind, name) for kind, entries in document["components"].items() for name in entries}
+    ids = [operation["operationId"] for _, _, operation in operations(document)]
     assert len(set(ids)) == len(ids)
 
 
-def test_every_problem_is_documented_under_its_status(said: dict[str, Any]) -> None:
-    answers = [answer for path in said["paths"].values() for row in path.values() for answer in row["responses"].items()]
-    answers += [("404", said["components"]["responses"]["NotFound"])]
-    answers += [("405", said["components"]["responses"]["MethodNotAllowed"])]
-    found = {(code, int(status)) for status, row in answers for code in re.findall(r"`(\w+)`", row.get("description", ""))}
-    assert {(code, problem.status) for code, problem in PROBLEM_TYPES.items()} == {
-        (code, status) for code, status in found if status >= 400
+def test_every_component_is_used(document: dict[str, Any]) -> None:
+    used = set(re.findall(r"'#/components/(\w+)/([\w-]+)'", str(document)))
+    defined = {(kind, name) for kind, entries in document["components"].items() for name in entries}
+    assert defined - used == {
+        ("securitySchemes", "bearer"),
+        ("securitySchemes", "apiKey"),
+        ("responses", "MethodNotAllowed"),  # of every path, for a method that it does not list
     }
 
 
-def test_a_problem_s_type_leads_to_its_row_in_the_docs(app: Flask) -> None:
-    docs = app.test_client().get("/docs").text
+def test_the_error_codes_are_those_of_the_service(document: dict[str, Any]) -> None:
+    for name in ("Problem", "ImageProblem"):
+        fields = document["components"]["schemas"][name]["properties"]
+        assert fields["code"]["enum"] == list(PROBLEM_TYPES)
+        assert fields["status"]["enum"] == sorted({problem.status for problem in PROBLEM_TYPES.values()})
+
+
+def test_every_error_code_is_documented_under_its_status(document: dict[str, Any]) -> None:
+    responses = [item for _, _, operation in operations(document) for item in operation["responses"].items()]
+    shared = document["components"]["responses"]
+    responses += [("404", shared["NotFound"]), ("405", shared["MethodNotAllowed"])]
+    documented = {
+        (code, int(status))
+        for status, response in responses
+        for code in re.findall(r"`(\w+)`", response.get("description", ""))
+        if status >= "400"
+    }
+    assert documented == {(code, problem.status) for code, problem in PROBLEM_TYPES.items()}
+
+
+def test_the_parameters_of_a_listing_are_those_of_the_gallery(document: dict[str, Any]) -> None:
+    references = document["paths"]["/gallery/photos.json"]["get"]["parameters"]
+    shared = [document["components"]["parameters"][row["$ref"].rpartition("/")[2]] for row in references]
+    schemas = {row["name"]: row["schema"] for row in shared}
+    others = ["confidence", "baseline", "change", "sort", "order", "seed", "per_page"]
+    assert list(schemas) == ["model", *FACETS, *others]
+    values = {"outcome": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
+    for name in FACETS:
+        assert schemas[name] == {"type": "array", "items": {"type": "string"} | _enum(values.get(name))}
+    assert schemas["change"] == {"type": "string"} | _enum(CHANGES)
+    assert schemas["sort"] == {"type": "string"} | _enum(tuple(SORT_ORDERS))
+    assert (schemas["per_page"]["minimum"], schemas["per_page"]["maximum"]) == (PAGE_SIZES[0], PAGE_SIZES[-1])
+
+
+def _enum(values: tuple[str, ...] | None) -> dict[str, list[str]]:
+    return {"enum": [*values, ""]} if values else {}
+
+
+def test_the_fields_of_a_review_are_those_of_the_gallery(document: dict[str, Any]) -> None:
+    fields = document["components"]["schemas"]["ReviewRequest"]["properties"]
+    assert set(fields) == set(review.FIELDS)
+    assert {name: field["maxLength"] for name, field in fields.items() if "maxLength" in field} == review.MAX_LENGTHS
+
+
+def test_the_differences_that_a_rollout_may_allow_are_listed(document: dict[str, Any]) -> None:
+    body = document["paths"]["/admin/bundle"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["properties"]["allow"]["items"]["enum"] == list(ALLOWED_DIFFERENCES)
+
+
+def test_the_rows_of_a_listing_have_the_documented_fields(app: Flask, document: dict[str, Any]) -> None:
+    rows = app.test_client().get("/gallery/photos.json").get_json()["rows"]
+    assert rows
+    for row in rows:
+        assert list(row) == list(document["components"]["schemas"]["PhotoRecord"]["properties"])
+
+
+def test_every_placeholder_is_filled_from_the_settings() -> None:
+    names = set(PLACEHOLDER.findall(re.sub(r"(?m)^#.*", "", DOCUMENT.read_text(encoding="utf-8"))))
+    settings = Settings(max_images=7, max_body_mb=3.5, max_megapixels=12, min_agreement=0.85, shadow_samples=9)
+    text = str(load_document(settings))
+    assert {"MAX_IMAGES", "MAX_BODY_MB", "IMAGE_FORMATS"} <= names
+    assert not [name for name in names if f"<{name}>" in text]
+    assert "'maxItems': 7" in text
+    assert "7 images and 3.5 MiB per request, 12 megapixels per image" in text
+    assert "the same label to 85% of the last 9 classified images" in re.sub(r"\\n *", " ", text)
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"shadow_samples": 0}, "Images are not stored."),
+        ({"shadow_samples": 0, "save_predictions": True}, "Images are stored for up to 30 days for review."),
+        (
+            {"shadow_samples": 5},
+            "Images are not stored. The network's inputs of the last 5 stay in memory, to compare the next bundle.",
+        ),
+    ],
+)
+def test_the_description_states_whether_images_are_stored(options: dict[str, Any], note: str) -> None:
+    description = load_document(Settings(**options))["paths"]["/predict"]["post"]["description"]
+    assert description.rstrip().endswith(f"\n\n{note}")
+
+
+def test_the_example_of_an_error_has_the_title_of_its_code(document: dict[str, Any]) -> None:
+    example = document["paths"]["/predict"]["post"]["responses"]["200"]["content"]["application/json"]["example"]
+    error = example["predictions"][1]["error"]
+    assert (error["status"], error["title"]) == PROBLEM_TYPES[error["code"]][:2]
+
+
+def test_the_document_is_serialized_once_and_revalidated_by_etag(app: Flask) -> None:
+    client = app.test_client()
+    first = client.get("/openapi.json")
+    misses = api_docs._serialize.cache_info().misses
+    again = client.get("/openapi.json", headers={"If-None-Match": first.headers["ETag"]})
+    assert (again.status_code, again.data) == (304, b"")
+    assert client.get("/openapi.json").data == first.data
+    assert api_docs._serialize.cache_info().misses == misses
+    assert client.head("/openapi.json").headers["Content-Length"] == str(len(first.data))
+
+
+def test_the_server_of_the_document_is_the_one_that_the_client_used(app: Flask) -> None:
+    client = app.test_client()
+    local = client.get("/openapi.json")
+    other = client.get("/openapi.json", base_url="https://localhost:8443/")
+    assert local.get_json()["servers"] == [{"url": "http://localhost"}]
+    assert other.get_json()["servers"] == [{"url": "https://localhost:8443"}]
+    assert "localhost:8000" not in local.text + other.text
+    assert local.headers["ETag"] != other.headers["ETag"]
+
+
+# The page
+
+
+def test_the_type_of_an_error_links_to_its_row_on_the_page(app: Flask) -> None:
+    page = app.test_client().get("/docs").text
     for code, (status, title, _) in PROBLEM_TYPES.items():
-        row = re.search(rf'<div id="{code}">.*?</div>', docs, re.DOTALL)
+        row = re.search(rf'<div id="{code}">.*?</div>', page, re.DOTALL)
         assert row
         assert all(words in row[0] for words in (str(status), title))
     problem = app.test_client().post("/predict", data=b"", content_type="image/png").get_json()
-    assert f'id="{problem["type"].removeprefix("/docs#")}"' in docs
+    assert f'id="{problem["type"].removeprefix("/docs#")}"' in page
 
 
-def test_the_docs_show_every_operation_parameter_and_form(app: Flask, said: dict[str, Any]) -> None:
-    docs = app.test_client().get("/docs").text.replace("<wbr>", "")
-    for method, path in operations(said):
-        assert re.search(rf">{method}</span> <code>{re.escape(path)}</code>", docs)
-    predict = said["paths"]["/predict"]["post"]
+def test_the_page_shows_every_operation_parameter_and_body(app: Flask, document: dict[str, Any]) -> None:
+    original = app.test_client().get("/docs").text
+    assert "/gallery/<wbr>photos.json</code>" in original
+    page = original.replace("<wbr>", "")
+    for path, method, operation in operations(document):
+        assert re.search(rf">{method}</span> <code>{re.escape(path)}</code>", page)
+        assert f'id="{operation["operationId"]}"' in page
+    predict = document["paths"]["/predict"]["post"]
     for name in [row["name"] for row in predict["parameters"]] + list(predict["requestBody"]["content"]):
-        assert f"<code>{name}</code>" in docs
-    assert "/gallery/<wbr>photos.json</code>" in app.test_client().get("/docs").text
-    identifiers = re.findall(r' id="([^"]+)"', docs)
+        assert f"<code>{name}</code>" in page
+    identifiers = re.findall(r' id="([^"]+)"', page)
     assert len(set(identifiers)) == len(identifiers)
-    assert set(re.findall(r'href="#([^"]+)"', docs)) <= set(identifiers)
+    assert set(re.findall(r'href="#([^"]+)"', page)) <= set(identifiers)
 
 
-def test_a_key_is_wanted_by_the_document_where_it_is_by_the_service(tiny_bundle: SimpleNamespace, said: dict[str, Any]) -> None:
+def test_the_page_describes_a_shared_parameter_once(app: Flask, document: dict[str, Any]) -> None:
+    page = app.test_client().get("/docs").text
+    for name, parameter in document["components"]["parameters"].items():
+        assert page.count(f'<div id="parameter-{name}">') == 1
+        assert page.count(f'<a href="#parameter-{name}"><code>{parameter["name"]}</code></a>') >= 1
+    assert page.count("The difference from the model <code>baseline</code>") == 1
+
+
+def test_every_operation_on_the_page_but_a_form_has_an_example(app: Flask, document: dict[str, Any]) -> None:
+    page = app.test_client().get("/docs").text
+    for path, method, operation in operations(document):
+        entry = re.search(rf'<details class="operation" id="{operation["operationId"]}".*?</details>', page, re.DOTALL)
+        assert entry
+        has_example = operation["operationId"] not in ("oipInferVersion", "gallery_key")
+        assert ('class="sample"' in entry[0]) == has_example, path
+        can_open = method == "GET" and "{" not in path
+        assert (f'<a href="{path}">Open ' in entry[0]) == can_open
+
+
+def test_an_api_key_is_documented_if_the_service_requires_one(tiny_bundle: SimpleNamespace, document: dict[str, Any]) -> None:
     app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame",)))
     services_of(app).model_manager.wait(START_S)
     keyed = app.test_client().get("/openapi.json").get_json()["paths"]["/predict"]["post"]
+    page = app.test_client().get("/docs").text
     services_of(app).model_manager.close()
     assert keyed["security"] == [{"bearer": []}, {"apiKey": []}]
     assert all("KEY" in sample["source"] for sample in keyed["x-codeSamples"])
-    assert {} in said["paths"]["/predict"]["post"]["security"]
+    assert "This service requires an API key:" in page
+    assert {} in document["paths"]["/predict"]["post"]["security"]
 
 
-def test_each_form_of_the_document_is_taken(app: Flask, said: dict[str, Any], tiny_bundle: SimpleNamespace) -> None:
+# The examples
+
+
+def test_every_documented_body_is_accepted(app: Flask, document: dict[str, Any], tiny_bundle: SimpleNamespace) -> None:
     photo = (tiny_bundle.photos / "red" / "red.000.jpg").read_bytes()
     text = base64.b64encode(photo).decode()
     sent: dict[str, list[dict[str, Any]]] = {
@@ -130,7 +268,7 @@ def test_each_form_of_the_document_is_taken(app: Flask, said: dict[str, Any], ti
         "application/octet-stream": [{"data": photo, "content_type": "application/octet-stream"}],
         "application/json": [{"json": {"image": text}}, {"json": {"instances": [{"b64": text}]}}],
     }
-    assert set(sent) == set(said["paths"]["/predict"]["post"]["requestBody"]["content"])
+    assert set(sent) == set(document["paths"]["/predict"]["post"]["requestBody"]["content"])
     labels = {
         app.test_client().post("/predict", **options).get_json()["predictions"][0]["label"]
         for ways in sent.values()
@@ -139,7 +277,7 @@ def test_each_form_of_the_document_is_taken(app: Flask, said: dict[str, Any], ti
     assert labels == {"red"}
 
 
-def test_the_examples_run_as_they_stand(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_examples_run_unchanged(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     for name in ("photo.jpg", "cat.jpg", "dog.jpg"):
         (tmp_path / name).write_bytes((tiny_bundle.photos / "red" / "red.000.jpg").read_bytes())
     with serve(tiny_bundle.path) as server:
@@ -151,17 +289,23 @@ def test_the_examples_run_as_they_stand(tiny_bundle: SimpleNamespace, tmp_path: 
             assert "red" in done.stdout
 
 
-# Whatever is sent: no answer that the document does not have, and no error of the server's own
+# Conformance: no undocumented response to generated requests, and no server error
 
-PATHS = document(Settings(), "http://localhost")["paths"]
-WAYS = [
-    (method.upper(), path, mode)
-    for path, row in PATHS.items()
-    for method, operation in row.items()
+
+def takes_input(operation: dict[str, Any]) -> bool:
+    """Whether an operation has a body or query parameters, so that it can be sent invalid ones."""
+    shared = load_document(Settings())["components"]["parameters"]
+    rows = [shared[row["$ref"].rpartition("/")[2]] if "$ref" in row else row for row in operation.get("parameters", [])]
+    return "requestBody" in operation or any(row["in"] == "query" for row in rows)
+
+
+CASES = [
+    (method, path, mode)
+    for path, method, operation in operations(load_document(Settings()))
     for mode in GenerationMode
-    if mode.is_positive or "requestBody" in operation or "query" in str(operation.get("parameters"))
+    if mode.is_positive or takes_input(operation)
 ]
-PROMISES = [
+CONFORMANCE = [
     "not_a_server_error",
     "status_code_conformance",
     "content_type_conformance",
@@ -176,12 +320,15 @@ BOUNDED = hypothesis.settings(
 )
 
 
-@pytest.mark.parametrize(("method", "path", "mode"), WAYS)
-def test_the_service_keeps_to_its_document(api: OpenApiSchema, method: str, path: str, mode: GenerationMode) -> None:
+@pytest.mark.parametrize(("method", "path", "mode"), CASES)
+def test_the_service_conforms_to_the_document(api: OpenApiSchema, method: str, path: str, mode: GenerationMode) -> None:
     @BOUNDED
     @hypothesis.given(case=api[path][method].as_strategy(generation_mode=mode))
-    def keeps(case: schemathesis.Case) -> None:
-        # Schemathesis accepts gzip, but does not decompress responses of a WSGI application.
-        case.call_and_validate(checks=CHECKS.get_by_names(PROMISES), headers={"Accept-Encoding": "identity"})
+    def conforms(case: schemathesis.Case) -> None:
+        # Few forms are invalid: each field is text, any field may be a file, and an empty file without a name does not count.
+        skipped = {"negative_data_rejection"} if case.media_type == "multipart/form-data" else set()
+        checks = CHECKS.get_by_names([name for name in CONFORMANCE if name not in skipped])
+        # Schemathesis does not decompress the response of a WSGI application.
+        case.call_and_validate(checks=checks, headers={"Accept-Encoding": "identity"})
 
-    keeps()
+    conforms()
