@@ -1,4 +1,4 @@
-"""/admin: which bundle serves, another in its place, and back again. For those who have one of ADMIN_KEYS."""
+"""Serve /admin: show, replace and roll back the active bundle. Requires one of ADMIN_KEYS."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ bp = Blueprint("admin", __name__, url_prefix="/admin")
 
 @bp.before_request
 def require_admin_key() -> None:
-    """Only with a key in a header, which no page of another origin can send: a form cannot, and CORS is not granted here."""
+    """Require a key in a header. Pages of other sites cannot send one: a form has no headers, and /admin allows no CORS."""
     settings = services().settings
     if not settings.admin_keys:
-        raise Problem("admin_disabled", "This server was started without ADMIN_KEYS, so nobody may administer it; set them.")
+        raise Problem("admin_disabled", "Start the server with ADMIN_KEYS to enable /admin.")
     g.key_name = match_key(settings.admin_keys, key_from_request(request))
 
 
@@ -35,9 +35,9 @@ def bundle() -> Response:
 
 @bp.post("/bundle")
 def activate() -> Response:
-    """Answers when this worker serves the bundle; the others follow within the time that loading takes."""
-    wanted, allow = _asked_for()
-    services().rollout.activate(wanted, actor=g.key_name, allow=allow)
+    """Respond when this worker serves the bundle. The other workers follow as soon as they have loaded it."""
+    folder, allow = _parse_body()
+    services().rollout.activate(folder, actor=g.key_name, allow=allow)
     return _status()
 
 
@@ -51,17 +51,18 @@ def _status() -> Response:
     settings = services().settings
     store = services().rollout.store
     state, worker_versions = store.read(), store.worker_versions()
-    answer = dataclasses.asdict(state)
-    del answer["link_fingerprint"]
-    answer["converged"] = state.active is not None and set(worker_versions.values()) == {state.active.version}
-    answer["survives_restart"] = state.active is not None and state.active.bundle == str(settings.bundle.resolve())
-    answer["workers"] = [{"pid": pid, "version": version} for pid, version in worker_versions.items()]
-    made = jsonify(answer)
-    made.headers["Cache-Control"] = "no-store"
-    return made
+    status = dataclasses.asdict(state)
+    del status["link_fingerprint"]
+    status["converged"] = state.active is not None and set(worker_versions.values()) == {state.active.version}
+    status["survives_restart"] = state.active is not None and state.active.bundle == str(settings.bundle.resolve())
+    status["workers"] = [{"pid": pid, "version": version} for pid, version in worker_versions.items()]
+    response = jsonify(status)
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
-def _asked_for() -> tuple[str, list[str]]:
+def _parse_body() -> tuple[str, list[str]]:
+    """Return the bundle's folder and the differences to accept."""
     settings = services().settings
     if request.mimetype != "application/json":
         raise Problem("unsupported_media_type", f"Unsupported Content-Type: {request.mimetype[:80] or 'none'}. {HINT}")

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol (KServe's version 2, over REST): the same photos and the same answers as /predict.
+"""Serve the Open Inference Protocol (KServe's version 2, over REST), with the predictions of /predict.
 
 https://github.com/kserve/open-inference-protocol, with Triton's extensions ``binary_tensor_data`` and ``classification``.
 """
@@ -21,7 +21,7 @@ from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import require_key
 from service.http.uploads import Upload, upload_from_base64
-from service.inference.model_manager import LoadedModel, ModelManager
+from service.inference.model_manager import LoadedModel
 
 INFER_PATH = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
 JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
@@ -42,22 +42,23 @@ def live() -> Response:
 
 @bp.get("/health/ready")
 def ready() -> Response:
-    _served().check_ready()
+    services().model_manager.check_ready()
     return jsonify(ready=True)
 
 
 @bp.get("/models/<name>", defaults={"version": None})
 @bp.get("/models/<name>/versions/<version>")
 def metadata(name: str, version: str | None) -> Response:
-    model = _found(name, version)
-    seen, classes = model.bundle.preprocessing, len(model.bundle.classes)
+    model = _find_model(name, version)
+    preprocessing, classes = model.bundle.preprocessing, len(model.bundle.classes)
+    size_px, channels = preprocessing.input_px, preprocessing.channels
     return jsonify(
         name=model.bundle.name,
         versions=[model.bundle.version],
         platform="onnx_onnxv1",
         inputs=[
             {"name": "images", "datatype": "BYTES", "shape": [-1]},
-            {"name": "pixels", "datatype": "UINT8", "shape": [-1, seen.input_px, seen.input_px, seen.channels]},
+            {"name": "pixels", "datatype": "UINT8", "shape": [-1, size_px, size_px, channels]},
         ],
         outputs=[
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]},
@@ -69,61 +70,60 @@ def metadata(name: str, version: str | None) -> Response:
 @bp.get("/models/<name>/ready", defaults={"version": None})
 @bp.get("/models/<name>/versions/<version>/ready")
 def model_ready(name: str, version: str | None) -> Response:
-    model = _served().check_ready()
-    _check(model, name, version)
+    model = services().model_manager.check_ready()
+    _check_name(model, name, version)
     return jsonify(name=model.bundle.name, ready=True)
 
 
 @bp.post("/models/<name>/infer", defaults={"version": None})
 @bp.post("/models/<name>/versions/<version>/infer")
 def infer(name: str, version: str | None) -> Response:
-    if refusal := request.environ.get(REJECTION):
-        raise refusal
+    if rejection := request.environ.get(REJECTION):
+        raise rejection
     settings = services().settings
     g.key_name = require_key(request, settings)
-    preprocessing = _found(name, version).bundle.preprocessing
-    wanted = parse_request(read_body(request, settings), _json_bytes(), settings, preprocessing)
-    model, predictions = classify(_uploads(wanted.input), all_or_none=True)
-    _check(model, name, version)  # it may have been exchanged meanwhile
-    head = {"model_name": model.bundle.name, "model_version": model.bundle.version}
-    if wanted.id is not None:
-        head["id"] = wanted.id
-    values = np.stack([_probabilities(prediction) for prediction in predictions])
-    body, json_bytes = encode_response(head, [(asked, _output(asked, values, model)) for asked in wanted.outputs])
-    result = Response(body, mimetype="application/json" if json_bytes is None else "application/octet-stream")
-    result.headers["X-Model-Version"] = model.bundle.version
+    preprocessing = _find_model(name, version).bundle.preprocessing
+    parsed = parse_request(read_body(request, settings), _json_bytes(), settings, preprocessing)
+    model, predictions = classify(_uploads(parsed.input), all_or_none=True)
+    _check_name(model, name, version)  # a rollout may have replaced the model meanwhile
+    members = {"model_name": model.bundle.name, "model_version": model.bundle.version}
+    if parsed.id is not None:
+        members["id"] = parsed.id
+    probabilities = np.stack([_probabilities(prediction) for prediction in predictions])
+    outputs = [(output, _output_values(output, probabilities, model)) for output in parsed.outputs]
+    body, json_bytes = encode_response(members, outputs)
+    response = Response(body, mimetype="application/json" if json_bytes is None else "application/octet-stream")
+    response.headers["X-Model-Version"] = model.bundle.version
     if json_bytes is not None:
-        result.headers[JSON_LENGTH_HEADER] = str(json_bytes)
-    return result
+        response.headers[JSON_LENGTH_HEADER] = str(json_bytes)
+    return response
 
 
 def is_protocol_path(path: str) -> bool:
-    """Whether a path is the protocol's, so that its errors have the protocol's form."""
+    """Return whether errors on this path have the protocol's format."""
     return path == "/v2" or path.startswith("/v2/")
 
 
 def error_response(problem: Problem) -> Response:
-    """A problem as the protocol has it."""
-    result = jsonify(error=problem.detail)
-    result.status_code = problem.status
-    result.headers.update(problem.headers)
-    return result
+    """Return a problem in the protocol's format."""
+    response = jsonify(error=problem.detail)
+    response.status_code = problem.status
+    response.headers.update(problem.headers)
+    return response
 
 
-def _served() -> ModelManager:
-    return services().model_manager
-
-
-def _found(name: str, version: str | None) -> LoadedModel:
-    model = _served().get()
-    _check(model, name, version)
+def _find_model(name: str, version: str | None) -> LoadedModel:
+    model = services().model_manager.get()
+    _check_name(model, name, version)
     return model
 
 
-def _check(model: LoadedModel, name: str, version: str | None) -> None:
+def _check_name(model: LoadedModel, name: str, version: str | None) -> None:
+    """Raise Problem if this is not the active model."""
     if name != model.bundle.name or version not in (None, model.bundle.version):
-        asked = name if version is None else f"{name}, version {version}"
-        raise Problem("not_found", f"There is no {asked} here; {model.bundle.name}, version {model.bundle.version}, is served.")
+        requested = name if version is None else f"{name}, version {version}"
+        active = f"{model.bundle.name}, version {model.bundle.version}"
+        raise Problem("not_found", f"Model not found: {requested[:200]}. The active model is {active}.")
 
 
 def _json_bytes() -> int | None:
@@ -131,14 +131,14 @@ def _json_bytes() -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,12}", text):
-        raise tensor_problem(f"{JSON_LENGTH_HEADER} is {text[:40]!r}; it must be a whole number.")
+        raise tensor_problem(f"{JSON_LENGTH_HEADER} must be a whole number (got {text[:40]!r}).")
     return int(text)
 
 
-def _uploads(given: InputTensor) -> list[Upload]:
-    rows: list[Any] = list(given.pixels if given.pixels is not None else given.elements or [])
+def _uploads(tensor: InputTensor) -> list[Upload]:
+    rows: list[Any] = list(tensor.pixels if tensor.pixels is not None else tensor.elements or [])
     if not rows:
-        raise Problem("no_image", f"The tensor {given.name} is empty; send at least one photo.")
+        raise Problem("no_image", f"The tensor {tensor.name} is empty. Send at least one image.")
     return [_upload(row) for row in rows]
 
 
@@ -153,20 +153,20 @@ def _probabilities(prediction: Prediction) -> NDArray[np.float32]:
     return prediction.result.probabilities
 
 
-def _output(asked: RequestedOutput, values: NDArray[np.float32], model: LoadedModel) -> NDArray[Any]:
-    """The tensor that is asked for, of the probabilities (N, classes)."""
+def _output_values(output: RequestedOutput, probabilities: NDArray[np.float32], model: LoadedModel) -> NDArray[Any]:
+    """Compute an output from the probabilities (N, classes)."""
     names = np.array(model.bundle.classes, dtype=object)
-    if asked.name == "label":
-        return names[values.argmax(axis=1)]
-    if not asked.classes:
-        return values
-    order = np.argsort(-values, axis=1, kind="stable")[:, : asked.classes]
-    texts = [[f"{row[i]:f}:{i}:{names[i]}" for i in best] for row, best in zip(values, order, strict=True)]
+    if output.name == "label":
+        return names[probabilities.argmax(axis=1)]
+    if not output.classes:
+        return probabilities
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, : output.classes]
+    texts = [[f"{row[i]:f}:{i}:{names[i]}" for i in top] for row, top in zip(probabilities, order, strict=True)]
     return np.array(texts, dtype=object)
 
 
 def _own_version() -> str:
     try:
         return version(SERVER_NAME)
-    except PackageNotFoundError:  # run from its folder
+    except PackageNotFoundError:  # run from a checkout
         return "0"

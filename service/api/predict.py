@@ -1,4 +1,4 @@
-"""POST /predict and GET /models, in JSON."""
+"""Serve predictions and the model's description as JSON: POST /predict and GET /models."""
 
 from __future__ import annotations
 
@@ -100,8 +100,7 @@ def predict() -> Response:
 
 @bp.get("/models")
 def models() -> Response:
-    served = services().model_manager
-    model = served.get()
+    model = services().model_manager.get()
     bundle, manifest = model.bundle, model.bundle.manifest
     return jsonify(
         models=[
@@ -151,7 +150,7 @@ def gallery_url(model: LoadedModel, prediction: Prediction) -> str | None:
 
 
 def png_data_url(pixels: Pixels) -> str:
-    """(H, W, C) uint8 -> the picture as a data: URL, exactly as the model saw it."""
+    """Encode the network's input, (H, W, C) uint8, as a data: URL of a PNG."""
     return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
 
 
@@ -160,23 +159,23 @@ def _top_k() -> int | None:
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= MAX_TOP_K:
-        raise Problem("bad_parameter", f"top_k is {text[:40]!r}; it must be a whole number from 1 on, {MAX_TOP_K} at most.")
+        raise Problem("bad_parameter", f"`top_k` must be a whole number from 1 to {MAX_TOP_K:,} (got {text[:40]!r}).")
     return int(text)
 
 
 def _crop() -> bool:
     text = request.args.get("crop", "0")
     if text not in ("0", "1"):
-        raise Problem("bad_parameter", f"crop is {text[:40]!r}; it must be 0 or 1.")
+        raise Problem("bad_parameter", f"`crop` must be 0 or 1 (got {text[:40]!r}).")
     return text == "1"
 
 
 def _server_timing(predictions: list[Prediction]) -> str:
-    """The slowest photo's stages, for a browser's own tools."""
-    answers = [prediction.result for prediction in predictions if prediction.result]
-    if not answers:
+    """Return the duration of each stage, for the slowest image, as browsers display it."""
+    results = [prediction.result for prediction in predictions if prediction.result]
+    if not results:
         return "total;dur=0"
-    decode = max(result.decode_ms for result in answers)
-    batch_queue = max(result.batch_queue_ms for result in answers)
-    inference = max(result.inference_ms for result in answers)
+    decode = max(result.decode_ms for result in results)
+    batch_queue = max(result.batch_queue_ms for result in results)
+    inference = max(result.inference_ms for result in results)
     return f"decode;dur={decode:.1f}, batch_queue;dur={batch_queue:.1f}, inference;dur={inference:.1f}"

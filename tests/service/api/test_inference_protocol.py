@@ -133,8 +133,8 @@ def test_one_bad_photo_refuses_all(server: Server, client: Any, name: str, photo
 
 def test_what_cannot_be_is_told(client: Any, name: str, photos: list[bytes]) -> None:
     for model, version, given, words in (
-        ("another", "", photos_input(photos), "There is no another here"),
-        (name, "7", photos_input(photos), "version 7"),
+        ("another", "", photos_input(photos), "Model not found: another. The active model is "),
+        (name, "7", photos_input(photos), f"Model not found: {name}, version 7."),
         (name, "", photos_input(photos * 2), "Too many images: 6 images, the limit is 4."),
         (name, "", photos_input([b""]), "has no bytes"),
         (name, "", photos_input([]), "is empty"),
@@ -144,13 +144,13 @@ def test_what_cannot_be_is_told(client: Any, name: str, photos: list[bytes]) -> 
             pixels_input(np.zeros((1, 8, 8, 3), np.uint8)),
             r"Expected pixels of shape \[32, 32, 3\] per image, got \[8, 8, 3\]",
         ),
-        (name, "", pixels_input(np.zeros((8, 8, 3), np.uint8)), r"\[N, H, W, C\] is wanted"),
+        (name, "", pixels_input(np.zeros((8, 8, 3), np.uint8)), r"must be \[N, H, W, C\] \(got \[8, 8, 3\]\)"),
     ):
         with pytest.raises(InferenceServerException, match=words):
             client.infer(model, [given], model_version=version)
-    with pytest.raises(InferenceServerException, match="One input is wanted"):
+    with pytest.raises(InferenceServerException, match="`inputs` must contain one tensor"):
         client.infer(name, [photos_input(photos), pixels_input(np.zeros((3, SIDE, SIDE, 3), np.uint8))])
-    with pytest.raises(InferenceServerException, match="embedding"):
+    with pytest.raises(InferenceServerException, match=r"Unknown output 'embedding'\. Valid outputs: probabilities, label\."):
         client.infer(name, [photos_input(photos)], outputs=[triton.InferRequestedOutput("embedding")])
     with pytest.raises(InferenceServerException, match="compressed"):
         client.infer(name, [photos_input(photos)], request_compression_algorithm="gzip")
@@ -167,6 +167,7 @@ def infer(server: Server, name: str, body: bytes, **headers: str) -> Reply:
         5, [], {}, {"inputs": 5}, {"inputs": []}, {"inputs": [5]}, {"inputs": [{}]}, {"id": 5},
         {"name": "images"}, {"name": []}, {"datatype": "FP32"}, {"datatype": {}}, {"shape": "1"}, {"shape": [1.0]},
         {"shape": [-1]}, {"shape": [True]}, {"shape": []}, {"shape": [2]}, {"shape": [1, 2]}, {"shape": [0, 1]},
+        {"shape": [1, 1, 1]}, {"shape": [2, 1]}, {"shape": [5, 1]},
         {"shape": [1 << 40]},
         {"data": None}, {"data": 5}, {"data": [5]}, {"data": [None]}, {"data": [[["eA=="], 5]]}, {"data": ["?"]},
         {"data": {"a": 1}},
@@ -179,6 +180,8 @@ def infer(server: Server, name: str, body: bytes, **headers: str) -> Reply:
         {"name": "pixels", "datatype": "UINT8", "shape": [4, 0, 0, 3], "data": []},
         {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 256]},
         {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, "a"]},
+        {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, True]},
+        {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 1 << 80]},
         {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3]},
     ],
 )  # fmt: skip
@@ -192,6 +195,20 @@ def test_a_request_that_is_none_is_refused_in_the_protocols_form(server: Server,
     reply = infer(server, name, json.dumps(given).encode())
     assert 400 <= reply.status < 500
     assert reply.json().keys() == {"error"}
+
+
+@pytest.mark.parametrize("members", [{"parameters": None}, {"id": None, "outputs": None}, {}])
+@pytest.mark.parametrize("shape", [[1], [1, 1]])
+def test_null_members_and_a_batch_dimension_are_accepted(
+    server: Server, name: str, photos: list[bytes], members: dict[str, None], shape: list[int]
+) -> None:
+    encoded = base64.b64encode(photos[0]).decode()
+    for data in ([encoded], [[encoded]]):
+        tensor = {"name": "images", "datatype": "BYTES", "shape": shape, "data": data, "parameters": None}
+        output = {"name": "label", "parameters": None}
+        reply = infer(server, name, json.dumps({"inputs": [tensor], "outputs": [output]} | members).encode())
+        assert reply.status == 200, reply.text
+        assert [row["data"] for row in reply.json()["outputs"] if row["name"] == "label"] == [["blue"]]
 
 
 def test_bytes_that_break_off_are_refused(server: Server, name: str) -> None:

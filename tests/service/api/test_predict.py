@@ -238,7 +238,9 @@ def test_top_k_gives_the_most_probable_first(client: FlaskClient, photo: bytes) 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "two", "", "1e3", "%C2%B2", "9" * 30, "000000001" + "9" * 5000])
 def test_a_top_k_that_is_none_is_refused(client: FlaskClient, photo: bytes, text: str) -> None:
-    refused(send(client, photo, query=f"?top_k={text}"), "bad_parameter", "top_k is", "whole number from 1 on")
+    refused(
+        send(client, photo, query=f"?top_k={text}"), "bad_parameter", "`top_k` must be a whole number from 1 to 1,000,000 (got "
+    )
 
 
 def test_the_crop_is_what_the_model_saw(client: FlaskClient, picture: Image.Image, tiny_bundle: SimpleNamespace) -> None:
@@ -249,7 +251,7 @@ def test_the_crop_is_what_the_model_saw(client: FlaskClient, picture: Image.Imag
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
     assert np.array_equal(seen, preprocessing.pixels(data))
     assert "crop" not in one(send(client, data, "image/png", "?crop=0"))
-    refused(send(client, data, "image/png", "?crop=yes"), "bad_parameter", "crop is 'yes'")
+    refused(send(client, data, "image/png", "?crop=yes"), "bad_parameter", "`crop` must be 0 or 1 (got 'yes').")
 
 
 def test_answers_are_those_of_the_command_line(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
