@@ -142,9 +142,8 @@ def _parts(parser: PushMultipartParser, body: bytes) -> Iterator[tuple[Multipart
 
 
 def _is_file(segment: MultipartSegment) -> bool:
-    """Some clients send a file without a file name. Its type then tells it from a text field."""
-    kind = segment.content_type or ""
-    return _file_name(segment) is not None or kind.startswith("image/") or kind == "application/octet-stream"
+    """Some clients send an image without a file name. Its type then tells it from a text field."""
+    return _file_name(segment) is not None or (segment.content_type or "").startswith("image/")
 
 
 def _file_name(segment: MultipartSegment) -> str | None:

@@ -179,7 +179,7 @@ def test_a_name_in_any_script_comes_back_as_it_went(client: FlaskClient, photo: 
         (b'name="file"; filename="caf\xe9.jpg"', "caf\ufffd.jpg"),
         (b'name="\xe9"; filename="a.jpg"', "a.jpg"),
         (b'name="image"\r\nContent-Type: image/jpeg', None),
-        (b'name="image"\r\nContent-Type: application/octet-stream', None),
+        (b'name="image"\r\nContent-Type: IMAGE/PNG; charset=binary', None),
     ],
 )
 def test_a_file_is_recognized_by_its_name_in_any_encoding_or_by_its_type(
