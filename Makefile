@@ -58,7 +58,6 @@ demo: $(INSTALLED) ## train on generated pictures and open the gallery (takes ab
 	  $(BIN)/finetune evaluate --folds 5 --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/folds; \
 	fi
 	@echo "Pictures: demo/pictures. Run: demo/run. Cross-validated predictions: demo/folds. Reviews: demo/reviews.db."
-	@echo "Open http://$(or $(HOST),127.0.0.1):$(or $(PORT),8000)/gallery. Press Ctrl-C to stop."
 	@BUNDLE=demo/run/bundle DATA_DIR=demo/pictures EVALUATIONS=demo/folds DATABASE_URL=sqlite:///demo/reviews.db \
 	  HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from finetune.data.review_source import read_review_file
 from finetune.io.progress import step
 from models.artifacts.label_issues import rank_label_issues, suggested_labels
 from models.artifacts.predictions import Predictions
@@ -44,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.folds is not None and (args.folds < 2 or args.split):
         raise ConfigError("--folds must be at least 2, and cannot be combined with --split: it covers training and validation.")
     with step("Loading PyTorch"):
+        from finetune.data.review_source import read_review_file
         from finetune.evaluation.cross_validation import cross_validate
         from finetune.evaluation.evaluate import evaluate_bundle
 

@@ -18,6 +18,7 @@ from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_contex
 from finetune.features.cache import FeatureCache, cache_context
 from finetune.features.extractor import FeatureExtractor
 from finetune.io.array_store import ArrayStore
+from finetune.io.progress import step
 from finetune.training.data_loaders import Augment, Batches, CachedBatches, UncachedBatches
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trainable_names
@@ -56,18 +57,20 @@ def prepare_network(spec: ModelSpec, num_classes: int, config: Config, compute: 
     """Load the pretrained weights, replace the head and split the network into frozen and trainable layers."""
     base = None
     if config.weights != "none":
-        base = load_weights(spec, file=Path(config.weights) if config.weights else None)
+        with step("Loading the pretrained weights"):
+            base = load_weights(spec, file=Path(config.weights) if config.weights else None)
         note = "" if base.published else " (not the published weights)"
         print(f"Weights: {base.origin}, sha256 {base.sha256[:12]}...{note}")
-    classifier = build_classifier(
-        spec,
-        num_classes=num_classes,
-        base=base.tensors if base else None,
-        unfreeze=config.unfreeze,
-        seed=config.seed,
-        permute_pixels=config.permute_pixels,
-    )
-    split = split_model(classifier)
+    with step("Building the network"):
+        classifier = build_classifier(
+            spec,
+            num_classes=num_classes,
+            base=base.tensors if base else None,
+            unfreeze=config.unfreeze,
+            seed=config.seed,
+            permute_pixels=config.permute_pixels,
+        )
+        split = split_model(classifier)
     extractor = FeatureExtractor(split, spec.preprocessing, compute)
     return TrainingNetwork(spec, classifier, split, extractor, base, trainable_names(classifier.net))
 

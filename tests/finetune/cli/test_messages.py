@@ -93,6 +93,8 @@ def test_training_reports_each_step_and_ends_with_the_next_commands(data: Path, 
     steps = (
         "Loading PyTorch and other libraries ...",
         f"Training Tiny on {data}",
+        "Loading the pretrained weights ...",
+        "Building the network ...",
         "Features are computed once per photo",
         "Inspecting 12 photos ...",
         "Compiling the frozen layers ...",
