@@ -45,7 +45,7 @@ def test_a_recipe_trains(
         command = ("train", "--config", file, "--epochs", 1, "--output-dir", tmp_path / "run")
         code, out, _ = finetune(*command, "--data-dir", data / recipe.dataset)
     assert code == 0
-    assert re.search(r"^speed +[\d,]+ training photos per second", out, flags=re.MULTILINE)
+    assert re.search(r"^training +\d+ epochs? of [\d,]+ photos in [\d,.]+ s, including validation$", out, flags=re.MULTILINE)
     used = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     overridden = {"epochs", "output_dir", "dataset", "data_dir"}
     assert {key: used[key] for key in read_yaml(file) if key not in overridden} == {
