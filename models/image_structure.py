@@ -99,11 +99,18 @@ def examine(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Structure:
     return Structure(name, found.pixels, is_simple, found.pixels * found.bytes_per_pixel(name))
 
 
-def too_large(width: int, height: int, max_pixels: int, *, what: str = "") -> ImageTooLargeError:
+def too_large(width: int, height: int, max_pixels: int, *, what: str = "The photo") -> ImageTooLargeError:
     """Return the error of an image, or of ``what`` in it, with more than ``max_pixels``."""
-    return ImageTooLargeError(
-        f"The photo is {width:,} x {height:,} pixels{what} and {max_pixels:,} in all are allowed; send it smaller."
-    )
+    size, limit = _megapixels(width * height), _megapixels(max_pixels)
+    if size == limit:
+        size, limit = f"{width * height:,} pixels", f"{max_pixels:,} pixels"
+    else:
+        size += " megapixels"
+    return ImageTooLargeError(f"{what} is {size}; the limit is {limit}. Resize it and try again.")
+
+
+def _megapixels(pixels: int) -> str:
+    return f"{pixels / 1e6:,.0f}" if pixels >= 1e8 else f"{pixels / 1e6:.3g}"
 
 
 class _Found:
@@ -113,10 +120,10 @@ class _Found:
         self.limits = limits
         self.pixels = 0
         self.size: tuple[int, int] = 0, 0
-        self.what = ""
+        self.what = "The photo"
         self.has_coefficients = False
 
-    def add_size(self, width: int, height: int, what: str = "") -> None:
+    def add_size(self, width: int, height: int, what: str = "The photo") -> None:
         """Note a size that is allocated; the largest counts."""
         if width * height > self.pixels:
             self.pixels, self.size, self.what = width * height, (width, height), what
@@ -377,7 +384,7 @@ def _tiff(data: bytes, found: _Found) -> None:
     width, height = (tags.get(tag, (0, 0))[1] for tag in (256, 257))
     found.add_size(width, height)
     tile_width, tile_height = (tags.get(tag, (0, 0))[1] for tag in (322, 323))
-    found.add_size(tile_width, tile_height, " in one tile")
+    found.add_size(tile_width, tile_height, "A tile of the photo")
     strips = max(tags.get(tag, (0, 0))[0] for tag in (273, 279, 324, 325))
     found.check_segments(strips, "TIFF has {} strips or tiles")
     raise _NotSimpleError

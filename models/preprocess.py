@@ -26,6 +26,9 @@ from models.image_structure import DEFAULT_LIMITS, Limits, examine
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's other decoders are risky: EPS runs Ghostscript
 IMAGE_FORMATS_TEXT = "JPEG, PNG, WebP, GIF, BMP, TIFF or PPM"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+JPEG_END = b"\xff\xd9"
+JPEG_FILLERS = (b"\x5a\x3c\x96\xe1" * 16, b"\xa5\xc3\x69\x1e" * 16)
 MIN_DECODE_PX = 512
 ImageInspector = Callable[[Image.Image], None]
 
@@ -139,28 +142,82 @@ def decode(
     if limits:
         examine(data, limits)
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
-            if inspect:
-                inspect(file)
-            if min_side_px:
-                file.draft(None, (min_side_px, min_side_px))
-            file.load()
-            photo = _reduced(file, min_side_px) if min_side_px else file
-            with contextlib.suppress(Exception):  # unreadable EXIF does not affect the pixels
-                ImageOps.exif_transpose(photo, in_place=True)
-            return to_rgb(photo)
+        try:
+            return _decode(data, min_side_px, inspect)
+        except (OSError, ValueError, SyntaxError) as error:
+            if (repaired := _repair(data, error)) is None:
+                raise
+            return _decode(repaired, min_side_px, inspect)
     except UserError:
         raise
     except UnidentifiedImageError:
-        name = _unsupported_format(data)
-        what = f"{name} is not supported." if name else f"This file is not a supported image ({len(data)} bytes)."
-        raise UnsupportedImageError(f"{what} Use {IMAGE_FORMATS_TEXT}.") from None
+        raise _unsupported(data) from None
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"The image is too large to decode safely ({error}). Use a smaller one.") from None
     except MemoryError:
         raise TooComplexError("memory", "Decoding the image needs too much memory. Save it again as a smaller JPEG.") from None
     except Exception as error:  # Pillow raises many types on damaged data: struct.error, SyntaxError, ...
         raise ImageError(f"The image is damaged and could not be read ({error}). Use another copy.") from None
+
+
+def _decode(data: bytes, min_side_px: int | None, inspect: ImageInspector | None = None) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
+        if inspect:
+            inspect(file)
+        if min_side_px:
+            file.draft(None, (min_side_px, min_side_px))
+        file.load()
+        photo = _reduced(file, min_side_px) if min_side_px else file
+        with contextlib.suppress(Exception):  # unreadable EXIF does not affect the pixels
+            ImageOps.exif_transpose(photo, in_place=True)
+        return to_rgb(photo)
+
+
+def _repair(data: bytes, error: Exception) -> bytes | None:
+    """Return data that Pillow decodes where it rejects ``data`` although all pixels are there, or None."""
+    if data.startswith(b"\xff\xd8") and "truncated" in str(error):
+        return _with_end_marker(data)
+    if data.startswith(PNG_SIGNATURE):
+        return _without_metadata(data)
+    return None
+
+
+def _with_end_marker(data: bytes) -> bytes | None:
+    """Append the end marker that some cameras omit, or return None if pixels are missing as well.
+
+    If the entropy-coded data is incomplete, the decoder continues in what follows it, also after a restart marker. So the
+    pixels are complete if they are the same with two different continuations.
+    """
+    data = data.rstrip(b"\xff")
+    try:
+        first, second = (
+            _decode(data + b"".join(filler + bytes((0xFF, 0xD0 + n)) for n in range(8)) + filler + JPEG_END, MIN_DECODE_PX)
+            for filler in JPEG_FILLERS
+        )
+    except Exception:
+        return None
+    return data + JPEG_END if first.tobytes() == second.tobytes() else None
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """Remove the chunks of a PNG that do not affect its pixels or orientation. None if there are none."""
+    chunks, at = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        is_critical = not data[at + 4] & 0x20
+        if is_critical or data[at + 4 : at + 8] in (b"tRNS", b"eXIf"):
+            chunks.append(data[at:end])
+        at = end
+    pixels_only = b"".join(chunks)
+    return pixels_only if len(pixels_only) < len(data) else None
+
+
+def _unsupported(data: bytes) -> UnsupportedImageError:
+    if not data:
+        return UnsupportedImageError("The file is empty.")
+    name = _unsupported_format(data)
+    what = f"{name} is not supported." if name else "This file is not a supported image."
+    return UnsupportedImageError(f"{what} Use {IMAGE_FORMATS_TEXT}.")
 
 
 def _unsupported_format(data: bytes) -> str | None:

@@ -110,7 +110,7 @@ class ImageDecoder:
 
     def _run(self, data: bytes, in_thread: Callable[[], T], in_process: Callable[[], T], *, block: bool) -> T:
         if not data:
-            raise Problem("empty_image", "The file has no bytes. Send an image.")
+            raise Problem("empty_image", "The file is empty.")
         try:
             structure = examine(data, self.limits)
             if structure.is_simple and structure.memory <= HEAVY_BYTES:

@@ -75,8 +75,9 @@ def test_damaged_files_are_listed_with_the_reason(data: Path, capsys: pytest.Cap
     found = audit_json(data, capsys, code=1)
     assert set(found["damaged"]) == {f"train/red/{name}" for name in DAMAGE}
     assert "damaged" in found["damaged"]["train/red/cut.jpg"]
-    assert "not a supported image" in found["damaged"]["train/red/page.jpg"]
-    assert "(0 bytes)" in found["damaged"]["train/red/empty.png"]
+    assert found["damaged"]["train/red/page.jpg"].startswith("This file is not a supported image. Use JPEG")
+    assert found["damaged"]["train/red/empty.png"] == "The file is empty."
+    assert found["damaged"]["train/red/movie.jpeg"].startswith("This file is not a supported image. Use JPEG")
     assert found["counts"]["train"] == {"blue": 4, "red": 4}
     text = audit_text(data, capsys, code=1)
     assert "- 4 damaged files (skipped)" in text

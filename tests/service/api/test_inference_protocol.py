@@ -136,7 +136,7 @@ def test_what_cannot_be_is_told(client: Any, name: str, photos: list[bytes]) -> 
         ("another", "", photos_input(photos), "Model not found: another. The active model is "),
         (name, "7", photos_input(photos), f"Model not found: {name}, version 7."),
         (name, "", photos_input(photos * 2), "Too many images: 6 images, the limit is 4."),
-        (name, "", photos_input([b""]), "has no bytes"),
+        (name, "", photos_input([b""]), "The file is empty."),
         (name, "", photos_input([]), "is empty"),
         (
             name,

@@ -355,7 +355,7 @@ def test_no_photo(client: FlaskClient) -> None:
 
 
 def test_an_empty_file(client: FlaskClient) -> None:
-    refused(send_form(client, ("file", "a.jpg", b"")), "empty_image", "no bytes")
+    refused(send_form(client, ("file", "a.jpg", b"")), "empty_image", "The file is empty.")
     refused(send_json(client, {"image": ""}), "empty_image")
 
 
@@ -378,7 +378,7 @@ def test_a_compressed_body_is_rejected_as_such(client: FlaskClient, photo: bytes
     "data", [b"no picture", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0", b"8BPS\0\1"]
 )
 def test_what_is_no_picture(client: FlaskClient, data: bytes) -> None:
-    refused(send(client, data), "not_an_image", f"This file is not a supported image ({len(data)} bytes)", "Use JPEG")
+    refused(send(client, data), "not_an_image", "not a supported image. Use JPEG")
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_an_unsupported_image_format_is_named(client: FlaskClient, data: bytes, 
     refused(send(client, data), "not_an_image", f"{name} is not supported. Use JPEG")
     refused(send_form(client, ("file", "a", data)), "not_an_image", f"{name} is not supported. Use JPEG")
     video = b"\0\0\0\x14ftypisom\0\0\0\0mp42"
-    refused(send(client, video), "not_an_image", "This file is not a supported image (20 bytes)")
+    refused(send(client, video), "not_an_image", "This file is not a supported image. Use JPEG")
 
 
 def test_formats_that_run_programs_or_are_not_photos(client: FlaskClient, picture: Image.Image) -> None:
@@ -430,7 +430,11 @@ def flat_png(width: int, height: int) -> bytes:
 def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(client: FlaskClient) -> None:
     bomb = flat_png(10_000, 10_000)
     assert len(bomb) < 50_000
-    refused(send(client, bomb, "image/png"), "too_many_pixels", "10,000 x 10,000 pixels", "50,000,000 in all are allowed")
+    refused(
+        send(client, bomb, "image/png"),
+        "too_many_pixels",
+        "The photo is 100 megapixels; the limit is 50. Resize it and try again.",
+    )
     refused(send(client, flat_png(20_000, 20_000), "image/png"), "too_many_pixels")
     assert rows(send(client, flat_png(5_000, 5_000), "image/png"))
 
@@ -438,7 +442,11 @@ def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(client: 
 def test_the_most_pixels_can_be_set(tiny_bundle: SimpleNamespace) -> None:
     with serving(tiny_bundle.path, max_megapixels=0.01) as client:
         assert rows(send(client, flat_png(100, 100), "image/png"))
-        refused(send(client, flat_png(100, 101), "image/png"), "too_many_pixels", "100 x 101 pixels and 10,000 in all")
+        refused(
+            send(client, flat_png(100, 101), "image/png"),
+            "too_many_pixels",
+            "The photo is 0.0101 megapixels; the limit is 0.01.",
+        )
 
 
 def test_a_body_that_is_too_large(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
