@@ -20,7 +20,7 @@ from finetune.config import Config
 from finetune.data.builtin_datasets import make_dataset, with_data_dir
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
-from finetune.data.inspection import ChangedImageError, ImageRecord, PixelCache
+from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels
 from finetune.data.review_source import hide_password, load_reviews
 from finetune.export.exporter import PARITY_IMAGES, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
@@ -271,8 +271,7 @@ def _parity_sample(
 ) -> ParitySample:
     """Select evenly spaced validation images and preprocess them as the service does."""
     rows = np.unique(np.linspace(0, len(records) - 1, min(PARITY_IMAGES, len(records))).round().astype(int))
-    pixel_cache = PixelCache(network.spec.preprocessing, limit_mb=0)
-    pixels = np.stack([pixel_cache.pop(records[i].sha256, records[i].sample.path) for i in rows])
+    pixels = np.stack([read_pixels(records[i], network.spec.preprocessing) for i in rows])
     return ParitySample(pixels, predictions.probabilities[rows], compute.precision)
 
 

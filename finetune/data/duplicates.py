@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ HASH_BYTES = 8
 MAX_HASH_DISTANCE = 3
 MAX_MEAN_DIFFERENCE = 10.0
 MAX_BUCKET_SIZE = 200
+CHUNK = 4096
 
 
 def find_duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, ...]]:
@@ -66,23 +66,31 @@ def move_duplicates_to_train(dataset: Dataset, records: Sequence[ImageRecord]) -
 
 def _near_duplicates(prints: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
     """Yield the pairs of rows that are near duplicates."""
-    for a, b in _candidates(prints):
-        bits = int(np.unpackbits(prints[a, :HASH_BYTES] ^ prints[b, :HASH_BYTES]).sum())
-        if bits <= MAX_HASH_DISTANCE:
-            difference = np.abs(prints[a, HASH_BYTES:].astype(np.int16) - prints[b, HASH_BYTES:]).mean()
-            if difference <= MAX_MEAN_DIFFERENCE:
-                yield a, b
+    for a, b in _candidates(np.ascontiguousarray(prints[:, :HASH_BYTES])):
+        for i in range(0, len(a), CHUNK):
+            first, second = (prints[rows[i : i + CHUNK], HASH_BYTES:].astype(np.int16) for rows in (a, b))
+            near = np.abs(first - second).mean(axis=1) <= MAX_MEAN_DIFFERENCE
+            yield from zip(a[i : i + CHUNK][near].tolist(), b[i : i + CHUNK][near].tolist(), strict=True)
 
 
-def _candidates(prints: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of rows whose hashes share a quarter. In large buckets rows are paired with their neighbors only."""
-    for quarter in range(0, HASH_BYTES, 2):
-        buckets = defaultdict(list)
-        for i, row in enumerate(prints):
-            buckets[row[quarter : quarter + 2].tobytes()].append(i)
-        for bucket in buckets.values():
-            if len(bucket) <= MAX_BUCKET_SIZE:
-                yield from combinations(bucket, 2)
-            else:
-                bucket.sort(key=lambda i: prints[i, :HASH_BYTES].tobytes())
-                yield from pairwise(bucket)
+def _candidates(hashes: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Yield arrays of pairs of rows that share a quarter of their hash and differ in few bits.
+
+    Rows are sorted by a quarter, and each is compared with the next, the second next and so on in its bucket. In large buckets
+    rows are compared with the next only.
+    """
+    whole = hashes.view(">u8")[:, 0]
+    for quarter in hashes.view(">u2").T:
+        order = np.lexsort((whole, quarter))
+        bucket = quarter[order]
+        _, sizes = np.unique(bucket, return_counts=True)
+        is_small = np.repeat(sizes, sizes) <= MAX_BUCKET_SIZE
+        for offset in range(1, min(MAX_BUCKET_SIZE, len(order))):
+            pairs = bucket[offset:] == bucket[:-offset]
+            if offset > 1:
+                pairs &= is_small[offset:]
+            if not pairs.any():
+                break
+            a, b = order[:-offset][pairs], order[offset:][pairs]
+            near = np.unpackbits(hashes[a] ^ hashes[b], axis=1).sum(axis=1) <= MAX_HASH_DISTANCE
+            yield a[near], b[near]

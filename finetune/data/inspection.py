@@ -1,16 +1,16 @@
 """Inspect each image once: its sha256, whether it decodes, a fingerprint for duplicate search, and the network's input.
 
-Fingerprints are cached on disk by sha256. Decoded pixels stay in memory, up to a limit, until the frozen layers have
-processed them, so that images are not decoded twice.
+A file is read once, so that everything that is known about an image belongs to the bytes of its sha256, even if the file is
+replaced meanwhile. Fingerprints are cached on disk by sha256.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import imagehash
 import numpy as np
@@ -24,7 +24,6 @@ from finetune.data.image_files import read_image_file
 from finetune.data.image_folder import Sample
 from finetune.io.array_store import ArrayStore
 from finetune.io.threaded_map import threaded_map
-from models.artifacts.atomic_io import sha256_of
 from models.errors import DataError, ImageError
 from models.preprocess import MIN_DECODE_PX, Preprocessing, decode
 
@@ -34,6 +33,19 @@ EXACT_PX = 32  # the perceptual hash works at this size and cannot tell images t
 
 class ChangedImageError(DataError):
     """An inspected image cannot be read any more, or its content has changed."""
+
+
+class PixelConsumer(Protocol):
+    """Takes the network's input of images during an inspection, such as a cache that computes their features.
+
+    ``needs`` is called in several threads, the others in one. ``finish`` follows the last image; ``flush`` saves the results
+    so far, also after an interrupt.
+    """
+
+    def needs(self, sha256: str) -> bool: ...
+    def add(self, sha256: str, pixels: NDArray[np.uint8]) -> None: ...
+    def finish(self) -> None: ...
+    def flush(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -46,23 +58,71 @@ class ImageRecord:
     error: str | None
 
 
-@dataclass
-class PixelCache:
-    """Decoded and cropped images by sha256, up to ``limit_mb``. Images that do not fit are decoded again when needed."""
+def inspect_images(
+    samples: Sequence[Sample],
+    *,
+    store: ArrayStore,
+    preprocessing: Preprocessing | None = None,
+    consumer: PixelConsumer | None = None,
+    workers: int = 0,
+    quiet: bool = False,
+) -> list[ImageRecord]:
+    """Inspect images in threads.
 
-    preprocessing: Preprocessing
-    limit_mb: int = 1024
-    pixels: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    Args:
+        samples: The images to inspect.
+        store: Fingerprint cache, created with ``fingerprint_context`` for the ``decode_px`` of ``preprocessing``.
+        preprocessing: If set, images are decoded at the resolution it needs.
+        consumer: If set, it is given the network's input of the images that it needs, as ``preprocessing`` crops it.
+        workers: Number of threads; 0 for one per CPU.
+        quiet: Hide the progress bar.
 
-    def add(self, sha256: str, image: Image.Image) -> None:
-        size = self.preprocessing.input_px**2 * self.preprocessing.channels
-        if (len(self.pixels) + 1) * size <= self.limit_mb * 1_000_000:
-            self.pixels[sha256] = self.preprocessing.crop(image)
+    Returns:
+        One record per sample, in order.
+    """
+    decode_px = preprocessing.decode_px if preprocessing else MIN_DECODE_PX
+    store.index()
+    bar = tqdm(total=len(samples), desc="inspecting images", unit="image", disable=quiet or None, leave=False)
 
-    def pop(self, sha256: str, path: Path) -> NDArray[np.uint8]:
-        """Remove the pixels (H, W, C) from the cache and return them, decoding ``path`` if they are not cached."""
-        cached = self.pixels.pop(sha256, None)
-        return cached if cached is not None else self.preprocessing.pixels(read_inspected(path, sha256))
+    def inspect(sample: Sample) -> tuple[ImageRecord, NDArray[np.uint8] | None]:
+        try:
+            data = read_image_file(sample.path)
+        except (ImageError, OSError) as error:
+            return ImageRecord(sample, "", None, _reason(error)), None
+        sha256 = hashlib.sha256(data).hexdigest()
+        is_needed = consumer is not None and consumer.needs(sha256)
+        if sha256 in store and not is_needed:
+            return ImageRecord(sample, sha256, None, None), None
+        try:
+            image = decode(data, min_side_px=decode_px)
+        except ImageError as error:
+            return ImageRecord(sample, sha256, None, str(error)), None
+        pixels = preprocessing.crop(image) if preprocessing and is_needed else None
+        return ImageRecord(sample, sha256, None if sha256 in store else fingerprint(image), None), pixels
+
+    records: list[ImageRecord] = []
+    try:
+        for record, pixels in threaded_map(inspect, samples, workers=workers):
+            if record.fingerprint is not None:
+                store.add(record.sha256, record.fingerprint)
+            if consumer is not None and pixels is not None:
+                consumer.add(record.sha256, pixels)
+            records.append(record)
+            bar.update()
+        if consumer is not None:
+            consumer.finish()
+    finally:
+        bar.close()
+        store.flush()
+        if consumer is not None:
+            consumer.flush()
+    cached = store.load(record.sha256 for record in records if record.fingerprint is None and record.error is None)
+    return [_with_fingerprint(record, cached, decode_px) for record in records]
+
+
+def read_pixels(record: ImageRecord, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode and crop an inspected image again: (H, W, C) uint8. Raises ChangedImageError."""
+    return preprocessing.pixels(read_inspected(record.sample.path, record.sha256))
 
 
 def read_inspected(path: Path, sha256: str) -> bytes:
@@ -81,59 +141,21 @@ def read_inspected(path: Path, sha256: str) -> bytes:
     return data
 
 
-def inspect_images(
-    samples: Sequence[Sample],
-    *,
-    store: ArrayStore,
-    pixel_cache: PixelCache | None = None,
-    select_pixels: Callable[[Sequence[str]], set[str]] | None = None,
-    workers: int = 0,
-    quiet: bool = False,
-) -> list[ImageRecord]:
-    """Inspect images in threads.
+def _with_fingerprint(record: ImageRecord, cached: Mapping[str, NDArray[np.uint8]], decode_px: int) -> ImageRecord:
+    """Add the cached fingerprint. It is computed again if another run has pruned the cache meanwhile."""
+    if record.error is not None or record.fingerprint is not None:
+        return record
+    if record.sha256 in cached:
+        return replace(record, fingerprint=cached[record.sha256])
+    try:
+        data = read_inspected(record.sample.path, record.sha256)
+        return replace(record, fingerprint=fingerprint(decode(data, min_side_px=decode_px)))
+    except ChangedImageError:
+        return replace(record, error="the file changed while it was read")
 
-    Args:
-        samples: The images to inspect.
-        store: Fingerprint cache, created with ``fingerprint_context`` for the ``decode_px`` of ``pixel_cache``.
-        pixel_cache: If set, images are decoded at the resolution it needs, and the selected ones are added to it.
-        select_pixels: Takes all sha256s and returns those whose pixels to add to ``pixel_cache``.
-        workers: Number of threads; 0 for one per CPU.
-        quiet: Hide the progress bar.
 
-    Returns:
-        One record per sample, in order.
-    """
-    decode_px = pixel_cache.preprocessing.decode_px if pixel_cache else MIN_DECODE_PX
-    sha256s = list(threaded_map(lambda sample: _sha256(sample.path), samples, workers=workers))
-    known = store.load([sha for sha in sha256s if sha])
-    keep = select_pixels([sha for sha in sha256s if sha]) if select_pixels else set()
-    bar = tqdm(total=len(samples), desc="inspecting images", unit="image", disable=quiet or None, leave=False)
-
-    def inspect(pair: tuple[Sample, str]) -> ImageRecord:
-        sample, sha256 = pair
-        if not sha256:
-            return ImageRecord(sample, sha256, None, "the file cannot be read")
-        if sha256 in known and sha256 not in keep:
-            return ImageRecord(sample, sha256, known[sha256], None)
-        try:
-            image = decode(read_inspected(sample.path, sha256), min_side_px=decode_px)
-        except ChangedImageError:
-            return ImageRecord(sample, sha256, None, "the file changed while it was read")
-        except ImageError as error:
-            return ImageRecord(sample, sha256, None, str(error))
-        if pixel_cache and sha256 in keep:
-            pixel_cache.add(sha256, image)
-        return ImageRecord(sample, sha256, known[sha256] if sha256 in known else fingerprint(image), None)
-
-    records = []
-    for result in threaded_map(inspect, zip(samples, sha256s, strict=True), workers=workers):
-        if result.fingerprint is not None and result.sha256 not in known:
-            store.add(result.sha256, result.fingerprint)
-        records.append(result)
-        bar.update()
-    bar.close()
-    store.flush()
-    return records
+def _reason(error: Exception) -> str:
+    return f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error)
 
 
 def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
@@ -165,11 +187,3 @@ def fingerprint(image: Image.Image) -> NDArray[np.uint8]:
         bits = np.packbits(imagehash.phash(small).hash.flatten())
     thumb = small.resize((THUMB_PX, THUMB_PX), Image.Resampling.BOX)
     return np.concatenate([bits, np.asarray(thumb).reshape(-1)])
-
-
-def _sha256(path: Path) -> str:
-    """Return the file's sha256, or "" if it cannot be read."""
-    try:
-        return sha256_of(path)
-    except OSError:
-        return ""

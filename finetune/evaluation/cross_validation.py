@@ -89,7 +89,7 @@ def cross_validate(
     assert cache is not None, "training_config rejects bundles without a feature cache"
     prepared = prepare_dataset(config, dataset, network, cache, reviews=reviews)
     records = [*prepared.splits["train"], *prepared.splits["valid"]]
-    features = cache.features(records, prepared.pixel_cache, label="features")
+    features = cache.features(records, network.spec.preprocessing, label="features")
     labels = np.array([s.sample.label for s in records], dtype=np.int64)
     fold_of = assign_folds(records, labels, folds=folds, classes=bundle.classes, seed=config.seed)
     epochs = int(bundle.manifest["provenance"]["best_epoch"])

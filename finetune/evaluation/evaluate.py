@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from numpy.typing import NDArray
 
-from finetune.batch_inference.predict import classify
+from finetune.batch_inference.predict import BATCH
 from finetune.data.embeddings import build_similarity_index
 from finetune.data.image_files import describe_skipped
 from finetune.data.image_folder import read_split
-from finetune.data.inspection import PixelCache, fingerprint_context, inspect_images
+from finetune.data.inspection import fingerprint_context, inspect_images
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.classification import format_summary
 from finetune.reports.results import write_results
+from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.evaluation import EVALUATED, write_evaluation
 from models.artifacts.paths import default_cache_dir
 from models.artifacts.predictions import Predictions
 from models.errors import DataError
+from models.runtime.openvino_engine import OpenVINOEngine
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,33 @@ def default_output_dir(bundle_dir: Path, data_dir: Path, name: str) -> Path:
     """Return evaluations/BUNDLE-DATA-NAME. The name of a bundle in a run directory is that of the run."""
     bundle_name = bundle_dir.resolve().parent.name if bundle_dir.name == "bundle" else bundle_dir.name
     return Path("evaluations") / f"{bundle_name}-{data_dir.resolve().name}-{name}"
+
+
+class _Predictor:
+    """Predicts images while they are inspected: probabilities (classes,) and embedding (d,) by sha256."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"])
+        self._pending: dict[str, NDArray[np.uint8]] = {}
+        self.results: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+
+    def needs(self, sha256: str) -> bool:
+        return sha256 not in self.results and sha256 not in self._pending
+
+    def add(self, sha256: str, pixels: NDArray[np.uint8]) -> None:
+        if self.needs(sha256):
+            self._pending[sha256] = pixels
+        if len(self._pending) >= BATCH:
+            self.finish()
+
+    def finish(self) -> None:
+        if self._pending:
+            rows = zip(*self._engine.run(np.stack(list(self._pending.values()))), strict=True)
+            self.results.update(zip(self._pending, rows, strict=True))
+            self._pending.clear()
+
+    def flush(self) -> None:
+        """Do nothing, as the results stay in memory."""
 
 
 def evaluate_bundle(
@@ -83,22 +112,14 @@ def evaluate_bundle(
         print(f"Note: {line}")
     out = out or default_output_dir(bundle_dir, data_dir, split)
     require_empty_folder(out)
+    store = ArrayStore(cache_dir or default_cache_dir(), fingerprint_context(bundle.preprocessing.decode_px), limit_mb=4096)
     print(f"Inspecting and predicting {len(samples):,} photos ...")
-    pixel_cache = PixelCache(bundle.preprocessing, limit_mb=0)
-    store = ArrayStore(
-        cache_dir or default_cache_dir(), fingerprint_context(pixel_cache.preprocessing.decode_px), limit_mb=4096
-    )
-    records = inspect_images(samples, store=store, pixel_cache=pixel_cache, workers=workers)
-    predicted = classify(bundle, [sample.path for sample in samples], workers=workers)
-    results = list(tqdm(predicted, total=len(samples), desc="predicting", unit="photo", disable=None, leave=False))
-    for result in results:
-        if result.error:
-            print(f"Skipped: {result.image}: {result.error}")
-    readable = [
-        (s, r.probabilities, r.embedding)
-        for s, r in zip(records, results, strict=True)
-        if r.probabilities is not None and r.embedding is not None
-    ]
+    predictor = _Predictor(bundle)
+    records = inspect_images(samples, store=store, preprocessing=bundle.preprocessing, consumer=predictor, workers=workers)
+    for record in records:
+        if record.error:
+            print(f"Skipped: {record.sample.path}: {record.error}")
+    readable = [(s, *predictor.results[s.sha256]) for s in records if s.error is None]
     if not readable:
         raise DataError(
             f"None of the {len(samples)} photos in {data_dir} can be read. Run `finetune audit {data_dir}` for details."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetune.compute import distributed
-from finetune.data.inspection import ImageRecord, PixelCache
+from finetune.data.inspection import ImageRecord, read_pixels
 from finetune.features.extractor import GPU_BATCH, FeatureExtractor
 from finetune.io.array_store import ArrayStore
 from finetune.io.threaded_map import batched, threaded_map
@@ -20,45 +21,80 @@ from models.preprocess import Preprocessing
 
 
 class FeatureCache:
-    """A disk cache of features by the sha256 of the image, for one set of frozen layers."""
+    """A disk cache of features by the sha256 of the image, for one set of frozen layers.
+
+    It computes features while the images are inspected (``needs``, ``add``, ``finish`` and ``flush``, see
+    ``finetune.data.inspection.PixelConsumer``), so that each file is read and decoded once.
+    """
 
     def __init__(self, frozen: FeatureExtractor, store: ArrayStore, *, workers: int = 0) -> None:
         self._frozen = frozen
         self._store = store
         self._workers = workers
+        self._pending: dict[str, NDArray[np.uint8]] = {}
+        store.index()
 
-    def missing(self, sha256s: Sequence[str]) -> set[str]:
-        """Return the images whose features are not on disk."""
-        return set(sha256s) - self._store.load(sha256s).keys()
+    def needs(self, sha256: str) -> bool:
+        """Return whether the features of an image are not cached."""
+        return sha256 not in self._store and sha256 not in self._pending
 
-    def features(self, records: Sequence[ImageRecord], pixel_cache: PixelCache, *, label: str) -> NDArray[np.float32]:
-        """Return the features (N, ...) of readable images, in order. Compute and cache the ones that are not on disk.
+    def add(self, sha256: str, pixels: NDArray[np.uint8]) -> None:
+        """Compute and cache the features of an image, in batches."""
+        if self.needs(sha256):
+            self._pending[sha256] = pixels
+        if len(self._pending) >= GPU_BATCH:
+            self.finish()
+
+    def finish(self) -> None:
+        """Compute the last batch."""
+        if self._pending:
+            self._frozen.compile()
+            rows = self._frozen.run(np.stack(list(self._pending.values())))
+            for sha256, row in zip(self._pending, rows, strict=True):
+                self._store.add(sha256, row)
+            self._pending.clear()
+
+    def flush(self) -> None:
+        """Write the computed features to disk."""
+        self._store.flush()
+
+    def features(self, records: Sequence[ImageRecord], preprocessing: Preprocessing, *, label: str) -> NDArray[np.float32]:
+        """Return the features (N, ...) of inspected images, in order. Compute and cache the ones that are not on disk.
 
         In distributed training each process computes and caches its own shard and sends it to the others.
         """
         return distributed.map_rows_sharded(
-            records, lambda own: self._shard_features(own, pixel_cache, label), name=lambda record: record.sample.name
+            records, lambda own: self._shard_features(own, preprocessing, label), name=lambda record: record.sample.name
         )
 
-    def _shard_features(self, records: Sequence[ImageRecord], pixel_cache: PixelCache, label: str) -> NDArray[np.float32]:
-        sha256s = [record.sha256 for record in records]
-        rows = self._store.load(sha256s)
-        missing = list({record.sha256: record for record in records if record.sha256 not in rows}.values())
+    def _shard_features(self, records: Sequence[ImageRecord], preprocessing: Preprocessing, label: str) -> NDArray[np.float32]:
+        positions = defaultdict(list)
+        for position, record in enumerate(records):
+            positions[record.sha256].append(position)
+        features: NDArray[np.float32] = np.empty(0, np.float32)
+        missing = {record.sha256: record for record in records}
+        for sha256, row in self._store.rows(positions):
+            if not len(features):
+                features = np.empty((len(records), *row.shape), np.float32)
+            features[positions[sha256]] = row
+            del missing[sha256]
         try:
-            for record, row in self._compute(missing, pixel_cache, label):
-                rows[record.sha256] = row
+            for record, row in self._compute(list(missing.values()), preprocessing, label):
+                if not len(features):
+                    features = np.empty((len(records), *row.shape), np.float32)
+                features[positions[record.sha256]] = row
                 self._store.add(record.sha256, row)
         finally:  # also on an interrupt, to keep the features computed so far
             self._store.flush()
-        return np.stack([rows[sha256] for sha256 in sha256s])
+        return features
 
     def _compute(
-        self, missing: Sequence[ImageRecord], pixel_cache: PixelCache, label: str
+        self, missing: Sequence[ImageRecord], preprocessing: Preprocessing, label: str
     ) -> Iterator[tuple[ImageRecord, NDArray[np.float32]]]:
         if not missing:
             return
         self._frozen.compile()
-        pixels = threaded_map(lambda record: pixel_cache.pop(record.sha256, record.sample.path), missing, workers=self._workers)
+        pixels = threaded_map(lambda record: read_pixels(record, preprocessing), missing, workers=self._workers)
         with tqdm(total=len(missing), desc=label, unit="photo", disable=None) as bar:
             if bar.disable:
                 print(f"{label}: {len(missing):,} photos to compute", flush=True)

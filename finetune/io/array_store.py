@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,45 @@ class ArrayStore:
         self._context = text
         self._limit_bytes = limit_mb * 1_000_000
         self._pending: dict[str, NDArray[Any]] = {}
-        self._rows: dict[str, NDArray[Any]] = {}
+        self._files: dict[str, Path] = {}
+        self._indexed: set[Path] = set()
+
+    def index(self) -> None:
+        """Read the keys of the files on disk, and delete damaged files. Files that were read before are not read again."""
+        for file in sorted(self._folder.glob("*.safetensors")) if self._folder.is_dir() else ():
+            if file not in self._indexed:
+                self._indexed.add(file)
+                self._files.update((key, file) for key, _ in _read(file))
+
+    def __contains__(self, key: str) -> bool:
+        """Return whether a row was on disk at the last ``index``, or was added since."""
+        return key in self._pending or key in self._files
 
     def load(self, keys: Iterable[str]) -> dict[str, NDArray[Any]]:
         """Return the cached rows among ``keys`` (hexadecimal sha256s)."""
-        missing = set(keys) - self._rows.keys()
-        if missing and self._folder.is_dir():
-            for file in sorted(self._folder.glob("*.safetensors")):
-                self._read(file, missing)
-        return {key: self._rows[key] for key in keys if key in self._rows}
+        keys = list(keys)
+        rows = dict(self.rows(keys))
+        return {key: rows[key] for key in keys if key in rows}
+
+    def rows(self, keys: Iterable[str]) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Yield the cached rows among ``keys`` in any order, with one file in memory."""
+        missing = set(keys)
+        for key in missing & self._pending.keys():
+            yield key, self._pending[key]
+        missing -= self._pending.keys()
+        if missing - self._files.keys():
+            self.index()  # another run may have written more
+        for file in sorted({self._files[key] for key in missing & self._files.keys()}):
+            matches = [(key, row) for key, row in _read(file) if key in missing]
+            missing -= {key for key, _ in matches}
+            yield from matches
+            if matches:
+                with contextlib.suppress(OSError):
+                    os.utime(file)  # marks the file as recently used
 
     def add(self, key: str, row: NDArray[Any]) -> None:
         """Add a row. It is written to disk when a file is full, or by ``flush``."""
-        self._rows[key] = self._pending[key] = row
+        self._pending[key] = row
         if len(self._pending) >= ROWS_PER_FILE:
             self.flush()
 
@@ -68,28 +94,29 @@ class ArrayStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         if not (self._folder / "context.json").exists():
             atomic_write_text(self._folder / "context.json", self._context + "\n")
-        with atomic_write(self._folder / f"{uuid.uuid4().hex}.safetensors") as temporary:
+        file = self._folder / f"{uuid.uuid4().hex}.safetensors"
+        with atomic_write(file) as temporary:
             temporary.write_bytes(save({"keys": keys, "rows": rows}, {"crc32": str(_checksum(keys, rows))}))
+        self._indexed.add(file)
+        self._files.update(dict.fromkeys(self._pending, file))
         self._pending.clear()
         prune(self._root, self._limit_bytes)
 
-    def _read(self, file: Path, missing: set[str]) -> None:
-        try:
-            data = file.read_bytes()
-            arrays = load(data)
-            keys, rows = arrays["keys"], arrays["rows"]
-            if _metadata(data).get("crc32") != str(_checksum(keys, rows)):
-                raise ValueError("checksum")
-        except FileNotFoundError:  # pruned by another run
-            return
-        except (SafetensorError, KeyError, ValueError):
-            file.unlink(missing_ok=True)
-            return
-        matches = [(key, row) for key, row in zip((bytes(k).hex() for k in keys), rows, strict=True) if key in missing]
-        self._rows.update(matches)
-        if matches:
-            with contextlib.suppress(OSError):
-                os.utime(file)  # marks the file as recently used
+
+def _read(file: Path) -> list[tuple[str, NDArray[Any]]]:
+    """Read the rows of a file with their keys. Deletes the file if it is damaged."""
+    try:
+        data = file.read_bytes()
+        arrays = load(data)
+        keys, rows = arrays["keys"], arrays["rows"]
+        if _metadata(data).get("crc32") != str(_checksum(keys, rows)):
+            raise ValueError("checksum")
+    except FileNotFoundError:  # pruned by another run
+        return []
+    except (SafetensorError, KeyError, ValueError):
+        file.unlink(missing_ok=True)
+        return []
+    return list(zip((bytes(key).hex() for key in keys), rows, strict=True))
 
 
 def prune(root: Path, limit_bytes: int) -> None:

@@ -14,7 +14,7 @@ from finetune.data.audit import AuditReport, audit
 from finetune.data.duplicates import move_duplicates_to_train
 from finetune.data.extra_data import drop_known_images
 from finetune.data.image_folder import Dataset
-from finetune.data.inspection import ImageRecord, PixelCache, fingerprint_context, inspect_images
+from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
 from finetune.features.cache import FeatureCache, cache_context
 from finetune.features.extractor import FeatureExtractor
 from finetune.io.array_store import ArrayStore
@@ -41,7 +41,7 @@ class TrainingNetwork:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """An inspected data set: the audit report, the readable images by split, and their pixels.
+    """An inspected data set: the audit report, and the readable images by split.
 
     ``reviews`` summarizes the labels that reviews changed, if there are any.
     """
@@ -49,7 +49,6 @@ class PreparedDataset:
     dataset: Dataset
     audit_report: AuditReport
     splits: dict[str, list[ImageRecord]]
-    pixel_cache: PixelCache
     reviews: ReviewSummary | None = None
 
 
@@ -123,25 +122,22 @@ def prepare_dataset(
         config: The settings of the run.
         dataset: The data set.
         network: The network to train.
-        cache: The feature cache, if any. Pixels are cached only for images without features.
+        cache: The feature cache, if any. It computes the missing features while the images are inspected.
         reviews: Reviewed labels to apply.
 
     Raises:
         DataError: The audit found a problem that would invalidate the training, such as leakage between splits.
     """
-    pixel_cache = PixelCache(network.spec.preprocessing)
-    context = fingerprint_context(pixel_cache.preprocessing.decode_px)
+    preprocessing = network.spec.preprocessing
+    context = fingerprint_context(preprocessing.decode_px)
     store = ArrayStore(config.cache_dir or default_cache_dir(), context, limit_mb=config.cache_limit_mb)
-    select_pixels = cache.missing if cache else None
     distributed.require_same_on_all_ranks(
         f"photos in {config.data_dir}", [[sample.name, sample.split] for sample in dataset.samples]
     )
-    print(f"Inspecting {len(dataset.samples):,} photos ...")
+    print(f"Inspecting {len(dataset.samples):,} photos{' and computing missing features' if cache else ''} ...", flush=True)
     records = distributed.map_sharded(
         dataset.samples,
-        lambda own: inspect_images(
-            own, store=store, pixel_cache=pixel_cache, select_pixels=select_pixels, workers=config.workers
-        ),
+        lambda own: inspect_images(own, store=store, preprocessing=preprocessing, consumer=cache, workers=config.workers),
         name=lambda sample: sample.name,
     )
     # map_sharded returns records with the paths of other hosts
@@ -156,7 +152,7 @@ def prepare_dataset(
     print(audit_report.text())
     audit_report.raise_for_problems(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
     splits = {split: [s for s in records if s.error is None and s.sample.split == split] for split in ("train", "valid")}
-    return PreparedDataset(dataset, audit_report, splits, pixel_cache, applied)
+    return PreparedDataset(dataset, audit_report, splits, applied)
 
 
 def make_batches(
@@ -166,7 +162,7 @@ def make_batches(
     assert config.batch_size is not None
     records = prepared.splits[split]
     if cache:
-        rows = cache.features(records, prepared.pixel_cache, label=f"features of {split}")
+        rows = cache.features(records, network.spec.preprocessing, label=f"features of {split}")
         return CachedBatches(rows, [s.sample.label for s in records], batch_size=config.batch_size, seed=config.seed)
     network.extractor.compile()
     augmented = config.augment and split == "train"

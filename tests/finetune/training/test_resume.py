@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from finetune.compute.device import select_compute
 from finetune.data.image_folder import Sample
-from finetune.data.inspection import ImageRecord, PixelCache
+from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
 from finetune.features.cache import FeatureCache
 from finetune.features.extractor import FeatureExtractor
 from finetune.io.array_store import ArrayStore
@@ -133,6 +133,9 @@ class _InterruptedAfter(FeatureExtractor):
 
     batches = 1
 
+    def compile(self) -> None:
+        """Do nothing, as ``run`` needs no network."""
+
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         if not self.batches:
             raise KeyboardInterrupt
@@ -140,24 +143,49 @@ class _InterruptedAfter(FeatureExtractor):
         return pixels.reshape(len(pixels), -1)[:, :7].astype(np.float32)
 
 
-def test_features_computed_before_an_interrupt_are_cached(tmp_path: Path) -> None:
+def test_features_computed_before_an_interrupt_are_cached(tmp_path: Path, tiny_weights: Path) -> None:
     photos = sorted((color_folder(tmp_path / "data", train=40, valid=0) / "train").glob("*/*.jpg"))
     records = [ImageRecord(Sample(path.name, path, 0, "train"), sha256_of(path), None, None) for path in photos]
     split = split_model(build_classifier(TINY, num_classes=2, base=None))
     frozen = _InterruptedAfter(split, TINY.preprocessing, select_compute("cpu", "fp32"))
-    pixel_cache = PixelCache(TINY.preprocessing)
 
     def cache() -> FeatureCache:
         return FeatureCache(frozen, ArrayStore(tmp_path / "cache", {"what": "features"}, limit_mb=10))
 
+    def missing_from(cache: FeatureCache) -> set[str]:
+        return {sha256 for sha256 in sha256s if cache.needs(sha256)}
+
     sha256s = [record.sha256 for record in records]
     with pytest.raises(KeyboardInterrupt):
-        cache().features(records, pixel_cache, label="features")
-    missing = cache().missing(sha256s)
+        cache().features(records, TINY.preprocessing, label="features")
+    missing = missing_from(cache())
     assert 0 < len(missing) < 80
     assert missing == set(sha256s[-len(missing) :])
     frozen.batches = 1
-    rows = cache().features(records, pixel_cache, label="features")
-    assert cache().missing(sha256s) == set()
+    rows = cache().features(records, TINY.preprocessing, label="features")
+    assert missing_from(cache()) == set()
     for i in (3, 75):
         np.testing.assert_array_equal(rows[i], TINY.preprocessing.pixels(photos[i].read_bytes()).reshape(-1)[:7])
+
+
+def test_features_of_an_interrupted_inspection_are_cached(tmp_path: Path, tiny_weights: Path) -> None:
+    photos = sorted((color_folder(tmp_path / "data", train=40, valid=0) / "train").glob("*/*.jpg"))
+    samples = [Sample(path.name, path, 0, "train") for path in photos]
+    split = split_model(build_classifier(TINY, num_classes=2, base=None))
+    frozen = _InterruptedAfter(split, TINY.preprocessing, select_compute("cpu", "fp32"))
+
+    def cache() -> FeatureCache:
+        return FeatureCache(frozen, ArrayStore(tmp_path / "cache", {"what": "features"}, limit_mb=10))
+
+    def inspect() -> list[ImageRecord]:
+        store = ArrayStore(tmp_path / "cache", fingerprint_context(), limit_mb=10)
+        return inspect_images(samples, store=store, preprocessing=TINY.preprocessing, consumer=cache(), quiet=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        inspect()
+    assert sum(not cache().needs(sha256_of(path)) for path in photos) == 64
+    frozen.batches = 1  # the rest
+    records = inspect()
+    rows = cache().features(records, TINY.preprocessing, label="features")
+    for row, path in zip(rows, photos, strict=True):
+        np.testing.assert_array_equal(row, TINY.preprocessing.pixels(path.read_bytes()).reshape(-1)[:7])
