@@ -184,7 +184,7 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     assert any(cookie.startswith("reviewer=Ada;") for cookie in cookies)
     assert all("HttpOnly" in cookie and "SameSite=Strict" in cookie for cookie in cookies)
     said = server.get(reply.headers["Location"])
-    assert f"Saved: {Path(first['photo']).name} confirmed {first['label']}." in text(said)
+    assert f"Saved: {Path(first['photo']).name}, confirmed {first['label']}." in text(said)
     assert f'name="expected_version" value="{query["saved"]}"' in said.body.decode()
     [entry] = past(server, first)
     assert (entry["decision"], entry["new_label"], entry["note"], entry["reviewer"]) == ("label", first["label"], "a\nb", "Ada")
@@ -196,7 +196,7 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     path, query = way(post(server, third, "undo", expected_version=query["saved"], advance="1", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]  # who undoes wants to see it
     said = text(server.get(f"{path}?{urlencode(query)}"))
-    assert f"Undone: {Path(third['photo']).name} review removed; label is {third['label']}." in said
+    assert f"Undone: {Path(third['photo']).name}, review removed; label is {third['label']}." in said
     assert "Not reviewed yet." in said
     assert [entry["decision"] for entry in past(server, third)] == ["undo", "neither"]
     assert third["sha256"] not in reviews_of(server)
@@ -265,7 +265,7 @@ def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(
     _, query = way(post(server, row, "neither", reviewer="Ben", expected_version=query["saved"]))
     path, query = way(post(server, row, "undo", reviewer="Cid", expected_version=query["saved"]))
     said = text(server.get(f"{path}?{urlencode(query)}"))
-    assert f"Undone: {Path(row['photo']).name} previous review restored: Ann excluded the photo." in said
+    assert f"Undone: {Path(row['photo']).name}, previous review restored: Ann excluded the photo." in said
     seen = str(past(server, row)[-1]["id"])
     post(server, row, f"label:{row['label']}", as_json=True, expected_version=seen)
     assert "Undone" not in text(server.get(f"{path}?{urlencode(query)}"))  # somebody decided since
@@ -350,6 +350,18 @@ def test_with_keys_anybody_looks_and_who_has_one_decides(tiny_bundle: SimpleName
             post(keyed, row, "undo", as_json=True, expected_version="1", headers={"Authorization": "Bearer open"}).status == 200
         )
         assert past(keyed, row)[0]["reviewer"] == "ben"
+
+
+# Photos from production
+
+
+def test_a_production_photo_names_the_evaluated_one_with_the_same_bytes(server: Server, data: Path) -> None:
+    evaluated = next(row for row in rows(server, source="evaluation", sort="name") if (data / row["photo"]).is_file())
+    assert server.post((data / evaluated["photo"]).read_bytes()).status == 200
+    sent = poll(lambda: [row for row in rows(server, source="production") if row["sha256"] == evaluated["sha256"]])
+    page = text(server.get(page_of(sent[0])))
+    label = evaluated["label"]
+    assert page.count(f"Labeled {label} as {evaluated['photo']} (same photo, one review for both).") == 2  # panel and bar
 
 
 # Live photos, and a server that dies
