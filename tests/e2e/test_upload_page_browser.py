@@ -1,6 +1,6 @@
-"""The page in a real browser, before the real service: with a mouse, with keys only, on a phone, and without JavaScript.
+"""The upload page in a browser: by mouse and keyboard, on a phone, and without JavaScript.
 
-Where no Chromium is installed these tests are skipped. ``SCREENSHOTS=folder`` keeps the pictures that they take.
+The tests are skipped without Chromium. ``SCREENSHOTS=folder`` saves their screenshots.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def problem(status: int, detail: str, **headers: str) -> dict[str, Any]:
     return {"status": status, "body": body, "headers": headers, "content_type": "application/problem+json"}
 
 
-# What a person does
+# Input and results
 
 
-def test_several_chosen_photos_get_a_card_each_and_a_bad_one_its_sentence(new_page: NewPage, photos: SimpleNamespace) -> None:
+def test_each_photo_gets_a_card_and_an_invalid_one_its_problem(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
     choose(page, photos.red[0], photos.bad, photos.blue[0])
     red, bad, blue = answers(page, 3)
@@ -196,7 +196,7 @@ def test_forced_colors_show_the_current_page(new_page: NewPage) -> None:
     assert page.get_by_role("link", name="Gallery").evaluate(border) == "none"
 
 
-def test_later_answers_come_on_top_and_the_earlier_ones_stay(new_page: NewPage, photos: SimpleNamespace) -> None:
+def test_later_results_come_first_and_the_earlier_ones_stay(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
     choose(page, photos.red[0])
     answers(page, 1)
@@ -217,9 +217,7 @@ def test_more_photos_than_a_request_may_hold_go_in_several(new_page: NewPage, ph
     assert page.locator(".card.bad").count() == 0
 
 
-def test_a_file_that_is_too_large_is_refused_before_it_is_sent(
-    new_page: NewPage, photos: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_a_file_that_is_too_large_is_not_sent(new_page: NewPage, photos: SimpleNamespace, tmp_path: Path) -> None:
     page = new_page()
     asked = answer_with(page)
     (tmp_path / "huge.jpg").write_bytes(bytes(1_100_000))
@@ -229,7 +227,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_sent(
     assert len(asked) == 1
 
 
-def test_with_keys_only_a_photo_is_chosen_and_its_answer_heard(new_page: NewPage, photos: SimpleNamespace) -> None:
+def test_a_photo_is_chosen_by_keyboard_and_its_result_announced(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
@@ -261,7 +259,7 @@ def test_on_a_phone_a_photo_can_be_taken(new_page: NewPage, photos: SimpleNamesp
     expect(desktop.get_by_text("Take a photo")).to_be_hidden()
 
 
-def test_without_javascript_the_form_does_it_all(new_page: NewPage, photos: SimpleNamespace) -> None:
+def test_the_form_works_without_javascript(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page(java_script_enabled=False)
     choose(page, photos.red[0], photos.bad)
     page.get_by_role("button", name="Classify").click()
@@ -271,10 +269,10 @@ def test_without_javascript_the_form_does_it_all(new_page: NewPage, photos: Simp
     expect(page.get_by_role("alert")).to_contain_text("Choose at least one photo, then press Classify.")
 
 
-# When something is amiss
+# Failures
 
 
-def test_a_busy_server_is_asked_once_more_after_the_time_it_named(new_page: NewPage, photos: SimpleNamespace) -> None:
+def test_a_request_is_retried_after_the_time_that_a_busy_server_names(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page(has_clock=True)
     busy = problem(503, "64 photos are waiting.", **{"Retry-After": "3600"})
     asked = answer_with(page, busy)
@@ -287,7 +285,7 @@ def test_a_busy_server_is_asked_once_more_after_the_time_it_named(new_page: NewP
     assert len(asked) == 2
 
 
-def test_what_failed_in_passing_can_be_tried_again(new_page: NewPage, photos: SimpleNamespace) -> None:
+def test_a_temporary_failure_can_be_retried(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
     answer_with(page, problem(504, "The answer was not there within 10 ms."))
     choose(page, photos.red[0])
@@ -298,7 +296,7 @@ def test_what_failed_in_passing_can_be_tried_again(new_page: NewPage, photos: Si
     assert page.locator(".card.bad").count() == 0
 
 
-def test_a_server_that_is_gone_is_said_so(new_page: NewPage, photos: SimpleNamespace) -> None:
+def test_an_unexpected_response_is_shown_with_its_status(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
     page.route("**/predict?*", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>", content_type="text/html"))
     choose(page, photos.red[0])
@@ -323,7 +321,7 @@ def test_of_many_classes_ten_are_shown_and_the_others_on_demand(new_page: NewPag
     expect(page.locator(".bar:visible")).to_have_count(30)
 
 
-def test_a_key_is_kept_for_the_session_and_sent(
+def test_a_key_is_remembered_for_the_session_and_can_be_forgotten(
     browser: Browser, tiny_bundle: SimpleNamespace, photos: SimpleNamespace
 ) -> None:
     with serve(tiny_bundle.path, api_keys="ann:sesame") as keyed, visitor(browser, keyed.url) as open_page:
@@ -336,9 +334,13 @@ def test_a_key_is_kept_for_the_session_and_sent(
         assert "red" in answers(page, 1)[0]
         page.reload()
         expect(page.get_by_label("API key")).to_have_value("sesame")
+        page.get_by_role("button", name="Forget key").click()
+        page.reload()
+        expect(page.get_by_label("API key")).to_have_value("")
+        expect(page.get_by_role("button", name="Forget key")).to_be_hidden()
 
 
-# How it looks, and whether everybody can read it
+# Layout and accessibility
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

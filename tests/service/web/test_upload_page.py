@@ -1,4 +1,4 @@
-"""The page as a browser without JavaScript sees it, the model's card, and what every page carries."""
+"""The upload page without JavaScript, the page of the model, and what all pages have in common."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def text_of(answer: TestResponse) -> str:
 # The form
 
 
-def test_the_page_invites_to_choose_photos(app: Flask) -> None:
+def test_the_form_has_a_file_input_and_no_key_field(app: Flask) -> None:
     answer = app.test_client().get("/")
     assert answer.status_code == 200
     assert answer.mimetype == "text/html"
@@ -107,7 +107,7 @@ def test_the_page_invites_to_choose_photos(app: Flask) -> None:
     assert 'name="key"' not in answer.text
 
 
-def test_several_photos_are_answered_in_their_order_with_the_bad_one_among_them(app: Flask, photo: bytes) -> None:
+def test_results_are_in_the_order_of_the_photos_with_the_invalid_one(app: Flask, photo: bytes) -> None:
     answer = post(app, (photo, "one.jpg"), (b"no picture", "two.txt"), (photo, "three.jpg"))
     assert answer.status_code == 200
     assert answer.headers["Cache-Control"] == "no-store"
@@ -133,14 +133,14 @@ def test_the_bars_are_the_probabilities_of_the_api(app: Flask, photo: bytes) -> 
     assert api["crop"] in page
 
 
-def test_a_file_name_is_text_and_nothing_else(app: Flask, photo: bytes) -> None:
+def test_a_file_name_is_escaped(app: Flask, photo: bytes) -> None:
     answer = post(app, (photo, HOSTILE), (b"no picture", "../" + HOSTILE))
     assert len(cards(answer)) == 2
     assert "<img src=x" not in answer.text
     assert "&lt;img src=x onerror=alert(1)&gt;" in answer.text
 
 
-def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: Flask, photo: bytes) -> None:
+def test_of_many_classes_the_ten_most_probable_are_shown_and_the_others_folded(app: Flask, photo: bytes) -> None:
     model = services_of(app).model_manager.get()
     names = [f"kind {i}" for i in range(25)]
     bundle = dataclasses.replace(model.bundle, manifest={**model.bundle.manifest, "classes": names})
@@ -173,11 +173,11 @@ def test_of_many_classes_the_ten_highest_are_shown_and_the_others_unfolded(app: 
         (0.0, 2, "0.00%"),
     ],
 )
-def test_a_share_is_not_rounded_to_all_or_nothing(share: float, digits: int, text: str) -> None:
+def test_a_fraction_is_not_rounded_to_all_or_nothing(share: float, digits: int, text: str) -> None:
     assert percent(share, digits) == text
 
 
-def test_a_probability_that_comes_as_1_is_not_written_as_certain(app: Flask, photo: bytes) -> None:
+def test_a_probability_of_1_is_not_shown_as_certain(app: Flask, photo: bytes) -> None:
     prepared = PreprocessedImage(np.zeros((32, 32, 3), np.uint8), 5, 4, "GIF", ())
     model = services_of(app).model_manager.get()
     shares = np.eye(len(model.bundle.classes), dtype=np.float32)[0]
@@ -251,7 +251,7 @@ def test_a_photo_that_is_not_saved_has_no_links(app: Flask, photo: bytes) -> Non
     ],
     ids=["nothing", "nothing chosen", "empty", "one bad", "too many", "too large"],
 )
-def test_a_problem_is_said_on_the_page(app: Flask, files: list[tuple[bytes, str]], status: int, words: str) -> None:
+def test_a_problem_is_shown_on_the_page(app: Flask, files: list[tuple[bytes, str]], status: int, words: str) -> None:
     answer = post(app, *files)
     assert answer.status_code == status
     assert answer.mimetype == "text/html"
@@ -262,13 +262,13 @@ def test_a_problem_is_said_on_the_page(app: Flask, files: list[tuple[bytes, str]
     assert '<input id="files"' in answer.text
 
 
-def test_another_body_than_a_form_is_refused(app: Flask, photo: bytes) -> None:
+def test_a_body_that_is_not_a_form_is_rejected(app: Flask, photo: bytes) -> None:
     answer = app.test_client().post("/", data=photo, content_type="image/jpeg")
     assert answer.status_code == 415
     assert "POST /predict" in answer.text
 
 
-def test_a_full_house_is_said_on_the_page_with_the_time_to_wait(app: Flask, photo: bytes) -> None:
+def test_overload_is_shown_on_the_page_with_the_time_to_wait(app: Flask, photo: bytes) -> None:
     admission = services_of(app).admission
     admission.acquire(64)
     try:
@@ -282,7 +282,7 @@ def test_a_full_house_is_said_on_the_page_with_the_time_to_wait(app: Flask, phot
     assert admission.in_flight == 0
 
 
-def test_an_unforeseen_error_is_said_with_the_id_under_which_it_was_logged(app: Flask, photo: bytes) -> None:
+def test_an_unexpected_error_is_shown_with_its_request_id(app: Flask, photo: bytes) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("secret")
 
@@ -295,7 +295,7 @@ def test_an_unforeseen_error_is_said_with_the_id_under_which_it_was_logged(app: 
 
 
 @pytest.mark.parametrize("path", ["/", "/model"])
-def test_while_the_model_loads_the_page_asks_again_by_itself(loading: Flask, path: str) -> None:
+def test_while_the_model_loads_the_page_reloads(loading: Flask, path: str) -> None:
     answer = loading.test_client().get(path)
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
     assert '<meta http-equiv="refresh" content="1">' in answer.text
@@ -323,7 +323,7 @@ def test_problems_on_the_page_are_counted(app: Flask) -> None:
 # Keys
 
 
-def test_where_keys_are_set_the_page_has_a_field_and_wants_one(keyed: Flask, photo: bytes) -> None:
+def test_with_api_keys_the_page_has_a_field_and_requires_a_key(keyed: Flask, photo: bytes) -> None:
     assert re.search(r'<input id="key" name="key" type="password"', keyed.test_client().get("/").text)
     without, wrong = post(keyed, (photo, "a.jpg")), post(keyed, (photo, "a.jpg"), key="open")
     assert (without.status_code, wrong.status_code) == (401, 401)
@@ -334,18 +334,18 @@ def test_where_keys_are_set_the_page_has_a_field_and_wants_one(keyed: Flask, pho
 
 
 @pytest.mark.parametrize("key", ["sesame", " sesame ", "grün"])
-def test_a_known_key_opens_and_is_not_sent_back(keyed: Flask, photo: bytes, key: str) -> None:
+def test_a_valid_key_is_accepted_and_not_sent_back(keyed: Flask, photo: bytes, key: str) -> None:
     answer = post(keyed, (photo, "a.jpg"), key=key)
     assert answer.status_code == 200
     assert len(cards(answer)) == 1
     assert key.strip() not in answer.text
 
 
-# What every page carries
+# All pages
 
 
 @pytest.mark.parametrize("path", ["/", "/model", "/docs"])
-def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing_inline(app: Flask, path: str) -> None:
+def test_a_page_loads_nothing_from_other_sites_and_runs_no_inline_script(app: Flask, path: str) -> None:
     answer = app.test_client().get(path)
     assert answer.status_code == 200
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
@@ -356,7 +356,7 @@ def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing_inline(app: Flask,
 
 
 @pytest.mark.parametrize("path", ["/", "/model", "/docs"])
-def test_the_header_names_the_model_and_the_way(app: Flask, path: str) -> None:
+def test_the_header_has_the_model_and_the_navigation(app: Flask, path: str) -> None:
     text = app.test_client().get(path).text
     model = services_of(app).model_manager.get()
     assert all(words in text for words in (model.bundle.name, model.bundle.version, model.precision.name))
@@ -394,7 +394,7 @@ def test_a_slash_at_the_end_of_no_page_is_not_found(app: Flask, path: str) -> No
     assert get(app, path).status_code == 404
 
 
-def test_a_static_file_is_kept_for_ever_under_its_version_only(app: Flask) -> None:
+def test_a_static_file_is_cached_for_a_year_under_its_version_only(app: Flask) -> None:
     address = re.findall(r'href="(/static/site\.css\?v=\w+)"', get(app, "/").text)[0]
     first = get(app, address)
     assert first.headers["Cache-Control"] == "public, max-age=31536000, immutable"
@@ -419,10 +419,10 @@ def test_behind_a_proxy_the_addresses_have_its_prefix(tiny_bundle: SimpleNamespa
     services_of(app).model_manager.close()
 
 
-# The card
+# The model
 
 
-def test_the_card_is_shown_with_its_table_of_figures(app: Flask) -> None:
+def test_the_model_card_is_shown_with_its_metrics(app: Flask) -> None:
     text = app.test_client().get("/model").text
     assert "<h3>Metrics</h3>" in text
     assert re.search(r"<td>accuracy</td>\s*<td>[\d.]+</td>\s*<td>[\d.]+ to [\d.]+</td>", text)
@@ -430,7 +430,7 @@ def test_the_card_is_shown_with_its_table_of_figures(app: Flask) -> None:
     assert re.search(r"<dt>Accuracy</dt><dd>[\d.]+%<small>\d+ of \d+ evaluation photos</small>", text)
 
 
-def test_html_in_a_card_is_text(app: Flask) -> None:
+def test_html_in_a_model_card_is_escaped(app: Flask) -> None:
     hostile = "# Card\n\n<script>alert(1)</script> ![x](https://example.org/x.png) [go](javascript:alert(1))\n"
     text = _with_card(app, hostile).text
     assert "<script>alert" not in text
@@ -438,7 +438,7 @@ def test_html_in_a_card_is_text(app: Flask) -> None:
     assert not re.search("<img[^>]*example.org", text)
 
 
-def test_without_a_card_the_manifest_tells_the_figures(app: Flask) -> None:
+def test_without_a_model_card_the_metrics_of_the_manifest_are_shown(app: Flask) -> None:
     answer = _with_card(app, None)
     assert answer.status_code == 200
     assert "The bundle has no model card (README.md). These metrics are from its manifest." in answer.text
