@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import queue
 import re
 import threading
 import time
@@ -30,7 +29,7 @@ from service.http.errors import Problem, code_for_status, problem_from
 from service.http.middleware import KNOWN_METHODS, RequestMiddleware, TrustedProxies, normalize_path
 from service.http.security import require_allowed_host
 from service.http.text_validation import check_items, check_text
-from service.inference.model_manager import RETRY_S, LoadedModel, ModelManager
+from service.inference.model_manager import RETRY_S, ModelManager
 from service.inference.predictor import Predictor
 from service.rollout.rollout import RolloutManager
 from service.rollout.state import RolloutStore, open_store
@@ -88,31 +87,23 @@ def create_api_app(services: Services) -> Flask:
 
 def create_full_app(services: Services) -> Flask:
     """Create the application with all pages: the upload page, the gallery and the documentation."""
-    from service.gallery import compare, export, grid, image_routes, photo, review
-    from service.gallery.image_access import ImageAccess
+    from service.gallery import compare, export, grid, image_access, photo, review
     from service.gallery.index import GalleryIndex
     from service.gallery.recorder import PredictionRecorder
     from service.web import api_docs, upload_page
 
     settings, models = services.settings, services.model_manager
     gallery = GalleryIndex(settings)
-    services = replace(services, gallery=gallery, image_access=ImageAccess(settings, gallery, models.decoder))
+    services = replace(services, gallery=gallery, image_access=image_access.ImageAccess(settings, gallery, models.decoder))
     if settings.save_predictions:
         services.recorder = PredictionRecorder(gallery, settings, models.metrics)
         services.predictor = Predictor(models, on_prediction=services.recorder.record)
     app = create_api_app(services)
-    pages = (layout, upload_page, api_docs, grid, photo, export, image_routes, review, compare)
+    pages = (layout, upload_page, api_docs, grid, photo, export, image_access, review, compare)
     for blueprint in (*(module.bp for module in pages), compare.json_bp):
         app.register_blueprint(blueprint)
 
-    installed: queue.SimpleQueue[LoadedModel] = queue.SimpleQueue()
-    models.add_install_callback(installed.put)
-
-    def import_models() -> None:  # in a thread, so that neither predictions nor the next rollout wait for the database
-        while True:
-            gallery.import_model(installed.get())
-
-    threading.Thread(target=import_models, name="gallery", daemon=True).start()
+    gallery.follow(models)
     return app
 
 

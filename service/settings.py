@@ -153,10 +153,19 @@ class Settings:
         None,
         "review database: sqlite:///FILE or postgresql://USER@HOST/NAME (default: ~/.local/share/finetune/reviews.db)",
     )
+    database_timeout_s: float = _setting(
+        5.0, "time to wait for a database connection or lock; requests that exceed it get 503", low=0.1, high=600
+    )
     evaluations: tuple[Path, ...] = _setting((), "further bundles and evaluations to show in the gallery, comma-separated")
     save_predictions: bool = _setting(False, "1 saves the images sent to /predict for the gallery")
     max_saved: int = _setting(
         10_000, "number of images to save; the oldest unreviewed ones are deleted", low=1, high=10_000_000
+    )
+    max_saved_mb: float = _setting(
+        4096.0, "MiB of saved images; the oldest unreviewed ones are deleted", low=1, high=10_000_000
+    )
+    save_queue_mb: float = _setting(
+        64.0, "MiB per worker of images that wait to be saved; further ones are not saved", low=1, high=10_000
     )
     retention_days: float = _setting(30.0, "days to keep saved images", low=0.01, high=3650)
     log_level: str = _setting(

@@ -44,8 +44,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _patient_databases() -> Iterator[None]:
     """Who waits for a lock or a connection waits for as long as it takes on a busy machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.db.connection.BUSY_TIMEOUT_MS", 300_000)
-        patch.setattr("service.db.connection.CONNECT_TIMEOUT_S", "300")
+        patch.setattr("service.db.connection.DEFAULT_TIMEOUT_S", 300.0)
         yield
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from finetune.io.progress import step
-from models.artifacts.label_issues import rank_label_issues, suggested_labels
+from models.artifacts.label_issues import can_judge_labels, confusion_matrix, rank_label_issues, suggested_labels
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError
 
@@ -75,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_label_issues(predictions: Predictions) -> None:
+    if not can_judge_labels(confusion_matrix(predictions)):
+        print("\nPossible label errors: unknown. The accuracy is not significantly better than chance.")
+        return
     issues, suggested = rank_label_issues(predictions), suggested_labels(predictions)
     print(f"\nPossible label errors (out-of-fold): {len(issues):,} of {len(predictions.image_names):,} photos")
     for row in issues[:MAX_SHOWN]:

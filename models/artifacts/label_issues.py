@@ -11,6 +11,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifacts.predictions import Predictions
+from models.artifacts.statistics import wilson_interval
+
+
+def can_judge_labels(confusion: NDArray[np.int64]) -> bool:
+    """Return whether a model is good enough to question labels: its accuracy interval must lie above chance.
+
+    Chance is the accuracy expected if predictions were independent of the labels, as in Cohen's kappa. A model that always
+    predicts the most frequent class does not exceed it.
+
+    Args:
+        confusion: (C, C) counts; rows are labels and columns are predicted classes.
+    """
+    total = int(confusion.sum())
+    if not total:
+        return False
+    chance = float(confusion.sum(axis=1) @ confusion.sum(axis=0)) / total**2
+    return wilson_interval(int(np.trace(confusion)), total)["low"] > chance
+
+
+def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
+    """Count the images by label (rows) and predicted class (columns): (C, C) int64."""
+    size = len(predictions.classes)
+    return np.bincount(predictions.labels * size + predictions.predicted, minlength=size**2).reshape(size, size)
 
 
 def class_thresholds(predictions: Predictions) -> NDArray[np.float64]:
@@ -38,7 +61,13 @@ def suggested_labels(predictions: Predictions) -> NDArray[np.int64]:
 
 
 def find_label_issues(predictions: Predictions) -> NDArray[np.bool_]:
-    """Flag probably mislabeled images, whose suggested label differs from their label. Returns an (N,) mask."""
+    """Flag probably mislabeled images, whose suggested label differs from their label.
+
+    Returns:
+        (N,) mask. No image is flagged if the model is too weak to judge labels (see ``can_judge_labels``).
+    """
+    if not can_judge_labels(confusion_matrix(predictions)):
+        return np.zeros(len(predictions.labels), dtype=np.bool_)
     return np.asarray(suggested_labels(predictions) != predictions.labels)
 
 

@@ -13,6 +13,7 @@ from models.errors import DataError
 
 LABEL, NEITHER, BAD = "label", "neither", "bad"
 DECISIONS = (LABEL, NEITHER, BAD)
+NOTE = "note"  # a note on a photo without a review: exported, and ignored in training
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Review:
         sha256: Identifies the image.
         photo: The image's name at the time of the review.
         label: The image's label at the time of the review.
-        decision: "label" (the correct label is ``new_label``, possibly unchanged), "neither" (none of the classes) or
-            "bad" (unusable).
+        decision: "label" (the correct label is ``new_label``, possibly unchanged), "neither" (none of the classes),
+            "bad" (unusable) or "note" (no review).
         new_label: The correct class if ``decision`` is "label".
         note: Free text.
         reviewer: The reviewer's name.
@@ -57,8 +58,8 @@ def write_reviews(reviews: Iterable[Review]) -> bytes:
 def read_reviews(data: bytes, *, origin: str) -> tuple[Review, ...]:
     """Parse a table of reviews as the gallery or a spreadsheet writes it.
 
-    Columns are separated by commas, semicolons or tabs, and may be in any order. Blank lines, additional columns and the line
-    ``sep=;`` of a spreadsheet are ignored. The encoding is UTF-8 or UTF-16.
+    Columns are separated by commas, semicolons or tabs, and may be in any order. Blank lines, additional columns, notes on
+    photos without a review and the line ``sep=;`` of a spreadsheet are ignored. The encoding is UTF-8 or UTF-16.
 
     Args:
         data: The bytes of the file.
@@ -117,6 +118,8 @@ def _check_reviews(reviews: Sequence[tuple[int, Review]], origin: str) -> tuple[
             decision=original.decision.strip().lower(),
             new_label=unicodedata.normalize("NFC", original.new_label),
         )
+        if review.decision == NOTE:
+            continue
         position = f"{origin}, line {number} ({review.photo})"
         if review.decision not in DECISIONS:
             raise DataError(f"{position}: unknown decision {review.decision!r}. Use {', '.join(DECISIONS)}.")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, Response, g, jsonify, request
 
-from models.runtime.openvino_engine import Pixels
 from service.context import services
 from service.http import SLOT
 from service.http.errors import Problem
 from service.http.security import require_key
 from service.http.uploads import Upload, is_client_connected, read_uploads
-from service.images.render import encode_png
+from service.images.render import png_data_url
 from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel
 from service.inference.predictor import ranked_probabilities
@@ -147,11 +145,6 @@ def gallery_url(model: LoadedModel, prediction: Prediction) -> str | None:
     """Return the address of an image's page in the gallery, or None if the image is not saved."""
     recorder, data = services().recorder, prediction.upload.data
     return recorder.page_url(model.bundle.version, data) if recorder and data else None
-
-
-def png_data_url(pixels: Pixels) -> str:
-    """Encode the network's input, (H, W, C) uint8, as a data: URL of a PNG."""
-    return "data:image/png;base64," + base64.b64encode(encode_png(pixels)).decode()
 
 
 def _top_k() -> int | None:

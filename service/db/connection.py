@@ -1,9 +1,11 @@
-"""The connection: SQLite beside the service, or PostgreSQL for several replicas, brought to the schema's present version."""
+"""Connect to the review database: SQLite, or PostgreSQL for several replicas. Apply pending migrations."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,66 +13,138 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from models.errors import ConfigError
+from service.db.errors import DatabaseUnavailableError
 
-SCHEMA_REVISION = "0002"  # the newest of service/migrations; a test holds it against them
+log = logging.getLogger("service.db")
+SCHEMA_REVISION = "0003"  # of the newest migration; a test compares the two
 MIGRATIONS = Path(__file__).parent / "migrations"
-WRITE_LOCK_ID = 7_201_931  # the advisory lock that one writer at a time holds in PostgreSQL
-BUSY_TIMEOUT_MS = 15_000
-CONNECT_TIMEOUT_S = "10"
+WRITE_LOCK_ID = 7_201_931  # the advisory lock of PostgreSQL that serializes writers
+DEFAULT_TIMEOUT_S = 5.0
+BACKGROUND_TIMEOUT_S = 600.0  # for imports and migrations, which wait for those of other processes
+STATEMENT_TIMEOUT_FACTOR = 6  # a statement may run for longer than it may wait for a lock
+UNAVAILABLE = "The review database is not available, and nothing was saved. Try again in a few seconds."
+REPLACED = "The file of the review database was removed or replaced while the server was running. Restart the server."
 
 
 class Database:
-    """Transactions to read in and to write in. Of writers there is one at a time, so that none sees another's half."""
+    """Read and write transactions. Writers run one after the other, so that each sees all that earlier ones wrote."""
 
-    def __init__(self, url: str) -> None:
-        """Open ``url``, sqlite:///FILE or postgresql://...; raises ConfigError where it cannot be used."""
-        self.engine = _create(url)
+    def __init__(self, url: str, *, timeout_s: float | None = None) -> None:
+        """Open a database and apply pending migrations.
+
+        Args:
+            url: sqlite:///FILE or postgresql://USER@HOST/NAME.
+            timeout_s: How long a transaction waits for a connection or a lock.
+
+        Raises:
+            ConfigError: The database cannot be opened.
+        """
+        self.engine = _create_engine(url, DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s)
         self.is_sqlite = self.engine.dialect.name == "sqlite"
+        self._file = Path(self.engine.url.database or "") if self.is_sqlite else None
+        self._file_id: tuple[int, int] | None = None
+        self._wal: Path | None = None
         try:
             self._migrate()
+            if self._file:
+                self._file_id = _file_id(self._file)
+                with self.engine.connect() as connection:
+                    if connection.execute(text("PRAGMA journal_mode")).scalar() == "wal":
+                        self._wal = Path(f"{self._file}-wal")
         except (SQLAlchemyError, OSError) as error:
             self.engine.dispose()
-            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
             raise ConfigError(
-                f"DATABASE_URL {_shown(self.engine.url)} cannot be opened ({reason}); "
-                "start the database, or give sqlite:///FILE in a folder that can be written."
+                f"DATABASE_URL {_without_secrets(self.engine.url)} cannot be opened ({_reason(error)}). "
+                "Start the database, or use sqlite:///FILE in a writable folder."
             ) from None
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that sees one state of the database throughout, whatever others write meanwhile."""
-        with self.engine.connect() as connection:
-            if not self.is_sqlite:  # SQLite does so anyway
+        """Open a transaction that sees one state of the database, whatever others write in the meantime.
+
+        Raises:
+            DatabaseUnavailableError: The database failed.
+        """
+        with self._translate_errors(), self.engine.connect() as connection:
+            if not self.is_sqlite:  # SQLite always does so
                 connection.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             with connection.begin():
                 yield connection
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[Connection]:
-        """A transaction that is on disk when the block is left, or not at all where it is left by an exception."""
-        with self.engine.connect().execution_options(writing=True) as connection, connection.begin():
-            if not self.is_sqlite:
-                connection.execute(text("SELECT pg_advisory_xact_lock(:n)"), {"n": WRITE_LOCK_ID})
-            yield connection
+    def write(self, *, background: bool = False) -> Iterator[Connection]:
+        """Open a transaction that is on disk when the block ends, or rolled back if the block raises.
+
+        Args:
+            background: Wait for other writers for longer than a request may.
+
+        Raises:
+            DatabaseUnavailableError: The database failed. Nothing was saved.
+        """
+        with self._translate_errors():
+            with self._begin_write(background=background) as connection:
+                yield connection
+            self._check_file()
+            if self._wal and not self._wal.exists():  # removed: what was committed is in no file that a restart would read
+                raise self._replaced(self._wal)
 
     def refresh_statistics(self) -> None:
-        """What the planner knows of the tables, after many rows came in."""
+        """Update the query planner's statistics after an import."""
         if self.is_sqlite:
-            with self.write() as connection:
+            with self.write(background=True) as connection:
                 connection.execute(text("ANALYZE"))
             return
-        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with self._translate_errors(), self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("SET statement_timeout = 0"))
             connection.execute(text("VACUUM (ANALYZE) predictions, buckets"))
+            connection.invalidate()  # the pool's connections have a timeout
 
     def close(self) -> None:
         self.engine.dispose()
 
+    @contextlib.contextmanager
+    def _begin_write(self, *, background: bool) -> Iterator[Connection]:
+        options = {"writing": True, "background": background}
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
+            if not self.is_sqlite:
+                if background:
+                    connection.execute(text("SET LOCAL lock_timeout = 0"))
+                    connection.execute(text("SET LOCAL statement_timeout = 0"))
+                connection.execute(text("SELECT pg_advisory_xact_lock(:n)"), {"n": WRITE_LOCK_ID})
+            yield connection
+
+    @contextlib.contextmanager
+    def _translate_errors(self) -> Iterator[None]:
+        self._check_file()
+        try:
+            yield
+        except (IntegrityError, DataError):  # errors of the caller, not of the database
+            raise
+        except (DBAPIError, sqlalchemy.exc.TimeoutError) as error:
+            log.error("the review database failed", extra={"reason": _reason(error)})
+            raise DatabaseUnavailableError(UNAVAILABLE) from None
+
+    def _check_file(self) -> None:
+        """Raise DatabaseUnavailableError if SQLite's open file is no longer the one that a restart would open."""
+        if self._file is None:
+            return
+        try:
+            if _file_id(self._file) == self._file_id:
+                return
+        except OSError:
+            pass
+        raise self._replaced(self._file)
+
+    def _replaced(self, file: Path) -> DatabaseUnavailableError:
+        log.error("a file of the review database was removed or replaced", extra={"file": str(file)})
+        return DatabaseUnavailableError(REPLACED)
+
     def _migrate(self) -> None:
-        """Bring the schema up to date, if it is not; of several processes one does."""
+        """Apply pending migrations, in one process at a time."""
         if self._revision() == SCHEMA_REVISION:
             return
         from alembic import command
@@ -80,15 +154,15 @@ class Database:
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         try:
-            with self._alone() as connection:
+            with self._lock_file(), self._begin_write(background=True) as connection:
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
         except CommandError:
             revision = self._revision()
             self.close()
             raise ConfigError(
-                f"DATABASE_URL {_shown(self.engine.url)} is at the revision {revision}, and this version of the service knows "
-                f"those up to {SCHEMA_REVISION}; start the newer version that made it, or give another database."
+                f"DATABASE_URL {_without_secrets(self.engine.url)} has the revision {revision}, and this version of the "
+                f"service supports revisions up to {SCHEMA_REVISION}. Start the version that created it, or use another one."
             ) from None
 
     def _revision(self) -> str | None:
@@ -98,67 +172,88 @@ class Database:
             return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[Connection]:
-        """A transaction that no other process migrates beside."""
-        if not self.is_sqlite:
-            with self.write() as connection:
-                yield connection
+    def _lock_file(self) -> Iterator[None]:
+        """Let one process at a time migrate a SQLite file."""
+        if self._file is None:
+            yield
             return
-        with Path(f"{self.engine.url.database}.lock").open("w") as lock:
+        with Path(f"{self._file}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            with self.write() as connection:
-                yield connection
+            yield
 
 
-def _create(url: str) -> Engine:
-    """An engine for ``url``; raises ConfigError for what is no URL of a database that is known here."""
+def _create_engine(url: str, timeout_s: float) -> Engine:
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # not shown, as there may be a password in it
-        raise ConfigError("DATABASE_URL is no URL; it must be sqlite:///FILE or postgresql://USER@HOST/NAME.") from None
+    except (ArgumentError, ValueError):  # the URL is not shown, as it may contain a password
+        raise ConfigError("DATABASE_URL is not a URL. Use sqlite:///FILE or postgresql://USER@HOST/NAME.") from None
     if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
-        return create_engine(
-            parsed.set(drivername="postgresql+psycopg", query={"connect_timeout": CONNECT_TIMEOUT_S} | dict(parsed.query)),
-            pool_pre_ping=True,
-            pool_size=8,
-            max_overflow=24,
-        )
+        return _create_postgresql_engine(parsed, timeout_s)
     if parsed.drivername != "sqlite":
-        raise ConfigError(f"DATABASE_URL names {parsed.drivername}; sqlite:///FILE and postgresql://... are known here.")
+        raise ConfigError(f"DATABASE_URL names {parsed.drivername}. Use sqlite:///FILE or postgresql://USER@HOST/NAME.")
     if not parsed.database or parsed.database.startswith((":", "file:")) or parsed.query:
-        raise ConfigError(f"DATABASE_URL is {_shown(parsed)}, which names no file; write it as sqlite:///FILE.")
+        raise ConfigError(f"DATABASE_URL {_without_secrets(parsed)} names no file. Use sqlite:///FILE.")
     try:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"The folder of DATABASE_URL {_shown(parsed)} cannot be made ({error.strerror}); "
-            "give a file in a folder that can be written."
+            f"The folder of DATABASE_URL {_without_secrets(parsed)} cannot be created ({error.strerror}). "
+            "Use a file in a writable folder."
         ) from None
-    engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_MS / 1e3}, pool_size=8, max_overflow=120)
-    event.listen(engine, "connect", _prepare_sqlite)
-    event.listen(engine, "begin", _begin_sqlite)
+    return _create_sqlite_engine(parsed, timeout_s)
+
+
+def _create_postgresql_engine(url: URL, timeout_s: float) -> Engine:
+    def set_timeouts(connection: Any, record: ConnectionPoolEntry) -> None:
+        timeout_ms = round(timeout_s * 1e3)
+        connection.execute(f"SET lock_timeout = {timeout_ms}")
+        connection.execute(f"SET statement_timeout = {timeout_ms * STATEMENT_TIMEOUT_FACTOR}")
+        connection.commit()
+
+    connect_args = {"connect_timeout": str(max(2, round(timeout_s)))}  # libpq's minimum is 2
+    engine = create_engine(
+        url.set(drivername="postgresql+psycopg", query=connect_args | dict(url.query)),
+        pool_pre_ping=True,
+        pool_size=8,
+        max_overflow=24,
+        pool_timeout=timeout_s,
+    )
+    event.listen(engine, "connect", set_timeouts)
     return engine
 
 
-def _shown(url: URL) -> str:
-    """What may stand in a message: no password, which can be among the options too."""
+def _create_sqlite_engine(url: URL, timeout_s: float) -> Engine:
+    def prepare(connection: Any, record: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None  # the driver would begin transactions late, after the first SELECT
+        for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL", "cache_size=-16000"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    def begin(connection: Connection) -> None:
+        options = connection.get_execution_options()
+        is_writing = options.get("writing", False)
+        busy_timeout_s = BACKGROUND_TIMEOUT_S if options.get("background") else timeout_s
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={round(busy_timeout_s * 1e3)}")
+        connection.exec_driver_sql(f"PRAGMA query_only={'OFF' if is_writing else 'ON'}")
+        # A writer takes the lock at once: SQLite rejects a write after a read if another process wrote in between.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if is_writing else "BEGIN")
+
+    connect_args = {"timeout": BACKGROUND_TIMEOUT_S}  # until the first transaction
+    engine = create_engine(url, connect_args=connect_args, pool_size=8, max_overflow=120, pool_timeout=timeout_s)
+    event.listen(engine, "connect", prepare)
+    event.listen(engine, "begin", begin)
+    return engine
+
+
+def _file_id(file: Path) -> tuple[int, int]:
+    status = os.stat(file)
+    return status.st_dev, status.st_ino
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of a driver's message."""
+    return (str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _without_secrets(url: URL) -> str:
+    """Return a URL without passwords, which the options may also contain."""
     return url.set(query={}).render_as_string()
-
-
-def _prepare_sqlite(connection: Any, record: ConnectionPoolEntry) -> None:
-    connection.isolation_level = None  # the driver's own idea of transactions would leave selects outside of them
-    for pragma in (
-        "journal_mode=WAL",
-        "foreign_keys=ON",
-        "synchronous=FULL",
-        f"busy_timeout={BUSY_TIMEOUT_MS}",
-        "cache_size=-16000",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    """A writer takes the lock at once: one that read first could not be let through after another's write."""
-    writing = connection.get_execution_options().get("writing")
-    connection.exec_driver_sql(f"PRAGMA query_only={'OFF' if writing else 'ON'}")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")

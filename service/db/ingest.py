@@ -1,4 +1,4 @@
-"""What a model said of many photos comes into the database: once, whole or not at all."""
+"""Import the predictions of an evaluation: once, and completely or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -16,16 +17,26 @@ from sqlalchemy import Connection, Row, case, insert, select, update
 
 from models.artifacts.predictions import Predictions, cross_entropy
 from service.db.schema import RANGE_COLUMNS, UNKNOWN, buckets, current_reviews, imports, models, predictions
+from service.db.text import encode_file_name
 
 CHUNK_ROWS = 5_000
 DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabeled")
 _PERCENTS = [n / 100 for n in range(100)]  # confidence * 100 rounds: 0.29 * 100 is less than 29
 BucketKey = tuple[Any, ...]  # a value for each of DIMENSIONS
+_range_values = itemgetter(*RANGE_COLUMNS)
+
+# The columns that BucketWriter.move needs.
+PREDICTION_COLUMNS = (
+    predictions.c.id.label("prediction_id"),
+    predictions.c.bucket_id,
+    *(predictions.c[name] for name in RANGE_COLUMNS),
+    *(buckets.c[name] for name in DIMENSIONS),
+)
 
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """The predictions of one evaluation, and what else is known of its N photos: ``duplicate`` and ``mislabeled`` are (N,)."""
+    """The predictions of one evaluation of N photos; ``duplicate`` and ``mislabeled`` are (N,) masks."""
 
     source: str
     digest: str
@@ -36,81 +47,71 @@ class EvaluationTable:
 
 @dataclass
 class BucketTotals:
-    """Rows of predictions that come into cells: how many for each cell's id, and between which values of RANGED."""
+    """Predictions to be added to buckets: their number by bucket id, and the lowest and highest of RANGE_COLUMNS."""
 
     counts: Counter[int] = field(default_factory=Counter)
     lows: dict[int, list[Any]] = field(default_factory=dict)
     highs: dict[int, list[Any]] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        id_, values = row["bucket_id"], _ranged(row)
+        """Add a row of predictions."""
+        id_, values = row["bucket_id"], _range_values(row)
         self.counts[id_] += 1
         self.lows[id_] = list(map(min, self.lows.get(id_, values), values))
         self.highs[id_] = list(map(max, self.highs.get(id_, values), values))
 
 
-_ranged = itemgetter(*RANGE_COLUMNS)
-
-
-# What has to be known of a prediction to move it from one cell to another.
-PREDICTION_COLUMNS = (
-    predictions.c.id.label("prediction_id"),
-    predictions.c.bucket_id,
-    *(predictions.c[name] for name in RANGE_COLUMNS),
-    *(buckets.c[name] for name in DIMENSIONS),
-)
-
-
 @dataclass
 class BucketWriter:
-    """The cells of one model, found or made as they are needed."""
+    """The buckets of one model, created as they are needed."""
 
     connection: Connection
     model_id: int
     ids: dict[BucketKey, int] = field(default_factory=dict)
 
-    def get_or_create(self, place: BucketKey) -> int:
-        """The id of the cell with these values."""
-        if place not in self.ids:
-            row = dict(zip(DIMENSIONS, place, strict=True)) | {"model_id": self.model_id}
-            found = select(buckets.c.id).where(*(buckets.c[name] == value for name, value in row.items()))
-            id_ = self.connection.execute(found).scalar()
+    def get_or_create(self, key: BucketKey) -> int:
+        """Return the id of the bucket with these values."""
+        if key not in self.ids:
+            row = dict(zip(DIMENSIONS, key, strict=True)) | {"model_id": self.model_id}
+            existing = select(buckets.c.id).where(*(buckets.c[name] == value for name, value in row.items()))
+            id_ = self.connection.execute(existing).scalar()
             if id_ is None:
-                made = self.connection.execute(insert(buckets).values(images=0, **row))
-                id_ = made.inserted_primary_key[0]  # type: ignore[index]
-            self.ids[place] = id_
-        return self.ids[place]
+                created = self.connection.execute(insert(buckets).values(images=0, **row))
+                id_ = created.inserted_primary_key[0]  # type: ignore[index]
+            self.ids[key] = id_
+        return self.ids[key]
 
-    def add(self, tally: BucketTotals) -> None:
-        """Count photos into their cells, which from now on reach as far as these do."""
-        for id_, number in sorted(tally.counts.items()):
+    def add(self, totals: BucketTotals) -> None:
+        """Add predictions to the counts and ranges of their buckets."""
+        for id_, number in sorted(totals.counts.items()):
             values: dict[str, Any] = {"images": buckets.c.images + number}
-            for name, low, high in zip(RANGE_COLUMNS, tally.lows[id_], tally.highs[id_], strict=True):
+            for name, low, high in zip(RANGE_COLUMNS, totals.lows[id_], totals.highs[id_], strict=True):
                 first, last = buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]
-                values[first.name] = case((first < low, first), else_=low)  # nothing is less or more than null
+                values[first.name] = case((first < low, first), else_=low)  # a comparison with null is not true
                 values[last.name] = case((last > high, last), else_=high)
             self.connection.execute(update(buckets).where(buckets.c.id == id_).values(values))
 
     def move(self, row: Mapping[Any, Any], **changes: Any) -> None:
-        """Put a prediction, a row of PLACED, into the cell where it has these ``changes``; its loss may be one of them."""
-        now = {**row, **changes}
-        to = self.get_or_create(tuple(now[name] for name in DIMENSIONS))
+        """Move a prediction (a row of PREDICTION_COLUMNS) to the bucket with these ``changes``, which may include its loss."""
+        new = {**row, **changes}
+        to = self.get_or_create(tuple(new[name] for name in DIMENSIONS))
         if to == row["bucket_id"]:
             return
         moved = update(predictions).where(predictions.c.id == row["prediction_id"])
-        self.connection.execute(moved.values(bucket_id=to, loss=now["loss"]))
-        self.remove(row["bucket_id"])
-        tally = BucketTotals()
-        tally.add({**now, "bucket_id": to})
-        self.add(tally)
+        self.connection.execute(moved.values(bucket_id=to, loss=new["loss"]))
+        remove_from_bucket(self.connection, row["bucket_id"])
+        totals = BucketTotals()
+        totals.add({**new, "bucket_id": to})
+        self.add(totals)
 
-    def remove(self, id_: int, photos: int = 1) -> None:
-        """Count photos out of a cell, which keeps its reach."""
-        self.connection.execute(update(buckets).where(buckets.c.id == id_).values(images=buckets.c.images - photos))
+
+def remove_from_bucket(connection: Connection, id_: int, images: int = 1) -> None:
+    """Subtract photos from a bucket, which keeps its ranges."""
+    connection.execute(update(buckets).where(buckets.c.id == id_).values(images=buckets.c.images - images))
 
 
 def get_or_create_model(connection: Connection, *, version: str, name: str, classes: Sequence[str]) -> int:
-    """The id of a model, which is entered where it is new."""
+    """Return the id of a model, which is inserted if it is new."""
     known = connection.execute(select(models.c.id).where(models.c.version == version)).scalar()
     if known is not None:
         return int(known)
@@ -119,40 +120,45 @@ def get_or_create_model(connection: Connection, *, version: str, name: str, clas
 
 
 def mark_model_active(connection: Connection, model_id: int) -> None:
-    """Note that a model was put to serve now."""
+    """Record that a model went live now."""
     connection.execute(update(models).where(models.c.id == model_id).values(last_active_at=datetime.now(timezone.utc)))
 
 
 def is_imported(connection: Connection, version: str, digest: str) -> bool:
-    found = select(imports.c.id).join(models).where(models.c.version == version, imports.c.digest == digest)
-    return connection.execute(found).first() is not None
+    """Return whether an evaluation of a model is in the database."""
+    imported = select(imports.c.id).join(models).where(models.c.version == version, imports.c.digest == digest)
+    return connection.execute(imported).first() is not None
 
 
 def import_predictions(connection: Connection, model_id: int, table: EvaluationTable) -> int:
-    """Enter the predictions that the model does not have yet, under the decisions that there are; returns their number.
+    """Insert the predictions that the model does not have yet, with the current reviews applied.
 
-    Of those that it has, what looks mislabelled now is called so.
+    A photo that the model has already is flagged if the table flags it as mislabeled.
+
+    Returns:
+        The number of inserted predictions.
     """
-    said = table.predictions
-    known = {tuple(row): id_ for id_, *row in connection.execute(_photos_of(model_id))}
-    new, suspected = [], []
-    for i, photo in enumerate(zip(map(encode_file_name, said.image_names), said.sha256s, strict=True)):
+    source = table.predictions
+    own = select(predictions.c.id, predictions.c.photo, predictions.c.sha256).where(predictions.c.model_id == model_id)
+    known = {tuple(row): id_ for id_, *row in connection.execute(own)}
+    new, flagged = [], []
+    for i, photo in enumerate(zip(map(encode_file_name, source.image_names), source.sha256s, strict=True)):
         if photo not in known:
             known[photo] = 0
             new.append(i)
         elif known[photo] and table.mislabeled[i]:
-            suspected.append(known[photo])
-    reviews = _decisions_on(connection)
-    places = BucketWriter(connection, model_id)
-    tally = BucketTotals()
-    for rows in _in_chunks(_rows(table, new, reviews, model_id, places)):
+            flagged.append(known[photo])
+    writer = BucketWriter(connection, model_id)
+    totals = BucketTotals()
+    new_rows = _rows(table, new, _load_reviews(connection), writer)
+    while rows := list(islice(new_rows, CHUNK_ROWS)):
         connection.execute(insert(predictions), rows)
         for row in rows:
-            tally.add(row)
-    places.add(tally)
-    for id_ in suspected:  # an earlier import brought them
+            totals.add(row)
+    writer.add(totals)
+    for id_ in flagged:
         known_row = connection.execute(select(*PREDICTION_COLUMNS).join(buckets).where(predictions.c.id == id_)).one()
-        places.move(known_row._mapping, mislabeled=True)
+        writer.move(known_row._mapping, mislabeled=True)
     connection.execute(
         insert(imports).values(
             model_id=model_id,
@@ -168,57 +174,76 @@ def import_predictions(connection: Connection, model_id: int, table: EvaluationT
 def resolve_label(
     review: Row[Any] | None, *, label: int, predicted: int, classes: Sequence[str], source: str
 ) -> tuple[int, str]:
-    """The label and the state of a photo under the decision that holds for it, or under none.
+    """Apply the current review of a photo.
 
-    An evaluated photo keeps the label that it was evaluated with. A live one has the label that it was given, if any.
+    Args:
+        review: The row of current_reviews, or None.
+        label: The class index that the photo was evaluated with.
+        predicted: The predicted class index.
+        classes: The classes of the model.
+        source: The source of the prediction. An evaluated photo keeps its label; a production photo has the reviewed one.
+
+    Returns:
+        The label, or UNKNOWN, and the review state.
     """
+    is_production = source == "production"
+    original = UNKNOWN if is_production else label
     if review is None:
-        return (UNKNOWN if source == "production" else label), "unreviewed"
+        return original, "unreviewed"
     if review.decision != "label":
-        return (UNKNOWN if source == "production" else label), str(review.decision)
-    given = classes.index(review.new_label) if review.new_label in classes else UNKNOWN
-    before = predicted if source == "production" else label
-    return (given if source == "production" else label), "confirmed" if given == before else "relabeled"
+        return original, str(review.decision)
+    reviewed = classes.index(review.new_label) if review.new_label in classes else UNKNOWN
+    state = "confirmed" if reviewed == (predicted if is_production else label) else "relabeled"
+    return (reviewed if is_production else label), state
+
+
+def prediction_row(bucket_id: int, photo: str, sha256: str, probabilities: NDArray[Any], *, loss: float) -> dict[str, Any]:
+    """Return the columns of ``predictions`` for one photo, apart from the model. ``probabilities`` is (C,)."""
+    *rest, highest = np.sort(probabilities)[-2:]
+    return {
+        "bucket_id": bucket_id,
+        "photo": photo,
+        "sha256": sha256,
+        "loss": loss,
+        "confidence": float(highest),
+        "margin": float(highest - sum(rest)),  # to the second highest, if there is one
+        "shuffle": int(sha256[:8], 16) >> 1,  # 31 bits that do not depend on anything else about the photo
+        "probabilities": probabilities.astype("<f4").tobytes(),
+    }
 
 
 def _rows(
-    table: EvaluationTable, which: Sequence[int], reviews: Mapping[str, Any], model_id: int, places: BucketWriter
+    table: EvaluationTable, indices: Sequence[int], reviews: Mapping[str, Any], writer: BucketWriter
 ) -> Iterator[dict[str, Any]]:
-    said = table.predictions
-    predicted, confidence, losses = said.predicted, said.confidence, said.losses
-    values = said.probabilities.astype("<f4")
-    margins = compute_margins(said.probabilities)
-    for i in which:
-        sha256 = said.sha256s[i]
-        guess = int(predicted[i])
+    source = table.predictions
+    predicted, confidence, losses = source.predicted, source.confidence, source.losses
+    for i in indices:
+        sha256 = source.sha256s[i]
+        class_index = int(predicted[i])
         label, review = resolve_label(
-            reviews.get(sha256), label=int(said.labels[i]), predicted=guess, classes=said.classes, source=table.source
+            reviews.get(sha256),
+            label=int(source.labels[i]),
+            predicted=class_index,
+            classes=source.classes,
+            source=table.source,
         )
-        flags = bool(table.duplicate[i]), bool(table.mislabeled[i])
-        place = (
+        key = (
             table.source,
-            encode_file_name(said.splits[i]),
+            encode_file_name(source.splits[i]),
             label,
-            guess,
+            class_index,
             confidence_percent(float(confidence[i])),
             review,
-            *flags,
+            bool(table.duplicate[i]),
+            bool(table.mislabeled[i]),
         )
-        yield {
-            "model_id": model_id,
-            "bucket_id": places.get_or_create(place),
-            "photo": encode_file_name(said.image_names[i]),
-            "sha256": sha256,
-            "loss": float(losses[i]),
-            "confidence": float(confidence[i]),
-            "margin": float(margins[i]),
-            "shuffle": shuffle_key(sha256),
-            "probabilities": values[i].tobytes(),
-        }
+        photo = encode_file_name(source.image_names[i])
+        row = prediction_row(writer.get_or_create(key), photo, sha256, source.probabilities[i], loss=float(losses[i]))
+        yield row | {"model_id": writer.model_id}
 
 
 def production_loss(probabilities: bytes, label: int) -> float:
-    """The loss of a live photo as it is stored: UNKNOWN as long as it has no label."""
+    """Return the stored loss of a production photo: UNKNOWN until it has a label."""
     if label == UNKNOWN:
         return float(UNKNOWN)
     values = np.frombuffer(probabilities, dtype="<f4").astype(np.float64)
@@ -226,53 +251,11 @@ def production_loss(probabilities: bytes, label: int) -> float:
 
 
 def confidence_percent(confidence: float) -> int:
-    """The whole per cent of a confidence, the highest n with n / 100 <= confidence; 100 % counts as 99."""
+    """Round a confidence down to whole percent, at most 99."""
     return bisect.bisect_right(_PERCENTS, confidence) - 1
 
 
-def compute_margins(probabilities: NDArray[Any]) -> NDArray[np.float64]:
-    """(N, C) -> (N,) how far the highest probability is above the second; all of it where there is one class."""
-    if probabilities.shape[1] < 2:
-        return probabilities[:, 0].astype(np.float64)
-    highest = np.sort(probabilities, axis=1)[:, -2:]
-    return np.asarray(highest[:, 1] - highest[:, 0], dtype=np.float64)
-
-
-def shuffle_key(sha256: str) -> int:
-    """31 bits that have nothing to do with anything else of the photo."""
-    return int(sha256[:8], 16) >> 1
-
-
-def encode_file_name(photo: str) -> str:
-    """With what no database takes, as bytes of a file's name that are no UTF-8, as characters of private use."""
-    return photo.translate(_TO_PRIVATE)
-
-
-def decode_file_name(photo: str) -> str:
-    """The name as the file system and predictions.csv have it."""
-    return photo.translate(_FROM_PRIVATE)
-
-
-_TO_PRIVATE = {0: 0xF700} | {0xDC00 + byte: 0xF700 + byte for byte in range(128, 256)}
-_FROM_PRIVATE = {private: escaped for escaped, private in _TO_PRIVATE.items()}
-
-
-def _photos_of(model_id: int) -> Any:
-    return select(predictions.c.id, predictions.c.photo, predictions.c.sha256).where(predictions.c.model_id == model_id)
-
-
-def _decisions_on(connection: Connection) -> dict[str, Any]:
+def _load_reviews(connection: Connection) -> dict[str, Any]:
     columns = current_reviews.c
-    found = select(columns.sha256, columns.decision, columns.new_label)
-    return {row.sha256: row for row in connection.execute(found).all()}
-
-
-def _in_chunks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    chunk: list[dict[str, Any]] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK_ROWS:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+    rows = connection.execute(select(columns.sha256, columns.decision, columns.new_label))
+    return {row.sha256: row for row in rows}

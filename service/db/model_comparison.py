@@ -1,24 +1,23 @@
-"""Two models on the same photos: which of them has each right, judged by what is held true now."""
+"""Compare two models on the same photos, with the current labels as the truth."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, select
 
+from models.artifacts.statistics import mcnemar_p_value
+from service.db.errors import IncompatibleModelsError
+from service.db.records import ModelRecord
 from service.db.schema import UNKNOWN, buckets, current_reviews, predictions
-from service.http.errors import Problem
 
-if TYPE_CHECKING:
-    from service.db.query import ModelRecord
-
-EXCLUDED, LABEL_CONFLICT = -2, -3  # in place of a true class: neither or a bad photo; two labels and no decision
+EXCLUDED, LABEL_CONFLICT = -2, -3  # instead of a true class: reviewed as neither or bad; two labels and no review
 
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """How many photos two models, a and b, have right and wrong; ``fixed`` are those that a has wrong and b right."""
+    """Counts of photos by the outcomes of two models a and b. ``fixed``: a is wrong and b is right; ``broke``: vice versa."""
 
     both_correct: int
     both_incorrect: int
@@ -36,86 +35,79 @@ class ModelComparison:
 
     @property
     def p_value(self) -> float:
-        """McNemar's exact test: how likely a split of the changed photos at least so uneven is where neither is better."""
-        select_changed = self.fixed + self.broke
-        ways = tail = 1  # to choose none, one, two... of the changed photos
-        for i in range(min(self.fixed, self.broke)):
-            ways = ways * (select_changed - i) // (i + 1)
-            tail += ways
-        return min(1.0, 2 * tail / 2**select_changed)
+        """The two-sided p value of McNemar's exact test."""
+        return mcnemar_p_value(self.fixed, self.broke)
 
 
 def compare_models(connection: Connection, a: ModelRecord, b: ModelRecord) -> ModelComparison:
-    """Count the photos that both models were asked; raises Problem where their classes are not the same."""
+    """Count the photos that both models have predicted.
+
+    Raises:
+        IncompatibleModelsError: The models have different classes.
+    """
     pairs = _pairs(a, b).subquery()
-    found = select(pairs.c.truth, pairs.c.a_right, pairs.c.b_right, func.count()).group_by(
-        pairs.c.truth, pairs.c.a_right, pairs.c.b_right
-    )
-    judged = dict.fromkeys([(False, False), (False, True), (True, False), (True, True)], 0)
-    aside = dict.fromkeys([UNKNOWN, EXCLUDED, LABEL_CONFLICT], 0)
-    for truth, a_right, b_right, photos in connection.execute(found):
+    columns = pairs.c.truth, pairs.c.a_correct, pairs.c.b_correct
+    outcomes = dict.fromkeys([(False, False), (False, True), (True, False), (True, True)], 0)
+    skipped = dict.fromkeys([UNKNOWN, EXCLUDED, LABEL_CONFLICT], 0)
+    for truth, a_correct, b_correct, images in connection.execute(select(*columns, func.count()).group_by(*columns)):
         if truth < 0:
-            aside[truth] += photos
+            skipped[truth] += images
         else:
-            judged[bool(a_right), bool(b_right)] += photos
-    common = sum(judged.values()) + sum(aside.values())
+            outcomes[bool(a_correct), bool(b_correct)] += images
+    common = sum(outcomes.values()) + sum(skipped.values())
     return ModelComparison(
-        both_correct=judged[True, True],
-        both_incorrect=judged[False, False],
-        fixed=judged[False, True],
-        broke=judged[True, False],
-        excluded=aside[EXCLUDED],
-        label_conflicts=aside[LABEL_CONFLICT],
-        unlabeled=aside[UNKNOWN],
-        only_a=_photos(connection, a) - common,
-        only_b=_photos(connection, b) - common,
+        both_correct=outcomes[True, True],
+        both_incorrect=outcomes[False, False],
+        fixed=outcomes[False, True],
+        broke=outcomes[True, False],
+        excluded=skipped[EXCLUDED],
+        label_conflicts=skipped[LABEL_CONFLICT],
+        unlabeled=skipped[UNKNOWN],
+        only_a=_count_images(connection, a) - common,
+        only_b=_count_images(connection, b) - common,
     )
 
 
 def select_changed(model: ModelRecord, baseline: ModelRecord, change: str) -> Select[Any]:
-    """The ids of ``model``'s predictions whose outcome differs from ``baseline``'s as ``change`` says, or does not differ."""
-    vs_right, right = {"fixed": (0, 1), "broke": (1, 0), "both-correct": (1, 1), "both-incorrect": (0, 0)}[change]
+    """Select the ids of ``model``'s predictions with this change of outcome from ``baseline`` (one of filter.CHANGES)."""
+    baseline_correct, correct = {"fixed": (0, 1), "broke": (1, 0), "both-correct": (1, 1), "both-incorrect": (0, 0)}[change]
     pairs = _pairs(baseline, model).subquery()
-    return select(pairs.c.b_id).where(pairs.c.truth >= 0, pairs.c.a_right == vs_right, pairs.c.b_right == right)
+    return select(pairs.c.b_id).where(pairs.c.truth >= 0, pairs.c.a_correct == baseline_correct, pairs.c.b_correct == correct)
 
 
 def _pairs(a: ModelRecord, b: ModelRecord) -> Select[Any]:
-    """A row for each photo that both were asked: b's prediction, the true class, and who has it right (0 or 1)."""
+    """Select a row per photo that both predicted: b's prediction, the true class, and which is correct (0 or 1)."""
     if a.classes != b.classes:
-        raise Problem(
-            "bad_parameter",
-            f"The models {a.version} and {b.version} have other classes ({', '.join(a.classes[:5])} against "
-            f"{', '.join(b.classes[:5])}) and cannot be compared; give two with the same.",
+        raise IncompatibleModelsError(
+            f"The models {a.version} and {b.version} have different classes ({', '.join(a.classes[:5])} and "
+            f"{', '.join(b.classes[:5])}). Compare two models with the same classes."
         )
     of_a, of_b = predictions.alias("of_a"), predictions.alias("of_b")
-    cell_a, cell_b = buckets.alias("cell_a"), buckets.alias("cell_b")
-    truth = _truth(cell_a.c.label, cell_b.c.label, b.classes)
+    bucket_a, bucket_b = buckets.alias("bucket_a"), buckets.alias("bucket_b")
+    truth = _truth(bucket_a.c.label, bucket_b.c.label, b.classes)
     return (
         select(
             of_b.c.id.label("b_id"),
             truth.label("truth"),
-            case((cell_a.c.predicted == truth, 1), else_=0).label("a_right"),
-            case((cell_b.c.predicted == truth, 1), else_=0).label("b_right"),
+            case((bucket_a.c.predicted == truth, 1), else_=0).label("a_correct"),
+            case((bucket_b.c.predicted == truth, 1), else_=0).label("b_correct"),
         )
         .select_from(of_b)
         .join(of_a, and_(of_a.c.model_id == a.id, of_a.c.photo == of_b.c.photo, of_a.c.sha256 == of_b.c.sha256))
-        .join(cell_a, cell_a.c.id == of_a.c.bucket_id)
-        .join(cell_b, cell_b.c.id == of_b.c.bucket_id)
+        .join(bucket_a, bucket_a.c.id == of_a.c.bucket_id)
+        .join(bucket_b, bucket_b.c.id == of_b.c.bucket_id)
         .outerjoin(current_reviews, current_reviews.c.sha256 == of_b.c.sha256)
         .where(of_b.c.model_id == b.id)
     )
 
 
 def _truth(a: ColumnElement[int], b: ColumnElement[int], classes: tuple[str, ...]) -> ColumnElement[int]:
-    """A reviewer's word counts; without one, the label that both were evaluated with."""
+    """Return the reviewed class, or without a review the label that both models were evaluated with."""
     review = current_reviews.c
-    decided = [(and_(review.decision == "label", review.new_label == name), i) for i, name in enumerate(classes)]
-    return case(*decided, (review.decision.is_not(None), EXCLUDED), (a == b, a), else_=LABEL_CONFLICT)
+    reviewed = [(and_(review.decision == "label", review.new_label == name), i) for i, name in enumerate(classes)]
+    return case(*reviewed, (review.decision.is_not(None), EXCLUDED), (a == b, a), else_=LABEL_CONFLICT)
 
 
-def _photos(connection: Connection, model: ModelRecord) -> int:
-    return int(
-        connection.execute(
-            select(func.coalesce(func.sum(buckets.c.images), 0)).where(buckets.c.model_id == model.id)
-        ).scalar_one()
-    )
+def _count_images(connection: Connection, model: ModelRecord) -> int:
+    total = select(func.coalesce(func.sum(buckets.c.images), 0)).where(buckets.c.model_id == model.id)
+    return int(connection.execute(total).scalar_one())

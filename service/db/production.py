@@ -1,4 +1,4 @@
-"""Predictions that were answered, kept with their photos where the operator says so, within a number and an age."""
+"""Store the images and predictions of /predict requests if the operator enables it, within limits of number, size and age."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from datetime import datetime, timedelta, timezone
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, case, delete, func, insert, select, update
+from sqlalchemy import Connection, case, delete, func, insert, select
 
 from service.db.ingest import (
     BucketTotals,
     BucketWriter,
-    compute_margins,
     confidence_percent,
+    prediction_row,
     production_loss,
+    remove_from_bucket,
     resolve_label,
-    shuffle_key,
 )
-from service.db.schema import buckets, current_reviews, predictions, production_images
+from service.db.schema import current_reviews, predictions, production_images
 
 NAME_PREFIX = "production"
 
 
 @dataclass(frozen=True, eq=False)
 class ServedPrediction:
-    """A photo as it arrived, and the (C,) probabilities that it was answered."""
+    """An image as it was received, and the (C,) probabilities of the response."""
 
     data: bytes
     sha256: str
@@ -35,110 +35,106 @@ class ServedPrediction:
 
 
 def production_name(sha256: str) -> str:
-    """What a live photo is called in a grid: it has no name of its own that is safe to show."""
+    """Return the name of a production photo. The client's file name is not safe to show."""
     return f"{NAME_PREFIX}/{sha256[:16]}"
 
 
 def save_predictions(connection: Connection, model_id: int, classes: Sequence[str], served: Sequence[ServedPrediction]) -> int:
-    """Enter answered photos; one that the model has answered before stays as it is. Returns how many are new to it."""
-    places = BucketWriter(connection, model_id)
-    tally = BucketTotals()
+    """Save predictions with their images. An image that the model has predicted before keeps its first prediction.
+
+    Returns:
+        The number of predictions that are new to the model.
+    """
+    writer = BucketWriter(connection, model_id)
+    totals = BucketTotals()
     new = 0
-    for photo in served:
-        kept = select(production_images.c.sha256).where(production_images.c.sha256 == photo.sha256)
-        if connection.execute(kept).first() is None:
-            data = {"sha256": photo.sha256, "data": photo.data, "received_at": photo.received_at}
+    for image in served:
+        if not is_saved(connection, image.sha256):
+            data = {"sha256": image.sha256, "data": image.data, "received_at": image.received_at}
             connection.execute(insert(production_images).values(data))
-        name = production_name(photo.sha256)
+        name = production_name(image.sha256)
         known = select(predictions.c.id).where(
-            predictions.c.model_id == model_id, predictions.c.photo == name, predictions.c.sha256 == photo.sha256
+            predictions.c.model_id == model_id, predictions.c.photo == name, predictions.c.sha256 == image.sha256
         )
         if connection.execute(known).first() is not None:
             continue
-        guess, confidence = int(photo.probabilities.argmax()), float(photo.probabilities.max())
-        review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == photo.sha256)).first()
-        label, state = resolve_label(review, label=guess, predicted=guess, classes=classes, source="production")
-        cell = places.get_or_create(("production", "", label, guess, confidence_percent(confidence), state, False, False))
-        values = photo.probabilities.astype("<f4").tobytes()
-        row = {
-            "model_id": model_id,
-            "bucket_id": cell,
-            "photo": name,
-            "sha256": photo.sha256,
-            "loss": production_loss(values, label),
-            "confidence": confidence,
-            "margin": float(compute_margins(photo.probabilities[None])[0]),
-            "shuffle": shuffle_key(photo.sha256),
-            "probabilities": values,
-        }
+        predicted, confidence = int(image.probabilities.argmax()), float(image.probabilities.max())
+        review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == image.sha256)).first()
+        label, state = resolve_label(review, label=predicted, predicted=predicted, classes=classes, source="production")
+        key = ("production", "", label, predicted, confidence_percent(confidence), state, False, False)
+        loss = production_loss(image.probabilities.astype("<f4").tobytes(), label)
+        row = prediction_row(writer.get_or_create(key), name, image.sha256, image.probabilities, loss=loss)
+        row |= {"model_id": model_id, "received_at": image.received_at}
         connection.execute(insert(predictions).values(row))
-        tally.add(row)
+        totals.add(row)
         new += 1
-    places.add(tally)
+    writer.add(totals)
     return new
 
 
-def prune(connection: Connection, *, max_images: int, days: float) -> int:
-    """Delete saved images that are older than ``days``, then the excess over ``max_images``.
+def prune(connection: Connection, *, max_images: int, max_bytes: int, days: float) -> int:
+    """Delete saved images that are too old, and then those that exceed the number or the total size.
 
-    Of the excess, images without a decision go first, the oldest of them before others. Returns how many were deleted.
-    What was decided about them stays in the history.
+    The most recent images are kept, and images with a review before all others. Reviews of deleted images stay in the history.
+
+    Returns:
+        The number of deleted images.
     """
     columns = production_images.c
-    until = datetime.now(timezone.utc) - timedelta(days=days)
-    gone = list(connection.execute(select(columns.sha256).where(columns.received_at < until)).scalars())
-    total = connection.execute(select(func.count()).select_from(production_images)).scalar_one()
-    if (over := total - len(gone) - max_images) > 0:
-        reviewed = case((current_reviews.c.sha256.is_not(None), 1), else_=0)
-        found = (
-            select(columns.sha256)
-            .outerjoin(current_reviews, current_reviews.c.sha256 == columns.sha256)
-            .where(columns.received_at >= until)
-            .order_by(reviewed, columns.received_at, columns.sha256)
-            .limit(over)
-        )
-        gone += connection.execute(found).scalars()
-    for sha256 in gone:
-        _forget(connection, sha256)
-    return len(gone)
+    oldest = datetime.now(timezone.utc) - timedelta(days=days)
+    expired = list(connection.execute(select(columns.sha256).where(columns.received_at < oldest)).scalars())
+    is_reviewed = case((current_reviews.c.sha256.is_not(None), 1), else_=0)
+    by_priority = (
+        select(columns.sha256, func.length(columns.data))
+        .outerjoin(current_reviews, current_reviews.c.sha256 == columns.sha256)
+        .where(columns.received_at >= oldest)
+        .order_by(is_reviewed.desc(), columns.received_at.desc(), columns.sha256.desc())
+    )
+    images, total_bytes, excess = 0, 0, []
+    for sha256, size in connection.execute(by_priority):
+        if images >= max_images or total_bytes + size > max_bytes:
+            excess.append(sha256)
+        else:
+            images, total_bytes = images + 1, total_bytes + size
+    for sha256 in (*expired, *excess):
+        _delete(connection, sha256)
+    return len(expired) + len(excess)
 
 
 def load_image(connection: Connection, sha256: str) -> bytes | None:
-    """A kept photo, as it arrived."""
+    """Load a saved image as it was received."""
     return connection.execute(select(production_images.c.data).where(production_images.c.sha256 == sha256)).scalar()
 
 
 def is_saved(connection: Connection, sha256: str) -> bool:
-    return (
-        connection.execute(select(production_images.c.sha256).where(production_images.c.sha256 == sha256)).first() is not None
-    )
+    """Return whether an image is saved."""
+    saved = select(production_images.c.sha256).where(production_images.c.sha256 == sha256)
+    return connection.execute(saved).first() is not None
 
 
 def labeled_images(connection: Connection) -> Iterator[tuple[str, str]]:
-    """The sha256 and the class of every kept photo that was given one, in their order."""
-    found = (
+    """Yield the sha256 and the class of every saved image that a reviewer labeled."""
+    labeled = (
         select(production_images.c.sha256, current_reviews.c.new_label)
         .join(current_reviews, current_reviews.c.sha256 == production_images.c.sha256)
         .where(current_reviews.c.decision == "label")
         .order_by(current_reviews.c.new_label, production_images.c.sha256)
     )
-    for sha256, label in connection.execute(found):
+    for sha256, label in connection.execute(labeled):
         yield sha256, str(label)
 
 
-def _forget(connection: Connection, sha256: str) -> None:
-    mine = (predictions.c.sha256 == sha256) & (predictions.c.photo == production_name(sha256))
-    in_cells = connection.execute(
-        select(predictions.c.bucket_id, func.count()).where(mine).group_by(predictions.c.bucket_id)
-    ).all()
-    for bucket_id, photos in in_cells:
-        connection.execute(update(buckets).where(buckets.c.id == bucket_id).values(images=buckets.c.images - photos))
-    connection.execute(delete(predictions).where(mine))
+def _delete(connection: Connection, sha256: str) -> None:
+    own = (predictions.c.sha256 == sha256) & (predictions.c.photo == production_name(sha256))
+    by_bucket = select(predictions.c.bucket_id, func.count()).where(own).group_by(predictions.c.bucket_id)
+    for bucket_id, images in connection.execute(by_bucket).all():
+        remove_from_bucket(connection, bucket_id, images)
+    connection.execute(delete(predictions).where(own))
     connection.execute(delete(production_images).where(production_images.c.sha256 == sha256))
 
 
 def file_suffix(data: bytes) -> str:
-    """What a photo's file is called at its end, by its first bytes."""
+    """Return the file name suffix for an image, from its first bytes."""
     return next((suffix for start, suffix in _SUFFIXES.items() if data.startswith(start)), ".jpg")
 
 

@@ -1,8 +1,8 @@
-"""The tables. ``service/migrations`` makes them; a test holds the two against each other.
+"""The tables. The migrations create them; a test compares the two.
 
-What can be counted is a star: a row of ``buckets`` is one combination of everything that a page filters by, with the number of
-its predictions, and a prediction names its cell. So every count of a page is a sum over cells, of which a million predictions
-have a few thousand, and a decision moves one prediction from one cell to another.
+Counts use a star schema. A row of ``buckets`` is one combination of everything that a page filters by, with the number of its
+predictions, and a prediction refers to its bucket. Every count of a page is therefore a sum over buckets (a few thousand for
+a million predictions), and a review moves a prediction from one bucket to another.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sqlalchemy import (
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A moment, always with its time zone: SQLite keeps none, and what is kept here is UTC."""
+    """A time in UTC. SQLite stores no time zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -44,14 +44,8 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value and (value.replace(tzinfo=timezone.utc) if value.tzinfo is None else value.astimezone(timezone.utc))
 
 
-UNKNOWN = -1  # the label of a live photo that nobody has labelled, and its loss
-RANGE_COLUMNS = (
-    "loss",
-    "confidence",
-    "margin",
-    "photo",
-)  # the columns of predictions of which a cell knows how far its own reach
-
+UNKNOWN = -1  # the label and the loss of a production photo without a label
+RANGE_COLUMNS = ("loss", "confidence", "margin", "photo")  # a bucket stores the lowest and highest value of each
 
 metadata = MetaData(
     naming_convention={
@@ -61,8 +55,8 @@ metadata = MetaData(
         "fk": "fk_%(table_name)s_%(column_0_name)s",
     }
 )
-PathText = Text().with_variant(Text(collation="C"), "postgresql")  # in the same order everywhere: by code points
-PrimaryKey = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up an INTEGER alone
+PathText = Text().with_variant(Text(collation="C"), "postgresql")  # sorted by code points in both databases
+PrimaryKey = BigInteger().with_variant(Integer, "sqlite")  # SQLite only increments an INTEGER
 
 models = Table(
     "models",
@@ -74,7 +68,7 @@ models = Table(
     Column("last_active_at", UtcDateTime, nullable=False),
 )
 
-imports = Table(  # which tables of predictions were read already
+imports = Table(  # the evaluations that were imported
     "imports",
     metadata,
     Column("id", PrimaryKey, primary_key=True),
@@ -93,14 +87,14 @@ buckets = Table(
     Column("model_id", PrimaryKey, ForeignKey("models.id"), nullable=False),
     Column("source", String(16), nullable=False),  # evaluation, out-of-fold or production
     Column("split", Text, nullable=False),
-    Column("label", SmallInteger, nullable=False),  # indexes the model's classes; UNKNOWN where nobody has said
+    Column("label", SmallInteger, nullable=False),  # indexes the model's classes; UNKNOWN without a label
     Column("predicted", SmallInteger, nullable=False),
-    Column("percent", SmallInteger, nullable=False),  # the confidence, rounded down, 99 at most
+    Column("percent", SmallInteger, nullable=False),  # the confidence, rounded down, at most 99
     Column("review", String(16), nullable=False),  # unreviewed, confirmed, relabeled, neither or bad
-    Column("duplicate", Boolean, nullable=False),  # looks like a photo with another label
-    Column("mislabeled", Boolean, nullable=False),  # probably: see models.artifacts.label_issues
+    Column("duplicate", Boolean, nullable=False),  # a near duplicate has another label
+    Column("mislabeled", Boolean, nullable=False),  # see models.artifacts.label_issues
     Column("images", Integer, nullable=False),
-    # Between which values its photos lie, or lay once; nulls before the first. See service/db/key_ranges.py.
+    # The range of its photos, which never shrinks; null before the first photo. See service/db/pagination.py.
     *(Column(f"{name}_{end}", PathText if name == "photo" else Double) for name in RANGE_COLUMNS for end in ("low", "high")),
     UniqueConstraint(
         "model_id",
@@ -126,27 +120,28 @@ predictions = Table(
     Column("sha256", String(64), nullable=False),
     Column("loss", Double, nullable=False),
     Column("confidence", Double, nullable=False),
-    Column("margin", Double, nullable=False),  # of the two highest probabilities
-    Column("shuffle", Integer, nullable=False),  # 31 bits of the photo's sha256: an order that has nothing to do with others
+    Column("margin", Double, nullable=False),  # between the two highest probabilities
+    Column("shuffle", Integer, nullable=False),  # 31 bits of the photo's sha256: a random order
     Column("probabilities", LargeBinary, nullable=False),  # little-endian float32, in the order of the model's classes
+    Column("received_at", UtcDateTime),  # of a production photo
     UniqueConstraint("model_id", "photo", "sha256"),
-    # One for each order of a grid. The cell is in each, so that a filter is answered from the index alone.
+    # One per sort order. Each includes the bucket, so that a filter needs the index alone.
     Index("ix_predictions_loss", "model_id", "loss", "id", "bucket_id"),
     Index("ix_predictions_confidence", "model_id", "confidence", "id", "bucket_id"),
     Index("ix_predictions_margin", "model_id", "margin", "id", "bucket_id"),
     Index("ix_predictions_photo", "model_id", "photo", "id", "bucket_id"),
     Index("ix_predictions_shuffle", "model_id", "shuffle", "id", "bucket_id"),
-    Index("ix_predictions_bucket", "bucket_id", "shuffle", "id"),  # few photos, and a random order of some
+    Index("ix_predictions_bucket", "bucket_id", "shuffle", "id"),  # small results, and the random order
     Index("ix_predictions_sha256", "sha256"),
 )
 
-decisions = Table(  # append only: what anybody ever decided, and took back
+decisions = Table(  # append-only: every review, note and undo
     "decisions",
     metadata,
     Column("id", PrimaryKey, primary_key=True),
     Column("sha256", String(64), nullable=False, index=True),
     Column("photo", Text, nullable=False),
-    Column("label", Text),  # what the photo was labelled when it was decided
+    Column("label", Text),  # the label at the time of the review
     Column("decision", String(16), nullable=False),  # label, neither, bad, note or undo
     Column("new_label", Text),
     Column("note", Text, nullable=False),
@@ -157,7 +152,7 @@ decisions = Table(  # append only: what anybody ever decided, and took back
     Column("decided_at", UtcDateTime, nullable=False),
 )
 
-current_reviews = Table(  # what holds of each photo; training reads it, so its columns do not change
+current_reviews = Table(  # the current review of each photo
     "current_reviews",
     metadata,
     Column("sha256", String(64), primary_key=True),
@@ -171,7 +166,7 @@ current_reviews = Table(  # what holds of each photo; training reads it, so its 
     Column("decision_id", PrimaryKey, ForeignKey("decisions.id"), nullable=False),
 )
 
-production_images = Table(  # the photos behind live predictions, where the operator keeps them
+production_images = Table(  # the images of saved production predictions
     "production_images",
     metadata,
     Column("sha256", String(64), primary_key=True),

@@ -9,7 +9,8 @@ from flask import Blueprint, Response, jsonify, request, url_for
 from service.context import gallery
 from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import ModelComparison, compare_models
-from service.db.query import ModelRecord, get_model
+from service.db.query import get_model
+from service.db.records import ModelRecord
 from service.gallery.commands import find_bundle, retrain_command, serve_both_command
 from service.gallery.grid import render_gallery
 from service.gallery.sidebar import grid_url

@@ -1,4 +1,4 @@
-"""The listings' twins for programs: every row of a filter as JSON or CSV, and what was decided as reviews.csv."""
+"""Export for programs: the photos of a filter as JSON or CSV, reviews.csv and production.zip."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flask import Blueprint, Response, request, stream_with_context, url_for
 
-from models.artifacts.reviews import Review, write_reviews
+from models.artifacts.reviews import write_reviews
 from service.context import gallery
 from service.db import production
 from service.db.connection import Database
 from service.db.filter import Filter
-from service.db.ingest import decode_file_name
-from service.db.query import ModelRecord, PredictionRecord
+from service.db.records import ModelRecord, PredictionRecord
+from service.db.text import decode_file_name
 from service.gallery import sidebar
 from service.gallery.sidebar import open_query, page_filter_from_request
 from service.reviews.decisions import list_reviews
@@ -34,26 +35,26 @@ bp = Blueprint("exports", __name__)
 @bp.get("/gallery/correct.json", endpoint="correct_json", defaults={"outcome": "correct"})
 @bp.get("/gallery/incorrect.json", endpoint="incorrect_json", defaults={"outcome": "incorrect"})
 def as_json(outcome: str = "") -> Response:
-    """{"total": N, "rows": [...]} over the whole filter."""
-    filters = _asked(outcome)
-    total, model, rows = _everything(filters)
+    """Stream {"total": N, "rows": [...]} with all photos of the filter."""
+    filters = _filter(outcome)
+    total, model, rows = _query_all(filters)
 
-    def text() -> Iterator[str]:
+    def stream() -> Iterator[str]:
         yield f'{{"total": {total}, "rows": ['
         for number, photo in enumerate(rows):
             yield (",\n" if number else "\n") + json.dumps(row_to_json(photo, model))
         yield "]}\n"
 
-    return Response(stream_with_context(text()), headers={"Cache-Control": "no-cache"}, mimetype="application/json")
+    return Response(stream_with_context(stream()), headers={"Cache-Control": "no-cache"}, mimetype="application/json")
 
 
 @bp.get("/gallery/photos.csv", endpoint="photos_csv")
 @bp.get("/gallery/correct.csv", endpoint="correct_csv", defaults={"outcome": "correct"})
 @bp.get("/gallery/incorrect.csv", endpoint="incorrect_csv", defaults={"outcome": "incorrect"})
 def as_csv(outcome: str = "") -> Response:
-    """The columns of predictions.csv, then what the gallery knows beside."""
-    filters = _asked(outcome)
-    _, model, rows = _everything(filters)
+    """Stream the columns of predictions.csv, followed by those of the gallery."""
+    filters = _filter(outcome)
+    _, model, rows = _query_all(filters)
     header = ["photo", "label", "predicted", *(f"p_{name}" for name in model.classes), "loss", "split", "sha256"]
     header += ["source", "outcome", "confidence", "margin", "review", "flags", "new_label", "note", "reviewer"]
     lines = (_csv_row(photo) for photo in rows)
@@ -62,38 +63,47 @@ def as_csv(outcome: str = "") -> Response:
 
 @bp.get("/gallery/reviews.csv")
 def reviews_csv() -> Response:
-    """What holds of every photo that was decided about: what `finetune train --reviews` takes."""
+    """Return the current reviews and all notes, for `finetune train --reviews`."""
     with gallery().database.read() as connection:
-        found = [_review(row) for row in list_reviews(connection)]
+        reviews = list_reviews(connection)
+    rows = (
+        replace(
+            review,
+            photo=decode_file_name(review.photo),
+            note=_escape_formula(review.note),
+            reviewer=_escape_formula(review.reviewer),
+        )
+        for review in reviews
+    )
     headers = {"Cache-Control": "no-cache", "Content-Disposition": 'attachment; filename="reviews.csv"'}
-    return Response(write_reviews(found), headers=headers, content_type="text/csv; charset=utf-8")
+    return Response(write_reviews(rows), headers=headers, content_type="text/csv; charset=utf-8")
 
 
 @bp.get("/gallery/production.zip")
 def production_zip() -> Response:
-    """The live photos that were given a class, as a folder that `finetune train --extra-data` takes."""
+    """Return the labeled production photos as a folder for `finetune train --extra-data`."""
     database = gallery().database
     with database.read() as connection:
-        chosen = list(production.labeled_images(connection))
+        labeled = list(production.labeled_images(connection))
     headers = {"Cache-Control": "no-cache", "Content-Disposition": 'attachment; filename="production.zip"'}
-    return Response(_zipped(database, chosen), headers=headers, mimetype="application/zip")
+    return Response(_zip(database, labeled), headers=headers, mimetype="application/zip")
 
 
-def _zipped(database: Database, chosen: Sequence[tuple[str, str]]) -> Iterator[bytes]:
-    """The photos of these sha256s and classes as a ZIP file, one after the other, so that one is in memory at a time."""
-    outgoing = _Outgoing()
-    with zipfile.ZipFile(outgoing, "w") as folder:  # stored: photos are compressed already
-        for sha256, label in chosen:
+def _zip(database: Database, labeled: Sequence[tuple[str, str]]) -> Iterator[bytes]:
+    """Stream a ZIP file of images, given by sha256 and class, with one image in memory at a time."""
+    buffer = _ZipBuffer()
+    with zipfile.ZipFile(buffer, "w") as archive:  # stored, as images are compressed already
+        for sha256, label in labeled:
             with database.read() as connection:
                 data = production.load_image(connection, sha256)
             if data is not None:
-                folder.writestr(f"production/train/{label}/{sha256[:16]}{production.file_suffix(data)}", data)
-                yield outgoing.taken()
-    yield outgoing.taken()
+                archive.writestr(f"production/train/{label}/{sha256[:16]}{production.file_suffix(data)}", data)
+                yield buffer.take()
+    yield buffer.take()
 
 
-class _Outgoing(io.RawIOBase):
-    """A file that is written and taken away, never read or sought."""
+class _ZipBuffer(io.RawIOBase):
+    """A write-only file whose content is taken away piece by piece."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
@@ -105,14 +115,14 @@ class _Outgoing(io.RawIOBase):
         self._bytes += data
         return len(data)
 
-    def taken(self) -> bytes:
-        """What was written since the last time."""
-        taken, self._bytes = bytes(self._bytes), bytearray()
-        return taken
+    def take(self) -> bytes:
+        """Return what was written since the last call."""
+        data, self._bytes = bytes(self._bytes), bytearray()
+        return data
 
 
 def row_to_json(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
-    """A photo as JSON has it."""
+    """Convert a photo to JSON."""
     decision = photo.decision
     return {
         "photo": photo.photo,
@@ -128,6 +138,7 @@ def row_to_json(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
         "probabilities": dict(zip(model.classes, (round(float(p), 9) for p in photo.probabilities), strict=True)),
         "flags": list_flags(photo),
         "review": photo.review,
+        "received_at": photo.received_at and photo.received_at.isoformat(timespec="seconds"),
         "decision": decision
         and {
             "id": decision.id,
@@ -143,37 +154,25 @@ def row_to_json(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
 
 
 def list_flags(photo: PredictionRecord) -> list[str]:
+    """List the flags of a photo."""
     return ["duplicate"] * photo.duplicate + ["mislabeled"] * photo.mislabeled
 
 
-def _review(row: Any) -> Review:
-    return Review(
-        sha256=row.sha256,
-        photo=decode_file_name(row.photo),
-        label=row.label or "",
-        decision=row.decision,
-        new_label=row.new_label or "",
-        note=_no_formula(row.note),
-        reviewer=_no_formula(row.reviewer),
-        decided_at=row.decided_at.isoformat(timespec="seconds"),
-    )
-
-
-def _asked(outcome: str) -> Filter:
-    """The filter of the page's own address; which page of it that is makes no difference here."""
+def _filter(outcome: str) -> Filter:
+    """Parse the filter of the request. The page number is ignored."""
     return sidebar.apply_range_params(page_filter_from_request(**({"outcomes": (outcome,)} if outcome else {})), request.args)
 
 
-def _everything(filters: Filter) -> tuple[int, ModelRecord, Rows]:
-    """Count, model and rows; no transaction is open while a slow client reads."""
-    with open_query(filters) as found:
-        ids, model = found.ids(), found.model
+def _query_all(filters: Filter) -> tuple[int, ModelRecord, Rows]:
+    """Return the number of photos, the model and the rows. No transaction is open while a slow client reads."""
+    with open_query(filters) as query:
+        ids, model = query.ids(), query.model
     database = gallery().database
 
     def rows() -> Rows:
         for start in range(0, len(ids), CHUNK):
             with database.read() as connection:
-                chunk = found.with_connection(connection).fetch(ids[start : start + CHUNK])
+                chunk = query.with_connection(connection).fetch(ids[start : start + CHUNK])
             yield from chunk
 
     return len(ids), model, rows()
@@ -198,33 +197,33 @@ def _csv_row(photo: PredictionRecord) -> list[Any]:
         photo.review,
         " ".join(list_flags(photo)),
         (decision and decision.new_label) or "",
-        _no_formula(decision.note) if decision else "",
-        _no_formula(decision.reviewer) if decision else "",
+        _escape_formula(decision.note) if decision else "",
+        _escape_formula(decision.reviewer) if decision else "",
     ]
 
 
 def _csv(header: Sequence[str], rows: Iterator[Sequence[Any]], name: str) -> Response:
-    def text() -> Iterator[bytes]:
+    def stream() -> Iterator[bytes]:
         buffer = io.StringIO(newline="")
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(header)
         for row in rows:
             writer.writerow(row)
             if buffer.tell() > MIB // 16:
-                yield _taken(buffer)
-        yield _taken(buffer)
+                yield _take(buffer)
+        yield _take(buffer)
 
     headers = {"Cache-Control": "no-cache", "Content-Disposition": f'attachment; filename="{name}"'}
-    return Response(text(), headers=headers, content_type="text/csv; charset=utf-8")
+    return Response(stream(), headers=headers, content_type="text/csv; charset=utf-8")
 
 
-def _taken(buffer: io.StringIO) -> bytes:
+def _take(buffer: io.StringIO) -> bytes:
     text = buffer.getvalue().encode("utf-8", "surrogateescape")
     buffer.seek(0)
     buffer.truncate()
     return text
 
 
-def _no_formula(text: str) -> str:
-    """People type these; a spreadsheet would compute what begins like a formula."""
+def _escape_formula(text: str) -> str:
+    """Escape text that people typed and that a spreadsheet would evaluate as a formula."""
     return f"'{text}" if text.startswith(FORMULA_PREFIXES) else text

@@ -10,13 +10,15 @@ from flask import Blueprint, Response, redirect, render_template, request
 from models.artifacts.statistics import wilson_interval
 from service.context import gallery, image_access, services
 from service.db.aggregates import FacetCounts
+from service.db.errors import InvalidFilterError
 from service.db.filter import Filter, describe_filter, parse_page
-from service.db.query import PredictionQuery, PredictionRecord, get_model
+from service.db.query import PredictionQuery, count_unreviewed_production, get_model
+from service.db.records import PredictionRecord
 from service.gallery import sidebar
 from service.gallery.commands import find_bundle, retrain_command
-from service.gallery.queues import QueuePreview, most_confident, review_queues
+from service.gallery.queues import QueuePreview, most_confident, production_queue, review_queues
 from service.gallery.sidebar import grid_url, open_query, page_filter_from_request, photo_url
-from service.http.errors import Problem
+from service.http.errors import Problem, problem_from
 from service.web.layout import percent, problem_page, record_problem
 
 QUEUE_PREVIEW_SIZE = 8  # a queue's row
@@ -41,10 +43,15 @@ def home() -> Response:
         evaluated = counts_of(sources=("evaluation", "out-of-fold"))
         production = counts_of(sources=("production",)).facets["outcome"]
         unlabeled = counts_of(outcomes=("unlabeled",), reviews=("unreviewed",)).total
-        is_weak = _is_weak(evaluated)
+        is_weak = evaluated.total > 0 and not evaluated.can_judge_labels
         queues = [queue for queue in review_queues(version) if not (is_weak and "mislabeled" in queue.filters.flags)]
         previews = [QueuePreview.load(queue, everything, size=QUEUE_PREVIEW_SIZE) for queue in queues]
         models = gallery().models(connection)
+        unreviewed = count_unreviewed_production(connection)
+        for other in models:
+            if other.version != version and other.id in unreviewed:
+                photos_of_other = PredictionQuery(connection, Filter(model=other.version))
+                previews.append(QueuePreview.load(production_queue(other), photos_of_other, size=QUEUE_PREVIEW_SIZE))
     bundle = find_bundle(version)
     has_extra_data = bool(production["correct"] or production["incorrect"])
     return render_gallery(
@@ -64,13 +71,6 @@ def home() -> Response:
         has_extra_data=has_extra_data,
         trouble=_trouble([photo for preview in previews for photo in preview.photos]),
     )
-
-
-def _is_weak(evaluated: FacetCounts) -> bool:
-    """Return whether the accuracy is no better than always predicting the most frequent class."""
-    correct, labels = evaluated.facets["outcome"]["correct"], evaluated.facets["class"]
-    total = correct + evaluated.facets["outcome"]["incorrect"]
-    return total > 0 and wilson_interval(correct, total)["low"] <= max(labels.values()) / total
 
 
 @bp.get("/gallery/photos")
@@ -102,8 +102,8 @@ def _grid(**preset: tuple[str, ...]) -> Response:
     refused: Problem | None = None
     try:
         filters = sidebar.apply_range_params(filters, request.args)
-    except Problem as problem:
-        refused = problem.without_traceback()
+    except (Problem, InvalidFilterError) as error:
+        refused = problem_from(error.with_traceback(None))
     if not refused and any(name in request.args for name in sidebar.FORM_PARAMS):
         return redirect(grid_url(filters))  # type: ignore[return-value]
     number = parse_page(request.args)
@@ -119,7 +119,7 @@ def _grid(**preset: tuple[str, ...]) -> Response:
         filters=filters,
         model_shown=found.model,
         served=gallery().active_version,
-        description=describe_filter(filters, total, name=found.model.name, vs_name=vs_name),
+        description=describe_filter(filters, total, name=found.model.name, baseline_name=vs_name),
         total=total,
         known=found.model_total,
         photos=page,

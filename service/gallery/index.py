@@ -1,10 +1,11 @@
-"""The gallery's state: the database, opened beside the loading model, and the evaluations that were read into it."""
+"""The gallery's index: the review database, and the evaluations that were imported into it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
+import queue
 import threading
 from pathlib import Path
 
@@ -19,159 +20,171 @@ from models.artifacts.paths import default_data_dir, resolve_bundle
 from models.artifacts.similarity import SimilarityIndex
 from models.errors import UserError
 from service.db.connection import Database
+from service.db.errors import DatabaseUnavailableError
 from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions, is_imported, mark_model_active
-from service.db.query import ModelRecord, list_models
+from service.db.query import list_models
+from service.db.records import ModelRecord
 from service.http.errors import Problem
-from service.inference.model_manager import LoadedModel
+from service.inference.model_manager import LoadedModel, ModelManager
 from service.settings import Settings
 
 log = logging.getLogger("service.gallery")
+RETRY_S = 10.0  # after a failed import
+FAILED = "The gallery could not open its database. The server's log has the reason, and it keeps trying."
 
 
 class GalleryIndex:
-    """The database and what is known of each model's photos beside it. One for the application; until it is there,
-    ``database`` says so. What fails here is told on the gallery's pages and never stops a prediction."""
+    """The database, and what else is known of each model's photos. There is one for the application.
+
+    A failure is reported on the gallery's pages and never stops a prediction.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._database: Database | None = None
-        self._error: str | None = None
+        self._has_failed = False
         self._lock = threading.Lock()
-        self._results: dict[str, list[PredictionSource]] = {}  # by the version of the bundle that they are of
-        self._lookalikes: dict[str, SimilarityIndex] = {}
-        self._wholes: dict[str, str] = {}  # a head-only bundle's version -> that of the whole one, which stands for both
+        self._sources: dict[str, list[PredictionSource]] = {}  # by the version of the bundle
+        self._similarity: dict[str, SimilarityIndex] = {}
+        self._merged_versions: dict[str, str] = {}  # version of a head-only bundle -> version of the bundle merged from it
         self.active_version: str | None = None
 
     @property
     def database(self) -> Database:
-        """Raises Problem while there is none."""
+        """The open database. Raises Problem or DatabaseUnavailableError while there is none."""
         if self._database is not None and self.active_version is not None:
             return self._database
-        if self._error is not None:
-            raise Problem("database_unavailable", self._error)
-        raise Problem("not_ready", "The gallery is being prepared; ask again in a second.", headers={"Retry-After": "1"})
+        if self._has_failed:
+            raise DatabaseUnavailableError(FAILED)
+        raise Problem("not_ready", "The gallery is loading. Retry in a second.", headers={"Retry-After": "1"})
 
     @property
     def status(self) -> str:
         """What readiness reports: ``ready``, ``starting`` or ``unavailable``."""
         if self._database is not None and self.active_version is not None:
             return "ready"
-        return "starting" if self._error is None else "unavailable"
+        return "unavailable" if self._has_failed else "starting"
 
-    def import_model(self, model: LoadedModel) -> None:
-        """Read the predictions of the model that serves now, and those of EVALUATIONS, and show them."""
+    def follow(self, models: ModelManager) -> None:
+        """Import every model that goes live, in a thread, so that neither predictions nor rollouts wait for the database."""
+        installed: queue.SimpleQueue[LoadedModel] = queue.SimpleQueue()
+        models.add_install_callback(installed.put)
+
+        def run() -> None:
+            model = installed.get()
+            while True:
+                is_imported = self.import_model(model)
+                with contextlib.suppress(queue.Empty):
+                    model = installed.get(timeout=None if is_imported else RETRY_S)
+
+        threading.Thread(target=run, name="gallery", daemon=True).start()
+
+    def import_model(self, model: LoadedModel) -> bool:
+        """Import the predictions of the active model and of EVALUATIONS. Returns whether the database took them."""
         with self._lock:
             try:
                 if self._database is None:
-                    self._database = Database(self._settings.database_url or _default_url())
-                self._wholes |= _merged(model.bundle)
-                paths = [self._whole(path) for path in self._settings.evaluations]
+                    url = self._settings.database_url or f"sqlite:///{default_data_dir() / 'reviews.db'}"
+                    self._database = Database(url, timeout_s=self._settings.database_timeout_s)
+                self._merged_versions |= _merged(model.bundle)
+                paths = [self._resolve_evaluation(path) for path in self._settings.evaluations]
                 for path in (model.bundle.path, *filter(None, paths)):
-                    self._take(path)
-                self._know(model)
+                    self._import(self._database, path)
+                self._register(self._database, model)
             except UserError as error:
-                self._fail(str(error))
-            except Exception as error:
-                log.exception("the gallery cannot be shown")
-                self._fail(f"The gallery's database failed ({error!r}); look into the log, and start again.")
+                log.error("%s", error)
+            except Exception:
+                log.exception("the gallery could not import %s", model.bundle.path)
             else:
                 self.active_version = model.bundle.version
+                return True
+            self._has_failed = True
+            return False
 
     def models(self, connection: Connection) -> list[ModelRecord]:
-        """The models that the database knows, the one seen last first; each once, also one that serves joined with its base."""
-        return [model for model in list_models(connection) if model.version not in self._wholes]
+        """List the models of the database, the most recently active first, without those of which a merged bundle is known."""
+        return [model for model in list_models(connection) if model.version not in self._merged_versions]
 
     def similarity_tables(self, version: str) -> list[SimilarityIndex]:
-        """The embeddings and duplicates of a model's evaluations, as far as they are on this machine."""
-        found = []
-        for results in self._results.get(version, []):
-            if results.version not in self._lookalikes:
-                self._lookalikes[results.version] = results.similarity()
-            found.append(self._lookalikes[results.version])
-        return found
+        """Load the embeddings and near duplicates of a model's evaluations that are on this machine."""
+        tables = []
+        for source in self._sources.get(version, []):
+            if source.version not in self._similarity:
+                self._similarity[source.version] = source.similarity()
+            tables.append(self._similarity[source.version])
+        return tables
 
     def merged_from(self, version: str) -> str | None:
-        """The version of the head-only bundle that a model was merged from, as far as that is known here."""
-        return next((head for head, whole in self._wholes.items() if whole == version), None)
+        """Return the version of the head-only bundle that a model was merged from."""
+        return next((head for head, merged in self._merged_versions.items() if merged == version), None)
 
     def bundle_path(self, version: str) -> Path | None:
-        """Where the bundle of a version is on this machine, if it is."""
-        kinds = {results.kind: results.path for results in self._results.get(version, [])}
-        return kinds.get("bundle")
+        """Return the folder of a bundle if it is on this machine."""
+        return {source.kind: source.path for source in self._sources.get(version, [])}.get("bundle")
 
-    def _whole(self, path: Path) -> Path | None:
-        """What to read in place of a path of EVALUATIONS: the whole bundle for a head-only one, nothing where that is read."""
-        with contextlib.suppress(UserError):  # said when the path itself is read
+    def _resolve_evaluation(self, path: Path) -> Path | None:
+        """Return what to import for a path of EVALUATIONS: the merged bundle for a head-only one, None if that is imported."""
+        with contextlib.suppress(UserError):  # reported when the path is imported
             if (path / MANIFEST).is_file() and (bundle := open_bundle(path, files=())).is_head_only:
-                if bundle.version in self._wholes:
+                if bundle.version in self._merged_versions:
                     return None
                 path = resolve_bundle(path)
-                self._wholes |= _merged(open_bundle(path, files=()))
+                self._merged_versions |= _merged(open_bundle(path, files=()))
         return path
 
-    def _take(self, path: Path) -> None:
-        """Import a bundle's or an evaluation's predictions, if that was not done; one that is broken is logged and left out."""
-        assert self._database is not None
+    def _import(self, database: Database, path: Path) -> None:
+        """Import the predictions of a bundle or an evaluation once. An invalid one is logged and skipped."""
         try:
-            results = open_predictions(path)
-            version = self._wholes.get(results.bundle_version, results.bundle_version)
-            results = dataclasses.replace(results, bundle_version=version)
-            of_model = self._results.setdefault(results.bundle_version, [])
-            if all(known.version != results.version for known in of_model):
-                of_model.append(results)
-            with self._database.read() as connection:
-                if is_imported(connection, results.bundle_version, results.version):
+            source = open_predictions(path)
+            version = self._merged_versions.get(source.bundle_version, source.bundle_version)
+            source = dataclasses.replace(source, bundle_version=version)
+            known = self._sources.setdefault(version, [])
+            if all(other.version != source.version for other in known):
+                known.append(source)
+            with database.read() as connection:
+                if is_imported(connection, version, source.version):
                     return
-            table = _table(results)
+            table = _evaluation_table(source)
+        except DatabaseUnavailableError:
+            raise
         except UserError as error:
             log.warning("%s", error)
             return
         try:
-            with self._database.write() as connection:
-                if is_imported(connection, results.bundle_version, results.version):  # by another worker, meanwhile
+            with database.write(background=True) as connection:
+                if is_imported(connection, version, source.version):  # by another worker in the meantime
                     return
-                model_id = get_or_create_model(
-                    connection, version=results.bundle_version, name=results.name, classes=results.classes
-                )
-                photos = import_predictions(connection, model_id, table)
+                model_id = get_or_create_model(connection, version=version, name=source.name, classes=source.classes)
+                images = import_predictions(connection, model_id, table)
         except IntegrityError:
-            log.info("imported by another process", extra={"version": results.version})
+            log.info("imported by another process", extra={"version": source.version})
             return
-        self._database.refresh_statistics()
-        log.info("imported", extra={"model": results.name, "version": results.bundle_version, "images": photos})
+        database.refresh_statistics()
+        log.info("imported", extra={"model": source.name, "version": version, "images": images})
 
-    def _know(self, model: LoadedModel) -> None:
-        """Enter the model that serves, also one whose bundle has no predictions: live ones may come."""
-        assert self._database is not None
+    def _register(self, database: Database, model: LoadedModel) -> None:
+        """Insert the active model, even if its bundle has no predictions: production predictions may follow."""
         bundle = model.bundle
-        with self._database.write() as connection:
+        with database.write(background=True) as connection:
             model_id = get_or_create_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
             mark_model_active(connection, model_id)
-
-    def _fail(self, reason: str) -> None:
-        self._error = reason
-        log.error(reason)
 
 
 def _merged(bundle: Bundle) -> dict[str, str]:
     return {bundle.merged_from: bundle.version} if bundle.merged_from else {}
 
 
-def _table(results: PredictionSource) -> EvaluationTable:
-    predictions = results.predictions()
-    lookalikes = results.similarity()
+def _evaluation_table(source: PredictionSource) -> EvaluationTable:
+    predictions = source.predictions()
+    similarity = source.similarity()
     duplicate = [
-        len({other.label for other in lookalikes.duplicates_of(sha256)} | {predictions.classes[label]}) > 1
+        len({other.label for other in similarity.duplicates_of(sha256)} | {predictions.classes[label]}) > 1
         for sha256, label in zip(predictions.sha256s, predictions.labels, strict=True)
     ]
     return EvaluationTable(
-        source="out-of-fold" if results.kind == OUT_OF_FOLD else "evaluation",
-        digest=results.version,
+        source="out-of-fold" if source.kind == OUT_OF_FOLD else "evaluation",
+        digest=source.version,
         predictions=predictions,
         duplicate=np.array(duplicate, dtype=np.bool_),
         mislabeled=find_label_issues(predictions),
     )
-
-
-def _default_url() -> str:
-    return f"sqlite:///{default_data_dir() / 'reviews.db'}"

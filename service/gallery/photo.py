@@ -11,17 +11,19 @@ from typing import Any
 from flask import Blueprint, Response, request, url_for
 
 from models.artifacts.similarity import DuplicateRow
+from models.errors import UserError
 from service.context import gallery, image_access, services
+from service.db.errors import RecordNotFoundError
 from service.db.filter import Filter, describe_filter
-from service.db.ingest import encode_file_name
-from service.db.query import PredictionQuery, PredictionRecord
+from service.db.query import PredictionQuery
+from service.db.records import PredictionRecord
+from service.db.text import encode_file_name
 from service.explain.explainer import Explanation
 from service.gallery.grid import render_gallery
 from service.gallery.sidebar import filter_from_request, grid_url, open_query, photo_url
-from service.http.errors import Problem
+from service.http.errors import Problem, problem_from
 from service.http.security import require_key_or_cookie
-from service.reviews.decisions import load_history
-from service.reviews.history import SavedMessage, history_entries, saved_message
+from service.reviews.decisions import SavedMessage, history_entries, load_history, saved_message
 from service.web.layout import problem_page, record_problem
 
 REVIEWER_COOKIE = "reviewer"  # the name that the reviewer entered
@@ -193,7 +195,7 @@ def _saved_photo(query: PredictionQuery, saved: SavedMessage | None) -> Predicti
     """Return the photo that was just reviewed, unless the model has no prediction of it."""
     if saved is None:
         return None
-    with contextlib.suppress(Problem):
+    with contextlib.suppress(RecordNotFoundError):
         return query.find(saved.photo, saved.sha256)
     return None
 
@@ -228,8 +230,9 @@ def _explain(version: str, record: PredictionRecord, label: str) -> tuple[Explan
     """Explain a class, or return the problem to show in place of the heat map. Raises Problem for an unknown class."""
     try:
         return image_access().explain(version, record.photo, record.sha256, label), None
-    except Problem as problem:
-        if problem.code == "bad_parameter":
+    except UserError as error:
+        problem = problem_from(error)
+        if problem is None or problem.code == "bad_parameter":
             raise
         return None, problem.without_traceback()
 
@@ -291,7 +294,7 @@ def _duplicates(query: PredictionQuery, record: PredictionRecord) -> list[Simila
 
 def _evaluated(query: PredictionQuery, name: str, sha256: str) -> PredictionRecord | None:
     """Return the prediction of a name. Copies under other names have the same sha256."""
-    with contextlib.suppress(Problem):
+    with contextlib.suppress(RecordNotFoundError):
         return query.find(name, sha256)
     return None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from service.db.filter import Filter
-from service.db.query import PredictionQuery, PredictionRecord
+from service.db.query import PredictionQuery
+from service.db.records import ModelRecord, PredictionRecord
 
 SEED = 1
 
@@ -96,6 +97,16 @@ def review_queues(version: str) -> list[ReviewQueue]:
             _random(correct),
         ),
     ]
+
+
+def production_queue(model: ModelRecord) -> ReviewQueue:
+    """Return the queue of the unreviewed production photos that another model than the active one predicted."""
+    return ReviewQueue(
+        f"Production photos predicted by {model.name} ({model.version})",
+        "Photos sent to /predict while this model was active, least certain first.",
+        "No production photos to review.",
+        Filter(model=model.version, sources=("production",), sort="margin"),
+    )
 
 
 def most_confident(version: str, class_name: str) -> Filter:

@@ -1,4 +1,4 @@
-"""Answered photos on their way into the gallery: handed over in no time, written together by a thread of its own."""
+"""Save the images and predictions of /predict requests for the gallery, in a background thread."""
 
 from __future__ import annotations
 
@@ -17,43 +17,53 @@ from flask import url_for
 from numpy.typing import NDArray
 
 from models.artifacts.bundle import Bundle
+from models.errors import UserError
 from service.db.ingest import get_or_create_model
 from service.db.production import ServedPrediction, production_name, prune, save_predictions
 from service.gallery.index import GalleryIndex
-from service.http.errors import Problem
-from service.settings import Settings
+from service.settings import MIB, Settings
 from service.telemetry.metrics import Metrics
 
 log = logging.getLogger("service.gallery")
-QUEUE_SIZE = 128  # photos in memory; under a flood the others are not kept, and counted
 BATCH_SIZE = 32
 PRUNE_INTERVAL_S = 60.0
+PRUNE_FRACTION = 0.05  # of the size limit: prune after so many new bytes
 
 
 @dataclass(frozen=True, eq=False)
-class _Offer:
+class _Job:
     bundle: Bundle
-    answered: ServedPrediction
+    prediction: ServedPrediction
+
+    @property
+    def size(self) -> int:
+        return len(self.prediction.data)
 
 
 class PredictionRecorder:
-    """Keeps what was answered, as SAVE_PREDICTIONS says; a thread that ends with ``close``, when all is written."""
+    """Save predictions if SAVE_PREDICTIONS is set. Images that wait for the database are limited by SAVE_QUEUE_MB."""
 
     def __init__(self, gallery: GalleryIndex, settings: Settings, metrics: Metrics) -> None:
         self._gallery = gallery
         self._settings = settings
         self._metrics = metrics
-        self._offers: queue.Queue[_Offer | None] = queue.Queue(QUEUE_SIZE)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queued_bytes = 0
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
     def record(self, bundle: Bundle, data: bytes, probabilities: NDArray[np.float32]) -> None:
-        """Hand a photo and its answer over; never waits."""
-        answered = ServedPrediction(data, hashlib.sha256(data).hexdigest(), probabilities, datetime.now(timezone.utc))
-        try:
-            self._offers.put_nowait(_Offer(bundle, answered))
-        except queue.Full:
+        """Queue an image and its prediction without waiting. It is dropped and counted if the queue is full."""
+        with self._lock:
+            is_full = self._queued_bytes + len(data) > self._settings.save_queue_mb * MIB
+            if not is_full:
+                self._queued_bytes += len(data)
+        if is_full:
             self._metrics.saved_predictions.labels("dropped").inc()
+            return
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._jobs.put(_Job(bundle, ServedPrediction(data, sha256, probabilities, datetime.now(timezone.utc))))
 
     def page_url(self, version: str, data: bytes) -> str:
         """Return the address of the page of an image that the model of this version predicted."""
@@ -61,41 +71,51 @@ class PredictionRecorder:
         return url_for("photo.page", model=version, photo=production_name(sha256), sha256=sha256)
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Write what was handed over and end."""
-        self._offers.put(None)
+        """Save what is queued, and end the thread."""
+        self._jobs.put(None)
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        pruned_at, is_last = -PRUNE_INTERVAL_S, False
+        pruned_at, added_bytes, is_last = -PRUNE_INTERVAL_S, 0, False
+        max_bytes = int(self._settings.max_saved_mb * MIB)
         while not is_last:
-            offers, is_last = self._take()
+            jobs, is_last = self._take()
+            size = sum(job.size for job in jobs)
             try:
-                self._write(offers)
-                if time.monotonic() - pruned_at >= PRUNE_INTERVAL_S:
-                    pruned_at = time.monotonic()
-                    with self._gallery.database.write() as connection:
-                        prune(connection, max_images=self._settings.max_saved, days=self._settings.retention_days)
-            except Exception as error:  # the next ones may be kept again
-                self._metrics.saved_predictions.labels("dropped").inc(len(offers))
-                log.warning("photos are not kept: %s", error, exc_info=not isinstance(error, Problem))
+                self._save(jobs)
+                added_bytes += size
+                if time.monotonic() - pruned_at >= PRUNE_INTERVAL_S or added_bytes > PRUNE_FRACTION * max_bytes:
+                    pruned_at, added_bytes = time.monotonic(), 0
+                    with self._gallery.database.write(background=True) as connection:
+                        prune(
+                            connection,
+                            max_images=self._settings.max_saved,
+                            max_bytes=max_bytes,
+                            days=self._settings.retention_days,
+                        )
+            except Exception as error:  # saving may work again for the next images
+                self._metrics.saved_predictions.labels("dropped").inc(len(jobs))
+                log.warning("predictions were not saved: %s", error, exc_info=not isinstance(error, UserError))
+            with self._lock:
+                self._queued_bytes -= size
 
-    def _take(self) -> tuple[list[_Offer], bool]:
-        """What was handed over, AT_ONCE at most, and whether it is the end; nothing after a while without any."""
-        taken: list[_Offer] = []
+    def _take(self) -> tuple[list[_Job], bool]:
+        """Wait for queued jobs, at most BATCH_SIZE. Returns them and whether the recorder is closed."""
+        jobs: list[_Job] = []
         with contextlib.suppress(queue.Empty):
-            while len(taken) < BATCH_SIZE:
-                record = self._offers.get(block=not taken, timeout=PRUNE_INTERVAL_S)
-                if record is None:
-                    return taken, True
-                taken.append(record)
-        return taken, False
+            while len(jobs) < BATCH_SIZE:
+                job = self._jobs.get(block=not jobs, timeout=PRUNE_INTERVAL_S)
+                if job is None:
+                    return jobs, True
+                jobs.append(job)
+        return jobs, False
 
-    def _write(self, offers: Sequence[_Offer]) -> None:
-        for version in dict.fromkeys(record.bundle.version for record in offers):
-            mine = [record for record in offers if record.bundle.version == version]
-            bundle = mine[0].bundle
-            with self._gallery.database.write() as connection:
+    def _save(self, jobs: Sequence[_Job]) -> None:
+        for version in dict.fromkeys(job.bundle.version for job in jobs):
+            own = [job for job in jobs if job.bundle.version == version]
+            bundle = own[0].bundle
+            with self._gallery.database.write(background=True) as connection:
                 model_id = get_or_create_model(connection, version=version, name=bundle.name, classes=bundle.classes)
-                new = save_predictions(connection, model_id, bundle.classes, [record.answered for record in mine])
+                new = save_predictions(connection, model_id, bundle.classes, [job.prediction for job in own])
             self._metrics.saved_predictions.labels("saved").inc(new)
-            self._metrics.saved_predictions.labels("duplicate").inc(len(mine) - new)
+            self._metrics.saved_predictions.labels("duplicate").inc(len(own) - new)

@@ -1,4 +1,4 @@
-"""POST /gallery/review: somebody's decision about a photo, saved before the answer is given."""
+"""POST /gallery/review: save a reviewer's decision. The response is sent after the decision is on disk."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from urllib.parse import parse_qsl
 from flask import Blueprint, Response, g, jsonify, redirect, request, url_for
 from werkzeug.datastructures import MultiDict
 
+from models.errors import UserError
 from service.context import gallery, services
 from service.db.filter import Filter, parse_filter
 from service.gallery.photo import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, RejectedReview, render_photo_page
 from service.gallery.sidebar import open_query
-from service.http.errors import Problem
+from service.http.errors import Problem, problem_from
 from service.http.request_body import OTHER_VALUES, parse_json, read_body
 from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
 from service.http.text_validation import check_items, describe
@@ -23,8 +24,8 @@ from service.web.layout import ONE_YEAR_S, problem_page, problem_response
 
 MAX_BODY_BYTES = 64 << 10
 MAX_LENGTHS = {"note": 2_000, "reviewer": 80}
-MAX_KEY = 1_000  # letters; a browser keeps no cookie of more than 4 KiB
-NO_ADVANCE = ("note", "undo")  # after these nobody goes on to the next photo
+MAX_KEY_LENGTH = 1_000  # browsers do not store cookies of more than 4 KiB
+NO_ADVANCE = ("note", "undo")  # these stay on the photo
 SINGLE_LINE = frozenset({"reviewer", "key", "back"})
 JSON_FORMAT = 'Send {"photo": ..., "sha256": ..., "decision": ...}.'
 FIELDS = ("photo", "sha256", "model", "decision", "new_label", "note", "reviewer", "expected_version", "filter", "advance")
@@ -33,8 +34,8 @@ bp = Blueprint("review", __name__)
 
 
 @bp.errorhandler(Problem)
-def refuse(problem: Problem) -> Response:
-    """In words on a page for a form, as problem+json for a program."""
+def handle_problem(problem: Problem) -> Response:
+    """Return a page for a form, and problem+json for JSON."""
     if request.method == "POST" and not request.is_json:
         return problem_page(problem)
     return problem_response(problem)
@@ -42,87 +43,89 @@ def refuse(problem: Problem) -> Response:
 
 @bp.post("/gallery/review")
 def review() -> Response:
-    """Save a decision: a form goes on to a page (the next photo of the filter with ``advance``), JSON is answered with JSON.
+    """Save a decision. A form is redirected to the next photo of its filter, or back to the photo; JSON returns JSON.
 
-    A form that is refused comes back on its photo's page, with what was typed in it and the reason.
+    A rejected form returns the photo's page with the reason and the entered values.
     """
     require_same_origin(request)
-    given = _fields()
+    fields = _read_fields()
     if request.is_json:
-        return _review(given)
+        return _review(fields)
     try:
-        return _review(given)
-    except Problem as problem:
-        if not (given.get("photo") and given.get("sha256")):
+        return _review(fields)
+    except UserError as error:
+        problem = problem_from(error)
+        if problem is None or not (fields.get("photo") and fields.get("sha256")):
             raise
-        with contextlib.suppress(Problem):  # of the page: the photo may be what is wrong
-            return render_photo_page(
-                _filter(given), given["photo"], given["sha256"], rejected=RejectedReview(_for_people(problem), given)
-            )
+        if problem.code == "database_unavailable":
+            return problem_page(problem, "gallery/not_saved.html", fields=fields)
+        with contextlib.suppress(UserError):  # the page may not exist
+            rejected = RejectedReview(_for_form(problem), fields)
+            return render_photo_page(_filter(fields), fields["photo"], fields["sha256"], rejected=rejected)
         raise
 
 
-def _review(given: dict[str, str]) -> Response:
+def _review(fields: dict[str, str]) -> Response:
     settings = services().settings
     g.key_name = require_key_or_cookie(request, settings)
-    decision = _decision(given, key_name=g.key_name)
-    here, following = _photo_page(given), _next(given, decision)  # before anything is saved: the filter may be no filter
+    decision = _decision(fields, key_name=g.key_name)
+    photo_page, next_page = _photo_page(fields), _next_page(fields, decision)  # first: the filter may be invalid
     with gallery().database.write() as connection:
         id_ = save_decision(connection, decision)
-    way = following and f"{following}&saved={id_}"
+    target = next_page and f"{next_page}&saved={id_}"
     if request.is_json:
         with gallery().database.read() as connection:
             rows = [entry_to_json(row) for row in load_history(connection, decision.sha256)]
-        answer = jsonify(id=id_, history=rows, next=way)
+        response = jsonify(id=id_, history=rows, next=target)
     else:
-        answer = redirect(way or f"{here}&saved={id_}", 303)  # type: ignore[assignment]
+        response = redirect(target or f"{photo_page}&saved={id_}", 303)  # type: ignore[assignment]
         if decision.decision not in NO_ADVANCE:
-            _keep(answer, AUTO_ADVANCE_COOKIE, "1" if given.get("advance") == "1" else "0")
-    if "reviewer" in given and g.key_name is None:
-        _keep(answer, REVIEWER_COOKIE, decision.reviewer)
-    answer.headers["Cache-Control"] = "no-store"
-    return answer
+            _set_cookie(response, AUTO_ADVANCE_COOKIE, "1" if fields.get("advance") == "1" else "0")
+    if "reviewer" in fields and g.key_name is None:
+        _set_cookie(response, REVIEWER_COOKIE, decision.reviewer)
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 @bp.post("/gallery/key")
 def key() -> Response:
-    """Take a key from a form into a cookie, and go back to the page that it came from."""
+    """Store the key of a form in a cookie, and return to the page of the form."""
     settings = services().settings
     require_same_origin(request)
-    _receive()
+    _read_body()
     if unknown := set(request.form) - {"key", "back"}:
-        raise Problem("bad_parameter", f"The field {min(unknown)!r} is not known here; there are key and back.")
+        raise Problem("bad_parameter", f"Unknown field {min(unknown)!r}. Valid fields: key, back.")
     if "key" not in request.form:
-        raise Problem("bad_parameter", "The field `key` is missing; it is the key that decisions want.")
+        raise Problem("bad_parameter", "The field `key` is required.")
     check_items("field", request.form.items(multi=True), single_line=SINGLE_LINE)
-    given = request.form.get("key", "").strip()
-    if len(given) > MAX_KEY:
-        raise Problem("bad_parameter", f"The field `key` has {len(given):,} letters; {MAX_KEY:,} is the most.")
+    entered = request.form.get("key", "").strip()
+    if len(entered) > MAX_KEY_LENGTH:
+        raise Problem("bad_parameter", f"`key` has {len(entered):,} characters. The limit is {MAX_KEY_LENGTH:,}.")
     back = request.form.get("back", "")
-    is_ours = back.startswith(("/gallery", "/compare")) and "//" not in back and "\\" not in back
+    is_own_page = back.startswith(("/gallery", "/compare")) and "//" not in back and "\\" not in back
     try:
-        g.key_name = authenticate(given, settings) if given else None
+        g.key_name = authenticate(entered, settings) if entered else None
     except Problem as problem:
-        return problem_page(_for_people(problem, key=given), "gallery/key.html", back=back if is_ours else "")
-    answer = redirect(request.script_root + back if is_ours else url_for("gallery.home"), 303)
-    _keep(answer, KEY_COOKIE, given, max_age=None)  # type: ignore[arg-type]  # an empty key deletes the cookie
-    answer.headers["Cache-Control"] = "no-store"
-    return answer  # type: ignore[return-value]
+        return problem_page(_for_form(problem, key=entered), "gallery/key.html", back=back if is_own_page else "")
+    response = redirect(request.script_root + back if is_own_page else url_for("gallery.home"), 303)
+    _set_cookie(response, KEY_COOKIE, entered, max_age=None)  # type: ignore[arg-type]  # an empty key deletes the cookie
+    response.headers["Cache-Control"] = "no-store"
+    return response  # type: ignore[return-value]
 
 
 @bp.get("/gallery/history.json")
 def history_json() -> Response:
-    """Everything that was said about a photo, the newest first; a page asks now and then for what others decided."""
+    """Return a photo's history, the newest first. Open pages poll it for the decisions of others."""
     sha256 = request.args.get("sha256", "")
     with gallery().database.read() as connection:
         rows = [entry_to_json(row) for row in load_history(connection, sha256)]
-    answer = jsonify(history=rows)
-    answer.headers["Cache-Control"] = "no-cache"
-    return answer
+    response = jsonify(history=rows)
+    response.headers["Cache-Control"] = "no-cache"
+    return response
 
 
 def entry_to_json(row: Any) -> dict[str, Any]:
-    """A decision of a photo's history."""
+    """Convert an entry of a photo's history to JSON."""
     return {
         "id": row.id,
         "decision": row.decision,
@@ -134,100 +137,99 @@ def entry_to_json(row: Any) -> dict[str, Any]:
     }
 
 
-def _receive() -> bytes:
-    """Read the body before Flask parses it, as Flask would wait for a client that trickles. Raises Problem."""
+def _read_body() -> bytes:
+    """Read the body before Flask parses it, as Flask would wait for a slow client."""
     body = read_body(request, services().settings, max_bytes=MAX_BODY_BYTES, advice="Shorten the text.")
     request.environ["wsgi.input"] = io.BytesIO(body)
     return body
 
 
-def _fields() -> dict[str, str]:
-    """The fields, from a form or from JSON. Raises Problem."""
-    body = _receive()
+def _read_fields() -> dict[str, str]:
+    """Read the fields of a form or of JSON."""
+    body = _read_body()
     if request.is_json:
-        given = parse_json(body, max_values=OTHER_VALUES, hint=JSON_FORMAT)
-        if not isinstance(given, dict):
+        document = parse_json(body, max_values=OTHER_VALUES, hint=JSON_FORMAT)
+        if not isinstance(document, dict):
             raise Problem("bad_json", f"The JSON is not an object. {JSON_FORMAT}")
-        if nested := next((name for name, value in given.items() if isinstance(value, (list, dict))), None):
-            raise Problem("bad_parameter", f"The field {nested[:40]!r} is {describe(given[nested])}; text is expected.")
-        fields = {name: "" if value is None else str(value) for name, value in given.items()}
+        if nested := next((name for name, value in document.items() if isinstance(value, (list, dict))), None):
+            raise Problem("bad_parameter", f"`{nested[:40]}` must be text (got {describe(document[nested])}).")
+        fields = {name: "" if value is None else str(value) for name, value in document.items()}
     else:
         fields = dict(request.form.items())
     check_items("field", fields.items(), single_line=SINGLE_LINE)
     for name in fields:
         if name not in FIELDS:
-            raise Problem("bad_parameter", f"The field {name!r} is not known here; there are {', '.join(FIELDS)}.")
+            raise Problem("bad_parameter", f"Unknown field {name!r}. Valid fields: {', '.join(FIELDS)}.")
     decision, colon, label = fields.get("decision", "").partition(":")
     return fields | ({"decision": decision, "new_label": label} if colon else {})
 
 
-def _decision(given: dict[str, str], *, key_name: str | None) -> ReviewDecision:
+def _decision(fields: dict[str, str], *, key_name: str | None) -> ReviewDecision:
     for name in ("photo", "sha256", "decision"):
-        if not given.get(name):
-            raise Problem("bad_parameter", f"The field `{name}` is missing; it is wanted with every decision.")
-    for name, most in MAX_LENGTHS.items():
-        if len(given.get(name, "")) > most:
-            raise Problem("bad_parameter", f"The field `{name}` has {len(given[name]):,} letters; {most:,} is the most.")
-    expected_version = given.get("expected_version", "")
+        if not fields.get(name):
+            raise Problem("bad_parameter", f"The field `{name}` is required.")
+    for name, limit in MAX_LENGTHS.items():
+        if len(fields.get(name, "")) > limit:
+            raise Problem("bad_parameter", f"`{name}` has {len(fields[name]):,} characters. The limit is {limit:,}.")
+    expected_version = fields.get("expected_version", "")
     if expected_version and not (expected_version.isascii() and expected_version.isdigit() and len(expected_version) < 19):
         raise Problem(
-            "bad_parameter",
-            f"The field `expected_version` is {expected_version!r}; expected the id of the current decision, or nothing.",
+            "bad_parameter", f"`expected_version` must be the id of the current decision, or empty (got {expected_version!r})."
         )
+    reviewer = _clean(fields.get("reviewer", request.cookies.get(REVIEWER_COOKIE, "")))[: MAX_LENGTHS["reviewer"]]
     return ReviewDecision(
-        photo=given["photo"],
-        sha256=given["sha256"],
-        model_version=given.get("model") or gallery().active_version or "",
-        decision=given["decision"],
-        new_label=given.get("new_label") or None,
-        note=_plain(given.get("note", "")),
-        reviewer=key_name or _plain(given.get("reviewer", request.cookies.get(REVIEWER_COOKIE, "")))[: MAX_LENGTHS["reviewer"]],
+        photo=fields["photo"],
+        sha256=fields["sha256"],
+        model_version=fields.get("model") or gallery().active_version or "",
+        decision=fields["decision"],
+        new_label=fields.get("new_label") or None,
+        note=_clean(fields.get("note", "")),
+        reviewer=key_name or reviewer,
         key_name=key_name,
         expected_version=int(expected_version) if expected_version else None,
     )
 
 
-def _next(given: dict[str, str], decision: ReviewDecision) -> str | None:
-    """The page of the photo that follows in the filter, found before the decision may take this one out of it.
+def _next_page(fields: dict[str, str], decision: ReviewDecision) -> str | None:
+    """Return the page of the next photo without a review, looked up before the decision may remove this one from the filter.
 
-    Behind the last photo there is none: its own page says then that the filter is through.
+    After the last photo this is the page of the photo itself, which says so.
     """
-    if given.get("advance") != "1" or not given.get("filter") or decision.decision in NO_ADVANCE:
+    if fields.get("advance") != "1" or not fields.get("filter") or decision.decision in NO_ADVANCE:
         return None
-    filters = _filter(given)
-    with open_query(filters) as found:
-        _, _, following = found.neighbors(found.find(decision.photo, decision.sha256))
+    filters = _filter(fields)
+    with open_query(filters if filters.reviews else filters.replace(reviews=("unreviewed",))) as query:
+        _, _, following = query.neighbors(query.find(decision.photo, decision.sha256))
     if following is None:
-        return f"{_photo_page(given)}&last=1"
+        return f"{_photo_page(fields)}&last=1"
     return f"{url_for('photo.page')}?{filters.query(photo=following.photo, sha256=following.sha256)}"
 
 
-def _filter(given: dict[str, str]) -> Filter:
-    """The filter that the decision was made under. The model of the decision is the filter's. Raises Problem."""
-    asked = MultiDict(parse_qsl(given.get("filter", "")))
-    return parse_filter(asked, model=given.get("model") or gallery().active_version or "")
+def _filter(fields: dict[str, str]) -> Filter:
+    """Parse the filter of the page on which the decision was made."""
+    params = MultiDict(parse_qsl(fields.get("filter", "")))
+    return parse_filter(params, model=fields.get("model") or gallery().active_version or "")
 
 
-def _photo_page(given: dict[str, str]) -> str:
-    return f"{url_for('photo.page')}?{_filter(given).query(photo=given['photo'], sha256=given['sha256'])}"
+def _photo_page(fields: dict[str, str]) -> str:
+    return f"{url_for('photo.page')}?{_filter(fields).query(photo=fields['photo'], sha256=fields['sha256'])}"
 
 
-def _keep(answer: Response, name: str, value: str, *, max_age: int | None = ONE_YEAR_S) -> None:
-    """In a cookie that no script reads and no other site's page sends; an empty value is forgotten."""
+def _set_cookie(response: Response, name: str, value: str, *, max_age: int | None = ONE_YEAR_S) -> None:
+    """Set a cookie that scripts cannot read and that is not sent from other sites. An empty value deletes it."""
     if value:
-        answer.set_cookie(name, value, max_age=max_age, samesite="Strict", httponly=True, secure=request.is_secure)
+        response.set_cookie(name, value, max_age=max_age, samesite="Strict", httponly=True, secure=request.is_secure)
     else:
-        answer.delete_cookie(name, samesite="Strict", httponly=True, secure=request.is_secure)
+        response.delete_cookie(name, samesite="Strict", httponly=True, secure=request.is_secure)
 
 
-def _for_people(problem: Problem, *, key: str = "") -> Problem:
-    """What is said to a program of headers does not help in a form."""
+def _for_form(problem: Problem, *, key: str = "") -> Problem:
+    """Replace the message about HTTP headers of a missing or unknown key."""
     if problem.code != "unauthorized":
         return problem
-    what = "That key is not one that is known here" if key else "Decisions want a key here"
-    return Problem(problem.code, f"{what}; type yours into the field Key.", headers=problem.headers)
+    return Problem(problem.code, "Unknown API key." if key else "Sign in with a key to review.", headers=problem.headers)
 
 
-def _plain(text: str) -> str:
-    """Without what no database takes, and with one kind of line's end."""
+def _clean(text: str) -> str:
+    """Remove NUL characters, which databases do not store, and normalize line ends."""
     return text.replace("\0", "").replace("\r\n", "\n").strip()

@@ -15,7 +15,8 @@ from flask import g, request, url_for
 from service.context import gallery
 from service.db.aggregates import HISTOGRAM_BINS, FacetCounts, count_buckets
 from service.db.filter import FACETS, PAGE_SIZES, SORT_ORDERS, UNLABELED, Filter, encode_param, parse_filter, parse_int
-from service.db.query import PredictionQuery, PredictionRecord
+from service.db.query import PredictionQuery
+from service.db.records import PredictionRecord
 from service.http.errors import Problem
 
 # Titles of the facets and names of their values. Classes and splits are named by themselves.
@@ -29,6 +30,7 @@ FACET_TITLES = {
     "split": "Split",
 }
 VALUE_NAMES = {
+    "class": {UNLABELED: "No label"},
     "outcome": {"correct": "Correct", "incorrect": "Incorrect", "unlabeled": "No label"},
     "review": {
         "unreviewed": "Not yet reviewed",

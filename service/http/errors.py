@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 from models.errors import ImageError, ImageTooLargeError, TooComplexError, UnsupportedImageError, UserError
 from models.preprocess import IMAGE_FORMATS_TEXT
+from service.db.errors import (
+    DatabaseUnavailableError,
+    IncompatibleModelsError,
+    InvalidFilterError,
+    InvalidReviewError,
+    NothingToUndoError,
+    RecordNotFoundError,
+    ReviewConflictError,
+)
 from service.images.source_folder import ImageMissingError, ImageReplacedError, ImageUnavailableError
+from service.images.worker_pool import PoolFullError, PoolTimeoutError
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
@@ -184,3 +194,12 @@ register(TooComplexError, "image_too_complex")
 register(ImageUnavailableError, "too_many_pixels")
 register(ImageMissingError, "image_missing")
 register(ImageReplacedError, "image_replaced")
+register(PoolFullError, "overloaded", retry_after_s=2)
+register(PoolTimeoutError, "deadline_exceeded")
+register(DatabaseUnavailableError, "database_unavailable", retry_after_s=5)
+register(RecordNotFoundError, "not_found")
+register(InvalidFilterError, "bad_parameter")
+register(IncompatibleModelsError, "bad_parameter")
+register(InvalidReviewError, "bad_parameter")
+register(ReviewConflictError, "review_conflict")
+register(NothingToUndoError, "nothing_to_undo")

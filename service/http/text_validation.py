@@ -5,16 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from service.db.text import is_storable
 from service.http.errors import Problem
 
-# PostgreSQL stores no NUL, and half of a surrogate pair cannot be encoded as UTF-8.
-UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-
-
-def is_storable(*texts: str) -> bool:
-    """Return whether these texts fit every database, file name and HTTP response."""
-    return not any(UNSTORABLE.search(text) for text in texts)
 
 
 def check_text(name: str, *texts: str, single_line: bool = False, code: str = "bad_parameter") -> None:

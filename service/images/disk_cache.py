@@ -1,4 +1,4 @@
-"""Small files that can be made again, kept under a name on disk within a bound; in memory where the disk takes none."""
+"""Cache small files that can be created again on disk, within a size limit; in memory if the disk is not writable."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 from models.artifacts.atomic_io import atomic_write
 
 MEMORY_BYTES = 16 << 20
-ACCESS_TIME_RESOLUTION_S = 3600.0  # how coarsely the last use is noted, as noting it is a write
-STALE_S = 3600.0  # a half-written file of a process that was killed
+ACCESS_TIME_RESOLUTION_S = 3600.0  # recording an access is a write
+STALE_S = 3600.0  # the age of an incomplete file that a killed process left
 
 
 class _File(NamedTuple):
@@ -26,23 +26,30 @@ class _File(NamedTuple):
 
 
 class DiskCache:
-    """Keep up to ``limit_bytes`` in ``folder``, and drop those that were not used for longest; without one, some in memory.
+    """Least-recently-used cache of bytes by name.
 
-    Several processes share a folder: each looks through it when it has itself added a twentieth of the limit, and then drops
-    what is over nine tenths. So W of them keep to 0.9 + W / 20 of the limit.
+    Several processes share a folder. Each trims it to nine tenths of the limit after it has added a twentieth of the limit, so
+    that W processes use at most 0.9 + W / 20 of the limit.
     """
 
     def __init__(self, folder: Path | None, *, limit_bytes: int, memory_bytes: int = MEMORY_BYTES) -> None:
+        """Create the cache.
+
+        Args:
+            folder: The folder, or None for a cache in memory.
+            limit_bytes: The size limit of the folder; 0 for a cache in memory.
+            memory_bytes: The size limit in memory.
+        """
         self._folder = folder if limit_bytes else None
         self._limit, self._memory_limit = limit_bytes, memory_bytes
-        self._added: int | None = None  # since the folder was looked through; None where it never was
+        self._added: int | None = None  # since the last trim; None before the first
         self._memory: OrderedDict[str, bytes] = OrderedDict()
-        self._held = 0
+        self._memory_used = 0
         self._lock = threading.Lock()
         self._trimming = threading.Lock()
 
     def get(self, name: str) -> bytes | None:
-        """What was put under ``name``, any text, unless it was dropped since."""
+        """Return what was put under ``name`` (any text), or None if it is not cached."""
         with self._lock:
             if name in self._memory:
                 self._memory.move_to_end(name)
@@ -59,28 +66,28 @@ class DiskCache:
         return None
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep ``data``, on disk where that is possible. Never raises for a disk that is full or not to be written."""
+        """Store ``data``, in memory if the disk is full or not writable."""
         if self._folder is not None:
             with contextlib.suppress(OSError):
-                with atomic_write(_path(self._folder, name)) as part:
-                    part.write_bytes(data)
-                self._grown(len(data))
+                with atomic_write(_path(self._folder, name)) as temporary:
+                    temporary.write_bytes(data)
+                self._count_added(len(data))
                 return
         with self._lock:
-            self._held += len(data) - len(self._memory.pop(name, b""))
+            self._memory_used += len(data) - len(self._memory.pop(name, b""))
             self._memory[name] = data
-            while self._held > self._memory_limit:
-                self._held -= len(self._memory.popitem(last=False)[1])
+            while self._memory_used > self._memory_limit:
+                self._memory_used -= len(self._memory.popitem(last=False)[1])
 
     def remove(self, name: str) -> None:
-        """Forget ``name``, as where what was kept turns out to be damaged."""
+        """Remove ``name``, for example because the cached file is damaged."""
         with self._lock:
-            self._held -= len(self._memory.pop(name, b""))
+            self._memory_used -= len(self._memory.pop(name, b""))
         if self._folder is not None:
             with contextlib.suppress(OSError):
                 _path(self._folder, name).unlink()
 
-    def _grown(self, size: int) -> None:
+    def _count_added(self, size: int) -> None:
         with self._lock:
             if self._added is not None:
                 self._added += size
@@ -106,13 +113,13 @@ class DiskCache:
 
 
 def _path(folder: Path, name: str) -> Path:
-    """A place for any name, even of one that was meant to lead elsewhere; in 256 folders, as one of 100,000 files is slow."""
+    """Map any name to a path inside the folder. There are 256 subfolders, as a folder of 100,000 files is slow."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
     return folder / digest[:2] / digest[2:]
 
 
 def _files(folder: Path) -> Iterator[_File]:
-    """The files that are kept; those that another process left half-written are removed."""
+    """Yield the cached files. Remove stale incomplete files."""
     now = time.time()
     for inner in _entries(folder):
         for entry in _entries(Path(inner.path)):

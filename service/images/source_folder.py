@@ -1,4 +1,4 @@
-"""The labelled photos that the gallery shows: read from their folder, never from outside it, and never one for another."""
+"""Read evaluated photos from the data folder: only from inside it, and only with the content that was evaluated."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 import stat
 import threading
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,33 +17,33 @@ from models.errors import UserError
 
 MIB = 1 << 20
 MAX_VERIFIED = 100_000
-# NONBLOCK: opening a fifo would wait for a writer. NOFOLLOW: what was a folder when it was resolved may be a link by now.
+# NONBLOCK: opening a FIFO would wait for a writer. NOFOLLOW: a resolved component may have become a link since.
 OPEN_FILE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# What tells one file's content from another without reading it: device, inode, size, and when content and inode changed.
+# Identifies a file's content without reading it: device, inode, size, and the times of content and inode changes.
 FileFingerprint = tuple[int, int, int, int, int]
 
 
 class ImageUnavailableError(UserError):
-    """A photo that was evaluated cannot be shown; the text says why."""
+    """An evaluated photo cannot be shown. The message states the reason."""
 
 
 class ImageMissingError(ImageUnavailableError):
-    """There is no such photo in the folder."""
+    """The folder has no such photo."""
 
 
 class ImageReplacedError(ImageUnavailableError):
-    """There is another file where the photo was."""
+    """The file at the photo's path has other content."""
 
 
 @dataclass
 class SourceFolder:
-    """Read photos below ``roots``, each tried in turn, of at most ``max_bytes``; from several threads at once.
+    """Read photos below ``roots``, which are tried in order. Thread-safe.
 
-    A photo is named by its path relative to the data folder, as predictions.csv has it, and by its sha256, which decides: a
-    file of other content is never shown. A link may lead to another place in the same root, but to nowhere else. Without roots
-    every photo is missing.
+    A photo is identified by its path relative to the data folder, as in predictions.csv, and by its sha256: a file with other
+    content is never returned. Links may lead to another place in the same root, but not out of it. Names match in any Unicode
+    normalization form, as macOS and archives change it.
     """
 
     roots: Sequence[Path]
@@ -51,9 +52,12 @@ class SourceFolder:
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def read(self, photo: str, sha256: str) -> bytes:
-        """The photo's bytes, of exactly this sha256. Raises ImageMissingError and ImageReplacedError.
+        """Read a photo. The returned bytes are those that were hashed.
 
-        What is returned is what was hashed, whatever happens to the file meanwhile.
+        Raises:
+            ImageMissingError: There is no such file.
+            ImageReplacedError: The file has other content.
+            ImageUnavailableError: The file is too large.
         """
         for file in self._open_each(photo):
             if (data := self._read(file, sha256)) is not None:
@@ -61,38 +65,38 @@ class SourceFolder:
         raise self._not_found(photo)
 
     def check(self, photo: str, sha256: str) -> None:
-        """Raise what ``read`` would; a file that was hashed before and has not changed since is not read again."""
+        """Raise what ``read`` would raise. A file that was hashed before and has not changed since is not read again."""
         for file in self._open_each(photo):
-            mark = _mark(os.fstat(file))
+            fingerprint = _fingerprint(os.fstat(file))
             with self._lock:
-                known = self._verified.get(mark)
+                known = self._verified.get(fingerprint)
             if known == sha256 or (known is None and self._read(file, sha256) is not None):
                 return
         raise self._not_found(photo)
 
     def _read(self, file: int, sha256: str) -> bytes | None:
-        """The open file's bytes, or None where they are other ones."""
+        """Read an open file. Returns None if its content is another one."""
         before = os.fstat(file)
         if before.st_size > self.max_bytes:
             return None
         with os.fdopen(os.dup(file), "rb") as stream:
             data = stream.read(self.max_bytes + 1)
-        found = hashlib.sha256(data).hexdigest()
-        if _mark(os.fstat(file)) == _mark(before) and len(data) == before.st_size:
-            self._remember(_mark(before), found)
-        return data if found == sha256 and len(data) <= self.max_bytes else None
+        digest = hashlib.sha256(data).hexdigest()
+        if _fingerprint(os.fstat(file)) == _fingerprint(before) and len(data) == before.st_size:
+            self._remember(_fingerprint(before), digest)
+        return data if digest == sha256 and len(data) <= self.max_bytes else None
 
-    def _remember(self, mark: FileFingerprint, sha256: str) -> None:
+    def _remember(self, fingerprint: FileFingerprint, sha256: str) -> None:
         with self._lock:
-            self._verified[mark] = sha256
-            self._verified.move_to_end(mark)
+            self._verified[fingerprint] = sha256
+            self._verified.move_to_end(fingerprint)
             while len(self._verified) > MAX_VERIFIED:
                 self._verified.popitem(last=False)
 
     def _open_each(self, photo: str) -> Iterator[int]:
-        """The regular file of that name in each root that has one, open for reading."""
+        """Open the regular file of that name in each root that has one."""
         for root in self.roots:
-            # OSError: not there, not ours to read, too long a name. ValueError: a NUL, or text that can be no file's name.
+            # OSError: missing, not readable, name too long. ValueError: a NUL, or a name that leads out of the root.
             with contextlib.suppress(OSError, ValueError), _opened(root, photo) as file:
                 if stat.S_ISREG(os.fstat(file).st_mode):
                     yield file
@@ -100,30 +104,27 @@ class SourceFolder:
     def _not_found(self, photo: str) -> ImageUnavailableError:
         name = photo[:200].encode("utf-8", "replace").decode()
         if not self.roots:
-            return ImageMissingError(f"The photo {name!r} cannot be shown, as no folder is set; start with DATA_DIR=FOLDER.")
+            return ImageMissingError(f"The photo {name!r} cannot be shown. Start the service with DATA_DIR=FOLDER.")
         sizes = [os.fstat(file).st_size for file in self._open_each(photo)]
         if sizes and min(sizes) > self.max_bytes:
-            limit_mb = self.max_bytes // MIB
             return ImageUnavailableError(
-                f"The photo {name!r} has more than the {limit_mb} MiB that are shown; save it smaller."
+                f"The photo {name!r} exceeds the limit of {self.max_bytes // MIB} MiB. Save it in a smaller size."
             )
         if sizes:
-            return ImageReplacedError(
-                f"The photo {name!r} is not the one that was evaluated: the file was changed or replaced; evaluate again."
+            return ImageReplacedError(f"The photo {name!r} was changed or replaced after the evaluation. Evaluate again.")
+        if any(_leads_out(root, photo) for root in self.roots):
+            return ImageMissingError(
+                f"The photo {name!r} is a link that leads out of DATA_DIR, and such links are not followed. Set DATA_DIR to a "
+                "folder that contains the files, or copy them into it."
             )
-        return ImageMissingError(
-            f"The photo {name!r} is not in the data folder; set DATA_DIR to the folder that was evaluated."
-        )
+        return ImageMissingError(f"The photo {name!r} is not in the data folder. Set DATA_DIR to the evaluated folder.")
 
 
 @contextlib.contextmanager
 def _opened(root: Path, photo: str) -> Iterator[int]:
-    """Open ``photo`` below ``root``, folder by folder: nothing can get in between a check and the opening."""
-    named = PurePosixPath(photo)
-    if not named.parts or named.is_absolute() or ".." in named.parts:
-        raise ValueError(photo)
+    """Open ``photo`` below ``root`` component by component, so that no link can be inserted between check and opening."""
     base = os.path.realpath(root)
-    parts = Path(os.path.realpath(os.path.join(base, photo))).relative_to(base).parts
+    parts = Path(_resolve(base, photo)).relative_to(base).parts
     if not parts:
         raise ValueError(photo)
     folder = os.open(base, OPEN_FOLDER)
@@ -141,5 +142,35 @@ def _opened(root: Path, photo: str) -> Iterator[int]:
         os.close(file)
 
 
-def _mark(status: os.stat_result) -> FileFingerprint:
+def _resolve(base: str, photo: str) -> str:
+    """Return the real path of ``photo``, which may be anywhere. Raises ValueError for a name that is not a relative path."""
+    named = PurePosixPath(photo)
+    if not named.parts or named.is_absolute() or ".." in named.parts:
+        raise ValueError(photo)
+    path = os.path.join(base, photo)
+    if not photo.isascii() and not os.path.lexists(path):
+        path = base
+        for part in named.parts:
+            path = os.path.join(path, _same_name(path, part))
+    return os.path.realpath(path)
+
+
+def _same_name(folder: str, name: str) -> str:
+    """Return the entry of a folder that is equal to ``name`` after Unicode normalization, or ``name``."""
+    if name.isascii() or os.path.lexists(os.path.join(folder, name)):
+        return name
+    normal = unicodedata.normalize("NFC", name)
+    return next((entry for entry in os.listdir(folder) if unicodedata.normalize("NFC", entry) == normal), name)
+
+
+def _leads_out(root: Path, photo: str) -> bool:
+    """Return whether a photo is a file that is reached through a link out of the root."""
+    with contextlib.suppress(OSError, ValueError):
+        base = os.path.realpath(root)
+        path = _resolve(base, photo)
+        return os.path.isfile(path) and not Path(path).is_relative_to(base)
+    return False
+
+
+def _fingerprint(status: os.stat_result) -> FileFingerprint:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

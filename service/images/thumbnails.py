@@ -1,4 +1,4 @@
-"""Thumbnails: made once of each photo by a crew of low priority, and kept."""
+"""Create thumbnails once per photo and cache them."""
 
 from __future__ import annotations
 
@@ -11,53 +11,56 @@ from PIL import Image
 
 from models.preprocess import IMAGE_FORMATS
 from service.images.disk_cache import DiskCache
-from service.images.render import render_jpeg
 from service.images.worker_pool import WorkerPool
-from service.inference.decoding import RenderedImage
-from service.inference.image_decoder import ImageDecoder
 
 THUMBNAIL_MAX_PX = 320
-QUALITY = 80  # JPEG: WebP of the same fidelity is a sixth smaller, and takes ten times as long to make
-CACHE_PREFIX = f"thumbnail 1, {THUMBNAIL_MAX_PX} px, JPEG {QUALITY}"  # to be renamed when a thumbnail would look otherwise
+QUALITY = 80  # JPEG: WebP of the same fidelity is a sixth smaller and takes ten times as long to encode
+CACHE_PREFIX = f"thumbnail 1, {THUMBNAIL_MAX_PX} px, JPEG {QUALITY}"  # change it when thumbnails change
 JPEG_END = b"\xff\xd9"
 MIB = 1 << 20
+Render = Callable[..., bytes]
 
 
 class ThumbnailCache:
-    """Thumbnails by their photos' sha256, from several threads at once. A photo that is asked for by many is decoded once.
+    """JPEG thumbnails by the sha256 of their photos, for several threads at once."""
 
-    Up to ``limit_mb`` MiB are kept in ``folder``; where that is None or the limit 0, a few in memory.
-    """
+    def __init__(self, folder: Path | None, *, limit_mb: int, render: Render, pool: WorkerPool) -> None:
+        """Create the cache.
 
-    def __init__(self, folder: Path | None, *, limit_mb: int, decoder: ImageDecoder, pool: WorkerPool) -> None:
-        self._door, self._crew = decoder, pool
-        self._kept = DiskCache(folder, limit_bytes=limit_mb * MIB)
-
-    def get(self, sha256: str, read: Callable[[], bytes]) -> RenderedImage:
-        """The thumbnail, at most THUMBNAIL_MAX_PX on its longer side; ``read`` gives the photo's bytes where it has to be made.
-
-        Raises what ``read`` raises, and Problem: for a photo that cannot be decoded, where too many wait, or too long.
+        Args:
+            folder: Where thumbnails are stored. None keeps some in memory.
+            limit_mb: The size limit of the folder in MiB; 0 keeps some in memory.
+            render: ``render(data, max_side_px=..., quality=...)`` makes a JPEG of a photo.
+            pool: The threads that render.
         """
-        return self._find(sha256) or self._crew.run(
-            (CACHE_PREFIX, sha256), lambda: self._find(sha256) or self._make(sha256, read)
-        )
+        self._render, self._pool = render, pool
+        self._cache = DiskCache(folder, limit_bytes=limit_mb * MIB)
 
-    def _find(self, sha256: str) -> RenderedImage | None:
-        data = self._kept.get(_name(sha256))
+    def get(self, sha256: str, read: Callable[[], bytes]) -> bytes:
+        """Return the thumbnail of a photo, at most THUMBNAIL_MAX_PX on its longer side.
+
+        Args:
+            sha256: The photo.
+            read: Reads the photo's bytes if the thumbnail is not cached.
+
+        Raises:
+            UserError: The photo cannot be read or decoded, or the pool is busy.
+        """
+        key = f"{CACHE_PREFIX}: {sha256}"
+        return self._find(key) or self._pool.run(key, lambda: self._find(key) or self._create(key, read))
+
+    def _find(self, key: str) -> bytes | None:
+        data = self._cache.get(key)
         if data is None:
             return None
-        # A disk may give back anything; a file that is whole has both ends.
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS[:1]) as file:
+        # A disk may return anything. A complete file has a valid start and end.
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS[:1]):
             if data.endswith(JPEG_END):
-                return RenderedImage(data, *file.size)
-        self._kept.remove(_name(sha256))
+                return data
+        self._cache.remove(key)
         return None
 
-    def _make(self, sha256: str, read: Callable[[], bytes]) -> RenderedImage:
-        made = render_jpeg(read(), decoder=self._door, max_side_px=THUMBNAIL_MAX_PX, quality=QUALITY)
-        self._kept.put(_name(sha256), made.data)
-        return made
-
-
-def _name(sha256: str) -> str:
-    return f"{CACHE_PREFIX}: {sha256}"
+    def _create(self, key: str, read: Callable[[], bytes]) -> bytes:
+        data = self._render(read(), max_side_px=THUMBNAIL_MAX_PX, quality=QUALITY)
+        self._cache.put(key, data)
+        return data

@@ -1,30 +1,30 @@
-"""What people decide about photos: every decision is kept, the last one that was not taken back holds."""
+"""Save what people decide about photos. The history is append-only; the last decision that was not undone is current."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select
 
-from models.artifacts.reviews import COLUMNS, DECISIONS, LABEL
+from models.artifacts.reviews import COLUMNS, DECISIONS, LABEL, NOTE, Review
+from service.db.errors import InvalidReviewError, NothingToUndoError, RecordNotFoundError, ReviewConflictError
 from service.db.ingest import PREDICTION_COLUMNS, BucketWriter, production_loss, resolve_label
 from service.db.schema import buckets, current_reviews, decisions, models, predictions
-from service.http.errors import Problem
-from service.http.text_validation import is_storable
+from service.db.text import is_storable
 
-ACTIONS = (*DECISIONS, "note", "undo")
+ACTIONS = (*DECISIONS, NOTE, "undo")
 ANONYMOUS = "Anonymous"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewDecision:
-    """What somebody says about a photo. ``decision`` is one of WORDS, of which a note changes nothing.
+    """A reviewer's decision, note or undo.
 
-    ``expected_version`` is the id of the decision that they saw holding, None where they saw none: another's in between is not
-    overruled unseen.
+    ``decision`` is one of ACTIONS; a note changes no review. ``expected_version`` is the id of the current decision that the
+    reviewer saw, None if there was none, so that nobody overwrites a decision without having seen it.
     """
 
     photo: str
@@ -38,29 +38,67 @@ class ReviewDecision:
     expected_version: int | None = None
 
 
-def save_decision(connection: Connection, decision: ReviewDecision) -> int:
-    """Enter a decision and all that follows from it; returns the id that it got.
+@dataclass(frozen=True)
+class HistoryEntry:
+    """A line of a photo's history, like "Ann" "relabeled to dogs"."""
 
-    Raises Problem: no such decision, label or photo, an empty note, nothing to undo, somebody decided since, or a text that
-    no database takes.
+    id: int
+    reviewer: str
+    text: str
+    note: str
+    decided_at: datetime
+    is_undone: bool
+
+
+@dataclass(frozen=True)
+class SavedMessage:
+    """What was just saved about a photo.
+
+    ``undo`` is the id of the decision that can be undone, and ``restored_note`` the note of one that was undone.
+    """
+
+    title: str
+    photo: str
+    sha256: str
+    text: str
+    undo: int | None = None
+    is_undo: bool = False
+    restored_note: str = ""
+
+    @property
+    def file(self) -> str:
+        return self.photo.rpartition("/")[2]
+
+
+def save_decision(connection: Connection, decision: ReviewDecision) -> int:
+    """Save a decision and update all predictions of the photo.
+
+    Returns:
+        The id of the decision.
+
+    Raises:
+        InvalidReviewError: The decision or the label is unknown, the note is empty, or a text cannot be stored.
+        RecordNotFoundError: The model has no prediction for the photo.
+        ReviewConflictError: Another reviewer decided in the meantime.
+        NothingToUndoError: There is no review to undo.
     """
     if decision.decision not in ACTIONS:
-        raise Problem("bad_parameter", f"The field `decision` is {decision.decision[:80]!r}; it can be {', '.join(ACTIONS)}.")
-    if decision.decision == "note" and not decision.note.strip():
-        raise Problem("bad_parameter", "The field `note` is empty; a note was to be saved.")
+        raise InvalidReviewError(f"Invalid `decision`: {decision.decision[:80]!r}. Valid values: {', '.join(ACTIONS)}.")
+    if decision.decision == NOTE and not decision.note.strip():
+        raise InvalidReviewError("The field `note` is empty. Enter a note, or choose a decision.")
     if not is_storable(decision.new_label or "", decision.note, decision.reviewer):
-        raise Problem("bad_parameter", "A text arrived with a letter that cannot be kept, as a zero byte; leave it out.")
-    label = _label_of(connection, decision)
-    holds = current_decision(connection, decision.sha256)
-    if decision.decision != "note" and decision.expected_version != (holds.id if holds else None):
-        change = f"{holds.reviewer or ANONYMOUS} has just {describe_decision(holds)}" if holds else "The review was just undone"
-        raise Problem("review_conflict", f"{change}. Check it, then overwrite it if needed.")
+        raise InvalidReviewError("A text contains a NUL character or an unpaired surrogate. Remove it.")
+    label = _original_label(connection, decision)
+    current = current_decision(connection, decision.sha256)
+    if decision.decision != NOTE and decision.expected_version != (current.id if current else None):
+        change = f"{current.reviewer or ANONYMOUS} has just {describe_decision(current)}" if current else None
+        raise ReviewConflictError(f"{change or 'The review was just undone'}. Check it, then overwrite it if needed.")
     undoes = None
     if decision.decision == "undo":
-        if holds is None:
-            raise Problem("nothing_to_undo", f"Nothing is decided about {decision.photo}; there is nothing to undo.")
-        undoes = holds.id
-    made = connection.execute(
+        if current is None:
+            raise NothingToUndoError(f"{decision.photo} has no review to undo.")
+        undoes = current.id
+    saved = connection.execute(
         insert(decisions).values(
             sha256=decision.sha256,
             photo=decision.photo,
@@ -75,108 +113,155 @@ def save_decision(connection: Connection, decision: ReviewDecision) -> int:
             decided_at=datetime.now(timezone.utc),
         )
     )
-    if decision.decision != "note":
-        _hold(connection, decision.sha256)
-    return int(made.inserted_primary_key[0])  # type: ignore[index]
+    if decision.decision != NOTE:
+        _update_current_review(connection, decision.sha256)
+    return int(saved.inserted_primary_key[0])  # type: ignore[index]
 
 
 def current_decision(connection: Connection, sha256: str) -> Row[Any] | None:
-    """The decision that holds for a photo: the last one that is neither taken back nor a mere note."""
+    """Return the current decision on a photo: the last one that is not a note and was not undone."""
     undone = select(decisions.c.undoes).where(decisions.c.sha256 == sha256, decisions.c.undoes.is_not(None))
-    found = select(decisions).where(
+    effective = select(decisions).where(
         decisions.c.sha256 == sha256, decisions.c.decision.in_(DECISIONS), decisions.c.id.not_in(undone)
     )
-    return connection.execute(found.order_by(decisions.c.id.desc()).limit(1)).first()
-
-
-def latest_entry(connection: Connection, id_: str) -> Row[Any] | None:
-    """The decision, note or undo with an id that somebody typed or a link carries, where nothing was decided after it."""
-    if not (id_.isascii() and id_.isdigit() and len(id_) < 19):
-        return None
-    row = get_entry(connection, int(id_))
-    if row is None:
-        return None
-    later = decisions.c.sha256 == row.sha256, decisions.c.id > row.id, decisions.c.decision != "note"
-    return None if connection.execute(select(decisions.c.id).where(*later).limit(1)).first() else row
-
-
-def get_entry(connection: Connection, id_: int) -> Row[Any] | None:
-    """The decision, note or undo with that id."""
-    return connection.execute(select(decisions).where(decisions.c.id == id_)).first()
+    return connection.execute(effective.order_by(decisions.c.id.desc()).limit(1)).first()
 
 
 def load_history(connection: Connection, sha256: str) -> list[Row[Any]]:
-    """Everything that was said about a photo, the newest first."""
+    """Load all entries of a photo's history, the newest first."""
     return list(connection.execute(select(decisions).where(decisions.c.sha256 == sha256).order_by(decisions.c.id.desc())))
 
 
-def describe_decision(decision: Row[Any]) -> str:
-    """Describe a decision without its reviewer, such as "relabeled to dogs"."""
-    if decision.decision == LABEL:
-        verb = "confirmed" if decision.new_label == decision.label else "relabeled to" if decision.label else "labeled"
-        return f"{verb} {decision.new_label}"
-    return {
-        "neither": "marked as none of the classes",
-        "bad": "excluded the photo",
-        "note": "added a note",
-        "undo": "undid",
-    }[str(decision.decision)]
+def list_reviews(connection: Connection) -> list[Review]:
+    """Load the rows of reviews.csv in the order of the photos' names.
+
+    A photo has its current review, and all notes that were saved alone. A photo with such notes but no review has a row with
+    the decision ``note``.
+    """
+    current = connection.execute(select(*(current_reviews.c[name] for name in COLUMNS)))
+    reviews = {row.sha256: _review(row) for row in current}
+    saved_notes = select(*(decisions.c[name] for name in COLUMNS)).where(decisions.c.decision == NOTE)
+    for row in connection.execute(saved_notes.order_by(decisions.c.id)):
+        known = reviews.get(row.sha256)
+        reviews[row.sha256] = replace(known, note=f"{known.note}\n{row.note}".strip()) if known else _review(row)
+    return sorted(reviews.values(), key=lambda review: (review.photo, review.sha256))
 
 
-def list_reviews(connection: Connection) -> Iterator[Row[Any]]:
-    """What holds of every photo that was decided about, in the order of their names: the rows of reviews.csv."""
-    columns = [current_reviews.c[name] for name in COLUMNS]
-    yield from connection.execute(select(*columns).order_by(current_reviews.c.photo, current_reviews.c.sha256))
+def _review(row: Row[Any]) -> Review:
+    return Review(
+        sha256=row.sha256,
+        photo=row.photo,
+        label=row.label or "",
+        decision=row.decision,
+        new_label=row.new_label or "",
+        note=row.note,
+        reviewer=row.reviewer,
+        decided_at=row.decided_at.isoformat(timespec="seconds"),
+    )
 
 
 def apply_decision(connection: Connection, sha256: str) -> None:
-    """Put every prediction of a photo into the cell that the decision about it, or none, gives."""
+    """Move every prediction of a photo to the bucket that follows from its current review."""
     review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == sha256)).first()
-    found = connection.execute(
+    rows = connection.execute(
         select(*PREDICTION_COLUMNS, predictions.c.probabilities, models.c.id.label("model_id"), models.c.classes)
         .join(buckets, buckets.c.id == predictions.c.bucket_id)
         .join(models, models.c.id == predictions.c.model_id)
         .where(predictions.c.sha256 == sha256)
     ).all()
-    for row in found:
+    for row in rows:
         label, state = resolve_label(review, label=row.label, predicted=row.predicted, classes=row.classes, source=row.source)
         loss = production_loss(row.probabilities, label) if row.source == "production" else row.loss
         BucketWriter(connection, row.model_id).move(row._mapping, label=label, review=state, loss=loss)
 
 
-def _hold(connection: Connection, sha256: str) -> None:
-    """Bring ``current_reviews`` and the cells in line with the decision that holds now."""
+def describe_decision(decision: Row[Any]) -> str:
+    """Describe a decision without its reviewer: "relabeled to dogs"."""
+    if decision.decision == LABEL:
+        if decision.new_label == decision.label:
+            return f"confirmed {decision.new_label}"
+        return f"{'relabeled to' if decision.label else 'labeled'} {decision.new_label}"
+    return {
+        "neither": "marked as none of the classes",
+        "bad": "excluded the photo",
+        NOTE: "added a note",
+        "undo": "undid",
+    }[str(decision.decision)]
+
+
+def history_entries(rows: Sequence[Row[Any]]) -> list[HistoryEntry]:
+    """Describe the rows of ``load_history``."""
+    undone = {row.undoes for row in rows if row.undoes}
+    texts = {row.id: describe_decision(row) for row in rows}
+    return [
+        HistoryEntry(
+            row.id,
+            row.reviewer or ANONYMOUS,
+            texts[row.id] + (f": {texts[row.undoes]}" if row.undoes in texts else ""),
+            row.note,
+            row.decided_at,
+            row.id in undone,
+        )
+        for row in rows
+    ]
+
+
+def saved_message(connection: Connection, id_: str) -> SavedMessage | None:
+    """Describe the entry whose id is in a link.
+
+    Returns:
+        None if the text is not an id, or if a later decision makes the message outdated.
+    """
+    row = _get_entry(connection, int(id_)) if id_.isascii() and id_.isdigit() and len(id_) < 19 else None
+    if row is None:
+        return None
+    later = decisions.c.sha256 == row.sha256, decisions.c.id > row.id, decisions.c.decision != NOTE
+    if connection.execute(select(decisions.c.id).where(*later).limit(1)).first():
+        return None
+    photo = row.photo, row.sha256
+    if row.decision == NOTE:
+        return SavedMessage("Note saved", *photo, "")
+    if row.decision != "undo":
+        return SavedMessage("Saved", *photo, f"{describe_decision(row)}.", undo=row.id)
+    undone, current = _get_entry(connection, row.undoes), current_decision(connection, row.sha256)
+    assert undone is not None  # entries are never deleted
+    if current:
+        text = f"previous review restored: {current.reviewer or ANONYMOUS} {describe_decision(current)}."
+    else:
+        text = f"review removed; label is {row.label}." if row.label else "review removed; no label."
+    return SavedMessage("Undone", *photo, text, is_undo=True, restored_note=undone.note)
+
+
+def _get_entry(connection: Connection, id_: int) -> Row[Any] | None:
+    return connection.execute(select(decisions).where(decisions.c.id == id_)).first()
+
+
+def _update_current_review(connection: Connection, sha256: str) -> None:
     connection.execute(delete(current_reviews).where(current_reviews.c.sha256 == sha256))
-    holds = current_decision(connection, sha256)
-    if holds is not None:
-        row = {name: getattr(holds, name) for name in COLUMNS}
-        connection.execute(insert(current_reviews).values(**row, decision_id=holds.id))
+    current = current_decision(connection, sha256)
+    if current is not None:
+        row = {name: getattr(current, name) for name in COLUMNS}
+        connection.execute(insert(current_reviews).values(**row, decision_id=current.id))
     apply_decision(connection, sha256)
 
 
-def _label_of(connection: Connection, decision: ReviewDecision) -> str | None:
-    """The class that the photo was evaluated with, None for a live one.
-
-    Raises Problem where there is no such photo, or the label to give is none of the model's classes.
-    """
+def _original_label(connection: Connection, decision: ReviewDecision) -> str | None:
+    """Return the class that the photo was evaluated with, None for a production photo. Check the new label."""
     texts = decision.model_version, decision.photo, decision.sha256
-    found = (
-        is_storable(*texts)
-        and connection.execute(
-            select(buckets.c.label, buckets.c.source, models.c.classes)
-            .select_from(predictions)
-            .join(buckets, buckets.c.id == predictions.c.bucket_id)
-            .join(models, models.c.id == predictions.c.model_id)
-            .where(
-                models.c.version == decision.model_version,
-                predictions.c.photo == decision.photo,
-                predictions.c.sha256 == decision.sha256,
-            )
-        ).first()
+    own = (
+        select(buckets.c.label, buckets.c.source, models.c.classes)
+        .select_from(predictions)
+        .join(buckets, buckets.c.id == predictions.c.bucket_id)
+        .join(models, models.c.id == predictions.c.model_id)
+        .where(
+            models.c.version == decision.model_version,
+            predictions.c.photo == decision.photo,
+            predictions.c.sha256 == decision.sha256,
+        )
     )
-    if not found:
-        raise Problem("not_found", f"The model {decision.model_version} was not evaluated on a photo {decision.photo!r}.")
-    if decision.decision == LABEL and decision.new_label not in found.classes:
-        known = ", ".join(found.classes)
-        raise Problem("bad_parameter", f"The field `new_label` is {decision.new_label!r}; it can be {known}.")
-    return None if found.source == "production" else str(found.classes[found.label])
+    row = is_storable(*texts) and connection.execute(own).first()
+    if not row:
+        raise RecordNotFoundError(f"The model {decision.model_version} has no prediction for a photo {decision.photo!r}.")
+    if decision.decision == LABEL and decision.new_label not in row.classes:
+        raise InvalidReviewError(f"Invalid `new_label`: {decision.new_label!r}. Valid values: {', '.join(row.classes)}.")
+    return None if row.source == "production" else str(row.classes[row.label])

@@ -16,10 +16,10 @@ from werkzeug.urls import iri_to_uri
 
 from models.artifacts.atomic_io import sha256_of
 from models.runtime.openvino_engine import Pixels
-from service.api.predict import png_data_url
 from service.context import services
 from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
 from service.http.security import KEY_COOKIE
+from service.images.render import png_data_url
 from service.inference.model_manager import LoadedModel
 
 ONE_YEAR_S = 365 * 24 * 3600

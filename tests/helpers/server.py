@@ -30,7 +30,13 @@ VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {
 }
 HOLDING = ROOT / "tests" / "helpers" / "holding"
 # For a busy machine.
-PATIENT = {"deadline_ms": 300_000, "body_timeout_s": 300, "shutdown_timeout_s": 300, "decode_timeout_s": 300}
+PATIENT = {
+    "deadline_ms": 300_000,
+    "body_timeout_s": 300,
+    "shutdown_timeout_s": 300,
+    "decode_timeout_s": 300,
+    "database_timeout_s": 300,
+}
 START_S = 300.0  # a model is loaded with low priority
 ANSWER_S = 300.0
 T = TypeVar("T")

@@ -22,6 +22,7 @@ from sqlalchemy import insert, select, text
 
 from models.errors import ConfigError
 from service.db.connection import MIGRATIONS, SCHEMA_REVISION, Database
+from service.db.errors import DatabaseUnavailableError
 from service.db.filter import Filter
 from service.db.ingest import get_or_create_model
 from service.db.production import ServedPrediction, load_image, save_predictions
@@ -59,7 +60,7 @@ def refused(url: str) -> str:
         Database(url)
     said = str(caught.value)
     assert "\n" not in said
-    assert re.search(r"; [^.;]+\.$|; .+\.$", said), "it must say what to do"
+    assert re.search(r"\. (Use|Start) .+\.$", said), "it must say what to do"
     assert SECRET not in said
     return said
 
@@ -147,6 +148,7 @@ def test_the_rows_of_the_first_revision_are_kept(empty_url: str) -> None:
         assert (dog.photo, dog.source, dog.review, dog.mislabeled) == ("live/dog.jpg", "evaluation", "relabeled", True)
         assert (live.photo, live.source, live.review, live.outcome) == (name, "production", "neither", "unlabeled")
         assert (live.sha256, live.decision and live.decision.id) == (LIVE, 2)
+        assert (dog.received_at, live.received_at) == (None, datetime(2026, 11, 1, tzinfo=timezone.utc))
         assert found.counts.facets["source"] == {"evaluation": 1, "production": 1}
         assert load_image(connection, LIVE) == probabilities
         assert [row.photo for row in list_reviews(connection)] == ["live/dog.jpg", name]
@@ -192,7 +194,7 @@ def test_a_database_of_a_newer_program_is_refused(database: Database, database_u
     with database.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     said = refused(database_url)
-    assert "at the revision 9999" in said
+    assert "has the revision 9999" in said
     assert f"up to {SCHEMA_REVISION}" in said
     with database.read() as connection:
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "9999"
@@ -215,10 +217,10 @@ def test_a_database_of_an_older_program_that_says_nothing_is_brought_up(empty_ur
     [
         (f"mysql://me:{SECRET}@localhost/reviews", "DATABASE_URL names mysql"),
         (f"postgresql+asyncpg://me:{SECRET}@localhost/reviews", "DATABASE_URL names postgresql+asyncpg"),
-        (f"reviews {SECRET}", "DATABASE_URL is no URL"),
-        (f"postgresql//me:{SECRET}@localhost/reviews", "DATABASE_URL is no URL"),
-        (f"postgresql://me:{SECRET}@localhost:port/reviews", "DATABASE_URL is no URL"),
-        ("", "DATABASE_URL is no URL"),
+        (f"reviews {SECRET}", "DATABASE_URL is not a URL"),
+        (f"postgresql//me:{SECRET}@localhost/reviews", "DATABASE_URL is not a URL"),
+        (f"postgresql://me:{SECRET}@localhost:port/reviews", "DATABASE_URL is not a URL"),
+        ("", "DATABASE_URL is not a URL"),
         ("sqlite://", "names no file"),
         ("sqlite:///", "names no file"),
         ("sqlite:///:memory:", "names no file"),
@@ -235,7 +237,7 @@ def test_what_cannot_be_used_is_refused_in_one_sentence(url: str, wanted: str) -
 def test_files_that_cannot_be_used_are_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no database, but some text of sufficient length to be a header of one" * 20)
     assert f"sqlite:///{tmp_path}/file cannot be opened (file is not a database)" in refused(f"sqlite:///{tmp_path}/file")
-    assert "cannot be made (" in refused(f"sqlite:///{tmp_path}/file/reviews.db")
+    assert "cannot be created (" in refused(f"sqlite:///{tmp_path}/file/reviews.db")
     assert "cannot be opened (unable to open database file)" in refused(f"sqlite:///{tmp_path}")
 
 
@@ -313,7 +315,7 @@ def test_a_reader_sees_one_state_throughout(database: Database) -> None:
 
 
 def test_a_reader_cannot_write(database: Database) -> None:
-    with pytest.raises(sqlalchemy.exc.SQLAlchemyError), database.read() as connection:
+    with pytest.raises(DatabaseUnavailableError), database.read() as connection:
         get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
 
 
@@ -373,3 +375,108 @@ def test_the_file_is_one_that_others_can_read(tmp_path: Path) -> None:
     plain = sqlite3.connect(tmp_path / "reviews.db")
     assert plain.execute("SELECT version, classes FROM models").fetchall() == [("v1", '["x", "y"]')]
     plain.close()
+
+
+@pytest.mark.parametrize("replacement", [None, b"", b"garbage" * 1000, "a copy"])
+def test_a_removed_or_replaced_file_fails_reads_and_writes(tmp_path: Path, replacement: bytes | str | None) -> None:
+    file = tmp_path / "reviews.db"
+    database = Database(f"sqlite:///{file}")
+    if isinstance(replacement, str):
+        replacement = file.read_bytes()
+    for part in tmp_path.glob("reviews.db*"):
+        part.unlink()
+    if replacement is not None:
+        file.write_bytes(replacement)
+    with pytest.raises(DatabaseUnavailableError, match="was removed or replaced"), database.read():
+        pass
+    with pytest.raises(DatabaseUnavailableError, match="was removed or replaced"), database.write():
+        pass
+    database.close()
+
+
+@pytest.mark.parametrize("name", ["reviews.db", "reviews.db-wal"])
+def test_a_write_is_not_acknowledged_if_the_file_was_removed_during_it(tmp_path: Path, name: str) -> None:
+    database = Database(f"sqlite:///{tmp_path}/reviews.db")
+
+    def write() -> None:
+        with database.write() as connection:
+            get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
+            (tmp_path / name).unlink()
+
+    with pytest.raises(DatabaseUnavailableError, match="was removed or replaced"):
+        write()
+    database.close()
+
+
+def test_a_damaged_file_is_reported_without_its_path(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "reviews.db"
+    database = Database(f"sqlite:///{file}")
+    database.close()
+    with file.open("r+b") as stream:
+        stream.write(b"garbage" * 1000)
+    with pytest.raises(DatabaseUnavailableError) as caught, database.read() as connection:
+        connection.execute(select(models))
+    assert str(caught.value) == "The review database is not available, and nothing was saved. Try again in a few seconds."
+    (record,) = (record for record in caplog.records if record.name == "service.db")
+    assert record.reason == "file is not a database"  # type: ignore[attr-defined]
+    assert record.exc_info is None
+    database.close()
+
+
+def test_a_request_waits_for_a_writer_for_a_limited_time_and_an_import_waits_longer(database_url: str) -> None:
+    """Another process holds the lock of writers until the event; reads do not wait for it."""
+    holder, waiting = Database(database_url), Database(database_url, timeout_s=0.1)
+    with holder.write() as connection:
+        get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
+        with waiting.read() as other:
+            assert other.execute(select(models)).all() == []
+        with pytest.raises(DatabaseUnavailableError), waiting.write():
+            pass
+        imported: list[int] = []
+
+        def write_in_background() -> None:
+            with waiting.write(background=True) as other:
+                imported.append(get_or_create_model(other, version="v2", name="b", classes=("x", "y")))
+
+        thread = threading.Thread(target=write_in_background)
+        thread.start()
+        with pytest.raises(DatabaseUnavailableError), waiting.write():
+            pass
+        assert imported == []
+    thread.join()
+    assert len(imported) == 1
+    holder.close()
+    waiting.close()
+
+
+def test_a_locked_table_of_postgresql_fails_a_read_in_time(postgres: Postgres) -> None:
+    url = postgres.create()
+    holder, waiting = Database(url), Database(url, timeout_s=0.1)
+    with holder.write() as connection:
+        connection.execute(text("LOCK TABLE models IN ACCESS EXCLUSIVE MODE"))
+        with pytest.raises(DatabaseUnavailableError), waiting.read() as other:
+            other.execute(select(models))
+    with waiting.read() as other:
+        assert other.execute(select(models)).all() == []
+    holder.close()
+    waiting.close()
+    postgres.drop(url)
+
+
+def test_a_stopped_postgresql_is_unavailable_and_works_again(postgres: Postgres) -> None:
+    """Terminating all sessions is what a restart does to them."""
+    url = postgres.create()
+    database = Database(url)
+    name = url.rpartition("/")[2]
+
+    def read() -> None:
+        with database.read() as connection:
+            postgres.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+            connection.execute(select(models))
+
+    with pytest.raises(DatabaseUnavailableError):
+        read()
+    with database.write() as connection:
+        get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
+    database.close()
+    postgres.drop(url)

@@ -13,10 +13,10 @@ from scipy.stats import binomtest
 
 from models.artifacts.predictions import Predictions
 from service.db.connection import Database
+from service.db.errors import IncompatibleModelsError, RecordNotFoundError
 from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import ModelComparison, compare_models
 from service.db.query import PredictionQuery, get_model
-from service.http.errors import Problem
 from service.reviews.decisions import ReviewDecision, save_decision
 from tests.helpers.gallery_rows import CLASSES, enter, make_predictions
 
@@ -104,11 +104,11 @@ def test_models_with_other_classes_are_not_compared(database: Database, tmp_path
     enter(database, make_predictions(1, 5, CLASSES[2]), tmp_path)
     enter(database, make_predictions(1, 5, CLASSES[5]), tmp_path, version="v2")
     with database.read() as connection:
-        with pytest.raises(Problem, match="The models v1 and v2 have other classes"):
+        with pytest.raises(IncompatibleModelsError, match="The models v1 and v2 have different classes"):
             compare_models(connection, get_model(connection, "v1"), get_model(connection, "v2"))
-        with pytest.raises(Problem, match="give two with the same"):
+        with pytest.raises(IncompatibleModelsError, match="Compare two models with the same classes"):
             PredictionQuery(connection, Filter(model="v1", baseline="v2", change="fixed"))
-        with pytest.raises(Problem, match="no predictions of a model 'v3'"):
+        with pytest.raises(RecordNotFoundError, match="no predictions of a model 'v3'"):
             PredictionQuery(connection, Filter(model="v1", baseline="v3", change="fixed"))
 
 

@@ -15,7 +15,8 @@ from service.db.connection import Database
 from service.db.filter import UNLABELED, Filter
 from service.db.ingest import get_or_create_model
 from service.db.production import ServedPrediction, labeled_images, load_image, production_name, prune, save_predictions
-from service.db.query import PredictionQuery, PredictionRecord
+from service.db.query import PredictionQuery, count_unreviewed_production
+from service.db.records import PredictionRecord
 from service.db.schema import predictions, production_images
 from service.reviews.decisions import ReviewDecision, current_decision, load_history, save_decision
 from tests.helpers.gallery_rows import VERSION, check_cells, enter, make_predictions
@@ -123,7 +124,7 @@ def test_of_too_many_the_oldest_without_a_decision_go_first(database: Database) 
 
     def prune_to(max_images: int) -> tuple[int, list[int]]:
         with database.write() as connection:
-            gone = prune(connection, max_images=max_images, days=365)
+            gone = prune(connection, max_images=max_images, max_bytes=10**9, days=365)
         return gone, [number for number, photo in enumerate(photos) if photo.sha256 in kept(database)]
 
     assert prune_to(10) == (0, list(range(10)))
@@ -137,17 +138,61 @@ def test_of_too_many_the_oldest_without_a_decision_go_first(database: Database) 
     assert one(database, photos[0]).label == "cats"
 
 
+def test_images_beyond_the_size_limit_are_deleted_unreviewed_and_oldest_first(database: Database) -> None:
+    """Every image has 7 bytes, except one that would not fit alone."""
+    images = [answered(number, age_days=10 - number) for number in range(6)]
+    huge = replace(answered(6, age_days=1), data=bytes(30))
+    keep_all(database, *images, huge)
+    say(database, images[1], "label", "cats")
+    with database.write() as connection:
+        assert prune(connection, max_images=100, max_bytes=29, days=365) == 3
+    assert kept(database) == {images[number].sha256 for number in (1, 3, 4, 5)}
+
+
+def test_production_photos_have_their_time_of_arrival_and_sort_by_it(database: Database) -> None:
+    images = [answered(number, age_days=number % 3) for number in range(5)]
+    keep_all(database, *images)
+    with database.read() as connection:
+        query = PredictionQuery(connection, Filter(model=VERSION, sort="newest"))
+        records = query.page(1)
+        assert [record.sha256 for record in records] == [image.sha256 for image in reversed(images)]
+        assert [record.received_at for record in records] == [image.received_at for image in reversed(images)]
+        assert [query.neighbors(record)[0] for record in records] == [0, 1, 2, 3, 4]
+
+
+def test_unreviewed_production_photos_are_counted_for_every_model(database: Database) -> None:
+    images = [answered(number) for number in range(3)]
+    keep_all(database, *images)
+    keep_all(database, images[0], version="v2")
+    say(database, images[1], "bad")
+    with database.read() as connection:
+        ids = {version: PredictionQuery(connection, Filter(model=version)).model.id for version in (VERSION, "v2")}
+        assert count_unreviewed_production(connection) == {ids[VERSION]: 2, ids["v2"]: 1}
+
+
+def test_an_evaluated_photo_with_the_same_bytes_is_found(database: Database, tmp_path: Path) -> None:
+    image = answered(1)
+    evaluated = make_predictions(1, 5, CLASSES)
+    (row, *_) = enter(database, replace(evaluated, sha256s=(image.sha256, *evaluated.sha256s[1:])), tmp_path)
+    keep_all(database, image, answered(2))
+    with database.read() as connection:
+        query = PredictionQuery(connection, Filter(model=VERSION))
+        (copy,) = query.copies(query.find(production_name(image.sha256)))
+        assert (copy.photo, copy.label, copy.source) == (row.photo, row.label, "evaluation")
+        assert query.copies(query.find(production_name(answered(2).sha256))) == []
+
+
 def test_what_is_too_old_goes_and_evaluated_photos_stay(database: Database, tmp_path: Path) -> None:
     photos = [answered(number, age_days=number) for number in range(6)]
     keep_all(database, *photos)
     say(database, photos[5], "label", "cats")
     with database.write() as connection:
-        assert prune(connection, max_images=100, days=2.5) == 3
+        assert prune(connection, max_images=100, max_bytes=10**9, days=2.5) == 3
     assert kept(database) == {photo.sha256 for photo in photos[:3]}
     enter(database, make_predictions(1, 20, CLASSES), tmp_path, version="v2")
     with database.write() as connection:
-        assert prune(connection, max_images=1, days=2.5) == 2
-        assert prune(connection, max_images=1, days=0) == 1
-        assert prune(connection, max_images=1, days=0) == 0
+        assert prune(connection, max_images=1, max_bytes=10**9, days=2.5) == 2
+        assert prune(connection, max_images=1, max_bytes=10**9, days=0) == 1
+        assert prune(connection, max_images=1, max_bytes=10**9, days=0) == 0
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 20
     check_cells(database)

@@ -17,11 +17,12 @@ from sqlalchemy import func, select
 from service.db import pagination
 from service.db.aggregates import HISTOGRAM_BINS
 from service.db.connection import Database
+from service.db.errors import InvalidFilterError, RecordNotFoundError
 from service.db.filter import FACETS, SORT_ORDERS, Filter
-from service.db.ingest import EvaluationTable, encode_file_name, get_or_create_model, import_predictions
+from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions
 from service.db.query import PredictionQuery, get_model, list_models
 from service.db.schema import imports, predictions
-from service.http.errors import Problem
+from service.db.text import encode_file_name
 from service.reviews.decisions import ReviewDecision, save_decision
 from tests.conftest import NewDatabase
 from tests.helpers.gallery_rows import (
@@ -223,21 +224,20 @@ def test_a_photo_is_all_that_the_table_says(gallery: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("name", ["nothing.jpg", "a\0b", "half \udcff", ""])
 def test_a_photo_that_there_is_none_of(gallery: SimpleNamespace, name: str) -> None:
-    with gallery.database.read() as connection, pytest.raises(Problem) as caught:
+    with gallery.database.read() as connection, pytest.raises(RecordNotFoundError):
         PredictionQuery(connection, EVERYTHING).find(name)
-    assert caught.value.code == "not_found"
 
 
 @pytest.mark.parametrize("version", ["v9", "", "a\0b", "half \udcff"])
 def test_a_model_that_there_is_none_of(database: Database, version: str) -> None:
-    with database.read() as connection, pytest.raises(Problem) as caught:
+    with database.read() as connection, pytest.raises(RecordNotFoundError):
         PredictionQuery(connection, Filter(model=version))
-    assert caught.value.code == "not_found"
 
 
 def test_a_class_that_the_model_does_not_know(gallery: SimpleNamespace) -> None:
     for wanted in (EVERYTHING.replace(labels=("birds",)), EVERYTHING.replace(predicted=("birds",))):
-        with gallery.database.read() as connection, pytest.raises(Problem, match="is 'birds'; the model knows"):
+        expected = r"'birds'\. The classes of the model are"
+        with gallery.database.read() as connection, pytest.raises(InvalidFilterError, match=expected):
             PredictionQuery(connection, wanted)
 
 

@@ -19,8 +19,8 @@ from flask import Flask
 from models.artifacts.bundle import MANIFEST, Bundle, open_bundle, write_bundle
 from service.context import EXTENSION
 from service.db.aggregates import FacetCounts
+from service.db.filter import UNLABELED
 from service.gallery.commands import retrain_command, serve_both_command
-from service.gallery.grid import _is_weak
 from service.settings import Settings
 from tests.helpers.server import Server, poll, serve
 
@@ -132,17 +132,17 @@ def test_a_queue_shows_its_progress_and_leads_to_the_next_unreviewed_photo(galle
     assert f"Retrain with {len(photos)} reviews" in words(gallery.text(page))
 
 
-def test_a_model_at_chance_does_not_judge_labels() -> None:
-    def evaluated(correct: int, incorrect: int, *labels: int) -> FacetCounts:
-        counts = FacetCounts()
-        counts.facets["outcome"] = Counter(correct=correct, incorrect=incorrect)
-        counts.facets["class"] = Counter({f"class {i}": photos for i, photos in enumerate(labels)})
-        return counts
-
-    assert _is_weak(evaluated(12, 297, *([15] * 20), 9))
-    assert _is_weak(evaluated(90, 10, 90, 10))
-    assert not _is_weak(evaluated(95, 5, 50, 50))
-    assert not _is_weak(evaluated(0, 0))
+@pytest.mark.parametrize(
+    ("confusion", "expected"),
+    [
+        ({("cats", "cats"): 95, ("dogs", "cats"): 5}, False),  # always the most frequent class
+        ({("cats", "cats"): 47, ("dogs", "dogs"): 48, ("cats", "dogs"): 5}, True),
+        ({(UNLABELED, "cats"): 100}, False),
+        ({}, False),
+    ],
+)
+def test_a_model_at_chance_cannot_judge_labels(confusion: dict[tuple[str, str], int], expected: bool) -> None:
+    assert FacetCounts(confusion=Counter(confusion)).can_judge_labels is expected
 
 
 # Commands

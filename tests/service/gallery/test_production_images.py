@@ -87,7 +87,7 @@ def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> 
     home = gallery.text("/gallery")
     address, number = re.findall(r'<dt>No label yet</dt><dd><a href="([^"]*)">(\d+)</a>', home)[0]
     assert int(number) == waiting
-    assert f">{waiting} photos" in gallery.text(html.unescape(address))
+    assert f": {waiting} unlabeled photos, " in gallery.text(html.unescape(address))
 
 
 def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(gallery: Gallery) -> None:
@@ -105,7 +105,7 @@ def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(ga
     )
     assert (figures["Correct"], figures["Incorrect"]) == (str(right + 1), str(len(evaluated) - right + 1))
     address = re.findall(r'<a href="([^"]*)">2 labeled production photos', text)[0]
-    assert '<h1 class="sentence">2 photos' in gallery.text(html.unescape(address))
+    assert ": 2 photos (correct or incorrect) from production" in gallery.text(html.unescape(address))
 
 
 def test_a_live_photo_has_no_label_to_keep(gallery: Gallery) -> None:

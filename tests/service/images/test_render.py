@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from service.http.errors import Problem
-from service.images.render import encode_png, render_jpeg
+from models.errors import UserError
+from service.http.errors import problem_from
+from service.images.render import encode_png
 from service.inference.image_decoder import ImageDecoder
 from service.settings import Settings
 
-DOOR = ImageDecoder.of(Settings())
+DECODER = ImageDecoder.of(Settings())
+DISPLAY = {"max_side_px": 2048, "quality": 90}
 
 
 def encode(photo: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
@@ -23,7 +25,7 @@ def encode(photo: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 
 def shown(data: bytes, **options: int) -> Image.Image:
-    made = render_jpeg(data, decoder=DOOR, **options)
+    made = DECODER.render(data, **{**DISPLAY, **options})
     photo = Image.open(io.BytesIO(made.data))
     assert photo.size == (made.width_px, made.height_px)
     return photo
@@ -51,7 +53,7 @@ def test_no_metadata_goes_along() -> None:
         encode(photo, "PNG", exif=exif, icc_profile=profile),
         encode(photo, "WEBP", exif=exif, xmp=b"SECRET xmp"),
     ):
-        made = render_jpeg(data, decoder=DOOR)
+        made = DECODER.render(data, **DISPLAY)
         again = Image.open(io.BytesIO(made.data))
         assert b"SECRET" not in made.data
         assert not again.getexif()
@@ -91,9 +93,11 @@ def test_a_large_photo_is_capped_and_a_small_one_is_not_enlarged() -> None:
 
 
 def test_what_cannot_be_decoded_is_a_problem() -> None:
-    with pytest.raises(Problem) as caught:
-        render_jpeg(b"nothing", decoder=DOOR)
-    assert caught.value.code == "not_an_image"
+    with pytest.raises(UserError) as caught:
+        DECODER.render(b"nothing", **DISPLAY)
+    problem = problem_from(caught.value)
+    assert problem
+    assert problem.code == "not_an_image"
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import os
 import threading
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -157,7 +159,7 @@ def test_without_a_folder_the_sentence_says_how_to_set_one() -> None:
 
 
 def test_a_file_too_large_to_be_shown_says_so(root: Path) -> None:
-    with pytest.raises(ImageUnavailableError, match="save it smaller"):
+    with pytest.raises(ImageUnavailableError, match="Save it in a smaller size"):
         SourceFolder([root], max_bytes=len(CAT) - 1).read(NAME, CAT_SHA256)
     assert SourceFolder([root], max_bytes=len(CAT)).read(NAME, CAT_SHA256) == CAT
 
@@ -213,3 +215,28 @@ def test_while_it_is_exchanged_over_and_over_only_the_one_wanted_is_given(root: 
         stop.set()
         thread.join()
     assert seen <= {CAT}
+
+
+def test_link_out_of_the_folder_is_named_as_the_reason(root: Path) -> None:
+    (root / "out.jpg").symlink_to(root.parent / "outside.jpg")
+    (root / "broken.jpg").symlink_to(root.parent / "nothing.jpg")
+    for method in (SourceFolder([root]).read, SourceFolder([root]).check):
+        with pytest.raises(ImageMissingError) as caught:
+            method("out.jpg", CAT_SHA256)
+        assert str(caught.value) == (
+            "The photo 'out.jpg' is a link that leads out of DATA_DIR, and such links are not followed. Set DATA_DIR to a "
+            "folder that contains the files, or copy them into it."
+        )
+        with pytest.raises(ImageMissingError, match="is not in the data folder"):
+            method("broken.jpg", CAT_SHA256)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_in_any_unicode_form(root: Path, forms: tuple[Literal["NFC", "NFD"], Literal["NFC", "NFD"]]) -> None:
+    stored, requested = (unicodedata.normalize(form, "valid/b\u00e9b\u00e9/\u00e9t\u00e9.jpg") for form in forms)
+    (root / stored).parent.mkdir()
+    (root / stored).write_bytes(CAT)
+    folder = SourceFolder([root])
+    assert folder.read(requested, CAT_SHA256) == CAT
+    folder.check(requested, CAT_SHA256)
+    is_missing(root, requested.replace("valid", "train"))

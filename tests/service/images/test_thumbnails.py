@@ -1,4 +1,4 @@
-"""Thumbnails: small, upright, made once, kept within a bound, on disks of any kind."""
+"""Thumbnails: small, created once, cached within a limit, on any kind of disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from service.http.errors import Problem
+from models.errors import UserError
+from service.http.errors import problem_from
 from service.images.disk_cache import DiskCache
 from service.images.thumbnails import THUMBNAIL_MAX_PX, ThumbnailCache
 from service.images.worker_pool import WorkerPool
@@ -33,45 +34,48 @@ def make() -> Iterator[Callable[..., ThumbnailCache]]:
     pool = WorkerPool("thumbnails", threads=2, max_queued=64, timeout_s=300)
 
     def made(folder: Path | None, *, limit_mb: int = 8, max_pixels: int = 50_000_000) -> ThumbnailCache:
+        decoder = ImageDecoder.of(Settings(max_megapixels=max_pixels / 1e6))
+        decoders.append(decoder)
         return ThumbnailCache(
-            folder, limit_mb=limit_mb, decoder=ImageDecoder.of(Settings(max_megapixels=max_pixels / 1e6)), pool=pool
+            folder, limit_mb=limit_mb, render=lambda data, **options: decoder.render(data, **options).data, pool=pool
         )
 
     yield made
     pool.close()
 
 
+decoders: list[ImageDecoder] = []
+
+
 def never() -> bytes:
-    raise AssertionError("it was kept")
+    raise AssertionError("it is cached")
 
 
 @pytest.mark.parametrize(
     ("size", "wanted"), [((900, 600), (320, 213)), ((600, 900), (213, 320)), ((100, 50), (100, 50)), ((5000, 2), (320, 1))]
 )
-def test_the_longer_side_is_bounded_and_a_small_photo_stays(
+def test_longer_side_is_limited_and_small_photos_keep_their_size(
     make: Callable[..., ThumbnailCache], tmp_path: Path, size: tuple[int, int], wanted: tuple[int, int]
 ) -> None:
-    made = make(tmp_path).get("a", lambda: photo(size))
-    assert (made.width_px, made.height_px) == wanted == Image.open(io.BytesIO(made.data)).size
+    data = make(tmp_path).get("a", lambda: photo(size))
+    assert Image.open(io.BytesIO(data)).size == wanted
     assert max(wanted) <= THUMBNAIL_MAX_PX
 
 
-def test_it_is_kept_for_another_process_with_its_size(make: Callable[..., ThumbnailCache], tmp_path: Path) -> None:
+def test_thumbnail_is_cached_for_other_processes(make: Callable[..., ThumbnailCache], tmp_path: Path) -> None:
     made = make(tmp_path).get("a", photo)
     assert make(tmp_path).get("a", never) == made
 
 
 @pytest.mark.parametrize("limit_mb", [0, 8])
-def test_without_a_disk_it_is_kept_in_memory(make: Callable[..., ThumbnailCache], tmp_path: Path, limit_mb: int) -> None:
+def test_without_a_folder_the_cache_is_in_memory(make: Callable[..., ThumbnailCache], tmp_path: Path, limit_mb: int) -> None:
     thumbnails = make(tmp_path if limit_mb == 0 else None, limit_mb=limit_mb)
     made = thumbnails.get("a", photo)
     assert thumbnails.get("a", never) == made
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_cannot_be_written_is_no_obstacle(
-    make: Callable[..., ThumbnailCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_disk(make: Callable[..., ThumbnailCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -82,17 +86,17 @@ def test_a_disk_that_cannot_be_written_is_no_obstacle(
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"<html>" * 200])
-def test_a_kept_file_that_is_damaged_is_made_again(
+def test_damaged_file_is_created_again(
     make: Callable[..., ThumbnailCache], tmp_path: Path, spoil: Callable[[bytes], bytes]
 ) -> None:
     made = make(tmp_path).get("a", photo)
     (kept,) = (path for path in tmp_path.rglob("*") if path.is_file())
     kept.write_bytes(spoil(kept.read_bytes()))
     assert make(tmp_path).get("a", photo) == made
-    assert kept.read_bytes() == made.data
+    assert kept.read_bytes() == made
 
 
-def test_asked_for_by_24_at_once_the_photo_is_read_once(make: Callable[..., ThumbnailCache], tmp_path: Path) -> None:
+def test_24_concurrent_calls_read_the_photo_once(make: Callable[..., ThumbnailCache], tmp_path: Path) -> None:
     thumbnails, reads, all_ask = make(tmp_path), [], threading.Barrier(24)
 
     def read() -> bytes:
@@ -101,20 +105,20 @@ def test_asked_for_by_24_at_once_the_photo_is_read_once(make: Callable[..., Thum
 
     def ask(_: int) -> bytes:
         all_ask.wait(300)
-        return thumbnails.get("a", read).data
+        return thumbnails.get("a", read)
 
     with ThreadPoolExecutor(24) as pool:
         assert len(set(pool.map(ask, range(24)))) == 1
     assert len(reads) == 1
 
 
-def test_what_is_no_photo_and_what_is_too_large_is_refused_before_it_is_decoded(
-    make: Callable[..., ThumbnailCache], tmp_path: Path
-) -> None:
+def test_invalid_and_too_large_photos_are_rejected_before_decoding(make: Callable[..., ThumbnailCache], tmp_path: Path) -> None:
     def code(data: bytes) -> str:
-        with pytest.raises(Problem) as caught:
+        with pytest.raises(UserError) as caught:
             make(tmp_path, max_pixels=1_000_000).get("a", lambda: data)
-        return caught.value.code
+        problem = problem_from(caught.value)
+        assert problem
+        return problem.code
 
     bomb = io.BytesIO()
     Image.new("1", (9000, 9000)).save(bomb, "PNG")
@@ -131,60 +135,60 @@ def test_large_photos_are_decoded_in_a_process(make: Callable[..., ThumbnailCach
     thumbnails = make(None)
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda name: thumbnails.get(str(name), photo), range(8)))
-    assert thumbnails._door.process.pid
-    thumbnails._door.process.close()
+    assert decoders[-1].process.pid
+    decoders[-1].process.close()
     assert made == [here] * 8
 
 
-# The files that are kept
+# The disk cache
 
 
 def disk_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_bound_holds_and_the_oldest_used_go_first(tmp_path: Path) -> None:
+def test_size_limit_removes_the_least_recently_used(tmp_path: Path) -> None:
     limit = 100_000
-    blobs = DiskCache(tmp_path, limit_bytes=limit)
+    cache = DiskCache(tmp_path, limit_bytes=limit)
     now = time.time()
     for number in range(300):
-        blobs.put(str(number), bytes(1000))
+        cache.put(str(number), bytes(1000))
         assert disk_bytes(tmp_path) <= limit
-        for path in tmp_path.rglob("*"):  # each put an hour after the one before, for clocks are coarse
+        for path in tmp_path.rglob("*"):  # file times are coarse: put each an hour after the previous one
             if path.is_file() and path.stat().st_mtime > now - 1e6:
                 os.utime(path, (0, now - 2e6 + 3600 * number))
-    kept = [number for number in range(300) if blobs.get(str(number))]
+    kept = [number for number in range(300) if cache.get(str(number))]
     assert kept[-1] == 299
     assert len(kept) >= 85
     assert kept == list(range(kept[0], 300))
 
 
-def test_what_was_used_lately_is_kept(tmp_path: Path) -> None:
+def test_recently_used_files_stay(tmp_path: Path) -> None:
     DiskCache(tmp_path, limit_bytes=100_000).put("favourite", bytes(1000))
     long_ago = time.time() - 1e6
     for path in tmp_path.rglob("*"):
         os.utime(path, (long_ago, long_ago))
-    blobs = DiskCache(tmp_path, limit_bytes=100_000)
-    assert blobs.get("favourite")
+    cache = DiskCache(tmp_path, limit_bytes=100_000)
+    assert cache.get("favourite")
     for number in range(80):
-        blobs.put(str(number), bytes(1000))
+        cache.put(str(number), bytes(1000))
     older = time.time() - 1e5
     for path in tmp_path.rglob("*"):
-        if path.is_file() and path != _place(tmp_path, blobs, "favourite"):
+        if path.is_file() and path != _path_in(tmp_path, cache, "favourite"):
             os.utime(path, (older, older))
     for number in range(80, 120):
-        blobs.put(str(number), bytes(1000))
-    assert blobs.get("favourite")
-    assert not all(blobs.get(str(number)) for number in range(80))
+        cache.put(str(number), bytes(1000))
+    assert cache.get("favourite")
+    assert not all(cache.get(str(number)) for number in range(80))
 
 
-def _place(folder: Path, blobs: DiskCache, name: str) -> Path:
+def _path_in(folder: Path, cache: DiskCache, name: str) -> Path:
     from service.images.disk_cache import _path
 
     return _path(folder, name)
 
 
-def test_a_folder_that_is_over_the_bound_at_the_start_is_brought_under_it(tmp_path: Path) -> None:
+def test_folder_above_the_limit_is_trimmed_at_the_first_write(tmp_path: Path) -> None:
     DiskCache(tmp_path, limit_bytes=10**9).put("warm", b"x")
     large = DiskCache(tmp_path, limit_bytes=10**9)
     for number in range(50):
@@ -193,9 +197,9 @@ def test_a_folder_that_is_over_the_bound_at_the_start_is_brought_under_it(tmp_pa
     assert disk_bytes(tmp_path) <= 18_000
 
 
-def test_half_written_files_of_the_killed_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    blobs = DiskCache(tmp_path, limit_bytes=10_000)
-    blobs.put("a", b"a")
+def test_stale_incomplete_files_are_removed(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path, limit_bytes=10_000)
+    cache.put("a", b"a")
     folder = next(tmp_path.iterdir())
     (folder / ".old.part").write_bytes(b"x")
     (folder / ".new.part").write_bytes(b"x")
@@ -205,22 +209,22 @@ def test_half_written_files_of_the_killed_go_and_those_of_the_living_stay(tmp_pa
     assert (folder / ".new.part").exists()
 
 
-def test_memory_is_bounded_by_what_was_used_last() -> None:
-    blobs = DiskCache(None, limit_bytes=0, memory_bytes=3000)
+def test_memory_limit_removes_the_least_recently_used() -> None:
+    cache = DiskCache(None, limit_bytes=0, memory_bytes=3000)
     for name in "abc":
-        blobs.put(name, bytes(1000))
-    assert blobs.get("a")
-    blobs.put("a", bytes(500))
-    blobs.put("d", bytes(1000))
-    assert [name for name in "abcd" if blobs.get(name)] == ["a", "c", "d"]
-    blobs.put("huge", bytes(5000))
-    assert blobs.get("huge") is None
+        cache.put(name, bytes(1000))
+    assert cache.get("a")
+    cache.put("a", bytes(500))
+    cache.put("d", bytes(1000))
+    assert [name for name in "abcd" if cache.get(name)] == ["a", "c", "d"]
+    cache.put("huge", bytes(5000))
+    assert cache.get("huge") is None
 
 
 def test_no_name_leads_out_of_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
-    blobs = DiskCache(folder, limit_bytes=10_000)
+    cache = DiskCache(folder, limit_bytes=10_000)
     for name in ("../../out", "/etc/passwd", "\0", "\ud800", "x" * 9999):
-        blobs.put(name, b"data")
-        assert blobs.get(name) == b"data"
+        cache.put(name, b"data")
+        assert cache.get(name) == b"data"
     assert list(tmp_path.iterdir()) == [folder]

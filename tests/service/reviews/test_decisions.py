@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 from sqlalchemy import select
 
+from models.artifacts.reviews import read_reviews, write_reviews
+from models.errors import UserError
 from service.db.connection import Database
-from service.db.filter import Filter
+from service.db.errors import InvalidReviewError, NothingToUndoError, RecordNotFoundError, ReviewConflictError
+from service.db.filter import UNLABELED, Filter
 from service.db.ingest import DIMENSIONS, resolve_label
 from service.db.production import ServedPrediction, production_name, prune, save_predictions
 from service.db.query import PredictionQuery, list_models
 from service.db.schema import buckets, current_reviews, decisions, models, predictions
-from service.http.errors import Problem
+from service.http.errors import problem_from
 from service.reviews.decisions import (
     ReviewDecision,
     apply_decision,
@@ -31,6 +34,7 @@ from service.reviews.decisions import (
     list_reviews,
     load_history,
     save_decision,
+    saved_message,
 )
 from tests.helpers.gallery_rows import CLASSES, VERSION, Plain, check_cells, enter, make_predictions, state_of
 
@@ -52,9 +56,11 @@ def say(database: Database, photo: Plain, decision: str, label: str | None = Non
 
 
 def refused(database: Database, photo: Plain, decision: str, /, **more: Any) -> tuple[str, str]:
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UserError) as caught:
         say(database, photo, decision, **more)
-    return caught.value.code, caught.value.detail
+    problem = problem_from(caught.value)
+    assert problem
+    return problem.code, problem.detail
 
 
 def state(database: Database, photo: Plain) -> tuple[str, str | None]:
@@ -80,7 +86,7 @@ def test_decide_undo_and_undo_again(database: Database, photos: list[Plain]) -> 
         assert state(database, photo) == left
     assert refused(database, photo, "undo") == (
         "nothing_to_undo",
-        f"Nothing is decided about {photo.photo}; there is nothing to undo.",
+        f"{photo.photo} has no review to undo.",
     )
     say(database, photo, "neither")
     assert state(database, photo) == ("neither", None)
@@ -110,16 +116,17 @@ def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> 
     photo = photos[0]
     seen = say(database, photo, "label", "dogs", reviewer="Ann")
     found = refused(database, photo, "bad", expected_version=None)
-    assert found == ("review_conflict", "Ann relabelled it dogs meanwhile; look at it, and decide again to overrule it.")
+    change = "confirmed" if photo.label == "dogs" else "relabeled to"
+    assert found == ("review_conflict", f"Ann has just {change} dogs. Check it, then overwrite it if needed.")
     assert refused(database, photo, "undo", expected_version=None)[0] == "review_conflict"
     say(database, photo, "neither", reviewer="")
     assert (
-        "Somebody found it to be none of the classes"
+        "Anonymous has just marked as none of the classes."
         in refused(database, photo, "label", new_label="cats", expected_version=seen)[1]
     )
     say(database, photo, "undo")
     say(database, photo, "undo", expected_version=seen)
-    assert "The decision was taken back meanwhile" in refused(database, photo, "bad", expected_version=seen)[1]
+    assert "The review was just undone." in refused(database, photo, "bad", expected_version=seen)[1]
     with database.read() as connection:
         assert len(load_history(connection, photo.sha256)) == 4
 
@@ -135,11 +142,11 @@ def test_a_photo_that_was_not_evaluated(database: Database, photos: list[Plain],
 @pytest.mark.parametrize(
     ("decision", "words", "said"),
     [
-        ("maybe", {}, "The field `decision` is 'maybe'; it can be label, neither, bad, note, undo."),
-        ("", {}, "The field `decision` is ''"),
-        ("label", {}, "The field `new_label` is None; it can be cats, dogs."),
-        ("label", {"new_label": "wolf"}, "The field `new_label` is 'wolf'; it can be cats, dogs."),
-        ("note", {"note": " \n"}, "The field `note` is empty"),
+        ("maybe", {}, "Invalid `decision`: 'maybe'. Valid values: label, neither, bad, note, undo."),
+        ("", {}, "Invalid `decision`: ''."),
+        ("label", {}, "Invalid `new_label`: None. Valid values: cats, dogs."),
+        ("label", {"new_label": "wolf"}, "Invalid `new_label`: 'wolf'. Valid values: cats, dogs."),
+        ("note", {"note": " \n"}, "The field `note` is empty."),
     ],
 )
 def test_what_is_no_decision_is_not_entered(
@@ -156,7 +163,7 @@ def test_what_is_no_decision_is_not_entered(
 def test_a_text_that_no_database_takes(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
     code, detail = refused(database, photos[0], "label", **words)
     assert code == "bad_parameter"
-    assert "a letter that cannot be kept" in detail
+    assert "contains a NUL character or an unpaired surrogate" in detail
 
 
 def test_of_two_at_once_one_learns_of_the_other(database: Database, photos: list[Plain]) -> None:
@@ -168,15 +175,15 @@ def test_of_two_at_once_one_learns_of_the_other(database: Database, photos: list
         try:
             say(database, photos[0], "label", "dogs", reviewer=str(number), expected_version=None)
             codes["decided"] += 1
-        except Problem as problem:
-            codes[problem.code] += 1
+        except ReviewConflictError:
+            codes["conflict"] += 1
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert codes == {"decided": 1, "review_conflict": 7}
+    assert codes == {"decided": 1, "conflict": 7}
     with database.read() as connection:
         assert len(load_history(connection, photos[0].sha256)) == 1
     check_cells(database)
@@ -228,6 +235,33 @@ def test_the_rows_of_reviews_csv(database: Database, photos: list[Plain]) -> Non
     assert [(r.photo, r.sha256, r.label, r.decision, r.new_label, r.note, r.reviewer) for r in rows] == wanted
 
 
+def test_notes_are_exported_with_the_review_or_alone(database: Database, photos: list[Plain]) -> None:
+    reviewed, noted, undone = sorted(photos[:3], key=lambda row: row.photo)
+    say(database, reviewed, "bad", note="blurred")
+    say(database, reviewed, "note", note="really", reviewer="Ben")
+    say(database, noted, "note", note="first")
+    say(database, noted, "note", note="second", reviewer="Ann")
+    say(database, undone, "bad", note="gone")
+    say(database, undone, "undo")
+    with database.read() as connection:
+        reviews = list_reviews(connection)
+    assert [(r.photo, r.decision, r.note) for r in reviews] == [
+        (reviewed.photo, "bad", "blurred\nreally"),
+        (noted.photo, "note", "first\nsecond"),
+    ]
+    table = write_reviews(reviews)
+    assert [review.photo for review in read_reviews(table, origin="reviews.csv")] == [reviewed.photo]
+
+
+def test_an_undo_returns_the_note_of_the_decision(database: Database, photos: list[Plain]) -> None:
+    say(database, photos[0], "bad", note="blurred")
+    id_ = say(database, photos[0], "undo")
+    with database.read() as connection:
+        message = saved_message(connection, str(id_))
+    assert message
+    assert (message.title, message.is_undo, message.restored_note) == ("Undone", True, "blurred")
+
+
 def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
     """What the cells would say if every prediction were judged anew by the decisions that hold, found from the history."""
     found: dict[str, Counter[tuple[Any, ...]]] = {}
@@ -253,7 +287,7 @@ def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
                 label, after = resolve_label(
                     review, label=row.label, predicted=row.predicted, classes=model.classes, source=row.source
                 )
-                name = "unlabeled" if label < 0 else model.classes[label]
+                name = UNLABELED if label < 0 else model.classes[label]
                 place = (row.source, row.split, name, model.classes[row.predicted], row.percent, after)
                 found[model.version][(*place, row.duplicate, row.mislabeled)] += 1
     return found
@@ -275,7 +309,7 @@ def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_p
                 holds = current_decision(connection, sha256)
                 label = rng.choice((*classes, "foxes")) if decision == "label" else None
                 words = {"photo": photo, "sha256": sha256, "model_version": VERSION, "decision": decision, "new_label": label}
-                with contextlib.suppress(Problem):  # nothing to undo, or a photo that was forgotten
+                with contextlib.suppress(InvalidReviewError, NothingToUndoError, RecordNotFoundError):
                     save_decision(connection, ReviewDecision(**words, expected_version=holds and holds.id))  # type: ignore[arg-type]
             elif kind == "keep":
                 data = bytes([rng.randrange(30)])
@@ -287,7 +321,7 @@ def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_p
                         save_predictions(connection, model.id, classes, [arrived])
                         places.append((production_name(sha256), sha256))
             elif kind == "prune":
-                prune(connection, max_images=rng.randrange(5, 15), days=1)
+                prune(connection, max_images=rng.randrange(5, 15), max_bytes=10**9, days=1)
         if kind == "import":
             version = f"v{rng.randrange(2, 5)}"
             names = classes if version == "v2" else ("dogs", "foxes")
