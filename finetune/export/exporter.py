@@ -96,7 +96,7 @@ def export_bundle(
         with step("Exporting the serving graph"):
             export_serving_graph(classifier, spec, temperature=temperature, path=graph)
         with step(f"Comparing it with the trained network on {len(parity.pixels)} photos"):
-            engine = OpenVINOEngine(graph, outputs=OUTPUTS[:1])
+            engine = OpenVINOEngine(graph, outputs=OUTPUTS[:1], batch_sizes=(NUM_GOLDEN,))  # small batches bound the memory
             manifest["parity"] = check_parity(engine, parity)
         with step("Measuring its speed in bfloat16") if supports_bf16() else contextlib.nullcontext():
             manifest["bf16"] = measure_bf16(graph, parity.pixels)
