@@ -94,9 +94,9 @@ def say(problem: Problem) -> Response:
 
 
 def _grid(**preset: tuple[str, ...]) -> Response:
-    """The grid under a filter. ``/gallery/correct`` and ``/gallery/incorrect`` are filters with a name.
+    """Render the grid. ``/gallery/correct`` and ``/gallery/incorrect`` preset a filter.
 
-    A range of confidence that is none is refused beside its fields, on the grid that there was.
+    An invalid range of confidence is reported next to its fields, and the grid is shown without that range.
     """
     filters = page_filter_from_request(**preset)
     refused: Problem | None = None

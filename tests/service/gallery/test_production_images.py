@@ -115,3 +115,13 @@ def test_a_live_photo_has_no_label_to_keep(gallery: Gallery) -> None:
         by_probability = sorted(row["probabilities"], key=row["probabilities"].get, reverse=True)
         expected = [f"Label as: {by_probability[0]} (predicted)", f"Label as: {by_probability[1]}"]
         assert [plain(words.split("<kbd")[0]) for words in buttons] == expected
+
+
+def test_a_production_photo_shows_when_it_arrived_and_sorts_by_newest(gallery: Gallery) -> None:
+    rows = gallery.server.get("/gallery/photos.json?source=production&sort=newest").json()["rows"]
+    times = [row["received_at"] for row in rows]
+    assert len(times) == SENT
+    assert times == sorted(times, reverse=True)
+    received = rf'<time datetime="{re.escape(times[0])}">\d{{4}}-\d\d-\d\d \d\d:\d\d UTC</time>'
+    assert re.search(rf"<dt>Received</dt> <dd>{received}</dd>", gallery.text(rows[0]["page"]))
+    assert re.search(rf"Production <span>{received}</span>", gallery.text("/gallery/photos?source=production&sort=newest"))
