@@ -904,7 +904,7 @@ class EventLoopWorker(Worker):
         return result
 
     def _collect_finished(self) -> None:
-        """Take over connections from threads that are done, and start those that wait for a thread."""
+        """Take back the connections of finished threads, and start the waiting ones."""
         while self._finished:
             connection, outcome = self._finished.popleft()
             exchange = connection.exchange
