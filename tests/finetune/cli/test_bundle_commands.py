@@ -119,9 +119,9 @@ def test_the_merged_bundle_reproduces_the_golden_outputs_of_the_head(made: Simpl
 
 def test_a_different_base_is_rejected_and_nothing_is_written(made: SimpleNamespace, tmp_path: Path) -> None:
     other = save_weights(tmp_path / "other.pth", seed=1)
-    said = refused("merge", made.head, tmp_path / "out", "--weights", other)
-    assert "was trained on weights with sha256" in said
-    assert "file other.pth has" in said
+    message = refused("merge", made.head, tmp_path / "out", "--weights", other)
+    assert "was trained on weights with sha256" in message
+    assert "file other.pth has" in message
     assert list(tmp_path.iterdir()) == [other]
 
 
@@ -249,9 +249,9 @@ def test_a_head_only_bundle_is_merged_once_for_prediction(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "torch" / "hub" / "checkpoints").mkdir(parents=True)
     shutil.copy(tiny_weights, tmp_path / "torch" / "hub" / "checkpoints" / "tiny.pth")
-    code, first, said = finetune("predict", "--bundle", made.head, made.data / "valid")
+    code, first, message = finetune("predict", "--bundle", made.head, made.data / "valid")
     assert code == 0
-    assert said.startswith(f"Merging {made.head} with its pretrained weights. Full bundle: ")
+    assert message.startswith(f"Merging {made.head} with its pretrained weights. Full bundle: ")
     shutil.rmtree(tmp_path / "torch")
     assert predict(made.head, made.data / "valid") == first == predict(made.whole, made.data / "valid")
 
@@ -298,17 +298,17 @@ def test_another_split_is_evaluated_without_its_damaged_photos(
 def test_an_impossible_evaluation_is_rejected(made: SimpleNamespace, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
-    def said(data: Path, *words: object) -> str:
+    def message(data: Path, *words: object) -> str:
         return refused("evaluate", "--bundle", made.whole, "--data-dir", data, "--output-dir", out, *words)
 
     other = color_folder(tmp_path / "other", train=1, valid=1, classes=("blue", "green"))
-    assert "has the class 'green', but the bundle's classes are blue, red, or so" in said(other)
-    assert "no folder for the split 'nights'" in said(made.data, "--split", "nights")
-    assert "No such folder" in said(tmp_path / "nowhere")
+    assert "has the class 'green', but the bundle's classes are blue, red, or so" in message(other)
+    assert "no folder for the split 'nights'" in message(made.data, "--split", "nights")
+    assert "No such folder" in message(tmp_path / "nowhere")
     bad = color_folder(tmp_path / "bad", train=1, valid=1, classes=CLASSES)
     for photo in (bad / "valid").glob("*/*.jpg"):
         photo.write_bytes(b"no photo")
-    assert "None of the 2 photos" in said(bad)
+    assert "None of the 2 photos" in message(bad)
     assert not out.exists()
 
 
@@ -327,7 +327,7 @@ def _newer(manifest: dict[str, Any]) -> None:
 def test_a_changed_bundle_is_rejected_by_every_command(
     made: SimpleNamespace, whole: Path, tmp_path: Path, command: str
 ) -> None:
-    def said() -> str:
+    def message() -> str:
         if command == "predict":
             return refused("predict", "--bundle", whole, made.data)
         return refused("evaluate", "--bundle", whole, "--data-dir", made.data, "--output-dir", tmp_path / "out")
@@ -337,17 +337,17 @@ def test_a_changed_bundle_is_rejected_by_every_command(
         info = json.loads(manifest)
         edit(info)
         (whole / MANIFEST).write_text(json.dumps(info), encoding="utf-8")
-        assert words in said()
+        assert words in message()
     (whole / MANIFEST).write_text("{", encoding="utf-8")
-    assert "cannot be read" in said()
+    assert "cannot be read" in message()
     (whole / MANIFEST).write_text(manifest, encoding="utf-8")
 
     graph = bytearray((whole / "model.onnx").read_bytes())
     graph[len(graph) // 2] ^= 1
     (whole / "model.onnx").write_bytes(graph)
-    assert "model.onnx was changed or damaged" in said()
+    assert "model.onnx was changed or damaged" in message()
     (whole / "model.onnx").unlink()
-    assert "lacks model.onnx" in said()
+    assert "lacks model.onnx" in message()
     shutil.rmtree(whole)
-    assert "is not a bundle" in said()
+    assert "is not a bundle" in message()
     assert not (tmp_path / "out").exists()

@@ -41,7 +41,7 @@ def refused(*words: object) -> str:
 
 
 @pytest.fixture
-def said(data: Path, tmp_path: Path, tiny_weights: Path) -> Callable[..., str]:
+def train_error(data: Path, tmp_path: Path, tiny_weights: Path) -> Callable[..., str]:
     """Train with invalid flags (later flags override earlier ones); return the error."""
 
     def train(*flags: object) -> str:
@@ -78,9 +78,9 @@ def test_an_unknown_command_gets_a_suggestion() -> None:
     ],
 )
 def test_an_invalid_flag_is_explained(words: tuple[str, ...], near: str) -> None:
-    said = refused(*words)
-    assert near in said
-    assert "--help`." in said
+    message = refused(*words)
+    assert near in message
+    assert "--help`." in message
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,45 +116,45 @@ def test_a_renamed_command_names_the_new_one(old: str, new: str) -> None:
         (("--config", "no.yaml"), "Cannot read the config file no.yaml"),
     ],
 )
-def test_an_invalid_setting_is_rejected(said: Callable[..., str], flags: tuple[str, ...], words: str) -> None:
-    assert words in said(*flags)
+def test_an_invalid_setting_is_rejected(train_error: Callable[..., str], flags: tuple[str, ...], words: str) -> None:
+    assert words in train_error(*flags)
 
 
-def test_a_missing_gpu_is_reported(said: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported(train_error: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "No CUDA device found. Remove --device or use --device cpu." in said("--device", "cuda")
+    assert "No CUDA device found. Remove --device or use --device cpu." in train_error("--device", "cuda")
 
 
-def test_a_misspelled_setting_in_the_file_is_rejected(said: Callable[..., str], tmp_path: Path) -> None:
+def test_a_misspelled_setting_in_the_file_is_rejected(train_error: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("epoch: 3\n")
-    assert "Did you mean 'epochs'?" in said("--config", tmp_path / "c.yaml")
+    assert "Did you mean 'epochs'?" in train_error("--config", tmp_path / "c.yaml")
 
 
 # Photos
 
 
-def test_missing_photos_are_reported(said: Callable[..., str], tmp_path: Path) -> None:
+def test_missing_photos_are_reported(train_error: Callable[..., str], tmp_path: Path) -> None:
     nowhere, bare, single = (tmp_path / name for name in ("nowhere", "bare", "single"))
-    assert f"No such folder: {nowhere}" in said("--data-dir", nowhere)
+    assert f"No such folder: {nowhere}" in train_error("--data-dir", nowhere)
     assert f"No such folder: {nowhere}" in refused("audit", nowhere)
     (bare / "train" / "a").mkdir(parents=True)
     (bare / "train" / "b").mkdir()
-    assert f"No photos in the class folders of {bare / 'train'}." in said("--data-dir", bare)
+    assert f"No photos in the class folders of {bare / 'train'}." in train_error("--data-dir", bare)
     color_folder(single, train=2, valid=1, classes=("red",))
-    assert f"Found only one class (red) in {single / 'train'}. At least two are needed, one folder per class." in said(
+    assert f"Found only one class (red) in {single / 'train'}. At least two are needed, one folder per class." in train_error(
         "--data-dir", single
     )
     assert f"Found only one class (red) in {single / 'train'}. At least two are needed, one folder per class." in refused(
         "audit", single
     )
     a_file = paint(tmp_path / "photo.jpg", (0, 0, 0), seed=1)
-    assert f"No such folder: {a_file}" in said("--data-dir", a_file)
+    assert f"No such folder: {a_file}" in train_error("--data-dir", a_file)
 
 
-def test_leakage_is_rejected_with_the_file_names(said: Callable[..., str], data: Path, tmp_path: Path) -> None:
+def test_leakage_is_rejected_with_the_file_names(train_error: Callable[..., str], data: Path, tmp_path: Path) -> None:
     leaky = Path(shutil.copytree(data, tmp_path / "leaky"))
     shutil.copy(leaky / "train/red/red.001.jpg", leaky / "valid/red/again.jpg")
-    err = said("--data-dir", leaky)
+    err = train_error("--data-dir", leaky)
     assert "train/red/red.001.jpg = valid/red/again.jpg" in err
     assert "--allow-leakage" in err
 
@@ -162,32 +162,32 @@ def test_leakage_is_rejected_with_the_file_names(said: Callable[..., str], data:
 # Folders and runs
 
 
-def test_an_occupied_folder_is_not_changed(said: Callable[..., str], tmp_path: Path) -> None:
+def test_an_occupied_folder_is_not_changed(train_error: Callable[..., str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "thesis.txt").write_text("mine")
-    assert f"{run} is not empty and does not contain a run" in said()
+    assert f"{run} is not empty and does not contain a run" in train_error()
     (run / "config.yaml").write_text("epochs: 3\n")
-    assert f"{run} already contains a run" in said()
-    assert "--resume" in said()
+    assert f"{run} already contains a run" in train_error()
+    assert "--resume" in train_error()
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "thesis.txt"]
-    assert "is a file, but a run needs a folder" in said("--output-dir", run / "thesis.txt")
-    assert "the path, or a parent of it, is not a folder" in said("--output-dir", run / "thesis.txt" / "run")
-    assert "the name is too long" in said("--output-dir", tmp_path / ("x" * 300))
+    assert "is a file, but a run needs a folder" in train_error("--output-dir", run / "thesis.txt")
+    assert "the path, or a parent of it, is not a folder" in train_error("--output-dir", run / "thesis.txt" / "run")
+    assert "the name is too long" in train_error("--output-dir", tmp_path / ("x" * 300))
 
 
-def test_resuming_needs_a_run(said: Callable[..., str], tmp_path: Path, data: Path) -> None:
-    assert f"No run to resume in {tmp_path / 'run'}. Start it without --resume." in said("--resume")
+def test_resuming_needs_a_run(train_error: Callable[..., str], tmp_path: Path, data: Path) -> None:
+    assert f"No run to resume in {tmp_path / 'run'}. Start it without --resume." in train_error("--resume")
     assert "--resume requires the run directory. Add --output-dir runs/NAME." in refused("train", "--resume")
     (tmp_path / "c.yaml").write_text(f"output-dir: {tmp_path / 'run'}\n")
     assert "No run to resume in" in refused("train", "--resume", "--config", tmp_path / "c.yaml")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("epochs: [1")
-    assert "Cannot read the config file" in said("--resume")
+    assert "Cannot read the config file" in train_error("--resume")
 
 
 def test_resuming_with_other_settings_is_rejected(
-    said: Callable[..., str], tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    train_error: Callable[..., str], tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stop(Exception):  # noqa: N818
         pass
@@ -244,21 +244,23 @@ def test_a_folder_without_write_permission_is_reported(tiny_weights: Path) -> No
 # Weights
 
 
-def test_weights_that_are_damaged_or_of_another_network(said: Callable[..., str], tmp_path: Path, tiny_weights: Path) -> None:
+def test_weights_that_are_damaged_or_of_another_network(
+    train_error: Callable[..., str], tmp_path: Path, tiny_weights: Path
+) -> None:
     whole = tiny_weights.read_bytes()
     for name, content in (("half.pth", whole[:5000]), ("page.pth", b"<html>"), ("empty.pth", b""), ("x.safetensors", b"no")):
         (tmp_path / name).write_bytes(content)
-        assert f"{name} cannot be read as weights" in said("--weights", tmp_path / name)
+        assert f"{name} cannot be read as weights" in train_error("--weights", tmp_path / name)
     torch.save(Tiny(10), tmp_path / "module.pth")
-    assert "module.pth cannot be read as weights" in said("--weights", tmp_path / "module.pth")
+    assert "module.pth cannot be read as weights" in train_error("--weights", tmp_path / "module.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    assert "contains a list, not a state dict" in said("--weights", tmp_path / "list.pth")
-    err = said("--weights", tiny_weights, "--backbone", "resnet18")
+    assert "contains a list, not a state dict" in train_error("--weights", tmp_path / "list.pth")
+    err = train_error("--weights", tiny_weights, "--backbone", "resnet18")
     assert "The weights are not for resnet18: 'conv1.weight' is missing" in err
     other = save_weights(tmp_path / "alexnet.pth", backbone="alexnet")
-    assert "The weights are not for tiny" in said("--weights", other)
+    assert "The weights are not for tiny" in train_error("--weights", other)
     other.unlink()
-    assert "There is no weights file" in said("--weights", tmp_path)
+    assert "There is no weights file" in train_error("--weights", tmp_path)
 
 
 class _DropsConnection(http.server.BaseHTTPRequestHandler):

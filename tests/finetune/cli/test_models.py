@@ -17,9 +17,9 @@ from tests.helpers.tiny_network import finetune
 
 
 def shown(*words: str) -> str:
-    code, said, err = finetune("models", *words)
+    code, message, err = finetune("models", *words)
     assert (code, err) == (0, "")
-    return said
+    return message
 
 
 @pytest.mark.parametrize(
@@ -50,21 +50,21 @@ def test_counts_have_unit_prefixes() -> None:
 
 
 def test_the_arithmetic_of_lenets_convolutions_is_shown() -> None:
-    said = shown("show", "lenet5")
-    assert "61,706 parameters, 416,520 MACs per image" in said
-    assert "(5 * 5 * 1 + 1) * 6 = 156" in said
-    assert "floor((28 + 2 * 2 - 5) / 1) + 1 = 28" in said
-    assert "(5 * 5 * 6 + 1) * 16 = 2,416" in said
-    assert "floor((14 + 2 * 0 - 5) / 1) + 1 = 10" in said
-    assert re.search(r"AvgPool2d \(pool2\) +\[1, 16, 5, 5\]", said)
-    assert "frozen       nothing" in said
+    message = shown("show", "lenet5")
+    assert "61,706 parameters, 416,520 MACs per image" in message
+    assert "(5 * 5 * 1 + 1) * 6 = 156" in message
+    assert "floor((28 + 2 * 2 - 5) / 1) + 1 = 28" in message
+    assert "(5 * 5 * 6 + 1) * 16 = 2,416" in message
+    assert "floor((14 + 2 * 0 - 5) / 1) + 1 = 10" in message
+    assert re.search(r"AvgPool2d \(pool2\) +\[1, 16, 5, 5\]", message)
+    assert "frozen       nothing" in message
 
 
 def test_a_pretrained_network_shows_its_last_frozen_layer() -> None:
-    said = shown("show", "vgg11")
-    assert "frozen       up to classifier.1\n" in said
-    assert "vgg11-8a719046.pth, BSD-3-Clause" in said
-    assert "(3 * 3 * 3 + 1) * 64 = 1,792" in said
+    message = shown("show", "vgg11")
+    assert "frozen       up to classifier.1\n" in message
+    assert "vgg11-8a719046.pth, BSD-3-Clause" in message
+    assert "(3 * 3 * 3 + 1) * 64 = 1,792" in message
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_last_frozen_layer(name: str, after: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("show",), "Use `finetune models` or `finetune models show NAME` (got 'show')."),
         (("shwo", "vgg16"), "(got 'shwo vgg16'). Did you mean 'show'?"),
@@ -133,10 +133,10 @@ def test_last_frozen_layer(name: str, after: str | None) -> None:
         (("show", "timm:convnexttiny"), "Did you mean 'convnext_tiny'?"),
     ],
 )
-def test_a_misspelling_gets_a_suggestion(words: tuple[str, ...], said: str) -> None:
+def test_a_misspelling_gets_a_suggestion(words: tuple[str, ...], message: str) -> None:
     code, _, err = finetune("models", *words)
     assert code == 2
-    assert said in err
+    assert message in err
 
 
 def test_costs_are_counted_on_the_meta_device() -> None:

@@ -83,8 +83,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(data: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
-    code, _, said = finetune("train", *flags(data, tiny_weights, out))
-    assert (code, said) == (0, "")
+    code, _, message = finetune("train", *flags(data, tiny_weights, out))
+    assert (code, message) == (0, "")
     return out
 
 
@@ -102,15 +102,15 @@ def test_several_processes_give_the_weights_of_one(
 @pytest.mark.heavy
 def test_training_without_cached_features_gives_the_same_weights(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
     more = ("--augment", "--unfreeze", "classifier.3", "--optimizer", "adam", "--lr", 0.005)
-    code, _, said = finetune("train", *flags(data, tiny_weights, tmp_path / "one", *more))
-    assert (code, said) == (0, "")
+    code, _, message = finetune("train", *flags(data, tiny_weights, tmp_path / "one", *more))
+    assert (code, message) == (0, "")
     code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "two", *more))
     assert code == 0, err
     assert largest_difference(tmp_path / "two", tmp_path / "one") < 10 * TOLERANCE  # Adam divides by small numbers
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"--data-dir": "no-such-folder"}, "No such folder: no-such-folder"),
         ({"--lr": "-1"}, "--lr must be at least 0 (got -1.0)."),
@@ -118,12 +118,12 @@ def test_training_without_cached_features_gives_the_same_weights(data: Path, tin
     ],
 )
 def test_an_error_on_all_ranks_is_printed_once(
-    change: dict[str, str], said: str, data: Path, tiny_weights: Path, tmp_path: Path
+    change: dict[str, str], message: str, data: Path, tiny_weights: Path, tmp_path: Path
 ) -> None:
     more = [word for pair in change.items() for word in pair]
     code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "run", *more))
     assert code != 0
-    assert err.count(said) == 1, err
+    assert err.count(message) == 1, err
     assert not (tmp_path / "run").exists()
 
 
@@ -140,8 +140,8 @@ def test_an_error_on_rank_0_ends_the_others(data: Path, tiny_weights: Path, tmp_
 @pytest.mark.heavy
 def test_a_killed_process_loses_no_finished_epoch(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
     more = ("--epochs", 60, "--lr-schedule", "cosine")
-    code, _, said = finetune("train", *flags(data, tiny_weights, tmp_path / "whole", *more))
-    assert (code, said) == (0, "")
+    code, _, message = finetune("train", *flags(data, tiny_weights, tmp_path / "whole", *more))
+    assert (code, message) == (0, "")
     run = tmp_path / "run"
     words = flags(data, tiny_weights, run, *more)
     with started(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *PROGRAM, *words, HOLD_AT="30") as process:
