@@ -45,6 +45,7 @@ from models.runtime.precision import measure_bf16
 PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 GOLDEN_TOLERANCE = 1e-3
 PARITY_IMAGES = 64
+PLOTS_WITHOUT_IMAGES = {"learning_curves", "reliability", "confusion_matrix"}
 NUM_GOLDEN = 4
 
 
@@ -81,7 +82,7 @@ def export_bundle(
         evaluation_dir: The folder with predictions.csv, similarity files and plots to include.
         parity: The images for the parity check.
         contents: ``full`` (all weights and the graph), ``graph`` (the graph and ``trained_tensors``) or ``head``
-            (``trained_tensors`` only). The plots, which show images, are part of a full bundle only.
+            (``trained_tensors`` only). Only a full bundle contains plots that show images, and a head no plots.
 
     Returns:
         The written bundle.
@@ -108,8 +109,11 @@ def export_bundle(
             write_tensors(folder / HEAD, trained_tensors)
         else:
             write_tensors(folder / WEIGHTS, classifier.net.state_dict())
-            if (evaluation_dir / PLOTS).is_dir():
-                shutil.copytree(evaluation_dir / PLOTS, folder / PLOTS)
+        if contents != "head":
+            for plot in sorted((evaluation_dir / PLOTS).glob("*.png")):
+                if contents == "full" or plot.stem in PLOTS_WITHOUT_IMAGES:
+                    (folder / PLOTS).mkdir(exist_ok=True)
+                    shutil.copyfile(plot, folder / PLOTS / plot.name)
         for name in (PREDICTIONS, *SIMILARITY_FILES):
             shutil.copyfile(evaluation_dir / name, folder / name)
         write_model_card(folder / MODEL_CARD, manifest)
