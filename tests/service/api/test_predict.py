@@ -260,10 +260,10 @@ def test_answers_are_those_of_the_command_line(client: FlaskClient, tiny_bundle:
     tolerance = client.get("/models").get_json()["models"][0]["tolerance"]
     photos = sorted(tiny_bundle.data.glob("*/*/*.jpg"))
     assert len(photos) > 40
-    for answer in classify(bundle, photos):
-        assert answer.probabilities is not None
-        got = one(send(client, answer.path.read_bytes()))["probabilities"]
-        np.testing.assert_allclose([got[name] for name in bundle.classes], answer.probabilities, rtol=0, atol=tolerance)
+    for file, expected in zip(photos, classify(bundle, photos), strict=True):
+        assert expected.probabilities is not None
+        served = one(send(client, file.read_bytes()))["probabilities"]
+        np.testing.assert_allclose([served[name] for name in bundle.classes], expected.probabilities, rtol=0, atol=tolerance)
 
 
 # Photos of every kind
