@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, asked by the client that others ask with: tritonclient, over HTTP."""
+"""The Open Inference Protocol, used over HTTP by its common client, tritonclient."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def name(tiny_bundle: SimpleNamespace) -> str:
 
 @pytest.fixture(scope="module")
 def photos(tiny_bundle: SimpleNamespace) -> list[bytes]:
-    """One of each class, in the classes' order."""
+    """Return one image of each class, in the order of the classes."""
     return [(tiny_bundle.photos / label / f"{label[:4]}.000.jpg").read_bytes() for label in ("blue", "green", "red")]
 
 
-def photos_input(photos: list[bytes], *, binary: bool = True) -> Any:
-    given = photos if binary else [base64.b64encode(photo) for photo in photos]
+def images_input(photos: list[bytes], *, binary: bool = True) -> Any:
+    elements = photos if binary else [base64.b64encode(photo) for photo in photos]
     made = triton.InferInput("images", [len(photos)], "BYTES")
-    return made.set_data_from_numpy(np.array(given, dtype=object), binary_data=binary)
+    return made.set_data_from_numpy(np.array(elements, dtype=object), binary_data=binary)
 
 
 def pixels_input(pixels: Any, *, binary: bool = True) -> Any:
@@ -60,7 +60,7 @@ def predicted(server: Server, photo: bytes) -> dict[str, Any]:
     return dict(server.post(photo).json()["predictions"][0])
 
 
-def test_it_says_what_it_is(server: Server, client: Any, name: str, tiny_bundle: SimpleNamespace) -> None:
+def test_server_and_model_describe_themselves(server: Server, client: Any, name: str, tiny_bundle: SimpleNamespace) -> None:
     version = open_bundle(tiny_bundle.path).version
     assert client.is_server_live()
     assert client.is_server_ready()
@@ -86,16 +86,16 @@ def test_it_says_what_it_is(server: Server, client: Any, name: str, tiny_bundle:
 
 @pytest.mark.parametrize("binary_in", [True, False])
 @pytest.mark.parametrize("binary_out", [True, False, None])
-def test_photos_get_the_answers_of_predict(
+def test_images_get_the_predictions_of_predict(
     server: Server, client: Any, name: str, photos: list[bytes], binary_in: bool, binary_out: bool | None
 ) -> None:
     outputs = None
     if binary_out is not None:
         outputs = [triton.InferRequestedOutput(output, binary_data=binary_out) for output in ("label", "probabilities")]
-    result = client.infer(name, [photos_input(photos, binary=binary_in)], outputs=outputs, request_id="mine")
-    said = result.get_response()
-    assert (said["model_name"], said["id"]) == (name, "mine")
-    assert said["model_version"] == server.get("/models").json()["models"][0]["version"]
+    result = client.infer(name, [images_input(photos, binary=binary_in)], outputs=outputs, request_id="mine")
+    response = result.get_response()
+    assert (response["model_name"], response["id"]) == (name, "mine")
+    assert response["model_version"] == server.get("/models").json()["models"][0]["version"]
     values = result.as_numpy("probabilities")
     assert (values.dtype, values.shape) == (np.float32, (3, 3))
     for row, photo in zip(values, photos, strict=True):
@@ -105,7 +105,7 @@ def test_photos_get_the_answers_of_predict(
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_pixels_get_the_golden_answers(client: Any, name: str, tiny_bundle: SimpleNamespace, binary: bool) -> None:
+def test_pixels_get_the_golden_outputs(client: Any, name: str, tiny_bundle: SimpleNamespace, binary: bool) -> None:
     bundle = open_bundle(tiny_bundle.path)
     pixels, wanted, _ = bundle.golden()
     result = client.infer(name, [pixels_input(pixels[:4], binary=binary)], model_version=bundle.version)
@@ -119,10 +119,10 @@ def test_pixels_get_the_golden_answers(client: Any, name: str, tiny_bundle: Simp
     assert float(found[0][0]) == pytest.approx(wanted[0][best[0]], abs=0.1)
 
 
-def test_one_bad_photo_refuses_all(server: Server, client: Any, name: str, photos: list[bytes]) -> None:
+def test_one_bad_image_fails_the_request(server: Server, client: Any, name: str, photos: list[bytes]) -> None:
     before = server.metrics()
     with pytest.raises(InferenceServerException, match=r"Image 2 of 3: .*not a supported image"):
-        client.infer(name, [photos_input([photos[0], b"no photo", photos[2]])])
+        client.infer(name, [images_input([photos[0], b"no photo", photos[2]])])
     after = server.metrics()
     assert after['http_problems_total{code="not_an_image"}'] == before.get('http_problems_total{code="not_an_image"}', 0) + 1
     assert after.get('classifier_predictions_total{label="red"}', 0) == before.get(
@@ -131,13 +131,13 @@ def test_one_bad_photo_refuses_all(server: Server, client: Any, name: str, photo
     assert after["classifier_in_flight_images"] == 0
 
 
-def test_what_cannot_be_is_told(client: Any, name: str, photos: list[bytes]) -> None:
-    for model, version, given, words in (
-        ("another", "", photos_input(photos), "Model not found: another. The active model is "),
-        (name, "7", photos_input(photos), f"Model not found: {name}, version 7."),
-        (name, "", photos_input(photos * 2), "Too many images: 6 images, the limit is 4."),
-        (name, "", photos_input([b""]), "The file is empty."),
-        (name, "", photos_input([]), "is empty"),
+def test_an_invalid_request_is_rejected_with_the_reason(client: Any, name: str, photos: list[bytes]) -> None:
+    for model, version, tensor, words in (
+        ("another", "", images_input(photos), "Model not found: another. The active model is "),
+        (name, "7", images_input(photos), f"Model not found: {name}, version 7."),
+        (name, "", images_input(photos * 2), "Too many images: 6 images, the limit is 4."),
+        (name, "", images_input([b""]), "The file is empty."),
+        (name, "", images_input([]), "is empty"),
         (
             name,
             "",
@@ -147,13 +147,13 @@ def test_what_cannot_be_is_told(client: Any, name: str, photos: list[bytes]) -> 
         (name, "", pixels_input(np.zeros((8, 8, 3), np.uint8)), r"must be \[N, H, W, C\] \(got \[8, 8, 3\]\)"),
     ):
         with pytest.raises(InferenceServerException, match=words):
-            client.infer(model, [given], model_version=version)
+            client.infer(model, [tensor], model_version=version)
     with pytest.raises(InferenceServerException, match="`inputs` must contain one tensor"):
-        client.infer(name, [photos_input(photos), pixels_input(np.zeros((3, SIDE, SIDE, 3), np.uint8))])
+        client.infer(name, [images_input(photos), pixels_input(np.zeros((3, SIDE, SIDE, 3), np.uint8))])
     with pytest.raises(InferenceServerException, match=r"Unknown output 'embedding'\. Valid outputs: probabilities, label\."):
-        client.infer(name, [photos_input(photos)], outputs=[triton.InferRequestedOutput("embedding")])
+        client.infer(name, [images_input(photos)], outputs=[triton.InferRequestedOutput("embedding")])
     with pytest.raises(InferenceServerException, match="compressed"):
-        client.infer(name, [photos_input(photos)], request_compression_algorithm="gzip")
+        client.infer(name, [images_input(photos)], request_compression_algorithm="gzip")
 
 
 def infer(server: Server, name: str, body: bytes, **headers: str) -> Reply:
@@ -185,12 +185,12 @@ def infer(server: Server, name: str, body: bytes, **headers: str) -> Reply:
         {"name": "pixels", "datatype": "UINT8", "shape": [1, 1, 1, 3]},
     ],
 )  # fmt: skip
-def test_a_request_that_is_none_is_refused_in_the_protocols_form(server: Server, name: str, given: Any) -> None:
-    whole = {"name": "images", "datatype": "BYTES", "shape": [1], "data": ["eA=="]}
+def test_an_invalid_request_is_rejected_in_the_format_of_the_protocol(server: Server, name: str, given: Any) -> None:
+    valid = {"name": "images", "datatype": "BYTES", "shape": [1], "data": ["eA=="]}
     if isinstance(given, dict) and not given.keys() & {"inputs"}:
         apart = {key: value for key, value in given.items() if key in ("id", "outputs")}
         given = (
-            apart | {"inputs": [whole | {key: value for key, value in given.items() if key not in apart}]} if given else given
+            apart | {"inputs": [valid | {key: value for key, value in given.items() if key not in apart}]} if given else given
         )
     reply = infer(server, name, json.dumps(given).encode())
     assert 400 <= reply.status < 500
@@ -211,10 +211,15 @@ def test_null_members_and_a_batch_dimension_are_accepted(
         assert [row["data"] for row in reply.json()["outputs"] if row["name"] == "label"] == [["blue"]]
 
 
-def test_bytes_that_break_off_are_refused(server: Server, name: str) -> None:
+def test_truncated_binary_tensors_are_rejected(server: Server, name: str) -> None:
     def send(tail: bytes, shape: int = 1, size: int | None = None, header: str | None = None) -> Reply:
-        given = {"name": "images", "datatype": "BYTES", "shape": [shape], "parameters": {"binary_data_size": size or len(tail)}}
-        text = json.dumps({"inputs": [given]}).encode()
+        tensor = {
+            "name": "images",
+            "datatype": "BYTES",
+            "shape": [shape],
+            "parameters": {"binary_data_size": size or len(tail)},
+        }
+        text = json.dumps({"inputs": [tensor]}).encode()
         return infer(server, name, text + tail, Inference_Header_Content_Length=header or str(len(text)))
 
     for tail in (b"abc", struct.pack("<I", 5) + b"abc", struct.pack("<I", 1) + b"ab", struct.pack("<I", 0) * 100_000):
@@ -224,13 +229,13 @@ def test_bytes_that_break_off_are_refused(server: Server, name: str) -> None:
     assert send(struct.pack("<I", 1) + b"a", size=9).status == 400
 
 
-def test_an_address_that_is_none_is_told_in_the_protocols_form(server: Server, name: str) -> None:
+def test_an_unknown_path_is_reported_in_the_format_of_the_protocol(server: Server, name: str) -> None:
     for path in ("/v2/nowhere", f"/v2/models/{name}/versions/x/nowhere", "/v2/repository/index"):
         assert (server.get(path).status, server.get(path).json().keys()) == (404, {"error"})
     assert server.get(f"/v2/models/{name}/infer").status == 405
 
 
-def test_a_key_is_wanted_as_for_predict_and_the_full_house_is_told(tiny_bundle: SimpleNamespace, photos: list[bytes]) -> None:
+def test_a_key_and_free_capacity_are_required_as_for_predict(tiny_bundle: SimpleNamespace, photos: list[bytes]) -> None:
     from service import create_app
     from service.context import services_of
     from service.settings import Settings

@@ -1,4 +1,4 @@
-"""POST /predict as a client sees it: what goes in, what comes out, and every refusal."""
+"""POST /predict from the client's side: accepted bodies, responses and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PROBLEM = "application/problem+json"
 
 @contextlib.contextmanager
 def serving(bundle: Path, **settings: Any) -> Iterator[FlaskClient]:
-    """The application without a server before it."""
+    """Yield a test client of the application, without a server."""
     app = create_app(Settings(bundle=bundle, **(PATIENT | settings)))
     served = services_of(app).model_manager
     served.wait(START_S)
@@ -55,14 +55,14 @@ def client(tiny_bundle: SimpleNamespace) -> Iterator[FlaskClient]:
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    """Of every class a part, in no order that turning it would keep, so that the answer is sure of nothing."""
+    """Return an image with parts of every class and no symmetry, so that the prediction is uncertain."""
     colors = np.array([[[60, 80, 220], [220, 60, 60]], [[200, 90, 90], [60, 190, 80]]], np.uint8)
     return Image.fromarray(colors).resize((56, 44), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
 def photo(picture: Image.Image) -> bytes:
-    return saved(picture, "JPEG", quality=90)
+    return encode(picture, "JPEG", quality=90)
 
 
 def send(client: FlaskClient, data: bytes, content_type: str = "image/jpeg", query: str = "", **headers: str) -> TestResponse:
@@ -89,13 +89,13 @@ def one(answer: TestResponse) -> dict[str, Any]:
 
 
 def same(a: dict[str, Any], b: dict[str, Any], within: float = 1e-5) -> bool:
-    """Whether two rows give the same answer, whatever the file was called."""
+    """Return whether two rows have the same prediction; their file names may differ."""
     pairs = zip(a["probabilities"].values(), b["probabilities"].values(), strict=True)
     return a["label"] == b["label"] and all(abs(x - y) <= within for x, y in pairs)
 
 
-def refused(answer: TestResponse, code: str, *words: str) -> dict[str, Any]:
-    """Check that it is the problem ``code``, whole, and that its sentence has the ``words`` in it."""
+def check_problem(answer: TestResponse, code: str, *words: str) -> dict[str, Any]:
+    """Check that the response is a complete problem with this code, and that its detail contains the texts."""
     status, title, _ = PROBLEM_TYPES[code]
     assert (answer.status_code, answer.content_type) == (status, PROBLEM), answer.text
     problem = answer.get_json()
@@ -108,16 +108,16 @@ def refused(answer: TestResponse, code: str, *words: str) -> dict[str, Any]:
     return problem
 
 
-def saved(picture: Image.Image, form: str, **options: Any) -> bytes:
+def encode(picture: Image.Image, form: str, **options: Any) -> bytes:
     file = io.BytesIO()
     picture.save(file, form, **options)
     return file.getvalue()
 
 
-# What goes in
+# Accepted bodies
 
 
-def test_a_photo_comes_in_every_form_and_gets_the_same_answer(client: FlaskClient, photo: bytes) -> None:
+def test_every_kind_of_body_gets_the_same_prediction(client: FlaskClient, photo: bytes) -> None:
     plain = one(send(client, photo))
     text = base64.b64encode(photo).decode()
     wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
@@ -149,7 +149,7 @@ def test_a_photo_comes_in_every_form_and_gets_the_same_answer(client: FlaskClien
         assert (row["width"], row["height"], row["format"]) == (56, 44, "JPEG"), form
 
 
-def test_several_photos_are_answered_in_their_order_with_their_names(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
+def test_several_images_are_predicted_in_order_with_their_names(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
     files = [sorted((tiny_bundle.photos / label).iterdir())[2] for label in ("green", "red", "blue", "red")]
     alone = [one(send(client, file.read_bytes())) for file in files]
     parts = [("file" if i % 2 else "files[]", file.name, file.read_bytes()) for i, file in enumerate(files)]
@@ -162,7 +162,7 @@ def test_several_photos_are_answered_in_their_order_with_their_names(client: Fla
     assert all(same(a, b) for a, b in zip(listed, alone, strict=True))
 
 
-def test_a_name_in_any_script_comes_back_as_it_went(client: FlaskClient, photo: bytes) -> None:
+def test_a_file_name_in_any_script_is_returned_unchanged(client: FlaskClient, photo: bytes) -> None:
     for name in ("Kätzchen.jpg", "猫 1.jpg", "a'b;c.jpg"):
         assert one(send_form(client, ("file", name, photo)))["file"] == name
 
@@ -191,10 +191,10 @@ def test_a_file_is_recognized_by_its_name_in_any_encoding_or_by_its_type(
     assert same(row, one(send(client, photo)))
 
 
-def test_a_form_without_a_chosen_file_is_told_so(client: FlaskClient, photo: bytes) -> None:
-    refused(send_form(client, ("file", "", b"", "application/octet-stream")), "no_image")
+def test_a_form_without_a_file_is_rejected(client: FlaskClient, photo: bytes) -> None:
+    check_problem(send_form(client, ("file", "", b"", "application/octet-stream")), "no_image")
     assert len(rows(send_form(client, ("file", "", b""), ("file", "a.jpg", photo)))) == 1
-    refused(
+    check_problem(
         send_form(client, ("file", None, photo)),
         "no_image",
         "The field `file` is text, not a file: it has no file name.",
@@ -202,10 +202,10 @@ def test_a_form_without_a_chosen_file_is_told_so(client: FlaskClient, photo: byt
     )
 
 
-# What comes out
+# Responses
 
 
-def test_an_answer_says_what_was_seen_and_who_says_so(client: FlaskClient, photo: bytes, tiny_bundle: SimpleNamespace) -> None:
+def test_a_response_describes_the_image_and_the_model(client: FlaskClient, photo: bytes, tiny_bundle: SimpleNamespace) -> None:
     answer = send_form(client, ("file", "red.jpg", photo))
     bundle = open_bundle(tiny_bundle.path)
     document = answer.get_json()
@@ -227,7 +227,7 @@ def test_an_answer_says_what_was_seen_and_who_says_so(client: FlaskClient, photo
     assert row["notes"] == []
 
 
-def test_top_k_gives_the_most_probable_first(client: FlaskClient, photo: bytes) -> None:
+def test_top_k_returns_the_most_probable_classes_first(client: FlaskClient, photo: bytes) -> None:
     everything = one(send(client, photo))["probabilities"]
     best = sorted(everything, key=lambda name: -everything[name])
     for k in (1, 2, 3, 4, 1_000_000):
@@ -237,25 +237,25 @@ def test_top_k_gives_the_most_probable_first(client: FlaskClient, photo: bytes) 
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "two", "", "1e3", "%C2%B2", "9" * 30, "000000001" + "9" * 5000])
-def test_a_top_k_that_is_none_is_refused(client: FlaskClient, photo: bytes, text: str) -> None:
-    refused(
+def test_an_invalid_top_k_is_rejected(client: FlaskClient, photo: bytes, text: str) -> None:
+    check_problem(
         send(client, photo, query=f"?top_k={text}"), "bad_parameter", "`top_k` must be a whole number from 1 to 1,000,000 (got "
     )
 
 
-def test_the_crop_is_what_the_model_saw(client: FlaskClient, picture: Image.Image, tiny_bundle: SimpleNamespace) -> None:
+def test_the_crop_is_the_input_of_the_network(client: FlaskClient, picture: Image.Image, tiny_bundle: SimpleNamespace) -> None:
     preprocessing = open_bundle(tiny_bundle.path).preprocessing
-    data = saved(picture, "PNG")
+    data = encode(picture, "PNG")
     head, _, text = one(send(client, data, "image/png", "?crop=1"))["crop"].partition(",")
     assert head == "data:image/png;base64"
     seen = np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
     assert np.array_equal(seen, preprocessing.pixels(data))
     assert "crop" not in one(send(client, data, "image/png", "?crop=0"))
-    refused(send(client, data, "image/png", "?crop=yes"), "bad_parameter", "`crop` must be 0 or 1 (got 'yes').")
+    check_problem(send(client, data, "image/png", "?crop=yes"), "bad_parameter", "`crop` must be 0 or 1 (got 'yes').")
 
 
-def test_answers_are_those_of_the_command_line(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
-    """Training, ``finetune predict`` and the service see the same photo, and say the same of it."""
+def test_predictions_are_those_of_the_command_line(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
+    """Training, ``finetune predict`` and the service compute the same prediction for the same image."""
     bundle = open_bundle(tiny_bundle.path)
     tolerance = client.get("/models").get_json()["models"][0]["tolerance"]
     photos = sorted(tiny_bundle.data.glob("*/*/*.jpg"))
@@ -266,7 +266,7 @@ def test_answers_are_those_of_the_command_line(client: FlaskClient, tiny_bundle:
         np.testing.assert_allclose([served[name] for name in bundle.classes], expected.probabilities, rtol=0, atol=tolerance)
 
 
-# Photos of every kind
+# Kinds of images
 
 STORED_AS = {
     1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM,
@@ -274,62 +274,62 @@ STORED_AS = {
 }  # fmt: skip
 
 
-def test_a_turned_photo_is_answered_as_the_upright_one(client: FlaskClient, picture: Image.Image) -> None:
-    upright = one(send(client, saved(picture, "PNG"), "image/png"))
-    sideways = one(send(client, saved(picture.transpose(T.ROTATE_90), "PNG"), "image/png"))
-    assert not same(upright, sideways, 0.01)  # or the rest would prove nothing
+def test_a_rotated_image_gets_the_prediction_of_the_upright_one(client: FlaskClient, picture: Image.Image) -> None:
+    upright = one(send(client, encode(picture, "PNG"), "image/png"))
+    sideways = one(send(client, encode(picture.transpose(T.ROTATE_90), "PNG"), "image/png"))
+    assert not same(upright, sideways, 0.01)  # otherwise the following assertions prove nothing
     for orientation, how in STORED_AS.items():
         tags = Image.Exif()
         tags[ExifTags.Base.Orientation] = orientation
         stored = picture if how is None else picture.transpose(how)
-        assert same(one(send(client, saved(stored, "PNG", exif=tags), "image/png")), upright), orientation
+        assert same(one(send(client, encode(stored, "PNG", exif=tags), "image/png")), upright), orientation
 
 
-def test_photos_of_other_modes_are_answered_as_they_look(client: FlaskClient, picture: Image.Image) -> None:
-    upright = one(send(client, saved(picture, "PNG"), "image/png"))
+def test_images_of_other_modes_get_the_prediction_of_their_appearance(client: FlaskClient, picture: Image.Image) -> None:
+    upright = one(send(client, encode(picture, "PNG"), "image/png"))
     grey = picture.convert("L")
-    plain_grey = one(send(client, saved(grey.convert("RGB"), "PNG"), "image/png"))
+    plain_grey = one(send(client, encode(grey.convert("RGB"), "PNG"), "image/png"))
     deep = Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257)
     see_through = picture.convert("RGBA")
     see_through.putalpha(255)
     cases: dict[str, tuple[bytes, dict[str, Any], float]] = {
-        "grey": (saved(grey, "PNG"), plain_grey, 1e-5),
-        "16-bit": (saved(deep, "PNG"), plain_grey, 1e-5),
-        "16-bit TIFF": (saved(deep, "TIFF"), plain_grey, 1e-5),
-        "RGBA": (saved(see_through, "PNG"), upright, 1e-5),
-        "BMP": (saved(picture, "BMP"), upright, 1e-5),
-        "PPM": (saved(picture, "PPM"), upright, 1e-5),
-        "TIFF": (saved(picture, "TIFF", compression="tiff_lzw"), upright, 1e-5),
-        "lossless WebP": (saved(picture, "WEBP", lossless=True), upright, 1e-5),
-        "CMYK TIFF": (saved(picture.convert("CMYK"), "TIFF"), upright, 0.02),
-        "CMYK JPEG": (saved(picture.convert("CMYK"), "JPEG", quality=98), upright, 0.1),
+        "grey": (encode(grey, "PNG"), plain_grey, 1e-5),
+        "16-bit": (encode(deep, "PNG"), plain_grey, 1e-5),
+        "16-bit TIFF": (encode(deep, "TIFF"), plain_grey, 1e-5),
+        "RGBA": (encode(see_through, "PNG"), upright, 1e-5),
+        "BMP": (encode(picture, "BMP"), upright, 1e-5),
+        "PPM": (encode(picture, "PPM"), upright, 1e-5),
+        "TIFF": (encode(picture, "TIFF", compression="tiff_lzw"), upright, 1e-5),
+        "lossless WebP": (encode(picture, "WEBP", lossless=True), upright, 1e-5),
+        "CMYK TIFF": (encode(picture.convert("CMYK"), "TIFF"), upright, 0.02),
+        "CMYK JPEG": (encode(picture.convert("CMYK"), "JPEG", quality=98), upright, 0.1),
     }
     for name, (data, wanted, within) in cases.items():
         assert same(one(send(client, data, "image/x")), wanted, within), name
 
 
-def test_what_cannot_be_seen_is_white(client: FlaskClient) -> None:
-    white = one(send(client, saved(Image.new("RGB", (40, 40), "white"), "PNG"), "image/png"))
+def test_transparent_pixels_are_white(client: FlaskClient) -> None:
+    white = one(send(client, encode(Image.new("RGB", (40, 40), "white"), "PNG"), "image/png"))
     palette = Image.new("P", (40, 40), 0)
     palette.putpalette([255, 0, 0] * 256)
     for data in (
-        saved(Image.new("RGBA", (40, 40), (255, 0, 0, 0)), "PNG"),
-        saved(Image.new("LA", (40, 40), (0, 0)), "PNG"),
-        saved(palette, "PNG", transparency=0),
-        saved(palette, "GIF", transparency=0),
+        encode(Image.new("RGBA", (40, 40), (255, 0, 0, 0)), "PNG"),
+        encode(Image.new("LA", (40, 40), (0, 0)), "PNG"),
+        encode(palette, "PNG", transparency=0),
+        encode(palette, "GIF", transparency=0),
     ):
         assert same(one(send(client, data, "image/x")), white)
 
 
 @pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_an_animation_is_answered_for_its_first_frame_and_says_so(client: FlaskClient, form: str) -> None:
+def test_the_first_frame_of_an_animation_is_classified_with_a_note(client: FlaskClient, form: str) -> None:
     first, second = Image.new("RGB", (40, 40), (255, 40, 40)), Image.new("RGB", (40, 40), (40, 60, 255))
     lossless = {"lossless": True} if form == "WEBP" else {}
     still, moving = (
         one(send(client, data, "image/x"))
         for data in (
-            saved(first, form, **lossless),
-            saved(first, form, save_all=True, append_images=[second], **lossless),
+            encode(first, form, **lossless),
+            encode(first, form, save_all=True, append_images=[second], **lossless),
         )
     )
     assert same(still, moving)
@@ -337,31 +337,33 @@ def test_an_animation_is_answered_for_its_first_frame_and_says_so(client: FlaskC
     assert moving["notes"] == ["The image has several frames. The first one was classified."]
 
 
-def test_a_phones_jpeg_with_a_second_picture_is_no_animation(client: FlaskClient, picture: Image.Image) -> None:
-    row = one(send(client, saved(picture, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]), "image/jpeg"))
+def test_a_jpeg_of_a_phone_with_a_second_image_is_not_an_animation(client: FlaskClient, picture: Image.Image) -> None:
+    row = one(send(client, encode(picture, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]), "image/jpeg"))
     assert (row["format"], row["notes"]) == ("MPO", [])
-    assert same(row, one(send(client, saved(picture, "JPEG"))))
+    assert same(row, one(send(client, encode(picture, "JPEG"))))
 
 
 # Refusals
 
 
-def test_no_photo(client: FlaskClient) -> None:
-    refused(send(client, b""), "no_image", "The request contains no image. Send multipart/form-data")
-    refused(send(client, b"", "application/octet-stream"), "no_image")
-    refused(send(client, b"", "application/json"), "bad_json")
-    refused(send_form(client), "no_image")
-    refused(send_json(client, {"instances": []}), "no_image")
+def test_a_request_without_an_image_is_rejected(client: FlaskClient) -> None:
+    check_problem(send(client, b""), "no_image", "The request contains no image. Send multipart/form-data")
+    check_problem(send(client, b"", "application/octet-stream"), "no_image")
+    check_problem(send(client, b"", "application/json"), "bad_json")
+    check_problem(send_form(client), "no_image")
+    check_problem(send_json(client, {"instances": []}), "no_image")
 
 
-def test_an_empty_file(client: FlaskClient) -> None:
-    refused(send_form(client, ("file", "a.jpg", b"")), "empty_image", "The file is empty.")
-    refused(send_json(client, {"image": ""}), "empty_image")
+def test_an_empty_file_is_rejected(client: FlaskClient) -> None:
+    check_problem(send_form(client, ("file", "a.jpg", b"")), "empty_image", "The file is empty.")
+    check_problem(send_json(client, {"image": ""}), "empty_image")
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "video/mp4", "", "nonsense"])
-def test_a_body_of_another_kind(client: FlaskClient, photo: bytes, kind: str) -> None:
-    refused(send(client, photo, kind), "unsupported_media_type", f"Unsupported Content-Type: {kind or 'none'}. Send", "image/*")
+def test_an_unsupported_media_type_is_rejected(client: FlaskClient, photo: bytes, kind: str) -> None:
+    check_problem(
+        send(client, photo, kind), "unsupported_media_type", f"Unsupported Content-Type: {kind or 'none'}. Send", "image/*"
+    )
 
 
 @pytest.mark.parametrize("kind", ["image/jpeg", "application/json", "multipart/form-data; boundary=x"])
@@ -369,16 +371,16 @@ def test_a_compressed_body_is_rejected_as_such(client: FlaskClient, photo: bytes
     name = services_of(client.application).model_manager.get().bundle.name
     for path in ("/predict", f"/v2/models/{name}/infer"):
         response = client.post(path, data=gzip.compress(photo), content_type=kind, headers={"Content-Encoding": "gzip"})
-        said = "Compressed bodies are not supported (Content-Encoding: gzip). Send it uncompressed."
-        assert (response.status_code, response.get_json().get("detail", response.get_json().get("error"))) == (415, said)
+        detail = "Compressed bodies are not supported (Content-Encoding: gzip). Send it uncompressed."
+        assert (response.status_code, response.get_json().get("detail", response.get_json().get("error"))) == (415, detail)
     assert rows(send(client, photo, Content_Encoding="identity"))
 
 
 @pytest.mark.parametrize(
     "data", [b"no picture", b"%PDF-1.7\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0", b"8BPS\0\1"]
 )
-def test_what_is_no_picture(client: FlaskClient, data: bytes) -> None:
-    refused(send(client, data), "not_an_image", "not a supported image. Use JPEG")
+def test_data_that_is_not_an_image_is_rejected(client: FlaskClient, data: bytes) -> None:
+    check_problem(send(client, data), "not_an_image", "not a supported image. Use JPEG")
 
 
 @pytest.mark.parametrize(
@@ -394,27 +396,27 @@ def test_what_is_no_picture(client: FlaskClient, data: bytes) -> None:
     ],
 )
 def test_an_unsupported_image_format_is_named(client: FlaskClient, data: bytes, name: str) -> None:
-    refused(send(client, data), "not_an_image", f"{name} is not supported. Use JPEG")
-    refused(send_form(client, ("file", "a", data)), "not_an_image", f"{name} is not supported. Use JPEG")
+    check_problem(send(client, data), "not_an_image", f"{name} is not supported. Use JPEG")
+    check_problem(send_form(client, ("file", "a", data)), "not_an_image", f"{name} is not supported. Use JPEG")
     video = b"\0\0\0\x14ftypisom\0\0\0\0mp42"
-    refused(send(client, video), "not_an_image", "This file is not a supported image. Use JPEG")
+    check_problem(send(client, video), "not_an_image", "This file is not a supported image. Use JPEG")
 
 
-def test_formats_that_run_programs_or_are_not_photos(client: FlaskClient, picture: Image.Image) -> None:
+def test_other_formats_of_pillow_are_rejected(client: FlaskClient, picture: Image.Image) -> None:
     for form in ("EPS", "PDF", "ICO", "TGA", "JPEG2000", "DDS"):
-        refused(send(client, saved(picture, form)), "not_an_image")
+        check_problem(send(client, encode(picture, form)), "not_an_image")
 
 
-def test_a_damaged_picture(client: FlaskClient, photo: bytes, picture: Image.Image) -> None:
-    refused(send(client, photo[: len(photo) // 2]), "damaged_image", "damaged", "Use another copy")
-    png = bytearray(saved(picture, "PNG"))
+def test_a_damaged_image_is_rejected(client: FlaskClient, photo: bytes, picture: Image.Image) -> None:
+    check_problem(send(client, photo[: len(photo) // 2]), "damaged_image", "damaged", "Use another copy")
+    png = bytearray(encode(picture, "PNG"))
     png[len(png) // 2] ^= 0xFF
-    refused(send(client, bytes(png)), "damaged_image")
-    refused(send_form(client, ("file", "a.jpg", photo[:300])), "damaged_image")
+    check_problem(send(client, bytes(png)), "damaged_image")
+    check_problem(send_form(client, ("file", "a.jpg", photo[:300])), "damaged_image")
 
 
 def flat_png(width: int, height: int) -> bytes:
-    """A PNG of one colour that says it has so many pixels, and has them: a few kB for a hundred million."""
+    """Return a PNG of one color with this many pixels: a few kB for a hundred million."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -426,49 +428,51 @@ def flat_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as models.preprocess has it outside of tests
-def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(client: FlaskClient) -> None:
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # models.preprocess ignores it outside of tests
+def test_an_image_with_too_many_pixels_is_rejected_before_decoding(client: FlaskClient) -> None:
     bomb = flat_png(10_000, 10_000)
     assert len(bomb) < 50_000
-    refused(
+    check_problem(
         send(client, bomb, "image/png"),
         "too_many_pixels",
         "The photo is 100 megapixels; the limit is 50. Resize it and try again.",
     )
-    refused(send(client, flat_png(20_000, 20_000), "image/png"), "too_many_pixels")
+    check_problem(send(client, flat_png(20_000, 20_000), "image/png"), "too_many_pixels")
     assert rows(send(client, flat_png(5_000, 5_000), "image/png"))
 
 
-def test_the_most_pixels_can_be_set(tiny_bundle: SimpleNamespace) -> None:
+def test_the_limit_of_pixels_is_a_setting(tiny_bundle: SimpleNamespace) -> None:
     with serving(tiny_bundle.path, max_megapixels=0.01) as client:
         assert rows(send(client, flat_png(100, 100), "image/png"))
-        refused(
+        check_problem(
             send(client, flat_png(100, 101), "image/png"),
             "too_many_pixels",
             "The photo is 0.0101 megapixels; the limit is 0.01.",
         )
 
 
-def test_a_body_that_is_too_large(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+def test_a_body_that_is_too_large_is_rejected(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_body_mb=0.01) as client:
         assert len(photo) < 0.01 * 2**20
         assert rows(send(client, photo))
-        refused(send(client, bytes(10_486)), "body_too_large", "Upload too large: 10.3 KB, the limit is 10.2 KB.")
+        check_problem(send(client, bytes(10_486)), "body_too_large", "Upload too large: 10.3 KB, the limit is 10.2 KB.")
 
 
-def test_too_many_photos(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+def test_too_many_images_are_rejected(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_images=3) as client:
         assert len(rows(send_form(client, *[("file", "a.jpg", photo)] * 3))) == 3
         said = "Too many images: 4 images, the limit is 3."
-        refused(send_form(client, *[("file", "a.jpg", photo)] * 4), "too_many_images", said)
-        refused(
+        check_problem(send_form(client, *[("file", "a.jpg", photo)] * 4), "too_many_images", said)
+        check_problem(
             send_form(client, *[("file", "a.jpg", b"x")] * 200),
             "too_many_images",
             "Too many images: more than 35 parts, the limit is 3.",
         )
-        refused(send_json(client, {"instances": [{"b64": "eA=="}] * 4}), "too_many_images", said)
-        refused(send_json(client, {"instances": [{}] * 400}), "too_many_images", "Too many images: 400 images, the limit is 3.")
-        refused(
+        check_problem(send_json(client, {"instances": [{"b64": "eA=="}] * 4}), "too_many_images", said)
+        check_problem(
+            send_json(client, {"instances": [{}] * 400}), "too_many_images", "Too many images: 400 images, the limit is 3."
+        )
+        check_problem(
             send_json(client, {"instances": [{}] * 100_000}),
             "json_too_large",
             "The JSON has 100,002 lists and objects, the limit is 1,048.",
@@ -483,14 +487,14 @@ def test_too_many_photos(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
         b'{"instances": [{}]}', b"\xff\xfe\x00", b"[" * 1_000, b'{"a":' * 1_000, b'{"image": ' + b"9" * 10_000 + b"}",
     ],
 )  # fmt: skip
-def test_json_that_is_not_as_it_should_be(client: FlaskClient, body: bytes) -> None:
-    refused(send(client, body, "application/json"), "bad_json")
+def test_invalid_json_is_rejected(client: FlaskClient, body: bytes) -> None:
+    check_problem(send(client, body, "application/json"), "bad_json")
 
 
 @pytest.mark.parametrize("text", ["?", "abc", "a=b=", "ü", "data:image/png;base64,!!!!", "eA==eA=="])
-def test_base64_that_is_none(client: FlaskClient, text: str) -> None:
-    refused(send_json(client, {"image": text}), "bad_base64", "base64")
-    refused(send_json(client, {"instances": [{"b64": text}]}), "bad_base64", "base64")
+def test_invalid_base64_is_rejected(client: FlaskClient, text: str) -> None:
+    check_problem(send_json(client, {"image": text}), "bad_base64", "base64")
+    check_problem(send_json(client, {"instances": [{"b64": text}]}), "bad_base64", "base64")
 
 
 @pytest.mark.parametrize(
@@ -509,13 +513,13 @@ def test_base64_that_is_none(client: FlaskClient, text: str) -> None:
         (b"--x\r\n" + b"A: b\r\n" * 5000 + b"\r\nabc\r\n--x--\r\n", "multipart/form-data; boundary=x"),
     ],
 )
-def test_a_form_that_is_none(client: FlaskClient, body: bytes, kind: str) -> None:
+def test_an_invalid_form_is_rejected(client: FlaskClient, body: bytes, kind: str) -> None:
     answer = send(client, body, kind)
     assert answer.get_json()["code"] in ("bad_form", "no_image")
-    refused(answer, answer.get_json()["code"])
+    check_problem(answer, answer.get_json()["code"])
 
 
-def test_one_bad_photo_among_several_gets_its_own_problem(client: FlaskClient, photo: bytes) -> None:
+def test_one_bad_image_of_several_has_an_error_of_its_own(client: FlaskClient, photo: bytes) -> None:
     parts = [("file", name, data) for name, data in (("a", photo), ("b", b"no"), ("c", photo), ("d", b""), ("e", photo[:200]))]
     first, second, third, fourth, fifth = rows(send_form(client, *parts))
     assert same(first, third)
@@ -528,25 +532,25 @@ def test_one_bad_photo_among_several_gets_its_own_problem(client: FlaskClient, p
     assert [row.get("error", {}).get("code") for row in listed] == ["bad_base64", None, "bad_json"]
 
 
-def test_when_all_of_several_are_bad_each_says_why(client: FlaskClient) -> None:
+def test_several_bad_images_have_an_error_each(client: FlaskClient) -> None:
     answered = rows(send_form(client, ("file", "a", b"no"), ("file", "b", b"nor this")))
     assert [row["error"]["code"] for row in answered] == ["not_an_image"] * 2
 
 
-def test_another_address(client: FlaskClient) -> None:
+def test_an_unknown_path_is_not_found(client: FlaskClient) -> None:
     for answer in (client.get("/nowhere"), client.post("/predict/"), client.get("/%ff%fe")):
-        refused(answer, "not_found", "does not exist", "GET /docs")
+        check_problem(answer, "not_found", "does not exist", "GET /docs")
 
 
-def test_another_method(client: FlaskClient) -> None:
+def test_an_unsupported_method_is_not_allowed(client: FlaskClient) -> None:
     answer = client.get("/predict")
-    refused(answer, "method_not_allowed", "GET is not allowed on /predict")
+    check_problem(answer, "method_not_allowed", "GET is not allowed on /predict")
     assert set(answer.headers["Allow"].split(", ")) == {"POST", "OPTIONS"}
-    refused(client.post("/models"), "method_not_allowed")
-    refused(client.open("/predict", method="BREW"), "method_not_allowed")
+    check_problem(client.post("/models"), "method_not_allowed")
+    check_problem(client.open("/predict", method="BREW"), "method_not_allowed")
 
 
-def test_a_fault_of_the_servers_own_is_logged_and_not_told(
+def test_an_internal_error_is_logged_and_not_disclosed(
     tiny_bundle: SimpleNamespace, photo: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(self: object, pixels: object) -> None:
@@ -556,7 +560,7 @@ def test_a_fault_of_the_servers_own_is_logged_and_not_told(
         with monkeypatch.context() as patch:
             patch.setattr("models.runtime.openvino_engine.OpenVINOEngine.run", fail)
             answer = send(client, photo, X_Request_ID="mine-7")
-        problem = refused(answer, "internal_error")
+        problem = check_problem(answer, "internal_error")
         assert "secret" not in answer.text
         assert "ZeroDivision" not in answer.text
         assert problem["request_id"] == "mine-7"
@@ -566,17 +570,19 @@ def test_a_fault_of_the_servers_own_is_logged_and_not_told(
         assert rows(send(client, photo))
 
 
-def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+def test_a_request_beyond_the_capacity_is_rejected(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_in_flight=4, max_images=4) as client:
         admission = services_of(client.application).admission
         assert len(rows(send_form(client, *[("file", "a", photo)] * 4))) == 4
         admission.acquire(1)
-        answer = send_form(client, *[("file", "a", photo)] * 4)  # the request is let in, and found to be of four photos
-        refused(answer, "overloaded", "The server is at capacity (2 of 4 images in flight). Retry in 1 s.")
+        answer = send_form(client, *[("file", "a", photo)] * 4)  # the request is admitted as one image, and contains four
+        check_problem(answer, "overloaded", "The server is at capacity (2 of 4 images in flight). Retry in 1 s.")
         assert "classifier_in_flight_images 1.0" in client.get("/metrics").text
         admission.acquire(3)
         answer = send(client, photo, X_Request_ID="full")
-        assert refused(answer, "overloaded", "The server is at capacity (4 of 4 images in flight).")["request_id"] == "full"
+        assert (
+            check_problem(answer, "overloaded", "The server is at capacity (4 of 4 images in flight).")["request_id"] == "full"
+        )
         assert answer.headers["Retry-After"] == "1"
         assert client.get("/health/ready").status_code == 200
         admission.release(4)
@@ -587,7 +593,7 @@ def test_the_house_is_full(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
 # Headers and logs
 
 
-def test_a_requests_id_is_kept_if_it_is_one(client: FlaskClient, photo: bytes) -> None:
+def test_a_valid_request_id_is_kept(client: FlaskClient, photo: bytes) -> None:
     for given in ("a", "A-b_c.d:9", "x" * 64):
         answer = send(client, photo, X_Request_ID=given)
         assert answer.headers["X-Request-ID"] == answer.get_json()["request_id"] == given
@@ -608,7 +614,7 @@ SECURE = {
 }
 
 
-def test_every_answer_is_safe_in_a_browser(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+def test_every_response_has_security_headers(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_in_flight=1, max_images=1) as client:
         admission = services_of(client.application).admission
         answers = [
@@ -631,7 +637,7 @@ def test_every_answer_is_safe_in_a_browser(tiny_bundle: SimpleNamespace, photo: 
                 assert answer.headers.getlist(name) == [value], (answer.status, name)
 
 
-def test_pages_of_other_origins_may_ask_only_where_they_are_named(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+def test_only_listed_origins_may_send_cross_origin_requests(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     mine, other = "https://cats.example", "https://dogs.example"
 
     def allowed(client: FlaskClient, origin: str) -> list[str | None]:
@@ -662,17 +668,17 @@ def test_pages_of_other_origins_may_ask_only_where_they_are_named(tiny_bundle: S
         assert "Access-Control-Allow-Origin" not in client.get("/models", headers={"Origin": mine}).headers
 
 
-def test_a_full_house_is_told_to_pages_of_other_origins_too(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
-    """Without the header a browser keeps the answer from the page, which then cannot tell it from a dead server."""
+def test_an_overload_is_readable_by_other_origins(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
+    """Without the header a browser hides the response, and the page cannot tell it from an unreachable server."""
     with serving(tiny_bundle.path, cors_origins=("https://cats.example",), max_in_flight=1, max_images=1) as client:
         services_of(client.application).admission.acquire()
         answer = send(client, photo, Origin="https://cats.example")
-        refused(answer, "overloaded")
+        check_problem(answer, "overloaded")
         assert answer.headers["Access-Control-Allow-Origin"] == "https://cats.example"
         assert "Access-Control-Allow-Origin" not in send(client, photo, Origin="https://dogs.example").headers
 
 
-def test_a_key_is_wanted_where_there_are_keys(
+def test_a_key_is_required_if_keys_are_set(
     tiny_bundle: SimpleNamespace, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="service.request")
@@ -683,7 +689,7 @@ def test_a_key_is_wanted_where_there_are_keys(
         assert rows(send(client, photo, X_API_Key="key-of-nobody"))
         for headers in ({}, {"Authorization": "Bearer"}, {"X_API_Key": ""}):
             answer = send(client, photo, **headers)
-            refused(answer, "unauthorized", "An API key is required. Send it as `Authorization: Bearer KEY`")
+            check_problem(answer, "unauthorized", "An API key is required. Send it as `Authorization: Bearer KEY`")
             assert answer.headers["WWW-Authenticate"] == "Bearer"
         for headers in (
             {"X_API_Key": "ann"},
@@ -693,15 +699,15 @@ def test_a_key_is_wanted_where_there_are_keys(
             {"Authorization": "Bearer wrong"},
             {"Authorization": "Basic a2V5LW9mLWFubg=="},
         ):
-            refused(send(client, photo, **headers), "unauthorized")
-        refused(send(client, b"no photo, and no key"), "unauthorized")
+            check_problem(send(client, photo, **headers), "unauthorized")
+        check_problem(send(client, b"no photo, and no key"), "unauthorized")
         assert client.get("/health/ready").status_code == 200
     named = [record.key_name for record in caplog.records if record.name == "service.request" and record.status == 200]
     assert named[:4] == ["ann", "ann", "ann", "key"]
     assert "key-of" not in caplog.text + str([vars(record) for record in caplog.records])
 
 
-def test_the_log_tells_of_a_request_and_nothing_of_a_photo(
+def test_the_log_has_the_request_and_nothing_of_the_image(
     client: FlaskClient, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -722,8 +728,8 @@ def test_the_log_tells_of_a_request_and_nothing_of_a_photo(
     assert "secret" not in everything
 
 
-def test_methods_that_nobody_knows_are_counted_as_one(client: FlaskClient) -> None:
-    """Every new label is kept in memory for ever, so that a stranger must not be able to make them."""
+def test_unknown_methods_are_counted_as_one(client: FlaskClient) -> None:
+    """Each label of a metric stays in memory, so clients must not be able to create labels."""
     for i in range(20):
         client.open("/predict", method=f"ODD{i}")
     assert "ODD" not in client.get("/metrics").get_data(as_text=True)
@@ -732,7 +738,7 @@ def test_methods_that_nobody_knows_are_counted_as_one(client: FlaskClient) -> No
 # What else is asked
 
 
-def test_the_model_is_described(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
+def test_models_describes_the_active_model(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
     (model,) = client.get("/models").get_json()["models"]
     bundle = open_bundle(tiny_bundle.path)
     assert (model["name"], model["version"], model["classes"]) == (bundle.name, bundle.version, list(bundle.classes))
@@ -749,12 +755,12 @@ def test_health(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:
     assert (ready["status"], ready["model"]["version"]) == ("ready", open_bundle(tiny_bundle.path).version)
 
 
-def test_until_the_model_is_loaded_it_is_alive_but_not_ready(
+def test_the_service_is_live_but_not_ready_until_the_model_is_loaded(
     tiny_bundle: SimpleNamespace, photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.inference.model_manager.ModelManager._load", lambda self: None)
     client = create_app(Settings(bundle=tiny_bundle.path)).test_client()
     assert client.get("/health/live").status_code == 200
     for answer in (client.get("/health/ready"), client.get("/models"), send(client, photo)):
-        refused(answer, "not_ready", "being loaded")
+        check_problem(answer, "not_ready", "being loaded")
         assert answer.headers["Retry-After"] == "1"
