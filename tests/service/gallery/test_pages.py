@@ -308,8 +308,8 @@ def test_a_listing_takes_the_address_of_any_page_and_gives_the_whole_filter(gall
     [
         ("90", "50", "The minimum must be lower than the maximum."),
         ("50", "50", "The minimum must be lower than the maximum."),
-        ("-1", "50", "a whole number from 0 to 100 was wanted"),
-        ('"><b>', "50", "a whole number from 0 to 100 was wanted"),
+        ("-1", "50", "must be a whole number from 0 to 100"),
+        ('"><b>', "50", "must be a whole number from 0 to 100"),
     ],
 )
 def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low: str, high: str, words: str) -> None:
