@@ -137,8 +137,8 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             ("train", *flags, "--export", "head"),
             ("merge", root / "run" / "bundle", root / "whole", "--weights", weights),
         ):
-            code, _, said = tiny_network.finetune(*words)
-            assert code == 0, said
+            code, _, message = tiny_network.finetune(*words)
+            assert code == 0, message
     return SimpleNamespace(
         path=root / "whole",
         head=root / "run" / "bundle",

@@ -79,22 +79,22 @@ def train(name: str, photos: Path, folder: Path) -> tuple[Bundle, str]:
     if spec.weights and not spec.weights.package:
         torch.save(random_state(name), folder / "weights.pth")
         flags += ["--weights", folder / "weights.pth"]
-    code, said, err = finetune(
+    code, message, err = finetune(
         "train", "--data-dir", photos, "--backbone", name, "--output-dir", folder / "run", "--name", "row", *flags
     )
     assert (code, err) == (0, ""), err
-    return open_bundle(folder / "run" / "bundle"), said
+    return open_bundle(folder / "run" / "bundle"), message
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: Path, tmp_path: Path) -> None:
     with made_small(name, small_pictures=False) if name in WIDE else contextlib.nullcontext():
-        bundle, said = train(name, photos, tmp_path)
+        bundle, message = train(name, photos, tmp_path)
     spec = get_spec(name)
     assert bundle.backbone == name
     assert bundle.preprocessing == spec.preprocessing
     frozen = "Features are computed once per photo" if spec.weights else "No feature cache because all weights are trained"
-    assert frozen in said
+    assert frozen in message
 
     code, _, err = finetune("evaluate", "--bundle", bundle.path, "--data-dir", photos, "--output-dir", tmp_path / "evaluation")
     assert (code, err) == (0, "")
@@ -102,9 +102,9 @@ def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: P
     assert trained["photos"] == evaluated["photos"] == 4
     assert np.isclose(trained["log_loss"]["value"], evaluated["log_loss"]["value"], atol=1e-3)
 
-    told = Predictions.read_csv(tmp_path / "evaluation" / "predictions.csv")
+    received = Predictions.read_csv(tmp_path / "evaluation" / "predictions.csv")
     with serve(bundle.path, max_batch_size=1, cpus=1) as server:
-        for photo, expected in zip(told.image_names, told.probabilities, strict=True):
+        for photo, expected in zip(received.image_names, received.probabilities, strict=True):
             reply = server.post((photos / photo).read_bytes())
             assert reply.status == 200
             document = reply.json()
@@ -125,8 +125,8 @@ def test_the_graph_of_a_network_in_no_row_gives_what_the_network_gives(name: str
     with torch.inference_mode():
         log_probs, head_input, last_map = with_outputs(classifier, [(spec.head, True), (spec.cam_layer, False)])(pixels)
     np.testing.assert_allclose(probabilities, torch.softmax(log_probs / 1.5, dim=1), rtol=0, atol=1e-4)
-    for found, wanted in ((embedding, head_input), (feature_map, last_map)):
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+    for found, requested in ((embedding, head_input), (feature_map, last_map)):
+        np.testing.assert_allclose(found, requested, rtol=1e-3, atol=1e-3 * float(requested.abs().max()))
 
 
 def test_lite2_starts_from_its_published_weights(photos: Path) -> None:

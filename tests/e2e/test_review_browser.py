@@ -66,21 +66,21 @@ def has_looked(server: Server, row: Row) -> None:
 def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) -> None:
     first, second, third = rows(server, **LEFT)[:3]
     page = new_page(page_of(first, **LEFT))
-    heading, said = page.get_by_role("heading", level=1), page.get_by_role("status")
+    heading, message = page.get_by_role("heading", level=1), page.get_by_role("status")
     expect(heading).to_have_text(name_of(first))
     page.keyboard.press("t")
     page.keyboard.type("1 and bad: keys are letters here")
     page.keyboard.press("Escape")
     page.keyboard.press("2")  # blue, green, red
     expect(heading).to_have_text(name_of(second))
-    expect(said).to_contain_text(f"Saved: {name_of(first)}, relabeled to green.")
+    expect(message).to_contain_text(f"Saved: {name_of(first)}, relabeled to green.")
     assert past(server, first) == ["label green"]
     expect(page.get_by_label("Note")).to_have_value("")
     expect(page).not_to_have_url(re.compile("saved="))
     page.keyboard.press("u")  # nothing is decided here: the one just saved is meant
     expect(heading).to_have_text(name_of(first))
-    expect(said).to_contain_text(f"Undone: {name_of(first)}, ")
-    expect(said).to_contain_text("review removed; label is")
+    expect(message).to_contain_text(f"Undone: {name_of(first)}, ")
+    expect(message).to_contain_text("review removed; label is")
     expect(page.locator("#history")).to_contain_text("undid: ")
     expect(page.get_by_label("Note")).to_have_value("1 and bad: keys are letters here")
     page.get_by_label("Note").fill("")

@@ -39,17 +39,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         with registered():
             weights = save_weights(root / "tiny.pth")
             words = ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--output-dir", root / f"{name}-run")
-            said = run("train", *words, "--export", "head", *flags)
+            message = run("train", *words, "--export", "head", *flags)
             run("merge", root / f"{name}-run" / "bundle", root / name, "--weights", weights)
-        return said
+        return message
 
     return SimpleNamespace(root=root, data=data, train=train)
 
 
 def run(*words: object) -> str:
-    code, said, failed = finetune(*words)
+    code, message, failed = finetune(*words)
     assert code == 0, failed
-    return said
+    return message
 
 
 def read(file: Path) -> dict[str, dict[str, str]]:
@@ -101,8 +101,8 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
     decided = {photo: row["new_label"] for photo, row in read(reviews).items()}
     assert decided == truth
 
-    said = made.train("new", "--reviews", reviews)
-    assert f"{len(odd)} reviews ({len(odd)} relabeled, 0 confirmed" in said
+    message = made.train("new", "--reviews", reviews)
+    assert f"{len(odd)} reviews ({len(odd)} relabeled, 0 confirmed" in message
     before, after = read(old / "predictions.csv"), read(new / "predictions.csv")
     assert before.keys() == after.keys()
     truth = {photo: decided.get(photo, row["label"]) for photo, row in before.items()}

@@ -71,18 +71,18 @@ def put(page: Page, kind: str, *files: Path) -> None:
 
 def answer_with(page: Page, *replies: dict[str, Any]) -> list[str]:
     """The service's next answers to /predict are these, then its own again; gives the list of who asked."""
-    asked: list[str] = []
+    requested: list[str] = []
     left = list(replies)
 
     def reply(route: Route) -> None:
-        asked.append(route.request.headers.get("x-api-key", ""))
+        requested.append(route.request.headers.get("x-api-key", ""))
         if left:
             route.fulfill(**left.pop(0))
         else:
             route.continue_()
 
     page.route("**/predict?*", reply)
-    return asked
+    return requested
 
 
 def problem(status: int, detail: str, **headers: str) -> dict[str, Any]:
@@ -210,21 +210,21 @@ def test_later_results_come_first_and_the_earlier_ones_stay(new_page: NewPage, p
 
 def test_more_photos_than_a_request_may_hold_go_in_several(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
-    asked = answer_with(page)
+    requested = answer_with(page)
     choose(page, *photos.red[:5], *photos.blue[:5])
     assert len(answers(page, 10)) == 10
-    assert len(asked) == 3
+    assert len(requested) == 3
     assert page.locator(".card.bad").count() == 0
 
 
 def test_a_file_that_is_too_large_is_not_sent(new_page: NewPage, photos: SimpleNamespace, tmp_path: Path) -> None:
     page = new_page()
-    asked = answer_with(page)
+    requested = answer_with(page)
     (tmp_path / "huge.jpg").write_bytes(bytes(1_100_000))
     choose(page, tmp_path / "huge.jpg", photos.red[0])
     answers(page, 2)
     expect(page.locator(".card").first).to_contain_text("The file exceeds the 1 MB limit. Choose a smaller one.")
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
 def test_a_photo_is_chosen_by_keyboard_and_its_result_announced(new_page: NewPage, photos: SimpleNamespace) -> None:
@@ -275,14 +275,14 @@ def test_the_form_works_without_javascript(new_page: NewPage, photos: SimpleName
 def test_a_request_is_retried_after_the_time_that_a_busy_server_names(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page(has_clock=True)
     busy = problem(503, "64 photos are waiting.", **{"Retry-After": "3600"})
-    asked = answer_with(page, busy)
+    requested = answer_with(page, busy)
     choose(page, photos.red[0])
     expect(page.locator(".card.waiting")).to_contain_text("The server is busy. Retrying in 3600 s.")
     page.clock.fast_forward(3_000_000)
-    assert len(asked) == 1
+    assert len(requested) == 1
     page.clock.fast_forward(600_000)
     assert "red" in answers(page, 1)[0]
-    assert len(asked) == 2
+    assert len(requested) == 2
 
 
 def test_a_temporary_failure_can_be_retried(new_page: NewPage, photos: SimpleNamespace) -> None:

@@ -73,7 +73,7 @@ def make_predictions(seed: int, photos: int, classes: Sequence[str]) -> Predicti
 
 def enter(
     database: Database,
-    said: Predictions,
+    message: Predictions,
     folder: Path,
     *,
     version: str = VERSION,
@@ -82,14 +82,14 @@ def enter(
 ) -> list[Plain]:
     """Write a table, read it and import it once, as the service does; gives its rows, read by the csv module alone."""
     path = folder / f"{version}-{source}-{seed}.csv"
-    said.write_csv(path)
+    message.write_csv(path)
     rng = random.Random(seed)
-    flags = [(rng.random() < 0.1, rng.random() < 0.2) for _ in said.image_names]
+    flags = [(rng.random() < 0.1, rng.random() < 0.2) for _ in message.image_names]
     duplicate, mislabeled = (np.array([row[i] for row in flags], dtype=np.bool_) for i in (0, 1))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with database.write() as connection:
         if not is_imported(connection, version, digest):
-            model = get_or_create_model(connection, version=version, name=f"model {version}", classes=said.classes)
+            model = get_or_create_model(connection, version=version, name=f"model {version}", classes=message.classes)
             import_predictions(
                 connection, model, EvaluationTable(source, digest, Predictions.read_csv(path), duplicate, mislabeled)
             )

@@ -80,6 +80,6 @@ def _train(root: Path, target: Path, data: Path, *, seed: int) -> None:
     weights = tiny_network.save_weights(root / f"tiny-{seed}.pth", seed=seed)
     words: Sequence[object] = ("train", "--data-dir", data, "--backbone", "tiny", "--weights", weights, "--epochs", 6)
     run = root / f"run-{target.name}"
-    code, _, said = tiny_network.finetune(*words, "--output-dir", run)
-    assert code == 0, said
+    code, _, message = tiny_network.finetune(*words, "--output-dir", run)
+    assert code == 0, message
     shutil.copytree(run / "bundle", target)

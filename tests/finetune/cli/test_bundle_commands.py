@@ -66,7 +66,7 @@ def table(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
-def refused(*words: object) -> str:
+def rejected(*words: object) -> str:
     """Run a command that must fail with a one-line error; return the error."""
     code, out, err = finetune(*words)
     assert code == 2
@@ -121,24 +121,24 @@ def test_the_merged_bundle_reproduces_the_golden_outputs_of_the_head(made: Simpl
 
 def test_a_different_base_is_rejected_and_nothing_is_written(made: SimpleNamespace, tmp_path: Path) -> None:
     other = save_weights(tmp_path / "other.pth", seed=1)
-    message = refused("merge", made.head, tmp_path / "out", "--weights", other)
+    message = rejected("merge", made.head, tmp_path / "out", "--weights", other)
     assert "was trained on weights with sha256" in message
     assert "file other.pth has" in message
     assert list(tmp_path.iterdir()) == [other]
 
 
 def test_a_missing_base_is_reported(made: SimpleNamespace, tmp_path: Path) -> None:
-    assert "No pretrained weights are known for tiny" in refused("merge", made.head, tmp_path / "out")
-    assert "There is no weights file" in refused("merge", made.head, tmp_path / "out", "--weights", tmp_path / "no.pth")
+    assert "No pretrained weights are known for tiny" in rejected("merge", made.head, tmp_path / "out")
+    assert "There is no weights file" in rejected("merge", made.head, tmp_path / "out", "--weights", tmp_path / "no.pth")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_join_that_makes_no_sense_is_refused(made: SimpleNamespace, tmp_path: Path, tiny_weights: Path) -> None:
-    assert "is already a full bundle" in refused("merge", made.whole, tmp_path / "out", "--weights", tiny_weights)
+    assert "is already a full bundle" in rejected("merge", made.whole, tmp_path / "out", "--weights", tiny_weights)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    assert "is not empty" in refused("merge", made.head, tmp_path / "full", "--weights", tiny_weights)
-    refused("merge", made.head, tmp_path / "full" / "mine.txt", "--weights", tiny_weights)
+    assert "is not empty" in rejected("merge", made.head, tmp_path / "full", "--weights", tiny_weights)
+    rejected("merge", made.head, tmp_path / "full" / "mine.txt", "--weights", tiny_weights)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 
@@ -237,8 +237,8 @@ def test_the_rows_of_a_list_that_cannot_be_read_have_an_error(made: SimpleNamesp
 
 def test_an_empty_folder_is_rejected(made: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert f"No photos found in {tmp_path / 'empty'}" in refused("predict", "--bundle", made.whole, tmp_path / "empty")
-    assert "No such photo or folder" in refused("predict", "--bundle", made.whole, tmp_path / "no.jpg")
+    assert f"No photos found in {tmp_path / 'empty'}" in rejected("predict", "--bundle", made.whole, tmp_path / "empty")
+    assert "No such photo or folder" in rejected("predict", "--bundle", made.whole, tmp_path / "no.jpg")
 
 
 def test_a_head_only_bundle_is_merged_once_for_prediction(
@@ -293,7 +293,7 @@ def test_another_split_is_evaluated_without_its_damaged_photos(
     assert code == 0
     assert f"Skipped: {data / 'summer' / 'blue' / 'z.jpg'}" in printed
     assert len(table(tmp_path / "evaluations" / "whole-holiday-summer" / "predictions.csv")) == 4
-    again = refused("evaluate", "--bundle", made.whole, "--data-dir", data, "--split", "summer")
+    again = rejected("evaluate", "--bundle", made.whole, "--data-dir", data, "--split", "summer")
     assert "is not empty" in again
 
 
@@ -301,7 +301,7 @@ def test_an_impossible_evaluation_is_rejected(made: SimpleNamespace, tmp_path: P
     out = tmp_path / "out"
 
     def message(data: Path, *words: object) -> str:
-        return refused("evaluate", "--bundle", made.whole, "--data-dir", data, "--output-dir", out, *words)
+        return rejected("evaluate", "--bundle", made.whole, "--data-dir", data, "--output-dir", out, *words)
 
     other = color_folder(tmp_path / "other", train=1, valid=1, classes=("blue", "green"))
     assert "has the class 'green', but the bundle's classes are blue, red, or so" in message(other)
@@ -331,8 +331,8 @@ def test_a_changed_bundle_is_rejected_by_every_command(
 ) -> None:
     def message() -> str:
         if command == "predict":
-            return refused("predict", "--bundle", whole, made.data)
-        return refused("evaluate", "--bundle", whole, "--data-dir", made.data, "--output-dir", tmp_path / "out")
+            return rejected("predict", "--bundle", whole, made.data)
+        return rejected("evaluate", "--bundle", whole, "--data-dir", made.data, "--output-dir", tmp_path / "out")
 
     manifest = (whole / MANIFEST).read_text(encoding="utf-8")
     for edit, words in ((_swap_classes, "was changed after it was written"), (_newer, "has format 99")):

@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return color_folder(tmp_path_factory.mktemp("data") / "colours", train=3, valid=2)
 
 
-def refused(*words: object) -> str:
+def rejected(*words: object) -> str:
     code, _, err = finetune(*words)
     assert code == 2, err
     assert re.fullmatch(r"finetune: [^\n]{20,600}\n", err), err
@@ -48,7 +48,7 @@ def train_error(data: Path, tmp_path: Path, tiny_weights: Path) -> Callable[...,
         run = tmp_path / "run"
         before = run.exists()
         fine = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--output-dir", run)
-        err = refused("train", *fine, *flags)
+        err = rejected("train", *fine, *flags)
         assert before or not run.exists()
         assert not list(tmp_path.rglob("*.part"))
         return err
@@ -60,8 +60,8 @@ def train_error(data: Path, tmp_path: Path, tiny_weights: Path) -> Callable[...,
 
 
 def test_an_unknown_command_gets_a_suggestion() -> None:
-    assert "Unknown command 'trian'. Did you mean 'train'?" in refused("trian")
-    assert "`finetune --help`" in refused("xyz")
+    assert "Unknown command 'trian'. Did you mean 'train'?" in rejected("trian")
+    assert "`finetune --help`" in rejected("xyz")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_an_unknown_command_gets_a_suggestion() -> None:
     ],
 )
 def test_an_invalid_flag_is_explained(words: tuple[str, ...], near: str) -> None:
-    message = refused(*words)
+    message = rejected(*words)
     assert near in message
     assert "--help`." in message
 
@@ -97,7 +97,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     ("old", "new"), [("join", "merge"), ("bakeoff", "compare"), ("kernels", "visualize"), ("sample", "synthesize")]
 )
 def test_a_renamed_command_names_the_new_one(old: str, new: str) -> None:
-    assert refused(old, "--help") == f"finetune: `finetune {old}` is now `finetune {new}`.\n"
+    assert rejected(old, "--help") == f"finetune: `finetune {old}` is now `finetune {new}`.\n"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_misspelled_setting_in_the_file_is_rejected(train_error: Callable[...,
 def test_missing_photos_are_reported(train_error: Callable[..., str], tmp_path: Path) -> None:
     nowhere, bare, single = (tmp_path / name for name in ("nowhere", "bare", "single"))
     assert f"No such folder: {nowhere}" in train_error("--data-dir", nowhere)
-    assert f"No such folder: {nowhere}" in refused("audit", nowhere)
+    assert f"No such folder: {nowhere}" in rejected("audit", nowhere)
     (bare / "train" / "a").mkdir(parents=True)
     (bare / "train" / "b").mkdir()
     assert f"No photos in the class folders of {bare / 'train'}." in train_error("--data-dir", bare)
@@ -144,7 +144,7 @@ def test_missing_photos_are_reported(train_error: Callable[..., str], tmp_path: 
     assert f"Found only one class (red) in {single / 'train'}. At least two are needed, one folder per class." in train_error(
         "--data-dir", single
     )
-    assert f"Found only one class (red) in {single / 'train'}. At least two are needed, one folder per class." in refused(
+    assert f"Found only one class (red) in {single / 'train'}. At least two are needed, one folder per class." in rejected(
         "audit", single
     )
     a_file = paint(tmp_path / "photo.jpg", (0, 0, 0), seed=1)
@@ -178,9 +178,9 @@ def test_an_occupied_folder_is_not_changed(train_error: Callable[..., str], tmp_
 
 def test_resuming_needs_a_run(train_error: Callable[..., str], tmp_path: Path, data: Path) -> None:
     assert f"No run to resume in {tmp_path / 'run'}. Start it without --resume." in train_error("--resume")
-    assert "--resume requires the run directory. Add --output-dir runs/NAME." in refused("train", "--resume")
+    assert "--resume requires the run directory. Add --output-dir runs/NAME." in rejected("train", "--resume")
     (tmp_path / "c.yaml").write_text(f"output-dir: {tmp_path / 'run'}\n")
-    assert "No run to resume in" in refused("train", "--resume", "--config", tmp_path / "c.yaml")
+    assert "No run to resume in" in rejected("train", "--resume", "--config", tmp_path / "c.yaml")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("epochs: [1")
     assert "Cannot read the config file" in train_error("--resume")
@@ -201,9 +201,9 @@ def test_resuming_with_other_settings_is_rejected(
     with pytest.raises(Stop):
         finetune("train", *flags, "--seed", 3)
     resume = ("train", "--resume", "--output-dir", tmp_path / "run")
-    assert "was started with --seed 3, not 4. Remove --seed, or start another run." in refused(*resume, "--seed", 4)
+    assert "was started with --seed 3, not 4. Remove --seed, or start another run." in rejected(*resume, "--seed", 4)
     (tmp_path / "c.yaml").write_text("lr: 0.25\n")
-    assert "--lr 0.05, not 0.25" in refused(*resume, "--config", tmp_path / "c.yaml")
+    assert "--lr 0.05, not 0.25" in rejected(*resume, "--config", tmp_path / "c.yaml")
     with pytest.raises(Stop):
         finetune(*resume, "--workers", 2, "--lr", 0.05)  # a setting without influence on the weights, and an unchanged one
 
@@ -234,7 +234,7 @@ def test_a_folder_without_write_permission_is_reported(tiny_weights: Path) -> No
         flags = ("train", "--data-dir", colors, "--backbone", "tiny", "--weights", weights)
         with unprivileged():
             for run, cache in ((theirs / "run", ours / "cache"), (ours / "run", theirs / "cache")):
-                err = refused(*flags, "--output-dir", run, "--cache-dir", cache)
+                err = rejected(*flags, "--output-dir", run, "--cache-dir", cache)
                 assert str(theirs) in err
                 assert "permission denied. Fix the permissions or choose another path." in err
                 assert not run.exists()
@@ -311,7 +311,7 @@ def test_a_damaged_downloaded_file_is_reported(
     kept = tmp_path / "torch" / "hub" / "checkpoints" / "tiny.pth"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(tiny_weights.read_bytes()[:-7])
-    err = refused("train", "--data-dir", data, "--backbone", "tiny", "--output-dir", tmp_path / "run")
+    err = rejected("train", "--data-dir", data, "--backbone", "tiny", "--output-dir", tmp_path / "run")
     assert f"{kept} is damaged" in err
     assert "Delete the file and download it again" in err
 
@@ -319,17 +319,17 @@ def test_a_damaged_downloaded_file_is_reported(
 # The machine
 
 
-@pytest.mark.parametrize(("flags", "limit", "begun"), [((), 2_000, False), (("--weights", "none"), 30_000, True)])
+@pytest.mark.parametrize(("flags", "limit", "partial"), [((), 2_000, False), (("--weights", "none"), 30_000, True)])
 def test_a_full_disk_is_reported_and_leaves_no_partial_files(
-    data: Path, tmp_path: Path, tiny_weights: Path, flags: tuple[str, ...], limit: int, begun: bool
+    data: Path, tmp_path: Path, tiny_weights: Path, flags: tuple[str, ...], limit: int, partial: bool
 ) -> None:
     """The disk is full when the cache is written, or at the first checkpoint, which is larger."""
     run, cache = tmp_path / "run", tmp_path / "cache"
     fine = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--output-dir", run, "--cache-dir", cache)
     with file_size_limit(limit):
-        err = refused("train", *fine, *flags)
+        err = rejected("train", *fine, *flags)
     assert "the file size limit is exceeded. Raise it (ulimit -f)" in err
-    assert [path.name for path in run.iterdir()] == ["config.yaml"] if begun else not run.exists()
+    assert [path.name for path in run.iterdir()] == ["config.yaml"] if partial else not run.exists()
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -380,5 +380,5 @@ def test_a_folder_that_is_not_a_bundle_is_rejected(tmp_path: Path, data: Path, c
     rest = {"predict": (data,), "evaluate": ("--data-dir", data), "merge": ()}[command]
     for bundle in (tmp_path / "nowhere", data):
         place = (bundle, tmp_path / "out") if command == "merge" else ("--bundle", bundle)
-        assert "is not a bundle: it has no manifest.json" in refused(command, *place, *rest)
+        assert "is not a bundle: it has no manifest.json" in rejected(command, *place, *rest)
     assert list(tmp_path.iterdir()) == []

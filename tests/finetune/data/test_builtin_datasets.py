@@ -173,10 +173,10 @@ class TestDigits:
     def learn(self, home: Path, backbone: str, *flags: object) -> dict[str, dict[str, float]]:
         out = home / "-".join(map(str, [backbone, *flags]))
         words = ("train", "--dataset", "digits", "--data-dir", home / "digits", "--backbone", backbone, "--output-dir", out)
-        code, said, err = finetune(*words, "--epochs", 15, "--batch-size", 16, *flags)
+        code, message, err = finetune(*words, "--epochs", 15, "--batch-size", 16, *flags)
         assert code == 0, err
-        assert re.search(r"training     15 epochs of 1,[0-9]{3} photos in [0-9.]+ s, including validation", said)
-        assert "Test results, on images that were not used in training:" in said
+        assert re.search(r"training     15 epochs of 1,[0-9]{3} photos in [0-9.]+ s, including validation", message)
+        assert "Test results, on images that were not used in training:" in message
         metrics = json.loads((out / "test" / "metrics.json").read_text())
         assert metrics["photos"] == 359
         return metrics
@@ -200,6 +200,6 @@ class TestDigits:
         assert open_bundle(home / "cnn_mnist" / "bundle").permute_pixels is None
 
     def test_resuming_a_finished_run_only_opens_it(self, home: Path) -> None:
-        code, said, err = finetune("train", "--resume", "--output-dir", home / "lenet5")
+        code, message, err = finetune("train", "--resume", "--output-dir", home / "lenet5")
         assert (code, err) == (0, "")
-        assert "is already finished" in said
+        assert "is already finished" in message

@@ -112,16 +112,16 @@ def test_the_unicode_form_of_a_class_in_a_table_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"decision": "maybe"}, r"line 2 .*: unknown decision 'maybe'\. Use label, neither, bad"),
         ({"decision": "label"}, "the decision 'label' requires new_label"),
         ({"sha256": "abc"}, "'abc' is not a sha256"),
     ],
 )
-def test_a_malformed_row_is_reported(changes: dict[str, str], said: str) -> None:
+def test_a_malformed_row_is_reported(changes: dict[str, str], message: str) -> None:
     row = replace(Review("a" * 64, "1.jpg", "cats", "bad", "", "", "", ""), **changes)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read_reviews(write_reviews([row]), origin="r.csv")
 
 
@@ -145,15 +145,15 @@ def test_decisions_relabel_confirm_and_exclude_by_sha256(data: Path) -> None:
         replace(review(blue / "blue.002.jpg", "bad"), sha256="0" * 64),  # the name alone does not match
     )
     (blue / "blue.000.jpg").rename(blue / "renamed.jpg")
-    labels, said = applied(data, *decisions)
+    labels, message = applied(data, *decisions)
     assert labels["train/blue/renamed.jpg"] == "red"
     assert labels["train/blue/blue.001.jpg"] == labels["train/blue/blue.002.jpg"] == "blue"
     assert not {"train/red/red.000.jpg", "valid/red/red.001.jpg"} & labels.keys()
     assert len(labels) == 16
-    assert "reviews.csv: 5 reviews (1 relabeled, 1 confirmed, 2 excluded, 1 unmatched)" in said
-    assert "  train/blue/renamed.jpg: blue -> red" in said
-    assert "  train/red/red.000.jpg: excluded (none of the classes)" in said
-    assert "  valid/red/red.001.jpg: excluded (bad photo)" in said
+    assert "reviews.csv: 5 reviews (1 relabeled, 1 confirmed, 2 excluded, 1 unmatched)" in message
+    assert "  train/blue/renamed.jpg: blue -> red" in message
+    assert "  train/red/red.000.jpg: excluded (none of the classes)" in message
+    assert "  valid/red/red.001.jpg: excluded (bad photo)" in message
 
 
 def test_a_decision_resolves_duplicates_with_different_labels(data: Path) -> None:
@@ -161,10 +161,10 @@ def test_a_decision_resolves_duplicates_with_different_labels(data: Path) -> Non
     first, second = (data / "train" / "blue" / f"blue.00{i}.jpg" for i in (0, 1))
     shutil.copyfile(first, data / "train" / "red" / "same.jpg")
     shutil.copyfile(second, data / "valid" / "red" / "same.jpg")
-    labels, said = applied(data, review(first, new_label="red"), review(second, new_label="red"))
+    labels, message = applied(data, review(first, new_label="red"), review(second, new_label="red"))
     assert labels["train/blue/blue.000.jpg"] == labels["train/red/same.jpg"] == labels["valid/red/same.jpg"] == "red"
     assert "train/blue/blue.001.jpg" not in labels
-    assert "blue.001.jpg: excluded (reviewed as red, and the other split has the same photo)" in said
+    assert "blue.001.jpg: excluded (reviewed as red, and the other split has the same photo)" in message
 
 
 def test_a_contradicting_near_duplicate_is_excluded(data: Path) -> None:
@@ -175,10 +175,10 @@ def test_a_contradicting_near_duplicate_is_excluded(data: Path) -> None:
         picture.save(data / "train" / "red" / "again.png")
     untouched, _ = applied(data)
     assert "train/red/again.png" in untouched
-    labels, said = applied(data, review(first, new_label="blue"))
+    labels, message = applied(data, review(first, new_label="blue"))
     assert labels["train/blue/blue.000.jpg"] == "blue"
     assert "train/red/again.png" not in labels
-    assert "again.png: excluded (near duplicate of a photo reviewed as blue)" in said
+    assert "again.png: excluded (near duplicate of a photo reviewed as blue)" in message
 
 
 # Through the command line
@@ -267,7 +267,7 @@ def test_resuming_with_other_reviews_is_rejected(
 
 
 def test_errors_in_the_reviews_are_one_line(data: Path, tmp_path: Path, train: Callable[..., tuple[int, str, str]]) -> None:
-    def refused(*flags: object) -> str:
+    def error_of(*flags: object) -> str:
         code, _, err = train(*flags)
         assert code == 2
         assert re.fullmatch(r"finetune: [^\n]{20,600}\n", err), err
@@ -276,18 +276,18 @@ def test_errors_in_the_reviews_are_one_line(data: Path, tmp_path: Path, train: C
 
     photo = data / "train" / "blue" / "blue.000.jpg"
     file = table(review(photo, new_label="rde"), path=tmp_path / "reviews.csv")
-    assert "unknown class 'rde' for blue.000.jpg. The classes are blue, red. Did you mean 'red'?" in refused("--reviews", file)
+    assert "unknown class 'rde' for blue.000.jpg. The classes are blue, red. Did you mean 'red'?" in error_of("--reviews", file)
     file.write_text("photo,label\n")
-    assert "has no column 'sha256'" in refused("--reviews", file)
-    assert "Cannot read the reviews" in refused("--reviews", tmp_path / "no.csv")
-    assert "--reviews and --reviews-from cannot be combined" in refused("--reviews", file, "--reviews-from", "sqlite:///x")
-    assert "(sqlite:///FILE, postgresql://...), got 'reviews.csv'" in refused("--reviews-from", "reviews.csv")
-    assert "No such database" in refused("--reviews-from", f"sqlite:///{tmp_path}/no.db")
+    assert "has no column 'sha256'" in error_of("--reviews", file)
+    assert "Cannot read the reviews" in error_of("--reviews", tmp_path / "no.csv")
+    assert "--reviews and --reviews-from cannot be combined" in error_of("--reviews", file, "--reviews-from", "sqlite:///x")
+    assert "(sqlite:///FILE, postgresql://...), got 'reviews.csv'" in error_of("--reviews-from", "reviews.csv")
+    assert "No such database" in error_of("--reviews-from", f"sqlite:///{tmp_path}/no.db")
     assert not (tmp_path / "no.db").exists()
     sqlite3.connect(tmp_path / "empty.db").close()
-    assert "no such table: current_reviews" in refused("--reviews-from", f"sqlite:///{tmp_path}/empty.db")
-    assert "Cannot reach http://127.0.0.1:9/reviews.csv" in refused("--reviews-from", "http://127.0.0.1:9/reviews.csv")
-    err = refused("--reviews-from", "postgresql://ada:opensesame@127.0.0.1:9/gallery")
+    assert "no such table: current_reviews" in error_of("--reviews-from", f"sqlite:///{tmp_path}/empty.db")
+    assert "Cannot reach http://127.0.0.1:9/reviews.csv" in error_of("--reviews-from", "http://127.0.0.1:9/reviews.csv")
+    err = error_of("--reviews-from", "postgresql://ada:opensesame@127.0.0.1:9/gallery")
     assert "postgresql://ada:***@127.0.0.1:9/gallery" in err
     assert "opensesame" not in err
 
@@ -443,13 +443,13 @@ def test_extra_photos_already_in_the_data_folder_are_skipped(
 def test_an_extra_folder_that_does_not_fit_is_rejected(tmp_path: Path, train: Callable[..., tuple[int, str, str]]) -> None:
     (tmp_path / "none" / "train" / "blue").mkdir(parents=True)
     (tmp_path / "other" / "green").mkdir(parents=True)
-    for folder, said in (
+    for folder, message in (
         ("nowhere", "No such folder"),
         ("none", "has no photos in folders named blue, red. Remove it from --extra-data."),
         ("other", "has the class 'green', but the data folder has blue, red"),
     ):
         code, _, err = train("--extra-data", tmp_path / folder)
-        assert (code, said in err) == (2, True), err
+        assert (code, message in err) == (2, True), err
 
 
 # Out-of-fold predictions
@@ -466,9 +466,9 @@ def test_out_of_fold_predictions_with_reviews(
     assert train("--epochs", 12)[0] == 0
     bundle, out = tmp_path / "run" / "bundle", tmp_path / "folds"
     flags = ("--bundle", bundle, "--data-dir", data, "--weights", tiny_weights, "--folds", 3)
-    code, said, err = finetune("evaluate", *flags, "--output-dir", out)
+    code, message, err = finetune("evaluate", *flags, "--output-dir", out)
     assert (code, err) == (0, "")
-    assert "train/red/blue.jpg: red, looks like blue" in said
+    assert "train/red/blue.jpg: red, looks like blue" in message
     results = open_predictions(out)
     assert (results.kind, results.folds, results.split) == ("out-of-fold", 3, "train and valid")
     predictions, similarity = results.predictions(), results.similarity()
@@ -519,7 +519,7 @@ def test_impossible_folds_are_rejected(
     assert train("--epochs", 1, "--unfreeze", "classifier.3", out="deep")[0] == 0
     other = save_weights(tmp_path / "other.pth", seed=1)
 
-    def refused(*flags: object, run: str = "run") -> str:
+    def error_of(*flags: object, run: str = "run") -> str:
         fine = ("--bundle", tmp_path / run / "bundle", "--data-dir", data, "--output-dir", tmp_path / "out")
         code, _, err = finetune("evaluate", *fine, *flags)
         assert code == 2
@@ -527,9 +527,9 @@ def test_impossible_folds_are_rejected(
         return err
 
     base = ("--weights", tiny_weights)
-    assert "--folds must be at least 2" in refused("--folds", 1, *base)
-    assert "cannot be combined with --split" in refused("--folds", 3, "--split", "train", *base)
-    assert "the class blue has only 9 photos" in refused("--folds", 10, *base)
-    assert "was trained on other base weights" in refused("--folds", 3, "--weights", other)
-    assert "require --folds" in refused("--reviews", tmp_path / "reviews.csv")
-    assert "does not have because it was trained with --unfreeze" in refused("--folds", 3, *base, run="deep")
+    assert "--folds must be at least 2" in error_of("--folds", 1, *base)
+    assert "cannot be combined with --split" in error_of("--folds", 3, "--split", "train", *base)
+    assert "the class blue has only 9 photos" in error_of("--folds", 10, *base)
+    assert "was trained on other base weights" in error_of("--folds", 3, "--weights", other)
+    assert "require --folds" in error_of("--reviews", tmp_path / "reviews.csv")
+    assert "does not have because it was trained with --unfreeze" in error_of("--folds", 3, *base, run="deep")

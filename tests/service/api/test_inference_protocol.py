@@ -107,16 +107,16 @@ def test_images_get_the_predictions_of_predict(
 @pytest.mark.parametrize("binary", [True, False])
 def test_pixels_get_the_golden_outputs(client: Any, name: str, tiny_bundle: SimpleNamespace, binary: bool) -> None:
     bundle = open_bundle(tiny_bundle.path)
-    pixels, wanted, _ = bundle.golden()
+    pixels, expected, _ = bundle.golden()
     result = client.infer(name, [pixels_input(pixels[:4], binary=binary)], model_version=bundle.version)
-    assert result.as_numpy("probabilities") == pytest.approx(wanted[:4], abs=0.1)  # in bfloat16, where that is used
+    assert result.as_numpy("probabilities") == pytest.approx(expected[:4], abs=0.1)  # in bfloat16, where that is used
     (top,) = client.infer(
         name, [pixels_input(pixels[:1])], outputs=[triton.InferRequestedOutput("probabilities", class_count=2)]
     ).as_numpy("probabilities")
-    best = np.argsort(-wanted[0])[:2]
+    best = np.argsort(-expected[0])[:2]
     found = [text.decode().split(":") for text in top]
     assert [(int(index), label) for _, index, label in found] == [(index, bundle.classes[index]) for index in best]
-    assert float(found[0][0]) == pytest.approx(wanted[0][best[0]], abs=0.1)
+    assert float(found[0][0]) == pytest.approx(expected[0][best[0]], abs=0.1)
 
 
 def test_one_bad_image_fails_the_request(server: Server, client: Any, name: str, photos: list[bytes]) -> None:

@@ -304,8 +304,8 @@ def test_images_of_other_modes_get_the_prediction_of_their_appearance(client: Fl
         "CMYK TIFF": (encode(picture.convert("CMYK"), "TIFF"), upright, 0.02),
         "CMYK JPEG": (encode(picture.convert("CMYK"), "JPEG", quality=98), upright, 0.1),
     }
-    for name, (data, wanted, within) in cases.items():
-        assert same(one(send(client, data, "image/x")), wanted, within), name
+    for name, (data, requested, within) in cases.items():
+        assert same(one(send(client, data, "image/x")), requested, within), name
 
 
 def test_transparent_pixels_are_white(client: FlaskClient) -> None:
@@ -461,14 +461,14 @@ def test_a_body_that_is_too_large_is_rejected(tiny_bundle: SimpleNamespace, phot
 def test_too_many_images_are_rejected(tiny_bundle: SimpleNamespace, photo: bytes) -> None:
     with serving(tiny_bundle.path, max_images=3) as client:
         assert len(rows(send_form(client, *[("file", "a.jpg", photo)] * 3))) == 3
-        said = "Too many images: 4 images, the limit is 3."
-        check_problem(send_form(client, *[("file", "a.jpg", photo)] * 4), "too_many_images", said)
+        message = "Too many images: 4 images, the limit is 3."
+        check_problem(send_form(client, *[("file", "a.jpg", photo)] * 4), "too_many_images", message)
         check_problem(
             send_form(client, *[("file", "a.jpg", b"x")] * 200),
             "too_many_images",
             "Too many images: more than 35 parts, the limit is 3.",
         )
-        check_problem(send_json(client, {"instances": [{"b64": "eA=="}] * 4}), "too_many_images", said)
+        check_problem(send_json(client, {"instances": [{"b64": "eA=="}] * 4}), "too_many_images", message)
         check_problem(
             send_json(client, {"instances": [{}] * 400}), "too_many_images", "Too many images: 400 images, the limit is 3."
         )
@@ -641,9 +641,9 @@ def test_only_listed_origins_may_send_cross_origin_requests(tiny_bundle: SimpleN
     mine, other = "https://cats.example", "https://dogs.example"
 
     def allowed(client: FlaskClient, origin: str) -> list[str | None]:
-        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
+        requests = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
         answers = [
-            client.options("/predict", headers={"Origin": origin, **asked}),
+            client.options("/predict", headers={"Origin": origin, **requests}),
             send(client, photo, Origin=origin),
             send(client, b"no", Origin=origin),
         ]

@@ -54,15 +54,15 @@ def difference(database: Database) -> list[object]:
         return list(compare_metadata(context, metadata))
 
 
-def refused(url: str) -> str:
+def rejected(url: str) -> str:
     """The one sentence that ``url`` is refused with."""
     with pytest.raises(ConfigError) as caught:
         Database(url)
-    said = str(caught.value)
-    assert "\n" not in said
-    assert re.search(r"\. (Use|Start) .+\.$", said), "it must say what to do"
-    assert SECRET not in said
-    return said
+    message = str(caught.value)
+    assert "\n" not in message
+    assert re.search(r"\. (Use|Start) .+\.$", message), "it must say what to do"
+    assert SECRET not in message
+    return message
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -183,8 +183,8 @@ def test_it_is_migrated_once_however_many_start_at_once(empty_url: str) -> None:
         assert process.stdin is not None
         process.stdin.write(b"\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=300)[1].decode() for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    message = [process.communicate(timeout=300)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0], message
     database = Database(empty_url)
     assert difference(database) == []
     database.close()
@@ -193,9 +193,9 @@ def test_it_is_migrated_once_however_many_start_at_once(empty_url: str) -> None:
 def test_a_database_of_a_newer_program_is_refused(database: Database, database_url: str) -> None:
     with database.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    said = refused(database_url)
-    assert "has the revision 9999" in said
-    assert f"up to {SCHEMA_REVISION}" in said
+    message = rejected(database_url)
+    assert "has the revision 9999" in message
+    assert f"up to {SCHEMA_REVISION}" in message
     with database.read() as connection:
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "9999"
 
@@ -213,7 +213,7 @@ def test_a_database_of_an_older_program_that_says_nothing_is_brought_up(empty_ur
 
 
 @pytest.mark.parametrize(
-    ("url", "wanted"),
+    ("url", "expected"),
     [
         (f"mysql://me:{SECRET}@localhost/reviews", "DATABASE_URL names mysql"),
         (f"postgresql+asyncpg://me:{SECRET}@localhost/reviews", "DATABASE_URL names postgresql+asyncpg"),
@@ -230,20 +230,20 @@ def test_a_database_of_an_older_program_that_says_nothing_is_brought_up(empty_ur
         (f"postgresql://me:{SECRET}@127.0.0.1:1/reviews?colour=blue", "cannot be opened"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_sentence(url: str, wanted: str) -> None:
-    assert wanted in refused(url)
+def test_what_cannot_be_used_is_refused_in_one_sentence(url: str, expected: str) -> None:
+    assert expected in rejected(url)
 
 
 def test_files_that_cannot_be_used_are_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no database, but some text of sufficient length to be a header of one" * 20)
-    assert f"sqlite:///{tmp_path}/file cannot be opened (file is not a database)" in refused(f"sqlite:///{tmp_path}/file")
-    assert "cannot be created (" in refused(f"sqlite:///{tmp_path}/file/reviews.db")
-    assert "cannot be opened (unable to open database file)" in refused(f"sqlite:///{tmp_path}")
+    assert f"sqlite:///{tmp_path}/file cannot be opened (file is not a database)" in rejected(f"sqlite:///{tmp_path}/file")
+    assert "cannot be created (" in rejected(f"sqlite:///{tmp_path}/file/reviews.db")
+    assert "cannot be opened (unable to open database file)" in rejected(f"sqlite:///{tmp_path}")
 
 
 def test_what_postgresql_refuses_is_said_in_one_sentence(postgres: Postgres) -> None:
-    assert 'database "nothing" does not exist' in refused(postgres.url("nothing").replace("tester", f"tester:{SECRET}"))
-    assert 'role "nobody_knows" does not exist' in refused(postgres.url("postgres").replace("tester", "nobody_knows"))
+    assert 'database "nothing" does not exist' in rejected(postgres.url("nothing").replace("tester", f"tester:{SECRET}"))
+    assert 'role "nobody_knows" does not exist' in rejected(postgres.url("postgres").replace("tester", "nobody_knows"))
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql+psycopg"])
@@ -264,8 +264,10 @@ def test_a_percent_sign_in_the_folder_is_no_trouble(tmp_path: Path) -> None:
 def test_sqlite_is_as_safe_as_it_can_be(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/reviews.db")
     with database.read() as connection:
-        said = [connection.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "foreign_keys", "synchronous")]
-    assert said == ["wal", 1, 2]
+        message = [
+            connection.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "foreign_keys", "synchronous")
+        ]
+    assert message == ["wal", 1, 2]
     with pytest.raises(sqlalchemy.exc.IntegrityError), database.write() as connection:
         connection.execute(insert(buckets).values(model_id=77, source="production", split="", label=0, predicted=0, percent=0,
                                                 review="bad", duplicate=False, mislabeled=False, images=0))  # fmt: skip

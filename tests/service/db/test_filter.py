@@ -78,26 +78,26 @@ def any_filter(rng: random.Random) -> Filter:
 def test_a_filter_comes_back_from_its_query_string(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(50):
-        wanted = any_filter(rng)
-        query = wanted.query()
+        requested = any_filter(rng)
+        query = requested.query()
         assert query.isascii()
-        assert parse(query) == wanted
-        assert parse(wanted.query(page=3), extra=("page",)) == wanted
+        assert parse(query) == requested
+        assert parse(requested.query(page=3), extra=("page",)) == requested
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_query_string_is_the_shortest_one(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(50):
-        wanted = any_filter(rng)
-        parts = wanted.query().split("&")
+        requested = any_filter(rng)
+        parts = requested.query().split("&")
         for left_out in range(1, len(parts)):  # the first names the model
             shorter = "&".join(part for number, part in enumerate(parts) if number != left_out)
             try:
                 other = parse(shorter)
             except InvalidFilterError:
                 continue
-            assert other != wanted, (shorter, parts[left_out])
+            assert other != requested, (shorter, parts[left_out])
 
 
 def test_nothing_is_said_of_what_is_so_anyway() -> None:
@@ -126,7 +126,7 @@ def test_a_query_string_as_people_type_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "wanted"),
+    ("query", "requested"),
     [
         ("klass=cats", "Unknown parameter 'klass'. Valid parameters: model, outcome, class, predicted,"),
         ("page=2", "Unknown parameter 'page'."),
@@ -157,10 +157,10 @@ def test_a_query_string_as_people_type_it() -> None:
         ("model=%00", "The parameter `model` contains a NUL character"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_in_a_sentence(query: str, wanted: str) -> None:
+def test_what_cannot_be_meant_is_refused_in_a_sentence(query: str, requested: str) -> None:
     with pytest.raises(InvalidFilterError) as caught:
         parse(query)
-    assert wanted in str(caught.value)
+    assert requested in str(caught.value)
     assert str(caught.value).endswith(".")
 
 
@@ -182,21 +182,21 @@ def test_a_facet_is_toggled_value_by_value(parameter: str) -> None:
     field = FACETS[parameter]
     one = EVERYTHING.toggle(parameter, "a")
     both = one.toggle(parameter, "b")
-    assert [getattr(wanted, field) for wanted in (one, both, both.toggle(parameter, "a"))] == [("a",), ("a", "b"), ("b",)]
+    assert [getattr(requested, field) for requested in (one, both, both.toggle(parameter, "a"))] == [("a",), ("a", "b"), ("b",)]
     assert one.toggle(parameter, "a") == EVERYTHING
 
 
 def test_cleared_keeps_the_order_and_nothing_else() -> None:
     rng = random.Random(1)
     for _ in range(100):
-        wanted = any_filter(rng)
-        cleared_filters = wanted.cleared_filters()
+        requested = any_filter(rng)
+        cleared_filters = requested.cleared_filters()
         assert cleared_filters == Filter(
-            model=wanted.model, sort=wanted.sort, order=wanted.order, seed=wanted.seed, per_page=wanted.per_page
+            model=requested.model, sort=requested.sort, order=requested.order, seed=requested.seed, per_page=requested.per_page
         )
         assert not cleared_filters.is_filtered
-        facets = any(getattr(wanted, field) for field in FACETS.values())
-        assert wanted.is_filtered == (facets or bool(wanted.change) or wanted.confidence != (0, 100))
+        facets = any(getattr(requested, field) for field in FACETS.values())
+        assert requested.is_filtered == (facets or bool(requested.change) or requested.confidence != (0, 100))
 
 
 def test_another_sort_comes_in_its_own_direction() -> None:

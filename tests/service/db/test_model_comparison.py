@@ -25,10 +25,10 @@ NONE = ModelComparison(
 )
 
 
-def change_labels(said: Predictions, which: range) -> Predictions:
-    labels = said.labels.copy()
-    labels[which] = (labels[which] + 1) % len(said.classes)
-    return replace(said, labels=labels)
+def change_labels(message: Predictions, which: range) -> Predictions:
+    labels = message.labels.copy()
+    labels[which] = (labels[which] + 1) % len(message.classes)
+    return replace(message, labels=labels)
 
 
 def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> None:

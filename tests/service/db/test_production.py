@@ -84,7 +84,7 @@ def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    ("decision", "new_label", "wanted"),
+    ("decision", "new_label", "expected"),
     [
         ("label", "dogs", ("dogs", "correct", "confirmed")),
         ("label", "cats", ("cats", "incorrect", "relabeled")),
@@ -94,7 +94,7 @@ def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
     ],
 )
 def test_a_decision_labels_it_and_undoing_takes_that_back(
-    database: Database, decision: str, new_label: str | None, wanted: tuple[str | None, str, str]
+    database: Database, decision: str, new_label: str | None, expected: tuple[str | None, str, str]
 ) -> None:
     photo = answered(1)
     keep_all(database, photo)
@@ -102,12 +102,12 @@ def test_a_decision_labels_it_and_undoing_takes_that_back(
     keep_all(database, knows_birds, version="birds", classes=(*CLASSES, "birds"))
     say(database, photo, decision, new_label, version="birds")
     found = one(database, photo)
-    assert (found.label, found.outcome, found.review) == wanted
-    assert found.loss == (pytest.approx(-np.log(0.75 if wanted[0] == "dogs" else 0.25)) if wanted[0] else None)
+    assert (found.label, found.outcome, found.review) == expected
+    assert found.loss == (pytest.approx(-np.log(0.75 if expected[0] == "dogs" else 0.25)) if expected[0] else None)
     keep_all(database, photo, version="v2")  # another model is asked of it: the decision holds there too
     with database.read() as connection:
         other = PredictionQuery(connection, Filter(model="v2")).find(production_name(photo.sha256))
-        assert (other.label, other.outcome, other.review) == wanted
+        assert (other.label, other.outcome, other.review) == expected
         assert list(labeled_images(connection)) == ([(photo.sha256, new_label)] if decision == "label" else [])
     say(database, photo, "undo")
     found = one(database, photo)

@@ -78,23 +78,23 @@ def test_every_count_is_what_the_table_gives(gallery: SimpleNamespace) -> None:
     filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(25))]
     found_some = 0
     with gallery.database.read() as connection:
-        for wanted in filters:
-            counts = PredictionQuery(connection, wanted).counts
-            rows = [row for row in gallery.rows if passes(row, wanted)]
+        for requested in filters:
+            counts = PredictionQuery(connection, requested).counts
+            rows = [row for row in gallery.rows if passes(row, requested)]
             found_some += bool(rows)
             assert counts.total == len(rows)
             assert counts.confusion == Counter((row.label, row.predicted) for row in rows)
             steps = [sum(i / HISTOGRAM_BINS <= row.confidence for row in rows) for i in range(HISTOGRAM_BINS)]
             assert counts.histogram == [more - fewer for more, fewer in zip(steps, [*steps[1:], 0], strict=True)]
             for parameter in FACETS:
-                assert counts.facets[parameter] == facet(gallery.rows, wanted, parameter), (parameter, wanted)
+                assert counts.facets[parameter] == facet(gallery.rows, requested, parameter), (parameter, requested)
     assert found_some > 10
     check_cells(gallery.database)
 
 
-def facet(rows: Sequence[Plain], wanted: Filter, parameter: str) -> Counter[str]:
+def facet(rows: Sequence[Plain], requested: Filter, parameter: str) -> Counter[str]:
     """What each value of a facet would show, the rest of the filter staying as it is."""
-    others = [row for row in rows if passes(row, wanted, but=parameter)]
+    others = [row for row in rows if passes(row, requested, but=parameter)]
     values = values_of(rows)[parameter]
     only = {value: EVERYTHING.toggle(parameter, value) for value in values}
     return Counter({value: n for value in values if (n := sum(CHECKS[parameter](row, only[value]) for row in others))})
@@ -131,19 +131,19 @@ def test_pages_hold_every_photo_once_and_in_order(
     monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
     rng = random.Random(f"{sort} {few}")
     filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(2))]
-    for number, wanted in enumerate(filters):
-        there, back = (wanted.replace(sort=sort, order=way, seed=number, per_page=24) for way in ("asc", "desc"))
+    for number, requested in enumerate(filters):
+        there, back = (requested.replace(sort=sort, order=way, seed=number, per_page=24) for way in ("asc", "desc"))
         shown = {}
         with gallery.database.read() as connection:
-            for asked in (there, back):
-                listing = PredictionQuery(connection, asked)
+            for requests in (there, back):
+                listing = PredictionQuery(connection, requests)
                 page_count = [listing.page(page) for page in range(1, listing.page_count + 1)]
                 assert all(len(page) == 24 for page in page_count[:-1])
                 assert listing.page(listing.page_count + 1) == []
-                shown[asked.order] = [photo for page in page_count for photo in page]
-                assert listing.ids() == [p.id for p in shown[asked.order]]
-                assert [p.id for p in listing.first(5)] == [p.id for p in shown[asked.order][:5]]
-        rows = [row for row in gallery.rows if passes(row, wanted)]
+                shown[requests.order] = [photo for page in page_count for photo in page]
+                assert listing.ids() == [p.id for p in shown[requests.order]]
+                assert [p.id for p in listing.first(5)] == [p.id for p in shown[requests.order][:5]]
+        rows = [row for row in gallery.rows if passes(row, requested)]
         by_sha = {row.sha256: row for row in rows}
         assert sorted(p.sha256 for p in shown["asc"]) == sorted(by_sha)
         keys = [KEYS[sort](by_sha[p.sha256]) for p in shown["asc"]]
@@ -167,9 +167,9 @@ def test_a_photo_knows_its_neighbours(
     gallery: SimpleNamespace, sort: str, way: str, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
-    wanted = EVERYTHING.replace(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=way, seed=5)
+    requested = EVERYTHING.replace(predicted=gallery.classes[:1], splits=("train",), sort=sort, order=way, seed=5)
     with gallery.database.read() as connection:
-        listing = PredictionQuery(connection, wanted)
+        listing = PredictionQuery(connection, requested)
         shown = listing.fetch(listing.ids())
         assert len(shown) > 5
         ids = [None, *(photo.id for photo in shown), None]
@@ -189,11 +189,11 @@ def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(
     monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
     monkeypatch.setattr(pagination, "SMALL_RESULT", 10)
     model_total = EVERYTHING.replace(sort=sort)
-    wanted = model_total.replace(outcomes=("incorrect",))
+    requested = model_total.replace(outcomes=("incorrect",))
     with gallery.database.read() as connection:
         whole = PredictionQuery(connection, model_total)
         shown = whole.fetch(whole.ids())
-        narrow = PredictionQuery(connection, wanted)
+        narrow = PredictionQuery(connection, requested)
         for photo in shown[::37]:
             if photo.outcome == "correct":
                 assert not narrow.matches(photo)
@@ -213,8 +213,8 @@ def test_a_photo_is_all_that_the_table_says(gallery: SimpleNamespace) -> None:
         listing = PredictionQuery(connection, EVERYTHING.replace(labels=gallery.classes[:1]))
         for (name, sha256), row in list(by_name.items())[::7]:
             photo = listing.find(name, sha256)
-            said = (photo.label, photo.predicted, photo.split, photo.source, photo.review, photo.duplicate, photo.mislabeled)
-            assert said == (row.label, row.predicted, row.split, row.source, row.review, row.duplicate, row.mislabeled)
+            message = (photo.label, photo.predicted, photo.split, photo.source, photo.review, photo.duplicate, photo.mislabeled)
+            assert message == (row.label, row.predicted, row.split, row.source, row.review, row.duplicate, row.mislabeled)
             assert photo.outcome == row.outcome
             assert (photo.confidence, photo.margin, photo.loss) == pytest.approx((row.confidence, row.margin, row.loss))
             assert photo.probabilities.sum() == pytest.approx(1)
@@ -235,16 +235,16 @@ def test_a_model_that_there_is_none_of(database: Database, version: str) -> None
 
 
 def test_a_class_that_the_model_does_not_know(gallery: SimpleNamespace) -> None:
-    for wanted in (EVERYTHING.replace(labels=("birds",)), EVERYTHING.replace(predicted=("birds",))):
+    for requested in (EVERYTHING.replace(labels=("birds",)), EVERYTHING.replace(predicted=("birds",))):
         expected = r"'birds'\. The classes of the model are"
         with gallery.database.read() as connection, pytest.raises(InvalidFilterError, match=expected):
-            PredictionQuery(connection, wanted)
+            PredictionQuery(connection, requested)
 
 
 def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
     gallery = fill(database, CLASSES[5], tmp_path)
-    said = make_predictions(1, PHOTOS, gallery.classes)
-    enter(gallery.database, said, tmp_path)
+    message = make_predictions(1, PHOTOS, gallery.classes)
+    enter(gallery.database, message, tmp_path)
     with gallery.database.read() as connection:
         assert PredictionQuery(connection, EVERYTHING).model_total == len(gallery.rows)
         assert connection.execute(select(func.count()).select_from(imports)).scalar_one() == 2
@@ -278,8 +278,8 @@ def test_two_processes_that_import_at_once_give_one_import(database: Database, d
         assert process.stdin is not None
         process.stdin.write(b"\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=300)[1].decode() for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    message = [process.communicate(timeout=300)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0], message
     with database.read() as connection:
         assert [model.version for model in list_models(connection)] == [VERSION]
         assert connection.execute(select(imports.c.images)).scalars().all() == [300]
@@ -288,9 +288,14 @@ def test_two_processes_that_import_at_once_give_one_import(database: Database, d
 
 
 def test_a_table_that_cannot_be_entered_whole_is_not_entered(database: Database, tmp_path: Path) -> None:
-    said = make_predictions(1, 50, CLASSES[2])
-    broken = type(said)(
-        said.classes, said.image_names, said.labels, said.probabilities, said.splits, (*said.sha256s[:-1], "no hash")
+    message = make_predictions(1, 50, CLASSES[2])
+    broken = type(message)(
+        message.classes,
+        message.image_names,
+        message.labels,
+        message.probabilities,
+        message.splits,
+        (*message.sha256s[:-1], "no hash"),
     )
     with pytest.raises(ValueError, match="no hash"):
         enter(database, broken, tmp_path)
@@ -319,21 +324,21 @@ def test_nothing_at_all(database: Database, tmp_path: Path) -> None:
 
 def test_what_a_later_evaluation_suspects_is_suspected_though_it_is_known(database: Database) -> None:
     """As the validation photos that a bundle carries and ``finetune evaluate --folds`` looks through again."""
-    said = make_predictions(3, 40, CLASSES[2])
+    message = make_predictions(3, 40, CLASSES[2])
     none = np.zeros(40, dtype=np.bool_)
     some = none.copy()
     some[[4, 30]] = True
     suspected = Filter(model=VERSION, flags=("mislabeled",))
     with database.write() as connection:
         model = get_or_create_model(connection, version=VERSION, name="one", classes=CLASSES[2])
-        assert import_predictions(connection, model, EvaluationTable("evaluation", "a", said, none, none)) == 40
+        assert import_predictions(connection, model, EvaluationTable("evaluation", "a", message, none, none)) == 40
     with database.read() as connection:
         assert PredictionQuery(connection, suspected).counts.total == 0
     for digest in ("b", "c"):  # the second time there is nothing to change
         with database.write() as connection:
-            assert import_predictions(connection, model, EvaluationTable("out-of-fold", digest, said, none, some)) == 0
+            assert import_predictions(connection, model, EvaluationTable("out-of-fold", digest, message, none, some)) == 0
         with database.read() as connection:
             found = PredictionQuery(connection, suspected).page(1)
-        assert sorted(photo.photo for photo in found) == sorted(encode_file_name(said.image_names[i]) for i in (4, 30))
+        assert sorted(photo.photo for photo in found) == sorted(encode_file_name(message.image_names[i]) for i in (4, 30))
         assert {photo.source for photo in found} == {"evaluation"}
         check_cells(database)

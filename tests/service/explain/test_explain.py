@@ -116,9 +116,9 @@ def test_the_map_adds_up_to_the_scores_and_so_to_the_probabilities(make: Callabl
     head = LinearHead.from_bundle(bundle)
     assert head is not None
     scores = np.array([each.evidence.mean() for each in found]) + head.bias
-    wanted = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"]).run(drawn()[None])[0][0]
+    expected = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"]).run(drawn()[None])[0][0]
     given = np.exp(scores / TEMPERATURE) / np.exp(scores / TEMPERATURE).sum()
-    assert given == pytest.approx(wanted, abs=1e-5)
+    assert given == pytest.approx(expected, abs=1e-5)
     assert abs(scores.sum()) < 1e-4
 
 
@@ -187,16 +187,16 @@ def test_occlusion_finds_the_object_that_was_drawn(make: Callable[..., Bundle]) 
 
 
 def test_occlusion_asks_as_often_as_it_says_and_covers_every_pixel() -> None:
-    asked: list[np.ndarray] = []
+    requested: list[np.ndarray] = []
 
     def run(pixels: np.ndarray) -> np.ndarray:
-        asked.append(pixels[0])
+        requested.append(pixels[0])
         return np.array([[0.5, 0.5]], np.float32)
 
     pixels = np.zeros((28, 28, 1), np.uint8)
     assert (occlusion_map(run, pixels, 0, fill=np.full_like(pixels, 200)) == 0).all()
-    assert len(asked) == FORWARD_PASSES
-    assert (np.max(asked, axis=0) == 200).all()
+    assert len(requested) == FORWARD_PASSES
+    assert (np.max(requested, axis=0) == 200).all()
     assert pixels.max() == 0
 
 
@@ -223,15 +223,15 @@ def test_a_trained_bundle_is_explained_by_occlusion_where_its_head_is_deep(tiny_
 
 
 def test_what_was_explained_is_kept_for_each_photo_and_class(make: Callable[..., Bundle]) -> None:
-    explainer, asked = Explainer(make(), timeout_s=PATIENCE_S), []
+    explainer, requested = Explainer(make(), timeout_s=PATIENCE_S), []
 
     def pixels() -> np.ndarray:
-        asked.append(1)
+        requested.append(1)
         return drawn()
 
     for sha256, label in (("a", "red"), ("a", "red"), ("a", "green"), ("b", "red"), ("a", "red")):
         assert explainer.explain(sha256, label, pixels).label == label
-    assert len(asked) == 3
+    assert len(requested) == 3
     explainer.close()
 
 

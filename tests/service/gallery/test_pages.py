@@ -139,7 +139,7 @@ def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
         )
     }
     called = Counter(row["predicted"] for row in rows)
-    wanted = {
+    expected = {
         "Mistakes, highest loss first": len(rows) - right,
         "Least certain": len(rows),
         "Random sample of mistakes": len(rows) - right,
@@ -147,7 +147,7 @@ def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
         "Possible label errors": MORE // 10,
         "Near duplicates with different labels": MORE // 10,
     }
-    assert {name: number for name, (number, _) in queues.items()} == wanted
+    assert {name: number for name, (number, _) in queues.items()} == expected
     by_class = re.search(r'<ul class="class-links">.*?</ul>', text, re.DOTALL)
     assert by_class
     links_of = re.findall(r'<a href="([^"]*)"><bdi>(\w+)</bdi></a> <span class="count">(\d+)</span>', by_class[0])
@@ -182,12 +182,12 @@ def test_facets_and_confusions_and_bars_count_what_they_lead_to(gallery: Gallery
         ("source", lambda row: {"evaluation": "Evaluation", "out-of-fold": "Out-of-fold"}[row["source"]]),
         ("split", lambda row: row["split"]),
     ):
-        wanted = Counter(value(row) for row in gallery.rows if fits(row, but=facet))
+        expected = Counter(value(row) for row in gallery.rows if fits(row, but=facet))
         if len({value(row) for row in gallery.rows}) < 2:  # there is nothing to choose
             assert f'"facet-{facet}"' not in text
             continue
         found = choices(text, facet)
-        assert {name: number for name, (number, _) in found.items() if number} == wanted, facet
+        assert {name: number for name, (number, _) in found.items() if number} == expected, facet
         assert list(found) == list(choices(gallery.text("/gallery/photos"), facet)), "a filter moved a choice"
         for name, (number, address) in found.items():
             if not given:
@@ -211,17 +211,17 @@ def test_facets_and_confusions_and_bars_count_what_they_lead_to(gallery: Gallery
 
 def test_each_page_shows_its_part_of_the_order_and_the_last_the_rest(gallery: Gallery) -> None:
     highest_first = sorted(gallery.rows, key=lambda row: -float(row["loss"]))
-    wanted = [row["photo"] for row in highest_first]
+    expected = [row["photo"] for row in highest_first]
     shown: list[str] = []
-    for page in range(1, -(-len(wanted) // 24) + 1):
+    for page in range(1, -(-len(expected) // 24) + 1):
         text = gallery.text(f"/gallery/photos?per_page=24&page={page}")
         tiles = re.findall(r'<span class="tile-name" title="([^"]*)"', text)
         first = len(shown)
         shown += tiles
-        assert f'<p class="range-shown">{first + 1}\u2013{len(shown)} <span class="quiet">of {len(wanted)}</span>' in text
+        assert f'<p class="range-shown">{first + 1}\u2013{len(shown)} <span class="quiet">of {len(expected)}</span>' in text
         assert f'aria-current="page"><span class="unseen">Page </span>{page}</a>' in text
-    assert sorted(shown) == sorted(wanted)
-    assert shown[:5] == wanted[:5]
+    assert sorted(shown) == sorted(expected)
+    assert shown[:5] == expected[:5]
 
 
 def test_a_card_says_both_labels_with_their_probabilities(gallery: Gallery) -> None:
@@ -358,7 +358,7 @@ def test_what_cannot_be_meant_is_said_in_one_sentence(gallery: Gallery, path: st
 
 
 def test_a_problem_is_said_with_its_code_as_code_and_a_way_back(gallery: Gallery) -> None:
-    def said(path: str, referrer: str = "") -> tuple[str, str]:
+    def message(path: str, referrer: str = "") -> tuple[str, str]:
         answer = gallery.server.get(path, headers={"Referer": referrer} if referrer else {})
         body = answer.body.decode()
         link = re.search(r'<p><a href="([^"]*)">[^<]*</a></p>', body)
@@ -366,15 +366,15 @@ def test_a_problem_is_said_with_its_code_as_code_and_a_way_back(gallery: Gallery
         return body, html.unescape(link[1])  # type: ignore[index]
 
     here = gallery.server.url
-    body, link = said("/gallery/photos?page=<b>`1`</b>")
+    body, link = message("/gallery/photos?page=<b>`1`</b>")
     assert "The parameter <code>page</code> is &#39;&lt;b&gt;<code>1</code>&lt;/b&gt;&#39;;" in body
     assert link == "/gallery"
-    assert said("/gallery?colour=red")[1] == "/gallery"
+    assert message("/gallery?colour=red")[1] == "/gallery"
     before = f"{here}/gallery/photos?class=red&sort=margin"
-    assert said("/gallery/photos?page=0", before)[1] == before
-    assert said("/gallery/photos?page=0", f"{here}/gallery/photos?page=0")[1] == "/gallery"
-    assert said("/gallery/photos?page=0", "http://elsewhere.example/gallery")[1] == "/gallery"
-    assert said("/gallery/photos?page=0", f"{here}.example/gallery")[1] == "/gallery"
+    assert message("/gallery/photos?page=0", before)[1] == before
+    assert message("/gallery/photos?page=0", f"{here}/gallery/photos?page=0")[1] == "/gallery"
+    assert message("/gallery/photos?page=0", "http://elsewhere.example/gallery")[1] == "/gallery"
+    assert message("/gallery/photos?page=0", f"{here}.example/gallery")[1] == "/gallery"
 
 
 def test_a_filter_that_nothing_fits_leads_back(gallery: Gallery) -> None:
@@ -451,7 +451,7 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
 
 
 @pytest.mark.parametrize(
-    ("page", "pages", "wanted"),
+    ("page", "pages", "expected"),
     [
         (1, 1, [1]),
         (1, 4, [1, 2, 3, 4]),
@@ -460,8 +460,8 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
         (10, 20, [1, None, 8, 9, 10, 11, 12, None, 20]),
     ],
 )
-def test_the_pager_leaves_gaps_that_are_worth_it(page: int, pages: int, wanted: list[int | None]) -> None:
-    assert page_numbers(page, pages) == wanted
+def test_the_pager_leaves_gaps_that_are_worth_it(page: int, pages: int, expected: list[int | None]) -> None:
+    assert page_numbers(page, pages) == expected
 
 
 # In a browser

@@ -102,15 +102,15 @@ def reviews_of(server: Server) -> dict[str, dict[str, str]]:
 def test_the_page_says_what_is_known_of_a_photo(server: Server) -> None:
     row = rows(server, sort="name", review="unreviewed")[0]
     reply = server.get(page_of(row, sort="name", review="unreviewed"))
-    said = text(reply)
+    message = text(reply)
     left = rows(server, sort="name", review="unreviewed")
-    assert f"1 of {len(left)}" in said
-    assert f": {len(left)} photos, not reviewed, by name" in said
+    assert f"1 of {len(left)}" in message
+    assert f": {len(left)} photos, not reviewed, by name" in message
     for fact in (row["photo"], row["sha256"], row["label"], row["predicted"], f"{row['loss']:.4f}"):
-        assert fact in said
+        assert fact in message
     assert f'rel="next" href="/gallery/photo?model={_version(server)}' in reply.body.decode()
     assert 'rel="prev"' not in reply.body.decode()
-    assert "No reviews yet." in said
+    assert "No reviews yet." in message
     for picture in re.findall(r'<img [^>]*src="([^"]+)"', reply.body.decode()):
         poll(lambda picture=picture: server.get(html.unescape(picture)).status == 200)  # type: ignore[misc]
 
@@ -130,8 +130,8 @@ def test_where_the_model_looked_is_shown_by_a_link_with_its_method(server: Serve
     reply = poll(lambda: explained(server, row))
     picture = html.unescape(re.search(r'src="([^"]+heatmap.png[^"]+)"', reply.body.decode())[1])  # type: ignore[index]
     assert server.get(picture).headers["Content-Type"] == "image/png"
-    refused = server.get(page_of(row, explain="no such class"))
-    assert (refused.status, "The classes of the model are" in text(refused)) == (400, True)
+    rejected = server.get(page_of(row, explain="no such class"))
+    assert (rejected.status, "The classes of the model are" in text(rejected)) == (400, True)
 
 
 def test_a_neighbour_with_another_label_is_called_so_and_wrong_only_where_the_model_is(server: Server) -> None:
@@ -139,10 +139,10 @@ def test_a_neighbour_with_another_label_is_called_so_and_wrong_only_where_the_mo
     for row in rows(server, source="evaluation", sort="margin")[:8]:
         body = server.get(page_of(row)).body.decode()
         for alike in re.findall(r'<li class="similar">.*?</li>', body, re.DOTALL):
-            said = " ".join(re.sub(r"<[^>]*>", " ", alike).split())
-            label, predicted = re.search(r"Label (\w+).*Predicted (\w+)", said).groups()  # type: ignore[union-attr]
+            message = " ".join(re.sub(r"<[^>]*>", " ", alike).split())
+            label, predicted = re.search(r"Label (\w+).*Predicted (\w+)", message).groups()  # type: ignore[union-attr]
             kind = label != row["label"], predicted != label
-            assert ("other label" in said, "incorrect" in said) == kind
+            assert ("other label" in message, "incorrect" in message) == kind
             assert ('class="differs"' in alike, 'class="mistake"' in alike) == kind
             kinds.add(kind)
     assert {(False, False), (True, False)} <= kinds
@@ -186,9 +186,9 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     cookies = reply.headers.get_all("Set-Cookie")
     assert any(cookie.startswith("reviewer=Ada;") for cookie in cookies)
     assert all("HttpOnly" in cookie and "SameSite=Strict" in cookie for cookie in cookies)
-    said = server.get(reply.headers["Location"])
-    assert f"Saved: {Path(first['photo']).name}, confirmed {first['label']}." in text(said)
-    assert f'name="expected_version" value="{query["saved"]}"' in said.body.decode()
+    message = server.get(reply.headers["Location"])
+    assert f"Saved: {Path(first['photo']).name}, confirmed {first['label']}." in text(message)
+    assert f'name="expected_version" value="{query["saved"]}"' in message.body.decode()
     [entry] = past(server, first)
     assert (entry["decision"], entry["new_label"], entry["note"], entry["reviewer"]) == ("label", first["label"], "a\nb", "Ada")
     path, query = way(post(server, second, "bad", advance="1", filter=urlencode(filter_)))
@@ -198,9 +198,9 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     assert "Anonymous marked as none of the classes." in text(server.get(f"{path}?{urlencode(query)}"))
     path, query = way(post(server, third, "undo", expected_version=query["saved"], advance="1", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]  # who undoes wants to see it
-    said = text(server.get(f"{path}?{urlencode(query)}"))
-    assert f"Undone: {Path(third['photo']).name}, review removed; label is {third['label']}." in said
-    assert "Not reviewed yet." in said
+    message = text(server.get(f"{path}?{urlencode(query)}"))
+    assert f"Undone: {Path(third['photo']).name}, review removed; label is {third['label']}." in message
+    assert "Not reviewed yet." in message
     assert [entry["decision"] for entry in past(server, third)] == ["undo", "neither"]
     assert third["sha256"] not in reviews_of(server)
 
@@ -232,9 +232,9 @@ def test_behind_the_last_photo_of_a_filter_it_is_said_so(server: Server) -> None
     reply = post(server, left[-1], "bad", advance="1", filter=urlencode(filter_))
     _, query = way(reply)
     assert (query["photo"], query["last"]) == (left[-1]["photo"], "1")
-    said = text(server.get(reply.headers["Location"]))
-    assert f"Last photo in this view. Next unreviewed ({len(left) - 1})" in said
-    assert "no longer matches this filter" in said
+    message = text(server.get(reply.headers["Location"]))
+    assert f"Last photo in this view. Next unreviewed ({len(left) - 1})" in message
+    assert "no longer matches this filter" in message
 
 
 def test_json_is_answered_with_the_history_and_the_way_on(server: Server, row: Row) -> None:
@@ -251,9 +251,9 @@ def test_what_another_decided_meanwhile_is_shown_and_the_note_is_kept(server: Se
     fields = {"note": 'My <b>"own"</b> note', "reviewer": "Ben", "filter": "sort=name", "advance": "1"}
     reply = post(server, row, f"label:{row['label']}", **fields)
     assert reply.status == 409
-    said, body = text(reply), reply.body.decode()
-    assert "Ann has just excluded the photo. Check it, then overwrite it if needed." in said
-    assert f"Overwrite with {row['label']}" in said
+    message, body = text(reply), reply.body.decode()
+    assert "Ann has just excluded the photo. Check it, then overwrite it if needed." in message
+    assert f"Overwrite with {row['label']}" in message
     assert "My &lt;b&gt;&#34;own&#34;&lt;/b&gt; note</textarea>" in body
     assert 'value="Ben"' in body
     seen = re.search(r'id="version".*?name="expected_version" value="(\d+)"', body, re.DOTALL)[1]  # type: ignore[index]
@@ -267,8 +267,8 @@ def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(
     _, query = way(post(server, row, "bad", reviewer="Ann"))
     _, query = way(post(server, row, "neither", reviewer="Ben", expected_version=query["saved"]))
     path, query = way(post(server, row, "undo", reviewer="Cid", expected_version=query["saved"]))
-    said = text(server.get(f"{path}?{urlencode(query)}"))
-    assert f"Undone: {Path(row['photo']).name}, previous review restored: Ann excluded the photo." in said
+    message = text(server.get(f"{path}?{urlencode(query)}"))
+    assert f"Undone: {Path(row['photo']).name}, previous review restored: Ann excluded the photo." in message
     seen = str(past(server, row)[-1]["id"])
     post(server, row, f"label:{row['label']}", as_json=True, expected_version=seen)
     assert "Undone" not in text(server.get(f"{path}?{urlencode(query)}"))  # somebody decided since
@@ -276,17 +276,17 @@ def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(
 
 def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> None:
     path, query = way(post(server, row, "note", note="Is it a toy?"))
-    said = text(server.get(f"{path}?{urlencode(query)}"))
-    assert f"Note saved: {Path(row['photo']).name}" in said
+    message = text(server.get(f"{path}?{urlencode(query)}"))
+    assert f"Note saved: {Path(row['photo']).name}" in message
     assert row["sha256"] not in reviews_of(server)
     assert past(server, row)[0]["note"] == "Is it a toy?"
     assert post(server, row, "undo", as_json=True).code == "nothing_to_undo"
-    refused = post(server, row, "note", note="  ")
-    assert (refused.status, "Enter a note, or choose a decision." in text(refused)) == (400, True)
+    rejected = post(server, row, "note", note="  ")
+    assert (rejected.status, "Enter a note, or choose a decision." in text(rejected)) == (400, True)
 
 
 @pytest.mark.parametrize(
-    ("decision", "fields", "said"),
+    ("decision", "fields", "message"),
     [
         ("label:wolf", {}, "Valid values: blue, green, red."),
         ("maybe", {}, "Valid values: label, neither, bad, note, undo."),
@@ -301,15 +301,15 @@ def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> Non
     ],
 )
 def test_what_is_refused_is_said_on_a_page_and_to_a_program_as_a_problem(
-    server: Server, row: Row, decision: str, fields: dict[str, str], said: str
+    server: Server, row: Row, decision: str, fields: dict[str, str], message: str
 ) -> None:
     page = post(server, row, decision, **fields)
     assert page.status >= 400
-    assert said.replace("`", "") in text(page)  # where it is shown as code
+    assert message.replace("`", "") in text(page)  # where it is shown as code
     if "more" not in fields and len(fields.get("note", "")) < 60_000:
         program = post(server, row, decision, as_json=True, **({"advance": "1"} | fields))
         assert (program.status, program.headers["Content-Type"]) == (page.status, "application/problem+json")
-        assert said in program.json()["detail"]
+        assert message in program.json()["detail"]
     assert past(server, row) == []
 
 
@@ -330,8 +330,8 @@ def test_with_keys_anybody_looks_and_who_has_one_decides(tiny_bundle: SimpleName
         page = keyed.get(page_of(row))
         assert "Sign in with a key to review." in text(page)
         assert 'action="/gallery/review"' not in page.body.decode()
-        refused = post(keyed, row, "bad", note="kept")
-        assert (refused.status, "Your note: kept" in text(refused)) == (401, True)
+        rejected = post(keyed, row, "bad", note="kept")
+        assert (rejected.status, "Your note: kept" in text(rejected)) == (401, True)
         assert post(keyed, row, "bad", as_json=True, headers={"X-API-Key": "guess"}).code == "unauthorized"
         form, kind = {"key": "guess", "back": page_of(row)}, "application/x-www-form-urlencoded"
         wrong = keyed.post(urlencode(form).encode(), kind, path="/gallery/key", headers=BROWSER)
@@ -405,9 +405,9 @@ def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
     assert names == {"red": live[0]["sha256"], "blue": live[1]["sha256"]}
     with registered():
         flags = ("--backbone", "tiny", "--weights", save_weights(tmp_path / "tiny.pth"), "--output-dir", tmp_path / "run")
-        code, said, failed = finetune("train", "--data-dir", tiny_bundle.data, *flags, "--extra-data", folder / "production")
+        code, message, failed = finetune("train", "--data-dir", tiny_bundle.data, *flags, "--extra-data", folder / "production")
     assert code == 0, failed
-    assert "train: blue 13, green 12, red 13" in said
+    assert "train: blue 13, green 12, red 13" in message
 
 
 def _decide_until_killed(server: Server) -> dict[str, tuple[str, int]]:

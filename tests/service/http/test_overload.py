@@ -190,8 +190,8 @@ def test_the_late_body_of_a_rejected_request_is_not_parsed_as_a_request(full: Se
 
 def test_pipelined_requests_are_rejected_and_served_in_order(full: Server) -> None:
     with RawConnection(full) as line:
-        refused = [line.head(len(RED), X_Request_ID=f"{ID}-{i}") + RED for i in range(3)]
-        line.socket.sendall(b"".join(refused) + b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" + refused[0])
+        error_of = [line.head(len(RED), X_Request_ID=f"{ID}-{i}") + RED for i in range(3)]
+        line.socket.sendall(b"".join(error_of) + b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" + error_of[0])
         for i in range(3):
             check_rejection(line.response(), request_id=f"{ID}-{i}")
         assert line.response().json()["status"] == "alive"

@@ -200,8 +200,8 @@ def test_clients_that_do_not_close_delay_nobody(tiny_bundle: SimpleNamespace) ->
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_disconnect_within_a_body_releases_everything(server: Server, reset: bool) -> None:
-    with half_sent(server, 5) as begun:
-        for line, _ in begun:
+    with half_sent(server, 5) as started:
+        for line, _ in started:
             line.close(reset=reset)
         poll(lambda: in_flight(server) == 0)
     assert probabilities(server.post(RED, "image/png"))
@@ -236,16 +236,16 @@ def test_a_stop_finishes_accepted_requests(tiny_bundle: SimpleNamespace) -> None
         kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
         kept.request("GET", "/health/live")
         assert kept.getresponse().read()
-        with half_sent(server, 6) as begun:
+        with half_sent(server, 6) as started:
             os.kill(server.pid, signal.SIGTERM)
             poll(lambda: any("signal: term" in line["message"] for line in server.log()))
-            for line, rest in begun[:3]:
+            for line, rest in started[:3]:
                 line.socket.sendall(rest)
-            for line, _ in begun[:3]:
+            for line, _ in started[:3]:
                 reply = line.response()
                 assert probabilities(reply)
             assert server.process.poll() is None  # waits for the others
-            for line, rest in begun[3:]:
+            for line, rest in started[3:]:
                 line.socket.sendall(rest)
                 reply = line.response()
                 assert probabilities(reply)
@@ -262,9 +262,9 @@ def test_a_killed_worker_is_replaced_and_counters_persist(tiny_bundle: SimpleNam
         for _ in range(5):
             probabilities(server.post(RED, "image/png"))
         (worker,) = server.workers()
-        with half_sent(server, 2) as begun:
+        with half_sent(server, 2) as started:
             os.kill(worker, signal.SIGKILL)
-            for line, _ in begun:
+            for line, _ in started:
                 with contextlib.suppress(ConnectionResetError):
                     assert line.is_closed()
         poll(lambda: server.workers() not in ([], [worker]))

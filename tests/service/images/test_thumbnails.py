@@ -52,14 +52,14 @@ def never() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("size", "wanted"), [((900, 600), (320, 213)), ((600, 900), (213, 320)), ((100, 50), (100, 50)), ((5000, 2), (320, 1))]
+    ("size", "expected"), [((900, 600), (320, 213)), ((600, 900), (213, 320)), ((100, 50), (100, 50)), ((5000, 2), (320, 1))]
 )
 def test_longer_side_is_limited_and_small_photos_keep_their_size(
-    make: Callable[..., ThumbnailCache], tmp_path: Path, size: tuple[int, int], wanted: tuple[int, int]
+    make: Callable[..., ThumbnailCache], tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     data = make(tmp_path).get("a", lambda: photo(size))
-    assert Image.open(io.BytesIO(data)).size == wanted
-    assert max(wanted) <= THUMBNAIL_MAX_PX
+    assert Image.open(io.BytesIO(data)).size == expected
+    assert max(expected) <= THUMBNAIL_MAX_PX
 
 
 def test_thumbnail_is_cached_for_other_processes(make: Callable[..., ThumbnailCache], tmp_path: Path) -> None:

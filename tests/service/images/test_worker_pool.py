@@ -51,16 +51,16 @@ def test_concurrent_calls_with_one_key_share_one_run() -> None:
 
 
 def test_full_queue_and_timeout() -> None:
-    workers, may_end, begun = make_pool(threads=1, max_queued=1, timeout_s=0.05), threading.Event(), threading.Event()
+    workers, may_end, started = make_pool(threads=1, max_queued=1, timeout_s=0.05), threading.Event(), threading.Event()
 
     def work() -> None:
-        begun.set()
+        started.set()
         may_end.wait(300)
 
     for key, error in (("first", PoolTimeoutError), ("second", PoolTimeoutError), ("third", PoolFullError)):
         with pytest.raises(error):
             workers.run(key, work)
-        begun.wait(300)
+        started.wait(300)
     may_end.set()
     poll(lambda: not workers._jobs)
     assert workers._submit("later", lambda: True).result(300)
@@ -68,16 +68,16 @@ def test_full_queue_and_timeout() -> None:
 
 
 def test_close_finishes_running_jobs_and_cancels_waiting_ones() -> None:
-    workers, may_end, begun = make_pool(threads=1), threading.Event(), threading.Event()
+    workers, may_end, started = make_pool(threads=1), threading.Event(), threading.Event()
 
     def work() -> int:
-        begun.set()
+        started.set()
         may_end.wait(300)
         return 1
 
     with ThreadPoolExecutor(3) as pool:
         running = pool.submit(workers.run, "a", work)
-        assert begun.wait(300)
+        assert started.wait(300)
         waiting = pool.submit(workers.run, "b", lambda: 2)
         poll(lambda: len(workers._jobs) == 2)
         closing = pool.submit(workers.close)

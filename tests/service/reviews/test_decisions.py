@@ -55,7 +55,7 @@ def say(database: Database, photo: Plain, decision: str, label: str | None = Non
         return save_decision(connection, ReviewDecision(**words | {"new_label": label} | more, decision=decision))
 
 
-def refused(database: Database, photo: Plain, decision: str, /, **more: Any) -> tuple[str, str]:
+def rejected(database: Database, photo: Plain, decision: str, /, **more: Any) -> tuple[str, str]:
     with pytest.raises(UserError) as caught:
         say(database, photo, decision, **more)
     problem = problem_from(caught.value)
@@ -84,7 +84,7 @@ def test_decide_undo_and_undo_again(database: Database, photos: list[Plain]) -> 
             assert load_history(connection, photo.sha256)[0].id == id_
             assert load_history(connection, photo.sha256)[0].undoes == undone
         assert state(database, photo) == left
-    assert refused(database, photo, "undo") == (
+    assert rejected(database, photo, "undo") == (
         "nothing_to_undo",
         f"{photo.photo} has no review to undo.",
     )
@@ -115,18 +115,18 @@ def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, p
 def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> None:
     photo = photos[0]
     seen = say(database, photo, "label", "dogs", reviewer="Ann")
-    found = refused(database, photo, "bad", expected_version=None)
+    found = rejected(database, photo, "bad", expected_version=None)
     change = "confirmed" if photo.label == "dogs" else "relabeled to"
     assert found == ("review_conflict", f"Ann has just {change} dogs. Check it, then overwrite it if needed.")
-    assert refused(database, photo, "undo", expected_version=None)[0] == "review_conflict"
+    assert rejected(database, photo, "undo", expected_version=None)[0] == "review_conflict"
     say(database, photo, "neither", reviewer="")
     assert (
         "Anonymous has just marked as none of the classes."
-        in refused(database, photo, "label", new_label="cats", expected_version=seen)[1]
+        in rejected(database, photo, "label", new_label="cats", expected_version=seen)[1]
     )
     say(database, photo, "undo")
     say(database, photo, "undo", expected_version=seen)
-    assert "The review was just undone." in refused(database, photo, "bad", expected_version=seen)[1]
+    assert "The review was just undone." in rejected(database, photo, "bad", expected_version=seen)[1]
     with database.read() as connection:
         assert len(load_history(connection, photo.sha256)) == 4
 
@@ -136,11 +136,11 @@ def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> 
     [{"photo": "none.jpg"}, {"sha256": "0" * 64}, {"model_version": "v9"}, {"photo": "a\0"}, {"model_version": "\udcff"}],
 )
 def test_a_photo_that_was_not_evaluated(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
-    assert refused(database, photos[0], "bad", **words)[0] == "not_found"
+    assert rejected(database, photos[0], "bad", **words)[0] == "not_found"
 
 
 @pytest.mark.parametrize(
-    ("decision", "words", "said"),
+    ("decision", "words", "output"),
     [
         ("maybe", {}, "Invalid `decision`: 'maybe'. Valid values: label, neither, bad, note, undo."),
         ("", {}, "Invalid `decision`: ''."),
@@ -150,10 +150,10 @@ def test_a_photo_that_was_not_evaluated(database: Database, photos: list[Plain],
     ],
 )
 def test_what_is_no_decision_is_not_entered(
-    database: Database, photos: list[Plain], decision: str, words: dict[str, str], said: str
+    database: Database, photos: list[Plain], decision: str, words: dict[str, str], output: str
 ) -> None:
-    code, detail = refused(database, photos[0], decision, **words)
-    assert (code, said in detail) == ("bad_parameter", True)
+    code, detail = rejected(database, photos[0], decision, **words)
+    assert (code, output in detail) == ("bad_parameter", True)
     assert state(database, photos[0]) == ("unreviewed", None)
     with database.read() as connection:
         assert load_history(connection, photos[0].sha256) == []
@@ -161,7 +161,7 @@ def test_what_is_no_decision_is_not_entered(
 
 @pytest.mark.parametrize("words", [{"note": "a\0b"}, {"reviewer": "\ud800"}, {"new_label": "a\0"}])
 def test_a_text_that_no_database_takes(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
-    code, detail = refused(database, photos[0], "label", **words)
+    code, detail = rejected(database, photos[0], "label", **words)
     assert code == "bad_parameter"
     assert "contains a NUL character or an unpaired surrogate" in detail
 
@@ -213,8 +213,10 @@ def test_decisions_hold_for_a_later_model_with_other_classes(database: Database,
 
 
 def test_a_decision_is_about_every_photo_with_the_same_bytes(database: Database, tmp_path: Path) -> None:
-    said = make_predictions(1, 20, CLASSES[2])
-    twins = type(said)(said.classes, said.image_names, said.labels, said.probabilities, said.splits, (said.sha256s[0],) * 20)
+    output = make_predictions(1, 20, CLASSES[2])
+    twins = type(output)(
+        output.classes, output.image_names, output.labels, output.probabilities, output.splits, (output.sha256s[0],) * 20
+    )
     rows = enter(database, twins, tmp_path)
     say(database, rows[3], "label", "cats")
     with database.read() as connection:
@@ -231,8 +233,8 @@ def test_the_rows_of_reviews_csv(database: Database, photos: list[Plain]) -> Non
     say(database, chosen[0], "undo")
     with database.read() as connection:
         rows = list(list_reviews(connection))
-    wanted = sorted((photo.photo, photo.sha256, photo.label, "label", "dogs", "n", "Ann") for photo in chosen[1:])
-    assert [(r.photo, r.sha256, r.label, r.decision, r.new_label, r.note, r.reviewer) for r in rows] == wanted
+    expected = sorted((photo.photo, photo.sha256, photo.label, "label", "dogs", "n", "Ann") for photo in chosen[1:])
+    assert [(r.photo, r.sha256, r.label, r.decision, r.new_label, r.note, r.reviewer) for r in rows] == expected
 
 
 def test_notes_are_exported_with_the_review_or_alone(database: Database, photos: list[Plain]) -> None:
@@ -276,11 +278,11 @@ def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
             )
             for row in rows.all():
                 stack: list[Any] = []
-                for said in reversed(load_history(connection, row.sha256)):
-                    if said.decision == "undo":
+                for output in reversed(load_history(connection, row.sha256)):
+                    if output.decision == "undo":
                         stack.pop()
-                    elif said.decision != "note":
-                        stack.append(said)
+                    elif output.decision != "note":
+                        stack.append(output)
                 review = stack[-1] if stack else None
                 held = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == row.sha256)).first()
                 assert (held and held.decision_id) == (review and review.id)
@@ -328,9 +330,9 @@ def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_p
             enter(database, make_predictions(1, 40, names), tmp_path, version=version)
         if step % 25 == 24:
             with database.read() as connection:
-                said = connection.execute(select(decisions).order_by(decisions.c.id)).all()
-            assert said[: len(before)] == before, "the history is only ever added to"
-            before = list(said)
+                output = connection.execute(select(decisions).order_by(decisions.c.id)).all()
+            assert output[: len(before)] == before, "the history is only ever added to"
+            before = list(output)
     check_cells(database)
     assert len(before) > 200
     states = state_of(database)

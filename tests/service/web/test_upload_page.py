@@ -185,8 +185,8 @@ def test_a_probability_of_1_is_not_shown_as_certain(app: Flask, photo: bytes) ->
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upload_page, "classify", lambda uploads: (model, [row]))
         (card,) = cards(post(app, (photo, "a.gif")))
-    said = re.findall(r'data-slot="(?:confidence|value)">([^<]*)<', card)
-    assert said == ["&gt;99.9%"] * 2 + ["&lt;0.1%"] * (len(shares) - 1)
+    message = re.findall(r'data-slot="(?:confidence|value)">([^<]*)<', card)
+    assert message == ["&gt;99.9%"] * 2 + ["&lt;0.1%"] * (len(shares) - 1)
 
 
 def test_a_sample_photo_is_offered_where_the_model_knows_it(app: Flask) -> None:
