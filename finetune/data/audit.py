@@ -251,7 +251,7 @@ def audit_folder(data_dir: Path, *, cache_dir: Path | None = None, workers: int 
 
 
 def _count_small_classes(readable: Sequence[Sample], dataset: Dataset) -> dict[str, int]:
-    """Count the photos of each class of which none could be held out, or none remains for training."""
+    """Count the photos of each class that is too small to be split into training and validation photos."""
     if not dataset.split_from_train:
         return {}
     splits = {name: [s.split for s in readable if s.label == label] for label, name in enumerate(dataset.classes)}

@@ -149,7 +149,7 @@ def _flatten(data: list[Any]) -> list[Any]:
 
 
 def _split(data: bytes, max_elements: int) -> list[bytes]:
-    """Split a BYTES tensor, each element of which follows its length. Stop at one element more than ``max_elements``."""
+    """Split a BYTES tensor, in which each element follows its length. Stop at one element more than ``max_elements``."""
     elements: list[bytes] = []
     position = 0
     while position < len(data) and len(elements) <= max_elements:

@@ -36,7 +36,7 @@ class FacetCounts:
     total: int = 0
     facets: dict[str, Counter[str]] = field(default_factory=lambda: {parameter: Counter() for parameter in FACETS})
     confusion: Counter[tuple[str, str]] = field(default_factory=Counter)  # (label, predicted class)
-    histogram: list[int] = field(default_factory=lambda: [0] * HISTOGRAM_BINS)  # by confidence, in steps of 5 %
+    histogram: list[int] = field(default_factory=lambda: [0] * HISTOGRAM_BINS)  # by confidence, in steps of 5%
     bucket_ids: list[int] = field(default_factory=list)  # of the matching buckets
 
     @property

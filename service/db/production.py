@@ -73,7 +73,7 @@ def save_predictions(connection: Connection, model_id: int, classes: Sequence[st
 
 
 def prune(connection: Connection, *, max_images: int, max_bytes: int, days: float) -> int:
-    """Delete saved images that are too old, and then those that exceed the number or the total size.
+    """Delete saved images that are too old, and then the oldest ones that exceed the number or the total size.
 
     The most recent images are kept, and images with a review before all others. Reviews of deleted images stay in the history.
 

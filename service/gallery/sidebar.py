@@ -1,4 +1,4 @@
-"""The filter of a request, and the filters beside the grid: facets, confusion matrix, histogram, forms."""
+"""The filter of a request, and the filters next to the grid: facets, confusion matrix, histogram, forms."""
 
 from __future__ import annotations
 

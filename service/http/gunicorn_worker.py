@@ -599,7 +599,7 @@ class EventLoopWorker(Worker):
             self._close(connection)
 
     def _process_buffer(self, connection: Connection) -> None:
-        """Process at most one request of the received bytes, so that pipelined requests delay nobody else."""
+        """Process at most one request of the received bytes, so that pipelined requests do not delay other clients."""
         connection.state = State.RECEIVING
         if connection.discard:
             size = min(connection.discard, len(connection.buffer))

@@ -142,7 +142,7 @@ def _parts(parser: PushMultipartParser, body: bytes) -> Iterator[tuple[Multipart
 
 
 def _is_file(segment: MultipartSegment) -> bool:
-    """Some clients send an image without a file name. Its type then tells it from a text field."""
+    """Return whether a form part is a file. A part without a file name is one if its type is an image type."""
     return _file_name(segment) is not None or (segment.content_type or "").startswith("image/")
 
 

@@ -52,7 +52,7 @@ class SourceFolder:
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def read(self, photo: str, sha256: str) -> bytes:
-        """Read a photo. The returned bytes are those that were hashed.
+        """Read a photo. The returned bytes are the hashed ones.
 
         Raises:
             ImageMissingError: There is no such file.

@@ -24,7 +24,7 @@ class ReviewDecision:
     """A reviewer's decision, note or undo.
 
     ``decision`` is one of ACTIONS; a note changes no review. ``expected_version`` is the id of the current decision that the
-    reviewer saw, None if there was none, so that nobody overwrites a decision without having seen it.
+    reviewer saw, None if there was none, so that a decision is not overwritten unseen.
     """
 
     photo: str

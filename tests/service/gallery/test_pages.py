@@ -219,7 +219,7 @@ def test_each_page_shows_its_part_of_the_order_and_the_last_the_rest(gallery: Ga
         first = len(shown)
         shown += tiles
         assert f'<p class="range-shown">{first + 1}\u2013{len(shown)} <span class="quiet">of {len(expected)}</span>' in text
-        assert f'aria-current="page"><span class="unseen">Page </span>{page}</a>' in text
+        assert f'aria-current="page"><span class="visually-hidden">Page </span>{page}</a>' in text
     assert sorted(shown) == sorted(expected)
     assert shown[:5] == expected[:5]
 
