@@ -102,7 +102,7 @@ class GalleryIndex:
             return False
 
     def models(self, connection: Connection) -> list[ModelRecord]:
-        """List the models of the database, the most recently active first, without head-only bundles whose merged bundle is known."""
+        """List the models, most recently active first, without head-only bundles whose merged bundle is known."""
         return [model for model in list_models(connection) if model.version not in self._merged_versions]
 
     def similarity_tables(self, version: str) -> list[SimilarityIndex]:
