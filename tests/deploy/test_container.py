@@ -162,7 +162,7 @@ def test_the_health_check_passes_if_the_service_is_ready_and_reports_why_if_not(
             blocker.bind(("127.0.0.1", server.port))
             gone = probe(PORT=server.port)
     assert gone.returncode == 1
-    assert f"no answer from port {server.port}" in gone.stderr
+    assert f"no response from port {server.port}" in gone.stderr
 
 
 def test_the_health_check_imports_no_heavy_package() -> None:

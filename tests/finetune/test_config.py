@@ -109,7 +109,7 @@ def test_a_missing_file_is_reported(tmp_path: Path) -> None:
         ({"workers": -1}, "--workers must be at least 0 (got -1)."),
         ({"device": "gpu"}, "--device must be one of auto, cpu, cuda, mps (got 'gpu'). Did you mean 'cpu'?"),
         ({"lr_schedule": "cosin"}, "Did you mean 'cosine'?"),
-        ({"export": "onnx"}, "--export must be one of full, head (got 'onnx')."),
+        ({"export": "onnx"}, "--export must be one of full, graph, head (got 'onnx')."),
         ({"export": "head", "weights": "none"}, "--export head"),
     ],
 )

@@ -146,8 +146,12 @@ def test_pages_hold_every_photo_once_and_in_order(
         rows = [row for row in gallery.rows if passes(row, requested)]
         by_sha = {row.sha256: row for row in rows}
         assert sorted(p.sha256 for p in shown["asc"]) == sorted(by_sha)
-        keys = [KEYS[sort](by_sha[p.sha256]) for p in shown["asc"]]
-        assert keys == (sorted(keys) if sort in ("name", "random") else pytest.approx(sorted(keys), rel=1e-6, abs=1e-9))
+        keys = [
+            gallery.rows.index(row) if sort == "newest" else KEYS[sort](row) for row in (by_sha[p.sha256] for p in shown["asc"])
+        ]
+        assert keys == (
+            sorted(keys) if sort in ("name", "newest", "random") else pytest.approx(sorted(keys), rel=1e-6, abs=1e-9)
+        )
         assert [p.id for p in shown["desc"]] == [p.id for p in reversed(shown["asc"])]
 
 

@@ -11,25 +11,24 @@ import pytest
 
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import open_bundle
+from service.db.errors import RecordNotFoundError
 from service.gallery.image_access import ImageAccess
 from service.gallery.index import GalleryIndex
-from service.http.errors import Problem
 from service.inference.image_decoder import ImageDecoder
 from service.settings import Settings
 
 
 @pytest.mark.parametrize("is_known", [True, False])
 def test_a_bundle_that_is_gone_is_not_found(tmp_path: Path, is_known: bool) -> None:
-    """Before, it was an internal error if the bundle was removed after the start."""
     gallery = cast("GalleryIndex", SimpleNamespace(bundle_path=lambda version: tmp_path / "gone" if is_known else None))
     images = ImageAccess(Settings(thumbnail_cache_mb=0), gallery, ImageDecoder.of(Settings()))
-    for look in (
+    for read in (
         lambda: images.crop("v1", "cats/1.jpg", "0" * 64),
         lambda: images.explain("v1", "cats/1.jpg", "0" * 64, "cats"),
     ):
-        with pytest.raises(Problem, match="The bundle v1 is not on this machine") as caught:
-            look()
-        assert caught.value.code == "not_found"
+        expected = "was moved or damaged. Copy it to its folder again." if is_known else "is not on this machine."
+        with pytest.raises(RecordNotFoundError, match=f"The bundle v1 {expected}"):
+            read()
 
 
 def test_a_bundle_that_goes_after_the_first_explanation_is_not_found(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
@@ -42,7 +41,7 @@ def test_a_bundle_that_goes_after_the_first_explanation_is_not_found(tiny_bundle
     )
     arguments = (version, "red/red.000.jpg", sha256_of(photo))
     assert images.explain(*arguments, "red").label == "red"
-    images._explainers[version]._give_back()
+    images._explainers[version]._release()
     bundle.rename(tmp_path / "moved")
-    with pytest.raises(Problem, match=f"The bundle {version} is not on this machine"):
+    with pytest.raises(RecordNotFoundError, match=f"The bundle {version} was moved or damaged."):
         images.explain(*arguments, "blue")

@@ -367,7 +367,8 @@ def test_a_problem_is_said_with_its_code_as_code_and_a_way_back(gallery: Gallery
 
     here = gallery.server.url
     body, link = message("/gallery/photos?page=<b>`1`</b>")
-    assert "The parameter <code>page</code> is &#39;&lt;b&gt;<code>1</code>&lt;/b&gt;&#39;;" in body
+    assert "(got &#39;&lt;b&gt;<code>1</code>&lt;/b&gt;&#39;)." in body
+    assert "<code>page</code> must be a whole number from 1 to" in body
     assert link == "/gallery"
     assert message("/gallery?colour=red")[1] == "/gallery"
     before = f"{here}/gallery/photos?class=red&sort=margin"
@@ -551,7 +552,7 @@ def test_a_photo_that_is_missing_is_said_so_in_its_place(new_page: NewPage) -> N
     box = tile.locator(".frame").bounding_box()
     assert box
     assert box["width"] / box["height"] == pytest.approx(4 / 3, abs=0.02)
-    expect(page.locator(".alert")).to_contain_text("set DATA_DIR to the folder that was evaluated")
+    expect(page.locator(".alert")).to_contain_text("Set DATA_DIR to the evaluated folder.")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

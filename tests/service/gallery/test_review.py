@@ -278,7 +278,10 @@ def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> Non
     path, query = way(post(server, row, "note", note="Is it a toy?"))
     message = text(server.get(f"{path}?{urlencode(query)}"))
     assert f"Note saved: {Path(row['photo']).name}" in message
-    assert row["sha256"] not in reviews_of(server)
+    assert (reviews_of(server)[row["sha256"]]["decision"], reviews_of(server)[row["sha256"]]["note"]) == (
+        "note",
+        "Is it a toy?",
+    )
     assert past(server, row)[0]["note"] == "Is it a toy?"
     assert post(server, row, "undo", as_json=True).code == "nothing_to_undo"
     rejected = post(server, row, "note", note="  ")
