@@ -12,7 +12,7 @@ ARGS     ?=
 BUNDLE   ?=
 HOST     ?=
 PORT     ?=
-JOBS     ?= 2
+JOBS     ?= 3
 
 # Containers: Docker or Podman, whichever is installed; IMAGE=finetune selects the training image.
 CONTAINER ?= $(firstword $(foreach tool,docker podman,$(if $(shell command -v $(tool)),$(tool))))
@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 SHOWN     := $(if $(filter file,$(origin DATA)),$(wildcard $(DATA)),$(DATA))
 FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
-.PHONY: help setup finetune serve demo test lint format docs lock benchmark benchmark-serve benchmark-overload benchmark-score image up down container clean
+.PHONY: help setup finetune serve demo check test lint format docs lock benchmark benchmark-serve benchmark-overload benchmark-score image up down container clean
 .DEFAULT_GOAL := help
 
 help: ## list all targets
@@ -61,7 +61,10 @@ demo: $(INSTALLED) ## train on generated pictures and open the gallery (takes ab
 	@BUNDLE=demo/run/bundle DATA_DIR=demo/pictures EVALUATIONS=demo/folds DATABASE_URL=sqlite:///demo/reviews.db \
 	  HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
-test: $(INSTALLED) ## run all tests in two processes (JOBS=1: in one)
+check: lint ## run ruff, mypy and the fast tests, in about 90 seconds
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q -m 'not slow and not heavy' $(ARGS)
+
+test: $(INSTALLED) ## run all tests in three processes (JOBS=1: in one)
 	@tools/install-test-packages.sh
 	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(ARGS)
 
