@@ -37,7 +37,7 @@ from models.artifacts.paths import resolve_bundle
 from service.settings import Settings
 from tests.helpers import bomb_images
 from tests.helpers.odd_images import odd_images
-from tests.helpers.server import PATIENT, Server, children, serve
+from tests.helpers.server import LONG_TIMEOUTS, Server, children, serve
 
 MAX_RESPONSE_S = 2.0
 MAX_MEMORY_MIB = 1024
@@ -57,7 +57,7 @@ def main() -> int:
     args = parser.parse_args()
     photos = read_photos(parser, args.photos)
     defaults = Settings()
-    settings = {name: getattr(defaults, name) for name in PATIENT}  # the helper's are for tests on busy machines
+    settings = {name: getattr(defaults, name) for name in LONG_TIMEOUTS}  # the helper's are for tests on busy machines
     with serve(resolve_bundle(args.bundle), **settings) as server:
         return report(soak(server, photos, args.minutes * 60, args.clients), args.minutes)
 

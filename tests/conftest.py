@@ -1,4 +1,4 @@
-"""What the tests share: caches of their own, little folders of drawn photos, and weights that nobody has to download."""
+"""Shared fixtures: isolated caches, small folders of drawn photos, and random weights instead of downloaded ones."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ NewDatabase = Callable[[str], contextlib.AbstractContextManager[str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or fills a person's caches. A test sets its own with ``monkeypatch.setenv``."""
+def _isolated_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests out of the user's caches. A test sets other folders with ``monkeypatch.setenv``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("share")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -41,8 +41,8 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patient_databases() -> Iterator[None]:
-    """Who waits for a lock or a connection waits for as long as it takes on a busy machine."""
+def _long_database_timeout() -> Iterator[None]:
+    """Use a long timeout for locks and connections, because the machine may be busy."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.db.connection.DEFAULT_TIMEOUT_S", 300.0)
         yield
@@ -50,7 +50,7 @@ def _patient_databases() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def photo_folder() -> PhotoFolder:
-    """``photo_folder(path)`` draws a data folder there, every picture another, and gives the path back."""
+    """Return a function that draws a data folder of different photos at a path and returns the path."""
 
     def make(
         root: Path,
@@ -61,7 +61,7 @@ def photo_folder() -> PhotoFolder:
         valid_name: str = "valid",
         seed: int = 0,
     ) -> Path:
-        """``train`` and ``valid`` count the photos of each class; ``valid=0`` makes no folder for them."""
+        """Draw ``train`` and ``valid`` photos per class. With ``valid=0`` there is no validation folder."""
         for split, count in (("train", train), (valid_name, valid)):
             for (index, label), number in itertools.product(enumerate(classes), range(count)):
                 path = root / split / label / f"{label}.{number:04d}.jpg"
@@ -75,7 +75,7 @@ def photo_folder() -> PhotoFolder:
 
 @pytest.fixture(scope="session")
 def random_weights() -> RandomWeights:
-    """``random_weights(name)`` gives a state dict with random numbers for a network, the same ones every time."""
+    """Return a function that maps the name of a network to a reproducible random state dict."""
     import torch
 
     from models.networks.registry import create_model
@@ -91,7 +91,7 @@ def random_weights() -> RandomWeights:
 
 @pytest.fixture(scope="session")
 def vgg16_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A state dict of VGG16 with random numbers: 550 MB, so it is made once and only where a test asks for it."""
+    """A random state dict of VGG16: 550 MB, so it is created once, on first use."""
     import torch
 
     from models.networks.registry import create_model
@@ -101,7 +101,7 @@ def vgg16_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     numbers = torch.Generator().manual_seed(0)
     state = {}
     for name, tensor in empty.items():
-        bound = (6 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 0.0  # He's: signals neither grow nor fade
+        bound = (6 / tensor[0].numel()) ** 0.5 if tensor.dim() > 1 else 0.0  # He initialization
         state[name] = torch.empty(tensor.shape).uniform_(-bound, bound, generator=numbers)
     path = tmp_path_factory.mktemp("weights") / "vgg16-random.pth"
     torch.save(state, path)
@@ -120,11 +120,11 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The network ``tiny`` trained on painted photos of three classes, to be served.
+    """The network ``tiny`` trained on painted photos of three classes.
 
-    ``path`` is the whole bundle and ``head`` the one that holds only what was trained, which the service cannot merge, as
-    it does not know the network; ``photos`` is the folder of the validation photos, and ``predictions`` the table of what
-    training gave them, whose photos are relative to ``data``.
+    ``path`` is the merged bundle. ``head`` is the head-only bundle, which the service cannot merge because ``tiny`` is not
+    registered there. ``photos`` is the folder of validation photos. ``predictions`` is the table of their predictions, with
+    paths relative to ``data``.
     """
     from tests.helpers import tiny_network
 
@@ -150,7 +150,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """Chromium, started once for all tests that look at pages; each opens contexts of its own (``browsing.visitor``)."""
+    """Chromium, shared by all tests. Each opens its own contexts (``tests.helpers.browser.open_pages``)."""
     from tests.helpers.browser import CHROMIUM, run_browser
 
     if CHROMIUM is None:
@@ -161,14 +161,14 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A PostgreSQL server for the tests that ask for one."""
+    """A PostgreSQL server, started on first use."""
     with run_postgres() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SQLite file with the tables and nothing in them, to be copied."""
+    """A SQLite file with empty tables, as a template to copy."""
     path = tmp_path_factory.mktemp("sqlite") / "migrated.db"
     Database(f"sqlite:///{path}").close()
     return path
@@ -178,7 +178,7 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_database(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path
 ) -> NewDatabase:
-    """``with new_database("sqlite") as url`` (or "postgresql") gives a review database at the newest revision."""
+    """Return a context manager that yields the URL of an empty, migrated database, given "sqlite" or "postgresql"."""
 
     @contextlib.contextmanager
     def make(kind: str) -> Iterator[str]:
@@ -197,14 +197,14 @@ def new_database(
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, new_database: NewDatabase) -> Iterator[str]:
-    """The URL of a review database of the test's own, at the newest revision: the test runs on SQLite and on PostgreSQL."""
+    """The URL of an empty, migrated database. The test runs on SQLite and on PostgreSQL."""
     with new_database(request.param) as url:
         yield url
 
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    """A review database of the test's own, open."""
+    """An open, empty review database."""
     opened = Database(database_url)
     yield opened
     opened.close()

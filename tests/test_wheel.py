@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from tests.helpers.server import ANSWER_S, ROOT, START_S, poll, serve
+from tests.helpers.server import RESPONSE_TIMEOUT_S, ROOT, START_TIMEOUT_S, poll, serve
 
 PACKAGES = ("models", "finetune", "service")
 TRAINING_ONLY = ("torch", "torchvision", "timm", "onnx", "scipy", "sklearn", "matplotlib", "pyarrow")
@@ -26,7 +26,7 @@ PAGES = (
 
 
 def run(*command: object, cwd: Path = ROOT) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=ANSWER_S)
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=RESPONSE_TIMEOUT_S)
     assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
     return done.stdout
 
@@ -52,7 +52,7 @@ def wheel(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_every_file_of_the_packages_and_no_other(files: list[str], wheel: Path) -> None:
+def test_the_wheel_contains_exactly_the_files_of_the_packages(files: list[str], wheel: Path) -> None:
     expected = {name for name in files if name.split("/")[0] in PACKAGES}
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -87,12 +87,12 @@ def test_the_included_bundle_serves_without_the_packages_of_training(python: Pat
     with serve(shipped, python=python, cwd=tmp_path, database_url=f"sqlite:///{tmp_path / 'reviews.db'}") as server:
         result = server.post(image.getvalue()).json()
         assert set(result["predictions"][0]["probabilities"]) == {"cats", "dogs"}
-        poll(lambda: server.get("/gallery").status == 200, within_s=START_S)
+        poll(lambda: server.get("/gallery").status == 200, within_s=START_TIMEOUT_S)
 
 
 def test_an_installed_service_shows_every_page(python: Path, tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     command = [python.with_name("serve-classifier"), tmp_path / "no-bundle", "--port", "0"]
-    failed = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=ANSWER_S)
+    failed = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=RESPONSE_TIMEOUT_S)
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
     assert failed.stderr.startswith("service: ")
     assert "no-bundle" in failed.stderr
@@ -100,7 +100,7 @@ def test_an_installed_service_shows_every_page(python: Path, tiny_bundle: Simple
     assert static
     environment = {"data_dir": tiny_bundle.data, "database_url": f"sqlite:///{tmp_path / 'reviews.db'}"}
     with serve(tiny_bundle.path, python=python, cwd=tmp_path, **environment) as server:
-        poll(lambda: server.get("/gallery").status != 503, within_s=START_S)
+        poll(lambda: server.get("/gallery").status != 503, within_s=START_TIMEOUT_S)
         for path in (*PAGES, *static):
             assert server.get(path).status == 200, path
         row = server.get("/gallery/photos.json").json()["rows"][0]

@@ -88,7 +88,7 @@ def train(name: str, photos: Path, folder: Path) -> tuple[Bundle, str]:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: Path, tmp_path: Path) -> None:
-    with made_small(name, small_pictures=False) if name in WIDE else contextlib.nullcontext():
+    with made_small(name, small_images=False) if name in WIDE else contextlib.nullcontext():
         bundle, message = train(name, photos, tmp_path)
     spec = get_spec(name)
     assert bundle.backbone == name
@@ -114,7 +114,7 @@ def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: P
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_graph_of_a_network_in_no_row_gives_what_the_network_gives(name: str, tmp_path: Path) -> None:
+def test_the_graph_of_an_unlisted_network_matches_the_network(name: str, tmp_path: Path) -> None:
     with made_small(name) as spec:
         classifier = build_classifier(spec, num_classes=2, base=random_state(name))
         export_serving_graph(classifier, spec, temperature=1.5, path=tmp_path / "model.onnx")

@@ -18,7 +18,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
-from tests.helpers.browser import PHONE, NewPage, visitor
+from tests.helpers.browser import PHONE, NewPage, open_pages
 from tests.helpers.server import Server, poll, serve
 
 LEFT = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
@@ -35,7 +35,7 @@ def server(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def new_page(browser: Browser, server: Server) -> Iterator[NewPage]:
-    with visitor(browser, server.url) as open_page:
+    with open_pages(browser, server.url) as open_page:
         yield open_page
 
 
@@ -63,7 +63,7 @@ def has_looked(server: Server, row: Row) -> None:
     poll(lambda: server.get(f"/gallery/images/{row['sha256']}/heatmap.png?{query}").status == 200)
 
 
-def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) -> None:
+def test_photos_are_reviewed_with_the_keyboard_only(new_page: NewPage, server: Server) -> None:
     first, second, third = rows(server, **LEFT)[:3]
     page = new_page(page_of(first, **LEFT))
     heading, message = page.get_by_role("heading", level=1), page.get_by_role("status")
@@ -96,7 +96,7 @@ def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) ->
     for key in ("ArrowRight", "j"):
         page.keyboard.press(key)
         expect(heading).to_have_text(name_of(second if key == "ArrowRight" else third))
-        page.wait_for_load_state()  # another page, which hears keys only when it is there
+        page.wait_for_load_state()  # the next page handles keys only once it is loaded
     page.keyboard.press("k")
     expect(heading).to_have_text(name_of(second))
     page.wait_for_load_state()
@@ -107,7 +107,7 @@ def test_photos_are_reviewed_by_keys_alone(new_page: NewPage, server: Server) ->
     assert past(server, second) == ["bad"]
 
 
-def test_the_keys_are_listed_and_do_nothing_while_they_are(new_page: NewPage, server: Server) -> None:
+def test_the_list_of_shortcuts_disables_them_while_open(new_page: NewPage, server: Server) -> None:
     row = rows(server, **LEFT)[0]
     page = new_page(page_of(row))
     page.keyboard.press("?")
@@ -125,7 +125,7 @@ def test_the_keys_are_listed_and_do_nothing_while_they_are(new_page: NewPage, se
     assert past(server, row)[:1] != ["bad"]
 
 
-def test_two_people_see_each_others_decisions_and_none_is_overruled_unseen(new_page: NewPage, server: Server) -> None:
+def test_two_reviewers_see_each_others_decisions_and_conflicts_are_shown(new_page: NewPage, server: Server) -> None:
     row = rows(server, **LEFT)[0]
     ann, ben = new_page(page_of(row)), new_page(page_of(row), has_clock=True)
     for page, name in ((ann, "Ann"), (ben, "Ben")):
@@ -138,7 +138,7 @@ def test_two_people_see_each_others_decisions_and_none_is_overruled_unseen(new_p
     expect(ben.locator("#state")).to_contain_text("Ann excluded the photo.")
     expect(ben.get_by_role("status")).to_contain_text("Ann excluded the photo")
     expect(ben.get_by_label("Note")).to_have_value("It is a toy.")
-    ben.route("**/gallery/history.json?*", lambda route: route.fulfill(status=503))  # he hears nothing from now on
+    ben.route("**/gallery/history.json?*", lambda route: route.fulfill(status=503))  # no updates arrive from now on
     ann.keyboard.press("1")
     expect(ann.locator("#state")).to_contain_text("blue.")
     ben.get_by_role("button", name="None of these classes").click()
@@ -151,7 +151,7 @@ def test_two_people_see_each_others_decisions_and_none_is_overruled_unseen(new_p
     assert past(server, row)[:3] == ["neither", "label blue", "bad"]
 
 
-def test_a_server_that_is_gone_loses_no_word(new_page: NewPage, server: Server) -> None:
+def test_an_unreachable_server_loses_no_typed_text(new_page: NewPage, server: Server) -> None:
     row = rows(server, **LEFT)[0]
     page = new_page(page_of(row))
     page.get_by_label("Note").fill("Long thoughts.")
@@ -163,7 +163,7 @@ def test_a_server_that_is_gone_loses_no_word(new_page: NewPage, server: Server) 
     expect(page.get_by_label("Note")).to_have_value("Long thoughts.")
 
 
-def test_where_the_model_looked_comes_in_place_and_the_next_photo_beforehand(new_page: NewPage, server: Server) -> None:
+def test_the_heatmap_replaces_the_photo_and_the_next_photo_is_prefetched(new_page: NewPage, server: Server) -> None:
     first, second = rows(server, **LEFT)[:2]
     has_looked(server, first)
     page = new_page("/model")
@@ -178,7 +178,7 @@ def test_where_the_model_looked_comes_in_place_and_the_next_photo_beforehand(new
     expect(page.get_by_role("status")).to_contain_text(re.compile("No region supports|Brighter areas"))
 
 
-def test_without_javascript_everything_works_as_forms(new_page: NewPage, server: Server) -> None:
+def test_without_javascript_every_action_works_as_a_form(new_page: NewPage, server: Server) -> None:
     first, second = rows(server, **LEFT)[:2]
     has_looked(server, first)
     page = new_page(page_of(first, **LEFT), java_script_enabled=False)
@@ -208,7 +208,7 @@ POSITIONS = """() => [...document.querySelectorAll("#actions button, #new-label,
 
 @pytest.mark.parametrize("has_script", [True, False], ids=["script", "no-script"])
 @pytest.mark.parametrize("size", SIZES, ids=["phone", "tablet", "desktop"])
-def test_clicks_at_one_place_keep_one_meaning(
+def test_repeated_clicks_at_one_position_do_the_same(
     new_page: NewPage, server: Server, size: tuple[int, int], has_script: bool
 ) -> None:
     """A save and an undo move nothing: the same place keeps the label of three photos, and takes back the last one once."""
@@ -266,7 +266,7 @@ def test_a_class_is_found_by_its_first_letters(new_page: NewPage, server: Server
     assert past(server, row) == ["label green"]
 
 
-def test_single_key_shortcuts_can_be_turned_off_for_good(new_page: NewPage, server: Server) -> None:
+def test_single_key_shortcuts_can_be_disabled_permanently(new_page: NewPage, server: Server) -> None:
     row, following = rows(server, **LEFT)[:2]
     page = new_page(page_of(row, **LEFT))
     page.get_by_role("button", name="Shortcuts").click()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from playwright.sync_api import Browser, expect
 
-from tests.helpers.browser import DESKTOP, PATIENCE_MS
+from tests.helpers.browser import DESKTOP, TIMEOUT_MS
 from tests.helpers.server import Server, poll, serve
 from tests.helpers.tiny_network import color_folder, finetune, registered, save_weights
 
@@ -27,7 +27,7 @@ OUTCOMES = {(True, True): "both-correct", (False, True): "fixed", (True, False):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Photos of which some lie in each other's folder; ``train(name)`` makes a whole bundle of them."""
+    """Photos, some in the folder of the other class. ``train(name)`` trains and merges a bundle."""
     root = tmp_path_factory.mktemp("loop")
     data = color_folder(root / "data", train=8, valid=8)
     for label, other in (("blue", "red"), ("red", "blue")):
@@ -62,12 +62,12 @@ def wait(server: Server) -> None:
     poll(lambda: server.get("/gallery/photos.json").status == 200)
 
 
-def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Browser, made: SimpleNamespace) -> None:
+def test_corrected_labels_improve_the_retrained_model(browser: Browser, made: SimpleNamespace) -> None:
     made.train("old", "--epochs", 1, "--lr", 1e-6)  # in a hurry, so that the next one has something to put right
     old, new = made.root / "old", made.root / "new"
     settings = {"data_dir": made.data, "database_url": f"sqlite:///{made.root / 'reviews.db'}"}
     context = browser.new_context(**DESKTOP, accept_downloads=True)
-    context.set_default_timeout(PATIENCE_MS)
+    context.set_default_timeout(TIMEOUT_MS)
     page = context.new_page()
     heading, state = page.get_by_role("heading", level=1), page.locator("#state")
 
@@ -84,7 +84,7 @@ def test_what_is_found_wrong_is_put_right_and_the_new_model_shows_it(browser: Br
             if photo != first:
                 page.goto(f"{server.url}{row['page']}")
             expect(heading).to_have_text(Path(photo).name)
-            page.wait_for_load_state()  # it hears keys only when it is there
+            page.wait_for_load_state()  # keys are handled only once the page is loaded
             page.get_by_label("Save and go to the next photo").uncheck()
             key = "1" if truth[photo] == "blue" else "2"
             page.keyboard.press(key)

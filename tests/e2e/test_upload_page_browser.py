@@ -17,7 +17,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.helpers.browser import PHONE, NewPage, visitor
+from tests.helpers.browser import PHONE, NewPage, open_pages
 from tests.helpers.server import Server, serve
 
 
@@ -29,7 +29,7 @@ def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
 
 @pytest.fixture
 def new_page(browser: Browser, server: Server) -> Iterator[NewPage]:
-    with visitor(browser, server.url) as open_page:
+    with open_pages(browser, server.url) as open_page:
         yield open_page
 
 
@@ -70,7 +70,7 @@ def put(page: Page, kind: str, *files: Path) -> None:
 
 
 def answer_with(page: Page, *replies: dict[str, Any]) -> list[str]:
-    """The service's next answers to /predict are these, then its own again; gives the list of who asked."""
+    """Mock the next responses to /predict. Returns the list of mocked requests."""
     requested: list[str] = []
     left = list(replies)
 
@@ -208,7 +208,7 @@ def test_later_results_come_first_and_the_earlier_ones_stay(new_page: NewPage, p
     expect(page.locator("#files")).to_be_focused()
 
 
-def test_more_photos_than_a_request_may_hold_go_in_several(new_page: NewPage, photos: SimpleNamespace) -> None:
+def test_photos_above_the_limit_of_a_request_are_sent_in_several(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page()
     requested = answer_with(page)
     choose(page, *photos.red[:5], *photos.blue[:5])
@@ -272,7 +272,7 @@ def test_the_form_works_without_javascript(new_page: NewPage, photos: SimpleName
 # Failures
 
 
-def test_a_request_is_retried_after_the_time_that_a_busy_server_names(new_page: NewPage, photos: SimpleNamespace) -> None:
+def test_a_request_is_retried_after_the_retry_after_of_a_busy_server(new_page: NewPage, photos: SimpleNamespace) -> None:
     page = new_page(has_clock=True)
     busy = problem(503, "64 photos are waiting.", **{"Retry-After": "3600"})
     requested = answer_with(page, busy)
@@ -324,7 +324,7 @@ def test_of_many_classes_ten_are_shown_and_the_others_on_demand(new_page: NewPag
 def test_a_key_is_remembered_for_the_session_and_can_be_forgotten(
     browser: Browser, tiny_bundle: SimpleNamespace, photos: SimpleNamespace
 ) -> None:
-    with serve(tiny_bundle.path, api_keys="ann:sesame") as keyed, visitor(browser, keyed.url) as open_page:
+    with serve(tiny_bundle.path, api_keys="ann:sesame") as keyed, open_pages(browser, keyed.url) as open_page:
         page = open_page()
         choose(page, photos.red[0])
         expect(page.locator(".card.bad")).to_contain_text("Enter your API key above.")

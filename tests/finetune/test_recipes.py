@@ -41,7 +41,7 @@ def test_a_recipe_trains(
     monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
     recipe = from_mapping(read_yaml(file))
     assert recipe.dataset is not None
-    with made_small(recipe.backbone, small_pictures=False) if recipe.backbone in WIDE else contextlib.nullcontext():
+    with made_small(recipe.backbone, small_images=False) if recipe.backbone in WIDE else contextlib.nullcontext():
         command = ("train", "--config", file, "--epochs", 1, "--output-dir", tmp_path / "run")
         code, out, _ = finetune(*command, "--data-dir", data / recipe.dataset)
     assert code == 0

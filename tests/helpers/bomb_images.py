@@ -1,4 +1,4 @@
-"""Small files that make a decoder work for long or allocate much; none of them is written by a program for images."""
+"""Small files that take a decoder long or make it allocate a lot of memory. No real program writes them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def progressive(scans: int, side_px: int = 64) -> bytes:
 
 
 def hidden_scans(scans: int, side_px: int) -> bytes:
-    """The same, with a comment before the scans that holds an end of image."""
+    """Return ``progressive`` with a comment before the scans that contains an end-of-image marker."""
     data = progressive(scans, side_px)
     start, _ = _last_scan(saved(Image.new("RGB", (side_px, side_px), (120, 130, 140)), "JPEG", quality=50, progressive=True))
     return data[:start] + b"\xff\xfe\x00\x04\xff\xd9" + data[start:]
 
 
 def _last_scan(data: bytes) -> tuple[int, int]:
-    """Where the last refinement scan of the first component begins and ends."""
+    """Return the start and end of the last refinement scan of the first component."""
     found, at = (0, 0), data.index(b"\xff\xda")
     while at > 0:
         end = at + 2
@@ -44,7 +44,7 @@ def _last_scan(data: bytes) -> tuple[int, int]:
 
 
 def jpeg_with(inserted: bytes) -> bytes:
-    """A JPEG with bytes inserted behind its first marker."""
+    """A JPEG with bytes inserted after its first marker."""
     data = saved(picture(), "JPEG")
     return data[:2] + inserted + data[2:]
 
@@ -78,7 +78,7 @@ def tiff_tile(side_px: int) -> bytes:
 
 
 def big_tiff_tile(side_px: int) -> bytes:
-    """The same as BigTIFF, of the other order of bytes."""
+    """The same as a big-endian BigTIFF."""
     tags = [(256, 4, 100), (257, 4, 100), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), (322, 4, side_px)]
     tags += [(323, 4, side_px), (324, 16, 248), (325, 16, 20)]
     rows = b"".join(
@@ -91,7 +91,7 @@ def big_tiff_tile(side_px: int) -> bytes:
 
 
 def tiff_strips(number: int) -> bytes:
-    """A TIFF of ``number`` lines, each in a strip of its own."""
+    """A TIFF of ``number`` lines, one per strip."""
     tags = [(256, 4, 1, 2), (257, 4, 1, number), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
     at = tiff_data_at(9)
     tags += [(273, 4, number, at), (278, 4, 1, 1), (279, 4, number, at)]
@@ -99,7 +99,7 @@ def tiff_strips(number: int) -> bytes:
 
 
 def webp_canvas(side_px: int) -> bytes:
-    """An animation of small frames that says its canvas is ``side_px`` squared."""
+    """An animation of small frames with a declared canvas of ``side_px`` squared."""
     frames = [Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (10, 20, 30)]
     data = bytearray(saved(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True))
     data[24:30] = struct.pack("<I", side_px - 1)[:3] * 2
@@ -164,7 +164,7 @@ def rejected() -> dict[str, tuple[bytes, str]]:
 
 
 def isolated() -> dict[str, bytes]:
-    """Files whose cost only decoding tells; some are harmless, some are decoded for as long as they may."""
+    """Files whose cost is only known after decoding. Some are harmless, some are decoded until the timeout."""
     tags = overlapping_tags(5000, 60_000)
     jpeg = progressive(6000, 256)
     strip = [(256, 4, 1, 256), (257, 4, 1, 256), (258, 3, 1, 8), (259, 3, 1, 7), (262, 3, 1, 6)]

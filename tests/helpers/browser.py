@@ -1,4 +1,4 @@
-"""A person's browser before the service: ``visitor(browser, url)`` opens pages, and hears what their consoles complain of."""
+"""Run Chromium: ``open_pages(browser, url)`` opens pages and checks their consoles for errors."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_play
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
-SAID_IN_WORDS = re.compile("the server responded with a status of")  # which the page says itself
-PATIENCE_MS = 120_000  # for what has to come at once, on however busy a machine
+FAILED_REQUEST = re.compile("the server responded with a status of")  # the page shows the error, too
+TIMEOUT_MS = 120_000  # the machine may be busy
 NewPage = Callable[..., Page]
 
 
 @contextlib.contextmanager
 def run_browser() -> Iterator[Browser]:
-    """Chromium, until the block ends. What a test expects of a page may take PATIENCE_MS from then on."""
-    expect.set_options(timeout=PATIENCE_MS)
+    """Run Chromium until the block ends, with TIMEOUT_MS for expectations."""
+    expect.set_options(timeout=TIMEOUT_MS)
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE_MS)
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=TIMEOUT_MS)
         yield browser
         browser.close()
 
 
 @contextlib.contextmanager
-def visitor(browser: Browser, url: str, *, forgiven: re.Pattern[str] = SAID_IN_WORDS) -> Iterator[NewPage]:
-    """Gives ``open_page(path)``, each page with storage of its own; ``has_clock`` gives it a clock that the test can put on.
+def open_pages(browser: Browser, url: str, *, ignored: re.Pattern[str] = FAILED_REQUEST) -> Iterator[NewPage]:
+    """Yield ``open_page(path)``, which opens a page in a new context; with ``has_clock`` the test controls its clock.
 
-    When the block ends nothing may have been complained of on a console, a violated policy for one, but what is ``forgiven``.
+    Fails at the end of the block if a console had an error or a warning, such as a policy violation, other than ``ignored``.
     """
-    complaints: list[str] = []
+    messages: list[str] = []
     with contextlib.ExitStack() as opened:
 
-        def hear(message: ConsoleMessage) -> None:
-            if message.type in ("error", "warning") and not forgiven.search(message.text):
-                complaints.append(message.text)
+        def record(message: ConsoleMessage) -> None:
+            if message.type in ("error", "warning") and not ignored.search(message.text):
+                messages.append(message.text)
 
         def open_page(path: str = "/", *, has_clock: bool = False, **options: Any) -> Page:
             context = browser.new_context(base_url=url, **(DESKTOP | options))
             opened.callback(context.close)
-            context.set_default_timeout(PATIENCE_MS)
+            context.set_default_timeout(TIMEOUT_MS)
             page = context.new_page()
             if has_clock:
                 page.clock.install()
-            page.on("console", hear)
-            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("console", record)
+            page.on("pageerror", lambda error: messages.append(str(error)))
             page.goto(path)
             return page
 
         yield open_page
-    assert complaints == []
+    assert messages == []

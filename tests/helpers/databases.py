@@ -1,4 +1,4 @@
-"""Review databases to test on, SQLite and PostgreSQL, each new, empty and at the newest revision."""
+"""Run a PostgreSQL server with empty, migrated review databases."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.helpers.system_packages import skip_without
 
 HOST = "127.0.0.1"
 TEMPLATE = "migrated"
-PATIENCE_S = 300
+START_TIMEOUT_S = 300
 FAST = ("fsync=off", "full_page_writes=off", "shared_buffers=32MB", "max_connections=300", "jit=off")
 _numbers = itertools.count()
 
 
 class Postgres:
-    """A PostgreSQL server that runs; ``create()`` gives a database of its own, as fast as files are copied."""
+    """A running PostgreSQL server. ``create()`` copies a template database."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -35,7 +35,7 @@ class Postgres:
         return f"postgresql://tester@{HOST}:{self.port}/{name}"
 
     def create(self, *, migrated: bool = True) -> str:
-        """The URL of a new database, which has the tables already unless ``migrated`` is false."""
+        """Create a database and return its URL. It has the tables unless ``migrated`` is false."""
         name = f"test_{next(_numbers)}"
         self.run(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE if migrated else 'template0'}")
         return self.url(name)
@@ -50,9 +50,9 @@ class Postgres:
 
 @contextlib.contextmanager
 def run_postgres() -> Iterator[Postgres]:
-    """Start Debian's PostgreSQL in a temporary folder, with an English collation, until the block ends.
+    """Run Debian's PostgreSQL in a temporary folder, with an English collation, until the block ends.
 
-    It cares for nothing that would outlive the machine's crash: a killed process loses nothing all the same.
+    It does not sync to disk. Data survives a killed process, but not a crash of the machine.
     """
     programs = _programs()
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
@@ -69,10 +69,10 @@ def run_postgres() -> Iterator[Postgres]:
             raise AssertionError(f"{program} ended with {done.returncode}:\n{done.stdout}{done.stderr}{logs}")
 
     data = folder / "data"
-    control = ("-D", data, "-w", "-t", PATIENCE_S)
+    control = ("-D", data, "-w", "-t", START_TIMEOUT_S)
 
     def start() -> int:
-        """Gives its port. A free one may be another's by the time that it is bound: then the next is tried."""
+        """Start the server and return its port. If another process takes the free port first, try the next one."""
         for is_last in (False, False, False, True):
             port = _free_port()
             options = " ".join(f"-c {setting}" for setting in (*FAST, f"listen_addresses={HOST}", f"port={port}"))
@@ -101,7 +101,7 @@ def run_postgres() -> Iterator[Postgres]:
 
 
 def _programs() -> Path:
-    """Return the programs of the newest server that Debian has installed; skip the test where there is none."""
+    """Return the folder of the newest installed server, or skip the test."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[-3]))
     if not found:
         skip_without("postgresql")
@@ -109,11 +109,11 @@ def _programs() -> Path:
 
 
 def _user() -> str | None:
-    """Whom the server runs as: it refuses root."""
+    """Return the user to run the server as, because it does not run as root."""
     if os.getuid():
         return None
     names = {entry.pw_name for entry in pwd.getpwall()}
-    return "postgres" if "postgres" in names else "nobody"
+    return "postgres" if "postgres" in names else pwd.getpwuid(65534).pw_name
 
 
 def _free_port() -> int:

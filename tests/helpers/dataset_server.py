@@ -1,4 +1,4 @@
-"""Small files in the real formats of MNIST, Fashion-MNIST and CIFAR-10, behind a local HTTP server that torchvision asks."""
+"""Small files in the real formats of MNIST, Fashion-MNIST and CIFAR-10, on a local HTTP server for torchvision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 
 CLASSES = 10
-TRAIN, TEST = 6, 2  # pictures of each class
+TRAIN, TEST = 6, 2  # images per class
 CIFAR_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -28,14 +28,14 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def pictures(count: int, shape: tuple[int, ...], *, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """``count`` random pictures of each class, brighter from class to class; the classes take turns."""
+    """Return ``count`` random images of each class, brighter from class to class; the classes alternate."""
     labels = np.tile(np.arange(CLASSES, dtype=np.uint8), count)
     noise = np.random.default_rng(seed).integers(0, 60, (len(labels), *shape))
     return (noise + 19 * labels.reshape(-1, *[1] * len(shape))).astype(np.uint8), labels
 
 
 def write_idx(folder: Path, *, seed: int) -> list[tuple[str, str]]:
-    """The four idx-ubyte .gz files; gives their names and md5s, as torchvision's ``resources`` are."""
+    """Write the four idx-ubyte .gz files. Returns their names and MD5s in the format of torchvision's ``resources``."""
     folder.mkdir(parents=True)
     resources = []
     for name, count in (("train", TRAIN), ("t10k", TEST)):
@@ -49,7 +49,7 @@ def write_idx(folder: Path, *, seed: int) -> list[tuple[str, str]]:
 
 
 def write_cifar(folder: Path) -> dict[str, object]:
-    """cifar-10-python.tar.gz with its pickles; gives what torchvision knows of them, by its names."""
+    """Write cifar-10-python.tar.gz with its pickles. Returns the class attributes of torchvision's CIFAR10."""
     folder.mkdir(parents=True)
     files: dict[str, bytes] = {"batches.meta": pickle.dumps({"label_names": CIFAR_NAMES, "num_vis": 3072})}
     pixels, labels = pictures(TRAIN, (32, 32, 3), seed=3)
@@ -75,7 +75,7 @@ def write_cifar(folder: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[http.server.ThreadingHTTPServer]:
-    """While the module runs, torchvision finds the small files at a local server, and knows their md5s."""
+    """Make torchvision download the small files from a local server and expect their MD5s."""
     root = tmp_path_factory.mktemp("mirror")
 
     def handler(*args: object) -> _Quiet:

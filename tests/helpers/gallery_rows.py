@@ -1,4 +1,4 @@
-"""Predictions as a bundle brings them, and what a page must say of them, worked out from the file in plain Python."""
+"""Random predictions, and the expected contents of the gallery, computed from the file in plain Python."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERSION = "v1"
 
 @dataclass(frozen=True)
 class Plain:
-    """A row of predictions.csv, and what else is known of the photo."""
+    """A row of predictions.csv with the source, flags and review of the photo."""
 
     photo: str
     sha256: str
@@ -56,7 +56,7 @@ def sha256_of(name: str) -> str:
 
 
 def make_predictions(seed: int, photos: int, classes: Sequence[str]) -> Predictions:
-    """Random ones; many share their confidence, and a few have names that are no UTF-8."""
+    """Return random predictions. Many have equal confidences, and a few have names that are not UTF-8."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, len(classes), photos)
     exact = np.array([1.0, 0.99, 0.58, 0.57, 0.9])  # in floating point 0.58 * 100 is less than 58
@@ -66,7 +66,7 @@ def make_predictions(seed: int, photos: int, classes: Sequence[str]) -> Predicti
     rows = [np.insert(row, at, high) for row, at, high in zip(probabilities, guess, highest, strict=True)]
     probabilities = np.array(rows).reshape(photos, len(classes))
     tails = ["jpg", "Ä.jpg", "\udcff.jpg", "'%_\\.jpg", "a b.JPG"]
-    names = tuple(f"{'Zz'[i % 2]}/{i * 7919 % photos:04d}.{tails[i % 5 if i % 4 == 0 else 0]}" for i in range(photos))
+    names = tuple(f"{'Zz'[i % 2]}/{(i * 7919) % photos:04d}.{tails[i % 5 if i % 4 == 0 else 0]}" for i in range(photos))
     splits = tuple(str(split) for split in rng.choice(["train", "valid", "test, of sorts"], photos))
     return Predictions(tuple(classes), names, labels, probabilities, splits, tuple(sha256_of(name) for name in names))
 
@@ -80,7 +80,7 @@ def enter(
     source: str = "evaluation",
     seed: int = 0,
 ) -> list[Plain]:
-    """Write a table, read it and import it once, as the service does; gives its rows, read by the csv module alone."""
+    """Write a table, then read and import it once as the service does. Returns its rows as read by the csv module."""
     path = folder / f"{version}-{source}-{seed}.csv"
     message.write_csv(path)
     rng = random.Random(seed)
@@ -120,12 +120,12 @@ CHECKS: dict[str, Callable[[Plain, Filter], bool]] = {
 
 
 def passes(row: Plain, filters: Filter, *, but: str = "") -> bool:
-    """Whether a filter lets a row through, one facet of it left out."""
+    """Return whether a row matches a filter, ignoring one facet."""
     return all(check(row, filters) for name, check in CHECKS.items() if name != but)
 
 
 def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]) -> Filter:
-    """A random filter of which something may well be left."""
+    """Return a random filter that often has matches."""
 
     def some(values: Sequence[str]) -> tuple[str, ...]:
         return tuple(rng.sample(list(values), rng.choice((0, 0, 0, 1, min(2, len(values))))))
@@ -145,7 +145,7 @@ def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]
 
 
 def with_reviews(rows: Sequence[Plain], decided: dict[str, tuple[str, str | None]]) -> list[Plain]:
-    """The rows under the decisions that hold, given by sha256."""
+    """Return the rows with the current decisions applied, by sha256."""
     found = []
     for row in rows:
         decision, new_label = decided.get(row.sha256, ("", None))
@@ -155,7 +155,7 @@ def with_reviews(rows: Sequence[Plain], decided: dict[str, tuple[str, str | None
 
 
 def check_cells(database: Database) -> None:
-    """Each cell holds as many photos as there are predictions in it, none fewer than none, and reaches as far as they do."""
+    """Check that each bucket has the count of its predictions and covers their ranges."""
     inside = [predictions.c[name].between(buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]) for name in RANGE_COLUMNS]
     outside = select(predictions.c.id).join(buckets).where(not_(func.coalesce(and_(*inside), false())))
     with database.read() as connection:
@@ -167,7 +167,7 @@ def check_cells(database: Database) -> None:
 
 
 def state_of(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
-    """What the cells say, by the models' versions and without the cells' ids."""
+    """Return the counts of the buckets by model version, without bucket ids."""
     with database.read() as connection:
         return {
             model.version: Counter(

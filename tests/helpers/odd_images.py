@@ -1,4 +1,4 @@
-"""Pictures that are odd, broken or malicious, the same every time; what a server is sent sooner or later."""
+"""Unusual, broken and malicious image files, reproducible, as a public server receives them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZE = (61, 47)
 
 
 def odd_images() -> dict[str, bytes]:
-    """A name that says what is odd -> the file."""
+    """Return the files by description."""
     found: dict[str, bytes] = {}
     for source in (_modes, _jpegs, _pngs, _tiffs, _bitmaps, _plain_maps, _animations, _not_photos, _broken):
         for name, data in source():
@@ -43,7 +43,7 @@ def saved(photo: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def chunk(kind: bytes, data: bytes, *, length: int | None = None, crc: int | None = None) -> bytes:
-    """A PNG chunk, which may lie of its length and its checksum."""
+    """Return a PNG chunk, optionally with a false length or checksum."""
     size = len(data) if length is None else length
     return struct.pack(">I", size) + kind + data + struct.pack(">I", zlib.crc32(kind + data) if crc is None else crc)
 
@@ -54,7 +54,7 @@ def png(*chunks: bytes, width: int = 8, height: int = 8, depth: int = 8, color: 
 
 
 def _modes() -> Iterator[tuple[str, bytes]]:
-    """Every mode in every format that takes it."""
+    """Every mode in every format that supports it."""
     modes = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "La", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F")
     for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
         for mode in modes:
@@ -257,7 +257,7 @@ def _not_photos() -> Iterator[tuple[str, bytes]]:
 
 
 def _broken() -> Iterator[tuple[str, bytes]]:
-    """Good files that break off at every tenth, and with bits turned over."""
+    """Valid files truncated at every tenth, and with flipped bits."""
     rng = random.Random(11)
     for form, options in (
         ("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {"compression": "tiff_lzw"}),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from PIL import Image
 
 from service.http.gunicorn_worker import LINGER_S
-from tests.helpers.server import ANSWER_S, Reply, Server, poll
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, poll
 from tests.helpers.tiny_network import COLORS
 
 
@@ -37,7 +37,7 @@ class RawConnection:
     """A connection that sends exactly the given bytes."""
 
     def __init__(self, server: Server) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=ANSWER_S)
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=RESPONSE_TIMEOUT_S)
         self._source = self.socket.makefile("rb")  # one for all responses, as it reads ahead
 
     def __enter__(self) -> RawConnection:

@@ -1,4 +1,4 @@
-"""Bundles to be put in each other's place: of the network ``tiny``, alike, contrary, of other classes, and broken."""
+"""Bundles of the network ``tiny`` for rollouts: compatible, contradicting, with other classes, and broken."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASSES = ("blue", "red", "green")
 
 @dataclass(frozen=True)
 class Bundles:
-    """A folder of bundles: ``one`` and ``two`` give the same labels with other probabilities."""
+    """A folder of bundles. ``one`` and ``two`` predict the same labels with different probabilities."""
 
     folder: Path
     photos: Path
@@ -37,7 +37,7 @@ class Bundles:
 
 
 def make_bundles(root: Path) -> Bundles:
-    """Train them all, and break some: ``contrary`` gives other labels, ``fewer`` knows two classes only."""
+    """Train all bundles and break some. ``contrary`` predicts other labels, ``fewer`` has only two classes."""
     folder, data = root / "bundles", tiny_network.color_folder(root / "data", train=8, valid=6, classes=CLASSES)
     with tiny_network.registered():
         for seed, name in enumerate(("one", "two")):
@@ -59,7 +59,7 @@ def make_bundles(root: Path) -> Bundles:
 
 
 def rewritten(source: Path, target: Path, *, wrong_golden: bool = False, resize_px: int | None = None) -> Bundle:
-    """A copy that is whole, but was exported with something else."""
+    """Write a valid copy of a bundle with other golden outputs or preprocessing."""
     bundle = open_bundle(source)
     pixels, probabilities, _ = bundle.golden()
 

@@ -1,4 +1,4 @@
-"""The service as people run it: ``serve(bundle)`` starts ``python -m service``; and what a client sends and reads."""
+"""Run the service as a process (``serve(bundle)`` starts ``python -m service``), send requests and read metrics."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {
     *RENAMED,
 }
 HOLDING = ROOT / "tests" / "helpers" / "holding"
-# For a busy machine.
-PATIENT = {
+# The machine may be busy.
+LONG_TIMEOUTS = {
     "deadline_ms": 300_000,
     "body_timeout_s": 300,
     "shutdown_timeout_s": 300,
     "decode_timeout_s": 300,
     "database_timeout_s": 300,
 }
-START_S = 300.0  # a model is loaded with low priority
-ANSWER_S = 300.0
+START_TIMEOUT_S = 300.0  # a model is loaded with low priority
+RESPONSE_TIMEOUT_S = 300.0
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: its status, its headers and its body."""
+    """An HTTP response."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -55,13 +55,13 @@ class Reply:
 
     @property
     def code(self) -> str | None:
-        """The problem's code, or None where it is no problem."""
+        """The code of the problem, or None for other responses."""
         return self.json()["code"] if self.headers["Content-Type"] == "application/problem+json" else None
 
 
 @dataclass(frozen=True)
 class Server:
-    """A service that runs; ``process`` is the master, in a process group of its own."""
+    """A running service. ``process`` is the master, in its own process group."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -76,11 +76,11 @@ class Server:
         return self.process.pid
 
     def workers(self) -> list[int]:
-        """The worker processes' ids."""
+        """Return the process ids of the workers."""
         return children(self.pid)
 
     def log(self) -> list[dict[str, Any]]:
-        """Every line that it logged so far; a line that is not JSON fails the test."""
+        """Return every log line so far. A line that is not JSON fails the test."""
         return [json.loads(line) for line in _whole_lines(self.log_file)]
 
     def request(
@@ -90,9 +90,9 @@ class Server:
         body: bytes | Iterable[bytes] | None = None,
         *,
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = ANSWER_S,
+        timeout_s: float = RESPONSE_TIMEOUT_S,
     ) -> Reply:
-        """One request on a connection of its own; an iterable body goes in chunks."""
+        """Send a request on a new connection. An iterable body is sent in chunks."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
             connection.request(method, path, body, headers=dict(headers or {}))
@@ -111,16 +111,16 @@ class Server:
         *,
         path: str = "/predict",
         headers: Mapping[str, str] | None = None,
-        timeout_s: float = ANSWER_S,
+        timeout_s: float = RESPONSE_TIMEOUT_S,
     ) -> Reply:
         return self.request("POST", path, body, headers={"Content-Type": content_type, **(headers or {})}, timeout_s=timeout_s)
 
     def metrics(self) -> dict[str, float]:
-        """``http_requests_total{method="POST",...}`` -> its value, the labels in the order of their names."""
+        """Return the metrics: ``http_requests_total{method="POST",...}`` -> value, with labels sorted by name."""
         return parse_metrics(self.get("/metrics").body.decode())
 
-    def stop(self, *, timeout_s: float = ANSWER_S) -> int:
-        """Ask it to stop, as an orchestrator does; gives the exit code."""
+    def stop(self, *, timeout_s: float = RESPONSE_TIMEOUT_S) -> int:
+        """Send SIGTERM, as an orchestrator does. Returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
 
@@ -135,21 +135,25 @@ def serve(
     cwd: Path = ROOT,
     **env: object,
 ) -> Iterator[Server]:
-    """Run the real service on a free port until the block ends; with ``ready`` its model is loaded when it begins.
+    """Run the real service on a free port until the block ends; with ``ready`` the model is loaded first.
 
-    It is the checkout's; where ``cwd`` is elsewhere, the one that is installed for ``python``.
+    The temporary folder and every process of the group are removed at the end.
 
-    ``env`` are settings by their names, ``port=4`` as well as ``PORT="4"``; those of PATIENT hold unless they are given.
-    It may open ``max_files`` files, where a number is given.
-    What it leaves in a temporary folder is removed, and so is every process of its group.
+    Args:
+        bundle: the bundle to serve.
+        ready: wait until the service is ready.
+        max_files: the limit of open files.
+        python: the interpreter.
+        cwd: the working directory. Outside the checkout, the service installed for ``python`` runs.
+        env: settings and environment variables (``port=4`` or ``PORT="4"``), on top of LONG_TIMEOUTS.
     """
-    with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:  # the killed may be at work yet
+    with tempfile.TemporaryDirectory(prefix="serving-", ignore_cleanup_errors=True) as folder:  # killed processes may write
         log_file = Path(folder) / "stderr"
         with log_file.open("wb") as log:
             process = subprocess.Popen(
                 [python, "-m", "service"],
                 cwd=cwd,
-                env=environment({**PATIENT, "bundle": bundle, "port": 0, "TMPDIR": folder, "PYTHONPATH": HOLDING, **env}),
+                env=environment({**LONG_TIMEOUTS, "bundle": bundle, "port": 0, "TMPDIR": folder, "PYTHONPATH": HOLDING, **env}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -159,14 +163,14 @@ def serve(
         try:
             server = Server(process, _port(process, log_file), log_file)
             if ready:
-                poll(lambda: _alive(process, log_file) and _is_ready(server), within_s=START_S)
+                poll(lambda: _alive(process, log_file) and _is_ready(server), within_s=START_TIMEOUT_S)
             yield server
         finally:
             _end(process)
 
 
 def run_service(**env: object) -> subprocess.CompletedProcess[str]:
-    """``python -m service`` where it is expected to give up by itself."""
+    """Run ``python -m service`` and wait for it to exit."""
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         return subprocess.run(
             [sys.executable, "-m", "service"],
@@ -174,18 +178,18 @@ def run_service(**env: object) -> subprocess.CompletedProcess[str]:
             env=environment({"port": 0, "TMPDIR": folder, **env}),
             capture_output=True,
             text=True,
-            timeout=ANSWER_S,
+            timeout=RESPONSE_TIMEOUT_S,
         )
 
 
 def environment(settings: Mapping[str, object]) -> dict[str, str]:
-    """This process's environment with ``settings`` and no other of the service's."""
+    """Return this process's environment with ``settings`` and no other settings of the service."""
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return kept | {name.upper(): str(value) for name, value in settings.items()}
 
 
 def poll(condition: Callable[[], T], *, within_s: float = 120.0, every_s: float = 0.02) -> T:
-    """Ask until ``condition()`` is true, and give what it gave; the test fails where that takes too long."""
+    """Call ``condition`` until its value is true and return the value. Fails the test after ``within_s``."""
     until = time.monotonic() + within_s
     while not (value := condition()):
         if time.monotonic() > until:
@@ -195,20 +199,20 @@ def poll(condition: Callable[[], T], *, within_s: float = 120.0, every_s: float 
 
 
 def children(pid: int) -> list[int]:
-    """The ids of a process's children."""
+    """Return the ids of the child processes."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
 
 
 def rss_mb(pid: int) -> float:
-    """The memory that a process holds, in MiB."""
+    """Return the resident memory of a process in MiB."""
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1024
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Prometheus's text -> name and labels -> value."""
+    """Parse the Prometheus text format into name and labels -> value."""
     from prometheus_client.parser import text_string_to_metric_families
 
     found = {}
@@ -220,7 +224,7 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 
 def multipart(*parts: tuple[str, str | None, bytes] | tuple[str, str | None, bytes, str]) -> tuple[bytes, str]:
-    """``(field, file name or None, bytes[, media type])`` each -> the body and its Content-Type."""
+    """``(field, file name or None, bytes[, media type])`` each -> body and Content-Type."""
     boundary = uuid.uuid4().hex
     body = b""
     for field, name, data, *kind in parts:
@@ -232,7 +236,7 @@ def multipart(*parts: tuple[str, str | None, bytes] | tuple[str, str | None, byt
 
 
 def _port(process: subprocess.Popen[bytes], log_file: Path) -> int:
-    """The port that it took, out of its log."""
+    """Read the port from the log."""
 
     def find() -> int | None:
         _alive(process, log_file)
@@ -241,18 +245,18 @@ def _port(process: subprocess.Popen[bytes], log_file: Path) -> int:
                 return int(json.loads(line)["message"].rpartition(" (")[0].rpartition(":")[2])
         return None
 
-    return poll(find, within_s=START_S) or 0
+    return poll(find, within_s=START_TIMEOUT_S) or 0
 
 
 def _whole_lines(log_file: Path) -> list[str]:
-    """The lines that are there to their ends: another may be being written just now."""
+    """Return the complete lines. The last one may still be being written."""
     return log_file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
 
 
 def _is_ready(server: Server) -> bool:
     try:
         return server.get("/health/ready").status == 200
-    except (OSError, http.client.HTTPException):  # it may be about to end, and say why
+    except (OSError, http.client.HTTPException):  # not listening yet, or exiting
         return False
 
 

@@ -1,4 +1,4 @@
-"""Networks of the zoo made small enough to be walked: smaller pictures, and thin fully connected layers."""
+"""Networks of the zoo made cheap to run: smaller inputs and narrow fully connected layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.networks import registry
 from models.networks.registry import create_model, get_spec, list_models
 from models.networks.spec import ModelSpec
 
-# Their first Linear layer wants a map of one size only, or (Inception) their windows a map of some size at least.
+# The first Linear layer requires a feature map of one size, or (Inception) the pooling windows a minimum size.
 SMALLEST_PX = {"alexnet": 64, "inception_v3": 75, "inception_v4": 75, "squeezenet1_1": 96}
 FIXED = {
     "alexnet_2012",
@@ -31,7 +31,7 @@ WIDE = ("alexnet", "alexnet_2012", *(name for name in list_models() if name.star
 
 
 def thin(net: nn.Module, units: int = 32) -> nn.Module:
-    """``net`` with its hidden fully connected layers ``units`` wide: VGG's 4096 are nine tenths of its parameters."""
+    """``net`` with its hidden fully connected layers ``units`` wide: VGG's 4096 units have 90% of its parameters."""
     layers = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
     inputs = layers[0][1].in_features
     for name, layer in layers[:-1]:
@@ -60,10 +60,10 @@ def thin_builder(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 @contextlib.contextmanager
-def made_small(name: str, *, small_pictures: bool = True) -> Iterator[ModelSpec]:
-    """Inside the block ``name`` is a network of the same layers that costs little; gives its spec."""
+def made_small(name: str, *, small_images: bool = True) -> Iterator[ModelSpec]:
+    """Register a cheap network with the same layers as ``name`` inside the block. Yields its spec."""
     spec, builder = registry._entry(name)
-    if small_pictures and name not in FIXED:
+    if small_images and name not in FIXED:
         side = SMALLEST_PX.get(name, 32)
         spec = replace(spec, preprocessing=replace(spec.preprocessing, input_px=side, resize_px=side))
     build = thin_builder(builder) if name in WIDE else builder
@@ -73,7 +73,7 @@ def made_small(name: str, *, small_pictures: bool = True) -> Iterator[ModelSpec]
 
 
 def random_state(name: str, *, seed: int = 0) -> dict[str, Tensor]:
-    """Random numbers for every tensor of a network, as large as lets signals pass; BatchNorm has statistics too."""
+    """Return a random state dict, scaled so that activations neither vanish nor explode, with BatchNorm statistics."""
     with torch.device("meta"):
         empty = create_model(name, num_classes=get_spec(name).pretrained_classes).state_dict()
     numbers = torch.Generator().manual_seed(seed)
@@ -82,10 +82,10 @@ def random_state(name: str, *, seed: int = 0) -> dict[str, Tensor]:
         if tensor.dtype == torch.long:
             state[key] = torch.zeros((), dtype=torch.long)
         elif tensor.dim() > 1:
-            bound = (6 / tensor[0].numel()) ** 0.5  # He's: signals neither grow nor fade
+            bound = (6 / tensor[0].numel()) ** 0.5  # He initialization
             state[key] = torch.empty(tensor.shape).uniform_(-bound, bound, generator=numbers)
         elif key.startswith("layer") and key.endswith(("bn2.weight", "bn3.weight")):
-            state[key] = torch.empty(tensor.shape).uniform_(0.2, 0.4, generator=numbers)  # 50 residuals must not add up
+            state[key] = torch.empty(tensor.shape).uniform_(0.2, 0.4, generator=numbers)  # keeps the sum of 50 residuals small
         elif key.endswith(("running_var", "weight")):
             state[key] = torch.empty(tensor.shape).uniform_(0.8, 1.2, generator=numbers)
         else:

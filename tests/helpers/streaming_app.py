@@ -52,7 +52,7 @@ def _broken() -> Iterator[bytes]:
 
 
 class App:
-    """The part of the service's application that the worker uses."""
+    """A minimal application with what the worker uses."""
 
     def __init__(self) -> None:
         nothing = re.compile("(?!)")

@@ -1,4 +1,4 @@
-"""System packages that some tests need: a test without them is skipped, and fails where CI is set."""
+"""Skip tests whose system packages are missing, or fail them if CI is set."""
 
 from __future__ import annotations
 

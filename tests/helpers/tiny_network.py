@@ -1,7 +1,7 @@
-"""A network of a few thousand numbers for tests of whole runs: frozen BatchNorm before the cut, dropout behind it, as in VGG.
+"""A network of a few thousand parameters for end-to-end tests: frozen BatchNorm before the split point, dropout after it.
 
-``registered()`` registers it for a while; ``python -m tests.helpers.tiny_network train ...`` is a command line that knows it.
-With HOLD_AT=7 in its environment it does not write the seventh epoch's checkpoint but waits, so that no kill comes too late.
+``registered()`` registers it temporarily. ``python -m tests.helpers.tiny_network train ...`` runs a command with it registered.
+With HOLD_AT=7 in the environment, training waits before it writes the checkpoint of epoch 7, so that a test can kill it there.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Tiny(nn.Module):
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """``tiny`` is among the networks inside the block only, so that tests of all networks do not meet it."""
+    """Register ``tiny`` inside the block only, so that tests of all networks do not include it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry._ENTRIES, TINY.name, (TINY, Tiny))
         yield
 
 
 def save_weights(path: Path, *, backbone: str = "tiny", seed: int = 0) -> Path:
-    """A state dict of random numbers for ``backbone``, BatchNorm statistics among them, as if it had been pretrained."""
+    """Save a random state dict of ``backbone``, including BatchNorm statistics, as pretrained weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = registry.create_model(backbone).state_dict()
@@ -90,7 +90,7 @@ def save_weights(path: Path, *, backbone: str = "tiny", seed: int = 0) -> Path:
 
 
 def paint(path: Path, color: tuple[int, int, int], *, seed: int, size: tuple[int, int] = (56, 44)) -> Path:
-    """A photo of soft random spots around ``color``: unlike any other seed's, and easy to tell from another colour's."""
+    """Paint soft random spots around ``color``: different for each seed, and easy to separate by color."""
     spots = np.random.default_rng(seed).integers(0, 256, (6, 6, 3))
     pixels = ((spots + np.array(color)) // 2).astype(np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def paint(path: Path, color: tuple[int, int, int], *, seed: int, size: tuple[int
 def color_folder(
     root: Path, *, train: int = 6, valid: int = 3, classes: Sequence[str] = ("blue", "red"), valid_name: str = "valid"
 ) -> Path:
-    """``train`` and ``valid`` painted photos of each class, in a data folder."""
+    """Paint ``train`` and ``valid`` photos of each class into a data folder."""
     for split, (name, count) in enumerate((("train", train), (valid_name, valid))):
         for (index, label), number in itertools.product(enumerate(classes), range(count)):
             seed = 10_000 * split + 100 * index + number
@@ -110,7 +110,7 @@ def color_folder(
 
 
 def finetune(*words: object) -> tuple[int, str, str]:
-    """Run a command as ``finetune`` does; gives the exit code, and what it printed and complained."""
+    """Run a ``finetune`` command. Returns the exit code, standard output and standard error."""
     from finetune.__main__ import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -121,7 +121,7 @@ def finetune(*words: object) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow over ``size`` bytes: writing fails half-way as on a full disk, with an error that needs no mount."""
+    """Limit files to ``size`` bytes, so that a write fails midway as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -131,7 +131,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 
 def hold_at(epoch: int) -> None:
-    """From now on a training goes no further than to the end of ``epoch``, which is not kept."""
+    """Make training wait at the end of ``epoch``, before its checkpoint is saved."""
     from finetune.training import run_directory
 
     save = run_directory.save_checkpoint
@@ -147,7 +147,7 @@ def hold_at(epoch: int) -> None:
 if __name__ == "__main__":
     from finetune.__main__ import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job would ignore
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in background jobs of a shell
     if "HOLD_AT" in os.environ:
         hold_at(int(os.environ["HOLD_AT"]))
     with registered():

@@ -21,7 +21,7 @@ SIMPLE = bomb_images.simple()
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_a_file_that_is_built_to_be_slow_is_rejected(name: str) -> None:
+def test_a_file_designed_to_be_slow_is_rejected(name: str) -> None:
     data, reason = REJECTED[name]
     assert len(data) < 20 * MIB
     with pytest.raises(ImageTooLargeError if reason == "pixels" else TooComplexError) as caught:
@@ -40,7 +40,7 @@ def test_an_ordinary_file_is_simple(name: str) -> None:
     assert examine(SIMPLE[name], LIMITS).is_simple
 
 
-def test_any_file_that_breaks_off_or_is_damaged_is_examined_without_a_defect() -> None:
+def test_truncated_and_damaged_files_are_inspected_without_an_error() -> None:
     """Every head of every odd file: the walk never reads beyond the end, and raises nothing but a ImageError."""
     for data in (*odd_images().values(), *ISOLATED.values(), *SIMPLE.values()):
         for length in (*range(min(len(data), 64)), *range(64, min(len(data), 2000), 97), len(data)):
@@ -53,14 +53,14 @@ def test_any_file_that_breaks_off_or_is_damaged_is_examined_without_a_defect() -
 
 @pytest.mark.parametrize(("form", "options"), [("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True}),
     ("WEBP", {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0"}), ("GIF", {}), ("BMP", {}), ("TIFF", {}), ("PPM", {})])  # fmt: skip
-def test_its_size_is_known(form: str, options: dict[str, bool]) -> None:
+def test_the_size_is_read(form: str, options: dict[str, bool]) -> None:
     data = saved(picture("P" if form == "GIF" else "RGB", (300, 200)), form, **options)
     assert (examine(data).format, examine(data).pixels) == (form, 60_000)
     with pytest.raises(ImageTooLargeError, match=r"The photo is 60,000 pixels; the limit is 59,999 pixels\."):
         examine(data, Limits(max_pixels=59_999))
 
 
-def test_sizes_of_two_bytes_are_read_in_either_order() -> None:
+def test_two_byte_sizes_are_read_in_either_byte_order() -> None:
     """Programs write the sizes of a TIFF as SHORT, in the first two bytes of a field of four."""
     for order, mark in (("<", b"II*\0"), (">", b"MM\0*")):
         field = struct.Struct(f"{order}HHIHH").pack
@@ -77,7 +77,7 @@ def test_training_rejects_it_too(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain PPM", "PGM of 12 bits", "TIFF of 1,000 strips", "BMP of run lengths", "float map"])
-def test_training_decodes_what_is_only_unusual(name: str) -> None:
+def test_training_decodes_unusual_files(name: str) -> None:
     assert decode(ISOLATED[name]).mode == "RGB"
 
 
@@ -102,7 +102,7 @@ Builder = Callable[[int], bytes]
         (bomb_images.tiff_strips, 300, 301),
     ],
 )
-def test_the_number_of_pieces_is_a_limit(build: Builder, least: int, most: int) -> None:
+def test_the_number_of_segments_is_limited(build: Builder, least: int, most: int) -> None:
     limits = Limits(max_segments=300)
     examine(build(least), limits)
     with pytest.raises(TooComplexError, match="more than 300 "):

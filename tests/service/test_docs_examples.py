@@ -16,7 +16,7 @@ from playwright.sync_api import Browser
 
 from models.artifacts.bundle import open_bundle
 from service.settings import Settings
-from tests.helpers.browser import visitor
+from tests.helpers.browser import open_pages
 from tests.helpers.server import Server, serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_python(server: Server, folder: Path) -> None:
 def test_javascript(browser: Browser, server: Server, folder: Path) -> None:
     code = example("js", "Classify an image").replace(f"http://{ADDRESS}", server.url)
     photo = list((folder / "photo.jpg").read_bytes())
-    with visitor(browser, server.url) as open_page:
+    with open_pages(browser, server.url) as open_page:
         predictions = open_page("/health/live").evaluate(
             "async ([code, bytes]) => {"
             " const classify = (0, eval)(`(${code})`);"

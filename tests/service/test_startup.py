@@ -29,14 +29,14 @@ from service.context import Services, services_of
 from service.inference.model_manager import ModelManager
 from service.settings import Settings
 from service.telemetry.json_logging import TerminalFormatter, logging_config
-from tests.helpers.server import ANSWER_S, PATIENT, ROOT, START_S, environment, poll, run_service
+from tests.helpers.server import LONG_TIMEOUTS, RESPONSE_TIMEOUT_S, ROOT, START_TIMEOUT_S, environment, poll, run_service
 
 
 @pytest.fixture
 def services(tiny_bundle: SimpleNamespace, tmp_path: Path) -> Iterator[Services]:
-    settings = Settings(bundle=tiny_bundle.path, database_url=f"sqlite:///{tmp_path}/reviews.db", **PATIENT)
+    settings = Settings(bundle=tiny_bundle.path, database_url=f"sqlite:///{tmp_path}/reviews.db", **LONG_TIMEOUTS)
     services = create_services(settings, ModelManager.start(settings))
-    services.model_manager.wait(START_S)
+    services.model_manager.wait(START_TIMEOUT_S)
     yield services
     services.model_manager.close()
 
@@ -47,7 +47,7 @@ def may_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event, build = threading.Event(), service.app.create_full_app
 
     def build_later(services: Services) -> Flask:
-        event.wait(2 * ANSWER_S)
+        event.wait(2 * RESPONSE_TIMEOUT_S)
         return build(services)
 
     monkeypatch.setattr(service.app, "create_full_app", build_later)
@@ -55,7 +55,7 @@ def may_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     event.set()
 
 
-def test_predictions_are_served_before_the_pages_are_built_and_a_page_waits(
+def test_predictions_are_served_while_the_gallery_is_being_built(
     services: Services, may_build: threading.Event, tiny_bundle: SimpleNamespace
 ) -> None:
     app = DeferredApp(services)
@@ -78,7 +78,7 @@ def test_predictions_are_served_before_the_pages_are_built_and_a_page_waits(
         assert predict().status_code == 200
         assert not any(page.done() for page in pages)
         may_build.set()
-        assert [page.result(ANSWER_S).status_code for page in pages] == [200, 200]
+        assert [page.result(RESPONSE_TIMEOUT_S).status_code for page in pages] == [200, 200]
 
     poll(lambda: Client(app).get("/health/ready").get_json()["gallery"] == "ready")
     assert Client(app).get("/gallery").status_code == 200
@@ -111,22 +111,22 @@ def test_a_server_whose_pages_cannot_be_built_ends_unless_others_serve(
 def test_a_gallery_without_its_database_is_unavailable_and_predictions_are_served(
     tiny_bundle: SimpleNamespace, tmp_path: Path
 ) -> None:
-    app = create_app(Settings(bundle=tiny_bundle.path, database_url=f"sqlite:///{tmp_path}", **PATIENT))
+    app = create_app(Settings(bundle=tiny_bundle.path, database_url=f"sqlite:///{tmp_path}", **LONG_TIMEOUTS))
     models = services_of(app).model_manager
-    models.wait(START_S)
+    models.wait(START_TIMEOUT_S)
     poll(lambda: app.test_client().get("/health/ready").get_json()["gallery"] == "unavailable")
     assert app.test_client().get("/health/ready").status_code == 200
     assert app.test_client().get("/gallery").status_code == 503
     models.close()
 
 
-def test_on_a_terminal_the_server_says_in_words_where_it_is(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+def test_on_a_terminal_the_server_prints_its_address(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     """Standard output and error are a pseudo-terminal."""
     terminal, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "service"],
         cwd=ROOT,
-        env=environment({**PATIENT, "bundle": tiny_bundle.path, "port": 0, "TMPDIR": tmp_path}),
+        env=environment({**LONG_TIMEOUTS, "bundle": tiny_bundle.path, "port": 0, "TMPDIR": tmp_path}),
         stdin=subprocess.DEVNULL,
         stdout=child,
         stderr=child,
@@ -146,7 +146,7 @@ def test_on_a_terminal_the_server_says_in_words_where_it_is(tiny_bundle: SimpleN
         with urllib.request.urlopen(f"{url[1]}/health/ready") as response:
             assert response.status == 200
         process.send_signal(signal.SIGINT)
-        assert process.wait(ANSWER_S) == 0
+        assert process.wait(RESPONSE_TIMEOUT_S) == 0
 
 
 def test_a_bundle_that_has_to_be_merged_is_started_in_the_background(tiny_bundle: SimpleNamespace) -> None:

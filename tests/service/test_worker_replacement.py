@@ -44,7 +44,7 @@ def test_a_replacement_waits_for_its_bundle_and_the_other_worker_serves(tiny_bun
         assert survivor in server.workers()
 
 
-def test_the_last_worker_is_replaced_by_one_that_says_what_is_missing(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+def test_the_last_worker_is_replaced_by_one_that_reports_what_is_missing(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     bundle, away = tmp_path / "bundle", tmp_path / "away"
     shutil.copytree(tiny_bundle.path, bundle)
     with serve(bundle) as server:

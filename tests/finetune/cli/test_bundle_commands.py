@@ -133,7 +133,7 @@ def test_a_missing_base_is_reported(made: SimpleNamespace, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def test_a_join_that_makes_no_sense_is_refused(made: SimpleNamespace, tmp_path: Path, tiny_weights: Path) -> None:
+def test_an_invalid_merge_is_rejected(made: SimpleNamespace, tmp_path: Path, tiny_weights: Path) -> None:
     assert "is already a full bundle" in rejected("merge", made.whole, tmp_path / "out", "--weights", tiny_weights)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")

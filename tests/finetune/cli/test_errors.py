@@ -210,7 +210,7 @@ def test_resuming_with_other_settings_is_rejected(
 
 @contextlib.contextmanager
 def unprivileged() -> Iterator[None]:
-    """Run as user nobody, because root may write anywhere."""
+    """Run as an unprivileged user, because root may write anywhere."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)

@@ -17,7 +17,7 @@ PIXELS = np.full((2, 32, 32, 3), 128, np.uint8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_weights_that_give_no_numbers_in_torch_are_not_exported(value: float) -> None:
+def test_weights_with_nan_outputs_are_not_exported(value: float) -> None:
     torch.manual_seed(0)
     classifier = Classifier(tiny_network.Tiny(2), tiny_network.TINY.preprocessing).eval()
     check_finite(classifier, PIXELS)
@@ -29,7 +29,7 @@ def test_weights_that_give_no_numbers_in_torch_are_not_exported(value: float) ->
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e30])
-def test_training_on_such_weights_ends_in_a_sentence_without_a_bundle(value: float, tmp_path: Path) -> None:
+def test_training_on_such_weights_fails_with_one_sentence_and_no_bundle(value: float, tmp_path: Path) -> None:
     data = tiny_network.color_folder(tmp_path / "data")
     with tiny_network.registered():
         weights = tiny_network.save_weights(tmp_path / "tiny.pth")

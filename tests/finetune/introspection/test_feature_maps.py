@@ -112,7 +112,7 @@ def test_existing_files_are_not_overwritten(bundle: Path, tmp_path: Path) -> Non
     [("vgg11", "features.0", (64, 3, 3, 3)), ("alexnet_2012", "conv1", (96, 1, 11, 11)), ("mlp", "hidden1", (8, 1, 28, 28))],
 )
 def test_filters_of_any_size_fill_a_sheet(name: str, layer: str, shape: tuple[int, ...], tmp_path: Path) -> None:
-    with made_small(name, small_pictures=False):
+    with made_small(name, small_images=False):
         classifier = build_classifier(get_spec(name), num_classes=2, base=None)
     layer_name, weights = first_layer_filters(classifier)
     assert (layer_name, weights.shape) == (layer, shape)

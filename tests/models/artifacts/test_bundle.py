@@ -264,7 +264,7 @@ def test_manifest_listing_a_file_outside_the_bundle_is_rejected(bundle: Bundle, 
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../../escape", "a/b", "/tmp/x", ".hidden", "a\0b"])
-def test_a_name_that_leads_elsewhere_is_not_trusted(bundle: Bundle, name: str) -> None:
+def test_a_name_outside_the_bundle_is_rejected(bundle: Bundle, name: str) -> None:
     def rename(manifest: dict[str, Any]) -> None:
         manifest["name"] = name
         manifest["sha256"] = module.manifest_sha256(manifest)
@@ -278,7 +278,7 @@ def test_a_name_that_leads_elsewhere_is_not_trusted(bundle: Bundle, name: str) -
 
 
 @pytest.mark.parametrize("name", ["pets", "Katzen & Hunde", "v1.2", "猫"])
-def test_an_ordinary_name_is_taken(bundle: Bundle, name: str) -> None:
+def test_an_ordinary_name_is_accepted(bundle: Bundle, name: str) -> None:
     assert open_bundle(write_bundle(bundle.path, FIELDS | {"name": name}, write_files=write_files).path).name == name
     assert Config(data_dir=bundle.path, name=name).name == name
 
@@ -286,7 +286,7 @@ def test_an_ordinary_name_is_taken(bundle: Bundle, name: str) -> None:
 # The card and links
 
 
-def test_the_card_is_the_one_that_was_exported(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_card_is_the_exported_one(bundle: Bundle, tmp_path: Path) -> None:
     card = bundle.path / MODEL_CARD
     assert bundle.model_card() == "# Card\n"
     card.write_text("# Fake\n")  # of the same size

@@ -68,7 +68,7 @@ def test_class_without_images_and_empty_predictions() -> None:
     assert (find_label_issues(empty).shape, rank_label_issues(empty).shape) == ((0,), (0,))
 
 
-def test_model_at_chance_does_not_judge_labels() -> None:
+def test_model_at_chance_reports_no_label_issues() -> None:
     """22 classes, 309 images and predictions that are independent of the labels."""
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(22), 309)

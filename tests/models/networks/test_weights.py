@@ -291,7 +291,7 @@ def test_truncated_file_is_rejected(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_that_are_not_finite_are_refused_by_the_tensors_name(
+def test_weights_that_are_not_finite_are_rejected_with_the_tensors_name(
     value: float, dtype: torch.dtype, suffix: str, tmp_path: Path
 ) -> None:
     file = tmp_path / f"file{suffix}"
@@ -306,7 +306,7 @@ def test_weights_that_are_not_finite_are_refused_by_the_tensors_name(
             read()
 
 
-def test_weights_of_eight_bits_are_read(tmp_path: Path) -> None:
+def test_eight_bit_weights_are_read(tmp_path: Path) -> None:
     state = {"conv.weight": torch.ones(3).to(torch.float8_e4m3fn)}
     save_file(state, tmp_path / "file.safetensors")
     assert read_tensors(tmp_path / "file.safetensors")["conv.weight"].float().tolist() == [1, 1, 1]

@@ -15,7 +15,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from models.artifacts.bundle import open_bundle
-from tests.helpers.server import ANSWER_S, PATIENT, START_S, Reply, Server, serve
+from tests.helpers.server import LONG_TIMEOUTS, RESPONSE_TIMEOUT_S, START_TIMEOUT_S, Reply, Server, serve
 
 SIDE = 32
 
@@ -29,7 +29,7 @@ def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
 @pytest.fixture
 def client(server: Server) -> Iterator[Any]:
     with triton.InferenceServerClient(
-        f"127.0.0.1:{server.port}", connection_timeout=ANSWER_S, network_timeout=ANSWER_S
+        f"127.0.0.1:{server.port}", connection_timeout=RESPONSE_TIMEOUT_S, network_timeout=RESPONSE_TIMEOUT_S
     ) as client:
         yield client
 
@@ -240,9 +240,9 @@ def test_a_key_and_free_capacity_are_required_as_for_predict(tiny_bundle: Simple
     from service.context import services_of
     from service.settings import Settings
 
-    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("sesame",), max_in_flight=1, max_images=1, **PATIENT))
+    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("sesame",), max_in_flight=1, max_images=1, **LONG_TIMEOUTS))
     served = services_of(app).model_manager
-    name = served.wait(START_S).bundle.name
+    name = served.wait(START_TIMEOUT_S).bundle.name
     body = {"inputs": [{"name": "images", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}]}
     client = app.test_client()
 

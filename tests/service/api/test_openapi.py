@@ -31,13 +31,13 @@ from service.http.errors import PROBLEM_TYPES
 from service.rollout.agreement import ALLOWED_DIFFERENCES
 from service.settings import Settings
 from service.web import api_docs
-from tests.helpers.server import ANSWER_S, PATIENT, START_S, poll, serve
+from tests.helpers.server import LONG_TIMEOUTS, RESPONSE_TIMEOUT_S, START_TIMEOUT_S, poll, serve
 
 
 @pytest.fixture(scope="module")
 def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
-    app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, **PATIENT))
-    services_of(app).model_manager.wait(START_S)
+    app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, **LONG_TIMEOUTS))
+    services_of(app).model_manager.wait(START_TIMEOUT_S)
     poll(lambda: app.test_client().get("/gallery").status_code == 200)
     yield app
     services_of(app).model_manager.close()
@@ -246,7 +246,7 @@ def test_every_operation_on_the_page_but_a_form_has_an_example(app: Flask, docum
 
 def test_an_api_key_is_documented_if_the_service_requires_one(tiny_bundle: SimpleNamespace, document: dict[str, Any]) -> None:
     app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame",)))
-    services_of(app).model_manager.wait(START_S)
+    services_of(app).model_manager.wait(START_TIMEOUT_S)
     keyed = app.test_client().get("/openapi.json").get_json()["paths"]["/predict"]["post"]
     page = app.test_client().get("/docs").text
     services_of(app).model_manager.close()
@@ -284,7 +284,7 @@ def test_the_examples_run_unchanged(tiny_bundle: SimpleNamespace, tmp_path: Path
         samples = server.get("/openapi.json").json()["paths"]["/predict"]["post"]["x-codeSamples"]
         source = {sample["lang"]: sample["source"] for sample in samples}
         for command in ([sys.executable, "-c", source["python"]], ["sh", "-ec", source["shell"]]):
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=ANSWER_S)
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=RESPONSE_TIMEOUT_S)
             assert done.returncode == 0, done.stderr
             assert "red" in done.stdout
 

@@ -29,7 +29,7 @@ from service import create_app
 from service.context import services_of
 from service.http.errors import PROBLEM_TYPES
 from service.settings import Settings
-from tests.helpers.server import PATIENT, START_S, multipart
+from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, multipart
 
 T = Image.Transpose
 PROBLEM = "application/problem+json"
@@ -38,9 +38,9 @@ PROBLEM = "application/problem+json"
 @contextlib.contextmanager
 def serving(bundle: Path, **settings: Any) -> Iterator[FlaskClient]:
     """Yield a test client of the application, without a server."""
-    app = create_app(Settings(bundle=bundle, **(PATIENT | settings)))
+    app = create_app(Settings(bundle=bundle, **(LONG_TIMEOUTS | settings)))
     served = services_of(app).model_manager
-    served.wait(START_S)
+    served.wait(START_TIMEOUT_S)
     try:
         yield app.test_client()
     finally:
@@ -131,7 +131,7 @@ def test_every_kind_of_body_gets_the_same_prediction(client: FlaskClient, photo:
         "another format than it says": send(client, photo, "image/png"),
         "multipart": send_form(client, ("file", "a.jpg", photo, "image/jpeg")),
         "another field": send_form(client, ("anything", "a.jpg", photo)),
-        "a form with text beside it": send_form(client, ("token", None, b"x"), ("file", "a.jpg", photo)),
+        "a form with a text field": send_form(client, ("token", None, b"x"), ("file", "a.jpg", photo)),
         "JSON": send_json(client, {"image": text}),
         "JSON in lines": send_json(client, {"image": wrapped}),
         "data: URL": send_json(client, {"image": f"data:image/jpeg;base64,{text}"}),
@@ -682,11 +682,11 @@ def test_a_key_is_required_if_keys_are_set(
     tiny_bundle: SimpleNamespace, photo: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="service.request")
-    with serving(tiny_bundle.path, api_keys=("ann:key-of-ann", "key-of-nobody")) as client:
+    with serving(tiny_bundle.path, api_keys=("ann:key-of-ann", "key-without-name")) as client:
         assert rows(send(client, photo, Authorization="Bearer key-of-ann"))
         assert rows(send(client, photo, Authorization="bearer key-of-ann"))
         assert rows(send(client, photo, X_API_Key="key-of-ann"))
-        assert rows(send(client, photo, X_API_Key="key-of-nobody"))
+        assert rows(send(client, photo, X_API_Key="key-without-name"))
         for headers in ({}, {"Authorization": "Bearer"}, {"X_API_Key": ""}):
             answer = send(client, photo, **headers)
             check_problem(answer, "unauthorized", "An API key is required. Send it as `Authorization: Bearer KEY`")
@@ -735,7 +735,7 @@ def test_unknown_methods_are_counted_as_one(client: FlaskClient) -> None:
     assert "ODD" not in client.get("/metrics").get_data(as_text=True)
 
 
-# What else is asked
+# Other routes
 
 
 def test_models_describes_the_active_model(client: FlaskClient, tiny_bundle: SimpleNamespace) -> None:

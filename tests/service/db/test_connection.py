@@ -74,16 +74,16 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return server.create(migrated=False)
 
 
-def test_the_newest_revision_is_the_one_that_the_program_looks_for() -> None:
+def test_the_newest_revision_is_the_expected_one() -> None:
     assert ScriptDirectory.from_config(config()).get_current_head() == SCHEMA_REVISION
 
 
-def test_migrations_make_the_tables_as_they_are_described(database: Database) -> None:
+def test_migrations_create_the_tables_of_the_schema(database: Database) -> None:
     assert tables_of(database) == set(metadata.tables) | {"alembic_version"}
     assert difference(database) == []
 
 
-def test_down_to_nothing_and_up_again(empty_url: str) -> None:
+def test_migrations_can_be_reverted_and_applied_again(empty_url: str) -> None:
     database = Database(empty_url)
     down = config()
     with database.write() as connection:
@@ -156,7 +156,7 @@ def test_the_rows_of_the_first_revision_are_kept(empty_url: str) -> None:
         assert connection.execute(select(imports.c.images)).scalars().all() == [1]
     check_cells(database)
 
-    with database.write() as connection:  # ids go on after those that are there
+    with database.write() as connection:  # ids continue after the existing ones
         classes = ("cats", "dogs")
         model = get_or_create_model(connection, version="v1", name="m", classes=classes)
         served = ServedPrediction(b"image", "ef" * 32, np.array([0.25, 0.75], np.float32), datetime.now(timezone.utc))
@@ -173,7 +173,7 @@ def test_the_rows_of_the_first_revision_are_kept(empty_url: str) -> None:
     database.close()
 
 
-def test_it_is_migrated_once_however_many_start_at_once(empty_url: str) -> None:
+def test_concurrent_starts_migrate_the_database_once(empty_url: str) -> None:
     program = "import sys; from service.db.connection import Database; sys.stdin.read(1); Database(sys.argv[1]).close()"
     started = [
         subprocess.Popen([sys.executable, "-c", program, empty_url], cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -190,7 +190,7 @@ def test_it_is_migrated_once_however_many_start_at_once(empty_url: str) -> None:
     database.close()
 
 
-def test_a_database_of_a_newer_program_is_refused(database: Database, database_url: str) -> None:
+def test_a_database_of_a_newer_version_is_rejected(database: Database, database_url: str) -> None:
     with database.write() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     message = rejected(database_url)
@@ -200,7 +200,7 @@ def test_a_database_of_a_newer_program_is_refused(database: Database, database_u
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "9999"
 
 
-def test_a_database_of_an_older_program_that_says_nothing_is_brought_up(empty_url: str) -> None:
+def test_an_unversioned_database_of_an_older_version_is_migrated(empty_url: str) -> None:
     """A start that was killed between making Alembic's table and filling it leaves that table empty."""
     database = Database(empty_url)
     with database.write() as connection:
@@ -230,24 +230,24 @@ def test_a_database_of_an_older_program_that_says_nothing_is_brought_up(empty_ur
         (f"postgresql://me:{SECRET}@127.0.0.1:1/reviews?colour=blue", "cannot be opened"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_sentence(url: str, expected: str) -> None:
+def test_an_unusable_url_is_rejected_in_one_sentence(url: str, expected: str) -> None:
     assert expected in rejected(url)
 
 
-def test_files_that_cannot_be_used_are_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_unusable_files_are_rejected_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no database, but some text of sufficient length to be a header of one" * 20)
     assert f"sqlite:///{tmp_path}/file cannot be opened (file is not a database)" in rejected(f"sqlite:///{tmp_path}/file")
     assert "cannot be created (" in rejected(f"sqlite:///{tmp_path}/file/reviews.db")
     assert "cannot be opened (unable to open database file)" in rejected(f"sqlite:///{tmp_path}")
 
 
-def test_what_postgresql_refuses_is_said_in_one_sentence(postgres: Postgres) -> None:
+def test_errors_of_postgresql_are_explained_in_one_sentence(postgres: Postgres) -> None:
     assert 'database "nothing" does not exist' in rejected(postgres.url("nothing").replace("tester", f"tester:{SECRET}"))
-    assert 'role "nobody_knows" does not exist' in rejected(postgres.url("postgres").replace("tester", "nobody_knows"))
+    assert 'role "unknown_role" does not exist' in rejected(postgres.url("postgres").replace("tester", "unknown_role"))
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql+psycopg"])
-def test_postgresql_is_known_by_its_other_names(postgres: Postgres, scheme: str) -> None:
+def test_aliases_of_postgresql_are_accepted(postgres: Postgres, scheme: str) -> None:
     url = postgres.create()
     database = Database(url.replace("postgresql", scheme))
     assert "predictions" in tables_of(database)
@@ -255,13 +255,13 @@ def test_postgresql_is_known_by_its_other_names(postgres: Postgres, scheme: str)
     postgres.drop(url)
 
 
-def test_a_percent_sign_in_the_folder_is_no_trouble(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path}/100 % sure/ünï.db")
+def test_a_percent_sign_in_the_path_is_supported(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/100% sure/ünï.db")
     assert "predictions" in tables_of(database)
     database.close()
 
 
-def test_sqlite_is_as_safe_as_it_can_be(tmp_path: Path) -> None:
+def test_sqlite_uses_its_safest_settings(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/reviews.db")
     with database.read() as connection:
         message = [
@@ -274,7 +274,7 @@ def test_sqlite_is_as_safe_as_it_can_be(tmp_path: Path) -> None:
     database.close()
 
 
-def test_what_the_planner_knows_stays_known(database: Database) -> None:
+def test_the_statistics_of_the_planner_are_kept(database: Database) -> None:
     with database.write() as connection:
         get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
     database.refresh_statistics()
@@ -291,7 +291,7 @@ def test_what_the_planner_knows_stays_known(database: Database) -> None:
         assert connection.execute(select(models.c.version).order_by(models.c.id)).scalars().all() == ["v1", "v2"]
 
 
-def test_what_is_left_by_an_exception_is_not_written(database: Database) -> None:
+def test_an_exception_rolls_back_the_transaction(database: Database) -> None:
     def fail() -> None:
         with database.write() as connection:
             get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
@@ -303,7 +303,7 @@ def test_what_is_left_by_an_exception_is_not_written(database: Database) -> None
         assert connection.execute(select(models)).all() == []
 
 
-def test_a_reader_sees_one_state_throughout(database: Database) -> None:
+def test_a_reader_sees_one_snapshot(database: Database) -> None:
     def versions() -> list[str]:
         return list(connection.execute(select(models.c.version)).scalars())
 
@@ -321,7 +321,7 @@ def test_a_reader_cannot_write(database: Database) -> None:
         get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))
 
 
-def test_a_writer_waits_for_the_one_before_and_sees_all_that_it_wrote(database: Database) -> None:
+def test_a_writer_waits_for_the_previous_one_and_sees_its_changes(database: Database) -> None:
     """Many threads that read, and write what follows from it: none is refused, and none overwrites another's."""
     threads, rounds = 16, 5
 
@@ -348,7 +348,7 @@ def test_a_writer_waits_for_the_one_before_and_sees_all_that_it_wrote(database: 
     assert sorted(found) == sorted(f"v{number}" for number in range(threads * rounds))
 
 
-def test_128_threads_read_at_once(tmp_path: Path) -> None:
+def test_128_threads_read_concurrently(tmp_path: Path) -> None:
     """As many as the service may have; each waits for all others while it holds its connection."""
     database = Database(f"sqlite:///{tmp_path}/reviews.db")
     together = threading.Barrier(128, timeout=300)
@@ -369,7 +369,7 @@ def test_128_threads_read_at_once(tmp_path: Path) -> None:
     assert found == [0] * 128
 
 
-def test_the_file_is_one_that_others_can_read(tmp_path: Path) -> None:
+def test_the_file_is_readable_by_other_users(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/reviews.db")
     with database.write() as connection:
         get_or_create_model(connection, version="v1", name="a", classes=("x", "y"))

@@ -1,4 +1,4 @@
-"""service.db.production: answered photos are kept within a number and an age, those that people decided about the longest."""
+"""service.db.production: saved photos are limited by number, size and age, and reviewed ones are kept longest."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def kept(database: Database) -> set[str]:
     return found
 
 
-def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
+def test_a_saved_photo_is_listed(database: Database) -> None:
     assert keep_all(database, answered(1), answered(2), answered(1)) == 2
     assert keep_all(database, answered(1, p_dogs=0.1)) == 0
     photo = one(database, answered(1))
@@ -93,7 +93,7 @@ def test_a_kept_photo_is_one_of_the_grid(database: Database) -> None:
         ("bad", None, (None, "unlabeled", "bad")),
     ],
 )
-def test_a_decision_labels_it_and_undoing_takes_that_back(
+def test_a_decision_labels_a_photo_and_an_undo_removes_the_label(
     database: Database, decision: str, new_label: str | None, expected: tuple[str | None, str, str]
 ) -> None:
     photo = answered(1)
@@ -104,7 +104,7 @@ def test_a_decision_labels_it_and_undoing_takes_that_back(
     found = one(database, photo)
     assert (found.label, found.outcome, found.review) == expected
     assert found.loss == (pytest.approx(-np.log(0.75 if expected[0] == "dogs" else 0.25)) if expected[0] else None)
-    keep_all(database, photo, version="v2")  # another model is asked of it: the decision holds there too
+    keep_all(database, photo, version="v2")  # another model predicts it: the decision applies there too
     with database.read() as connection:
         other = PredictionQuery(connection, Filter(model="v2")).find(production_name(photo.sha256))
         assert (other.label, other.outcome, other.review) == expected
@@ -115,7 +115,7 @@ def test_a_decision_labels_it_and_undoing_takes_that_back(
     check_cells(database)
 
 
-def test_of_too_many_the_oldest_without_a_decision_go_first(database: Database) -> None:
+def test_photos_above_the_limit_are_deleted_unreviewed_and_oldest_first(database: Database) -> None:
     photos = [answered(number, age_days=10 - number) for number in range(10)]
     keep_all(database, *photos)
     keep_all(database, photos[4], version="v2")
@@ -182,7 +182,7 @@ def test_an_evaluated_photo_with_the_same_bytes_is_found(database: Database, tmp
         assert query.copies(query.find(production_name(answered(2).sha256))) == []
 
 
-def test_what_is_too_old_goes_and_evaluated_photos_stay(database: Database, tmp_path: Path) -> None:
+def test_expired_photos_are_deleted_and_evaluated_ones_stay(database: Database, tmp_path: Path) -> None:
     photos = [answered(number, age_days=number) for number in range(6)]
     keep_all(database, *photos)
     say(database, photos[5], "label", "cats")

@@ -73,7 +73,7 @@ def fill(database: Database, classes: tuple[str, ...], tmp_path: Path) -> Simple
     return SimpleNamespace(database=database, classes=classes, rows=with_reviews(rows, decided))
 
 
-def test_every_count_is_what_the_table_gives(gallery: SimpleNamespace) -> None:
+def test_every_count_matches_the_table(gallery: SimpleNamespace) -> None:
     rng = random.Random(4)
     filters = [EVERYTHING, *(any_filter(rng, gallery.rows, gallery.classes) for _ in range(25))]
     found_some = 0
@@ -123,7 +123,7 @@ KEYS = {
 
 @pytest.mark.parametrize(("few", "sparse"), [(pagination.SMALL_RESULT, pagination.MIN_IMAGES_PER_BUCKET), (10, 0)])
 @pytest.mark.parametrize("sort", SORT_ORDERS)
-def test_pages_hold_every_photo_once_and_in_order(
+def test_pages_contain_every_photo_once_and_in_order(
     gallery: SimpleNamespace, sort: str, few: int, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However they are found: what is done for a million photos is done for these where fewer are few."""
@@ -155,7 +155,7 @@ def test_pages_hold_every_photo_once_and_in_order(
         assert [p.id for p in shown["desc"]] == [p.id for p in reversed(shown["asc"])]
 
 
-def test_a_random_order_is_another_with_another_seed(gallery: SimpleNamespace) -> None:
+def test_a_random_order_depends_on_the_seed(gallery: SimpleNamespace) -> None:
     def names(seed: int) -> list[str]:
         with gallery.database.read() as connection:
             return [photo.photo for photo in PredictionQuery(connection, EVERYTHING.replace(sort="random", seed=seed)).page(1)]
@@ -167,7 +167,7 @@ def test_a_random_order_is_another_with_another_seed(gallery: SimpleNamespace) -
 
 @pytest.mark.parametrize(("sort", "way"), [("loss", "desc"), ("confidence", "asc"), ("random", "asc"), ("random", "desc")])
 @pytest.mark.parametrize("sparse", [pagination.MIN_IMAGES_PER_BUCKET, 0])
-def test_a_photo_knows_its_neighbours(
+def test_a_photo_has_its_neighbors(
     gallery: SimpleNamespace, sort: str, way: str, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
@@ -186,7 +186,7 @@ def test_a_photo_knows_its_neighbours(
 
 @pytest.mark.parametrize("sort", ["name", "loss"])
 @pytest.mark.parametrize("sparse", [pagination.MIN_IMAGES_PER_BUCKET, 0])
-def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(
+def test_a_photo_outside_the_filter_has_a_position_too(
     gallery: SimpleNamespace, sort: str, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a decision the photo may be in the filter no longer; "next" goes on from where it was."""
@@ -210,7 +210,7 @@ def test_a_photo_that_the_filter_leaves_out_has_a_place_all_the_same(
                 assert (following and following.id) == (later[0] if later else None)
 
 
-def test_a_photo_is_all_that_the_table_says(gallery: SimpleNamespace) -> None:
+def test_a_photo_has_all_values_of_the_table(gallery: SimpleNamespace) -> None:
     by_name = {(row.photo, row.sha256): row for row in gallery.rows}
     assert any("\uf7ff" in row.photo for row in gallery.rows), "a name that is no UTF-8"
     with gallery.database.read() as connection:
@@ -227,25 +227,25 @@ def test_a_photo_is_all_that_the_table_says(gallery: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing.jpg", "a\0b", "half \udcff", ""])
-def test_a_photo_that_there_is_none_of(gallery: SimpleNamespace, name: str) -> None:
+def test_an_unknown_photo_is_not_found(gallery: SimpleNamespace, name: str) -> None:
     with gallery.database.read() as connection, pytest.raises(RecordNotFoundError):
         PredictionQuery(connection, EVERYTHING).find(name)
 
 
 @pytest.mark.parametrize("version", ["v9", "", "a\0b", "half \udcff"])
-def test_a_model_that_there_is_none_of(database: Database, version: str) -> None:
+def test_an_unknown_model_is_not_found(database: Database, version: str) -> None:
     with database.read() as connection, pytest.raises(RecordNotFoundError):
         PredictionQuery(connection, Filter(model=version))
 
 
-def test_a_class_that_the_model_does_not_know(gallery: SimpleNamespace) -> None:
+def test_an_unknown_class_is_rejected(gallery: SimpleNamespace) -> None:
     for requested in (EVERYTHING.replace(labels=("birds",)), EVERYTHING.replace(predicted=("birds",))):
         expected = r"'birds'\. The classes of the model are"
         with gallery.database.read() as connection, pytest.raises(InvalidFilterError, match=expected):
             PredictionQuery(connection, requested)
 
 
-def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
+def test_a_table_is_imported_once(database: Database, tmp_path: Path) -> None:
     gallery = fill(database, CLASSES[5], tmp_path)
     message = make_predictions(1, PHOTOS, gallery.classes)
     enter(gallery.database, message, tmp_path)
@@ -263,11 +263,11 @@ def test_a_table_comes_in_once(database: Database, tmp_path: Path) -> None:
     check_cells(gallery.database)
 
 
-def test_two_processes_that_import_at_once_give_one_import(database: Database, database_url: str, tmp_path: Path) -> None:
+def test_concurrent_imports_of_a_table_store_it_once(database: Database, database_url: str, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; import tests.helpers.gallery_rows as g;"
         "from service.db.connection import Database; d = Database(sys.argv[1]);"
-        "said = g.make_predictions(1, 300, g.CLASSES[2]); sys.stdin.read(1); g.enter(d, said, Path(sys.argv[2]))"
+        "table = g.make_predictions(1, 300, g.CLASSES[2]); sys.stdin.read(1); g.enter(d, table, Path(sys.argv[2]))"
     )
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
@@ -291,7 +291,7 @@ def test_two_processes_that_import_at_once_give_one_import(database: Database, d
     check_cells(database)
 
 
-def test_a_table_that_cannot_be_entered_whole_is_not_entered(database: Database, tmp_path: Path) -> None:
+def test_a_failed_import_stores_nothing(database: Database, tmp_path: Path) -> None:
     message = make_predictions(1, 50, CLASSES[2])
     broken = type(message)(
         message.classes,
@@ -308,7 +308,7 @@ def test_a_table_that_cannot_be_entered_whole_is_not_entered(database: Database,
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 0
 
 
-def test_models_are_listed_the_newest_first(database: Database, tmp_path: Path) -> None:
+def test_models_are_listed_newest_first(database: Database, tmp_path: Path) -> None:
     for number, classes in enumerate(CLASSES.values(), 1):
         enter(database, make_predictions(number, 10, classes), tmp_path, version=f"v{number}")
     with database.read() as connection:
@@ -319,14 +319,14 @@ def test_models_are_listed_the_newest_first(database: Database, tmp_path: Path) 
         assert get_model(connection, "v1").classes == CLASSES[2]
 
 
-def test_nothing_at_all(database: Database, tmp_path: Path) -> None:
+def test_an_empty_table_has_no_photos(database: Database, tmp_path: Path) -> None:
     enter(database, make_predictions(1, 0, CLASSES[2]), tmp_path)
     with database.read() as connection:
         listing = PredictionQuery(connection, EVERYTHING)
         assert (listing.counts.total, listing.page_count, listing.page(1), listing.fetch(listing.ids())) == (0, 1, [], [])
 
 
-def test_what_a_later_evaluation_suspects_is_suspected_though_it_is_known(database: Database) -> None:
+def test_a_later_evaluation_adds_label_issues_to_known_photos(database: Database) -> None:
     """As the validation photos that a bundle carries and ``finetune evaluate --folds`` looks through again."""
     message = make_predictions(3, 40, CLASSES[2])
     none = np.zeros(40, dtype=np.bool_)

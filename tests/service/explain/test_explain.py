@@ -29,7 +29,7 @@ from service.images.worker_pool import PoolFullError
 from tests.helpers.server import poll
 
 SIDE = 32
-PATIENCE_S = 300.0  # its thread gives way to all others, and a machine that tests may be busy
+TIMEOUT_S = 300.0  # its thread has a low priority, and the machine may be busy
 TEMPERATURE = 0.7
 CLASSES = ("red", "green", "blue")
 
@@ -93,7 +93,7 @@ def drawn() -> np.ndarray:
 
 
 def explain(bundle: Bundle, label: str, pixels: np.ndarray | None = None) -> Any:
-    explainer = Explainer(bundle, timeout_s=PATIENCE_S)
+    explainer = Explainer(bundle, timeout_s=TIMEOUT_S)
     try:
         return explainer.explain("a" * 64, label, lambda: drawn() if pixels is None else pixels)
     finally:
@@ -109,7 +109,7 @@ def place(heat: np.ndarray) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("relu", [False, True])
-def test_the_map_adds_up_to_the_scores_and_so_to_the_probabilities(make: Callable[..., Bundle], relu: bool) -> None:
+def test_the_map_sums_to_the_scores_and_gives_the_probabilities(make: Callable[..., Bundle], relu: bool) -> None:
     bundle = make(relu=relu)
     found = [explain(bundle, label) for label in CLASSES]
     assert {each.method for each in found} == {CAM}
@@ -122,7 +122,7 @@ def test_the_map_adds_up_to_the_scores_and_so_to_the_probabilities(make: Callabl
     assert abs(scores.sum()) < 1e-4
 
 
-def test_the_map_is_warm_on_what_speaks_for_the_class(make: Callable[..., Bundle]) -> None:
+def test_the_map_is_high_on_evidence_for_the_class(make: Callable[..., Bundle]) -> None:
     bundle = make()
     y, x = place(explain(bundle, "red").heatmap(SIDE))
     assert (4 <= y < 12, 8 <= x < 16) == (True, True)
@@ -131,7 +131,7 @@ def test_the_map_is_warm_on_what_speaks_for_the_class(make: Callable[..., Bundle
     assert "Exact for this network" in explain(bundle, "red").description
 
 
-def test_heat_is_between_0_and_1_and_little_evidence_stays_little(make: Callable[..., Bundle]) -> None:
+def test_the_heatmap_is_between_0_and_1_and_weak_evidence_stays_weak(make: Callable[..., Bundle]) -> None:
     pixels = np.full((SIDE, SIDE, 3), 128, np.uint8)
     pixels[:16] = (255, 0, 0)
     pixels[24:] = (128, 140, 128)  # a breath of green
@@ -143,7 +143,7 @@ def test_heat_is_between_0_and_1_and_little_evidence_stays_little(make: Callable
     assert 0 < weak.max() < 0.2
 
 
-def test_where_nothing_speaks_for_a_class_it_says_so(make: Callable[..., Bundle]) -> None:
+def test_no_evidence_for_a_class_is_reported(make: Callable[..., Bundle]) -> None:
     pixels = np.full((SIDE, SIDE, 3), (255, 0, 0), np.uint8)
     found = explain(make(gain=2.0), "blue", pixels)
     assert found.is_empty
@@ -152,7 +152,7 @@ def test_where_nothing_speaks_for_a_class_it_says_so(make: Callable[..., Bundle]
 
 
 @pytest.mark.parametrize("wrong", ["weights", "no weights", "max pooling", "shuffled"])
-def test_exactness_is_checked_and_not_believed(make: Callable[..., Bundle], wrong: str) -> None:
+def test_exactness_is_verified_numerically(make: Callable[..., Bundle], wrong: str) -> None:
     bundle = make(bent=wrong == "max pooling", in_bundle=np.eye(3, dtype=np.float32) if wrong == "weights" else None)
     if wrong == "no weights":
         (bundle.path / WEIGHTS).unlink()
@@ -163,7 +163,7 @@ def test_exactness_is_checked_and_not_believed(make: Callable[..., Bundle], wron
     assert "when they are blurred" in found.description
 
 
-def test_a_head_that_is_a_convolution_is_linear_too(make: Callable[..., Bundle]) -> None:
+def test_a_convolutional_head_is_linear_too(make: Callable[..., Bundle]) -> None:
     bundle = make()
     save_file(
         {"fc.weight": (20 * np.eye(3, dtype=np.float32)).reshape(3, 3, 1, 1), "fc.bias": np.float32([0.1, -0.2, 0.3])},
@@ -175,7 +175,7 @@ def test_a_head_that_is_a_convolution_is_linear_too(make: Callable[..., Bundle])
 # Occlusion
 
 
-def test_occlusion_finds_the_object_that_was_drawn(make: Callable[..., Bundle]) -> None:
+def test_occlusion_finds_the_drawn_object(make: Callable[..., Bundle]) -> None:
     """The largest value of each channel decides, so that nothing but the square itself can be missed."""
     pixels = np.full((SIDE, SIDE, 3), 128, np.uint8)
     pixels[12:20, 12:20] = (255, 0, 0)
@@ -186,7 +186,7 @@ def test_occlusion_finds_the_object_that_was_drawn(make: Callable[..., Bundle]) 
     assert heat[12:20, 12:20].min() > 2 * max(heat[:8].max(), heat[24:].max(), heat[:, :8].max(), heat[:, 24:].max())
 
 
-def test_occlusion_asks_as_often_as_it_says_and_covers_every_pixel() -> None:
+def test_occlusion_runs_the_stated_number_of_images_and_covers_every_pixel() -> None:
     requested: list[np.ndarray] = []
 
     def run(pixels: np.ndarray) -> np.ndarray:
@@ -200,7 +200,7 @@ def test_occlusion_asks_as_often_as_it_says_and_covers_every_pixel() -> None:
     assert pixels.max() == 0
 
 
-def test_occlusion_sees_what_moves_an_answer_that_is_certain() -> None:
+def test_occlusion_works_for_a_certain_prediction() -> None:
     """Probabilities near 1 differ in the others' digits alone."""
 
     def run(pixels: np.ndarray) -> np.ndarray:
@@ -211,7 +211,7 @@ def test_occlusion_sees_what_moves_an_answer_that_is_certain() -> None:
     assert place(found) == (0, 0)
 
 
-def test_a_trained_bundle_is_explained_by_occlusion_where_its_head_is_deep(tiny_bundle: SimpleNamespace) -> None:
+def test_a_bundle_with_a_deep_head_is_explained_by_occlusion(tiny_bundle: SimpleNamespace) -> None:
     bundle = open_bundle(tiny_bundle.path)
     pixels = bundle.preprocessing.pixels(next(iter(sorted((tiny_bundle.photos / "red").iterdir()))).read_bytes())
     found = explain(bundle, "red", pixels)
@@ -222,8 +222,8 @@ def test_a_trained_bundle_is_explained_by_occlusion_where_its_head_is_deep(tiny_
 # One at a time, and kept
 
 
-def test_what_was_explained_is_kept_for_each_photo_and_class(make: Callable[..., Bundle]) -> None:
-    explainer, requested = Explainer(make(), timeout_s=PATIENCE_S), []
+def test_explanations_are_cached_by_photo_and_class(make: Callable[..., Bundle]) -> None:
+    explainer, requested = Explainer(make(), timeout_s=TIMEOUT_S), []
 
     def pixels() -> np.ndarray:
         requested.append(1)
@@ -235,8 +235,8 @@ def test_what_was_explained_is_kept_for_each_photo_and_class(make: Callable[...,
     explainer.close()
 
 
-def test_many_at_once_are_computed_one_by_one_or_refused(make: Callable[..., Bundle]) -> None:
-    explainer, inside, most, may_end = Explainer(make(), timeout_s=PATIENCE_S, max_queued=2), [], [], threading.Event()
+def test_concurrent_explanations_are_computed_one_by_one_or_rejected(make: Callable[..., Bundle]) -> None:
+    explainer, inside, most, may_end = Explainer(make(), timeout_s=TIMEOUT_S, max_queued=2), [], [], threading.Event()
 
     def pixels() -> np.ndarray:
         inside.append(1)
@@ -263,14 +263,14 @@ def test_many_at_once_are_computed_one_by_one_or_refused(make: Callable[..., Bun
     explainer.close()
 
 
-def test_an_unknown_class_is_refused_by_name(make: Callable[..., Bundle]) -> None:
+def test_an_unknown_class_is_rejected_by_name(make: Callable[..., Bundle]) -> None:
     with pytest.raises(Problem, match="red, green, blue") as caught:
         explain(make(), "zebra")
     assert caught.value.code == "bad_parameter"
 
 
-def test_the_engine_is_given_back_when_nobody_asks_and_made_again(make: Callable[..., Bundle]) -> None:
-    explainer = Explainer(make(), timeout_s=PATIENCE_S, idle_timeout_s=0.05)
+def test_the_idle_engine_is_released_and_created_again(make: Callable[..., Bundle]) -> None:
+    explainer = Explainer(make(), timeout_s=TIMEOUT_S, idle_timeout_s=0.05)
     assert explainer._engine is None
     for sha256 in "ab":
         assert explainer.explain(sha256, "red", drawn).method == CAM
@@ -278,7 +278,7 @@ def test_the_engine_is_given_back_when_nobody_asks_and_made_again(make: Callable
     explainer.close()
 
 
-def test_outputs_are_those_that_are_exported() -> None:
+def test_outputs_match_the_exported_ones() -> None:
     from models.networks import onnx_export as graph
 
     assert graph.OUTPUTS == OUTPUTS
@@ -287,7 +287,7 @@ def test_outputs_are_those_that_are_exported() -> None:
 # The picture
 
 
-def test_the_overlay_is_the_photo_in_grey_with_warm_colours_where_heat_is() -> None:
+def test_the_overlay_is_the_gray_photo_with_the_heatmap_in_color() -> None:
     pixels = np.full((SIDE, SIDE, 3), 200, np.uint8)
     heat = np.zeros((SIDE, SIDE), np.float32)
     heat[8:16, 8:16] = 1
@@ -299,8 +299,8 @@ def test_the_overlay_is_the_photo_in_grey_with_warm_colours_where_heat_is() -> N
     assert Image.open(io.BytesIO(overlay(pixels[..., :1], heat))).size == (SIDE, SIDE)
 
 
-def test_colours_grow_evenly_lighter() -> None:
-    """So that they are told apart without their hues as well: every step is as large as the next, within a half."""
+def test_colors_increase_evenly_in_lightness() -> None:
+    """Steps of lightness are equal within a half, so that colors can be distinguished without their hue."""
     rgb = apply_colormap(np.linspace(0, 1, 9, dtype=np.float32)) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     lightness = 116 * np.cbrt(linear @ np.array([0.2126, 0.7152, 0.0722])) - 16
@@ -309,14 +309,14 @@ def test_colours_grow_evenly_lighter() -> None:
     assert steps.max() < 1.5 * steps.mean()
 
 
-def test_colours_are_those_of_viridis() -> None:
+def test_colors_match_viridis() -> None:
     from matplotlib import colormaps
 
     numbers = np.arange(256, dtype=np.float32) / 255
     assert np.abs(apply_colormap(numbers) - 255 * colormaps["viridis"](numbers)[:, :3]).max() <= 3
 
 
-def test_the_legend_runs_from_cold_to_hot() -> None:
+def test_the_legend_runs_from_low_to_high() -> None:
     bar = np.asarray(Image.open(io.BytesIO(legend(width_px=64, height_px=4))))
     assert bar.shape == (4, 64, 3)
     assert np.abs(bar[0, 0] - np.array([68, 1, 84])).max() <= 1

@@ -141,7 +141,7 @@ def test_a_queue_shows_its_progress_and_leads_to_the_next_unreviewed_photo(galle
         ({}, False),
     ],
 )
-def test_a_model_at_chance_cannot_judge_labels(confusion: dict[tuple[str, str], int], expected: bool) -> None:
+def test_a_model_at_chance_reports_no_label_issues(confusion: dict[tuple[str, str], int], expected: bool) -> None:
     assert FacetCounts(confusion=Counter(confusion)).can_judge_labels is expected
 
 

@@ -31,7 +31,7 @@ def test_a_bundle_that_is_gone_is_not_found(tmp_path: Path, is_known: bool) -> N
             read()
 
 
-def test_a_bundle_that_goes_after_the_first_explanation_is_not_found(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_bundle_deleted_after_the_first_explanation_is_not_found(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     """Its engine is unloaded when it is idle and compiled again from the bundle's folder."""
     bundle, version = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle")), open_bundle(tiny_bundle.path).version
     photo = tiny_bundle.photos / "red" / "red.000.jpg"

@@ -27,7 +27,7 @@ from models.artifacts.similarity import SIMILARITY_FILES
 from service.db.connection import Database
 from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions
 from service.gallery.sidebar import page_numbers
-from tests.helpers.browser import DESKTOP, PHONE, SAID_IN_WORDS, NewPage, visitor
+from tests.helpers.browser import DESKTOP, FAILED_REQUEST, PHONE, NewPage, open_pages
 from tests.helpers.server import Server, poll, serve
 
 MORE = 100
@@ -104,7 +104,7 @@ def links(text: str) -> list[str]:
 
 
 def choices(text: str, facet: str) -> dict[str, tuple[int, str]]:
-    """A facet's values -> the count beside each, and the address that it leads to."""
+    """Return the values of a facet -> the count and the link of each."""
     section = re.search(rf'<section class="facet" aria-labelledby="facet-{facet}">.*?</section>', text, re.DOTALL)
     assert section, facet
     found = {}
@@ -120,7 +120,7 @@ def choices(text: str, facet: str) -> dict[str, tuple[int, str]]:
 # Counts
 
 
-def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
+def test_the_landing_page_has_the_counts_of_the_tables(gallery: Gallery) -> None:
     text = gallery.text("/gallery")
     rows = gallery.rows
     right = sum(map(is_right, rows))
@@ -160,7 +160,7 @@ def test_the_landing_page_counts_what_the_tables_say(gallery: Gallery) -> None:
 
 
 @pytest.mark.parametrize("query", ["", "outcome=incorrect", "class=red&class=blue&confidence=50-90"])
-def test_facets_and_confusions_and_bars_count_what_they_lead_to(gallery: Gallery, query: str) -> None:
+def test_facets_confusions_and_bars_have_the_counts_of_their_links(gallery: Gallery, query: str) -> None:
     given = parse_qs(query)
     low, high = map(int, given.get("confidence", ["0-100"])[0].split("-"))
 
@@ -209,7 +209,7 @@ def test_facets_and_confusions_and_bars_count_what_they_lead_to(gallery: Gallery
         assert int(number) == len(inside) == gallery.total(html.unescape(address))
 
 
-def test_each_page_shows_its_part_of_the_order_and_the_last_the_rest(gallery: Gallery) -> None:
+def test_each_page_shows_its_slice_of_the_order_and_the_last_the_rest(gallery: Gallery) -> None:
     highest_first = sorted(gallery.rows, key=lambda row: -float(row["loss"]))
     expected = [row["photo"] for row in highest_first]
     shown: list[str] = []
@@ -224,7 +224,7 @@ def test_each_page_shows_its_part_of_the_order_and_the_last_the_rest(gallery: Ga
     assert shown[:5] == expected[:5]
 
 
-def test_a_card_says_both_labels_with_their_probabilities(gallery: Gallery) -> None:
+def test_a_card_shows_both_labels_with_their_probabilities(gallery: Gallery) -> None:
     row = max(gallery.rows, key=lambda row: float(row["loss"]))
     text = gallery.text("/gallery/incorrect?per_page=24")
     tile = re.findall(r'<li class="tile.*?</dl>', text, re.DOTALL)[0]
@@ -234,7 +234,7 @@ def test_a_card_says_both_labels_with_their_probabilities(gallery: Gallery) -> N
     assert 'width="320" height="240" loading="lazy"' in tile
 
 
-def test_no_probability_is_rounded_to_a_certainty(gallery: Gallery) -> None:
+def test_no_probability_is_rounded_to_100_percent(gallery: Gallery) -> None:
     """One is so near to 1 that it is stored as 1."""
     query = "/gallery/photos{}?sort=confidence"
     row = gallery.server.get(query.format(".json")).json()["rows"][0]
@@ -252,7 +252,7 @@ def test_no_probability_is_rounded_to_a_certainty(gallery: Gallery) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["correct", "incorrect"])
-def test_the_first_button_keeps_the_label_and_the_second_takes_the_prediction(gallery: Gallery, outcome: str) -> None:
+def test_the_first_button_confirms_the_label_and_the_second_accepts_the_prediction(gallery: Gallery, outcome: str) -> None:
     row = gallery.server.get(f"/gallery/photos.json?outcome={outcome}").json()["rows"][-1]
     page = gallery.text(row["page"])
     bar = re.search(r'id="actions".*?class="class-search"', page, re.DOTALL)[0]  # type: ignore[index]
@@ -271,7 +271,7 @@ def test_the_first_button_keeps_the_label_and_the_second_takes_the_prediction(ga
 @pytest.mark.parametrize(
     "path", ["/gallery", "/gallery/photos?per_page=24&page=2", "/gallery/incorrect?sort=random", "/compare"]
 )
-def test_every_link_leads_somewhere(gallery: Gallery, path: str) -> None:
+def test_every_link_has_a_page(gallery: Gallery, path: str) -> None:
     text = gallery.text(path)
     found = {address for address in links(text) if "/gallery/photo?" not in address}
     found |= set([address for address in links(text) if "/gallery/photo?" in address][:3])
@@ -280,7 +280,7 @@ def test_every_link_leads_somewhere(gallery: Gallery, path: str) -> None:
         assert gallery.server.get(address).status == 200, address
 
 
-def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
+def test_forms_lead_to_their_filter(gallery: Gallery) -> None:
     answer = gallery.server.get("/gallery/photos?class=red&sort_by=margin.asc&per_page=24&min_confidence=40&max_confidence=95")
     assert answer.status == 302
     query = parse_qs(urlsplit(answer.headers["Location"]).query)
@@ -294,7 +294,7 @@ def test_the_forms_lead_to_the_filter_that_they_mean(gallery: Gallery) -> None:
     assert gallery.server.get(answer.headers["Location"]).status == 200
 
 
-def test_a_listing_takes_the_address_of_any_page_and_gives_the_whole_filter(gallery: Gallery) -> None:
+def test_a_listing_accepts_the_query_of_any_page_and_returns_the_complete_filter(gallery: Gallery) -> None:
     page = "class=red&sort_by=margin.asc&per_page=24&min_confidence=40&max_confidence=95&page=2"
     whole = gallery.server.get("/gallery/photos.json?class=red&sort=margin&confidence=40-95").json()
     assert whole["total"] == len(whole["rows"]) > 0
@@ -312,7 +312,7 @@ def test_a_listing_takes_the_address_of_any_page_and_gives_the_whole_filter(gall
         ('"><b>', "50", "must be a whole number from 0 to 100"),
     ],
 )
-def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low: str, high: str, words: str) -> None:
+def test_an_invalid_range_is_reported_next_to_its_fields(gallery: Gallery, low: str, high: str, words: str) -> None:
     query = {"model": gallery.version, "predicted": "red", "confidence": "40-95"}
     answer = gallery.server.get(f"/gallery/photos?{urlencode(query | {'min_confidence': low, 'max_confidence': high})}")
     text = answer.body.decode()
@@ -339,7 +339,7 @@ def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low
             400,
             "Unknown parameter &#34;colour&#34;. The only parameter is model, the version of a model.",
         ),
-        ("/gallery?model=nobody", 404, "no predictions of a model"),
+        ("/gallery?model=unknown", 404, "no predictions of a model"),
         ("/gallery/photos?class=zebra", 400, "The classes of the model are"),
         ("/gallery/photos?sort_by=size", 400, "it can be loss.asc"),
         ("/gallery/photos?page=0", 400, "a whole number from 1"),
@@ -348,7 +348,7 @@ def test_a_range_that_is_none_is_refused_beside_its_fields(gallery: Gallery, low
         ("/compare?c=1", 400, "Unknown parameter &#34;c&#34;. Valid parameters: a, b (versions of models)."),
     ],
 )
-def test_what_cannot_be_meant_is_said_in_one_sentence(gallery: Gallery, path: str, status: int, words: str) -> None:
+def test_an_invalid_query_is_explained_in_one_sentence(gallery: Gallery, path: str, status: int, words: str) -> None:
     answer = gallery.server.get(path)
     assert answer.status == status
     assert answer.headers["Content-Type"].startswith("text/html")
@@ -357,7 +357,7 @@ def test_what_cannot_be_meant_is_said_in_one_sentence(gallery: Gallery, path: st
     assert words in alert[0]
 
 
-def test_a_problem_is_said_with_its_code_as_code_and_a_way_back(gallery: Gallery) -> None:
+def test_an_error_page_shows_the_code_and_a_link_back(gallery: Gallery) -> None:
     def message(path: str, referrer: str = "") -> tuple[str, str]:
         answer = gallery.server.get(path, headers={"Referer": referrer} if referrer else {})
         body = answer.body.decode()
@@ -378,24 +378,24 @@ def test_a_problem_is_said_with_its_code_as_code_and_a_way_back(gallery: Gallery
     assert message("/gallery/photos?page=0", f"{here}.example/gallery")[1] == "/gallery"
 
 
-def test_a_filter_that_nothing_fits_leads_back(gallery: Gallery) -> None:
+def test_a_filter_without_matches_has_a_link_back(gallery: Gallery) -> None:
     text = gallery.text("/gallery/photos?confidence=0-10")
     assert "No matching photos." in text
     assert gallery.total(next(address for address in links(text.partition("No matching photos")[2]))) == len(gallery.rows)
 
 
-def test_behind_the_last_page_comes_the_last_page(gallery: Gallery) -> None:
+def test_a_page_number_beyond_the_last_shows_the_last_page(gallery: Gallery) -> None:
     answer = gallery.server.get("/gallery/photos?per_page=24&page=999")
     assert answer.status == 302
     assert parse_qs(urlsplit(answer.headers["Location"]).query)["page"] == [str(-(-len(gallery.rows) // 24))]
 
 
-def test_below_the_gallery_the_navigation_still_says_where_one_is(gallery: Gallery) -> None:
+def test_pages_of_the_gallery_mark_it_as_current_in_the_navigation(gallery: Gallery) -> None:
     assert '<a href="/gallery" aria-current="page">Gallery</a>' in gallery.text("/gallery")
     assert '<a href="/gallery" aria-current="true">Gallery</a>' in gallery.text("/gallery/photos")
 
 
-def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to_do(
+def test_without_a_folder_predictions_or_a_second_model_the_pages_explain_what_to_do(
     tiny_bundle: SimpleNamespace, tmp_path: Path
 ) -> None:
     with serve(tiny_bundle.path, database_url=f"sqlite:///{tmp_path / 'reviews.db'}") as server:
@@ -419,9 +419,7 @@ def test_without_a_folder_or_predictions_or_a_second_model_the_pages_say_what_to
         assert "<select" not in text
 
 
-def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
-    tiny_bundle: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_a_head_only_bundle_is_listed_once_as_its_merged_bundle(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     """With what was evaluated under the head's version, and where an older service kept that as a model of its own."""
     head, folds = open_bundle(tiny_bundle.head), tmp_path / "folds"
     folds.mkdir()
@@ -461,7 +459,7 @@ def test_a_head_only_bundle_is_shown_once_as_the_whole_one_that_serves_for_it(
         (10, 20, [1, None, 8, 9, 10, 11, 12, None, 20]),
     ],
 )
-def test_the_pager_leaves_gaps_that_are_worth_it(page: int, pages: int, expected: list[int | None]) -> None:
+def test_the_pager_abbreviates_only_gaps_of_several_pages(page: int, pages: int, expected: list[int | None]) -> None:
     assert page_numbers(page, pages) == expected
 
 
@@ -471,8 +469,8 @@ def test_the_pager_leaves_gaps_that_are_worth_it(page: int, pages: int, expected
 @pytest.fixture
 def new_page(browser: Browser, gallery: Gallery) -> Iterator[NewPage]:
     """Nothing may be complained of but photos that are not there, or not in time, as they are made at a low priority."""
-    gone = re.compile(f"{SAID_IN_WORDS.pattern} (404|503|504)")
-    with visitor(browser, gallery.server.url, forgiven=gone) as open_page:
+    gone = re.compile(f"{FAILED_REQUEST.pattern} (404|503|504)")
+    with open_pages(browser, gallery.server.url, ignored=gone) as open_page:
         yield open_page
 
 
@@ -490,7 +488,7 @@ def test_arrow_keys_turn_pages_but_not_in_a_field(new_page: NewPage) -> None:
 
 
 @pytest.mark.parametrize("width", [390, 1280, 1920])
-def test_every_page_begins_at_the_same_place(new_page: NewPage, gallery: Gallery, width: int) -> None:
+def test_the_content_of_every_page_begins_at_the_same_position(new_page: NewPage, gallery: Gallery, width: int) -> None:
     """And none is wider than the window, though a grid has more room than words."""
     photo = gallery.server.get("/gallery/photos.json").json()["rows"][0]["page"]
     page = new_page("/", viewport={"width": width, "height": 900})
@@ -504,7 +502,7 @@ def test_every_page_begins_at_the_same_place(new_page: NewPage, gallery: Gallery
     assert found[0][0] == found[0][2] == found[0][3]
 
 
-def test_a_choice_is_sent_at_once_and_without_javascript_by_its_button(new_page: NewPage) -> None:
+def test_a_selection_is_submitted_immediately_and_without_javascript_by_its_button(new_page: NewPage) -> None:
     page = new_page("/gallery/incorrect")
     expect(page.get_by_role("button", name="Show")).to_be_hidden()
     page.get_by_label("Sort").select_option("name.asc")
@@ -523,7 +521,7 @@ def test_a_choice_is_sent_at_once_and_without_javascript_by_its_button(new_page:
 
 
 @pytest.mark.parametrize("device", [PHONE, DESKTOP], ids=["phone", "desktop"])
-def test_a_filter_is_a_checkbox_that_stays_in_place(new_page: NewPage, device: dict[str, Any]) -> None:
+def test_a_filter_is_a_checkbox_that_keeps_its_position(new_page: NewPage, device: dict[str, Any]) -> None:
     page = new_page("/gallery/photos", **device)
     if page.locator("#filters > summary").is_visible():
         page.locator("#filters > summary").click()
@@ -545,7 +543,7 @@ def test_a_filter_is_a_checkbox_that_stays_in_place(new_page: NewPage, device: d
     expect(choice).to_be_checked()
 
 
-def test_a_photo_that_is_missing_is_said_so_in_its_place(new_page: NewPage) -> None:
+def test_a_missing_photo_has_a_placeholder(new_page: NewPage) -> None:
     page = new_page("/gallery/photos?source=out-of-fold&sort=name&per_page=24")
     tile = page.locator(".tile").first
     expect(tile.locator(".gone")).to_have_text("Photo missing")

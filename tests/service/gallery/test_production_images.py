@@ -1,4 +1,4 @@
-"""What the gallery says of photos that were kept live: labelled or not, they are told apart from what was evaluated."""
+"""Production photos in the gallery, labeled or not, are distinguished from evaluated ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SENT = 6
 
 @dataclass(frozen=True)
 class Gallery:
-    """A service that was sent photos, of which the first were decided about as DECISIONS says; ``rows`` are all it shows."""
+    """A service with production photos, the first of them reviewed as in DECISIONS. ``rows`` are all photos it shows."""
 
     server: Server
     rows: list[Row]
@@ -60,7 +60,7 @@ def plain(text: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", "", text)).split())
 
 
-def test_what_nobody_has_labelled_is_no_mistake_in_the_matrix(gallery: Gallery) -> None:
+def test_an_unlabeled_photo_is_not_a_mistake_in_the_matrix(gallery: Gallery) -> None:
     text = gallery.text("/gallery/photos")
     cell = r'<td class="([\w-]+) shade-\d">\s*<a href="[^"]*" title="([^"]*?)(?: predicted as|, predicted) (\w+)">([\d,]+)<'
     cells = re.findall(cell, text)
@@ -72,7 +72,7 @@ def test_what_nobody_has_labelled_is_no_mistake_in_the_matrix(gallery: Gallery) 
     assert unlabeled == SENT - len(gallery.live(decision="label"))
 
 
-def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> None:
+def test_a_reviewed_photo_is_not_queued_for_labeling(gallery: Gallery) -> None:
     for decision, words in (("neither", "None of the classes"), ("bad", "Excluded")):
         (row,) = gallery.live(decision=decision)
         page = gallery.text(row["page"])
@@ -90,7 +90,7 @@ def test_a_photo_that_was_decided_about_waits_for_no_label(gallery: Gallery) -> 
     assert f": {waiting} unlabeled photos, " in gallery.text(html.unescape(address))
 
 
-def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(gallery: Gallery) -> None:
+def test_the_accuracy_covers_evaluated_photos_and_production_ones_are_counted_separately(gallery: Gallery) -> None:
     text = gallery.text("/gallery")
     evaluated = [row for row in gallery.rows if row["source"] != "production"]
     right = sum(row["label"] == row["predicted"] for row in evaluated)
@@ -108,7 +108,7 @@ def test_the_accuracy_is_of_evaluated_photos_and_live_ones_are_told_beside_it(ga
     assert ": 2 photos (correct or incorrect) from production" in gallery.text(html.unescape(address))
 
 
-def test_a_live_photo_has_no_label_to_keep(gallery: Gallery) -> None:
+def test_a_production_photo_has_no_label_to_confirm(gallery: Gallery) -> None:
     """Its buttons offer the prediction first, and stay where they are once it was labeled."""
     for row in gallery.live():
         buttons = re.findall(r'<button [^>]*value="label:\w+"[^>]*>(.*?)</button>', gallery.text(row["page"]), re.DOTALL)

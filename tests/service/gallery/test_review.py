@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 
 from models.artifacts.atomic_io import sha256_of
-from tests.helpers.server import ANSWER_S, Reply, Server, poll, serve
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, poll, serve
 from tests.helpers.tiny_network import finetune, paint, registered, save_weights
 
 BROWSER = {"Sec-Fetch-Site": "same-origin"}
@@ -56,7 +56,7 @@ def rows(server: Server, **query: str) -> list[Row]:
 
 @pytest.fixture
 def row(server: Server) -> Row:
-    """A photo about which nobody has said anything."""
+    """A photo without a review."""
     found = rows(server, source="evaluation", review="unreviewed", sort="name")
     return next(row for row in found if not past(server, row))
 
@@ -99,7 +99,7 @@ def reviews_of(server: Server) -> dict[str, dict[str, str]]:
 # Reading
 
 
-def test_the_page_says_what_is_known_of_a_photo(server: Server) -> None:
+def test_the_page_shows_the_facts_of_a_photo(server: Server) -> None:
     row = rows(server, sort="name", review="unreviewed")[0]
     reply = server.get(page_of(row, sort="name", review="unreviewed"))
     message = text(reply)
@@ -126,7 +126,7 @@ def explained(server: Server, row: Row) -> Reply | None:
     return reply if re.search("Brighter areas|No region supports", text(reply)) else None
 
 
-def test_where_the_model_looked_is_shown_by_a_link_with_its_method(server: Server, row: Row) -> None:
+def test_the_heatmap_is_shown_by_a_link_with_its_method(server: Server, row: Row) -> None:
     reply = poll(lambda: explained(server, row))
     picture = html.unescape(re.search(r'src="([^"]+heatmap.png[^"]+)"', reply.body.decode())[1])  # type: ignore[index]
     assert server.get(picture).headers["Content-Type"] == "image/png"
@@ -134,7 +134,7 @@ def test_where_the_model_looked_is_shown_by_a_link_with_its_method(server: Serve
     assert (rejected.status, "The classes of the model are" in text(rejected)) == (400, True)
 
 
-def test_a_neighbour_with_another_label_is_called_so_and_wrong_only_where_the_model_is(server: Server) -> None:
+def test_a_similar_photo_with_another_label_or_an_incorrect_prediction_is_marked(server: Server) -> None:
     kinds = set()
     for row in rows(server, source="evaluation", sort="margin")[:8]:
         body = server.get(page_of(row)).body.decode()
@@ -148,7 +148,7 @@ def test_a_neighbour_with_another_label_is_called_so_and_wrong_only_where_the_mo
     assert {(False, False), (True, False)} <= kinds
 
 
-def test_no_address_leads_out_of_the_data_folder(server: Server, data: Path) -> None:
+def test_no_url_refers_to_a_file_outside_the_data_folder(server: Server, data: Path) -> None:
     secret = paint(data.parent / "secret.jpg", (1, 2, 3), seed=5)
     (data / "valid" / "red" / "link.jpg").symlink_to(secret)
     for photo in ("../secret.jpg", str(secret), "valid/red/link.jpg", "valid/../../secret.jpg", "", "\0", "valid/red"):
@@ -158,7 +158,7 @@ def test_no_address_leads_out_of_the_data_folder(server: Server, data: Path) -> 
             assert (reply.status, reply.code) == ((400, "bad_parameter") if photo == "\0" else (404, "image_missing")), photo
 
 
-def test_a_missing_and_a_replaced_photo_are_said_and_not_shown(server: Server, data: Path) -> None:
+def test_a_missing_or_replaced_photo_is_reported_and_not_shown(server: Server, data: Path) -> None:
     missing, replaced = rows(server, source="evaluation", review="unreviewed", sort="name", order="desc")[:2]
     (data / missing["photo"]).unlink()
     paint(data / replaced["photo"], (9, 9, 9), seed=77)
@@ -175,7 +175,7 @@ def test_a_missing_and_a_replaced_photo_are_said_and_not_shown(server: Server, d
 # Deciding
 
 
-def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Server) -> None:
+def test_a_form_saves_and_leads_to_the_next_photo_with_an_undo(server: Server) -> None:
     filter_ = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
     first, second, third = rows(server, **filter_)[:3]
     reply = post(
@@ -194,7 +194,7 @@ def test_a_form_saves_goes_on_within_the_filter_and_offers_to_undo(server: Serve
     path, query = way(post(server, second, "bad", advance="1", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]
     path, query = way(post(server, third, "neither", filter=urlencode(filter_)))
-    assert query["photo"] == third["photo"]  # nothing said to go on
+    assert query["photo"] == third["photo"]  # no next photo was requested
     assert "Anonymous marked as none of the classes." in text(server.get(f"{path}?{urlencode(query)}"))
     path, query = way(post(server, third, "undo", expected_version=query["saved"], advance="1", filter=urlencode(filter_)))
     assert query["photo"] == third["photo"]  # who undoes wants to see it
@@ -226,7 +226,7 @@ def test_a_card_shows_the_review(server: Server) -> None:
         assert [re.sub(r"<[^>]*>", "", mark).strip() for mark in marks] == [state, badge]
 
 
-def test_behind_the_last_photo_of_a_filter_it_is_said_so(server: Server) -> None:
+def test_the_end_of_a_filter_is_reported(server: Server) -> None:
     filter_ = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
     left = rows(server, **filter_)
     reply = post(server, left[-1], "bad", advance="1", filter=urlencode(filter_))
@@ -237,7 +237,7 @@ def test_behind_the_last_photo_of_a_filter_it_is_said_so(server: Server) -> None
     assert "no longer matches this filter" in message
 
 
-def test_json_is_answered_with_the_history_and_the_way_on(server: Server, row: Row) -> None:
+def test_a_json_response_has_the_history_and_the_next_photo(server: Server, row: Row) -> None:
     other = next(name for name in row["probabilities"] if name != row["label"])
     answer = post(server, row, "label", new_label=other, as_json=True, headers={}).json()
     assert answer["next"] is None
@@ -246,7 +246,7 @@ def test_json_is_answered_with_the_history_and_the_way_on(server: Server, row: R
     assert reviews_of(server)[row["sha256"]]["new_label"] == other
 
 
-def test_what_another_decided_meanwhile_is_shown_and_the_note_is_kept(server: Server, row: Row) -> None:
+def test_a_conflicting_decision_is_shown_and_the_note_is_kept(server: Server, row: Row) -> None:
     first = post(server, row, "bad", as_json=True, reviewer="Ann").json()["id"]
     fields = {"note": 'My <b>"own"</b> note', "reviewer": "Ben", "filter": "sort=name", "advance": "1"}
     reply = post(server, row, f"label:{row['label']}", **fields)
@@ -263,7 +263,7 @@ def test_what_another_decided_meanwhile_is_shown_and_the_note_is_kept(server: Se
     assert post(server, row, "undo", as_json=True, expected_version=seen).code == "review_conflict"
 
 
-def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(server: Server, row: Row) -> None:
+def test_an_undo_restores_the_previous_decision_and_the_page_reports_it(server: Server, row: Row) -> None:
     _, query = way(post(server, row, "bad", reviewer="Ann"))
     _, query = way(post(server, row, "neither", reviewer="Ben", expected_version=query["saved"]))
     path, query = way(post(server, row, "undo", reviewer="Cid", expected_version=query["saved"]))
@@ -271,10 +271,10 @@ def test_what_was_decided_before_holds_again_after_an_undo_and_the_page_says_so(
     assert f"Undone: {Path(row['photo']).name}, previous review restored: Ann excluded the photo." in message
     seen = str(past(server, row)[-1]["id"])
     post(server, row, f"label:{row['label']}", as_json=True, expected_version=seen)
-    assert "Undone" not in text(server.get(f"{path}?{urlencode(query)}"))  # somebody decided since
+    assert "Undone" not in text(server.get(f"{path}?{urlencode(query)}"))  # another decision was made since
 
 
-def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> None:
+def test_a_note_changes_no_decision_and_requires_text(server: Server, row: Row) -> None:
     path, query = way(post(server, row, "note", note="Is it a toy?"))
     message = text(server.get(f"{path}?{urlencode(query)}"))
     assert f"Note saved: {Path(row['photo']).name}" in message
@@ -303,7 +303,7 @@ def test_a_note_changes_nothing_and_needs_words(server: Server, row: Row) -> Non
         ("bad", {"note": "x" * 70_000}, "Shorten the text."),
     ],
 )
-def test_what_is_refused_is_said_on_a_page_and_to_a_program_as_a_problem(
+def test_a_rejection_is_a_page_for_browsers_and_a_problem_for_programs(
     server: Server, row: Row, decision: str, fields: dict[str, str], message: str
 ) -> None:
     page = post(server, row, decision, **fields)
@@ -316,7 +316,7 @@ def test_what_is_refused_is_said_on_a_page_and_to_a_program_as_a_problem(
     assert past(server, row) == []
 
 
-def test_another_site_can_make_nobody_decide(server: Server, row: Row) -> None:
+def test_a_cross_site_request_is_rejected(server: Server, row: Row) -> None:
     for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "https://evil.example"}):
         reply = post(server, row, "bad", headers=headers)
         assert (reply.status, "Use the gallery pages or a non-browser client" in text(reply)) == (403, True)
@@ -325,7 +325,7 @@ def test_another_site_can_make_nobody_decide(server: Server, row: Row) -> None:
     assert past(server, row) == []
 
 
-def test_with_keys_anybody_looks_and_who_has_one_decides(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+def test_with_keys_anyone_may_read_but_a_decision_requires_a_key(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'keyed.db'}"
     with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, api_keys="ann:sesame,ben:open") as keyed:
         _wait(keyed)
@@ -350,7 +350,7 @@ def test_with_keys_anybody_looks_and_who_has_one_decides(tiny_bundle: SimpleName
         assert gone.headers["Location"] == "/gallery"
         mine = {"Cookie": cookie.partition(";")[0]}
         assert "Reviewing as ann." in text(keyed.get(page_of(row), headers=mine))
-        way(post(keyed, row, "bad", headers=BROWSER | mine, reviewer="Somebody Else"))
+        way(post(keyed, row, "bad", headers=BROWSER | mine, reviewer="Another Reviewer"))
         assert past(keyed, row)[0]["reviewer"] == "ann"
         assert (
             post(keyed, row, "undo", as_json=True, expected_version="1", headers={"Authorization": "Bearer open"}).status == 200
@@ -373,9 +373,7 @@ def test_a_production_photo_names_the_evaluated_one_with_the_same_bytes(server: 
 # Live photos, and a server that dies
 
 
-def test_live_photos_are_labelled_and_train_and_a_killed_server_loses_nothing(
-    tiny_bundle: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_production_photos_are_labeled_and_trained_on_and_survive_a_kill(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'live.db'}"
     settings = {"data_dir": tiny_bundle.data, "database_url": url, "save_predictions": 1}
     with serve(tiny_bundle.path, **settings) as server:
@@ -433,8 +431,8 @@ def _decide_until_killed(server: Server) -> dict[str, tuple[str, int]]:
     clients = [threading.Thread(target=client, args=(photos[start::2],)) for start in (0, 1)]
     for thread in clients:
         thread.start()
-    assert enough.wait(ANSWER_S)
+    assert enough.wait(RESPONSE_TIMEOUT_S)
     os.killpg(server.pid, signal.SIGKILL)
     for thread in clients:
-        thread.join(ANSWER_S)
+        thread.join(RESPONSE_TIMEOUT_S)
     return acknowledged

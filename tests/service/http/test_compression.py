@@ -17,7 +17,7 @@ from werkzeug.test import TestResponse
 from service import create_app
 from service.context import services_of
 from service.settings import Settings
-from tests.helpers.server import PATIENT, START_S, poll
+from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, poll
 
 GZIP = {"Accept-Encoding": "br;q=1, gzip;q=0.8"}
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"}
@@ -33,9 +33,9 @@ class BufferedClient(FlaskClient):
 @pytest.fixture(scope="module")
 def client(tiny_bundle: SimpleNamespace, new_database: Any) -> Iterator[FlaskClient]:
     with new_database("sqlite") as url:
-        app = create_app(Settings(bundle=tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, **PATIENT))
-        services_of(app).model_manager.wait(START_S)
-        poll(lambda: app.test_client().get("/gallery").status_code == 200, within_s=START_S)
+        app = create_app(Settings(bundle=tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, **LONG_TIMEOUTS))
+        services_of(app).model_manager.wait(START_TIMEOUT_S)
+        poll(lambda: app.test_client().get("/gallery").status_code == 200, within_s=START_TIMEOUT_S)
         yield BufferedClient(app, app.response_class)
         services_of(app).model_manager.close()
 

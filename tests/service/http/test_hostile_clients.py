@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers.raw_connection import RED, RawConnection, held, in_flight, probabilities
-from tests.helpers.server import ANSWER_S, Server, poll, serve
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Server, poll, serve
 
 GET = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n"
 RELAXED = {"first_byte_timeout_s": 300, "head_timeout_s": 300, "send_timeout_s": 300}  # attackers stay connected
@@ -68,7 +68,7 @@ def unread_responses(server: Server, count: int) -> Iterator[list[socket.socket]
         for _ in range(count):
             sock = stack.enter_context(socket.socket())
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            sock.settimeout(ANSWER_S)
+            sock.settimeout(RESPONSE_TIMEOUT_S)
             sock.connect(("127.0.0.1", server.port))
             sock.sendall(GET % b"/openapi.json" * 60)
             opened.append(sock)
@@ -386,7 +386,7 @@ def test_a_stop_serves_connections_in_the_backlog(tiny_bundle: SimpleNamespace) 
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGCONT)
-        assert server.process.wait(ANSWER_S) == 0
+        assert server.process.wait(RESPONSE_TIMEOUT_S) == 0
         assert all(line["level"] == "INFO" for line in server.log())
 
 
@@ -394,7 +394,7 @@ def test_a_stop_does_not_wait_for_idle_clients(tiny_bundle: SimpleNamespace) -> 
     with serve(tiny_bundle.path, **RELAXED) as server, open_connections(server, 20) as opened:
         server.process.send_signal(signal.SIGTERM)
         assert all(wait_for_close(line) for line in opened)
-        assert server.process.wait(ANSWER_S) == 0
+        assert server.process.wait(RESPONSE_TIMEOUT_S) == 0
 
 
 # The stock worker

@@ -26,7 +26,7 @@ from service.gallery.review import FIELDS
 from service.gallery.sidebar import FORM_PARAMS
 from service.settings import Settings
 from service.web.layout import static_versions
-from tests.helpers.server import PATIENT, START_S, poll
+from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, poll
 
 KNOWN_METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW")
 FORM_TYPE = "application/x-www-form-urlencoded"
@@ -58,11 +58,11 @@ def opened_files() -> Iterator[list[str]]:
 def app(tiny_bundle: SimpleNamespace, new_database: Any, request: pytest.FixtureRequest) -> Iterator[Flask]:
     with new_database(request.param) as url:
         settings = Settings(
-            bundle=tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, admin_keys=("boss:sesame",), **PATIENT
+            bundle=tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url, admin_keys=("boss:sesame",), **LONG_TIMEOUTS
         )
         app = create_app(settings)
-        services_of(app).model_manager.wait(START_S)
-        poll(lambda: app.test_client().get("/gallery").status_code == 200, within_s=START_S)
+        services_of(app).model_manager.wait(START_TIMEOUT_S)
+        poll(lambda: app.test_client().get("/gallery").status_code == 200, within_s=START_TIMEOUT_S)
         yield app
         services_of(app).model_manager.close()
 

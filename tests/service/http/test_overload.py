@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.helpers.raw_connection import HEAVY, RED, RawConnection, held, in_flight, probabilities, send_with_retry
-from tests.helpers.server import ANSWER_S, Reply, Server, multipart, poll, serve
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, multipart, poll, serve
 
 ID = "0123456789abcdef-of-client"
 
@@ -281,7 +281,7 @@ def test_a_stop_at_capacity_finishes_accepted_requests_only(tiny_bundle: SimpleN
         assert line.is_closed()
         for reply in accepted.responses():
             assert probabilities(reply)
-        assert server.process.wait(ANSWER_S) == 0
+        assert server.process.wait(RESPONSE_TIMEOUT_S) == 0
 
 
 def test_rejections_are_counted(full: Server) -> None:

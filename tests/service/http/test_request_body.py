@@ -19,7 +19,7 @@ from service.context import services_of
 from service.http.errors import Problem
 from service.http.request_body import parse_json
 from service.settings import Settings
-from tests.helpers.server import PATIENT, START_S, poll
+from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, poll
 
 MAX_PHOTOS = 4
 KEY = {"Authorization": "Bearer sesame"}
@@ -30,11 +30,11 @@ Post = Callable[[bytes], TestResponse]
 def app(tiny_bundle: SimpleNamespace, new_database: Any) -> Iterator[Flask]:
     with new_database("sqlite") as url:
         settings = Settings(
-            bundle=tiny_bundle.path, database_url=url, max_images=MAX_PHOTOS, admin_keys=("boss:sesame",), **PATIENT
+            bundle=tiny_bundle.path, database_url=url, max_images=MAX_PHOTOS, admin_keys=("boss:sesame",), **LONG_TIMEOUTS
         )
         app = create_app(settings)
-        services_of(app).model_manager.wait(START_S)
-        poll(lambda: app.test_client().get("/gallery").status_code == 200, within_s=START_S)
+        services_of(app).model_manager.wait(START_TIMEOUT_S)
+        poll(lambda: app.test_client().get("/gallery").status_code == 200, within_s=START_TIMEOUT_S)
         yield app
         services_of(app).model_manager.close()
 

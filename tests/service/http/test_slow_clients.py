@@ -31,7 +31,7 @@ from tests.helpers.raw_connection import (
     probabilities,
     send_with_retry,
 )
-from tests.helpers.server import ANSWER_S, Reply, Server, multipart, poll, rss_mb, serve
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, multipart, poll, rss_mb, serve
 from tests.helpers.tiny_network import COLORS
 
 LABELS = ("blue", "red", "green")
@@ -118,7 +118,7 @@ def test_concurrent_clients_get_their_own_results_on_kept_connections(server: Se
     expected = [probabilities(server.post(photo, "image/png")) for photo in photos]
 
     def client(number: int) -> list[bool]:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=RESPONSE_TIMEOUT_S)
         matches = []
         for i in random.Random(number).sample(range(40), 40):
             connection.request("POST", "/predict", photos[i], {"Content-Type": "image/png", "X-Request-ID": f"c{number}-{i}"})
@@ -184,7 +184,7 @@ def test_a_trickling_body_times_out(tiny_bundle: SimpleNamespace, length: int | 
             sender.join()
 
 
-def test_clients_that_do_not_close_delay_nobody(tiny_bundle: SimpleNamespace) -> None:
+def test_clients_that_do_not_close_do_not_delay_others(tiny_bundle: SimpleNamespace) -> None:
     """gunicorn's own worker waits 2 s for a client to close, in the thread that accepts."""
     with serve(tiny_bundle.path) as server, contextlib.ExitStack() as stack:
         lines = [stack.enter_context(RawConnection(server)) for _ in range(60)]
@@ -233,7 +233,7 @@ def test_a_request_after_its_deadline_fails(tiny_bundle: SimpleNamespace) -> Non
 
 def test_a_stop_finishes_accepted_requests(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path) as server:
-        kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
+        kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=RESPONSE_TIMEOUT_S)
         kept.request("GET", "/health/live")
         assert kept.getresponse().read()
         with half_sent(server, 6) as started:
@@ -253,7 +253,7 @@ def test_a_stop_finishes_accepted_requests(tiny_bundle: SimpleNamespace) -> None
             assert kept.sock is not None
             assert kept.sock.recv(1) == b""  # closed, not reset
             kept.close()
-        assert server.process.wait(ANSWER_S) == 0
+        assert server.process.wait(RESPONSE_TIMEOUT_S) == 0
         assert all(line["level"] == "INFO" for line in server.log())
 
 

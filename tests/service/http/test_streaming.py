@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.server import ANSWER_S, ROOT, poll
+from tests.helpers.server import RESPONSE_TIMEOUT_S, ROOT, poll
 from tests.helpers.streaming_app import CHUNK_BYTES, CHUNKS
 
 
@@ -28,11 +28,11 @@ def port(tmp_path: Path) -> Iterator[int]:
         yield int(poll(lambda: re.findall(r"Listening at: http://127\.0\.0\.1:(\d+)", log.read_text()))[0])
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(ANSWER_S) == 0
+        assert process.wait(RESPONSE_TIMEOUT_S) == 0
 
 
 def ask(port: int, path: str) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ANSWER_S)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=RESPONSE_TIMEOUT_S)
     connection.request("GET", path)
     return connection, connection.getresponse()
 

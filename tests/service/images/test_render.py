@@ -31,7 +31,7 @@ def shown(data: bytes, **options: int) -> Image.Image:
     return photo
 
 
-def test_it_is_upright() -> None:
+def test_image_is_upright() -> None:
     photo = Image.new("RGB", (300, 200), "black")
     photo.paste("white", (0, 0, 300, 40))  # what is at the top of the stored pixels
     exif = Image.Exif()
@@ -42,7 +42,7 @@ def test_it_is_upright() -> None:
     assert upright[:, :140].max() < 50
 
 
-def test_no_metadata_goes_along() -> None:
+def test_metadata_is_removed() -> None:
     exif = Image.Exif()
     exif[0x010E] = "SECRET description"
     exif.get_ifd(0x8825)[1] = "N"
@@ -60,7 +60,7 @@ def test_no_metadata_goes_along() -> None:
         assert not {"exif", "icc_profile", "comment", "xmp", "photoshop"} & set(again.info)
 
 
-def test_colours_of_another_profile_become_srgb() -> None:
+def test_colors_of_another_profile_are_converted_to_srgb() -> None:
     """A profile whose red and blue change places says that the stored red is to be seen as blue."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = data.index(b"rXYZ"), data.index(b"bXYZ")
@@ -71,17 +71,17 @@ def test_colours_of_another_profile_become_srgb() -> None:
 
 
 @pytest.mark.parametrize("profile", [b"nonsense" * 50, b"\0" * 200])
-def test_a_profile_that_cannot_be_read_leaves_the_colours(profile: bytes) -> None:
+def test_an_unreadable_profile_leaves_the_colors_unchanged(profile: bytes) -> None:
     photo = encode(Image.new("RGB", (64, 64), (200, 30, 30)), "PNG", icc_profile=profile)
     assert np.abs(np.asarray(shown(photo).getpixel((32, 32))) - (200, 30, 30)).max() <= 4
 
 
-def test_a_cmyk_profile_leaves_what_was_decoded() -> None:
+def test_a_cmyk_profile_leaves_the_decoded_colors_unchanged() -> None:
     photo = encode(Image.new("CMYK", (64, 64), (0, 255, 255, 0)), icc_profile=b"\0" * 16 + b"CMYK" + b"\0" * 180)
     assert shown(photo).mode == "RGB"
 
 
-def test_transparent_parts_become_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     photo = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     assert min(shown(encode(photo, "PNG")).getpixel((5, 5))) > 250  # type: ignore[arg-type]
 
@@ -92,7 +92,7 @@ def test_a_large_photo_is_capped_and_a_small_one_is_not_enlarged() -> None:
     assert shown(encode(Image.new("L", (30, 20)))).size == (30, 20)
 
 
-def test_what_cannot_be_decoded_is_a_problem() -> None:
+def test_an_undecodable_file_is_rejected() -> None:
     with pytest.raises(UserError) as caught:
         DECODER.render(b"nothing", **DISPLAY)
     problem = problem_from(caught.value)
@@ -101,7 +101,7 @@ def test_what_cannot_be_decoded_is_a_problem() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_crop_comes_as_it_was_seen(channels: int) -> None:
+def test_the_crop_is_the_input_of_the_model(channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, channels)).astype(np.uint8)
     again = np.asarray(Image.open(io.BytesIO(encode_png(pixels)))).reshape(pixels.shape)
     assert (again == pixels).all()

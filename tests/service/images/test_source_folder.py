@@ -1,4 +1,4 @@
-"""Photos of a folder by name and sha256: what is shown is the photo that was asked for, or a sentence says why not."""
+"""Photos of a folder by name and sha256: the requested photo is returned, or an error states the reason."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def test_a_name_that_leaves_the_folder_or_is_no_file_is_missing(root: Path, name
     is_missing(root, name)
 
 
-def test_an_absolute_name_is_missing_even_of_a_photo_inside(root: Path) -> None:
+def test_an_absolute_name_is_missing_even_for_a_photo_in_the_folder(root: Path) -> None:
     is_missing(root, str(root / NAME))
     is_missing(root, str(root.parent / "outside.jpg"))
 
 
-def test_a_link_may_lead_to_another_place_inside_but_not_outside(root: Path) -> None:
+def test_a_link_may_point_inside_the_folder_but_not_outside(root: Path) -> None:
     (root / "inside.jpg").symlink_to(root / NAME)
     (root / "train").symlink_to("valid")
     assert SourceFolder([root]).read("inside.jpg", CAT_SHA256) == CAT
@@ -83,19 +83,19 @@ def test_a_link_may_lead_to_another_place_inside_but_not_outside(root: Path) -> 
         is_missing(root, name)
 
 
-def test_the_root_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
+def test_the_root_may_be_a_link(root: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
     assert SourceFolder([tmp_path / "link"]).read(NAME, CAT_SHA256) == CAT
 
 
-def test_what_is_no_regular_file_is_missing_and_does_not_block(root: Path) -> None:
+def test_a_special_file_is_missing_and_does_not_block(root: Path) -> None:
     os.mkfifo(root / "fifo.jpg")
     is_missing(root, "fifo.jpg")
     is_missing(Path("/dev"), "zero")
     is_missing(Path("/dev"), "null")
 
 
-def test_a_name_that_is_no_utf8_is_found(root: Path) -> None:
+def test_a_name_that_is_not_utf8_is_found(root: Path) -> None:
     name = os.fsdecode(b"valid/cats/\xe9t\xe9.jpg")
     (root / name).write_bytes(CAT)
     assert SourceFolder([root]).read(name, CAT_SHA256) == CAT
@@ -105,7 +105,7 @@ def test_a_name_that_is_no_utf8_is_found(root: Path) -> None:
     str(caught.value).encode("utf-8")
 
 
-def test_another_photo_in_its_place_is_never_shown(root: Path) -> None:
+def test_a_replaced_photo_is_never_shown(root: Path) -> None:
     folder = SourceFolder([root])
     folder.check(NAME, CAT_SHA256)
     dog = b"the bytes of a dog"  # of the same length
@@ -120,7 +120,7 @@ def test_another_photo_in_its_place_is_never_shown(root: Path) -> None:
     folder.check(NAME, hashlib.sha256(dog).hexdigest())
 
 
-def test_a_photo_that_was_checked_is_not_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_verified_photo_is_not_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
     real = hashlib.sha256
     monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(len(data)) or real(data))  # type: ignore[func-returns-value]
@@ -132,7 +132,7 @@ def test_a_photo_that_was_checked_is_not_read_again(root: Path, monkeypatch: pyt
     assert hashed == [len(CAT)]
 
 
-def test_what_is_remembered_is_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_verified_photos_is_bounded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.images.source_folder.MAX_VERIFIED", 3)
     folder = SourceFolder([root])
     for number in range(10):
@@ -142,7 +142,7 @@ def test_what_is_remembered_is_bounded(root: Path, monkeypatch: pytest.MonkeyPat
     folder.check("0.jpg", CAT_SHA256)
 
 
-def test_roots_are_tried_in_turn_and_the_sha256_decides(root: Path, tmp_path: Path) -> None:
+def test_roots_are_searched_in_order_and_the_sha256_selects(root: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     (other / "valid" / "cats").mkdir(parents=True)
     (other / NAME).write_bytes(b"another photo of that name")
@@ -153,12 +153,12 @@ def test_roots_are_tried_in_turn_and_the_sha256_decides(root: Path, tmp_path: Pa
         folder.read(NAME, "0" * 64)
 
 
-def test_without_a_folder_the_sentence_says_how_to_set_one() -> None:
+def test_without_a_folder_the_error_states_how_to_set_one() -> None:
     with pytest.raises(ImageMissingError, match="DATA_DIR=FOLDER"):
         SourceFolder([]).read(NAME, CAT_SHA256)
 
 
-def test_a_file_too_large_to_be_shown_says_so(root: Path) -> None:
+def test_a_file_above_the_size_limit_is_reported(root: Path) -> None:
     with pytest.raises(ImageUnavailableError, match="Save it in a smaller size"):
         SourceFolder([root], max_bytes=len(CAT) - 1).read(NAME, CAT_SHA256)
     assert SourceFolder([root], max_bytes=len(CAT)).read(NAME, CAT_SHA256) == CAT
@@ -173,7 +173,7 @@ def files_open() -> list[Path]:
     return found
 
 
-def test_no_file_stays_open(root: Path) -> None:
+def test_every_file_is_closed(root: Path) -> None:
     folder = SourceFolder([root])
     for _ in range(5):
         folder.read(NAME, CAT_SHA256)
@@ -185,7 +185,7 @@ def test_no_file_stays_open(root: Path) -> None:
     assert [path for path in files_open() if path.is_relative_to(root)] == []
 
 
-def test_while_it_is_exchanged_over_and_over_only_the_one_wanted_is_given(root: Path) -> None:
+def test_only_the_requested_photo_is_returned_while_the_file_is_being_replaced(root: Path) -> None:
     """A writer that swaps the file, and its folder for a link to the outside; a reader sees the photo or a refusal."""
     other = root.parent / "other" / "cats"
     other.mkdir(parents=True)
@@ -217,7 +217,7 @@ def test_while_it_is_exchanged_over_and_over_only_the_one_wanted_is_given(root: 
     assert seen <= {CAT}
 
 
-def test_link_out_of_the_folder_is_named_as_the_reason(root: Path) -> None:
+def test_a_link_out_of_the_folder_is_reported_as_the_reason(root: Path) -> None:
     (root / "out.jpg").symlink_to(root.parent / "outside.jpg")
     (root / "broken.jpg").symlink_to(root.parent / "nothing.jpg")
     for method in (SourceFolder([root]).read, SourceFolder([root]).check):

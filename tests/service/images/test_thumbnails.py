@@ -221,7 +221,7 @@ def test_memory_limit_removes_the_least_recently_used() -> None:
     assert cache.get("huge") is None
 
 
-def test_no_name_leads_out_of_the_folder(tmp_path: Path) -> None:
+def test_no_name_refers_to_a_file_outside_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     cache = DiskCache(folder, limit_bytes=10_000)
     for name in ("../../out", "/etc/passwd", "\0", "\ud800", "x" * 9999):

@@ -16,7 +16,7 @@ from service.http.errors import Problem
 from service.inference import model_manager as module
 from service.inference.model_manager import MERGING, LoadedModel, ModelManager
 from service.settings import Settings
-from tests.helpers.server import PATIENT, START_S, poll
+from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, poll
 
 ALLOCATE = """
 import sys
@@ -38,7 +38,7 @@ def start(tiny_bundle: SimpleNamespace, request: pytest.FixtureRequest, monkeypa
     monkeypatch.setattr(module, "RETRY_S", 0.05)
 
     def start(paths: Sequence[Path]) -> ModelManager:
-        manager = ModelManager.start(Settings(bundle=tiny_bundle.path, **PATIENT), bundles_to_load=lambda: paths)
+        manager = ModelManager.start(Settings(bundle=tiny_bundle.path, **LONG_TIMEOUTS), bundles_to_load=lambda: paths)
         request.addfinalizer(manager.close)
         return manager
 
@@ -50,18 +50,18 @@ def test_a_missing_bundle_is_loaded_once_it_is_there(start: Start, tiny_bundle: 
     manager = start([tmp_path / "bundle"])
     manager.add_failure_callback(reasons.append)
     with pytest.raises(Problem, match="is not a bundle") as caught:
-        manager.wait(START_S)
+        manager.wait(START_TIMEOUT_S)
     assert (caught.value.code, caught.value.headers) == ("not_ready", {"Retry-After": "0"})
     poll(lambda: len(reasons) > 1)
     shutil.copytree(tiny_bundle.path, tmp_path / "moving")
     (tmp_path / "moving").rename(tmp_path / "bundle")
-    assert manager.installed.wait(START_S)
+    assert manager.installed.wait(START_TIMEOUT_S)
     assert manager.get().bundle.path == tmp_path / "bundle"
 
 
 def test_the_next_bundle_is_loaded_if_the_first_cannot_be(start: Start, tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     manager = start([tmp_path, tiny_bundle.path])
-    assert manager.wait(START_S).bundle.path == tiny_bundle.path
+    assert manager.wait(START_TIMEOUT_S).bundle.path == tiny_bundle.path
 
 
 def test_an_install_callback_is_called_once_per_model_and_may_fail(start: Start, tiny_bundle: SimpleNamespace) -> None:
@@ -74,7 +74,7 @@ def test_an_install_callback_is_called_once_per_model_and_may_fail(start: Start,
     manager = start([tiny_bundle.path])
     manager.add_install_callback(fail)
     manager.add_install_callback(lambda model: early.append(model.bundle.version))
-    model = manager.wait(START_S)
+    model = manager.wait(START_TIMEOUT_S)
     manager.add_install_callback(lambda model: late.append(model.bundle.version))
     manager.run_in_loader(lambda: None)
     assert early == late == [model.bundle.version]
@@ -98,10 +98,10 @@ def test_a_head_only_bundle_is_merged_before_it_is_loaded(
     monkeypatch.setattr(module, "open_bundle", lambda path, **kw: head if path == tmp_path else real_open(path, **kw))
     manager = start([tmp_path])
     with pytest.raises(Problem, match="could not be merged with its pretrained weights: service: no weights"):
-        manager.wait(START_S)
+        manager.wait(START_TIMEOUT_S)
     assert manager._progress == MERGING
     command = f"import shutil; shutil.copytree({str(tiny_bundle.path)!r}, {str(merged)!r})"
-    assert manager.installed.wait(START_S)
+    assert manager.installed.wait(START_TIMEOUT_S)
     assert manager.get().bundle.path == merged
 
 

@@ -112,7 +112,7 @@ def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, p
         assert [row.note for row in load_history(connection, photo.sha256)] == ["", "really", "", "look again\nÄ 猫"]
 
 
-def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> None:
+def test_a_decision_on_an_outdated_version_conflicts(database: Database, photos: list[Plain]) -> None:
     photo = photos[0]
     seen = say(database, photo, "label", "dogs", reviewer="Ann")
     found = rejected(database, photo, "bad", expected_version=None)
@@ -135,7 +135,7 @@ def test_nobody_is_overruled_unseen(database: Database, photos: list[Plain]) -> 
     "words",
     [{"photo": "none.jpg"}, {"sha256": "0" * 64}, {"model_version": "v9"}, {"photo": "a\0"}, {"model_version": "\udcff"}],
 )
-def test_a_photo_that_was_not_evaluated(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
+def test_a_decision_on_an_unevaluated_photo_is_rejected(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
     assert rejected(database, photos[0], "bad", **words)[0] == "not_found"
 
 
@@ -149,7 +149,7 @@ def test_a_photo_that_was_not_evaluated(database: Database, photos: list[Plain],
         ("note", {"note": " \n"}, "The field `note` is empty."),
     ],
 )
-def test_what_is_no_decision_is_not_entered(
+def test_an_invalid_decision_is_rejected(
     database: Database, photos: list[Plain], decision: str, words: dict[str, str], output: str
 ) -> None:
     code, detail = rejected(database, photos[0], decision, **words)
@@ -160,13 +160,13 @@ def test_what_is_no_decision_is_not_entered(
 
 
 @pytest.mark.parametrize("words", [{"note": "a\0b"}, {"reviewer": "\ud800"}, {"new_label": "a\0"}])
-def test_a_text_that_no_database_takes(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
+def test_text_that_cannot_be_stored_is_rejected(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
     code, detail = rejected(database, photos[0], "label", **words)
     assert code == "bad_parameter"
     assert "contains a NUL character or an unpaired surrogate" in detail
 
 
-def test_of_two_at_once_one_learns_of_the_other(database: Database, photos: list[Plain]) -> None:
+def test_of_two_concurrent_decisions_one_conflicts(database: Database, photos: list[Plain]) -> None:
     together = threading.Barrier(8, timeout=300)
     codes: Counter[str] = Counter()
 
@@ -189,7 +189,7 @@ def test_of_two_at_once_one_learns_of_the_other(database: Database, photos: list
     check_cells(database)
 
 
-def test_decisions_hold_for_a_later_model_with_other_classes(database: Database, photos: list[Plain], tmp_path: Path) -> None:
+def test_decisions_apply_to_a_later_model_with_other_classes(database: Database, photos: list[Plain], tmp_path: Path) -> None:
     """What was decided is about the photo, not about the model; a class that the later model has not is another."""
     to_dogs, to_cats, neither = photos[:3]
     say(database, to_dogs, "label", "dogs")
@@ -212,12 +212,12 @@ def test_decisions_hold_for_a_later_model_with_other_classes(database: Database,
     check_cells(database)
 
 
-def test_a_decision_is_about_every_photo_with_the_same_bytes(database: Database, tmp_path: Path) -> None:
+def test_a_decision_applies_to_every_photo_with_the_same_bytes(database: Database, tmp_path: Path) -> None:
     output = make_predictions(1, 20, CLASSES[2])
-    twins = type(output)(
+    copies = type(output)(
         output.classes, output.image_names, output.labels, output.probabilities, output.splits, (output.sha256s[0],) * 20
     )
-    rows = enter(database, twins, tmp_path)
+    rows = enter(database, copies, tmp_path)
     say(database, rows[3], "label", "cats")
     with database.read() as connection:
         counts = PredictionQuery(connection, Filter(model=VERSION)).counts
@@ -265,7 +265,7 @@ def test_an_undo_returns_the_note_of_the_decision(database: Database, photos: li
 
 
 def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
-    """What the cells would say if every prediction were judged anew by the decisions that hold, found from the history."""
+    """Return the expected buckets, recomputed from the predictions and the history of decisions."""
     found: dict[str, Counter[tuple[Any, ...]]] = {}
     with database.read() as connection:
         for model in list_models(connection):
@@ -295,8 +295,8 @@ def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
     return found
 
 
-def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_path: Path) -> None:
-    """Imports, live photos, decisions, undoing and forgetting in a random order: counting anew gives the same."""
+def test_buckets_stay_correct_after_random_operations(database: Database, tmp_path: Path) -> None:
+    """Import, save, review, undo and delete in a random order. A recount gives the same buckets."""
     rng = random.Random(11)
     classes = CLASSES[2]
     evaluated = enter(database, make_predictions(1, 40, classes), tmp_path)
@@ -345,9 +345,7 @@ def test_cells_are_right_after_anything_that_people_do(database: Database, tmp_p
     check_cells(database)
 
 
-def test_every_decision_that_was_acknowledged_outlives_a_kill(
-    database: Database, database_url: str, photos: list[Plain]
-) -> None:
+def test_every_acknowledged_decision_survives_a_kill(database: Database, database_url: str, photos: list[Plain]) -> None:
     program = (
         "import itertools, sys; from service.db.connection import Database;"
         "from service.reviews.decisions import ReviewDecision, current_decision, save_decision\n"

@@ -20,7 +20,7 @@ from service.http.errors import PROBLEM_TYPES
 from service.inference.model_manager import LoadedModel
 from service.settings import Settings
 from tests.helpers.rollout_bundles import Bundles, make_bundles
-from tests.helpers.server import PATIENT, START_S, parse_metrics, poll
+from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, parse_metrics, poll
 
 KEY = {"X-API-Key": "sesame"}
 
@@ -33,9 +33,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
 @contextlib.contextmanager
 def serving(bundle: Path, **settings: Any) -> Iterator[FlaskClient]:
     """Run the application with an admin key, without a server."""
-    app = create_app(Settings(bundle=bundle, **{"admin_keys": ("ann:sesame",), **PATIENT, **settings}))
+    app = create_app(Settings(bundle=bundle, **{"admin_keys": ("ann:sesame",), **LONG_TIMEOUTS, **settings}))
     models = services_of(app).model_manager
-    models.wait(START_S)
+    models.wait(START_TIMEOUT_S)
     try:
         yield app.test_client()
     finally:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.rollout_bundles import Bundles, make_bundles
-from tests.helpers.server import ANSWER_S, Server, poll, rss_mb, serve
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Server, poll, rss_mb, serve
 
 KEY = {"X-API-Key": "sesame"}
 CLIENTS = 4
@@ -73,7 +73,7 @@ class Load:
                 client.result()
 
     def _send(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=ANSWER_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=RESPONSE_TIMEOUT_S)
         while not self._stop.is_set():
             connection.request("POST", "/predict", self._photo, {"Content-Type": "image/jpeg"})
             reply = connection.getresponse()

@@ -35,23 +35,23 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.web import upload_page
 from service.web.layout import NAVIGATION, percent
-from tests.helpers.server import PATIENT, START_S, multipart, poll, serve
+from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, multipart, poll, serve
 
 HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"
 
 
 @pytest.fixture(scope="module")
 def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
-    app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, max_megapixels=1, **PATIENT))
-    services_of(app).model_manager.wait(START_S)
+    app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, max_megapixels=1, **LONG_TIMEOUTS))
+    services_of(app).model_manager.wait(START_TIMEOUT_S)
     yield app
     services_of(app).model_manager.close()
 
 
 @pytest.fixture(scope="module")
 def keyed(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
-    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame", "grün"), **PATIENT))
-    services_of(app).model_manager.wait(START_S)
+    app = create_app(Settings(bundle=tiny_bundle.path, api_keys=("ann:sesame", "grün"), **LONG_TIMEOUTS))
+    services_of(app).model_manager.wait(START_TIMEOUT_S)
     yield app
     services_of(app).model_manager.close()
 
@@ -88,7 +88,7 @@ def cards(answer: TestResponse) -> list[str]:
 
 
 def text_of(answer: TestResponse) -> str:
-    """The visible text of the page, as a screen reader hears it: without tags, each run of white space as one space."""
+    """The visible text of the page, as a screen reader reads it: without tags, each run of white space as one space."""
     main = re.sub(r"<template.*?</template>", "", answer.text, flags=re.DOTALL)
     return html.unescape(" ".join(re.sub(r"<[^>]*>", "", main).split()))
 
@@ -305,7 +305,7 @@ def test_while_the_model_loads_the_page_reloads(loading: Flask, path: str) -> No
 def test_the_page_is_refreshed_while_loading_the_model_is_retried(tmp_path: Path) -> None:
     app = create_app(Settings(bundle=tmp_path))
     with pytest.raises(Problem):
-        services_of(app).model_manager.wait(START_S)
+        services_of(app).model_manager.wait(START_TIMEOUT_S)
     answer = app.test_client().get("/")
     assert answer.status_code == 503
     assert "is not a bundle" in answer.text
@@ -406,7 +406,7 @@ def test_a_static_file_is_cached_for_a_year_under_its_version_only(app: Flask) -
 
 def test_behind_a_proxy_the_addresses_have_its_prefix(tiny_bundle: SimpleNamespace) -> None:
     app = create_app(Settings(bundle=tiny_bundle.path, trusted_proxies=1))
-    services_of(app).model_manager.wait(START_S)
+    services_of(app).model_manager.wait(START_TIMEOUT_S)
     headers = {"X-Forwarded-Prefix": "/animals", "X-Forwarded-Host": "example.org", "X-Forwarded-Proto": "https"}
     text = app.test_client().get("/", headers=headers).text
     assert 'action="/animals/#results"' in text
@@ -462,8 +462,8 @@ def test_a_bundle_whose_card_was_changed_is_not_served(
 
 def test_a_card_that_is_changed_while_it_is_served_is_not_shown(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
     bundle = shutil.copytree(tiny_bundle.path, tmp_path / "bundle")
-    app = create_app(Settings(bundle=bundle, **PATIENT))
-    services_of(app).model_manager.wait(START_S)
+    app = create_app(Settings(bundle=bundle, **LONG_TIMEOUTS))
+    services_of(app).model_manager.wait(START_TIMEOUT_S)
     card = (bundle / "README.md").read_text(encoding="utf-8")
     (bundle / "README.md").unlink()
     (bundle / "README.md").symlink_to("/etc/passwd")
@@ -497,8 +497,8 @@ def test_the_plots_of_a_bundle_are_shown_and_nothing_else_of_its_folder(tiny_bun
             Image.new("RGB", (8, 6)).save(folder / "plots" / f"{name}.png")
 
     bundle = write_bundle(tmp_path / "bundle", fields, write_files=write_files)
-    app = create_app(Settings(bundle=bundle.path, **PATIENT))
-    services_of(app).model_manager.wait(START_S)
+    app = create_app(Settings(bundle=bundle.path, **LONG_TIMEOUTS))
+    services_of(app).model_manager.wait(START_TIMEOUT_S)
     shown = re.findall(r'<img src="(/model/plots/[^"]*)" alt="([^"]*)"', get(app, "/model").text)
     assert shown == [
         ("/model/plots/learning_curves.png", f"Learning curves of {bundle.name}"),
