@@ -3,8 +3,8 @@
     python benchmarks/large_folder.py [--photos 25000] [--size 200] [--backbone efficientnet_lite0] [--epochs N] [--keep DIR]
 
 The photos are drawn by this program: JPEGs of random soft shapes in two classes, a fifth of them for validation. All caches
-are empty at the start. The audit and the training run one after the other, each in its own process; the training repeats the
-audit. "again" is the same training with a filled cache. CPU time is less affected by other processes than elapsed time.
+are empty at the start. The audit and the training are run one after the other, each in its own process; training repeats the
+audit. "again" is the same training run with a filled cache. CPU time is less affected by other processes than elapsed time.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ COMMANDS = {
     "audit": "check a folder of photos for damaged files, duplicates and leakage",
     "download": "download photos of cats and dogs",
     "synthesize": "draw a synthetic data set of cats and dogs for trying things out",
-    "merge": "merge a head-only bundle with its pretrained weights",
+    "merge": "add the pretrained weights to a bundle without the full weights",
     "models": "list the available networks",
     "visualize": "draw a network's filters and the feature maps of a photo",
     "compare": "train several networks on the same photos and compare them",

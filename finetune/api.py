@@ -69,7 +69,7 @@ class Classifier:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The validation metrics of the training, with their 95% intervals."""
+        """The validation metrics of the training run, with their 95% intervals."""
         return dict(self._bundle.manifest["metrics"])
 
     def predict(self, images: ImageInput | Iterable[ImageInput], *, workers: int = 0) -> list[Prediction]:

@@ -92,7 +92,7 @@ def examine(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Structure:
         is_simple = True
     except _NotSimpleError:
         is_simple = False
-    except (struct.error, IndexError):  # it breaks off; Pillow says so soon enough, in a process that can be ended
+    except (struct.error, IndexError):  # truncated: Pillow reports it, in a process that can be stopped
         is_simple = False
     if found.pixels > limits.max_pixels:
         raise too_large(*found.size, limits.max_pixels, what=found.what)
@@ -183,9 +183,9 @@ def _jpeg(data: bytes, found: _Found) -> None:
         found.check_segments(steps, "JPEG has {} segments")
     is_simple = is_simple and steps <= SIMPLE_SEGMENTS["JPEG"] and frames == 1
     is_simple = is_simple and tables <= 2048 and exifs <= 1
-    if is_progressive or data[body] < components:  # one scan of all components is all that libjpeg reads of another file
+    if is_progressive or data[body] < components:  # from other files libjpeg reads only the first scan
         found.has_coefficients = True
-        if data.count(b"\xff\xda", at) > SIMPLE_SCANS:  # any scan begins so, and much else can
+        if data.count(b"\xff\xda", at) > SIMPLE_SCANS:  # every scan starts with this marker, but other data can contain it
             is_simple = False
             end = data.find(b"\xff\xd9", at)
             scans = data.count(b"\xff\xda", at, end if end > 0 else len(data))
@@ -212,9 +212,9 @@ _CLASSIC = {b"II*\0": "<", b"MM\0*": ">"}
 
 
 def _are_tags_small(block: bytes) -> bool:
-    """Whether the tags of EXIF, with their inner folders, refer to few bytes: Pillow copies what each refers to."""
+    """Whether the EXIF tags, including nested directories, refer to little data. Pillow copies the data of each tag."""
     order = _CLASSIC.get(block[:4])
-    if order is None:  # Pillow takes other spellings; this file is not simple
+    if order is None:  # Pillow accepts other byte orders; such a file is not simple
         return False
     total, starts = 0, [struct.unpack_from(f"{order}I", block, 4)[0]]
     for _ in range(4):
@@ -237,7 +237,7 @@ def _tags(block: bytes, start: int, order: str) -> Iterator[tuple[int, int, int,
     end = min(start + 2 + 12 * count, start + 2 + (len(block) - start - 2) // 12 * 12)
     for tag, kind, number, value in struct.iter_unpack(f"{order}HHII", block[start + 2 : end]):
         size = _TYPE_BYTES.get(kind, 0)
-        if number * size < 4:  # a short value stands in the first bytes of its field
+        if number * size < 4:  # a shorter value is in the first bytes of its field
             value = value & (1 << 8 * size) - 1 if order == "<" else value >> 32 - 8 * size
         yield tag, number, 12 + min(number * size, len(block)), value
 
@@ -377,7 +377,7 @@ def _tiff(data: bytes, found: _Found) -> None:
     folder = _big_tags(data, order) if 43 in data[2:4] else _tags(data, struct.unpack_from(f"{order}I", data, 4)[0], order)
     for tag, count, size, value in folder:
         before = tags.get(tag, (0, 0))
-        tags[tag] = max(before[0], count), max(before[1], value)  # readers differ on which of two counts
+        tags[tag] = max(before[0], count), max(before[1], value)  # readers disagree on which duplicate tag applies
         total += size
     if total > 4 * len(data) + MIB:
         raise TooComplexError("tags", "The tags of the TIFF refer to more than the file holds. Save it again as PNG or JPEG.")
@@ -414,7 +414,7 @@ def _ppm(data: bytes, found: _Found) -> None:
     """Binary maps of 8 bits are simple. Pillow reads plain ones, and those of another depth, in Python."""
     if data[1:2] in (b"1", b"2", b"3"):
         _check_slow(data, found, "PPM is plain text")
-        if data.count(b"#") > MAX_PLAIN_PPM_COMMENTS:  # its time grows with their square
+        if data.count(b"#") > MAX_PLAIN_PPM_COMMENTS:  # the decoding time grows with the square of their number
             raise TooComplexError(
                 "comments",
                 f"The plain PPM has more than {MAX_PLAIN_PPM_COMMENTS} comments. Save it again as binary PPM, PNG or JPEG.",

@@ -1,4 +1,4 @@
-"""Typed access to the components that hang on the Flask application."""
+"""Typed access to the components registered on the Flask application."""
 
 from __future__ import annotations
 

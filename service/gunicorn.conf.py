@@ -95,7 +95,7 @@ def _url(listener: Any) -> str:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """Write the predictions that are to be saved, and exit at once instead of taking the engine and threads apart."""
+    """Write the queued predictions, and exit immediately, without shutting down the engine and threads."""
     if app := getattr(worker, "wsgi", None):  # missing if the worker failed before it built the application
         services = services_of(app)
         services.model_manager.end_children()

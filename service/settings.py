@@ -73,7 +73,11 @@ class Settings:
         None, "threads per worker; at most `MAX_IN_FLIGHT` of them predict (default: `MAX_IN_FLIGHT` + 16)", low=2, high=1024
     )
     page_threads: int | None = _setting(
-        None, "threads per worker for all other requests (default: a quarter of `THREADS`)", low=1, high=1024
+        None,
+        "additional threads per worker for requests other than predictions, and half as many for the images of pages "
+        "(default: a quarter as many as `THREADS`)",
+        low=1,
+        high=1024,
     )
     page_queue: int = _setting(
         100,
@@ -103,7 +107,7 @@ class Settings:
     max_in_flight: int = _setting(
         64, "images in flight, at least `MAX_IMAGES`; further requests get 503 with Retry-After", low=1, high=10_000
     )
-    deadline_ms: int = _setting(10_000, "request deadline; later requests fail with 504", low=10, high=600_000)
+    deadline_ms: int = _setting(10_000, "time limit for a request; a slower one gets 504", low=10, high=600_000)
     body_timeout_s: float = _setting(15.0, "time for a request's body to arrive", low=0.1, high=600)
     head_timeout_s: float = _setting(15.0, "time for a request's head to arrive", low=0.1, high=600)
     first_byte_timeout_s: float = _setting(5.0, "time for the first byte of a request on a new connection", low=0.1, high=600)
@@ -235,7 +239,8 @@ class Settings:
 def process_settings() -> Settings:
     """Read the settings of this process once.
 
-    gunicorn's parent process does it, so that a worker that replaces another does not fail because a folder has gone since.
+    gunicorn's parent process calls this before it forks. A worker that is started later uses these settings, even if a folder
+    that was checked has been deleted since.
     """
     return Settings.from_environment()
 

@@ -1,4 +1,4 @@
-"""The packages and their shelves import each other in one direction only."""
+"""The packages and their subpackages import each other in one direction only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("models", "finetune", "service")
 FORBIDDEN = {"models": {"finetune", "service"}, "finetune": {"service"}, "service": {"finetune"}}
-# From the bottom up: a module imports its own shelf and those above it in this list; shelves of one line may import each other.
+# Lowest layer first: a module may import its own and earlier lines.
 LAYERS = {
     "models": ("errors preprocess image_structure", "artifacts", "networks zoo", "runtime", "__init__"),
     "finetune": (
@@ -80,9 +80,9 @@ def imports(file: Path, *, without_types: bool = False) -> Iterator[str]:
 
 
 def layer_of(package: str, dotted: str) -> int:
-    """The position of the shelf, or root module, that a dotted name belongs to."""
-    shelf = [*dotted.split("."), "__init__"][1]
-    layers = [index for index, names in enumerate(LAYERS[package]) if shelf in names.split()]
+    """The position of the subpackage, or root module, that a dotted name belongs to."""
+    subpackage = [*dotted.split("."), "__init__"][1]
+    layers = [index for index, names in enumerate(LAYERS[package]) if subpackage in names.split()]
     return layers[0] if layers else len(LAYERS[package])
 
 
@@ -97,7 +97,7 @@ def test_a_package_imports_only_those_below_it(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", LAYERS)
-def test_a_shelf_imports_only_those_below_it(package: str) -> None:
+def test_a_subpackage_imports_only_those_below_it(package: str) -> None:
     steps_up = sorted(
         f"{name} imports {dotted}"
         for name, file in modules(package).items()
@@ -108,9 +108,9 @@ def test_a_shelf_imports_only_those_below_it(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", LAYERS)
-def test_every_shelf_has_its_layer(package: str) -> None:
-    shelves = {name.split(".")[1] for name in modules(package)}
-    assert shelves == {shelf for names in LAYERS[package] for shelf in names.split()}
+def test_every_subpackage_has_its_layer(package: str) -> None:
+    subpackages = {name.split(".")[1] for name in modules(package)}
+    assert subpackages == {name for names in LAYERS[package] for name in names.split()}
 
 
 def test_a_server_imports_models_without_torch() -> None:

@@ -1,1 +1,1 @@
-"""Classify many images with a bundle, without a server. Never imports torch."""
+"""Predict without a server: a few images in memory, or any number into Parquet files. Never imports torch."""

@@ -1,4 +1,4 @@
-"""Classify images with a bundle. Never imports torch."""
+"""Classify image files or images in memory with a bundle, and list the files to classify. Never imports torch."""
 
 from __future__ import annotations
 

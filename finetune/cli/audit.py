@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 EXIT_CODES = (
-    "Exit code: 0 without findings, 1 with findings, 2 if the folder cannot be audited. Training prints the same findings. It "
+    "Exit code: 0 without problems, 1 if there are problems (notes do not count), 2 if the folder cannot be audited. Training "
+    "prints the same findings. It "
     "stops at the ones that make its results wrong or a class unusable (photos in both training and validation, classes that "
     "differ or are empty) and continues with all others."
 )
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``finetune audit``: print the findings. Returns 0 if there are no problems (notes are none), else 1."""
+    """Run ``finetune audit``: print the findings. Returns 1 if there are problems (notes do not count), else 0."""
     from finetune.data.audit import audit_folder  # slow to import
 
     report = audit_folder(args.data_dir, cache_dir=args.cache_dir, workers=args.workers, quiet=args.json)

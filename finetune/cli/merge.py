@@ -1,4 +1,4 @@
-"""``finetune merge``: merge a head-only bundle with its pretrained weights into a full bundle."""
+"""``finetune merge``: add the pretrained weights to a bundle without the full weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models.errors import BundleError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="head-only bundle")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle without the full weights")
     parser.add_argument(
         "out", type=Path, nargs="?", metavar="OUT", help="folder for the full bundle (default: where the service looks for it)"
     )

@@ -39,7 +39,7 @@ aten = torch.ops.aten
 
 
 class PeerLostError(RunError):
-    """Another process of this training has exited or is unreachable."""
+    """Another process of this training run has exited or is unreachable."""
 
 
 def rank() -> int:

@@ -1,4 +1,4 @@
-"""Build the similarity index of an evaluation: compact embeddings and groups of duplicates."""
+"""Capture embeddings, and build the similarity index of an evaluation: compact embeddings and groups of duplicates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: learning curves, confusion matrix, reliability diagram and image sheets."""
+"""Write all plots of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plot style and helpers, learning curves, the confusion matrix and the reliability diagram."""
+"""Draw single plots, and define their style."""
 
 from __future__ import annotations
 

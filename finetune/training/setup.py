@@ -1,4 +1,4 @@
-"""Prepare a training: load the network, inspect the data set, and build the feature cache and batches."""
+"""Prepare a training run: load the network, inspect the dataset, and build the feature cache and batches."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def prepare_dataset(
         reviews: Reviewed labels to apply.
 
     Raises:
-        DataError: The audit found a problem that would invalidate the training, such as leakage between splits.
+        DataError: The audit found a problem that would invalidate the training run, such as leakage between splits.
     """
     preprocessing = network.spec.preprocessing
     context = fingerprint_context(preprocessing.decode_px)

@@ -27,7 +27,7 @@ BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 @dataclass
 class Progress:
-    """The complete state of a training after ``epoch`` epochs, including the best epoch so far."""
+    """The complete state of a training run after ``epoch`` epochs, including the best epoch so far."""
 
     epoch: int = 0
     last: dict[str, Tensor] = field(default_factory=dict)
@@ -53,7 +53,7 @@ def fit(
 ) -> Progress:
     """Train ``module`` (features -> log-probabilities) and leave it in the state of its best epoch.
 
-    All random numbers depend only on the seed and the epoch, so a resumed training gives the same weights bit for bit.
+    All random numbers depend only on the seed and the epoch, so a resumed run gives the same weights bit for bit.
 
     Args:
         module: The layers to train. If it returns a tuple, the outputs after the first are those of auxiliary heads.

@@ -1,1 +1,3 @@
-"""File formats shared by training and serving: bundles, predictions, evaluations and reviews. Does not import torch."""
+"""File formats shared by training and serving: bundles, predictions, evaluations, reviews and similarity.
+
+Also their paths, statistics and label issues. Does not import torch."""

@@ -1,7 +1,7 @@
 """The bundle: a folder with a trained classifier, its metadata and its evaluation, described by ``manifest.json``.
 
 The manifest lists every other file with its SHA-256 and also contains its own. A modified file or manifest (for example other
-classes or another preprocessing) is therefore rejected with an error that names it. This module does not import torch.
+classes or different preprocessing) is therefore rejected with an error that names it. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Bundle:
 
     @property
     def version(self) -> str:
-        """The first 12 digits of the manifest's SHA-256, which changes whenever any file in the bundle changes."""
+        """The first 12 hex digits of the manifest's SHA-256, which changes whenever any file in the bundle changes."""
         return str(self.manifest["sha256"])[:12]
 
     @property

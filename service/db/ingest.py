@@ -1,4 +1,4 @@
-"""Import the predictions of an evaluation: once, and completely or not at all."""
+"""Import the predictions of an evaluation completely or not at all, and maintain the buckets that count them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where people see what a model gets right and wrong, and put it right: pages, pictures, decisions, downloads."""
+"""The review gallery: pages, images, review decisions and exports."""

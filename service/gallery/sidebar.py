@@ -1,4 +1,4 @@
-"""The filter of a request, and the filters next to the grid: facets, confusion matrix, histogram, forms."""
+"""Read a request's filter, build URLs for it, and build the sidebar: facets, confusion matrix, histogram and form options."""
 
 from __future__ import annotations
 

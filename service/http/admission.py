@@ -55,7 +55,7 @@ class AdmissionController:
 
     @property
     def accept_pause_s(self) -> float:
-        """How long new requests can wait at capacity without the server running empty; 0 below capacity."""
+        """How long new requests can wait at capacity without the server going idle; 0 below capacity."""
         if not self.is_at_capacity:
             return 0.0
         with self._lock:

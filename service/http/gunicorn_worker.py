@@ -1,10 +1,10 @@
 """A gunicorn worker in which no thread waits for a client.
 
-One event loop in the worker's main thread does all waiting: it accepts connections, receives heads and bodies, sends what the
-kernel did not take at once, and closes connections. A request occupies a thread from when its body is complete until its
-response is, or until the client reads more slowly than the application writes. Slow, silent and unread clients therefore cost
-one connection each, and connections are bounded: ``Timer`` lists how long each may take for what, and
-``EventLoopWorker._evict`` closes one when there are too many.
+One event loop in the worker's main thread does all waiting: it accepts connections, receives heads and bodies, sends
+what did not fit into the kernel's send buffer, and closes connections. A request occupies a thread from when its body
+is complete until its response is complete, or until the client reads more slowly than the application writes. Slow,
+silent and unread clients therefore cost one connection each, and connections are bounded: ``Timer`` lists how long each
+may take for what, and ``EventLoopWorker._evict`` closes one when there are too many.
 
 Requests run in lanes (``Lane``) with threads of their own, so that pages cannot starve predictions, nor either of them
 probes. The loop rejects a prediction above the server's capacity after its head and before its body.
@@ -303,7 +303,9 @@ class EventLoopWorker(Worker):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._connections: set[Connection] = set()
-        self._timers: dict[Timer, dict[Connection, float]] = {timer: {} for timer in Timer}  # each ordered by its ends
+        self._timers: dict[Timer, dict[Connection, float]] = {
+            timer: {} for timer in Timer
+        }  # connections and when they expire, the earliest first
         self._queued: deque[Connection] = deque()
         self._finished: deque[tuple[Connection, Outcome]] = deque()
         self._receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
@@ -622,7 +624,7 @@ class EventLoopWorker(Worker):
         return Timer.KEEPALIVE if self.alive else Timer.STOP
 
     def _read_head(self, connection: Connection) -> bool:
-        """Start the request whose head is complete, and return whether there was one. gunicorn's parser judges every head."""
+        """Start the request whose head is complete, and return whether there was one. gunicorn's parser validates it."""
         buffer, scanned = connection.buffer, connection.scanned
         end = buffer.find(b"\r\n\r\n", max(0, scanned - 3))
         if end < 0 and len(buffer) <= MAX_HEAD_BYTES and not BARE_LF.search(buffer, scanned):
@@ -672,7 +674,7 @@ class EventLoopWorker(Worker):
         if exchange.is_prediction and self._middleware.admission.is_at_capacity:
             self._reject_overloaded(connection, close=expects_continue)
         elif exchange.length is not None and exchange.length > self._settings.max_body_bytes:
-            exchange.response.force_close()  # the application words the rejection
+            exchange.response.force_close()  # the application writes the error response
             self._dispatch(connection)
         else:
             if expects_continue and not connection.buffer:
@@ -815,7 +817,7 @@ class EventLoopWorker(Worker):
             self._templates[key] = bytes(recorder)
         return self._templates[key]
 
-    # Received bytes of requests that do not run yet are bounded in total
+    # Limit the total size of received requests that are not running yet
 
     def _consume(self, connection: Connection, size: int) -> bytes:
         buffer = connection.buffer

@@ -1,7 +1,7 @@
 """Decode images and run them through the model in batches over all requests.
 
 One pool of threads, one larger than the number of CPUs, does both kinds of work: a free thread decodes an image or runs a
-batch of decoded ones. An idle server handles an image without a hand-over, and a busy one fills its batches.
+batch of decoded ones. An idle server handles an image without a handoff between threads, and a busy one fills its batches.
 
 Large and unusual images are decoded in a separate process (``service.inference.decoder_process``). One more thread waits for
 that process, so that a slow image does not delay others.
@@ -31,7 +31,7 @@ from service.inference.image_decoder import DeferredError, ImageDecoder, Preproc
 from service.telemetry.metrics import Metrics
 
 log = logging.getLogger("service")
-CANCEL_CHECK_S = 0.02  # checking a connection costs a system call, so young images are not checked
+CANCEL_CHECK_S = 0.02  # checking a connection costs a system call, so each image is checked at most this often
 
 
 class BatcherClosedError(Exception):

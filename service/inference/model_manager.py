@@ -90,7 +90,7 @@ class ModelManager:
         self.metrics = metrics
         self.recent_predictions = RecentPredictions(settings.shadow_samples)
         self.decoder = ImageDecoder.of(settings, metrics)
-        self.loaded = threading.Event()  # set after the first attempt to load, even if that failed
+        self.loaded = threading.Event()  # set after the first attempt to load, successful or not
         self.installed = threading.Event()  # set once there is a model
         self.closed = threading.Event()
         self._settings, self._bundles_to_load = settings, bundles_to_load
