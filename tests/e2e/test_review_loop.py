@@ -114,8 +114,8 @@ def test_corrected_labels_improve_the_retrained_model(browser: Browser, made: Si
         wait(server)
         b = server.get("/models").json()["models"][0]["version"]
         page.goto(f"{server.url}/compare?a={a}&b={b}")
-        for letter, version in (("a", a), ("b", b)):
-            expect(page.locator("main")).to_contain_text(re.compile(rf"Model {letter} is .*?version {version}"))
+        for role, version in (("Baseline", a), ("Candidate", b)):
+            expect(page.locator("main")).to_contain_text(re.compile(rf"{role}: \S+ {version}"))
         page.set_viewport_size({"width": 390, "height": 844})
         for choice in page.locator("select").all():
             assert choice.evaluate(ROOM_LEFT) > 0, "on a phone what is chosen is cut off"
