@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(find_spec("mkdocs") is None, reason="MkDocs is missing: pip install -e '.[docs]'")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("mkdocs") is None, reason="MkDocs is missing: pip install -e '.[docs]'"),
+]
 
 
 @pytest.fixture(scope="module")

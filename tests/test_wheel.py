@@ -17,6 +17,8 @@ from PIL import Image
 
 from tests.helpers.server import RESPONSE_TIMEOUT_S, ROOT, START_TIMEOUT_S, poll, serve
 
+pytestmark = pytest.mark.slow
+
 PACKAGES = ("models", "finetune", "service")
 TRAINING_ONLY = ("torch", "torchvision", "timm", "onnx", "scipy", "sklearn", "matplotlib", "pyarrow")
 PAGES = (

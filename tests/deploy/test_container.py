@@ -23,6 +23,8 @@ from tests.helpers.server import ROOT, poll, serve
 if sys.version_info >= (3, 11):
     import tomllib
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {row.name.upper() for row in dataclasses.fields(Settings)}
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text(encoding="utf-8"))

@@ -22,6 +22,8 @@ from playwright.sync_api import Browser, expect
 from tests.helpers.browser import PHONE, NewPage, open_pages
 from tests.helpers.server import Server, poll, serve
 
+pytestmark = pytest.mark.slow
+
 LEFT = {"source": "evaluation", "review": "unreviewed", "sort": "name"}
 Row = dict[str, Any]
 

@@ -15,6 +15,8 @@ from tests.helpers.browser import DESKTOP, TIMEOUT_MS
 from tests.helpers.server import Server, poll, serve
 from tests.helpers.tiny_network import color_folder, finetune, registered, save_weights
 
+pytestmark = pytest.mark.slow
+
 MISLABELLED = 3  # of each class, to be measured with
 ROOM_LEFT = """select => {
   const style = getComputedStyle(select), context = document.createElement("canvas").getContext("2d");

@@ -20,6 +20,8 @@ from playwright.sync_api import Browser, Page, Route, expect
 from tests.helpers.browser import PHONE, NewPage, open_pages
 from tests.helpers.server import Server, serve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:

@@ -16,6 +16,8 @@ from models.errors import ConfigError, DataError, ImageError
 from tests.helpers.tiny_network import color_folder, registered, save_weights
 from tests.helpers.tiny_network import finetune as command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -32,6 +32,8 @@ from models.runtime.openvino_engine import OpenVINOEngine
 from tests.conftest import PhotoFolder
 from tests.helpers.tiny_network import TINY, Tiny, color_folder, finetune
 
+pytestmark = pytest.mark.slow
+
 MEASURES = ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_uncalibrated", "calibration_error_uncalibrated")
 
 

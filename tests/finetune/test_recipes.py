@@ -17,6 +17,8 @@ from tests.helpers.dataset_server import mirror
 from tests.helpers.small_networks import WIDE, made_small
 from tests.helpers.tiny_network import finetune
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["mirror"]
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "recipes"

@@ -14,6 +14,8 @@ from models.runtime.openvino_engine import OpenVINOEngine
 from service.explain.cam import LinearHead
 from service.explain.explainer import OUTPUTS
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = Path(__file__).resolve().parents[2] / "models" / "shipped" / "dogs-vs-cats"
 
 

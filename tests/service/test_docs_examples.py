@@ -19,6 +19,8 @@ from service.settings import Settings
 from tests.helpers.browser import open_pages
 from tests.helpers.server import Server, serve
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SERVING = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 ADDRESS = "localhost:8000"

@@ -31,6 +31,8 @@ from service.settings import Settings
 from service.telemetry.json_logging import TerminalFormatter, logging_config
 from tests.helpers.server import LONG_TIMEOUTS, RESPONSE_TIMEOUT_S, ROOT, START_TIMEOUT_S, environment, poll, run_service
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def services(tiny_bundle: SimpleNamespace, tmp_path: Path) -> Iterator[Services]:

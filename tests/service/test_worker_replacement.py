@@ -18,6 +18,8 @@ from service.rollout.state import RolloutStore
 from service.settings import Settings, process_settings
 from tests.helpers.server import poll, serve
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Path(__file__).parents[2] / "service" / "gunicorn.conf.py"
 
 

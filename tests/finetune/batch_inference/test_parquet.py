@@ -22,6 +22,8 @@ from models.artifacts.bundle import open_bundle
 from tests.helpers.server import poll
 from tests.helpers.tiny_network import finetune
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -29,6 +29,8 @@ from models.networks.weights import read_tensors
 from models.runtime.openvino_engine import OpenVINOEngine
 from tests.helpers.tiny_network import COLORS, TINY, Tiny, color_folder, finetune, paint, save_weights
 
+pytestmark = pytest.mark.slow
+
 CLASSES = ("blue", "red, or so")
 
 

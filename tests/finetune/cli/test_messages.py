@@ -18,6 +18,8 @@ from finetune.training import run_directory
 from models.artifacts.bundle import open_bundle
 from tests.helpers.tiny_network import color_folder, finetune, registered
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = ROOT / "models" / "shipped" / "dogs-vs-cats"
 

@@ -19,6 +19,8 @@ from models.artifacts.bundle import open_bundle
 from models.errors import ConfigError, UnknownModelError
 from tests.helpers.tiny_network import color_folder, finetune, paint
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ("--epochs", 6, "--batch-size", 4)
 NAMES = "lenet_cifar,resnet18,cnn_mnist,efficientnet_lite0"
 

@@ -22,6 +22,8 @@ from torchvision.ops import StochasticDepth
 from finetune.compute import distributed
 from tests.helpers.tiny_network import color_folder, finetune
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 TIMEOUT_S = 900.0
 TOLERANCE = 1e-5  # of a weight; float32 sums depend on their order

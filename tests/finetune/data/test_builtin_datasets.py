@@ -26,6 +26,8 @@ from models.preprocess import Preprocessing
 from tests.helpers.dataset_server import CIFAR_NAMES, TEST, TRAIN, mirror, pictures
 from tests.helpers.tiny_network import finetune
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["mirror"]
 
 

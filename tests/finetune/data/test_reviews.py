@@ -30,6 +30,8 @@ from models.artifacts.reviews import COLUMNS, Review, read_reviews, write_review
 from models.errors import DataError
 from tests.helpers.tiny_network import COLORS, color_folder, finetune, paint, save_weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:

@@ -25,6 +25,8 @@ from models.preprocess import Preprocessing
 from tests.helpers.small_networks import made_small
 from tests.helpers.tiny_network import color_folder, finetune, paint
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = Path(__file__).resolve().parents[3] / "models" / "shipped" / "dogs-vs-cats"
 GRAY_28 = Preprocessing(input_px=28, resize_px=28, mean=(0.5,), std=(0.5,))
 

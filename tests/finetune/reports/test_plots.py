@@ -15,6 +15,8 @@ from finetune.reports.figures import slugs, write_plots
 from models import preprocess
 from models.artifacts.predictions import Predictions
 
+pytestmark = pytest.mark.slow
+
 HISTORY = [
     {
         "epoch": epoch, "train_loss": 0.5 / epoch, "train_accuracy": 0.9, "valid_loss": 0.4 / epoch,

@@ -29,6 +29,8 @@ from models.networks.classifier import build_classifier
 from models.networks.split_point import split_model
 from tests.helpers.tiny_network import TINY, color_folder, finetune
 
+pytestmark = pytest.mark.slow
+
 EPOCHS = 60
 ROOT = Path(__file__).resolve().parents[3]
 

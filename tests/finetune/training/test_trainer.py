@@ -27,6 +27,8 @@ from models.networks.split_point import SplitModel, split_model
 from models.networks.weights import read_tensors
 from tests.helpers.tiny_network import TINY
 
+pytestmark = pytest.mark.slow
+
 CPU = Compute(torch.device("cpu"), "fp32")
 CONFIG = Config(backbone="tiny", epochs=4, seed=5).with_recipe(TINY.recipe)
 COLUMNS = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "learning_rate", "seconds"]

@@ -17,6 +17,8 @@ from models.artifacts.similarity import SIMILARITY_FILES, SimilarityIndex
 from models.errors import BundleError
 from tests.helpers.tiny_network import finetune, registered
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def evaluation(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:

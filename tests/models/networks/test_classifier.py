@@ -17,6 +17,8 @@ from models.networks.registry import get_spec
 from models.networks.weights import load_weights
 from models.preprocess import Preprocessing
 
+pytestmark = pytest.mark.slow
+
 StateDict = dict[str, Tensor]
 RESNET = get_spec("resnet18")
 

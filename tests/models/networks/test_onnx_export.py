@@ -17,6 +17,8 @@ from models.networks.split_point import split_model
 from models.networks.weights import load_weights
 from models.runtime.openvino_engine import OpenVINOEngine
 
+pytestmark = pytest.mark.slow
+
 SPEC = get_spec("efficientnet_lite0")
 TEMPERATURE = 1.7
 BATCH = 4

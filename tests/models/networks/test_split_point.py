@@ -13,6 +13,8 @@ from models.networks.registry import create_model, get_spec
 from models.networks.split_point import split_model, trace, train_mode, with_outputs
 from models.networks.weights import load_weights
 
+pytestmark = pytest.mark.slow
+
 StateDict = dict[str, Tensor]
 BuildFrom = Callable[..., Classifier]
 SPLITS = {

@@ -26,6 +26,8 @@ from models.networks.registry import create_model, get_spec
 from models.networks.split_point import split_model
 from tests.helpers.tiny_network import color_folder, finetune, paint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

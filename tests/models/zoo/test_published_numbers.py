@@ -15,6 +15,8 @@ from models.zoo import inception_blocks
 from models.zoo.mobilenet import separable_cost_ratio
 from models.zoo.vgg import DEPTHS, vgg_layers
 
+pytestmark = pytest.mark.slow
+
 PARAMETERS = {
     "alexnet": 61_100_840,
     "alexnet_2012": 46_764_746,

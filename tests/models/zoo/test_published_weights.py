@@ -18,6 +18,8 @@ from models.networks.spec import WeightsSource
 from models.networks.weights import load_weights
 from tests.helpers.small_networks import random_state, some_pixels
 
+pytestmark = pytest.mark.slow
+
 PRETRAINED = [name for name in list_models() if get_spec(name).weights]
 TORCHVISION_URL = [name for name in PRETRAINED if "download.pytorch.org" in get_spec(name).weights.location]  # type: ignore[union-attr]
 

@@ -17,6 +17,8 @@ from tritonclient.utils import InferenceServerException
 from models.artifacts.bundle import open_bundle
 from tests.helpers.server import LONG_TIMEOUTS, RESPONSE_TIMEOUT_S, START_TIMEOUT_S, Reply, Server, serve
 
+pytestmark = pytest.mark.slow
+
 SIDE = 32
 
 

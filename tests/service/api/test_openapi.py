@@ -33,6 +33,8 @@ from service.settings import Settings
 from service.web import api_docs
 from tests.helpers.server import LONG_TIMEOUTS, RESPONSE_TIMEOUT_S, START_TIMEOUT_S, poll, serve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:

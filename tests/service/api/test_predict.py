@@ -31,6 +31,8 @@ from service.http.errors import PROBLEM_TYPES
 from service.settings import Settings
 from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, multipart
 
+pytestmark = pytest.mark.slow
+
 T = Image.Transpose
 PROBLEM = "application/problem+json"
 

@@ -32,6 +32,8 @@ from service.reviews.decisions import list_reviews, load_history
 from tests.helpers.databases import Postgres
 from tests.helpers.gallery_rows import check_cells
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 SECRET = "hunter2"
 

@@ -20,6 +20,8 @@ from service.db.query import PredictionQuery, get_model
 from service.reviews.decisions import ReviewDecision, save_decision
 from tests.helpers.gallery_rows import CLASSES, enter, make_predictions
 
+pytestmark = pytest.mark.slow
+
 NONE = ModelComparison(
     both_correct=0, both_incorrect=0, fixed=0, broke=0, excluded=0, label_conflicts=0, unlabeled=0, only_a=0, only_b=0
 )

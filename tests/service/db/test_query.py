@@ -38,6 +38,8 @@ from tests.helpers.gallery_rows import (
     with_reviews,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 PHOTOS = 240
 EVERYTHING = Filter(model=VERSION)

@@ -28,6 +28,8 @@ from service.http.errors import Problem
 from service.images.worker_pool import PoolFullError
 from tests.helpers.server import poll
 
+pytestmark = pytest.mark.slow
+
 SIDE = 32
 TIMEOUT_S = 300.0  # its thread has a low priority, and the machine may be busy
 TEMPERATURE = 0.7

@@ -24,6 +24,8 @@ from service.gallery.commands import retrain_command, serve_both_command
 from service.settings import Settings
 from tests.helpers.server import Server, poll, serve
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Gallery:

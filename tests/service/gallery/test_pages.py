@@ -30,6 +30,8 @@ from service.gallery.sidebar import page_numbers
 from tests.helpers.browser import DESKTOP, FAILED_REQUEST, PHONE, NewPage, open_pages
 from tests.helpers.server import Server, poll, serve
 
+pytestmark = pytest.mark.slow
+
 MORE = 100
 Row = dict[str, str]
 

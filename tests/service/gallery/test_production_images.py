@@ -16,6 +16,8 @@ import pytest
 from tests.helpers.server import Server, poll, serve
 from tests.helpers.tiny_network import paint
 
+pytestmark = pytest.mark.slow
+
 Row = dict[str, Any]
 DECISIONS = ("label:red", "label:blue", "neither", "bad")
 SENT = 6

@@ -25,6 +25,8 @@ from models.artifacts.atomic_io import sha256_of
 from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, poll, serve
 from tests.helpers.tiny_network import finetune, paint, registered, save_weights
 
+pytestmark = pytest.mark.slow
+
 BROWSER = {"Sec-Fetch-Site": "same-origin"}
 Row = dict[str, Any]
 

@@ -19,6 +19,8 @@ from service.context import services_of
 from service.settings import Settings
 from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, poll
 
+pytestmark = pytest.mark.slow
+
 GZIP = {"Accept-Encoding": "br;q=1, gzip;q=0.8"}
 BROWSER = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"}
 

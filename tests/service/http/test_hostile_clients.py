@@ -17,6 +17,8 @@ import pytest
 from tests.helpers.raw_connection import RED, RawConnection, held, in_flight, probabilities
 from tests.helpers.server import RESPONSE_TIMEOUT_S, Server, poll, serve
 
+pytestmark = pytest.mark.slow
+
 GET = b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n"
 RELAXED = {"first_byte_timeout_s": 300, "head_timeout_s": 300, "send_timeout_s": 300}  # attackers stay connected
 

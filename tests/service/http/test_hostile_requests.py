@@ -28,6 +28,8 @@ from service.settings import Settings
 from service.web.layout import static_versions
 from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, poll
 
+pytestmark = pytest.mark.slow
+
 KNOWN_METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE", "BREW")
 FORM_TYPE = "application/x-www-form-urlencoded"
 STATIC = Path(service.__file__).parent / "static"

@@ -16,6 +16,8 @@ import pytest
 from tests.helpers.raw_connection import HEAVY, RED, RawConnection, held, in_flight, probabilities, send_with_retry
 from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, multipart, poll, serve
 
+pytestmark = pytest.mark.slow
+
 ID = "0123456789abcdef-of-client"
 
 

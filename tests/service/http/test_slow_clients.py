@@ -34,6 +34,8 @@ from tests.helpers.raw_connection import (
 from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, multipart, poll, rss_mb, serve
 from tests.helpers.tiny_network import COLORS
 
+pytestmark = pytest.mark.slow
+
 LABELS = ("blue", "red", "green")
 
 

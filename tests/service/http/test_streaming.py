@@ -16,6 +16,8 @@ import pytest
 from tests.helpers.server import RESPONSE_TIMEOUT_S, ROOT, poll
 from tests.helpers.streaming_app import CHUNK_BYTES, CHUNKS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def port(tmp_path: Path) -> Iterator[int]:

@@ -22,6 +22,8 @@ from service.images.worker_pool import WorkerPool
 from service.inference.image_decoder import ImageDecoder
 from service.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 def photo(size: tuple[int, int] = (900, 600), color: str = "red", **options: object) -> bytes:
     file = io.BytesIO()

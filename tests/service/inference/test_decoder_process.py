@@ -34,6 +34,8 @@ from tests.helpers import bomb_images
 from tests.helpers.odd_images import odd_images, picture, png, saved
 from tests.helpers.server import poll, rss_mb, serve
 
+pytestmark = pytest.mark.slow
+
 PREPROCESSING = Preprocessing(input_px=32, resize_px=40)
 MAX_PIXELS = 50_000_000
 SLOW = bomb_images.hidden_scans(60_000, 256)  # takes minutes to decode

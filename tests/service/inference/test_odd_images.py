@@ -7,9 +7,13 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import pytest
+
 from service.http.errors import PROBLEM_TYPES
 from tests.helpers.odd_images import odd_images, picture, saved
 from tests.helpers.server import multipart, poll, rss_mb, serve
+
+pytestmark = pytest.mark.slow
 
 REJECTIONS = {"not_an_image", "damaged_image", "too_many_pixels", "image_too_complex"}
 SUPPORTED = {  # unusual, but must be predicted

@@ -38,6 +38,8 @@ from service.reviews.decisions import (
 )
 from tests.helpers.gallery_rows import CLASSES, VERSION, Plain, check_cells, enter, make_predictions, state_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 KILLED_AFTER = 25
 

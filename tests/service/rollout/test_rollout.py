@@ -22,6 +22,8 @@ from service.settings import Settings
 from tests.helpers.rollout_bundles import Bundles, make_bundles
 from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, parse_metrics, poll
 
+pytestmark = pytest.mark.slow
+
 KEY = {"X-API-Key": "sesame"}
 
 

@@ -21,6 +21,8 @@ import pytest
 from tests.helpers.rollout_bundles import Bundles, make_bundles
 from tests.helpers.server import RESPONSE_TIMEOUT_S, Server, poll, rss_mb, serve
 
+pytestmark = pytest.mark.slow
+
 KEY = {"X-API-Key": "sesame"}
 CLIENTS = 4
 ROLLOUTS = 8

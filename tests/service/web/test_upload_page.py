@@ -37,6 +37,8 @@ from service.web import upload_page
 from service.web.layout import NAVIGATION, percent
 from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, multipart, poll, serve
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<img src=x onerror=alert(1)>&'.jpg"
 
 
