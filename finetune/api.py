@@ -5,7 +5,9 @@ The functions are the ones behind the commands, so both give the same results.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +19,35 @@ from finetune import config as settings
 from finetune import pipeline
 from finetune.batch_inference.predict import classify, open_engine
 from finetune.data.image_files import ImageSearch, find_images
+from finetune.data.review_source import read_review_file
 from finetune.evaluation.cross_validation import cross_validate
 from finetune.evaluation.evaluate import Evaluation, evaluate_bundle
+from finetune.evaluation.options import require_compatible_options
 from finetune.export.merge_head import open_full_bundle
+from finetune.training import run_directory
 from models.artifacts.bundle import Bundle
-from models.errors import ImageError
+from models.errors import ImageError, RunError, UserError
 from models.runtime.openvino_engine import OpenVINOEngine
 
 __all__ = ["Classifier", "Evaluation", "Prediction", "evaluate", "load", "train"]
 
 ImageInput = str | Path | Image.Image
+_COMMAND_OR_FLAG = re.compile(r"`[^`]*`|finetune [a-z]+ .*|--(?P<flag>[a-z]+(?:-[a-z]+)*)")
+
+
+@contextlib.contextmanager
+def _arguments_for_flags() -> Iterator[None]:
+    """Name arguments instead of flags in error messages, except in commands."""
+
+    def rename(match: re.Match[str]) -> str:
+        flag = match["flag"]
+        return match[0] if flag is None else "resume=True" if flag == "resume" else flag.replace("-", "_")
+
+    try:
+        yield
+    except UserError as error:
+        error.args = (_COMMAND_OR_FLAG.sub(rename, str(error)), *error.args[1:])
+        raise
 
 
 @dataclass(frozen=True)
@@ -116,16 +137,18 @@ def load(bundle: str | Path) -> Classifier:
     return Classifier(open_full_bundle(Path(bundle)))
 
 
-def train(data_dir: str | Path, *, backbone: str = "vgg16", resume: bool = False, **config: Any) -> Classifier:
+@_arguments_for_flags()
+def train(data_dir: str | Path, *, backbone: str | None = None, resume: bool = False, **config: Any) -> Classifier:
     """Train a classifier on a folder of labeled images, as ``finetune train`` does.
 
     Prints its progress and writes a run directory.
 
     Args:
         data_dir: Folder with ``train/CLASS/`` and ``valid/CLASS/``, or with ``CLASS/`` only.
-        backbone: The pretrained network.
-        resume: Continue the interrupted run in ``output_dir``.
-        config: Any other setting of ``finetune.config.Config``, such as ``epochs`` or ``output_dir``.
+        backbone: The pretrained network. None: vgg16, or that of the run to resume.
+        resume: Continue the interrupted run in ``output_dir``, with its saved settings. A finished run is only opened.
+        config: Any other setting of ``finetune.config.Config``, such as ``epochs`` or ``output_dir``. To resume, only settings
+            that do not affect the weights can differ from the saved ones.
 
     Returns:
         The trained classifier.
@@ -133,34 +156,63 @@ def train(data_dir: str | Path, *, backbone: str = "vgg16", resume: bool = False
     Raises:
         UserError: For every error that the user can fix (settings, data, weights, storage).
     """
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
-    bundle = pipeline.train(settings.from_mapping({"data_dir": str(data_dir), "backbone": backbone, **values}), resume=resume)
-    return load(bundle.path)
+    if resume and config.get("output_dir") is None:
+        raise RunError("resume=True requires the run directory. Pass output_dir.")
+    explicit: dict[str, Any] = {"data_dir": data_dir, **config}
+    if backbone is not None:
+        explicit["backbone"] = backbone
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in explicit.items()}
+    full_config = run_directory.resumed_config(values) if resume else settings.from_mapping(values)
+    return load(pipeline.train(full_config, resume=resume).path)
 
 
+@_arguments_for_flags()
 def evaluate(
     classifier: Classifier | str | Path,
     data_dir: str | Path,
     *,
-    split: str = "valid",
+    split: str | None = None,
     folds: int | None = None,
+    weights: str | Path | None = None,
+    reviews: str | Path | None = None,
     output_dir: str | Path | None = None,
+    workers: int = 0,
+    cache_dir: str | Path | None = None,
 ) -> Evaluation:
     """Evaluate a classifier on labeled images, as ``finetune evaluate`` does.
 
     Args:
         classifier: The classifier, or the folder of its bundle.
         data_dir: The folder of labeled images.
-        split: The subfolder of ``data_dir`` to evaluate.
+        split: The subfolder of ``data_dir`` to evaluate. None: valid.
         folds: Cross-validate on training and validation images with this number of folds, instead of evaluating ``split``.
+        weights: With ``folds``: file of the pretrained weights, if they are not found automatically.
+        reviews: With ``folds``: file of reviewed labels from the gallery (reviews.csv), applied before training.
         output_dir: A new or empty folder for the results. None: evaluations/BUNDLE-DATA-SPLIT.
+        workers: Number of decoding threads. 0: one per CPU.
+        cache_dir: Folder of the cached fingerprints and features. None: ~/.cache/finetune.
+
+    Returns:
+        The metrics and predictions, which are also written to ``output_dir``.
 
     Raises:
+        ConfigError: The options cannot be combined.
         BundleError: The bundle cannot be opened, or cannot be cross-validated.
         DataError: The data set does not match the bundle, or none of its images can be read.
     """
+    require_compatible_options(split=split, folds=folds, weights=weights, reviews=reviews)
     bundle = classifier.path if isinstance(classifier, Classifier) else Path(classifier)
     out = Path(output_dir) if output_dir else None
-    if folds is not None:
-        return cross_validate(bundle, Path(data_dir), folds=folds, out=out)
-    return evaluate_bundle(bundle, Path(data_dir), split=split, out=out)
+    cache = Path(cache_dir) if cache_dir else None
+    if folds is None:
+        return evaluate_bundle(bundle, Path(data_dir), split=split or "valid", out=out, workers=workers, cache_dir=cache)
+    return cross_validate(
+        bundle,
+        Path(data_dir),
+        folds=folds,
+        out=out,
+        weights=Path(weights) if weights else None,
+        reviews=read_review_file(Path(reviews)) if reviews else None,
+        workers=workers,
+        cache_dir=cache,
+    )

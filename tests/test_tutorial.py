@@ -28,6 +28,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output["text"] for output in outputs if output["output_type"] == "stream" and output["name"] == "stdout")
+    assert "Drew 120 training and 40 validation images" in printed
     assert "epoch 10 of 10: train loss" in printed
     assert "40 photos correct" in printed
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1 + 4

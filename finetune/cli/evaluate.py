@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.evaluation.options import require_compatible_options
 from finetune.io.progress import step
 from models.artifacts.label_issues import can_judge_labels, confusion_matrix, rank_label_issues, suggested_labels
 from models.artifacts.predictions import Predictions
-from models.errors import ConfigError
 
 MAX_SHOWN = 10
 
@@ -38,10 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune evaluate``: write the results and print a summary."""
-    if args.folds is None and (args.weights or args.reviews):
-        raise ConfigError("--weights and --reviews require --folds. Set the number of folds, or remove them.")
-    if args.folds is not None and (args.folds < 2 or args.split):
-        raise ConfigError("--folds must be at least 2, and cannot be combined with --split: it covers training and validation.")
+    require_compatible_options(split=args.split, folds=args.folds, weights=args.weights, reviews=args.reviews)
     with step("Loading PyTorch"):
         from finetune.data.review_source import read_review_file
         from finetune.evaluation.cross_validation import cross_validate

@@ -22,15 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune train``. With ``--resume``, settings that are not given are those of the run."""
     if args.resume:
-        explicit_settings = settings.explicit_settings(args)
-        if "output_dir" not in explicit_settings:
+        explicit = settings.explicit_settings(args)
+        if explicit.get("output_dir") is None:
             raise RunError("--resume requires the run directory. Add --output-dir runs/NAME.")
         with step("Loading PyTorch"):
-            from finetune.compute import distributed
-            from finetune.training import run_directory
+            from finetune.training.run_directory import resumed_config
 
-        saved = distributed.run_on_main(lambda: run_directory.read_config(Path(explicit_settings["output_dir"])))
-        config = settings.from_mapping({**saved, **explicit_settings})
+        config = resumed_config(explicit)
     else:
         config = settings.from_arguments(args)
     with step("Loading PyTorch and other libraries"):  # takes seconds; report flag errors first

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from finetune.compute import distributed
 from finetune.config import Config, from_mapping, read_yaml
 from finetune.training.trainer import Progress
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
@@ -102,6 +103,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file():
         raise RunError(f"No run to resume in {folder}. Start it without --resume.")
     return read_yaml(folder / CONFIG)
+
+
+def resumed_config(explicit: Mapping[str, Any]) -> Config:
+    """Build the settings of a run to resume: the saved ones, overridden by those that are passed explicitly.
+
+    Args:
+        explicit: The explicit settings by name, including ``output_dir``. None means the saved value.
+
+    Raises:
+        RunError: There is no run in ``output_dir``.
+        ConfigError: A setting is unknown or has an invalid value.
+    """
+    passed = {name: value for name, value in explicit.items() if value is not None}
+    saved = distributed.run_on_main(lambda: read_config(Path(passed["output_dir"]).expanduser()))
+    return from_mapping({**saved, **passed})
 
 
 def require_same_settings(folder: Path, config: Config) -> None:

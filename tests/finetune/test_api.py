@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import finetune
-from models.errors import ConfigError, DataError, ImageError
+from finetune.config import Config
+from finetune.training import run_directory
+from models.artifacts.reviews import Review, write_reviews
+from models.errors import BundleError, ConfigError, DataError, ImageError, RunError
 from tests.helpers.tiny_network import color_folder, registered, save_weights
 from tests.helpers.tiny_network import finetune as command
 
@@ -25,13 +31,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory, data: Path) -> finetune.Classifier:
-    folder = tmp_path_factory.mktemp("api")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with registered():
-        weights = save_weights(folder / "tiny.pth")
-        return finetune.train(
-            data, backbone="tiny", weights=weights, epochs=2, output_dir=folder / "run", cache_dir=folder / "cache"
-        )
+        yield save_weights(tmp_path_factory.mktemp("weights") / "tiny.pth")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory, data: Path, weights: Path, cache: Path) -> finetune.Classifier:
+    run = tmp_path_factory.mktemp("api") / "run"
+    return finetune.train(data, backbone="tiny", weights=weights, epochs=2, output_dir=run, cache_dir=cache)
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
@@ -84,9 +97,110 @@ def test_evaluations_are_those_of_the_command(classifier: finetune.Classifier, d
     assert len(evaluation.predictions.image_names) == 6
 
 
+def test_an_interrupted_run_is_resumed_with_its_saved_settings(
+    data: Path, weights: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    save = run_directory.save_checkpoint
+
+    def save_then_interrupt(*args: Any, **options: Any) -> None:
+        save(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_directory, "save_checkpoint", save_then_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train(data, backbone="tiny", weights=weights, epochs=2, lr=0.01, seed=3, output_dir=run, cache_dir=cache)
+    monkeypatch.undo()
+    resumed = finetune.train(data, resume=True, output_dir=run)
+    whole = finetune.train(
+        data, backbone="tiny", weights=weights, epochs=2, lr=0.01, seed=3, output_dir=tmp_path / "whole", cache_dir=cache
+    )
+    assert resumed.metrics == whole.metrics
+    saved = run_directory.read_config(run)
+    assert (saved["backbone"], saved["lr"], saved["seed"], saved["epochs"]) == ("tiny", 0.01, 3, 2)
+
+
+def test_a_finished_run_is_opened(classifier: finetune.Classifier, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = classifier.path.parent
+    assert finetune.train(data, resume=True, output_dir=run).path == classifier.path
+    assert f"The run in {run} is already finished." in capsys.readouterr().out
+    assert finetune.train(data, backbone="tiny", epochs=None, resume=True, output_dir=str(run)).path == classifier.path
+    assert command("train", "--resume", "--output-dir", run)[0] == 0
+
+
+def test_resume_rejects_other_settings_and_names_arguments(classifier: finetune.Classifier, data: Path, tmp_path: Path) -> None:
+    run = classifier.path.parent
+
+    def error_of(**config: Any) -> str:
+        with pytest.raises(RunError) as error:
+            finetune.train(data, **config)
+        return str(error.value)
+
+    assert error_of(resume=True, output_dir=run, backbone="vgg16") == (
+        f"The run in {run} was started with backbone tiny, not vgg16. Remove backbone, or start another run."
+    )
+    assert error_of(resume=True, output_dir=run, batch_size=7) == (
+        f"The run in {run} was started with batch_size 5, not 7. Remove batch_size, or start another run."
+    )
+    assert error_of(resume=True) == "resume=True requires the run directory. Pass output_dir."
+    missing = tmp_path / "missing"
+    assert error_of(resume=True, output_dir=missing) == f"No run to resume in {missing}. Start it without resume=True."
+    assert error_of(output_dir=run) == (
+        f"{run} already contains a run. Choose another output_dir (make: RUN=), or continue with resume=True."
+    )
+
+
+def test_a_new_run_starts_from_vgg16(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    class StartedError(Exception):
+        pass
+
+    def train(config: Config, *, resume: bool) -> None:
+        assert (config.backbone, config.data_dir, resume) == ("vgg16", data, False)
+        raise StartedError
+
+    monkeypatch.setattr("finetune.pipeline.train", train)
+    with pytest.raises(StartedError):
+        finetune.train(data)
+
+
+def test_cross_validation_uses_the_weights_and_the_reviews(
+    classifier: finetune.Classifier, data: Path, weights: Path, cache: Path, tmp_path: Path
+) -> None:
+    photo = "train/red/red.000.jpg"
+    sha256 = hashlib.sha256((data / photo).read_bytes()).hexdigest()
+    review = Review(sha256, photo, "red", "label", "blue", "", "ana", "2026-01-01T00:00:00+00:00")
+    (tmp_path / "reviews.csv").write_bytes(write_reviews([review]))
+    evaluation = finetune.evaluate(
+        classifier,
+        data,
+        folds=3,
+        weights=str(weights),
+        reviews=tmp_path / "reviews.csv",
+        output_dir=tmp_path / "folds",
+        workers=1,
+        cache_dir=cache,
+    )
+    row = evaluation.predictions.sha256s.index(sha256)
+    assert evaluation.predictions.classes[evaluation.predictions.labels[row]] == "blue"
+    assert len(evaluation.predictions.image_names) == 18
+    other = save_weights(tmp_path / "other.pth", seed=1)
+    with pytest.raises(BundleError, match=r"was trained on other base weights\. Pass their file with weights\.$"):
+        finetune.evaluate(classifier, data, folds=3, weights=other, output_dir=tmp_path / "other", cache_dir=cache)
+
+
+def test_evaluations_reject_options_that_exclude_each_other(classifier: finetune.Classifier, data: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^weights and reviews require folds\."):
+        finetune.evaluate(classifier, data, reviews="reviews.csv")
+    for options in ({"folds": 1}, {"folds": 3, "split": "train"}):
+        with pytest.raises(ConfigError, match=r"^folds must be at least 2, and cannot be combined with split: "):
+            finetune.evaluate(classifier, data, **options)
+
+
 def test_errors_name_what_to_fix(classifier: finetune.Classifier, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"Unknown setting 'epoch'\. Did you mean 'epochs'"):
         finetune.train(data, epoch=3)
+    with pytest.raises(ConfigError, match=r"^batch_size must be at least 1 \(got 0\)\.$"):
+        finetune.train(data, batch_size=0)
     with pytest.raises(DataError, match=r"No such photo or folder: nowhere\.jpg"):
         classifier.predict("nowhere.jpg")
     (tmp_path / "broken.jpg").write_bytes(b"no image")
