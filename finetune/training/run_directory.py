@@ -106,7 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def resumed_config(explicit: Mapping[str, Any]) -> Config:
-    """Build the settings of a run to resume: the saved ones, overridden by those that are passed explicitly.
+    """Build the settings of a run to resume: the saved ones, overridden by the explicit ones.
 
     Args:
         explicit: The explicit settings by name, including ``output_dir``. None means the saved value.
