@@ -7,6 +7,7 @@ replaced meanwhile. Fingerprints are cached on disk by sha256.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from finetune.data.image_files import read_image_file
+from finetune.data.image_files import read_image_file, unreadable
 from finetune.data.image_folder import Sample
 from finetune.io.array_store import ArrayStore
 from finetune.io.threaded_map import threaded_map
@@ -46,6 +47,43 @@ class PixelConsumer(Protocol):
     def add(self, sha256: str, pixels: NDArray[np.uint8]) -> None: ...
     def finish(self) -> None: ...
     def flush(self) -> None: ...
+
+
+class BatchingConsumer(ABC):
+    """A PixelConsumer that processes images in batches."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._pending: dict[str, NDArray[np.uint8]] = {}
+
+    @abstractmethod
+    def has_result(self, sha256: str) -> bool:
+        """Return whether an image was processed before."""
+
+    @abstractmethod
+    def process(self, sha256s: Sequence[str], pixels: NDArray[np.uint8]) -> None:
+        """Process a batch of different images (N, H, W, C) and keep the results."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Save the results so far."""
+
+    def needs(self, sha256: str) -> bool:
+        """Return whether an image has not been processed or added yet."""
+        return not self.has_result(sha256) and sha256 not in self._pending
+
+    def add(self, sha256: str, pixels: NDArray[np.uint8]) -> None:
+        """Add an image, and process a batch once it is full."""
+        if self.needs(sha256):
+            self._pending[sha256] = pixels
+        if len(self._pending) >= self._batch_size:
+            self.finish()
+
+    def finish(self) -> None:
+        """Process the last batch."""
+        if self._pending:
+            self.process(list(self._pending), np.stack(list(self._pending.values())))
+            self._pending.clear()
 
 
 @dataclass(frozen=True)
@@ -155,7 +193,7 @@ def _with_fingerprint(record: ImageRecord, cached: Mapping[str, NDArray[np.uint8
 
 
 def _reason(error: Exception) -> str:
-    return f"cannot be read ({error.strerror or error})" if isinstance(error, OSError) else str(error)
+    return unreadable(error) if isinstance(error, OSError) else str(error)
 
 
 def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from finetune.batch_inference.predict import BATCH
 from finetune.data.embeddings import build_similarity_index
 from finetune.data.image_files import describe_skipped
 from finetune.data.image_folder import read_split
-from finetune.data.inspection import fingerprint_context, inspect_images
+from finetune.data.inspection import BatchingConsumer, fingerprint_context, inspect_images
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
@@ -52,28 +53,20 @@ def default_output_dir(bundle_dir: Path, data_dir: Path, name: str) -> Path:
     return Path("evaluations") / f"{bundle_name}-{data_dir.resolve().name}-{name}"
 
 
-class _Predictor:
+class _Predictor(BatchingConsumer):
     """Predicts images while they are inspected: probabilities (classes,) and embedding (d,) by sha256."""
 
     def __init__(self, bundle: Bundle) -> None:
+        super().__init__(BATCH)
         self._engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"])
-        self._pending: dict[str, NDArray[np.uint8]] = {}
         self.results: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
 
-    def needs(self, sha256: str) -> bool:
-        return sha256 not in self.results and sha256 not in self._pending
+    def has_result(self, sha256: str) -> bool:
+        return sha256 in self.results
 
-    def add(self, sha256: str, pixels: NDArray[np.uint8]) -> None:
-        if self.needs(sha256):
-            self._pending[sha256] = pixels
-        if len(self._pending) >= BATCH:
-            self.finish()
-
-    def finish(self) -> None:
-        if self._pending:
-            rows = zip(*self._engine.run(np.stack(list(self._pending.values()))), strict=True)
-            self.results.update(zip(self._pending, rows, strict=True))
-            self._pending.clear()
+    def process(self, sha256s: Sequence[str], pixels: NDArray[np.uint8]) -> None:
+        rows = zip(*self._engine.run(pixels), strict=True)
+        self.results.update(zip(sha256s, rows, strict=True))
 
     def flush(self) -> None:
         """Do nothing, as the results stay in memory."""

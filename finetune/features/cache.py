@@ -13,46 +13,35 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetune.compute import distributed
-from finetune.data.inspection import ImageRecord, read_pixels
+from finetune.data.inspection import BatchingConsumer, ImageRecord, read_pixels
 from finetune.features.extractor import GPU_BATCH, FeatureExtractor
 from finetune.io.array_store import ArrayStore
 from finetune.io.threaded_map import batched, threaded_map
 from models.preprocess import Preprocessing
 
 
-class FeatureCache:
+class FeatureCache(BatchingConsumer):
     """A disk cache of features by the sha256 of the image, for one set of frozen layers.
 
-    It computes features while the images are inspected (``needs``, ``add``, ``finish`` and ``flush``, see
-    ``finetune.data.inspection.PixelConsumer``), so that each file is read and decoded once.
+    It computes features while the images are inspected, so that each file is read and decoded once.
     """
 
     def __init__(self, frozen: FeatureExtractor, store: ArrayStore, *, workers: int = 0) -> None:
+        super().__init__(GPU_BATCH)
         self._frozen = frozen
         self._store = store
         self._workers = workers
-        self._pending: dict[str, NDArray[np.uint8]] = {}
         store.index()
 
-    def needs(self, sha256: str) -> bool:
-        """Return whether the features of an image are not cached."""
-        return sha256 not in self._store and sha256 not in self._pending
+    def has_result(self, sha256: str) -> bool:
+        """Return whether the features of an image are cached."""
+        return sha256 in self._store
 
-    def add(self, sha256: str, pixels: NDArray[np.uint8]) -> None:
-        """Compute and cache the features of an image, in batches."""
-        if self.needs(sha256):
-            self._pending[sha256] = pixels
-        if len(self._pending) >= GPU_BATCH:
-            self.finish()
-
-    def finish(self) -> None:
-        """Compute the last batch."""
-        if self._pending:
-            self._frozen.compile()
-            rows = self._frozen.run(np.stack(list(self._pending.values())))
-            for sha256, row in zip(self._pending, rows, strict=True):
-                self._store.add(sha256, row)
-            self._pending.clear()
+    def process(self, sha256s: Sequence[str], pixels: NDArray[np.uint8]) -> None:
+        """Compute and cache the features of a batch."""
+        self._frozen.compile()
+        for sha256, row in zip(sha256s, self._frozen.run(pixels), strict=True):
+            self._store.add(sha256, row)
 
     def flush(self) -> None:
         """Write the computed features to disk."""
