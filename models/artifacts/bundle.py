@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifacts.atomic_io import sha256_of
+from models.artifacts.decision import DecisionRule
 from models.errors import BundleError
 from models.preprocess import Preprocessing
 
@@ -64,6 +65,11 @@ class Bundle:
         """The seed of the fixed pixel permutation in the network's first layer, or None without one."""
         seed = self.manifest.get("permute_pixels")
         return None if seed is None else int(seed)
+
+    @property
+    def decision_rule(self) -> DecisionRule:
+        """When the model abstains. Raises BundleError if the manifest's rule is malformed or too new."""
+        return DecisionRule.from_manifest(self.manifest)
 
     @property
     def merged_from(self) -> str | None:
@@ -122,6 +128,7 @@ def open_bundle(path: Path, *, files: Iterable[str] | None = None) -> Bundle:
     for named in map(PurePosixPath, known):
         if named.is_absolute() or ".." in named.parts:
             raise BundleError(f"{path / MANIFEST} lists {str(named)!r}, which is outside the bundle. Do not use this bundle.")
+    DecisionRule.from_manifest(manifest)
     for name in known if files is None else files:
         check_file(path, name, known)
     return Bundle(path, manifest)
