@@ -108,5 +108,5 @@ down: container ## stop both; volumes are kept
 container:
 	@$(if $(CONTAINER),:,echo "make: Docker or Podman is required. Install one, or set CONTAINER=/path/to/it." >&2; exit 2)
 
-clean: ## delete everything that was built, except runs and data
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache demo site
+clean: ## delete everything that was built, except runs, data and the demo with its reviews
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache site
