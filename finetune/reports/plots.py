@@ -100,7 +100,7 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> 
         axes.grid(axis="y")
         axes.set_axisbelow(True)
     figure.axes[0].set_ylim(bottom=0)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=9)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return save_png(figure, path)
 
 
