@@ -8,6 +8,7 @@ BACKBONE ?= vgg16
 RUN      ?=
 EPOCHS   ?=
 WEIGHTS  ?=
+LABELS   ?=
 ARGS     ?=
 BUNDLE   ?=
 HOST     ?=
@@ -29,7 +30,7 @@ FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPO
 
 help: ## list all targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
-	@echo "Variables: DATA=$(DATA) BACKBONE=$(BACKBONE) RUN= EPOCHS= WEIGHTS= ARGS= BUNDLE= HOST= PORT= IMAGE=$(IMAGE) (all flags: finetune train --help)"
+	@echo "Variables: DATA=$(DATA) BACKBONE=$(BACKBONE) RUN= EPOCHS= WEIGHTS= LABELS= ARGS= BUNDLE= HOST= PORT= IMAGE=$(IMAGE) (all flags: finetune train --help)"
 
 setup: $(INSTALLED) ## create .venv with all dependencies (needs Python 3.10+)
 
@@ -41,8 +42,8 @@ $(INSTALLED): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c requirements.lock -e '.[serve,finetune,dev,docs]'
 	@touch $@
 
-finetune: $(INSTALLED) ## train on DATA: make finetune DATA=photos BACKBONE=efficientnet_lite0
-	$(BIN)/finetune train --data-dir $(DATA) --backbone $(BACKBONE) $(FLAGS)
+finetune: $(INSTALLED) ## train on DATA or LABELS: make finetune DATA=photos BACKBONE=efficientnet_lite0
+	$(BIN)/finetune train $(if $(LABELS),--labels $(LABELS) )$(if $(and $(LABELS),$(filter file,$(origin DATA))),,--data-dir $(DATA) )--backbone $(BACKBONE) $(FLAGS)
 
 serve: $(INSTALLED) ## serve BUNDLE on 127.0.0.1:8000, with a gallery of DATA: make serve BUNDLE=runs/NAME/bundle DATA=photos
 	@BUNDLE='$(BUNDLE)' DATA_DIR='$(SHOWN)' HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service

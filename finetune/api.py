@@ -19,6 +19,7 @@ from finetune import config as settings
 from finetune import pipeline
 from finetune.batch_inference.predict import classify, open_engine
 from finetune.data.image_files import ImageSearch, find_images
+from finetune.data.label_source import locate_data
 from finetune.data.review_source import read_review_file
 from finetune.evaluation.cross_validation import cross_validate
 from finetune.evaluation.evaluate import Evaluation, evaluate_bundle
@@ -26,7 +27,7 @@ from finetune.evaluation.options import require_compatible_options
 from finetune.export.merge_head import open_full_bundle
 from finetune.training import run_directory
 from models.artifacts.bundle import Bundle
-from models.errors import ImageError, RunError, UserError
+from models.errors import ConfigError, ImageError, RunError, UserError
 from models.runtime.openvino_engine import OpenVINOEngine
 
 __all__ = ["Classifier", "Evaluation", "Prediction", "evaluate", "load", "train"]
@@ -138,13 +139,23 @@ def load(bundle: str | Path) -> Classifier:
 
 
 @_arguments_for_flags()
-def train(data_dir: str | Path, *, backbone: str | None = None, resume: bool = False, **config: Any) -> Classifier:
-    """Train a classifier on a folder of labeled images, as ``finetune train`` does.
+def train(
+    data_dir: str | Path | None = None,
+    *,
+    labels: str | Path | None = None,
+    backbone: str | None = None,
+    resume: bool = False,
+    **config: Any,
+) -> Classifier:
+    """Train a classifier on a folder of labeled images or a table of labels, as ``finetune train`` does.
 
     Prints its progress and writes a run directory.
 
     Args:
-        data_dir: Folder with ``train/CLASS/`` and ``valid/CLASS/``, or with ``CLASS/`` only.
+        data_dir: Folder with ``train/CLASS/`` and ``valid/CLASS/``, or with ``CLASS/`` only. With ``labels``, the folder that
+            the paths in the table are relative to. None: the table's folder.
+        labels: Table of the labels: .csv, .tsv, .parquet or .jsonl with the columns image, label and optionally split, group
+            and others.
         backbone: The pretrained network. None: vgg16, or that of the run to resume.
         resume: Continue the interrupted run in ``output_dir``, with its saved settings. A finished run is only opened.
         config: Any other setting of ``finetune.config.Config``, such as ``epochs`` or ``output_dir``. To resume, only settings
@@ -158,9 +169,10 @@ def train(data_dir: str | Path, *, backbone: str | None = None, resume: bool = F
     """
     if resume and config.get("output_dir") is None:
         raise RunError("resume=True requires the run directory. Pass output_dir.")
-    explicit: dict[str, Any] = {"data_dir": data_dir, **config}
-    if backbone is not None:
-        explicit["backbone"] = backbone
+    named = {"data_dir": data_dir, "labels": labels, "backbone": backbone}
+    explicit = {**{name: value for name, value in named.items() if value is not None}, **config}
+    if data_dir is None and labels is None and not resume and "dataset" not in config:
+        raise ConfigError("No data. Pass data_dir or labels.")
     values = {name: str(value) if isinstance(value, Path) else value for name, value in explicit.items()}
     full_config = run_directory.resumed_config(values) if resume else settings.from_mapping(values)
     return load(pipeline.train(full_config, resume=resume).path)
@@ -169,8 +181,9 @@ def train(data_dir: str | Path, *, backbone: str | None = None, resume: bool = F
 @_arguments_for_flags()
 def evaluate(
     classifier: Classifier | str | Path,
-    data_dir: str | Path,
+    data_dir: str | Path | None = None,
     *,
+    labels: str | Path | None = None,
     split: str | None = None,
     folds: int | None = None,
     weights: str | Path | None = None,
@@ -183,8 +196,10 @@ def evaluate(
 
     Args:
         classifier: The classifier, or the folder of its bundle.
-        data_dir: The folder of labeled images.
-        split: The subfolder of ``data_dir`` to evaluate. None: valid.
+        data_dir: The folder of labeled images. None: the folder of ``labels``.
+        labels: Table of the labels, with paths relative to ``data_dir``.
+        split: The subfolder of ``data_dir``, or the split of the table, to evaluate. None: valid, or all images of a table
+            without splits.
         folds: Cross-validate on training and validation images with this number of folds, instead of evaluating ``split``.
         weights: With ``folds``: file of the pretrained weights, if they are not found automatically.
         reviews: With ``folds``: file of reviewed labels from the gallery (reviews.csv), applied before training.
@@ -204,11 +219,13 @@ def evaluate(
     bundle = classifier.path if isinstance(classifier, Classifier) else Path(classifier)
     out = Path(output_dir) if output_dir else None
     cache = Path(cache_dir) if cache_dir else None
+    folder, table = locate_data(Path(data_dir) if data_dir else None, str(labels) if labels else None)
     if folds is None:
-        return evaluate_bundle(bundle, Path(data_dir), split=split or "valid", out=out, workers=workers, cache_dir=cache)
+        return evaluate_bundle(bundle, folder, label_table=table, split=split, out=out, workers=workers, cache_dir=cache)
     return cross_validate(
         bundle,
-        Path(data_dir),
+        folder,
+        label_table=table,
         folds=folds,
         out=out,
         weights=Path(weights) if weights else None,

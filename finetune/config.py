@@ -33,8 +33,13 @@ class Config:
     dataset: str | None = _setting(
         None, "built-in data set, downloaded into --data-dir (default: data/DATASET) unless already there", choices=DATASETS
     )
+    labels: str | None = _setting(
+        None,
+        "table of labels (.csv, .tsv, .parquet or .jsonl) with the columns image and label, instead of class folders; "
+        "--data-dir, by default the table's folder, is the folder that its paths are relative to",
+    )
     extra_data: tuple[str, ...] = _setting(
-        (), "further folders with the same classes, whose photos are added to training; repeatable", metavar="DIR"
+        (), "further folders or tables with the same classes, whose photos are added to training; repeatable", metavar="DIR"
     )
     reviews: Path | None = _setting(None, "reviews.csv from a gallery; its decisions override the folders' labels")
     reviews_from: str | None = _setting(
@@ -88,6 +93,8 @@ class Config:
             _check(f.name, getattr(self, f.name), f.metadata)
         if self.export == "head" and self.weights == "none":
             raise ConfigError("--export head omits the pretrained weights, and --weights none has none. Remove one of the two.")
+        if self.labels and self.dataset:
+            raise ConfigError("--labels and --dataset cannot be combined. Use one of them.")
         if self.reviews and self.reviews_from:
             raise ConfigError("--reviews and --reviews-from cannot be combined. Use one of them.")
         if self.name is not None and (problem := name_problem(self.name)):
@@ -151,7 +158,14 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
         if name not in hints:
             raise ConfigError(f"Unknown setting {name!r}.{did_you_mean(name, hints)} See `finetune train --help`.")
         converted[name] = _convert(name, value, hints[name])
+    if converted.get("labels") and "data_dir" not in converted:
+        converted["data_dir"] = default_data_dir(converted["labels"])
     return Config(**converted)
+
+
+def default_data_dir(labels: str) -> Path:
+    """Return the folder that the paths in a table are relative to: its own."""
+    return Path(labels).expanduser().parent
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from finetune.data.builtin_datasets import make_dataset, with_data_dir
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels
+from finetune.data.label_source import locate_data
 from finetune.data.review_source import hide_password, load_reviews
 from finetune.export.exporter import PARITY_IMAGES, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
@@ -75,10 +76,11 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         distributed.local_main_first(lambda: make_dataset(str(config.dataset), config.data_dir))
     reviews = distributed.run_on_main(lambda: load_reviews(requested, saved=folder / run_directory.REVIEWS if resume else None))
     compute = select_compute(config.device, config.precision)
+    data_dir, labels = locate_data(config.data_dir, config.labels)
     dataset = read_dataset(
-        config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
+        data_dir, labels=labels, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
     )
-    print(f"Training {spec.title} on {config.data_dir} ({compute}). Run directory: {folder}")
+    print(f"Training {spec.title} on {labels or data_dir} ({compute}). Run directory: {folder}")
     for number, extra in enumerate(config.extra_data, start=1):
         print(f"Extra data: {extra} (as extra-{number}/)")
     network = distributed.local_main_first(lambda: prepare_network(spec, len(dataset.classes), config, compute))
@@ -249,6 +251,7 @@ def write_outputs(
             progress=progress,
             audit_report=prepared.audit_report,
             records=[*prepared.splits["train"], *valid_records],
+            labels=prepared.dataset.labels,
             reviews=prepared.reviews.as_dict() if prepared.reviews else None,
         ),
         trained_tensors={name: state[name] for name in network.trainable_names},

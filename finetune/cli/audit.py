@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from finetune.data.label_source import locate_data
+
 EXIT_CODES = (
     "Exit code: 0 without problems, 1 if there are problems (notes do not count), 2 if the folder cannot be audited. Training "
     "prints the same findings. It "
@@ -16,7 +18,8 @@ EXIT_CODES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXIT_CODES
-    parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder to audit")
+    parser.add_argument("data_dir", type=Path, nargs="?", metavar="DATA", help="folder to audit (default: that of --labels)")
+    parser.add_argument("--labels", metavar="FILE", help="table of labels, instead of class folders")
     parser.add_argument("--json", action="store_true", help="print all findings as JSON")
     parser.add_argument(
         "--cache-dir", type=Path, default=None, help="cache directory for image fingerprints (default: ~/.cache/finetune)"
@@ -28,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``finetune audit``: print the findings. Returns 1 if there are problems (notes do not count), else 0."""
     from finetune.data.audit import audit_folder  # slow to import
 
-    report = audit_folder(args.data_dir, cache_dir=args.cache_dir, workers=args.workers, quiet=args.json)
+    data_dir, labels = locate_data(args.data_dir, args.labels)
+    report = audit_folder(data_dir, labels=labels, cache_dir=args.cache_dir, workers=args.workers, quiet=args.json)
     print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if args.json else report.text())
     return 1 if report.problems else 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from finetune import config as settings
+from finetune.data.label_source import locate_data
 from finetune.io.progress import step
 
 # Settings that apply to all networks. Unset ones come from each network's recipe.
@@ -21,6 +22,7 @@ SHARED_SETTINGS = (
     "min_delta",
     "augment",
     "permute_pixels",
+    "labels",
     "valid_fraction",
     "allow_leakage",
     "allow_class_mismatch",
@@ -34,7 +36,13 @@ SHARED_SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data_dir", type=Path, metavar="DATA", help="folder with train/CLASS/ and valid/CLASS/")
+    parser.add_argument(
+        "data_dir",
+        type=Path,
+        nargs="?",
+        metavar="DATA",
+        help="folder with train/CLASS/ and valid/CLASS/ (default: that of --labels)",
+    )
     parser.add_argument(
         "--backbones",
         required=True,
@@ -53,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         from finetune.compare.runner import compare_networks, select_networks
 
     names = select_networks(args.backbones)
-    out = args.output_dir or Path("runs") / f"{args.data_dir.resolve().name}-compare"
     shared = {key: value for key, value in vars(args).items() if key in SHARED_SETTINGS}
-    compare_networks(args.data_dir, names, out, shared)
+    data_dir, _ = locate_data(args.data_dir, shared.get("labels"))
+    out = args.output_dir or Path("runs") / f"{data_dir.resolve().name}-compare"
+    compare_networks(data_dir, names, out, shared)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.data.label_source import locate_data
 from finetune.evaluation.options import require_compatible_options
 from finetune.io.progress import step
 from models.artifacts.label_issues import can_judge_labels, confusion_matrix, rank_label_issues, suggested_labels
@@ -15,8 +16,12 @@ MAX_SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to evaluate")
-    parser.add_argument("--data-dir", type=Path, required=True, metavar="DATA", help="folder of labeled photos")
-    parser.add_argument("--split", help="subfolder of DATA to evaluate (default: valid)")
+    parser.add_argument("--data-dir", type=Path, metavar="DATA", help="folder of labeled photos (default: that of --labels)")
+    parser.add_argument("--labels", metavar="FILE", help="table of labels, instead of class folders")
+    parser.add_argument(
+        "--split",
+        help="subfolder of DATA, or split of the table, to evaluate (default: valid; without splits: all)",
+    )
     parser.add_argument(
         "--folds",
         type=int,
@@ -39,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune evaluate``: write the results and print a summary."""
     require_compatible_options(split=args.split, folds=args.folds, weights=args.weights, reviews=args.reviews)
+    data_dir, labels = locate_data(args.data_dir, args.labels)
     with step("Loading PyTorch"):
         from finetune.data.review_source import read_review_file
         from finetune.evaluation.cross_validation import cross_validate
@@ -47,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if args.folds:
         evaluation = cross_validate(
             args.bundle,
-            args.data_dir,
+            data_dir,
+            label_table=labels,
             folds=args.folds,
             out=args.output_dir,
             weights=args.weights,
@@ -58,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         evaluation = evaluate_bundle(
             args.bundle,
-            args.data_dir,
-            split=args.split or "valid",
+            data_dir,
+            label_table=labels,
+            split=args.split,
             out=args.output_dir,
             workers=args.workers,
             cache_dir=args.cache_dir,

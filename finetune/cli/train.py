@@ -63,7 +63,7 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
     if config.dataset:
         _evaluate_test_split(bundle, config)
     print("\nNext:")
-    for command in next_commands(bundle, config.data_dir):
+    for command in next_commands(bundle, config.data_dir, config.labels):
         print(f"  {command}")
 
 
@@ -76,25 +76,31 @@ def training_time(bundle: Bundle) -> str:
     return f"{epochs} of {photos:,} photos in {sum(seconds):,.1f} s, including validation"
 
 
-def next_commands(bundle: Bundle, data_dir: Path) -> list[str]:
+def next_commands(bundle: Bundle, data_dir: Path, labels: str | None = None) -> list[str]:
     """Return the commands to evaluate and to serve the bundle.
 
-    The evaluation is on the test folder of the data if validation used another one, else by cross-validation if the bundle
+    The evaluation is on the test split of the data if validation used another one, else by cross-validation if the bundle
     has frozen features, else on the validation photos.
     """
     path, data = shlex.quote(str(bundle.path)), shlex.quote(str(data_dir))
     saved = bundle.manifest["provenance"]["config"]
-    other_splits = [name for name in ("valid", "val", "validation") if (data_dir / name).is_dir()]
-    if (data_dir / "test").is_dir() and other_splits:
+    table = f" --labels {shlex.quote(labels)}" if labels else ""
+    if _has_unused_test_split(bundle, data_dir, labels):
         how = " --split test"
     elif bundle.manifest["base"] is not None and not saved["unfreeze"] and not saved["augment"]:
         how = " --folds 5"
     else:
         how = ""
     return [
-        f"finetune evaluate --bundle {path} --data-dir {data}{how}",
+        f"finetune evaluate --bundle {path} --data-dir {data}{table}{how}",
         f"DATA_DIR={data} serve-classifier {path}",
     ]
+
+
+def _has_unused_test_split(bundle: Bundle, data_dir: Path, labels: str | None) -> bool:
+    if labels:
+        return bool((bundle.manifest["provenance"]["dataset"].get("labels") or {}).get("has_test_split"))
+    return (data_dir / "test").is_dir() and any((data_dir / name).is_dir() for name in ("valid", "val", "validation"))
 
 
 def _evaluate_test_split(bundle: Bundle, config: settings.Config) -> None:

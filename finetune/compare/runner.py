@@ -16,6 +16,7 @@ from finetune.compare.benchmark import BenchmarkResult, benchmark
 from finetune.compare.comparison_report import write_report
 from finetune.config import Config
 from finetune.data.image_folder import read_dataset
+from finetune.data.label_source import locate_data
 from finetune.pipeline import resolve_config, train
 from finetune.training import run_directory
 from models.artifacts.atomic_io import atomic_write_text, sha256_of
@@ -115,8 +116,12 @@ def compare_networks(data: Path, backbones: Sequence[str], out: Path, shared: di
 
 def hash_dataset(config: Config) -> str:
     """Hash the names, contents, labels and splits of the images, to detect runs on other data."""
-    dataset = read_dataset(config.data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
-    rows = [[sample.name, sample.split, sample.label, sha256_of(sample.path)] for sample in dataset.samples]
+    data_dir, labels = locate_data(config.data_dir, config.labels)
+    dataset = read_dataset(data_dir, labels=labels, valid_fraction=config.valid_fraction, seed=config.seed)
+    rows = [
+        [sample.name, sample.split, sample.label, sha256_of(sample.path) if sample.path.is_file() else ""]
+        for sample in dataset.samples
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

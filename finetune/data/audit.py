@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.data.duplicates import find_duplicates, move_duplicates_to_train
+from finetune.data.duplicates import find_duplicates, move_linked_to_train
 from finetune.data.extra_data import ExistingImage, describe_dropped
 from finetune.data.image_files import HARMLESS, Skipped, describe_skipped
 from finetune.data.image_folder import Dataset, Sample, read_dataset
@@ -34,12 +34,17 @@ class AuditReport:
         empty_classes: Class folders without readable images, as "split/class".
         small_classes: Maps each class that is too small to hold out a photo to its number of different photos.
         class_mismatch: Classes that only one of the splits has, as {"training" or "validation": classes}.
-        leakage: Groups of duplicates across training and validation.
+        leakage: Sets of duplicates across training and validation.
         conflicts: Groups of duplicates with different labels.
         duplicates: Groups of duplicates within one class and split.
         imbalance: Size of the largest training class divided by that of the smallest.
         split_from_train: Whether validation was held out from training.
         dropped_extra: Maps each skipped image of ``--extra-data`` to its duplicate in the data folder.
+        test_split: Name of the test split, which training does not use.
+        split_groups: Maps each group of the table that is in several splits to its number of images in each.
+        table: Path of the table of labels, if there is one.
+        has_groups: Whether the table divides the images into groups.
+        repeated_rows: Number of rows of the table that repeat another one.
     """
 
     root: str
@@ -57,10 +62,18 @@ class AuditReport:
     imbalance: float
     split_from_train: bool
     dropped_extra: dict[str, ExistingImage] = field(default_factory=dict)
-    test_folder: str | None = None
+    test_split: str | None = None
+    split_groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    table: str | None = None
+    has_groups: bool = False
+    repeated_rows: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def _command(self) -> str:
+        return f"finetune audit {self.root}" + (f" --labels {self.table}" if self.table else "")
 
     @property
     def problems(self) -> list[str]:
@@ -69,7 +82,9 @@ class AuditReport:
         if self.class_mismatch:
             only = "; ".join(f"only in {split}: {', '.join(names)}" for split, names in self.class_mismatch.items())
             found.append(f"classes differ between the splits ({only})")
-        found += [_describe_small_class(name, photos) for name, photos in self.small_classes.items()]
+        found += [self._describe_small_class(name, photos) for name, photos in self.small_classes.items()]
+        if self.split_groups:
+            found.append(f"{_count(self.split_groups, 'group')} of the table in several splits (leakage)")
         if self.leakage:
             found.append(f"{_count(self.leakage, 'group')} of duplicates across training and validation (leakage)")
         if self.conflicts:
@@ -112,24 +127,30 @@ class AuditReport:
         for split, row in self.counts.items():
             if not any(row.values()):
                 name = "training" if split == "train" else "validation"
-                raise DataError(f"{self.root}: no readable photos for {name}. Run `finetune audit {self.root}` for details.")
+                raise DataError(f"{self.root}: no readable photos for {name}. Run `{self._command}` for details.")
         if self.class_mismatch and not allow_class_mismatch:
             raise DataError(
-                f"{self.root}: {self.problems[0]}. Use the same class folders in every split, or pass --allow-class-mismatch."
+                f"{self.root}: {self.problems[0]}. Use the same classes in every split, or pass --allow-class-mismatch."
             )
         if self.small_classes and not allow_class_mismatch:
-            description = _describe_small_class(*next(iter(self.small_classes.items())))
-            raise DataError(f"{self.root}: {description}. Add photos, or delete the folder.")
+            description = self._describe_small_class(*next(iter(self.small_classes.items())))
+            raise DataError(f"{self.root}: {description}. Add photos, or remove the class.")
         if self.empty_classes and not allow_class_mismatch:
             raise DataError(
-                f"{self.root}: {self.empty_classes[0]} has no readable photos. Add photos, delete the folder, or pass "
+                f"{self.root}: {self.empty_classes[0]} has no readable photos. Add photos, remove the class, or pass "
                 f"--allow-class-mismatch."
+            )
+        if self.split_groups and not allow_leakage:
+            raise DataError(
+                f"{self.root}: {_count(self.split_groups, 'group')} of the table in several splits "
+                f"({_describe_splits(*next(iter(self.split_groups.items())))}), which inflates the results. Run "
+                f"`{self._command}` to list them and give all rows of a group the same split, or pass --allow-leakage."
             )
         if self.leakage and not allow_leakage:
             example = " = ".join(self.leakage[0][:3])
             raise DataError(
                 f"{self.root}: {_count(self.leakage, 'photo')} in both training and validation ({example}), which "
-                f"inflates the results. Run `finetune audit {self.root}` to list them and delete the duplicates, or "
+                f"inflates the results. Run `{self._command}` to list them and delete the duplicates, or "
                 f"pass --allow-leakage."
             )
 
@@ -140,11 +161,13 @@ class AuditReport:
         lines += [f"- {problem}" for problem in self.problems] or ["No problems found."]
         if self.duplicates:
             lines.append(f"Note: {_count(self.duplicates, 'group')} of duplicates within the same class and split.")
-        if self.test_folder:
+        if self.test_split:
             lines.append(
-                f"Note: {self.test_folder} is not used for training. Evaluate it with `finetune evaluate "
-                f"--split {self.test_folder}`."
+                f"Note: {self.test_split} is not used for training. Evaluate it with `finetune evaluate "
+                f"--split {self.test_split}`."
             )
+        if self.repeated_rows:
+            lines.append(f"Note: {_count(range(self.repeated_rows), 'row')} of the table repeated another one.")
         lines += [f"Note: {line}" for line in self._describe_skipped(harmless=True)]
         lines += _section("Damaged", [f"{name}: {reason}" for name, reason in self.damaged.items()])
         lines += _section(
@@ -152,6 +175,7 @@ class AuditReport:
         )
         lines += _section("Skipped", [f"{name}: {reason}" for name, reason in self.skipped.items()])
         lines += _section("Empty classes", self.empty_classes)
+        lines += _section("Groups in several splits", [_describe_splits(*row) for row in self.split_groups.items()])
         lines += _section("Duplicates across training and validation", [" = ".join(group) for group in self.leakage])
         lines += _section("Duplicates with different labels", [" = ".join(group) for group in self.conflicts])
         lines += _section("Duplicates within a class and split", [" = ".join(group) for group in self.duplicates])
@@ -162,6 +186,14 @@ class AuditReport:
     def _describe_skipped(self, *, harmless: bool) -> list[str]:
         entries = [Skipped(Path(name), why) for name, why in self.skipped.items() if (why in HARMLESS) == harmless]
         return describe_skipped(entries)
+
+    def _describe_small_class(self, name: str, photos: int) -> str:
+        linked = "near duplicates or of one group" if self.has_groups else "near duplicates"
+        different = "" if photos == 1 else f", all {linked}"
+        return (
+            f"the class {name} has {photos:,} readable photo{'' if photos == 1 else 's'}{different}, but at least two "
+            f"different ones are needed to hold one out for validation"
+        )
 
     def _count_lines(self) -> list[str]:
         """Format the counts as one line per split, or as a table if that line would be long."""
@@ -231,23 +263,30 @@ def audit(
         imbalance=max(sizes) / min(sizes) if sizes else 1.0,
         split_from_train=dataset.split_from_train,
         dropped_extra=dict(dropped_extra or {}),
-        test_folder=_name(dataset.test_folder, dataset) if dataset.test_folder else None,
+        test_split=dataset.test_split,
+        split_groups=dataset.split_groups,
+        table=str(dataset.labels.path) if dataset.labels else None,
+        has_groups=any(sample.group for sample in dataset.samples),
+        repeated_rows=dataset.labels.repeated if dataset.labels else 0,
     )
 
 
-def audit_folder(data_dir: Path, *, cache_dir: Path | None = None, workers: int = 0, quiet: bool = False) -> AuditReport:
+def audit_folder(
+    data_dir: Path, *, labels: Path | None = None, cache_dir: Path | None = None, workers: int = 0, quiet: bool = False
+) -> AuditReport:
     """Read, inspect and audit a data folder.
 
     Args:
         data_dir: The folder.
+        labels: Table of the labels.
         cache_dir: Folder of the fingerprint cache. None: the default.
         workers: Number of decoding threads. 0: one per CPU.
         quiet: Hide the progress bar.
     """
-    dataset = read_dataset(data_dir)
+    dataset = read_dataset(data_dir, labels=labels)
     store = ArrayStore(cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
     records = inspect_images(dataset.samples, store=store, workers=workers, quiet=quiet)
-    return audit(*move_duplicates_to_train(dataset, records))
+    return audit(*move_linked_to_train(dataset, records))
 
 
 def _count_small_classes(readable: Sequence[Sample], dataset: Dataset) -> dict[str, int]:
@@ -258,12 +297,8 @@ def _count_small_classes(readable: Sequence[Sample], dataset: Dataset) -> dict[s
     return {name: len(own) for name, own in splits.items() if own and len(set(own)) < 2}
 
 
-def _describe_small_class(name: str, photos: int) -> str:
-    different = "" if photos == 1 else ", all near duplicates"
-    return (
-        f"the class {name} has {photos:,} readable photo{'' if photos == 1 else 's'}{different}, but at least two different "
-        f"ones are needed to hold one out for validation"
-    )
+def _describe_splits(group: str, counts: Mapping[str, int]) -> str:
+    return f"{group}: " + ", ".join(f"{count:,} in {split}" for split, count in counts.items())
 
 
 def _describe_unlabeled(dataset: Dataset, split: str) -> str:

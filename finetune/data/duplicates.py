@@ -1,13 +1,15 @@
-"""Find exact and near duplicates among images."""
+"""Find exact and near duplicates among images, and the images that must stay in one split."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from finetune.data.image_folder import Dataset, move_to_train
 from finetune.data.inspection import ImageRecord
@@ -30,38 +32,59 @@ def find_duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, .
         Groups of two or more images, sorted by name.
     """
     readable = [record for record in records if record.error is None]
-    parent = list(range(len(readable)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
     first: dict[str, int] = {}
-    for i, record in enumerate(readable):
-        parent[root(i)] = root(first.setdefault(record.sha256, i))
+    pairs = [(i, first.setdefault(record.sha256, i)) for i, record in enumerate(readable)]
     distinct = sorted(first.values())
     prints = np.array([readable[i].fingerprint for i in distinct], dtype=np.uint8).reshape(len(distinct), -1)
-    for a, b in _near_duplicates(prints):
-        parent[root(distinct[a])] = root(distinct[b])
-    groups = defaultdict(list)
-    for i, record in enumerate(readable):
-        groups[root(i)].append(record)
-    duplicates = [tuple(sorted(group, key=lambda s: s.sample.name)) for group in groups.values() if len(group) > 1]
+    pairs += [(distinct[a], distinct[b]) for a, b in _near_duplicates(prints)]
+    groups = _collect(readable, connect(pairs, len(readable)))
+    duplicates = [tuple(sorted(group, key=lambda s: s.sample.name)) for group in groups]
     return sorted(duplicates, key=lambda group: group[0].sample.name)
 
 
-def move_duplicates_to_train(dataset: Dataset, records: Sequence[ImageRecord]) -> tuple[Dataset, list[ImageRecord]]:
-    """Move held-out images that are near duplicates of training images to training.
+def find_linked(records: Sequence[ImageRecord]) -> NDArray[np.int64]:
+    """Number the sets of images that belong into one split or fold: near duplicates, and the images of one ``group``.
 
-    Does nothing if the data folder has a validation folder of its own.
+    The relation is transitive: a near duplicate of an image of a group belongs to the group.
+
+    Returns:
+        The number of each record's set, (N,).
+    """
+    row_of = {id(record): row for row, record in enumerate(records)}
+    pairs = [(row_of[id(record)], row_of[id(group[0])]) for group in find_duplicates(records) for record in group]
+    first: dict[str, int] = {}
+    pairs += [(i, first.setdefault(s.sample.group, i)) for i, s in enumerate(records) if s.sample.group]
+    return connect(pairs, len(records))
+
+
+def move_linked_to_train(dataset: Dataset, records: Sequence[ImageRecord]) -> tuple[Dataset, list[ImageRecord]]:
+    """Move held-out images to training if they are linked with training images (see ``find_linked``).
+
+    Does nothing if the data folder has a validation split of its own.
     """
     if not dataset.split_from_train:
         return dataset, list(records)
-    across = [group for group in find_duplicates(records) if len({s.sample.split for s in group}) > 1]
+    across = [group for group in _collect(records, find_linked(records)) if len({s.sample.split for s in group}) > 1]
     dataset = move_to_train(dataset, (s.sample.name for group in across for s in group))
     return dataset, [replace(s, sample=sample) for s, sample in zip(records, dataset.samples, strict=True)]
+
+
+def connect(pairs: Iterable[tuple[int, int]], count: int) -> NDArray[np.int64]:
+    """Number the connected components of a graph with ``count`` nodes: (count,)."""
+    if not count:
+        return np.zeros(0, dtype=np.int64)
+    edges = np.array(list(pairs), dtype=np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(count, count))
+    _, numbers = connected_components(graph, directed=False)
+    return np.asarray(numbers, dtype=np.int64)
+
+
+def _collect(records: Sequence[ImageRecord], numbers: NDArray[np.int64]) -> list[list[ImageRecord]]:
+    """Return the sets of two or more records with the same number."""
+    groups = defaultdict(list)
+    for record, number in zip(records, numbers.tolist(), strict=True):
+        groups[number].append(record)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _near_duplicates(prints: NDArray[np.uint8]) -> Iterator[tuple[int, int]]:

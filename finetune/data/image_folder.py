@@ -1,15 +1,15 @@
-"""Read labeled images from ``SPLIT/CLASS/`` folders."""
+"""Read labeled images from ``SPLIT/CLASS/`` folders, or from a folder of images and a table of their labels."""
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune.data.image_files import ALREADY_INCLUDED, EXTENSIONS, RESULTS, ImageSearch, Skipped, describe_skipped
+from finetune.data.label_table import SPLIT, LabelRow, LabelTable, is_table, read_label_table
 from finetune.data.layout import (
     LOOSE,
     TEST,
@@ -25,6 +25,8 @@ from finetune.data.layout import (
 )
 from models.errors import DataError
 
+ALL = "all"  # the split of an evaluation of a table without splits
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -36,6 +38,8 @@ class Sample:
         label: Index into the dataset's classes.
         split: "train", "valid" or the name of another split.
         is_extra: Whether the image comes from ``--extra-data``.
+        group: Images of one group stay in one split and one fold; empty for an image of its own.
+        facets: The image's values of the other columns of a table.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Sample:
     label: int
     split: str
     is_extra: bool = False
+    group: str = ""
+    facets: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,9 @@ class Dataset:
         split_from_train: Whether there was no validation folder, so that validation was held out from training.
         unlabeled: Number of photos of each split that has a folder without class folders.
         skipped: Files and folders that were not read.
-        test_folder: The test split, if it is not used for validation.
+        test_split: Name of the test split, if it is not used for validation.
+        labels: The table of the labels, if there is one.
+        split_groups: Maps each group that is in several splits to its number of images in each.
     """
 
     root: Path
@@ -69,7 +77,9 @@ class Dataset:
     split_from_train: bool = False
     unlabeled: dict[str, int] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
-    test_folder: Path | None = None
+    test_split: str | None = None
+    labels: LabelTable | None = None
+    split_groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def in_split(self, split: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.split == split]
@@ -78,25 +88,41 @@ class Dataset:
         return replace(self, samples=tuple(samples))
 
 
-def read_dataset(root: Path, *, valid_fraction: float = 0.2, seed: int = 0, extra: Iterable[Path] = ()) -> Dataset:
-    """List the labeled images of a data folder, sorted by name.
+def read_dataset(
+    root: Path, *, labels: Path | None = None, valid_fraction: float = 0.2, seed: int = 0, extra: Iterable[Path] = ()
+) -> Dataset:
+    """List the labeled images of a data folder, sorted by class and name.
 
     Args:
         root: Folder with ``train/CLASS/`` and ``valid/CLASS/`` (or test, or another usual name), or with ``CLASS/`` only.
-        valid_fraction: Fraction of each class to hold out if there is no validation folder.
+        labels: Table of the labels. If set, ``root`` is the folder that its paths are relative to, in any layout.
+        valid_fraction: Fraction of each class to hold out if there is no validation split. Groups stay together.
         seed: Seed of the hold-out.
-        extra: Further folders whose training images are added as "extra-1/..." and so on. None of them is held out.
+        extra: Further folders or tables whose training images are added as "extra-1/..." and so on. None of them is held out.
 
     Raises:
-        DataError: A folder is missing, there are fewer than two classes, or there are no images.
+        DataError: A folder is missing, there are fewer than two classes, there are no images, or the table is invalid.
     """
+    search = ImageSearch()
+    dataset = _read_table(root, labels) if labels else _read_folders(root, search)
+    extra_samples = [
+        sample
+        for number, source in enumerate(extra, start=1)
+        for sample in read_extra(source, dataset.classes, prefix=f"extra-{number}", search=search)
+    ]
+    if "valid" not in dataset.split_folders:
+        dataset = _hold_out(dataset, valid_fraction, seed, not_groups={s.group for s in extra_samples if s.group})
+    samples = (*dataset.samples, *extra_samples)
+    return replace(dataset, samples=samples, skipped=tuple(search.skipped), split_groups=_find_split_groups(samples, dataset))
+
+
+def _read_folders(root: Path, search: ImageSearch) -> Dataset:
     layout = find_layout(root)
     if layout.splits and TRAIN not in layout.splits:
         other = next(iter(layout.splits.values())).name
         raise DataError(
             f"{layout.base} has a folder {other} but no folder train. Rename the folder of the training photos to train."
         )
-    search = ImageSearch()
     note_unused(layout, root, search)
     split_folders = {"train": layout.train} | ({"valid": layout.valid} if layout.valid else {})
     images = _find_labeled(split_folders, search)
@@ -109,58 +135,88 @@ def read_dataset(root: Path, *, valid_fraction: float = 0.2, seed: int = 0, extr
             f"No photos in the class folders of {split_folders['train']}. Supported extensions: {', '.join(EXTENSIONS)}."
             + _explain(search.skipped, root)
         )
-    dataset = Dataset(
+    return Dataset(
         root,
         classes,
         tuple(samples),
         split_folders,
         {split: tuple(sorted(found.by_class)) for split, found in images.items()},
         unlabeled={split: len(found.loose) for split, found in images.items() if not found.by_class},
-        test_folder=layout.splits.get(TEST) if VALID in layout.splits else None,
+        test_split=layout.splits[TEST].relative_to(root).as_posix() if {TEST, VALID} <= layout.splits.keys() else None,
     )
-    dataset = dataset if layout.valid else _hold_out(dataset, valid_fraction, seed)
-    extra_samples = [
-        read_extra_folder(folder, classes, prefix=f"extra-{number}", search=search)
-        for number, folder in enumerate(extra, start=1)
-    ]
-    samples = list(itertools.chain(dataset.samples, *extra_samples))
-    return replace(dataset, samples=tuple(samples), skipped=tuple(search.skipped))
 
 
-def read_extra_folder(folder: Path, classes: Sequence[str], *, prefix: str, search: ImageSearch) -> list[Sample]:
-    """List the training images of a folder of ``--extra-data``.
+def _read_table(root: Path, path: Path) -> Dataset:
+    table = read_label_table(path, root)
+    used = {TRAIN: "train", None: "train"} | {VALID if VALID in table.splits else TEST: "valid"}
+    classes_of = {
+        split: tuple(sorted({row.label for row in table.rows if used.get(row.split) == split})) for split in ("train", "valid")
+    }
+    classes = classes_of["train"]
+    if not classes:
+        raise DataError(f"{path} has no rows of the split train. Add some, or remove the column {SPLIT!r}.")
+    if len(classes) < 2:
+        raise DataError(f"{path} has only one class for training ({classes[0]}). At least two are needed.")
+    splits = [split for split, names in classes_of.items() if names]
+    return Dataset(
+        root,
+        classes,
+        tuple(
+            sample
+            for split in splits
+            for sample in _table_samples(root, [row for row in table.rows if used.get(row.split) == split], split, classes)
+        ),
+        dict.fromkeys(splits, root),
+        {split: classes_of[split] for split in splits},
+        test_split=TEST if {TEST, VALID} <= table.splits else None,
+        labels=table,
+    )
+
+
+def read_extra(source: Path, classes: Sequence[str], *, prefix: str, search: ImageSearch) -> list[Sample]:
+    """List the training images of one source of ``--extra-data``.
 
     Args:
-        folder: Folder with ``train/CLASS/``, or with ``CLASS/`` only.
+        source: Folder with ``train/CLASS/``, or with ``CLASS/`` only, or a table with paths relative to its folder.
         classes: The classes of the data folder.
         prefix: First component of the samples' names.
         search: Records what is skipped.
 
     Raises:
-        DataError: The folder is missing, has no images, or has a class that is not in ``classes``.
+        DataError: The source is missing, has no images, or has a class that is not in ``classes``.
     """
-    if not folder.is_dir():
-        raise DataError(f"No such folder: {folder}. --extra-data expects folders with photos in train/CLASS/.")
-    train = find_layout(folder).train
-    found = _find_labeled({"train": train}, search)["train"]
-    unknown = sorted(found.by_class.keys() - set(classes))
+    if is_table(source) and not source.is_dir():
+        table = read_label_table(source, source.parent)
+        rows = [row for row in table.rows if row.split in (TRAIN, None)]
+        place, names, root = source, {row.label for row in rows}, source.parent
+        samples = _table_samples(root, rows, "train", classes)
+    else:
+        if not source.is_dir():
+            raise DataError(f"No such folder: {source}. --extra-data expects folders with photos in train/CLASS/, or tables.")
+        place, root = find_layout(source).train, source
+        found = _find_labeled({"train": place}, search)["train"]
+        names, samples = set(found.by_class), _samples(root, found, "train", classes)
+    unknown = sorted(names - set(classes))
     if unknown:
         raise DataError(
-            f"{train} has the class {unknown[0]!r}, but the data folder has {', '.join(classes)}. Rename or remove it."
+            f"{place} has the class {unknown[0]!r}, but the data folder has {', '.join(classes)}. Rename or remove it."
         )
-    samples = _samples(folder, found, "train", classes)
     if not samples:
-        raise DataError(f"{train} has no photos in folders named {', '.join(classes)}. Remove it from --extra-data.")
+        raise DataError(f"{place} has no photos of {', '.join(classes)}. Remove it from --extra-data.")
     return [replace(sample, name=f"{prefix}/{sample.name}", is_extra=True) for sample in samples]
 
 
-def read_split(root: Path, split: str, classes: Sequence[str]) -> tuple[list[Sample], list[Skipped]]:
+def read_split(
+    root: Path, split: str | None, classes: Sequence[str], *, labels: Path | None = None
+) -> tuple[list[Sample], list[Skipped]]:
     """List the images of one split for an evaluation.
 
     Args:
         root: The data folder.
-        split: Name of the split's folder. Other usual names of the folder match as well.
+        split: Name of the split's folder, or of a split in the table. Other usual names of it match as well. None: valid, or
+            all images of a table without a column ``split``.
         classes: The bundle's classes, in the order of its labels.
+        labels: Table of the labels, with paths relative to ``root``.
 
     Returns:
         The images, and what was skipped.
@@ -168,6 +224,10 @@ def read_split(root: Path, split: str, classes: Sequence[str]) -> tuple[list[Sam
     Raises:
         DataError: The folder is missing, has no images, or has a class that is not in ``classes``.
     """
+    normalized = [class_name(name) for name in classes]
+    if labels:
+        return _read_table_split(root, labels, split, normalized), []
+    split = split or VALID
     if not root.is_dir():
         raise DataError(f"No such folder: {root}. Expected a folder with photos in {split}/CLASS/.")
     layout = find_layout(root)
@@ -178,13 +238,7 @@ def read_split(root: Path, split: str, classes: Sequence[str]) -> tuple[list[Sam
         raise DataError(f"{root} has no folder for the split {split!r}. Set --split to {hint}.")
     search = ImageSearch()
     found = _find_labeled({split: folder}, search)[split]
-    normalized = [class_name(name) for name in classes]
-    unknown = sorted(found.by_class.keys() - set(normalized))
-    if unknown:
-        raise DataError(
-            f"{folder} has the class {unknown[0]!r}, but the bundle's classes are {', '.join(classes)}. Use photos of the "
-            f"bundle's classes, or a bundle for these classes."
-        )
+    _require_known(found.by_class, classes, folder)
     samples = _samples(root, found, split, normalized)
     if not samples:
         loose = f"{found.loose_text} and " if found.loose else ""
@@ -193,6 +247,30 @@ def read_split(root: Path, split: str, classes: Sequence[str]) -> tuple[list[Sam
             + _explain([entry for entry in search.skipped if entry.reason != LOOSE], root)
         )
     return samples, search.skipped
+
+
+def _read_table_split(root: Path, path: Path, split: str | None, classes: Sequence[str]) -> list[Sample]:
+    table = read_label_table(path, root)
+    known = sorted(name for name in table.splits if name)
+    kind = split_of(split) if split else VALID
+    if kind not in known and kind == VALID:
+        kind = TEST  # as in training
+    if split and not known:
+        raise DataError(f"{path} has no column {SPLIT!r}. Remove --split to evaluate all of its images.")
+    if known and kind not in known:
+        raise DataError(f"{path} has no rows of the split {split or VALID!r}. Set --split to one of {', '.join(known)}.")
+    rows = [row for row in table.rows if row.split in (kind, None)]
+    _require_known({row.label for row in rows}, classes, path)
+    return _table_samples(root, rows, split or (VALID if known else ALL), classes)
+
+
+def _require_known(names: Iterable[str], classes: Sequence[str], place: Path) -> None:
+    unknown = sorted(set(names) - {class_name(name) for name in classes})
+    if unknown:
+        raise DataError(
+            f"{place} has the class {unknown[0]!r}, but the bundle's classes are {', '.join(classes)}. Use photos of the "
+            f"bundle's classes, or a bundle for these classes."
+        )
 
 
 def move_to_train(dataset: Dataset, names: Iterable[str]) -> Dataset:
@@ -246,6 +324,27 @@ def _samples(root: Path, images: _LabeledImages, split: str, classes: Sequence[s
     ]
 
 
+def _table_samples(root: Path, rows: Iterable[LabelRow], split: str, classes: Sequence[str]) -> list[Sample]:
+    """Return the samples of ``classes`` in a table. The audit reports other classes."""
+    indices = {name: index for index, name in enumerate(classes)}
+    return [
+        Sample(row.image, root / row.image, indices[row.label], split, group=row.group, facets=row.facets)
+        for row in rows
+        if row.label in indices
+    ]
+
+
+def _find_split_groups(samples: Iterable[Sample], dataset: Dataset) -> dict[str, dict[str, int]]:
+    """Count the images per split of each group that is in several splits."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in samples:
+        counts[sample.group][sample.split] += 1
+    if dataset.labels and dataset.test_split:
+        for row in dataset.labels.rows:
+            counts[row.group][TEST] += row.split == TEST
+    return {group: dict(+splits) for group, splits in sorted(counts.items()) if group and len(+splits) > 1}
+
+
 def _split_folder(layout: Layout, root: Path, split: str) -> Path | None:
     for parent in (layout.base, root):
         if (parent / split).is_dir():
@@ -282,12 +381,59 @@ def _explain(skipped: Sequence[Skipped], root: Path) -> str:
     return "".join(f" {line}." for line in describe_skipped(skipped, root))
 
 
-def _hold_out(dataset: Dataset, fraction: float, seed: int) -> Dataset:
-    """Assign a fraction of each class to validation: at least one image, but never all."""
-    held_out: set[str] = set()
-    for label in range(len(dataset.classes)):
-        names = [sample.name for sample in dataset.samples if sample.label == label]
-        random.Random(f"{seed}/{dataset.classes[label]}").shuffle(names)
-        held_out.update(names[: min(max(1, round(len(names) * fraction)), len(names) - 1)])
+def _hold_out(dataset: Dataset, fraction: float, seed: int, *, not_groups: Collection[str]) -> Dataset:
+    """Assign a fraction of each class to validation: at least one image, but never all. ``not_groups`` stay in training."""
+    if any(sample.group for sample in dataset.samples):
+        held_out = _select_groups(dataset, fraction, seed, not_groups)
+    else:
+        held_out = set()
+        for label, class_ in enumerate(dataset.classes):
+            names = [sample.name for sample in dataset.samples if sample.label == label]
+            random.Random(f"{seed}/{class_}").shuffle(names)
+            held_out.update(names[: _hold_out_size(len(names), fraction)])
     samples = tuple(replace(s, split="valid") if s.name in held_out else s for s in dataset.samples)
     return replace(dataset, samples=samples, split_from_train=True)
+
+
+def _hold_out_size(images: int, fraction: float) -> int:
+    return min(max(1, round(images * fraction)), images - 1)
+
+
+def _select_groups(dataset: Dataset, fraction: float, seed: int, not_groups: Collection[str]) -> set[str]:
+    """Select complete groups until about ``fraction`` of each class is held out. Returns the names of their images.
+
+    Groups are taken in random order if they bring the classes closer to that fraction. A class that has none then gets its
+    smallest group. No class loses its last training image; a class in one group is not held out.
+    """
+    members: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    for sample in dataset.samples:
+        members[sample.group, "" if sample.group else sample.name].append(sample)
+    counts = {
+        key: Counter(sample.label for sample in own) for key, own in members.items() if key[0] not in not_groups or key[1]
+    }
+    totals = Counter(sample.label for sample in dataset.samples)
+    targets = {label: max(1, _hold_out_size(images, fraction)) for label, images in totals.items()}
+    held: Counter[int] = Counter()
+    selected: list[tuple[str, str]] = []
+
+    def distance(label: int, images: int) -> float:
+        return abs(images - targets[label]) / targets[label]
+
+    def take(key: tuple[str, str]) -> None:
+        held.update(counts[key])
+        selected.append(key)
+
+    def leaves_training(key: tuple[str, str]) -> bool:
+        return all(held[label] + images < totals[label] for label, images in counts[key].items())
+
+    order = sorted(counts)
+    random.Random(f"{seed}/groups").shuffle(order)
+    for key in order:
+        gain = sum(distance(label, held[label]) - distance(label, held[label] + n) for label, n in counts[key].items())
+        if gain > 0 and leaves_training(key):
+            take(key)
+    for label in sorted(totals):
+        candidates = [key for key in order if counts[key][label] and leaves_training(key)]
+        if not held[label] and candidates:
+            take(min(candidates, key=lambda key: counts[key].total()))
+    return {sample.name for key in selected for sample in members[key]}

@@ -1,9 +1,9 @@
 """Out-of-fold predictions for a data set: cross-validate a bundle's recipe with one head per fold.
 
 The base weights, settings and seed are those of the bundle. Training and validation images are split into stratified folds,
-with near duplicates in the same fold. Each fold's head trains on the other folds for the bundle's best number of epochs, so no
-image influences when to stop, and is calibrated with the bundle's temperature. Frozen features come from the cache, so the
-cost is that of training a few heads.
+with near duplicates and groups in the same fold. Each fold's head trains on the other folds for the bundle's best number of
+epochs, so no image influences when to stop, and is calibrated with the bundle's temperature. Frozen features come from the
+cache, so the cost is that of training a few heads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from finetune import config as settings
 from finetune.compute.device import Compute, select_compute
 from finetune.config import Config
 from finetune.data.apply_reviews import ReviewTable
-from finetune.data.duplicates import find_duplicates
+from finetune.data.duplicates import find_linked
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord
@@ -49,6 +49,7 @@ def cross_validate(
     data_dir: Path,
     *,
     folds: int,
+    label_table: Path | None = None,
     out: Path | None = None,
     weights: Path | None = None,
     reviews: ReviewTable | None = None,
@@ -61,6 +62,7 @@ def cross_validate(
         bundle_dir: The bundle whose training is repeated.
         data_dir: The data set that the bundle was trained on.
         folds: Number of folds, 2 or more.
+        label_table: Table of the labels.
         out: A new or empty folder for the results. None: ``default_output_dir``.
         weights: File of the pretrained weights, if they are not found automatically.
         reviews: Reviewed labels to apply before training.
@@ -73,7 +75,7 @@ def cross_validate(
     """
     bundle = open_bundle(bundle_dir)
     config = training_config(bundle, data_dir, weights=weights, workers=workers, cache_dir=cache_dir)
-    dataset = read_dataset(data_dir, valid_fraction=config.valid_fraction, seed=config.seed)
+    dataset = read_dataset(data_dir, labels=label_table, valid_fraction=config.valid_fraction, seed=config.seed)
     if dataset.classes != tuple(map(class_name, bundle.classes)):
         raise DataError(
             f"The classes of {data_dir} ({', '.join(dataset.classes)}) differ from those of the bundle "
@@ -163,13 +165,13 @@ def training_config(bundle: Bundle, data_dir: Path, *, weights: Path | None, wor
 def assign_folds(
     records: list[ImageRecord], labels: NDArray[np.int64], *, folds: int, classes: tuple[str, ...], seed: int
 ) -> NDArray[np.int64]:
-    """Assign images to folds, stratified by class, with near duplicates in the same fold.
+    """Assign images to folds, stratified by class, with near duplicates and groups in the same fold.
 
     Returns:
         The fold of each image, (N,).
 
     Raises:
-        DataError: A class has fewer images than there are folds.
+        DataError: A class has fewer images than there are folds, or is in one group.
     """
     counts = np.bincount(labels, minlength=len(classes))
     if counts.min() < folds:
@@ -178,15 +180,19 @@ def assign_folds(
             f"--folds is {folds}, but the class {classes[smallest]} has only {counts[smallest]} photos. "
             "Every fold needs one of each class."
         )
-    row_of = {id(record): row for row, record in enumerate(records)}
-    groups = np.arange(len(records))
-    for group in find_duplicates(records):
-        rows = [row_of[id(record)] for record in group]
-        groups[rows] = rows[0]
+    groups = find_linked(records)
+    if len(np.unique(groups)) < folds:
+        raise DataError(f"--folds is {folds}, but the photos are in only {len(np.unique(groups))} groups. Use fewer folds.")
     fold_of = np.zeros(len(records), dtype=np.int64)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     for fold, (_, rows) in enumerate(splitter.split(groups, labels, groups)):
         fold_of[rows] = fold
+    for label, name in enumerate(classes):
+        if len(np.unique(fold_of[labels == label])) < 2:
+            raise DataError(
+                f"All photos of the class {name} are in one fold, because they are near duplicates or of one group. Add photos "
+                "of other groups, or use other folds."
+            )
     return fold_of
 
 

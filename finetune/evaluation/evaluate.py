@@ -76,7 +76,8 @@ def evaluate_bundle(
     bundle_dir: Path,
     data_dir: Path,
     *,
-    split: str = "valid",
+    label_table: Path | None = None,
+    split: str | None = None,
     out: Path | None = None,
     workers: int = 0,
     seed: int = 0,
@@ -89,7 +90,9 @@ def evaluate_bundle(
     Args:
         bundle_dir: The bundle to evaluate.
         data_dir: The folder of labeled images.
-        split: The subfolder of ``data_dir`` to evaluate.
+        label_table: Table of the labels.
+        split: The subfolder of ``data_dir``, or the split of the table, to evaluate. None: valid, or all images of a table
+            without splits.
         out: A new or empty folder for the results. None: ``default_output_dir``.
         workers: Number of decoding threads. 0: one per CPU.
         seed: Seed of the bootstrap and of the random sheets.
@@ -100,7 +103,8 @@ def evaluate_bundle(
         DataError: The data set does not match the bundle, or none of its images can be read.
     """
     bundle = open_full_bundle(bundle_dir)
-    samples, skipped = read_split(data_dir, split, bundle.classes)
+    samples, skipped = read_split(data_dir, split, bundle.classes, labels=label_table)
+    split = samples[0].split
     for line in describe_skipped(skipped, data_dir):
         print(f"Note: {line}")
     out = out or default_output_dir(bundle_dir, data_dir, split)

@@ -15,13 +15,14 @@ from typing import Any
 from finetune.config import Config
 from finetune.data.audit import AuditReport
 from finetune.data.inspection import ImageRecord
+from finetune.data.label_table import LabelTable
 from finetune.training.trainer import Progress
 from models.networks.spec import ModelSpec
 from models.networks.weights import Weights
 
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "openvino", "onnx", "onnxscript")
 # Bundles are shared, so local paths are left out.
-PRIVATE_SETTINGS = ("data_dir", "output_dir", "cache_dir", "weights", "extra_data", "reviews", "reviews_from")
+PRIVATE_SETTINGS = ("data_dir", "output_dir", "cache_dir", "weights", "labels", "extra_data", "reviews", "reviews_from")
 
 
 def training_manifest(
@@ -37,6 +38,7 @@ def training_manifest(
     progress: Progress,
     audit_report: AuditReport,
     records: Sequence[ImageRecord],
+    labels: LabelTable | None = None,
     reviews: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the training entries of the manifest."""
@@ -62,6 +64,7 @@ def training_manifest(
                 "evaluated_split": "validation" if not audit_report.split_from_train else "held-out",
                 "excluded": len(audit_report.damaged) + len(audit_report.dropped_extra),
                 "problems": audit_report.problems,
+                "labels": labels and labels.as_dict(),
                 "extra_folders": len(config.extra_data),
                 "reviews": None if reviews is None else dict(reviews),
             },

@@ -31,7 +31,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         f" ({manifest['temperature']:.3f}). For an unbiased figure, evaluate on unseen photos:"
         " `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
         "## Training data\n",
-        f"{_counts(dataset['photos'])} The labels are the folder names.{_reviewed(dataset)}"
+        f"{_counts(dataset['photos'])} {_labels(dataset)}{_reviewed(dataset)}"
         " The model only knows these classes: any other photo is still labeled as one of them, often with high confidence."
         " Other kinds of images (drawings, other cameras, crops) were not evaluated.\n",
         "## Training\n",
@@ -113,6 +113,14 @@ def _counts(photos: Mapping[str, Mapping[str, int]]) -> str:
             counts = [f"{sum(row.values()):,} of {len(row):,} classes, {min(row.values()):,} to {max(row.values()):,} each"]
         splits.append(f"{split}: {', '.join(counts)}")
     return "Photos: " + "; ".join(splits) + "."
+
+
+def _labels(dataset: Mapping[str, Any]) -> str:
+    table = dataset.get("labels")
+    if not table:
+        return "The labels are the folder names."
+    groups = " Images of one group are in one split." if table["has_groups"] else ""
+    return f"The labels come from a table of {table['rows']:,} rows (sha256 `{table['sha256'][:16]}...`).{groups}"
 
 
 def _reviewed(dataset: Mapping[str, Any]) -> str:

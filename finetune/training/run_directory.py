@@ -38,6 +38,7 @@ CHANGEABLE_ON_RESUME = {
     "cache_limit_mb",
     "feature_cache",
     "data_dir",
+    "labels",  # its content is part of the inputs' hash
     "reviews",  # its content is part of the inputs' hash
     "output_dir",
     "epochs",

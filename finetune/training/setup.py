@@ -11,7 +11,7 @@ from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data.apply_reviews import ReviewSummary, ReviewTable, apply_reviews
 from finetune.data.audit import AuditReport, audit
-from finetune.data.duplicates import move_duplicates_to_train
+from finetune.data.duplicates import move_linked_to_train
 from finetune.data.extra_data import drop_known_images
 from finetune.data.image_folder import Dataset
 from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
@@ -116,7 +116,7 @@ def prepare_dataset(
     """Inspect and audit the images and print the findings.
 
     Images of extra folders that are already in the data set are dropped and ``reviews`` are applied before the audit. If
-    validation was split from training, groups of near duplicates across both are moved to training.
+    validation was split from training, near duplicates and groups across both are moved to training.
 
     Args:
         config: The settings of the run.
@@ -147,7 +147,7 @@ def prepare_dataset(
     if reviews:
         dataset, records, applied = apply_reviews(reviews, dataset, records)
         print(applied.text())
-    dataset, records = move_duplicates_to_train(dataset, records)
+    dataset, records = move_linked_to_train(dataset, records)
     audit_report = audit(dataset, records, dropped_extra=dropped_extra)
     print(audit_report.text())
     audit_report.raise_for_problems(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 
+from models.artifacts.text_table import read_text_table
 from models.errors import DataError
 
 LABEL, NEITHER, BAD = "label", "neither", "bad"
@@ -43,7 +43,6 @@ class Review:
 
 
 COLUMNS = [field.name for field in fields(Review)]
-SEPARATORS = (",", ";", "\t")
 
 
 def write_reviews(reviews: Iterable[Review]) -> bytes:
@@ -58,8 +57,8 @@ def write_reviews(reviews: Iterable[Review]) -> bytes:
 def read_reviews(data: bytes, *, origin: str) -> tuple[Review, ...]:
     """Parse a table of reviews as the gallery or a spreadsheet writes it.
 
-    Columns are separated by commas, semicolons or tabs, and may be in any order. Blank lines, additional columns, notes on
-    photos without a review and the line ``sep=;`` of a spreadsheet are ignored. The encoding is UTF-8 or UTF-16.
+    The format is that of ``read_text_table``, with the columns in any order. Additional columns and notes on photos without a
+    review are ignored.
 
     Args:
         data: The bytes of the file.
@@ -68,43 +67,20 @@ def read_reviews(data: bytes, *, origin: str) -> tuple[Review, ...]:
     Raises:
         DataError: The file is malformed or contradictory. The message names the line (the header is line 1).
     """
-    text = _decode(data)
-    separator, header_line = _find_header(text)
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise DataError(f"{origin} cannot be read as a table of reviews ({error}). Download it again.") from None
-    rows = [(number, row) for number, row in rows if number >= header_line]
-    header = [name.strip().lower() for name in rows[0][1]] if rows else []
+    table = read_text_table(data, origin=origin, kind="reviews")
+    header = [name.lower() for name in table.columns]
     missing = [name for name in COLUMNS if name not in header]
     if missing:
         raise DataError(f"{origin} has no column {missing[0]!r}. A table of reviews has the columns {','.join(COLUMNS)}.")
     indices = [header.index(name) for name in COLUMNS]
     reviews = []
-    for number, row in rows[1:]:
+    for number, row in table.rows:
         if len(row) < len(header) or any(row[len(header) :]):
             raise DataError(
                 f"{origin}, line {number}: expected {len(header)} columns as in the header, got {len(row)}. Download it again."
             )
         reviews.append((number, Review(*(row[index] for index in indices))))
     return _check_reviews(reviews, origin)
-
-
-def _decode(data: bytes) -> str:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", errors="replace")
-    return data.decode("utf-8-sig", errors="surrogateescape")  # spreadsheets write a byte order mark
-
-
-def _find_header(text: str) -> tuple[str, int]:
-    """Return the separator of the columns and the number of the header's line."""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.lower().startswith("sep=") and len(line) == 5:
-            continue
-        if line.strip():
-            return max(SEPARATORS, key=line.count), number
-    return SEPARATORS[0], 1
 
 
 def _check_reviews(reviews: Sequence[tuple[int, Review]], origin: str) -> tuple[Review, ...]:

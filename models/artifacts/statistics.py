@@ -12,10 +12,11 @@ def confidence_interval(value: float, low: float, high: float) -> dict[str, floa
     return {"value": float(value), "low": float(min(low, value)), "high": float(max(high, value))}
 
 
-def wilson_interval(correct: int, total: int) -> dict[str, float]:
+def wilson_interval(correct: float, total: float) -> dict[str, float]:
     """Compute the proportion correct / total with its Wilson score interval.
 
-    Wilson 1927 (https://doi.org/10.1080/01621459.1927.10502953); Newcombe 1998, method 3.
+    Wilson 1927 (https://doi.org/10.1080/01621459.1927.10502953); Newcombe 1998, method 3. The counts of photos that are not
+    independent are effective ones, which need not be whole numbers.
 
     Raises:
         ValueError: ``total`` is below 1, or ``correct`` is not within 0..total.

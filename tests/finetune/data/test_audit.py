@@ -364,7 +364,7 @@ def test_a_class_too_small_to_hold_out_a_photo_stops_training(
     photos = "2 readable photos, all near duplicates" if case == "two copies" else "1 readable photo"
     stopped_with(
         f"{data}: the class red has {photos}, but at least two different ones are needed to hold one out for validation. Add "
-        f"photos, or delete the folder.",
+        f"photos, or remove the class.",
         data,
         train,
         capsys,
@@ -385,14 +385,14 @@ def test_the_audit_explains_every_error_of_training(data: Path, train: Any, caps
     for photo in (data / "valid/red").iterdir():
         photo.write_bytes(b"damaged")
     stopped_with(
-        f"{data}: valid/red has no readable photos. Add photos, delete the folder, or pass --allow-class-mismatch.",
+        f"{data}: valid/red has no readable photos. Add photos, remove the class, or pass --allow-class-mismatch.",
         data,
         train,
         capsys,
     )
     shutil.rmtree(data / "valid/red")
     stopped_with(
-        f"{data}: classes differ between the splits (only in training: red). Use the same class folders in "
+        f"{data}: classes differ between the splits (only in training: red). Use the same classes in "
         f"every split, or pass "
         f"--allow-class-mismatch.",
         data,

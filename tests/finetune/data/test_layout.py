@@ -106,7 +106,7 @@ def test_a_test_split_next_to_a_validation_split_is_kept_for_evaluation(tmp_path
     photos(tmp_path, "Test/cats", "Test/dogs", count=1)
     assert count(tmp_path) == BOTH
     assert skipped(tmp_path) == {}
-    assert read_dataset(tmp_path).test_folder == tmp_path / "Test"
+    assert read_dataset(tmp_path).test_split == "Test"
     assert len(read_split(tmp_path, "test", ["cats", "dogs"])[0]) == 2
 
 
