@@ -20,7 +20,7 @@ from finetune.config import Config
 from finetune.data.builtin_datasets import make_dataset, with_data_dir
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
-from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels
+from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels, table_columns
 from finetune.data.label_source import locate_data
 from finetune.data.review_source import hide_password, load_reviews
 from finetune.export.exporter import PARITY_IMAGES, ParitySample, export_bundle
@@ -220,6 +220,7 @@ def write_outputs(
         probabilities=apply_temperature(raw, temperature),
         splits=tuple(s.sample.split for s in valid_records),
         sha256s=tuple(s.sha256 for s in valid_records),
+        **table_columns(valid_records),
     )
     metrics = write_results(
         folder,

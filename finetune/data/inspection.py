@@ -158,6 +158,15 @@ def inspect_images(
     return [_with_fingerprint(record, cached, decode_px) for record in records]
 
 
+def table_columns(records: Sequence[ImageRecord]) -> dict[str, Any]:
+    """Return the columns of a table, as arguments of ``Predictions``: the groups and the facets of images, in order."""
+    names = dict.fromkeys(name for record in records for name in record.sample.facets)
+    return {
+        "groups": tuple(record.sample.group for record in records),
+        "facets": {name: tuple(record.sample.facets.get(name, "") for record in records) for name in names},
+    }
+
+
 def read_pixels(record: ImageRecord, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Decode and crop an inspected image again: (H, W, C) uint8. Raises ChangedImageError."""
     return preprocessing.pixels(read_inspected(record.sample.path, record.sha256))

@@ -26,7 +26,7 @@ from finetune.data.apply_reviews import ReviewTable
 from finetune.data.duplicates import find_linked
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
-from finetune.data.inspection import ImageRecord
+from finetune.data.inspection import ImageRecord, table_columns
 from finetune.data.layout import class_name
 from finetune.evaluation.evaluate import Evaluation, default_output_dir
 from finetune.io.output_folder import require_empty_folder
@@ -104,6 +104,7 @@ def cross_validate(
         probabilities=apply_temperature(raw, temperature),
         splits=tuple(s.sample.split for s in records),
         sha256s=tuple(s.sha256 for s in records),
+        **table_columns(records),
     )
     metrics = write_results(
         out,

@@ -14,12 +14,11 @@ from finetune.batch_inference.predict import BATCH
 from finetune.data.embeddings import build_similarity_index
 from finetune.data.image_files import describe_skipped
 from finetune.data.image_folder import read_split
-from finetune.data.inspection import BatchingConsumer, fingerprint_context, inspect_images
+from finetune.data.inspection import BatchingConsumer, fingerprint_context, inspect_images, table_columns
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
-from finetune.metrics.classification import format_summary
-from finetune.reports.results import write_results
+from finetune.reports.results import format_results, write_results
 from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.evaluation import EVALUATED, write_evaluation
 from models.artifacts.paths import default_cache_dir
@@ -44,7 +43,7 @@ class Evaluation:
 
     def summary(self) -> str:
         """Format the metrics as a short text."""
-        return format_summary(self.metrics)
+        return format_results(self.metrics)
 
 
 def default_output_dir(bundle_dir: Path, data_dir: Path, name: str) -> Path:
@@ -129,6 +128,7 @@ def evaluate_bundle(
         probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
         splits=tuple(s.sample.split for s, _, _ in readable),
         sha256s=tuple(s.sha256 for s, _, _ in readable),
+        **table_columns([s for s, _, _ in readable]),
     )
     temperature = float(bundle.manifest["temperature"])
     raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) ** T is softmax(z) before normalization

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.metrics.slices import format_p
 from models.artifacts.atomic_io import atomic_write_text
 from models.runtime.precision import describe_bf16, is_bf16_acceptable
 
 TITLES = {"accuracy": "accuracy", "log_loss": "log loss", "roc_auc": "ROC AUC", "calibration_error": "calibration error"}
 MAX_LISTED_CLASSES = 30
+MAX_LISTED_SLICES = 20
 
 
 def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -25,6 +27,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         "## Metrics\n",
         f"On {metrics['photos']:,} photos of the {dataset['evaluated_split']} split:\n",
         _table(metrics),
+        *_slices(metrics),
         "Methods:\n",
         "\n".join(f"- {TITLES.get(name, name)}: {method}" for name, method in metrics["methods"].items()) + "\n",
         f"These photos also selected the best epoch ({provenance['best_epoch']}) and the temperature"
@@ -97,6 +100,23 @@ def _table(metrics: Mapping[str, Any]) -> str:
     if len(names) < len(metrics["classes"]):
         rows.append(f"\nOf {len(metrics['classes']):,} classes, the {len(names)} with the lowest recall. All: `manifest.json`.")
     return "\n".join(rows) + "\n"
+
+
+def _slices(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the accuracy by slice, worst first, if the photos come from a table with further columns."""
+    slices = metrics.get("slices")
+    if not slices:
+        return []
+    rows = ["| slice | photos | accuracy | 95% interval | p |", "| --- | --- | --- | --- | --- |"]
+    for row in slices[:MAX_LISTED_SLICES]:
+        name = f"{row['column']} = {row['value']}".replace("|", "\\|")
+        accuracy = row["accuracy"]
+        p = "" if row["p"] is None else format_p(row["p"])
+        interval = f"{accuracy['low']:.4f} to {accuracy['high']:.4f}"
+        rows.append(f"| {name} | {row['photos']:,} | {accuracy['value']:.4f} | {interval} | {p} |")
+    more = len(slices) - MAX_LISTED_SLICES
+    rest = [f"{more:,} more slices are in `manifest.json`.\n"] if more > 0 else []
+    return ["By slice, worst first:\n", "\n".join(rows) + "\n", *rest]
 
 
 def _row(title: str, measure: Mapping[str, float] | None) -> str:

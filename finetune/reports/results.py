@@ -10,7 +10,10 @@ from typing import Any
 from numpy.typing import NDArray
 
 from finetune.io.progress import step
-from finetune.metrics.classification import compute_metrics
+from finetune.metrics.classification import compute_metrics, format_summary
+from finetune.metrics.groups import with_group_intervals
+from finetune.metrics.slices import METHOD as SLICES_METHOD
+from finetune.metrics.slices import compute_slices, format_slices
 from finetune.reports.figures import write_plots
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.predictions import Predictions
@@ -49,6 +52,18 @@ def write_results(
         metrics = compute_metrics(
             predictions.labels, predictions.probabilities, classes=predictions.classes, uncalibrated=uncalibrated, seed=seed
         )
+    if predictions.group_numbers is not None:
+        metrics = with_group_intervals(
+            metrics,
+            predictions.labels,
+            predictions.probabilities,
+            predictions.group_numbers,
+            uncalibrated=uncalibrated,
+            seed=seed,
+        )
+    if slices := compute_slices(predictions):
+        metrics["slices"] = slices
+        metrics["methods"]["slices"] = SLICES_METHOD
     metrics["temperature"] = temperature
     folder.mkdir(parents=True, exist_ok=True)
     predictions.write_csv(folder / PREDICTIONS)
@@ -64,3 +79,8 @@ def write_results(
             seed=seed,
         )
     return metrics
+
+
+def format_results(metrics: Mapping[str, Any]) -> str:
+    """Format the result of ``write_results`` as a short text."""
+    return "\n".join(filter(None, [format_summary(metrics), format_slices(metrics)]))

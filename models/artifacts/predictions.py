@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ MIN_PROBABILITY = 1e-12
 SUM_TOLERANCE = 1e-3  # half-precision probabilities may sum to 1 only within this error
 LEADING_COLUMNS = ["photo", "label", "predicted"]
 TRAILING_COLUMNS = ["loss", "split", "sha256"]
+GROUP_COLUMN, FACET_PREFIX = "group", "facet_"  # after the trailing columns, for photos of a table
 RERUN_HINT = "Run `finetune evaluate` again to recreate the file."
 
 
@@ -83,6 +85,8 @@ class Predictions:
         probabilities: (N, C).
         splits: The split of each image.
         sha256s: The SHA-256 of each image file.
+        groups: The group of each image, empty for an image of its own; no entries if there are no groups.
+        facets: The values of further columns of a table for each image, by the column's name.
     """
 
     classes: tuple[str, ...]
@@ -91,6 +95,8 @@ class Predictions:
     probabilities: NDArray[np.float64]
     splits: tuple[str, ...]
     sha256s: tuple[str, ...]
+    groups: tuple[str, ...] = ()
+    facets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.classes or len(set(self.classes)) != len(self.classes):
@@ -100,7 +106,19 @@ class Predictions:
                 f"Expected one label, split and sha256 per image; got {len(self.image_names)} images, "
                 f"{len(self.labels)} labels, {len(self.splits)} splits and {len(self.sha256s)} sha256s."
             )
+        for name, values in {"group": self.groups or self.sha256s, **self.facets}.items():
+            if len(values) != len(self.labels):
+                raise ValueError(f"Expected one {name} per image, got {len(values)} for {len(self.labels)} images.")
         check_probabilities(self.labels, self.probabilities, len(self.classes))
+
+    @property
+    def group_numbers(self) -> NDArray[np.int64] | None:
+        """(N,) number of each image's group, with a number of its own for an image without a group; None without groups."""
+        if not any(self.groups):
+            return None
+        numbers: dict[tuple[str, int], int] = {}
+        keys = ((group, -1 if group else i) for i, group in enumerate(self.groups))
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -125,17 +143,22 @@ class Predictions:
     def write_csv(self, path: Path) -> None:
         """Write one row per image, atomically: photo, label, predicted, p_<class>..., loss, split, sha256.
 
+        The column group follows if there are groups, and a column facet_<name> for each facet.
+
         ``label`` and ``predicted`` are class names. Nine significant digits preserve every float32 exactly.
         """
         predicted, losses = self.predicted, self.losses
+        table = {GROUP_COLUMN: self.groups} if any(self.groups) else {}
+        table |= {f"{FACET_PREFIX}{name}": values for name, values in self.facets.items()}
         # surrogateescape: on Linux a file name may not be valid UTF-8
         with atomic_write(path) as temp, temp.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*LEADING_COLUMNS, *(f"p_{name}" for name in self.classes), *TRAILING_COLUMNS])
+            writer.writerow([*LEADING_COLUMNS, *(f"p_{name}" for name in self.classes), *TRAILING_COLUMNS, *table])
             for i, image_name in enumerate(self.image_names):
                 numbers = [f"{probability:.9g}" for probability in self.probabilities[i]]
                 names = [self.classes[self.labels[i]], self.classes[predicted[i]]]
-                writer.writerow([image_name, *names, *numbers, f"{losses[i]:.9g}", self.splits[i], self.sha256s[i]])
+                further = [values[i] for values in table.values()]
+                writer.writerow([image_name, *names, *numbers, f"{losses[i]:.9g}", self.splits[i], self.sha256s[i], *further])
 
     @classmethod
     def read_csv(cls, path: Path) -> Predictions:
@@ -150,13 +173,34 @@ class Predictions:
                 header, *rows = list(csv.reader(file, strict=True)) or [[]]
         except (OSError, csv.Error) as error:
             raise BundleError(f"{path} cannot be read as a table of predictions ({error}). {RERUN_HINT}") from None
+        _check_lengths(rows, header, path)
+        header, table = _split_header(header)
+        rows, table_rows = [row[: len(header)] for row in rows], [row[len(header) :] for row in rows]
         classes = _parse_header(header, path)
         labels = np.zeros(len(rows), dtype=np.int64)
         probabilities = np.zeros((len(rows), len(classes)))
         for i, row in enumerate(rows):
             labels[i], probabilities[i] = _parse_row(row, header, classes, f"{path}, row {i + 2}")
         image_names, splits, sha256s = (tuple(row[column] for row in rows) for column in (0, -2, -1))
-        return cls(classes, image_names, labels, probabilities, splits, sha256s)
+        columns = dict(zip(table, map(tuple, zip(*table_rows, strict=True)), strict=False)) if rows else {}
+        groups = columns.pop(GROUP_COLUMN, ())
+        facets = {name.removeprefix(FACET_PREFIX): values for name, values in columns.items()}
+        return cls(classes, image_names, labels, probabilities, splits, sha256s, groups=groups, facets=facets)
+
+
+def _split_header(header: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide a header into the columns up to sha256, and those of a table: group and facet_<name>."""
+    table = list(itertools.takewhile(lambda name: name == GROUP_COLUMN or name.startswith(FACET_PREFIX), reversed(header)))
+    return list(header[: len(header) - len(table)]), table[::-1]
+
+
+def _check_lengths(rows: Sequence[Sequence[str]], header: Sequence[str], path: Path) -> None:
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            last = header[min(len(row), len(header)) - 1]
+            raise BundleError(
+                f"{path}, row {number}: expected {len(header)} columns, got {len(row)} (up to {last!r}). {RERUN_HINT}"
+            )
 
 
 def _parse_header(header: Sequence[str], path: Path) -> tuple[str, ...]:
@@ -177,9 +221,6 @@ def _parse_header(header: Sequence[str], path: Path) -> tuple[str, ...]:
 
 def _parse_row(row: Sequence[str], header: Sequence[str], classes: Sequence[str], position: str) -> tuple[int, list[float]]:
     """Return the label's index and the probabilities of a row; ``position`` is the file and row for error messages."""
-    if len(row) != len(header):
-        last = header[min(len(row), len(header)) - 1]
-        raise BundleError(f"{position}: expected {len(header)} columns, got {len(row)} (up to {last!r}). {RERUN_HINT}")
     if row[1] not in classes:
         raise BundleError(f"{position}, column 'label': {row[1]!r} has no column 'p_{row[1]}'. {RERUN_HINT}")
     columns = slice(len(LEADING_COLUMNS), -len(TRAILING_COLUMNS))

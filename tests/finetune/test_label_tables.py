@@ -87,6 +87,21 @@ def test_the_hold_out_has_complete_groups(trained: SimpleNamespace) -> None:
     assert 2 <= len(held_out) <= 3
 
 
+def test_training_reports_slices_and_intervals_of_groups(trained: SimpleNamespace) -> None:
+    metrics = json.loads((trained.run / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["groups"] == len(groups_of(trained.run / "predictions.csv", trained.rows))
+    assert {(row["column"], row["value"]) for row in metrics["slices"]} == {("site", "north"), ("site", "south")}
+    assert sum(row["photos"] for row in metrics["slices"]) == metrics["photos"]
+    assert trained.bundle.manifest["metrics"]["slices"] == metrics["slices"]
+    assert "worst slices  " in trained.out
+    card = (trained.bundle.path / "README.md").read_text(encoding="utf-8")
+    assert "| site = north | " in card
+    with (trained.run / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row["photo"]: (row["group"], row["facet_site"]) for row in csv.DictReader(file)}
+    expected = {row["image"]: (row["group"], row["site"]) for row in trained.rows}
+    assert rows == {name: expected[name] for name in rows}
+
+
 def test_a_group_in_two_splits_stops_training_and_is_audited(tmp_path: Path, tiny_weights: Path) -> None:
     rows = patient_rows(tmp_path, patients=4)
     for number, row in enumerate(rows):

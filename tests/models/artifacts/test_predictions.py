@@ -149,3 +149,20 @@ def test_missing_or_unparsable_file_is_rejected(tmp_path: Path, content: bytes |
 def test_inconsistent_values_are_rejected(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         some_predictions(**changes)
+
+
+def test_groups_and_facets_follow_in_columns_of_their_own(tmp_path: Path) -> None:
+    facets = {"camera": ("left", "", "left"), "p_x": ('"quoted", text', "2", ""), "group": ("x", "y", "z")}
+    table = some_predictions(groups=("p1", "", "p1"), facets=facets)
+    table.write_csv(tmp_path / "p.csv")
+    header = (tmp_path / "p.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header.endswith(",sha256,group,facet_camera,facet_p_x,facet_group")
+    other = Predictions.read_csv(tmp_path / "p.csv")
+    assert (other.classes, other.groups, dict(other.facets)) == (table.classes, table.groups, facets)
+    assert other.group_numbers is not None
+    assert other.group_numbers.tolist() == [0, 1, 0]
+    some_predictions(facets={"camera": ("left", "right", "")}).write_csv(tmp_path / "q.csv")
+    other = Predictions.read_csv(tmp_path / "q.csv")
+    assert (other.groups, other.group_numbers, dict(other.facets)) == ((), None, {"camera": ("left", "right", "")})
+    with pytest.raises(ValueError, match=r"^Expected one camera per image, got 1 for 3 images\.$"):
+        some_predictions(facets={"camera": ("left",)})
