@@ -5,12 +5,14 @@
 #   docker build --target finetune -t dogs-vs-cats-finetune .
 #
 # Both install the versions of requirements.lock, like `make setup`. PIP_ARGS is passed to pip, for example for another index.
+# --build-arg EXTRAS=heic adds the decoder of HEIC photos; docs/serving.md describes its license.
 
 # ---- requirements: only these lines of pyproject.toml decide whether packages are installed again -------------------------
 FROM python:3.11-slim-bookworm AS requirements
 WORKDIR /requirements
 COPY pyproject.toml tools/requirements.py ./
-RUN python requirements.py serve > serve.txt && python requirements.py finetune > finetune.txt
+ARG EXTRAS=""
+RUN python requirements.py serve $EXTRAS > serve.txt && python requirements.py finetune $EXTRAS > finetune.txt
 
 # ---- packages: what the service imports, without the files that it never opens --------------------------------------------
 FROM python:3.11-slim-bookworm AS packages

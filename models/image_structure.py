@@ -19,7 +19,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from models.errors import ImageTooLargeError, TooComplexError
+from models.errors import ImageError, ImageTooLargeError, TooComplexError
+from models.heif_structure import file_format, read_items
 
 MIB = 1 << 20
 SIMPLE_SEGMENTS = {"JPEG": 256, "PNG": 4096, "GIF": 8192, "WEBP": 64}
@@ -29,8 +30,9 @@ SIMPLE_METADATA_BYTES = 256 << 10  # what the tags of EXIF refer to, overlaps co
 SIMPLE_PPM_HEADER = 1024
 LONGEST_PPM_HEADER = 64 << 10
 MAX_PLAIN_PPM_COMMENTS = 100
+MAX_TILE_PADDING = 2  # the tiles of a HEIC or AVIF photo may extend beyond it
 # Memory while decoding and converting, in bytes per pixel, as measured; for what is not simple the highest.
-BYTES_PER_PIXEL = {"JPEG": 4, "PNG": 16, "WEBP": 20, "GIF": 16, "BMP": 16, "TIFF": 20, "PPM": 8}
+BYTES_PER_PIXEL = {"JPEG": 4, "PNG": 16, "WEBP": 20, "GIF": 16, "BMP": 16, "TIFF": 20, "PPM": 8, "AVIF": 20, "HEIF": 21}
 COEFFICIENT_BYTES_PER_PIXEL = 8  # more, where a JPEG has several scans
 
 
@@ -41,7 +43,7 @@ class Limits:
     Args:
         max_pixels: Pixels that are allocated, by the image or by one tile of it.
         max_scans: Scans of a JPEG.
-        max_segments: Segments, chunks, blocks or strips.
+        max_segments: Segments, chunks, blocks, boxes or strips.
         max_slow_bytes: File size where Pillow decodes in Python: plain PPM, PPM of an odd depth, run-length BMP.
     """
 
@@ -81,8 +83,11 @@ def examine(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Structure:
     Raises:
         TooComplexError: The file is built to be slow.
         ImageTooLargeError: The image, or a tile of it, has more than ``limits.max_pixels``.
+        ImageError: The structure of a HEIF or AVIF file is damaged or not supported.
     """
     matches = [(name, walk) for magic, name, walk in _WALKS if data.startswith(magic)]
+    if name := file_format(data):
+        matches = [(name, _heif)]
     if not matches:
         return Structure(None, 0, is_simple=True)
     ((name, walk),) = matches
@@ -401,6 +406,29 @@ def _big_tags(data: bytes, order: str) -> Iterator[tuple[int, int, int, int]]:
 
 
 _INTEGERS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+# HEIF and AVIF
+
+
+def _heif(data: bytes, found: _Found) -> None:
+    """Bound the primary image with all that it consists of. Only these pixels are decoded, so previews do not count."""
+    boxes = 0
+
+    def count(number: int) -> None:
+        nonlocal boxes
+        boxes += number
+        found.check_segments(boxes, "HEIC or AVIF file has {} boxes")
+
+    try:
+        items = read_items(data, count)
+        found.add_size(*items.size())
+        decoded = items.decoded_pixels()
+    except (ValueError, struct.error, IndexError) as error:
+        raise ImageError(f"The image is damaged and could not be read ({error}). Use another copy.") from None
+    if decoded > MAX_TILE_PADDING * found.limits.max_pixels:
+        found.add_size(decoded, 1, "The photo with its tiles and overlays")
+    raise _NotSimpleError
 
 
 # PPM

@@ -1,14 +1,17 @@
 """Image preprocessing: decode a file, apply its EXIF orientation, resize and crop.
 
 Normalization is the network's first layer (``models.networks.classifier.Normalize``), so the exported graph takes plain
-pixels. Only Pillow and NumPy are needed. Training and serving both call ``Preprocessing.pixels``, so their inputs are
-identical.
+pixels. Only Pillow and NumPy are needed, and pillow-heif for HEIC. Training and serving both call ``Preprocessing.pixels``,
+so their inputs are identical.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -17,15 +20,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageOps, UnidentifiedImageError, features
 
 from models.errors import ImageError, ImageTooLargeError, TooComplexError, UnsupportedImageError, UserError
+from models.heif_structure import file_format, hide_sequence
 from models.image_structure import DEFAULT_LIMITS, Limits, examine
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's other decoders are risky: EPS runs Ghostscript
-IMAGE_FORMATS_TEXT = "JPEG, PNG, WebP, GIF, BMP, TIFF or PPM"
+HAS_AVIF = importlib.util.find_spec("PIL._avif") is not None  # a Pillow that was built without libavif has none
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # the extra "heic"
+IMAGE_FORMATS_TEXT = f"JPEG, PNG, WebP, {'AVIF, ' * HAS_AVIF}{'HEIC, ' * HAS_HEIF}GIF, BMP, TIFF or PPM"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_END = b"\xff\xd9"
 JPEG_FILLERS = (b"\x5a\x3c\x96\xe1" * 16, b"\xa5\xc3\x69\x1e" * 16)
@@ -34,6 +41,7 @@ ImageInspector = Callable[[Image.Image], None]
 
 # Pillow warns about odd metadata, but the pixels are usable. This is not in decode because catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # images are decoded in parallel, not parts of one
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def decode(
 
 
 def _decode(data: bytes, min_side_px: int | None, inspect: ImageInspector | None = None) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as file:
+    with _open(data) as file:
         if inspect:
             inspect(file)
         if min_side_px:
@@ -171,6 +179,40 @@ def _decode(data: bytes, min_side_px: int | None, inspect: ImageInspector | None
         with contextlib.suppress(Exception):  # unreadable EXIF does not affect the pixels
             ImageOps.exif_transpose(photo, in_place=True)
         return to_rgb(photo)
+
+
+def _open(data: bytes) -> Image.Image:
+    container = file_format(data)
+    if container is None:
+        return Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    if container == "AVIF" and not HAS_AVIF:
+        raise UnidentifiedImageError
+    if container == "HEIF":
+        _register_heif()
+    file = Image.open(io.BytesIO(hide_sequence(data)), formats=[container])
+    file.info.pop("xmp", None)  # Pillow would apply an orientation from there, but the one of the container applies
+    return file
+
+
+@functools.cache
+def _register_heif() -> None:
+    """Load libheif, which only files of this format need."""
+    if not HAS_HEIF:
+        raise UnidentifiedImageError
+    import pillow_heif
+
+    # Without previews Pillow's ``draft`` decodes the image itself.
+    pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+
+
+def decoder_versions() -> dict[str, str | None]:
+    """Return the versions of the libraries that pixels depend on."""
+    return {
+        "pillow": PIL.__version__,
+        "jpeg": features.version("jpg"),
+        "avif": features.version("avif") if HAS_AVIF else None,
+        "heif": importlib.metadata.version("pillow-heif") if HAS_HEIF else None,
+    }
 
 
 def _repair(data: bytes, error: Exception) -> bytes | None:
@@ -212,22 +254,27 @@ def _without_metadata(data: bytes) -> bytes | None:
     return pixels_only if len(pixels_only) < len(data) else None
 
 
-def _unsupported(data: bytes) -> UnsupportedImageError:
+def _unsupported(data: bytes) -> ImageError:
     if not data:
         return UnsupportedImageError("The file is empty.")
+    container = file_format(data)
+    if container == "HEIF" and not HAS_HEIF:
+        return UnsupportedImageError(
+            f"HEIC needs the package pillow-heif, which is not installed. Install it, or use {IMAGE_FORMATS_TEXT}."
+        )
+    if container == "AVIF" and not HAS_AVIF:
+        return UnsupportedImageError(
+            f"AVIF needs a Pillow that was built with libavif. Install it, or use {IMAGE_FORMATS_TEXT}."
+        )
+    if container:
+        return ImageError("The image is damaged and could not be read. Use another copy.")
     name = _unsupported_format(data)
     what = f"{name} is not supported." if name else "This file is not a supported image."
     return UnsupportedImageError(f"{what} Use {IMAGE_FORMATS_TEXT}.")
 
 
 def _unsupported_format(data: bytes) -> str | None:
-    """Return the name of a common image format that is not supported, by the first bytes of the file."""
-    if data[4:8] == b"ftyp":  # an ISO media file; the box lists the formats that it is compatible with
-        box = data[8 : min(int.from_bytes(data[:4], "big"), 256)]
-        brands = {box[i : i + 4] for i in range(0, len(box), 4)}
-        if brands & {b"avif", b"avis"}:
-            return "AVIF"
-        return "HEIC" if brands & {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"} else None
+    """Return the name of a common format that is not supported, by the first bytes of the file."""
     signatures = {
         b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG 2000",
         b"\xffO\xffQ": "JPEG 2000",

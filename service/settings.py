@@ -131,7 +131,10 @@ class Settings:
     )
     max_jpeg_scans: int = _setting(100, "scans in a JPEG (ordinary ones have 1 to 13); more get 422", low=1, high=10_000)
     max_image_segments: int = _setting(
-        50_000, "JPEG segments, PNG chunks, GIF blocks or TIFF strips in an image; more get 422", low=100, high=10_000_000
+        50_000,
+        "JPEG segments, PNG chunks, GIF blocks, HEIC or AVIF boxes, or TIFF strips in an image; more get 422",
+        low=100,
+        high=10_000_000,
     )
     decode_timeout_s: float = _setting(
         5.0, "time to decode a large or unusual image in the decoder process; slower ones get 422", low=0.1, high=600

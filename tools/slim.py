@@ -36,8 +36,6 @@ UNNEEDED = {
     "sqlalchemy/dialects/m[sy]*sql": "databases other than SQLite and PostgreSQL",
     "sqlalchemy/dialects/oracle": "another database",
     "**/*.pyi": "type stubs",
-    "PIL/_avif.*.so": "AVIF, which the service does not accept",
-    "pillow.libs/libavif-*": "AVIF",
     "PIL/_imagingft.*.so": "text rendering",
     "pillow.libs/libharfbuzz-*": "text rendering",
     "pillow.libs/libfreetype-*": "text rendering",

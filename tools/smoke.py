@@ -26,7 +26,7 @@ import service
 
 NOT_IMPORTABLE = ("service.__main__", "service.db.migrations.")  # run by Python and by Alembic
 LAZY_IMPORTS = ("alembic.command", "psycopg")  # imported when a database is opened
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 PAGES = ("/", "/model", "/docs", "/openapi.json", "/models", "/metrics", "/health/live", "/gallery", "/gallery/photos.json")
 READY_S = 120.0
 

@@ -16,7 +16,10 @@ from pathlib import Path
 
 from models.errors import DataError, ImageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".avif", ".heic", ".heif", ".hif", ".gif", ".bmp", ".tif", ".tiff",
+    ".ppm", ".pgm",
+)  # fmt: skip
 
 HIDDEN = "hidden"
 NOT_AN_IMAGE = "not a supported image type"

@@ -15,8 +15,6 @@ from typing import Any, Protocol
 
 import imagehash
 import numpy as np
-import PIL
-import PIL.features
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -26,7 +24,7 @@ from finetune.data.image_folder import Sample
 from finetune.io.array_store import ArrayStore
 from finetune.io.threaded_map import threaded_map
 from models.errors import DataError, ImageError
-from models.preprocess import MIN_DECODE_PX, Preprocessing, decode
+from models.preprocess import MIN_DECODE_PX, Preprocessing, decode, decoder_versions
 
 THUMB_PX = 16
 EXACT_PX = 32  # the perceptual hash works at this size and cannot tell images this small apart
@@ -216,8 +214,7 @@ def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
         "thumb_px": THUMB_PX,
         "exact_px": EXACT_PX,
         "decode_px": decode_px,
-        "pillow": PIL.__version__,
-        "jpeg": PIL.features.version("jpg"),
+        **decoder_versions(),
     }
 
 

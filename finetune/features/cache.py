@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import PIL
-import PIL.features
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -17,7 +15,7 @@ from finetune.data.inspection import BatchingConsumer, ImageRecord, read_pixels
 from finetune.features.extractor import GPU_BATCH, FeatureExtractor
 from finetune.io.array_store import ArrayStore
 from finetune.io.threaded_map import batched, threaded_map
-from models.preprocess import Preprocessing
+from models.preprocess import Preprocessing, decoder_versions
 
 
 class FeatureCache(BatchingConsumer):
@@ -113,6 +111,5 @@ def cache_context(
         "last_frozen": last_frozen,
         "precision": precision,
         "engine": engine,
-        "pillow": PIL.__version__,
-        "jpeg": PIL.features.version("jpg"),
+        **decoder_versions(),
     }

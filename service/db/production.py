@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, case, delete, func, insert, select
 
+from models.heif_structure import file_format
 from service.db.ingest import (
     BucketTotals,
     BucketWriter,
@@ -135,7 +136,11 @@ def _delete(connection: Connection, sha256: str) -> None:
 
 def file_suffix(data: bytes) -> str:
     """Return the file name suffix for an image, from its first bytes."""
+    if container := file_format(data):
+        return f".{container.lower()}"
     return next((suffix for start, suffix in _SUFFIXES.items() if data.startswith(start)), ".jpg")
 
 
-_SUFFIXES = {b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif"}
+_SUFFIXES = {
+    b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp", b"II": ".tif", b"MM": ".tif", b"P": ".ppm",
+}  # fmt: skip

@@ -13,12 +13,14 @@ from typing import Any
 
 from PIL import Image, ImageCms
 
+from models.heif_structure import has_sequence
 from models.image_structure import too_large
 from models.preprocess import Preprocessing, decode
 from models.runtime.openvino_engine import Pixels
 
 MAX_PROFILE_BYTES = 1 << 20
 ANIMATED = {"GIF", "PNG", "WEBP", "TIFF"}  # a JPEG of a phone may contain a second image, but no animation
+CONTAINERS = {"AVIF", "HEIF"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def preprocess(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) ->
 
     def inspect(image: Image.Image) -> None:
         _check_size(image, max_pixels)
-        opened.update(width_px=image.width, height_px=image.height, format=image.format or "", notes=_notes(image))
+        opened.update(width_px=image.width, height_px=image.height, format=image.format or "", notes=_notes(image, data))
 
     pixels = preprocessing.pixels(data, inspect=inspect, limits=None)
     return PreprocessedImage(pixels, **opened)
@@ -92,7 +94,11 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise too_large(image.width, image.height, max_pixels)
 
 
-def _notes(image: Image.Image) -> tuple[str, ...]:
+def _notes(image: Image.Image, data: bytes) -> tuple[str, ...]:
+    if image.format in CONTAINERS:
+        if image.format == "HEIF" and getattr(image, "is_animated", False):
+            return ("The file contains several images. The primary one was classified.",)
+        return ("The image has several frames. The primary image was classified.",) if has_sequence(data) else ()
     if image.format in ANIMATED and getattr(image, "is_animated", False):
         return ("The image has several frames. The first one was classified.",)
     return ()

@@ -10,7 +10,7 @@ from flask import Blueprint, Request, Response, g, render_template, request, url
 
 from models.artifacts.bundle import read_small_file
 from models.errors import BundleError
-from models.preprocess import IMAGE_FORMATS_TEXT
+from models.preprocess import HAS_HEIF, IMAGE_FORMATS_TEXT
 from models.runtime.openvino_engine import Pixels
 from service.api.predict import Prediction, classify, gallery_url
 from service.context import services
@@ -24,8 +24,8 @@ from service.inference.predictor import ranked_probabilities
 from service.web.layout import current_model, problem_page, render_markdown
 
 log = logging.getLogger("service.web.upload_page")
-ACCEPTED_TYPES = (
-    "image/jpeg,image/png,image/webp,image/gif,image/bmp,image/tiff,.ppm,.pgm"  # without HEIC, as phones then send a JPEG
+ACCEPTED_TYPES = "image/jpeg,image/png,image/webp,image/avif,image/gif,image/bmp,image/tiff,.ppm,.pgm" + (
+    ",image/heic,image/heif,.heic,.heif" if HAS_HEIF else ""  # without these a phone sends a JPEG of its HEIC photos
 )
 NO_FILE_SELECTED = "Choose at least one photo, then press Classify."
 MAX_BARS = 10  # the others are folded

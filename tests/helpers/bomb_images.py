@@ -10,6 +10,7 @@ import zlib
 from PIL import Image
 
 from tests.helpers.odd_images import SIZE, chunk, picture, png, saved
+from tests.helpers.phone_images import box, coded, grid, heif, overlay
 
 MIB = 1 << 20
 LINES = chunk(b"IDAT", zlib.compress((b"\0" + b"\x80\x20\x20" * 8) * 8))
@@ -124,6 +125,7 @@ def rejected() -> dict[str, tuple[bytes, str]]:
     gif = saved(picture("P"), "GIF")
     frame = gif.index(b",", 13 + 3 * 2 ** ((gif[10] & 7) + 1))
     size = b"%d %d " % SIZE
+    tile = coded(picture(size=(64, 64)))
     return {
         "JPEG of 6,000 scans": (progressive(6000), "jpeg_scans"),
         "JPEG of padding": (jpeg_with(b"\xff" * MIB), "segments"),
@@ -148,6 +150,11 @@ def rejected() -> dict[str, tuple[bytes, str]]:
         "TIFF of one huge tile": (tiff_tile(46_336), "pixels"),
         "BigTIFF of one huge tile": (big_tiff_tile(46_336), "pixels"),
         "WebP of a huge canvas": (webp_canvas(16_000), "pixels"),
+        "HEIC of a huge grid": (heif({1: grid(1, 1, 60_000, 60_000, [2]), 2: tile}), "pixels"),
+        "HEIC of overlays of overlays": (
+            heif({1: overlay(9, 9, [2] * 200), 2: overlay(9, 9, [3] * 200), 3: overlay(9, 9, [4] * 200), 4: tile}), "pixels",
+        ),
+        "HEIC of boxes": (heif({1: tile}) + box(b"free") * 100_000, "segments"),
         "plain PBM of comments": (b"P1 " + size + b"1 #\n" * 1000, "comments"),
         "plain PGM of comments": (b"P2 " + size + b"255\n" + b"1 #\n" * 1000, "comments"),
         "plain PPM of comments": (b"P3 " + size + b"255\n" + b"#\n" * 1000, "comments"),

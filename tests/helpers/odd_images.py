@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pillow_heif
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 SIZE = (61, 47)
+pillow_heif.register_heif_opener()  # for Image.save
 
 
 def odd_images() -> dict[str, bytes]:
     """Return the files by description."""
     found: dict[str, bytes] = {}
-    for source in (_modes, _jpegs, _pngs, _tiffs, _bitmaps, _plain_maps, _animations, _not_photos, _broken):
+    for source in (_modes, _jpegs, _pngs, _tiffs, _bitmaps, _plain_maps, _animations, _phones, _not_photos, _broken):
         for name, data in source():
             assert name not in found, name
             found[name] = data
@@ -236,8 +238,23 @@ def _animations() -> Iterator[tuple[str, bytes]]:
     yield "animated PNG that breaks off", apng[: len(apng) * 2 // 3]
 
 
+def _phones() -> Iterator[tuple[str, bytes]]:
+    second = picture(size=(64, 64))
+    for form in ("HEIF", "AVIF"):
+        for mode in ("RGB", "RGBA", "L"):
+            yield f"{form} of mode {mode}", saved(picture(mode), form)
+        yield f"{form} of one pixel", saved(picture(size=(1, 1)), form)
+        yield f"{form} with a profile that is none", saved(picture(), form, icc_profile=b"no profile" * 50)
+        yield f"{form} with junk behind it", saved(picture(), form) + b"SEFH" * 100
+    yield "HEIF of tiles", saved(picture(size=(150, 100)), "HEIF", tile_size=64)
+    yield "HEIF of two images", saved(picture(), "HEIF", save_all=True, append_images=[second])
+    yield "HEIF with a preview", saved(picture(), "HEIF", thumbnails=[32])
+    yield "AVIF of several frames", saved(picture(), "AVIF", save_all=True, append_images=[picture().rotate(180)])
+    yield "HEIC of nothing", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
+
+
 def _not_photos() -> Iterator[tuple[str, bytes]]:
-    for form in ("EPS", "PDF", "ICO", "TGA", "PCX", "SGI", "MSP", "XBM", "DDS", "ICNS", "JPEG2000", "SPIDER", "QOI", "AVIF"):
+    for form in ("EPS", "PDF", "ICO", "TGA", "PCX", "SGI", "MSP", "XBM", "DDS", "ICNS", "JPEG2000", "SPIDER", "QOI"):
         mode = "1" if form in ("MSP", "XBM") else "F" if form == "SPIDER" else "RGB"
         try:
             yield form, saved(picture(mode, (32, 32)), form)
@@ -249,7 +266,6 @@ def _not_photos() -> Iterator[tuple[str, bytes]]:
     yield "a zip", b"PK\3\4" + bytes(100)
     yield "a program", b"\x7fELF" + bytes(200)
     yield "a video", b"\0\0\0\x18ftypmp42" + bytes(200)
-    yield "HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
     yield "one zero", b"\0"
     yield "a line's end", b"\n"
     yield "a megabyte of zeros", bytes(1 << 20)
@@ -261,7 +277,7 @@ def _broken() -> Iterator[tuple[str, bytes]]:
     rng = random.Random(11)
     for form, options in (
         ("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {"compression": "tiff_lzw"}),
-        ("TIFF", {"compression": "jpeg"}), ("PPM", {}),
+        ("TIFF", {"compression": "jpeg"}), ("PPM", {}), ("HEIF", {}), ("AVIF", {}),
     ):  # fmt: skip
         whole = saved(picture("P" if form == "GIF" else "RGB"), form, **options)
         name = "-".join((form, *options.values()))

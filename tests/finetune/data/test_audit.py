@@ -91,18 +91,18 @@ def test_other_files_and_hidden_folders_are_listed(data: Path, capsys: pytest.Ca
     text = audit_text(data, capsys, code=0)
     assert "Note: 3 skipped (hidden): __MACOSX, train/.ipynb_checkpoints, train/red/.ipynb_checkpoints" in text
     (data / "valid" / "blue" / "notes.txt").write_text("x")
-    (data / "train" / "blue" / "cat.heic").write_bytes(b"x")
+    (data / "train" / "blue" / "cat.svg").write_bytes(b"x")
     found = audit_json(data, capsys, code=1)
     assert found["skipped"] == {
         "__MACOSX": "hidden",
         "train/.ipynb_checkpoints": "hidden",
         "train/red/.ipynb_checkpoints": "hidden",
-        "train/blue/cat.heic": "not a supported image type",
+        "train/blue/cat.svg": "not a supported image type",
         "valid/blue/notes.txt": "not a supported image type",
     }
     assert found["counts"]["train"] == {"blue": 4, "red": 4}
     text = audit_text(data, capsys, code=1)
-    assert "- 2 skipped (not a supported image type): train/blue/cat.heic, valid/blue/notes.txt" in text
+    assert "- 2 skipped (not a supported image type): train/blue/cat.svg, valid/blue/notes.txt" in text
 
 
 def test_the_folder_of_a_split_is_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

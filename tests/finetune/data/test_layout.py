@@ -323,14 +323,14 @@ def test_a_class_may_contain_files_with_the_names_of_results(tmp_path: Path) -> 
 
 def test_what_was_skipped_is_summarized_by_reason(tmp_path: Path) -> None:
     photos(tmp_path, "cats", "dogs")
-    touch(tmp_path, "cats/Thumbs.db", *(f"dogs/{i}.heic" for i in range(5)), "dogs/.DS_Store", "dogs/._0.jpg", "cats/.git/x")
+    touch(tmp_path, "cats/Thumbs.db", *(f"dogs/{i}.svg" for i in range(5)), "dogs/.DS_Store", "dogs/._0.jpg", "cats/.git/x")
     assert describe_skipped(read_dataset(tmp_path).skipped, tmp_path) == [
         "4 skipped (hidden): cats/.git, cats/Thumbs.db, dogs/.DS_Store, ...",
-        "5 skipped (not a supported image type): dogs/0.heic, dogs/1.heic, dogs/2.heic, ...",
+        "5 skipped (not a supported image type): dogs/0.svg, dogs/1.svg, dogs/2.svg, ...",
     ]
 
 
 def test_a_folder_of_other_files_only_is_explained(tmp_path: Path) -> None:
-    touch(tmp_path, "cats/0.heic", "dogs/0.heic")
-    with pytest.raises(DataError, match=r"No photos in the class folders of .*not a supported image type\): cats/0\.heic"):
+    touch(tmp_path, "cats/0.svg", "dogs/0.svg")
+    with pytest.raises(DataError, match=r"No photos in the class folders of .*not a supported image type\): cats/0\.svg"):
         read_dataset(tmp_path)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 from flask.testing import FlaskClient
 from PIL import ExifTags, Image
@@ -33,6 +34,7 @@ from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, multipart
 
 pytestmark = pytest.mark.slow
 
+pillow_heif.register_heif_opener()  # for Image.save
 T = Image.Transpose
 PROBLEM = "application/problem+json"
 
@@ -303,6 +305,10 @@ def test_images_of_other_modes_get_the_prediction_of_their_appearance(client: Fl
         "PPM": (encode(picture, "PPM"), upright, 1e-5),
         "TIFF": (encode(picture, "TIFF", compression="tiff_lzw"), upright, 1e-5),
         "lossless WebP": (encode(picture, "WEBP", lossless=True), upright, 1e-5),
+        "HEIC": (encode(picture, "HEIF", quality=-1, chroma=444), upright, 0.05),
+        "HEIC with transparency": (encode(see_through, "HEIF", quality=-1, chroma=444), upright, 0.05),
+        "HEIC of tiles": (encode(picture, "HEIF", quality=-1, chroma=444, tile_size=64), upright, 0.05),
+        "AVIF": (encode(picture, "AVIF", quality=100, subsampling="4:4:4"), upright, 0.05),
         "CMYK TIFF": (encode(picture.convert("CMYK"), "TIFF"), upright, 0.02),
         "CMYK JPEG": (encode(picture.convert("CMYK"), "JPEG", quality=98), upright, 0.1),
     }
@@ -337,6 +343,19 @@ def test_the_first_frame_of_an_animation_is_classified_with_a_note(client: Flask
     assert same(still, moving)
     assert still["notes"] == []
     assert moving["notes"] == ["The image has several frames. The first one was classified."]
+
+
+def test_the_primary_image_of_several_is_classified_with_a_note(client: FlaskClient) -> None:
+    first, second = Image.new("RGB", (40, 40), (255, 40, 40)), Image.new("RGB", (40, 40), (40, 60, 255))
+    notes = {
+        "HEIF": "The file contains several images. The primary one was classified.",
+        "AVIF": "The image has several frames. The primary image was classified.",
+    }
+    for form, note in notes.items():
+        still = one(send(client, encode(first, form), "image/x"))
+        several = one(send(client, encode(first, form, save_all=True, append_images=[second]), "image/x"))
+        assert same(still, several, 0.02)  # the frames of an AVIF are encoded together
+        assert (still["format"], still["notes"], several["notes"]) == (form, [], [note])
 
 
 def test_a_jpeg_of_a_phone_with_a_second_image_is_not_an_animation(client: FlaskClient, picture: Image.Image) -> None:
@@ -388,10 +407,6 @@ def test_data_that_is_not_an_image_is_rejected(client: FlaskClient, data: bytes)
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300), "HEIC"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(300), "HEIC"),
-        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf" + bytes(300), "AVIF"),
-        (b"\0\0\0\x14ftypavif\0\0\0\0avif", "AVIF"),
         (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(300), "JPEG 2000"),
         (b"\xffO\xffQ" + bytes(300), "JPEG 2000"),
         (b"\xff\n" + bytes(300), "JPEG XL"),
@@ -402,6 +417,11 @@ def test_an_unsupported_image_format_is_named(client: FlaskClient, data: bytes, 
     check_problem(send_form(client, ("file", "a", data)), "not_an_image", f"{name} is not supported. Use JPEG")
     video = b"\0\0\0\x14ftypisom\0\0\0\0mp42"
     check_problem(send(client, video), "not_an_image", "This file is not a supported image. Use JPEG")
+
+
+@pytest.mark.parametrize("head", [b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf"])
+def test_a_heic_or_avif_file_without_an_image_is_damaged(client: FlaskClient, head: bytes) -> None:
+    check_problem(send(client, head + bytes(300)), "damaged_image", "damaged", "it has no still image", "Use another copy")
 
 
 def test_other_formats_of_pillow_are_rejected(client: FlaskClient, picture: Image.Image) -> None:

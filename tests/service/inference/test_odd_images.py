@@ -22,11 +22,12 @@ SUPPORTED = {  # unusual, but must be predicted
     "PNG of mode I;16", "PNG of mode P", "PNG of one pixel", "PNG a million wide", "PNG with 20,000 comments",
     "PNG with EXIF that is none", "PNG with a text of 80 MB", "TIFF, group4",
     "TIFF of 100 pictures", "TIFF of mode F", "animated GIF", "animated PNG",
-    "animated WebP, lossy", "portable map of 16 bits", "float map of values that are less than nothing",
+    "animated WebP, lossy", "HEIF of mode RGB", "HEIF of tiles", "HEIF of two images", "AVIF of mode RGBA",
+    "AVIF of several frames", "portable map of 16 bits", "float map of values that are less than nothing",
 }  # fmt: skip
 UNSUPPORTED = {  # must be rejected
     "EPS", "PDF", "ICO", "SVG", "PSD", "EPS that loops", "PNG of 100 million pixels", "PNG of 2147483647 square",
-    "JPEG of 65535 square", "a megabyte of zeros", "GIF of no frames", "PNG without pixels",
+    "JPEG of 65535 square", "a megabyte of zeros", "GIF of no frames", "PNG without pixels", "HEIC of nothing",
 }  # fmt: skip
 
 
