@@ -11,15 +11,25 @@ import numpy as np
 import pytest
 from sqlalchemy import func, select
 
+from finetune.data.image_files import is_image_name
 from service.db.connection import Database
 from service.db.filter import UNLABELED, Filter
 from service.db.ingest import get_or_create_model
-from service.db.production import ServedPrediction, labeled_images, load_image, production_name, prune, save_predictions
+from service.db.production import (
+    ServedPrediction,
+    file_suffix,
+    labeled_images,
+    load_image,
+    production_name,
+    prune,
+    save_predictions,
+)
 from service.db.query import PredictionQuery, count_unreviewed_production
 from service.db.records import PredictionRecord
 from service.db.schema import predictions, production_images
 from service.reviews.decisions import ReviewDecision, current_decision, load_history, save_decision
 from tests.helpers.gallery_rows import VERSION, check_cells, enter, make_predictions
+from tests.helpers.odd_images import picture, saved
 
 CLASSES = ("cats", "dogs")
 NOW = datetime.now(timezone.utc)
@@ -196,3 +206,15 @@ def test_expired_photos_are_deleted_and_evaluated_ones_stay(database: Database, 
         assert prune(connection, max_images=1, max_bytes=10**9, days=0) == 0
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 20
     check_cells(database)
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"),
+    [
+        ("JPEG", ".jpg"), ("PNG", ".png"), ("WEBP", ".webp"), ("GIF", ".gif"), ("BMP", ".bmp"), ("TIFF", ".tif"),
+        ("PPM", ".ppm"), ("AVIF", ".avif"), ("HEIF", ".heif"),
+    ],
+)  # fmt: skip
+def test_an_exported_photo_has_the_suffix_of_its_format(form: str, suffix: str) -> None:
+    assert file_suffix(saved(picture(), form)) == suffix
+    assert is_image_name(f"photo{suffix}")

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from tests.helpers.odd_images import saved
 from tests.helpers.server import Server, poll, serve
 from tests.helpers.tiny_network import paint
 
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.slow
 Row = dict[str, Any]
 DECISIONS = ("label:red", "label:blue", "neither", "bad")
 SENT = 6
+FORMATS = {0: "HEIF", 1: "AVIF", 4: "HEIF"}  # of some of the photos
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFacto
         poll(lambda: server.get("/gallery").status == 200)
         for number in range(SENT):
             photo = paint(folder / "sent.jpg", (255, 40, 40), seed=900 + number)
-            assert server.post(photo.read_bytes()).status == 200
+            with Image.open(photo) as image:
+                assert server.post(saved(image, FORMATS.get(number, "JPEG"))).status == 200
         path = "/gallery/photos.json?source=production&sort=name"
         sent = poll(lambda: len(rows := server.get(path).json()["rows"]) == SENT and rows)
         for row, decision in zip(sent, DECISIONS, strict=False):
@@ -127,3 +131,15 @@ def test_a_production_photo_shows_when_it_arrived_and_sorts_by_newest(gallery: G
     received = rf'<time datetime="{re.escape(times[0])}">\d{{4}}-\d\d-\d\d \d\d:\d\d UTC</time>'
     assert re.search(rf"<dt>Received</dt> <dd>{received}</dd>", gallery.text(rows[0]["page"]))
     assert re.search(rf"Production <span>{received}</span>", gallery.text("/gallery/photos?source=production&sort=newest"))
+
+
+def test_photos_of_any_format_are_shown_as_jpeg_or_png(gallery: Gallery) -> None:
+    """Most browsers do not show HEIC."""
+    for row in gallery.live():
+        page = gallery.text(row["page"])
+        addresses = {html.unescape(url) for url in re.findall(r'(?:src|href)="(/gallery/images/[^"]*)"', page)}
+        assert {"original.jpg", "crop.png"} <= {url.split("?")[0].rpartition("/")[2] for url in addresses}
+        for url in {*addresses, row["thumbnail"]}:
+            answer = gallery.server.get(url)
+            expected = b"\xff\xd8\xff" if ".jpg?" in url else b"\x89PNG"
+            assert (answer.status, answer.body.startswith(expected)) == (200, True), url

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -116,6 +118,22 @@ def children_of_this() -> list[int]:
         with open(f"/proc/self/task/{task}/children") as file:
             pids += [int(word) for word in file.read().split()]
     return pids
+
+
+@pytest.mark.parametrize("form", ["HEIF", "AVIF"])
+def test_damaged_photos_of_phones_end_neither_the_process_nor_wait(make: Make, form: str) -> None:
+    """Truncated and with flipped bytes, also such whose structure the service would reject before."""
+    rng, outcomes = random.Random(3), list[str]()
+    process = make(count=outcomes.append)
+    whole = saved(picture("RGBA"), form)
+    for number in range(150):
+        damaged = bytearray(whole[: rng.randrange(len(whole))] if number % 5 == 0 else whole)
+        for _ in range(number % 4):
+            if damaged:
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        with contextlib.suppress(ImageError):
+            crop(process, bytes(damaged))
+    assert set(outcomes) == {"ok", "rejected"}
 
 
 def test_a_job_that_takes_too_long_is_killed_and_the_next_one_runs(make: Make) -> None:

@@ -103,7 +103,8 @@ def test_the_form_has_a_file_input_and_no_key_field(app: Flask) -> None:
     assert answer.status_code == 200
     assert answer.mimetype == "text/html"
     assert 'enctype="multipart/form-data"' in answer.text
-    assert re.search(r'<input id="files" type="file" name="file" multiple accept="image/jpeg,', answer.text)
+    assert re.search(r'<input id="files" type="file" name="file" multiple accept="image/jpeg,[^"]*\.heic,\.heif"', answer.text)
+    assert "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP, TIFF or PPM. One or more photos." in text_of(answer)
     assert "This model only knows blue, green and red. Any other photo will still be labeled as one of them." in text_of(answer)
     assert not cards(answer)
     assert 'name="key"' not in answer.text
