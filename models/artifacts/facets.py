@@ -36,8 +36,8 @@ def make_facets(columns: Mapping[str, Sequence[str]]) -> list[Facet]:
     """Return the columns that divide the images, up to 20 of them.
 
     A column of more than 10 different numbers is divided into ranges with about equal numbers of images. Of more than 20 texts
-    the most frequent 20 remain, and the others are one value. A column is left out if it is empty, or if 20 values cover less
-    than half of its images, such as an identifier or a note.
+    the most frequent 20 remain, and the others are one value. A column is left out if it is empty, or if it is an identifier or
+    a note: every image has another text, or 20 texts cover less than half of the images.
     """
     facets = (_make_facet(name, values) for name, values in columns.items())
     return [facet for facet in facets if facet is not None][:MAX_COLUMNS]
@@ -50,6 +50,8 @@ def _make_facet(name: str, texts: Sequence[str]) -> Facet | None:
     numbers = {text: _number(text) for text in counts}
     if all(number is not None for number in numbers.values()):
         named = _name_numbers({text: number for text, number in numbers.items() if number is not None}, counts)
+    elif len(counts) == counts.total() > 2:
+        return None
     elif len(counts) > MAX_VALUES:
         frequent = {text: text for text, _ in counts.most_common(MAX_VALUES)}
         if sum(counts[text] for text in frequent) < sum(counts.values()) / 2:

@@ -41,6 +41,7 @@ FACETS = {
     "review": "reviews",
     "flag": "flags",
 }
+PARAMETERS = {**FACETS, "facet": "facets"}  # a value of a further column of the table of labels, as COLUMN:VALUE
 FACET_VALUES = {"outcome": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
 
 
@@ -48,8 +49,9 @@ FACET_VALUES = {"outcome": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag
 class Filter:
     """A selection of one model's predictions and its order. An empty tuple matches everything.
 
-    Values of one facet are alternatives; several facets must all match. ``confidence`` is in whole percent, without the upper
-    end unless it is 100. ``change`` compares with the model whose version is ``baseline``.
+    Values of one facet are alternatives; several facets must all match. ``facets`` are values of further columns, as
+    "column:value". ``confidence`` is in whole percent, without the upper end unless it is 100. ``change`` compares with the
+    model whose version is ``baseline``.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Filter:
     splits: tuple[str, ...] = ()
     reviews: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    facets: tuple[str, ...] = ()
     confidence: tuple[int, int] = (0, 100)
     baseline: str = ""
     change: str = ""
@@ -71,7 +74,7 @@ class Filter:
     def query(self, **more: Any) -> str:
         """Return the shortest query string for this filter. ``more`` are additional parameters like page=2."""
         pairs: list[tuple[str, Any]] = [("model", self.model)]
-        for parameter, field in FACETS.items():
+        for parameter, field in PARAMETERS.items():
             pairs += [(parameter, value) for value in getattr(self, field)]
         if self.confidence != (0, 100):
             pairs.append(("confidence", "{}-{}".format(*self.confidence)))
@@ -96,7 +99,7 @@ class Filter:
 
     def toggle(self, parameter: str, value: str) -> Filter:
         """Return the filter with a facet's value added, or removed if it is selected."""
-        field = FACETS[parameter]
+        field = PARAMETERS[parameter]
         values: tuple[str, ...] = getattr(self, field)
         return self.replace(**{field: tuple(v for v in values if v != value) if value in values else (*values, value)})
 
@@ -137,7 +140,7 @@ def parse_filter(params: MultiDict[str, str], *, model: str, extra: Iterable[str
     Raises:
         InvalidFilterError: A parameter is unknown or has an invalid value.
     """
-    known = ("model", *FACETS, "confidence", "baseline", "change", "sort", "order", "seed", "per_page")
+    known = ("model", *PARAMETERS, "confidence", "baseline", "change", "sort", "order", "seed", "per_page")
     for name, value in params.items(multi=True):
         if name not in (*known, *extra):
             raise InvalidFilterError(f"Unknown parameter {name!r}. Valid parameters: {', '.join((*known, *extra))}.")
@@ -146,7 +149,7 @@ def parse_filter(params: MultiDict[str, str], *, model: str, extra: Iterable[str
     sort = _parse_choice(params, "sort", tuple(SORT_ORDERS), "loss")
     filters = Filter(
         model=params.get("model") or model,
-        **{field: _parse_values(params, parameter) for parameter, field in FACETS.items()},
+        **{field: _parse_values(params, parameter) for parameter, field in PARAMETERS.items()},
         confidence=_parse_range(params.get("confidence", "")),
         baseline=params.get("baseline", ""),
         change=_parse_choice(params, "change", CHANGES, ""),
@@ -222,7 +225,7 @@ def describe_filter(filters: Filter, total: int, *, name: str, baseline_name: st
         words += f" in {_either(filters.splits)}"
     if filters.sources:
         words += f" from {_either([_SOURCES[source] for source in filters.sources])}"
-    clauses = [f"{name}: {words}"]
+    clauses = [f"{name}: {words}", *(facet.replace(":", " = ", 1) for facet in filters.facets)]
     if filters.confidence != (0, 100):
         low, high = filters.confidence
         clauses.append(f"confidence {f'{low}% or more' if high == 100 else f'{low} to {high}%'}")

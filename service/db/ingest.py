@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, Row, case, insert, select, update
 
 from models.artifacts.predictions import Predictions, cross_entropy
+from service.db.facets import import_columns
 from service.db.schema import RANGE_COLUMNS, UNKNOWN, buckets, current_reviews, imports, models, predictions
 from service.db.text import encode_file_name
 
@@ -139,8 +140,7 @@ def import_predictions(connection: Connection, model_id: int, table: EvaluationT
         The number of inserted predictions.
     """
     source = table.predictions
-    own = select(predictions.c.id, predictions.c.photo, predictions.c.sha256).where(predictions.c.model_id == model_id)
-    known = {tuple(row): id_ for id_, *row in connection.execute(own)}
+    known = _load_photo_ids(connection, model_id)
     new, flagged = [], []
     for i, photo in enumerate(zip(map(encode_file_name, source.image_names), source.sha256s, strict=True)):
         if photo not in known:
@@ -156,6 +156,8 @@ def import_predictions(connection: Connection, model_id: int, table: EvaluationT
         for row in rows:
             totals.add(row)
     writer.add(totals)
+    if source.facets or any(source.groups):
+        import_columns(connection, model_id, source, _load_photo_ids(connection, model_id), new)
     for id_ in flagged:
         known_row = connection.execute(select(*PREDICTION_COLUMNS).join(buckets).where(predictions.c.id == id_)).one()
         writer.move(known_row._mapping, mislabeled=True)
@@ -253,6 +255,12 @@ def production_loss(probabilities: bytes, label: int) -> float:
 def confidence_percent(confidence: float) -> int:
     """Round a confidence down to whole percent, at most 99."""
     return bisect.bisect_right(_PERCENTS, confidence) - 1
+
+
+def _load_photo_ids(connection: Connection, model_id: int) -> dict[tuple[str, str], int]:
+    """Return the id of each photo of a model by its name and sha256."""
+    own = select(predictions.c.id, predictions.c.photo, predictions.c.sha256).where(predictions.c.model_id == model_id)
+    return {(photo, sha256): id_ for id_, photo, sha256 in connection.execute(own)}
 
 
 def _load_reviews(connection: Connection) -> dict[str, Any]:

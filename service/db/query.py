@@ -11,6 +11,7 @@ from sqlalchemy import Connection, func, select
 
 from service.db.aggregates import FacetCounts, count_buckets
 from service.db.errors import InvalidFilterError, RecordNotFoundError
+from service.db.facets import FacetValue, conditions_by_column, count_values, list_values
 from service.db.filter import UNLABELED, Filter
 from service.db.ingest import DIMENSIONS
 from service.db.model_comparison import select_changed
@@ -18,6 +19,8 @@ from service.db.pagination import SORT_COLUMNS, Paginator
 from service.db.records import Bucket, DecisionRecord, ModelRecord, PredictionRecord
 from service.db.schema import buckets, current_reviews, models, predictions
 from service.db.text import is_storable
+
+CHANGED = ""  # the condition of a comparison, next to those of columns
 
 
 class PredictionQuery:
@@ -39,17 +42,23 @@ class PredictionQuery:
         self.filters = filters
         self.model: ModelRecord = same_model_as.model if same_model_as else get_model(connection, filters.model)
         _check_classes(filters, self.model)
-        self._changed = None
-        image_counts: dict[int, int] | None = None
+        self.facet_values: Sequence[FacetValue] = (
+            same_model_as.facet_values if same_model_as else list_values(connection, self.model.id)
+        )
+        self._conditions = conditions_by_column(self.facet_values, filters.facets)  # what the buckets do not contain
         if filters.change:
-            self._changed = select_changed(self.model, get_model(connection, filters.baseline), filters.change)
+            changed = select_changed(self.model, get_model(connection, filters.baseline), filters.change)
+            self._conditions[CHANGED] = predictions.c.id.in_(changed)
+        image_counts: dict[int, int] | None = None
+        if self._conditions:
             bucket_id = predictions.c.bucket_id
-            rows = select(bucket_id, func.count()).where(predictions.c.id.in_(self._changed)).group_by(bucket_id)
+            own = predictions.c.model_id == self.model.id, *self._conditions.values()
+            rows = select(bucket_id, func.count()).where(*own).group_by(bucket_id)
             image_counts = {row[0]: row[1] for row in connection.execute(rows)}
         self.buckets: Sequence[Bucket] = same_model_as.buckets if same_model_as else load_buckets(connection, self.model)
         self.model_total = sum(bucket.images for bucket in self.buckets)
         self.counts: FacetCounts = count_buckets(self.buckets, filters, image_counts=image_counts)
-        images = image_counts or {bucket.id: bucket.images for bucket in self.buckets}
+        images = {bucket.id: bucket.images for bucket in self.buckets} if image_counts is None else image_counts
         self._bucket_counts = {id_: images[id_] for id_ in self.counts.bucket_ids}
 
     def with_connection(self, connection: Connection) -> PredictionQuery:
@@ -69,6 +78,19 @@ class PredictionQuery:
     def first(self, limit: int) -> list[PredictionRecord]:
         """Return the first photos."""
         return self.fetch(self._paginator.ids(limit=limit))
+
+    def count_facet_values(self) -> dict[int, int]:
+        """Count the photos by the id of each facet value. As for other facets, a column ignores its own selected values."""
+        matching = count_buckets(self.buckets, self.filters).bucket_ids
+        in_buckets = [predictions.c.bucket_id.in_(matching)] if len(matching) < len(self.buckets) else []
+        selected = [column for column in self._conditions if column != CHANGED]
+        counts: dict[int, int] = {}
+        for column in (None, *selected):
+            values = [v for v in self.facet_values if (v.column == column if column else v.column not in selected)]
+            others = [condition for name, condition in self._conditions.items() if name != column]
+            if values:
+                counts |= count_values(self.connection, values, [*in_buckets, *others])
+        return counts
 
     def ids(self) -> list[int]:
         """Return the ids of all photos in order, for ``fetch``."""
@@ -129,7 +151,7 @@ class PredictionQuery:
             self._bucket_counts,
             model_total=self.model_total,
             bucket_total=len(self.buckets),
-            restrict_to=self._changed,
+            restrict_to=select(predictions.c.id).where(*self._conditions.values()) if self._conditions else None,
         )
 
     def _sort_key(self, photo: PredictionRecord) -> Any:

@@ -173,3 +173,36 @@ production_images = Table(  # the images of saved production predictions
     Column("data", LargeBinary, nullable=False),
     Column("received_at", UtcDateTime, nullable=False, index=True),
 )
+
+facet_columns = Table(  # the further columns of a table of labels
+    "facet_columns",
+    metadata,
+    Column("id", PrimaryKey, primary_key=True),
+    Column("model_id", PrimaryKey, ForeignKey("models.id"), nullable=False),
+    Column("name", Text, nullable=False),
+    UniqueConstraint("model_id", "name"),
+)
+
+facet_values = Table(  # the values of a column that photos are filtered by
+    "facet_values",
+    metadata,
+    Column("id", PrimaryKey, primary_key=True),
+    Column("column_id", PrimaryKey, ForeignKey("facet_columns.id"), nullable=False),
+    Column("value", Text, nullable=False),
+    Column("position", Integer, nullable=False),  # in the list of the column's values
+    UniqueConstraint("column_id", "value"),
+)
+
+photo_facets = Table(
+    "photo_facets",
+    metadata,
+    Column("facet_value_id", PrimaryKey, ForeignKey("facet_values.id"), primary_key=True),
+    Column("prediction_id", PrimaryKey, ForeignKey("predictions.id"), primary_key=True, index=True),
+)
+
+photo_columns = Table(  # all values of a photo, to be shown
+    "photo_columns",
+    metadata,
+    Column("prediction_id", PrimaryKey, ForeignKey("predictions.id"), primary_key=True),
+    Column("columns", JSON, nullable=False),
+)

@@ -36,7 +36,9 @@ def retrain_command(bundle: Bundle, *, has_extra_data: bool) -> str:
         has_extra_data: Whether to add the labeled production photos, unpacked as the folder ``production``.
     """
     config = bundle.manifest.get("provenance", {}).get("config", {})
-    flags = [f"--{name.replace('_', '-')} {config[name]}" for name in TRAIN_FLAGS if config.get(name) is not None]
+    labels = bundle.manifest.get("provenance", {}).get("dataset", {}).get("labels")
+    flags = ["--labels LABELS"] if labels else []
+    flags += [f"--{name.replace('_', '-')} {config[name]}" for name in TRAIN_FLAGS if config.get(name) is not None]
     flags += [f"--unfreeze {shlex.join(config['unfreeze'])}"] if config.get("unfreeze") else []
     flags += ["--augment"] if config.get("augment") else []
     flags += ["--reviews reviews.csv"]

@@ -12,10 +12,12 @@ from typing import Any
 
 from flask import Blueprint, Response, request, stream_with_context, url_for
 
+from models.artifacts.predictions import FACET_PREFIX, GROUP_COLUMN
 from models.artifacts.reviews import write_reviews
 from service.context import gallery
 from service.db import production
 from service.db.connection import Database
+from service.db.facets import list_columns, load_columns
 from service.db.filter import Filter
 from service.db.records import ModelRecord, PredictionRecord
 from service.db.text import decode_file_name
@@ -26,7 +28,8 @@ from service.reviews.decisions import list_reviews
 CHUNK = 500
 MIB = 1 << 20
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r")
-Rows = Iterator[PredictionRecord]
+Columns = dict[str, str]  # the values of a photo in the further columns of a table of labels
+Rows = Iterator[tuple[PredictionRecord, Columns]]
 
 bp = Blueprint("exports", __name__)
 
@@ -41,8 +44,8 @@ def as_json(outcome: str = "") -> Response:
 
     def stream() -> Iterator[str]:
         yield f'{{"total": {total}, "rows": ['
-        for number, photo in enumerate(rows):
-            yield (",\n" if number else "\n") + json.dumps(row_to_json(photo, model))
+        for number, (photo, columns) in enumerate(rows):
+            yield (",\n" if number else "\n") + json.dumps(row_to_json(photo, model, columns))
         yield "]}\n"
 
     return Response(stream_with_context(stream()), headers={"Cache-Control": "no-cache"}, mimetype="application/json")
@@ -52,12 +55,18 @@ def as_json(outcome: str = "") -> Response:
 @bp.get("/gallery/correct.csv", endpoint="correct_csv", defaults={"outcome": "correct"})
 @bp.get("/gallery/incorrect.csv", endpoint="incorrect_csv", defaults={"outcome": "incorrect"})
 def as_csv(outcome: str = "") -> Response:
-    """Stream the columns of predictions.csv, followed by those of the gallery."""
+    """Stream the columns of predictions.csv, followed by those of the gallery and of a table of labels."""
     filters = _filter(outcome)
     _, model, rows = _query_all(filters)
+    with gallery().database.read() as connection:
+        names = list_columns(connection, model.id)
     header = ["photo", "label", "predicted", *(f"p_{name}" for name in model.classes), "loss", "split", "sha256"]
     header += ["source", "outcome", "confidence", "margin", "review", "flags", "new_label", "note", "reviewer"]
-    lines = (_csv_row(photo) for photo in rows)
+    header += [name if name == GROUP_COLUMN else f"{FACET_PREFIX}{name}" for name in names]
+    lines = (
+        [*_csv_row(photo), *(_escape_formula(decode_file_name(columns.get(name, ""))) for name in names)]
+        for photo, columns in rows
+    )
     return _csv(header, lines, f"{outcome or 'photos'}.csv")
 
 
@@ -121,7 +130,7 @@ class _ZipBuffer(io.RawIOBase):
         return data
 
 
-def row_to_json(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
+def row_to_json(photo: PredictionRecord, model: ModelRecord, columns: Columns) -> dict[str, Any]:
     """Convert a photo to JSON."""
     decision = photo.decision
     return {
@@ -136,6 +145,7 @@ def row_to_json(photo: PredictionRecord, model: ModelRecord) -> dict[str, Any]:
         "margin": photo.margin,
         "loss": photo.loss,
         "probabilities": dict(zip(model.classes, (round(float(p), 9) for p in photo.probabilities), strict=True)),
+        "columns": columns,
         "flags": list_flags(photo),
         "review": photo.review,
         "received_at": photo.received_at and photo.received_at.isoformat(timespec="seconds"),
@@ -173,7 +183,8 @@ def _query_all(filters: Filter) -> tuple[int, ModelRecord, Rows]:
         for start in range(0, len(ids), CHUNK):
             with database.read() as connection:
                 chunk = query.with_connection(connection).fetch(ids[start : start + CHUNK])
-            yield from chunk
+                columns = load_columns(connection, ids[start : start + CHUNK])
+            yield from ((photo, columns.get(photo.id, {})) for photo in chunk)
 
     return len(ids), model, rows()
 

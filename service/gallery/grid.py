@@ -111,6 +111,7 @@ def _grid(**preset: tuple[str, ...]) -> Response:
         if number > found.page_count:
             return redirect(grid_url(filters, page=found.page_count))  # type: ignore[return-value]
         page = found.page(number)
+        column_facets = sidebar.build_column_facets(filters, found)
     vs_name = _name_of(filters.baseline)
     total = found.counts.total
     ends = [str(end) for end in filters.confidence]
@@ -130,6 +131,7 @@ def _grid(**preset: tuple[str, ...]) -> Response:
         page_address=lambda page: grid_url(filters, page=page),
         active=sidebar.active_filters(filters, vs_name),
         facets={facet.parameter: facet for facet in sidebar.build_facets(filters, found)},
+        column_facets=column_facets,
         confusion=sidebar.build_confusion_matrix(filters, found),
         bars=sidebar.build_histogram(filters, found.counts),
         ends=[request.args.get(name, end) for name, end in zip(("min_confidence", "max_confidence"), ends, strict=True)],

@@ -14,6 +14,7 @@ from models.artifacts.similarity import DuplicateRow
 from models.errors import UserError
 from service.context import gallery, image_access, services
 from service.db.errors import RecordNotFoundError
+from service.db.facets import load_columns
 from service.db.filter import Filter, describe_filter
 from service.db.query import PredictionQuery
 from service.db.records import PredictionRecord
@@ -128,6 +129,7 @@ def render_photo_page(
         saved = saved_message(query.connection, request.args.get("saved", ""))
         just_saved = _saved_photo(query, saved)
         copies = query.copies(record)
+        columns = load_columns(query.connection, [record.id]).get(record.id, {})
         progress = _progress(query)
         next_unreviewed = _next_unreviewed(query, record) if progress.reviewed < progress.total else None
         if just_saved and just_saved.id != record.id and not query.matches(just_saved):
@@ -162,6 +164,7 @@ def render_photo_page(
         neighbours=neighbours,
         duplicates=duplicates,
         copies=copies,
+        columns=columns,
         warnings=_warnings(record, duplicates),
         history=history_entries(history),
         description=describe_filter(filters, query.counts.total, name=model.name),

@@ -215,6 +215,20 @@ def build_facets(filters: Filter, query: PredictionQuery) -> list[Facet]:
     return facets
 
 
+def build_column_facets(filters: Filter, query: PredictionQuery) -> list[Facet]:
+    """Build a facet for each further column of the table of labels."""
+    if not query.facet_values:
+        return []
+    photos = query.count_facet_values()
+    choices: dict[str, list[FacetChoice]] = {}
+    for value in query.facet_values:
+        is_selected = value.key in filters.facets
+        url = grid_url(filters.toggle("facet", value.key))
+        choice = FacetChoice(f"facet {value.key}", value.value, photos.get(value.id, 0), is_selected, url)
+        choices.setdefault(value.column, []).append(choice)
+    return [Facet(f"column-{number}", column, own) for number, (column, own) in enumerate(choices.items(), start=1)]
+
+
 def active_filters(filters: Filter, vs_name: str) -> list[tuple[str, str, str]]:
     """List the active filters: title, value, and the URL without it."""
     rows = [
@@ -222,6 +236,9 @@ def active_filters(filters: Filter, vs_name: str) -> list[tuple[str, str, str]]:
         for parameter, title in FACET_TITLES.items()
         for value in getattr(filters, FACETS[parameter])
     ]
+    for key in filters.facets:
+        column, _, value = key.partition(":")
+        rows.append((column, value, grid_url(filters.toggle("facet", key))))
     if filters.confidence != (0, 100):
         low, high = filters.confidence
         rows.append(("Confidence", f"{low}\u2013{high}%", grid_url(filters.replace(confidence=(0, 100)))))

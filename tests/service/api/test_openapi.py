@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from service import create_app
 from service.api.openapi import DOCUMENT, PLACEHOLDER, load_document, operations
 from service.context import services_of
-from service.db.filter import CHANGES, FACETS, FLAGS, OUTCOMES, PAGE_SIZES, REVIEWS, SORT_ORDERS, SOURCES
+from service.db.filter import CHANGES, FLAGS, OUTCOMES, PAGE_SIZES, PARAMETERS, REVIEWS, SORT_ORDERS, SOURCES
 from service.gallery import review
 from service.http.errors import PROBLEM_TYPES
 from service.rollout.agreement import ALLOWED_DIFFERENCES
@@ -114,9 +114,9 @@ def test_the_parameters_of_a_listing_are_those_of_the_gallery(document: dict[str
     shared = [document["components"]["parameters"][row["$ref"].rpartition("/")[2]] for row in references]
     schemas = {row["name"]: row["schema"] for row in shared}
     others = ["confidence", "baseline", "change", "sort", "order", "seed", "per_page"]
-    assert list(schemas) == ["model", *FACETS, *others]
+    assert list(schemas) == ["model", *PARAMETERS, *others]
     values = {"outcome": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
-    for name in FACETS:
+    for name in PARAMETERS:
         assert schemas[name] == {"type": "array", "items": {"type": "string"} | _enum(values.get(name))}
     assert schemas["change"] == {"type": "string"} | _enum(CHANGES)
     assert schemas["sort"] == {"type": "string"} | _enum(tuple(SORT_ORDERS))

@@ -1,0 +1,133 @@
+"""The further columns of a table of labels, such as the camera of each photo: import, filter and count them.
+
+A column with few values, or of numbers in ranges, is a facet: a photo refers to its value. All values of a photo, also those of
+columns that are no facets, are stored with it to be shown.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
+
+from models.artifacts.facets import make_facets
+from models.artifacts.predictions import GROUP_COLUMN, Predictions
+from service.db.schema import facet_columns, facet_values, photo_columns, photo_facets, predictions
+from service.db.text import encode_file_name
+
+CHUNK_ROWS = 5_000
+
+
+@dataclass(frozen=True)
+class FacetValue:
+    """A value of a column. ``key`` is its form in a query string."""
+
+    id: int
+    column: str
+    value: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.column}:{self.value}"
+
+
+def import_columns(
+    connection: Connection, model_id: int, table: Predictions, photo_ids: Mapping[tuple[str, str], int], rows: Sequence[int]
+) -> None:
+    """Store the columns of imported photos.
+
+    Args:
+        connection: A transaction.
+        model_id: The model.
+        table: The imported predictions.
+        photo_ids: The id of each photo of the model by its name and sha256.
+        rows: The rows of ``table`` that were inserted.
+    """
+    columns = {name: list(map(encode_file_name, values)) for name, values in _columns(table).items()}
+    if not columns or not rows:
+        return
+    names = list(map(encode_file_name, table.image_names))
+    ids = {row: photo_ids[names[row], table.sha256s[row]] for row in rows}
+    column_ids = {name: _get_or_create(connection, facet_columns, model_id=model_id, name=name) for name in columns}
+    stored = [
+        {"prediction_id": id_, "columns": values}
+        for row, id_ in ids.items()
+        if (values := {name: column[row] for name, column in columns.items() if column[row]})
+    ]
+    links: list[dict[str, int]] = []
+    for facet in make_facets(columns):
+        value_ids = {
+            value: _get_or_create(
+                connection, facet_values, {"position": position}, column_id=column_ids[facet.name], value=value
+            )
+            for position, value in enumerate(facet.order)
+        }
+        links += [{"facet_value_id": value_ids[facet.values[row]], "prediction_id": id_} for row, id_ in ids.items()]
+    for target, all_rows in ((photo_columns, stored), (photo_facets, links)):
+        for start in range(0, len(all_rows), CHUNK_ROWS):
+            connection.execute(insert(target), all_rows[start : start + CHUNK_ROWS])
+
+
+def list_columns(connection: Connection, model_id: int) -> list[str]:
+    """Return the names of a model's columns, in the order of the table."""
+    named = select(facet_columns.c.name).where(facet_columns.c.model_id == model_id).order_by(facet_columns.c.id)
+    return list(connection.execute(named).scalars())
+
+
+def load_columns(connection: Connection, photo_ids: Sequence[int]) -> dict[int, dict[str, str]]:
+    """Return the values of photos that are not empty, by the photo's id and the column's name."""
+    rows = select(photo_columns).where(photo_columns.c.prediction_id.in_(photo_ids))
+    return {row.prediction_id: dict(row.columns) for row in connection.execute(rows)}
+
+
+def list_values(connection: Connection, model_id: int) -> list[FacetValue]:
+    """Return the values of all facets of a model, by column and in the order to show them."""
+    rows = (
+        select(facet_values.c.id, facet_columns.c.name, facet_values.c.value)
+        .join(facet_columns, facet_values.c.column_id == facet_columns.c.id)
+        .where(facet_columns.c.model_id == model_id)
+        .order_by(facet_columns.c.id, facet_values.c.position, facet_values.c.id)
+    )
+    return [FacetValue(row[0], row[1], row[2]) for row in connection.execute(rows)]
+
+
+def conditions_by_column(values: Sequence[FacetValue], keys: Sequence[str]) -> dict[str, ColumnElement[bool]]:
+    """Return the condition on a photo for each column that ``keys`` select values of. Values of one column are alternatives."""
+    known = {value.key: value for value in values}
+    selected: dict[str, list[int]] = defaultdict(list)
+    for key in keys:
+        value = known.get(key)
+        selected[value.column if value else key] += [value.id] if value else []
+    link = photo_facets.c
+    return {
+        column: predictions.c.id.in_(select(link.prediction_id).where(link.facet_value_id.in_(ids)))
+        for column, ids in selected.items()
+    }
+
+
+def count_values(
+    connection: Connection, values: Sequence[FacetValue], conditions: Sequence[ColumnElement[bool]]
+) -> dict[int, int]:
+    """Count the photos that match the conditions by the id of the value."""
+    counted = select(photo_facets.c.facet_value_id, func.count()).where(
+        photo_facets.c.facet_value_id.in_([value.id for value in values])
+    )
+    if conditions:
+        counted = counted.join(predictions, predictions.c.id == photo_facets.c.prediction_id).where(*conditions)
+    return {row[0]: row[1] for row in connection.execute(counted.group_by(photo_facets.c.facet_value_id))}
+
+
+def _columns(table: Predictions) -> dict[str, Sequence[str]]:
+    groups = {GROUP_COLUMN: table.groups} if any(table.groups) else {}
+    return {**groups, **table.facets}
+
+
+def _get_or_create(connection: Connection, target: Table, more: Mapping[str, Any] | None = None, **key: Any) -> int:
+    """Return the id of the row with this unique ``key``, which is inserted if it is new."""
+    known = connection.execute(select(target.c.id).where(*(target.c[name] == value for name, value in key.items()))).scalar()
+    if known is not None:
+        return int(known)
+    return int(connection.execute(insert(target).values(**key, **(more or {}))).inserted_primary_key[0])  # type: ignore[index]
