@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,15 +57,21 @@ class Prediction:
 
     Attributes:
         image: The image file, or the image that was passed.
-        label: The most probable class.
-        confidence: Its calibrated probability.
+        label: The most probable class, or None if the model abstains.
+        confidence: The calibrated probability of the most probable class.
         probabilities: The calibrated probability of each class.
+        in_distribution: Whether the image is like the training images; None if the model cannot say.
+        ood_score: How unlike the training images it is; None if the model has no such score.
+        because: Why there is no label; None if there is one.
     """
 
     image: Path | Image.Image
-    label: str
+    label: str | None
     confidence: float
     probabilities: dict[str, float]
+    in_distribution: bool | None = None
+    ood_score: float | None = None
+    because: str | None = None
 
 
 class Classifier:
@@ -94,11 +100,12 @@ class Classifier:
         """The validation metrics of the training run, with their 95% intervals."""
         return dict(self._bundle.manifest["metrics"])
 
-    def predict(self, images: ImageInput | Iterable[ImageInput], *, workers: int = 0) -> list[Prediction]:
+    def predict(self, images: ImageInput | Iterable[ImageInput], *, abstain: bool = True, workers: int = 0) -> list[Prediction]:
         """Classify images.
 
         Args:
             images: Image files, folders of images and images in memory, or a single one of these.
+            abstain: False to give every image its most probable class.
             workers: Number of decoding threads. 0: one per CPU.
 
         Returns:
@@ -112,13 +119,22 @@ class Classifier:
         listed: list[Path | Image.Image] = []
         for image in given:
             listed += [image] if isinstance(image, Image.Image) else find_images([Path(image)], ImageSearch())
-        predictions = []
+        predictions, rule = [], self._bundle.decision_rule
         for result in classify(self._bundle, listed, workers=workers, engine=self._engine):
             if result.probabilities is None:
                 raise ImageError(f"{result.image}: {result.error}")
-            probabilities = dict(zip(self.classes, map(float, result.probabilities), strict=True))
-            label = max(probabilities, key=probabilities.__getitem__)
-            predictions.append(Prediction(result.image, label, probabilities[label], probabilities))
+            decision = rule.decide(self.classes, result.probabilities, result.ood_score, abstain=abstain)
+            predictions.append(
+                Prediction(
+                    image=result.image,
+                    label=decision.label,
+                    confidence=float(result.probabilities.max()),
+                    probabilities=dict(zip(self.classes, map(float, result.probabilities), strict=True)),
+                    in_distribution=decision.in_distribution,
+                    ood_score=result.ood_score,
+                    because=decision.because,
+                )
+            )
         return predictions
 
     def __repr__(self) -> str:
@@ -188,6 +204,7 @@ def evaluate(
     folds: int | None = None,
     weights: str | Path | None = None,
     reviews: str | Path | None = None,
+    neither: Sequence[str | Path] = (),
     output_dir: str | Path | None = None,
     workers: int = 0,
     cache_dir: str | Path | None = None,
@@ -202,7 +219,9 @@ def evaluate(
             without splits.
         folds: Cross-validate on training and validation images with this number of folds, instead of evaluating ``split``.
         weights: With ``folds``: file of the pretrained weights, if they are not found automatically.
-        reviews: With ``folds``: file of reviewed labels from the gallery (reviews.csv), applied before training.
+        reviews: File of reviewed labels from the gallery (reviews.csv), applied before the evaluation, or before the training
+            of the folds.
+        neither: Folders of images of none of the classes, to measure how many are recognized.
         output_dir: A new or empty folder for the results. None: evaluations/BUNDLE-DATA-SPLIT.
         workers: Number of decoding threads. 0: one per CPU.
         cache_dir: Folder of the cached fingerprints and features. None: ~/.cache/finetune.
@@ -215,13 +234,24 @@ def evaluate(
         BundleError: The bundle cannot be opened, or cannot be cross-validated.
         DataError: The data set does not match the bundle, or none of its images can be read.
     """
-    require_compatible_options(split=split, folds=folds, weights=weights, reviews=reviews)
+    require_compatible_options(split=split, folds=folds, weights=weights, neither=neither)
     bundle = classifier.path if isinstance(classifier, Classifier) else Path(classifier)
     out = Path(output_dir) if output_dir else None
     cache = Path(cache_dir) if cache_dir else None
     folder, table = locate_data(Path(data_dir) if data_dir else None, str(labels) if labels else None)
+    review_table = read_review_file(Path(reviews)) if reviews else None
     if folds is None:
-        return evaluate_bundle(bundle, folder, label_table=table, split=split, out=out, workers=workers, cache_dir=cache)
+        return evaluate_bundle(
+            bundle,
+            folder,
+            label_table=table,
+            split=split,
+            out=out,
+            reviews=review_table,
+            neither=[Path(other) for other in neither],
+            workers=workers,
+            cache_dir=cache,
+        )
     return cross_validate(
         bundle,
         folder,
@@ -229,7 +259,7 @@ def evaluate(
         folds=folds,
         out=out,
         weights=Path(weights) if weights else None,
-        reviews=read_review_file(Path(reviews)) if reviews else None,
+        reviews=review_table,
         workers=workers,
         cache_dir=cache,
     )

@@ -85,6 +85,9 @@ class Config:
         "contents of the bundle: weights and serving graph (full), serving graph only, or trained layers only (head)",
         choices=("full", "graph", "head"),
     )
+    false_alarms: float = _setting(
+        0.01, "fraction of photos of the classes that may count as unlike the training photos", low=0.0001, high=0.5
+    )
     name: str | None = _setting(None, "bundle name (default: DATA-BACKBONE)")
     tensorboard: bool = _setting(False, "write TensorBoard events to the run directory")
 

@@ -23,7 +23,8 @@ from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels, table_columns
 from finetune.data.label_source import locate_data
 from finetune.data.review_source import hide_password, load_reviews
-from finetune.export.exporter import PARITY_IMAGES, ParitySample, export_bundle
+from finetune.evaluation.ood import OODFit, fit_records
+from finetune.export.exporter import PARITY_IMAGES, OODExport, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
 from finetune.io.progress import step
 from finetune.metrics.calibration import apply_temperature, fit_temperature
@@ -94,8 +95,15 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
         progress = fit_head(config, folder, network, compute, batches, inputs=hash_inputs(prepared, network))
         with step("Predicting the validation photos with the best epoch"):
-            outputs = predict_validation(network, batches["valid"], compute)
-        return distributed.run_on_main(lambda: write_outputs(config, folder, network, compute, outputs, prepared, progress))
+            outputs = predict_split(network, batches["valid"], compute)
+        with step("Computing the embeddings of the training photos"):
+            embeddings = {"train": predict_split(network, batches["train"], compute)[2]}
+            if prepared.neither:
+                neither = make_batches(config, network, cache, prepared, "neither")
+                embeddings["neither"] = predict_split(network, neither, compute)[2]
+        return distributed.run_on_main(
+            lambda: write_outputs(config, folder, network, compute, outputs, embeddings, prepared, progress)
+        )
 
 
 def open_run(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
@@ -187,8 +195,8 @@ class EventWriter:
             self._writer.flush()
 
 
-def predict_validation(network: TrainingNetwork, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:
-    """Predict the validation images with the trained network.
+def predict_split(network: TrainingNetwork, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:
+    """Predict the images of a split with the trained network.
 
     Returns:
         Log-probabilities (N, classes), labels (N,) and embeddings (N, d).
@@ -204,15 +212,30 @@ def write_outputs(
     network: TrainingNetwork,
     compute: Compute,
     outputs: tuple[Tensor, Tensor, Embeddings],
+    other_embeddings: Mapping[str, Embeddings],
     prepared: PreparedDataset,
     progress: Progress,
 ) -> Bundle:
-    """Calibrate, evaluate and export the trained network. ``outputs`` are those of ``predict_validation``."""
+    """Calibrate, evaluate and export the trained network.
+
+    ``outputs`` are those of ``predict_split`` for validation. ``other_embeddings`` are those of the training images (train),
+    and of images of none of the classes (neither) if there are any.
+    """
     atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     log_probs, labels, embeddings = outputs
     valid_records = prepared.splits["valid"]
     raw = log_probs.double().numpy()
     temperature = fit_temperature(raw, labels.numpy())
+    with step("Fitting the score of photos that are unlike the training photos"):
+        ood = fit_records(
+            prepared.splits["train"],
+            valid_records,
+            other_embeddings["train"],
+            embeddings,
+            is_frozen=network.base is not None and not config.unfreeze,
+            false_alarms=config.false_alarms,
+            seed=config.seed,
+        )
     predictions = Predictions(
         classes=prepared.dataset.classes,
         image_names=tuple(s.sample.name for s in valid_records),
@@ -221,6 +244,7 @@ def write_outputs(
         splits=tuple(s.sample.split for s in valid_records),
         sha256s=tuple(s.sha256 for s in valid_records),
         **table_columns(valid_records),
+        ood_scores=ood.parameters.scores(embeddings) if ood else None,
     )
     metrics = write_results(
         folder,
@@ -232,6 +256,8 @@ def write_outputs(
         temperature=temperature,
         data_dir=prepared.dataset.root,
         history=progress.history,
+        max_ood_score=ood.limit.max_score if ood else None,
+        neither_scores=ood.parameters.scores(other_embeddings["neither"]) if ood and prepared.neither else None,
         seed=config.seed,
     )
     state = network.classifier.net.cpu().state_dict()
@@ -258,6 +284,7 @@ def write_outputs(
         trained_tensors={name: state[name] for name in network.trainable_names},
         evaluation_dir=folder,
         parity=_parity_sample(valid_records, predictions, network, compute),
+        ood=_ood_export(ood) if ood else None,
         contents=config.export,
     )
 
@@ -276,7 +303,12 @@ def _parity_sample(
     """Select evenly spaced validation images and preprocess them as the service does."""
     rows = np.unique(np.linspace(0, len(records) - 1, min(PARITY_IMAGES, len(records))).round().astype(int))
     pixels = np.stack([read_pixels(records[i], network.spec.preprocessing) for i in rows])
-    return ParitySample(pixels, predictions.probabilities[rows], compute.precision)
+    ood_scores = None if predictions.ood_scores is None else predictions.ood_scores[rows]
+    return ParitySample(pixels, predictions.probabilities[rows], compute.precision, ood_scores)
+
+
+def _ood_export(ood: OODFit) -> OODExport:
+    return OODExport(ood.parameters, ood.limit.max_score, ood.as_dict())
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from finetune.data.image_files import read_image_file
 from finetune.io.threaded_map import available_cpus, batched, threaded_map
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
 from models.artifacts.bundle import GRAPH, Bundle
+from models.artifacts.decision import Decision
 from models.errors import DataError, ImageError, RunError
 from models.runtime.openvino_engine import OpenVINOEngine
 
@@ -63,14 +64,15 @@ def score_to_parquet(
     *,
     images_per_file: int,
     precision: str = "fp32",
+    abstain: bool = True,
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> ScoreCounts:
     """Score this rank's chunks of ``photos`` that are not in ``out`` yet.
 
-    A row has the columns photo, label, confidence, p_<class>..., error. An unreadable image has only its error. The last
-    rank to finish writes ``_SUCCESS``.
+    A row has the columns photo, label, confidence, p_<class>..., in_distribution, ood_score, because, error. An unreadable
+    image has only its error, and an image without a label the reason (because). The last rank to finish writes ``_SUCCESS``.
 
     Args:
         bundle: The bundle to predict with.
@@ -78,6 +80,7 @@ def score_to_parquet(
         out: The folder for the Parquet files.
         images_per_file: Number of images per chunk.
         precision: Numeric precision of the engine.
+        abstain: False to give every image its most probable class.
         workers: Number of threads. 0: one per CPU.
         rank: Number of this process, from 0.
         world_size: Number of processes.
@@ -86,9 +89,15 @@ def score_to_parquet(
         RunError: ``out`` was started with other settings or is not a folder of scores.
         DataError: ``out`` was started with other images, there are no images, or the storage fails.
     """
-    settings = {"bundle": bundle.name, "version": bundle.version, "precision": precision, "images_per_file": images_per_file}
+    settings = {
+        "bundle": bundle.name,
+        "version": bundle.version,
+        "precision": precision,
+        "images_per_file": images_per_file,
+        "abstain": abstain,
+    }
     _start_or_resume(out, settings)
-    scorer = _Scorer(bundle, precision, workers or available_cpus())
+    scorer = _Scorer(bundle, precision, workers or available_cpus(), abstain=abstain)
     counts, chunks, total = ScoreCounts(), 0, 0
     started = time.perf_counter()
     with tqdm(desc="scoring", unit="photo", disable=None) as bar:
@@ -113,47 +122,68 @@ def score_to_parquet(
     return counts
 
 
+@dataclass(frozen=True)
+class Score:
+    """The results of one image: probabilities (classes,), and the OOD score, which is None if the bundle has none."""
+
+    probabilities: NDArray[np.float32]
+    ood_score: float | None
+
+
+_FAILED = Decision(None)  # of an image that could not be read
+
+
 class _Scorer:
     """Scores chunks in one thread per CPU. Each thread decodes and predicts its own batches."""
 
-    def __init__(self, bundle: Bundle, precision: str, threads: int) -> None:
-        self._bundle, self._threads = bundle, threads
+    def __init__(self, bundle: Bundle, precision: str, threads: int, *, abstain: bool) -> None:
+        self._bundle, self._threads, self._abstain = bundle, threads, abstain
+        self._rule = bundle.decision_rule
         self._engine = OpenVINOEngine(
             bundle.path / GRAPH,
-            outputs=["probabilities"],
+            outputs=bundle.engine_outputs,
             precision=precision,
             threads=threads,
             streams=threads,
             batch_sizes=(BATCH,),  # fixed, so that a result does not depend on the other images in the batch
         )
         names = [("photo", pa.string()), ("label", pa.string()), ("confidence", pa.float32())]
-        self._schema = pa.schema([*names, *((f"p_{name}", pa.float32()) for name in bundle.classes), ("error", pa.string())])
+        reasons = [("in_distribution", pa.bool_()), ("ood_score", pa.float32()), ("because", pa.string())]
+        probabilities = [(f"p_{name}", pa.float32()) for name in bundle.classes]
+        self._schema = pa.schema([*names, *probabilities, *reasons, ("error", pa.string())])
 
     def table(self, photos: Sequence[Path], bar: Any) -> pa.Table:
-        rows: list[NDArray[np.float32] | str] = []
+        rows: list[Score | str] = []
         for batch in threaded_map(self._predict, batched(photos, BATCH), workers=self._threads, buffer_size=2 * self._threads):
             rows += batch
             bar.update(len(batch))
         classes = self._bundle.classes
         empty = np.full(len(classes), np.nan, np.float32)
-        probabilities = np.stack([empty if isinstance(row, str) else row for row in rows])
+        probabilities = np.stack([empty if isinstance(row, str) else row.probabilities for row in rows])
         failed = np.array([isinstance(row, str) for row in rows])
-        best = np.where(failed, 0, probabilities.argmax(axis=1))
+        decisions = [_FAILED if isinstance(row, str) else self._decide(row) for row in rows]
         columns = [
             pa.array([_path_text(photo) for photo in photos]),
-            pa.array([classes[i] for i in best], mask=failed),
+            pa.array([decision.label for decision in decisions], pa.string()),
             pa.array(probabilities.max(axis=1), mask=failed),
             *(pa.array(column.copy(), mask=failed) for column in probabilities.T),
+            pa.array([decision.in_distribution for decision in decisions], pa.bool_()),
+            pa.array([None if isinstance(row, str) else row.ood_score for row in rows], pa.float32()),
+            pa.array([decision.because for decision in decisions], pa.string()),
             pa.array([row if isinstance(row, str) else None for row in rows], pa.string()),
         ]
         return pa.Table.from_arrays(columns, schema=self._schema)
 
-    def _predict(self, photos: Sequence[Path]) -> list[NDArray[np.float32] | str]:
-        """Return each image's probabilities, or the reason why it could not be read."""
+    def _decide(self, score: Score) -> Decision:
+        return self._rule.decide(self._bundle.classes, score.probabilities, score.ood_score, abstain=self._abstain)
+
+    def _predict(self, photos: Sequence[Path]) -> list[Score | str]:
+        """Return each image's results, or the reason why it could not be read."""
         decoded = [self._pixels(photo) for photo in photos]
         readable = [pixels for pixels in decoded if not isinstance(pixels, str)]
-        probabilities = iter(self._engine.run(np.stack(readable))[0]) if readable else iter(())
-        return [pixels if isinstance(pixels, str) else next(probabilities) for pixels in decoded]
+        rows = zip(*self._engine.run(np.stack(readable)), strict=True) if readable else iter(())
+        scores = (Score(probabilities, float(score[0]) if score else None) for probabilities, *score in rows)
+        return [pixels if isinstance(pixels, str) else next(scores) for pixels in decoded]
 
     def _pixels(self, photo: Path) -> NDArray[np.uint8] | str:
         try:

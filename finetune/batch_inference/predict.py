@@ -26,20 +26,21 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class ImagePrediction:
-    """An image's probabilities (classes,) and embedding (d,), or the error if it could not be read.
+    """An image's probabilities (classes,), embedding (d,) and OOD score, or the error if it could not be read.
 
-    ``image`` is the file, or the image in memory.
+    ``image`` is the file, or the image in memory. The OOD score is None if the bundle has none.
     """
 
     image: Path | Image.Image
     probabilities: NDArray[np.float32] | None
     error: str | None = None
     embedding: NDArray[np.float32] | None = None
+    ood_score: float | None = None
 
 
 def open_engine(bundle: Bundle, *, precision: str = "fp32") -> OpenVINOEngine:
     """Compile the bundle's graph for ``classify``."""
-    return OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"], precision=precision)
+    return OpenVINOEngine(bundle.path / GRAPH, outputs=["embedding", *bundle.engine_outputs], precision=precision)
 
 
 def classify(
@@ -76,8 +77,9 @@ def classify(
             if isinstance(decoded, str):
                 yield ImagePrediction(image, None, decoded)
             else:
-                probabilities, embedding = next(rows)
-                yield ImagePrediction(image, probabilities, embedding=embedding)
+                embedding, probabilities, *score = next(rows)
+                ood_score = float(score[0]) if score else None
+                yield ImagePrediction(image, probabilities, embedding=embedding, ood_score=ood_score)
 
 
 def list_images(paths: Sequence[Path], listed: Path | None, search: ImageSearch) -> Iterator[Path]:

@@ -31,8 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="with --folds: pretrained weights, if not found automatically"
     )
+    parser.add_argument("--reviews", type=Path, metavar="FILE", help="reviewed labels from the gallery (reviews.csv)")
     parser.add_argument(
-        "--reviews", type=Path, metavar="FILE", help="with --folds: reviewed labels from the gallery (reviews.csv)"
+        "--neither",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="photos of none of the classes, to measure how many are recognized; repeatable. A folder none or neither next to "
+        "the class folders is measured as well",
     )
     parser.add_argument(
         "--output-dir", type=Path, metavar="OUT", help="folder for the results (default: evaluations/BUNDLE-DATA-SPLIT)"
@@ -43,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune evaluate``: write the results and print a summary."""
-    require_compatible_options(split=args.split, folds=args.folds, weights=args.weights, reviews=args.reviews)
+    require_compatible_options(split=args.split, folds=args.folds, weights=args.weights, neither=args.neither)
     data_dir, labels = locate_data(args.data_dir, args.labels)
     with step("Loading PyTorch"):
         from finetune.data.review_source import read_review_file
@@ -69,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
             label_table=labels,
             split=args.split,
             out=args.output_dir,
+            reviews=read_review_file(args.reviews) if args.reviews else None,
+            neither=args.neither,
             workers=args.workers,
             cache_dir=args.cache_dir,
         )

@@ -13,10 +13,13 @@ from finetune.batch_inference.predict import ImagePrediction, classify, list_ima
 from finetune.data.image_files import ImageSearch, describe_skipped, find_images, is_failure
 from finetune.export.merge_head import open_full_bundle
 from models.artifacts.bundle import Bundle, open_bundle
+from models.artifacts.decision import Decision
 from models.artifacts.paths import resolve_bundle
 from models.errors import ConfigError
 from models.runtime.openvino_engine import supports_bf16
 from models.runtime.precision import select_precision
+
+DECISION_COLUMNS = ["in_distribution", "ood_score", "because"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="numeric precision of the network (default: fp32)",
     )
+    parser.add_argument(
+        "--no-abstain",
+        dest="abstain",
+        action="store_false",
+        help="give every photo its most probable class, also if it is unlike the training photos",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,15 +68,15 @@ def run(args: argparse.Namespace) -> int:
     predictions = classify(bundle, images, precision=_precision(args, bundle), workers=args.workers)
     table = csv.writer(sys.stdout, lineterminator="\n")
     if args.csv:
-        table.writerow(["photo", "label", *(f"p_{name}" for name in bundle.classes), "error"])
+        table.writerow(["photo", "label", *(f"p_{name}" for name in bundle.classes), *DECISION_COLUMNS, "error"])
     for prediction in predictions:
         failed = failed or prediction.error is not None
         if args.json:
-            print(json.dumps(_as_dict(prediction, bundle), ensure_ascii=False))
+            print(json.dumps(_as_dict(prediction, bundle, args.abstain), ensure_ascii=False))
         elif args.csv:
-            table.writerow(_as_row(prediction, bundle))
+            table.writerow(_as_row(prediction, bundle, args.abstain))
         else:
-            print(_as_line(prediction, bundle))
+            print(_as_line(prediction, bundle, args.abstain))
     return 1 if failed else 0
 
 
@@ -90,6 +99,7 @@ def run_scoring(args: argparse.Namespace) -> int:
         args.output,
         images_per_file=args.images_per_file,
         precision=_precision(args, bundle),
+        abstain=args.abstain,
         workers=args.workers,
         rank=rank,
         world_size=world_size,
@@ -117,29 +127,45 @@ def _precision(args: argparse.Namespace, bundle: Bundle) -> str:
     return select_precision(bundle, args.precision).name
 
 
-def _as_dict(prediction: ImagePrediction, bundle: Bundle) -> dict[str, object]:
+def _decide(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> Decision:
+    assert prediction.probabilities is not None
+    return bundle.decision_rule.decide(bundle.classes, prediction.probabilities, prediction.ood_score, abstain=abstain)
+
+
+def _as_dict(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> dict[str, object]:
     if prediction.probabilities is None:
         return {"photo": str(prediction.image), "error": prediction.error}
-    best = int(prediction.probabilities.argmax())
+    decision = _decide(prediction, bundle, abstain)
     return {
         "photo": str(prediction.image),
-        "label": bundle.classes[best],
-        "confidence": float(prediction.probabilities[best]),
+        "label": decision.label,
+        "because": decision.because,
+        "in_distribution": decision.in_distribution,
+        "ood_score": prediction.ood_score,
+        "confidence": float(prediction.probabilities.max()),
         "probabilities": {name: float(p) for name, p in zip(bundle.classes, prediction.probabilities, strict=True)},
         "model": bundle.name,
         "version": bundle.version,
     }
 
 
-def _as_row(prediction: ImagePrediction, bundle: Bundle) -> list[str]:
+def _as_row(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> list[str]:
     if prediction.probabilities is None:
-        return [str(prediction.image), "", *("" for _ in bundle.classes), prediction.error or ""]
-    best = bundle.classes[int(prediction.probabilities.argmax())]
-    return [str(prediction.image), best, *(f"{p:.9g}" for p in prediction.probabilities), ""]
+        return [str(prediction.image), *[""] * (1 + len(bundle.classes) + len(DECISION_COLUMNS)), prediction.error or ""]
+    decision = _decide(prediction, bundle, abstain)
+    in_distribution = "" if decision.in_distribution is None else str(decision.in_distribution).lower()
+    score = "" if prediction.ood_score is None else f"{prediction.ood_score:.9g}"
+    probabilities = [f"{p:.9g}" for p in prediction.probabilities]
+    reason = decision.because or ""
+    return [str(prediction.image), decision.label or "", *probabilities, in_distribution, score, reason, ""]
 
 
-def _as_line(prediction: ImagePrediction, bundle: Bundle) -> str:
+def _as_line(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> str:
     if prediction.probabilities is None:
         return f"{prediction.image}: {prediction.error}"
+    decision = _decide(prediction, bundle, abstain)
     best = int(prediction.probabilities.argmax())
-    return f"{prediction.image}: {bundle.classes[best]} ({100 * prediction.probabilities[best]:.2f}%)"
+    most_probable = f"{bundle.classes[best]} ({100 * prediction.probabilities[best]:.2f}%)"
+    if decision.label is None:
+        return f"{prediction.image}: no label, {decision.because}. Most probable: {most_probable}"
+    return f"{prediction.image}: {most_probable}"

@@ -45,11 +45,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_results(bundle: Bundle, config: settings.Config) -> None:
     """Print the metrics, the written files and the next two commands."""
+    from finetune.metrics.ood import OODLimit
     from finetune.reports.results import format_results
 
     provenance, folder = bundle.manifest["provenance"], bundle.path.parent
     print(f"\nBest epoch: {provenance['best_epoch']} of {provenance['epochs']}. Validation results:")
     print(format_results(bundle.manifest["metrics"]))
+    if ood := bundle.manifest.get("ood"):
+        print(OODLimit.from_dict(ood["limit"]).text())
     if provenance["dataset"]["reviews"]:
         print("The reviews corrected labels in both training and validation.")
     print("These photos also selected the best epoch and the temperature.")

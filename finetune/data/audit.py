@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ class AuditReport:
         table: Path of the table of labels, if there is one.
         has_groups: Whether the table divides the images into groups.
         repeated_rows: Number of rows of the table that repeat another one.
+        neither: Number of images of none of the classes, by their folder.
     """
 
     root: str
@@ -67,6 +69,7 @@ class AuditReport:
     table: str | None = None
     has_groups: bool = False
     repeated_rows: int = 0
+    neither: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -168,6 +171,11 @@ class AuditReport:
             )
         if self.repeated_rows:
             lines.append(f"Note: {_count(range(self.repeated_rows), 'row')} of the table repeated another one.")
+        lines += [
+            f"Note: {folder} has {_count(range(photos), 'photo')} of none of the classes. It is not a class. It measures how "
+            "many such photos the model recognizes."
+            for folder, photos in self.neither.items()
+        ]
         lines += [f"Note: {line}" for line in self._describe_skipped(harmless=True)]
         lines += _section("Damaged", [f"{name}: {reason}" for name, reason in self.damaged.items()])
         lines += _section(
@@ -268,6 +276,7 @@ def audit(
         table=str(dataset.labels.path) if dataset.labels else None,
         has_groups=any(sample.group for sample in dataset.samples),
         repeated_rows=dataset.labels.repeated if dataset.labels else 0,
+        neither=_count_neither(dataset),
     )
 
 
@@ -305,6 +314,11 @@ def _describe_unlabeled(dataset: Dataset, split: str) -> str:
     photos = dataset.unlabeled[split]
     own = f" and {photos:,} photo{'' if photos == 1 else 's'} of its own" if photos else ""
     return f"{_name(dataset.split_folders[split], dataset)} has no class folders{own}"
+
+
+def _count_neither(dataset: Dataset) -> dict[str, int]:
+    """Count the photos of none of the classes in each folder next to the classes of a split."""
+    return dict(Counter(_name(sample.path.parent, dataset) for sample in dataset.neither))
 
 
 def _class_mismatch(dataset: Dataset) -> dict[str, list[str]]:

@@ -19,6 +19,7 @@ from finetune.data.layout import (
     class_folders,
     class_name,
     find_layout,
+    is_neither,
     labels_in_names,
     note_unused,
     split_of,
@@ -26,6 +27,7 @@ from finetune.data.layout import (
 from models.errors import DataError
 
 ALL = "all"  # the split of an evaluation of a table without splits
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Sample:
     Attributes:
         name: POSIX path relative to the data folder; for an extra image prefixed with "extra-N/".
         path: Path of the file.
-        label: Index into the dataset's classes.
+        label: Index into the dataset's classes; NO_LABEL for an image of none of them.
         split: "train", "valid" or the name of another split.
         is_extra: Whether the image comes from ``--extra-data``.
         group: Images of one group stay in one split and one fold; empty for an image of its own.
@@ -67,6 +69,7 @@ class Dataset:
         test_split: Name of the test split, if it is not used for validation.
         labels: The table of the labels, if there is one.
         split_groups: Maps each group that is in several splits to its number of images in each.
+        neither: The images of none of the classes, next to the classes of each split. They are not among ``samples``.
     """
 
     root: Path
@@ -80,9 +83,16 @@ class Dataset:
     test_split: str | None = None
     labels: LabelTable | None = None
     split_groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    neither: tuple[Sample, ...] = ()
 
     def in_split(self, split: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.split == split]
+
+    @property
+    def neither_to_measure(self) -> tuple[Sample, ...]:
+        """The images of none of the classes next to those that validate, or next to the training images without a folder."""
+        split = "valid" if "valid" in self.split_folders else "train"
+        return tuple(sample for sample in self.neither if sample.split == split)
 
     def with_samples(self, samples: Iterable[Sample]) -> Dataset:
         return replace(self, samples=tuple(samples))
@@ -143,6 +153,7 @@ def _read_folders(root: Path, search: ImageSearch) -> Dataset:
         {split: tuple(sorted(found.by_class)) for split, found in images.items()},
         unlabeled={split: len(found.loose) for split, found in images.items() if not found.by_class},
         test_split=layout.splits[TEST].relative_to(root).as_posix() if {TEST, VALID} <= layout.splits.keys() else None,
+        neither=tuple(sample for split, found in images.items() for sample in _neither_samples(root, found, split)),
     )
 
 
@@ -206,9 +217,16 @@ def read_extra(source: Path, classes: Sequence[str], *, prefix: str, search: Ima
     return [replace(sample, name=f"{prefix}/{sample.name}", is_extra=True) for sample in samples]
 
 
-def read_split(
-    root: Path, split: str | None, classes: Sequence[str], *, labels: Path | None = None
-) -> tuple[list[Sample], list[Skipped]]:
+@dataclass(frozen=True)
+class EvaluationSplit:
+    """The images of one split: of the classes, and of none of them. ``skipped`` is what was not read."""
+
+    samples: list[Sample]
+    neither: list[Sample]
+    skipped: list[Skipped]
+
+
+def read_split(root: Path, split: str | None, classes: Sequence[str], *, labels: Path | None = None) -> EvaluationSplit:
     """List the images of one split for an evaluation.
 
     Args:
@@ -218,15 +236,12 @@ def read_split(
         classes: The bundle's classes, in the order of its labels.
         labels: Table of the labels, with paths relative to ``root``.
 
-    Returns:
-        The images, and what was skipped.
-
     Raises:
         DataError: The folder is missing, has no images, or has a class that is not in ``classes``.
     """
     normalized = [class_name(name) for name in classes]
     if labels:
-        return _read_table_split(root, labels, split, normalized), []
+        return EvaluationSplit(_read_table_split(root, labels, split, normalized), [], [])
     split = split or VALID
     if not root.is_dir():
         raise DataError(f"No such folder: {root}. Expected a folder with photos in {split}/CLASS/.")
@@ -237,7 +252,7 @@ def read_split(
         hint = f"one of its folders ({', '.join(names)})" if names else "one of its folders, or to . if it has no splits"
         raise DataError(f"{root} has no folder for the split {split!r}. Set --split to {hint}.")
     search = ImageSearch()
-    found = _find_labeled({split: folder}, search)[split]
+    found = _find_labeled({split: folder}, search, classes=normalized)[split]
     _require_known(found.by_class, classes, folder)
     samples = _samples(root, found, split, normalized)
     if not samples:
@@ -246,7 +261,7 @@ def read_split(
             f"{folder} has {loose}no photos in folders named {', '.join(classes)}. Use a folder with photos of them."
             + _explain([entry for entry in search.skipped if entry.reason != LOOSE], root)
         )
-    return samples, search.skipped
+    return EvaluationSplit(samples, _neither_samples(root, found, split), search.skipped)
 
 
 def _read_table_split(root: Path, path: Path, split: str | None, classes: Sequence[str]) -> list[Sample]:
@@ -281,19 +296,26 @@ def move_to_train(dataset: Dataset, names: Iterable[str]) -> Dataset:
 
 @dataclass(frozen=True)
 class _LabeledImages:
-    """The images of a split: in class folders, by class, and outside of them."""
+    """The images of a split: in class folders, by class, of none of the classes, and outside of folders."""
 
     folder: Path
     by_class: dict[str, list[Path]]
     loose: list[Path]
+    neither: list[Path]
 
     @property
     def loose_text(self) -> str:
         return f"{len(self.loose):,} photo{'' if len(self.loose) == 1 else 's'} of its own"
 
 
-def _find_labeled(splits: dict[str, Path], search: ImageSearch) -> dict[str, _LabeledImages]:
-    """Find the images of several splits. A folder that is reached twice, by links, counts where it really is."""
+def _find_labeled(splits: dict[str, Path], search: ImageSearch, *, classes: Sequence[str] = ()) -> dict[str, _LabeledImages]:
+    """Find the images of several splits. A folder that is reached twice, by links, counts where it really is.
+
+    Args:
+        splits: The folder of each split.
+        search: Records what is skipped.
+        classes: Classes that are known already. One of them may have the name of a folder for images of none of the classes.
+    """
     found = {split: class_folders(folder, search) for split, folder in splits.items()}
     paths: dict[Path, list[Path]] = defaultdict(list)
     owner = {folder: folder for _, folders in found.values() for folder in folders}
@@ -304,13 +326,16 @@ def _find_labeled(splits: dict[str, Path], search: ImageSearch) -> dict[str, _La
     labeled = {}
     for split, (folder, folders) in found.items():
         by_class: dict[str, list[Path]] = defaultdict(list)
+        neither = [other for other in folders if is_neither(other.name) and class_name(other.name) not in classes]
         for class_folder in folders:
+            if class_folder in neither:
+                continue
             if class_folder not in duplicated and (paths[class_folder] or class_folder not in results):
                 by_class[class_name(class_folder.name)] += paths[class_folder]
         loose = search.images(folder)
         for photo in loose:
             search.skip(photo, LOOSE)
-        labeled[split] = _LabeledImages(folder, dict(by_class), loose)
+        labeled[split] = _LabeledImages(folder, dict(by_class), loose, [path for other in neither for path in paths[other]])
     return labeled
 
 
@@ -343,6 +368,10 @@ def _find_split_groups(samples: Iterable[Sample], dataset: Dataset) -> dict[str,
         for row in dataset.labels.rows:
             counts[row.group][TEST] += row.split == TEST
     return {group: dict(+splits) for group, splits in sorted(counts.items()) if group and len(+splits) > 1}
+
+
+def _neither_samples(root: Path, images: _LabeledImages, split: str) -> list[Sample]:
+    return [Sample(path.relative_to(root).as_posix(), path, NO_LABEL, split) for path in sorted(images.neither)]
 
 
 def _split_folder(layout: Layout, root: Path, split: str) -> Path | None:

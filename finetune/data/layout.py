@@ -21,6 +21,7 @@ _SPLIT = re.compile(
 )
 _LABEL_IN_NAME = re.compile(r"(.*[^\W\d_])[._ -]*\(?\d+\)?")
 _CAMERA_NAMES = {"img", "dsc", "dscn", "dscf", "pxl", "image", "photo", "picture", "scan", "frame"}
+NEITHER_FOLDERS = ("none", "neither")  # next to the class folders: photos of none of the classes
 RESERVED_CLASSES = ("unlabeled",)  # the gallery's name for photos without a label
 LOOSE = "not in a class folder"
 UNUSED = f"not a split; splits are named {KNOWN_NAMES}"
@@ -122,6 +123,11 @@ def class_folders(split: Path, search: ImageSearch) -> tuple[Path, list[Path]]:
         folders = [folder for folder in folders if folder not in repeated]
     _require_classes(split, folders)
     return split, folders
+
+
+def is_neither(folder: str) -> bool:
+    """Return whether a folder next to the class folders contains photos of none of the classes."""
+    return class_name(folder).casefold() in NEITHER_FOLDERS
 
 
 def labels_in_names(photos: Sequence[Path]) -> list[str]:

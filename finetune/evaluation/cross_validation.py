@@ -31,6 +31,7 @@ from finetune.data.layout import class_name
 from finetune.evaluation.evaluate import Evaluation, default_output_dir
 from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.calibration import apply_temperature
+from finetune.metrics.ood import out_of_fold_scores
 from finetune.reports.results import write_results
 from finetune.training.data_loaders import CachedBatches
 from finetune.training.setup import TrainingNetwork, build_feature_cache, prepare_dataset, prepare_network
@@ -96,6 +97,10 @@ def cross_validate(
     fold_of = assign_folds(records, labels, folds=folds, classes=bundle.classes, seed=config.seed)
     epochs = int(bundle.manifest["provenance"]["best_epoch"])
     raw, embeddings = predict_out_of_fold(network, features, labels, fold_of, config, epochs=epochs, compute=compute)
+    ood_scores = None
+    if bundle.has_ood_score:
+        every = np.ones(len(labels), np.bool_)
+        ood_scores = out_of_fold_scores(embeddings, labels, fold_of, is_training=every, seed=config.seed)
     temperature = float(bundle.manifest["temperature"])
     predictions = Predictions(
         classes=bundle.classes,
@@ -105,6 +110,7 @@ def cross_validate(
         splits=tuple(s.sample.split for s in records),
         sha256s=tuple(s.sha256 for s in records),
         **table_columns(records),
+        ood_scores=ood_scores,
     )
     metrics = write_results(
         out,
@@ -113,6 +119,7 @@ def cross_validate(
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
         data_dir=data_dir,
+        max_ood_score=bundle.decision_rule.max_ood_score,
         seed=config.seed,
     )
     fold_training = {"epochs": epochs, "seed": config.seed, "reviews": prepared.reviews.as_dict() if prepared.reviews else None}

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.batch_inference.predict import BATCH
+from finetune.data.apply_reviews import EXCLUSION_REASONS, ReviewTable, apply_reviews
 from finetune.data.embeddings import build_similarity_index
-from finetune.data.image_files import describe_skipped
-from finetune.data.image_folder import read_split
-from finetune.data.inspection import BatchingConsumer, fingerprint_context, inspect_images, table_columns
+from finetune.data.image_files import ImageSearch, describe_skipped, find_images
+from finetune.data.image_folder import NO_LABEL, Dataset, Sample, read_split
+from finetune.data.inspection import BatchingConsumer, ImageRecord, fingerprint_context, inspect_images, table_columns
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
@@ -23,6 +24,7 @@ from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.evaluation import EVALUATED, write_evaluation
 from models.artifacts.paths import default_cache_dir
 from models.artifacts.predictions import Predictions
+from models.artifacts.reviews import NEITHER
 from models.errors import DataError
 from models.runtime.openvino_engine import OpenVINOEngine
 
@@ -53,12 +55,16 @@ def default_output_dir(bundle_dir: Path, data_dir: Path, name: str) -> Path:
 
 
 class _Predictor(BatchingConsumer):
-    """Predicts images while they are inspected: probabilities (classes,) and embedding (d,) by sha256."""
+    """Predicts images while they are inspected: embedding, probabilities, and OOD score if there is one, by sha256."""
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(BATCH)
-        self._engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities", "embedding"])
-        self.results: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        self._engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["embedding", *bundle.engine_outputs])
+        self.results: dict[str, tuple[NDArray[np.float32], ...]] = {}
+
+    def column(self, records: Sequence[ImageRecord], output: int) -> NDArray[np.float32]:
+        """Return one of the outputs for inspected images, in order: (N, ...)."""
+        return np.stack([self.results[record.sha256][output] for record in records])
 
     def has_result(self, sha256: str) -> bool:
         return sha256 in self.results
@@ -78,13 +84,16 @@ def evaluate_bundle(
     label_table: Path | None = None,
     split: str | None = None,
     out: Path | None = None,
+    reviews: ReviewTable | None = None,
+    neither: Sequence[Path] = (),
     workers: int = 0,
     seed: int = 0,
     cache_dir: Path | None = None,
 ) -> Evaluation:
     """Evaluate a bundle and write metrics, predictions, similar images, plots and evaluation.json to ``out``.
 
-    Unreadable images are skipped and reported.
+    Unreadable images are skipped and reported. If there is a folder ``none`` or ``neither`` next to the class folders, its
+    images measure how many images of none of the classes the bundle recognizes.
 
     Args:
         bundle_dir: The bundle to evaluate.
@@ -93,6 +102,8 @@ def evaluate_bundle(
         split: The subfolder of ``data_dir``, or the split of the table, to evaluate. None: valid, or all images of a table
             without splits.
         out: A new or empty folder for the results. None: ``default_output_dir``.
+        reviews: Reviewed labels to apply. Images that a reviewer marked as none of the classes count like those of ``neither``.
+        neither: Further folders of images of none of the classes.
         workers: Number of decoding threads. 0: one per CPU.
         seed: Seed of the bootstrap and of the random sheets.
         cache_dir: Folder of the fingerprint cache.
@@ -102,45 +113,73 @@ def evaluate_bundle(
         DataError: The data set does not match the bundle, or none of its images can be read.
     """
     bundle = open_full_bundle(bundle_dir)
-    samples, skipped = read_split(data_dir, split, bundle.classes, labels=label_table)
-    split = samples[0].split
-    for line in describe_skipped(skipped, data_dir):
+    listed = read_split(data_dir, split, bundle.classes, labels=label_table)
+    split = listed.samples[0].split
+    for line in describe_skipped(listed.skipped, data_dir):
         print(f"Note: {line}")
     out = out or default_output_dir(bundle_dir, data_dir, split)
     require_empty_folder(out)
     store = ArrayStore(cache_dir or default_cache_dir(), fingerprint_context(bundle.preprocessing.decode_px), limit_mb=4096)
+    samples = [*listed.samples, *listed.neither, *_list_neither(neither, split)]
     print(f"Inspecting and predicting {len(samples):,} photos ...")
     predictor = _Predictor(bundle)
     records = inspect_images(samples, store=store, preprocessing=bundle.preprocessing, consumer=predictor, workers=workers)
     for record in records:
         if record.error:
             print(f"Skipped: {record.sample.path}: {record.error}")
-    readable = [(s, *predictor.results[s.sha256]) for s in records if s.error is None]
+    readable = [record for record in records if record.error is None and record.sample.label != NO_LABEL]
+    others = [record for record in records if record.error is None and record.sample.label == NO_LABEL]
+    if reviews:
+        readable, excluded = _apply_reviews(reviews, bundle, data_dir, readable)
+        others += excluded
     if not readable:
         raise DataError(
-            f"None of the {len(samples)} photos in {data_dir} can be read. Run `finetune audit {data_dir}` for details."
+            f"None of the {len(listed.samples)} photos in {data_dir} can be read. Run `finetune audit {data_dir}` for details."
         )
-    probabilities = np.stack([row for _, row, _ in readable]).astype(np.float64)
+    probabilities = predictor.column(readable, 1).astype(np.float64)
     predictions = Predictions(
         classes=bundle.classes,
-        image_names=tuple(s.sample.name for s, _, _ in readable),
-        labels=np.array([s.sample.label for s, _, _ in readable], dtype=np.int64),
+        image_names=tuple(s.sample.name for s in readable),
+        labels=np.array([s.sample.label for s in readable], dtype=np.int64),
         probabilities=probabilities / probabilities.sum(axis=1, keepdims=True),
-        splits=tuple(s.sample.split for s, _, _ in readable),
-        sha256s=tuple(s.sha256 for s, _, _ in readable),
-        **table_columns([s for s, _, _ in readable]),
+        splits=tuple(s.sample.split for s in readable),
+        sha256s=tuple(s.sha256 for s in readable),
+        **table_columns(readable),
+        ood_scores=predictor.column(readable, 2) if bundle.has_ood_score else None,
     )
     temperature = float(bundle.manifest["temperature"])
     raw = np.power(predictions.probabilities, temperature)  # softmax(z / T) ** T is softmax(z) before normalization
-    embeddings = np.stack([row for _, _, row in readable])
+    embeddings = predictor.column(readable, 0)
     metrics = write_results(
         out,
         predictions,
-        similarity=build_similarity_index(predictions.sha256s, embeddings, [s for s, _, _ in readable], bundle.classes),
+        similarity=build_similarity_index(predictions.sha256s, embeddings, readable, bundle.classes),
         uncalibrated=raw / raw.sum(axis=1, keepdims=True),
         temperature=temperature,
         data_dir=data_dir,
+        max_ood_score=bundle.decision_rule.max_ood_score,
+        neither_scores=predictor.column(others, 2) if others and bundle.has_ood_score else None,
         seed=seed,
     )
     write_evaluation(out, bundle, kind=EVALUATED, classes=bundle.classes, split=split, temperature=temperature)
     return Evaluation(out, predictions, metrics)
+
+
+def _list_neither(folders: Sequence[Path], split: str) -> list[Sample]:
+    """List images of none of the classes. Raises DataError if a folder does not exist or has no images."""
+    search = ImageSearch()
+    samples = [Sample(path.as_posix(), path, NO_LABEL, split) for path in find_images(folders, search)]
+    for line in describe_skipped(search.skipped):
+        print(f"Note: {line}")
+    return samples
+
+
+def _apply_reviews(
+    reviews: ReviewTable, bundle: Bundle, data_dir: Path, records: Sequence[ImageRecord]
+) -> tuple[list[ImageRecord], list[ImageRecord]]:
+    """Apply reviews to the images. Returns the remaining ones, and the ones that are none of the classes."""
+    dataset = Dataset(data_dir, bundle.classes, tuple(record.sample for record in records), {}, {})
+    _, remaining, summary = apply_reviews(reviews, dataset, records)
+    print(summary.text())
+    reason = EXCLUSION_REASONS[NEITHER]
+    return remaining, [record for record in records if summary.excluded.get(record.sample.name) == reason]

@@ -30,6 +30,8 @@ from models.artifacts.bundle import (
     preprocessing_fields,
     write_bundle,
 )
+from models.artifacts.decision import DecisionRule
+from models.artifacts.ood import OOD_FILE, OOD_SCORE, OODParameters
 from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError
 from models.networks.classifier import Classifier
@@ -37,7 +39,7 @@ from models.networks.onnx_export import OUTPUTS, PIXELS, export_serving_graph
 from models.networks.spec import ModelSpec
 from models.networks.weights import write_tensors
 from models.preprocess import Preprocessing
-from models.runtime.openvino_engine import OpenVINOEngine, supports_bf16
+from models.runtime.openvino_engine import OpenVINOEngine, supports_bf16, time_output
 from models.runtime.precision import measure_bf16
 
 # Max difference of a probability. In float32 the engines differ only by rounding. In bfloat16 a feature has 8 significant bits:
@@ -45,17 +47,27 @@ from models.runtime.precision import measure_bf16
 PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 GOLDEN_TOLERANCE = 1e-3
 PARITY_IMAGES = 64
-PLOTS_WITHOUT_IMAGES = {"learning_curves", "reliability", "confusion_matrix"}
+PLOTS_WITHOUT_IMAGES = {"learning_curves", "reliability", "confusion_matrix", "ood_scores"}
 NUM_GOLDEN = 4
 
 
 @dataclass(frozen=True)
 class ParitySample:
-    """Pixels (N, H, W, C) of real images and their calibrated probabilities (N, classes) from training."""
+    """Pixels (N, H, W, C) of real images, and from training their probabilities (N, classes) and OOD scores (N,), if any."""
 
     pixels: NDArray[np.uint8]
     probabilities: NDArray[np.float64]
     precision: str
+    ood_scores: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class OODExport:
+    """What a bundle contains of the OOD score: its parameters, its limit, and the manifest's field."""
+
+    parameters: OODParameters
+    max_score: float
+    manifest: Mapping[str, Any]
 
 
 def export_bundle(
@@ -68,9 +80,10 @@ def export_bundle(
     trained_tensors: Mapping[str, Tensor],
     evaluation_dir: Path,
     parity: ParitySample,
+    ood: OODExport | None = None,
     contents: str = "full",
 ) -> Bundle:
-    """Write a bundle after checking that its graph reproduces the probabilities of training.
+    """Write a bundle after checking that its graph reproduces the probabilities and the OOD scores of training.
 
     Args:
         path: The folder of the new bundle.
@@ -81,6 +94,7 @@ def export_bundle(
         trained_tensors: The tensors that training changed.
         evaluation_dir: The folder with predictions.csv, similarity files and plots to include.
         parity: The images for the parity check.
+        ood: The OOD score, if there is one.
         contents: ``full`` (all weights and the graph), ``graph`` (the graph and ``trained_tensors``) or ``head``
             (``trained_tensors`` only). Only a full bundle contains plots that show images, and a head no plots.
 
@@ -88,21 +102,28 @@ def export_bundle(
         The written bundle.
 
     Raises:
-        BundleError: The graph's probabilities differ from those of training. No bundle is written.
+        BundleError: The graph's results differ from those of training. No bundle is written.
     """
     golden = golden_pixels(spec.preprocessing)
 
     def write_files(folder: Path) -> None:
         graph = folder / GRAPH
         with step("Exporting the serving graph"):
-            export_serving_graph(classifier, spec, temperature=temperature, path=graph)
+            parameters = ood.parameters if ood else None
+            export_serving_graph(classifier, spec, temperature=temperature, path=graph, ood=parameters)
         with step(f"Comparing it with the trained network on {len(parity.pixels)} photos"):
-            engine = OpenVINOEngine(graph, outputs=OUTPUTS[:1], batch_sizes=(NUM_GOLDEN,))  # small batches bound the memory
+            outputs = (OUTPUTS[0], OOD_SCORE) if ood else OUTPUTS[:1]
+            engine = OpenVINOEngine(graph, outputs=outputs, batch_sizes=(NUM_GOLDEN,))  # small batches bound the memory
             manifest["parity"] = check_parity(engine, parity)
+        if ood:
+            seconds = time_output(graph, OOD_SCORE, start="embedding", batch_size=NUM_GOLDEN)
+            manifest["ood"] = {**ood.manifest, "microseconds": round(seconds * 1e6, 1)}
+            ood.parameters.write(folder / OOD_FILE)
         with step("Measuring its speed in bfloat16") if supports_bf16() else contextlib.nullcontext():
-            manifest["bf16"] = measure_bf16(graph, parity.pixels)
+            manifest["bf16"] = measure_bf16(graph, parity.pixels, max_ood_score=ood.max_score if ood else None)
         check_finite(classifier, golden)
-        np.savez_compressed(folder / GOLDEN, pixels=golden, probabilities=engine.run(golden)[0])
+        arrays: dict[str, Any] = dict(zip(outputs, engine.run(golden), strict=True))
+        np.savez_compressed(folder / GOLDEN, pixels=golden, **arrays)
         if contents == "head":
             graph.unlink()
         if contents != "full":
@@ -125,14 +146,17 @@ def export_bundle(
         "head": spec.head,
         "cam_layer": spec.cam_layer,
         "temperature": temperature,
-        "graph": graph_signature(spec),
+        "graph": graph_signature(spec, has_ood_score=ood is not None),
         "golden": {"tolerance": GOLDEN_TOLERANCE},
+        "ood": None,
+        "decision": DecisionRule(max_ood_score=ood.max_score if ood else None).as_dict(),
     }
     return write_bundle(path, manifest, write_files=write_files)
 
 
-def graph_signature(spec: ModelSpec) -> dict[str, Any]:
+def graph_signature(spec: ModelSpec, *, has_ood_score: bool) -> dict[str, Any]:
     side, channels = spec.preprocessing.input_px, spec.preprocessing.channels
+    score = {OOD_SCORE: "how unlike the training images, (N,) float32; higher is more unlike"} if has_ood_score else {}
     return {
         "file": GRAPH,
         "input": {
@@ -145,6 +169,7 @@ def graph_signature(spec: ModelSpec) -> dict[str, Any]:
             "probabilities": "calibrated, (N, classes) float32",
             "embedding": f"input of the layer {spec.head}, (N, d) float32",
             "feature_map": f"output of the layer {spec.cam_layer}, (N, c, h, w) float32",
+            **score,
         },
     }
 
@@ -162,15 +187,25 @@ def check_finite(classifier: Classifier, pixels: NDArray[np.uint8]) -> None:
 
 
 def check_parity(engine: OpenVINOEngine, parity: ParitySample) -> dict[str, Any]:
-    """Compare the exported graph with training on real images. Raises BundleError if the probabilities differ."""
-    difference = float(np.abs(engine.run(parity.pixels)[0] - parity.probabilities).max())
+    """Compare the exported graph with training on real images. Raises BundleError if the results differ."""
+    probabilities, *scores = engine.run(parity.pixels)
+    difference = float(np.abs(probabilities - parity.probabilities).max())
     tolerance = PARITY_TOLERANCE[parity.precision]
     if not difference <= tolerance:
         raise BundleError(
             f"The probabilities of the exported graph differ from training by up to {difference:.2g} on "
             f"{len(parity.pixels)} photos (allowed: {tolerance:.2g}). No bundle was written. Train again with --precision fp32."
         )
-    return {"images": len(parity.pixels), "max_difference": difference, "tolerance": tolerance}
+    measured = {"images": len(parity.pixels), "max_difference": difference, "tolerance": tolerance}
+    if parity.ood_scores is None:
+        return measured
+    ood_difference = float((np.abs(scores[0] - parity.ood_scores) / np.maximum(parity.ood_scores, 1)).max())
+    if not ood_difference <= tolerance:
+        raise BundleError(
+            f"The OOD scores of the exported graph differ from training by up to {ood_difference:.2g} of their value on "
+            f"{len(parity.pixels)} photos (allowed: {tolerance:.2g}). No bundle was written. Train again with --precision fp32."
+        )
+    return measured | {"max_ood_difference": ood_difference}
 
 
 def golden_pixels(preprocessing: Preprocessing) -> NDArray[np.uint8]:

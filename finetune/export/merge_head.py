@@ -15,9 +15,11 @@ from models.artifacts.bundle import (
     WEIGHTS,
     Bundle,
     check_golden,
+    check_golden_ood_scores,
     open_bundle,
     write_bundle,
 )
+from models.artifacts.ood import OOD_FILE, OODParameters
 from models.artifacts.paths import merged_dir
 from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError
@@ -57,13 +59,18 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
     )
     classifier.net.load_state_dict(read_tensors(bundle.path / HEAD), strict=False)
 
+    ood = OODParameters.read(bundle.path / OOD_FILE) if bundle.has_ood_score else None
+
     def write_files(folder: Path) -> None:
-        export_serving_graph(classifier, spec, temperature=float(bundle.manifest["temperature"]), path=folder / GRAPH)
-        engine = OpenVINOEngine(folder / GRAPH, outputs=["probabilities"])
+        temperature = float(bundle.manifest["temperature"])
+        export_serving_graph(classifier, spec, temperature=temperature, path=folder / GRAPH, ood=ood)
+        engine = OpenVINOEngine(folder / GRAPH, outputs=bundle.engine_outputs)
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
+        if ood:
+            check_golden_ood_scores(bundle, engine.run(bundle.golden()[0])[1])
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())
-        missing = [name for name in SIMILARITY_FILES if name not in bundle.manifest["files"]]
-        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, *SIMILARITY_FILES} - set(missing):
+        missing = [name for name in (*SIMILARITY_FILES, OOD_FILE) if name not in bundle.manifest["files"]]
+        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, OOD_FILE, *SIMILARITY_FILES} - set(missing):
             shutil.copyfile(bundle.path / name, folder / name)
 
     manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}

@@ -24,6 +24,8 @@ def write_plots(
     data_dir: Path | None,
     history: Sequence[Mapping[str, float]] | None,
     uncalibrated: NDArray[np.float64] | None,
+    max_ood_score: float | None = None,
+    neither_scores: NDArray[np.float32] | None = None,
     seed: int = 0,
 ) -> list[Path]:
     """Write the plots of an evaluation as PNG files, each atomically.
@@ -39,6 +41,8 @@ def write_plots(
         history: One mapping per epoch (epoch, train_loss, valid_loss, train_accuracy and valid_accuracy from 0 to 1,
             seconds). If set, learning_curves.png is written.
         uncalibrated: Probabilities before temperature scaling, (N, C).
+        max_ood_score: The limit of the OOD score. If set, and the predictions have scores, ood_scores.png is written.
+        neither_scores: OOD scores of images of none of the classes, (M,).
         seed: Seed of the bootstrap and of the random sheets.
 
     Returns:
@@ -62,6 +66,9 @@ def write_plots(
         written.append(
             plots.plot_reliability_diagram(predictions.labels, predictions.probabilities, uncalibrated, path, seed=seed)
         )
+        if predictions.ood_scores is not None and max_ood_score is not None:
+            path = out_dir / "ood_scores.png"
+            written.append(plots.plot_ood_scores(predictions.ood_scores, neither_scores, max_ood_score, path))
         if data_dir is not None:
             names = slugs(classes)
             for label in _with_most_mistakes(counts):

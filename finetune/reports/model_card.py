@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.metrics.ood import OODLimit
 from finetune.metrics.slices import format_p
 from models.artifacts.atomic_io import atomic_write_text
 from models.runtime.precision import describe_bf16, is_bf16_acceptable
@@ -33,9 +34,10 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         f"These photos also selected the best epoch ({provenance['best_epoch']}) and the temperature"
         f" ({manifest['temperature']:.3f}). For an unbiased figure, evaluate on unseen photos:"
         " `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
+        "## None of these\n",
+        _none_of_these(manifest),
         "## Training data\n",
         f"{_counts(dataset['photos'])} {_labels(dataset)}{_reviewed(dataset)}"
-        " The model only knows these classes: any other photo is still labeled as one of them, often with high confidence."
         " Other kinds of images (drawings, other cameras, crops) were not evaluated.\n",
         "## Training\n",
         f"{_base(manifest)} {_trained(manifest)} {_permuted(manifest)}"
@@ -46,6 +48,36 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         _contents(manifest),
     ]
     atomic_write_text(path, "\n".join(sections))
+
+
+def _none_of_these(manifest: Mapping[str, Any]) -> str:
+    """Describe what the model does with photos of none of the classes, how well it recognizes them, and what that costs."""
+    ood, measured = manifest.get("ood"), manifest["metrics"].get("ood")
+    if not ood:
+        return (
+            "The model only knows these classes and has no OOD score. Any other photo is still labeled as one of them, often"
+            " with high confidence.\n"
+        )
+    limit = OODLimit.from_dict(ood["limit"])
+    lines = [
+        "The model gives no label to a photo that is unlike the training photos. Its OOD score (out of distribution) is then"
+        f" above {limit.max_score:.4g}. {limit.text()} They are photos of {ood['limit']['source']}.\n"
+    ]
+    if measured and measured["caught"]:
+        rows = ["| measure | value | 95% interval |", "| --- | --- | --- |"]
+        rows += [
+            _row(f"caught, of {measured['neither_photos']:,} photos of none of the classes", measured["caught"]),
+            _row(f"false alarms, of {measured['photos']:,} photos of the classes", measured["false_alarms"]),
+            _row("ROC AUC of the two", measured["auroc"]),
+        ]
+        lines += ["\n".join(rows) + "\n", "Close relatives of the classes are recognized less often.\n"]
+    else:
+        lines.append("How many photos of none of the classes it recognizes was not measured.\n")
+    lines.append(
+        f"The score is the {ood['method']}, fitted to {ood['images']:,} photos. It takes {ood['bytes'] / 1e6:.2f} MB and"
+        f" {ood['microseconds']:.0f} microseconds per image.\n"
+    )
+    return "\n".join(lines)
 
 
 def _origin(manifest: Mapping[str, Any]) -> str:
@@ -163,6 +195,7 @@ def _contents(manifest: Mapping[str, Any]) -> str:
         lines.append(
             "`model.onnx` maps pixels (N, H, W, C) uint8, resized and cropped as described in the manifest, to calibrated"
             " probabilities."
+            + (" It also has the output `ood_score`, whose parameters are in `ood.npz`." if manifest.get("ood") else "")
         )
     if manifest["kind"] == "full":
         lines.append("`model.safetensors` is the network's state dict.")

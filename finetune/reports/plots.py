@@ -104,6 +104,30 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> 
     return save_png(figure, path)
 
 
+def plot_ood_scores(
+    scores: NDArray[np.float32], neither_scores: NDArray[np.float32] | None, max_score: float, path: Path
+) -> Path:
+    """Plot the distribution of the OOD score for images of the classes and of none of them, with its limit."""
+    groups = [(scores, "photos of the classes", BLUE)]
+    if neither_scores is not None and len(neither_scores):
+        groups.append((neither_scores, "photos of none of the classes", ORANGE))
+    everything = np.concatenate([values for values, _, _ in groups])
+    bins = np.linspace(float(everything.min()), max(float(everything.max()), max_score) + 1e-6, 60)
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for values, name, color in groups:
+        weights = np.full(len(values), 100.0 / len(values))
+        above = int((values > max_score).sum())
+        label = f"{name}: {above:,} of {len(values):,} above the limit"
+        axes.hist(values, bins=bins.tolist(), weights=weights, color=color, alpha=0.6, label=label)
+    axes.axvline(max_score, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set(title=f"How unlike the training photos (limit {max_score:.3f})", xlabel="OOD score", ylabel="% of photos")
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.legend(loc="upper right", fontsize=9)
+    return save_png(figure, path)
+
+
 def plot_confusion_matrix(counts: NDArray[np.int64], classes: Sequence[str], path: Path) -> Path:
     """Plot the confusion matrix, rows being true classes, with counts and percent of the row.
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from finetune.io.progress import step
 from finetune.metrics.classification import compute_metrics, format_summary
 from finetune.metrics.groups import with_group_intervals
+from finetune.metrics.ood import format_ood, measure_ood
 from finetune.metrics.slices import METHOD as SLICES_METHOD
 from finetune.metrics.slices import compute_slices, format_slices
 from finetune.reports.figures import write_plots
@@ -31,6 +33,8 @@ def write_results(
     temperature: float,
     data_dir: Path,
     history: Sequence[Mapping[str, float]] = (),
+    max_ood_score: float | None = None,
+    neither_scores: NDArray[np.float32] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Compute the metrics of ``predictions`` and write all results to ``folder``.
@@ -43,6 +47,8 @@ def write_results(
         temperature: The temperature that calibrated the predictions.
         data_dir: Folder of the images, for the image sheets.
         history: One row per epoch, for the learning curves.
+        max_ood_score: The limit of the OOD score, if the predictions have scores.
+        neither_scores: (M,) OOD scores of images of none of the classes.
         seed: Seed of the bootstrap and of the random sheets.
 
     Returns:
@@ -65,6 +71,9 @@ def write_results(
         metrics["slices"] = slices
         metrics["methods"]["slices"] = SLICES_METHOD
     metrics["temperature"] = temperature
+    if predictions.ood_scores is not None and max_ood_score is not None:
+        neither = np.empty(0, np.float32) if neither_scores is None else neither_scores
+        metrics["ood"] = measure_ood(predictions.ood_scores, neither, max_score=max_ood_score, seed=seed)
     folder.mkdir(parents=True, exist_ok=True)
     predictions.write_csv(folder / PREDICTIONS)
     similarity.write(folder)
@@ -76,6 +85,8 @@ def write_results(
             data_dir=data_dir,
             history=history,
             uncalibrated=uncalibrated,
+            max_ood_score=max_ood_score,
+            neither_scores=neither_scores,
             seed=seed,
         )
     return metrics
@@ -83,4 +94,5 @@ def write_results(
 
 def format_results(metrics: Mapping[str, Any]) -> str:
     """Format the result of ``write_results`` as a short text."""
-    return "\n".join(filter(None, [format_summary(metrics), format_slices(metrics)]))
+    ood = metrics.get("ood")
+    return "\n".join(filter(None, [format_summary(metrics), format_slices(metrics), format_ood(ood) if ood else ""]))

@@ -42,6 +42,7 @@ CHANGEABLE_ON_RESUME = {
     "reviews",  # its content is part of the inputs' hash
     "output_dir",
     "epochs",
+    "false_alarms",
 }
 
 

@@ -43,13 +43,15 @@ class TrainingNetwork:
 class PreparedDataset:
     """An inspected data set: the audit report, and the readable images by split.
 
-    ``reviews`` summarizes the labels that reviews changed, if there are any.
+    ``reviews`` summarizes the labels that reviews changed, if there are any. ``neither`` are readable images of none of the
+    classes, which have no part in training or validation.
     """
 
     dataset: Dataset
     audit_report: AuditReport
     splits: dict[str, list[ImageRecord]]
     reviews: ReviewSummary | None = None
+    neither: tuple[ImageRecord, ...] = ()
 
 
 def prepare_network(spec: ModelSpec, num_classes: int, config: Config, compute: Compute) -> TrainingNetwork:
@@ -135,13 +137,16 @@ def prepare_dataset(
         f"photos in {config.data_dir}", [[sample.name, sample.split] for sample in dataset.samples]
     )
     print(f"Inspecting {len(dataset.samples):,} photos{' and computing missing features' if cache else ''} ...", flush=True)
+    samples = [*dataset.samples, *dataset.neither_to_measure]
     records = distributed.map_sharded(
-        dataset.samples,
+        samples,
         lambda own: inspect_images(own, store=store, preprocessing=preprocessing, consumer=cache, workers=config.workers),
         name=lambda sample: sample.name,
     )
     # map_sharded returns records with the paths of other hosts
-    records = [dataclasses.replace(s, sample=sample) for s, sample in zip(records, dataset.samples, strict=True)]
+    records = [dataclasses.replace(s, sample=sample) for s, sample in zip(records, samples, strict=True)]
+    neither = tuple(s for s in records[len(dataset.samples) :] if s.error is None)
+    records = records[: len(dataset.samples)]
     dataset, records, dropped_extra = drop_known_images(dataset, records)
     applied = None
     if reviews:
@@ -152,15 +157,15 @@ def prepare_dataset(
     print(audit_report.text())
     audit_report.raise_for_problems(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
     splits = {split: [s for s in records if s.error is None and s.sample.split == split] for split in ("train", "valid")}
-    return PreparedDataset(dataset, audit_report, splits, applied)
+    return PreparedDataset(dataset, audit_report, splits, applied, neither)
 
 
 def make_batches(
     config: Config, network: TrainingNetwork, cache: FeatureCache | None, prepared: PreparedDataset, split: str
 ) -> Batches:
-    """Build the batches of one split. With a cache, missing features are computed here."""
+    """Build the batches of a split, or of ``neither``. With a cache, missing features are computed here."""
     assert config.batch_size is not None
-    records = prepared.splits[split]
+    records = list(prepared.neither) if split == "neither" else prepared.splits[split]
     if cache:
         rows = cache.features(records, network.spec.preprocessing, label=f"features of {split}")
         return CachedBatches(rows, [s.sample.label for s in records], batch_size=config.batch_size, seed=config.seed)

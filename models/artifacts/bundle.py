@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.decision import DecisionRule
+from models.artifacts.ood import OOD_SCORE
 from models.errors import BundleError
 from models.preprocess import Preprocessing
 
@@ -72,6 +73,16 @@ class Bundle:
         return DecisionRule.from_manifest(self.manifest)
 
     @property
+    def has_ood_score(self) -> bool:
+        """Whether the graph computes an OOD score. Older bundles have none."""
+        return bool(self.manifest.get("ood"))
+
+    @property
+    def engine_outputs(self) -> tuple[str, ...]:
+        """The outputs of the graph that decide about an image: the probabilities, and the OOD score if there is one."""
+        return ("probabilities", OOD_SCORE) if self.has_ood_score else ("probabilities",)
+
+    @property
     def merged_from(self) -> str | None:
         """The version of the head-only bundle that this one was merged from, or None."""
         version: str | None = self.manifest.get("merged_from")
@@ -101,6 +112,11 @@ class Bundle:
         """Read the golden pixels (N, H, W, C), the expected probabilities (N, classes), and the tolerance."""
         with np.load(self.path / GOLDEN) as arrays:
             return arrays["pixels"], arrays["probabilities"], float(self.manifest["golden"]["tolerance"])
+
+    def golden_ood_scores(self) -> NDArray[np.float32] | None:
+        """Read the expected OOD scores (N,) of the golden pixels. None if the bundle has no score."""
+        with np.load(self.path / GOLDEN) as arrays:
+            return arrays[OOD_SCORE] if self.has_ood_score else None
 
 
 def open_bundle(path: Path, *, files: Iterable[str] | None = None) -> Bundle:
@@ -192,6 +208,36 @@ def check_golden(
     if not difference <= limit:  # also true for NaN
         raise BundleError(
             f"The bundle {bundle.path} does not reproduce its golden outputs: max difference {difference:.2g}, "
+            f"tolerance {limit:.2g}. Export it again with the library versions that are installed here."
+        )
+    return difference
+
+
+def check_golden_ood_scores(
+    bundle: Bundle, scores: NDArray[np.float32], *, tolerance: float | None = None, expected: NDArray[np.float32] | None = None
+) -> float:
+    """Compare the OOD scores of the golden pixels with the expected ones, relative to these (or to 1 if they are smaller).
+
+    Args:
+        bundle: The bundle to check.
+        scores: (M,) the scores of the first golden pixels.
+        tolerance: See ``check_golden``.
+        expected: The result of ``bundle.golden_ood_scores()``, to avoid reading it again.
+
+    Returns:
+        The largest relative difference.
+
+    Raises:
+        BundleError: The difference exceeds the tolerance or is NaN.
+    """
+    golden = bundle.golden_ood_scores() if expected is None else expected
+    assert golden is not None
+    golden = golden[: len(scores)]
+    difference = float((np.abs(scores - golden) / np.maximum(golden, 1)).max())
+    limit = float(bundle.manifest["golden"]["tolerance"]) if tolerance is None else tolerance
+    if not difference <= limit:  # also true for NaN
+        raise BundleError(
+            f"The bundle {bundle.path} does not reproduce its golden OOD scores: max relative difference {difference:.2g}, "
             f"tolerance {limit:.2g}. Export it again with the library versions that are installed here."
         )
     return difference

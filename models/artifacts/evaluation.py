@@ -42,6 +42,7 @@ class PredictionSource:
         folds: The number of cross-validation folds of out-of-fold predictions.
         temperature: The calibration temperature.
         created: Creation time, ISO 8601 in UTC.
+        max_ood_score: The limit of the OOD score, if the bundle has one.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class PredictionSource:
     folds: int | None = None
     temperature: float | None = None
     created: str | None = None
+    max_ood_score: float | None = None
 
     def predictions(self) -> Predictions:
         """Read the predictions table. Raises BundleError if it is missing or malformed."""
@@ -117,6 +119,7 @@ def write_evaluation(
         "folds": folds,
         "fold_training": None if fold_training is None else dict(fold_training),
         "temperature": temperature,
+        "max_ood_score": bundle.decision_rule.max_ood_score,
         "files": {name: files[name] for name in DATA_FILES},
     }
     info = {**info, "sha256": manifest_sha256(info), "created": datetime.now(timezone.utc).isoformat(timespec="seconds")}
@@ -136,6 +139,7 @@ def _open_bundle_predictions(path: Path) -> PredictionSource:
         bundle_version=bundle.version,
         temperature=float(bundle.manifest["temperature"]),
         created=bundle.manifest.get("provenance", {}).get("created"),
+        max_ood_score=bundle.decision_rule.max_ood_score,
     )
 
 
@@ -162,6 +166,7 @@ def _open_evaluation(path: Path) -> PredictionSource:
             folds=info["folds"],
             temperature=float(info["temperature"]),
             created=info["created"],
+            max_ood_score=info.get("max_ood_score"),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{file} cannot be read as an evaluation ({error!r}). Run `finetune evaluate` again.") from None

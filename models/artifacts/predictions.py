@@ -20,6 +20,7 @@ SUM_TOLERANCE = 1e-3  # half-precision probabilities may sum to 1 only within th
 LEADING_COLUMNS = ["photo", "label", "predicted"]
 TRAILING_COLUMNS = ["loss", "split", "sha256"]
 GROUP_COLUMN, FACET_PREFIX = "group", "facet_"  # after the trailing columns, for photos of a table
+OOD_COLUMN = "ood_score"  # before the trailing columns; missing for a model without the score
 RERUN_HINT = "Run `finetune evaluate` again to recreate the file."
 
 
@@ -87,6 +88,7 @@ class Predictions:
         sha256s: The SHA-256 of each image file.
         groups: The group of each image, empty for an image of its own; no entries if there are no groups.
         facets: The values of further columns of a table for each image, by the column's name.
+        ood_scores: (N,) how unlike the training images each image is, or None if the model has no such score.
     """
 
     classes: tuple[str, ...]
@@ -97,6 +99,7 @@ class Predictions:
     sha256s: tuple[str, ...]
     groups: tuple[str, ...] = ()
     facets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ood_scores: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if not self.classes or len(set(self.classes)) != len(self.classes):
@@ -109,6 +112,8 @@ class Predictions:
         for name, values in {"group": self.groups or self.sha256s, **self.facets}.items():
             if len(values) != len(self.labels):
                 raise ValueError(f"Expected one {name} per image, got {len(values)} for {len(self.labels)} images.")
+        if self.ood_scores is not None and self.ood_scores.shape != (len(self.labels),):
+            raise ValueError(f"Expected one OOD score per image, got {self.ood_scores.shape} for {len(self.labels)} images.")
         check_probabilities(self.labels, self.probabilities, len(self.classes))
 
     @property
@@ -142,6 +147,7 @@ class Predictions:
 
     def write_csv(self, path: Path) -> None:
         """Write one row per image, atomically: photo, label, predicted, p_<class>..., loss, split, sha256.
+        The column ood_score before the loss is written if there are scores.
 
         The column group follows if there are groups, and a column facet_<name> for each facet.
 
@@ -153,9 +159,13 @@ class Predictions:
         # surrogateescape: on Linux a file name may not be valid UTF-8
         with atomic_write(path) as temp, temp.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([*LEADING_COLUMNS, *(f"p_{name}" for name in self.classes), *TRAILING_COLUMNS, *table])
+            ood_column = [] if self.ood_scores is None else [OOD_COLUMN]
+            probabilities = [f"p_{name}" for name in self.classes]
+            writer.writerow([*LEADING_COLUMNS, *probabilities, *ood_column, *TRAILING_COLUMNS, *table])
             for i, image_name in enumerate(self.image_names):
                 numbers = [f"{probability:.9g}" for probability in self.probabilities[i]]
+                if self.ood_scores is not None:
+                    numbers.append(f"{self.ood_scores[i]:.9g}")
                 names = [self.classes[self.labels[i]], self.classes[predicted[i]]]
                 further = [values[i] for values in table.values()]
                 writer.writerow([image_name, *names, *numbers, f"{losses[i]:.9g}", self.splits[i], self.sha256s[i], *further])
@@ -176,16 +186,22 @@ class Predictions:
         _check_lengths(rows, header, path)
         header, table = _split_header(header)
         rows, table_rows = [row[: len(header)] for row in rows], [row[len(header) :] for row in rows]
-        classes = _parse_header(header, path)
+        classes, has_ood_scores = _parse_header(header, path)
         labels = np.zeros(len(rows), dtype=np.int64)
         probabilities = np.zeros((len(rows), len(classes)))
+        ood_scores = np.zeros(len(rows), dtype=np.float32) if has_ood_scores else None
         for i, row in enumerate(rows):
-            labels[i], probabilities[i] = _parse_row(row, header, classes, f"{path}, row {i + 2}")
+            position = f"{path}, row {i + 2}"
+            labels[i], probabilities[i] = _parse_row(row, header, classes, position)
+            if ood_scores is not None:
+                ood_scores[i] = _parse_ood_score(row[-1 - len(TRAILING_COLUMNS)], position)
         image_names, splits, sha256s = (tuple(row[column] for row in rows) for column in (0, -2, -1))
         columns = dict(zip(table, map(tuple, zip(*table_rows, strict=True)), strict=False)) if rows else {}
         groups = columns.pop(GROUP_COLUMN, ())
         facets = {name.removeprefix(FACET_PREFIX): values for name, values in columns.items()}
-        return cls(classes, image_names, labels, probabilities, splits, sha256s, groups=groups, facets=facets)
+        return cls(
+            classes, image_names, labels, probabilities, splits, sha256s, groups=groups, facets=facets, ood_scores=ood_scores
+        )
 
 
 def _split_header(header: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -203,9 +219,11 @@ def _check_lengths(rows: Sequence[Sequence[str]], header: Sequence[str], path: P
             )
 
 
-def _parse_header(header: Sequence[str], path: Path) -> tuple[str, ...]:
-    """Return the class names of a header row."""
+def _parse_header(header: Sequence[str], path: Path) -> tuple[tuple[str, ...], bool]:
+    """Return the class names of a header row, and whether there is a column of OOD scores."""
     columns = header[len(LEADING_COLUMNS) : -len(TRAILING_COLUMNS)]
+    has_ood_scores = columns[-1:] == [OOD_COLUMN]
+    columns = columns[:-1] if has_ood_scores else columns
     is_valid = bool(columns) and all(name.startswith("p_") for name in columns) and len(set(columns)) == len(columns)
     if (
         not is_valid
@@ -216,14 +234,14 @@ def _parse_header(header: Sequence[str], path: Path) -> tuple[str, ...]:
             f"{path}, row 1: expected the columns photo,label,predicted,p_<class>...,loss,split,sha256 with one p_ column per "
             f"class, got {','.join(header)!r}. {RERUN_HINT}"
         )
-    return tuple(name.removeprefix("p_") for name in columns)
+    return tuple(name.removeprefix("p_") for name in columns), has_ood_scores
 
 
 def _parse_row(row: Sequence[str], header: Sequence[str], classes: Sequence[str], position: str) -> tuple[int, list[float]]:
     """Return the label's index and the probabilities of a row; ``position`` is the file and row for error messages."""
     if row[1] not in classes:
         raise BundleError(f"{position}, column 'label': {row[1]!r} has no column 'p_{row[1]}'. {RERUN_HINT}")
-    columns = slice(len(LEADING_COLUMNS), -len(TRAILING_COLUMNS))
+    columns = slice(len(LEADING_COLUMNS), len(LEADING_COLUMNS) + len(classes))
     values = [_parse_float(text) for text in row[columns]]
     for name, text, value in zip(header[columns], row[columns], values, strict=True):
         if not 0.0 <= value <= 1.0 + SUM_TOLERANCE:
@@ -233,6 +251,13 @@ def _parse_row(row: Sequence[str], header: Sequence[str], classes: Sequence[str]
             f"{position}: columns 'p_{classes[0]}' to 'p_{classes[-1]}' sum to {sum(values):.6g}, expected 1. {RERUN_HINT}"
         )
     return classes.index(row[1]), values
+
+
+def _parse_ood_score(text: str, position: str) -> float:
+    score = _parse_float(text)
+    if not 0 <= score < math.inf:
+        raise BundleError(f"{position}, column {OOD_COLUMN!r}: expected a number of 0 or more, got {text!r}. {RERUN_HINT}")
+    return score
 
 
 def _parse_float(text: str) -> float:

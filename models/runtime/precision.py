@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from models.artifacts.bundle import Bundle
+from models.artifacts.ood import OOD_SCORE
 from models.errors import ConfigError
 from models.runtime.interleaved_timing import time_interleaved
 from models.runtime.openvino_engine import OpenVINOEngine, Pixels, supports_bf16
@@ -37,12 +38,13 @@ class Precision:
     reason: str
 
 
-def measure_bf16(graph: Path, pixels: Pixels) -> dict[str, Any] | None:
+def measure_bf16(graph: Path, pixels: Pixels, *, max_ood_score: float | None = None) -> dict[str, Any] | None:
     """Compare bfloat16 with float32 on real images.
 
     Args:
         graph: The ONNX file.
         pixels: (N, H, W, C) uint8.
+        max_ood_score: The limit of the OOD score, if the graph has one. An image that changes sides counts as a changed label.
 
     Returns:
         The number of images, the max difference of a probability, the number of changed labels and the speedup; or None if
@@ -50,16 +52,19 @@ def measure_bf16(graph: Path, pixels: Pixels) -> dict[str, Any] | None:
     """
     if not supports_bf16():
         return None
-    engines = {
-        name: OpenVINOEngine(graph, outputs=["probabilities"], precision=name, batch_sizes=(4,)) for name in ("fp32", "bf16")
-    }
-    probabilities = {name: engine.run(pixels)[0] for name, engine in engines.items()}
+    outputs = ["probabilities"] if max_ood_score is None else ["probabilities", OOD_SCORE]
+    engines = {name: OpenVINOEngine(graph, outputs=outputs, precision=name, batch_sizes=(4,)) for name in ("fp32", "bf16")}
+    results = {name: engine.run(pixels) for name, engine in engines.items()}
+    probabilities = {name: arrays[0] for name, arrays in results.items()}
+    changed = probabilities["bf16"].argmax(axis=1) != probabilities["fp32"].argmax(axis=1)
+    if max_ood_score is not None:
+        changed |= (results["bf16"][1] > max_ood_score) != (results["fp32"][1] > max_ood_score)
     calls = {name: partial(engine.run, pixels[:TIMED_IMAGES]) for name, engine in engines.items()}
     seconds = time_interleaved(calls, rounds=TIMED_ROUNDS)
     return {
         "images": len(pixels),
         "max_difference": float(np.abs(probabilities["bf16"] - probabilities["fp32"]).max()),
-        "changed_labels": int((probabilities["bf16"].argmax(axis=1) != probabilities["fp32"].argmax(axis=1)).sum()),
+        "changed_labels": int(changed.sum()),
         "speedup": round(min(seconds["fp32"]) / min(seconds["bf16"]), 2),
     }
 

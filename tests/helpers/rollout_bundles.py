@@ -68,7 +68,8 @@ def rewritten(source: Path, target: Path, *, wrong_golden: bool = False, resize_
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
         if wrong_golden:
-            np.savez_compressed(folder / GOLDEN, pixels=pixels, probabilities=probabilities[:, ::-1])
+            scores = {"ood_score": bundle.golden_ood_scores()} if bundle.has_ood_score else {}
+            np.savez_compressed(folder / GOLDEN, pixels=pixels, probabilities=probabilities[:, ::-1], **scores)
 
     manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}
     if resize_px:

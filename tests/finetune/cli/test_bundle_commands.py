@@ -17,16 +17,19 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from models.artifacts.atomic_io import sha256_of
-from models.artifacts.bundle import MANIFEST, check_golden, open_bundle
+from models.artifacts.bundle import MANIFEST, check_golden, check_golden_ood_scores, open_bundle
+from models.artifacts.reviews import Review, write_reviews
 from models.errors import BundleError
 from models.networks import registry
 from models.networks.classifier import load_classifier
 from models.networks.spec import WeightsSource
 from models.networks.weights import read_tensors
 from models.runtime.openvino_engine import OpenVINOEngine
+from tests.helpers.older_bundles import without_ood_score
 from tests.helpers.tiny_network import COLORS, TINY, Tiny, color_folder, finetune, paint, save_weights
 
 pytestmark = pytest.mark.slow
@@ -102,7 +105,7 @@ def test_a_bundle_with_the_graph_alone_predicts_and_can_be_merged(
     assert {"model.onnx", "head.safetensors"} <= set(bundle.manifest["files"])
     assert "model.safetensors" not in bundle.manifest["files"]
     plots = {Path(name).stem for name in bundle.manifest["files"] if name.startswith("plots/")}
-    assert plots == {"learning_curves", "reliability", "confusion_matrix"}
+    assert plots == {"learning_curves", "reliability", "confusion_matrix", "ood_scores"}
     assert (bundle.is_head_only, bundle.lacks_weights) == (False, True)
     assert "`head.safetensors` contains only the trained tensors." in (path / "README.md").read_text(encoding="utf-8")
     code, out, err = finetune("predict", "--bundle", path, made.data / "valid", "--json")
@@ -115,9 +118,13 @@ def test_a_bundle_with_the_graph_alone_predicts_and_can_be_merged(
 
 
 def test_the_merged_bundle_reproduces_the_golden_outputs_of_the_head(made: SimpleNamespace) -> None:
-    engine = OpenVINOEngine(made.whole / "model.onnx", outputs=["probabilities"])
+    engine = OpenVINOEngine(made.whole / "model.onnx", outputs=["probabilities", "ood_score"])
     for bundle in (open_bundle(made.whole), open_bundle(made.head)):
         assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) < 1e-5
+        scores = engine.run(bundle.golden()[0])[1]
+        assert check_golden_ood_scores(bundle, scores) < 1e-4
+        with pytest.raises(BundleError, match=r"does not reproduce its golden OOD scores: max relative difference 0\.1"):
+            check_golden_ood_scores(bundle, scores + np.float32(0.1) * np.maximum(scores, 1))
     assert open_bundle(made.whole).manifest["merged_from"] == open_bundle(made.head).version
 
 
@@ -156,11 +163,12 @@ def predict(bundle: Path, *words: object, code: int = 0) -> str:
 def test_predictions_of_a_folder_equal_those_of_training(made: SimpleNamespace) -> None:
     expected = {row["photo"]: row for row in table(made.run / "predictions.csv")}
     rows = list(csv.DictReader(io.StringIO(predict(made.whole, made.data / "valid", "--csv"))))
-    assert list(rows[0]) == ["photo", "label", "p_blue", "p_red, or so", "error"]
+    assert list(rows[0]) == ["photo", "label", "p_blue", "p_red, or so", "in_distribution", "ood_score", "because", "error"]
     assert [row["photo"] for row in rows] == [str(made.data / name) for name in expected]
     for row in rows:
         want = expected[Path(row["photo"]).relative_to(made.data).as_posix()]
         assert (row["label"], row["error"]) == (want["predicted"], "")
+        assert float(row["ood_score"]) == pytest.approx(float(want["ood_score"]), rel=1e-3)
         for name in ("p_blue", "p_red, or so"):
             assert float(row[name]) == pytest.approx(float(want[name]), abs=1e-5)
 
@@ -270,6 +278,7 @@ def test_an_evaluation_agrees_with_training(made: SimpleNamespace, tmp_path: Pat
     assert "accuracy" in printed
     ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (out, made.run))
     assert ours.keys() == theirs.keys()
+    assert ours["ood"]["false_alarms"] == theirs["ood"]["false_alarms"]
     assert ours["confusion_matrix"] == theirs["confusion_matrix"]
     for measure in ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_uncalibrated"):
         for end in ("value", "low", "high"):
@@ -314,6 +323,111 @@ def test_an_impossible_evaluation_is_rejected(made: SimpleNamespace, tmp_path: P
         photo.write_bytes(b"no photo")
     assert "None of the 2 photos" in message(bad)
     assert not out.exists()
+
+
+# None of the classes
+
+
+@pytest.fixture
+def black(tmp_path: Path) -> Path:
+    """A photo that is unlike the training photos."""
+    path = tmp_path / "black" / "night.png"
+    path.parent.mkdir()
+    Image.new("RGB", (56, 44)).save(path)
+    return path
+
+
+def test_a_photo_unlike_the_training_photos_gets_no_label(made: SimpleNamespace, black: Path) -> None:
+    assert re.fullmatch(
+        rf"{re.escape(str(black))}: no label, unlike the training images. Most probable: (blue|red, or so) \(\d+\.\d\d%\)\n",
+        predict(made.whole, black),
+    )
+    row = json.loads(predict(made.whole, black, "--json"))
+    assert (row["label"], row["because"], row["in_distribution"]) == (None, "unlike the training images", False)
+    assert row["ood_score"] > open_bundle(made.whole).decision_rule.max_ood_score
+    (cells,) = csv.DictReader(io.StringIO(predict(made.whole, black, "--csv")))
+    assert (cells["label"], cells["in_distribution"], cells["because"]) == ("", "false", "unlike the training images")
+    assert float(cells["ood_score"]) == pytest.approx(row["ood_score"], rel=1e-6)
+
+
+def test_the_most_probable_class_can_be_requested_in_any_case(made: SimpleNamespace, black: Path) -> None:
+    row = json.loads(predict(made.whole, black, "--json", "--no-abstain"))
+    assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+    assert (row["because"], row["in_distribution"]) == (None, False)
+
+
+def test_scores_in_parquet_name_the_photos_without_a_label(made: SimpleNamespace, black: Path, tmp_path: Path) -> None:
+    photo = next((made.data / "valid" / "blue").iterdir())
+    for out, words in ((tmp_path / "scores", ()), (tmp_path / "labels", ("--no-abstain",))):
+        assert finetune("predict", "--bundle", made.whole, photo, black, "--output", out, *words)[0] == 0
+    known, other = pq.read_table(tmp_path / "scores").to_pylist()
+    assert (known["label"], known["in_distribution"], known["because"]) == ("blue", True, None)
+    assert (other["label"], other["in_distribution"], other["because"]) == (None, False, "unlike the training images")
+    assert other["ood_score"] > known["ood_score"] > 0
+    assert pq.read_table(tmp_path / "labels").to_pylist()[1]["label"] in CLASSES
+    code, _, message = finetune("predict", "--bundle", made.whole, photo, black, "--output", tmp_path / "labels")
+    assert (code, "was started with abstain False, not True." in message) == (2, True)
+
+
+def test_an_evaluation_measures_photos_of_none_of_the_classes(made: SimpleNamespace, black: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(made.data / "valid", data / "valid")
+    (data / "valid" / "none").mkdir()
+    shutil.copy(black, data / "valid" / "none" / "night.png")
+    shutil.copy(made.data / "train" / "blue" / "blue.000.jpg", data / "valid" / "none" / "blue.jpg")
+    words = ("evaluate", "--bundle", made.whole, "--data-dir", data, "--output-dir")
+    code, printed, _ = finetune(*words, tmp_path / "out")
+    assert code == 0
+    assert "none of these      50.00% (9.5% to 90.5%), 1 of 2 photos of none of the classes are caught" in printed
+    measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["ood"]
+    assert (measured["photos"], measured["neither_photos"], measured["caught"]["value"]) == (10, 2, 0.5)
+    assert (tmp_path / "out" / "plots" / "ood_scores.png").is_file()
+    code, printed, _ = finetune(*words, tmp_path / "more", "--neither", black.parent)
+    assert (code, "2 of 3 photos of none of the classes are caught" in printed) == (0, True)
+    assert "--neither and --folds cannot be combined." in rejected(*words, tmp_path / "no", "--neither", black, "--folds", 2)
+
+
+def test_reviews_of_none_of_the_classes_are_measured(made: SimpleNamespace, tmp_path: Path) -> None:
+    photos = sorted((made.data / "valid" / "blue").iterdir())[:2]
+    reviews = [Review(sha256_of(path), path.name, "blue", "neither", "", "", "ann", "2026-01-01T00:00:00Z") for path in photos]
+    (tmp_path / "reviews.csv").write_bytes(write_reviews(reviews))
+    flags = ("--bundle", made.whole, "--data-dir", made.data, "--output-dir", tmp_path / "out")
+    code, printed, _ = finetune("evaluate", *flags, "--reviews", tmp_path / "reviews.csv")
+    assert code == 0
+    assert "0 of 2 photos of none of the classes are caught" in printed
+    assert len(table(tmp_path / "out" / "predictions.csv")) == 8
+
+
+def test_training_measures_the_folder_next_to_the_validation_classes(
+    made: SimpleNamespace, black: Path, tmp_path: Path, tiny_weights: Path
+) -> None:
+    data = Path(shutil.copytree(made.data, tmp_path / "data"))
+    (data / "valid" / "neither").mkdir()
+    shutil.copy(black, data / "valid" / "neither")
+    flags = ("--backbone", "tiny", "--weights", tiny_weights, "--output-dir", tmp_path / "run", "--false-alarms", 0.1)
+    code, printed, _ = finetune("train", "--data-dir", data, *flags)
+    assert code == 0
+    assert "1 of 1 photos of none of the classes are caught" in printed
+    assert "6.90% of new photos are expected to be false alarms, by the scores of 28 photos." in printed  # 2 of 29
+    bundle = open_bundle(tmp_path / "run" / "bundle")
+    assert bundle.classes == CLASSES
+    assert bundle.manifest["metrics"]["ood"]["caught"]["value"] == 1
+    assert bundle.manifest["ood"]["limit"]["source"] == "training and validation, out of fold"
+    assert bundle.decision_rule.max_ood_score == bundle.manifest["ood"]["limit"]["max_score"]
+
+
+def test_an_older_bundle_predicts_as_before(made: SimpleNamespace, black: Path, tmp_path: Path) -> None:
+    older = without_ood_score(made.whole, tmp_path / "older")
+    row = json.loads(predict(older, black, "--json"))
+    assert row["label"] in CLASSES
+    assert (row["in_distribution"], row["ood_score"], row["because"]) == (None, None, None)
+    out = tmp_path / "out"
+    code, printed, _ = finetune("evaluate", "--bundle", older, "--data-dir", made.data, "--output-dir", out)
+    assert (code, "false alarms" in printed) == (0, False)
+    assert "ood_score" not in table(out / "predictions.csv")[0]
+    assert finetune("predict", "--bundle", older, black, "--output", tmp_path / "scores")[0] == 0
+    (score,) = pq.read_table(tmp_path / "scores").to_pylist()
+    assert (score["in_distribution"], score["ood_score"]) == (None, None)
 
 
 # Changed bundles

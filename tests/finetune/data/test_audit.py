@@ -416,3 +416,15 @@ def test_the_hold_out_keeps_near_duplicates_in_one_split(tmp_path: Path, photo_f
     counts = train(data, valid_fraction=0.5)
     assert sum(counts.values()) == 25
     assert counts["valid"] >= 4
+
+
+def test_a_folder_of_none_of_the_classes_is_named_as_what_it_is(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        paint(data / "valid" / "none" / f"{number}.jpg", COLORS[3], seed=900 + number)
+    found = audit_json(data, capsys, code=0)
+    assert found["neither"] == {"valid/none": 2}
+    assert found["counts"] == {"train": {"blue": 4, "red": 4}, "valid": {"blue": 2, "red": 2}}
+    assert (
+        "Note: valid/none has 2 photos of none of the classes. It is not a class. It measures how many such photos the model "
+        "recognizes."
+    ) in audit_text(data, capsys, code=0)

@@ -134,14 +134,14 @@ def test_validation_without_training_is_rejected(tmp_path: Path) -> None:
 
 def test_a_split_has_the_labels_of_the_bundle(tmp_path: Path) -> None:
     color_folder(tmp_path, train=1, valid=2)
-    photos, _ = read_split(tmp_path, "valid", ["amber", "red", "blue"])
+    photos = read_split(tmp_path, "valid", ["amber", "red", "blue"]).samples
     assert [(photo.name.split("/")[1], photo.label, photo.split) for photo in photos] == [
         ("blue", 2, "valid"),
         ("blue", 2, "valid"),
         ("red", 1, "valid"),
         ("red", 1, "valid"),
     ]
-    assert len(read_split(tmp_path, "train", ["red", "blue"])[0]) == 2
+    assert len(read_split(tmp_path, "train", ["red", "blue"]).samples) == 2
 
 
 @pytest.mark.parametrize(

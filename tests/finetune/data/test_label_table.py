@@ -339,9 +339,9 @@ def test_a_table_needs_two_classes_for_training(root: Path, rows: list[dict[str,
 
 def test_a_split_of_a_table_is_read_for_an_evaluation(root: Path) -> None:
     path = write_csv(root / "t.csv", ROWS)
-    samples, _ = read_split(root, "test", ["dog", "cat"], labels=path)
+    samples = read_split(root, "test", ["dog", "cat"], labels=path).samples
     assert samples_of(samples) == [("b/2.jpg", 0, "test")]
-    samples, _ = read_split(root, None, ["dog", "cat"], labels=path)
+    samples = read_split(root, None, ["dog", "cat"], labels=path).samples
     assert samples_of(samples) == [("a/2.jpg", 1, "valid")]
     with pytest.raises(DataError, match=r"has no rows of the split 'extra'\. Set --split to one of test, train, valid\."):
         read_split(root, "extra", ["dog", "cat"], labels=path)
@@ -351,7 +351,7 @@ def test_a_split_of_a_table_is_read_for_an_evaluation(root: Path) -> None:
 
 def test_all_images_of_a_table_without_splits_are_evaluated(root: Path) -> None:
     path = write_csv(root / "t.csv", [{"image": row["image"], "label": row["label"]} for row in ROWS])
-    samples, _ = read_split(root, None, ["cat", "dog"], labels=path)
+    samples = read_split(root, None, ["cat", "dog"], labels=path).samples
     assert {sample.split for sample in samples} == {"all"}
     assert len(samples) == 4
     with pytest.raises(DataError, match=r"has no column 'split'\. Remove --split to evaluate all of its images\."):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.image_files import ImageSearch, describe_skipped, read_image_file
-from finetune.data.image_folder import read_dataset, read_split
+from finetune.data.image_folder import NO_LABEL, read_dataset, read_split
 from finetune.data.layout import labels_in_names, split_of
 from models.errors import DataError, ImageError
 
@@ -107,7 +107,7 @@ def test_a_test_split_next_to_a_validation_split_is_kept_for_evaluation(tmp_path
     assert count(tmp_path) == BOTH
     assert skipped(tmp_path) == {}
     assert read_dataset(tmp_path).test_split == "Test"
-    assert len(read_split(tmp_path, "test", ["cats", "dogs"])[0]) == 2
+    assert len(read_split(tmp_path, "test", ["cats", "dogs"]).samples) == 2
 
 
 def test_loose_photos_are_named(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_unicode_forms_of_a_name_are_the_same_class(tmp_path: Path) -> None:
     assert read_dataset(tmp_path).classes == (nfc, "dogs")
     assert count(tmp_path) == {("train", nfc): 6, ("train", "dogs"): 3, ("valid", nfc): 3, ("valid", "dogs"): 3}
     for classes in ([nfc, "dogs"], [nfd, "dogs"]):
-        assert [sample.label for sample in read_split(tmp_path, "valid", classes)[0]] == [0, 0, 0, 1, 1, 1]
+        assert [sample.label for sample in read_split(tmp_path, "valid", classes).samples] == [0, 0, 0, 1, 1, 1]
 
 
 def test_links_to_class_folders_are_followed(tmp_path: Path) -> None:
@@ -334,3 +334,37 @@ def test_a_folder_of_other_files_only_is_explained(tmp_path: Path) -> None:
     touch(tmp_path, "cats/0.svg", "dogs/0.svg")
     with pytest.raises(DataError, match=r"No photos in the class folders of .*not a supported image type\): cats/0\.svg"):
         read_dataset(tmp_path)
+
+
+# Photos of none of the classes
+
+
+@pytest.mark.parametrize("name", ["none", "Neither"])
+def test_a_folder_of_none_of_the_classes_is_not_a_class(tmp_path: Path, name: str) -> None:
+    photos(splits(tmp_path, "train", "valid"), f"train/{name}", f"valid/{name}", count=2)
+    dataset = read_dataset(tmp_path)
+    assert dataset.classes == ("cats", "dogs")
+    assert count(tmp_path) == BOTH
+    assert [(sample.name, sample.label) for sample in dataset.neither_to_measure] == [
+        (f"valid/{name}/0.jpg", NO_LABEL),
+        (f"valid/{name}/1.jpg", NO_LABEL),
+    ]
+    assert dataset.skipped == ()
+    listed = read_split(tmp_path, "train", ["cats", "dogs"])
+    assert [sample.name for sample in listed.neither] == [f"train/{name}/0.jpg", f"train/{name}/1.jpg"]
+    assert len(listed.samples) == 6
+
+
+def test_without_splits_the_folder_next_to_the_classes_is_measured(tmp_path: Path) -> None:
+    photos(tmp_path, "cats", "dogs", "none")
+    dataset = read_dataset(tmp_path)
+    assert dataset.classes == ("cats", "dogs")
+    assert count(tmp_path) == HELD_OUT
+    assert [sample.name for sample in dataset.neither_to_measure] == ["none/0.jpg", "none/1.jpg", "none/2.jpg"]
+
+
+def test_a_bundle_may_have_a_class_of_that_name(tmp_path: Path) -> None:
+    photos(tmp_path, "valid/none", "valid/rock")
+    listed = read_split(tmp_path, "valid", ["none", "rock"])
+    assert [sample.label for sample in listed.samples] == [0, 0, 0, 1, 1, 1]
+    assert listed.neither == []

@@ -24,3 +24,34 @@ def test_the_card_of_many_classes_lists_the_lowest_recalls(tmp_path: Path) -> No
     assert f"Of 1,000 classes, the {MAX_LISTED_CLASSES} with the lowest recall. All: `manifest.json`." in card
     assert [name for name in names if f"| recall of {name} |" in card] == names[:MAX_LISTED_CLASSES]
     assert len(card) < 10_000
+
+
+LIMIT = {
+    "max_score": 1.25, "requested": 0.01, "expected": 0.01, "low": 0.005, "high": 0.016, "images": 1400, "sample": 400,
+    "sample_low": 0.0, "sample_high": 0.0225, "source": "training and validation, out of fold",
+}  # fmt: skip
+OOD = {"method": "distance", "images": 1000, "bytes": 340_000, "microseconds": 54.2, "limit": LIMIT}
+
+
+def card_of(tmp_path: Path, ood: object, measured: object) -> str:
+    manifest = json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))
+    metrics = {**manifest["metrics"], "ood": measured}
+    write_model_card(tmp_path / "README.md", {**manifest, "ood": ood, "metrics": metrics})
+    return (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_states_how_well_other_photos_are_recognized(tmp_path: Path) -> None:
+    interval = {"value": 0.75, "low": 0.5, "high": 0.875}
+    measured = {"photos": 400, "neither_photos": 429, "caught": interval, "false_alarms": interval, "auroc": interval}
+    card = card_of(tmp_path, OOD, measured)
+    assert "Its OOD score (out of distribution) is then above 1.25." in card
+    assert "| caught, of 429 photos of none of the classes | 0.7500 | 0.5000 to 0.8750 |" in card
+    assert "It takes 0.34 MB and 54 microseconds per image." in card
+    assert "How many photos of none of the classes it recognizes was not measured." in card_of(
+        tmp_path, OOD, {**measured, "caught": None}
+    )
+
+
+def test_the_card_of_a_bundle_without_a_score_warns(tmp_path: Path) -> None:
+    card = card_of(tmp_path, None, None)
+    assert "has no OOD score. Any other photo is still labeled as one of them, often with high confidence." in card

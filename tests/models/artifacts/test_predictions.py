@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.artifacts.predictions import Predictions, cross_entropy
+from models.artifacts.predictions import RERUN_HINT, Predictions, cross_entropy
 from models.errors import BundleError
 
 
@@ -166,3 +166,38 @@ def test_groups_and_facets_follow_in_columns_of_their_own(tmp_path: Path) -> Non
     assert (other.groups, other.group_numbers, dict(other.facets)) == ((), None, {"camera": ("left", "right", "")})
     with pytest.raises(ValueError, match=r"^Expected one camera per image, got 1 for 3 images\.$"):
         some_predictions(facets={"camera": ("left",)})
+
+
+# OOD scores
+
+
+def test_ood_scores_are_an_optional_column(tmp_path: Path) -> None:
+    predictions = some_predictions()
+    scores = np.linspace(0.1, 2.7, len(predictions.labels)).astype(np.float32)
+    dataclasses.replace(predictions, ood_scores=scores).write_csv(tmp_path / "p.csv")
+    header = (tmp_path / "p.csv").read_text(encoding="utf-8").splitlines()[0]
+    assert header.endswith(",ood_score,loss,split,sha256")
+    again = Predictions.read_csv(tmp_path / "p.csv")
+    assert again.ood_scores is not None
+    np.testing.assert_array_equal(again.ood_scores, scores)
+    np.testing.assert_allclose(again.probabilities, predictions.probabilities, rtol=1e-8)
+    predictions.write_csv(tmp_path / "p.csv")
+    assert Predictions.read_csv(tmp_path / "p.csv").ood_scores is None
+
+
+@pytest.mark.parametrize("text", ["", "-1", "nan", "inf", "far"])
+def test_a_malformed_ood_score_is_rejected(tmp_path: Path, text: str) -> None:
+    predictions = some_predictions()
+    dataclasses.replace(predictions, ood_scores=np.full(len(predictions.labels), 0.5, np.float32)).write_csv(tmp_path / "p.csv")
+    content = (tmp_path / "p.csv").read_text(encoding="utf-8")
+    (tmp_path / "p.csv").write_text(content.replace(",0.5,", f",{text},", 1), encoding="utf-8")
+    with pytest.raises(BundleError) as caught:
+        Predictions.read_csv(tmp_path / "p.csv")
+    assert str(caught.value) == (
+        f"{tmp_path / 'p.csv'}, row 2, column 'ood_score': expected a number of 0 or more, got {text!r}. {RERUN_HINT}"
+    )
+
+
+def test_one_ood_score_per_image_is_required() -> None:
+    with pytest.raises(ValueError, match=r"Expected one OOD score per image, got \(1,\) for"):
+        dataclasses.replace(some_predictions(), ood_scores=np.zeros(1, np.float32))

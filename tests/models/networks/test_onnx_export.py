@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.artifacts.ood import OOD_SCORE, OODParameters
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.onnx_export import OUTPUTS, export_onnx, export_serving_graph
 from models.networks.registry import get_spec
 from models.networks.split_point import split_model
 from models.networks.weights import load_weights
-from models.runtime.openvino_engine import OpenVINOEngine
+from models.runtime.openvino_engine import OpenVINOEngine, time_output
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +88,27 @@ def test_graph_matches_torchs_embedding_and_feature_map(graph: Path, pixels: Pix
     assert feature_map.shape == (6, 1280, 7, 7)
     assert np.allclose(feature_map, in_torch["feature_map"], atol=5e-3)
     assert np.allclose(feature_map.mean(axis=(2, 3)), embedding, atol=1e-4)
+
+
+def test_graph_computes_the_ood_score_of_its_embedding(classifier: Classifier, pixels: Pixels, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    components = np.linalg.qr(rng.normal(size=(1280, 64)))[0].T
+    parameters = OODParameters(
+        center=np.full(1280, 0.02, np.float32),
+        directions=np.concatenate([components, rng.normal(0, 0.005, (3, 1280))]).astype(np.float32),
+        variances=np.geomspace(1e-2, 1e-4, 64).astype(np.float32),
+        other_variance=np.array(1e-4, np.float32),
+    )
+    path = tmp_path / "model.onnx"
+    export_serving_graph(classifier, SPEC, temperature=TEMPERATURE, path=path, ood=parameters)
+    embedding, scores, probabilities = OpenVINOEngine(path, outputs=["embedding", OOD_SCORE, "probabilities"]).run(pixels)
+    assert scores.shape == (40,)
+    assert np.ptp(scores) > 0.1
+    np.testing.assert_allclose(scores, parameters.scores(embedding), rtol=1e-4)
+    assert path.stat().st_size < 14_500_000
+    assert time_output(path, OOD_SCORE, start="embedding", batch_size=4, rounds=2) > 0
+    (alone,) = OpenVINOEngine(path, outputs=["probabilities"]).run(pixels)
+    np.testing.assert_allclose(alone, probabilities, atol=1e-5)
 
 
 def test_results_do_not_depend_on_the_batch_size(graph: Path, pixels: Pixels) -> None:

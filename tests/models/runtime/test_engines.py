@@ -58,7 +58,17 @@ def test_concurrent_calls_return_their_own_results(bundle: Bundle, pixels: Pixel
 def test_torch_engine_matches_the_graph(bundle: Bundle, pixels: Pixels) -> None:
     with tiny_network.registered():
         torch_engine = TorchEngine(bundle, device="cpu")
-    np.testing.assert_allclose(torch_engine.run(pixels)[0], engine(bundle).run(pixels)[0], atol=1e-4)
+    probabilities, scores = torch_engine.run(pixels)
+    expected = OpenVINOEngine(bundle.path / GRAPH, outputs=bundle.engine_outputs).run(pixels)
+    np.testing.assert_allclose(probabilities, expected[0], atol=1e-4)
+    np.testing.assert_allclose(scores, expected[1], rtol=1e-4)
+
+
+def test_torch_engine_of_a_bundle_without_ood_score(bundle: Bundle, pixels: Pixels) -> None:
+    older = dataclasses.replace(bundle, manifest={**bundle.manifest, "ood": None})
+    with tiny_network.registered():
+        (probabilities,) = TorchEngine(older, device="cpu").run(pixels)
+    np.testing.assert_allclose(probabilities, engine(bundle).run(pixels)[0], atol=1e-4)
 
 
 def test_importing_openvino_starts_no_process_and_does_not_block_its_converter() -> None:

@@ -1,0 +1,254 @@
+"""Fit the OOD score and its limit, and measure how well it recognizes images of none of the classes.
+
+``models.artifacts.ood`` describes the score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import beta, betabinom
+from sklearn.covariance import ledoit_wolf_shrinkage
+from sklearn.decomposition import PCA
+
+from finetune.metrics.bootstrap import QUANTILES_95
+from finetune.metrics.classification import roc_auc
+from models.artifacts.ood import OODParameters
+from models.artifacts.statistics import wilson_interval
+
+MAX_COMPONENTS = 64
+MAX_IMAGES = 5000  # from which the covariance is estimated, to bound time and memory
+FOLDS = 10
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class OODLimit:
+    """The highest score of an image that counts as like the training images.
+
+    Attributes:
+        max_score: The limit.
+        requested: The requested rate of false alarms.
+        expected: The rate that the limit promises on average for new images of the same kind.
+        low: Lower end of the 95% interval of the rate for new images, in the long run.
+        high: Upper end of that interval.
+        images: Number of images whose scores gave the limit.
+        sample: Number of images of a sample on which the rate may be measured.
+        sample_low: Lower end of the 95% interval of the rate in such a sample, which varies more than in the long run.
+        sample_high: Upper end of that interval.
+    """
+
+    max_score: float
+    requested: float
+    expected: float
+    low: float
+    high: float
+    images: int
+    sample: int
+    sample_low: float
+    sample_high: float
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether there were images enough to promise the requested rate."""
+        return self.expected <= self.requested
+
+    def text(self) -> str:
+        """Describe the limit in one or two sentences."""
+        expected = f"{self.expected:.2%} of new photos are expected to be false alarms"
+        intervals = (
+            f"95% interval: {self.low:.2%} to {self.high:.2%} in the long run, {self.sample_low:.2%} to {self.sample_high:.2%} "
+            f"in a sample of {self.sample:,}."
+        )
+        if self.is_reached:
+            return f"{expected}, by the scores of {self.images:,} photos. {intervals}"
+        return (
+            f"{self.requested:.2%} false alarms cannot be promised with the scores of {self.images:,} photos. With the highest "
+            f"of them as the limit, {expected}. {intervals}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OODLimit:
+        """Read the result of ``as_dict``, which may have further members."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+def fit_ood(embeddings: NDArray[np.floating[Any]], labels: NDArray[np.int64], *, seed: int = 0) -> OODParameters | None:
+    """Fit the score to training images.
+
+    The covariance is shrunk toward a multiple of the identity by Ledoit and Wolf's formula (2004,
+    https://doi.org/10.1016/S0047-259X(03)00096-4), and its largest principal components are kept.
+
+    Args:
+        embeddings: (N, ...).
+        labels: (N,) class indices. Classes without images have no mean.
+        seed: Selects the images for the covariance if there are more than ``MAX_IMAGES``.
+
+    Returns:
+        The parameters, or None if the images do not vary within their classes.
+    """
+    unit = to_unit_length(embeddings)
+    present, rows = np.unique(labels, return_inverse=True)
+    means = np.stack([unit[rows == row].mean(axis=0, dtype=np.float64) for row in range(len(present))])
+    selected = np.arange(len(unit))
+    if len(unit) > MAX_IMAGES:
+        selected = np.sort(np.random.default_rng(seed).choice(len(unit), MAX_IMAGES, replace=False))
+    differences = unit[selected] - means[rows[selected]]
+    dimensions = differences.shape[1]
+    total = float((differences**2).sum() / len(differences))
+    if len(unit) <= len(present) or not total > 1e-12:
+        return None
+    count = min(MAX_COMPONENTS, dimensions, len(differences) - 1)
+    pca = PCA(n_components=count, random_state=0).fit(differences)
+    largest = pca.explained_variance_ * (len(differences) - 1) / len(differences)
+    shrinkage = ledoit_wolf_shrinkage(differences, assume_centered=True)
+    average = total / dimensions
+    others = max(total - float(largest.sum()), 0.0) / (dimensions - count) if dimensions > count else average
+    center = means.mean(axis=0)
+    return OODParameters(
+        center=center.astype(np.float32),
+        directions=np.concatenate([pca.components_, means - center]).astype(np.float32),
+        variances=((1 - shrinkage) * largest + shrinkage * average).astype(np.float32),
+        other_variance=np.array((1 - shrinkage) * others + shrinkage * average, np.float32),
+    )
+
+
+def to_unit_length(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Flatten embeddings and scale them to unit length: (N, ...) -> (N, d)."""
+    flat = embeddings.reshape(len(embeddings), -1).astype(np.float32)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def assign_groups_to_folds(groups: NDArray[np.int64], *, seed: int = 0) -> NDArray[np.int64]:
+    """Assign images to folds at random, all images of a group to the same one: (N,) groups -> (N,) folds."""
+    distinct, rows = np.unique(groups, return_inverse=True)
+    folds = np.arange(len(distinct)) % FOLDS
+    np.random.default_rng(seed).shuffle(folds)
+    return folds[rows]
+
+
+def out_of_fold_scores(
+    embeddings: NDArray[np.floating[Any]],
+    labels: NDArray[np.int64],
+    fold_of: NDArray[np.int64],
+    *,
+    is_training: NDArray[np.bool_],
+    seed: int = 0,
+) -> NDArray[np.float32] | None:
+    """Score every image with parameters that were fit to the training images of the other folds.
+
+    An image is therefore never compared with itself, nor with its duplicates, if they are in the same fold.
+
+    Args:
+        embeddings: (N, ...) of training and validation images.
+        labels: (N,) class indices.
+        fold_of: (N,) the fold of each image.
+        is_training: (N,) which images the parameters are fit to.
+        seed: See ``fit_ood``.
+
+    Returns:
+        (N,) scores, or None if the other folds of some fold do not suffice for a fit.
+    """
+    scores = np.empty(len(embeddings), np.float32)
+    for fold in np.unique(fold_of):
+        others, own = (fold_of != fold) & is_training, fold_of == fold
+        parameters = fit_ood(embeddings[others], labels[others], seed=seed) if others.any() else None
+        if parameters is None:
+            return None
+        scores[own] = parameters.scores(embeddings[own])
+    return scores
+
+
+def fit_limit(scores: NDArray[np.floating[Any]], false_alarms: float, *, sample: int | None = None) -> OODLimit:
+    """Choose the limit for a rate of false alarms: the k-th lowest score with k = (N + 1) (1 - rate), rounded up.
+
+    For new images of the same kind, the rate of scores above the k-th of N is distributed as Beta(N + 1 - k, k), whatever the
+    distribution of the scores (split conformal prediction, https://arxiv.org/abs/2107.07511).
+
+    Args:
+        scores: (N,) scores of images that the score was not fit to, at least one.
+        false_alarms: The requested rate.
+        sample: Number of images on which the rate may be measured. None: N.
+    """
+    count = len(scores)
+    rank = min(count, math.ceil((count + 1) * (1 - false_alarms) - 1e-9))
+    above = count + 1 - rank
+    low, high = beta.ppf(QUANTILES_95, above, rank)
+    sample = sample or count
+    sample_low, sample_high = betabinom.ppf(QUANTILES_95, sample, above, rank) / sample
+    return OODLimit(
+        max_score=float(np.sort(scores)[rank - 1]),
+        requested=false_alarms,
+        expected=above / (count + 1),
+        low=float(low),
+        high=float(high),
+        images=count,
+        sample=sample,
+        sample_low=float(sample_low),
+        sample_high=float(sample_high),
+    )
+
+
+def measure_ood(
+    in_distribution: NDArray[np.floating[Any]],
+    neither: NDArray[np.floating[Any]],
+    *,
+    max_score: float,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict[str, Any]:
+    """Measure how well the score separates images of the classes from images of none of them, if there are any.
+
+    Args:
+        in_distribution: (N,) scores of images of the classes.
+        neither: (M,) scores of images of none of them.
+        max_score: The limit.
+        seed: Seed of the bootstrap.
+        resamples: Number of resamples.
+
+    Returns:
+        The numbers of images, and the false alarms, the caught images and the AUROC, each with its 95% interval. The last two
+        are None without images of none of the classes.
+    """
+    measured = {
+        "photos": len(in_distribution),
+        "neither_photos": len(neither),
+        "max_score": max_score,
+        "false_alarms": wilson_interval(int((in_distribution > max_score).sum()), len(in_distribution)),
+        "caught": None,
+        "auroc": None,
+    }
+    if not len(neither):
+        return measured
+    scores = np.concatenate([in_distribution, neither]).astype(np.float64)
+    labels = np.repeat([0, 1], [len(in_distribution), len(neither)])
+    return measured | {
+        "caught": wilson_interval(int((neither > max_score).sum()), len(neither)),
+        "auroc": roc_auc(labels, np.stack([-scores, scores], axis=1), seed=seed, resamples=resamples),
+    }
+
+
+def format_ood(measured: Mapping[str, Any]) -> str:
+    """Format the result of ``measure_ood`` as a short text."""
+
+    def rate(name: str, base: str) -> str:
+        measure = measured[name]
+        count = round(measure["value"] * measured[base])
+        ends = f"{measure['low']:.1%} to {measure['high']:.1%}"
+        return f"{measure['value']:.2%} ({ends}), {count:,} of {measured[base]:,} photos"
+
+    lines = [f"false alarms       {rate('false_alarms', 'photos')} of the classes count as unlike the training photos"]
+    if auroc := measured["auroc"]:
+        lines += [
+            f"none of these      {rate('caught', 'neither_photos')} of none of the classes are caught",
+            f"none, ROC AUC      {auroc['value']:.4f} ({auroc['low']:.4f} to {auroc['high']:.4f})",
+        ]
+    return "\n".join(lines)
