@@ -31,7 +31,10 @@ class Config:
     data_dir: Path = _setting(Path("data"), "folder with train/CLASS/*.jpg and valid/CLASS/*.jpg (or val, validation, test)")
     backbone: str = _setting("vgg16", "pretrained network to start from; see `finetune models`")
     dataset: str | None = _setting(
-        None, "built-in data set, downloaded into --data-dir (default: data/DATASET) unless already there", choices=DATASETS
+        None,
+        "built-in data set, made in --data-dir (default: data/DATASET) from files on this machine or a download; --data-dir "
+        "may also be a folder with its idx files, or with train/CLASS and test/CLASS",
+        choices=DATASETS,
     )
     labels: str | None = _setting(
         None,
@@ -72,7 +75,7 @@ class Config:
     device: str = _setting("auto", "device", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = _setting(
         "auto",
-        "numeric precision of the frozen layers; auto: mixed on a GPU, fp32 on a CPU",
+        "numeric precision of the frozen layers, or of all layers with random weights; auto: mixed on a GPU, fp32 on a CPU",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     seed: int = _setting(0, "random seed; the same seed gives the same weights on the same machine", low=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import shlex
 import shutil
 from pathlib import Path
@@ -36,10 +35,9 @@ def run(args: argparse.Namespace) -> int:
         from finetune.data.builtin_datasets import with_data_dir
         from finetune.pipeline import train
 
-    config = with_data_dir(config)
     bundle = train(config, resume=args.resume)
     if distributed.is_main_process():
-        _print_results(bundle, config)
+        _print_results(bundle, with_data_dir(config))
     return 0
 
 
@@ -72,8 +70,9 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
 
 def training_time(bundle: Bundle) -> str:
     """Describe the duration of the epochs."""
-    with (bundle.path.parent / "history.csv").open(newline="") as file:
-        seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+    from finetune.training.run_directory import HISTORY, read_history
+
+    seconds = [row["seconds"] for row in read_history(bundle.path.parent / HISTORY)]
     photos = sum(bundle.manifest["provenance"]["dataset"]["photos"]["train"].values())
     epochs = f"{len(seconds)} epoch{'' if len(seconds) == 1 else 's'}"
     return f"{epochs} of {photos:,} photos in {sum(seconds):,.1f} s, including validation"
@@ -108,7 +107,7 @@ def _has_unused_test_split(bundle: Bundle, data_dir: Path, labels: str | None) -
 
 def _evaluate_test_split(bundle: Bundle, config: settings.Config) -> None:
     """Evaluate a finished run on its data set's test split into ``test`` next to the bundle, unless already done."""
-    from finetune.data.builtin_datasets import TEST
+    from finetune.data.published_files import TEST
     from finetune.evaluation.evaluate import evaluate_bundle
 
     out = bundle.path.parent / TEST

@@ -180,3 +180,9 @@ def write_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     writer.writeheader()
     writer.writerows(history)
     atomic_write_text(path, text.getvalue())
+
+
+def read_history(path: Path) -> list[dict[str, float]]:
+    """Read the rows of a history file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

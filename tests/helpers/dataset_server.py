@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 
 CLASSES = 10
@@ -46,6 +47,16 @@ def write_idx(folder: Path, *, seed: int) -> list[tuple[str, str]]:
             file.write_bytes(gzip.compress(head + array.tobytes()))
             resources.append((file.name, _md5(file.read_bytes())))
     return resources
+
+
+def write_class_folders(folder: Path) -> None:
+    """Write CIFAR-10's classes as JPEG files in ``train/CLASS`` and ``test/CLASS``."""
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        pixels, labels = pictures(count, (32, 32, 3), seed=count)
+        for index, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            file = folder / split / CIFAR_NAMES[label] / f"{index:04d}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)
 
 
 def write_cifar(folder: Path) -> dict[str, object]:
@@ -91,6 +102,7 @@ def mirror(tmp_path_factory: pytest.TempPathFactory) -> Iterator[http.server.Thr
         for name, value in write_cifar(root / "cifar").items():
             patch.setattr(CIFAR10, name, value)
         patch.setattr(CIFAR10, "url", f"{here}/cifar/cifar-10-python.tar.gz")
+        patch.setattr("finetune.data.builtin_datasets.DEBIAN", root / "no-package")
         yield server
         server.shutdown()
 

@@ -5,25 +5,31 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
-from torchvision.datasets import CIFAR10, MNIST
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 
-from finetune.data.builtin_datasets import BUILTIN_DATASETS, make_dataset
+from finetune.config import Config
+from finetune.data.builtin_datasets import BUILTIN_DATASETS, BuiltinDataset, make_dataset, with_data_dir
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import fingerprint_context, inspect_images
+from finetune.data.published_files import ArraySplit, Published
 from finetune.io.array_store import ArrayStore
+from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import open_bundle
 from models.errors import DataError
 from models.networks.classifier import Normalize
 from models.preprocess import Preprocessing
-from tests.helpers.dataset_server import CIFAR_NAMES, TEST, TRAIN, mirror, pictures
+from tests.helpers.dataset_server import CIFAR_NAMES, TEST, TRAIN, mirror, pictures, write_class_folders, write_idx
 from tests.helpers.tiny_network import finetune
 
 pytestmark = pytest.mark.slow
@@ -74,17 +80,36 @@ def test_without_a_network_the_error_explains_the_manual_download(
     mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    code, _, err = finetune("train", "--dataset", "mnist", "--data-dir", tmp_path / "mnist", "--output-dir", tmp_path / "run")
-    assert code == 2
-    assert "Could not download MNIST" in err
-    assert str(tmp_path / "raw") in err
-    assert not (tmp_path / "mnist").exists()
-    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing")
+    messages = {}
+    for name in ("mnist", "fashion-mnist", "cifar10"):
+        code, _, err = finetune("train", "--dataset", name, "--data-dir", tmp_path / name, "--output-dir", tmp_path / "run")
+        assert code == 2
+        messages[name] = " ".join(err.split())
+        assert not (tmp_path / name).exists()
+        assert not (tmp_path / "run").exists()
+    assert re.fullmatch(
+        r"finetune: MNIST is not on this machine and could not be downloaded \(.+\)\. Set --data-dir to a folder with "
+        r"\{train,t10k\}-\{images-idx3,labels-idx1\}-ubyte\.gz\.",
+        messages["mnist"],
+    )
+    assert re.fullmatch(
+        r"finetune: Fashion-MNIST is not on this machine and could not be downloaded \(.+\)\. On Debian, run `apt-get "
+        r"install dataset-fashion-mnist`\. Otherwise set --data-dir to a folder with "
+        r"\{train,t10k\}-\{images-idx3,labels-idx1\}-ubyte\.gz\.",
+        messages["fashion-mnist"],
+    )
+    assert re.fullmatch(
+        r"finetune: CIFAR-10 is not on this machine and could not be downloaded \(.+\)\. Set --data-dir to a folder with "
+        r"images in train/CLASS and test/CLASS, or put cifar-10-python\.tar\.gz into data/raw\.",
+        messages["cifar10"],
+    )
 
 
 def test_a_damaged_download_is_rejected(mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MNIST, "resources", [(name, "0" * 32) for name, _ in MNIST.resources])
-    with pytest.raises(DataError, match="Could not download MNIST"):
+    with pytest.raises(DataError, match="MNIST is not on this machine and could not be downloaded"):
         make_dataset("mnist", tmp_path / "mnist")
     assert not (tmp_path / "mnist").exists()
 
@@ -129,17 +154,12 @@ def test_small_images_are_duplicates_only_if_pixels_are_equal(tmp_path: Path) ->
 
 
 def test_repeated_images_are_not_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.data import builtin_datasets
-
     pixels, labels = pictures(4, (28, 28), seed=0)
     pixels[10:] = np.concatenate([pixels[:10]] * 3)  # four copies of one image per class
     pixels[30:] = pictures(1, (28, 28), seed=9)[0]  # except for the last
-    part = builtin_datasets.ArraySplit(pixels, labels.astype(np.int64))
-    monkeypatch.setitem(
-        BUILTIN_DATASETS,
-        "mnist",
-        builtin_datasets.BuiltinDataset("Doubles", lambda raw: ([str(i) for i in range(10)], part, part)),
-    )
+    part = ArraySplit(pixels, labels.astype(np.int64))
+    published = Published(part, part, "memory", {})
+    monkeypatch.setitem(BUILTIN_DATASETS, "mnist", BuiltinDataset("Doubles", tuple("0123456789"), lambda raw: published))
     make_dataset("mnist", tmp_path / "doubles")
     held = sorted(int(file.stem) for file in (tmp_path / "doubles" / "valid").rglob("*.png"))
     assert held == list(range(30, 40))
@@ -150,6 +170,117 @@ def test_the_mirror_serves_valid_idx_files(mirror: ThreadingHTTPServer, tmp_path
     make_dataset("mnist", tmp_path / "mnist")
     head = gzip.decompress((tmp_path / "raw" / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").read_bytes())[:16]
     assert head == bytes([0, 0, 8, 3, 0, 0, 0, 10 * TRAIN, 0, 0, 0, 28, 0, 0, 0, 28])
+
+
+class TestFilesOnThisMachine:
+    """Nothing is downloaded if the files are here, and no MD5 is required of them."""
+
+    @pytest.fixture(autouse=True)
+    def _no_network(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        for kind in (MNIST, FashionMNIST):
+            monkeypatch.setattr(kind, "mirrors", ["http://127.0.0.1:9/"])
+        monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/nothing")
+        monkeypatch.setattr("finetune.data.builtin_datasets.DEBIAN", tmp_path / "datasets")
+        monkeypatch.chdir(tmp_path)
+
+    def record(self, folder: Path) -> dict[str, object]:
+        return json.loads((folder / "DATASET.json").read_text())
+
+    def test_the_package_of_debian(self, tmp_path: Path) -> None:
+        write_idx(tmp_path / "datasets" / "fashion-mnist", seed=1)
+        make_dataset("fashion-mnist", tmp_path / "data" / "fashion-mnist")
+        record = self.record(tmp_path / "data" / "fashion-mnist")
+        assert record["images"] == {"train": 10 * (TRAIN - 1), "valid": 10, "test": 10 * TEST}
+        assert record["origin"] == str(tmp_path / "datasets" / "fashion-mnist")
+        files = (tmp_path / "datasets" / "fashion-mnist").iterdir()
+        assert record["sha256s"] == {file.name: sha256_of(file) for file in files}
+        assert (tmp_path / "data" / "fashion-mnist" / "train" / "ankle-boot").is_dir()
+
+    def test_the_package_of_another_data_set_is_not_used(self, tmp_path: Path) -> None:
+        write_idx(tmp_path / "datasets", seed=1)
+        with pytest.raises(DataError, match="MNIST is not on this machine"):
+            make_dataset("mnist", tmp_path / "data" / "mnist")
+
+    @pytest.mark.parametrize("root", ["data", "data/raw"])
+    def test_files_that_torchvision_downloaded(self, root: str, tmp_path: Path) -> None:
+        write_idx(tmp_path / root / "MNIST" / "raw", seed=1)
+        make_dataset("mnist", tmp_path / "data" / "mnist")
+        assert self.record(tmp_path / "data" / "mnist")["origin"] == str(tmp_path / root / "MNIST" / "raw")
+
+    @pytest.mark.parametrize("is_compressed", [True, False])
+    def test_a_folder_of_idx_files(self, is_compressed: bool, tmp_path: Path) -> None:
+        files = tmp_path / "files"
+        write_idx(files, seed=1)
+        for file in [] if is_compressed else list(files.iterdir()):
+            (files / file.stem.replace("-idx", ".idx")).write_bytes(gzip.decompress(file.read_bytes()))
+            file.unlink()
+        flags = ("--dataset", "mnist", "--data-dir", files, "--backbone", "cnn_mnist", "--epochs", 1)
+        code, out, err = finetune("train", *flags, "--output-dir", tmp_path / "run")
+        assert (code, err) == (0, "")
+        assert f"Reading MNIST from {files}." in out.splitlines()
+        assert json.loads((tmp_path / "run" / "test" / "metrics.json").read_text())["photos"] == 10 * TEST
+        assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data_dir"] == "data/mnist"
+        expected, labels = pictures(TEST, (28, 28), seed=1 + TEST)
+        for file in (tmp_path / "data" / "mnist" / "test").rglob("*.png"):
+            assert np.array_equal(np.asarray(Image.open(file)), expected[int(file.stem)])
+            assert file.parent.name == str(labels[int(file.stem)])
+        code, out, err = finetune("train", *flags, "--output-dir", tmp_path / "again")
+        assert (code, err) == (0, "")
+        assert "Reading MNIST" not in out
+
+    def test_class_folders_are_copied_unchanged(self, tmp_path: Path) -> None:
+        write_class_folders(tmp_path / "files")
+        config = with_data_dir(Config(dataset="cifar10", data_dir=tmp_path / "files"))
+        assert config.data_dir == Path("data/cifar10")
+        make_dataset("cifar10", config.data_dir, source=tmp_path / "files")
+        assert self.record(config.data_dir)["images"] == {"train": 10 * (TRAIN - 1), "valid": 10, "test": 10 * TEST}
+        for split, folders in (("train", ("train", "valid")), ("test", ("test",))):
+            before = sorted(file.read_bytes() for file in (tmp_path / "files" / split).rglob("*.jpg"))
+            after = sorted(file.read_bytes() for folder in folders for file in (config.data_dir / folder).rglob("*.jpg"))
+            assert before == after
+        names = [path.name for path in sorted((config.data_dir / "test" / "cat").iterdir())]
+        assert names == ["00006.jpg", "00007.jpg"]
+
+    def test_another_copy_does_not_silently_stand_for_an_earlier_one(self, tmp_path: Path) -> None:
+        for seed in (1, 2):
+            write_idx(tmp_path / f"files{seed}", seed=seed)
+        make_dataset("mnist", tmp_path / "mnist", source=tmp_path / "files1")
+        make_dataset("mnist", tmp_path / "mnist", source=tmp_path / "files1")
+        with pytest.raises(
+            DataError, match=r"mnist was made from other files than those in .*files2\. Delete it to make it again\."
+        ):
+            make_dataset("mnist", tmp_path / "mnist", source=tmp_path / "files2")
+
+    def test_a_class_without_images_is_named(self, tmp_path: Path) -> None:
+        write_class_folders(tmp_path / "files")
+        shutil.rmtree(tmp_path / "files" / "test" / "frog")
+        with pytest.raises(
+            DataError, match=r"files/test/frog has no images\. Expected images of each class \(airplane, .*\) in test\."
+        ):
+            make_dataset("cifar10", tmp_path / "cifar10", source=tmp_path / "files")
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda data: data[:-5], r"could not be read \(.*\)\. Replace it with another copy\."),
+            (lambda data: gzip.compress(gzip.decompress(data)[:-5]), "is truncated or damaged. Replace it"),
+            (lambda data: gzip.compress(b"\0\0\x0d" + gzip.decompress(data)[3:]), "is not an idx file of bytes. Replace it"),
+            (lambda data: b"<html>", r"could not be read \(Not a gzipped file"),
+        ],
+    )
+    def test_a_damaged_idx_file_is_named(self, damage: Callable[[bytes], bytes], message: str, tmp_path: Path) -> None:
+        write_idx(tmp_path / "files", seed=1)
+        file = tmp_path / "files" / "t10k-images-idx3-ubyte.gz"
+        file.write_bytes(damage(file.read_bytes()))
+        with pytest.raises(DataError, match=rf"t10k-images-idx3-ubyte\.gz {message}"):
+            make_dataset("mnist", tmp_path / "mnist", source=tmp_path / "files")
+        assert not (tmp_path / "mnist").exists()
+
+    def test_images_and_labels_of_different_numbers_are_rejected(self, tmp_path: Path) -> None:
+        write_idx(tmp_path / "files", seed=1)
+        shutil.copy(tmp_path / "files" / "t10k-labels-idx1-ubyte.gz", tmp_path / "files" / "train-labels-idx1-ubyte.gz")
+        with pytest.raises(DataError, match=r"have the shapes \(60, 28, 28\) and \(20,\)"):
+            make_dataset("mnist", tmp_path / "mnist", source=tmp_path / "files")
 
 
 def test_permuted_pixels_are_the_same_values_in_another_order() -> None:
