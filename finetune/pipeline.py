@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune.compute import distributed
 from finetune.compute.device import Compute, select_compute
 from finetune.config import Config
-from finetune.data.builtin_datasets import make_dataset, with_data_dir
+from finetune.data.builtin_datasets import make_dataset, source_folder, with_data_dir
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels, table_columns
@@ -66,6 +66,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         UserError: For every error that the user can fix (settings, data, weights, storage).
     """
     spec = get_spec(config.backbone)
+    source = source_folder(config)
     config = resolve_config(with_data_dir(config), spec)
     folder = config.output_dir or default_run_dir(config)
     requested = config
@@ -74,9 +75,9 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         print(f"The run in {folder} is already finished.")
         return finished
     if config.dataset:
-        distributed.local_main_first(lambda: make_dataset(str(config.dataset), config.data_dir))
+        distributed.local_main_first(lambda: make_dataset(str(config.dataset), config.data_dir, source=source))
     reviews = distributed.run_on_main(lambda: load_reviews(requested, saved=folder / run_directory.REVIEWS if resume else None))
-    compute = select_compute(config.device, config.precision)
+    compute = select_compute(config.device, config.precision, from_scratch=config.weights == "none")
     data_dir, labels = locate_data(config.data_dir, config.labels)
     dataset = read_dataset(
         data_dir, labels=labels, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)

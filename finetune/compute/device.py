@@ -15,14 +15,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Compute:
-    """A device and the precision of the frozen layers on it. Trained layers always have float32 weights."""
+    """A device and the precision on it. Trained layers always have float32 weights.
+
+    Attributes:
+        device: The device.
+        precision: The precision of the frozen layers.
+        from_scratch: Whether all layers are trained, in which case they run in this precision on a CPU as well.
+    """
 
     device: torch.device
     precision: str
+    from_scratch: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Return an autocast context on a GPU. On a CPU, torch only runs the trained layers, in float32."""
-        if self.precision == "fp32" or self.device.type == "cpu":
+        """Return an autocast context. A new head on frozen layers is trained in float32 on a CPU, as it is small."""
+        if self.precision == "fp32" or (self.device.type == "cpu" and not self.from_scratch):
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
 
@@ -30,12 +37,13 @@ class Compute:
         return f"{self.device.type}, {self.precision}"
 
 
-def select_compute(device: str, precision: str) -> Compute:
+def select_compute(device: str, precision: str, *, from_scratch: bool = False) -> Compute:
     """Select the device and precision.
 
     Args:
         device: "auto" (a GPU if available), "cpu", "cuda" or "mps".
         precision: "auto", "fp32", "bf16" or "fp16".
+        from_scratch: Whether all layers are trained.
 
     Raises:
         ConfigError: The device or the precision is not available on this machine.
@@ -50,7 +58,7 @@ def select_compute(device: str, precision: str) -> Compute:
         raise ConfigError("--precision fp16 requires a GPU. On a CPU use fp32, or bf16 if the CPU supports it.")
     elif precision == "bf16" and selected == "cpu" and not supports_bf16():
         raise ConfigError("This CPU does not support --precision bf16. Use --precision fp32 or remove the option.")
-    return Compute(torch.device(selected), precision)
+    return Compute(torch.device(selected), precision, from_scratch)
 
 
 def _cuda_precision() -> str:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from finetune.compute import distributed
 from finetune.data.inspection import ImageRecord, read_inspected
 from finetune.features.extractor import FeatureExtractor
 from finetune.io.threaded_map import threaded_map
-from models.preprocess import INTERPOLATIONS, Preprocessing
+from finetune.training.augmentation import Augment, BatchAugment
+from models.preprocess import Preprocessing
 
 Batch = tuple[Tensor, Tensor]
-# Ranges of the augmentation: those of torchvision's RandomResizedCrop and common ImageNet recipes
-AREA_RANGE = (0.35, 1.0)
-ASPECT_RANGE = (3 / 4, 4 / 3)
-JITTER = 0.2
 
 
 class Batches(Protocol):
@@ -64,53 +58,60 @@ class CachedBatches:
             yield self._features[indices], self._labels[indices]
 
 
-@dataclass(frozen=True)
-class Augment:
-    """Random resized crop, horizontal flip and color jitter.
+class InMemoryBatches:
+    """Batches of images that are held in memory as pixels. Only the frozen layers run again in every epoch.
 
-    The random numbers depend only on seed, epoch and image, so they do not change with threads or when a run is resumed.
+    Args:
+        pixels: The network's input for each image, (N, H, W, C) uint8.
+        labels: The label of each image.
+        frozen: The frozen layers.
+        augment: Changes the pixels of the shuffled batches, in a thread of its own.
+        batch_size: Images per batch.
+        seed: Seed of the order.
     """
 
-    preprocessing: Preprocessing
-    seed: int
+    def __init__(
+        self,
+        pixels: NDArray[np.uint8],
+        labels: Sequence[int],
+        *,
+        frozen: FeatureExtractor,
+        augment: BatchAugment | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self._pixels = torch.from_numpy(pixels)
+        self._labels = torch.tensor(labels, dtype=torch.long)
+        self._frozen = frozen
+        self._augment = augment
+        self._batch_size = batch_size
+        self._seed = seed
 
-    def crop(self, image: Image.Image, *, epoch: int, index: int) -> NDArray[np.uint8]:
-        """Return a random view of an RGB image, (input_px, input_px, channels) uint8."""
-        rng = np.random.default_rng((self.seed, epoch, index))
-        side = self.preprocessing.input_px
-        view = image.resize((side, side), INTERPOLATIONS[self.preprocessing.interpolation], _random_box(image.size, rng))
-        if rng.random() < 0.5:
-            view = ImageOps.mirror(view)
-        for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            view = enhance(view).enhance(rng.uniform(1 - JITTER, 1 + JITTER))
-        pixels = np.asarray(view.convert("RGB" if self.preprocessing.channels == 3 else "L"))
-        return pixels.reshape(side, side, self.preprocessing.channels)
+    def __len__(self) -> int:
+        return len(self._labels)
 
+    def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
+        batches = shuffled_batches(len(self), self._batch_size, self._seed, epoch, min_batch=min_batch)
+        if self._augment is None:
+            yield from map(self._load, batches)
+        else:
+            views = self._augment.epoch_views(len(self), epoch)
+            yield from threaded_map(lambda indices: self._load(indices, views), batches, workers=1, buffer_size=2)
 
-def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Draw a box of random area and aspect ratio within the image, (left, top, right, bottom) in pixels."""
-    width, height = size
-    for _ in range(10):
-        area = width * height * rng.uniform(*AREA_RANGE)
-        aspect = math.exp(rng.uniform(math.log(ASPECT_RANGE[0]), math.log(ASPECT_RANGE[1])))
-        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        if w <= width and h <= height:
-            left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
-            return left, top, left + w, top + h
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+    def ordered(self) -> Iterator[Batch]:
+        return map(self._load, ordered_batches(len(self), self._batch_size))
 
-
-MAX_CACHED_BYTES = 512 * 2**20
+    def _load(self, indices: Tensor, views: Tensor | None = None) -> Batch:
+        if not len(indices):
+            return torch.empty(0), self._labels[indices]
+        pixels = self._pixels[indices]
+        if self._augment is not None and views is not None:
+            pixels = self._augment.apply(pixels, views[indices])
+        return torch.from_numpy(self._frozen.run(pixels.numpy())), self._labels[indices]
 
 
 class UncachedBatches:
-    """Batches of images whose features are computed in every epoch.
-
-    Up to 512 MB of decoded pixels are cached (680,000 gray images of 28 px or 3,500 color images of 224 px). The rest are
-    decoded in every epoch.
-    """
+    """Batches of images that are decoded, and whose features are computed, in every epoch."""
 
     def __init__(
         self,
@@ -130,8 +131,6 @@ class UncachedBatches:
         self._batch_size = batch_size
         self._seed = seed
         self._workers = workers
-        self._pixel_cache: dict[int, NDArray[np.uint8]] = {}
-        self._max_cached_images = MAX_CACHED_BYTES // (preprocessing.input_px**2 * preprocessing.channels)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -144,16 +143,11 @@ class UncachedBatches:
 
     def _load(self, batches: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         def pixels(index: int) -> NDArray[np.uint8]:
-            if index in self._pixel_cache:
-                return self._pixel_cache[index]
             record = self._records[index]
             data = read_inspected(record.sample.path, record.sha256)
             if self._augment is not None and epoch is not None:
                 return self._augment.crop(self._preprocessing.decode(data), epoch=epoch, index=index)
-            image = self._preprocessing.pixels(data)
-            if self._augment is None and len(self._pixel_cache) < self._max_cached_images:
-                self._pixel_cache[index] = image
-            return image
+            return self._preprocessing.pixels(data)
 
         lists = [indices.tolist() for indices in batches]
         loaded = threaded_map(pixels, chain.from_iterable(lists), workers=self._workers, buffer_size=2 * self._batch_size)

@@ -15,11 +15,13 @@ from finetune.data.duplicates import move_linked_to_train
 from finetune.data.extra_data import drop_known_images
 from finetune.data.image_folder import Dataset
 from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
+from finetune.data.pixel_memory import PixelMemory
 from finetune.features.cache import FeatureCache, cache_context
 from finetune.features.extractor import FeatureExtractor
 from finetune.io.array_store import ArrayStore
 from finetune.io.progress import step
-from finetune.training.data_loaders import Augment, Batches, CachedBatches, UncachedBatches
+from finetune.training.augmentation import Augment, BatchAugment
+from finetune.training.data_loaders import Batches, CachedBatches, InMemoryBatches, UncachedBatches
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trainable_names
 from models.networks.spec import ModelSpec
@@ -41,15 +43,21 @@ class TrainingNetwork:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """An inspected data set: the audit report, and the readable images by split.
+    """An inspected data set.
 
-    ``reviews`` summarizes the labels that reviews changed, if there are any. ``neither`` are readable images of none of the
-    classes, which have no part in training or validation.
+    Attributes:
+        dataset: The labeled images.
+        audit_report: The findings of the audit.
+        splits: The readable images by split.
+        pixels: The images' pixels, as far as they were collected for training without a feature cache.
+        reviews: Summary of the labels that reviews changed, if there are any.
+        neither: Readable images of none of the classes, which have no part in training or validation.
     """
 
     dataset: Dataset
     audit_report: AuditReport
     splits: dict[str, list[ImageRecord]]
+    pixels: PixelMemory
     reviews: ReviewSummary | None = None
     neither: tuple[ImageRecord, ...] = ()
 
@@ -138,9 +146,11 @@ def prepare_dataset(
     )
     print(f"Inspecting {len(dataset.samples):,} photos{' and computing missing features' if cache else ''} ...", flush=True)
     samples = [*dataset.samples, *dataset.neither_to_measure]
+    pixels = PixelMemory(preprocessing, workers=config.workers)
+    consumer = cache or (pixels if pixels.can_hold(samples, augmented=config.augment) else None)
     records = distributed.map_sharded(
         samples,
-        lambda own: inspect_images(own, store=store, preprocessing=preprocessing, consumer=cache, workers=config.workers),
+        lambda own: inspect_images(own, store=store, preprocessing=preprocessing, consumer=consumer, workers=config.workers),
         name=lambda sample: sample.name,
     )
     # map_sharded returns records with the paths of other hosts
@@ -157,7 +167,7 @@ def prepare_dataset(
     print(audit_report.text())
     audit_report.raise_for_problems(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
     splits = {split: [s for s in records if s.error is None and s.sample.split == split] for split in ("train", "valid")}
-    return PreparedDataset(dataset, audit_report, splits, applied, neither)
+    return PreparedDataset(dataset, audit_report, splits, pixels, applied, neither)
 
 
 def make_batches(
@@ -170,12 +180,22 @@ def make_batches(
         rows = cache.features(records, network.spec.preprocessing, label=f"features of {split}")
         return CachedBatches(rows, [s.sample.label for s in records], batch_size=config.batch_size, seed=config.seed)
     network.extractor.compile()
-    augmented = config.augment and split == "train"
+    preprocessing = network.spec.preprocessing
+    is_augmented = config.augment and split == "train"
+    if prepared.pixels.can_hold([s.sample for s in records], augmented=is_augmented):
+        return InMemoryBatches(
+            prepared.pixels.take(records),
+            [s.sample.label for s in records],
+            frozen=network.extractor,
+            augment=BatchAugment(config.seed) if is_augmented else None,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
     return UncachedBatches(
         records,
-        preprocessing=network.spec.preprocessing,
+        preprocessing=preprocessing,
         frozen=network.extractor,
-        augment=Augment(network.spec.preprocessing, config.seed) if augmented else None,
+        augment=Augment(preprocessing, config.seed) if is_augmented else None,
         batch_size=config.batch_size,
         seed=config.seed,
         workers=config.workers,

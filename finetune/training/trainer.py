@@ -76,7 +76,7 @@ def fit(
     """
     epochs = _known(config.epochs)
     progress = progress or Progress()
-    module.to(compute.device)
+    prepare_module(module, config, compute)
     optimizer = make_optimizer(module, config, head=head)
     if progress.epoch:
         module.load_state_dict(progress.last, strict=False)
@@ -122,8 +122,17 @@ def fit(
             if bar.disable:  # not a terminal: print a line per epoch instead
                 print(f"epoch {progress.epoch} of {epochs}: {result}", flush=True)
             on_epoch(progress)
+    module.to(memory_format=torch.contiguous_format)
     module.load_state_dict(progress.best, strict=False)
     return progress
+
+
+def prepare_module(module: nn.Module, config: Config, compute: Compute) -> nn.Module:
+    """Move a module to the device. If all layers are trained, store the filters channels last, as convolutions need them."""
+    module.to(compute.device)
+    if config.weights == "none" and distributed.world_size() == 1:  # gloo requires contiguous tensors
+        module.to(memory_format=torch.channels_last)
+    return module
 
 
 def make_optimizer(module: nn.Module, config: Config, *, head: Sequence[str]) -> torch.optim.Optimizer:
@@ -138,8 +147,8 @@ def make_optimizer(module: nn.Module, config: Config, *, head: Sequence[str]) ->
     groups = [group for group in groups if group["params"]]
     rate, decay = _known(config.lr), _known(config.weight_decay)
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=rate, weight_decay=decay)
-    return torch.optim.SGD(groups, lr=rate, momentum=_known(config.momentum), weight_decay=decay)
+        return torch.optim.Adam(groups, lr=rate, weight_decay=decay, fused=True)
+    return torch.optim.SGD(groups, lr=rate, momentum=_known(config.momentum), weight_decay=decay, fused=True)
 
 
 def train_one_epoch(

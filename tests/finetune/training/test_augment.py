@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from finetune.training.data_loaders import AREA_RANGE, Augment
+from finetune.training.augmentation import AREA_RANGE, Augment, BatchAugment
 from tests.helpers.tiny_network import COLORS, TINY, paint
 
 PREPROCESSING = TINY.preprocessing
@@ -61,3 +62,48 @@ def test_extreme_aspect_ratios(size: tuple[int, int]) -> None:
     view = Augment(PREPROCESSING, seed=0).crop(Image.new("RGB", size, (10, 200, 30)), epoch=0, index=0)
     assert view.shape == (32, 32, 3)
     assert view[..., 1].min() > 100 > view[..., 0].max()
+
+
+def ramps(count: int) -> torch.Tensor:
+    """Images (count, 32, 32, 3), red to the right and green downward, so that the colors show the crop."""
+    ramp = torch.zeros(32, 32, 3)
+    ramp[:, :, 0] = torch.linspace(0, 255, 32)
+    ramp[:, :, 1] = torch.linspace(0, 255, 32)[:, None]
+    return ramp.to(torch.uint8).expand(count, -1, -1, -1).contiguous()
+
+
+def test_views_of_a_batch_depend_only_on_seed_epoch_and_image() -> None:
+    augment = BatchAugment(seed=3)
+    views = augment.epoch_views(20, epoch=2)
+    batch = augment.apply(ramps(20), views)
+    assert (batch.shape, batch.dtype) == ((20, 32, 32, 3), torch.uint8)
+    rows = torch.tensor([17, 4])
+    assert torch.equal(BatchAugment(seed=3).apply(ramps(2), BatchAugment(seed=3).epoch_views(20, epoch=2)[rows]), batch[rows])
+    for other in (augment.epoch_views(20, epoch=3), BatchAugment(seed=4).epoch_views(20, epoch=2)):
+        assert not torch.equal(other, views)
+
+
+def test_views_of_a_batch_are_random_crops_flipped_half_of_the_time() -> None:
+    augment = BatchAugment(seed=0)
+    views = augment.apply(ramps(400), augment.epoch_views(400, epoch=0)).numpy().astype(float)
+    rightwards = views[:, :, -1, 0].mean(1) > views[:, :, 0, 0].mean(1)
+    assert 0.4 < rightwards.mean() < 0.6
+    assert (views[:, -1, :, 1].mean(1) > views[:, 0, :, 1].mean(1)).all()  # never upside down
+    widths = abs(views[:, :, -1, 0].mean(1) - views[:, :, 0, 0].mean(1)) / 255
+    heights = abs(views[:, -1, :, 1].mean(1) - views[:, 0, :, 1].mean(1)) / 255
+    areas = widths * heights
+    assert np.quantile(areas, 0.05) > 0.6 * AREA_RANGE[0]  # color jitter changes the levels
+    assert areas.min() < 0.45 < 0.75 < areas.max()
+
+
+def test_a_view_of_the_complete_image_without_jitter_is_the_image() -> None:
+    """The numbers stand for: all of the area, aspect ratio 1, any position, not flipped, and three neutral jitters."""
+    neutral = torch.tensor([[1.0, 0.5, 0.3, 0.8, 0.9, 0.5, 0.5, 0.5]])
+    for pixels in (ramps(1), ramps(1)[..., :1]):
+        assert (BatchAugment(seed=0).apply(pixels, neutral).int() - pixels.int()).abs().max() <= 1
+
+
+def test_a_flipped_view_is_mirrored() -> None:
+    flipped = torch.tensor([[1.0, 0.5, 0.3, 0.8, 0.1, 0.5, 0.5, 0.5]])
+    view = BatchAugment(seed=0).apply(ramps(1), flipped)
+    assert (view.int() - ramps(1).flip(2).int()).abs().max() <= 1

@@ -27,6 +27,7 @@ from finetune.io.array_store import ArrayStore
 from models.artifacts.atomic_io import sha256_of
 from models.networks.classifier import build_classifier
 from models.networks.split_point import split_model
+from tests.helpers.dataset_server import write_class_folders, write_idx
 from tests.helpers.tiny_network import TINY, color_folder, finetune
 
 pytestmark = pytest.mark.slow
@@ -128,6 +129,47 @@ def test_a_run_interrupted_three_times_ends_with_the_same_weights(data: Path, tm
     code, _, err = finetune("train", *resume, "--lr", 0.3)
     assert code == 2
     assert "was started with --lr 0.05, not 0.3" in err
+
+
+FROM_SCRATCH = {
+    "idx files": ("--dataset", "mnist", "--backbone", "cnn_mnist"),
+    "class folders": ("--dataset", "cifar10", "--backbone", "lenet_cifar"),
+    "class folders with augmentation": ("--dataset", "cifar10", "--backbone", "lenet_cifar", "--augment"),
+    "photos that are decoded in every epoch": ("--backbone", "lenet_cifar", "--augment", "--lr-schedule", "cosine"),
+}
+
+
+@pytest.mark.parametrize("kind", FROM_SCRATCH)
+def test_a_killed_run_from_random_weights_ends_with_the_same_weights(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
+    if kind == "idx files":
+        write_idx(tmp_path / "files", seed=1)
+    elif kind.startswith("class folders"):
+        write_class_folders(tmp_path / "files")
+    else:
+        color_folder(tmp_path / "files", train=9, valid=5)
+    flags = (*FROM_SCRATCH[kind], "--data-dir", tmp_path / "files", "--epochs", 4, "--batch-size", 7)
+    flags += ("--cache-dir", tmp_path / "cache")
+    run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
+    killed = Training(*flags, "--output-dir", run, hold_at=3).stop_when(lambda: len(history(run)) == 2, by=signal.SIGKILL)
+    assert killed[0] == -signal.SIGKILL
+    code, out, err = finetune("train", "--resume", "--output-dir", run)
+    assert (code, err) == (0, "")
+    assert "Resuming after epoch 2." in out
+    code, _, err = finetune("train", *flags, "--output-dir", uninterrupted)
+    assert (code, err) == (0, "")
+
+    ours, theirs = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (run, uninterrupted))
+    for state in ("best", "last"):
+        assert ours[state].keys() == theirs[state].keys()
+        assert all(torch.equal(ours[state][name], theirs[state][name]) for name in ours[state])
+    assert history(run) == history(uninterrupted)
+    assert (run / "predictions.csv").read_text() == (uninterrupted / "predictions.csv").read_text()
+    weights = [load_file(folder / "bundle" / "model.safetensors") for folder in (run, uninterrupted)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 class _InterruptedAfter(FeatureExtractor):

@@ -8,22 +8,22 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.compute.device import Compute
 from finetune.config import Config
-from finetune.data.image_folder import Sample
-from finetune.data.inspection import ImageRecord
-from finetune.features.extractor import FeatureExtractor
-from finetune.training.data_loaders import UncachedBatches
+from finetune.data.image_folder import Sample, read_dataset
+from finetune.data.pixel_memory import PixelMemory
+from finetune.training.data_loaders import epoch_permutation
+from finetune.training.setup import make_batches, prepare_dataset, prepare_network
 from finetune.training.trainer import make_optimizer
-from models.artifacts.atomic_io import sha256_of
-from models.networks.classifier import Classifier
 from models.networks.registry import create_model, get_spec
-from models.networks.split_point import split_model
+from models.preprocess import decode
 from tests.helpers.tiny_network import color_folder, finetune, paint
 
 pytestmark = pytest.mark.slow
@@ -105,22 +105,64 @@ def test_unknown_optimizer_error_suggests_the_closest_one(data: Path) -> None:
     assert "--optimizer must be one of sgd, adam (got 'adma'). Did you mean 'adam'?" in err
 
 
-def test_images_are_decoded_once_if_they_fit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_once_if_they_fit_in_memory(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+
+    def counting(data: bytes, **options: object) -> Image.Image:
+        decoded.append(data)
+        return decode(data, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("finetune.data.inspection.decode", counting)
+    monkeypatch.setattr("models.preprocess.decode", counting)
     spec = get_spec("lenet5")
-    files = [paint(tmp_path / f"{i}.jpg", (250, 30, 30), seed=i) for i in range(3)]
-    records = [ImageRecord(Sample(file.name, file, 0, "train"), sha256_of(file), None, None) for file in files]
-    decoded: list[int] = []
-    pixels = type(spec.preprocessing).pixels
-    monkeypatch.setattr(type(spec.preprocessing), "pixels", lambda self, data: (decoded.append(1), pixels(self, data))[1])
-    split = split_model(Classifier(create_model("lenet5", num_classes=2), spec.preprocessing))
-    frozen = FeatureExtractor(split, spec.preprocessing, Compute(torch.device("cpu"), "fp32"))
-    batches = UncachedBatches(
-        records, preprocessing=spec.preprocessing, frozen=frozen, augment=None, batch_size=2, seed=0, workers=1
-    )
-    first, again = (torch.cat([rows for rows, _ in batches.ordered()]) for _ in range(2))
-    assert first.shape == (3, 1, 28, 28)
-    assert torch.equal(first, again)
-    assert len(decoded) == 3
+    config = Config(data_dir=data, backbone="lenet5", weights="none", cache_dir=tmp_path / "cache").with_recipe(spec.recipe)
+    compute = Compute(torch.device("cpu"), "fp32")
+    network = prepare_network(spec, 2, config, compute)
+    prepared = prepare_dataset(config, read_dataset(data), network, None)
+    batches = {split: make_batches(config, network, None, prepared, split) for split in ("train", "valid")}
+    assert len(decoded) == len(set(decoded)) == 24 + 8
+    for split, loader in batches.items():
+        first, again = (torch.cat([rows for rows, _ in loader.ordered()]) for _ in range(2))
+        assert first.shape == (len(prepared.splits[split]), 1, 28, 28)
+        assert torch.equal(first, again)
+        expected = [spec.preprocessing.pixels(record.sample.path.read_bytes()) for record in prepared.splits[split]]
+        assert torch.equal(first, torch.from_numpy(network.extractor.run(np.stack(expected))))
+        shuffled = torch.cat([rows for rows, _ in loader.shuffled(1)])
+        assert torch.equal(shuffled, first[epoch_permutation(len(first), config.seed, 1)])
+    assert len(set(decoded)) == 24 + 8
+
+
+def test_images_that_do_not_fit_in_memory_are_decoded_in_every_epoch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("train", "--data-dir", data, "--backbone", "lenet5", "--epochs", 2, "--cache-dir", tmp_path / "cache")
+    weights = []
+    for name in ("memory", "disk"):
+        code, _, err = finetune(*flags, "--output-dir", tmp_path / name)
+        assert (code, err) == (0, "")
+        weights.append(load_file(tmp_path / name / "bundle" / "model.safetensors"))
+        monkeypatch.setattr("finetune.data.pixel_memory.MAX_BYTES", 0)
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize(("size", "is_in_memory"), [((28, 28), True), ((30, 28), False)])
+def test_crops_of_images_in_memory_require_images_of_the_input_size(
+    size: tuple[int, int], is_in_memory: bool, tmp_path: Path
+) -> None:
+    files = [paint(tmp_path / f"{i}.png", (250, 30, 30), seed=i, size=size) for i in range(2)]
+    samples = [Sample(file.name, file, 0, "train") for file in files]
+    memory = PixelMemory(get_spec("lenet5").preprocessing)
+    assert memory.can_hold(samples, augmented=True) is is_in_memory
+    assert memory.can_hold(samples, augmented=False)
+
+
+def test_bfloat16_runs_all_layers_if_all_are_trained() -> None:
+    """The weights stay float32. A new head on frozen layers is trained in float32 on a CPU."""
+    layer = torch.nn.Linear(4, 2)
+    for from_scratch, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with Compute(torch.device("cpu"), "bf16", from_scratch).autocast():
+            assert layer(torch.ones(1, 4)).dtype == dtype
+    assert layer.weight.dtype == torch.float32
 
 
 def test_settings_override_the_recipe(tmp_path: Path) -> None:
