@@ -11,7 +11,7 @@ from torchvision.models.vgg import VGG, make_layers
 
 from models.networks.head_replacement import adapt_in_channels
 from models.networks.registry import register_model
-from models.networks.spec import RGB_32, SCRATCH_RECIPE, Cost, ModelSpec, WeightsSource
+from models.networks.spec import GRAY_28, RGB_32, SCRATCH_RECIPE, Cost, ModelSpec, WeightsSource
 
 PAPER = "https://arxiv.org/abs/1409.1556"
 WIDTHS = (64, 128, 256, 512, 512)
@@ -99,6 +99,18 @@ VGG_CIFAR = ModelSpec(
     pretrained_classes=10,
     cost=Cost(9_231_114, 152_769_536),
 )
+VGG_MNIST = ModelSpec(
+    name="vgg_mnist",
+    title="VGG16 for MNIST",
+    year=2015,
+    paper=PAPER,
+    head="output",
+    cam_layer="features.32",  # the ReLU after the tenth convolution, (N, 512, 4, 4); later maps are only 2 px wide
+    preprocessing=GRAY_28,
+    recipe=SCRATCH_RECIPE,
+    pretrained_classes=10,
+    cost=Cost(14_727_114, 267_646_976),
+)
 
 
 @register_model(VGG_CIFAR)
@@ -115,6 +127,31 @@ def vgg_cifar(num_classes: int, in_channels: int = 3) -> nn.Module:
     """
     net = nn.Sequential()
     net.add_module("features", make_layers(vgg_layers(11), batch_norm=True))
+    net.add_module("flatten", nn.Flatten())
+    net.add_module("output", nn.Linear(512, num_classes))
+    return adapt_in_channels(net, in_channels)
+
+
+@register_model(VGG_MNIST)
+def vgg_mnist(num_classes: int, in_channels: int = 1) -> nn.Module:
+    """Build the convolutions of VGG16 with BatchNorm for 28 px images, followed by a single Linear layer.
+
+    Poolings round up, as five of them would otherwise reduce 28 px to nothing.
+
+    images     (N, 1, 28, 28)
+    features   64 64 M         -> (N, 64, 14, 14)
+               128 128 M       -> (N, 128, 7, 7)
+               256 256 256 M   -> (N, 256, 4, 4)
+               512 512 512 M   -> (N, 512, 2, 2)
+               512 512 512 M   -> (N, 512, 1, 1)
+    output     512 -> num_classes
+    """
+    features = make_layers(vgg_layers(16), batch_norm=True)
+    for layer in features:
+        if isinstance(layer, nn.MaxPool2d):
+            layer.ceil_mode = True
+    net = nn.Sequential()
+    net.add_module("features", features)
     net.add_module("flatten", nn.Flatten())
     net.add_module("output", nn.Linear(512, num_classes))
     return adapt_in_channels(net, in_channels)

@@ -26,6 +26,7 @@ FIXED = {
     "lenet_cifar",
     "mlp",
     "vgg_cifar",
+    "vgg_mnist",
 }
 WIDE = ("alexnet", "alexnet_2012", *(name for name in list_models() if name.startswith("vgg1")))
 

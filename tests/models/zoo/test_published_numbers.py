@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ PARAMETERS = {
     "vgg19_bn": 143_678_248,
 }
 """From the tables of torchvision, timm and Keras (MobileNetV1); those of the small networks can be counted by hand."""
-BY_HAND = {"vgg_cifar"}
+BY_HAND = {"vgg_cifar", "vgg_mnist"}
 # Each convolution has 9 * inputs * outputs + outputs parameters, and each BatchNorm two per feature map.
 VGG_CIFAR = [(3, 64), (64, 128), (128, 256), (256, 256), (256, 512), (512, 512), (512, 512), (512, 512)]
 
@@ -84,6 +85,12 @@ def test_every_network_has_a_published_or_hand_counted_number() -> None:
 def test_vgg_cifar_parameters_counted_by_hand() -> None:
     by_hand = sum(9 * a * b + b + 2 * b for a, b in VGG_CIFAR) + 512 * 10 + 10
     assert count_parameters(create_model("vgg_cifar")) == by_hand == 9_231_114
+
+
+def test_vgg_mnist_has_the_convolutions_of_vgg16() -> None:
+    widths = [width for width in vgg_layers(16) if isinstance(width, int)]
+    by_hand = sum(9 * a * b + b + 2 * b for a, b in pairwise([1, *widths])) + 512 * 10 + 10
+    assert count_parameters(create_model("vgg_mnist")) == by_hand == 14_727_114
 
 
 def test_parameter_counts_with_auxiliary_heads() -> None:
