@@ -16,6 +16,7 @@ from models.artifacts.bundle import open_bundle
 from tests.helpers.dataset_server import mirror
 from tests.helpers.small_networks import WIDE, made_small
 from tests.helpers.tiny_network import finetune
+from tools import course_report
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +54,12 @@ def test_a_recipe_trains(
     assert {key: used[key] for key in read_yaml(file) if key not in overridden} == {
         key: value for key, value in read_yaml(file).items() if key not in overridden
     }
-    assert json.loads((tmp_path / "run" / "test" / "metrics.json").read_text())["photos"] == 20
+    metrics = json.loads((tmp_path / "run" / "test" / "metrics.json").read_text())
+    assert metrics["photos"] == 20
+    recorded = course_report.read_run(tmp_path / "run")
+    assert (recorded["photos"], recorded["accuracy"], recorded["epochs"]) == (20, metrics["accuracy"], 1)
+    assert recorded["images_per_second"] > 0
+    assert "data_dir" not in recorded["config"]
     assert open_bundle(tmp_path / "run" / "bundle").permute_pixels == recipe.permute_pixels
 
 
