@@ -17,6 +17,7 @@ from models.artifacts.bundle import name_problem
 from models.errors import ConfigError, did_you_mean
 from models.networks.spec import Recipe
 
+HUB = "hf://"  # begins the name of a data set of the Hugging Face Hub
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "digits")
 
 
@@ -39,7 +40,8 @@ class Config:
     labels: str | None = _setting(
         None,
         "table of labels (.csv, .tsv, .parquet or .jsonl) with the columns image and label, instead of class folders; "
-        "--data-dir, by default the table's folder, is the folder that its paths are relative to",
+        "--data-dir, by default the table's folder, is the folder that its paths are relative to. "
+        "hf://NAME saves a data set of the Hugging Face Hub to --data-dir (default: data/NAME) first",
     )
     extra_data: tuple[str, ...] = _setting(
         (), "further folders or tables with the same classes, whose photos are added to training; repeatable", metavar="DIR"
@@ -170,7 +172,9 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
 
 
 def default_data_dir(labels: str) -> Path:
-    """Return the folder that the paths in a table are relative to: its own."""
+    """Return the folder that the paths in a table are relative to: its own, or data/NAME for hf://NAME."""
+    if labels.startswith(HUB):
+        return Path("data") / labels.removeprefix(HUB).rstrip("/").rpartition("/")[2].replace(":", "-")
     return Path(labels).expanduser().parent
 
 

@@ -78,7 +78,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         distributed.local_main_first(lambda: make_dataset(str(config.dataset), config.data_dir, source=source))
     reviews = distributed.run_on_main(lambda: load_reviews(requested, saved=folder / run_directory.REVIEWS if resume else None))
     compute = select_compute(config.device, config.precision, from_scratch=config.weights == "none")
-    data_dir, labels = locate_data(config.data_dir, config.labels)
+    data_dir, labels = distributed.local_main_first(lambda: locate_data(config.data_dir, config.labels))
     dataset = read_dataset(
         data_dir, labels=labels, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
     )

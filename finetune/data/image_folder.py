@@ -90,7 +90,7 @@ class Dataset:
 
     @property
     def neither_to_measure(self) -> tuple[Sample, ...]:
-        """The images of none of the classes next to those that validate, or next to the training images without a folder."""
+        """The images of none of the classes next to the validation images, or to the training images without a folder."""
         split = "valid" if "valid" in self.split_folders else "train"
         return tuple(sample for sample in self.neither if sample.split == split)
 

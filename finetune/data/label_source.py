@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.config import default_data_dir
+from finetune.config import HUB, default_data_dir
 from models.errors import ConfigError
 
 
@@ -12,14 +12,21 @@ def locate_data(data_dir: Path | None, labels: str | None) -> tuple[Path, Path |
     """Return the data folder, and the table of labels if there is one.
 
     Args:
-        data_dir: The data folder. None: the table's folder.
-        labels: Path of the table, or None if the labels are the names of the folders.
+        data_dir: The data folder. None: the table's folder, or data/NAME.
+        labels: Path of the table, or hf://NAME for a data set of the Hugging Face Hub, which is saved to ``data_dir`` first.
+            None if the labels are the names of the folders.
 
     Raises:
         ConfigError: Both are missing.
+        DataError: The data set cannot be saved.
     """
     if labels is None:
         if data_dir is None:
             raise ConfigError("No data. Pass the data folder, or a table of labels with --labels.")
         return data_dir, None
-    return data_dir or default_data_dir(labels), Path(labels).expanduser()
+    folder = data_dir or default_data_dir(labels)
+    if labels.startswith(HUB):
+        from finetune.data.huggingface import save_hub_dataset  # slow to import
+
+        return folder, save_hub_dataset(labels, folder)
+    return folder, Path(labels).expanduser()
