@@ -51,6 +51,13 @@ def test_every_orientation_is_applied_once(orientation: int, form: str) -> None:
     assert close(decode(saved(stored, form, exif=exif(orientation), **LOSSLESS[form])), upright)
 
 
+def test_a_grid_is_rotated_as_a_whole() -> None:
+    """Phones store tiles of 512 pixels and one rotation."""
+    upright = picture(size=(150, 110))
+    stored = upright.transpose(Image.Transpose.ROTATE_90)
+    assert close(decode(saved(stored, "HEIF", tile_size=64, exif=exif(6), **LOSSLESS["HEIF"])), upright)
+
+
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="1"/></x:xmpmeta>'
 
 
