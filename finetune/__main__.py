@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from finetune.io.terminal import escape_controls
 from models.errors import ConfigError, UserError, did_you_mean
 
 COMMANDS = {
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # raises BrokenPipeError here rather than at interpreter exit
         return code
     except UserError as error:
-        print(f"finetune: {error}", file=sys.stderr)
+        print(f"finetune: {escape_controls(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("finetune", "models"):
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in OS_ERROR_MESSAGES:
             raise
         prefix = f"{error.filename}: " if error.filename else ""
-        print(f"finetune: {prefix}{OS_ERROR_MESSAGES[error.errno]}", file=sys.stderr)
+        print(f"finetune: {escape_controls(prefix)}{OS_ERROR_MESSAGES[error.errno]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -60,6 +60,14 @@ class RunError(UserError):
     """A run directory already exists, or cannot be resumed."""
 
 
+def list_names(names: Iterable[str], limit: int = 10) -> str:
+    """List names for a message: all of them, or the first ``limit`` and how many there are."""
+    names = list(names)
+    if len(names) <= limit:
+        return ", ".join(names)
+    return f"{', '.join(names[:limit])}, ... ({len(names):,} in total)"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Suggest the closest known name.
 

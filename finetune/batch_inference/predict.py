@@ -67,8 +67,10 @@ def classify(
             if isinstance(image, Image.Image):
                 return bundle.preprocessing.crop(to_rgb(ImageOps.exif_transpose(image)))
             return bundle.preprocessing.pixels(read_image_file(image))
-        except (ImageError, OSError) as error:
+        except ImageError as error:
             return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
 
     for batch in batched(zip(images, threaded_map(pixels, images, workers=workers), strict=True), BATCH):
         readable = [decoded for _, decoded in batch if not isinstance(decoded, str)]

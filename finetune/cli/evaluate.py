@@ -8,6 +8,7 @@ from pathlib import Path
 from finetune.data.label_source import locate_data
 from finetune.evaluation.options import require_compatible_options
 from finetune.io.progress import step
+from finetune.io.terminal import escape_controls
 from models.artifacts.label_issues import can_judge_labels, confusion_matrix, rank_label_issues, suggested_labels
 from models.artifacts.predictions import Predictions
 
@@ -96,6 +97,6 @@ def _print_label_issues(predictions: Predictions) -> None:
     print(f"\nPossible label errors (out-of-fold): {len(issues):,} of {len(predictions.image_names):,} photos")
     for row in issues[:MAX_SHOWN]:
         label, other = (predictions.classes[i] for i in (predictions.labels[row], suggested[row]))
-        print(f"  {predictions.image_names[row]}: {label}, looks like {other}")
+        print(escape_controls(f"  {predictions.image_names[row]}: {label}, looks like {other}"))
     if len(issues) > MAX_SHOWN:
         print(f"  ... and {len(issues) - MAX_SHOWN:,} more, shown in the gallery")

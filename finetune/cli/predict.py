@@ -12,6 +12,7 @@ from pathlib import Path
 from finetune.batch_inference.predict import ImagePrediction, classify, list_images
 from finetune.data.image_files import ImageSearch, describe_skipped, find_images, is_failure
 from finetune.export.merge_head import open_full_bundle
+from finetune.io.terminal import escape_controls
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.decision import Decision
 from models.artifacts.paths import resolve_bundle
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         elif args.csv:
             table.writerow(_as_row(prediction, bundle, args.abstain))
         else:
-            print(_as_line(prediction, bundle, args.abstain))
+            print(escape_controls(_as_line(prediction, bundle, args.abstain)))
     return 1 if failed else 0
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from finetune.data.duplicates import find_duplicates
 from finetune.data.image_folder import Dataset
 from finetune.data.inspection import ImageRecord
+from finetune.io.terminal import escape_controls
 from models.artifacts.reviews import BAD, LABEL, NEITHER, Review, read_reviews
-from models.errors import DataError, did_you_mean
+from models.errors import DataError, did_you_mean, list_names
 
 EXCLUSION_REASONS = {NEITHER: "none of the classes", BAD: "bad photo"}
 
@@ -81,7 +82,7 @@ class ReviewSummary:
         ]
         lines += [f"  {name}: {old} -> {new}" for name, (old, new) in self.relabeled.items()]
         lines += [f"  {name}: excluded ({reason})" for name, reason in self.excluded.items()]
-        return "\n".join(lines)
+        return "\n".join(map(escape_controls, lines))
 
 
 def apply_reviews(
@@ -120,7 +121,7 @@ def _check_classes(reviews: ReviewTable, classes: Sequence[str]) -> None:
         if review.decision == LABEL and review.new_label not in classes:
             raise DataError(
                 f"{reviews.origin}: unknown class {review.new_label!r} for {review.photo}. The classes are "
-                f"{', '.join(classes)}.{did_you_mean(review.new_label, classes)} Fix the row, or add a folder for the class."
+                f"{list_names(classes)}.{did_you_mean(review.new_label, classes)} Fix the row, or add a folder for the class."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,12 +11,13 @@ from typing import Any
 
 from finetune.data.duplicates import find_duplicates, move_linked_to_train
 from finetune.data.extra_data import ExistingImage, describe_dropped
-from finetune.data.image_files import HARMLESS, Skipped, describe_skipped
+from finetune.data.image_files import ALREADY_INCLUDED, HARMLESS, Skipped, describe_skipped
 from finetune.data.image_folder import Dataset, Sample, read_dataset
 from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
 from finetune.io.array_store import ArrayStore
+from finetune.io.terminal import escape_controls
 from models.artifacts.paths import default_cache_dir
-from models.errors import DataError
+from models.errors import DataError, list_names
 
 MAX_IMBALANCE = 3.0
 MAX_SHOWN = 10
@@ -42,6 +44,7 @@ class AuditReport:
         split_from_train: Whether validation was held out from training.
         dropped_extra: Maps each skipped image of ``--extra-data`` to its duplicate in the data folder.
         test_split: Name of the test split, which training does not use.
+        test_is_labeled: Whether the test split has labels.
         split_groups: Maps each group of the table that is in several splits to its number of images in each.
         table: Path of the table of labels, if there is one.
         has_groups: Whether the table divides the images into groups.
@@ -65,6 +68,7 @@ class AuditReport:
     split_from_train: bool
     dropped_extra: dict[str, ExistingImage] = field(default_factory=dict)
     test_split: str | None = None
+    test_is_labeled: bool = True
     split_groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     table: str | None = None
     has_groups: bool = False
@@ -83,7 +87,9 @@ class AuditReport:
         """One line per kind of problem; empty if there are none."""
         found = list(self.unlabeled.values())
         if self.class_mismatch:
-            only = "; ".join(f"only in {split}: {', '.join(names)}" for split, names in self.class_mismatch.items())
+            only = "; ".join(
+                f"only in {split}: {list_names(map(_quoted_if_padded, names))}" for split, names in self.class_mismatch.items()
+            )
             found.append(f"classes differ between the splits ({only})")
         found += [self._describe_small_class(name, photos) for name, photos in self.small_classes.items()]
         if self.split_groups:
@@ -127,14 +133,14 @@ class AuditReport:
                 f"{self.root}: {description}, so it cannot be used for validation. Sort its photos into class folders, or move "
                 f"the folder {split} elsewhere to hold out some training photos."
             )
-        for split, row in self.counts.items():
-            if not any(row.values()):
-                name = "training" if split == "train" else "validation"
-                raise DataError(f"{self.root}: no readable photos for {name}. Run `{self._command}` for details.")
         if self.class_mismatch and not allow_class_mismatch:
             raise DataError(
                 f"{self.root}: {self.problems[0]}. Use the same classes in every split, or pass --allow-class-mismatch."
             )
+        for split, row in self.counts.items():
+            if not any(row.values()):
+                name = "training" if split == "train" else "validation"
+                raise DataError(f"{self.root}: no readable photos for {name}. Run `{self._command}` for details.")
         if self.small_classes and not allow_class_mismatch:
             description = self._describe_small_class(*next(iter(self.small_classes.items())))
             raise DataError(f"{self.root}: {description}. Add photos, or remove the class.")
@@ -164,10 +170,15 @@ class AuditReport:
         lines += [f"- {problem}" for problem in self.problems] or ["No problems found."]
         if self.duplicates:
             lines.append(f"Note: {_count(self.duplicates, 'group')} of duplicates within the same class and split.")
-        if self.test_split:
+        if self.test_split and self.test_is_labeled:
             lines.append(
                 f"Note: {self.test_split} is not used for training. Evaluate it with `finetune evaluate "
-                f"--split {self.test_split}`."
+                f"--split {shlex.quote(self.test_split)}`."
+            )
+        elif self.test_split:
+            lines.append(
+                f"Note: {self.test_split} is not used because it has no class folders. Classify its photos with "
+                "`finetune predict`."
             )
         if self.repeated_rows:
             lines.append(f"Note: {_count(range(self.repeated_rows), 'row')} of the table repeated another one.")
@@ -189,7 +200,7 @@ class AuditReport:
         lines += _section("Duplicates within a class and split", [" = ".join(group) for group in self.duplicates])
         if self.refusal:
             lines.append(f"Training on this folder fails: {self.refusal}")
-        return "\n".join(lines)
+        return "\n".join(map(escape_controls, lines))
 
     def _describe_skipped(self, *, harmless: bool) -> list[str]:
         entries = [Skipped(Path(name), why) for name, why in self.skipped.items() if (why in HARMLESS) == harmless]
@@ -272,6 +283,7 @@ def audit(
         split_from_train=dataset.split_from_train,
         dropped_extra=dict(dropped_extra or {}),
         test_split=dataset.test_split,
+        test_is_labeled=dataset.test_is_labeled,
         split_groups=dataset.split_groups,
         table=str(dataset.labels.path) if dataset.labels else None,
         has_groups=any(sample.group for sample in dataset.samples),
@@ -311,9 +323,15 @@ def _describe_splits(group: str, counts: Mapping[str, int]) -> str:
 
 
 def _describe_unlabeled(dataset: Dataset, split: str) -> str:
-    photos = dataset.unlabeled[split]
+    photos, folder = dataset.unlabeled[split], dataset.split_folders[split]
+    if any(entry.reason == ALREADY_INCLUDED and entry.path.is_relative_to(folder) for entry in dataset.skipped):
+        return f"{_name(folder, dataset)} only links to folders that are included already"
     own = f" and {photos:,} photo{'' if photos == 1 else 's'} of its own" if photos else ""
-    return f"{_name(dataset.split_folders[split], dataset)} has no class folders{own}"
+    return f"{_name(folder, dataset)} has no class folders{own}"
+
+
+def _quoted_if_padded(name: str) -> str:
+    return name if name == name.strip() else repr(name)
 
 
 def _count_neither(dataset: Dataset) -> dict[str, int]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.io.terminal import escape_controls
 from models.errors import DataError, ImageError
 
 EXTENSIONS = (
@@ -35,6 +36,7 @@ RESULT_FILES = (
     ("config.yaml", "checkpoint.pt"),
     ("manifest.json", "model.onnx"),
     ("manifest.json", "model.safetensors"),
+    ("manifest.json", "head.safetensors"),
     ("metrics.json", "predictions.csv"),
     ("compare.json", "compare.md"),
     ("_settings.json",),
@@ -189,7 +191,9 @@ def describe_skipped(skipped: Sequence[Skipped], root: Path | None = None) -> li
     lines = []
     for reason, count in counts.items():
         names = [_relative(entry.path, root) for entry in skipped if entry.reason == reason][:MAX_NAMED]
-        lines.append(f"{count:,} skipped ({reason}): {', '.join(names)}{', ...' if count > len(names) else ''}")
+        lines.append(
+            escape_controls(f"{count:,} skipped ({reason}): {', '.join(names)}{', ...' if count > len(names) else ''}")
+        )
     return lines
 
 

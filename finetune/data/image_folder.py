@@ -8,7 +8,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from finetune.data.image_files import ALREADY_INCLUDED, EXTENSIONS, RESULTS, ImageSearch, Skipped, describe_skipped
+from finetune.data.image_files import (
+    ALREADY_INCLUDED,
+    EXTENSIONS,
+    RESULTS,
+    ImageSearch,
+    Skipped,
+    describe_skipped,
+    unreadable,
+)
 from finetune.data.label_table import SPLIT, LabelRow, LabelTable, is_table, read_label_table
 from finetune.data.layout import (
     LOOSE,
@@ -24,7 +32,7 @@ from finetune.data.layout import (
     note_unused,
     split_of,
 )
-from models.errors import DataError
+from models.errors import DataError, list_names
 
 ALL = "all"  # the split of an evaluation of a table without splits
 NO_LABEL = -1
@@ -67,6 +75,7 @@ class Dataset:
         unlabeled: Number of photos of each split that has a folder without class folders.
         skipped: Files and folders that were not read.
         test_split: Name of the test split, if it is not used for validation.
+        test_is_labeled: Whether the test split has labels.
         labels: The table of the labels, if there is one.
         split_groups: Maps each group that is in several splits to its number of images in each.
         neither: The images of none of the classes, next to the classes of each split. They are not among ``samples``.
@@ -81,6 +90,7 @@ class Dataset:
     unlabeled: dict[str, int] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
     test_split: str | None = None
+    test_is_labeled: bool = True
     labels: LabelTable | None = None
     split_groups: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     neither: tuple[Sample, ...] = ()
@@ -145,6 +155,7 @@ def _read_folders(root: Path, search: ImageSearch) -> Dataset:
             f"No photos in the class folders of {split_folders['train']}. Supported extensions: {', '.join(EXTENSIONS)}."
             + _explain(search.skipped, root)
         )
+    test = layout.splits[TEST] if {TEST, VALID} <= layout.splits.keys() else None
     return Dataset(
         root,
         classes,
@@ -152,7 +163,8 @@ def _read_folders(root: Path, search: ImageSearch) -> Dataset:
         split_folders,
         {split: tuple(sorted(found.by_class)) for split, found in images.items()},
         unlabeled={split: len(found.loose) for split, found in images.items() if not found.by_class},
-        test_split=layout.splits[TEST].relative_to(root).as_posix() if {TEST, VALID} <= layout.splits.keys() else None,
+        test_split=test.relative_to(root).as_posix() if test else None,
+        test_is_labeled=test is None or _has_folders(test, search),
         neither=tuple(sample for split, found in images.items() for sample in _neither_samples(root, found, split)),
     )
 
@@ -210,10 +222,10 @@ def read_extra(source: Path, classes: Sequence[str], *, prefix: str, search: Ima
     unknown = sorted(names - set(classes))
     if unknown:
         raise DataError(
-            f"{place} has the class {unknown[0]!r}, but the data folder has {', '.join(classes)}. Rename or remove it."
+            f"{place} has the class {unknown[0]!r}, but the data folder has {list_names(classes)}. Rename or remove it."
         )
     if not samples:
-        raise DataError(f"{place} has no photos of {', '.join(classes)}. Remove it from --extra-data.")
+        raise DataError(f"{place} has no photos of {list_names(classes)}. Remove it from --extra-data.")
     return [replace(sample, name=f"{prefix}/{sample.name}", is_extra=True) for sample in samples]
 
 
@@ -258,7 +270,7 @@ def read_split(root: Path, split: str | None, classes: Sequence[str], *, labels:
     if not samples:
         loose = f"{found.loose_text} and " if found.loose else ""
         raise DataError(
-            f"{folder} has {loose}no photos in folders named {', '.join(classes)}. Use a folder with photos of them."
+            f"{folder} has {loose}no photos in folders named {list_names(classes)}. Use a folder with photos of them."
             + _explain([entry for entry in search.skipped if entry.reason != LOOSE], root)
         )
     return EvaluationSplit(samples, _neither_samples(root, found, split), search.skipped)
@@ -283,7 +295,7 @@ def _require_known(names: Iterable[str], classes: Sequence[str], place: Path) ->
     unknown = sorted(set(names) - {class_name(name) for name in classes})
     if unknown:
         raise DataError(
-            f"{place} has the class {unknown[0]!r}, but the bundle's classes are {', '.join(classes)}. Use photos of the "
+            f"{place} has the class {unknown[0]!r}, but the bundle's classes are {list_names(classes)}. Use photos of the "
             f"bundle's classes, or a bundle for these classes."
         )
 
@@ -337,6 +349,14 @@ def _find_labeled(splits: dict[str, Path], search: ImageSearch, *, classes: Sequ
             search.skip(photo, LOOSE)
         labeled[split] = _LabeledImages(folder, dict(by_class), loose, [path for other in neither for path in paths[other]])
     return labeled
+
+
+def _has_folders(folder: Path, search: ImageSearch) -> bool:
+    try:
+        return bool(ImageSearch().folders(folder))
+    except OSError as error:
+        search.skip(folder, unreadable(error))
+        return False
 
 
 def _samples(root: Path, images: _LabeledImages, split: str, classes: Sequence[str]) -> list[Sample]:

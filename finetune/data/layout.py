@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.image_files import HIDDEN, ImageSearch, is_ignored_folder
+from finetune.data.image_files import HIDDEN, ImageSearch, Skipped, is_failure, is_ignored_folder
 from models.errors import DataError
 
 TRAIN, VALID, TEST = "train", "valid", "test"
@@ -17,11 +17,12 @@ KNOWN_NAMES = "train, valid (or val, dev, eval) and test"
 _FILLER = r"(?:data|set|images?|imgs?|photos?|pictures?|pics?|split|folder|files?|samples?|examples?)*"
 _SPLIT = re.compile(
     rf"\d*{_FILLER}(?:(?P<train>train(?:ing|s)?|trn)|(?P<valid>val(?:id(?:ation|ate|ating|s)?|s)?|dev(?:elopment)?|"
-    rf"eval(?:uation|uate|s)?|holdout)|(?P<test>test(?:ing|s)?|tst)){_FILLER}\d*"
+    rf"eval(?:uation|uate|s)?|h(?:o|e)ldout)|(?P<test>test(?:ing|s)?|tst)){_FILLER}\d*"
 )
 _LABEL_IN_NAME = re.compile(r"(.*[^\W\d_])[._ -]*\(?\d+\)?")
 _CAMERA_NAMES = {"img", "dsc", "dscn", "dscf", "pxl", "image", "photo", "picture", "scan", "frame"}
 NEITHER_FOLDERS = ("none", "neither")  # next to the class folders: photos of none of the classes
+_UNSTORABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
 RESERVED_CLASSES = ("unlabeled",)  # the gallery's name for photos without a label
 LOOSE = "not in a class folder"
 UNUSED = f"not a split; splits are named {KNOWN_NAMES}"
@@ -100,7 +101,7 @@ def class_folders(split: Path, search: ImageSearch) -> tuple[Path, list[Path]]:
         The folder that contains the class folders, and the class folders.
 
     Raises:
-        DataError: The folders look like splits, not like classes, or have a reserved name.
+        DataError: The folders look like splits, not like classes, or have a name that no class can have.
     """
     for _ in range(MAX_DEPTH):
         folders = search.folders(split)
@@ -111,10 +112,7 @@ def class_folders(split: Path, search: ImageSearch) -> tuple[Path, list[Path]]:
             break
         split = folders[0]
     for folder in folders:
-        if class_name(folder.name).casefold() in RESERVED_CLASSES:
-            raise DataError(
-                f"The class name {folder.name!r} is reserved for photos without a label. Rename the folder {folder}."
-            )
+        _check_class_name(folder)
     names = {folder.name for folder in folders}
     repeated = [folder for folder in folders if _repeats(folder, names - {folder.name})]
     if len(repeated) < len(folders):
@@ -143,11 +141,17 @@ def hidden_folders(folder: Path) -> list[Path]:
 
 
 def note_unused(layout: Layout, root: Path, search: ImageSearch) -> None:
-    """Record the folders and photos next to the splits, and those next to a wrapping folder."""
+    """Record the folders and photos next to the splits, and those next to a wrapping folder.
+
+    Other files there, such as a README, are only recorded if they cannot be read or have the name of a split.
+    """
     base = root
     while True:
         for folder in hidden_folders(base):
             search.skip(folder, HIDDEN)
+        for entry in _listed_entries(base):
+            if is_failure(entry.reason) or split_of(entry.path.name):
+                search.skip(entry.path, entry.reason)
         if layout.splits or base != layout.base:
             for photo in ImageSearch().images(base):
                 search.skip(photo, LOOSE)
@@ -159,14 +163,41 @@ def note_unused(layout: Layout, root: Path, search: ImageSearch) -> None:
             search.skip(folder, UNUSED)
 
 
+def _check_class_name(folder: Path) -> None:
+    if class_name(folder.name).casefold() in RESERVED_CLASSES:
+        raise DataError(f"The class name {folder.name!r} is reserved for photos without a label. Rename the folder {folder}.")
+    if _UNSTORABLE.search(folder.name):
+        raise DataError(f"The class name {folder.name!r} has control characters or is not UTF-8. Rename the folder {folder}.")
+
+
 def _select_splits(folders: Sequence[Path]) -> dict[str, Path]:
-    """Select one folder per split: the one with the plainest name if there are several."""
-    splits: dict[str, Path] = {}
-    for split in (TRAIN, VALID, TEST):
-        named = [folder for folder in folders if split_of(folder.name) == split]
-        if named:
-            splits[split] = min(named, key=lambda folder: (folder.name != split, folder.name.casefold() != split, folder.name))
-    return splits
+    """Select one folder per split: the one with the plainest name if there are several.
+
+    Splits may also be told apart by one word of otherwise equal names, as ``seg_train`` and ``seg_test``.
+    """
+    named: dict[str, list[Path]] = defaultdict(list)
+    for folder in folders:
+        if split := split_of(folder.name):
+            named[split].append(folder)
+    if TRAIN not in named:
+        named = _splits_by_one_word(folders) or named
+    return {
+        split: min(named[split], key=lambda folder: (folder.name != split, folder.name.casefold() != split, folder.name))
+        for split in (TRAIN, VALID, TEST)
+        if split in named
+    }
+
+
+def _splits_by_one_word(folders: Sequence[Path]) -> dict[str, list[Path]] | None:
+    """Find the folders whose names differ only in the word for the split. None if there are no or several such groups."""
+    groups: dict[tuple[str, ...], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for folder in folders:
+        words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", folder.name).casefold())
+        for position, word in enumerate(words):
+            if split := split_of(word):
+                groups[(*words[:position], "", *words[position + 1 :])][split].append(folder)
+    found = [group for group in groups.values() if TRAIN in group and len(group) > 1]
+    return found[0] if len(found) == 1 else None
 
 
 def _contains_splits(folder: Path) -> bool:
@@ -176,6 +207,13 @@ def _contains_splits(folder: Path) -> bool:
         return TRAIN in splits and (len(splits) > 1 or bool(ImageSearch().folders(splits[TRAIN])))
     except OSError:
         return False
+
+
+def _listed_entries(folder: Path) -> list[Skipped]:
+    """Return what a search skips in a folder itself."""
+    search = ImageSearch()
+    search.folders(folder)
+    return search.skipped
 
 
 def _repeats(folder: Path, siblings: set[str]) -> bool:
@@ -190,12 +228,11 @@ def _require_classes(split: Path, folders: Sequence[Path]) -> None:
     """Raise DataError if every folder contains the same two or more folders and no photos: these are splits."""
     contents = []
     for folder in folders:
-        search = ImageSearch()
         try:
-            inner = tuple(class_name(path.name) for path in search.folders(folder))
+            inner = _inner_names(folder)
         except OSError:
             return
-        if len(inner) < 2 or search.images(folder):
+        if len(inner) < 2:
             return
         contents.append(inner)
     if len(contents) > 1 and len(set(contents)) == 1:
@@ -204,6 +241,19 @@ def _require_classes(split: Path, folders: Sequence[Path]) -> None:
             f"The folders {names} in {split} look like splits, not classes: each contains {_listed(contents[0])} and no photos "
             f"of its own. Splits are named {KNOWN_NAMES}. If they are classes, move their photos out of the inner folders."
         )
+
+
+def _inner_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of the folders in a folder without photos of its own, also inside wrapping folders."""
+    for _ in range(MAX_DEPTH):
+        search = ImageSearch()
+        inner = search.folders(folder)
+        if search.images(folder):
+            return ()
+        if len(inner) != 1:
+            return tuple(class_name(path.name) for path in inner)
+        folder = inner[0]
+    return ()
 
 
 def _ambiguous(base: Path, inner: Sequence[Path]) -> DataError:

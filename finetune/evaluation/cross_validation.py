@@ -39,7 +39,7 @@ from finetune.training.trainer import BAR_FORMAT, learning_rate, make_optimizer,
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions
-from models.errors import BundleError, DataError
+from models.errors import BundleError, DataError, list_names
 from models.networks.registry import get_spec
 
 SPLIT = "train and valid"
@@ -79,8 +79,8 @@ def cross_validate(
     dataset = read_dataset(data_dir, labels=label_table, valid_fraction=config.valid_fraction, seed=config.seed)
     if dataset.classes != tuple(map(class_name, bundle.classes)):
         raise DataError(
-            f"The classes of {data_dir} ({', '.join(dataset.classes)}) differ from those of the bundle "
-            f"({', '.join(bundle.classes)}). Use the data that the bundle was trained on."
+            f"The classes of {data_dir} ({list_names(dataset.classes)}) differ from those of the bundle "
+            f"({list_names(bundle.classes)}). Use the data that the bundle was trained on."
         )
     out = out or default_output_dir(bundle_dir, data_dir, f"{folds}-folds")
     require_empty_folder(out)

@@ -19,6 +19,7 @@ from finetune.data.inspection import BatchingConsumer, ImageRecord, fingerprint_
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
+from finetune.io.terminal import escape_controls
 from finetune.reports.results import format_results, write_results
 from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.evaluation import EVALUATED, write_evaluation
@@ -126,7 +127,7 @@ def evaluate_bundle(
     records = inspect_images(samples, store=store, preprocessing=bundle.preprocessing, consumer=predictor, workers=workers)
     for record in records:
         if record.error:
-            print(f"Skipped: {record.sample.path}: {record.error}")
+            print(escape_controls(f"Skipped: {record.sample.path}: {record.error}"))
     readable = [record for record in records if record.error is None and record.sample.label != NO_LABEL]
     others = [record for record in records if record.error is None and record.sample.label == NO_LABEL]
     if reviews:

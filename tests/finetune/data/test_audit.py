@@ -77,7 +77,7 @@ def test_damaged_files_are_listed_with_the_reason(data: Path, capsys: pytest.Cap
     assert "damaged" in found["damaged"]["train/red/cut.jpg"]
     assert found["damaged"]["train/red/page.jpg"].startswith("This file is not a supported image. Use JPEG")
     assert found["damaged"]["train/red/empty.png"] == "The file is empty."
-    assert found["damaged"]["train/red/movie.jpeg"].startswith("This file is not a supported image. Use JPEG")
+    assert found["damaged"]["train/red/movie.jpeg"].startswith("Video is not supported. Use JPEG")
     assert found["counts"]["train"] == {"blue": 4, "red": 4}
     text = audit_text(data, capsys, code=1)
     assert "- 4 damaged files (skipped)" in text
@@ -115,6 +115,37 @@ def test_a_test_split_is_not_used_for_training(data: Path, capsys: pytest.Captur
     assert "Note: test is not used for training. Evaluate it with `finetune evaluate --split test`." in audit_text(
         data, capsys, code=0
     )
+
+
+def test_the_note_about_a_test_split_fits_its_content(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paint(data / "Test Set" / "1.jpg", COLORS[0], seed=900)
+    assert (
+        "Note: Test Set is not used because it has no class folders. Classify its photos with `finetune predict`."
+        in audit_text(data, capsys, code=0)
+    )
+    paint(data / "Test Set" / "red" / "1.jpg", COLORS[1], seed=901)
+    assert "Evaluate it with `finetune evaluate --split 'Test Set'`." in audit_text(data, capsys, code=0)
+
+
+def test_a_validation_folder_of_links_to_the_training_folder_is_explained(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(data / "valid")
+    (data / "valid").symlink_to("train")
+    text = audit_text(data, capsys, code=1)
+    assert "- valid only links to folders that are included already" in text
+    assert "Training on this folder fails:" in text
+
+
+def test_classes_of_other_names_in_validation_are_the_reason_why_training_fails(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "valid" / "red").rename(data / "valid" / "Red")
+    (data / "valid" / "blue").rename(data / "valid" / "blue ")
+    message = "classes differ between the splits (only in training: blue, red; only in validation: Red, 'blue ')"
+    text = audit_text(data, capsys, code=1)
+    assert f"- {message}\n" in text
+    assert f"Training on this folder fails: {data}: {message}. Use the same class folders in every split, or pass" in text
 
 
 def _copy(source: Path, target: Path) -> None:

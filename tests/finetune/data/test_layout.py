@@ -50,7 +50,8 @@ def skipped(root: Path) -> dict[str, str]:
         ("train", ["train", "Train", "TRAINING", "training_set", "train-set", "TrainSet", "train_data", "data_train"]),
         ("train", ["trainset", "training images", "images_train", "train2017", "trn", "Training_Data", "train-00001"]),
         ("valid", ["valid", "Valid", "VALID", "val", "Val", "VAL", "validation", "Validation_set", "validating", "val2017"]),
-        ("valid", ["dev", "DEV", "dev_set", "devset", "development", "eval", "Evaluation", "eval-data", "holdout", "hold-out"]),
+        ("valid", ["dev", "DEV", "dev_set", "devset", "development", "eval", "Evaluation", "eval-data"]),
+        ("valid", ["holdout", "hold-out", "held-out", "HeldOut"]),
         ("test", ["test", "Test", "TESTING", "test_set", "testset", "test1", "test_images", "tst", "Test Data"]),
         (None, ["cats", "tests of time", "trainer", "data", "set", "devices", "evaluate me", "valley", "latest", "retrain"]),
     ],
@@ -76,6 +77,41 @@ def test_splits_with_the_same_folder_inside_are_read(tmp_path: Path) -> None:
     splits(tmp_path, "training_set/training_set", "test_set/test_set")
     assert count(tmp_path) == BOTH
     assert read_dataset(tmp_path).samples[0].name == "training_set/training_set/cats/0.jpg"
+
+
+@pytest.mark.parametrize(
+    ("train", "valid"),
+    [
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("cats-and-dogs train", "cats-and-dogs val"),
+        ("train_v2", "test_v2"),
+        ("x_train", "x_test"),
+        ("my.Training", "my.Testing"),
+        ("train_dir", "dev_dir"),
+    ],
+)
+def test_splits_that_differ_in_one_word_are_read(tmp_path: Path, train: str, valid: str) -> None:
+    splits(tmp_path, train, valid)
+    touch(tmp_path, "seg_pred/seg_pred/1.jpg", "seg_pred/seg_pred/2.jpg")
+    assert count(tmp_path) == BOTH
+    assert skipped(tmp_path) == {"seg_pred": "not a split; splits are named train, valid (or val, dev, eval) and test"}
+
+
+def test_classes_whose_names_contain_the_word_for_a_split_are_classes(tmp_path: Path) -> None:
+    photos(tmp_path, "model train", "steam train", "crash test")
+    assert read_dataset(tmp_path).classes == ("crash test", "model train", "steam train")
+
+
+@pytest.mark.parametrize("name", ["valid", "Test"])
+def test_a_split_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    photos(tmp_path, "train/cats", "train/dogs")
+    touch(tmp_path, "README.md", "labels.csv")
+    (tmp_path / name).symlink_to("/nowhere")
+    assert count(tmp_path) == {("train", "cats"): 2, ("train", "dogs"): 2, ("valid", "cats"): 1, ("valid", "dogs"): 1}
+    assert skipped(tmp_path) == {name: "broken link"}
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert skipped(tmp_path) == {name: "not a supported image type"}
 
 
 @pytest.mark.parametrize("wrapper", ["PetImages", "data/animals"])
@@ -135,6 +171,12 @@ def test_a_copy_of_the_class_folders_in_one_more_folder_is_not_a_class(tmp_path:
             "the inner folders.",
         ),
         (
+            ["learn/all/cats", "learn/all/dogs", "check/all/cats", "check/all/dogs"],
+            "The folders check and learn in {root} look like splits, not classes: each contains cats and dogs and no photos "
+            "of its own. Splits are named train, valid (or val, dev, eval) and test. If they are classes, move their photos "
+            "out of the inner folders.",
+        ),
+        (
             ["cats/train", "cats/test", "dogs/train", "dogs/test"],
             "The folders cats and dogs in {root} each contain their own train folder with photos. Expected "
             "SPLIT/CLASS, such as "
@@ -153,6 +195,14 @@ def test_a_copy_of_the_class_folders_in_one_more_folder_is_not_a_class(tmp_path:
         (
             ["cats", "unlabeled"],
             "The class name 'unlabeled' is reserved for photos without a label. Rename the folder {root}/unlabeled.",
+        ),
+        (
+            ["train/dogs", os.fsdecode(b"train/caf\xe9")],
+            "The class name 'caf\\udce9' has control characters or is not UTF-8. Rename the folder {root}/train/caf\udce9.",
+        ),
+        (
+            ["cats", "dogs\n"],
+            "The class name 'dogs\\n' has control characters or is not UTF-8. Rename the folder {root}/dogs\n.",
         ),
         (
             ["valid/cats", "traning/cats"],
@@ -301,6 +351,7 @@ def test_an_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         ("runs/compare/compare.json", "runs/compare/compare.md", "runs/compare/compare.png"),
         ("evaluations/a/metrics.json", "evaluations/a/predictions.csv", "evaluations/a/plots/roc.png"),
         ("bundle/manifest.json", "bundle/model.onnx", "bundle/plots/roc.png"),
+        ("head/manifest.json", "head/head.safetensors", "head/plots/roc.png"),
         ("visualizations/run/filters.png", "visualizations/run/maps/00-input.png"),
         ("scores/_settings.json", "scores/part-00000000.parquet"),
         ("venv/pyvenv.cfg", "venv/lib/python3/site-packages/matplotlib/home.png"),
