@@ -34,6 +34,8 @@ HAS_AVIF = importlib.util.find_spec("PIL._avif") is not None  # a Pillow that wa
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None  # the extra "heic"
 IMAGE_FORMATS_TEXT = f"JPEG, PNG, WebP, {'AVIF, ' * HAS_AVIF}{'HEIC, ' * HAS_HEIF}GIF, BMP, TIFF or PPM"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+SIGNATURES = (b"\xff\xd8\xff", PNG_SIGNATURE, b"GIF87a", b"GIF89a")
+VIDEO_BRANDS = (b"isom", b"iso2", b"mp41", b"mp42", b"avc1", b"M4V ", b"qt  ", b"3gp4", b"3gp5")
 JPEG_END = b"\xff\xd9"
 JPEG_FILLERS = (b"\x5a\x3c\x96\xe1" * 16, b"\xa5\xc3\x69\x1e" * 16)
 MIN_DECODE_PX = 512
@@ -159,7 +161,7 @@ def decode(
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise _unsupported(data) from None
+        raise _unidentified(data) from None
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"The image is too large to decode safely ({error}). Use a smaller one.") from None
     except MemoryError:
@@ -217,8 +219,9 @@ def decoder_versions() -> dict[str, str | None]:
 
 def _repair(data: bytes, error: Exception) -> bytes | None:
     """Return data that Pillow decodes where it rejects ``data`` although all pixels are there, or None."""
-    if data.startswith(b"\xff\xd8") and "truncated" in str(error):
-        return _with_end_marker(data)
+    if data.startswith(b"\xff\xd8") and any(reason in str(error) for reason in ("truncated", "broken data stream")):
+        second = data.find(b"\xff\xd8\xff", data.find(b"\xff\xda"))  # an image that follows without an end marker before it
+        return _with_end_marker(data[:second] if second > 0 else data)
     if data.startswith(PNG_SIGNATURE):
         return _without_metadata(data)
     return None
@@ -254,7 +257,7 @@ def _without_metadata(data: bytes) -> bytes | None:
     return pixels_only if len(pixels_only) < len(data) else None
 
 
-def _unsupported(data: bytes) -> ImageError:
+def _unidentified(data: bytes) -> ImageError:
     if not data:
         return UnsupportedImageError("The file is empty.")
     container = file_format(data)
@@ -266,16 +269,29 @@ def _unsupported(data: bytes) -> ImageError:
         return UnsupportedImageError(
             f"AVIF needs a Pillow that was built with libavif. Install it, or use {IMAGE_FORMATS_TEXT}."
         )
-    if container:
+    is_webp = data.startswith(b"RIFF") and data[8:12] == b"WEBP"
+    if container or is_webp or data.startswith(SIGNATURES) or _is_tiff_without_tags(data):
         return ImageError("The image is damaged and could not be read. Use another copy.")
     name = _unsupported_format(data)
     what = f"{name} is not supported." if name else "This file is not a supported image."
     return UnsupportedImageError(f"{what} Use {IMAGE_FORMATS_TEXT}.")
 
 
+def _is_tiff_without_tags(data: bytes) -> bool:
+    """Return whether a TIFF is cut off: its tags usually follow the pixels."""
+    if data[:4] not in (b"II*\0", b"MM\0*"):
+        return False
+    return int.from_bytes(data[4:8], "little" if data[:2] == b"II" else "big") + 2 > len(data)
+
+
 def _unsupported_format(data: bytes) -> str | None:
     """Return the name of a common format that is not supported, by the first bytes of the file."""
+    if data[:100].lstrip().startswith((b"<svg", b"<?xml")) and b"<svg" in data[:2000]:
+        return "SVG"
+    if data[4:8] == b"ftyp" and data[8:12] in VIDEO_BRANDS:
+        return "Video"
     signatures = {
+        b"%PDF-": "PDF",
         b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG 2000",
         b"\xffO\xffQ": "JPEG 2000",
         b"\0\0\0\x0cJXL \r\n\x87\n": "JPEG XL",
@@ -317,6 +333,9 @@ def _as_mode(photo: Image.Image, mode: str) -> Image.Image:
 def _from_deep_gray(photo: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit or float grayscale to 8 bits; Pillow's ``convert`` would clip values above 255 to white."""
     values = np.asarray(photo, dtype=np.float32)
+    if photo.mode == "F" and not np.isfinite(values).all():  # NaN marks missing pixels in scientific images
+        finite = values[np.isfinite(values)]
+        values = np.nan_to_num(values, nan=0.0, posinf=finite.max(initial=0.0), neginf=0.0)
     highest = float(values.max(initial=0.0))
     if photo.mode == "F" and highest <= 1.0:
         top = 1.0

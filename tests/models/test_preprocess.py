@@ -196,6 +196,18 @@ def test_every_mode_is_converted_to_rgb(name: str) -> None:
     assert [image.getpixel((x, 0)) for x in (0, 1)] == [left, right]
 
 
+@pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("scale", [1.0, 200.0, 40_000.0])
+def test_missing_pixels_of_a_float_image_do_not_change_the_others(missing: float, scale: float) -> None:
+    values = np.linspace(0, scale, 48, dtype=np.float32).reshape(6, 8)
+    expected = np.asarray(decode(saved(Image.fromarray(values), "TIFF")))
+    values[2, 3] = missing
+    found = np.array(decode(saved(Image.fromarray(values), "TIFF")))
+    assert found[2, 3, 0] == (found.max() if missing == np.inf else 0)
+    found[2, 3] = expected[2, 3]
+    assert (found == expected).all()
+
+
 def test_cmyk_jpeg_is_not_inverted() -> None:
     image = decode(saved(Image.new("CMYK", (64, 64), (255, 0, 0, 0)), "JPEG", quality=95))
     assert image.getpixel((32, 32)) == pytest.approx((0, 255, 255), abs=4)
@@ -224,6 +236,15 @@ BAD: dict[str, tuple[bytes, str]] = {
     "truncated PNG": (saved(PHOTO, "PNG")[:9000], "damaged.*truncated"),
     "truncated WebP": (saved(PHOTO, "WEBP")[:5000], "damaged"),
     "truncated GIF": (saved(PHOTO, "GIF")[:9000], "damaged.*truncated"),
+    "truncated TIFF": (
+        saved(PHOTO, "TIFF", compression="tiff_lzw")[:9000],
+        "damaged",
+    ),
+    "big-endian TIFF without tags": (b"MM\0*\0\0\1\0" + bytes(200), "damaged"),
+    "PNG signature": (b"\x89PNG\r\n\x1a\n", r"^The image is damaged and could not be read\. Use another copy\.$"),
+    "start of a WebP": (saved(PHOTO, "WEBP")[:16], "damaged"),
+    "RIFF of another kind": (b"RIFF\0\0\0\0WAVEfmt ", "not a supported image"),
+    "TIFF of another kind": (b"II*\0\x10\0\0\0CR\2\0" + bytes(200), "not a supported image"),
     "PNG of 60,000 x 60,000 pixels": (
         png_with_declared_size(60_000, 60_000),
         r"^The photo is 3,600 megapixels; the limit is 179\. Resize it and try again\.$",
@@ -269,7 +290,7 @@ JPEG_OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", JPEG_OPTIONS, ids=str)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("tail", [b"", b"\xff", b"\xff\xff", bytes(2000), b"SEFH" * 50])
+@pytest.mark.parametrize("tail", [b"", b"\xff", b"\xff\xff", bytes(2000), b"SEFH" * 50, saved(noise(64, 48), "JPEG")])
 @pytest.mark.parametrize("min_side_px", [None, 100])
 def test_a_jpeg_without_end_marker_is_decoded(options: dict[str, Any], mode: str, tail: bytes, min_side_px: int | None) -> None:
     """Phones write panoramas so, often with their own data in place of the marker."""
@@ -285,6 +306,12 @@ def test_a_jpeg_without_its_last_pixels_is_rejected(options: dict[str, Any], mis
     data = saved(Image.blend(PHOTO, noise(*PHOTO.size), 0.1), "JPEG", **options)[: -2 - missing]
     with pytest.raises(ImageError, match=r"damaged.*truncated"):
         decode(data)
+
+
+def test_a_jpeg_without_its_last_pixels_is_rejected_also_before_another_image() -> None:
+    first, second = saved(Image.blend(PHOTO, noise(*PHOTO.size), 0.1), "JPEG"), saved(noise(64, 48), "JPEG")
+    with pytest.raises(ImageError, match="damaged"):
+        decode(first[: len(first) // 2] + second)
 
 
 def test_a_jpeg_cut_before_a_restart_marker_is_rejected() -> None:
