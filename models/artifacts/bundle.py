@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -27,6 +28,8 @@ from models.preprocess import Preprocessing
 
 FORMAT_VERSION = 1
 MANIFEST, GRAPH, WEIGHTS, HEAD = "manifest.json", "model.onnx", "model.safetensors", "head.safetensors"
+MAX_NAME_BYTES = 200  # names of files may have 255, and some add a version or a suffix
+UNSAFE_IN_NAME = re.compile("[/\\\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
 PREDICTIONS, GOLDEN, MODEL_CARD = "predictions.csv", "golden.npz", "README.md"
 
 Golden = tuple[NDArray[np.uint8], NDArray[np.float32], float]
@@ -262,7 +265,9 @@ def name_problem(name: str) -> str | None:
     """Return why a name is not allowed for a bundle, as names become parts of paths and URLs, or None if it is allowed."""
     if not name or name.startswith("."):
         return "which is empty or begins with a dot"
-    return "which contains a slash or a NUL character" if "/" in name or "\0" in name else None
+    if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+        return f"which has more than {MAX_NAME_BYTES} bytes"
+    return "which contains a slash, a backslash or a control character" if UNSAFE_IN_NAME.search(name) else None
 
 
 def read_small_file(path: Path, name: str, known: Mapping[str, Mapping[str, Any]]) -> bytes:
