@@ -41,7 +41,7 @@ from finetune.training.setup import (
 )
 from finetune.training.trainer import EpochRow, Progress, fit, predict
 from models.artifacts.atomic_io import atomic_write_text
-from models.artifacts.bundle import Bundle, open_bundle
+from models.artifacts.bundle import MAX_NAME_BYTES, UNSAFE_IN_NAME, Bundle, open_bundle
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
 from models.networks.registry import get_spec
@@ -102,6 +102,9 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
             if prepared.neither:
                 neither = make_batches(config, network, cache, prepared, "neither")
                 embeddings["neither"] = predict_split(network, neither, compute)[2]
+                del neither
+        batches.clear()  # the export needs their memory
+        network.extractor.release()
         return distributed.run_on_main(
             lambda: write_outputs(config, folder, network, compute, outputs, embeddings, prepared, progress)
         )
@@ -139,7 +142,14 @@ def default_run_dir(config: Config) -> Path:
 
 
 def default_name(config: Config) -> str:
-    return f"{config.data_dir.resolve().name.lstrip('.')}-{config.backbone.replace(':', '-').replace('/', '-')}"
+    """Name a bundle after the data folder, whose name may have any characters, and the network."""
+    data = UNSAFE_IN_NAME.sub("-", config.data_dir.resolve().name.lstrip("."))
+    backbone = UNSAFE_IN_NAME.sub("-", config.backbone.replace(":", "-"))
+    return f"{_shorten(data, MAX_NAME_BYTES - len(backbone) - 1)}-{backbone}"
+
+
+def _shorten(text: str, max_bytes: int) -> str:
+    return text.encode()[:max_bytes].decode(errors="ignore")
 
 
 def fit_head(

@@ -51,7 +51,15 @@ LAYERS = {
     ),
 }
 TYPES_ONLY = ("service.context",)  # names the types of all components, and imports them for the type checker alone
-WITHOUT_TORCH = ("errors", "preprocess", "artifacts", "networks.spec", "runtime.openvino_engine", "runtime.precision")
+WITHOUT_TORCH = (
+    "errors",
+    "preprocess",
+    "artifacts",
+    "networks.spec",
+    "runtime.allocator",
+    "runtime.openvino_engine",
+    "runtime.precision",
+)
 
 
 def modules(package: str) -> dict[str, Path]:

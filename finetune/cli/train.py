@@ -11,6 +11,7 @@ from finetune import config as settings
 from finetune.io.progress import step
 from models.artifacts.bundle import Bundle
 from models.errors import RunError
+from models.runtime.allocator import return_large_blocks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune train``. With ``--resume``, settings that are not given are those of the run."""
+    return_large_blocks()
     if args.resume:
         explicit = settings.explicit_settings(args)
         if explicit.get("output_dir") is None:

@@ -115,15 +115,16 @@ def export_bundle(
             outputs = (OUTPUTS[0], OOD_SCORE) if ood else OUTPUTS[:1]
             engine = OpenVINOEngine(graph, outputs=outputs, batch_sizes=(NUM_GOLDEN,))  # small batches bound the memory
             manifest["parity"] = check_parity(engine, parity)
+        check_finite(classifier, golden)
+        arrays: dict[str, Any] = dict(zip(outputs, engine.run(golden), strict=True))
+        np.savez_compressed(folder / GOLDEN, pixels=golden, **arrays)
+        del engine  # the next steps compile more
         if ood:
             seconds = time_output(graph, OOD_SCORE, start="embedding", batch_size=NUM_GOLDEN)
             manifest["ood"] = {**ood.manifest, "microseconds": round(seconds * 1e6, 1)}
             ood.parameters.write(folder / OOD_FILE)
         with step("Measuring its speed in bfloat16") if supports_bf16() else contextlib.nullcontext():
             manifest["bf16"] = measure_bf16(graph, parity.pixels, max_ood_score=ood.max_score if ood else None)
-        check_finite(classifier, golden)
-        arrays: dict[str, Any] = dict(zip(outputs, engine.run(golden), strict=True))
-        np.savez_compressed(folder / GOLDEN, pixels=golden, **arrays)
         if contents == "head":
             graph.unlink()
         if contents != "full":

@@ -59,6 +59,10 @@ class FeatureExtractor:
             return self._compiled.run(pixels)[0]
         return np.concatenate([self._run_torch(pixels[i : i + GPU_BATCH]) for i in range(0, len(pixels), GPU_BATCH)])
 
+    def release(self) -> None:
+        """Free the compiled layers. They are compiled again if they are needed."""
+        vars(self).pop("_compiled", None)
+
     @cached_property
     def _compiled(self) -> OpenVINOEngine:
         with tempfile.TemporaryDirectory(prefix="finetune-") as folder:

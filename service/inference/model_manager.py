@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import gc
 import logging
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from models.artifacts.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
 from models.artifacts.paths import compiled_dir, merged_dir, resolve_bundle
 from models.errors import BundleError, UserError
+from models.runtime.allocator import return_large_blocks
 from models.runtime.openvino_engine import Engine, OpenVINOEngine, Pixels
 from models.runtime.precision import Precision, select_precision
 from service.http.errors import Problem
@@ -40,8 +40,6 @@ log = logging.getLogger("service")
 RETRY_S = 10.0  # pause after a bundle could not be loaded
 LOADING = "The model is being loaded. Retry in a second."
 MERGING = "The bundle is being merged with its pretrained weights, which happens once. Retry in a few seconds."
-M_MMAP_THRESHOLD = -3  # of malloc.h
-LARGE_BLOCK_BYTES = 4 << 20
 T = TypeVar("T")
 
 
@@ -291,16 +289,6 @@ def _locked_folder(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def return_large_blocks() -> None:
-    """Have glibc return large blocks to the system as soon as they are freed.
-
-    It does so at first, but raises its threshold to the size of the largest block that was freed: after one body of 20 MB,
-    bodies and pixels would come from heaps that keep their memory. Other C libraries are left as they are.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
 def load_model(

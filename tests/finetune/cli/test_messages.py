@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from finetune import pipeline
 from finetune.__main__ import COMMANDS, main
 from finetune.cli.train import next_commands
+from finetune.config import Config
 from finetune.data.audit import audit_folder
+from finetune.pipeline import default_name
 from finetune.training import run_directory
-from models.artifacts.bundle import open_bundle
+from finetune.training.data_loaders import CachedBatches, UncachedBatches
+from models.artifacts.bundle import Bundle, name_problem, open_bundle
+from models.runtime.openvino_engine import OpenVINOEngine
 from tests.helpers.tiny_network import color_folder, finetune, registered
 
 pytestmark = pytest.mark.slow
@@ -66,6 +73,47 @@ def test_names_that_are_not_utf8_are_escaped_in_print(data: Path, tmp_path: Path
     assert "train/blue/caf\\udce9.jpg" in result.stdout
 
 
+def test_control_characters_in_names_are_escaped(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pets\r"
+    shutil.copytree(data, folder)
+    for name in ("two\nlines.jpg", "red \x1b[31m.jpg", "turned \u202egpj.jpg", "family \U0001f469\u200d\U0001f467.jpg"):
+        (folder / "train" / "blue" / name).write_bytes(b"no image")
+    code, out, err = finetune("audit", folder, "--cache-dir", tmp_path / "cache")
+    assert (code, err) == (1, "")
+    assert {line.strip().partition(".jpg")[0] for line in out.splitlines() if "supported image" in line} == {
+        "train/blue/two\\nlines",
+        "train/blue/red \\x1b[31m",
+        "train/blue/turned \\u202egpj",
+        "train/blue/family \U0001f469\u200d\U0001f467",
+    }
+    shutil.rmtree(folder / "train")
+    code, _, err = finetune("audit", folder, "--cache-dir", tmp_path / "cache")
+    assert (code, err) == (
+        2,
+        f"finetune: {tmp_path}/pets\\r has a folder valid but no folder train. Rename the folder of the training photos to "
+        "train.\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("pets", "pets-tiny"),
+        (".pets", "pets-tiny"),
+        ("two\nlines", "two-lines-tiny"),
+        ("back\\slash", "back-slash-tiny"),
+        (os.fsdecode(b"caf\xe9"), "caf--tiny"),
+        ("x" * 255, "x" * 195 + "-tiny"),
+        ("é" * 127, "é" * 97 + "-tiny"),
+    ],
+)
+def test_the_default_name_of_a_bundle_is_valid_for_any_folder(tmp_path: Path, folder: str, name: str) -> None:
+    (tmp_path / folder).mkdir()
+    found = default_name(Config(data_dir=tmp_path / folder, backbone="tiny"))
+    assert found == name
+    assert name_problem(found) is None
+
+
 def test_training_on_names_that_are_not_utf8(tmp_path: Path, tiny_weights: Path) -> None:
     folder = color_folder(tmp_path / "pets", train=4, valid=2)
     odd = os.fsdecode(b"caf\xe9")
@@ -76,9 +124,10 @@ def test_training_on_names_that_are_not_utf8(tmp_path: Path, tiny_weights: Path)
     out = tmp_path / "run"
     code, _, err = finetune(
         "train", "--data-dir", folder, "--backbone", "tiny", "--weights", tiny_weights, "--epochs", 1,
-        "--name", "pets", "--output-dir", out, "--cache-dir", tmp_path / "cache",
+        "--output-dir", out, "--cache-dir", tmp_path / "cache",
     )  # fmt: skip
     assert (code, err) == (0, "")
+    assert open_bundle(out / "bundle").name == "caf--tiny"
     assert list(json.loads((out / "audit.json").read_text(encoding="utf-8"))["damaged"]) == [f"train/red/{odd} damaged.jpg"]
     assert b"valid/red/caf\xe9.jpg" in (out / "predictions.csv").read_bytes()
     assert run_directory.read_config(out)["data_dir"] == str(folder)
@@ -127,6 +176,27 @@ def test_the_next_evaluation_uses_a_test_folder_if_there_is_one(tmp_path: Path) 
     assert next_commands(bundle, tmp_path)[0].endswith(f"--data-dir {tmp_path} --split test")
     (tmp_path / "valid").rmdir()  # test is then the validation folder
     assert next_commands(bundle, tmp_path)[0].endswith(f"--data-dir {tmp_path} --folds 5")
+
+
+@pytest.mark.parametrize("augment", [(), ("--augment",)], ids=["cached features", "uncached"])
+def test_features_and_compiled_layers_are_freed_before_the_export(
+    data: Path, tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch, augment: tuple[str, ...]
+) -> None:
+    existing: list[type] = []
+    export = pipeline.export_bundle
+
+    def count_then_export(*args: Any, **options: Any) -> Bundle:
+        gc.collect()
+        kinds = (CachedBatches, UncachedBatches, OpenVINOEngine)
+        existing.extend(type(item) for item in gc.get_objects() if isinstance(item, kinds))
+        return export(*args, **options)
+
+    gc.collect()
+    monkeypatch.setattr(pipeline, "export_bundle", count_then_export)
+    flags = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--epochs", 1, *augment)
+    code, _, err = finetune("train", *flags, "--output-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache")
+    assert (code, err) == (0, "")
+    assert existing == []
 
 
 @pytest.mark.parametrize(

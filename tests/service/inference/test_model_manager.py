@@ -20,7 +20,7 @@ from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, poll
 
 ALLOCATE = """
 import sys
-from service.inference.model_manager import return_large_blocks
+from models.runtime.allocator import return_large_blocks
 if sys.argv[1] == "set":
     return_large_blocks()
 for _ in range(3):
