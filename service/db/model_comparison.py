@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, and_, case, func, select
 
 from models.artifacts.statistics import mcnemar_p_value
+from models.errors import list_names
 from service.db.errors import IncompatibleModelsError
 from service.db.records import ModelRecord
 from service.db.schema import UNKNOWN, buckets, current_reviews, predictions
@@ -79,8 +80,8 @@ def _pairs(a: ModelRecord, b: ModelRecord) -> Select[Any]:
     """Select a row per photo that both predicted: b's prediction, the true class, and which is correct (0 or 1)."""
     if a.classes != b.classes:
         raise IncompatibleModelsError(
-            f"The models {a.version} and {b.version} have different classes ({', '.join(a.classes[:5])} and "
-            f"{', '.join(b.classes[:5])}). Compare two models with the same classes."
+            f"The models {a.version} and {b.version} have different classes ({list_names(a.classes, 5)} and "
+            f"{list_names(b.classes, 5)}). Compare two models with the same classes."
         )
     of_a, of_b = predictions.alias("of_a"), predictions.alias("of_b")
     bucket_a, bucket_b = buckets.alias("bucket_a"), buckets.alias("bucket_b")

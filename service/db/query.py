@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, func, select
 
+from models.errors import list_names
 from service.db.aggregates import FacetCounts, count_buckets
 from service.db.errors import InvalidFilterError, RecordNotFoundError
 from service.db.facets import FacetValue, conditions_by_column, count_values, list_values
@@ -18,7 +19,7 @@ from service.db.model_comparison import select_changed
 from service.db.pagination import SORT_COLUMNS, Paginator
 from service.db.records import Bucket, DecisionRecord, ModelRecord, PredictionRecord
 from service.db.schema import buckets, current_reviews, models, predictions
-from service.db.text import is_storable
+from service.db.text import is_storable, match_name, unicode_forms
 
 CHANGED = ""  # the condition of a comparison, next to those of columns
 
@@ -39,9 +40,8 @@ class PredictionQuery:
             InvalidFilterError: The model does not have a class of the filter.
         """
         self.connection = connection
-        self.filters = filters
         self.model: ModelRecord = same_model_as.model if same_model_as else get_model(connection, filters.model)
-        _check_classes(filters, self.model)
+        self.filters = filters = _match_classes(filters, self.model)
         self.facet_values: Sequence[FacetValue] = (
             same_model_as.facet_values if same_model_as else list_values(connection, self.model.id)
         )
@@ -114,10 +114,11 @@ class PredictionQuery:
         Raises:
             RecordNotFoundError: The model has no prediction for such a photo.
         """
-        named = select(predictions.c.id).where(predictions.c.model_id == self.model.id, predictions.c.photo == photo)
+        is_same = predictions.c.photo.in_(unicode_forms(photo))
+        named = select(predictions.c.id).where(predictions.c.model_id == self.model.id, is_same)
         if sha256:
             named = named.where(predictions.c.sha256 == sha256)
-        named = named.order_by(predictions.c.id).limit(1)
+        named = named.order_by(predictions.c.photo != photo, predictions.c.id).limit(1)
         id_ = is_storable(photo, sha256) and self.connection.execute(named).scalar()
         if not id_:
             raise RecordNotFoundError(f"The model {self.model.version} has no prediction for a photo {photo!r}.")
@@ -218,12 +219,18 @@ def _record(row: Any, classes: Sequence[str]) -> PredictionRecord:
     )
 
 
-def _check_classes(filters: Filter, model: ModelRecord) -> None:
-    for name, values in (("class", filters.labels), ("predicted", filters.predicted)):
-        for value in values:
-            if value not in model.classes and not (name == "class" and value == UNLABELED):
-                known = ", ".join(model.classes[:20]) + (", ..." if len(model.classes) > 20 else "")
-                raise InvalidFilterError(f"Invalid `{name}`: {value!r}. The classes of the model are {known}.")
+def _match_classes(filters: Filter, model: ModelRecord) -> Filter:
+    """Return the filter with its classes as the model spells them. Raises InvalidFilterError."""
+
+    def match(name: str, value: str, *others: str) -> str:
+        found = match_name((*model.classes, *others), value)
+        if found is None:
+            known = list_names(model.classes)
+            raise InvalidFilterError(f"Invalid `{name}`: {value[:80]!r}. The classes of the model are {known}.")
+        return found
+
+    labels = tuple(match("class", value, UNLABELED) for value in filters.labels)
+    return filters.replace(labels=labels, predicted=tuple(match("predicted", value) for value in filters.predicted))
 
 
 _JOINED = predictions.join(buckets, predictions.c.bucket_id == buckets.c.id).outerjoin(

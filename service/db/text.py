@@ -1,8 +1,10 @@
-"""Text that every database can store, and the encoding of file names as such text."""
+"""Text that every database can store, the encoding of file names as such text, and names in different Unicode forms."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterable
 
 # PostgreSQL stores no NUL, and half of a surrogate pair cannot be encoded as UTF-8.
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
@@ -18,6 +20,17 @@ def is_storable(*texts: str) -> bool:
 def encode_file_name(name: str) -> str:
     """Replace bytes that are not UTF-8, which Python decodes to surrogates, by characters of a private use area."""
     return name.translate(_TO_PRIVATE)
+
+
+def match_name(names: Iterable[str], text: str) -> str | None:
+    """Return the name that equals ``text``, or equals it in another Unicode form, or None."""
+    names, normalized = tuple(names), unicodedata.normalize("NFC", text)
+    return text if text in names else next((name for name in names if unicodedata.normalize("NFC", name) == normalized), None)
+
+
+def unicode_forms(text: str) -> set[str]:
+    """Return the forms in which file systems and keyboards write the same text."""
+    return {text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)}
 
 
 def decode_file_name(name: str) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.paths import compiled_dir
+from models.errors import list_names
 from models.runtime.openvino_engine import OpenVINOEngine, Pixels
 from service.explain.cam import LinearHead
 from service.explain.occlusion import FORWARD_PASSES, blur, occlusion_map
@@ -110,7 +111,7 @@ class Explainer:
             PoolTimeoutError: The explanation took too long.
         """
         if label not in self.bundle.classes:
-            known = ", ".join(self.bundle.classes[:10])
+            known = list_names(self.bundle.classes)
             raise Problem("bad_parameter", f"Invalid `class`: {label[:40]!r}. The classes of the model are {known}.")
         key = (sha256, label)
         return self._find(key) or self._pool.run(

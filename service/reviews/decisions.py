@@ -10,10 +10,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, insert, select
 
 from models.artifacts.reviews import COLUMNS, DECISIONS, LABEL, NOTE, Review
+from models.errors import list_names
 from service.db.errors import InvalidReviewError, NothingToUndoError, RecordNotFoundError, ReviewConflictError
 from service.db.ingest import PREDICTION_COLUMNS, BucketWriter, production_loss, resolve_label
 from service.db.schema import buckets, current_reviews, decisions, models, predictions
-from service.db.text import is_storable
+from service.db.text import is_storable, match_name
 
 ACTIONS = (*DECISIONS, NOTE, "undo")
 ANONYMOUS = "Anonymous"
@@ -88,7 +89,7 @@ def save_decision(connection: Connection, decision: ReviewDecision) -> int:
         raise InvalidReviewError("The field `note` is empty. Enter a note, or choose a decision.")
     if not is_storable(decision.new_label or "", decision.note, decision.reviewer):
         raise InvalidReviewError("A text contains a NUL character or an unpaired surrogate. Remove it.")
-    label = _original_label(connection, decision)
+    label, new_label = _resolve_labels(connection, decision)
     current = current_decision(connection, decision.sha256)
     if decision.decision != NOTE and decision.expected_version != (current.id if current else None):
         change = f"{current.reviewer or ANONYMOUS} has just {describe_decision(current)}" if current else None
@@ -104,7 +105,7 @@ def save_decision(connection: Connection, decision: ReviewDecision) -> int:
             photo=decision.photo,
             label=label,
             decision=decision.decision,
-            new_label=decision.new_label if decision.decision == LABEL else None,
+            new_label=new_label,
             note=decision.note,
             reviewer=decision.reviewer,
             key_name=decision.key_name,
@@ -245,8 +246,8 @@ def _update_current_review(connection: Connection, sha256: str) -> None:
     apply_decision(connection, sha256)
 
 
-def _original_label(connection: Connection, decision: ReviewDecision) -> str | None:
-    """Return the class that the photo was evaluated with, None for a production photo. Check the new label."""
+def _resolve_labels(connection: Connection, decision: ReviewDecision) -> tuple[str | None, str | None]:
+    """Return the class that the photo was evaluated with, None for a production photo, and the class that it gets, if any."""
     texts = decision.model_version, decision.photo, decision.sha256
     own = (
         select(buckets.c.label, buckets.c.source, models.c.classes)
@@ -262,6 +263,7 @@ def _original_label(connection: Connection, decision: ReviewDecision) -> str | N
     row = is_storable(*texts) and connection.execute(own).first()
     if not row:
         raise RecordNotFoundError(f"The model {decision.model_version} has no prediction for a photo {decision.photo!r}.")
-    if decision.decision == LABEL and decision.new_label not in row.classes:
-        raise InvalidReviewError(f"Invalid `new_label`: {decision.new_label!r}. Valid values: {', '.join(row.classes)}.")
-    return None if row.source == "production" else str(row.classes[row.label])
+    new_label = match_name(row.classes, decision.new_label or "") if decision.decision == LABEL else None
+    if decision.decision == LABEL and new_label is None:
+        raise InvalidReviewError(f"Invalid `new_label`: {decision.new_label!r}. Valid values: {list_names(row.classes)}.")
+    return None if row.source == "production" else str(row.classes[row.label]), new_label

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from models.errors import list_names
 from service.http.errors import Problem
 from service.inference.model_manager import LoadedModel
 from service.inference.recent_predictions import Agreement, RecentPrediction, RecentPredictions
@@ -42,7 +43,8 @@ def rejection_reason(
     if model.bundle.classes != current.bundle.classes and "classes" not in allow:
         return Problem(
             "bundle_incompatible",
-            f"The bundle has the classes {_list(model)}, the current one {_list(current)}, in this order. "
+            f"The bundle has the classes {list_names(model.bundle.classes)}, the current one "
+            f"{list_names(current.bundle.classes)}, in this order. "
             'If that is intended, send "allow": ["classes"].',
         )
     if agreement.fraction < min_agreement and "disagreement" not in allow:
@@ -58,7 +60,3 @@ def _pixel_fields(model: LoadedModel) -> tuple[object, ...]:
     """The preprocessing that determines the pixels. Normalization is part of the graph."""
     preprocessing = model.bundle.preprocessing
     return preprocessing.input_px, preprocessing.resize_px, preprocessing.interpolation, preprocessing.channels
-
-
-def _list(model: LoadedModel) -> str:
-    return ", ".join(model.bundle.classes)[:200]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,7 +27,7 @@ from service.db.ingest import EvaluationTable, get_or_create_model, import_predi
 from service.db.query import PredictionQuery, get_model, list_models
 from service.db.schema import imports, predictions
 from service.db.text import encode_file_name
-from service.reviews.decisions import ReviewDecision, save_decision
+from service.reviews.decisions import ReviewDecision, load_history, save_decision
 from tests.conftest import NewDatabase
 from tests.helpers.gallery_rows import (
     CHECKS,
@@ -43,6 +47,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[3]
 PHOTOS = 240
 EVERYTHING = Filter(model=VERSION)
+Form = Literal["NFC", "NFD"]
 
 
 @pytest.fixture(scope="module", params=[("sqlite", 2), ("sqlite", 5), ("postgresql", 2), ("postgresql", 5)], ids=str)
@@ -245,6 +250,32 @@ def test_an_unknown_class_is_rejected(gallery: SimpleNamespace) -> None:
         expected = r"'birds'\. The classes of the model are"
         with gallery.database.read() as connection, pytest.raises(InvalidFilterError, match=expected):
             PredictionQuery(connection, requested)
+
+
+@pytest.mark.parametrize(("stored", "requested"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_names_match_in_any_unicode_form(tmp_path: Path, new_database: NewDatabase, stored: Form, requested: Form) -> None:
+    def stored_as(text: str) -> str:
+        return unicodedata.normalize(stored, text)
+
+    table = make_predictions(1, 40, (stored_as("bébé"), "dogs"))
+    table = replace(table, image_names=tuple(map(stored_as, table.image_names)))
+    with new_database("sqlite") as url, closing(Database(url)) as database:
+        rows = enter(database, table, tmp_path)
+        name = unicodedata.normalize(requested, "bébé")
+        with database.read() as connection:
+            labeled = PredictionQuery(connection, EVERYTHING.replace(labels=(name,)))
+            predicted = PredictionQuery(connection, EVERYTHING.replace(predicted=(name,)))
+            assert labeled.counts.total == sum(row.label == stored_as("bébé") for row in rows) > 0
+            assert predicted.counts.total == sum(row.predicted == stored_as("bébé") for row in rows) > 0
+            row = next(row for row in rows if row.photo.endswith(stored_as("Ä.jpg")))
+            photo = labeled.find(unicodedata.normalize(requested, row.photo))
+            assert photo.photo == row.photo
+        words = {"photo": row.photo, "sha256": row.sha256, "model_version": VERSION}
+        with database.write() as connection:
+            save_decision(connection, ReviewDecision(**words, decision="label", new_label=name))  # type: ignore[arg-type]
+            (saved,) = load_history(connection, row.sha256)
+            assert saved.new_label == stored_as("bébé")
+        check_cells(database)
 
 
 def test_a_table_is_imported_once(database: Database, tmp_path: Path) -> None:
