@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
     dataset = provenance["dataset"]
     config = provenance["config"]
     sections = [
-        f"# {manifest['name']}\n",
+        f"# {_escaped(manifest['name'])}\n",
         f"An image classifier for {_classes(manifest['classes'])}: {manifest['title']} ([paper]({manifest['paper']})), "
         f"{_origin(manifest)}, trained on {provenance['created'][:10]}.\n",
         "## Metrics\n",
@@ -114,7 +115,13 @@ def _optimizer(config: Mapping[str, Any]) -> str:
     return f"SGD (momentum {config['momentum']:g})"
 
 
-def _classes(names: Sequence[str]) -> str:
+def _escaped(name: str) -> str:
+    """Escape the characters of a class name that Markdown would format."""
+    return re.sub(r"([\\`*<\[|~])", r"\\\1", name)
+
+
+def _classes(classes: Sequence[str]) -> str:
+    names = list(map(_escaped, classes))
     if len(names) <= MAX_LISTED_CLASSES:
         return _and(names)
     return f"{len(names):,} classes ({', '.join(names[:3])}, ..., {names[-1]})"
@@ -128,7 +135,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
         defined = [name for name in names if metrics["recall"][name]]
         names = sorted(defined, key=lambda name: metrics["recall"][name]["value"])[:MAX_LISTED_CLASSES]
     for measure in ("precision", "recall"):
-        rows += [_row(f"{measure} of {name}", metrics[measure][name]) for name in names]
+        rows += [_row(f"{measure} of {_escaped(name)}", metrics[measure][name]) for name in names]
     if len(names) < len(metrics["classes"]):
         rows.append(f"\nOf {len(metrics['classes']):,} classes, the {len(names)} with the lowest recall. All: `manifest.json`.")
     return "\n".join(rows) + "\n"
@@ -160,7 +167,7 @@ def _row(title: str, measure: Mapping[str, float] | None) -> str:
 def _counts(photos: Mapping[str, Mapping[str, int]]) -> str:
     splits = []
     for split, row in photos.items():
-        counts = [f"{n:,} {name}" for name, n in row.items()]
+        counts = [f"{n:,} {_escaped(name)}" for name, n in row.items()]
         if len(counts) > MAX_LISTED_CLASSES:
             counts = [f"{sum(row.values()):,} of {len(row):,} classes, {min(row.values()):,} to {max(row.values()):,} each"]
         splits.append(f"{split}: {', '.join(counts)}")

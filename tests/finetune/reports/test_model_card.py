@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
 from finetune.reports.model_card import MAX_LISTED_CLASSES, write_model_card
+from service.web.layout import render_markdown
 
 SHIPPED = Path(__file__).resolve().parents[3] / "models" / "shipped" / "dogs-vs-cats"
 
@@ -55,3 +57,20 @@ def test_the_card_states_how_well_other_photos_are_recognized(tmp_path: Path) ->
 def test_the_card_of_a_bundle_without_a_score_warns(tmp_path: Path) -> None:
     card = card_of(tmp_path, None, None)
     assert "has no OOD score. Any other photo is still labeled as one of them, often with high confidence." in card
+
+
+def test_class_names_are_not_formatted(tmp_path: Path) -> None:
+    names = ["a|b", "*bold*", "`code`", "<b>", "[a](b)", "back\\slash", "hot_dog"]
+    manifest = json.loads((SHIPPED / "manifest.json").read_text(encoding="utf-8"))
+    value = {"value": 0.5, "low": 0.0, "high": 1.0}
+    manifest |= {"classes": names, "name": "cats|*dogs*"}
+    manifest["metrics"] |= {"classes": names, "recall": dict.fromkeys(names, value), "precision": dict.fromkeys(names, value)}
+    manifest["provenance"]["dataset"]["photos"] = {"train": dict.fromkeys(names, 7)}
+    write_model_card(tmp_path / "README.md", manifest)
+    page = html.unescape(render_markdown((tmp_path / "README.md").read_text(encoding="utf-8")))
+    assert "<h2>cats|*dogs*</h2>" in page
+    assert f"An image classifier for {', '.join(names[:-1])} and {names[-1]}:" in page
+    assert "train: " + ", ".join(f"7 {name}" for name in names) in page
+    for name in names:
+        for measure in ("recall", "precision"):
+            assert f"<td>{measure} of {name}</td>\n<td>0.5000</td>\n<td>0.0000 to 1.0000</td>" in page
