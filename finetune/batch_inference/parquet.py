@@ -8,6 +8,7 @@ runs. The layout is that of Spark and Hive, which pyarrow, pandas, DuckDB and Po
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -35,7 +36,15 @@ BATCH = 16
 SETTINGS_FILE, SUCCESS_FILE = "_settings.json", "_SUCCESS"
 INPUT_SHA256 = b"input_sha256"
 # Errors of a single file. Any other OSError is a failure of the storage and would affect the next image as well.
-PER_FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+PER_FILE_ERRORS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,  # links that lead to each other
+    errno.ENAMETOOLONG,
+    errno.ENXIO,  # a socket
+)
 
 
 @dataclass
@@ -190,9 +199,9 @@ class _Scorer:
             return self._bundle.preprocessing.pixels(read_image_file(photo))
         except ImageError as error:
             return str(error)
-        except PER_FILE_ERRORS as error:
-            return error.strerror or type(error).__name__
         except OSError as error:
+            if error.errno in PER_FILE_ERRORS:
+                return str(error.strerror)
             raise DataError(
                 f"{photo} could not be read ({error.strerror}). Fix the storage and re-run the same command to resume."
             ) from None

@@ -233,7 +233,8 @@ def test_a_folder_or_link_that_cannot_be_read_is_named_by_every_prediction(made:
 def test_the_rows_of_a_list_that_cannot_be_read_have_an_error(made: SimpleNamespace, tmp_path: Path) -> None:
     photo = paint(tmp_path / "a.jpg", COLORS[0], seed=1)
     os.mkfifo(tmp_path / "pipe.jpg")
-    paths = [photo, tmp_path / "gone.jpg", tmp_path / "pipe.jpg"]
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    paths = [photo, *(tmp_path / name for name in ("gone.jpg", "pipe.jpg", "loop.jpg", "x" * 300, "a.jpg/b.jpg", "."))]
     (tmp_path / "list.txt").write_bytes("\0".join(map(str, paths)).encode())
     code, _, _ = finetune("predict", "--bundle", made.whole, "--list", tmp_path / "list.txt", "--output", tmp_path / "scores")
     assert code == 0
@@ -242,6 +243,10 @@ def test_the_rows_of_a_list_that_cannot_be_read_have_an_error(made: SimpleNamesp
         (str(paths[0]), None),
         (str(paths[1]), "No such file or directory"),
         (str(paths[2]), "This is not a regular file. Use a file that contains an image."),
+        (str(paths[3]), "Too many levels of symbolic links"),
+        (str(paths[4]), "File name too long"),
+        (str(paths[5]), "Not a directory"),
+        (str(paths[6]), "Is a directory"),
     ]
 
 
