@@ -32,6 +32,7 @@ bind = f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_
 worker_class = "gthread" if _settings.gunicorn_worker == "stock" else "service.http.gunicorn_worker.EventLoopWorker"
 workers = _resources.workers
 threads = _resources.threads
+limit_request_line = 8190  # a filter of the gallery may name hundreds of classes
 worker_connections = min(_settings.max_connections, raise_file_limit())
 keepalive = _settings.keepalive_s
 forwarded_allow_ips = ""  # only TRUSTED_PROXIES decides whose headers are trusted (service.http.middleware.TrustedProxies)

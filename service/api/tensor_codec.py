@@ -22,7 +22,9 @@ from service.settings import Settings
 
 DATATYPES = {"images": "BYTES", "pixels": "UINT8"}
 OUTPUTS = ("probabilities", "label")
-JSON_HINT = "Send fewer images, or the tensor as bytes (binary_tensor_data)."
+JSON_HINT = "Send a request of the Open Inference Protocol, as described in /docs."
+SIZE_HINT = "Send fewer images, or the tensor as bytes (binary_tensor_data)."
+FORMER_NAMES = {"photos": "images"}
 LENGTH = struct.Struct("<I")  # precedes each element of a BYTES tensor
 
 
@@ -69,7 +71,9 @@ def parse_request(body: bytes, json_bytes: int | None, settings: Settings, prepr
     if not 0 <= end <= len(body):
         raise tensor_problem(f"Inference-Header-Content-Length is {end}, but the body has {len(body)} bytes.")
     max_values, max_containers = _json_limits(settings, preprocessing)
-    document: Any = parse_json(body[:end], max_values=max_values, max_containers=max_containers, hint=JSON_HINT)
+    document: Any = parse_json(
+        body[:end], max_values=max_values, max_containers=max_containers, hint=JSON_HINT, size_hint=SIZE_HINT
+    )
     if not isinstance(document, dict):
         raise Problem("bad_json", "The JSON is not an object.")
     inputs = document.get("inputs")
@@ -96,6 +100,7 @@ def tensor_problem(detail: str) -> Problem:
 
 def _parse_input(tensor: dict[str, Any], binary: bytes, settings: Settings) -> InputTensor:
     name, shape = tensor.get("name"), tensor.get("shape")
+    name = FORMER_NAMES.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in DATATYPES:
         raise tensor_problem(f"Unknown input {describe(name)}. Valid inputs: {', '.join(DATATYPES)}.")
     if tensor.get("datatype") != DATATYPES[name]:
@@ -109,6 +114,8 @@ def _parse_input(tensor: dict[str, Any], binary: bytes, settings: Settings) -> I
     size = _parameters(tensor).get("binary_data_size")
     if size != (len(binary) if binary or size is not None else None):
         raise tensor_problem(f"binary_data_size of {name} is {describe(size)}, but {len(binary)} bytes follow the JSON.")
+    if size is not None and tensor.get("data") is not None:
+        raise tensor_problem(f"{name} has both `data` and binary_data_size. Send one of them.")
     data = binary if size is not None else tensor.get("data")
     return _parse_images(shape, data) if name == "images" else _parse_pixels(shape, data)
 

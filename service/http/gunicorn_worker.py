@@ -595,7 +595,7 @@ class EventLoopWorker(Worker):
         if connection.state is State.RECEIVING and exchange:
             received = len(connection.buffer)
             is_chunked = exchange.length is None
-            problem = body_malformed("it is incomplete") if is_chunked else body_incomplete(received, exchange.length or 0)
+            problem = body_malformed() if is_chunked else body_incomplete(received, exchange.length or 0)
             self._reject(connection, problem, close=True)
         else:
             self._close(connection)
@@ -895,9 +895,9 @@ class EventLoopWorker(Worker):
             exchange.source.append(exchange.body)
             try:
                 exchange.body = exchange.request.body.read()
-            except Exception as error:  # gunicorn raises various types on malformed chunks
+            except Exception:  # gunicorn raises various types on malformed chunks
                 exchange.response.force_close()
-                environ[REJECTION] = body_malformed(repr(error))
+                environ[REJECTION] = body_malformed()
                 if not self._middleware.has_own_rejections(environ):
                     application = self._middleware.respond
         environ["wsgi.input"] = BytesIO(exchange.body)

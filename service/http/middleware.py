@@ -83,6 +83,7 @@ class RequestMiddleware:
     def begin(self, environ: WSGIEnvironment) -> None:
         """Normalize the path and record the time of arrival. A second call changes nothing."""
         normalize_path(environ)
+        environ.pop("HTTP_UPGRADE", None)  # a server may ignore it, and Werkzeug rejects one to a WebSocket
         environ.setdefault("service.began", time.perf_counter())
 
     def is_prediction(self, environ: WSGIEnvironment) -> bool:

@@ -55,14 +55,14 @@ def read_body(request: Request, settings: Settings, *, max_bytes: int | None = N
     except TimeoutError:
         broken = "late"
     except Exception as error:  # a server's parser raises various types on a malformed body
-        broken = repr(error)  # not the error itself, whose frames hold the body
+        broken = type(error).__name__  # not the error itself, whose frames hold the body
     finally:
         if connection:
             connection.settimeout(None)
     if broken == "late":
         raise body_timeout(settings.body_timeout_s)
     if broken:
-        raise body_malformed(broken)
+        raise body_malformed()
     if length is None and len(body) > limit:
         raise body_too_large(limit, advice=advice)
     if length is not None and len(body) < length:
@@ -70,7 +70,9 @@ def read_body(request: Request, settings: Settings, *, max_bytes: int | None = N
     return body
 
 
-def parse_json(body: bytes, *, max_values: int, max_containers: int | None = None, hint: str) -> Any:
+def parse_json(
+    body: bytes, *, max_values: int, max_containers: int | None = None, hint: str, size_hint: str | None = None
+) -> Any:
     """Parse JSON with a bounded number of values.
 
     The parser holds the interpreter's lock, and a few bytes of text become an object of dozens of bytes in memory. So its
@@ -82,6 +84,7 @@ def parse_json(body: bytes, *, max_values: int, max_containers: int | None = Non
         max_values: Max. number of commas, lists and objects.
         max_containers: Max. number of lists and objects. Default: ``max_values``.
         hint: What to send instead, as a sentence.
+        size_hint: What to send instead of too much. Default: ``hint``.
 
     Raises:
         Problem: ``json_too_large``, or ``bad_json`` for invalid JSON or text that cannot be stored.
@@ -93,7 +96,7 @@ def parse_json(body: bytes, *, max_values: int, max_containers: int | None = Non
         (values, max_values, "values"),
     ):
         if count > limit:
-            raise Problem("json_too_large", f"The JSON has {count:,} {name}, the limit is {limit:,}. {hint}")
+            raise Problem("json_too_large", f"The JSON has {count:,} {name}, the limit is {limit:,}. {size_hint or hint}")
     try:
         # Decoded here because json.loads() also guesses UTF-16 and UTF-32, and accepts unpaired surrogates.
         document = json.loads(body.decode("utf-8-sig"))
@@ -118,8 +121,8 @@ def body_incomplete(received: int, length: int) -> Problem:
     return Problem("bad_request", f"The request body is incomplete: {received:,} of {length:,} bytes. Send it again.")
 
 
-def body_malformed(error: str) -> Problem:
-    return Problem("bad_request", f"The request body could not be read ({error}). Send it again.")
+def body_malformed() -> Problem:
+    return Problem("bad_request", "The request body is incomplete, or its chunks are malformed. Send it again.")
 
 
 def _size(length: int, rounded: Any) -> str:

@@ -165,6 +165,8 @@ def _from_json(body: bytes, settings: Settings) -> list[Upload]:
     document = parse_json(body, max_values=OTHER_VALUES + settings.max_images * VALUES_PER_IMAGE, hint=JSON_HINT)
     if not isinstance(document, dict):
         raise Problem("bad_json", f"The JSON is not an object. {JSON_HINT}")
+    if "image" in document and "instances" in document:
+        raise Problem("bad_json", f"The JSON has both `image` and `instances`. {JSON_HINT}")
     if "image" in document:
         upload = _from_item(document["image"])
         if upload.problem:
@@ -189,12 +191,14 @@ def upload_from_base64(text: Any) -> Upload:
     """Decode base64 in the standard or the URL-safe alphabet, also as a data: URL."""
     if not isinstance(text, str):
         return Upload(None, b"", Problem("bad_json", f"An image in the JSON is not a base64 string. {JSON_HINT}"))
-    if text.startswith("data:"):
+    if text[:5].lower() == "data:":
         text = text.partition(",")[2]
-    text = "".join(text.split())
-    if "-" in text or "_" in text:
-        text = text.translate(BASE64_ALPHABET)
-        text += "=" * (-len(text) % 4)  # URL-safe base64 is usually sent without padding
+    text = "".join(line.strip() for line in text.splitlines()).translate(BASE64_ALPHABET)
+    if " " in text:  # forms decode + to a space, so that removing it would change the data
+        return Upload(
+            None, b"", Problem("bad_base64", "Invalid base64 (it contains spaces). Encode the bytes of the file again.")
+        )
+    text += "=" * (-len(text) % 4)  # URL-safe base64 is usually sent without padding
     try:
         return Upload(None, base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError) as error:

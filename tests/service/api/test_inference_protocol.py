@@ -174,6 +174,7 @@ def infer(server: Server, name: str, body: bytes, **headers: str) -> Reply:
         {"data": None}, {"data": 5}, {"data": [5]}, {"data": [None]}, {"data": [[["eA=="], 5]]}, {"data": ["?"]},
         {"data": {"a": 1}},
         {"parameters": 5}, {"parameters": {"binary_data_size": 1}}, {"parameters": {"binary_data_size": "a"}},
+        {"parameters": {"binary_data_size": 0}},
         {"parameters": {"shared_memory_region": "x"}},
         {"outputs": 5}, {"outputs": [5]}, {"outputs": [{}]}, {"outputs": [{"name": "label"}] * 2},
         {"outputs": [{"name": "label"}, {"name": "probabilities"}, {"name": "label"}]},
@@ -211,6 +212,29 @@ def test_null_members_and_a_batch_dimension_are_accepted(
         reply = infer(server, name, json.dumps({"inputs": [tensor], "outputs": [output]} | members).encode())
         assert reply.status == 200, reply.text
         assert [row["data"] for row in reply.json()["outputs"] if row["name"] == "label"] == [["blue"]]
+
+
+def test_the_former_name_of_the_input_is_accepted(server: Server, name: str, photos: list[bytes]) -> None:
+    tensor = {"name": "photos", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(photos[0]).decode()]}
+    reply = infer(server, name, json.dumps({"inputs": [tensor]}).encode())
+    assert (reply.status, reply.json()["outputs"][1]["data"]) == (200, ["blue"])
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b"", "Invalid JSON (Expecting value: line 1 column 1 (char 0)). Send a request of the Open Inference Protocol, as"),
+        (b"[" * 900_000, "The JSON has 900,000 lists and objects, the limit is "),
+        (
+            b'{"inputs":[{"name":"images","datatype":"BYTES","shape":[1],"data":["eA=="],"parameters":{"binary_data_size":0}}]}',
+            "images has both `data` and binary_data_size. Send one of them.",
+        ),
+    ],
+)
+def test_a_request_of_another_form_is_explained(server: Server, name: str, body: bytes, error: str) -> None:
+    reply = infer(server, name, body)
+    assert reply.status in (400, 413)
+    assert reply.json()["error"].startswith(error)
 
 
 def test_truncated_binary_tensors_are_rejected(server: Server, name: str) -> None:
