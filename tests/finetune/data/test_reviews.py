@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import http.server
+import itertools
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -489,6 +491,22 @@ def test_out_of_fold_predictions_with_reviews(
     assert finetune("evaluate", *flags, "--output-dir", tmp_path / "again", "--reviews", file)[0] == 0
     corrected = open_predictions(tmp_path / "again").predictions()
     assert corrected.classes[corrected.labels[corrected.image_names.index("train/red/blue.jpg")]] == "blue"
+
+
+def test_a_model_at_chance_lists_no_label_errors(tmp_path: Path, tiny_bundle: SimpleNamespace, tiny_weights: Path) -> None:
+    """In this folder every class has the same colors, so that the photos do not tell their class."""
+    from models.artifacts.evaluation import open_predictions
+    from models.artifacts.label_issues import find_label_issues
+
+    classes = open_bundle(tiny_bundle.path).classes
+    for index, (name, color, _) in enumerate(itertools.product(classes, COLORS[:3], range(4))):
+        paint(tmp_path / "data" / "train" / name / f"{index:03d}.jpg", color, seed=500 + index)
+    flags = ("--bundle", tiny_bundle.path, "--data-dir", tmp_path / "data", "--weights", tiny_weights, "--folds", 2)
+    code, message, err = finetune("evaluate", *flags, "--output-dir", tmp_path / "folds")
+    assert (code, err) == (0, "")
+    assert "Possible label errors: unknown. The accuracy is not significantly better than chance." in message
+    assert "looks like" not in message
+    assert not find_label_issues(open_predictions(tmp_path / "folds").predictions()).any()
 
 
 def test_duplicates_are_in_the_same_fold(data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import re
@@ -9,17 +10,22 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
 from flask import Flask
 
 from models.artifacts.bundle import MANIFEST, Bundle, open_bundle, write_bundle
 from service.context import EXTENSION
 from service.db.aggregates import FacetCounts
+from service.db.connection import Database
 from service.db.filter import UNLABELED
+from service.db.ingest import get_or_create_model
+from service.db.production import ServedPrediction, save_predictions
 from service.gallery.commands import retrain_command, serve_both_command
 from service.settings import Settings
 from tests.helpers.server import Server, poll, serve
@@ -34,6 +40,7 @@ class Gallery:
     server: Server
     active: Bundle
     earlier: Bundle
+    database_url: str
 
     def text(self, path: str) -> str:
         answer = self.server.get(path)
@@ -49,7 +56,7 @@ def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFacto
     url = f"sqlite:///{folder / 'reviews.db'}"
     with serve(active.path, evaluations=earlier.path, database_url=url) as server:
         poll(lambda: server.get("/gallery").status == 200)
-        yield Gallery(server, active, earlier)
+        yield Gallery(server, active, earlier, url)
 
 
 def copy_bundle(bundle: Bundle, path: Path, *, name: str, year: int = 0, shuffle: bool = False) -> Bundle:
@@ -132,6 +139,33 @@ def test_a_queue_shows_its_progress_and_leads_to_the_next_unreviewed_photo(galle
             assert following == []
             assert "Review the next mistake" not in words(text)
     assert f"Retrain with {len(photos)} reviews" in words(gallery.text(page))
+
+
+def test_production_photos_of_another_model_have_a_queue_until_they_are_reviewed(
+    gallery: Gallery, tiny_bundle: SimpleNamespace
+) -> None:
+    data = [path.read_bytes() for path in sorted(tiny_bundle.photos.rglob("*.jpg"))[:2]]
+    database = Database(gallery.database_url)
+    with database.write() as connection:
+        earlier, classes = gallery.earlier, gallery.earlier.classes
+        model = get_or_create_model(connection, version=earlier.version, name=earlier.name, classes=classes)
+        odds = np.array([0.2, 0.7, 0.1], np.float32)
+        served = [ServedPrediction(item, hashlib.sha256(item).hexdigest(), odds, datetime.now(timezone.utc)) for item in data]
+        save_predictions(connection, model, classes, served)
+    database.close()
+    title = f"Production photos predicted by {earlier.name} ({earlier.version})"
+    for reviewed in range(len(data)):
+        section = queue(gallery.text("/gallery"), title)
+        assert f"{title} {len(data)} photos" in words(section)
+        assert (f"{reviewed} of {len(data)} reviewed." in words(section)) == (reviewed > 0)
+        address = html.unescape(re.findall(r'<li><a class="thumb [^"]*" href="([^"]*)"', section)[0])
+        query = parse_qs(urlsplit(address).query)
+        assert (query["model"], query["source"]) == ([earlier.version], ["production"])
+        body = {"photo": query["photo"][0], "sha256": query["sha256"][0], "model": earlier.version, "decision": "neither"}
+        saved = gallery.server.post(json.dumps(body).encode(), "application/json", path="/gallery/review")
+        assert saved.status == 200
+    assert title not in html.unescape(gallery.text("/gallery"))
+    assert "Production photos" in words(gallery.text(f"/gallery?model={earlier.version}"))
 
 
 @pytest.mark.parametrize(
