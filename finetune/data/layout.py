@@ -173,7 +173,7 @@ def _check_class_name(folder: Path) -> None:
 def _select_splits(folders: Sequence[Path]) -> dict[str, Path]:
     """Select one folder per split: the one with the plainest name if there are several.
 
-    Splits may also be told apart by one word of otherwise equal names, as ``seg_train`` and ``seg_test``.
+    The names of splits may also be equal but for one word, as in ``seg_train`` and ``seg_test``.
     """
     named: dict[str, list[Path]] = defaultdict(list)
     for folder in folders:
