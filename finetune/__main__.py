@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # raises BrokenPipeError here rather than at interpreter exit
         return code
     except UserError as error:
-        print(f"finetune: {escape_controls(str(error))}", file=sys.stderr)
+        print("\n".join(map(escape_controls, f"finetune: {error}".split("\n"))), file=sys.stderr)  # bad rows have a line each
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("finetune", "models"):
