@@ -354,9 +354,9 @@ def _find_labeled(splits: dict[str, Path], search: ImageSearch, *, classes: Sequ
 def _has_folders(folder: Path, search: ImageSearch) -> bool:
     try:
         return bool(ImageSearch().folders(folder))
-    except OSError as error:
+    except OSError as error:  # the reason is reported, and nothing is known of its content
         search.skip(folder, unreadable(error))
-        return False
+        return True
 
 
 def _samples(root: Path, images: _LabeledImages, split: str, classes: Sequence[str]) -> list[Sample]:
