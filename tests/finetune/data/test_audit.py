@@ -145,7 +145,7 @@ def test_classes_of_other_names_in_validation_are_the_reason_why_training_fails(
     message = "classes differ between the splits (only in training: blue, red; only in validation: Red, 'blue ')"
     text = audit_text(data, capsys, code=1)
     assert f"- {message}\n" in text
-    assert f"Training on this folder fails: {data}: {message}. Use the same class folders in every split, or pass" in text
+    assert f"Training on this folder fails: {data}: {message}. Use the same classes in every split, or pass" in text
 
 
 def _copy(source: Path, target: Path) -> None:
