@@ -52,11 +52,13 @@ def has_sequence(data: bytes) -> bool:
 def hide_sequence(data: bytes) -> bytes:
     """Return a HEIF or AVIF file without its sequence of frames, so that decoders take the primary image.
 
-    Positions in the file stay the same: the box of the sequence becomes free space.
+    Positions in the file stay the same: the box of the sequence becomes free space, and brands become those of still images.
     """
     result = bytearray(data)
     for at in _brand_positions(data):
         result[at : at + 4] = SEQUENCE_BRANDS.get(data[at : at + 4], data[at : at + 4])
+    if result[8:12] not in (*AVIF_BRANDS, *HEIF_BRANDS, b"mif1"):  # Pillow's plug-ins look only at the major brand
+        result[8:12] = b"avif" if file_format(data) == "AVIF" else b"heic"
     for kind, start, _ in _top_level(data, lambda number: None):
         if kind == b"moov":
             at = result.rindex(kind, 0, start)

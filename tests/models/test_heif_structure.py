@@ -224,6 +224,12 @@ def test_the_brands_tell_the_format(data: bytes, form: str | None) -> None:
     assert file_format(data) == form
 
 
+@pytest.mark.parametrize(("item", "brand"), [(TILE, b"heic"), (AV1_TILE, b"avif")])
+def test_a_brand_among_the_compatible_ones_is_enough(item: Item, brand: bytes) -> None:
+    data = heif({1: item}, brand=brand)
+    assert decode(data[:8] + b"miaf" + data[12:]).tobytes() == decode(data).tobytes()
+
+
 def test_a_sequence_is_hidden_in_place() -> None:
     data = saved(picture(), "AVIF", save_all=True, append_images=[picture().rotate(90)])
     assert has_sequence(data)
