@@ -17,6 +17,7 @@ from models.artifacts.bundle import name_problem
 from models.errors import ConfigError, did_you_mean
 from models.networks.spec import Recipe
 
+BALANCED, NONE, TRAINING, EQUAL = "balanced", "none", "training", "equal"
 HUB = "hf://"  # begins the name of a data set of the Hugging Face Hub
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "digits")
 
@@ -61,6 +62,18 @@ class Config:
     lr_schedule: str | None = _setting(None, "learning rate schedule", choices=("constant", "cosine"))
     patience: int = _setting(0, "early stopping: epochs without a better validation loss; 0 disables it", low=0)
     min_delta: float = _setting(0.0, "minimum decrease in validation loss that counts as better", low=0)
+    class_weights: str = _setting(
+        NONE,
+        "weight of each class in the loss: balanced (higher for rarer classes), none, or a JSON or CSV file of weights",
+    )
+    sampling: str = _setting(
+        NONE, "photos of an epoch: all once (none), or equally many of each class (balanced)", choices=(BALANCED, NONE)
+    )
+    class_frequencies: str = _setting(
+        TRAINING,
+        "how often the classes occur where the model is used: as among the training photos, or equally often",
+        choices=(TRAINING, EQUAL),
+    )
     unfreeze: tuple[str, ...] = _setting(
         (), "also train these layers, such as features.28 or layer4; disables the feature cache", metavar="LAYER"
     )
@@ -103,6 +116,11 @@ class Config:
             raise ConfigError("--export head omits the pretrained weights, and --weights none has none. Remove one of the two.")
         if self.labels and self.dataset:
             raise ConfigError("--labels and --dataset cannot be combined. Use one of them.")
+        if self.class_weights == self.sampling == BALANCED:
+            raise ConfigError(
+                "--class-weights balanced and --sampling balanced both make the classes equal, and together favor rare ones. "
+                "Use one of them."
+            )
         if self.reviews and self.reviews_from:
             raise ConfigError("--reviews and --reviews-from cannot be combined. Use one of them.")
         if self.name is not None and (problem := name_problem(self.name)):

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from finetune.compute import distributed
 from finetune.compute.device import Compute, select_compute
@@ -23,13 +23,16 @@ from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels, table_columns
 from finetune.data.label_source import locate_data
 from finetune.data.review_source import hide_password, load_reviews
+from finetune.evaluation.cross_validation import Outputs, cross_validate_head
 from finetune.evaluation.ood import OODFit, fit_records
+from finetune.evaluation.trained_head import TrainedHead, describe_balance, train_other_head
 from finetune.export.exporter import PARITY_IMAGES, OODExport, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
 from finetune.io.progress import step
-from finetune.metrics.calibration import apply_temperature, fit_temperature
+from finetune.metrics.calibration import apply_temperature
 from finetune.reports.results import write_results
 from finetune.training import run_directory
+from finetune.training.class_balance import ClassBalance, class_balance, read_class_weights
 from finetune.training.data_loaders import Batches
 from finetune.training.setup import (
     PreparedDataset,
@@ -44,6 +47,7 @@ from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.bundle import MAX_NAME_BYTES, UNSAFE_IN_NAME, Bundle, open_bundle
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
+from models.networks.logit_shift import require_shiftable_logits, shift_logits
 from models.networks.registry import get_spec
 from models.networks.spec import ModelSpec
 
@@ -69,6 +73,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     source = source_folder(config)
     config = resolve_config(with_data_dir(config), spec)
     folder = config.output_dir or default_run_dir(config)
+    distributed.require_same_on_all_ranks("class weights", config.class_weights)
     requested = config
     config = dataclasses.replace(config, reviews_from=config.reviews_from and hide_password(config.reviews_from))
     if finished := distributed.run_on_main(lambda: open_run(folder, config, resume=resume)):
@@ -90,23 +95,38 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     distributed.require_same_on_all_ranks("pretrained weights", network.base.sha256 if network.base else None)
     cache = build_feature_cache(config, network, compute)
     prepared = prepare_dataset(config, dataset, network, cache, reviews=reviews)
+    balance = class_balance(config, prepared.labels("train"), dataset.classes)
+    if balance:
+        require_shiftable_logits(network.classifier, spec)
     if not resume:
         distributed.run_on_main(lambda: run_directory.create_run(folder, config, reviews=reviews.data if reviews else None))
     with run_directory.locked(folder) if distributed.is_main_process() else contextlib.nullcontext(), _resumable(folder):
         batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
-        progress = fit_head(config, folder, network, compute, batches, inputs=hash_inputs(prepared, network))
+        initial = network.trainable_state() if cache else {}
+        inputs = hash_inputs(prepared, network)
+        progress = fit_head(config, folder, network, compute, batches, balance=balance, inputs=inputs)
         with step("Predicting the validation photos with the best epoch"):
-            outputs = predict_split(network, batches["valid"], compute)
+            outputs, embeddings = predict_split(network, batches["valid"], compute)
         with step("Computing the embeddings of the training photos"):
-            embeddings = {"train": predict_split(network, batches["train"], compute)[2]}
+            other_embeddings = {"train": predict_split(network, batches["train"], compute)[1]}
             if prepared.neither:
                 neither = make_batches(config, network, cache, prepared, "neither")
-                embeddings["neither"] = predict_split(network, neither, compute)[2]
+                other_embeddings["neither"] = predict_split(network, neither, compute)[1]
                 del neither
+        held_out, other = None, None
+        if cache and balance:
+            with network.untrained(initial):
+                held_out = cross_validate_head(config, network, cache, prepared, epochs=progress.best_epoch, compute=compute)
+        if cache and prepared.audit_report.is_imbalanced:
+            with network.untrained(initial):
+                other = train_other_head(config, network, compute, batches, cache, prepared)
+        head = TrainedHead(outputs, balance, held_out)
         batches.clear()  # the export needs their memory
         network.extractor.release()
         return distributed.run_on_main(
-            lambda: write_outputs(config, folder, network, compute, outputs, embeddings, prepared, progress)
+            lambda: write_outputs(
+                config, folder, network, compute, head, embeddings, other_embeddings, prepared, progress, other=other
+            )
         )
 
 
@@ -127,14 +147,16 @@ def open_run(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
 def resolve_config(config: Config, spec: ModelSpec) -> Config:
     """Fill unset settings from the network's recipe, and train from random weights if it has no pretrained ones.
 
+    The contents of a file of class weights replace its name.
+
     Raises:
-        ConfigError: ``--export head`` for a network without pretrained weights.
+        ConfigError: ``--export head`` for a network without pretrained weights, or the file of class weights is invalid.
     """
     if spec.weights is None and config.weights is None:
         if config.export == "head":
             raise ConfigError(f"--export head omits the pretrained weights, but {spec.title} has none. Remove --export.")
         config = dataclasses.replace(config, weights="none")
-    return config.with_recipe(spec.recipe)
+    return dataclasses.replace(config.with_recipe(spec.recipe), class_weights=read_class_weights(config.class_weights))
 
 
 def default_run_dir(config: Config) -> Path:
@@ -153,7 +175,14 @@ def _shorten(text: str, max_bytes: int) -> str:
 
 
 def fit_head(
-    config: Config, folder: Path, network: TrainingNetwork, compute: Compute, batches: Mapping[str, Batches], *, inputs: str
+    config: Config,
+    folder: Path,
+    network: TrainingNetwork,
+    compute: Compute,
+    batches: Mapping[str, Batches],
+    *,
+    balance: ClassBalance | None = None,
+    inputs: str,
 ) -> Progress:
     """Train the layers after the split point, resuming from the run's checkpoint, and save one after each epoch."""
     saved = distributed.run_on_main(lambda: run_directory.load_checkpoint(folder, inputs=inputs))
@@ -172,8 +201,9 @@ def fit_head(
             batches["valid"],
             config,
             compute=compute,
-            head=[f"net.{head}.{tensor}" for head in network.spec.heads for tensor in ("weight", "bias")],
+            head=network.head_names,
             aux_weight=network.classifier.aux_weight,
+            balance=balance,
             progress=saved,
             on_epoch=on_epoch,
         )
@@ -206,15 +236,16 @@ class EventWriter:
             self._writer.flush()
 
 
-def predict_split(network: TrainingNetwork, batches: Batches, compute: Compute) -> tuple[Tensor, Tensor, Embeddings]:
+def predict_split(network: TrainingNetwork, batches: Batches, compute: Compute) -> tuple[Outputs, Embeddings]:
     """Predict the images of a split with the trained network.
 
     Returns:
-        Log-probabilities (N, classes), labels (N,) and embeddings (N, d).
+        The outputs, and embeddings (N, d).
     """
     with capture_embeddings(network.classifier, network.spec) as captured:
         log_probs, labels = predict(network.split_model.trainable, batches, compute=compute)
-    return log_probs, labels, np.concatenate([rows for own in distributed.all_gather(captured) for rows in own])
+    embeddings = np.concatenate([rows for own in distributed.all_gather(captured) for rows in own])
+    return Outputs(log_probs.double().numpy(), labels.numpy()), embeddings
 
 
 def write_outputs(
@@ -222,21 +253,33 @@ def write_outputs(
     folder: Path,
     network: TrainingNetwork,
     compute: Compute,
-    outputs: tuple[Tensor, Tensor, Embeddings],
+    head: TrainedHead,
+    embeddings: Embeddings,
     other_embeddings: Mapping[str, Embeddings],
     prepared: PreparedDataset,
     progress: Progress,
+    *,
+    other: TrainedHead | None = None,
 ) -> Bundle:
     """Calibrate, evaluate and export the trained network.
 
-    ``outputs`` are those of ``predict_split`` for validation. ``other_embeddings`` are those of the training images (train),
-    and of images of none of the classes (neither) if there are any.
+    Args:
+        config: The settings of the run.
+        folder: The run directory.
+        network: The trained network.
+        compute: Device and precision.
+        head: The network's outputs for the validation images.
+        embeddings: Their embeddings, (N, d).
+        other_embeddings: Those of the training images (train), and of images of none of the classes (neither) if there are any.
+        prepared: The data set.
+        progress: The state after the last epoch.
+        other: The outputs of the head that was trained for comparison, if any.
     """
     atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
-    log_probs, labels, embeddings = outputs
     valid_records = prepared.splits["valid"]
-    raw = log_probs.double().numpy()
-    temperature = fit_temperature(raw, labels.numpy())
+    raw, temperature = head.scores, head.temperature
+    if head.balance:
+        shift_logits(network.classifier.net, network.spec.heads, torch.from_numpy(head.bias_shift))
     with step("Fitting the score of photos that are unlike the training photos"):
         ood = fit_records(
             prepared.splits["train"],
@@ -250,7 +293,7 @@ def write_outputs(
     predictions = Predictions(
         classes=prepared.dataset.classes,
         image_names=tuple(s.sample.name for s in valid_records),
-        labels=labels.numpy(),
+        labels=head.outputs.labels,
         probabilities=apply_temperature(raw, temperature),
         splits=tuple(s.sample.split for s in valid_records),
         sha256s=tuple(s.sha256 for s in valid_records),
@@ -291,6 +334,7 @@ def write_outputs(
             records=[*prepared.splits["train"], *valid_records],
             labels=prepared.dataset.labels,
             reviews=prepared.reviews.as_dict() if prepared.reviews else None,
+            class_balance=describe_balance(head, other, prepared.dataset.classes),
         ),
         trained_tensors={name: state[name] for name in network.trainable_names},
         evaluation_dir=folder,

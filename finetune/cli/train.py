@@ -51,6 +51,7 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
     provenance, folder = bundle.manifest["provenance"], bundle.path.parent
     print(f"\nBest epoch: {provenance['best_epoch']} of {provenance['epochs']}. Validation results:")
     print(format_results(bundle.manifest["metrics"]))
+    _print_head_comparison(bundle)
     if ood := bundle.manifest.get("ood"):
         print(OODLimit.from_dict(ood["limit"]).text())
     if provenance["dataset"]["reviews"]:
@@ -68,6 +69,22 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
     print("\nNext:")
     for command in next_commands(bundle, config.data_dir, config.labels):
         print(f"  {command}")
+
+
+def _print_head_comparison(bundle: Bundle) -> None:
+    """Print the recalls of the plain and the balanced head, if the classes are unequal."""
+    from finetune.metrics.head_comparison import format_head_comparison
+
+    balance = bundle.manifest.get("class_balance")
+    if not balance or not balance["comparison"]:
+        return
+    print("\nThe classes are unequal. Recall of the plain and of the balanced head:")
+    print("\n".join(format_head_comparison(balance["comparison"])))
+    if balance["weights"]:
+        print("The bundle contains the balanced head. Train without the options for unequal classes for the plain one.\n")
+    else:
+        options = "--class-weights balanced --class-frequencies equal"
+        print(f"The bundle contains the plain head. For the balanced one, add {options}.\n")
 
 
 def training_time(bundle: Bundle) -> str:

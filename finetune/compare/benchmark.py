@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from finetune.batch_inference.predict import classify
 from finetune.metrics.bootstrap import bootstrap_mean_interval
+from finetune.metrics.classification import balanced_accuracy, macro_f1
 from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
-from models.artifacts.predictions import Predictions, cross_entropy
+from models.artifacts.predictions import Predictions, confusion_counts, cross_entropy
 from models.artifacts.statistics import wilson_interval
 from models.networks.flops import build_on_meta, count_parameters
 from models.networks.head_replacement import replace_heads
@@ -34,6 +35,8 @@ class BenchmarkResult:
     pretrained: bool
     precision: str
     accuracy: Interval
+    balanced_accuracy: Interval
+    macro_f1: Interval
     log_loss: Interval
     ms_per_image: float
     graph_mb: float
@@ -72,13 +75,17 @@ def benchmark(
     for name, bundle in bundles.items():
         predictions = classify(bundle, paths, precision=precisions[name], workers=workers)
         probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None]).astype(np.float64)
-        correct = np.asarray(probabilities.argmax(axis=1) == labels)
+        predicted = probabilities.argmax(axis=1)
+        correct = np.asarray(predicted == labels)
+        counts = confusion_counts(labels, predicted, len(bundle.classes))
         rows.append(
             BenchmarkResult(
                 backbone=name,
                 pretrained=bundle.manifest["base"] is not None,
                 precision=precisions[name],
                 accuracy=wilson_interval(int(correct.sum()), len(labels)),
+                balanced_accuracy=balanced_accuracy(counts),
+                macro_f1=macro_f1(counts, seed=0, resamples=1000),
                 log_loss=bootstrap_mean_interval(cross_entropy(labels, probabilities), seed=0, resamples=1000),
                 ms_per_image=times[name],
                 graph_mb=(bundle.path / GRAPH).stat().st_size / 1e6,

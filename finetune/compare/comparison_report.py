@@ -22,6 +22,8 @@ from models.artifacts.atomic_io import atomic_write_text
 COLUMNS = (
     "network",
     "accuracy (95% interval)",
+    "balanced accuracy",
+    "macro F1",
     "log loss",
     "ms per image",
     "precision",
@@ -143,6 +145,8 @@ def _cells(row: BenchmarkResult) -> list[str]:
     return [
         row.backbone + ("" if row.pretrained else " *"),
         f"{value:.2f}% ({low:.1f} to {high:.1f}%)",
+        "{:.2f}% ({:.1f} to {:.1f}%)".format(*(100 * row.balanced_accuracy[end] for end in ("value", "low", "high"))),
+        "{value:.3f} ({low:.3f} to {high:.3f})".format(**row.macro_f1),
         f"{row.log_loss['value']:.3f} ({row.log_loss['low']:.3f} to {row.log_loss['high']:.3f})",
         f"{row.ms_per_image:.2f}",
         row.precision,
@@ -160,8 +164,11 @@ def _csv(rows: Sequence[BenchmarkResult]) -> str:
             "network": row.backbone,
             "pretrained": row.pretrained,
             "precision": row.precision,
-            **{f"accuracy_{end}": row.accuracy[end] for end in ("value", "low", "high")},
-            **{f"log_loss_{end}": row.log_loss[end] for end in ("value", "low", "high")},
+            **{
+                f"{name}_{end}": getattr(row, name)[end]
+                for name in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")
+                for end in ("value", "low", "high")
+            },
             **{key: getattr(row, key) for key in ("ms_per_image", "graph_mb", "parameters", "training_s", "epochs")},
         }
         for row in rows

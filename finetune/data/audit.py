@@ -105,9 +105,16 @@ class AuditReport:
         found += self._describe_skipped(harmless=False)
         if self.empty_classes:
             found.append(f"{_count(self.empty_classes, 'class folder')} without readable photos")
-        if self.imbalance > MAX_IMBALANCE:
-            found.append(f"the largest class has {self.imbalance:.1f} times as many photos as the smallest")
+        if self.is_imbalanced:
+            found.append(
+                f"the largest class has {self.imbalance:.1f} times as many photos as the smallest; to find more photos of the "
+                "small ones, add --class-weights balanced --class-frequencies equal"
+            )
         return found
+
+    @property
+    def is_imbalanced(self) -> bool:
+        return self.imbalance > MAX_IMBALANCE
 
     @property
     def refusal(self) -> str | None:

@@ -9,7 +9,8 @@ cache, so the cost is that of training a few heads.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
 from finetune import config as settings
+from finetune.compute import distributed
 from finetune.compute.device import Compute, select_compute
-from finetune.config import Config
+from finetune.config import BALANCED, Config
 from finetune.data.apply_reviews import ReviewTable
 from finetune.data.duplicates import find_linked
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
@@ -29,12 +31,14 @@ from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord, table_columns
 from finetune.data.layout import class_name
 from finetune.evaluation.evaluate import Evaluation, default_output_dir
+from finetune.features.cache import FeatureCache
 from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.calibration import apply_temperature
 from finetune.metrics.ood import out_of_fold_scores
 from finetune.reports.results import write_results
+from finetune.training.class_balance import ClassBalance, class_balance
 from finetune.training.data_loaders import CachedBatches
-from finetune.training.setup import TrainingNetwork, build_feature_cache, prepare_dataset, prepare_network
+from finetune.training.setup import PreparedDataset, TrainingNetwork, build_feature_cache, prepare_dataset, prepare_network
 from finetune.training.trainer import BAR_FORMAT, learning_rate, make_optimizer, predict, train_one_epoch
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
@@ -43,6 +47,15 @@ from models.errors import BundleError, DataError, list_names
 from models.networks.registry import get_spec
 
 SPLIT = "train and valid"
+FOLDS = 5  # of the cross-validation that is part of a training run
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """Log-probabilities (N, classes) of images that a head was not trained on, and their labels (N,)."""
+
+    log_probs: NDArray[np.float64]
+    labels: NDArray[np.int64]
 
 
 def cross_validate(
@@ -96,12 +109,22 @@ def cross_validate(
     labels = np.array([s.sample.label for s in records], dtype=np.int64)
     fold_of = assign_folds(records, labels, folds=folds, classes=bundle.classes, seed=config.seed)
     epochs = int(bundle.manifest["provenance"]["best_epoch"])
-    raw, embeddings = predict_out_of_fold(network, features, labels, fold_of, config, epochs=epochs, compute=compute)
+    temperature = float(bundle.manifest["temperature"])
+    raw, embeddings = predict_out_of_fold(
+        network,
+        features,
+        labels,
+        fold_of,
+        config,
+        classes=bundle.classes,
+        epochs=epochs,
+        correction=temperature * ((bundle.manifest.get("class_balance") or {}).get("correction") or 0.0),
+        compute=compute,
+    )
     ood_scores = None
     if bundle.has_ood_score:
         every = np.ones(len(labels), np.bool_)
         ood_scores = out_of_fold_scores(embeddings, labels, fold_of, is_training=every, seed=config.seed)
-    temperature = float(bundle.manifest["temperature"])
     predictions = Predictions(
         classes=bundle.classes,
         image_names=tuple(s.sample.name for s in records),
@@ -211,18 +234,31 @@ def predict_out_of_fold(
     fold_of: NDArray[np.int64],
     config: Config,
     *,
+    classes: Sequence[str],
     epochs: int,
+    correction: float = 0.0,
     compute: Compute,
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Train a head per fold on the other folds and predict the images of its fold.
 
+    Args:
+        network: The network. Its trainable layers end in the state of the last fold.
+        features: Cached features, (N, ...).
+        labels: True classes, (N,).
+        fold_of: The fold of each image, (N,).
+        config: The settings of training.
+        classes: The class names.
+        epochs: Number of epochs.
+        correction: How much of the class weights to correct, as a factor of ``ClassBalance.logit_shift``.
+        compute: Device and precision.
+
     Returns:
-        Log-probabilities (N, classes) and embeddings (N, d), in the order of ``features``.
+        Log-probabilities up to a constant per image (N, classes), and embeddings (N, d), in the order of ``features``.
     """
     module = network.split_model.trainable
     names = [f"net.{name}" for name in network.trainable_names]
     initial = {name: tensor.detach().clone() for name, tensor in module.state_dict().items() if name in names}
-    log_probs = np.zeros((len(labels), int(labels.max()) + 1))
+    log_probs = np.zeros((len(labels), len(classes)))
     embeddings: list[NDArray[np.float32]] = []
     order: list[int] = []
     folds = int(fold_of.max()) + 1
@@ -230,23 +266,71 @@ def predict_out_of_fold(
         held_out, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
         module.load_state_dict(initial, strict=False)
         train = _batches(features, labels, others, config)
-        fit_fold(network, train, config, epochs=epochs, compute=compute, label=f"fold {fold + 1} of {folds}")
+        balance = class_balance(config, labels[others].tolist(), classes)
+        title = f"fold {fold + 1} of {folds}"
+        fit_fold(network, train, config, balance=balance, epochs=epochs, compute=compute, label=title)
         with capture_embeddings(network.classifier, network.spec) as captured:
             fold_log_probs, _ = predict(module, _batches(features, labels, held_out, config), compute=compute)
-        log_probs[held_out] = fold_log_probs.double().numpy()
-        embeddings += captured
+        shift = correction * balance.logit_shift if balance else 0.0
+        log_probs[held_out] = fold_log_probs.double().numpy() + shift
+        embeddings += [rows for own in distributed.all_gather(captured) for rows in own]
         order += held_out.tolist()
     return log_probs, np.concatenate(embeddings)[np.argsort(order)]
 
 
+def cross_validate_head(
+    config: Config,
+    network: TrainingNetwork,
+    cache: FeatureCache,
+    prepared: PreparedDataset,
+    *,
+    epochs: int,
+    compute: Compute,
+) -> Outputs | None:
+    """Predict the training and validation images of a run out of fold, without a correction of class weights.
+
+    Args:
+        config: The settings of the run.
+        network: The network with its initial weights.
+        cache: The cached features.
+        prepared: The data set.
+        epochs: Number of epochs of each head.
+        compute: Device and precision.
+
+    Returns:
+        The outputs, or None if there are too few images or groups.
+    """
+    records = [*prepared.splits["train"], *prepared.splits["valid"]]
+    labels = np.array([s.sample.label for s in records], dtype=np.int64)
+    classes = prepared.dataset.classes
+    folds = min(FOLDS, int(np.bincount(labels, minlength=len(classes)).min()))
+    if folds < 2:
+        return None
+    try:
+        fold_of = assign_folds(records, labels, folds=folds, classes=classes, seed=config.seed)
+    except DataError:
+        return None
+    features = cache.features(records, network.spec.preprocessing, label="features")
+    log_probs, _ = predict_out_of_fold(
+        network, features, labels, fold_of, config, classes=classes, epochs=epochs, compute=compute
+    )
+    return Outputs(log_probs, labels)
+
+
 def fit_fold(
-    network: TrainingNetwork, train: CachedBatches, config: Config, *, epochs: int, compute: Compute, label: str
+    network: TrainingNetwork,
+    train: CachedBatches,
+    config: Config,
+    *,
+    balance: ClassBalance | None,
+    epochs: int,
+    compute: Compute,
+    label: str,
 ) -> None:
     """Train the layers after the split point for ``epochs`` of the recipe's schedule, without validation in between."""
     module = network.split_model.trainable
     module.to(compute.device)
-    heads = [f"net.{head}.{tensor}" for head in network.spec.heads for tensor in ("weight", "bias")]
-    optimizer = make_optimizer(module, config, head=heads)
+    optimizer = make_optimizer(module, config, head=network.head_names)
     with tqdm(total=epochs * len(train), desc=label, bar_format=BAR_FORMAT, disable=None, leave=False) as bar:
         if bar.disable:
             print(f"Training {label} ...")
@@ -254,9 +338,12 @@ def fit_fold(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, epoch) * group["scale"]
             torch.manual_seed(config.seed * 1_000_003 + epoch)
-            train_one_epoch(module, train, optimizer, epoch, compute=compute, bar=bar)
+            train_one_epoch(module, train, optimizer, epoch, compute=compute, balance=balance, bar=bar)
 
 
 def _batches(features: NDArray[np.float32], labels: NDArray[np.int64], rows: NDArray[np.intp], config: Config) -> CachedBatches:
     assert config.batch_size is not None
-    return CachedBatches(features[rows], labels[rows].tolist(), batch_size=config.batch_size, seed=config.seed)
+    balanced = config.sampling == BALANCED
+    return CachedBatches(
+        features[rows], labels[rows].tolist(), batch_size=config.batch_size, seed=config.seed, balanced=balanced
+    )

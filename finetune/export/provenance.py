@@ -40,6 +40,7 @@ def training_manifest(
     records: Sequence[ImageRecord],
     labels: LabelTable | None = None,
     reviews: Mapping[str, Any] | None = None,
+    class_balance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the training entries of the manifest."""
     return {
@@ -52,6 +53,7 @@ def training_manifest(
         "permute_pixels": config.permute_pixels,
         "base": base_manifest(spec, base),
         "metrics": dict(metrics),
+        "class_balance": None if class_balance is None else dict(class_balance),
         "provenance": {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "config": {key: value for key, value in config.as_dict().items() if key not in PRIVATE_SETTINGS},

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from scipy.special import logsumexp, softmax
 
 from finetune.metrics.bootstrap import QUANTILES_95, bootstrap_means, resample_batches
@@ -31,11 +31,7 @@ def fit_temperature(log_probs: NDArray[np.floating[Any]], labels: NDArray[np.int
     Raises:
         ValueError: The shapes do not match, a label is out of range, or a value is not finite.
     """
-    scores = _check_scores(log_probs)
-    if labels.shape != (len(scores),):
-        raise ValueError(f"Expected log-probabilities (N, C) and labels (N,), got shapes {scores.shape} and {labels.shape}.")
-    if len(labels) and not (labels.min() >= 0 and labels.max() < scores.shape[1]):
-        raise ValueError(f"Labels range from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} classes.")
+    scores = _check_labeled_scores(log_probs, labels)
     true = scores[np.arange(len(labels)), labels]
 
     def cost(log_temperature: float) -> float:
@@ -46,6 +42,45 @@ def fit_temperature(log_probs: NDArray[np.floating[Any]], labels: NDArray[np.int
     lowest = 1.0 if (scores.argmax(axis=1) == labels).all() else MIN_TEMPERATURE
     best = minimize_scalar(cost, bounds=(math.log(lowest), math.log(MAX_TEMPERATURE)), method="bounded")
     return float(math.exp(best.x))
+
+
+def fit_balanced_temperature(
+    log_probs: NDArray[np.floating[Any]],
+    labels: NDArray[np.int64],
+    *,
+    shift: NDArray[np.float64],
+    frequencies: NDArray[np.float64],
+) -> tuple[float, float]:
+    """Fit the temperature T and the fraction f from 0 to 1 with which softmax(log_probs / T + f * shift) fits ``labels`` best.
+
+    This is temperature scaling with a bias (Alexandari et al. 2020, https://arxiv.org/abs/1901.06852) whose direction is known:
+    a head that fits its weighted training images perfectly needs the complete ``shift``, and one that was stopped earlier has
+    adopted only a part of it. T has the bounds and the prior of ``fit_temperature``.
+
+    Args:
+        log_probs: Log-softmax outputs of a head trained with class weights, for images unseen in training, (N, C).
+        labels: Class indices, (N,).
+        shift: The negative logarithms of the class weights, (C,).
+        frequencies: The class frequencies to calibrate for, (C,). Images of a class that is rarer here count more.
+
+    Returns:
+        T and f.
+    """
+    scores = _check_labeled_scores(log_probs, labels)
+    rows = np.arange(len(labels))
+    weights = frequencies[labels] / np.bincount(labels, minlength=len(frequencies))[labels]
+    weights = weights * len(labels) / weights.sum()
+
+    def cost(params: NDArray[np.float64]) -> float:
+        log_temperature, fraction = params
+        logits = scores / math.exp(log_temperature) + fraction * shift
+        return float(weights @ (logsumexp(logits, axis=1) - logits[rows, labels]) + 0.5 * log_temperature**2)
+
+    is_separated = any(((scores + fraction * shift).argmax(axis=1) == labels).all() for fraction in (0.0, 1.0))
+    lowest = math.log(1.0 if is_separated else MIN_TEMPERATURE)
+    bounds = [(lowest, math.log(MAX_TEMPERATURE)), (0.0, 1.0)]
+    best = minimize(cost, x0=[max(lowest, 0.0), 0.5], bounds=bounds, method="L-BFGS-B")
+    return float(math.exp(best.x[0])), float(best.x[1])
 
 
 def apply_temperature(log_probs: NDArray[np.floating[Any]], temperature: float) -> NDArray[np.float64]:
@@ -59,6 +94,15 @@ def apply_temperature(log_probs: NDArray[np.floating[Any]], temperature: float) 
     if not (temperature > 0.0 and math.isfinite(temperature)):
         raise ValueError(f"The temperature must be a positive number (got {temperature}).")
     return np.asarray(softmax(_check_scores(log_probs) / temperature, axis=1), dtype=np.float64)
+
+
+def _check_labeled_scores(log_probs: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    scores = _check_scores(log_probs)
+    if labels.shape != (len(scores),):
+        raise ValueError(f"Expected log-probabilities (N, C) and labels (N,), got shapes {scores.shape} and {labels.shape}.")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < scores.shape[1]):
+        raise ValueError(f"Labels range from {labels.min()} to {labels.max()}, but there are {scores.shape[1]} classes.")
+    return scores
 
 
 def _check_scores(log_probs: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

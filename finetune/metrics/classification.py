@@ -13,9 +13,11 @@ from sklearn.metrics import roc_auc_score
 from finetune.metrics.bootstrap import QUANTILES_95, bootstrap_mean_interval, resample_batches
 from finetune.metrics.calibration import BINS, calibration_error
 from models.artifacts.predictions import check_probabilities, confusion_counts, cross_entropy
-from models.artifacts.statistics import confidence_interval, wilson_interval
+from models.artifacts.statistics import confidence_interval, mean_of_proportions, wilson_interval
 
 MANY_CLASSES = 10
+TOP = 5
+MIN_CLASSES_FOR_TOP = 10  # with fewer, a random order is often right
 WEAKEST_SHOWN = 5
 
 
@@ -55,9 +57,14 @@ def compute_metrics(
         "classes": list(classes),
         "support": {name: int(n) for name, n in zip(classes, counts.sum(axis=1), strict=True)},
         "accuracy": wilson_interval(int(counts.trace()), len(labels)),
+        "balanced_accuracy": balanced_accuracy(counts),
+        "macro_f1": macro_f1(counts, seed=seed, resamples=resamples),
+        **({"top_5_accuracy": _top_accuracy(labels, probabilities)} if len(classes) >= MIN_CLASSES_FOR_TOP else {}),
         **_by_probability(labels, probabilities, seed=seed, resamples=resamples),
         "roc_auc": _roc_auc(labels, probabilities, classes, notes, seed=seed, resamples=resamples),
     }
+    if metrics["macro_f1"]["low"] == 1.0:
+        notes.append("Macro F1 is 1.0 in every bootstrap sample, so its interval is not informative.")
     if uncalibrated is not None:
         check_probabilities(labels, uncalibrated, len(classes))
         before = _by_probability(labels, uncalibrated, seed=seed, resamples=resamples)
@@ -65,7 +72,50 @@ def compute_metrics(
     metrics["precision"] = _per_class(counts, 0, classes, notes, "precision", "was never predicted")
     metrics["recall"] = _per_class(counts, 1, classes, notes, "recall", "has no photos")
     metrics |= {"confusion_matrix": counts.tolist(), "notes": notes, "methods": _methods(seed, resamples)}
+    if "top_5_accuracy" not in metrics:
+        del metrics["methods"]["top_5_accuracy"]
     return metrics
+
+
+def balanced_accuracy(counts: NDArray[np.int64]) -> dict[str, float]:
+    """Compute the mean recall of the classes that have images, with a 95% interval, from the confusion matrix (C, C)."""
+    rows = [(int(correct), int(total)) for correct, total in zip(counts.diagonal(), counts.sum(axis=1), strict=True) if total]
+    return mean_of_proportions(rows)
+
+
+def macro_f1(counts: NDArray[np.int64], *, seed: int, resamples: int) -> dict[str, float]:
+    """Compute the mean F1 score of the classes that are a label or a prediction of some image.
+
+    The interval is that of the percentile bootstrap, stratified by class. As F1 depends on the confusion matrix only, each row
+    of the matrix is resampled instead of its images.
+
+    Args:
+        counts: The confusion matrix, (C, C).
+        seed: Seed of the bootstrap.
+        resamples: Number of resamples.
+    """
+    support, predicted = counts.sum(axis=1), counts.sum(axis=0)
+    occurs = (support + predicted) > 0
+    value = float(np.mean(2 * counts.diagonal()[occurs] / (support + predicted)[occurs]))
+    rng = np.random.default_rng(seed)
+    true_positives = np.zeros((resamples, len(counts)))
+    predictions = np.zeros((resamples, len(counts)))
+    for label in np.flatnonzero(support):
+        columns = np.flatnonzero(counts[label])
+        drawn = rng.multinomial(support[label], counts[label, columns] / support[label], size=resamples)
+        predictions[:, columns] += drawn
+        true_positives[:, label] = drawn[:, columns == label].sum(axis=1)
+    scores = 2 * true_positives[:, occurs] / np.maximum(support + predictions, 1)[:, occurs]
+    low, high = np.quantile(scores.mean(axis=1), QUANTILES_95)
+    return confidence_interval(value, low, high)
+
+
+def _top_accuracy(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> dict[str, float]:
+    """Count the images whose class is among the 5 most probable ones. Of equal probabilities the first class is higher."""
+    own = probabilities[np.arange(len(labels)), labels][:, None]
+    earlier = np.arange(probabilities.shape[1]) < labels[:, None]
+    higher = (probabilities > own) | ((probabilities == own) & earlier)
+    return wilson_interval(int((higher.sum(axis=1) < TOP).sum()), len(labels))
 
 
 def _by_probability(
@@ -171,6 +221,17 @@ def _methods(seed: int, resamples: int) -> dict[str, str]:
     bootstrap = f"{resamples} resamples of the photos, seed {seed}"
     return {
         "accuracy": "Fraction of photos whose most probable class is the true class. 95% Wilson score interval.",
+        "balanced_accuracy": (
+            "Mean recall of the classes. 95% interval from the Wilson score intervals of the recalls (method of variance "
+            "estimates recovery)."
+        ),
+        "macro_f1": (
+            "Mean over the classes of 2 * precision * recall / (precision + recall). "
+            f"95% percentile bootstrap, {bootstrap}, stratified by class."
+        ),
+        "top_5_accuracy": (
+            "Fraction of photos whose true class is among the five most probable ones. 95% Wilson score interval."
+        ),
         "precision": "Fraction of photos predicted as the class that truly belong to it. 95% Wilson score interval.",
         "recall": "Fraction of photos of the class that are predicted as it. 95% Wilson score interval.",
         "log_loss": f"Mean of -ln p(true class), with p at least 1e-12. 95% percentile bootstrap, {bootstrap}.",
@@ -199,6 +260,7 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
 
     lines = [
         f"accuracy           {_percent(metrics['accuracy'], 2)}, {correct:,} of {metrics['photos']:,} photos correct",
+        *(f"{title:<17}  {text(metrics[name])}" for name, (title, text) in NEWER_METRICS.items() if name in metrics),
         f"log loss           {calibrated('log_loss', _decimal)}",
         f"ROC AUC            {_decimal(metrics['roc_auc'])}",
         f"calibration error  {calibrated('calibration_error', partial(_percent, digits=2))}",
@@ -234,3 +296,10 @@ def _decimal(measure: Mapping[str, float] | None) -> str:
     if measure is None:
         return "not defined"
     return f"{measure['value']:.4f} ({measure['low']:.4f} to {measure['high']:.4f})"
+
+
+NEWER_METRICS: dict[str, tuple[str, Callable[[Any], str]]] = {  # which bundles of earlier versions do not have
+    "balanced_accuracy": ("balanced accuracy", partial(_percent, digits=2)),
+    "macro_f1": ("macro F1", _decimal),
+    "top_5_accuracy": ("top-5 accuracy", partial(_percent, digits=2)),
+}

@@ -7,12 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.metrics.head_comparison import format_head_comparison
 from finetune.metrics.ood import OODLimit
 from finetune.metrics.slices import format_p
 from models.artifacts.atomic_io import atomic_write_text
 from models.runtime.precision import describe_bf16, is_bf16_acceptable
 
-TITLES = {"accuracy": "accuracy", "log_loss": "log loss", "roc_auc": "ROC AUC", "calibration_error": "calibration error"}
+TITLES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "top_5_accuracy": "top-5 accuracy",
+    "log_loss": "log loss",
+    "roc_auc": "ROC AUC",
+    "calibration_error": "calibration error",
+}
 MAX_LISTED_CLASSES = 30
 MAX_LISTED_SLICES = 20
 
@@ -45,6 +54,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         f"Epochs: {provenance['epochs']}. Batch size: {config['batch_size']}."
         f" {_optimizer(config)} with learning rate {config['lr']:g} ({config['lr_schedule']}), weight decay"
         f" {config['weight_decay']:g}; NLLLoss on log-probabilities; seed {config['seed']}; {provenance['compute']}.\n",
+        *_class_balance(manifest),
         "## Files\n",
         _contents(manifest),
     ]
@@ -120,6 +130,33 @@ def _escaped(name: str) -> str:
     return re.sub(r"([\\`*<\[|~])", r"\\\1", name)
 
 
+def _class_balance(manifest: Mapping[str, Any]) -> list[str]:
+    """Describe the weights of the classes, and the head that was trained the other way, if there are any."""
+    balance = manifest.get("class_balance")
+    if not balance:
+        return []
+    config = manifest["provenance"]["config"]
+    sections = ["## Unequal classes\n"]
+    if balance["weights"]:
+        used = "equally frequent classes" if config["class_frequencies"] == "equal" else "classes as frequent as in training"
+        sections.append(f"The probabilities are calibrated for {used}.\n")
+        if set(balance["weights"].values()) != {1.0}:
+            how = "drawn equally often" if config["sampling"] == "balanced" else "weighted in the loss"
+            listed = [f"{_escaped(name)} {weight:.3g}" for name, weight in balance["weights"].items()]
+            weights = f" (weight of one photo: {', '.join(listed)})" if len(listed) <= MAX_LISTED_CLASSES else ""
+            sections.append(
+                f"In training the classes were {how}{weights}. The probabilities are corrected for this, as far as photos that "
+                f"were not trained on require it: {100 * balance['correction']:.0f}% of the weights.\n"
+            )
+    if balance["comparison"]:
+        sections += [
+            f"This head is {'balanced' if balance['weights'] else 'plain'}. Its recall on the validation photos, and that of a "
+            "head that was trained the other way, with 95% Wilson score intervals and McNemar's exact test (Holm):\n",
+            "```text\n" + "\n".join(format_head_comparison(balance["comparison"])) + "\n```\n",
+        ]
+    return sections
+
+
 def _classes(classes: Sequence[str]) -> str:
     names = list(map(_escaped, classes))
     if len(names) <= MAX_LISTED_CLASSES:
@@ -129,7 +166,7 @@ def _classes(classes: Sequence[str]) -> str:
 
 def _table(metrics: Mapping[str, Any]) -> str:
     rows = ["| measure | value | 95% interval |", "| --- | --- | --- |"]
-    rows += [_row(title, metrics[name]) for name, title in TITLES.items()]
+    rows += [_row(title, metrics[name]) for name, title in TITLES.items() if name in metrics]
     names = metrics["classes"]
     if len(names) > MAX_LISTED_CLASSES:
         defined = [name for name in names if metrics["recall"][name]]

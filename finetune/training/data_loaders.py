@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Protocol
@@ -38,24 +39,41 @@ class Batches(Protocol):
 class CachedBatches:
     """Batches of precomputed features."""
 
-    def __init__(self, features: NDArray[np.float32], labels: Sequence[int], *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        features: NDArray[np.float32],
+        labels: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        balanced: bool = False,
+    ) -> None:
         self._features = torch.from_numpy(features)
         self._labels = torch.tensor(labels, dtype=torch.long)
         self._batch_size = batch_size
         self._seed = seed
+        self._balanced = balanced
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
-        return self._load(shuffled_batches(len(self), self._batch_size, self._seed, epoch, min_batch=min_batch))
+        order = epoch_order(self._labels, self._seed, epoch, balanced=self._balanced)
+        return self._load(shuffled_batches(order, self._batch_size, min_batch=min_batch))
 
     def ordered(self) -> Iterator[Batch]:
         return self._load(ordered_batches(len(self), self._batch_size))
 
+    def with_sampling(self, *, balanced: bool) -> CachedBatches:
+        """Return batches of the same features, drawn equally from each class or not."""
+        other = copy.copy(self)
+        other._balanced = balanced
+        return other
+
     def _load(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         for indices in batches:
-            yield self._features[indices], self._labels[indices]
+            images = indices % len(self)
+            yield self._features[images], self._labels[images]
 
 
 class InMemoryBatches:
@@ -68,6 +86,7 @@ class InMemoryBatches:
         augment: Changes the pixels of the shuffled batches, in a thread of its own.
         batch_size: Images per batch.
         seed: Seed of the order.
+        balanced: See ``epoch_order``.
     """
 
     def __init__(
@@ -79,6 +98,7 @@ class InMemoryBatches:
         augment: BatchAugment | None,
         batch_size: int,
         seed: int,
+        balanced: bool = False,
     ) -> None:
         self._pixels = torch.from_numpy(pixels)
         self._labels = torch.tensor(labels, dtype=torch.long)
@@ -86,28 +106,34 @@ class InMemoryBatches:
         self._augment = augment
         self._batch_size = batch_size
         self._seed = seed
+        self._balanced = balanced
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
-        batches = shuffled_batches(len(self), self._batch_size, self._seed, epoch, min_batch=min_batch)
+        order = epoch_order(self._labels, self._seed, epoch, balanced=self._balanced)
+        batches = shuffled_batches(order, self._batch_size, min_batch=min_batch)
         if self._augment is None:
             yield from map(self._load, batches)
         else:
             views = self._augment.epoch_views(len(self), epoch)
-            yield from threaded_map(lambda indices: self._load(indices, views), batches, workers=1, buffer_size=2)
+            rows = torch.arange(len(self)) if self._balanced else order  # a repeated image has a view for each repetition
+            view_batches = [views[own] for own in shuffled_batches(rows, self._batch_size, min_batch=min_batch)]
+            pairs = zip(batches, view_batches, strict=True)
+            yield from threaded_map(lambda pair: self._load(*pair), pairs, workers=1, buffer_size=2)
 
     def ordered(self) -> Iterator[Batch]:
         return map(self._load, ordered_batches(len(self), self._batch_size))
 
     def _load(self, indices: Tensor, views: Tensor | None = None) -> Batch:
-        if not len(indices):
-            return torch.empty(0), self._labels[indices]
-        pixels = self._pixels[indices]
+        images = indices % len(self)
+        if not len(images):
+            return torch.empty(0), self._labels[images]
+        pixels = self._pixels[images]
         if self._augment is not None and views is not None:
-            pixels = self._augment.apply(pixels, views[indices])
-        return torch.from_numpy(self._frozen.run(pixels.numpy())), self._labels[indices]
+            pixels = self._augment.apply(pixels, views)
+        return torch.from_numpy(self._frozen.run(pixels.numpy())), self._labels[images]
 
 
 class UncachedBatches:
@@ -123,8 +149,11 @@ class UncachedBatches:
         batch_size: int,
         seed: int,
         workers: int = 0,
+        balanced: bool = False,
     ) -> None:
         self._records = records
+        self._labels = torch.tensor([record.sample.label for record in records], dtype=torch.long)
+        self._balanced = balanced
         self._preprocessing = preprocessing
         self._frozen = frozen
         self._augment = augment
@@ -136,17 +165,18 @@ class UncachedBatches:
         return len(self._records)
 
     def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
-        return self._load(shuffled_batches(len(self), self._batch_size, self._seed, epoch, min_batch=min_batch), epoch)
+        order = epoch_order(self._labels, self._seed, epoch, balanced=self._balanced)
+        return self._load(shuffled_batches(order, self._batch_size, min_batch=min_batch), epoch)
 
     def ordered(self) -> Iterator[Batch]:
         return self._load(ordered_batches(len(self), self._batch_size), None)
 
     def _load(self, batches: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
-        def pixels(index: int) -> NDArray[np.uint8]:
-            record = self._records[index]
+        def pixels(drawn: int) -> NDArray[np.uint8]:
+            record = self._records[drawn % len(self)]
             data = read_inspected(record.sample.path, record.sha256)
             if self._augment is not None and epoch is not None:
-                return self._augment.crop(self._preprocessing.decode(data), epoch=epoch, index=index)
+                return self._augment.crop(self._preprocessing.decode(data), epoch=epoch, index=drawn)
             return self._preprocessing.pixels(data)
 
         lists = [indices.tolist() for indices in batches]
@@ -154,15 +184,15 @@ class UncachedBatches:
         for indices in lists:
             images = list(islice(loaded, len(indices)))
             features = torch.from_numpy(self._frozen.run(np.stack(images))) if images else torch.empty(0)
-            yield features, torch.tensor([self._records[i].sample.label for i in indices], dtype=torch.long)
+            yield features, self._labels[torch.tensor(indices, dtype=torch.long) % len(self)]
 
 
-def shuffled_batches(count: int, batch_size: int, seed: int, epoch: int, *, min_batch: int = 1) -> list[Tensor]:
-    """Return the indices of this process's shard of each batch of an epoch.
+def shuffled_batches(order: Tensor, batch_size: int, *, min_batch: int = 1) -> list[Tensor]:
+    """Divide an epoch's order into batches and return this process's shard of each.
 
     The batches are those of a single process. A last batch of fewer than ``min_batch`` images is merged into the one before.
     """
-    batches = list(torch.split(epoch_permutation(count, seed, epoch), batch_size))
+    batches = list(torch.split(order, batch_size))
     if len(batches) > 1 and len(batches[-1]) < min_batch:
         batches[-2:] = [torch.cat(batches[-2:])]
     return [indices[distributed.shard_slice(len(indices))] for indices in batches]
@@ -174,6 +204,35 @@ def ordered_batches(count: int, batch_size: int) -> list[Tensor]:
     return list(torch.split(indices, batch_size)) if len(indices) else []
 
 
-def epoch_permutation(count: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of an epoch's images. It depends only on the arguments, so a resumed run repeats it."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+def epoch_order(labels: Tensor, seed: int, epoch: int, *, balanced: bool = False) -> Tensor:
+    """Return the order of an epoch's images. It depends only on the arguments, so a resumed run repeats it.
+
+    Args:
+        labels: The class of each image, (N,).
+        seed: The seed of the run.
+        epoch: The epoch, from 0.
+        balanced: Draw equally many images of each class. Images of a small class repeat evenly, and those of a large class
+            take turns over the epochs.
+
+    Returns:
+        N indices. Index ``i + k * N`` is image ``i`` when it is drawn for the ``k``-th further time.
+    """
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    count = len(labels)
+    if not balanced:
+        return torch.randperm(count, generator=rng)
+    drawn = []
+    for label, draws in enumerate(balanced_draws(torch.bincount(labels).tolist())):
+        members = torch.nonzero(labels == label).flatten()
+        rounds = -(-draws // max(len(members), 1))
+        shuffled = [members[torch.randperm(len(members), generator=rng)] + k * count for k in range(rounds)]
+        drawn += [torch.cat(shuffled)[:draws]] if shuffled else []
+    indices = torch.cat(drawn)
+    return indices[torch.randperm(count, generator=rng)]
+
+
+def balanced_draws(counts: Sequence[int]) -> list[int]:
+    """Divide an epoch of ``sum(counts)`` draws evenly among the classes that have images."""
+    present = [label for label, count in enumerate(counts) if count]
+    draws, rest = divmod(sum(counts), max(len(present), 1))
+    return [0 if not count else draws + (present.index(label) < rest) for label, count in enumerate(counts)]

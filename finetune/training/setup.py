@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from finetune.compute import distributed
 from finetune.compute.device import Compute
-from finetune.config import Config
+from finetune.config import BALANCED, Config
 from finetune.data.apply_reviews import ReviewSummary, ReviewTable, apply_reviews
 from finetune.data.audit import AuditReport, audit
 from finetune.data.duplicates import move_linked_to_train
@@ -40,6 +44,26 @@ class TrainingNetwork:
     base: Weights | None
     trainable_names: list[str]
 
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Copy the tensors that training changes, as named in ``split_model.trainable``."""
+        state = self.split_model.trainable.state_dict()
+        return {f"net.{name}": state[f"net.{name}"].detach().clone() for name in self.trainable_names}
+
+    @contextlib.contextmanager
+    def untrained(self, initial: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the trainable layers the weights ``initial`` in the block, to train them otherwise, and theirs after it."""
+        trained = self.trainable_state()
+        self.split_model.trainable.load_state_dict(initial, strict=False)
+        try:
+            yield
+        finally:
+            self.split_model.trainable.load_state_dict(trained, strict=False)
+
+    @property
+    def head_names(self) -> list[str]:
+        """The tensors of the heads in ``split_model.trainable``."""
+        return [f"net.{head}.{tensor}" for head in self.spec.heads for tensor in ("weight", "bias")]
+
 
 @dataclass(frozen=True)
 class PreparedDataset:
@@ -60,6 +84,10 @@ class PreparedDataset:
     pixels: PixelMemory
     reviews: ReviewSummary | None = None
     neither: tuple[ImageRecord, ...] = ()
+
+    def labels(self, split: str) -> list[int]:
+        """Return the class of each image of a split."""
+        return [record.sample.label for record in self.splits[split]]
 
 
 def prepare_network(spec: ModelSpec, num_classes: int, config: Config, compute: Compute) -> TrainingNetwork:
@@ -176,20 +204,23 @@ def make_batches(
     """Build the batches of a split, or of ``neither``. With a cache, missing features are computed here."""
     assert config.batch_size is not None
     records = list(prepared.neither) if split == "neither" else prepared.splits[split]
+    labels = [record.sample.label for record in records]
+    balanced = config.sampling == BALANCED
     if cache:
         rows = cache.features(records, network.spec.preprocessing, label=f"features of {split}")
-        return CachedBatches(rows, [s.sample.label for s in records], batch_size=config.batch_size, seed=config.seed)
+        return CachedBatches(rows, labels, batch_size=config.batch_size, seed=config.seed, balanced=balanced)
     network.extractor.compile()
     preprocessing = network.spec.preprocessing
     is_augmented = config.augment and split == "train"
     if prepared.pixels.can_hold([s.sample for s in records], augmented=is_augmented):
         return InMemoryBatches(
             prepared.pixels.take(records),
-            [s.sample.label for s in records],
+            labels,
             frozen=network.extractor,
             augment=BatchAugment(config.seed) if is_augmented else None,
             batch_size=config.batch_size,
             seed=config.seed,
+            balanced=balanced,
         )
     return UncachedBatches(
         records,
@@ -199,4 +230,5 @@ def make_batches(
         batch_size=config.batch_size,
         seed=config.seed,
         workers=config.workers,
+        balanced=balanced,
     )

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from finetune.compute import distributed
 from finetune.compute.device import Compute
 from finetune.config import Config
+from finetune.training.class_balance import ClassBalance
 from finetune.training.data_loaders import Batches
 from models.errors import ConfigError, RunError
 from models.networks.split_point import train_mode
@@ -48,7 +49,9 @@ def fit(
     compute: Compute,
     head: Sequence[str],
     aux_weight: float = 0.0,
+    balance: ClassBalance | None = None,
     progress: Progress | None = None,
+    title: str = "",
     on_epoch: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
     """Train ``module`` (features -> log-probabilities) and leave it in the state of its best epoch.
@@ -64,7 +67,9 @@ def fit(
         compute: Device and precision.
         head: The tensors among ``names`` that learn at the full learning rate.
         aux_weight: Weight of the loss of each auxiliary head.
+        balance: The weights of the classes, which also apply to the validation loss and to the accuracies.
         progress: The state to resume from.
+        title: Begins each line of progress.
         on_epoch: Called after each epoch with the state to resume from.
 
     Returns:
@@ -90,15 +95,15 @@ def fit(
     with tqdm(total=epochs * len(train), initial=progress.epoch * len(train), bar_format=BAR_FORMAT, disable=None) as bar:
         while progress.epoch < epochs and not _should_stop(progress, config):
             started = time.perf_counter()
-            bar.set_description(f"epoch {progress.epoch + 1} of {epochs}")
+            bar.set_description(f"{title}epoch {progress.epoch + 1} of {epochs}")
             rate = learning_rate(config, progress.epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             torch.manual_seed(config.seed * 1_000_003 + progress.epoch)
             train_loss, train_accuracy = train_one_epoch(
-                module, train, optimizer, progress.epoch, compute=compute, aux_weight=aux_weight, bar=bar
+                module, train, optimizer, progress.epoch, compute=compute, aux_weight=aux_weight, balance=balance, bar=bar
             )
-            valid_loss, valid_accuracy = distributed.broadcast(evaluate(module, valid, compute=compute))
+            valid_loss, valid_accuracy = distributed.broadcast(evaluate(module, valid, compute=compute, balance=balance))
             if not math.isfinite(train_loss + valid_loss):
                 raise RunError(f"The loss became NaN or infinite in epoch {progress.epoch + 1}. Lower --lr (now {rate:g}).")
             progress.epoch += 1
@@ -120,7 +125,7 @@ def fit(
             result = f"train loss {train_loss:.4f}, valid loss {valid_loss:.4f}, valid accuracy {valid_accuracy:.2%}"
             bar.set_postfix_str(result)
             if bar.disable:  # not a terminal: print a line per epoch instead
-                print(f"epoch {progress.epoch} of {epochs}: {result}", flush=True)
+                print(f"{title}epoch {progress.epoch} of {epochs}: {result}", flush=True)
             on_epoch(progress)
     module.to(memory_format=torch.contiguous_format)
     module.load_state_dict(progress.best, strict=False)
@@ -159,13 +164,15 @@ def train_one_epoch(
     *,
     compute: Compute,
     aux_weight: float = 0.0,
+    balance: ClassBalance | None = None,
     bar: Any,
 ) -> tuple[float, float]:
-    """Train for one epoch and return the mean loss and the accuracy, both measured during the epoch."""
+    """Train for one epoch and return the mean loss and the accuracy, both weighted by class and measured during the epoch."""
     train_mode(module)
+    weights = balance.loss_weights.to(compute.device) if balance else None
     scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
-    loss_of = nn.NLLLoss()
-    loss_sum, correct = 0.0, 0
+    loss_of = nn.NLLLoss(weights, reduction="sum")  # divided by the size of the batch, not by the sum of its weights
+    loss_sum, correct = 0.0, 0.0
     for features, labels in batches.shuffled(epoch, min_batch=_min_batch(module)):
         features, labels = features.to(compute.device), labels.to(compute.device)
         count = distributed.all_reduce_sum(len(labels))  # size of the batch over all processes; a shard may be empty
@@ -175,9 +182,10 @@ def train_one_epoch(
                 log_probs, *aux = _as_tuple(module(features))
             loss = loss_of(log_probs.float(), labels)
             aux_loss = sum(loss_of(output.float(), labels) for output in aux)
-            scaler.scale((loss + aux_weight * aux_loss) * (len(labels) / count)).backward()
-            loss_sum += loss.item() * len(labels)
-            correct += int((log_probs.argmax(1) == labels).sum())
+            scaler.scale((loss + aux_weight * aux_loss) / count).backward()
+            loss_sum += loss.item()
+            is_correct = (log_probs.argmax(1) == labels).float()
+            correct += float((is_correct if weights is None else is_correct * weights[labels]).sum())
         distributed.all_reduce_gradients(module)
         scaler.step(optimizer)
         scaler.update()
@@ -185,11 +193,15 @@ def train_one_epoch(
     return distributed.all_reduce_sum(loss_sum) / len(batches), distributed.all_reduce_sum(correct) / len(batches)
 
 
-def evaluate(module: nn.Module, batches: Batches, *, compute: Compute) -> tuple[float, float]:
-    """Compute the mean loss and the accuracy in evaluation mode."""
+def evaluate(
+    module: nn.Module, batches: Batches, *, compute: Compute, balance: ClassBalance | None = None
+) -> tuple[float, float]:
+    """Compute the mean loss and the accuracy in evaluation mode, weighted by class as in training."""
     log_probs, labels = predict(module, batches, compute=compute)
-    loss = nn.functional.nll_loss(log_probs, labels).item()
-    return loss, float((log_probs.argmax(1) == labels).float().mean())
+    weights = torch.from_numpy(balance.effective_weights).float() if balance else torch.ones(log_probs.shape[1])
+    loss = nn.functional.nll_loss(log_probs, labels, weight=weights).item()
+    per_image = weights[labels]
+    return loss, float(((log_probs.argmax(1) == labels) * per_image).sum() / per_image.sum())
 
 
 def predict(module: nn.Module, batches: Batches, *, compute: Compute) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 Z_95 = 1.959963984540054
 
@@ -28,6 +29,21 @@ def wilson_interval(correct: float, total: float) -> dict[str, float]:
     half_width = Z_95 * math.sqrt(proportion * (1 - proportion) / total + Z_95**2 / (4 * total**2))
     scale = 1 + Z_95**2 / total
     return confidence_interval(proportion, max(0.0, (center - half_width) / scale), min(1.0, (center + half_width) / scale))
+
+
+def mean_of_proportions(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Compute the mean of independent proportions, such as the recalls of the classes, with a 95% interval.
+
+    The Wilson intervals of the proportions are combined by the method of variance estimates recovery (Zou and Donner 2008,
+    https://doi.org/10.1002/sim.3095). Unlike a bootstrap, the interval has a width even if every proportion is 0 or 1.
+
+    Args:
+        counts: The number of correct images and of all images, at least 1, for each proportion.
+    """
+    parts = [wilson_interval(correct, total) for correct, total in counts]
+    mean = sum(part["value"] for part in parts) / len(parts)
+    below, above = (math.sqrt(sum((part["value"] - part[end]) ** 2 for part in parts)) / len(parts) for end in ("low", "high"))
+    return confidence_interval(mean, max(0.0, mean - below), min(1.0, mean + above))
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:

@@ -41,6 +41,11 @@ def retrain_command(bundle: Bundle, *, has_extra_data: bool) -> str:
     flags += [f"--{name.replace('_', '-')} {config[name]}" for name in TRAIN_FLAGS if config.get(name) is not None]
     flags += [f"--unfreeze {shlex.join(config['unfreeze'])}"] if config.get("unfreeze") else []
     flags += ["--augment"] if config.get("augment") else []
+    flags += [
+        f"--{name.replace('_', '-')} {shlex.quote(config[name])}"
+        for name in ("class_weights", "sampling")
+        if config.get(name, "none") != "none"
+    ]
     flags += ["--reviews reviews.csv"]
     flags += ["--extra-data production"] if has_extra_data else []
     new = _run_names(bundle)[1]

@@ -83,6 +83,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def unequal(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """11 photos of one class and 3 of the other."""
+    root = tmp_path_factory.mktemp("unequal") / "colours"
+    shutil.copytree(data, root)
+    for photo in sorted((root / "train" / "red").iterdir())[3:]:
+        photo.unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
 def alone(data: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "run"
     code, _, message = finetune("train", *flags(data, tiny_weights, out))
@@ -99,6 +109,25 @@ def test_several_processes_give_the_weights_of_one(
     assert code == 0, err
     assert out.count("Best epoch: ") == out.count("bundle       ") == 1
     assert largest_difference(tmp_path / "run", alone) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--class-weights", '{"blue": 1, "red": 4}', "--sampling", "balanced"),
+        pytest.param(("--class-weights", "balanced", "--augment"), marks=pytest.mark.heavy),
+    ],
+    ids=["cached", "augmented"],
+)
+def test_class_weights_and_sampling_give_the_weights_of_one_process(
+    more: tuple[str, ...], unequal: Path, tiny_weights: Path, tmp_path: Path
+) -> None:
+    """A plain head is trained for comparison as well, by all processes."""
+    code, _, message = finetune("train", *flags(unequal, tiny_weights, tmp_path / "one", *more))
+    assert (code, message) == (0, "")
+    code, _, err = torchrun(2, *flags(unequal, tiny_weights, tmp_path / "two", *more))
+    assert code == 0, err
+    assert largest_difference(tmp_path / "two", tmp_path / "one") < TOLERANCE
 
 
 @pytest.mark.heavy

@@ -265,7 +265,11 @@ def test_a_large_imbalance_is_reported(tmp_path: Path, capsys: pytest.CaptureFix
     for i in range(8):
         paint(data / "train" / "red" / f"more{i}.jpg", COLORS[1], seed=600 + i)
     assert audit_json(data, capsys, code=1)["imbalance"] == 5.0
-    assert "the largest class has 5.0 times as many photos as the smallest" in audit_text(data, capsys, code=1)
+    expected = (
+        "- the largest class has 5.0 times as many photos as the smallest; to find more photos of the small ones, add "
+        "--class-weights balanced --class-frequencies equal\n"
+    )
+    assert expected in audit_text(data, capsys, code=1)
 
 
 def test_text_lists_ten_files_of_a_kind_and_json_lists_all(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

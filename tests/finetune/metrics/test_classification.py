@@ -13,7 +13,7 @@ from sklearn import metrics as sklearn_metrics
 from finetune.metrics.bootstrap import bootstrap_means
 from finetune.metrics.calibration import calibration_error, equal_mass_bins
 from finetune.metrics.classification import compute_metrics, format_summary, weighted_roc_auc
-from models.artifacts.statistics import wilson_interval
+from models.artifacts.statistics import mean_of_proportions, wilson_interval
 
 
 def calibrated_predictions(
@@ -76,8 +76,52 @@ def test_values_match_scikit_learn(class_count: int) -> None:
     assert [interval["value"] for interval in result["precision"].values()] == pytest.approx(precision.tolist())
     assert [interval["value"] for interval in result["recall"].values()] == pytest.approx(recall.tolist())
     assert list(result["support"].values()) == support.tolist()
+    assert result["balanced_accuracy"]["value"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(labels, predicted))
+    assert result["macro_f1"]["value"] == pytest.approx(sklearn_metrics.f1_score(labels, predicted, average="macro"))
+    assert "top_5_accuracy" not in result
     assert result["confusion_matrix"] == sklearn_metrics.confusion_matrix(labels, predicted).tolist()
     assert (result["photos"], result["classes"], result["notes"]) == (300, names(class_count), [])
+
+
+def test_top_5_accuracy_matches_scikit_learn() -> None:
+    labels, probabilities = calibrated_predictions(400, 12, skill=1.0)
+    result = compute_metrics(labels, probabilities, classes=names(12), resamples=20)
+    expected = sklearn_metrics.top_k_accuracy_score(labels, probabilities, k=5)
+    assert 0.5 < expected < 0.95
+    assert result["top_5_accuracy"] == wilson_interval(round(expected * 400), 400)
+    assert "top_5_accuracy" in result["methods"]
+    assert "top-5 accuracy" in format_summary(result)
+
+
+def test_equal_probabilities_are_no_top_5_hit_for_every_class() -> None:
+    result = compute_metrics(np.arange(10), np.full((10, 10), 0.1), classes=names(10), resamples=20)
+    assert result["top_5_accuracy"]["value"] == 0.5
+    assert result["accuracy"]["value"] == 0.1
+
+
+def test_macro_f1_of_classes_without_photos_matches_scikit_learn() -> None:
+    labels, predicted = np.array([0, 0, 0, 1, 1, 3]), np.array([0, 0, 2, 1, 0, 3])
+    result = compute_metrics(labels, np.eye(5)[predicted], classes=names(5), resamples=200)
+    assert result["macro_f1"]["value"] == pytest.approx(sklearn_metrics.f1_score(labels, predicted, average="macro"))
+    assert result["balanced_accuracy"]["value"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+
+
+def test_the_interval_of_a_perfect_balanced_accuracy_has_a_width() -> None:
+    """A bootstrap would give 100% to 100%. With 1,000 photos of one class and 10 of the other, those 10 decide."""
+    one = wilson_interval(10, 10)
+    both = mean_of_proportions([(1000, 1000), (10, 10)])
+    assert both["value"] == both["high"] == 1.0
+    assert both["low"] == pytest.approx((1 + one["low"]) / 2, abs=1e-4)
+    assert mean_of_proportions([(10, 10)]) == pytest.approx(one)
+
+
+def test_the_interval_of_the_balanced_accuracy_has_its_nominal_coverage() -> None:
+    rng = np.random.default_rng(0)
+    truth, sizes = np.array([0.99, 0.8, 0.95]), np.array([500, 20, 60])
+    draws = rng.binomial(sizes, truth, size=(2000, 3))
+    intervals = [mean_of_proportions([(int(k), int(n)) for k, n in zip(row, sizes, strict=True)]) for row in draws]
+    covered = np.mean([interval["low"] <= truth.mean() <= interval["high"] for interval in intervals])
+    assert 0.94 <= covered <= 0.985
 
 
 def test_weighted_areas_match_scikit_learn_including_ties() -> None:
@@ -140,7 +184,7 @@ def test_the_interval_of_the_calibration_error_contains_zero_only_if_calibrated(
     assert result["log_loss_uncalibrated"]["value"] > result["log_loss"]["value"]
 
 
-@pytest.mark.parametrize("measure", ["log_loss", "roc_auc", "calibration_error"])
+@pytest.mark.parametrize("measure", ["log_loss", "roc_auc", "calibration_error", "balanced_accuracy", "macro_f1"])
 def test_intervals_have_their_nominal_coverage(measure: str) -> None:
     many = compute_metrics(*calibrated_predictions(100_000, 2, seed=99), classes=names(2), resamples=1)[measure]["value"]
     truth = 0.0 if measure == "calibration_error" else many
@@ -188,7 +232,11 @@ def test_undefined_metrics_are_none_with_a_note() -> None:
 
 def test_a_single_class_has_no_roc_curve() -> None:
     result = compute_metrics(np.zeros(3, dtype=np.int64), np.ones((3, 1)), classes=["cats"], resamples=20)
-    assert (result["roc_auc"], result["notes"]) == (None, ["roc_auc is not defined: there is only one class."])
+    assert result["roc_auc"] is None
+    assert result["notes"] == [
+        "roc_auc is not defined: there is only one class.",
+        "Macro F1 is 1.0 in every bootstrap sample, so its interval is not informative.",
+    ]
 
 
 def test_a_perfect_ranking_is_noted() -> None:
@@ -202,7 +250,7 @@ def test_a_perfect_ranking_is_noted() -> None:
 def test_every_metric_has_its_method() -> None:
     labels, probabilities = calibrated_predictions(50, 2)
     result = compute_metrics(labels, probabilities, classes=names(2), resamples=77, seed=5)
-    measures = {"accuracy", "precision", "recall", "log_loss", "roc_auc", "calibration_error"}
+    measures = {"accuracy", "balanced_accuracy", "macro_f1", "precision", "recall", "log_loss", "roc_auc", "calibration_error"}
     assert measures <= set(result["methods"])
     assert measures <= set(result)
     assert "77 resamples of the photos, seed 5" in result["methods"]["log_loss"]
@@ -238,11 +286,22 @@ def test_summary() -> None:
     )
     lines = format_summary(result).splitlines()
     assert lines[0] == "accuracy           98.75% (97.1 to 99.5%), 395 of 400 photos correct"
-    assert lines[1].startswith("log loss           0.0739 (")
-    assert ", before calibration 0.0879 (" in lines[1]
-    assert lines[3].startswith("calibration error  1.75% (0.")
-    assert " ".join(lines[5].split()) == "cats 98.5% (95.7 to 99.5%) 99.0% (96.4 to 99.7%) 200"
-    assert lines[6].startswith("dogs  ")
+    assert lines[1] == "balanced accuracy  98.75% (96.8 to 99.4%)"
+    assert lines[2].startswith("macro F1           0.9875 (0.9")
+    assert lines[3].startswith("log loss           0.0739 (")
+    assert ", before calibration 0.0879 (" in lines[3]
+    assert lines[5].startswith("calibration error  1.75% (0.")
+    assert " ".join(lines[7].split()) == "cats 98.5% (95.7 to 99.5%) 99.0% (96.4 to 99.7%) 200"
+    assert lines[8].startswith("dogs  ")
+
+
+def test_the_summary_of_an_older_bundle_has_fewer_metrics() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8]])
+    result = compute_metrics(np.array([0, 1]), probabilities, classes=["cats", "dogs"], resamples=20)
+    del result["balanced_accuracy"], result["macro_f1"]
+    text = format_summary(result)
+    assert text.startswith("accuracy           100.00%")
+    assert "balanced" not in text
 
 
 def test_the_summary_omits_uncalibrated_values_that_do_not_differ() -> None:
@@ -258,6 +317,7 @@ def test_summary_of_many_classes_shows_the_five_lowest_recalls() -> None:
         predicted[10 * k : 10 * k + k % 7] = (k + 1) % 12
     result = compute_metrics(labels, np.eye(12)[predicted], classes=[f"breed-{k}" for k in range(12)], resamples=20)
     lines = format_summary(result).splitlines()
-    assert lines[4].startswith("lowest 5 of 12")
-    assert [line.split()[0] for line in lines[5:10]] == ["breed-6", "breed-5", "breed-4", "breed-11", "breed-3"]
-    assert len(lines) == 10
+    assert lines[3].startswith("top-5 accuracy     ")
+    assert lines[7].startswith("lowest 5 of 12")
+    assert [line.split()[0] for line in lines[8:13]] == ["breed-6", "breed-5", "breed-4", "breed-11", "breed-3"]
+    assert len(lines) == 13

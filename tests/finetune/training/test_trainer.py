@@ -18,7 +18,8 @@ from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.features.extractor import FeatureExtractor
 from finetune.training import run_directory, trainer
-from finetune.training.data_loaders import CachedBatches, epoch_permutation
+from finetune.training.class_balance import class_balance
+from finetune.training.data_loaders import CachedBatches, epoch_order
 from finetune.training.trainer import Progress, fit, learning_rate
 from models.errors import RunError
 from models.networks.classifier import Classifier, build_classifier, trainable_names
@@ -50,7 +51,8 @@ def batches_for(split: SplitModel, config: Config, *, count: int, seed: int) -> 
     noise = torch.randint(0, 200, (count, 32, 32, 3), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         rows = split.frozen((noise + 40 * labels.reshape(-1, 1, 1, 1)).to(torch.uint8))
-    return CachedBatches(rows.numpy(), labels.tolist(), batch_size=config.batch_size or 1, seed=config.seed)
+    balanced = config.sampling == "balanced"
+    return CachedBatches(rows.numpy(), labels.tolist(), batch_size=config.batch_size or 1, seed=config.seed, balanced=balanced)
 
 
 def run(base: dict[str, Tensor], config: Config = CONFIG, **options: Any) -> tuple[Progress, Classifier]:
@@ -64,7 +66,8 @@ def run(base: dict[str, Tensor], config: Config = CONFIG, **options: Any) -> tup
     batches = [batches_for(split, config, count=count, seed=seed) for count, seed in ((23, 0), (10, 1))]
     names = [f"net.{name}" for name in trainable_names(classifier.net)]
     head = ["net.classifier.4.weight", "net.classifier.4.bias"]
-    return fit(split.trainable, names, *batches, config, compute=CPU, head=head, **options), classifier
+    balance = class_balance(config, (torch.arange(23) % 2).tolist(), ("cats", "dogs"))
+    return fit(split.trainable, names, *batches, config, compute=CPU, head=head, balance=balance, **options), classifier
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -76,7 +79,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Replace the validation losses by ``losses`` and the accuracy by 0.5."""
     script: Iterator[float] = iter(losses)
-    monkeypatch.setattr(trainer, "evaluate", lambda module, batches, *, compute: (next(script), 0.5))
+    monkeypatch.setattr(trainer, "evaluate", lambda module, batches, *, compute, balance: (next(script), 0.5))
 
 
 # Comparison with a plain training loop
@@ -112,7 +115,7 @@ def train_plainly(
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-        for batch in epoch_permutation(len(labels), config.seed, epoch).split(config.batch_size or 1):
+        for batch in epoch_order(labels, config.seed, epoch).split(config.batch_size or 1):
             optimizer.zero_grad()
             loss_of(torch.log_softmax(net(images[batch]), dim=1), labels[batch]).backward()
             optimizer.step()
@@ -197,7 +200,15 @@ def test_dropout_does_not_depend_on_the_global_random_state(base: dict[str, Tens
     assert_same(first.last, run(base)[0].last)
 
 
-@pytest.mark.parametrize("settings", [{}, {"lr_schedule": "cosine"}, {"unfreeze": ("classifier.3",), "weight_decay": 0.01}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lr_schedule": "cosine"},
+        {"unfreeze": ("classifier.3",), "weight_decay": 0.01},
+        {"class_weights": '{"cats": 1, "dogs": 3}', "sampling": "balanced"},
+    ],
+)
 @pytest.mark.parametrize("epochs_before", [1, 3])
 def test_resuming_from_a_checkpoint_gives_identical_weights(
     tmp_path: Path, base: dict[str, Tensor], settings: dict[str, Any], epochs_before: int
@@ -319,8 +330,9 @@ def test_a_last_batch_of_one_photo_joins_the_batch_before_if_batchnorm_is_traine
 
 
 def test_every_epoch_is_a_different_permutation() -> None:
-    orders = [epoch_permutation(50, 3, epoch).tolist() for epoch in range(3)]
+    labels = torch.zeros(50, dtype=torch.long)
+    orders = [epoch_order(labels, 3, epoch).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert epoch_permutation(50, 3, 1).tolist() == orders[1]
-    assert epoch_permutation(50, 4, 1).tolist() != orders[1]
+    assert epoch_order(labels, 3, 1).tolist() == orders[1]
+    assert epoch_order(labels, 4, 1).tolist() != orders[1]

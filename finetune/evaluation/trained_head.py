@@ -1,0 +1,136 @@
+"""The outputs of a trained head, corrected for class weights, and the comparison with a head that was trained the other way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.compute.device import Compute
+from finetune.config import BALANCED, EQUAL, NONE, TRAINING, Config
+from finetune.evaluation.cross_validation import Outputs, cross_validate_head
+from finetune.features.cache import FeatureCache
+from finetune.metrics.calibration import fit_balanced_temperature, fit_temperature
+from finetune.metrics.head_comparison import compare_heads
+from finetune.training.class_balance import ClassBalance, class_balance
+from finetune.training.data_loaders import Batches, CachedBatches
+from finetune.training.setup import PreparedDataset, TrainingNetwork
+from finetune.training.trainer import fit, predict
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedHead:
+    """A trained network's outputs for the validation images.
+
+    Attributes:
+        outputs: The outputs before the weights of the classes are corrected.
+        balance: The weights of the classes in training.
+        held_out: Outputs of heads that were trained without these images, which are more than the validation images. None if
+            the network has no cached features.
+    """
+
+    outputs: Outputs
+    balance: ClassBalance | None = None
+    held_out: Outputs | None = None
+
+    @property
+    def temperature(self) -> float:
+        """The calibration temperature."""
+        return self._calibration[0]
+
+    @property
+    def bias_shift(self) -> NDArray[np.float64]:
+        """What to add to the bias of the head to correct its class weights, (classes,).
+
+        Calibration divides the logits by the temperature, so that the correction is multiplied by it.
+        """
+        temperature, fraction = self._calibration
+        shift = np.zeros(self.outputs.log_probs.shape[1]) if self.balance is None else self.balance.logit_shift
+        return temperature * fraction * shift
+
+    @property
+    def correction(self) -> float:
+        """The fraction of the class weights that is corrected, from 0 to 1."""
+        return self._calibration[1]
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """Logits of the corrected network up to a constant per image, (N, classes)."""
+        return self.outputs.log_probs + self.bias_shift
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        return np.asarray(self.scores.argmax(axis=1), dtype=np.int64)
+
+    @cached_property
+    def _calibration(self) -> tuple[float, float]:
+        """The temperature and the fraction of the correction."""
+        if self.balance is None:
+            return fit_temperature(self.outputs.log_probs, self.outputs.labels), 0.0
+        unseen = self.held_out or self.outputs
+        shift, frequencies = self.balance.logit_shift, self.balance.frequencies
+        return fit_balanced_temperature(unseen.log_probs, unseen.labels, shift=shift, frequencies=frequencies)
+
+
+def train_other_head(
+    config: Config,
+    network: TrainingNetwork,
+    compute: Compute,
+    batches: Mapping[str, Batches],
+    cache: FeatureCache,
+    prepared: PreparedDataset,
+) -> TrainedHead:
+    """Train a balanced head for equal frequencies if that of the run is plain, else a plain one, on the same features.
+
+    Args:
+        config: The settings of the run.
+        network: The network with its initial weights.
+        compute: Device and precision.
+        batches: The batches of the run, of cached features.
+        cache: The cached features.
+        prepared: The data set.
+    """
+    is_plain = config.class_weights == config.sampling == NONE and config.class_frequencies == TRAINING
+    weights, frequencies = (BALANCED, EQUAL) if is_plain else (NONE, TRAINING)
+    config = dataclasses.replace(config, class_weights=weights, sampling=NONE, class_frequencies=frequencies)
+    balance = class_balance(config, prepared.labels("train"), prepared.dataset.classes)
+    print(f"Training a {'balanced' if is_plain else 'plain'} head for comparison, as the classes are unequal.")
+    train = batches["train"]
+    assert isinstance(train, CachedBatches)
+    module, initial = network.split_model.trainable, network.trainable_state()
+    progress = fit(
+        module,
+        [f"net.{name}" for name in network.trainable_names],
+        train.with_sampling(balanced=False),
+        batches["valid"],
+        config,
+        compute=compute,
+        head=network.head_names,
+        balance=balance,
+        title="comparison, ",
+    )
+    log_probs, labels = predict(module, batches["valid"], compute=compute)
+    outputs = Outputs(log_probs.double().numpy(), labels.numpy())
+    if balance is None:
+        return TrainedHead(outputs)
+    with network.untrained(initial):
+        held_out = cross_validate_head(config, network, cache, prepared, epochs=progress.best_epoch, compute=compute)
+    return TrainedHead(outputs, balance, held_out)
+
+
+def describe_balance(head: TrainedHead, other: TrainedHead | None, classes: Sequence[str]) -> dict[str, Any] | None:
+    """Describe the weights of the classes and the comparison with a head that was trained the other way, for the manifest."""
+    if head.balance is None and other is None:
+        return None
+    description: dict[str, Any] = {"weights": None, "correction": head.correction, "comparison": None}
+    if head.balance:
+        description["weights"] = dict(zip(classes, head.balance.effective_weights.tolist(), strict=True))
+    if other:
+        plain, balanced = (head, other) if head.balance is None else (other, head)
+        description["comparison"] = compare_heads(head.outputs.labels, plain.predicted, balanced.predicted, classes=classes)
+    return description
