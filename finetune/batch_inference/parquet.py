@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from finetune.data.image_files import read_image_file
+from finetune.data.label_table import LabelRow, LabelTable
 from finetune.io.threaded_map import available_cpus, batched, threaded_map
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
 from models.artifacts.bundle import GRAPH, Bundle
 from models.artifacts.decision import Decision
+from models.artifacts.predictions import FACET_PREFIX
 from models.errors import DataError, ImageError, RunError
 from models.runtime.openvino_engine import OpenVINOEngine
 
@@ -74,6 +76,7 @@ def score_to_parquet(
     images_per_file: int,
     precision: str = "fp32",
     abstain: bool = True,
+    labels: LabelTable | None = None,
     workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -81,7 +84,8 @@ def score_to_parquet(
     """Score this rank's chunks of ``photos`` that are not in ``out`` yet.
 
     A row has the columns photo, label, confidence, p_<class>..., in_distribution, ood_score, because, error. An unreadable
-    image has only its error, and an image without a label the reason (because). The last rank to finish writes ``_SUCCESS``.
+    image has only its error, and an image without a label the reason (because). With a table of labels the columns
+    true_label, split, group and facet_<name>... follow. The last rank to finish writes ``_SUCCESS``.
 
     Args:
         bundle: The bundle to predict with.
@@ -90,6 +94,7 @@ def score_to_parquet(
         images_per_file: Number of images per chunk.
         precision: Numeric precision of the engine.
         abstain: False to give every image its most probable class.
+        labels: The table that lists the images, if there is one.
         workers: Number of threads. 0: one per CPU.
         rank: Number of this process, from 0.
         world_size: Number of processes.
@@ -105,7 +110,8 @@ def score_to_parquet(
         "images_per_file": images_per_file,
         "abstain": abstain,
     }
-    _start_or_resume(out, settings)
+    _start_or_resume(out, settings | ({"labels": labels.sha256} if labels else {}))
+    rows = {row.image: row for row in labels.rows} if labels else {}
     scorer = _Scorer(bundle, precision, workers or available_cpus(), abstain=abstain)
     counts, chunks, total = ScoreCounts(), 0, 0
     started = time.perf_counter()
@@ -119,7 +125,9 @@ def score_to_parquet(
                 _check_chunk(file, digest)
                 counts.skipped += len(chunk)
                 continue
-            table = scorer.table(chunk, bar).replace_schema_metadata({INPUT_SHA256: digest})
+            table = scorer.table(chunk, bar)
+            table = _add_columns(table, [rows[labels.name_of(path)] for path in chunk], labels) if labels else table
+            table = table.replace_schema_metadata({INPUT_SHA256: digest})
             with atomic_write(file) as temporary:
                 pq.write_table(table, temporary, compression="zstd")
             counts.scored += len(chunk)
@@ -205,6 +213,16 @@ class _Scorer:
             raise DataError(
                 f"{photo} could not be read ({error.strerror}). Fix the storage and re-run the same command to resume."
             ) from None
+
+
+def _add_columns(scores: pa.Table, rows: Sequence[LabelRow], labels: LabelTable) -> pa.Table:
+    """Add the columns of a table of labels."""
+    columns: dict[str, list[str | None]] = {"true_label": [row.label for row in rows]}
+    columns |= {"split": [row.split for row in rows], "group": [row.group or None for row in rows]}
+    columns |= {f"{FACET_PREFIX}{name}": [row.facets.get(name) for row in rows] for name in labels.facets}
+    for name, values in columns.items():
+        scores = scores.append_column(name, pa.array(values, pa.string()))
+    return scores
 
 
 def _start_or_resume(out: Path, settings: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from finetune.batch_inference.predict import ImagePrediction, classify, list_images
 from finetune.data.image_files import ImageSearch, describe_skipped, find_images, is_failure
+from finetune.data.label_source import locate_data
+from finetune.data.label_table import LabelTable, read_label_table
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.terminal import escape_controls
 from models.artifacts.bundle import Bundle, open_bundle
@@ -40,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--list", type=Path, metavar="FILE", help="with --output: file with one path per line (-: standard input)"
     )
     parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="table of labels that lists the photos; --output adds its columns to the scores",
+    )
+    parser.add_argument(
         "--images-per-file", type=int, default=4096, metavar="N", help="photos per Parquet file (default: 4096)"
     )
     parser.add_argument(
@@ -60,11 +67,14 @@ def run(args: argparse.Namespace) -> int:
     """Run ``finetune predict``: print a prediction for each photo. Returns 1 if a photo could not be read."""
     if args.output:
         return run_scoring(args)
-    if not args.photos or args.list or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("Pass photos or folders to classify. --list and multiple processes require --output SCORES.parquet.")
+    if bool(args.photos) == bool(args.labels) or args.list or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "Pass photos or folders to classify, or --labels. --list and multiple processes require --output SCORES.parquet."
+        )
     bundle = open_full_bundle(args.bundle)
     search = ImageSearch()
-    images = list(find_images(args.photos, search))
+    labels = _read_labels(args)
+    images = labels.image_paths if labels else list(find_images(args.photos, search))
     failed = _print_skipped(search)
     predictions = classify(bundle, images, precision=_precision(args, bundle), workers=args.workers)
     table = csv.writer(sys.stdout, lineterminator="\n")
@@ -86,21 +96,23 @@ def run_scoring(args: argparse.Namespace) -> int:
     from finetune.batch_inference.parquet import score_to_parquet
 
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if bool(args.photos) == bool(args.list):
-        raise ConfigError("--output requires either photos and folders or a --list.")
+    if sum(map(bool, (args.photos, args.list, args.labels))) != 1:
+        raise ConfigError("--output requires either photos and folders, a --list or --labels.")
     if args.images_per_file < 1:
         raise ConfigError(f"--images-per-file must be at least 1 (got {args.images_per_file}).")
     if world_size > 1 and args.list == Path("-"):
         raise ConfigError("Only one process can read standard input. Write the list to a file that all processes can read.")
     bundle = open_full_bundle(args.bundle) if world_size == 1 else open_bundle(resolve_bundle(args.bundle))
     search = ImageSearch()
+    labels = _read_labels(args)
     counts = score_to_parquet(
         bundle,
-        list_images(args.photos, args.list, search),
+        labels.image_paths if labels else list_images(args.photos, args.list, search),
         args.output,
         images_per_file=args.images_per_file,
         precision=_precision(args, bundle),
         abstain=args.abstain,
+        labels=labels,
         workers=args.workers,
         rank=rank,
         world_size=world_size,
@@ -113,6 +125,13 @@ def run_scoring(args: argparse.Namespace) -> int:
     if counts.complete:
         print(f"{args.output} is complete.")
     return 1 if _print_skipped(search) else 0
+
+
+def _read_labels(args: argparse.Namespace) -> LabelTable | None:
+    if args.labels is None:
+        return None
+    root, path = locate_data(None, args.labels)
+    return read_label_table(path, root) if path else None
 
 
 def _print_skipped(search: ImageSearch) -> bool:

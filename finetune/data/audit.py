@@ -342,7 +342,9 @@ def _quoted_if_padded(name: str) -> str:
 
 
 def _count_neither(dataset: Dataset) -> dict[str, int]:
-    """Count the photos of none of the classes in each folder next to the classes of a split."""
+    """Count the photos of none of the classes in each folder next to the classes of a split, or in the table."""
+    if dataset.labels and dataset.neither:
+        return {dataset.labels.path.name: len(dataset.neither)}
     return dict(Counter(_name(sample.path.parent, dataset) for sample in dataset.neither))
 
 

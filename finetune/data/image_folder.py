@@ -172,26 +172,26 @@ def _read_folders(root: Path, search: ImageSearch) -> Dataset:
 def _read_table(root: Path, path: Path) -> Dataset:
     table = read_label_table(path, root)
     used = {TRAIN: "train", None: "train"} | {VALID if VALID in table.splits else TEST: "valid"}
+    rows: dict[str, list[LabelRow]] = {"train": [], "valid": []}
+    for row in table.rows:
+        if row.split in used:
+            rows[used[row.split]].append(row)
     classes_of = {
-        split: tuple(sorted({row.label for row in table.rows if used.get(row.split) == split})) for split in ("train", "valid")
+        split: tuple(sorted({row.label for row in own if not is_neither(row.label)})) for split, own in rows.items() if own
     }
-    classes = classes_of["train"]
+    classes = classes_of.get("train", ())
     if not classes:
         raise DataError(f"{path} has no rows of the split train. Add some, or remove the column {SPLIT!r}.")
     if len(classes) < 2:
         raise DataError(f"{path} has only one class for training ({classes[0]}). At least two are needed.")
-    splits = [split for split, names in classes_of.items() if names]
     return Dataset(
         root,
         classes,
-        tuple(
-            sample
-            for split in splits
-            for sample in _table_samples(root, [row for row in table.rows if used.get(row.split) == split], split, classes)
-        ),
-        dict.fromkeys(splits, root),
-        {split: classes_of[split] for split in splits},
+        tuple(sample for split in classes_of for sample in _table_samples(root, rows[split], split, classes)),
+        dict.fromkeys(classes_of, root),
+        classes_of,
         test_split=TEST if {TEST, VALID} <= table.splits else None,
+        neither=tuple(sample for split in classes_of for sample in _table_neither(root, rows[split], split, classes)),
         labels=table,
     )
 
@@ -210,7 +210,7 @@ def read_extra(source: Path, classes: Sequence[str], *, prefix: str, search: Ima
     """
     if is_table(source) and not source.is_dir():
         table = read_label_table(source, source.parent)
-        rows = [row for row in table.rows if row.split in (TRAIN, None)]
+        rows = [row for row in table.rows if row.split in (TRAIN, None) and not is_neither(row.label)]
         place, names, root = source, {row.label for row in rows}, source.parent
         samples = _table_samples(root, rows, "train", classes)
     else:
@@ -253,7 +253,7 @@ def read_split(root: Path, split: str | None, classes: Sequence[str], *, labels:
     """
     normalized = [class_name(name) for name in classes]
     if labels:
-        return EvaluationSplit(_read_table_split(root, labels, split, normalized), [], [])
+        return _read_table_split(root, labels, split, normalized)
     split = split or VALID
     if not root.is_dir():
         raise DataError(f"No such folder: {root}. Expected a folder with photos in {split}/CLASS/.")
@@ -276,7 +276,7 @@ def read_split(root: Path, split: str | None, classes: Sequence[str], *, labels:
     return EvaluationSplit(samples, _neither_samples(root, found, split), search.skipped)
 
 
-def _read_table_split(root: Path, path: Path, split: str | None, classes: Sequence[str]) -> list[Sample]:
+def _read_table_split(root: Path, path: Path, split: str | None, classes: Sequence[str]) -> EvaluationSplit:
     table = read_label_table(path, root)
     known = sorted(name for name in table.splits if name)
     kind = split_of(split) if split else VALID
@@ -287,8 +287,13 @@ def _read_table_split(root: Path, path: Path, split: str | None, classes: Sequen
     if known and kind not in known:
         raise DataError(f"{path} has no rows of the split {split or VALID!r}. Set --split to one of {', '.join(known)}.")
     rows = [row for row in table.rows if row.split in (kind, None)]
-    _require_known({row.label for row in rows}, classes, path)
-    return _table_samples(root, rows, split or (VALID if known else ALL), classes)
+    name = split or (VALID if known else ALL)
+    neither = _table_neither(root, rows, name, classes)
+    _require_known({row.label for row in rows if not is_neither(row.label)}, classes, path)
+    samples = _table_samples(root, rows, name, classes)
+    if not samples:
+        raise DataError(f"{path} has no photos of {', '.join(classes)} in the split {name!r}. Set --split to another one.")
+    return EvaluationSplit(samples, neither, [])
 
 
 def _require_known(names: Iterable[str], classes: Sequence[str], place: Path) -> None:
@@ -376,6 +381,15 @@ def _table_samples(root: Path, rows: Iterable[LabelRow], split: str, classes: Se
         Sample(row.image, root / row.image, indices[row.label], split, group=row.group, facets=row.facets)
         for row in rows
         if row.label in indices
+    ]
+
+
+def _table_neither(root: Path, rows: Iterable[LabelRow], split: str, classes: Sequence[str]) -> list[Sample]:
+    """Return the samples of none of the classes in a table."""
+    return [
+        Sample(row.image, root / row.image, NO_LABEL, split, group=row.group, facets=row.facets)
+        for row in rows
+        if is_neither(row.label) and row.label not in classes
     ]
 
 

@@ -59,6 +59,7 @@ class LabelTable:
 
     Attributes:
         path: The file.
+        root: Folder that the paths of the images are relative to.
         sha256: Of the file.
         rows: The rows, sorted by class, folder and name, so that their order in the file does not matter.
         facets: Names of the columns that are kept for the gallery and the slices.
@@ -67,11 +68,20 @@ class LabelTable:
     """
 
     path: Path
+    root: Path
     sha256: str
     rows: tuple[LabelRow, ...]
     facets: tuple[str, ...]
     has_groups: bool
     repeated: int
+
+    @property
+    def image_paths(self) -> list[Path]:
+        return [self.root / row.image for row in self.rows]
+
+    def name_of(self, path: Path) -> str:
+        """Return the name in the table of one of ``image_paths``."""
+        return path.relative_to(self.root).as_posix()
 
     @property
     def splits(self) -> set[str | None]:
@@ -120,7 +130,7 @@ def read_label_table(path: Path, root: Path) -> LabelTable:
     rows = sorted(parsed.rows.values(), key=lambda row: (row.label, *posixpath.split(row.image)))
     facets = tuple(name for name in columns.values() if name not in KNOWN)
     has_groups = any(row.group for row in rows)
-    return LabelTable(path, hashlib.sha256(data).hexdigest(), tuple(rows), facets, has_groups, parsed.repeated)
+    return LabelTable(path, root, hashlib.sha256(data).hexdigest(), tuple(rows), facets, has_groups, parsed.repeated)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def test_invalid_arguments_are_rejected(
     tiny_bundle: SimpleNamespace, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--bundle", tiny_bundle.path, "--output", tmp_path / "out")
-    assert "requires either photos and folders or a --list" in score(*flags, code=2)
+    assert "requires either photos and folders, a --list or --labels" in score(*flags, code=2)
     assert "No such list" in score(*flags, "--list", tmp_path / "no.txt", code=2)
     assert "No such photo or folder" in score(*flags, tmp_path / "no", code=2)
     assert "require --output" in score("--bundle", tiny_bundle.path, "--list", tmp_path / "no.txt", code=2)
@@ -206,3 +206,28 @@ def test_a_storage_failure_stops_the_run_and_is_not_written_as_rows(
     monkeypatch.undo()
     assert f"{4 * written} already scored" in score(*flags)
     assert len(rows(tmp_path / "out")) == 37
+
+
+def test_a_table_lists_the_photos_and_its_columns_follow_the_scores(
+    tiny_bundle: SimpleNamespace, photos: Path, tmp_path: Path
+) -> None:
+    table = photos / "labels.csv"
+    table.write_text(
+        "image,label,group,camera\nred/red.000.jpg,red,a,left\nblue/broken.jpg,blue,,\nblue/lost.jpg,blue,b,right\n",
+        encoding="utf-8",
+    )
+    out = tmp_path / "scores.parquet"
+    flags = ("--bundle", tiny_bundle.path, "--labels", table)
+    assert "3 photos scored" in score(*flags, "--output", out)
+    columns = ("photo", "label", "true_label", "split", "group", "facet_camera", "error")
+    assert [[row[name] for name in columns] for row in rows(out)] == [
+        [str(photos / "blue/broken.jpg"), None, "blue", None, None, None, rows(out)[0]["error"]],
+        [str(photos / "blue/lost.jpg"), None, "blue", None, "b", "right", "No such file or directory"],
+        [str(photos / "red/red.000.jpg"), "red", "red", None, "a", "left", None],
+    ]
+    assert "3 already scored" in score(*flags, "--output", out)
+    table.write_text(table.read_text(encoding="utf-8").replace("left", "top"), encoding="utf-8")
+    assert "was started with labels " in score(*flags, "--output", out, code=2)
+    code, printed, _ = finetune("predict", *flags, "--csv")
+    assert code == 1
+    assert [line.split(",")[0] for line in printed.splitlines()[1:]] == [row["photo"] for row in rows(out)]

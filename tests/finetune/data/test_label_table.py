@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.data.image_folder import Sample, read_dataset, read_split
+from finetune.data.image_folder import NO_LABEL, Sample, read_dataset, read_split
 from finetune.data.label_table import LabelRow, read_label_table
 from models.errors import DataError
 from tests.helpers.tiny_network import color_folder, paint
@@ -356,6 +356,18 @@ def test_all_images_of_a_table_without_splits_are_evaluated(root: Path) -> None:
     assert len(samples) == 4
     with pytest.raises(DataError, match=r"has no column 'split'\. Remove --split to evaluate all of its images\."):
         read_split(root, "valid", ["cat", "dog"], labels=path)
+
+
+def test_rows_of_none_of_the_classes_are_not_a_class(root: Path) -> None:
+    rows = [*ROWS, {**ROWS[0], "image": "c.jpg", "label": "None"}, {**ROWS[3], "image": "d.jpg", "label": "neither"}]
+    path = write_csv(root / "t.csv", rows)
+    dataset = read_dataset(root, labels=path)
+    assert dataset.classes == ("cat", "dog")
+    assert [(sample.name, sample.label, sample.split) for sample in dataset.neither] == [("c.jpg", NO_LABEL, "train")]
+    listed = read_split(root, "test", ["cat", "dog"], labels=path)
+    assert [[sample.name for sample in samples] for samples in (listed.samples, listed.neither)] == [["b/2.jpg"], ["d.jpg"]]
+    listed = read_split(root, "test", ["cat", "dog", "neither"], labels=path)
+    assert [[sample.name for sample in samples] for samples in (listed.samples, listed.neither)] == [["b/2.jpg", "d.jpg"], []]
 
 
 def test_extra_data_may_be_a_folder_or_a_table(tmp_path: Path) -> None:
