@@ -104,7 +104,9 @@ def with_group_intervals(
     if metrics["roc_auc"]:
         new["roc_auc"] = bootstrap.roc_auc(labels, probabilities, metrics["roc_auc"]["value"])
     method = METHOD.format(groups=bootstrap.count, resamples=resamples, seed=seed)
-    return {**metrics, **new, "groups": bootstrap.count, "methods": {**metrics["methods"], "groups": method}}
+    note = f"The intervals allow for {bootstrap.count:,} groups of photos."
+    described = {"notes": [*metrics["notes"], note], "methods": {**metrics["methods"], "groups": method}}
+    return {**metrics, **new, **described, "groups": bootstrap.count}
 
 
 class _GroupBootstrap:

@@ -77,6 +77,7 @@ def test_every_interval_allows_for_groups_and_no_value_changes() -> None:
     metrics = with_group_intervals(plain, labels, probabilities, groups, uncalibrated=probabilities)
     assert metrics["groups"] == 40
     assert "The photos come in 40 groups" in metrics["methods"]["groups"]
+    assert metrics["notes"][-1] == "The intervals allow for 40 groups of photos."
     for name in ("accuracy", "log_loss", "roc_auc", "log_loss_uncalibrated"):
         assert metrics[name]["value"] == pytest.approx(plain[name]["value"])
         assert width(metrics[name]) > 1.2 * width(plain[name]), name
