@@ -30,7 +30,7 @@ def compute_slices(predictions: Predictions) -> list[dict[str, Any]]:
         and p (None if the slice contains all photos).
     """
     correct, groups = predictions.correct, predictions.group_numbers
-    rows = []
+    rows: list[dict[str, Any]] = []
     for facet in make_facets(predictions.facets):
         values = np.array(facet.values)
         for value in facet.order:
