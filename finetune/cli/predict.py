@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from finetune.io.terminal import escape_controls
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.decision import Decision
 from models.artifacts.paths import resolve_bundle
+from models.artifacts.text_table import csv_writer
 from models.errors import ConfigError
 from models.runtime.openvino_engine import supports_bf16
 from models.runtime.precision import select_precision
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     images = labels.image_paths if labels else list(find_images(args.photos, search))
     failed = _print_skipped(search)
     predictions = classify(bundle, images, precision=_precision(args, bundle), workers=args.workers)
-    table = csv.writer(sys.stdout, lineterminator="\n")
+    table = csv_writer(sys.stdout)
     if args.csv:
         table.writerow(["photo", "label", *(f"p_{name}" for name in bundle.classes), *DECISION_COLUMNS, "error"])
     for prediction in predictions:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifacts.atomic_io import atomic_write
+from models.artifacts.text_table import csv_writer
 from models.errors import BundleError
 
 MIN_PROBABILITY = 1e-12
@@ -158,7 +159,7 @@ class Predictions:
         table |= {f"{FACET_PREFIX}{name}": values for name, values in self.facets.items()}
         # surrogateescape: on Linux a file name may not be valid UTF-8
         with atomic_write(path) as temp, temp.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
+            writer = csv_writer(file)
             ood_column = [] if self.ood_scores is None else [OOD_COLUMN]
             probabilities = [f"p_{name}" for name in self.classes]
             writer.writerow([*LEADING_COLUMNS, *probabilities, *ood_column, *TRAILING_COLUMNS, *table])

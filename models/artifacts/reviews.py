@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 
-from models.artifacts.text_table import read_text_table
+from models.artifacts.text_table import csv_writer, read_text_table
 from models.errors import DataError
 
 LABEL, NEITHER, BAD = "label", "neither", "bad"
@@ -48,7 +47,7 @@ COLUMNS = [field.name for field in fields(Review)]
 def write_reviews(reviews: Iterable[Review]) -> bytes:
     """Encode reviews as CSV in UTF-8."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv_writer(text)
     writer.writerow(COLUMNS)
     writer.writerows(astuple(review) for review in reviews)
     return text.getvalue().encode("utf-8", errors="surrogateescape")

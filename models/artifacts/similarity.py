@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from models.artifacts.atomic_io import atomic_write
 from models.artifacts.predictions import RERUN_HINT
+from models.artifacts.text_table import csv_writer
 from models.errors import BundleError
 
 EMBEDDINGS, DUPLICATES = "embeddings.npz", "duplicates.csv"
@@ -81,7 +82,7 @@ class SimilarityIndex:
             atomic_write(folder / DUPLICATES) as temp,
             temp.open("w", encoding="utf-8", errors="surrogateescape", newline="") as text,
         ):
-            writer = csv.writer(text, lineterminator="\n")
+            writer = csv_writer(text)
             writer.writerow(COLUMNS)
             writer.writerows(astuple(duplicate) for duplicate in self.duplicates)
 

@@ -1,4 +1,4 @@
-"""Read delimited text (CSV, TSV) as programs and spreadsheets write it. Does not import torch."""
+"""Read delimited text (CSV, TSV) as programs and spreadsheets write it, and write CSV. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TextIO
 
 from models.errors import DataError
 
@@ -48,6 +49,24 @@ def read_text_table(data: bytes, *, origin: str, kind: str) -> TextTable:
     except csv.Error as error:
         raise DataError(f"{origin} cannot be read as a table of {kind} ({error}). Save it again.") from None
     return TextTable([name.strip() for name in rows[0][1]], rows[1:]) if rows else TextTable([], [])
+
+
+def csv_writer(stream: TextIO) -> Any:
+    """Return a ``csv.writer`` whose rows end with a line feed, and whose cells may contain any line break.
+
+    The standard writer leaves a carriage return unquoted if it does not end rows, and readers take it for the end of one.
+    """
+    return csv.writer(_LineFeeds(stream), lineterminator="\r\n")
+
+
+class _LineFeeds:
+    """A stream that ends the rows of a csv.writer with a line feed only."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, row: str) -> int:
+        return self._stream.write(row.removesuffix("\r\n") + "\n")
 
 
 def decode_text(data: bytes) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import zipfile
@@ -14,6 +13,7 @@ from flask import Blueprint, Response, request, stream_with_context, url_for
 
 from models.artifacts.predictions import FACET_PREFIX, GROUP_COLUMN
 from models.artifacts.reviews import write_reviews
+from models.artifacts.text_table import csv_writer
 from service.context import gallery
 from service.db import production
 from service.db.connection import Database
@@ -216,7 +216,7 @@ def _csv_row(photo: PredictionRecord) -> list[Any]:
 def _csv(header: Sequence[str], rows: Iterator[Sequence[Any]], name: str) -> Response:
     def stream() -> Iterator[bytes]:
         buffer = io.StringIO(newline="")
-        writer = csv.writer(buffer, lineterminator="\n")
+        writer = csv_writer(buffer)
         writer.writerow(header)
         for row in rows:
             writer.writerow(row)

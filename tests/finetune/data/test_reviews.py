@@ -67,7 +67,9 @@ def applied(data: Path, *reviews: Review) -> tuple[dict[str, str], str]:
 
 def test_a_table_round_trips_also_through_a_spreadsheet() -> None:
     reviews = (
-        Review("a" * 64, "train/cats/1, or so.jpg", "cats", "label", "dogs", 'a "dog"\nclearly', "Ada", "2024-05-01"),
+        Review(
+            "a" * 64, "train/cats/1, or so.jpg", "cats", "label", "dogs", 'a "dog"\nclearly\ror\r\nnot', "Ada", "2024-05-01"
+        ),
         Review("b" * 64, "train/cats/猫.jpg", "cats", "bad", "", "", "", ""),
     )
     data = write_reviews(reviews)

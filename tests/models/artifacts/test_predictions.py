@@ -71,7 +71,7 @@ def test_csv_columns(tmp_path: Path) -> None:
     assert float(rows[2]["loss"]) == pytest.approx(-np.log(0.3), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["a,b", 'say "cat"', "猫", "p_", " cats ", "two\nlines", "=1+1", "é;\t'"])
+@pytest.mark.parametrize("name", ["a,b", 'say "cat"', "猫", "p_", " cats ", "two\nlines", "cr\rlf\r\n", "=1+1", "é;\t'"])
 def test_unusual_class_and_file_names_round_trip(tmp_path: Path, name: str) -> None:
     image_names = (f"valid/{name}/1.jpg", "x", os.fsdecode(b"valid/\xff.jpg"))
     predictions = some_predictions(classes=(name, "dogs"), image_names=image_names)
