@@ -59,10 +59,11 @@ def compute_metrics(
         "accuracy": wilson_interval(int(counts.trace()), len(labels)),
         "balanced_accuracy": balanced_accuracy(counts),
         "macro_f1": macro_f1(counts, seed=seed, resamples=resamples),
-        **({"top_5_accuracy": _top_accuracy(labels, probabilities)} if len(classes) >= MIN_CLASSES_FOR_TOP else {}),
         **_by_probability(labels, probabilities, seed=seed, resamples=resamples),
         "roc_auc": _roc_auc(labels, probabilities, classes, notes, seed=seed, resamples=resamples),
     }
+    if len(classes) >= MIN_CLASSES_FOR_TOP:
+        metrics["top_5_accuracy"] = wilson_interval(int(is_in_top(labels, probabilities).sum()), len(labels))
     if metrics["macro_f1"]["low"] == 1.0:
         notes.append("Macro F1 is 1.0 in every bootstrap sample, so its interval is not informative.")
     if uncalibrated is not None:
@@ -110,12 +111,12 @@ def macro_f1(counts: NDArray[np.int64], *, seed: int, resamples: int) -> dict[st
     return confidence_interval(value, low, high)
 
 
-def _top_accuracy(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> dict[str, float]:
-    """Count the images whose class is among the 5 most probable ones. Of equal probabilities the first class is higher."""
+def is_in_top(labels: NDArray[np.int64], probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return whether the class of each image is among the 5 most probable ones: (N,). Of equal ones the first is higher."""
     own = probabilities[np.arange(len(labels)), labels][:, None]
     earlier = np.arange(probabilities.shape[1]) < labels[:, None]
     higher = (probabilities > own) | ((probabilities == own) & earlier)
-    return wilson_interval(int((higher.sum(axis=1) < TOP).sum()), len(labels))
+    return np.asarray(higher.sum(axis=1) < TOP)
 
 
 def _by_probability(

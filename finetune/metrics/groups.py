@@ -16,15 +16,15 @@ from scipy import stats
 
 from finetune.metrics.bootstrap import QUANTILES_95, resample_batches
 from finetune.metrics.calibration import BINS, equal_mass_bins
-from finetune.metrics.classification import weighted_roc_auc
+from finetune.metrics.classification import is_in_top, weighted_roc_auc
 from models.artifacts.predictions import cross_entropy
-from models.artifacts.statistics import Z_95, confidence_interval, wilson_interval
+from models.artifacts.statistics import Z_95, confidence_interval, mean_of_proportions, wilson_interval
 
 METHOD = (
     "The photos come in {groups:,} groups and are not independent within a group. Unlike stated for the single metrics, "
     "proportions have a 95% Wilson score interval with the effective number of photos (design effect of Rao and Scott 1992, "
     "Student's t for the number of groups), and other metrics a 95% percentile bootstrap of groups, {resamples} resamples, "
-    "seed {seed}."
+    "seed {seed}. Balanced accuracy has the wider of both."
 )
 
 
@@ -59,8 +59,13 @@ def proportion_interval(correct: NDArray[np.bool_], groups: NDArray[np.int64] | 
     """Compute a proportion with its 95% Wilson score interval, for (N,) photos in (N,) groups or independent ones."""
     if groups is None:
         return wilson_interval(int(correct.sum()), len(correct))
+    return wilson_interval(*_effective_counts(correct, groups))
+
+
+def _effective_counts(correct: NDArray[np.bool_], groups: NDArray[np.int64]) -> tuple[float, float]:
+    """Return the effective numbers of correct photos and of all photos."""
     size = effective_size(correct, groups)
-    return wilson_interval(min(float(correct.mean()) * size, size), size)
+    return min(float(correct.mean()) * size, size), size
 
 
 def with_group_intervals(
@@ -101,6 +106,10 @@ def with_group_intervals(
         if values is not None:
             new[f"log_loss{suffix}"] = bootstrap.mean_interval(cross_entropy(labels, values))
             new[f"calibration_error{suffix}"] = bootstrap.calibration_error(values, labels)
+    recalls = [_effective_counts(correct[labels == k], rows[labels == k]) for k in np.unique(labels)]
+    new["balanced_accuracy"], new["macro_f1"] = bootstrap.class_means(labels, predicted, mean_of_proportions(recalls))
+    if "top_5_accuracy" in metrics:
+        new["top_5_accuracy"] = proportion_interval(is_in_top(labels, probabilities), rows)
     if metrics["roc_auc"]:
         new["roc_auc"] = bootstrap.roc_auc(labels, probabilities, metrics["roc_auc"]["value"])
     method = METHOD.format(groups=bootstrap.count, resamples=resamples, seed=seed)
@@ -157,6 +166,31 @@ class _GroupBootstrap:
         defined = defined[np.isfinite(defined)]
         low, high = np.quantile(defined, QUANTILES_95) if len(defined) else (0.0, 1.0)
         return confidence_interval(value, low, high)
+
+    def class_means(
+        self, labels: NDArray[np.int64], predicted: NDArray[np.int64], independent: dict[str, float]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Compute the balanced accuracy and the macro F1 score with their intervals.
+
+        Args:
+            labels: True classes, (N,).
+            predicted: Predicted classes, (N,).
+            independent: The balanced accuracy with the interval of independent classes. The result is at least as wide, as it
+                has a width also without mistakes.
+        """
+        classes = np.union1d(labels, predicted)
+        support, hits = labels[:, None] == classes, (labels == predicted)[:, None] & (labels[:, None] == classes)
+        marks = support.astype(np.float64) + (predicted[:, None] == classes)
+        sums = [self._sum_by_group(part.astype(np.float64)) for part in (hits, support, marks)]
+        scores = []
+        for drawn in self._draw(self.count):
+            hit, own, marked = (drawn @ part for part in sums)
+            recall = np.where(own > 0, hit / np.maximum(own, 1), np.nan)
+            scores.append([np.nanmean(recall, axis=1), np.where(marked > 0, 2 * hit / np.maximum(marked, 1), 0).mean(axis=1)])
+        (low, high), f1_bounds = (np.quantile(np.concatenate(parts), QUANTILES_95) for parts in zip(*scores, strict=True))
+        balanced = independent["value"], min(low, independent["low"]), max(high, independent["high"])
+        macro_f1 = float(np.mean(2 * hits.sum(axis=0) / marks.sum(axis=0)))
+        return confidence_interval(*balanced), confidence_interval(macro_f1, *f1_bounds)
 
     def _means(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Compute the means of the resamples: (N, K) -> (resamples, K)."""

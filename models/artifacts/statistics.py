@@ -31,7 +31,7 @@ def wilson_interval(correct: float, total: float) -> dict[str, float]:
     return confidence_interval(proportion, max(0.0, (center - half_width) / scale), min(1.0, (center + half_width) / scale))
 
 
-def mean_of_proportions(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
+def mean_of_proportions(counts: Sequence[tuple[float, float]]) -> dict[str, float]:
     """Compute the mean of independent proportions, such as the recalls of the classes, with a 95% interval.
 
     The Wilson intervals of the proportions are combined by the method of variance estimates recovery (Zou and Donner 2008,

@@ -78,7 +78,7 @@ def test_every_interval_allows_for_groups_and_no_value_changes() -> None:
     assert metrics["groups"] == 40
     assert "The photos come in 40 groups" in metrics["methods"]["groups"]
     assert metrics["notes"][-1] == "The intervals allow for 40 groups of photos."
-    for name in ("accuracy", "log_loss", "roc_auc", "log_loss_uncalibrated"):
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "roc_auc", "log_loss_uncalibrated"):
         assert metrics[name]["value"] == pytest.approx(plain[name]["value"])
         assert width(metrics[name]) > 1.2 * width(plain[name]), name
     for name in ("precision", "recall"):
@@ -94,8 +94,20 @@ def test_groups_of_one_photo_give_about_the_plain_intervals() -> None:
     labels, probabilities, _ = predictions(1)
     plain = compute_metrics(labels, probabilities, classes=["a", "b", "c"])
     metrics = with_group_intervals(plain, labels, probabilities, np.arange(400))
-    for name in ("accuracy", "log_loss", "roc_auc"):
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss", "roc_auc"):
         assert width(metrics[name]) == pytest.approx(width(plain[name]), rel=0.25)
+
+
+def test_the_top_five_of_many_classes_allow_for_groups() -> None:
+    rng = np.random.default_rng(0)
+    groups, labels = np.repeat(np.arange(20), 10), rng.integers(0, 12, 200)
+    probabilities = rng.dirichlet(np.ones(12), 200)
+    probabilities[groups < 10, labels[groups < 10]] += 1
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    plain = compute_metrics(labels, probabilities, classes=[f"class {i}" for i in range(12)])
+    metrics = with_group_intervals(plain, labels, probabilities, groups)
+    assert metrics["top_5_accuracy"]["value"] == pytest.approx(plain["top_5_accuracy"]["value"])
+    assert width(metrics["top_5_accuracy"]) > 1.5 * width(plain["top_5_accuracy"])
 
 
 def test_a_class_without_photos_stays_undefined() -> None:
