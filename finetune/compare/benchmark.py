@@ -11,11 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.batch_inference.predict import classify
-from finetune.metrics.bootstrap import bootstrap_mean_interval
-from finetune.metrics.classification import balanced_accuracy, macro_f1
+from finetune.metrics.groups import compute_metrics_of_groups
 from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
-from models.artifacts.predictions import Predictions, confusion_counts, cross_entropy
-from models.artifacts.statistics import wilson_interval
+from models.artifacts.predictions import Predictions
 from models.networks.flops import build_on_meta, count_parameters
 from models.networks.head_replacement import replace_heads
 from models.networks.registry import get_spec
@@ -29,7 +27,10 @@ Interval = dict[str, float]
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One network's results. ``correct`` (N,) is true for correctly classified images. The intervals are 95% intervals."""
+    """One network's results. The intervals are 95% intervals.
+
+    ``correct`` (N,) is true for correctly classified images. ``groups`` (N,) numbers their groups, if there are any.
+    """
 
     backbone: str
     pretrained: bool
@@ -44,6 +45,7 @@ class BenchmarkResult:
     training_s: float
     epochs: int
     correct: NDArray[np.bool_]
+    groups: NDArray[np.int64] | None = None
 
 
 def benchmark(
@@ -68,6 +70,7 @@ def benchmark(
     shared = set.intersection(*(set(table.image_names) for table in evaluated.values()))
     selected = [i for i, name in enumerate(first.image_names) if name in shared]
     labels = first.labels[selected]
+    groups = None if first.group_numbers is None else first.group_numbers[selected]
     paths = [data / first.image_names[i] for i in selected]
     precisions = {name: select_precision(bundle).name for name, bundle in bundles.items()}
     times = measure_latency(bundles, paths[:IMAGES_PER_ROUND], precisions)
@@ -75,24 +78,20 @@ def benchmark(
     for name, bundle in bundles.items():
         predictions = classify(bundle, paths, precision=precisions[name], workers=workers)
         probabilities = np.stack([p.probabilities for p in predictions if p.probabilities is not None]).astype(np.float64)
-        predicted = probabilities.argmax(axis=1)
-        correct = np.asarray(predicted == labels)
-        counts = confusion_counts(labels, predicted, len(bundle.classes))
+        metrics = compute_metrics_of_groups(labels, probabilities, classes=bundle.classes, groups=groups)
         rows.append(
             BenchmarkResult(
                 backbone=name,
                 pretrained=bundle.manifest["base"] is not None,
                 precision=precisions[name],
-                accuracy=wilson_interval(int(correct.sum()), len(labels)),
-                balanced_accuracy=balanced_accuracy(counts),
-                macro_f1=macro_f1(counts, seed=0, resamples=1000),
-                log_loss=bootstrap_mean_interval(cross_entropy(labels, probabilities), seed=0, resamples=1000),
+                **{name: metrics[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")},
                 ms_per_image=times[name],
                 graph_mb=(bundle.path / GRAPH).stat().st_size / 1e6,
                 parameters=bundle_parameters(bundle),
                 training_s=seconds[name],
                 epochs=int(bundle.manifest["provenance"]["epochs"]),
-                correct=correct,
+                correct=np.asarray(probabilities.argmax(axis=1) == labels),
+                groups=groups,
             )
         )
     return sorted(rows, key=lambda row: (-row.accuracy["value"], row.log_loss["value"]))

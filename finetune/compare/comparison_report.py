@@ -19,6 +19,8 @@ from finetune.metrics.significance import PairwiseComparison, compare_pairs
 from finetune.reports import plots
 from models.artifacts.atomic_io import atomic_write_text
 
+TEST = "McNemar's exact test on the photos that only one of the two gets right"
+TEST_OF_GROUPS = "Test of the differences between the groups of the photos, with random signs"
 COLUMNS = (
     "network",
     "accuracy (95% interval)",
@@ -46,7 +48,7 @@ def write_report(out: Path, rows: Sequence[BenchmarkResult], *, data: Path, skip
     Returns:
         The Markdown text.
     """
-    pairs = compare_pairs({row.backbone: row.correct for row in rows})
+    pairs = compare_pairs({row.backbone: row.correct for row in rows}, groups=rows[0].groups)
     text = markdown(rows, pairs, name=data.resolve().name, skipped=skipped)
     atomic_write_text(out / "compare.md", text)
     atomic_write_text(out / "compare.csv", _csv(rows))
@@ -82,7 +84,7 @@ def markdown(
     if pairs:
         sections += [
             "## Significance of the differences\n",
-            "McNemar's exact test on the photos that only one of the two gets right, corrected for the number of pairs (Holm). "
+            f"{TEST if rows[0].groups is None else TEST_OF_GROUPS}, corrected for the number of pairs (Holm). "
             "Significant: p < 0.05.\n",
             "\n".join(f"- {pair.text()}" for pair in pairs) + "\n",
         ]
@@ -180,5 +182,5 @@ def _csv(rows: Sequence[BenchmarkResult]) -> str:
 
 
 def _as_dict(row: BenchmarkResult) -> dict[str, Any]:
-    values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "correct"}
+    values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name not in ("correct", "groups")}
     return {**values, "correct": int(np.count_nonzero(row.correct))}

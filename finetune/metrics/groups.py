@@ -7,7 +7,7 @@ and all other metrics a bootstrap that draws complete groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy import stats
 
 from finetune.metrics.bootstrap import QUANTILES_95, resample_batches
 from finetune.metrics.calibration import BINS, equal_mass_bins
-from finetune.metrics.classification import is_in_top, weighted_roc_auc
+from finetune.metrics.classification import compute_metrics, is_in_top, weighted_roc_auc
 from models.artifacts.predictions import cross_entropy
 from models.artifacts.statistics import Z_95, confidence_interval, mean_of_proportions, wilson_interval
 
@@ -66,6 +66,22 @@ def _effective_counts(correct: NDArray[np.bool_], groups: NDArray[np.int64]) -> 
     """Return the effective numbers of correct photos and of all photos."""
     size = effective_size(correct, groups)
     return min(float(correct.mean()) * size, size), size
+
+
+def compute_metrics_of_groups(
+    labels: NDArray[np.int64],
+    probabilities: NDArray[np.float64],
+    *,
+    classes: Sequence[str],
+    groups: NDArray[np.int64] | None,
+    uncalibrated: NDArray[np.float64] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compute the metrics of photos in groups, or of independent ones if ``groups`` is None. See ``compute_metrics``."""
+    metrics = compute_metrics(labels, probabilities, classes=classes, uncalibrated=uncalibrated, seed=seed)
+    if groups is None:
+        return metrics
+    return with_group_intervals(metrics, labels, probabilities, groups, uncalibrated=uncalibrated, seed=seed)
 
 
 def with_group_intervals(

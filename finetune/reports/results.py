@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.io.progress import step
-from finetune.metrics.classification import compute_metrics, format_summary
-from finetune.metrics.groups import with_group_intervals
+from finetune.metrics.classification import format_summary
+from finetune.metrics.groups import compute_metrics_of_groups
 from finetune.metrics.ood import format_ood, measure_ood
 from finetune.metrics.slices import METHOD as SLICES_METHOD
 from finetune.metrics.slices import compute_slices, format_slices
@@ -55,15 +55,11 @@ def write_results(
         The metrics, as written to metrics.json.
     """
     with step("Computing the metrics"):
-        metrics = compute_metrics(
-            predictions.labels, predictions.probabilities, classes=predictions.classes, uncalibrated=uncalibrated, seed=seed
-        )
-    if predictions.group_numbers is not None:
-        metrics = with_group_intervals(
-            metrics,
+        metrics = compute_metrics_of_groups(
             predictions.labels,
             predictions.probabilities,
-            predictions.group_numbers,
+            classes=predictions.classes,
+            groups=predictions.group_numbers,
             uncalibrated=uncalibrated,
             seed=seed,
         )

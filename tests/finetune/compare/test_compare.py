@@ -183,6 +183,17 @@ def test_pairs_are_compared_on_the_photos_that_only_one_gets_right() -> None:
     assert bc.text() == "No significant difference between c and b (p = 0.500; photos that only one gets right: c 2, b 0)."
 
 
+def test_networks_on_photos_in_groups_are_compared_by_group() -> None:
+    a, b = np.ones(60, dtype=bool), np.array([False] * 12 + [True] * 48)
+    assert compare_pairs({"a": a, "b": b})[0].p < 0.001
+    one_patient = np.repeat(np.arange(5), 12)  # all differences are photos of one patient
+    assert compare_pairs({"a": a, "b": b}, groups=one_patient)[0].p == 1.0
+    twelve_patients = np.concatenate([np.arange(12), np.repeat(np.arange(12), 4)])
+    assert compare_pairs({"a": a, "b": b}, groups=twelve_patients)[0].p == pytest.approx(2 / 2**12, abs=6e-4)
+    (pair,) = compare_pairs({"a": a, "b": a}, groups=one_patient)
+    assert (pair.p, pair.is_significant) == (1.0, False)
+
+
 def test_equal_networks_do_not_differ() -> None:
     correct = np.array([True, False, True])
     (pair,) = compare_pairs({"a": correct, "b": correct})
@@ -192,3 +203,18 @@ def test_equal_networks_do_not_differ() -> None:
 def test_holm_keeps_the_order_of_p_values() -> None:
     assert holm_correction([0.01, 0.011, 0.5]) == pytest.approx([0.03, 0.03, 0.5])
     assert holm_correction([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+
+
+def test_networks_are_compared_on_a_table(tmp_path: Path) -> None:
+    data = color_folder(tmp_path / "colours", train=6, valid=3)
+    files = sorted(data.rglob("*.jpg"))
+    rows = [f"{path.relative_to(data).as_posix()},{path.parent.name},{path.parts[-3]},g{i}" for i, path in enumerate(files)]
+    table = data / "labels.csv"
+    table.write_text("\n".join(["image,label,split,group", *rows, "lost.jpg,red,train,", ""]), encoding="utf-8")
+    flags = ("--backbones", "lenet_cifar,cnn_mnist", "--epochs", 1, "--output-dir", tmp_path / "out")
+    code, out, err = finetune("compare", "--labels", table, *flags)
+    assert code == 0, err
+    assert "Comparison on colours: 6 validation photos" in out
+    assert "Test of the differences between the groups of the photos, with random signs, corrected" in out
+    code, _, err = finetune("compare", *flags)
+    assert (code, err) == (2, "finetune: No data. Pass the data folder, or a table of labels with --labels.\n")
