@@ -22,6 +22,7 @@ COMMANDS = {
     "audit": "check a folder of photos for damaged files, duplicates and leakage",
     "download": "download photos of cats and dogs",
     "synthesize": "draw a synthetic data set of cats and dogs for trying things out",
+    "threshold": "show or change the minimum probabilities of a bundle",
     "merge": "add the pretrained weights to a bundle without the full weights",
     "models": "list the available networks",
     "visualize": "draw a network's filters and the feature maps of a photo",

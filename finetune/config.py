@@ -87,6 +87,11 @@ class Config:
     )
     allow_leakage: bool = _setting(False, "allow duplicates across training and validation")
     allow_class_mismatch: bool = _setting(False, "allow training and validation to have different classes")
+    target_precision: str | float | None = _setting(
+        None,
+        "precision to keep, for all classes (0.99) or by class (dogs=0.99,cats=0.95); less certain photos get no label",
+        metavar="X|CLASS=X,...",
+    )
     device: str = _setting("auto", "device", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = _setting(
         "auto",
@@ -159,7 +164,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
             if "choices" in f.metadata:
                 options["metavar"] = "|".join(f.metadata["choices"])
             else:
-                options["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
+                options["metavar"] = f.metadata.get("metavar") or {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
         parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
 
 
@@ -236,6 +241,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             pass
     elif kind is int and isinstance(value, bool):
         pass
+    elif kind is str and float in typing.get_args(hint) and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
     elif isinstance(value, kind):
         return value
     raise ConfigError(f"The setting {name} must be {_KINDS.get(kind, kind.__name__)} (got {value!r}).")

@@ -24,12 +24,14 @@ from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels
 from finetune.data.label_source import locate_data
 from finetune.data.review_source import hide_password, load_reviews
 from finetune.evaluation.cross_validation import Outputs, cross_validate_head
+from finetune.evaluation.held_out import held_out_predictions
 from finetune.evaluation.ood import OODFit, fit_records
 from finetune.evaluation.trained_head import TrainedHead, describe_balance, train_other_head
 from finetune.export.exporter import PARITY_IMAGES, OODExport, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
 from finetune.io.progress import step
 from finetune.metrics.calibration import apply_temperature
+from finetune.metrics.operating_points import parse_targets
 from finetune.reports.results import write_results
 from finetune.training import run_directory
 from finetune.training.class_balance import ClassBalance, class_balance, read_class_weights
@@ -44,7 +46,7 @@ from finetune.training.setup import (
 )
 from finetune.training.trainer import EpochRow, Progress, fit, predict
 from models.artifacts.atomic_io import atomic_write_text
-from models.artifacts.bundle import MAX_NAME_BYTES, UNSAFE_IN_NAME, Bundle, open_bundle
+from models.artifacts.bundle import HELD_OUT, MAX_NAME_BYTES, UNSAFE_IN_NAME, Bundle, open_bundle
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
 from models.networks.logit_shift import require_shiftable_logits, shift_logits
@@ -98,6 +100,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     balance = class_balance(config, prepared.labels("train"), dataset.classes)
     if balance:
         require_shiftable_logits(network.classifier, spec)
+    targets = {} if config.target_precision is None else parse_targets(str(config.target_precision), dataset.classes)
     if not resume:
         distributed.run_on_main(lambda: run_directory.create_run(folder, config, reviews=reviews.data if reviews else None))
     with run_directory.locked(folder) if distributed.is_main_process() else contextlib.nullcontext(), _resumable(folder):
@@ -114,7 +117,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
                 other_embeddings["neither"] = predict_split(network, neither, compute)[1]
                 del neither
         held_out, other = None, None
-        if cache and balance:
+        if cache and (balance or targets):
             with network.untrained(initial):
                 held_out = cross_validate_head(config, network, cache, prepared, epochs=progress.best_epoch, compute=compute)
         if cache and prepared.audit_report.is_imbalanced:
@@ -125,7 +128,17 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         network.extractor.release()
         return distributed.run_on_main(
             lambda: write_outputs(
-                config, folder, network, compute, head, embeddings, other_embeddings, prepared, progress, other=other
+                config,
+                folder,
+                network,
+                compute,
+                head,
+                embeddings,
+                other_embeddings,
+                prepared,
+                progress,
+                other=other,
+                targets=targets,
             )
         )
 
@@ -260,6 +273,7 @@ def write_outputs(
     progress: Progress,
     *,
     other: TrainedHead | None = None,
+    targets: Mapping[str, float],
 ) -> Bundle:
     """Calibrate, evaluate and export the trained network.
 
@@ -274,6 +288,7 @@ def write_outputs(
         prepared: The data set.
         progress: The state after the last epoch.
         other: The outputs of the head that was trained for comparison, if any.
+        targets: The precision to keep, by class.
     """
     atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     valid_records = prepared.splits["valid"]
@@ -314,6 +329,11 @@ def write_outputs(
         neither_scores=ood.parameters.scores(other_embeddings["neither"]) if ood and prepared.neither else None,
         seed=config.seed,
     )
+    operating_points = None
+    if targets:
+        unseen = held_out_predictions(head)
+        unseen.write(folder / HELD_OUT)
+        operating_points = unseen.manifest_fields(targets, prepared.dataset.classes)
     state = network.classifier.net.cpu().state_dict()
     return export_bundle(
         folder / run_directory.BUNDLE,
@@ -340,6 +360,7 @@ def write_outputs(
         evaluation_dir=folder,
         parity=_parity_sample(valid_records, predictions, network, compute),
         ood=_ood_export(ood) if ood else None,
+        operating_points=operating_points,
         contents=config.export,
     )
 

@@ -87,7 +87,7 @@ def create_api_app(services: Services) -> Flask:
 
 def create_full_app(services: Services) -> Flask:
     """Create the application with all pages: the upload page, the gallery and the documentation."""
-    from service.gallery import compare, export, grid, image_access, photo, review
+    from service.gallery import compare, export, grid, image_access, photo, review, threshold
     from service.gallery.index import GalleryIndex
     from service.gallery.recorder import PredictionRecorder
     from service.web import api_docs, upload_page
@@ -99,7 +99,7 @@ def create_full_app(services: Services) -> Flask:
         services.recorder = PredictionRecorder(gallery, settings, models.metrics)
         services.predictor = Predictor(models, on_prediction=services.recorder.record)
     app = create_api_app(services)
-    pages = (layout, upload_page, api_docs, grid, photo, export, image_access, review, compare)
+    pages = (layout, upload_page, api_docs, grid, photo, export, image_access, review, compare, threshold)
     for blueprint in (*(module.bp for module in pages), compare.json_bp):
         app.register_blueprint(blueprint)
 

@@ -23,6 +23,7 @@ SHARED_SETTINGS = (
     "class_weights",
     "sampling",
     "class_frequencies",
+    "target_precision",
     "augment",
     "permute_pixels",
     "labels",

@@ -46,12 +46,15 @@ def run(args: argparse.Namespace) -> int:
 def _print_results(bundle: Bundle, config: settings.Config) -> None:
     """Print the metrics, the written files and the next two commands."""
     from finetune.metrics.ood import OODLimit
+    from finetune.metrics.operating_points import format_operating_points
     from finetune.reports.results import format_results
 
     provenance, folder = bundle.manifest["provenance"], bundle.path.parent
     print(f"\nBest epoch: {provenance['best_epoch']} of {provenance['epochs']}. Validation results:")
     print(format_results(bundle.manifest["metrics"]))
     _print_head_comparison(bundle)
+    if points := bundle.manifest.get("operating_points"):
+        print("\n".join(["\nThresholds:", *format_operating_points(points), ""]))
     if ood := bundle.manifest.get("ood"):
         print(OODLimit.from_dict(ood["limit"]).text())
     if provenance["dataset"]["reviews"]:

@@ -52,10 +52,14 @@ FOLDS = 5  # of the cross-validation that is part of a training run
 
 @dataclass(frozen=True, eq=False)
 class Outputs:
-    """Log-probabilities (N, classes) of images that a head was not trained on, and their labels (N,)."""
+    """Log-probabilities (N, classes) of images that a head was not trained on, and their labels (N,).
+
+    ``folds`` is the number of folds of a cross-validation.
+    """
 
     log_probs: NDArray[np.float64]
     labels: NDArray[np.int64]
+    folds: int | None = None
 
 
 def cross_validate(
@@ -314,7 +318,7 @@ def cross_validate_head(
     log_probs, _ = predict_out_of_fold(
         network, features, labels, fold_of, config, classes=classes, epochs=epochs, compute=compute
     )
-    return Outputs(log_probs, labels)
+    return Outputs(log_probs, labels, folds)
 
 
 def fit_fold(

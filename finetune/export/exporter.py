@@ -17,12 +17,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from finetune.io.progress import step
+from finetune.metrics.operating_points import min_probabilities
 from finetune.reports.model_card import write_model_card
 from finetune.reports.results import PLOTS
 from models.artifacts.bundle import (
     GOLDEN,
     GRAPH,
     HEAD,
+    HELD_OUT,
     MODEL_CARD,
     PREDICTIONS,
     WEIGHTS,
@@ -47,7 +49,7 @@ from models.runtime.precision import measure_bf16
 PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 GOLDEN_TOLERANCE = 1e-3
 PARITY_IMAGES = 64
-PLOTS_WITHOUT_IMAGES = {"learning_curves", "reliability", "confusion_matrix", "ood_scores"}
+PLOTS_WITHOUT_IMAGES = {"learning_curves", "reliability", "confusion_matrix", "thresholds", "ood_scores"}
 NUM_GOLDEN = 4
 
 
@@ -81,6 +83,7 @@ def export_bundle(
     evaluation_dir: Path,
     parity: ParitySample,
     ood: OODExport | None = None,
+    operating_points: Mapping[str, Any] | None = None,
     contents: str = "full",
 ) -> Bundle:
     """Write a bundle after checking that its graph reproduces the probabilities and the OOD scores of training.
@@ -95,6 +98,8 @@ def export_bundle(
         evaluation_dir: The folder with predictions.csv, similarity files and plots to include.
         parity: The images for the parity check.
         ood: The OOD score, if there is one.
+        operating_points: The manifest's field with the thresholds of the classes, if there are any. ``evaluation_dir`` then
+            contains the predictions that they were selected from.
         contents: ``full`` (all weights and the graph), ``graph`` (the graph and ``trained_tensors``) or ``head``
             (``trained_tensors`` only). Only a full bundle contains plots that show images, and a head no plots.
 
@@ -105,6 +110,8 @@ def export_bundle(
         BundleError: The graph's results differ from those of training. No bundle is written.
     """
     golden = golden_pixels(spec.preprocessing)
+    required = min_probabilities(operating_points) if operating_points else {}
+    rule = DecisionRule(max_ood_score=ood.max_score if ood else None, min_probability=required)
 
     def write_files(folder: Path) -> None:
         graph = folder / GRAPH
@@ -136,7 +143,7 @@ def export_bundle(
                 if contents == "full" or plot.stem in PLOTS_WITHOUT_IMAGES:
                     (folder / PLOTS).mkdir(exist_ok=True)
                     shutil.copyfile(plot, folder / PLOTS / plot.name)
-        for name in (PREDICTIONS, *SIMILARITY_FILES):
+        for name in (PREDICTIONS, *SIMILARITY_FILES, *([HELD_OUT] if operating_points else [])):
             shutil.copyfile(evaluation_dir / name, folder / name)
         write_model_card(folder / MODEL_CARD, manifest)
 
@@ -150,7 +157,8 @@ def export_bundle(
         "graph": graph_signature(spec, has_ood_score=ood is not None),
         "golden": {"tolerance": GOLDEN_TOLERANCE},
         "ood": None,
-        "decision": DecisionRule(max_ood_score=ood.max_score if ood else None).as_dict(),
+        "decision": rule.as_dict(),
+        "operating_points": None if operating_points is None else dict(operating_points),
     }
     return write_bundle(path, manifest, write_files=write_files)
 

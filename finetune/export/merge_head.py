@@ -10,6 +10,7 @@ from models.artifacts.bundle import (
     GOLDEN,
     GRAPH,
     HEAD,
+    HELD_OUT,
     MODEL_CARD,
     PREDICTIONS,
     WEIGHTS,
@@ -69,8 +70,7 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
         if ood:
             check_golden_ood_scores(bundle, engine.run(bundle.golden()[0])[1])
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())
-        missing = [name for name in (*SIMILARITY_FILES, OOD_FILE) if name not in bundle.manifest["files"]]
-        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, OOD_FILE, *SIMILARITY_FILES} - set(missing):
+        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, OOD_FILE, HELD_OUT, *SIMILARITY_FILES} & set(bundle.manifest["files"]):
             shutil.copyfile(bundle.path / name, folder / name)
 
     manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}

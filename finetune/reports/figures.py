@@ -30,7 +30,7 @@ def write_plots(
 ) -> list[Path]:
     """Write the plots of an evaluation as PNG files, each atomically.
 
-    confusion_matrix.png and reliability.png are always written, the others depend on the arguments.
+    confusion_matrix.png, reliability.png and thresholds.png are always written, the others depend on the arguments.
 
     Args:
         out_dir: The folder for the plots.
@@ -66,6 +66,8 @@ def write_plots(
         written.append(
             plots.plot_reliability_diagram(predictions.labels, predictions.probabilities, uncalibrated, path, seed=seed)
         )
+        path = out_dir / "thresholds.png"
+        written.append(plots.plot_thresholds(predictions.labels, predictions.probabilities, classes, path))
         if predictions.ood_scores is not None and max_ood_score is not None:
             path = out_dir / "ood_scores.png"
             written.append(plots.plot_ood_scores(predictions.ood_scores, neither_scores, max_ood_score, path))

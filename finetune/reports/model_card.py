@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.metrics.head_comparison import format_head_comparison
 from finetune.metrics.ood import OODLimit
+from finetune.metrics.operating_points import format_operating_points
 from finetune.metrics.slices import format_p
 from models.artifacts.atomic_io import atomic_write_text
 from models.runtime.precision import describe_bf16, is_bf16_acceptable
@@ -46,6 +47,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         " `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
         "## None of these\n",
         _none_of_these(manifest),
+        *_thresholds(manifest),
         "## Training data\n",
         f"{_counts(dataset['photos'])} {_labels(dataset)}{_reviewed(dataset)}"
         " Other kinds of images (drawings, other cameras, crops) were not evaluated.\n",
@@ -128,6 +130,25 @@ def _optimizer(config: Mapping[str, Any]) -> str:
 def _escaped(name: str) -> str:
     """Escape the characters of a class name that Markdown would format."""
     return re.sub(r"([\\`*<\[|~])", r"\\\1", name)
+
+
+def _thresholds(manifest: Mapping[str, Any]) -> list[str]:
+    """Describe the minimum probabilities of the classes, if there are any."""
+    points = manifest.get("operating_points")
+    if not points or not points["classes"]:
+        return []
+    sources = {
+        "out-of-fold": f"{points['photos']:,} out-of-fold predictions of training and validation photos",
+        "validation": f"{points['photos']:,} validation photos, which also selected the best epoch and the temperature",
+        "evaluation": f"{points['photos']:,} photos of an evaluation",
+    }
+    return [
+        "## Thresholds\n",
+        "A photo whose most probable class is less probable than the threshold of that class gets no label. The thresholds"
+        f" were selected from {sources[points['source']]}. Each precision is promised with"
+        f" {100 * points['confidence_level']:g}% confidence, for photos of the same kind (Clopper-Pearson, Bonferroni):\n",
+        "\n".join(f"- {_escaped(line)}" for line in format_operating_points(points)) + "\n",
+    ]
 
 
 def _class_balance(manifest: Mapping[str, Any]) -> list[str]:

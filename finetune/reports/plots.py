@@ -185,6 +185,62 @@ def _cell_colors(fractions: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(colors)
 
 
+MAX_THRESHOLD_PANELS = 9  # all photos, and the classes with the most mistakes
+
+
+def plot_thresholds(labels: NDArray[np.int64], probabilities: NDArray[np.float64], classes: Sequence[str], path: Path) -> Path:
+    """Plot precision, recall and the photos without a label over the minimum probability, for all classes and for single ones.
+
+    Beyond eight classes only the ones with the most mistakes have a panel.
+
+    Args:
+        labels: True classes, (N,).
+        probabilities: Predicted probabilities, (N, C).
+        classes: The class names.
+        path: The PNG file.
+    """
+    predicted, confidence = probabilities.argmax(axis=1), np.minimum(probabilities.max(axis=1), 1.0)
+    correct = predicted == labels
+    panels = [("All classes", np.ones(len(labels), dtype=bool), len(labels))]
+    mistakes = np.bincount(labels[~correct], minlength=len(classes)) + np.bincount(predicted[~correct], minlength=len(classes))
+    for label in sorted(np.argsort(-mistakes, kind="stable")[: MAX_THRESHOLD_PANELS - 1]):
+        own = predicted == label
+        if own.any():
+            panels.append((f"Predicted as {printable(classes[label], 24)}", own, int((labels == label).sum())))
+    stretched = float(np.median(confidence)) > CROWDED
+    ticks = STRETCHED_TICKS if stretched else EVEN_TICKS
+    lowest = max(tick for tick in ticks[:-1] if tick <= float(confidence.min()))
+    thresholds = _spread(lowest, 300) if stretched else np.linspace(lowest, 1.0, 300)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.4 * columns, 3.4 * rows + 0.6), layout="constrained")
+    figure.suptitle("What a minimum probability gives and costs", x=0.01, ha="left")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for axes, (title, own, support) in zip(grid, panels, strict=False):
+        order = np.argsort(confidence[own])
+        kept = len(order) - np.searchsorted(confidence[own][order], thresholds)
+        right = np.concatenate([np.cumsum(correct[own][order][::-1])[::-1], [0]])[len(order) - kept]
+        some = kept > 0
+        axes.plot(thresholds[some], right[some] / kept[some], color=BLUE, linewidth=1.8, label="precision")
+        if support:
+            axes.plot(thresholds, right / support, color=INK, linewidth=1.4, linestyle=(0, (1, 1)), label="recall")
+        axes.plot(
+            thresholds, 1 - kept / len(order), color=ORANGE, linewidth=1.6, linestyle=(0, (5, 2)), label="without a label"
+        )
+        axes.set_title(f"{title} ({len(order):,} photos)")
+        axes.grid()
+        _set_confidence_axis(axes, lowest, stretched=stretched)
+        axes.tick_params(axis="x", rotation=45 if stretched else 0)
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g}"))
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel(f"minimum probability (%{', stretched toward 100' if stretched else ''})", fontsize=10)
+    figure.supylabel("% of photos", fontsize=10)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower right", ncols=3, fontsize=9)
+    return save_png(figure, path)
+
+
 CROWDED = 0.95  # with a median confidence above this, a linear axis shows too little
 MIN_GAP = 1e-5  # smallest distance from 1 that the stretched axis resolves
 EVEN_TICKS = tuple(tenth / 10 for tenth in range(11))

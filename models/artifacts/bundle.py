@@ -31,6 +31,7 @@ MANIFEST, GRAPH, WEIGHTS, HEAD = "manifest.json", "model.onnx", "model.safetenso
 MAX_NAME_BYTES = 200  # names of files may have 255, and some add a version or a suffix
 UNSAFE_IN_NAME = re.compile("[/\\\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
 PREDICTIONS, GOLDEN, MODEL_CARD = "predictions.csv", "golden.npz", "README.md"
+HELD_OUT = "held_out.npz"  # predictions of photos that were not used in training, to select thresholds from
 
 Golden = tuple[NDArray[np.uint8], NDArray[np.float32], float]
 

@@ -43,8 +43,8 @@ def retrain_command(bundle: Bundle, *, has_extra_data: bool) -> str:
     flags += ["--augment"] if config.get("augment") else []
     flags += [
         f"--{name.replace('_', '-')} {shlex.quote(config[name])}"
-        for name in ("class_weights", "sampling")
-        if config.get(name, "none") != "none"
+        for name in ("class_weights", "sampling", "class_frequencies", "target_precision")
+        if config.get(name) not in (None, "none", "training")
     ]
     flags += ["--reviews reviews.csv"]
     flags += ["--extra-data production"] if has_extra_data else []

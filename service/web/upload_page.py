@@ -32,7 +32,12 @@ MAX_BARS = 10  # the others are folded
 
 SAMPLE = "sample.jpg"  # Chelsea by Stefan van der Walt (CC0), from scikit-image
 SAMPLE_CLASSES = {"cat", "cats"}  # the sample is offered by models that know one of these
-PLOTS = {"learning_curves": "Learning curves", "reliability": "Reliability", "confusion_matrix": "Confusion matrix"}
+PLOTS = {
+    "learning_curves": "Learning curves",
+    "reliability": "Reliability",
+    "confusion_matrix": "Confusion matrix",
+    "thresholds": "Thresholds",
+}
 
 bp = Blueprint("page", __name__)
 

@@ -105,7 +105,7 @@ def test_a_bundle_with_the_graph_alone_predicts_and_can_be_merged(
     assert {"model.onnx", "head.safetensors"} <= set(bundle.manifest["files"])
     assert "model.safetensors" not in bundle.manifest["files"]
     plots = {Path(name).stem for name in bundle.manifest["files"] if name.startswith("plots/")}
-    assert plots == {"learning_curves", "reliability", "confusion_matrix", "ood_scores"}
+    assert plots == {"learning_curves", "reliability", "confusion_matrix", "ood_scores", "thresholds"}
     assert (bundle.is_head_only, bundle.lacks_weights) == (False, True)
     assert "`head.safetensors` contains only the trained tensors." in (path / "README.md").read_text(encoding="utf-8")
     code, out, err = finetune("predict", "--bundle", path, made.data / "valid", "--json")

@@ -81,15 +81,15 @@ def test_all_plots_are_written(tmp_path: Path) -> None:
     uncalibrated = np.full_like(predictions.probabilities, 0.5)
     names = plots_of(tmp_path / "out", predictions, tmp_path / "data", history=HISTORY, uncalibrated=uncalibrated)
     assert names == [
-        "learning_curves.png", "confusion_matrix.png", "reliability.png",
+        "learning_curves.png", "confusion_matrix.png", "reliability.png", "thresholds.png",
         "confident_mistakes_cats.png", "least_certain_cats.png", "random_correct_cats.png",
         "confident_mistakes_dogs.png", "least_certain_dogs.png", "random_correct_dogs.png",
     ]  # fmt: skip
 
 
-def test_without_history_and_photos_only_two_plots_are_written(tmp_path: Path) -> None:
+def test_without_history_and_photos_only_three_plots_are_written(tmp_path: Path) -> None:
     names = plots_of(tmp_path, some_predictions(("cats", "dogs"), [0.6]), history=[])
-    assert names == ["confusion_matrix.png", "reliability.png"]
+    assert names == ["confusion_matrix.png", "reliability.png", "thresholds.png"]
 
 
 def test_a_class_with_nothing_to_show_gets_no_sheet(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_class_with_nothing_to_show_gets_no_sheet(tmp_path: Path) -> None:
     )
     names = plots_of(tmp_path / "out", fewer, tmp_path)
     expected = [f"{kind}_{name}.png" for name in ("cats", "dogs") for kind in ("least_certain", "random_correct")]
-    assert names[2:] == expected
+    assert names[3:] == expected
 
 
 def test_each_sheet_selects_its_photos() -> None:
@@ -177,7 +177,7 @@ def test_beyond_twenty_classes_only_the_worst_twenty_have_sheets(tmp_path: Path,
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_any_number_of_classes_is_plotted(tmp_path: Path, count: int) -> None:
     predictions = some_predictions(tuple(f"a rather long class name {i}" for i in range(count)), [0.4, 0.7])
-    assert plots_of(tmp_path, predictions) == ["confusion_matrix.png", "reliability.png"]
+    assert plots_of(tmp_path, predictions) == ["confusion_matrix.png", "reliability.png", "thresholds.png"]
 
 
 def test_the_size_of_the_confusion_matrix_is_bounded(tmp_path: Path) -> None:
@@ -188,12 +188,22 @@ def test_the_size_of_the_confusion_matrix_is_bounded(tmp_path: Path) -> None:
         assert max(image.size) < 1_800  # at 50 dots per inch
 
 
+def test_the_size_of_the_threshold_plot_is_bounded(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.full(300, 0.05), 2000)
+    with plots.report_style():
+        classes = [f"class {i}" for i in range(300)]
+        path = plots.plot_thresholds(rng.integers(300, size=2000), probabilities, classes, tmp_path / "thresholds.png")
+    with Image.open(path) as image:
+        assert max(image.size) < 1_800
+
+
 @pytest.mark.parametrize("p_true", [[1.0], [0.99999, 1.0, 0.9999999], [0.0, 0.5, 0.97]])
 def test_crowded_confidences_are_plotted(tmp_path: Path, p_true: list[float]) -> None:
     predictions = some_predictions(("cats", "dogs"), p_true, repeat=20)
     uncalibrated = predictions.probabilities[:, ::-1]
     names = plots_of(tmp_path, predictions, history=HISTORY[: len(p_true)], uncalibrated=uncalibrated)
-    assert names == ["learning_curves.png", "confusion_matrix.png", "reliability.png"]
+    assert names == ["learning_curves.png", "confusion_matrix.png", "reliability.png", "thresholds.png"]
 
 
 def test_class_names_in_any_script_are_drawn_without_warnings_and_stay_in_the_folder(tmp_path: Path) -> None:
@@ -201,7 +211,7 @@ def test_class_names_in_any_script_are_drawn_without_warnings_and_stay_in_the_fo
     plain = some_predictions(names, [0.2])
     image_names = tuple(f"valid/{name}.jpg" for name in names)
     odd = dataclasses.replace(plain, image_names=image_names)
-    assert len(plots_of(tmp_path / "out", odd, tmp_path / "data")) == 2 + 2 * len(names)
+    assert len(plots_of(tmp_path / "out", odd, tmp_path / "data")) == 3 + 2 * len(names)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

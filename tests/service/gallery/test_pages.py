@@ -76,6 +76,14 @@ def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFacto
         yield Gallery(server, rows, bundle.classes, bundle.version)
 
 
+def outcome_of(rows: list[Row], percent: int, predicted: str = "") -> tuple[int, int, int]:
+    """Count the photos without a label, and the correct and incorrect ones with a label."""
+    own = [row for row in rows if predicted in ("", row["predicted"])]
+    kept = [row for row in own if confidence(row) >= percent]
+    right = sum(map(is_right, kept))
+    return len(own) - len(kept), right, len(kept) - right
+
+
 def generate(classes: tuple[str, ...]) -> Predictions:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, len(classes), MORE)
@@ -567,3 +575,60 @@ def test_every_listing_page_is_accessible_and_fits(new_page: NewPage, scheme: st
         found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]})
         assert found.violations_count == 0, f"{path}: {found.generate_report()}"
         assert page.evaluate("document.documentElement.scrollWidth") == device["viewport"]["width"]
+
+
+# Thresholds
+
+
+@pytest.mark.parametrize("percent", [0, 50, 60, 95])
+def test_a_threshold_has_the_counts_of_the_tables(gallery: Gallery, percent: int) -> None:
+    """Each count leads to exactly its photos."""
+    for predicted in ("", *gallery.classes):
+        text = gallery.text(f"/gallery/threshold?{urlencode({'percent': percent, 'predicted': predicted})}")
+        figures = dict(re.findall(r"<dt>([^<]*)</dt><dd>(?:<a [^>]*>)?([^<]*)", text))
+        abstaining, right, wrong = outcome_of(gallery.rows, percent, predicted)
+        assert figures["No label"] == str(abstaining)
+        assert figures["Mistakes left"] == str(wrong)
+        assert figures["Precision of the others"] == (f"{right / (right + wrong):.2%}" if right + wrong else "\u2013")
+        found = re.findall(r'<dd><a href="([^"]*)">', text)
+        totals = [gallery.total(html.unescape(address)) for address in found]
+        assert totals == [count for count in (abstaining, wrong) if count]
+
+
+def test_a_threshold_lists_the_classes(gallery: Gallery) -> None:
+    text = gallery.text("/gallery/threshold?percent=60")
+    body = re.search(r'<table class="outcomes">.*?</table>', text, re.DOTALL)
+    assert body
+    rows = re.findall(r"<tr><th scope=\"row\">.*?<bdi>(\w+)</bdi>.*?</tr>", body[0], re.DOTALL)
+    assert rows == list(gallery.classes)
+    for name, row in zip(rows, re.findall(r"<tr><th.*?</tr>", body[0])[1:], strict=True):
+        cells = [re.sub(r"<[^>]*>", " ", cell).split() for cell in re.findall(r"<td>(.*?)</td>", row)]
+        abstaining, right, wrong = outcome_of(gallery.rows, 60, name)
+        assert cells[0][0] == str(abstaining + right + wrong)
+        assert cells[1][0] == str(abstaining)
+        assert cells[3][0] == str(wrong)
+        assert cells[4] == ["none"]
+
+
+def test_the_form_of_a_threshold_works_without_javascript(gallery: Gallery) -> None:
+    text = gallery.text("/gallery/threshold?percent=70")
+    assert '<form class="threshold" action="/gallery/threshold">' in text
+    assert re.search(r'<input type="number" id="percent" name="percent" min="0" max="99" step="1" value="70"', text)
+    assert "<script>" not in text
+    assert '/gallery/threshold"' in gallery.text("/gallery")
+
+
+@pytest.mark.parametrize(
+    ("query", "detail"),
+    [
+        ("percent=100", "`percent` must be a whole number from 0 to 99 (got &#39;100&#39;)."),
+        ("percent=half", "`percent` must be a whole number from 0 to 99 (got &#39;half&#39;)."),
+        ("limit=3", "Unknown parameter"),
+        ("predicted=cow", "Invalid `predicted`"),
+    ],
+)
+def test_an_invalid_threshold_is_reported(gallery: Gallery, query: str, detail: str) -> None:
+    answer = gallery.server.get(f"/gallery/threshold?{query}")
+    assert answer.status == 400
+    plain = answer.body.decode().replace("<code>", "`").replace("</code>", "`")
+    assert detail in plain
