@@ -15,7 +15,7 @@ from models.artifacts.bundle import HELD_OUT, MODEL_CARD, Bundle, open_bundle, w
 
 
 def write_thresholds(bundle: Bundle, held_out: HeldOutPredictions | None, targets: Mapping[str, float], out: Path) -> Bundle:
-    """Copy a bundle to ``out`` with the operating points for ``targets``, of which there may be none.
+    """Copy a bundle to ``out`` with the operating points for ``targets``, which may be empty.
 
     Args:
         bundle: The bundle, which does not change.
