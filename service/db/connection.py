@@ -18,6 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from models.errors import ConfigError
 from service.db.errors import DatabaseUnavailableError
+from service.db.schema import metadata
 
 log = logging.getLogger("service.db")
 SCHEMA_REVISION = "0004"  # of the newest migration; a test compares the two
@@ -144,8 +145,10 @@ class Database:
         return DatabaseUnavailableError(REPLACED)
 
     def _migrate(self) -> None:
-        """Apply pending migrations, in one process at a time."""
-        if self._revision() == SCHEMA_REVISION:
+        """Create the tables of a new database, or apply pending migrations to an old one, in one process at a time."""
+        with self.engine.connect() as connection:
+            revision = _revision(connection)
+        if revision == SCHEMA_REVISION:
             return
         from alembic import command
         from alembic.config import Config
@@ -156,20 +159,17 @@ class Database:
         try:
             with self._lock_file(), self._begin_write(background=True) as connection:
                 config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+                if _revision(connection) is None:
+                    metadata.create_all(connection)
+                    command.stamp(config, "head")
+                else:
+                    command.upgrade(config, "head")
         except CommandError:
-            revision = self._revision()
             self.close()
             raise ConfigError(
                 f"DATABASE_URL {_without_secrets(self.engine.url)} has the revision {revision}, and this version of the "
                 f"service supports revisions up to {SCHEMA_REVISION}. Start the version that created it, or use another one."
             ) from None
-
-    def _revision(self) -> str | None:
-        with self.engine.connect() as connection:
-            if not sqlalchemy.inspect(connection).has_table("alembic_version"):
-                return None
-            return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
     @contextlib.contextmanager
     def _lock_file(self) -> Iterator[None]:
@@ -242,6 +242,12 @@ def _create_sqlite_engine(url: URL, timeout_s: float) -> Engine:
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", begin)
     return engine
+
+
+def _revision(connection: Connection) -> str | None:
+    if not sqlalchemy.inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
 def _file_id(file: Path) -> tuple[int, int]:
