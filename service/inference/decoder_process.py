@@ -28,6 +28,7 @@ from service.inference.decoding import PLAIN_JOBS
 
 IDLE_S = 30.0
 START_S = 60.0
+END_S = 1.0
 BYTES_PER_PIXEL = 20  # the maximum that Pillow uses for any format while it decodes and converts
 BODY_COPIES = 4
 SLACK_BYTES = 128 << 20
@@ -49,7 +50,7 @@ class DecoderProcess:
         max_pixels: Largest image in pixels. With ``max_body_bytes`` it determines the child's memory limit.
         max_body_bytes: Largest file.
         timeout_s: The child is killed if a job takes longer.
-        idle_s: The child is ended after this time without a job, to free its memory.
+        idle_s: The child ends itself after this time without a job, to free its memory.
         count: Called with the outcome of each job: "ok", "rejected", "timeout", "crash", or "cut" by the caller's time.
     """
 
@@ -94,28 +95,9 @@ class DecoderProcess:
         if not self._lock.acquire(timeout=-1 if math.isinf(within_s) else max(0.0, within_s)):
             raise DecoderBusyError
         try:
-            return self._run(job, data, arguments, deadline)
+            header, payload = self._run({"job": job, **arguments}, data, deadline)
         finally:
             self._lock.release()
-
-    def close(self) -> None:
-        """End the child. A later job starts another one."""
-        child, self._child = self._child, None
-        if child:
-            child.kill()
-
-    def _run(self, job: str, data: bytes, arguments: dict[str, Any], deadline: float) -> tuple[dict[str, Any], bytes]:
-        child, timeout_s, is_cut = self._start_job(deadline)
-        try:
-            header, payload = child.run({"job": job, "timeout_s": timeout_s, **arguments}, data)
-        except (OSError, EOFError, ValueError):
-            child.kill()
-            if child.was_slow and is_cut:
-                self._count("cut")
-                raise DecoderBusyError from None
-            self._count("timeout" if child.was_slow else "crash")
-            raise self._failure(child) from None
-        child.finish(self._idle_s)
         error = header.get("error")
         self._count("rejected" if error else "ok")
         if error is None:
@@ -127,43 +109,58 @@ class DecoderProcess:
         failed: ImageError = getattr(errors, error["type"])(error["text"])
         raise failed
 
-    def _start_job(self, deadline: float) -> tuple[_Child, float, bool]:
-        """Return a child that is ready, the time for the job, and whether that is less than the timeout."""
+    def close(self) -> None:
+        """End the child. A later job starts another one."""
+        child, self._child = self._child, None
+        if child:
+            child.kill()
+
+    def _run(self, header: dict[str, Any], data: bytes, deadline: float) -> tuple[dict[str, Any], bytes]:
         while True:
-            if self._child is None or not self._child.is_alive:
-                self._child = _Child(self._memory_bytes)
-            child = self._child
-            if not child.wait_until_ready(min(deadline - time.monotonic(), START_S)):
-                if time.monotonic() >= deadline:  # the child keeps starting, for the next job
-                    raise DecoderBusyError
-                child.kill()
-                raise RuntimeError("The decoder process did not start.")
-            left_s = deadline - time.monotonic()
+            child, left_s = self._ready_child(deadline), deadline - time.monotonic()
             if left_s <= 0:
                 raise DecoderBusyError
-            timeout_s = min(left_s, self.timeout_s)
-            if child.begin(timeout_s):  # else it was just ended because it was idle
-                return child, timeout_s, left_s < self.timeout_s
+            try:
+                return child.run(header, data, min(left_s, self.timeout_s))
+            except TimeoutError:
+                child.kill()
+                if left_s < self.timeout_s:
+                    self._count("cut")
+                    raise DecoderBusyError from None
+                self._count("timeout")
+                raise TooComplexError(
+                    "timeout",
+                    f"Decoding the image took longer than {self.timeout_s:g} s. Save it again as a normal JPEG or PNG.",
+                ) from None
+            except (OSError, EOFError, ValueError):
+                if child.end() != 0:  # else it had just ended because it was idle
+                    self._count("crash")
+                    raise TooComplexError(
+                        "crash", "The image cannot be decoded within the memory limit. Save it again as a normal JPEG or PNG."
+                    ) from None
 
-    def _failure(self, child: _Child) -> TooComplexError:
-        if child.was_slow:
-            return TooComplexError(
-                "timeout", f"Decoding the image took longer than {self.timeout_s:g} s. Save it again as a normal JPEG or PNG."
-            )
-        return TooComplexError(
-            "crash", "The image cannot be decoded within the memory limit. Save it again as a normal JPEG or PNG."
-        )
+    def _ready_child(self, deadline: float) -> _Child:
+        """Return a child that has started."""
+        child = self._child
+        if child is None or not child.is_alive:
+            child = self._child = _Child(self._memory_bytes, self._idle_s)
+        if not child.wait_until_ready(min(deadline - time.monotonic(), START_S)):
+            if time.monotonic() >= deadline:  # the child keeps starting, for the next job
+                raise DecoderBusyError
+            child.kill()
+            raise RuntimeError("The decoder process did not start.")
+        return child
 
 
 class _Child:
-    """The process, and a thread that kills it when a job or the idle time has taken too long."""
+    """The process. It ends itself after ``idle_s`` without a job."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, idle_s: float) -> None:
         environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(memory_bytes)],
+            [sys.executable, "-m", __name__, str(memory_bytes), str(idle_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -172,15 +169,11 @@ class _Child:
         assert self._process.stdin
         assert self._process.stdout
         self.pid = self._process.pid
-        self.was_slow = False
         self._jobs = Connection(os.dup(self._process.stdin.fileno()), readable=False)
         self._results = Connection(os.dup(self._process.stdout.fileno()), writable=False)
         self._process.stdin.close()
         self._process.stdout.close()
-        self._is_ready = self._is_working = False
-        self._kill_at = time.monotonic() + START_S + IDLE_S  # if no job follows its start
-        self._changed = threading.Condition()
-        threading.Thread(target=self._watch, name="decoder-watch", daemon=True).start()
+        self._is_ready = False
 
     @property
     def is_alive(self) -> bool:
@@ -195,50 +188,38 @@ class _Child:
                 raise RuntimeError("The decoder process ended during its start.") from None
         return self._is_ready
 
-    def begin(self, timeout_s: float) -> bool:
-        """Start the clock of a job. Returns false if the process has ended."""
-        with self._changed:
-            self._is_working, self._kill_at = True, time.monotonic() + timeout_s
-            self._changed.notify()
-            return self.is_alive
+    def run(self, header: dict[str, Any], data: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes]:
+        """Send a job and receive its result.
 
-    def finish(self, idle_s: float) -> None:
-        """Start the clock of being idle."""
-        with self._changed:
-            self._is_working, self._kill_at = False, time.monotonic() + idle_s
-            self._changed.notify()
-
-    def run(self, header: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Send a job and receive its result. Raises OSError or EOFError if the process ends meanwhile."""
-        self._jobs.send_bytes(json.dumps(header).encode())
+        Raises:
+            TimeoutError: The job takes longer.
+            OSError: The process ended, as for EOFError.
+        """
+        self._jobs.send_bytes(json.dumps(header | {"timeout_s": timeout_s}).encode())
         self._jobs.send_bytes(data)
+        if not self._results.poll(timeout_s):
+            raise TimeoutError
         result: dict[str, Any] = json.loads(self._results.recv_bytes(MAX_RESULT_BYTES))
         return result, self._results.recv_bytes(MAX_RESULT_BYTES)
 
     def kill(self) -> None:
-        """End the process at once and reap it. A thread in ``run`` gets an error."""
-        with self._changed:
-            self._process.kill()
-            self._process.wait()
-            self._changed.notify()
+        """End the process at once. A thread in ``run`` gets an error."""
+        self._process.kill()
+        self._process.wait()
 
-    def _watch(self) -> None:
-        with self._changed:
-            while self.is_alive:
-                left_s = self._kill_at - time.monotonic()
-                if left_s <= 0:
-                    self.was_slow = self._is_working
-                    self._process.kill()
-                    self._process.wait()
-                else:
-                    self._changed.wait(left_s)
+    def end(self) -> int:
+        """Return the exit code of a process that closed its pipes. One that is still alive is killed."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        self.kill()
+        return self._process.returncode
 
 
 # The child
 
 
 def main() -> None:
-    """Run jobs until standard input ends."""
+    """Run jobs until standard input ends, or until none has arrived for the idle time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which ends this process
     results = Connection(os.dup(1), readable=False)
     os.dup2(2, 1)  # output of libraries must not be mixed with the results
@@ -247,7 +228,7 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     _limit_memory(int(sys.argv[1]))
     results.send_bytes(READY)
-    for header, data in _receive(jobs):
+    for header, data in _receive(jobs, idle_s=float(sys.argv[2])):
         # The parent kills this process in time; the alarm does if the parent is gone.
         signal.alarm(math.ceil(header.pop("timeout_s")) + 1)
         result, payload = _run_job(header.pop("job"), data, header)
@@ -256,9 +237,9 @@ def main() -> None:
         results.send_bytes(payload)
 
 
-def _receive(jobs: Connection) -> Iterator[tuple[dict[str, Any], bytes]]:
+def _receive(jobs: Connection, *, idle_s: float) -> Iterator[tuple[dict[str, Any], bytes]]:
     with contextlib.suppress(EOFError, OSError):
-        while True:
+        while jobs.poll(idle_s):
             yield json.loads(jobs.recv_bytes()), jobs.recv_bytes()
 
 
