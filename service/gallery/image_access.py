@@ -48,7 +48,7 @@ class ImageAccess:
         self._decoder = decoder
         self._pool = WorkerPool("images", threads=1, max_queued=32, timeout_s=30.0)
         self._thumbnails = ThumbnailCache(
-            thumbnails_dir(), limit_mb=settings.thumbnail_cache_mb, render=self._render, pool=self._pool
+            thumbnails_dir(), limit_mb=settings.thumbnail_cache_mb, render=decoder.render, pool=self._pool
         )
         self._explainers: dict[str, Explainer] = {}
         self._lock = threading.Lock()
@@ -93,7 +93,7 @@ class ImageAccess:
         """Return a JPEG of the upright photo, at most DISPLAY_MAX_PX on its longer side, without metadata."""
         return self._pool.run(
             ("original", sha256),
-            lambda: self._render(self.read(photo, sha256), max_side_px=DISPLAY_MAX_PX, quality=DISPLAY_QUALITY),
+            lambda: self._decoder.render(self.read(photo, sha256), max_side_px=DISPLAY_MAX_PX, quality=DISPLAY_QUALITY),
         )
 
     def crop(self, version: str, photo: str, sha256: str) -> Pixels:
@@ -118,9 +118,6 @@ class ImageAccess:
                 self._explainers[version] = Explainer(bundle)
             explainer = self._explainers[version]
         return explainer.explain(sha256, label, lambda: self.crop(version, photo, sha256))
-
-    def _render(self, data: bytes, *, max_side_px: int, quality: int) -> bytes:
-        return self._decoder.render(data, max_side_px=max_side_px, quality=quality).data
 
     def _bundle(self, version: str) -> Bundle:
         path = self._gallery.bundle_path(version)

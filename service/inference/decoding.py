@@ -34,16 +34,6 @@ class PreprocessedImage:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class RenderedImage:
-    """An image file for people, and its size."""
-
-    data: bytes
-    width_px: int
-    height_px: int
-    media_type: str = "image/jpeg"
-
-
 def preprocess(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) -> PreprocessedImage:
     """Decode, resize and crop an image whose structure was examined. Raises ImageError."""
     opened: dict[str, Any] = {}
@@ -56,7 +46,7 @@ def preprocess(data: bytes, preprocessing: Preprocessing, *, max_pixels: int) ->
     return PreprocessedImage(pixels, **opened)
 
 
-def render(data: bytes, *, max_side_px: int, quality: int, max_pixels: int) -> RenderedImage:
+def render(data: bytes, *, max_side_px: int, quality: int, max_pixels: int) -> bytes:
     """Render an image whose structure was examined as a JPEG without metadata.
 
     Transparent areas become white, and colors of another profile sRGB, as in a browser. The network takes them unconverted.
@@ -86,7 +76,7 @@ def render(data: bytes, *, max_side_px: int, quality: int, max_pixels: int) -> R
     image.info = {}  # Pillow would write a comment from there
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality)
-    return RenderedImage(file.getvalue(), *image.size)
+    return file.getvalue()
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -126,9 +116,8 @@ def preprocess_plain(data: bytes, *, preprocessing: dict[str, Any], max_pixels: 
     return fields | {"shape": result.pixels.shape}, result.pixels.tobytes()
 
 
-def render_plain(data: bytes, *, max_side_px: int, quality: int, max_pixels: int) -> tuple[dict[str, Any], bytes]:
-    result = render(data, max_side_px=max_side_px, quality=quality, max_pixels=max_pixels)
-    return {"width_px": result.width_px, "height_px": result.height_px, "media_type": result.media_type}, result.data
+def render_plain(data: bytes, **arguments: int) -> tuple[dict[str, Any], bytes]:
+    return {}, render(data, **arguments)
 
 
 PLAIN_JOBS: dict[str, Callable[..., tuple[dict[str, Any], bytes]]] = {"preprocess": preprocess_plain, "render": render_plain}

@@ -20,7 +20,7 @@ from models.image_structure import Limits, Structure, examine
 from models.preprocess import Preprocessing
 from service.http.errors import Problem, problem_from
 from service.inference.decoder_process import DecoderProcess
-from service.inference.decoding import PreprocessedImage, RenderedImage, preprocess, render
+from service.inference.decoding import PreprocessedImage, preprocess, render
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
@@ -98,15 +98,11 @@ class ImageDecoder:
 
         return self._run(data, in_thread, in_process, block=block)
 
-    def render(self, data: bytes, *, max_side_px: int, quality: int) -> RenderedImage:
+    def render(self, data: bytes, *, max_side_px: int, quality: int) -> bytes:
         """Check an image and render it for people; see ``service.inference.decoding.render``. Raises Problem."""
         arguments = {"max_side_px": max_side_px, "quality": quality, "max_pixels": self.limits.max_pixels}
-
-        def in_process() -> RenderedImage:
-            fields, file = self.process.run("render", data, **arguments)
-            return RenderedImage(file, **fields)
-
-        return self._run(data, partial(render, data, **arguments), in_process, block=True)
+        in_thread = partial(render, data, **arguments)
+        return self._run(data, in_thread, lambda: self.process.run("render", data, **arguments)[1], block=True)
 
     def _run(self, data: bytes, in_thread: Callable[[], T], in_process: Callable[[], T], *, block: bool) -> T:
         if not data:

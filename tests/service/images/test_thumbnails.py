@@ -38,9 +38,7 @@ def make() -> Iterator[Callable[..., ThumbnailCache]]:
     def made(folder: Path | None, *, limit_mb: int = 8, max_pixels: int = 50_000_000) -> ThumbnailCache:
         decoder = ImageDecoder.of(Settings(max_megapixels=max_pixels / 1e6))
         decoders.append(decoder)
-        return ThumbnailCache(
-            folder, limit_mb=limit_mb, render=lambda data, **options: decoder.render(data, **options).data, pool=pool
-        )
+        return ThumbnailCache(folder, limit_mb=limit_mb, render=decoder.render, pool=pool)
 
     yield made
     pool.close()
