@@ -8,21 +8,13 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from models.artifacts.atomic_io import atomic_write
 
 MEMORY_BYTES = 16 << 20
 ACCESS_TIME_RESOLUTION_S = 3600.0  # recording an access is a write
 STALE_S = 3600.0  # the age of an incomplete file that a killed process left
-
-
-class _File(NamedTuple):
-    used_s: float
-    size: int
-    path: Path
 
 
 class DiskCache:
@@ -101,39 +93,26 @@ class DiskCache:
                 self._trimming.release()
 
     def _trim(self) -> None:
+        """Remove the least recently used files, and incomplete ones that are stale."""
         assert self._folder is not None
-        files = sorted(_files(self._folder))
-        total = sum(file.size for file in files)
-        for file in files:
+        now, files = time.time(), []
+        for path in self._folder.glob("*/*"):
+            with contextlib.suppress(OSError):  # another process has removed it
+                status = path.lstat()
+                if path.suffix != ".part":
+                    files.append((status.st_mtime, status.st_size, path))
+                elif now - status.st_mtime > STALE_S:
+                    path.unlink()
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
             if total <= self._limit * 9 // 10:
                 return
             with contextlib.suppress(OSError):
-                file.path.unlink()
-            total -= file.size
+                path.unlink()
+            total -= size
 
 
 def _path(folder: Path, name: str) -> Path:
     """Map any name to a path inside the folder. There are 256 subfolders, as a folder of 100,000 files is slow."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
     return folder / digest[:2] / digest[2:]
-
-
-def _files(folder: Path) -> Iterator[_File]:
-    """Yield the cached files. Remove stale incomplete files."""
-    now = time.time()
-    for inner in _entries(folder):
-        for entry in _entries(Path(inner.path)):
-            with contextlib.suppress(OSError):
-                status = entry.stat(follow_symlinks=False)
-                if not entry.name.endswith(".part"):
-                    yield _File(status.st_mtime, status.st_size, Path(entry.path))
-                elif now - status.st_mtime > STALE_S:
-                    os.unlink(entry.path)
-
-
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError:
-        return []
