@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from flask import Blueprint, Response, jsonify, request, url_for
 
@@ -20,6 +20,7 @@ from service.web.layout import current_model, pluralize, problem_page
 SIGNIFICANCE_LEVEL = 0.05
 
 bp = Blueprint("compare", __name__)
+bp.register_error_handler(Problem, problem_page)
 json_bp = Blueprint("compare_json", __name__)  # its problems are JSON
 
 
@@ -95,25 +96,12 @@ def as_json() -> Response:
     response = jsonify(
         a=comparison.baseline.version,
         b=comparison.candidate.version,
-        fixed=outcome.fixed,
-        broke=outcome.broke,
-        both_correct=outcome.both_correct,
-        both_incorrect=outcome.both_incorrect,
-        excluded=outcome.excluded,
-        label_conflicts=outcome.label_conflicts,
-        unlabeled=outcome.unlabeled,
-        only_a=outcome.only_a,
-        only_b=outcome.only_b,
+        **asdict(outcome),
         p_value=outcome.p_value,
         summary=comparison.summary,
     )
     response.headers["Cache-Control"] = "no-cache"
     return response
-
-
-@bp.errorhandler(Problem)
-def handle_problem(problem: Problem) -> Response:
-    return problem_page(problem)
 
 
 def _compare() -> Comparison:

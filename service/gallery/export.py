@@ -6,7 +6,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from flask import Blueprint, Response, request, stream_with_context, url_for
@@ -149,15 +149,7 @@ def row_to_json(photo: PredictionRecord, model: ModelRecord, columns: Columns) -
         "flags": list_flags(photo),
         "review": photo.review,
         "received_at": photo.received_at and photo.received_at.isoformat(timespec="seconds"),
-        "decision": decision
-        and {
-            "id": decision.id,
-            "decision": decision.decision,
-            "new_label": decision.new_label,
-            "note": decision.note,
-            "reviewer": decision.reviewer,
-            "decided_at": decision.decided_at.isoformat(timespec="seconds"),
-        },
+        "decision": decision and asdict(decision) | {"decided_at": decision.decided_at.isoformat(timespec="seconds")},
         "page": url_for("photo.page", photo=photo.photo, sha256=photo.sha256, model=model.version),
         "thumbnail": url_for("images.thumbnail", sha256=photo.sha256, photo=photo.photo),
     }

@@ -24,6 +24,7 @@ from service.web.layout import percent, problem_page, record_problem
 QUEUE_PREVIEW_SIZE = 8  # a queue's row
 
 bp = Blueprint("gallery", __name__)
+bp.register_error_handler(Problem, problem_page)
 
 
 @bp.get("/gallery")
@@ -86,11 +87,6 @@ def correct() -> Response:
 @bp.get("/gallery/incorrect")
 def incorrect() -> Response:
     return _grid(outcomes=("incorrect",))
-
-
-@bp.errorhandler(Problem)
-def say(problem: Problem) -> Response:
-    return problem_page(problem)
 
 
 def _grid(**preset: tuple[str, ...]) -> Response:

@@ -35,6 +35,7 @@ RESERVED_KEYS = "bjkntu"  # shortcuts of the page
 KEYS = [*"123456789", *(letter for letter in string.ascii_lowercase if letter not in RESERVED_KEYS)]
 
 bp = Blueprint("photo", __name__)
+bp.register_error_handler(Problem, problem_page)
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,6 @@ class RejectedReview:
 
     problem: Problem
     params: Mapping[str, str]
-
-
-@bp.errorhandler(Problem)
-def show_problem(problem: Problem) -> Response:
-    return problem_page(problem)
 
 
 @bp.get("/gallery/photo")

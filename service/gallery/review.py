@@ -126,15 +126,8 @@ def history_json() -> Response:
 
 def entry_to_json(row: Any) -> dict[str, Any]:
     """Convert an entry of a photo's history to JSON."""
-    return {
-        "id": row.id,
-        "decision": row.decision,
-        "new_label": row.new_label,
-        "note": row.note,
-        "reviewer": row.reviewer,
-        "undoes": row.undoes,
-        "decided_at": row.decided_at.isoformat(timespec="seconds"),
-    }
+    names = ("id", "decision", "new_label", "note", "reviewer", "undoes")
+    return {name: getattr(row, name) for name in names} | {"decided_at": row.decided_at.isoformat(timespec="seconds")}
 
 
 def _read_body() -> bytes:
