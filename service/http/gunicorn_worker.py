@@ -1,10 +1,10 @@
 """A gunicorn worker in which no thread waits for a client.
 
-One event loop in the worker's main thread does all waiting: it accepts connections, receives heads and bodies, sends
-what did not fit into the kernel's send buffer, and closes connections. A request occupies a thread from when its body
-is complete until its response is complete, or until the client reads more slowly than the application writes. Slow,
-silent and unread clients therefore cost one connection each, and connections are bounded: ``Timer`` lists how long each
-may take for what, and ``EventLoopWorker._evict`` closes one when there are too many.
+One asyncio loop in the worker's main thread does all waiting: it accepts connections, receives heads and bodies, sends what
+did not fit into the kernel's send buffer, and closes connections. Each connection is a coroutine (``_serve``). A request
+occupies a thread from when its body is complete until its response is complete, or until the client reads more slowly than
+the application writes. Slow, silent and unread clients therefore cost one connection each, and connections are bounded:
+``Timer`` lists how long each may take for what, and ``EventLoopWorker._evict`` closes one when there are too many.
 
 Requests run in lanes (``Lane``) with threads of their own, so that pages cannot starve predictions, nor either of them
 probes. The loop rejects a prediction above the server's capacity after its head and before its body.
@@ -15,7 +15,7 @@ Internals of gunicorn that are used beyond its documented worker class, each wit
 (tests/service/http/test_gunicorn_contract.py):
 
 - ``http.get_parser(cfg, iterable, address)`` parses a head and raises ``http.errors.NoMoreData`` if it is incomplete.
-- A request has ``method``, ``path``, ``version``, ``headers``, ``body``, ``force_close()``, ``should_close()`` and
+- A request has ``method``, ``path``, ``version``, ``headers``, ``force_close()``, ``should_close()`` and
   ``_expected_100_continue``.
 - ``http.wsgi.create`` makes the environment and a response that writes to the given socket only by ``sendall``.
 - A response has ``write``, ``close``, ``should_close``, ``force_close``, ``headers_sent``, ``sent`` and ``response_length``.
@@ -26,6 +26,7 @@ Internals of gunicorn that are used beyond its documented worker class, each wit
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -37,16 +38,13 @@ import socket
 import struct
 import termios
 import time
-import uuid
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import partial
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gunicorn.http import get_parser, wsgi
 from gunicorn.http.errors import InvalidHeader, LimitRequestHeaders, NoMoreData
@@ -58,15 +56,13 @@ from service.http.errors import Problem
 from service.http.request_body import body_incomplete, body_malformed, body_timeout, body_too_large
 
 if TYPE_CHECKING:  # imported before the fork, when prometheus_client must not be loaded yet
-    from service.http.admission import Slot
+    from service.http.admission import AdmissionController, Slot
     from service.http.middleware import RequestMiddleware
     from service.settings import Settings
 
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 RECEIVE_BYTES = 1 << 18
 MAX_HEAD_BYTES = 1 << 16
 MAX_DISCARDED_BYTES = 1 << 16  # of a rejected body, to keep the connection; with a longer one the connection is closed
-FLUSH_BYTES = 1 << 16
 CONGESTED_BYTES = 1 << 18  # unsent bytes at which a response pauses
 MIN_SENT_BYTES = 1 << 14  # what a client has to read within SEND_TIMEOUT_S
 MAX_CHUNKS = 100_000
@@ -79,12 +75,11 @@ TICK_S = 1.0
 RESERVED_FILES = 128  # for the model, databases, photos and logs
 PROBE_THREADS = 2
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: drop unsent bytes and reset the connection
-# Headers that change a rejection: a request with one of them is not rejected from the template.
-NOT_PLAIN = frozenset({"EXPECT", "ORIGIN", "TRANSFER-ENCODING", "X-REQUEST-ID"})
-TEMPLATE_ID = "0" * 32
 LANE_FULL = "Too many requests are waiting. Retry in a moment."
 BARE_LF = re.compile(rb"(?<!\r)\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[^\r\n]*)?\r\n")
+TRAILER_LINE = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\r\n\0]*)?\r\n")
+T = TypeVar("T")
 
 
 def raise_file_limit() -> int:
@@ -98,138 +93,38 @@ def raise_file_limit() -> int:
 
 
 class Timer(Enum):
-    """What the loop waits for a client to do. ``EventLoopWorker._configure`` sets the time for each."""
+    """What the loop waits for a client to do. ``EventLoopWorker._configure`` sets the time for each.
+
+    If there are too many connections, they are closed in this order, and the longest waiting one of a group first.
+    """
 
     FIRST_BYTE = auto()
-    HEAD = auto()
-    BODY = auto()
     KEEPALIVE = auto()
-    SEND = auto()
-    LINGER = auto()
     STOP = auto()  # a request that may be on its way when the worker stops
-
-
-# The order in which connections are closed when there are too many. Within a group, the longest waiting one is closed.
-EVICTION_ORDER = (Timer.FIRST_BYTE, Timer.KEEPALIVE, Timer.STOP, Timer.LINGER, Timer.HEAD, Timer.SEND, Timer.BODY)
-
-
-class State(Enum):
-    """What a connection is doing."""
-
-    RECEIVING = auto()
-    QUEUED = auto()  # has received bytes, which the next turn of the loop processes
-    RUNNING = auto()  # in a lane
-    SENDING = auto()
-    LINGERING = auto()  # reads until the client closes: closing with unread bytes would reset the response
-    CLOSED = auto()
-
-
-class Outcome(Enum):
-    """How a thread left a response."""
-
-    COMPLETE = auto()
-    PAUSED = auto()  # continues when the client has read what is there
-    FAILED = auto()
+    LINGER = auto()
+    HEAD = auto()
+    SEND = auto()
+    BODY = auto()
 
 
 class DisconnectedError(Exception):
-    """The client closed the connection."""
+    """The client closed the connection, or the worker did."""
 
 
-class ResponseWriter:
-    """The socket that gunicorn's response writes to. It never blocks: it keeps what the kernel does not take."""
+class ResponseBuffer(bytearray):
+    """The socket that gunicorn's response writes to: it collects what the loop then sends."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._chunks: list[bytes | memoryview] = []
-        self.unsent = 0
-        self.sent = 0
-
-    @property
-    def is_congested(self) -> bool:
-        return self.unsent >= CONGESTED_BYTES
-
-    def sendall(self, data: bytes) -> None:
-        """Buffer small writes, so that a head leaves together with its body."""
-        self._chunks.append(data)
-        self.unsent += len(data)
-        if self.unsent >= FLUSH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Send as much as the kernel takes. Raises DisconnectedError if the client is gone."""
-        if not self.unsent:
-            return
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        try:
-            sent = self._sock.send(data)
-        except BlockingIOError:
-            sent = 0
-        except OSError as error:
-            raise DisconnectedError from error
-        self.sent += sent
-        self.unsent -= sent
-        self._chunks = [memoryview(data)[sent:]] if self.unsent else []
-
-    def recv(self, size: int, flags: int) -> bytes:
-        """Check whether the client is connected (``service.http.uploads.is_client_connected``)."""
-        return self._sock.recv(size, flags)
-
-    def gettimeout(self) -> float:
-        return 0.0
-
-    def delivered(self) -> int:
-        """Return the number of bytes that the client has acknowledged."""
-        try:
-            (waiting,) = struct.unpack("i", fcntl.ioctl(self._sock, termios.TIOCOUTQ, b"\0" * 4))
-        except OSError:  # not a TCP socket
-            waiting = 0
-        return self.sent - waiting
-
-
-class Recorder(bytearray):
-    """A socket that records what is sent."""
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
 
     sendall = bytearray.extend
 
+    def recv(self, size: int, flags: int) -> bytes:
+        """Check whether the client is connected (``service.http.uploads.is_client_connected``)."""
+        raise ConnectionResetError if self._connection.is_closed else BlockingIOError
 
-class ChunkScanner:
-    """Find the end of a chunked body without decoding it. gunicorn's reader decodes it once it is complete."""
-
-    def __init__(self) -> None:
-        self.size = 0  # sum of the announced chunk sizes
-        self.chunks = 0
-        self._position = 0
-        self._trailer: int | None = None
-
-    def find_end(self, body: bytearray) -> int | None:
-        """Return the length of the complete body, or of a malformed one, which stays malformed; None if it is incomplete."""
-        while self._trailer is None:
-            start = self._position
-            if self.chunks:
-                if len(body) < start + 2:
-                    return None
-                if body[start : start + 2] != b"\r\n":
-                    return len(body)
-                start += 2
-            line = CHUNK_LINE.match(body, start)
-            if line is None:
-                is_malformed = len(body) - start > MAX_CHUNK_LINE or body.find(b"\n", start) >= 0
-                return len(body) if is_malformed else None
-            size = int(line[1], 16)
-            self._position = line.end() + size
-            self.size += size
-            self.chunks += 1
-            if size == 0:
-                self._trailer = line.end()
-            if self._position > len(body):
-                return None
-        if body[self._trailer : self._trailer + 2] == b"\r\n":
-            return self._trailer + 2
-        end = body.find(b"\r\n\r\n", self._trailer)
-        if end >= 0:
-            return end + 4
-        return len(body) if len(body) - self._trailer > MAX_HEAD_BYTES else None
+    def gettimeout(self) -> float:
+        return 0.0
 
 
 @dataclass(eq=False)
@@ -239,51 +134,245 @@ class Exchange:
     request: Any
     response: Any
     environ: dict[str, Any]
-    writer: ResponseWriter
-    source: list[bytes]  # what gunicorn's reader of chunked bodies reads
+    output: ResponseBuffer
     length: int | None
     is_prediction: bool
-    scanner: ChunkScanner = field(default_factory=ChunkScanner)
-    body: bytes = b""
+    expects_continue: bool
+    body: bytes | None = None  # None until it is complete
     slot: Slot | None = None
-    lane: Lane | None = None
     iterable: Any = None
     iterator: Iterator[bytes] | None = None
     context: Context = field(default_factory=Context)  # a response that paused may continue in another thread
-    delivered: int = 0
+
+    def release_slot(self) -> None:
+        if self.slot:
+            self.slot.release()
+            self.slot = self.environ[SLOT] = None
 
 
-class Connection:
-    """A client's connection. Only the loop accesses it, except for the exchange while that runs in a lane."""
+class Connection(asyncio.BufferedProtocol):
+    """A client's connection. Only the loop accesses it."""
 
-    def __init__(self, sock: socket.socket, client: Any, server: Any) -> None:
-        self.sock, self.client, self.server = sock, client, server
-        self.state = State.RECEIVING
+    transport: asyncio.Transport | None = None
+
+    def __init__(self, worker: EventLoopWorker, client: Any, server: Any) -> None:
+        self.client, self.server = client, server
         self.buffer = bytearray()  # received bytes that are not yet processed
-        self.scanned = 0  # leading bytes of the buffer in which no head ends
-        self.discard = 0  # bytes of a rejected body that are still to come
-        self.exchange: Exchange | None = None
+        self.held = 0  # received bytes, including those of a request that does not run yet
+        self.idle_timer = Timer.FIRST_BYTE
         self.timer: Timer | None = None
-        self.events = 0
+        self.is_late = False  # the timer of a body has ended
         self.is_half_closed = False  # the client sends nothing more
+        self.is_closed = False
+        self._worker = worker
+        self._written = self._delivered = 0
+        self._is_receiving = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.set_write_buffer_limits(0)
+        if self.is_closed:
+            transport.abort()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._worker.receive_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.buffer += self._worker.receive_buffer[:nbytes]
+        self.held += nbytes
+        self._worker.count_held(nbytes)
+        if not self._is_receiving and self.transport:
+            self.transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        self.is_half_closed = True
+        self._wake()
+        return True
+
+    def resume_writing(self) -> None:
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_closed = True
+        self._wake()
+
+    # What the connection's coroutine calls
+
+    async def receive(self, timer: Timer) -> None:
+        """Wait for more bytes.
+
+        Raises:
+            DisconnectedError: There will be none.
+            TimeoutError: The body is late.
+        """
+        assert self.transport
+        size = len(self.buffer)
+        self._is_receiving = True
+        self.transport.resume_reading()
+        try:
+            while len(self.buffer) == size:
+                if self.is_closed or self.is_half_closed:
+                    raise DisconnectedError
+                if self.is_late:
+                    raise TimeoutError
+                await self._wait(timer)
+        finally:
+            self._is_receiving = False
+
+    def take(self, size: int) -> bytes:
+        """Remove the first ``size`` bytes of the buffer."""
+        with memoryview(self.buffer) as view:
+            taken = bytes(view[:size])
+        del self.buffer[:size]
+        return taken
+
+    async def take_line(self, max_bytes: int, timer: Timer) -> bytes:
+        """Receive a line. It ends without a line feed if it is longer than ``max_bytes``."""
+        while (end := self.buffer.find(b"\n")) < 0 and len(self.buffer) <= max_bytes:
+            await self.receive(timer)
+        return self.take(end + 1 if end >= 0 else max_bytes)
+
+    def forget_processed(self) -> None:
+        """Count only the buffer as held."""
+        self._worker.count_held(len(self.buffer) - self.held)
+        self.held = len(self.buffer)
+
+    def send(self, data: bytes | bytearray) -> None:
+        if self.is_closed or not self.transport:
+            raise DisconnectedError
+        self._written += len(data)
+        self.transport.write(bytes(data))
+
+    @property
+    def unsent(self) -> int:
+        return self.transport.get_write_buffer_size() if self.transport else 0
+
+    async def sent(self) -> None:
+        """Wait until the kernel has taken everything. Raises DisconnectedError."""
+        while self.unsent:
+            if self.timer is not Timer.SEND:
+                self.made_progress()
+                self._worker.set_timer(self, Timer.SEND)
+                self._worker.limit_unsent()
+            await self._wait(Timer.SEND)
+        if self.is_closed:
+            raise DisconnectedError
+        self._worker.set_timer(self, None)
+
+    def made_progress(self) -> bool:
+        """Return whether the client has acknowledged enough of its response since the last call."""
+        assert self.transport
+        try:
+            waiting = fcntl.ioctl(self.transport.get_extra_info("socket"), termios.TIOCOUTQ, b"\0" * 4)
+        except OSError:  # not a TCP socket
+            waiting = b"\0" * 4
+        before, self._delivered = self._delivered, self._written - self.unsent - struct.unpack("i", waiting)[0]
+        return self._delivered - before >= MIN_SENT_BYTES
+
+    # What the worker calls
+
+    def time_out(self) -> None:
+        """Have ``receive`` raise TimeoutError."""
+        self.is_late = True
+        self._wake()
+
+    def abort(self, *, reset: bool = False) -> None:
+        """Close the connection and drop what is unsent."""
+        self.is_closed = True
+        if self.transport:
+            if reset and self.unsent:
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            self.transport.abort()
+
+    async def _wait(self, timer: Timer) -> None:
+        self._worker.set_timer(self, timer)
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+async def receive_chunks(connection: Connection, limit: int) -> bytes:
+    """Receive a chunked body. Trailers are dropped.
+
+    Raises:
+        Problem: The body is malformed, or larger than ``limit`` bytes.
+        DisconnectedError: The body is incomplete.
+        TimeoutError: The body is late.
+    """
+    body = bytearray()
+    for _ in range(MAX_CHUNKS):
+        line = CHUNK_LINE.fullmatch(await connection.take_line(MAX_CHUNK_LINE, Timer.BODY))
+        if not line:
+            raise body_malformed()
+        size = int(line[1], 16)
+        # The second bound is on what surrounds the data: long extensions of tiny chunks.
+        if len(body) + size > limit or connection.held > 2 * limit + MAX_HEAD_BYTES:
+            raise body_too_large(limit)
+        if not size:
+            trailers = 0
+            while (trailer := await connection.take_line(MAX_CHUNK_LINE, Timer.BODY)) != b"\r\n":
+                trailers += len(trailer)
+                if not TRAILER_LINE.fullmatch(trailer) or trailers > MAX_HEAD_BYTES:
+                    raise body_malformed()
+            return bytes(body)
+        while len(connection.buffer) < size + 2:
+            await connection.receive(Timer.BODY)
+        body += connection.take(size)
+        if connection.take(2) != b"\r\n":
+            raise body_malformed()
+    raise body_too_large(limit)
+
+
+class PausingSelector(selectors.DefaultSelector):
+    """At capacity, let several requests arrive before the loop wakes: waking for each costs more than rejecting it."""
+
+    def __init__(self, admission: AdmissionController) -> None:
+        super().__init__()
+        self._admission = admission
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout != 0 and (pause_s := self._admission.accept_pause_s):
+            time.sleep(pause_s)
+        return super().select(timeout)
 
 
 class Lane:
     """A fixed number of threads with a bounded queue. Only the loop calls it."""
 
     def __init__(self, name: str, threads: int, max_waiting: int) -> None:
-        self.name, self.max_waiting = name, max_waiting
-        self.free = threads
-        self.waiting: deque[Connection] = deque()
+        self.name = name
+        self._max_waiting = max_waiting
+        self._waiting = 0
+        self._free = asyncio.Semaphore(threads)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
     @property
-    def is_at_capacity(self) -> bool:
-        return not self.free and len(self.waiting) >= self.max_waiting
+    def is_busy(self) -> bool:
+        return self._free.locked()
 
-    def run(self, work: Any, connection: Connection) -> None:
-        self.free -= 1
-        self._pool.submit(work, connection)
+    @property
+    def is_at_capacity(self) -> bool:
+        return self.is_busy and self._waiting >= self._max_waiting
+
+    async def run(self, connection: Connection, work: Callable[[], T]) -> T:
+        self._waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            connection.forget_processed()
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._free.release()
 
     def clean_up(self, work: Any, *args: Any) -> None:
         """Run in a thread what would delay the loop."""
@@ -296,45 +385,29 @@ class Lane:
 class EventLoopWorker(Worker):
     """The worker that the module describes. Methods named ``_run...`` run in a lane's thread, all others in the loop."""
 
+    alive: bool
+    _loop: asyncio.AbstractEventLoop
     _middleware: RequestMiddleware
     _settings: Settings
-    _selector: selectors.BaseSelector
+    _stopping: asyncio.Event
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._connections: set[Connection] = set()
-        self._timers: dict[Timer, dict[Connection, float]] = {
-            timer: {} for timer in Timer
-        }  # connections and when they expire, the earliest first
-        self._queued: deque[Connection] = deque()
-        self._finished: deque[tuple[Connection, Outcome]] = deque()
-        self._receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
-        self._is_accepting = False
-        self._accept_after = 0.0
-        self._buffered = 0  # received bytes of requests that do not run yet
-        self._unsent = 0  # bytes of responses that wait for clients
-        self._next_tick = 0.0
-        self._templates: dict[Any, bytes] = {}
-        self._template_problem: Problem | None = None
+        self.receive_buffer = memoryview(bytearray(RECEIVE_BYTES))
+        self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._waiting: dict[Timer, dict[Connection, asyncio.TimerHandle]] = {timer: {} for timer in Timer}
+        self._held = 0  # received bytes of requests that do not run yet
 
     # Life cycle
 
     def run(self) -> None:
         """Serve until the worker has to stop, then finish what was accepted. gunicorn calls this."""
         self._configure()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self.PIPE[0], READ, self._drain_pipe)
-        for listener in self.sockets:
-            listener.setblocking(False)
-        while self.alive:
-            self._turn()
-            if self.ppid != os.getppid():
-                self.log.info("Parent changed, shutting down: %s", self)
-                break
-        self._stop()
-        for lane in (self._predictions, self._pages, self._images, self._probes):
+        self._loop = asyncio.SelectorEventLoop(PausingSelector(self._middleware.admission))
+        self._loop.run_until_complete(self._serve_all())
+        for lane in self._lanes:
             lane.close()
-        self._selector.close()
+        self._loop.close()
 
     def _configure(self) -> None:
         services = services_of(self.wsgi)
@@ -357,94 +430,71 @@ class EventLoopWorker(Worker):
         self._pages = Lane("page", page_threads, max_waiting)
         self._images = Lane("image", max(1, page_threads // 2), max_waiting)
         self._probes = Lane("probe", PROBE_THREADS, max_waiting)
+        self._lanes = (self._predictions, self._pages, self._images, self._probes)
 
-    def _stop(self) -> None:
+    async def _serve_all(self) -> None:
+        self._stopping = asyncio.Event()
+        self._loop.add_reader(self.PIPE[0], self._drain_pipe)
+        for listener in self.sockets:
+            listener.setblocking(False)
+        self._accept_again()
+        self._tick()
+        await self._stopping.wait()
+        await self._finish()
+
+    def _tick(self) -> None:
+        self.notify()  # gunicorn's heartbeat
+        self._middleware.metrics.connections.set(len(self._connections))
+        if self.alive and self.ppid != os.getppid():
+            self.log.info("Parent changed, shutting down: %s", self)
+            self.alive = False
+            self._stopping.set()
+        self._loop.call_later(TICK_S, self._tick)
+
+    def _drain_pipe(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.PIPE[0], 4096)
+        if not self.alive:
+            self._stopping.set()
+
+    async def _finish(self) -> None:
         """Accept the connections in the backlog, stop listening, and finish what began, within SHUTDOWN_TIMEOUT_S."""
-        until = time.monotonic() + self.cfg.graceful_timeout
-        self.alive = False
         for listener in self.sockets:
             while self._accept_one(listener):
                 pass
-        self._set_accepting(False)
-        for listener in self.sockets:
+            self._loop.remove_reader(listener.fileno())
             listener.close()
         for timer in (Timer.FIRST_BYTE, Timer.KEEPALIVE):
-            for connection in list(self._timers[timer]):
-                self._set_timer(connection, Timer.STOP)
-        while self._connections and time.monotonic() < until:
-            self._turn()
-        for connection in list(self._connections):
-            self._close(connection)
-
-    def _turn(self) -> None:
-        """Wait for events and process them."""
-        now = time.monotonic()
-        if now >= self._next_tick:
-            self.notify()  # gunicorn's heartbeat
-            self._middleware.metrics.connections.set(len(self._connections))
-            self._next_tick = now + TICK_S
-        if self.alive:
-            has_room = len(self._connections) < self.cfg.worker_connections or self._can_evict()
-            self._set_accepting(has_room and now >= self._accept_after)
-            if pause_s := self._middleware.admission.accept_pause_s:
-                # At capacity, waking for each request costs more than rejecting it, so let several arrive.
-                time.sleep(pause_s)
-        ready = self._selector.select(self._select_timeout(now))
-        self._collect_finished()  # first, as a connection whose response is complete may have its next request
-        for key, events in ready:
-            key.data(events)
-        for _ in range(len(self._queued)):
-            self._guard(self._queued.popleft(), self._process_buffer)
-        self._expire(time.monotonic())
-
-    def _select_timeout(self, now: float) -> float:
-        if self._queued or self._finished:
-            return 0.0
-        ends = [next(iter(waiting.values())) for waiting in self._timers.values() if waiting]
-        ends += [self._next_tick, *([self._accept_after] if self._accept_after > now else [])]
-        return max(0.0, min(ends) - now)
-
-    def _drain_pipe(self, _events: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.PIPE[0], 4096)
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups
-            os.write(self.PIPE[1], b"\0")
-
-    def _guard(self, connection: Connection, step: Any) -> None:
-        """Run one step for a connection. An error in it closes only that connection."""
-        if connection.state is State.CLOSED:
-            return
-        try:
-            step(connection)
-        except DisconnectedError:
-            self._close(connection)
-        except Exception:
-            self.log.exception("Error in a connection")
-            self._close(connection)
+            for connection in list(self._waiting[timer]):
+                self.set_timer(connection, Timer.STOP)
+        if self._connections:
+            _, unfinished = await asyncio.wait(self._connections.values(), timeout=self.cfg.graceful_timeout)
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
 
     # Connections
 
-    def _set_accepting(self, accepting: bool) -> None:
-        if accepting == self._is_accepting:
-            return
-        for listener in self.sockets:
-            if accepting:
-                self._selector.register(listener, READ, partial(self._accept, listener))
-            else:
-                self._selector.unregister(listener)
-        self._is_accepting = accepting
+    def _accept_again(self) -> None:
+        if self.alive:
+            for listener in self.sockets:
+                self._loop.add_reader(listener.fileno(), self._accept, listener)
 
-    def _accept(self, listener: Any, _events: int) -> None:
+    def _pause_accepting(self) -> None:
+        for listener in self.sockets:
+            self._loop.remove_reader(listener.fileno())
+        self._loop.call_later(ACCEPT_PAUSE_S, self._accept_again)
+
+    def _accept(self, listener: Any) -> None:
         for _ in range(ACCEPTED_AT_ONCE):
             if not self._accept_one(listener):
                 return
 
     def _accept_one(self, listener: Any) -> bool:
         """Accept a connection, and return whether there may be another."""
-        is_at_capacity = len(self._connections) >= self.cfg.worker_connections
-        if is_at_capacity and not self._can_evict():
+        is_full = len(self._connections) >= self.cfg.worker_connections
+        if is_full and not any(self._waiting.values()):
+            self._pause_accepting()
             return False
         try:
             sock, client = listener.accept()
@@ -452,530 +502,282 @@ class EventLoopWorker(Worker):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._middleware.metrics.connections_cut.labels("file_limit").inc()
                 self._evict()
-                self._set_accepting(False)
-                self._accept_after = time.monotonic() + ACCEPT_PAUSE_S
+                self._pause_accepting()
             return error.errno == errno.ECONNABORTED  # that client has gone already
-        if is_at_capacity:
+        if is_full:
             self._evict()
         sock.setblocking(False)
-        connection = Connection(sock, client, listener.getsockname())
-        self._connections.add(connection)
-        self._set_timer(connection, Timer.FIRST_BYTE if self.alive else Timer.STOP)
-        self._listen(connection, READ)
-        self._guard(connection, self._receive)  # most have sent a request by now
+        connection = Connection(self, client, listener.getsockname())
+        self.set_timer(connection, Timer.FIRST_BYTE if self.alive else Timer.STOP)
+        self._connections[connection] = self._loop.create_task(self._serve(connection, sock))
         return True
-
-    def _can_evict(self) -> bool:
-        return any(self._timers[timer] for timer in EVICTION_ORDER)
 
     def _evict(self) -> None:
         """Close the longest waiting connection of the least important group that has one."""
-        for timer in EVICTION_ORDER:
-            if waiting := self._timers[timer]:
-                self._cut(next(iter(waiting)), "connection_limit")
-                return
-
-    def _listen(self, connection: Connection, events: int) -> None:
-        """Wait for ``events`` of the connection. 0 unregisters it, as a selector has no entries without events."""
-        if events == connection.events:
-            return
-        if not events:
-            self._selector.unregister(connection.sock)
-        elif connection.events:
-            self._selector.modify(connection.sock, events, partial(self._on_event, connection))
-        else:
-            self._selector.register(connection.sock, events, partial(self._on_event, connection))
-        connection.events = events
-
-    def _on_event(self, connection: Connection, _events: int) -> None:
-        if connection.state in (State.RECEIVING, State.LINGERING):
-            self._guard(connection, self._receive)
-        elif connection.state is State.SENDING:
-            self._guard(connection, self._send)
-        else:  # the client has sent another request, or has gone
-            self._listen(connection, 0)
-
-    def _set_timer(self, connection: Connection, timer: Timer | None) -> None:
-        if connection.timer:
-            del self._timers[connection.timer][connection]
-        connection.timer = timer
-        if timer:
-            self._timers[timer][connection] = time.monotonic() + self._timeouts_s[timer]
-
-    def _expire(self, now: float) -> None:
-        for timer, waiting in self._timers.items():
-            while waiting:
-                connection, end = next(iter(waiting.items()))
-                if end > now:
-                    break
-                if timer is Timer.SEND and self._is_reading(connection):
-                    self._set_timer(connection, Timer.SEND)
-                elif timer is Timer.BODY and connection.exchange:
-                    self._middleware.metrics.connections_cut.labels("body_timeout").inc()
-                    self._set_timer(connection, None)
-                    self._guard(connection, self._reject_late_body)
-                elif timer in (Timer.KEEPALIVE, Timer.LINGER, Timer.STOP):
-                    self._close(connection)
-                else:
-                    self._cut(connection, f"{timer.name.lower()}_timeout")
-
-    def _is_reading(self, connection: Connection) -> bool:
-        """Return whether the client acknowledged enough of its response since the timer was set."""
-        exchange = connection.exchange
-        assert exchange
-        before, exchange.delivered = exchange.delivered, exchange.writer.delivered()
-        return exchange.delivered - before >= MIN_SENT_BYTES
+        if longest := next((waiting for waiting in self._waiting.values() if waiting), None):
+            self._cut(next(iter(longest)), "connection_limit")
 
     def _cut(self, connection: Connection, reason: str) -> None:
-        """Close a connection because of its client or a limit, and drop what is unsent."""
+        """Close a connection because of its client or a limit."""
         self._middleware.metrics.connections_cut.labels(reason).inc()
-        if connection.state is State.SENDING:
-            with contextlib.suppress(OSError):
-                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        self._close(connection)
+        self.set_timer(connection, None)
+        self._connections.pop(connection, None)
+        connection.abort(reset=True)
 
-    def _close(self, connection: Connection) -> None:
-        if connection.state is State.CLOSED:
+    def set_timer(self, connection: Connection, timer: Timer | None) -> None:
+        """Start a timer, unless it runs already, and end any other one."""
+        if connection.timer is timer:
             return
-        self._set_timer(connection, None)
-        self._listen(connection, 0)
-        self._drop_buffer(connection)
-        exchange, connection.exchange = connection.exchange, None
-        if exchange:
-            if connection.state is State.SENDING:
-                self._unsent -= exchange.writer.unsent
-                if exchange.iterator and hasattr(exchange.iterable, "close"):
-                    self._pages.clean_up(exchange.context.run, exchange.iterable.close)
-            if exchange.slot:
-                exchange.slot.release()
-        connection.state = State.CLOSED
-        self._connections.discard(connection)
-        connection.sock.close()
+        if connection.timer:
+            self._waiting[connection.timer].pop(connection).cancel()
+        connection.timer, connection.is_late = timer, False
+        if timer:
+            self._waiting[timer][connection] = self._loop.call_later(self._timeouts_s[timer], self._expire, connection, timer)
 
-    def _linger(self, connection: Connection) -> None:
-        """Close the sending half, and read until the client closes: a reset could overtake the response."""
-        connection.exchange = None
-        self._drop_buffer(connection)
+    def _expire(self, connection: Connection, timer: Timer) -> None:
+        if timer is Timer.SEND and connection.made_progress():
+            self.set_timer(connection, None)
+            self.set_timer(connection, timer)
+        elif timer is Timer.BODY:
+            self._middleware.metrics.connections_cut.labels("body_timeout").inc()
+            connection.time_out()
+        elif timer in (Timer.KEEPALIVE, Timer.LINGER, Timer.STOP):
+            connection.abort()
+        else:
+            self._cut(connection, f"{timer.name.lower()}_timeout")
+
+    def count_held(self, size: int) -> None:
+        """Count received bytes, and cut the requests that have been arriving for longest until the rest fits."""
+        self._held += size
+        for timer in (Timer.BODY, Timer.HEAD):
+            while self._held > self._max_buffered and self._waiting[timer]:
+                connection = next(iter(self._waiting[timer]))
+                self._cut(connection, "buffer_limit")
+                connection.buffer.clear()
+                connection.forget_processed()
+
+    def limit_unsent(self) -> None:
+        """Cut the clients that have been reading for longest until the unsent bytes of the rest fit."""
+        waiting = self._waiting[Timer.SEND]
+        while waiting and sum(connection.unsent for connection in waiting) > self._max_buffered:
+            self._cut(next(iter(waiting)), "buffer_limit")
+
+    async def _serve(self, connection: Connection, sock: socket.socket) -> None:
+        """Serve the requests of a connection one after the other. An error in one closes only its connection."""
         try:
-            connection.sock.shutdown(socket.SHUT_WR)
-        except OSError:  # the client is gone
-            self._close(connection)
-            return
-        if connection.is_half_closed:
-            self._close(connection)
-            return
-        connection.state = State.LINGERING
-        self._set_timer(connection, Timer.LINGER)
-        self._listen(connection, READ)
+            await self._loop.connect_accepted_socket(lambda: connection, sock)
+            while await self._serve_request(connection):
+                connection.idle_timer = Timer.KEEPALIVE
+                if connection.buffer:
+                    await asyncio.sleep(0)  # pipelined requests must not delay other clients
+            await self._linger(connection)
+        except (DisconnectedError, OSError):
+            pass
+        except Exception:
+            self.log.exception("Error in a connection")
+        finally:
+            self.set_timer(connection, None)
+            connection.abort()
+            connection.buffer.clear()
+            connection.forget_processed()
+            self._connections.pop(connection, None)
+
+    async def _linger(self, connection: Connection) -> None:
+        """Close the sending half, and read until the client closes: a reset could overtake the response."""
+        assert connection.transport
+        connection.transport.write_eof()
+        while True:
+            connection.buffer.clear()
+            connection.forget_processed()
+            await connection.receive(Timer.LINGER)
 
     # Requests
 
-    def _receive(self, connection: Connection) -> None:
-        try:
-            size = connection.sock.recv_into(self._receive_buffer)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            raise DisconnectedError from error
-        if size == 0:
-            self._end_of_input(connection)
-        elif connection.state is not State.LINGERING:
-            if connection.timer in (Timer.FIRST_BYTE, Timer.KEEPALIVE, Timer.STOP):
-                self._set_timer(connection, None)
-            connection.buffer += self._receive_buffer[:size]
-            self._buffered += size
-            self._process_buffer(connection)
-            if self._buffered > self._max_buffered:
-                self._free_buffers()
-
-    def _end_of_input(self, connection: Connection) -> None:
-        """The client has closed its connection, or at least its sending half."""
-        connection.is_half_closed = True
-        exchange = connection.exchange
-        if connection.state is State.RECEIVING and exchange:
-            received = len(connection.buffer)
-            is_chunked = exchange.length is None
-            problem = body_malformed() if is_chunked else body_incomplete(received, exchange.length or 0)
-            self._reject(connection, problem, close=True)
-        else:
-            self._close(connection)
-
-    def _process_buffer(self, connection: Connection) -> None:
-        """Process at most one request of the received bytes, so that pipelined requests do not delay other clients."""
-        connection.state = State.RECEIVING
-        if connection.discard:
-            size = min(connection.discard, len(connection.buffer))
-            connection.discard -= size
-            del connection.buffer[:size]
-            self._buffered -= size
-            if connection.discard:
-                self._listen(connection, READ)
-                return
-            self._set_timer(connection, None)
-        if connection.exchange:
-            self._receive_body(connection)
-        elif not (connection.buffer and self._read_head(connection)):
-            if connection.timer is None:
-                self._set_timer(connection, Timer.HEAD if connection.buffer else self._idle_timer)
-            self._listen(connection, READ)
-
-    @property
-    def _idle_timer(self) -> Timer:
-        return Timer.KEEPALIVE if self.alive else Timer.STOP
-
-    def _read_head(self, connection: Connection) -> bool:
-        """Start the request whose head is complete, and return whether there was one. gunicorn's parser validates it."""
-        buffer, scanned = connection.buffer, connection.scanned
-        end = buffer.find(b"\r\n\r\n", max(0, scanned - 3))
-        if end < 0 and len(buffer) <= MAX_HEAD_BYTES and not BARE_LF.search(buffer, scanned):
-            connection.scanned = len(buffer)
+    async def _serve_request(self, connection: Connection) -> bool:
+        """Receive a request and send its response. Return whether the connection stays open."""
+        exchange = await self._receive_head(connection)
+        if exchange is None:
             return False
-        source = [bytes(buffer[: end + 4] if end >= 0 else buffer)]
-        writer = ResponseWriter(connection.sock)
-        request = None
+        lane = None
         try:
-            if len(source[0]) > MAX_HEAD_BYTES:
-                raise LimitRequestHeaders("max buffer headers")
-            request = next(get_parser(self.cfg, growing_iterator(source), connection.client))
-            _check_connection_headers(request)
-            if self._middleware.admission.is_at_capacity and self._reject_from_template(connection, request, end + 4):
-                return True
-            expects_continue, request._expected_100_continue = request._expected_100_continue, False
-            response, environ = wsgi.create(request, writer, connection.client, connection.server, self.cfg)
-        except (NoMoreData, StopIteration):
-            connection.scanned = len(buffer)
+            exchange.body = await self._receive_body(connection, exchange)
+            lane = self._choose_lane(exchange)
+        except Problem as problem:
+            self._reject(exchange, problem)
+            if self._middleware.has_own_rejections(exchange.environ):
+                try:
+                    lane = self._choose_lane(exchange)
+                except Problem as full:
+                    self._reject(exchange, full)
+        try:
+            if lane:
+                while not await lane.run(connection, lambda: exchange.context.run(self._run, connection.client, exchange)):
+                    await self._send(connection, exchange)
+            else:
+                self._respond(exchange)
+            await self._send(connection, exchange)
+        finally:
+            exchange.release_slot()
+            if exchange.iterator and hasattr(exchange.iterable, "close"):
+                self._pages.clean_up(exchange.context.run, exchange.iterable.close)
+        if exchange.response.should_close():
             return False
-        except Exception as error:
-            self._middleware.metrics.requests_rejected.labels("invalid_head").inc()
-            self.handle_error(request, writer, connection.client, error)
-            writer.flush()
-            self._set_timer(connection, None)
-            self._linger(connection)
-            return True
-        connection.scanned = 0
-        self._consume(connection, end + 4)
-        environ["wsgi.multithread"] = True
-        self._middleware.begin(environ)
-        length = None if "HTTP_TRANSFER_ENCODING" in environ else int(environ.get("CONTENT_LENGTH", 0))
-        is_prediction = self._middleware.is_prediction(environ)
-        connection.exchange = Exchange(request, response, environ, writer, source, length, is_prediction)
-        self._admit(connection, connection.exchange, expects_continue=expects_continue)
+        missing = 0 if exchange.body is not None else exchange.length or 0
+        while missing > 0:
+            missing -= len(connection.take(missing))
+            if missing:
+                await connection.receive(Timer.BODY)
+        self.set_timer(connection, None)
+        connection.forget_processed()
         return True
 
-    def _admit(self, connection: Connection, exchange: Exchange, *, expects_continue: bool) -> None:
-        """Reject the request before its body, or receive the body."""
-        self._set_timer(connection, None)
-        self.nr += 1
-        if self.nr >= self.max_requests and self.alive:
-            self.log.info("Autorestarting worker after current request.")
-            self.alive = False
+    async def _receive_head(self, connection: Connection) -> Exchange | None:
+        """Receive a head, which gunicorn's parser validates. Return None if it was rejected."""
+        buffer, scanned = connection.buffer, 0
+        output = ResponseBuffer(connection)
+        request = None
+        try:
+            while request is None:
+                end = buffer.find(b"\r\n\r\n", max(0, scanned - 3))
+                if len(buffer) > MAX_HEAD_BYTES and not 0 <= end <= MAX_HEAD_BYTES:
+                    raise LimitRequestHeaders("max buffer headers")
+                if end >= 0 or BARE_LF.search(buffer, scanned):
+                    head = bytes(buffer[: end + 4] if end >= 0 else buffer)
+                    with contextlib.suppress(NoMoreData, StopIteration):
+                        request = next(get_parser(self.cfg, [head], connection.client))
+                        break
+                scanned = len(buffer)
+                idle_timer = connection.idle_timer if self.alive else Timer.STOP
+                await connection.receive(Timer.HEAD if buffer else idle_timer)
+            _check_connection_headers(request)
+            expects_continue, request._expected_100_continue = request._expected_100_continue, False
+            response, environ = wsgi.create(request, output, connection.client, connection.server, self.cfg)
+        except DisconnectedError:
+            raise
+        except Exception as error:
+            self._middleware.metrics.requests_rejected.labels("invalid_head").inc()
+            self.handle_error(request, output, connection.client, error)
+            connection.send(output)
+            await connection.sent()
+            return None
+        self.set_timer(connection, None)
+        connection.take(len(head))
+        environ["wsgi.multithread"] = True
+        self._middleware.begin(environ)
         if not self.alive:
-            exchange.response.force_close()
+            response.force_close()
+        length = None if "HTTP_TRANSFER_ENCODING" in environ else int(environ.get("CONTENT_LENGTH", 0))
+        is_prediction = self._middleware.is_prediction(environ)
+        return Exchange(request, response, environ, output, length, is_prediction, expects_continue)
+
+    async def _receive_body(self, connection: Connection, exchange: Exchange) -> bytes:
+        """Receive the body of a request, unless it is rejected before. Raises Problem and DisconnectedError."""
+        limit, length = self._settings.max_body_bytes, exchange.length
         if exchange.is_prediction and self._middleware.admission.is_at_capacity:
-            self._reject_overloaded(connection, close=expects_continue)
-        elif exchange.length is not None and exchange.length > self._settings.max_body_bytes:
-            exchange.response.force_close()  # the application writes the error response
-            self._dispatch(connection)
-        else:
-            if expects_continue and not connection.buffer:
-                with contextlib.suppress(OSError):  # the next read notices that the client is gone
-                    connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._receive_body(connection)
+            if exchange.expects_continue:
+                exchange.response.force_close()
+            raise self._overloaded()
+        if length is not None and length > limit:
+            exchange.response.force_close()
+            return b""  # the application writes the error response
+        if exchange.expects_continue and not connection.buffer:
+            connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            if length is None:
+                return await receive_chunks(connection, limit)
+            while len(connection.buffer) < length:
+                await connection.receive(Timer.BODY)
+            return connection.take(length)
+        except TimeoutError:
+            problem = body_timeout(self._settings.body_timeout_s)
+        except DisconnectedError:
+            if connection.is_closed:
+                raise
+            problem = body_malformed() if length is None else body_incomplete(len(connection.buffer), length)
+        except Problem as malformed:
+            problem = malformed
+        finally:
+            self.set_timer(connection, None)
+        exchange.response.force_close()
+        raise problem
 
-    def _receive_body(self, connection: Connection) -> None:
-        exchange = connection.exchange
-        assert exchange
-        if (size := exchange.length) is None:
-            scanner, limit = exchange.scanner, self._settings.max_body_bytes
-            size = scanner.find_end(connection.buffer)
-            # The second bound is on what surrounds the data: tiny chunks and long extensions.
-            is_padded = scanner.chunks > MAX_CHUNKS or len(connection.buffer) > 2 * limit + MAX_HEAD_BYTES
-            if scanner.size > limit or is_padded:
-                self._reject(connection, body_too_large(limit), close=True)
-                return
-        if size is None or size > len(connection.buffer):
-            if connection.timer is None:
-                self._set_timer(connection, Timer.BODY)
-            self._listen(connection, READ)
-            return
-        self._set_timer(connection, None)
-        exchange.body = self._consume(connection, size)
-        self._dispatch(connection)
-
-    def _dispatch(self, connection: Connection) -> None:
-        """Run the request in a thread, now or when one is free."""
-        exchange = connection.exchange
-        assert exchange
+    def _choose_lane(self, exchange: Exchange) -> Lane:
+        """Return the threads for a request whose body is complete. Raises Problem if too many are waiting."""
         environ = exchange.environ
         if exchange.is_prediction and REJECTION not in environ:
             exchange.slot = environ[SLOT] = self._middleware.admission.try_acquire_slot()
             if not exchange.slot:
-                self._reject_overloaded(connection)
-                return
+                raise self._overloaded()
             lane = self._predictions
         elif PROBE_PATHS.fullmatch(environ["PATH_INFO"]):
             lane = self._probes
         else:
             lane = self._images if IMAGE_PATHS.fullmatch(environ["PATH_INFO"]) else self._pages
-        if lane.is_at_capacity or (not lane.free and self._buffered + len(exchange.body) > self._max_buffered):
+        if lane.is_at_capacity or (lane.is_busy and self._held > self._max_buffered):
             self._middleware.metrics.requests_rejected.labels(f"{lane.name}_queue_full").inc()
-            self._reject(connection, Problem("overloaded", LANE_FULL, headers={"Retry-After": "1"}), in_loop=True)
-            return
-        connection.state, exchange.lane = State.RUNNING, lane
-        if lane.free:
-            lane.run(self._run, connection)
-        else:
-            self._buffered += len(exchange.body)
-            lane.waiting.append(connection)
+            raise Problem("overloaded", LANE_FULL, headers={"Retry-After": "1"})
+        return lane
 
-    # Rejections
-
-    def _reject_overloaded(self, connection: Connection, *, close: bool = False) -> None:
+    def _overloaded(self) -> Problem:
         self._middleware.metrics.requests_rejected.labels("at_capacity").inc()
-        self._reject(connection, self._middleware.overloaded(), close=close)
+        return self._middleware.overloaded()
 
-    def _reject_late_body(self, connection: Connection) -> None:
-        self._reject(connection, body_timeout(self._settings.body_timeout_s), close=True)
-
-    def _reject(self, connection: Connection, problem: Problem, *, close: bool = False, in_loop: bool = False) -> None:
-        """Respond with ``problem``.
-
-        Args:
-            connection: Its exchange is the rejected request.
-            problem: What the response says.
-            close: Close the connection afterwards. Otherwise the rest of a short body is discarded as it arrives, and only a
-                longer one closes the connection.
-            in_loop: Respond without a thread, even if the application has its own form for rejections of this path.
-        """
-        exchange = connection.exchange
-        assert exchange
-        self._set_timer(connection, None)
-        if exchange.slot:
-            exchange.slot.release()
-            exchange.slot = exchange.environ[SLOT] = None
-        missing = 0 if exchange.body else exchange.length
-        if close or missing is None or missing >= MAX_DISCARDED_BYTES:
+    def _reject(self, exchange: Exchange, problem: Problem) -> None:
+        """Respond with ``problem``. A short body that is still to come is discarded, and a longer one closes the connection."""
+        exchange.release_slot()
+        exchange.environ[REJECTION] = problem.without_traceback()
+        if exchange.body is None and (exchange.length is None or exchange.length >= MAX_DISCARDED_BYTES):
             exchange.response.force_close()
-        else:
-            connection.discard = missing
-        exchange.environ[REJECTION] = problem
-        if not in_loop and self._middleware.has_own_rejections(exchange.environ):
-            self._dispatch(connection)
-            return
-        exchange.environ["wsgi.input"] = BytesIO()
-        connection.state = State.RUNNING
-        for chunk in self._middleware.respond(exchange.environ, exchange.response.start_response):
-            exchange.response.write(chunk)
-        exchange.response.close()
-        exchange.writer.flush()
-        self._continue(connection, Outcome.COMPLETE)
-
-    def _reject_from_template(self, connection: Connection, request: Any, head_bytes: int) -> bool:
-        """Send a plain POST /predict the bytes that ``_reject`` would send, for half of the work.
-
-        A flood consists of such requests. At ten times the capacity, 5 to 27% more predictions are served with this than
-        without it.
-        """
-        headers = dict(request.headers)
-        is_plain = request.method == "POST" and request.path == "/predict" and NOT_PLAIN.isdisjoint(headers)
-        if not is_plain or not self.alive:
-            return False
-        length = int(headers.get("CONTENT-LENGTH", 0))
-        if length >= MAX_DISCARDED_BYTES:
-            request.force_close()
-        response = self._template(request).replace(TEMPLATE_ID.encode(), uuid.uuid4().hex.encode())
-        self._middleware.count_overloaded()
-        self._set_timer(connection, None)
-        connection.scanned = 0
-        self._consume(connection, head_bytes)
-        try:
-            sent = connection.sock.send(response)
-        except OSError as error:  # also if the kernel has no room: the client does not read its responses
-            raise DisconnectedError from error
-        if sent < len(response):
-            raise DisconnectedError
-        if request.should_close():
-            self._linger(connection)
-        else:
-            connection.discard = length
-            self._await_request(connection)
-        return True
-
-    def _template(self, request: Any) -> bytes:
-        """Return the rejection of a plain request, with TEMPLATE_ID for its ID. It is rendered once for each problem."""
-        problem, key = self._middleware.overloaded(), (request.version, request.should_close())
-        if problem is not self._template_problem:
-            self._template_problem, self._templates = problem, {}
-        if key not in self._templates:
-            recorder = Recorder()
-            response, environ = wsgi.create(request, recorder, ("", 0), ("", 0), self.cfg)
-            environ |= {"HTTP_X_REQUEST_ID": TEMPLATE_ID, REJECTION: problem}
-            self._middleware.begin(environ)
-            for chunk in self._middleware.respond(environ, response.start_response, counts=False):
-                response.write(chunk)
-            response.close()
-            self._templates[key] = bytes(recorder)
-        return self._templates[key]
-
-    # Limit the total size of received requests that are not running yet
-
-    def _consume(self, connection: Connection, size: int) -> bytes:
-        buffer = connection.buffer
-        with memoryview(buffer) as view:
-            consumed = bytes(view[:size])
-        del buffer[:size]
-        self._buffered -= size
-        return consumed
-
-    def _drop_buffer(self, connection: Connection) -> None:
-        self._buffered -= len(connection.buffer)
-        connection.buffer.clear()
-
-    def _free_buffers(self) -> None:
-        """Cut the requests that have been arriving for longest until the rest fits."""
-        for timer in (Timer.BODY, Timer.HEAD):
-            while self._buffered > self._max_buffered and self._timers[timer]:
-                self._cut(next(iter(self._timers[timer])), "buffer_limit")
 
     # Responses
 
-    def _run(self, connection: Connection) -> None:
-        """Run the application for a request, or continue its response."""
-        exchange = connection.exchange
-        assert exchange
-        outcome = Outcome.FAILED
-        try:
-            outcome = exchange.context.run(self._run_application, connection.client, exchange)
-        except BaseException:
-            self.log.exception("Error handling request")
-        self._finished.append((connection, outcome))
-        self._wake()
+    def _respond(self, exchange: Exchange) -> None:
+        """Write a rejection without a thread."""
+        exchange.environ["wsgi.input"] = BytesIO()
+        for chunk in self._middleware.respond(exchange.environ, exchange.response.start_response):
+            exchange.response.write(chunk)
+        exchange.response.close()
 
-    def _run_application(self, client: Any, exchange: Exchange) -> Outcome:
-        response, writer = exchange.response, exchange.writer
-        outcome = Outcome.FAILED
+    async def _send(self, connection: Connection, exchange: Exchange) -> None:
+        connection.send(exchange.output)
+        exchange.output.clear()
+        await connection.sent()
+
+    def _run(self, client: Any, exchange: Exchange) -> bool:
+        """Run the application, or continue its response. Return whether it is complete; else the client has to read first."""
+        response, output = exchange.response, exchange.output
+        is_paused = False
         try:
             if exchange.iterator is None:
-                exchange.iterable = self._run_request(exchange)
+                exchange.iterable = self._run_application(exchange)
                 exchange.iterator = iter(exchange.iterable)
             for chunk in exchange.iterator:
                 response.write(chunk)
                 is_all = response.response_length is not None and response.sent >= response.response_length
-                if writer.is_congested and not is_all:
-                    outcome = Outcome.PAUSED
-                    return outcome
+                if len(output) >= CONGESTED_BYTES and not is_all:
+                    is_paused = True
+                    return False
             response.close()
-            writer.flush()
-            outcome = Outcome.COMPLETE
-        except DisconnectedError:
-            self.log.debug("The client closed the connection")
-        except Exception as error:
+        except BaseException as error:
+            response.force_close()
             if response.headers_sent:  # only closing the connection shows that the response is incomplete
                 self.log.exception("Error handling request")
             else:
-                response.force_close()
-                self.handle_error(exchange.request, writer, client, error)
-                with contextlib.suppress(DisconnectedError):
-                    writer.flush()
-                    outcome = Outcome.COMPLETE
+                self.handle_error(exchange.request, output, client, error)
         finally:
-            if outcome is not Outcome.PAUSED:
+            if not is_paused:
+                exchange.iterator = None
                 if hasattr(exchange.iterable, "close"):
                     exchange.iterable.close()
-                if exchange.slot:
-                    exchange.slot.release()
-                # Free the body now: the loop may collect the exchange later.
-                exchange.environ.pop("wsgi.input", None)
-                exchange.source.clear()
-        return outcome
+                exchange.release_slot()
+                exchange.environ.pop("wsgi.input", None)  # free the body now: the loop may collect the exchange later
+        return True
 
-    def _run_request(self, exchange: Exchange) -> Iterable[bytes]:
-        environ, application = exchange.environ, self.wsgi
-        if exchange.length is None and REJECTION not in environ:
-            exchange.source.append(exchange.body)
-            try:
-                exchange.body = exchange.request.body.read()
-            except Exception:  # gunicorn raises various types on malformed chunks
-                exchange.response.force_close()
-                environ[REJECTION] = body_malformed()
-                if not self._middleware.has_own_rejections(environ):
-                    application = self._middleware.respond
-        environ["wsgi.input"] = BytesIO(exchange.body)
-        exchange.body = b""
-        result: Iterable[bytes] = application(environ, exchange.response.start_response)
+    def _run_application(self, exchange: Exchange) -> Iterable[bytes]:
+        exchange.environ["wsgi.input"] = BytesIO(exchange.body or b"")
+        exchange.body = exchange.body and b""
+        result: Iterable[bytes] = self.wsgi(exchange.environ, exchange.response.start_response)
         return result
-
-    def _collect_finished(self) -> None:
-        """Take back the connections of finished threads, and start the waiting ones."""
-        while self._finished:
-            connection, outcome = self._finished.popleft()
-            exchange = connection.exchange
-            assert exchange
-            assert exchange.lane
-            lane = exchange.lane
-            lane.free += 1
-            self._guard(connection, partial(self._continue, outcome=outcome))
-            while lane.free and lane.waiting:
-                waiting = lane.waiting.popleft()
-                assert waiting.exchange
-                if not waiting.exchange.iterator:
-                    self._buffered -= len(waiting.exchange.body)
-                lane.run(self._run, waiting)
-
-    def _continue(self, connection: Connection, outcome: Outcome) -> None:
-        """Send the rest of a response, or wait for the next request, or close the connection."""
-        exchange = connection.exchange
-        assert exchange
-        if outcome is Outcome.FAILED:
-            self._close(connection)
-        elif exchange.writer.unsent or outcome is Outcome.PAUSED:
-            if outcome is Outcome.COMPLETE:
-                exchange.iterator = None
-            connection.state = State.SENDING
-            self._unsent += exchange.writer.unsent
-            exchange.delivered = exchange.writer.delivered()
-            self._set_timer(connection, Timer.SEND)
-            self._listen(connection, WRITE)
-            while self._unsent > self._max_buffered and self._timers[Timer.SEND]:
-                self._cut(next(iter(self._timers[Timer.SEND])), "buffer_limit")
-        elif exchange.response.should_close():
-            self._linger(connection)
-        else:
-            self._await_request(connection)
-
-    def _send(self, connection: Connection) -> None:
-        exchange = connection.exchange
-        assert exchange
-        before = exchange.writer.unsent
-        exchange.writer.flush()
-        self._unsent += exchange.writer.unsent - before
-        if exchange.writer.unsent:
-            return
-        self._set_timer(connection, None)
-        self._listen(connection, 0)
-        if exchange.iterator is None:
-            self._continue(connection, Outcome.COMPLETE)
-            return
-        assert exchange.lane
-        connection.state = State.RUNNING
-        if exchange.lane.free:
-            exchange.lane.run(self._run, connection)
-        else:
-            exchange.lane.waiting.append(connection)
-
-    def _await_request(self, connection: Connection) -> None:
-        """Wait for the connection's next request."""
-        connection.exchange = None
-        if connection.discard:
-            self._set_timer(connection, Timer.BODY)
-        if connection.buffer:
-            connection.state = State.QUEUED
-            self._queued.append(connection)
-            return
-        connection.state = State.RECEIVING
-        if not connection.discard:
-            self._set_timer(connection, self._idle_timer)
-        self._listen(connection, READ)
 
 
 def _check_connection_headers(request: Any) -> None:
@@ -986,14 +788,3 @@ def _check_connection_headers(request: Any) -> None:
     options = ",".join(value for name, value in request.headers if name == "CONNECTION")
     if "close" in [option.strip().lower() for option in options.split(",")]:
         request.force_close()
-
-
-def growing_iterator(source: list[bytes]) -> Iterator[bytes]:
-    """Iterate over a list that may grow. gunicorn takes an iterable in place of a socket."""
-    position = 0
-    while True:
-        if position < len(source):
-            yield source[position]
-            position += 1
-        else:
-            yield b""

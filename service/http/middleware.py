@@ -94,27 +94,20 @@ class RequestMiddleware:
         """Return whether the application words a rejection of this request, as for a page or another protocol."""
         return self.is_prediction(environ) and bool(self._custom_error_paths.fullmatch(environ["PATH_INFO"]))
 
-    def respond(self, environ: WSGIEnvironment, start_response: StartResponse, *, counts: bool = True) -> Iterable[bytes]:
+    def respond(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Respond with the problem in REJECTION, and count it."""
         problem: Problem = environ[REJECTION]
         start = self._with_headers(environ, start_response)
         route = "/predict" if environ["PATH_INFO"] == "/predict" else "none"
         method = environ["REQUEST_METHOD"] if environ["REQUEST_METHOD"] in KNOWN_METHODS else "other"
-        if counts:
-            self.metrics.errors.labels(problem.code).inc()
-            self.metrics.requests.labels(route, method, problem.status).inc()
+        self.metrics.errors.labels(problem.code).inc()
+        self.metrics.requests.labels(route, method, problem.status).inc()
         body = problem.to_json(environ["service.request_id"])
         start(
             problem.status_line,
             [("Content-Type", PROBLEM_MEDIA_TYPE), ("Content-Length", str(len(body))), *problem.headers.items()],
         )
         return [] if method == "HEAD" else [body]
-
-    def count_overloaded(self) -> None:
-        """Count a POST /predict that was rejected at capacity."""
-        self.metrics.errors.labels("overloaded").inc()
-        self.metrics.requests.labels("/predict", "POST", 503).inc()
-        self.metrics.requests_rejected.labels("at_capacity").inc()
 
     def overloaded(self) -> Problem:
         """Return the problem of a request above the capacity, recomputed every OVERLOAD_PROBLEM_S."""

@@ -13,8 +13,6 @@ from gunicorn.config import Config
 from gunicorn.http import errors, wsgi
 from gunicorn.workers.base import Worker
 
-from service.http.gunicorn_worker import ChunkScanner, growing_iterator
-
 HERE = ("127.0.0.1", 1)
 POST = b"POST /a%20b?c=d HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -33,7 +31,7 @@ class Socket:
 
 
 def parse(*source: bytes) -> Any:
-    return next(http.get_parser(Config(), growing_iterator(list(source)), HERE))
+    return next(http.get_parser(Config(), list(source), HERE))
 
 
 def test_the_parser_takes_an_iterable_and_reports_an_incomplete_head() -> None:
@@ -49,62 +47,6 @@ def test_the_parser_takes_an_iterable_and_reports_an_incomplete_head() -> None:
         parse(b"")
     with pytest.raises(errors.LimitRequestHeaders):
         parse(POST + b"A: b\r\n" * 101 + b"\r\n")
-
-
-def test_a_chunked_body_is_read_from_what_the_iterable_yields_later() -> None:
-    source = [POST + b"Transfer-Encoding: chunked\r\n\r\n"]
-    request = next(http.get_parser(Config(), growing_iterator(source), HERE))
-    source.append(b"3\r\nabc\r\n2;x=y\r\nde\r\n0\r\nA: b\r\n\r\n")
-    assert request.body.read() == b"abcde"
-    source = [POST + b"Transfer-Encoding: chunked\r\n\r\n"]
-    request = next(http.get_parser(Config(), growing_iterator(source), HERE))
-    source.append(b"3\r\nab")
-    with pytest.raises(errors.NoMoreData):
-        request.body.read()
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"0\r\n\r\n",
-        b"3\r\nabc\r\n0\r\n\r\n",
-        b"003;a=b;c\r\nabc\r\nA ;x\r\n0123456789\r\n00\r\nX-Trailer: x\r\nOther: y\r\n\r\n",
-        b"4\r\n\r\n\r\n\r\n0\r\n\r\n",
-    ],
-)
-def test_the_scanner_finds_the_same_end_as_gunicorn(body: bytes) -> None:
-    for extra in (b"", b"GET / HTTP/1.1\r\n\r\n"):
-        scanner, received = ChunkScanner(), bytearray()
-        for i in range(len(body)):
-            assert scanner.find_end(received) is None, i
-            received.append(body[i])
-        received += extra
-        assert scanner.find_end(received) == len(body)
-    source = [POST + b"Transfer-Encoding: chunked\r\n\r\n", body + b"next"]
-    parser = http.get_parser(Config(), growing_iterator(source), HERE)
-    next(parser).body.read()
-    assert parser.unreader.take_buffered() == b"next"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"zz\r\n",
-        b"-5\r\nabc",
-        b"1_0\r\n",
-        b"A \r\n",
-        b"\r\n",
-        b"3\nabc",
-        b"5\r\nabcdefgh\r\n",
-        b"3\r\nabc0\r\n\r\n",
-        b"5;" + b"x" * 9000,
-    ],
-)
-def test_the_scanner_does_not_wait_for_the_end_of_a_malformed_body(body: bytes) -> None:
-    assert ChunkScanner().find_end(bytearray(body)) == len(body)
-    request = parse(POST + b"Transfer-Encoding: chunked\r\n\r\n", body)
-    with pytest.raises(Exception, match=r".*"):
-        request.body.read()
 
 
 def test_no_second_continue_is_sent() -> None:

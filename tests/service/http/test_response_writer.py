@@ -1,26 +1,17 @@
-"""Responses have gunicorn's bytes, are sent in as few packets as possible, and never block."""
+"""Responses have gunicorn's bytes and are sent at once."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 from gunicorn.config import Config
 from gunicorn.http import get_parser, wsgi
 
-from service.http.gunicorn_worker import CONGESTED_BYTES, DisconnectedError, ResponseWriter
+from service.http.gunicorn_worker import Connection, ResponseBuffer
 
 LENGTH_5 = [("Content-Type", "text/plain"), ("Content-Length", "5")]
 NO_LENGTH = [("Content-Type", "text/plain")]
-
-
-@pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    with ours, theirs:
-        yield ours, theirs
 
 
 class Recorder:
@@ -31,10 +22,6 @@ class Recorder:
 
     def sendall(self, data: bytes) -> None:
         self.chunks.append(bytes(data))
-
-    def send(self, data: bytes) -> int:
-        self.chunks.append(bytes(data))
-        return len(data)
 
 
 def respond(to: object, request: str, status: str, headers: list[tuple[str, str]], body: list[bytes]) -> None:
@@ -65,37 +52,13 @@ def respond(to: object, request: str, status: str, headers: list[tuple[str, str]
 def test_a_response_has_gunicorns_bytes_and_is_sent_at_once(
     request_line: str, status: str, headers: list[tuple[str, str]], body: list[bytes]
 ) -> None:
-    ours, theirs = Recorder(), Recorder()
-    writer = ResponseWriter(ours)  # type: ignore[arg-type]
-    respond(writer, request_line, status, headers, body)
-    writer.flush()
+    theirs, connection = Recorder(), Connection(Mock(), None, None)
+    ours, connection.transport = ResponseBuffer(connection), Mock()
+    respond(ours, request_line, status, headers, body)
     respond(theirs, request_line, status, headers, body)
+    connection.send(ours)
+    ((sent,), _) = connection.transport.write.call_args
 
-    without_date = [b"".join(p).split(b"Date: ")[0] + b"".join(p).split(b" GMT", 1)[1] for p in (ours.chunks, theirs.chunks)]
+    without_date = [data.split(b"Date: ")[0] + data.split(b" GMT", 1)[1] for data in (sent, b"".join(theirs.chunks))]
     assert without_date[0] == without_date[1]
-    assert len(ours.chunks) == 1
-
-
-def test_unsent_bytes_are_buffered_and_sent_later(pair: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = pair
-    writer, sent = ResponseWriter(ours), b""
-    while not writer.is_congested:
-        sent += (chunk := bytes([len(sent) % 251]) * 10_000)
-        writer.sendall(chunk)
-    assert CONGESTED_BYTES <= writer.unsent < len(sent)
-
-    received = b""
-    while len(received) < len(sent):
-        received += theirs.recv(1 << 16)
-        writer.flush()
-    assert received == sent
-    assert writer.unsent == 0
-
-
-def test_a_disconnected_client_is_noticed(pair: tuple[socket.socket, socket.socket]) -> None:
-    ours, theirs = pair
-    theirs.close()
-    writer = ResponseWriter(ours)
-    writer.sendall(b"too late")
-    with pytest.raises(DisconnectedError):
-        writer.flush()
+    connection.transport.write.assert_called_once()
