@@ -1,7 +1,7 @@
 """Error responses: ``application/problem+json`` (RFC 9457) with a stable code, a sentence and the request id.
 
 This is the only module that turns an exception of the domain (models, images, db, reviews, ...) into an HTTP status. Packages
-below HTTP raise their own exceptions. Each class is registered with its code at the end of this module.
+below HTTP raise their own exceptions.
 """
 
 from __future__ import annotations
@@ -143,36 +143,36 @@ class Problem(UserError):  # noqa: N818 - the name in RFC 9457
         return f"{self.status} {HTTPStatus(self.status).phrase}"
 
 
-class _Registration(NamedTuple):
-    code: str
-    retry_after_s: int | None
-
-
-_registered: dict[type[Exception], _Registration] = {}
-
-
-def register(error_class: type[Exception], code: str, *, retry_after_s: int | None = None) -> None:
-    """Map an exception of the domain to an error code. Subclasses without a registration of their own inherit it.
-
-    Args:
-        error_class: The exception. Its message becomes the problem's ``detail``.
-        code: A key of ``PROBLEM_TYPES``.
-        retry_after_s: The value of the ``Retry-After`` header, if retrying helps.
-    """
-    if code not in PROBLEM_TYPES:
-        raise ValueError(f"{code!r} is not an error code.")
-    _registered[error_class] = _Registration(code, retry_after_s)
+# The code of each exception of the domain, and the seconds after which a retry helps. The message becomes the problem's
+# ``detail``. Subclasses that are not listed have the code of their base class.
+CODES: dict[type[Exception], tuple[str, int | None]] = {
+    ImageError: ("damaged_image", None),
+    UnsupportedImageError: ("not_an_image", None),
+    ImageTooLargeError: ("too_many_pixels", None),
+    TooComplexError: ("image_too_complex", None),
+    ImageUnavailableError: ("too_many_pixels", None),
+    ImageMissingError: ("image_missing", None),
+    ImageReplacedError: ("image_replaced", None),
+    PoolFullError: ("overloaded", 2),
+    PoolTimeoutError: ("deadline_exceeded", None),
+    DatabaseUnavailableError: ("database_unavailable", 5),
+    RecordNotFoundError: ("not_found", None),
+    InvalidFilterError: ("bad_parameter", None),
+    IncompatibleModelsError: ("bad_parameter", None),
+    InvalidReviewError: ("bad_parameter", None),
+    ReviewConflictError: ("review_conflict", None),
+    NothingToUndoError: ("nothing_to_undo", None),
+}
 
 
 def problem_from(error: Exception) -> Problem | None:
-    """Return the error response for an exception, or None if its class is not registered: that exception is a bug."""
+    """Return the error response for an exception, or None if its class has no code: that exception is a bug."""
     if isinstance(error, Problem):
         return error
-    registration = next((_registered[cls] for cls in type(error).__mro__ if cls in _registered), None)
-    if registration is None:
+    code, retry_after_s = next((CODES[cls] for cls in type(error).__mro__ if cls in CODES), (None, None))
+    if code is None:
         return None
-    headers = {"Retry-After": str(registration.retry_after_s)} if registration.retry_after_s else {}
-    return Problem(registration.code, str(error), headers=headers)
+    return Problem(code, str(error), headers={"Retry-After": str(retry_after_s)} if retry_after_s else {})
 
 
 def code_for_status(status: int) -> str:
@@ -185,21 +185,3 @@ def code_for_status(status: int) -> str:
         415: "unsupported_media_type",
     }
     return known.get(status, "bad_request" if status < 500 else "internal_error")
-
-
-register(ImageError, "damaged_image")
-register(UnsupportedImageError, "not_an_image")
-register(ImageTooLargeError, "too_many_pixels")
-register(TooComplexError, "image_too_complex")
-register(ImageUnavailableError, "too_many_pixels")
-register(ImageMissingError, "image_missing")
-register(ImageReplacedError, "image_replaced")
-register(PoolFullError, "overloaded", retry_after_s=2)
-register(PoolTimeoutError, "deadline_exceeded")
-register(DatabaseUnavailableError, "database_unavailable", retry_after_s=5)
-register(RecordNotFoundError, "not_found")
-register(InvalidFilterError, "bad_parameter")
-register(IncompatibleModelsError, "bad_parameter")
-register(InvalidReviewError, "bad_parameter")
-register(ReviewConflictError, "review_conflict")
-register(NothingToUndoError, "nothing_to_undo")

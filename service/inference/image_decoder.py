@@ -67,9 +67,9 @@ class ImageDecoder:
             max_pixels=settings.max_pixels,
             max_body_bytes=settings.max_body_bytes,
             timeout_s=settings.decode_timeout_s,
-            count=metrics.count_isolated,
+            count=lambda outcome: metrics.isolated_decodes.labels(outcome).inc(),
         )
-        return cls(limits, process, metrics.count_rejected)
+        return cls(limits, process, lambda reason: metrics.images_rejected.labels(reason).inc())
 
     def preprocess(
         self, data: bytes, preprocessing: Preprocessing, *, block: bool = True, within_s: float = math.inf

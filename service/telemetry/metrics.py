@@ -109,12 +109,6 @@ class Metrics:
             registry=r,
         )
 
-    def count_rejected(self, reason: str) -> None:
-        self.images_rejected.labels(reason).inc()
-
-    def count_isolated(self, outcome: str) -> None:
-        self.isolated_decodes.labels(outcome).inc()
-
     def render(self) -> bytes:
         """Return the metrics of all workers in Prometheus's text format.
 

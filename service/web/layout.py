@@ -15,7 +15,6 @@ from markupsafe import Markup, escape
 from werkzeug.urls import iri_to_uri
 
 from models.artifacts.atomic_io import sha256_of
-from models.runtime.openvino_engine import Pixels
 from service.context import services
 from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
 from service.http.security import KEY_COOKIE
@@ -30,6 +29,7 @@ MEDIA_TYPES = [PROBLEM_MEDIA_TYPE, "application/json", "text/html"]  # of a prob
 TABLE = '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>'
 
 bp = Blueprint("site", __name__)
+bp.add_app_template_filter(png_data_url, "data_url")
 _markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("image")
 
 
@@ -192,9 +192,3 @@ def pluralize(value: int, noun: str, plural: str = "") -> str:
 def code_spans(text: str) -> Markup:
     """Show text between backticks as code, and escape everything."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-
-
-@bp.app_template_filter("data_url")
-def data_url(pixels: Pixels) -> str:
-    """Encode pixels (H, W, C) uint8 as a data: URL."""
-    return png_data_url(pixels)
