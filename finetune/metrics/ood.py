@@ -23,6 +23,9 @@ from models.artifacts.statistics import wilson_interval
 
 MAX_COMPONENTS = 64
 MAX_IMAGES = 5000  # from which the covariance is estimated, to bound time and memory
+# Sum over all directions. The graph computes the distance in the other directions as a difference of float32 numbers of up to
+# 2, with an error of about 5e-7, which a smaller variance would magnify. Classes that are easy to tell apart have one.
+MIN_OTHER_VARIANCE = 2e-3
 FOLDS = 10
 RESAMPLES = 1000
 
@@ -112,12 +115,13 @@ def fit_ood(embeddings: NDArray[np.floating[Any]], labels: NDArray[np.int64], *,
     shrinkage = ledoit_wolf_shrinkage(differences, assume_centered=True)
     average = total / dimensions
     others = max(total - float(largest.sum()), 0.0) / (dimensions - count) if dimensions > count else average
+    other_variance = max((1 - shrinkage) * others + shrinkage * average, MIN_OTHER_VARIANCE / dimensions)
     center = means.mean(axis=0)
     return OODParameters(
         center=center.astype(np.float32),
         directions=np.concatenate([pca.components_, means - center]).astype(np.float32),
         variances=((1 - shrinkage) * largest + shrinkage * average).astype(np.float32),
-        other_variance=np.array((1 - shrinkage) * others + shrinkage * average, np.float32),
+        other_variance=np.array(other_variance, np.float32),
     )
 
 
