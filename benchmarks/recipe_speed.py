@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="precision of ours; the plain loops use float32")
     args = parser.parse_args()
     recipes = args.recipes or [file for file in sorted(RECIPES.glob("*.yaml")) if "permuted" not in file.stem]
-    print("images per second  recipe                         ours   folder   ratio   arrays   ratio   preparation")
+    print("Images per second:")
+    print(f"{'recipe':30}{'ours':>9}{'folder':>9}{'ratio':>8}{'arrays':>9}{'ratio':>8}{'preparation':>13}")
     for file in recipes:
         with tempfile.TemporaryDirectory() as folder:
             print(compare(file, Path(folder), args), flush=True)
@@ -86,8 +87,8 @@ def compare(file: Path, folder: Path, args: argparse.Namespace) -> str:
     median = {name: statistics.median(values) for name, values in speeds.items()}
     ratio = {name: statistics.median(a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)) for name in plain}
     return (
-        f"{file.stem:42}{median['ours']:14,.0f}{median['folder']:9,.0f}{ratio['folder']:8.2f}{median['arrays']:9,.0f}"
-        f"{ratio['arrays']:8.2f}{args.images / preparation:12,.0f}"
+        f"{file.stem:30}{median['ours']:9,.0f}{median['folder']:9,.0f}{ratio['folder']:8.2f}{median['arrays']:9,.0f}"
+        f"{ratio['arrays']:8.2f}{args.images / preparation:13,.0f}"
     )
 
 
