@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Table, func, insert, select
+from sqlalchemy import Connection, Select, Table, func, insert, select
 
 from models.artifacts.facets import make_facets
 from models.artifacts.predictions import GROUP_COLUMN, Predictions
-from service.db.schema import facet_columns, facet_values, photo_columns, photo_facets, predictions
+from service.db.schema import facet_columns, facet_values, photo_columns, photo_facets
 from service.db.text import encode_file_name
 
 CHUNK_ROWS = 5_000
@@ -94,30 +94,24 @@ def list_values(connection: Connection, model_id: int) -> list[FacetValue]:
     return [FacetValue(row[0], row[1], row[2]) for row in connection.execute(rows)]
 
 
-def conditions_by_column(values: Sequence[FacetValue], keys: Sequence[str]) -> dict[str, ColumnElement[bool]]:
-    """Return the condition on a photo for each column that ``keys`` select values of. Values of one column are alternatives."""
+def select_by_column(values: Sequence[FacetValue], keys: Sequence[str]) -> dict[str, Select[Any]]:
+    """Select the ids of photos for each column that ``keys`` have values of. Values of one column are alternatives."""
     known = {value.key: value for value in values}
     selected: dict[str, list[int]] = defaultdict(list)
     for key in keys:
         value = known.get(key)
         selected[value.column if value else key] += [value.id] if value else []
     link = photo_facets.c
-    return {
-        column: predictions.c.id.in_(select(link.prediction_id).where(link.facet_value_id.in_(ids)))
-        for column, ids in selected.items()
-    }
+    return {column: select(link.prediction_id).where(link.facet_value_id.in_(ids)) for column, ids in selected.items()}
 
 
-def count_values(
-    connection: Connection, values: Sequence[FacetValue], conditions: Sequence[ColumnElement[bool]]
-) -> dict[int, int]:
-    """Count the photos that match the conditions by the id of the value."""
-    counted = select(photo_facets.c.facet_value_id, func.count()).where(
-        photo_facets.c.facet_value_id.in_([value.id for value in values])
+def count_values(connection: Connection, values: Sequence[FacetValue], photo_ids: Sequence[Select[Any]]) -> dict[int, int]:
+    """Count the photos that all of ``photo_ids`` select by the id of the value."""
+    link = photo_facets.c
+    counted = select(link.facet_value_id, func.count()).where(
+        link.facet_value_id.in_([value.id for value in values]), *(link.prediction_id.in_(ids) for ids in photo_ids)
     )
-    if conditions:
-        counted = counted.join(predictions, predictions.c.id == photo_facets.c.prediction_id).where(*conditions)
-    return {row[0]: row[1] for row in connection.execute(counted.group_by(photo_facets.c.facet_value_id))}
+    return {row[0]: row[1] for row in connection.execute(counted.group_by(link.facet_value_id))}
 
 
 def _columns(table: Predictions) -> dict[str, Sequence[str]]:

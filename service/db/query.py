@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, func, select
+from sqlalchemy import ColumnElement, Connection, func, select
 
 from models.errors import list_names
 from service.db.aggregates import FacetCounts, count_buckets
 from service.db.errors import InvalidFilterError, RecordNotFoundError
-from service.db.facets import FacetValue, conditions_by_column, count_values, list_values
+from service.db.facets import FacetValue, count_values, list_values, select_by_column
 from service.db.filter import UNLABELED, Filter
 from service.db.ingest import DIMENSIONS
 from service.db.model_comparison import select_changed
@@ -21,7 +21,7 @@ from service.db.records import Bucket, DecisionRecord, ModelRecord, PredictionRe
 from service.db.schema import buckets, current_reviews, models, predictions
 from service.db.text import is_storable, match_name, unicode_forms
 
-CHANGED = ""  # the condition of a comparison, next to those of columns
+CHANGED = ""  # the key of a comparison, next to those of columns
 
 
 class PredictionQuery:
@@ -45,14 +45,14 @@ class PredictionQuery:
         self.facet_values: Sequence[FacetValue] = (
             same_model_as.facet_values if same_model_as else list_values(connection, self.model.id)
         )
-        self._conditions = conditions_by_column(self.facet_values, filters.facets)  # what the buckets do not contain
+        self._selects = select_by_column(self.facet_values, filters.facets)  # ids by what the buckets do not contain
         if filters.change:
             changed = select_changed(self.model, get_model(connection, filters.baseline), filters.change)
-            self._conditions[CHANGED] = predictions.c.id.in_(changed)
+            self._selects[CHANGED] = changed
         image_counts: dict[int, int] | None = None
-        if self._conditions:
+        if self._selects:
             bucket_id = predictions.c.bucket_id
-            own = predictions.c.model_id == self.model.id, *self._conditions.values()
+            own = predictions.c.model_id == self.model.id, *self._restrictions
             rows = select(bucket_id, func.count()).where(*own).group_by(bucket_id)
             image_counts = {row[0]: row[1] for row in connection.execute(rows)}
         self.buckets: Sequence[Bucket] = same_model_as.buckets if same_model_as else load_buckets(connection, self.model)
@@ -82,12 +82,13 @@ class PredictionQuery:
     def count_facet_values(self) -> dict[int, int]:
         """Count the photos by the id of each facet value. As for other facets, a column ignores its own selected values."""
         matching = count_buckets(self.buckets, self.filters).bucket_ids
-        in_buckets = [predictions.c.bucket_id.in_(matching)] if len(matching) < len(self.buckets) else []
-        selected = [column for column in self._conditions if column != CHANGED]
+        in_buckets = [select(predictions.c.id).where(predictions.c.bucket_id.in_(matching))]
+        in_buckets = in_buckets if len(matching) < len(self.buckets) else []
+        selected = [column for column in self._selects if column != CHANGED]
         counts: dict[int, int] = {}
         for column in (None, *selected):
             values = [v for v in self.facet_values if (v.column == column if column else v.column not in selected)]
-            others = [condition for name, condition in self._conditions.items() if name != column]
+            others = [ids for name, ids in self._selects.items() if name != column]
             if values:
                 counts |= count_values(self.connection, values, [*in_buckets, *others])
         return counts
@@ -144,6 +145,10 @@ class PredictionQuery:
         return before, last, first
 
     @property
+    def _restrictions(self) -> list[ColumnElement[bool]]:
+        return [predictions.c.id.in_(ids) for ids in self._selects.values()]
+
+    @property
     def _paginator(self) -> Paginator:
         return Paginator(
             self.connection,
@@ -152,7 +157,7 @@ class PredictionQuery:
             self._bucket_counts,
             model_total=self.model_total,
             bucket_total=len(self.buckets),
-            restrict_to=select(predictions.c.id).where(*self._conditions.values()) if self._conditions else None,
+            restrict_to=select(predictions.c.id).where(*self._restrictions) if self._selects else None,
         )
 
     def _sort_key(self, photo: PredictionRecord) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +13,15 @@ import pytest
 
 import finetune as python_interface
 from finetune.config import from_mapping
+from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import open_bundle
+from models.artifacts.reviews import Review, write_reviews
 from models.errors import ConfigError
 from tests.helpers.tiny_network import COLORS, finetune, paint
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[2]
 SITES = ("north", "south")
 
 
@@ -147,6 +151,27 @@ def test_no_group_is_divided_between_folds(
     assert "48 photos correct" in out
 
 
+def test_reviews_override_the_labels_of_a_table(trained: SimpleNamespace, tmp_path: Path, tiny_weights: Path) -> None:
+    photos = [trained.table.parent / row["image"] for row in trained.rows[:3]]
+    decisions = (("label", "1"), ("neither", ""), ("bad", ""))
+    reviews = [
+        Review(sha256_of(photo), photo.name, "0", decision, label, "", "", "")
+        for photo, (decision, label) in zip(photos, decisions, strict=True)
+    ]
+    (tmp_path / "reviews.csv").write_bytes(write_reviews(reviews))
+    flags = ("--labels", trained.table, "--backbone", "tiny", "--weights", tiny_weights, "--epochs", 1)
+    code, out, err = finetune("train", *flags, "--reviews", tmp_path / "reviews.csv", "--output-dir", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert "reviews.csv: 3 reviews (1 relabeled, 0 confirmed, 2 excluded, 0 unmatched)" in out
+    assert "  scans/scan-00-0.png: 0 -> 1\n" in out
+    bundle = open_bundle(tmp_path / "run" / "bundle")
+    counts = bundle.manifest["provenance"]["dataset"]["photos"]
+    assert {name: sum(row[name] for row in counts.values()) for name in ("0", "1")} == {"0": 22, "1": 24}
+    code, out, _ = finetune("train", "--resume", "--output-dir", tmp_path / "run")
+    assert code == 0
+    assert f"The run in {tmp_path / 'run'} is already finished." in out
+
+
 def test_the_python_interface_takes_a_table(trained: SimpleNamespace, tmp_path: Path) -> None:
     result = python_interface.evaluate(trained.bundle.path, labels=trained.table, output_dir=tmp_path / "all")
     assert len(result.predictions.image_names) == 48
@@ -155,6 +180,19 @@ def test_the_python_interface_takes_a_table(trained: SimpleNamespace, tmp_path: 
         python_interface.train()
     with pytest.raises(ConfigError, match=r"^No data\. Pass the data folder, or a table of labels with labels\.$"):
         python_interface.evaluate(trained.bundle.path)
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags"),
+    [
+        (("LABELS=a/labels.csv",), "--labels a/labels.csv --backbone vgg16"),
+        (("LABELS=a/labels.csv", "DATA=b"), "--labels a/labels.csv --data-dir b --backbone vgg16"),
+        (("DATA=b",), "--data-dir b --backbone vgg16"),
+    ],
+)
+def test_make_takes_a_table(variables: tuple[str, ...], flags: str) -> None:
+    done = subprocess.run(["make", "-n", "finetune", *variables], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"finetune train {flags}" in done.stdout
 
 
 def test_the_data_folder_is_that_of_the_table_unless_it_is_given() -> None:

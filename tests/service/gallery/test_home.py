@@ -9,7 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +204,16 @@ def test_the_command_names_a_new_run_each_time(app: Flask, tiny_bundle: SimpleNa
             Path(runs[-1]).mkdir(parents=True)
             assert serve_both_command(bundle).startswith(f"BUNDLE={runs[-1]}/bundle EVALUATIONS={bundle.path} ")
     assert runs == [f"runs/{bundle.name}-reviewed", f"runs/{bundle.name}-reviewed-2", f"runs/{bundle.name}-reviewed-3"]
+
+
+def test_the_command_names_the_table_of_a_model_that_was_trained_on_one(app: Flask, tiny_bundle: SimpleNamespace) -> None:
+    bundle = open_bundle(tiny_bundle.path)
+    manifest = json.loads(json.dumps(bundle.manifest))
+    manifest["provenance"]["dataset"]["labels"] = {"rows": 54}
+    with app.app_context():
+        assert "--labels" not in retrain_command(bundle, has_extra_data=False)
+        command = retrain_command(replace(bundle, manifest=manifest), has_extra_data=False)
+    assert command.startswith("finetune train --data-dir 'my photos' --backbone tiny --labels LABELS ")
 
 
 @pytest.mark.parametrize(
