@@ -6,6 +6,7 @@ https://github.com/kserve/open-inference-protocol, with Triton's extensions ``bi
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,14 +14,23 @@ import numpy as np
 from flask import Blueprint, Response, g, jsonify, request
 from numpy.typing import NDArray
 
-from service.api.predict import Prediction, classify
-from service.api.tensor_codec import InputTensor, RequestedOutput, encode_response, parse_request, tensor_problem
+from service.api.predict import classify
+from service.api.tensor_codec import (
+    OOD_OUTPUT,
+    OUTPUTS,
+    InputTensor,
+    RequestedOutput,
+    encode_response,
+    parse_request,
+    tensor_problem,
+)
 from service.context import services
 from service.http import REJECTION
 from service.http.errors import Problem
 from service.http.request_body import read_body
 from service.http.security import require_key
 from service.http.uploads import Upload, upload_from_base64
+from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel
 
 INFER_PATH = re.compile(r"/v2/models/[^/]+(/versions/[^/]+)?/infer")
@@ -51,6 +61,11 @@ def ready() -> Response:
 def metadata(name: str, version: str | None) -> Response:
     model = _find_model(name, version)
     preprocessing, classes = model.bundle.preprocessing, len(model.bundle.classes)
+    outputs = [
+        {"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]},
+        {"name": "label", "datatype": "BYTES", "shape": [-1]},
+        {"name": OOD_OUTPUT, "datatype": "FP32", "shape": [-1]},
+    ]
     size_px, channels = preprocessing.input_px, preprocessing.channels
     return jsonify(
         name=model.bundle.name,
@@ -60,10 +75,8 @@ def metadata(name: str, version: str | None) -> Response:
             {"name": "images", "datatype": "BYTES", "shape": [-1]},
             {"name": "pixels", "datatype": "UINT8", "shape": [-1, size_px, size_px, channels]},
         ],
-        outputs=[
-            {"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]},
-            {"name": "label", "datatype": "BYTES", "shape": [-1]},
-        ],
+        outputs=[output for output in outputs if output["name"] in _output_names(model)],
+        parameters={"max_ood_score": model.rule.max_ood_score},
     )
 
 
@@ -82,15 +95,22 @@ def infer(name: str, version: str | None) -> Response:
         raise rejection
     settings = services().settings
     g.key_name = require_key(request, settings)
-    preprocessing = _find_model(name, version).bundle.preprocessing
-    parsed = parse_request(read_body(request, settings), _json_bytes(), settings, preprocessing)
+    expected = _find_model(name, version)
+    parsed = parse_request(
+        read_body(request, settings),
+        _json_bytes(),
+        settings,
+        expected.bundle.preprocessing,
+        output_names=_output_names(expected),
+    )
     model, predictions = classify(_uploads(parsed.input), all_or_none=True)
     _check_name(model, name, version)  # a rollout may have replaced the model meanwhile
     members = {"model_name": model.bundle.name, "model_version": model.bundle.version}
     if parsed.id is not None:
         members["id"] = parsed.id
-    probabilities = np.stack([_probabilities(prediction) for prediction in predictions])
-    outputs = [(output, _output_values(output, probabilities, model)) for output in parsed.outputs]
+    results = [prediction.result for prediction in predictions if prediction.result]
+    available = _output_names(model)  # fewer if a rollout has put a model without an OOD score live meanwhile
+    outputs = [(output, _output_values(output, results, model)) for output in parsed.outputs if output.name in available]
     body, json_bytes = encode_response(members, outputs)
     response = Response(body, mimetype="application/json" if json_bytes is None else "application/octet-stream")
     response.headers["X-Model-Version"] = model.bundle.version
@@ -148,13 +168,15 @@ def _upload(row: Any) -> Upload:
     return upload_from_base64(row) if isinstance(row, str) else Upload(None, b"", pixels=row)
 
 
-def _probabilities(prediction: Prediction) -> NDArray[np.float32]:
-    assert prediction.result is not None
-    return prediction.result.probabilities
+def _output_names(model: LoadedModel) -> tuple[str, ...]:
+    return (*OUTPUTS, OOD_OUTPUT) if model.bundle.has_ood_score else OUTPUTS
 
 
-def _output_values(output: RequestedOutput, probabilities: NDArray[np.float32], model: LoadedModel) -> NDArray[Any]:
-    """Compute an output from the probabilities (N, classes)."""
+def _output_values(output: RequestedOutput, results: Sequence[InferenceResult], model: LoadedModel) -> NDArray[Any]:
+    """Compute an output (N, ...) from the results."""
+    if output.name == OOD_OUTPUT:
+        return np.array([result.ood_score for result in results], np.float32)
+    probabilities = np.stack([result.probabilities for result in results])
     names = np.array(model.bundle.classes, dtype=object)
     if output.name == "label":
         return names[probabilities.argmax(axis=1)]

@@ -87,9 +87,9 @@ def _to_prediction(upload: Upload, result: InferenceResult | Problem) -> Predict
 def predict() -> Response:
     settings = services().settings
     g.key_name = require_key(request, settings)
-    top_k, crop = _top_k(), _crop()
+    top_k, crop, abstain = _top_k(), _flag("crop", default="0"), _flag("abstain", default="1")
     model, predictions = classify(read_uploads(request, settings).images)
-    rows = [_row(model, prediction, top_k=top_k, crop=crop) for prediction in predictions]
+    rows = [_row(model, prediction, top_k=top_k, crop=crop, abstain=abstain) for prediction in predictions]
     result = jsonify(model=model.summary, request_id=g.request_id, predictions=rows)
     result.headers["X-Model-Version"] = model.bundle.version
     result.headers["Server-Timing"] = _server_timing(predictions)
@@ -110,6 +110,8 @@ def models() -> Response:
                 "preprocessing": manifest["preprocessing"],
                 "metrics": manifest["metrics"],
                 "bf16": manifest.get("bf16"),
+                "decision": model.rule.as_dict(),
+                "ood": manifest.get("ood"),
                 "precision_reason": model.precision.reason,
                 "tolerance": model.precision.tolerance,
                 "golden_difference": model.golden_difference,
@@ -120,16 +122,19 @@ def models() -> Response:
     )
 
 
-def _row(model: LoadedModel, prediction: Prediction, *, top_k: int | None, crop: bool) -> dict[str, Any]:
+def _row(model: LoadedModel, prediction: Prediction, *, top_k: int | None, crop: bool, abstain: bool) -> dict[str, Any]:
     name = {"file": prediction.upload.name}
     if prediction.problem:
         return name | {"error": prediction.problem.to_dict()}
     assert prediction.result is not None
     result = prediction.result
-    values = result.probabilities
+    decision = model.decide(result, abstain=abstain)
     row = name | {
-        "label": model.bundle.classes[result.top_class],
-        "confidence": float(values[result.top_class]),
+        "label": decision.label,
+        "because": decision.because,
+        "in_distribution": decision.in_distribution,
+        "ood_score": result.ood_score,
+        "confidence": float(result.probabilities[result.top_class]),
         "probabilities": ranked_probabilities(model, result, top_k),
         "width": result.image.width_px,
         "height": result.image.height_px,
@@ -156,10 +161,10 @@ def _top_k() -> int | None:
     return int(text)
 
 
-def _crop() -> bool:
-    text = request.args.get("crop", "0")
+def _flag(name: str, *, default: str) -> bool:
+    text = request.args.get(name, default)
     if text not in ("0", "1"):
-        raise Problem("bad_parameter", f"`crop` must be 0 or 1 (got {text[:40]!r}).")
+        raise Problem("bad_parameter", f"`{name}` must be 0 or 1 (got {text[:40]!r}).")
     return text == "1"
 
 

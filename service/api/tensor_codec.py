@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,6 +22,7 @@ from service.settings import Settings
 
 DATATYPES = {"images": "BYTES", "pixels": "UINT8"}
 OUTPUTS = ("probabilities", "label")
+OOD_OUTPUT = "ood_score"  # of models that have one
 JSON_HINT = "Send a request of the Open Inference Protocol, as described in /docs."
 SIZE_HINT = "Send fewer images, or the tensor as bytes (binary_tensor_data)."
 FORMER_NAMES = {"photos": "images"}
@@ -55,7 +56,14 @@ class InferenceRequest:
     outputs: list[RequestedOutput]
 
 
-def parse_request(body: bytes, json_bytes: int | None, settings: Settings, preprocessing: Preprocessing) -> InferenceRequest:
+def parse_request(
+    body: bytes,
+    json_bytes: int | None,
+    settings: Settings,
+    preprocessing: Preprocessing,
+    *,
+    output_names: Sequence[str] = OUTPUTS,
+) -> InferenceRequest:
     """Parse the body of an inference request.
 
     Args:
@@ -63,6 +71,7 @@ def parse_request(body: bytes, json_bytes: int | None, settings: Settings, prepr
         json_bytes: The length of the JSON. None: the complete body.
         settings: The limits.
         preprocessing: The input of the network, which bounds the number of JSON values.
+        output_names: The outputs of the model.
 
     Raises:
         Problem: The body is no valid request, or exceeds a limit.
@@ -82,7 +91,7 @@ def parse_request(body: bytes, json_bytes: int | None, settings: Settings, prepr
     request_id = document.get("id")
     if not isinstance(request_id, (str, type(None))):
         raise tensor_problem(f"`id` must be a string (got {describe(request_id)}).")
-    return InferenceRequest(request_id, _parse_input(inputs[0], body[end:], settings), _parse_outputs(document))
+    return InferenceRequest(request_id, _parse_input(inputs[0], body[end:], settings), _parse_outputs(document, output_names))
 
 
 def _json_limits(settings: Settings, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -171,20 +180,20 @@ def _split(data: bytes, max_elements: int) -> list[bytes]:
     return elements
 
 
-def _parse_outputs(document: dict[str, Any]) -> list[RequestedOutput]:
+def _parse_outputs(document: dict[str, Any], names: Sequence[str]) -> list[RequestedOutput]:
     binary = _parameters(document).get("binary_data_output", False) is True
     rows = document.get("outputs")
     if rows is None or rows == []:
-        return [RequestedOutput(name, binary) for name in OUTPUTS]
+        return [RequestedOutput(name, binary) for name in names]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise tensor_problem("`outputs` must be a list of objects.")
-    if len(rows) > len(OUTPUTS):
-        raise tensor_problem(f"`outputs` has {len(rows):,} entries. Request {' and '.join(OUTPUTS)} at most once each.")
+    if len(rows) > len(names):
+        raise tensor_problem(f"`outputs` has {len(rows):,} entries. Request {', '.join(names)} at most once each.")
     outputs: list[RequestedOutput] = []
     for row in rows:
         name, parameters = row.get("name"), _parameters(row)
-        if name not in OUTPUTS:
-            raise tensor_problem(f"Unknown output {describe(name)}. Valid outputs: {', '.join(OUTPUTS)}.")
+        if name not in names:
+            raise tensor_problem(f"Unknown output {describe(name)}. Valid outputs: {', '.join(names)}.")
         if any(name == other.name for other in outputs):
             raise tensor_problem(f"The output {name} is requested twice. Request it once.")
         classes = parameters.get("classification", 0)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.preprocess import Preprocessing
-from models.runtime.openvino_engine import Engine
+from models.runtime.openvino_engine import Arrays, Engine
 from service.http.errors import Problem
 from service.inference.decoder_process import DecoderBusyError
 from service.inference.image_decoder import DeferredError, ImageDecoder, PreprocessedImage
@@ -44,7 +44,10 @@ class RequestCancelledError(Exception):
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """A preprocessed image, its probabilities (classes,), and the time and batch size of each stage."""
+    """A preprocessed image, its results, and the time and batch size of each stage.
+
+    The results are the probabilities (classes,), and the OOD score, which is None if the model has none.
+    """
 
     image: PreprocessedImage
     probabilities: NDArray[np.float32]
@@ -52,6 +55,7 @@ class InferenceResult:
     batch_queue_ms: float
     inference_ms: float
     batch_size: int
+    ood_score: float | None = None
 
     @cached_property
     def top_class(self) -> int:
@@ -272,7 +276,7 @@ class Batcher:
             started = time.perf_counter()
             if active:
                 pixels = np.stack([item.image.pixels for item in active if item.image])
-                self._resolve(active, self._engine.run(pixels)[0], started)
+                self._resolve(active, self._engine.run(pixels), started)
         except Exception as error:
             for item in items:
                 if not item.future.done():
@@ -283,16 +287,17 @@ class Batcher:
                 self._batched_images -= len(items)
                 self._changed.notify()
 
-    def _resolve(self, items: list[_Item], probabilities: NDArray[np.float32], started: float) -> None:
+    def _resolve(self, items: list[_Item], outputs: Arrays, started: float) -> None:
         inference_s = time.perf_counter() - started
         self._metrics.batch_size.observe(len(items))
         self._metrics.stages["inference"].observe(inference_s)
-        for item, row in zip(items, probabilities, strict=True):
+        scores = outputs[1].tolist() if len(outputs) > 1 else [None] * len(items)
+        for item, row, score in zip(items, outputs[0], scores, strict=True):
             assert item.image is not None
             queue_s = started - item.decoded_at
             self._metrics.stages["batch_queue"].observe(queue_s)
             item.future.set_result(
-                InferenceResult(item.image, row, item.decode_s * 1e3, queue_s * 1e3, inference_s * 1e3, len(items))
+                InferenceResult(item.image, row, item.decode_s * 1e3, queue_s * 1e3, inference_s * 1e3, len(items), score)
             )
 
 

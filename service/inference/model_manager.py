@@ -20,16 +20,26 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from models.artifacts.bundle import GOLDEN, GRAPH, WEIGHTS, Bundle, check_golden, open_bundle
+from models.artifacts.bundle import (
+    GOLDEN,
+    GRAPH,
+    WEIGHTS,
+    Bundle,
+    check_file,
+    check_golden,
+    check_golden_ood_scores,
+    open_bundle,
+)
+from models.artifacts.decision import Decision, DecisionRule
+from models.artifacts.ood import OOD_FILE
 from models.artifacts.paths import compiled_dir, merged_dir, resolve_bundle
 from models.errors import BundleError, UserError
 from models.runtime.allocator import return_large_blocks
-from models.runtime.openvino_engine import Engine, OpenVINOEngine, Pixels
+from models.runtime.openvino_engine import Arrays, Engine, OpenVINOEngine, Pixels
 from models.runtime.precision import Precision, select_precision
 from service.http.errors import Problem
-from service.inference.batcher import Batcher
+from service.inference.batcher import Batcher, InferenceResult
 from service.inference.image_decoder import ImageDecoder
 from service.inference.recent_predictions import RecentPrediction, RecentPredictions
 from service.resources import ResourceAllocation, allocate_resources
@@ -51,7 +61,7 @@ class LoadedModel:
         bundle: The bundle, which is never head-only.
         precision: What the engine computes in, and why.
         golden_difference: The largest difference of a probability from the golden outputs.
-        engine: Computes probabilities.
+        engine: Computes probabilities, and OOD scores if the bundle has them.
         batcher: Decodes images and runs the engine.
         card: The model card in Markdown, as it was when the bundle was loaded.
     """
@@ -62,6 +72,15 @@ class LoadedModel:
     engine: Engine
     batcher: Batcher
     card: str | None = None
+
+    @cached_property
+    def rule(self) -> DecisionRule:
+        """When the model abstains."""
+        return self.bundle.decision_rule
+
+    def decide(self, result: InferenceResult, *, abstain: bool = True) -> Decision:
+        """Apply the rule to a result of this model."""
+        return self.rule.decide(self.bundle.classes, result.probabilities, result.ood_score, abstain=abstain)
 
     @cached_property
     def summary(self) -> dict[str, str]:
@@ -314,6 +333,8 @@ def load_model(
     card = bundle.model_card()  # fails before a large network is compiled for minutes
     if with_torch:
         precision = Precision("fp32", float(bundle.manifest["golden"]["tolerance"]), "computed by torch")
+        if bundle.has_ood_score:
+            check_file(path, OOD_FILE, bundle.manifest["files"])
         from models.runtime.torch_engine import TorchEngine
 
         engine: Engine = TorchEngine(bundle)
@@ -321,7 +342,7 @@ def load_model(
         precision = select_precision(bundle, settings.precision)
         engine = OpenVINOEngine(
             path / GRAPH,
-            outputs=["probabilities"],
+            outputs=bundle.engine_outputs,
             precision=precision.name,
             threads=resources.cpus_per_worker,
             streams=resources.streams,
@@ -361,14 +382,18 @@ def uses_torch(settings: Settings) -> bool:
 def _check_every_size(bundle: Bundle, engine: Engine, sizes: tuple[int, ...], *, tolerance: float, streams: int) -> float:
     """Check the golden outputs in batches of every size. The first use of a size also compiles its kernels."""
     golden = bundle.golden()  # read once, as NumPy parses array headers in a way that is not thread-safe in Python 3.11
+    golden_scores = bundle.golden_ood_scores()
 
     def check(size: int) -> float:
-        return check_golden(bundle, lambda pixels: _in_one_batch(engine, pixels, size), tolerance=tolerance, golden=golden)
+        probabilities, *scores = _in_one_batch(engine, golden[0], size)
+        if golden_scores is not None:
+            check_golden_ood_scores(bundle, scores[0], tolerance=tolerance, expected=golden_scores)
+        return check_golden(bundle, lambda _: probabilities, tolerance=tolerance, golden=golden)
 
     with ThreadPoolExecutor(streams) as pool:
         return max(pool.map(check, sizes))
 
 
-def _in_one_batch(engine: Engine, pixels: Pixels, size: int) -> NDArray[np.float32]:
+def _in_one_batch(engine: Engine, pixels: Pixels, size: int) -> Arrays:
     """Run a batch of exactly ``size`` images and return the results of the first ones, at most ``len(pixels)``."""
-    return engine.run(np.resize(pixels, (size, *pixels.shape[1:])))[0][: len(pixels)]
+    return [rows[: len(pixels)] for rows in engine.run(np.resize(pixels, (size, *pixels.shape[1:])))]

@@ -17,13 +17,14 @@ from service.inference.image_decoder import PreprocessedImage
 from service.inference.model_manager import LoadedModel, ModelManager
 from service.inference.recent_predictions import RecentPrediction
 
-PredictionCallback = Callable[[Bundle, bytes, NDArray[np.float32]], None]
+PredictionCallback = Callable[[Bundle, bytes, NDArray[np.float32], float | None], None]
 
 
 class Predictor:
     """Submit images to the model that serves, and wait for their results.
 
-    ``on_prediction`` is called with the bundle, the image file and the probabilities of every recorded prediction.
+    ``on_prediction`` is called with the bundle, the image file, the probabilities and the OOD score of every recorded
+    prediction.
     """
 
     def __init__(self, models: ModelManager, *, on_prediction: PredictionCallback | None = None) -> None:
@@ -86,10 +87,13 @@ class Predictor:
         metrics, probabilities = self._models.metrics, result.probabilities
         metrics.predictions.labels(model.bundle.classes[result.top_class]).inc()
         metrics.confidence.observe(float(probabilities[result.top_class]))
+        decision = model.decide(result)
+        if decision.label is None:
+            metrics.abstentions.labels("unlike_training" if decision.in_distribution is False else "low_probability").inc()
         if self._on_prediction and data:
-            self._on_prediction(model.bundle, data, probabilities)
+            self._on_prediction(model.bundle, data, probabilities, result.ood_score)
         self._models.recent_predictions.add(
-            RecentPrediction(model.bundle.version, result.image.pixels, probabilities, content_key)
+            RecentPrediction(model.bundle.version, result.image.pixels, probabilities, content_key, decision.in_distribution)
         )
 
 

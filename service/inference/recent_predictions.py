@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from models.artifacts.decision import DecisionRule
 from models.runtime.openvino_engine import Engine, Pixels
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How far two models agree: ``agreed`` of ``compared`` images got the same label.
+
+    If both models recognize images that are unlike their training images, they also have to agree on that.
 
     ``max_difference`` is the largest difference of a probability. ``skipped_reason`` says why nothing was compared, if so.
     """
@@ -35,12 +38,16 @@ class Agreement:
 
 @dataclass(frozen=True)
 class RecentPrediction:
-    """Pixels (H, W, C) uint8 and the probabilities (classes,) of the model with the ``version``."""
+    """Pixels (H, W, C) uint8 and the results of the model with the ``version``.
+
+    ``probabilities`` is (classes,). ``in_distribution`` is None if the model cannot say.
+    """
 
     version: str
     pixels: Pixels
     probabilities: NDArray[np.float32]
     content_key: int  # equal for uploads with the same content
+    in_distribution: bool | None = None
 
 
 class RecentPredictions:
@@ -61,13 +68,14 @@ class RecentPredictions:
             if len(self._rows) > self._max_count:
                 self._rows.popitem(last=False)
 
-    def compare(self, version: str, engine: Engine, other: str) -> tuple[Agreement, list[RecentPrediction]]:
+    def compare(self, version: str, engine: Engine, other: str, rule: DecisionRule) -> tuple[Agreement, list[RecentPrediction]]:
         """Run the kept images of one model through the engine of another that takes the same pixels.
 
         Args:
             version: The version of the model whose predictions were kept.
             engine: The other model's engine.
             other: The other model's version.
+            rule: When the other model abstains.
 
         Returns:
             How far they agree, and the other model's predictions.
@@ -77,11 +85,13 @@ class RecentPredictions:
         if not rows:
             return Agreement(skipped_reason="no recent predictions" if self._max_count else "SHADOW_SAMPLES is 0"), []
         before = np.stack([row.probabilities for row in rows])
-        after = engine.run(np.stack([row.pixels for row in rows]))[0]
-        agreed = int((before.argmax(axis=1) == after.argmax(axis=1)).sum())
+        after, *scores = engine.run(np.stack([row.pixels for row in rows]))
+        known = [rule.is_in_distribution(score) for score in (scores[0].tolist() if scores else [None] * len(rows))]
         predictions = [
-            RecentPrediction(other, row.pixels, values, row.content_key) for row, values in zip(rows, after, strict=True)
+            RecentPrediction(other, row.pixels, values, row.content_key, in_distribution)
+            for row, values, in_distribution in zip(rows, after, known, strict=True)
         ]
+        agreed = sum(map(_agree, rows, predictions))
         return Agreement(len(rows), agreed, float(np.abs(before - after).max())), predictions
 
     def replace(self, predictions: Iterable[RecentPrediction]) -> None:
@@ -90,3 +100,8 @@ class RecentPredictions:
             self._rows.clear()
         for prediction in predictions:
             self.add(prediction)
+
+
+def _agree(before: RecentPrediction, after: RecentPrediction) -> bool:
+    known = before.in_distribution, after.in_distribution
+    return bool(before.probabilities.argmax() == after.probabilities.argmax()) and (None in known or known[0] == known[1])

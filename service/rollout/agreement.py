@@ -25,7 +25,7 @@ def measure_agreement(
         return Agreement(skipped_reason="the classes differ"), []
     if _pixel_fields(model) != _pixel_fields(current):
         return Agreement(skipped_reason="the preprocessing differs, and only preprocessed pixels are kept"), []
-    return recent.compare(current.bundle.version, model.engine, model.bundle.version)
+    return recent.compare(current.bundle.version, model.engine, model.bundle.version, model.rule)
 
 
 def rejection_reason(

@@ -16,6 +16,7 @@ const progress = { box: byId("progress"), bar: byId("progress-bar"), text: byId(
 const MAX_IMAGES = Number(form.dataset.maxImages);
 const MAX_BYTES = Number(form.dataset.maxBytes);
 const MAX_BARS = Number(form.dataset.maxBars);
+const NEITHER = form.dataset.neither;
 const OVERHEAD_BYTES = 1024; // upper bound of what a form adds to each photo
 const KEY = "key";
 const NO_IMAGE = "No image found. Drop or paste an image file.";
@@ -100,18 +101,32 @@ function setPicture(card, photo) {
 }
 
 function fillBars(card, photo) {
-  if (!photo.label) {
+  if (!photo.probabilities) {
     for (const name of ["label", "bars", "more"]) slot(card, name).closest(".top-result, .bars, .more").remove();
     return;
   }
-  setSlot(card, "label", photo.label);
-  setSlot(card, "confidence", percent(photo.confidence));
+  const isAbstained = photo.label === null;
+  const shown = isAbstained ? 0 : MAX_BARS;
+  setSlot(card, "label", isAbstained ? reason(photo) : photo.label);
+  setSlot(card, "confidence", isAbstained ? "" : percent(photo.confidence));
   const bars = Object.entries(photo.probabilities).sort((a, b) => b[1] - a[1]);
-  slot(card, "bars").append(...bars.slice(0, MAX_BARS).map(newBar));
-  if (bars.length <= MAX_BARS) return slot(card, "more").remove();
-  setSlot(card, "count", integers.format(bars.length));
   const others = slot(card, "others");
-  slot(card, "more").addEventListener("toggle", () => others.append(...bars.slice(MAX_BARS).map(newBar)), { once: true });
+  if (isAbstained) {
+    slot(card, "label").classList.add("abstained");
+    slot(card, "bars").remove();
+    setSlot(card, "summary", "Show probabilities");
+    others.setAttribute("aria-label", "Probabilities");
+  } else {
+    slot(card, "bars").append(...bars.slice(0, shown).map(newBar));
+    if (bars.length <= shown) return slot(card, "more").remove();
+    setSlot(card, "count", integers.format(bars.length));
+  }
+  slot(card, "more").addEventListener("toggle", () => others.append(...bars.slice(shown).map(newBar)), { once: true });
+}
+
+// Why a photo has no label. The server's page has the sentence for a photo that is unlike the training photos.
+function reason(photo) {
+  return photo.in_distribution === false && NEITHER ? NEITHER : `No label: ${photo.because}.`;
 }
 
 function newBar([name, probability]) {
@@ -146,7 +161,7 @@ function showResult(item, row) {
     alt: `The part of ${item.name} that the model saw`,
     size: `${format}${integers.format(row.width)} \u00d7 ${integers.format(row.height)} pixels`,
   });
-  return `${item.name}: ${row.label}, ${percent(row.confidence)}.`;
+  return row.label === null ? `${item.name}: ${reason(row)}` : `${item.name}: ${row.label}, ${percent(row.confidence)}.`;
 }
 
 function showProblem(item, detail, canRetry = false) {

@@ -68,6 +68,12 @@ class Metrics:
         self.predictions = Counter(
             "classifier_predictions_total", "Classified images by predicted label.", ["label"], registry=r
         )
+        self.abstentions = Counter(
+            "classifier_abstentions_total",
+            "Classified images without a label, by reason: unlike_training or low_probability.",
+            ["reason"],
+            registry=r,
+        )
         self.confidence = Histogram(
             "classifier_prediction_confidence",
             "Highest probability of each image.",

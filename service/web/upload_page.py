@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ ACCEPTED_TYPES = "image/jpeg,image/png,image/webp,image/avif,image/gif,image/bmp
 )
 NO_FILE_SELECTED = "Choose at least one photo, then press Classify."
 MAX_BARS = 10  # the others are folded
+MAX_NAMED_CLASSES = 6
 
 SAMPLE = "sample.jpg"  # Chelsea by Stefan van der Walt (CC0), from scikit-image
 SAMPLE_CLASSES = {"cat", "cats"}  # the sample is offered by models that know one of these
@@ -49,6 +51,7 @@ class ResultCard:
     name: str
     error: str | None = None
     label: str = ""
+    abstained: str | None = None  # why there is no label
     confidence: float = 0.0
     bars: tuple[tuple[str, float], ...] = ()  # (class, probability), highest first
     crop: Pixels | None = None
@@ -118,7 +121,9 @@ def handle_unexpected(error: Exception) -> Response:
 def _render_home(model: LoadedModel, cards: list[ResultCard] | None = None) -> Response:
     classes = model.bundle.classes
     sample = url_for("static", filename=SAMPLE) if SAMPLE_CLASSES & {name.lower() for name in classes} else None
-    return _page(render_template("home.html", classes=classes, sample_url=sample, cards=cards or [], **_form_context()))
+    neither = None if model.rule.max_ood_score is None else none_of(classes)
+    context = {"classes": classes, "neither": neither, "sample_url": sample, "cards": cards or []}
+    return _page(render_template("home.html", **context, **_form_context()))
 
 
 def _plot_file(name: str) -> str:
@@ -166,4 +171,21 @@ def _card(model: LoadedModel, prediction: Prediction, number: int) -> ResultCard
     image = result.image
     size = f"{image.format}, {image.width_px:,} \u00d7 {image.height_px:,} pixels"
     page = gallery_url(model, prediction)
-    return ResultCard(name, None, label, confidence, bars, image.pixels, size, image.notes, page)
+    decision = model.decide(result)
+    abstained = None
+    if decision.label is None:
+        is_unlike = decision.in_distribution is False
+        abstained = none_of(model.bundle.classes) if is_unlike else f"No label: {decision.because}."
+    return ResultCard(name, None, label, abstained, confidence, bars, image.pixels, size, image.notes, page)
+
+
+def none_of(classes: Sequence[str]) -> str:
+    """Return the sentence for a photo that is unlike the training photos. Names are isolated, as some read right to left."""
+    names = [f"\u2068{name}\u2069" for name in classes]
+    if len(classes) > MAX_NAMED_CLASSES:
+        what = f"None of the {len(classes):,} classes"
+    elif len(classes) == 2:
+        what = f"Neither {names[0]} nor {names[1]}"
+    else:
+        what = f"None of {', '.join(names[:-1])} and {names[-1]}"
+    return f"{what}, as far as this model can tell."

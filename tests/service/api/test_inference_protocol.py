@@ -47,6 +47,19 @@ def photos(tiny_bundle: SimpleNamespace) -> list[bytes]:
     return [(tiny_bundle.photos / label / f"{label[:4]}.000.jpg").read_bytes() for label in ("blue", "green", "red")]
 
 
+def test_the_ood_score_is_an_output(client: Any, name: str, photos: list[bytes], tiny_bundle: SimpleNamespace) -> None:
+    metadata = client.get_model_metadata(name)
+    assert {"name": "ood_score", "datatype": "FP32", "shape": [-1]} in metadata["outputs"]
+    limit = open_bundle(tiny_bundle.path).decision_rule.max_ood_score
+    assert metadata["parameters"] == {"max_ood_score": limit}
+    black = np.zeros((1, SIDE, SIDE, 3), np.uint8)
+    assert client.infer(name, [pixels_input(black)]).as_numpy("ood_score") > limit
+    result = client.infer(name, [images_input(photos)], outputs=[triton.InferRequestedOutput("ood_score")])
+    assert result.as_numpy("ood_score").shape == (3,)
+    assert (result.as_numpy("ood_score") <= limit).all()
+    assert result.as_numpy("probabilities") is None
+
+
 def images_input(photos: list[bytes], *, binary: bool = True) -> Any:
     elements = photos if binary else [base64.b64encode(photo) for photo in photos]
     made = triton.InferInput("images", [len(photos)], "BYTES")
@@ -82,6 +95,7 @@ def test_server_and_model_describe_themselves(server: Server, client: Any, name:
         assert described["outputs"] == [
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, 3]},
             {"name": "label", "datatype": "BYTES", "shape": [-1]},
+            {"name": "ood_score", "datatype": "FP32", "shape": [-1]},
         ]
     assert server.get("/v2/health/live").json() == {"live": True}
 
@@ -152,7 +166,9 @@ def test_an_invalid_request_is_rejected_with_the_reason(client: Any, name: str, 
             client.infer(model, [tensor], model_version=version)
     with pytest.raises(InferenceServerException, match="`inputs` must contain one tensor"):
         client.infer(name, [images_input(photos), pixels_input(np.zeros((3, SIDE, SIDE, 3), np.uint8))])
-    with pytest.raises(InferenceServerException, match=r"Unknown output 'embedding'\. Valid outputs: probabilities, label\."):
+    with pytest.raises(
+        InferenceServerException, match=r"Unknown output 'embedding'\. Valid outputs: probabilities, label, ood_score\."
+    ):
         client.infer(name, [images_input(photos)], outputs=[triton.InferRequestedOutput("embedding")])
     with pytest.raises(InferenceServerException, match="compressed"):
         client.infer(name, [images_input(photos)], request_compression_algorithm="gzip")

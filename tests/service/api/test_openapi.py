@@ -174,7 +174,7 @@ def test_the_description_states_whether_images_are_stored(options: dict[str, Any
 
 def test_the_example_of_an_error_has_the_title_of_its_code(document: dict[str, Any]) -> None:
     example = document["paths"]["/predict"]["post"]["responses"]["200"]["content"]["application/json"]["example"]
-    error = example["predictions"][1]["error"]
+    error = example["predictions"][-1]["error"]
     assert (error["status"], error["title"]) == PROBLEM_TYPES[error["code"]][:2]
 
 

@@ -30,7 +30,8 @@ from service import create_app
 from service.context import services_of
 from service.http.errors import PROBLEM_TYPES
 from service.settings import Settings
-from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, multipart
+from tests.helpers.older_bundles import without_ood_score
+from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, multipart, parse_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -93,9 +94,9 @@ def one(answer: TestResponse) -> dict[str, Any]:
 
 
 def same(a: dict[str, Any], b: dict[str, Any], within: float = 1e-5) -> bool:
-    """Return whether two rows have the same prediction; their file names may differ."""
+    """Return whether two rows have the same probabilities; their file names may differ."""
     pairs = zip(a["probabilities"].values(), b["probabilities"].values(), strict=True)
-    return a["label"] == b["label"] and all(abs(x - y) <= within for x, y in pairs)
+    return all(abs(x - y) <= within for x, y in pairs)
 
 
 def check_problem(answer: TestResponse, code: str, *words: str) -> dict[str, Any]:
@@ -116,6 +117,63 @@ def encode(picture: Image.Image, form: str, **options: Any) -> bytes:
     file = io.BytesIO()
     picture.save(file, form, **options)
     return file.getvalue()
+
+
+# None of the classes
+
+
+@pytest.fixture(scope="module")
+def black() -> bytes:
+    """A photo that is unlike the training photos."""
+    return encode(Image.new("RGB", (56, 44)), "PNG")
+
+
+def test_a_photo_unlike_the_training_photos_gets_no_label(
+    client: FlaskClient, black: bytes, tiny_bundle: SimpleNamespace
+) -> None:
+    rule = open_bundle(tiny_bundle.path).decision_rule
+    row = one(send(client, black))
+    assert (row["label"], row["because"], row["in_distribution"]) == (None, "unlike the training images", False)
+    assert row["ood_score"] > rule.max_ood_score
+    assert row["confidence"] == max(row["probabilities"].values())
+    known = one(send(client, next((tiny_bundle.photos / "red").iterdir()).read_bytes()))
+    assert (known["label"], known["because"], known["in_distribution"]) == ("red", None, True)
+    assert 0 < known["ood_score"] <= rule.max_ood_score
+
+
+def test_abstain_0_gives_every_photo_its_most_probable_class(client: FlaskClient, black: bytes) -> None:
+    row = one(send(client, black, query="?abstain=0"))
+    assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+    assert (row["because"], row["in_distribution"]) == (None, False)
+    check_problem(send(client, black, query="?abstain=no"), "bad_parameter", "`abstain` must be 0 or 1 (got 'no').")
+
+
+def test_photos_without_a_label_are_counted(client: FlaskClient, black: bytes) -> None:
+    def count() -> float:
+        name = 'classifier_abstentions_total{reason="unlike_training"}'
+        return parse_metrics(client.get("/metrics").text).get(name, 0.0)
+
+    before = count()
+    send(client, black)
+    assert count() == before + 1
+
+
+def test_scores_equal_those_of_finetune_predict(
+    client: FlaskClient, black: bytes, tmp_path: Path, tiny_bundle: SimpleNamespace
+) -> None:
+    (tmp_path / "black.png").write_bytes(black)
+    paths = [tmp_path / "black.png", *sorted(tiny_bundle.photos.rglob("*.jpg"))[:3]]
+    for path, expected in zip(paths, classify(open_bundle(tiny_bundle.path), paths), strict=True):
+        assert one(send(client, path.read_bytes()))["ood_score"] == pytest.approx(expected.ood_score, rel=1e-4)
+
+
+def test_an_older_bundle_answers_as_before(tiny_bundle: SimpleNamespace, black: bytes, tmp_path: Path) -> None:
+    with serving(without_ood_score(tiny_bundle.path, tmp_path / "older")) as older:
+        row = one(send(older, black))
+        (model,) = older.get("/models").get_json()["models"]
+    assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
+    assert (row["because"], row["in_distribution"], row["ood_score"]) == (None, None, None)
+    assert (model["ood"], model["decision"]["max_ood_score"]) == (None, None)
 
 
 # Accepted bodies
@@ -227,7 +285,8 @@ def test_a_response_describes_the_image_and_the_model(client: FlaskClient, photo
     assert answer.headers["X-Model-Version"] == bundle.version
     assert re.fullmatch(r"decode;dur=[\d.]+, batch_queue;dur=[\d.]+, inference;dur=[\d.]+", answer.headers["Server-Timing"])
     (row,) = document["predictions"]
-    assert list(row) == ["file", "label", "confidence", "probabilities", "width", "height", "format", "notes"]
+    decision = ["label", "because", "in_distribution", "ood_score"]
+    assert list(row) == ["file", *decision, "confidence", "probabilities", "width", "height", "format", "notes"]
     assert list(row["probabilities"]) == list(bundle.classes)
     assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     assert row["confidence"] == max(row["probabilities"].values()) == row["probabilities"][row["label"]]

@@ -105,7 +105,10 @@ def test_the_form_has_a_file_input_and_no_key_field(app: Flask) -> None:
     assert 'enctype="multipart/form-data"' in answer.text
     assert re.search(r'<input id="files" type="file" name="file" multiple accept="image/jpeg,[^"]*\.heic,\.heif"', answer.text)
     assert "JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP, TIFF or PPM. One or more photos." in text_of(answer)
-    assert "This model only knows blue, green and red. Any other photo will still be labeled as one of them." in text_of(answer)
+    assert (
+        "This model only knows blue, green and red. A photo of anything else gets no label, as far as the model can tell."
+        in text_of(answer)
+    )
     assert not cards(answer)
     assert 'name="key"' not in answer.text
 
@@ -134,6 +137,32 @@ def test_the_bars_are_the_probabilities_of_the_api(app: Flask, photo: bytes) -> 
     assert re.findall(r'data-slot="name">(\w+)<', page) == [name for name, _ in highest_first]
     assert widths == pytest.approx([100 * share for _, share in highest_first], abs=0.01)
     assert api["crop"] in page
+
+
+def test_a_photo_unlike_the_training_photos_gets_a_sentence_and_folded_probabilities(app: Flask) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (56, 44)).save(file, "PNG")
+    (card,) = cards(post(app, (file.getvalue(), "night.png")))
+    sentence = upload_page.none_of(("blue", "green", "red"))
+    assert f'data-slot="label">{sentence}</bdi>' in card
+    assert 'data-slot="confidence"' not in card
+    first, _, folded = card.partition("<details")
+    assert 'data-slot="name"' not in first
+    assert '<summary data-slot="summary">Show probabilities</summary>' in folded
+    assert len(re.findall(r'data-slot="name">', folded)) == 3
+    assert f'data-neither="{sentence}"' in get(app, "/").text
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [
+        (("cats", "dogs"), "Neither cats nor dogs, as far as this model can tell."),
+        (tuple("abc"), "None of a, b and c, as far as this model can tell."),
+        (tuple("abcdefg"), "None of the 7 classes, as far as this model can tell."),
+    ],
+)
+def test_the_sentence_names_a_few_classes(classes: tuple[str, ...], text: str) -> None:
+    assert upload_page.none_of(classes).translate({0x2068: None, 0x2069: None}) == text
 
 
 def test_a_file_name_is_escaped(app: Flask, photo: bytes) -> None:
@@ -217,7 +246,8 @@ def test_names_are_isolated_from_the_direction_of_the_text_around_them(app: Flas
         pages = [post(app, (photo, "\u202egpj.exe")).text, app.test_client().get("/model").text]
     for name in (hebrew, arabic):
         for page in pages:
-            assert page.count(name) == len(re.findall(f"<bdi[^>]*>(?:<strong>)?{name}<", page)) > 0
+            isolated = re.findall(f"<bdi[^>]*>(?:<strong>)?{name}<|\u2068{name}\u2069", page)
+            assert page.count(name) == len(isolated) > 0
     assert re.search('<bdi class="file" data-slot="file" title="[^"]*">\u202egpj.exe</bdi>', pages[0])
 
 
