@@ -84,7 +84,7 @@ def fill(database: Database, photos: int, classes: Sequence[str]) -> int:
             model = get_or_create_model(connection, version=version, name="generated", classes=classes)
             none = np.zeros(count, dtype=np.bool_)
             imported += import_predictions(
-                connection, model, EvaluationTable("evaluation", digest, generate(start, count, classes), none, none)
+                connection, model, EvaluationTable("evaluation", digest, generate(start, count, classes), none, none, none)
             )
     if imported:
         database.refresh_statistics()

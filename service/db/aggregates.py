@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from models.artifacts.label_issues import can_judge_labels
-from service.db.filter import FACETS, UNLABELED, Filter
+from service.db.filter import FACETS, FLAGS, UNLABELED, Filter
 from service.db.records import Bucket
 
 HISTOGRAM_BINS = 20
 
-# A bucket has one value of each facet, except flags (none or both are possible) and the split of production photos (none).
+# A bucket has one value of each facet, except flags (any number of them) and the split of production photos (none).
 _VALUES: dict[str, Callable[[Bucket], tuple[str, ...]]] = {
     "outcome": lambda bucket: (bucket.outcome,),
     "class": lambda bucket: (bucket.label,),
@@ -22,7 +22,7 @@ _VALUES: dict[str, Callable[[Bucket], tuple[str, ...]]] = {
     "source": lambda bucket: (bucket.source,),
     "split": lambda bucket: (bucket.split,) * bool(bucket.split),
     "review": lambda bucket: (bucket.review,),
-    "flag": lambda bucket: ("duplicate",) * bucket.duplicate + ("mislabeled",) * bucket.mislabeled,
+    "flag": lambda bucket: tuple(name for name in FLAGS if getattr(bucket, name)),
 }
 
 

@@ -18,7 +18,7 @@ UNLABELED = "/unlabeled"  # the class of a production photo without a label; no 
 OUTCOMES = ("correct", "incorrect", "unlabeled")
 SOURCES = ("evaluation", "out-of-fold", "production")
 REVIEWS = ("unreviewed", "confirmed", "relabeled", "neither", "bad")
-FLAGS = ("duplicate", "mislabeled")
+FLAGS = ("duplicate", "mislabeled", "unlike")
 CHANGES = ("fixed", "broke", "both-correct", "both-incorrect")
 MAX_CACHED = 200  # characters of a value whose encoded form is cached: clients may send long ones
 PAGE_SIZES = (24, 48, 72, 96)
@@ -244,7 +244,11 @@ _NOUNS = {
     "unlabeled": ("unlabeled photo", "unlabeled photos"),
 }
 _SOURCES = {"evaluation": "the evaluation", "out-of-fold": "cross-validation", "production": "production"}
-_FLAGS = {"duplicate": "duplicate with another label", "mislabeled": "possible label error"}
+_FLAGS = {
+    "duplicate": "duplicate with another label",
+    "mislabeled": "possible label error",
+    "unlike": "unlike the training photos",
+}
 _CHANGES = {
     "fixed": "fixed since {baseline}",
     "broke": "broken since {baseline}",

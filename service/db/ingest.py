@@ -21,7 +21,7 @@ from service.db.schema import RANGE_COLUMNS, UNKNOWN, buckets, current_reviews, 
 from service.db.text import encode_file_name
 
 CHUNK_ROWS = 5_000
-DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabeled")
+DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabeled", "unlike")
 _PERCENTS = [n / 100 for n in range(100)]  # confidence * 100 rounds: 0.29 * 100 is less than 29
 BucketKey = tuple[Any, ...]  # a value for each of DIMENSIONS
 _range_values = itemgetter(*RANGE_COLUMNS)
@@ -37,13 +37,14 @@ PREDICTION_COLUMNS = (
 
 @dataclass(frozen=True)
 class EvaluationTable:
-    """The predictions of one evaluation of N photos; ``duplicate`` and ``mislabeled`` are (N,) masks."""
+    """The predictions of one evaluation of N photos; ``duplicate``, ``mislabeled`` and ``unlike`` are (N,) masks."""
 
     source: str
     digest: str
     predictions: Predictions
     duplicate: NDArray[np.bool_]
     mislabeled: NDArray[np.bool_]
+    unlike: NDArray[np.bool_]
 
 
 @dataclass
@@ -199,7 +200,9 @@ def resolve_label(
     return (reviewed if is_production else label), state
 
 
-def prediction_row(bucket_id: int, photo: str, sha256: str, probabilities: NDArray[Any], *, loss: float) -> dict[str, Any]:
+def prediction_row(
+    bucket_id: int, photo: str, sha256: str, probabilities: NDArray[Any], *, loss: float, ood_score: float | None
+) -> dict[str, Any]:
     """Return the columns of ``predictions`` for one photo, apart from the model. ``probabilities`` is (C,)."""
     *rest, highest = np.sort(probabilities)[-2:]
     return {
@@ -211,6 +214,7 @@ def prediction_row(bucket_id: int, photo: str, sha256: str, probabilities: NDArr
         "margin": float(highest - sum(rest)),  # to the second highest, if there is one
         "shuffle": int(sha256[:8], 16) >> 1,  # 31 bits that do not depend on anything else about the photo
         "probabilities": probabilities.astype("<f4").tobytes(),
+        "ood_score": ood_score,
     }
 
 
@@ -238,9 +242,12 @@ def _rows(
             review,
             bool(table.duplicate[i]),
             bool(table.mislabeled[i]),
+            bool(table.unlike[i]),
         )
         photo = encode_file_name(source.image_names[i])
-        row = prediction_row(writer.get_or_create(key), photo, sha256, source.probabilities[i], loss=float(losses[i]))
+        score = None if source.ood_scores is None else float(source.ood_scores[i])
+        bucket_id, probabilities = writer.get_or_create(key), source.probabilities[i]
+        row = prediction_row(bucket_id, photo, sha256, probabilities, loss=float(losses[i]), ood_score=score)
         yield row | {"model_id": writer.model_id}
 
 

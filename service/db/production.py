@@ -27,12 +27,18 @@ NAME_PREFIX = "production"
 
 @dataclass(frozen=True, eq=False)
 class ServedPrediction:
-    """An image as it was received, and the (C,) probabilities of the response."""
+    """An image as it was received, and the results of its prediction.
+
+    ``probabilities`` is (C,). ``ood_score`` is None if the model has none. ``unlike`` is whether the image is unlike the
+    training images.
+    """
 
     data: bytes
     sha256: str
     probabilities: NDArray[np.float32]
     received_at: datetime
+    ood_score: float | None = None
+    unlike: bool = False
 
 
 def production_name(sha256: str) -> str:
@@ -62,9 +68,10 @@ def save_predictions(connection: Connection, model_id: int, classes: Sequence[st
         predicted, confidence = int(image.probabilities.argmax()), float(image.probabilities.max())
         review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == image.sha256)).first()
         label, state = resolve_label(review, label=predicted, predicted=predicted, classes=classes, source="production")
-        key = ("production", "", label, predicted, confidence_percent(confidence), state, False, False)
+        key = ("production", "", label, predicted, confidence_percent(confidence), state, False, False, image.unlike)
         loss = production_loss(image.probabilities.astype("<f4").tobytes(), label)
-        row = prediction_row(writer.get_or_create(key), name, image.sha256, image.probabilities, loss=loss)
+        bucket_id = writer.get_or_create(key)
+        row = prediction_row(bucket_id, name, image.sha256, image.probabilities, loss=loss, ood_score=image.ood_score)
         row |= {"model_id": model_id, "received_at": image.received_at}
         connection.execute(insert(predictions).values(row))
         totals.add(row)
@@ -114,12 +121,13 @@ def is_saved(connection: Connection, sha256: str) -> bool:
 
 
 def labeled_images(connection: Connection) -> Iterator[tuple[str, str]]:
-    """Yield the sha256 and the class of every saved image that a reviewer labeled."""
+    """Yield the sha256 and the class of every saved image that a reviewer labeled, and ``neither`` for none of the classes."""
+    folder = case((current_reviews.c.decision == "label", current_reviews.c.new_label), else_="neither")
     labeled = (
-        select(production_images.c.sha256, current_reviews.c.new_label)
+        select(production_images.c.sha256, folder.label("folder"))
         .join(current_reviews, current_reviews.c.sha256 == production_images.c.sha256)
-        .where(current_reviews.c.decision == "label")
-        .order_by(current_reviews.c.new_label, production_images.c.sha256)
+        .where(current_reviews.c.decision.in_(("label", "neither")))
+        .order_by(folder, production_images.c.sha256)
     )
     for sha256, label in connection.execute(labeled):
         yield sha256, str(label)

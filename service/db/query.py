@@ -218,6 +218,8 @@ def _record(row: Any, classes: Sequence[str]) -> PredictionRecord:
         review=bucket.review,
         duplicate=bucket.duplicate,
         mislabeled=bucket.mislabeled,
+        unlike=bucket.unlike,
+        ood_score=row.ood_score,
         shuffle=row.shuffle,
         received_at=row.received_at,
         decision=DecisionRecord(*decision) if row.decision_id else None,
@@ -245,6 +247,7 @@ _COLUMNS = [
     *(predictions.c[name] for name in ("id", "bucket_id", "photo", "sha256", "loss", "confidence", "margin", "shuffle")),
     predictions.c.probabilities,
     predictions.c.received_at,
+    predictions.c.ood_score,
     *(buckets.c[name] for name in DIMENSIONS),
     *(current_reviews.c[name] for name in ("decision_id", "decision", "new_label", "note", "reviewer", "decided_at")),
 ]

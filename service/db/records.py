@@ -40,8 +40,8 @@ class DecisionRecord:
 class PredictionRecord:
     """A model's prediction for one photo, and the current review of the photo.
 
-    ``probabilities`` is (C,) float32 in the order of the model's classes. ``received_at`` is the time of arrival of a
-    production photo.
+    ``probabilities`` is (C,) float32 in the order of the model's classes. ``unlike`` is whether the photo is unlike the
+    training images. ``received_at`` is the time of arrival of a production photo.
     """
 
     id: int
@@ -59,6 +59,8 @@ class PredictionRecord:
     review: str
     duplicate: bool
     mislabeled: bool
+    unlike: bool
+    ood_score: float | None
     shuffle: int
     received_at: datetime | None
     decision: DecisionRecord | None
@@ -83,6 +85,7 @@ class Bucket(NamedTuple):
     review: str
     duplicate: bool
     mislabeled: bool
+    unlike: bool
     images: int
 
     @property

@@ -93,6 +93,7 @@ buckets = Table(
     Column("review", String(16), nullable=False),  # unreviewed, confirmed, relabeled, neither or bad
     Column("duplicate", Boolean, nullable=False),  # a near duplicate has another label
     Column("mislabeled", Boolean, nullable=False),  # see models.artifacts.label_issues
+    Column("unlike", Boolean, nullable=False),  # the photo is unlike the training images
     Column("images", Integer, nullable=False),
     # The range of its photos, which never shrinks; null before the first photo. See service/db/pagination.py.
     *(Column(f"{name}_{end}", PathText if name == "photo" else Double) for name in RANGE_COLUMNS for end in ("low", "high")),
@@ -106,6 +107,7 @@ buckets = Table(
         "review",
         "duplicate",
         "mislabeled",
+        "unlike",
         name="uq_buckets_dimensions",
     ),
 )
@@ -124,6 +126,7 @@ predictions = Table(
     Column("shuffle", Integer, nullable=False),  # 31 bits of the photo's sha256: a random order
     Column("probabilities", LargeBinary, nullable=False),  # little-endian float32, in the order of the model's classes
     Column("received_at", UtcDateTime),  # of a production photo
+    Column("ood_score", Double),  # null for a model without the score
     UniqueConstraint("model_id", "photo", "sha256"),
     # One per sort order. Each includes the bucket, so that a filter needs the index alone.
     Index("ix_predictions_loss", "model_id", "loss", "id", "bucket_id"),

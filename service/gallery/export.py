@@ -18,7 +18,7 @@ from service.context import gallery
 from service.db import production
 from service.db.connection import Database
 from service.db.facets import list_columns, load_columns
-from service.db.filter import Filter
+from service.db.filter import FLAGS, Filter
 from service.db.records import ModelRecord, PredictionRecord
 from service.db.text import decode_file_name
 from service.gallery import sidebar
@@ -61,7 +61,7 @@ def as_csv(outcome: str = "") -> Response:
     with gallery().database.read() as connection:
         names = list_columns(connection, model.id)
     header = ["photo", "label", "predicted", *(f"p_{name}" for name in model.classes), "loss", "split", "sha256"]
-    header += ["source", "outcome", "confidence", "margin", "review", "flags", "new_label", "note", "reviewer"]
+    header += ["source", "outcome", "confidence", "margin", "ood_score", "review", "flags", "new_label", "note", "reviewer"]
     header += [name if name == GROUP_COLUMN else f"{FACET_PREFIX}{name}" for name in names]
     lines = (
         [*_csv_row(photo), *(_escape_formula(decode_file_name(columns.get(name, ""))) for name in names)]
@@ -90,7 +90,10 @@ def reviews_csv() -> Response:
 
 @bp.get("/gallery/production.zip")
 def production_zip() -> Response:
-    """Return the labeled production photos as a folder for `finetune train --extra-data`."""
+    """Return the labeled production photos as a folder for `finetune train --extra-data`.
+
+    Photos of none of the classes are in the folder ``neither``, which training ignores and `finetune evaluate` measures.
+    """
     database = gallery().database
     with database.read() as connection:
         labeled = list(production.labeled_images(connection))
@@ -146,6 +149,7 @@ def row_to_json(photo: PredictionRecord, model: ModelRecord, columns: Columns) -
         "loss": photo.loss,
         "probabilities": dict(zip(model.classes, (round(float(p), 9) for p in photo.probabilities), strict=True)),
         "columns": columns,
+        "ood_score": photo.ood_score,
         "flags": list_flags(photo),
         "review": photo.review,
         "received_at": photo.received_at and photo.received_at.isoformat(timespec="seconds"),
@@ -157,7 +161,7 @@ def row_to_json(photo: PredictionRecord, model: ModelRecord, columns: Columns) -
 
 def list_flags(photo: PredictionRecord) -> list[str]:
     """List the flags of a photo."""
-    return ["duplicate"] * photo.duplicate + ["mislabeled"] * photo.mislabeled
+    return [name for name in FLAGS if getattr(photo, name)]
 
 
 def _filter(outcome: str) -> Filter:
@@ -197,6 +201,7 @@ def _csv_row(photo: PredictionRecord) -> list[Any]:
         photo.outcome,
         f"{photo.confidence:.9g}",
         f"{photo.margin:.9g}",
+        "" if photo.ood_score is None else f"{photo.ood_score:.9g}",
         photo.review,
         " ".join(list_flags(photo)),
         (decision and decision.new_label) or "",

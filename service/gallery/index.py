@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
@@ -17,6 +18,7 @@ from models.artifacts.bundle import MANIFEST, Bundle, open_bundle
 from models.artifacts.evaluation import OUT_OF_FOLD, PredictionSource, open_predictions
 from models.artifacts.label_issues import find_label_issues
 from models.artifacts.paths import default_data_dir, resolve_bundle
+from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import SimilarityIndex
 from models.errors import UserError
 from service.db.connection import Database
@@ -174,6 +176,12 @@ def _merged(bundle: Bundle) -> dict[str, str]:
     return {bundle.merged_from: bundle.version} if bundle.merged_from else {}
 
 
+def _unlike(predictions: Predictions, max_ood_score: float | None) -> NDArray[np.bool_]:
+    if predictions.ood_scores is None or max_ood_score is None:
+        return np.zeros(len(predictions.labels), np.bool_)
+    return np.asarray(predictions.ood_scores > max_ood_score)
+
+
 def _evaluation_table(source: PredictionSource) -> EvaluationTable:
     predictions = source.predictions()
     similarity = source.similarity()
@@ -187,4 +195,5 @@ def _evaluation_table(source: PredictionSource) -> EvaluationTable:
         predictions=predictions,
         duplicate=np.array(duplicate, dtype=np.bool_),
         mislabeled=find_label_issues(predictions),
+        unlike=_unlike(predictions, source.max_ood_score),
     )

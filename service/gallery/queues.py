@@ -84,6 +84,12 @@ def review_queues(version: str) -> list[ReviewQueue]:
             everything.replace(flags=("duplicate",)),
         ),
         ReviewQueue(
+            "Unlike the training photos",
+            "Photos that get no label, least certain first. Mark the ones that show none of the classes.",
+            "No photos are unlike the training photos.",
+            everything.replace(flags=("unlike",), sort="margin"),
+        ),
+        ReviewQueue(
             "Production photos",
             "Photos sent to /predict, least certain first. Label some and train with them.",
             "No production photos to review. Set SAVE_PREDICTIONS=1 to store photos sent to /predict.",

@@ -53,7 +53,7 @@ class PredictionRecorder:
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
 
-    def record(self, bundle: Bundle, data: bytes, probabilities: NDArray[np.float32]) -> None:
+    def record(self, bundle: Bundle, data: bytes, probabilities: NDArray[np.float32], ood_score: float | None = None) -> None:
         """Queue an image and its prediction without waiting. It is dropped and counted if the queue is full."""
         with self._lock:
             is_full = self._queued_bytes + len(data) > self._settings.save_queue_mb * MIB
@@ -63,7 +63,9 @@ class PredictionRecorder:
             self._metrics.saved_predictions.labels("dropped").inc()
             return
         sha256 = hashlib.sha256(data).hexdigest()
-        self._jobs.put(_Job(bundle, ServedPrediction(data, sha256, probabilities, datetime.now(timezone.utc))))
+        unlike = bundle.decision_rule.is_in_distribution(ood_score) is False
+        now = datetime.now(timezone.utc)
+        self._jobs.put(_Job(bundle, ServedPrediction(data, sha256, probabilities, now, ood_score, unlike)))
 
     def page_url(self, version: str, data: bytes) -> str:
         """Return the address of the page of an image that the model of this version predicted."""

@@ -39,7 +39,11 @@ VALUE_NAMES = {
         "neither": "None of the classes",
         "bad": "Excluded",
     },
-    "flag": {"duplicate": "Duplicate with another label", "mislabeled": "Possible label error"},
+    "flag": {
+        "duplicate": "Duplicate with another label",
+        "mislabeled": "Possible label error",
+        "unlike": "Unlike the training photos",
+    },
     "source": {"evaluation": "Evaluation", "out-of-fold": "Out-of-fold", "production": "Production"},
 }
 CHANGE_NAMES = {"fixed": "Fixed", "broke": "Broke", "both-correct": "Both correct", "both-incorrect": "Both incorrect"}

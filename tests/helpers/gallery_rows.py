@@ -16,7 +16,7 @@ from sqlalchemy import and_, false, func, not_, select
 
 from models.artifacts.predictions import Predictions
 from service.db.connection import Database
-from service.db.filter import REVIEWS, UNLABELED, Filter
+from service.db.filter import FLAGS, REVIEWS, UNLABELED, Filter
 from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions, is_imported
 from service.db.query import list_models, load_buckets
 from service.db.schema import RANGE_COLUMNS, buckets, predictions
@@ -40,6 +40,7 @@ class Plain:
     source: str
     duplicate: bool
     mislabeled: bool
+    unlike: bool
     review: str = "unreviewed"
 
     @property
@@ -48,7 +49,7 @@ class Plain:
 
     @property
     def flags(self) -> set[str]:
-        return set(("duplicate",) * self.duplicate + ("mislabeled",) * self.mislabeled)
+        return {name for name in FLAGS if getattr(self, name)}
 
 
 def sha256_of(name: str) -> str:
@@ -84,24 +85,24 @@ def enter(
     path = folder / f"{version}-{source}-{seed}.csv"
     message.write_csv(path)
     rng = random.Random(seed)
-    flags = [(rng.random() < 0.1, rng.random() < 0.2) for _ in message.image_names]
-    duplicate, mislabeled = (np.array([row[i] for row in flags], dtype=np.bool_) for i in (0, 1))
+    flags = [(rng.random() < 0.1, rng.random() < 0.2, rng.random() < 0.1) for _ in message.image_names]
+    duplicate, mislabeled, unlike = (np.array([row[i] for row in flags], dtype=np.bool_) for i in range(3))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with database.write() as connection:
         if not is_imported(connection, version, digest):
             model = get_or_create_model(connection, version=version, name=f"model {version}", classes=message.classes)
             import_predictions(
-                connection, model, EvaluationTable(source, digest, Predictions.read_csv(path), duplicate, mislabeled)
+                connection, model, EvaluationTable(source, digest, Predictions.read_csv(path), duplicate, mislabeled, unlike)
             )
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         return [_plain(row, source, *flag) for row, flag in zip(csv.DictReader(file), flags, strict=True)]
 
 
-def _plain(row: dict[str, str], source: str, duplicate: bool, mislabeled: bool) -> Plain:
+def _plain(row: dict[str, str], source: str, duplicate: bool, mislabeled: bool, unlike: bool) -> Plain:
     sure = sorted((float(value) for name, value in row.items() if name.startswith("p_")), reverse=True)
     photo = row["photo"].replace("\udcff", "\uf7ff")
     facts = row["label"], row["predicted"], sure[0], sure[0] - sure[1], float(row["loss"]), row["split"]
-    return Plain(photo, row["sha256"], *facts, source, duplicate, mislabeled)
+    return Plain(photo, row["sha256"], *facts, source, duplicate, mislabeled, unlike)
 
 
 CHECKS: dict[str, Callable[[Plain, Filter], bool]] = {
@@ -139,7 +140,7 @@ def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]
         sources=some(sorted({row.source for row in rows})),
         splits=some(sorted({row.split for row in rows})),
         reviews=some(REVIEWS) if any(row.review != "unreviewed" for row in rows) else (),
-        flags=some(("duplicate", "mislabeled")),
+        flags=some(FLAGS),
         confidence=(low, rng.choice((100, 100, 58, 99)) if low < 58 else 100),
     )
 
@@ -172,7 +173,17 @@ def state_of(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
         return {
             model.version: Counter(
                 {
-                    (c.source, c.split, c.label, c.predicted, c.percent, c.review, c.duplicate, c.mislabeled): c.images
+                    (
+                        c.source,
+                        c.split,
+                        c.label,
+                        c.predicted,
+                        c.percent,
+                        c.review,
+                        c.duplicate,
+                        c.mislabeled,
+                        c.unlike,
+                    ): c.images
                     for c in load_buckets(connection, model)
                 }
             )

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from service.db.query import PredictionQuery
 from service.db.schema import buckets, imports, metadata, models
 from service.reviews.decisions import list_reviews, load_history
 from tests.helpers.databases import Postgres
-from tests.helpers.gallery_rows import check_cells
+from tests.helpers.gallery_rows import check_cells, enter, make_predictions
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +128,29 @@ def migrate(database: Database, revision: str) -> None:
     with database.write() as connection:
         to.attributes["connection"] = connection
         (command.downgrade if revision < SCHEMA_REVISION else command.upgrade)(to, revision)
+
+
+def test_a_downgrade_merges_buckets_that_differ_in_the_ood_score_alone(database: Database, tmp_path: Path) -> None:
+    message = make_predictions(1, 200, ("cats", "dogs"))
+    columns = {"camera": tuple(("left", "right")[i % 2] for i in range(200))}
+    rows = enter(database, replace(message, facets=columns), tmp_path)
+    assert {row.unlike for row in rows} == {True, False}
+
+    def counts() -> tuple[int, int, int]:
+        with database.read() as connection:
+            sums = (
+                "(SELECT sum(images) FROM buckets), (SELECT count(*) FROM photo_columns), (SELECT count(*) FROM photo_facets)"
+            )
+            return tuple(connection.execute(text(f"SELECT {sums}")).one())  # type: ignore[return-value]
+
+    before = counts()
+    assert before == (200, 200, 200)
+    migrate(database, "0004")
+    assert counts() == before
+    migrate(database, SCHEMA_REVISION)
+    assert counts() == before
+    assert difference(database) == []
+    check_cells(database)
 
 
 def test_the_rows_of_the_first_revision_are_kept(empty_url: str) -> None:
@@ -272,7 +296,8 @@ def test_sqlite_uses_its_safest_settings(tmp_path: Path) -> None:
     assert message == ["wal", 1, 2]
     with pytest.raises(sqlalchemy.exc.IntegrityError), database.write() as connection:
         connection.execute(insert(buckets).values(model_id=77, source="production", split="", label=0, predicted=0, percent=0,
-                                                review="bad", duplicate=False, mislabeled=False, images=0))  # fmt: skip
+                                                review="bad", duplicate=False, mislabeled=False, unlike=False,
+                                                images=0))  # fmt: skip
     database.close()
 
 

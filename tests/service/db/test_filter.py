@@ -133,7 +133,7 @@ def test_a_query_string_typed_by_hand_is_parsed() -> None:
         ("outcome=maybe", "Invalid `outcome`: 'maybe'. Valid values: correct, incorrect, unlabeled."),
         ("source=moon", "Invalid `source`: 'moon'. Valid values: evaluation, out-of-fold, production."),
         ("review=done", "Invalid `review`: 'done'. Valid values: unreviewed, confirmed, relabeled, neither, bad."),
-        ("flag=red", "Invalid `flag`: 'red'. Valid values: duplicate, mislabeled."),
+        ("flag=red", "Invalid `flag`: 'red'. Valid values: duplicate, mislabeled, unlike."),
         ("sort=size", "Invalid `sort`: 'size'. Valid values: loss, confidence, margin, newest, name, random."),
         ("order=up", "Invalid `order`: 'up'. Valid values: asc, desc."),
         (

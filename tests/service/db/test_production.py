@@ -118,10 +118,23 @@ def test_a_decision_labels_a_photo_and_an_undo_removes_the_label(
     with database.read() as connection:
         other = PredictionQuery(connection, Filter(model="v2")).find(production_name(photo.sha256))
         assert (other.label, other.outcome, other.review) == expected
-        assert list(labeled_images(connection)) == ([(photo.sha256, new_label)] if decision == "label" else [])
+        folder = {"label": new_label, "neither": "neither"}.get(decision)
+        assert list(labeled_images(connection)) == ([(photo.sha256, folder)] if folder else [])
     say(database, photo, "undo")
     found = one(database, photo)
     assert (found.label, found.outcome, found.review, found.loss) == (None, "unlabeled", "unreviewed", None)
+    check_cells(database)
+
+
+def test_a_photo_unlike_the_training_photos_is_flagged(database: Database) -> None:
+    keep_all(database, replace(answered(1), ood_score=2.5, unlike=True), replace(answered(2), ood_score=0.5), answered(3))
+    with database.read() as connection:
+        query = PredictionQuery(connection, Filter(model=VERSION, flags=("unlike",)))
+        (found,) = query.first(9)
+        assert query.counts.facets["flag"] == {"unlike": 1}
+        every = PredictionQuery(connection, Filter(model=VERSION)).first(9)
+    assert (found.sha256, found.unlike, found.ood_score) == (answered(1).sha256, True, 2.5)
+    assert {(photo.ood_score, photo.unlike) for photo in every} == {(2.5, True), (0.5, False), (None, False)}
     check_cells(database)
 
 

@@ -115,7 +115,7 @@ def values_of(rows: Sequence[Plain]) -> dict[str, set[str]]:
         "source": {row.source for row in rows},
         "split": {row.split for row in rows},
         "review": {row.review for row in rows},
-        "flag": {"duplicate", "mislabeled"},
+        "flag": {"duplicate", "mislabeled", "unlike"},
     }
 
 
@@ -368,12 +368,12 @@ def test_a_later_evaluation_adds_label_issues_to_known_photos(database: Database
     suspected = Filter(model=VERSION, flags=("mislabeled",))
     with database.write() as connection:
         model = get_or_create_model(connection, version=VERSION, name="one", classes=CLASSES[2])
-        assert import_predictions(connection, model, EvaluationTable("evaluation", "a", message, none, none)) == 40
+        assert import_predictions(connection, model, EvaluationTable("evaluation", "a", message, none, none, none)) == 40
     with database.read() as connection:
         assert PredictionQuery(connection, suspected).counts.total == 0
     for digest in ("b", "c"):  # the second time there is nothing to change
         with database.write() as connection:
-            assert import_predictions(connection, model, EvaluationTable("out-of-fold", digest, message, none, some)) == 0
+            assert import_predictions(connection, model, EvaluationTable("out-of-fold", digest, message, none, some, none)) == 0
         with database.read() as connection:
             found = PredictionQuery(connection, suspected).page(1)
         assert sorted(photo.photo for photo in found) == sorted(encode_file_name(message.image_names[i]) for i in (4, 30))

@@ -68,7 +68,11 @@ def gallery(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFacto
     with database.write() as connection:
         model = get_or_create_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
         flags = np.arange(MORE) % 10 == 0
-        import_predictions(connection, model, EvaluationTable("out-of-fold", "0" * 64, generated, np.roll(flags, 1), flags))
+        import_predictions(
+            connection,
+            model,
+            EvaluationTable("out-of-fold", "0" * 64, generated, np.roll(flags, 1), flags, np.zeros_like(flags)),
+        )
     database.close()
     rows = read(tiny_bundle.path / "predictions.csv", "evaluation") + read(folder / "generated.csv", "out-of-fold")
     with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url) as server:
