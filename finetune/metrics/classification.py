@@ -14,6 +14,7 @@ from finetune.metrics.bootstrap import QUANTILES_95, bootstrap_mean_interval, re
 from finetune.metrics.calibration import BINS, calibration_error
 from models.artifacts.predictions import check_probabilities, confusion_counts, cross_entropy
 from models.artifacts.statistics import confidence_interval, mean_of_proportions, wilson_interval
+from models.errors import list_names
 
 MANY_CLASSES = 10
 TOP = 5
@@ -144,7 +145,7 @@ def _roc_auc(
         return None
     absent = [name for index, name in enumerate(classes) if not (labels == index).any()]
     if absent:
-        notes.append(f"roc_auc is not defined: no photos of {', '.join(map(repr, absent))}.")
+        notes.append(f"roc_auc is not defined: no photos of {list_names(map(repr, absent))}.")
         return None
     area = roc_auc(labels, probabilities, seed=seed, resamples=resamples)
     if area["low"] == 1.0:
@@ -213,8 +214,11 @@ def _per_class(
     values: dict[str, dict[str, float] | None] = {}
     for class_name, correct, total in zip(classes, counts.diagonal(), counts.sum(axis=axis), strict=True):
         values[class_name] = wilson_interval(int(correct), int(total)) if total else None
-        if not total:
-            notes.append(f"{name} of {class_name!r} is not defined: the class {reason}.")
+    undefined = [repr(class_name) for class_name, value in values.items() if value is None]
+    if len(undefined) == 1:
+        notes.append(f"{name} of {undefined[0]} is not defined: the class {reason}.")
+    elif undefined:
+        notes.append(f"{name} is not defined for {len(undefined):,} classes: each {reason} ({list_names(undefined)}).")
     return values
 
 

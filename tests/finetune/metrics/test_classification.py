@@ -225,9 +225,17 @@ def test_undefined_metrics_are_none_with_a_note() -> None:
     assert result["recall"]["cows"] is None
     notes = " ".join(result["notes"])
     assert "roc_auc is not defined: no photos of 'cows'" in notes
-    assert "precision of 'dogs' is not defined: the class was never predicted" in notes
+    assert "precision is not defined for 2 classes: each was never predicted ('dogs', 'cows')." in notes
     assert "recall of 'cows' is not defined: the class has no photos" in notes
     assert "not defined" in format_summary(result)
+
+
+def test_undefined_metrics_of_many_classes_are_one_note_each() -> None:
+    labels, probabilities = np.zeros(4, dtype=np.int64), np.full((4, 500), 1 / 500)
+    result = compute_metrics(labels, probabilities, classes=names(500), resamples=20)
+    assert len(result["notes"]) <= 4
+    assert any(note.endswith(", ... (499 in total)).") for note in result["notes"])
+    assert max(map(len, result["notes"])) < 200
 
 
 def test_a_single_class_has_no_roc_curve() -> None:
