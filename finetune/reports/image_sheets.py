@@ -6,11 +6,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from finetune.reports.plots import BLUE, ORANGE, TILE, printable, save_png
+from finetune.data.image_files import read_image_file
+from finetune.reports.plots import BLUE, ORANGE, TILE, printable
+from models.artifacts.atomic_io import atomic_write
 from models.artifacts.predictions import Predictions
 from models.errors import ImageError
 from models.preprocess import decode
@@ -67,8 +70,14 @@ def image_sheet(predictions: Predictions, indices: NDArray[np.intp], title: str,
         middle = left + TILE_PX / 2
         write(middle, top + TILE_PX / 2, error, ha="center", va="center")
         write(middle, top + TILE_PX + 6, _caption(predictions, index), ha="center", va="top", fontsize=9)
-    figure.figimage(np.asarray(sheet), zorder=-1)
-    return save_png(figure, path)
+    figure.patch.set_alpha(0)
+    canvas: Any = FigureCanvasAgg(figure)  # its methods have no annotations
+    canvas.draw()
+    texts = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+    sheet.paste(texts, mask=texts)  # matplotlib would convert the photos to float, which takes 130 MB
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="png", compress_level=3)
+    return path
 
 
 def _caption(predictions: Predictions, index: int) -> str:
@@ -85,11 +94,13 @@ def _tile(path: Path, color: str) -> tuple[Image.Image, str]:
     inner_px = TILE_PX - 2 * FRAME_PX
     tile = ImageOps.expand(Image.new("RGB", (inner_px, inner_px), TILE), FRAME_PX, color)
     try:
-        image = decode(path.read_bytes())
+        data = read_image_file(path)
     except FileNotFoundError:
         return tile, "photo is missing"
-    except (OSError, ValueError):  # ValueError: invalid path, for example with a null byte
+    except (OSError, ImageError):
         return tile, "photo cannot be read"
+    try:
+        image = decode(data)
     except ImageError:
         return tile, "photo cannot be decoded"
     image = ImageOps.contain(image, (inner_px, inner_px))
