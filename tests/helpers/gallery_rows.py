@@ -26,7 +26,7 @@ VERSION = "v1"
 
 
 @dataclass(frozen=True)
-class Plain:
+class ExpectedRow:
     """A row of predictions.csv with the source, flags and review of the photo."""
 
     photo: str
@@ -72,40 +72,40 @@ def make_predictions(seed: int, photos: int, classes: Sequence[str]) -> Predicti
     return Predictions(tuple(classes), names, labels, probabilities, splits, tuple(sha256_of(name) for name in names))
 
 
-def enter(
+def import_table(
     database: Database,
-    message: Predictions,
+    table: Predictions,
     folder: Path,
     *,
     version: str = VERSION,
     source: str = "evaluation",
     seed: int = 0,
-) -> list[Plain]:
+) -> list[ExpectedRow]:
     """Write a table, then read and import it once as the service does. Returns its rows as read by the csv module."""
     path = folder / f"{version}-{source}-{seed}.csv"
-    message.write_csv(path)
+    table.write_csv(path)
     rng = random.Random(seed)
-    flags = [(rng.random() < 0.1, rng.random() < 0.2, rng.random() < 0.1) for _ in message.image_names]
+    flags = [(rng.random() < 0.1, rng.random() < 0.2, rng.random() < 0.1) for _ in table.image_names]
     duplicate, mislabeled, unlike = (np.array([row[i] for row in flags], dtype=np.bool_) for i in range(3))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with database.write() as connection:
         if not is_imported(connection, version, digest):
-            model = get_or_create_model(connection, version=version, name=f"model {version}", classes=message.classes)
-            import_predictions(
-                connection, model, EvaluationTable(source, digest, Predictions.read_csv(path), duplicate, mislabeled, unlike)
-            )
+            model = get_or_create_model(connection, version=version, name=f"model {version}", classes=table.classes)
+            stored = EvaluationTable(source, digest, Predictions.read_csv(path), duplicate, mislabeled, unlike)
+            import_predictions(connection, model, stored)
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return [_plain(row, source, *flag) for row, flag in zip(csv.DictReader(file), flags, strict=True)]
+        return [_expected_row(row, source, *flag) for row, flag in zip(csv.DictReader(file), flags, strict=True)]
 
 
-def _plain(row: dict[str, str], source: str, duplicate: bool, mislabeled: bool, unlike: bool) -> Plain:
-    sure = sorted((float(value) for name, value in row.items() if name.startswith("p_")), reverse=True)
+def _expected_row(row: dict[str, str], source: str, duplicate: bool, mislabeled: bool, unlike: bool) -> ExpectedRow:
+    probabilities = sorted((float(value) for name, value in row.items() if name.startswith("p_")), reverse=True)
     photo = row["photo"].replace("\udcff", "\uf7ff")
-    facts = row["label"], row["predicted"], sure[0], sure[0] - sure[1], float(row["loss"]), row["split"]
-    return Plain(photo, row["sha256"], *facts, source, duplicate, mislabeled, unlike)
+    highest, second = probabilities[:2]
+    values = row["label"], row["predicted"], highest, highest - second, float(row["loss"]), row["split"]
+    return ExpectedRow(photo, row["sha256"], *values, source, duplicate, mislabeled, unlike)
 
 
-CHECKS: dict[str, Callable[[Plain, Filter], bool]] = {
+CHECKS: dict[str, Callable[[ExpectedRow, Filter], bool]] = {
     "outcome": lambda row, filters: not filters.outcomes or row.outcome in filters.outcomes,
     "class": lambda row, filters: not filters.labels or row.label in filters.labels,
     "predicted": lambda row, filters: not filters.predicted or row.predicted in filters.predicted,
@@ -120,12 +120,12 @@ CHECKS: dict[str, Callable[[Plain, Filter], bool]] = {
 }
 
 
-def passes(row: Plain, filters: Filter, *, but: str = "") -> bool:
-    """Return whether a row matches a filter, ignoring one facet."""
-    return all(check(row, filters) for name, check in CHECKS.items() if name != but)
+def matches(row: ExpectedRow, filters: Filter, *, ignoring: str = "") -> bool:
+    """Return whether a row matches a filter, with one facet of it ignored."""
+    return all(check(row, filters) for name, check in CHECKS.items() if name != ignoring)
 
 
-def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]) -> Filter:
+def any_filter(rng: random.Random, rows: Sequence[ExpectedRow], classes: Sequence[str]) -> Filter:
     """Return a random filter that often has matches."""
 
     def some(values: Sequence[str]) -> tuple[str, ...]:
@@ -145,29 +145,29 @@ def any_filter(rng: random.Random, rows: Sequence[Plain], classes: Sequence[str]
     )
 
 
-def with_reviews(rows: Sequence[Plain], decided: dict[str, tuple[str, str | None]]) -> list[Plain]:
+def with_reviews(rows: Sequence[ExpectedRow], decisions: dict[str, tuple[str, str | None]]) -> list[ExpectedRow]:
     """Return the rows with the current decisions applied, by sha256."""
     found = []
     for row in rows:
-        decision, new_label = decided.get(row.sha256, ("", None))
+        decision, new_label = decisions.get(row.sha256, ("", None))
         state = ("confirmed" if new_label == row.label else "relabeled") if decision == "label" else decision or "unreviewed"
         found.append(replace(row, review=state))
     return found
 
 
-def check_cells(database: Database) -> None:
+def check_buckets(database: Database) -> None:
     """Check that each bucket has the count of its predictions and covers their ranges."""
     inside = [predictions.c[name].between(buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]) for name in RANGE_COLUMNS]
     outside = select(predictions.c.id).join(buckets).where(not_(func.coalesce(and_(*inside), false())))
     with database.read() as connection:
         assert connection.execute(outside).all() == []
-        by_cell = select(predictions.c.bucket_id, func.count()).group_by(predictions.c.bucket_id)
-        counted = {row[0]: row[1] for row in connection.execute(by_cell)}
-        kept = {row[0]: row[1] for row in connection.execute(select(buckets.c.id, buckets.c.images))}
-    assert {id_: photos for id_, photos in kept.items() if photos} == counted
+        by_bucket = select(predictions.c.bucket_id, func.count()).group_by(predictions.c.bucket_id)
+        counted = {row[0]: row[1] for row in connection.execute(by_bucket)}
+        recorded = {row[0]: row[1] for row in connection.execute(select(buckets.c.id, buckets.c.images))}
+    assert {id_: photos for id_, photos in recorded.items() if photos} == counted
 
 
-def state_of(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
+def count_buckets(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
     """Return the counts of the buckets by model version, without bucket ids."""
     with database.read() as connection:
         return {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from PIL import Image
 
 from service.http.gunicorn_worker import LINGER_S
-from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, poll
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Response, Server, poll
 from tests.helpers.tiny_network import COLORS
 
 
@@ -27,9 +27,10 @@ HEAVY = image_of(COLORS[1], (3000, 2500))  # a few KB that take some time to dec
 BOMB = image_of((0, 0, 0), (9000, 9000))  # 81 million pixels
 
 
-def probabilities(reply: Reply) -> list[float]:
-    assert reply.status == 200, reply.body
-    (row,) = reply.json()["predictions"]
+def probabilities(response: Response) -> list[float]:
+    """Return the probabilities of a prediction of one image."""
+    assert response.status == 200, response.body
+    (row,) = response.json()["predictions"]
     return [round(value, 5) for value in row["probabilities"].values()]
 
 
@@ -54,22 +55,24 @@ class RawConnection:
         self.socket.close()
 
     def head(self, length: int | str, *, path: str = "/predict", **headers: str) -> bytes:
-        lines = {"Host": "localhost", "Content-Type": "image/png"}
-        lines |= {name.replace("_", "-"): text for name, text in headers.items()}
+        """Return the head of a POST request with a body of ``length`` bytes, or in chunks if it is "chunked"."""
+        fields = {"Host": "localhost", "Content-Type": "image/png"}
+        fields |= {name.replace("_", "-"): text for name, text in headers.items()}
         if length != "chunked":
-            lines["Content-Length"] = str(length)
+            fields["Content-Length"] = str(length)
         else:
-            lines["Transfer-Encoding"] = "chunked"
-        return f"POST {path} HTTP/1.1\r\n".encode() + "".join(f"{a}: {b}\r\n" for a, b in lines.items()).encode() + b"\r\n"
+            fields["Transfer-Encoding"] = "chunked"
+        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+        return "\r\n".join([*lines, "\r\n"]).encode()
 
-    def begin(self, photo: bytes = RED, **headers: str) -> bytes:
-        """Send the head of a request and half of its body. Returns the other half."""
+    def send_half(self, photo: bytes = RED, **headers: str) -> bytes:
+        """Send the head of a request and the first half of its body. Returns the second half."""
         half = len(photo) // 2
         self.socket.sendall(self.head(len(photo), **headers) + photo[:half])
         return photo[half:]
 
-    def begin_after_continue(self, photo: bytes = RED) -> bytes:
-        """As ``begin``, but send the half of the body once the server has read the head and sent 100 Continue."""
+    def send_half_after_continue(self, photo: bytes = RED) -> bytes:
+        """Like ``send_half``, but send the half once the server has read the head and sent 100 Continue."""
         half = len(photo) // 2
         self.socket.sendall(self.head(len(photo), Expect="100-continue"))
         assert self._source.readline() == b"HTTP/1.1 100 Continue\r\n"
@@ -77,32 +80,31 @@ class RawConnection:
         self.socket.sendall(photo[:half])
         return photo[half:]
 
-    def response(self) -> Reply:
-        """Read the next response. 100 Continue does not count."""
+    def response(self) -> Response:
+        """Read the next response, skipping 100 Continue."""
         status = 100
         while status == 100:
             status = int(self._source.readline().split()[1])
             headers = http.client.parse_headers(self._source)
-        return Reply(status, headers, self._source.read(int(headers["Content-Length"])))
+        return Response(status, headers, self._source.read(int(headers["Content-Length"])))
 
     def is_closed(self) -> bool:
         """Return whether the server closes the connection without a reset and without further bytes."""
         return self._source.read(1) == b""
 
 
-def send_with_retry(send: Callable[[], Reply]) -> Reply:
+def send_with_retry(send: Callable[[], Response]) -> Response:
     """Return the response to a client that may still be sending when it is rejected.
 
-    The server reads on for LINGER_S. A client that a busy machine delays for longer may be reset and retries. A faster one
-    must not be.
+    The server reads on for LINGER_S. Only a client that a busy machine delays for longer may be reset, and retries.
     """
 
-    def attempt() -> Reply | None:
-        began = time.monotonic()
+    def attempt() -> Response | None:
+        started = time.monotonic()
         try:
             return send()
         except ConnectionError:
-            assert time.monotonic() - began > LINGER_S
+            assert time.monotonic() - started > LINGER_S
             return None
 
     return poll(attempt)
@@ -113,11 +115,11 @@ def in_flight(server: Server) -> float:
 
 
 @contextlib.contextmanager
-def half_sent(server: Server, count: int) -> Iterator[list[tuple[RawConnection, bytes]]]:
-    """Open ``count`` requests whose heads the server has read. Yields each with the other half of its body."""
+def half_sent_requests(server: Server, count: int) -> Iterator[list[tuple[RawConnection, bytes]]]:
+    """Open ``count`` requests whose heads the server has read. Yields each with the second half of its body."""
     with contextlib.ExitStack() as stack:
-        lines = [stack.enter_context(RawConnection(server)) for _ in range(count)]
-        yield [(line, line.begin_after_continue()) for line in lines]
+        opened = [stack.enter_context(RawConnection(server)) for _ in range(count)]
+        yield [(connection, connection.send_half_after_continue()) for connection in opened]
 
 
 class HeldRequests:
@@ -125,13 +127,13 @@ class HeldRequests:
 
     def __init__(self, server: Server) -> None:
         self._server, self._file = server, server.log_file.with_name("hold")
-        self.lines: list[RawConnection] = []
+        self.connections: list[RawConnection] = []
 
     def send(self, count: int) -> None:
         """Send ``count`` more requests."""
         for _ in range(count):
-            self.lines.append(line := RawConnection(self._server))
-            line.socket.sendall(line.head(len(RED)) + RED)
+            self.connections.append(connection := RawConnection(self._server))
+            connection.socket.sendall(connection.head(len(RED)) + RED)
 
     def hold(self) -> None:
         self._file.touch()
@@ -139,22 +141,22 @@ class HeldRequests:
     def release(self) -> None:
         self._file.unlink(missing_ok=True)
 
-    def responses(self) -> list[Reply]:
+    def responses(self) -> list[Response]:
         """Release all requests and read their responses."""
         self.release()
-        return [line.response() for line in self.lines]
+        return [connection.response() for connection in self.connections]
 
 
 @contextlib.contextmanager
-def held(server: Server, count: int) -> Iterator[HeldRequests]:
+def hold_requests(server: Server, count: int) -> Iterator[HeldRequests]:
     """Keep ``count`` requests in flight until they are released or the block ends. Nothing else is decoded meanwhile."""
-    holding = HeldRequests(server)
-    holding.hold()
+    requests = HeldRequests(server)
+    requests.hold()
     try:
-        holding.send(count)
+        requests.send(count)
         poll(lambda: in_flight(server) == count)
-        yield holding
+        yield requests
     finally:
-        holding.release()
-        for line in holding.lines:
-            line.close()
+        requests.release()
+        for connection in requests.connections:
+            connection.close()

@@ -28,7 +28,7 @@ VARIABLES = {row.name.upper() for row in dataclasses.fields(Settings)} | {
     "PROMETHEUS_MULTIPROC_DIR",
     *RENAMED,
 }
-HOLDING = ROOT / "tests" / "helpers" / "holding"
+PAUSABLE_DECODING = ROOT / "tests" / "helpers" / "pausable_decoding"  # its sitecustomize.py is imported by the service
 # The machine may be busy.
 LONG_TIMEOUTS = {
     "deadline_ms": 300_000,
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Reply:
+class Response:
     """An HTTP response."""
 
     status: int
@@ -91,17 +91,17 @@ class Server:
         *,
         headers: Mapping[str, str] | None = None,
         timeout_s: float = RESPONSE_TIMEOUT_S,
-    ) -> Reply:
+    ) -> Response:
         """Send a request on a new connection. An iterable body is sent in chunks."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
         try:
             connection.request(method, path, body, headers=dict(headers or {}))
-            answer = connection.getresponse()
-            return Reply(answer.status, answer.headers, answer.read())
+            response = connection.getresponse()
+            return Response(response.status, response.headers, response.read())
         finally:
             connection.close()
 
-    def get(self, path: str, **options: Any) -> Reply:
+    def get(self, path: str, **options: Any) -> Response:
         return self.request("GET", path, **options)
 
     def post(
@@ -112,7 +112,7 @@ class Server:
         path: str = "/predict",
         headers: Mapping[str, str] | None = None,
         timeout_s: float = RESPONSE_TIMEOUT_S,
-    ) -> Reply:
+    ) -> Response:
         return self.request("POST", path, body, headers={"Content-Type": content_type, **(headers or {})}, timeout_s=timeout_s)
 
     def metrics(self) -> dict[str, float]:
@@ -153,7 +153,9 @@ def serve(
             process = subprocess.Popen(
                 [python, "-m", "service"],
                 cwd=cwd,
-                env=environment({**LONG_TIMEOUTS, "bundle": bundle, "port": 0, "TMPDIR": folder, "PYTHONPATH": HOLDING, **env}),
+                env=environment(
+                    {**LONG_TIMEOUTS, "bundle": bundle, "port": 0, "TMPDIR": folder, "PYTHONPATH": PAUSABLE_DECODING, **env}
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

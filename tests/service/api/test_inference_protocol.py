@@ -15,7 +15,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 from models.artifacts.bundle import open_bundle
-from tests.helpers.server import LONG_TIMEOUTS, RESPONSE_TIMEOUT_S, START_TIMEOUT_S, Reply, Server, serve
+from tests.helpers.server import LONG_TIMEOUTS, RESPONSE_TIMEOUT_S, START_TIMEOUT_S, Response, Server, serve
 
 pytestmark = pytest.mark.slow
 
@@ -174,7 +174,7 @@ def test_an_invalid_request_is_rejected_with_the_reason(client: Any, name: str, 
         client.infer(name, [images_input(photos)], request_compression_algorithm="gzip")
 
 
-def infer(server: Server, name: str, body: bytes, **headers: str) -> Reply:
+def infer(server: Server, name: str, body: bytes, **headers: str) -> Response:
     sent = {key.replace("_", "-"): value for key, value in headers.items()}
     return server.post(body, "application/json", path=f"/v2/models/{name}/infer", headers=sent)
 
@@ -254,7 +254,7 @@ def test_a_request_of_another_form_is_explained(server: Server, name: str, body:
 
 
 def test_truncated_binary_tensors_are_rejected(server: Server, name: str) -> None:
-    def send(tail: bytes, shape: int = 1, size: int | None = None, header: str | None = None) -> Reply:
+    def send(tail: bytes, shape: int = 1, size: int | None = None, header: str | None = None) -> Response:
         tensor = {
             "name": "images",
             "datatype": "BYTES",

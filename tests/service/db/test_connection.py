@@ -31,7 +31,7 @@ from service.db.query import PredictionQuery
 from service.db.schema import buckets, imports, metadata, models
 from service.reviews.decisions import list_reviews, load_history
 from tests.helpers.databases import Postgres
-from tests.helpers.gallery_rows import check_cells, enter, make_predictions
+from tests.helpers.gallery_rows import check_buckets, import_table, make_predictions
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +133,7 @@ def migrate(database: Database, revision: str) -> None:
 def test_a_downgrade_merges_buckets_that_differ_in_the_ood_score_alone(database: Database, tmp_path: Path) -> None:
     message = make_predictions(1, 200, ("cats", "dogs"))
     columns = {"camera": tuple(("left", "right")[i % 2] for i in range(200))}
-    rows = enter(database, replace(message, facets=columns), tmp_path)
+    rows = import_table(database, replace(message, facets=columns), tmp_path)
     assert {row.unlike for row in rows} == {True, False}
 
     def counts() -> tuple[int, int, int]:
@@ -150,7 +150,7 @@ def test_a_downgrade_merges_buckets_that_differ_in_the_ood_score_alone(database:
     migrate(database, SCHEMA_REVISION)
     assert counts() == before
     assert difference(database) == []
-    check_cells(database)
+    check_buckets(database)
 
 
 def test_the_rows_of_the_first_revision_are_kept(empty_url: str) -> None:
@@ -180,14 +180,14 @@ def test_the_rows_of_the_first_revision_are_kept(empty_url: str) -> None:
         assert [row.photo for row in list_reviews(connection)] == ["live/dog.jpg", name]
         assert [row.photo for row in load_history(connection, LIVE)] == [name]
         assert connection.execute(select(imports.c.images)).scalars().all() == [1]
-    check_cells(database)
+    check_buckets(database)
 
     with database.write() as connection:  # ids continue after the existing ones
         classes = ("cats", "dogs")
         model = get_or_create_model(connection, version="v1", name="m", classes=classes)
         served = ServedPrediction(b"image", "ef" * 32, np.array([0.25, 0.75], np.float32), datetime.now(timezone.utc))
         assert save_predictions(connection, model, classes, [served]) == 1
-    check_cells(database)
+    check_buckets(database)
     migrate(database, "0001")
     with database.read() as connection:
         photos = connection.exec_driver_sql(

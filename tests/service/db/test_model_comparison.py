@@ -18,7 +18,7 @@ from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import ModelComparison, compare_models
 from service.db.query import PredictionQuery, get_model
 from service.reviews.decisions import ReviewDecision, save_decision
-from tests.helpers.gallery_rows import CLASSES, enter, make_predictions
+from tests.helpers.gallery_rows import CLASSES, import_table, make_predictions
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +40,10 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
     two = replace(one, probabilities=two.probabilities[:200])
     two = change_labels(two, range(20))
     two = replace(two, sha256s=(*two.sha256s[:190], *(sha[::-1] for sha in two.sha256s[190:])))  # replaced photos
-    old = {row.sha256: row for row in enter(database, one, tmp_path, version="v1")}
-    new = {row.sha256: row for row in enter(database, two, tmp_path, version="v2")}
+    old = {row.sha256: row for row in import_table(database, one, tmp_path, version="v1")}
+    new = {row.sha256: row for row in import_table(database, two, tmp_path, version="v2")}
     more = replace(one, classes=(*classes, "another"), probabilities=np.pad(one.probabilities, ((0, 0), (0, 1))))
-    enter(database, more, tmp_path, version="v3")  # the decisions are made about a model that knows a class more
+    import_table(database, more, tmp_path, version="v3")  # the decisions are made about a model that knows a class more
     rng = random.Random(3)
     truth: dict[str, str | None] = {
         sha: row.label if row.label == new[sha].label else "?" for sha, row in old.items() if sha in new
@@ -95,7 +95,7 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
 
 
 def test_a_model_against_itself(database: Database, tmp_path: Path) -> None:
-    rows = enter(database, make_predictions(1, 50, CLASSES[2]), tmp_path)
+    rows = import_table(database, make_predictions(1, 50, CLASSES[2]), tmp_path)
     with database.read() as connection:
         model = get_model(connection, "v1")
         right = sum(row.label == row.predicted for row in rows)
@@ -103,8 +103,8 @@ def test_a_model_against_itself(database: Database, tmp_path: Path) -> None:
 
 
 def test_models_with_other_classes_are_not_compared(database: Database, tmp_path: Path) -> None:
-    enter(database, make_predictions(1, 5, CLASSES[2]), tmp_path)
-    enter(database, make_predictions(1, 5, CLASSES[5]), tmp_path, version="v2")
+    import_table(database, make_predictions(1, 5, CLASSES[2]), tmp_path)
+    import_table(database, make_predictions(1, 5, CLASSES[5]), tmp_path, version="v2")
     with database.read() as connection:
         with pytest.raises(IncompatibleModelsError, match="The models v1 and v2 have different classes"):
             compare_models(connection, get_model(connection, "v1"), get_model(connection, "v2"))

@@ -28,7 +28,7 @@ from service.db.query import PredictionQuery, count_unreviewed_production
 from service.db.records import PredictionRecord
 from service.db.schema import predictions, production_images
 from service.reviews.decisions import ReviewDecision, current_decision, load_history, save_decision
-from tests.helpers.gallery_rows import VERSION, check_cells, enter, make_predictions
+from tests.helpers.gallery_rows import VERSION, check_buckets, import_table, make_predictions
 from tests.helpers.odd_images import picture, saved
 
 CLASSES = ("cats", "dogs")
@@ -65,7 +65,7 @@ def one(database: Database, photo: ServedPrediction) -> PredictionRecord:
 
 def kept(database: Database) -> set[str]:
     """The sha256s of the photos that are there; their predictions and the cells must agree."""
-    check_cells(database)
+    check_buckets(database)
     with database.read() as connection:
         found = set(connection.execute(select(production_images.c.sha256)).scalars())
         assert found == set(connection.execute(select(predictions.c.sha256)).scalars())
@@ -123,7 +123,7 @@ def test_a_decision_labels_a_photo_and_an_undo_removes_the_label(
     say(database, photo, "undo")
     found = one(database, photo)
     assert (found.label, found.outcome, found.review, found.loss) == (None, "unlabeled", "unreviewed", None)
-    check_cells(database)
+    check_buckets(database)
 
 
 def test_a_photo_unlike_the_training_photos_is_flagged(database: Database) -> None:
@@ -196,7 +196,7 @@ def test_unreviewed_production_photos_are_counted_for_every_model(database: Data
 def test_an_evaluated_photo_with_the_same_bytes_is_found(database: Database, tmp_path: Path) -> None:
     image = answered(1)
     evaluated = make_predictions(1, 5, CLASSES)
-    (row, *_) = enter(database, replace(evaluated, sha256s=(image.sha256, *evaluated.sha256s[1:])), tmp_path)
+    (row, *_) = import_table(database, replace(evaluated, sha256s=(image.sha256, *evaluated.sha256s[1:])), tmp_path)
     keep_all(database, image, answered(2))
     with database.read() as connection:
         query = PredictionQuery(connection, Filter(model=VERSION))
@@ -212,13 +212,13 @@ def test_expired_photos_are_deleted_and_evaluated_ones_stay(database: Database, 
     with database.write() as connection:
         assert prune(connection, max_images=100, max_bytes=10**9, days=2.5) == 3
     assert kept(database) == {photo.sha256 for photo in photos[:3]}
-    enter(database, make_predictions(1, 20, CLASSES), tmp_path, version="v2")
+    import_table(database, make_predictions(1, 20, CLASSES), tmp_path, version="v2")
     with database.write() as connection:
         assert prune(connection, max_images=1, max_bytes=10**9, days=2.5) == 2
         assert prune(connection, max_images=1, max_bytes=10**9, days=0) == 1
         assert prune(connection, max_images=1, max_bytes=10**9, days=0) == 0
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 20
-    check_cells(database)
+    check_buckets(database)
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ from tests.helpers.gallery_rows import (
     CHECKS,
     CLASSES,
     VERSION,
-    Plain,
+    ExpectedRow,
     any_filter,
-    check_cells,
-    enter,
+    check_buckets,
+    import_table,
     make_predictions,
-    passes,
+    matches,
     with_reviews,
 )
 
@@ -63,11 +63,11 @@ def gallery(
 
 
 def fill(database: Database, classes: tuple[str, ...], tmp_path: Path) -> SimpleNamespace:
-    rows = enter(database, make_predictions(1, PHOTOS, classes), tmp_path)
+    rows = import_table(database, make_predictions(1, PHOTOS, classes), tmp_path)
     other = make_predictions(2, PHOTOS // 2, classes)
     moved = tuple(photo.replace("/", "/fold/") for photo in other.image_names)
     other = type(other)(classes, moved, other.labels, other.probabilities, other.splits, tuple(s[::-1] for s in other.sha256s))
-    rows += enter(database, other, tmp_path, source="out-of-fold", seed=2)
+    rows += import_table(database, other, tmp_path, source="out-of-fold", seed=2)
     rng = random.Random(3)
     decided: dict[str, tuple[str, str | None]] = {}
     with database.write() as connection:
@@ -87,7 +87,7 @@ def test_every_count_matches_the_table(gallery: SimpleNamespace) -> None:
     with gallery.database.read() as connection:
         for requested in filters:
             counts = PredictionQuery(connection, requested).counts
-            rows = [row for row in gallery.rows if passes(row, requested)]
+            rows = [row for row in gallery.rows if matches(row, requested)]
             found_some += bool(rows)
             assert counts.total == len(rows)
             assert counts.confusion == Counter((row.label, row.predicted) for row in rows)
@@ -96,18 +96,18 @@ def test_every_count_matches_the_table(gallery: SimpleNamespace) -> None:
             for parameter in FACETS:
                 assert counts.facets[parameter] == facet(gallery.rows, requested, parameter), (parameter, requested)
     assert found_some > 10
-    check_cells(gallery.database)
+    check_buckets(gallery.database)
 
 
-def facet(rows: Sequence[Plain], requested: Filter, parameter: str) -> Counter[str]:
+def facet(rows: Sequence[ExpectedRow], requested: Filter, parameter: str) -> Counter[str]:
     """What each value of a facet would show, the rest of the filter staying as it is."""
-    others = [row for row in rows if passes(row, requested, but=parameter)]
+    others = [row for row in rows if matches(row, requested, ignoring=parameter)]
     values = values_of(rows)[parameter]
     only = {value: EVERYTHING.toggle(parameter, value) for value in values}
     return Counter({value: n for value in values if (n := sum(CHECKS[parameter](row, only[value]) for row in others))})
 
 
-def values_of(rows: Sequence[Plain]) -> dict[str, set[str]]:
+def values_of(rows: Sequence[ExpectedRow]) -> dict[str, set[str]]:
     return {
         "outcome": {"correct", "incorrect"},
         "class": {row.label for row in rows},
@@ -150,7 +150,7 @@ def test_pages_contain_every_photo_once_and_in_order(
                 shown[requests.order] = [photo for page in page_count for photo in page]
                 assert listing.ids() == [p.id for p in shown[requests.order]]
                 assert [p.id for p in listing.first(5)] == [p.id for p in shown[requests.order][:5]]
-        rows = [row for row in gallery.rows if passes(row, requested)]
+        rows = [row for row in gallery.rows if matches(row, requested)]
         by_sha = {row.sha256: row for row in rows}
         assert sorted(p.sha256 for p in shown["asc"]) == sorted(by_sha)
         keys = [
@@ -281,26 +281,26 @@ def test_names_match_in_any_unicode_form(tmp_path: Path, new_database: NewDataba
 def test_a_table_is_imported_once(database: Database, tmp_path: Path) -> None:
     gallery = fill(database, CLASSES[5], tmp_path)
     message = make_predictions(1, PHOTOS, gallery.classes)
-    enter(gallery.database, message, tmp_path)
+    import_table(gallery.database, message, tmp_path)
     with gallery.database.read() as connection:
         assert PredictionQuery(connection, EVERYTHING).model_total == len(gallery.rows)
         assert connection.execute(select(func.count()).select_from(imports)).scalar_one() == 2
     again = make_predictions(1, PHOTOS, gallery.classes)
     probabilities = again.probabilities[:, ::-1].copy()
     again = type(again)(again.classes, again.image_names, again.labels, probabilities, again.splits, again.sha256s)
-    enter(gallery.database, again, tmp_path)  # another evaluation of the same photos: the first one stays
+    import_table(gallery.database, again, tmp_path)  # another evaluation of the same photos: the first one stays
     with gallery.database.read() as connection:
         listing = PredictionQuery(connection, EVERYTHING)
         assert listing.model_total == len(gallery.rows)
         assert listing.counts.confusion == Counter((row.label, row.predicted) for row in gallery.rows)
-    check_cells(gallery.database)
+    check_buckets(gallery.database)
 
 
 def test_concurrent_imports_of_a_table_store_it_once(database: Database, database_url: str, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; import tests.helpers.gallery_rows as g;"
         "from service.db.connection import Database; d = Database(sys.argv[1]);"
-        "table = g.make_predictions(1, 300, g.CLASSES[2]); sys.stdin.read(1); g.enter(d, table, Path(sys.argv[2]))"
+        "table = g.make_predictions(1, 300, g.CLASSES[2]); sys.stdin.read(1); g.import_table(d, table, Path(sys.argv[2]))"
     )
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
@@ -321,7 +321,7 @@ def test_concurrent_imports_of_a_table_store_it_once(database: Database, databas
         assert [model.version for model in list_models(connection)] == [VERSION]
         assert connection.execute(select(imports.c.images)).scalars().all() == [300]
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 300
-    check_cells(database)
+    check_buckets(database)
 
 
 def test_a_failed_import_stores_nothing(database: Database, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_failed_import_stores_nothing(database: Database, tmp_path: Path) -> N
         (*message.sha256s[:-1], "no hash"),
     )
     with pytest.raises(ValueError, match="no hash"):
-        enter(database, broken, tmp_path)
+        import_table(database, broken, tmp_path)
     with database.read() as connection:
         assert list_models(connection) == []
         assert connection.execute(select(func.count()).select_from(predictions)).scalar_one() == 0
@@ -343,7 +343,7 @@ def test_a_failed_import_stores_nothing(database: Database, tmp_path: Path) -> N
 
 def test_models_are_listed_newest_first(database: Database, tmp_path: Path) -> None:
     for number, classes in enumerate(CLASSES.values(), 1):
-        enter(database, make_predictions(number, 10, classes), tmp_path, version=f"v{number}")
+        import_table(database, make_predictions(number, 10, classes), tmp_path, version=f"v{number}")
     with database.read() as connection:
         assert [(model.version, model.name, model.classes) for model in list_models(connection)] == [
             ("v2", "model v2", CLASSES[5]),
@@ -353,7 +353,7 @@ def test_models_are_listed_newest_first(database: Database, tmp_path: Path) -> N
 
 
 def test_an_empty_table_has_no_photos(database: Database, tmp_path: Path) -> None:
-    enter(database, make_predictions(1, 0, CLASSES[2]), tmp_path)
+    import_table(database, make_predictions(1, 0, CLASSES[2]), tmp_path)
     with database.read() as connection:
         listing = PredictionQuery(connection, EVERYTHING)
         assert (listing.counts.total, listing.page_count, listing.page(1), listing.fetch(listing.ids())) == (0, 1, [], [])
@@ -378,4 +378,4 @@ def test_a_later_evaluation_adds_label_issues_to_known_photos(database: Database
             found = PredictionQuery(connection, suspected).page(1)
         assert sorted(photo.photo for photo in found) == sorted(encode_file_name(message.image_names[i]) for i in (4, 30))
         assert {photo.source for photo in found} == {"evaluation"}
-        check_cells(database)
+        check_buckets(database)

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 
 from models.artifacts.atomic_io import sha256_of
-from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, poll, serve
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Response, Server, poll, serve
 from tests.helpers.tiny_network import finetune, paint, registered, save_weights
 
 pytestmark = pytest.mark.slow
@@ -69,19 +69,19 @@ def page_of(row: Row, **query: str) -> str:
 
 def post(
     server: Server, row: Row, decision: str, *, as_json: bool = False, headers: dict[str, str] | None = None, **fields: str
-) -> Reply:
+) -> Response:
     given = {"photo": row["photo"], "sha256": row["sha256"], "decision": decision} | fields
     body, kind = (json.dumps(given), "json") if as_json else (urlencode(given), "x-www-form-urlencoded")
     headers = {"Content-Type": f"application/{kind}"} | (BROWSER if headers is None else headers)
     return server.request("POST", "/gallery/review", body.encode(), headers=headers)
 
 
-def text(reply: Reply) -> str:
+def text(reply: Response) -> str:
     assert reply.headers["Content-Type"].startswith("text/html")
     return " ".join(html.unescape(re.sub(r"<[^>]*>", "", reply.body.decode())).split())
 
 
-def way(reply: Reply) -> tuple[str, dict[str, str]]:
+def way(reply: Response) -> tuple[str, dict[str, str]]:
     """Where a form leads: the path, and the query."""
     assert reply.status == 303, reply.body.decode()
     address = urlsplit(reply.headers["Location"])
@@ -122,7 +122,7 @@ def _version(server: Server) -> str:
     return version
 
 
-def explained(server: Server, row: Row) -> Reply | None:
+def explained(server: Server, row: Row) -> Response | None:
     """The page with where the model looked, once it was computed: at a low priority, which a page does not wait for long."""
     reply = server.get(page_of(row, explain=row["predicted"]))
     return reply if re.search("Brighter areas|No region supports", text(reply)) else None

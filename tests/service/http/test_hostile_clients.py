@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.raw_connection import RED, RawConnection, held, in_flight, probabilities
+from tests.helpers.raw_connection import RED, RawConnection, hold_requests, in_flight, probabilities
 from tests.helpers.server import RESPONSE_TIMEOUT_S, Server, poll, serve
 
 pytestmark = pytest.mark.slow
@@ -28,8 +28,8 @@ def open_connections(server: Server, count: int, data: bytes = b"") -> Iterator[
     """Open ``count`` connections that send ``data`` and nothing more."""
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(RawConnection(server)) for _ in range(count)]
-        for line in opened:
-            line.socket.sendall(data)
+        for connection in opened:
+            connection.socket.sendall(data)
         yield opened
 
 
@@ -49,10 +49,10 @@ def rejections(server: Server, reason: str) -> float:
     return server.metrics().get(f'http_requests_rejected_total{{reason="{reason}"}}', 0)
 
 
-def wait_for_close(line: RawConnection) -> bool:
+def wait_for_close(connection: RawConnection) -> bool:
     """Read until the server closes the connection."""
     try:
-        while line.socket.recv(1 << 16):
+        while connection.socket.recv(1 << 16):
             pass
     except ConnectionResetError:
         pass
@@ -162,25 +162,25 @@ def test_timeouts_close_connections_and_are_counted(tiny_bundle: SimpleNamespace
             "body_timeout": b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n",
         }.items():
             with open_connections(server, 3, data) as opened:
-                assert all(wait_for_close(line) for line in opened)
+                assert all(wait_for_close(connection) for connection in opened)
             assert cuts(server, reason) == 3
 
 
 def test_bytes_of_incomplete_requests_are_bounded(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, max_body_mb=1, max_buffered_mb=1) as server, contextlib.ExitStack() as stack:
         for _ in range(8):
-            line = stack.enter_context(RawConnection(server))
-            line.socket.sendall(line.head(900_000) + bytes(300_000))
+            connection = stack.enter_context(RawConnection(server))
+            connection.socket.sendall(connection.head(900_000) + bytes(300_000))
         poll(lambda: cuts(server, "buffer_limit") >= 5)  # three of them fit
         assert probabilities(server.post(RED, "image/png"))
         assert cuts(server, "buffer_limit") == 5
 
 
 def test_padded_chunks_are_rejected(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, max_body_mb=0.1) as server, RawConnection(server) as line:
-        line.socket.sendall(line.head("chunked") + (b"1;" + b"x" * 8000 + b"\r\na\r\n") * 40)
-        assert line.response().code == "body_too_large"
-        assert line.is_closed()
+    with serve(tiny_bundle.path, max_body_mb=0.1) as server, RawConnection(server) as connection:
+        connection.socket.sendall(connection.head("chunked") + (b"1;" + b"x" * 8000 + b"\r\na\r\n") * 40)
+        assert connection.response().code == "body_too_large"
+        assert connection.is_closed()
 
 
 # Too many connections
@@ -190,22 +190,22 @@ def test_connections_without_a_request_are_evicted_first_then_the_longest_idle(t
     with serve(tiny_bundle.path, max_connections=16, **RELAXED) as server, contextlib.ExitStack() as stack:
 
         def used() -> RawConnection:
-            line = stack.enter_context(RawConnection(server))
-            line.socket.sendall(GET % b"/health/live")
-            assert line.response().status == 200
-            return line
+            connection = stack.enter_context(RawConnection(server))
+            connection.socket.sendall(GET % b"/health/live")
+            assert connection.response().status == 200
+            return connection
 
-        def is_open(line: RawConnection) -> bool:
-            line.socket.sendall(GET % b"/health/live")
-            return line.response().status == 200
+        def is_open(connection: RawConnection) -> bool:
+            connection.socket.sendall(GET % b"/health/live")
+            return connection.response().status == 200
 
         idle = [used() for _ in range(4)]
         with open_connections(server, 100):
             assert probabilities(server.post(RED, "image/png"))
-            assert all(is_open(line) for line in idle)
+            assert all(is_open(connection) for connection in idle)
         later = [used() for _ in range(16)]
-        assert all(wait_for_close(line) for line in idle)
-        assert all(is_open(line) for line in later[1:])
+        assert all(wait_for_close(connection) for connection in idle)
+        assert all(is_open(connection) for connection in later[1:])
 
 
 def test_pages_starve_neither_predictions_nor_probes(tiny_bundle: SimpleNamespace) -> None:
@@ -217,12 +217,14 @@ def test_pages_starve_neither_predictions_nor_probes(tiny_bundle: SimpleNamespac
                 os.kill(worker, signal.SIGCONT)
                 assert server.get("/health/live").status == 200
                 assert probabilities(server.post(RED, "image/png"))
-                replies = [line.response() for line in opened]
+                replies = [connection.response() for connection in opened]
         finally:
             os.kill(worker, signal.SIGCONT)
-        seen = Counter(reply.status for reply in replies)
+        seen = Counter(response.status for response in replies)
         assert seen.keys() == {200, 503}
-        assert all(reply.code == "overloaded" and reply.headers["Retry-After"] for reply in replies if reply.status == 503)
+        assert all(
+            response.code == "overloaded" and response.headers["Retry-After"] for response in replies if response.status == 503
+        )
         assert rejections(server, "page_queue_full") == seen[503]
         assert server.get("/openapi.json").status == 200
 
@@ -232,7 +234,7 @@ def test_pages_starve_neither_predictions_nor_probes(tiny_bundle: SimpleNamespac
 
 @pytest.fixture(scope="module")
 def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, held(server, 4):
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, hold_requests(server, 4):
         yield server
 
 
@@ -240,20 +242,20 @@ def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
     "path", ["/predict", "//predict", "///predict", "/pre%64ict", "/%2Fpredict", "//predict?top_k=1", "//"]
 )
 def test_every_spelling_of_a_path_counts_for_admission(full: Server, path: str) -> None:
-    with RawConnection(full) as line:
-        line.socket.sendall(line.head(len(RED), path=path) + RED)
-        assert line.response().status == 503
+    with RawConnection(full) as connection:
+        connection.socket.sendall(connection.head(len(RED), path=path) + RED)
+        assert connection.response().status == 503
     assert in_flight(full) == 4
 
 
 def test_the_inference_protocol_words_its_own_rejection(full: Server) -> None:
     name = full.get("/models").json()["models"][0]["name"]
     for path in (f"/v2/models/{name}/infer", f"//v2/models/{name}/infer"):
-        with RawConnection(full) as line:
-            line.socket.sendall(line.head(len(RED), path=path) + RED)
-            reply = line.response()
-            assert reply.status == 503
-            assert "The server is at capacity (4 of 4 images in flight)." in reply.json()["error"]
+        with RawConnection(full) as connection:
+            connection.socket.sendall(connection.head(len(RED), path=path) + RED)
+            response = connection.response()
+            assert response.status == 503
+            assert "The server is at capacity (4 of 4 images in flight)." in response.json()["error"]
 
 
 def test_requests_without_inference_are_served_at_capacity(full: Server) -> None:
@@ -304,16 +306,16 @@ def test_heads_get_the_same_status_at_capacity(tiny_bundle: SimpleNamespace) -> 
         def statuses() -> dict[str, int]:
             result = {}
             for name, head in HEADS.items():
-                with RawConnection(server) as line:
-                    line.socket.sendall(b"\r\n".join(head) + b"\r\n\r\n" + RED)
-                    result[name] = line.response().status
+                with RawConnection(server) as connection:
+                    connection.socket.sendall(b"\r\n".join(head) + b"\r\n\r\n" + RED)
+                    result[name] = connection.response().status
             return result
 
         idle = statuses()
         assert idle["plain"] == 200
         assert (idle["no host"], idle["two hosts"], idle["101 headers"]) == (400, 400, 431)
         assert sum(400 <= status < 502 for status in idle.values()) >= 18
-        with held(server, 4):
+        with hold_requests(server, 4):
             assert statuses() == {name: 503 if status == 200 else status for name, status in idle.items()}
 
 
@@ -324,8 +326,8 @@ def test_heads_get_the_same_status_at_capacity(tiny_bundle: SimpleNamespace) -> 
 def test_headers_of_a_proxy_are_ignored_without_one(tiny_bundle: SimpleNamespace, worker: str) -> None:
     forged = {"SCRIPT_NAME": "//evil.example", "X-Forwarded-Prefix": "//evil.example", "X-Forwarded-Host": "evil.example"}
     with serve(tiny_bundle.path, gunicorn_worker=worker) as server:
-        reply = server.get("/openapi.json", headers=forged | {"X-Forwarded-Proto": "https"})
-        assert reply.json()["servers"] == [{"url": server.url}]
+        response = server.get("/openapi.json", headers=forged | {"X-Forwarded-Proto": "https"})
+        assert response.json()["servers"] == [{"url": server.url}]
 
 
 def test_other_host_names_are_rejected_on_a_loopback_address(tiny_bundle: SimpleNamespace) -> None:
@@ -355,23 +357,23 @@ def test_other_host_names_are_rejected_on_a_loopback_address(tiny_bundle: Simple
 
 @pytest.mark.parametrize("path", ["/predict", "/", "/v2/models/tiny/infer"])
 def test_a_half_closed_connection_gets_its_response(tiny_bundle: SimpleNamespace, path: str) -> None:
-    with serve(tiny_bundle.path) as server, RawConnection(server) as line:
-        line.socket.sendall(line.head(len(RED), path=path) + RED)
-        line.socket.shutdown(socket.SHUT_WR)
-        reply = line.response()
-        assert reply.status != 504
+    with serve(tiny_bundle.path) as server, RawConnection(server) as connection:
+        connection.socket.sendall(connection.head(len(RED), path=path) + RED)
+        connection.socket.shutdown(socket.SHUT_WR)
+        response = connection.response()
+        assert response.status != 504
         if path == "/predict":
-            assert probabilities(reply)
-        assert line.is_closed()
+            assert probabilities(response)
+        assert connection.is_closed()
 
 
 def test_a_half_closed_connection_gets_its_response_after_a_wait(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path) as server, held(server, 1) as accepted:
-        for line in accepted.lines:
-            line.socket.shutdown(socket.SHUT_WR)
+    with serve(tiny_bundle.path) as server, hold_requests(server, 1) as accepted:
+        for connection in accepted.connections:
+            connection.socket.shutdown(socket.SHUT_WR)
         accepted.send(1)
         poll(lambda: in_flight(server) == 2)
-        assert all(probabilities(reply) for reply in accepted.responses())
+        assert all(probabilities(response) for response in accepted.responses())
 
 
 def test_a_stop_serves_connections_in_the_backlog(tiny_bundle: SimpleNamespace) -> None:
@@ -383,8 +385,8 @@ def test_a_stop_serves_connections_in_the_backlog(tiny_bundle: SimpleNamespace) 
                 server.process.send_signal(signal.SIGTERM)
                 poll(lambda: any("signal: term" in line["message"] for line in server.log()))
                 os.kill(worker, signal.SIGCONT)
-                assert [line.response().status for line in opened] == [200] * 40
-                assert all(line.is_closed() for line in opened)
+                assert [connection.response().status for connection in opened] == [200] * 40
+                assert all(connection.is_closed() for connection in opened)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGCONT)
@@ -395,7 +397,7 @@ def test_a_stop_serves_connections_in_the_backlog(tiny_bundle: SimpleNamespace) 
 def test_a_stop_does_not_wait_for_idle_clients(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, **RELAXED) as server, open_connections(server, 20) as opened:
         server.process.send_signal(signal.SIGTERM)
-        assert all(wait_for_close(line) for line in opened)
+        assert all(wait_for_close(connection) for connection in opened)
         assert server.process.wait(RESPONSE_TIMEOUT_S) == 0
 
 
@@ -406,16 +408,16 @@ def test_the_stock_worker_serves_and_admits(tiny_bundle: SimpleNamespace) -> Non
     with serve(tiny_bundle.path, gunicorn_worker="stock", max_in_flight=4, max_images=4) as server:
         assert probabilities(server.post(RED, "image/png"))
         assert server.post([RED[:10], RED[10:]], "image/png").status == 200
-        with held(server, 4) as accepted:
+        with hold_requests(server, 4) as accepted:
             assert server.post(RED, "image/png").code == "overloaded"
             assert server.post(RED, "image/png", path="//predict").code == "overloaded"
             assert server.get("/health/live").status == 200
-            assert all(probabilities(reply) for reply in accepted.responses())
+            assert all(probabilities(response) for response in accepted.responses())
         poll(lambda: in_flight(server) == 0)
         assert server.stop() == 0
 
 
 def test_the_stock_worker_times_out_a_missing_body(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, gunicorn_worker="stock", body_timeout_s=0.4) as server, RawConnection(server) as line:
-        line.begin()
-        assert line.response().code == "body_timeout"
+    with serve(tiny_bundle.path, gunicorn_worker="stock", body_timeout_s=0.4) as server, RawConnection(server) as connection:
+        connection.send_half()
+        assert connection.response().code == "body_timeout"

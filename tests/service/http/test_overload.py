@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.helpers.raw_connection import HEAVY, RED, RawConnection, held, in_flight, probabilities, send_with_retry
-from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, multipart, poll, serve
+from tests.helpers.raw_connection import HEAVY, RED, RawConnection, hold_requests, in_flight, probabilities, send_with_retry
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Response, Server, multipart, poll, serve
 
 pytestmark = pytest.mark.slow
 
@@ -24,29 +24,29 @@ ID = "0123456789abcdef-of-client"
 @pytest.fixture
 def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
     """A server at its capacity of four images."""
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, held(server, 4):
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, hold_requests(server, 4):
         yield server
 
 
-def check_rejection(reply: Reply, *, request_id: str | None = None) -> None:
-    assert (reply.status, reply.code) == (503, "overloaded"), reply.body
-    assert 1 <= int(reply.headers["Retry-After"]) <= 60
-    assert f"Retry in {reply.headers['Retry-After']} s." in reply.json()["detail"]
-    assert reply.headers["X-Content-Type-Options"] == "nosniff"
-    assert reply.json()["request_id"] == reply.headers["X-Request-ID"]
+def check_rejection(response: Response, *, request_id: str | None = None) -> None:
+    assert (response.status, response.code) == (503, "overloaded"), response.body
+    assert 1 <= int(response.headers["Retry-After"]) <= 60
+    assert f"Retry in {response.headers['Retry-After']} s." in response.json()["detail"]
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.json()["request_id"] == response.headers["X-Request-ID"]
     if request_id:
-        assert reply.headers["X-Request-ID"] == request_id
+        assert response.headers["X-Request-ID"] == request_id
 
 
 def test_at_capacity_requests_are_rejected_and_accepted_ones_finish(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
-        with held(server, 4) as accepted:
+        with hold_requests(server, 4) as accepted:
             for body, kind in ((RED, "image/png"), multipart(("file", "a.png", RED))):
                 check_rejection(server.post(body, kind))
             assert server.get("/health/live").status == 200
             assert server.get("/health/ready").status == 200
-            for reply in accepted.responses():
-                assert probabilities(reply)
+            for response in accepted.responses():
+                assert probabilities(response)
         poll(lambda: in_flight(server) == 0)
         assert probabilities(server.post(RED, "image/png"))
         assert server.metrics()['http_problems_total{code="overloaded"}'] == 2
@@ -55,10 +55,10 @@ def test_at_capacity_requests_are_rejected_and_accepted_ones_finish(tiny_bundle:
 
 def test_a_rejection_arrives_whatever_the_size_of_the_body(tiny_bundle: SimpleNamespace) -> None:
     """A rejection is sent before the body is read. A client that is still sending must get it nevertheless."""
-    with serve(tiny_bundle.path, max_in_flight=1, max_images=1) as server, held(server, 1):
+    with serve(tiny_bundle.path, max_in_flight=1, max_images=1) as server, hold_requests(server, 1):
         for size in (10_000, 300_000, 3_000_000, 15_000_000):
-            reply = send_with_retry(partial(server.post, bytes(size), "image/png"))
-            assert (reply.status, reply.code) == (503, "overloaded"), size
+            response = send_with_retry(partial(server.post, bytes(size), "image/png"))
+            assert (response.status, response.code) == (503, "overloaded"), size
 
 
 @pytest.mark.parametrize(
@@ -72,18 +72,18 @@ def test_a_response_states_whether_the_connection_is_kept(
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serve(tiny_bundle.path, max_in_flight=1, max_images=1))
         if status == 503:
-            stack.enter_context(held(server, 1))
-        line = stack.enter_context(RawConnection(server))
-        line.socket.sendall(line.head(length, path=path) + bytes(min(length, 100_000)))
-        reply = line.response()
-        assert reply.status == status
+            stack.enter_context(hold_requests(server, 1))
+        connection = stack.enter_context(RawConnection(server))
+        connection.socket.sendall(connection.head(length, path=path) + bytes(min(length, 100_000)))
+        response = connection.response()
+        assert response.status == status
         if length < 65_536 or status == 404:  # so much of an unread body is discarded to keep the connection
-            assert reply.headers["Connection"] == "keep-alive"
-            line.socket.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert line.response().status == 200
+            assert response.headers["Connection"] == "keep-alive"
+            connection.socket.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.response().status == 200
         else:
-            assert reply.headers["Connection"] == "close"
-            assert line.is_closed()
+            assert response.headers["Connection"] == "close"
+            assert connection.is_closed()
 
 
 def test_an_overloaded_server_keeps_serving(tiny_bundle: SimpleNamespace) -> None:
@@ -92,9 +92,9 @@ def test_an_overloaded_server_keeps_serving(tiny_bundle: SimpleNamespace) -> Non
         def client(_: int) -> Counter[int]:
             seen: Counter[int] = Counter()
             for _ in range(15):
-                reply = server.post(HEAVY, "image/png")
-                seen[reply.status] += 1
-                assert reply.status == 200 or (reply.code == "overloaded" and int(reply.headers["Retry-After"]) >= 1)
+                response = server.post(HEAVY, "image/png")
+                seen[response.status] += 1
+                assert response.status == 200 or (response.code == "overloaded" and int(response.headers["Retry-After"]) >= 1)
             return seen
 
         with ThreadPoolExecutor(12) as clients:
@@ -113,13 +113,13 @@ def test_an_overloaded_server_keeps_serving(tiny_bundle: SimpleNamespace) -> Non
 
 
 def test_rejections_on_one_connection_have_their_own_ids(full: Server) -> None:
-    with RawConnection(full) as line:
+    with RawConnection(full) as connection:
         seen = set()
         for client_id in (None, ID, None, "short", "x" * 64, "y" * 65, "not an id, as it has spaces", None):
-            line.socket.sendall(line.head(len(RED), **({"X_Request_ID": client_id} if client_id else {})) + RED)
-            reply = line.response()
-            check_rejection(reply, request_id=client_id if client_id in (ID, "short", "x" * 64) else None)
-            seen.add(reply.headers["X-Request-ID"])
+            connection.socket.sendall(connection.head(len(RED), **({"X_Request_ID": client_id} if client_id else {})) + RED)
+            response = connection.response()
+            check_rejection(response, request_id=client_id if client_id in (ID, "short", "x" * 64) else None)
+            seen.add(response.headers["X-Request-ID"])
         assert len(seen) == 8
         assert not any("y" * 65 in request_id or " " in request_id for request_id in seen)
 
@@ -139,86 +139,86 @@ def test_rejections_on_one_connection_have_their_own_ids(full: Server) -> None:
     ids=["plain", "other case", "other spaces", "close", "with an origin", "HTTP/1.0", "absolute", "long"],
 )
 def test_the_rejection_is_the_same_for_every_form_of_head(full: Server, head: bytes) -> None:
-    with RawConnection(full) as line:
-        line.socket.sendall(head % len(RED) + RED)
-        reply = line.response()
-        check_rejection(reply)
+    with RawConnection(full) as connection:
+        connection.socket.sendall(head % len(RED) + RED)
+        response = connection.response()
+        check_rejection(response)
         plain = full.post(RED, "image/png")
         own = {"Date", "X-Request-ID", "Connection"}
-        assert {**reply.headers} | dict.fromkeys(own) == {**plain.headers} | dict.fromkeys(own)
+        assert {**response.headers} | dict.fromkeys(own) == {**plain.headers} | dict.fromkeys(own)
         ends = b"close" in head.lower() or b"HTTP/1.0" in head
-        assert reply.headers["Connection"] == ("close" if ends else "keep-alive")
+        assert response.headers["Connection"] == ("close" if ends else "keep-alive")
         if ends:
-            assert line.is_closed()
+            assert connection.is_closed()
         else:
-            line.socket.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert line.response().status == 200
+            connection.socket.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.response().status == 200
 
 
 def test_a_chunked_request_is_rejected_too(full: Server) -> None:
-    with RawConnection(full) as line:
-        line.socket.sendall(line.head("chunked") + b"3\r\nabc\r\n0\r\n\r\n")
-        check_rejection(line.response())
+    with RawConnection(full) as connection:
+        connection.socket.sendall(connection.head("chunked") + b"3\r\nabc\r\n0\r\n\r\n")
+        check_rejection(connection.response())
 
 
 def test_a_request_that_expects_continue_is_rejected_before_its_body(full: Server) -> None:
-    with RawConnection(full) as line:
-        line.socket.sendall(line.head(len(RED), Expect="100-continue"))
-        check_rejection(line.response())
+    with RawConnection(full) as connection:
+        connection.socket.sendall(connection.head(len(RED), Expect="100-continue"))
+        check_rejection(connection.response())
 
 
 @pytest.mark.parametrize("lengths", [(b"5", b"5"), (b"5", b"0"), (b"0", b"5")])
 def test_two_lengths_are_invalid(full: Server, lengths: tuple[bytes, bytes]) -> None:
-    with RawConnection(full) as line:
-        line.socket.sendall(
+    with RawConnection(full) as connection:
+        connection.socket.sendall(
             b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\ncontent-length: %b\r\n\r\nGET /" % lengths
         )
-        assert line.response().status == 400
-        assert line.is_closed()
+        assert connection.response().status == 400
+        assert connection.is_closed()
 
 
 def test_the_late_body_of_a_rejected_request_is_not_parsed_as_a_request(full: Server) -> None:
     """A head is rejected before its body arrives, which must not be parsed as the next request."""
     body = b"GET /models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100
-    with RawConnection(full) as line:
+    with RawConnection(full) as connection:
         for pieces in (1, 2, 30):
-            line.socket.sendall(line.head(len(body)))
-            check_rejection(line.response())
+            connection.socket.sendall(connection.head(len(body)))
+            check_rejection(connection.response())
             for i in range(pieces):
-                line.socket.sendall(body[len(body) * i // pieces : len(body) * (i + 1) // pieces])
-            line.socket.sendall(line.head(len(body), X_Request_ID=ID) + body)
-            check_rejection(line.response(), request_id=ID)
+                connection.socket.sendall(body[len(body) * i // pieces : len(body) * (i + 1) // pieces])
+            connection.socket.sendall(connection.head(len(body), X_Request_ID=ID) + body)
+            check_rejection(connection.response(), request_id=ID)
 
 
 def test_pipelined_requests_are_rejected_and_served_in_order(full: Server) -> None:
-    with RawConnection(full) as line:
-        error_of = [line.head(len(RED), X_Request_ID=f"{ID}-{i}") + RED for i in range(3)]
-        line.socket.sendall(b"".join(error_of) + b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" + error_of[0])
+    with RawConnection(full) as connection:
+        error_of = [connection.head(len(RED), X_Request_ID=f"{ID}-{i}") + RED for i in range(3)]
+        connection.socket.sendall(b"".join(error_of) + b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n" + error_of[0])
         for i in range(3):
-            check_rejection(line.response(), request_id=f"{ID}-{i}")
-        assert line.response().json()["status"] == "alive"
-        check_rejection(line.response(), request_id=f"{ID}-0")
+            check_rejection(connection.response(), request_id=f"{ID}-{i}")
+        assert connection.response().json()["status"] == "alive"
+        check_rejection(connection.response(), request_id=f"{ID}-0")
 
 
 def test_a_rejection_needs_no_thread(tiny_bundle: SimpleNamespace) -> None:
     """Rejections wait neither for accepted requests nor for slow clients."""
     with (
         serve(tiny_bundle.path, max_in_flight=4, max_images=4, threads=5) as server,
-        held(server, 4) as accepted,
+        hold_requests(server, 4) as accepted,
         RawConnection(server) as idle,
     ):
         idle.socket.sendall(b"POST /predict HTTP/1.1\r\n")  # and nothing more
         with contextlib.ExitStack() as stack:
-            lines = [stack.enter_context(RawConnection(server)) for _ in range(50)]
-            for line in lines:
-                line.socket.sendall(line.head(len(RED)) + RED)
-            for line in lines:
-                check_rejection(line.response())
-            for reply in accepted.responses():
-                assert probabilities(reply)
-            for line in lines:  # now there is capacity
-                line.socket.sendall(line.head(len(RED)) + RED)
-                assert line.response().status == 200
+            connections = [stack.enter_context(RawConnection(server)) for _ in range(50)]
+            for connection in connections:
+                connection.socket.sendall(connection.head(len(RED)) + RED)
+            for connection in connections:
+                check_rejection(connection.response())
+            for response in accepted.responses():
+                assert probabilities(response)
+            for connection in connections:  # now there is capacity
+                connection.socket.sendall(connection.head(len(RED)) + RED)
+                assert connection.response().status == 200
 
 
 # Accepted requests
@@ -227,71 +227,71 @@ def test_a_rejection_needs_no_thread(tiny_bundle: SimpleNamespace) -> None:
 def test_a_rejected_connection_is_served_once_there_is_capacity(tiny_bundle: SimpleNamespace) -> None:
     with (
         serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server,
-        held(server, 4) as accepted,
-        RawConnection(server) as line,
+        hold_requests(server, 4) as accepted,
+        RawConnection(server) as connection,
     ):
-        line.socket.sendall(line.head(len(RED)) + RED)
-        check_rejection(line.response())
-        for reply in accepted.responses():
-            expected = probabilities(reply)
+        connection.socket.sendall(connection.head(len(RED)) + RED)
+        check_rejection(connection.response())
+        for response in accepted.responses():
+            expected = probabilities(response)
         for _ in range(3):
-            line.socket.sendall(line.head(len(RED)) + RED)
-            assert probabilities(line.response()) == expected
+            connection.socket.sendall(connection.head(len(RED)) + RED)
+            assert probabilities(connection.response()) == expected
         poll(lambda: in_flight(server) == 0)
 
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_disconnected_client_occupies_no_slot(tiny_bundle: SimpleNamespace, reset: bool) -> None:
     """At half of the capacity. An incomplete request occupies no slot, and a complete one releases it."""
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, held(server, 2) as accepted:
+    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, hold_requests(server, 2) as accepted:
         for _ in range(30):
-            with RawConnection(server) as line:
-                line.begin()
-                line.close(reset=reset)
+            with RawConnection(server) as connection:
+                connection.send_half()
+                connection.close(reset=reset)
         assert in_flight(server) == 2
         for _ in range(2):
-            with RawConnection(server) as line:
-                line.socket.sendall(line.head(len(RED)) + RED)
+            with RawConnection(server) as connection:
+                connection.socket.sendall(connection.head(len(RED)) + RED)
                 poll(lambda: in_flight(server) == 3)
-                line.close(reset=True)
+                connection.close(reset=True)
             accepted.release()  # a thread notices the disconnect when it decodes
             poll(lambda: in_flight(server) == 0)
-            for line in accepted.lines:
-                assert probabilities(line.response())
-                line.close()
-            accepted.lines.clear()
+            for connection in accepted.connections:
+                assert probabilities(connection.response())
+                connection.close()
+            accepted.connections.clear()
             accepted.hold()
             accepted.send(2)
             poll(lambda: in_flight(server) == 2)
         accepted.send(2)
         poll(lambda: in_flight(server) == 4)
         check_rejection(server.post(RED, "image/png"))
-        for reply in accepted.responses():
-            assert probabilities(reply)
+        for response in accepted.responses():
+            assert probabilities(response)
         poll(lambda: in_flight(server) == 0)
 
 
 def test_a_stop_at_capacity_finishes_accepted_requests_only(tiny_bundle: SimpleNamespace) -> None:
     with (
         serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server,
-        held(server, 4) as accepted,
-        RawConnection(server) as line,
+        hold_requests(server, 4) as accepted,
+        RawConnection(server) as connection,
     ):
-        line.socket.sendall(line.head(len(RED)) + RED)
-        check_rejection(line.response())
+        connection.socket.sendall(connection.head(len(RED)) + RED)
+        check_rejection(connection.response())
         os.kill(server.pid, signal.SIGTERM)
-        assert line.is_closed()
-        for reply in accepted.responses():
-            assert probabilities(reply)
+        assert connection.is_closed()
+        for response in accepted.responses():
+            assert probabilities(response)
         assert server.process.wait(RESPONSE_TIMEOUT_S) == 0
 
 
 def test_rejections_are_counted(full: Server) -> None:
     before = full.metrics()
-    with RawConnection(full) as line:
+    with RawConnection(full) as connection:
         for length in (len(RED), 100_000):  # kept and closed
-            line.socket.sendall(line.head(length) + bytes(length))
-            check_rejection(line.response())
+            connection.socket.sendall(connection.head(length) + bytes(length))
+            check_rejection(connection.response())
     now = full.metrics()
     for name in ('http_problems_total{code="overloaded"}', 'http_requests_total{method="POST",route="/predict",status="503"}'):
         assert now[name] - before.get(name, 0) == 2

@@ -25,13 +25,13 @@ from tests.helpers.raw_connection import (
     HEAVY,
     RED,
     RawConnection,
-    half_sent,
+    half_sent_requests,
     image_of,
     in_flight,
     probabilities,
     send_with_retry,
 )
-from tests.helpers.server import RESPONSE_TIMEOUT_S, Reply, Server, multipart, poll, rss_mb, serve
+from tests.helpers.server import RESPONSE_TIMEOUT_S, Response, Server, multipart, poll, rss_mb, serve
 from tests.helpers.tiny_network import COLORS
 
 pytestmark = pytest.mark.slow
@@ -55,9 +55,9 @@ def test_a_server_is_alive_at_once_and_ready_with_its_model(tiny_bundle: SimpleN
         seen = []
 
         def ready() -> bool:
-            reply = server.get("/health/ready")
-            seen.append((reply.status, reply.code))
-            return reply.status == 200
+            response = server.get("/health/ready")
+            seen.append((response.status, response.code))
+            return response.status == 200
 
         poll(ready)
         assert set(seen[:-1]) <= {(503, "not_ready")}
@@ -81,13 +81,13 @@ def test_chunked_bodies_are_joined(server: Server) -> None:
 def test_a_client_that_sends_a_body_above_the_limit_gets_413(server: Server, chunked: bool) -> None:
     body = bytes(24 << 20)
 
-    def send() -> Reply:
+    def send() -> Response:
         return server.post((body[i : i + 100_000] for i in range(0, len(body), 100_000)) if chunked else body, "image/png")
 
-    reply = send_with_retry(send)
-    assert (reply.status, reply.code) == (413, "body_too_large")
+    response = send_with_retry(send)
+    assert (response.status, response.code) == (413, "body_too_large")
     size = "" if chunked else "24 MB, "
-    assert reply.json()["detail"] == f"Upload too large: {size}the limit is 20 MB. Send fewer or smaller images."
+    assert response.json()["detail"] == f"Upload too large: {size}the limit is 20 MB. Send fewer or smaller images."
 
 
 @pytest.mark.parametrize(
@@ -95,24 +95,24 @@ def test_a_client_that_sends_a_body_above_the_limit_gets_413(server: Server, chu
     [b"zz\r\n", b"-5\r\nabc", b"5\r\nabcdefgh\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\nnonsense\r\n\r\n", b"5;" + b"x" * 20_000],
 )
 def test_malformed_chunks_are_rejected_and_the_connection_closed(server: Server, body: bytes) -> None:
-    with RawConnection(server) as line:
-        line.socket.sendall(line.head("chunked") + body)
-        reply = line.response()
-        assert (reply.status, reply.code) == (400, "bad_request")
-        assert line.is_closed()
+    with RawConnection(server) as connection:
+        connection.socket.sendall(connection.head("chunked") + body)
+        response = connection.response()
+        assert (response.status, response.code) == (400, "bad_request")
+        assert connection.is_closed()
 
 
 def test_pipelined_requests_are_served_in_order(server: Server) -> None:
     photos = [image_of(COLORS[i % 3], (40 + i, 50)) for i in range(30)]
     alone = [probabilities(server.post(photo, "image/png")) for photo in photos]
     assert all(a != b for a, b in pairwise(alone))
-    with RawConnection(server) as line:
-        requests = [line.head(len(photo), X_Request_ID=f"n{i}") + photo for i, photo in enumerate(photos)]
-        threading.Thread(target=line.socket.sendall, args=(b"".join(requests),)).start()
+    with RawConnection(server) as connection:
+        requests = [connection.head(len(photo), X_Request_ID=f"n{i}") + photo for i, photo in enumerate(photos)]
+        threading.Thread(target=connection.socket.sendall, args=(b"".join(requests),)).start()
         for i, expected in enumerate(alone):
-            reply = line.response()
-            assert reply.headers["X-Request-ID"] == f"n{i}"
-            assert probabilities(reply) == expected
+            response = connection.response()
+            assert response.headers["X-Request-ID"] == f"n{i}"
+            assert probabilities(response) == expected
 
 
 def test_concurrent_clients_get_their_own_results_on_kept_connections(server: Server) -> None:
@@ -125,8 +125,8 @@ def test_concurrent_clients_get_their_own_results_on_kept_connections(server: Se
         for i in random.Random(number).sample(range(40), 40):
             connection.request("POST", "/predict", photos[i], {"Content-Type": "image/png", "X-Request-ID": f"c{number}-{i}"})
             answer = connection.getresponse()
-            reply = Reply(answer.status, answer.headers, answer.read())
-            matches.append(reply.headers["X-Request-ID"] == f"c{number}-{i}" and probabilities(reply) == expected[i])
+            response = Response(answer.status, answer.headers, answer.read())
+            matches.append(response.headers["X-Request-ID"] == f"c{number}-{i}" and probabilities(response) == expected[i])
         connection.close()
         return matches
 
@@ -139,48 +139,48 @@ def test_concurrent_clients_get_their_own_results_on_kept_connections(server: Se
 
 def test_a_missing_body_times_out(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, body_timeout_s=0.4) as server:
-        with RawConnection(server) as line:
-            line.begin()
-            reply = line.response()
-            assert (reply.status, reply.code) == (408, "body_timeout")
-            assert "within 0.4 s" in reply.json()["detail"]
-            assert line.is_closed()
+        with RawConnection(server) as connection:
+            connection.send_half()
+            response = connection.response()
+            assert (response.status, response.code) == (408, "body_timeout")
+            assert "within 0.4 s" in response.json()["detail"]
+            assert connection.is_closed()
         assert in_flight(server) == 0
 
 
 @pytest.mark.parametrize("path", ["/gallery/review", "/gallery/key"])
 def test_a_missing_form_times_out(tiny_bundle: SimpleNamespace, path: str) -> None:
-    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, RawConnection(server) as line:
-        line.socket.sendall(line.head(100, path=path, Content_Type="application/x-www-form-urlencoded") + b"photo=")
-        reply = line.response()
-        assert reply.status == 408
-        assert b"within 0.4 s" in reply.body
-        assert line.is_closed()
+    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, RawConnection(server) as connection:
+        connection.socket.sendall(connection.head(100, path=path, Content_Type="application/x-www-form-urlencoded") + b"photo=")
+        response = connection.response()
+        assert response.status == 408
+        assert b"within 0.4 s" in response.body
+        assert connection.is_closed()
 
 
 def test_a_form_above_the_limit_is_rejected(server: Server) -> None:
     form = b"note=" + b"x" * 70_000
-    reply = send_with_retry(lambda: server.post(form, "application/x-www-form-urlencoded", path="/gallery/review"))
-    assert reply.status == 413
-    assert "Upload too large: 68.4 KB, the limit is 64 KB. Shorten the text." in reply.body.decode()
+    response = send_with_retry(lambda: server.post(form, "application/x-www-form-urlencoded", path="/gallery/review"))
+    assert response.status == 413
+    assert "Upload too large: 68.4 KB, the limit is 64 KB. Shorten the text." in response.body.decode()
 
 
 @pytest.mark.parametrize("length", [1_000_000, "chunked"])
 def test_a_trickling_body_times_out(tiny_bundle: SimpleNamespace, length: int | str) -> None:
     """A byte now and then would reset a timeout of the socket."""
-    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, RawConnection(server) as line:
-        line.socket.sendall(line.head(length))
+    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, RawConnection(server) as connection:
+        connection.socket.sendall(connection.head(length))
         done = threading.Event()
 
         def trickle() -> None:
             with contextlib.suppress(OSError):
                 while not done.wait(0.02):
-                    line.socket.sendall(b"x" if length != "chunked" else b"1\r\nx\r\n")
+                    connection.socket.sendall(b"x" if length != "chunked" else b"1\r\nx\r\n")
 
         sender = threading.Thread(target=trickle)
         sender.start()
         try:
-            assert line.response().code == "body_timeout"
+            assert connection.response().code == "body_timeout"
         finally:
             done.set()
             sender.join()
@@ -189,12 +189,12 @@ def test_a_trickling_body_times_out(tiny_bundle: SimpleNamespace, length: int | 
 def test_clients_that_do_not_close_do_not_delay_others(tiny_bundle: SimpleNamespace) -> None:
     """gunicorn's own worker waits 2 s for a client to close, in the thread that accepts."""
     with serve(tiny_bundle.path) as server, contextlib.ExitStack() as stack:
-        lines = [stack.enter_context(RawConnection(server)) for _ in range(60)]
+        connections = [stack.enter_context(RawConnection(server)) for _ in range(60)]
         began = time.monotonic()
-        for line in lines:
-            line.socket.sendall(line.head(30_000_000, Connection="close"))
-        for line in lines:
-            assert line.response().status == 413
+        for connection in connections:
+            connection.socket.sendall(connection.head(30_000_000, Connection="close"))
+        for connection in connections:
+            assert connection.response().status == 413
         assert server.get("/health/live").status == 200
         assert probabilities(server.post(RED, "image/png"))
         assert time.monotonic() - began < 60  # one after the other, they would take 120 s
@@ -202,30 +202,30 @@ def test_clients_that_do_not_close_do_not_delay_others(tiny_bundle: SimpleNamesp
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_disconnect_within_a_body_releases_everything(server: Server, reset: bool) -> None:
-    with half_sent(server, 5) as started:
-        for line, _ in started:
-            line.close(reset=reset)
+    with half_sent_requests(server, 5) as started:
+        for connection, _ in started:
+            connection.close(reset=reset)
         poll(lambda: in_flight(server) == 0)
     assert probabilities(server.post(RED, "image/png"))
 
 
 def test_a_disconnect_before_the_response_releases_everything(server: Server) -> None:
     for _ in range(5):
-        with RawConnection(server) as line:
-            line.socket.sendall(line.head(len(HEAVY)) + HEAVY)
+        with RawConnection(server) as connection:
+            connection.socket.sendall(connection.head(len(HEAVY)) + HEAVY)
     poll(lambda: in_flight(server) == 0)
     assert probabilities(server.post(RED, "image/png"))
 
 
 def test_a_request_after_its_deadline_fails(tiny_bundle: SimpleNamespace) -> None:
     with serve(tiny_bundle.path, deadline_ms=100) as server:
-        with RawConnection(server) as line:
-            rest = line.begin_after_continue(HEAVY)
+        with RawConnection(server) as connection:
+            rest = connection.send_half_after_continue(HEAVY)
             time.sleep(0.1)  # now the deadline has passed
-            line.socket.sendall(rest)
-            reply = line.response()
-        assert (reply.status, reply.code) == (504, "deadline_exceeded")
-        assert "within 100 ms" in reply.json()["detail"]
+            connection.socket.sendall(rest)
+            response = connection.response()
+        assert (response.status, response.code) == (504, "deadline_exceeded")
+        assert "within 100 ms" in response.json()["detail"]
         poll(lambda: in_flight(server) == 0)
         poll(lambda: server.post(RED, "image/png").status == 200)  # a busy machine may need several attempts
 
@@ -238,20 +238,20 @@ def test_a_stop_finishes_accepted_requests(tiny_bundle: SimpleNamespace) -> None
         kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=RESPONSE_TIMEOUT_S)
         kept.request("GET", "/health/live")
         assert kept.getresponse().read()
-        with half_sent(server, 6) as started:
+        with half_sent_requests(server, 6) as started:
             os.kill(server.pid, signal.SIGTERM)
             poll(lambda: any("signal: term" in line["message"] for line in server.log()))
-            for line, rest in started[:3]:
-                line.socket.sendall(rest)
-            for line, _ in started[:3]:
-                reply = line.response()
-                assert probabilities(reply)
+            for connection, rest in started[:3]:
+                connection.socket.sendall(rest)
+            for connection, _ in started[:3]:
+                response = connection.response()
+                assert probabilities(response)
             assert server.process.poll() is None  # waits for the others
-            for line, rest in started[3:]:
-                line.socket.sendall(rest)
-                reply = line.response()
-                assert probabilities(reply)
-                assert line.is_closed()
+            for connection, rest in started[3:]:
+                connection.socket.sendall(rest)
+                response = connection.response()
+                assert probabilities(response)
+                assert connection.is_closed()
             assert kept.sock is not None
             assert kept.sock.recv(1) == b""  # closed, not reset
             kept.close()
@@ -264,11 +264,11 @@ def test_a_killed_worker_is_replaced_and_counters_persist(tiny_bundle: SimpleNam
         for _ in range(5):
             probabilities(server.post(RED, "image/png"))
         (worker,) = server.workers()
-        with half_sent(server, 2) as started:
+        with half_sent_requests(server, 2) as started:
             os.kill(worker, signal.SIGKILL)
-            for line, _ in started:
+            for connection, _ in started:
                 with contextlib.suppress(ConnectionResetError):
-                    assert line.is_closed()
+                    assert connection.is_closed()
         poll(lambda: server.workers() not in ([], [worker]))
         poll(lambda: server.get("/health/ready").status == 200)
         probabilities(server.post(RED, "image/png"))
@@ -387,9 +387,9 @@ def chaos(server: Server, seed: int, requests: int) -> Counter[Any]:
         elif kind < 0.9:
             seen["bad", server.post(*next(bad)).status] += 1
         else:
-            with RawConnection(server) as line:
-                whole = line.head(len(RED)) + RED
-                line.socket.sendall(whole[: rng.randrange(1, len(whole) + 1)])
+            with RawConnection(server) as connection:
+                whole = connection.head(len(RED)) + RED
+                connection.socket.sendall(whole[: rng.randrange(1, len(whole) + 1)])
             seen["disconnected"] += 1
     return seen
 

@@ -36,7 +36,15 @@ from service.reviews.decisions import (
     save_decision,
     saved_message,
 )
-from tests.helpers.gallery_rows import CLASSES, VERSION, Plain, check_cells, enter, make_predictions, state_of
+from tests.helpers.gallery_rows import (
+    CLASSES,
+    VERSION,
+    ExpectedRow,
+    check_buckets,
+    count_buckets,
+    import_table,
+    make_predictions,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -45,11 +53,11 @@ KILLED_AFTER = 25
 
 
 @pytest.fixture
-def photos(database: Database, tmp_path: Path) -> list[Plain]:
-    return enter(database, make_predictions(1, 60, CLASSES[2]), tmp_path)
+def photos(database: Database, tmp_path: Path) -> list[ExpectedRow]:
+    return import_table(database, make_predictions(1, 60, CLASSES[2]), tmp_path)
 
 
-def say(database: Database, photo: Plain, decision: str, label: str | None = None, /, **more: Any) -> int:
+def say(database: Database, photo: ExpectedRow, decision: str, label: str | None = None, /, **more: Any) -> int:
     """Decide, having seen what holds, unless ``expected_version`` says otherwise."""
     with database.write() as connection:
         holds = current_decision(connection, photo.sha256)
@@ -57,7 +65,7 @@ def say(database: Database, photo: Plain, decision: str, label: str | None = Non
         return save_decision(connection, ReviewDecision(**words | {"new_label": label} | more, decision=decision))
 
 
-def rejected(database: Database, photo: Plain, decision: str, /, **more: Any) -> tuple[str, str]:
+def rejected(database: Database, photo: ExpectedRow, decision: str, /, **more: Any) -> tuple[str, str]:
     with pytest.raises(UserError) as caught:
         say(database, photo, decision, **more)
     problem = problem_from(caught.value)
@@ -65,14 +73,14 @@ def rejected(database: Database, photo: Plain, decision: str, /, **more: Any) ->
     return problem.code, problem.detail
 
 
-def state(database: Database, photo: Plain) -> tuple[str, str | None]:
+def state(database: Database, photo: ExpectedRow) -> tuple[str, str | None]:
     """The review's state and the label that holds."""
     with database.read() as connection:
         found = PredictionQuery(connection, Filter(model=VERSION)).find(photo.photo)
         return found.review, found.decision and found.decision.new_label
 
 
-def test_decide_undo_and_undo_again(database: Database, photos: list[Plain]) -> None:
+def test_decide_undo_and_undo_again(database: Database, photos: list[ExpectedRow]) -> None:
     photo = next(row for row in photos if row.label == "cats")
     first = say(database, photo, "label", "dogs", reviewer="Ann", note="has a tail", key_name="key-1")
     assert state(database, photo) == ("relabeled", "dogs")
@@ -98,10 +106,10 @@ def test_decide_undo_and_undo_again(database: Database, photos: list[Plain]) -> 
     eldest = rows[-1]
     assert (eldest.reviewer, eldest.note, eldest.key_name, eldest.label) == ("Ann", "has a tail", "key-1", "cats")
     assert abs(eldest.decided_at - datetime.now(timezone.utc)) < timedelta(minutes=10)
-    check_cells(database)
+    check_buckets(database)
 
 
-def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, photos: list[Plain]) -> None:
+def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, photos: list[ExpectedRow]) -> None:
     photo = photos[0]
     say(database, photo, "note", note="look again\nÄ 猫")
     assert state(database, photo) == ("unreviewed", None)
@@ -114,7 +122,7 @@ def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, p
         assert [row.note for row in load_history(connection, photo.sha256)] == ["", "really", "", "look again\nÄ 猫"]
 
 
-def test_a_decision_on_an_outdated_version_conflicts(database: Database, photos: list[Plain]) -> None:
+def test_a_decision_on_an_outdated_version_conflicts(database: Database, photos: list[ExpectedRow]) -> None:
     photo = photos[0]
     seen = say(database, photo, "label", "dogs", reviewer="Ann")
     found = rejected(database, photo, "bad", expected_version=None)
@@ -137,7 +145,9 @@ def test_a_decision_on_an_outdated_version_conflicts(database: Database, photos:
     "words",
     [{"photo": "none.jpg"}, {"sha256": "0" * 64}, {"model_version": "v9"}, {"photo": "a\0"}, {"model_version": "\udcff"}],
 )
-def test_a_decision_on_an_unevaluated_photo_is_rejected(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
+def test_a_decision_on_an_unevaluated_photo_is_rejected(
+    database: Database, photos: list[ExpectedRow], words: dict[str, str]
+) -> None:
     assert rejected(database, photos[0], "bad", **words)[0] == "not_found"
 
 
@@ -152,7 +162,7 @@ def test_a_decision_on_an_unevaluated_photo_is_rejected(database: Database, phot
     ],
 )
 def test_an_invalid_decision_is_rejected(
-    database: Database, photos: list[Plain], decision: str, words: dict[str, str], output: str
+    database: Database, photos: list[ExpectedRow], decision: str, words: dict[str, str], output: str
 ) -> None:
     code, detail = rejected(database, photos[0], decision, **words)
     assert (code, output in detail) == ("bad_parameter", True)
@@ -162,13 +172,13 @@ def test_an_invalid_decision_is_rejected(
 
 
 @pytest.mark.parametrize("words", [{"note": "a\0b"}, {"reviewer": "\ud800"}, {"new_label": "a\0"}])
-def test_text_that_cannot_be_stored_is_rejected(database: Database, photos: list[Plain], words: dict[str, str]) -> None:
+def test_text_that_cannot_be_stored_is_rejected(database: Database, photos: list[ExpectedRow], words: dict[str, str]) -> None:
     code, detail = rejected(database, photos[0], "label", **words)
     assert code == "bad_parameter"
     assert "contains a NUL character or an unpaired surrogate" in detail
 
 
-def test_of_two_concurrent_decisions_one_conflicts(database: Database, photos: list[Plain]) -> None:
+def test_of_two_concurrent_decisions_one_conflicts(database: Database, photos: list[ExpectedRow]) -> None:
     together = threading.Barrier(8, timeout=300)
     codes: Counter[str] = Counter()
 
@@ -188,10 +198,12 @@ def test_of_two_concurrent_decisions_one_conflicts(database: Database, photos: l
     assert codes == {"decided": 1, "conflict": 7}
     with database.read() as connection:
         assert len(load_history(connection, photos[0].sha256)) == 1
-    check_cells(database)
+    check_buckets(database)
 
 
-def test_decisions_apply_to_a_later_model_with_other_classes(database: Database, photos: list[Plain], tmp_path: Path) -> None:
+def test_decisions_apply_to_a_later_model_with_other_classes(
+    database: Database, photos: list[ExpectedRow], tmp_path: Path
+) -> None:
     """What was decided is about the photo, not about the model; a class that the later model has not is another."""
     to_dogs, to_cats, neither = photos[:3]
     say(database, to_dogs, "label", "dogs")
@@ -199,7 +211,7 @@ def test_decisions_apply_to_a_later_model_with_other_classes(database: Database,
     say(database, neither, "neither")
     names = ("dogs", "foxes")
     later = make_predictions(1, 60, names)
-    enter(database, later, tmp_path, version="v2")
+    import_table(database, later, tmp_path, version="v2")
     with database.read() as connection:
         listing = PredictionQuery(connection, Filter(model="v2"))
         found = {photo.sha256: photo for photo in listing.fetch(listing.ids())}
@@ -211,7 +223,7 @@ def test_decisions_apply_to_a_later_model_with_other_classes(database: Database,
     say(database, neither, "undo")
     with database.read() as connection:
         assert PredictionQuery(connection, Filter(model="v2")).counts.facets["review"]["unreviewed"] == 58
-    check_cells(database)
+    check_buckets(database)
 
 
 def test_a_decision_applies_to_every_photo_with_the_same_bytes(database: Database, tmp_path: Path) -> None:
@@ -219,16 +231,16 @@ def test_a_decision_applies_to_every_photo_with_the_same_bytes(database: Databas
     copies = type(output)(
         output.classes, output.image_names, output.labels, output.probabilities, output.splits, (output.sha256s[0],) * 20
     )
-    rows = enter(database, copies, tmp_path)
+    rows = import_table(database, copies, tmp_path)
     say(database, rows[3], "label", "cats")
     with database.read() as connection:
         counts = PredictionQuery(connection, Filter(model=VERSION)).counts
     cats = sum(row.label == "cats" for row in rows)
     assert counts.facets["review"] == {"confirmed": cats, "relabeled": 20 - cats}
-    check_cells(database)
+    check_buckets(database)
 
 
-def test_the_rows_of_reviews_csv(database: Database, photos: list[Plain]) -> None:
+def test_the_rows_of_reviews_csv(database: Database, photos: list[ExpectedRow]) -> None:
     chosen = random.Random(1).sample(photos, 10)
     for photo in chosen:
         say(database, photo, "label", "dogs", reviewer="Ann", note="n")
@@ -239,7 +251,7 @@ def test_the_rows_of_reviews_csv(database: Database, photos: list[Plain]) -> Non
     assert [(r.photo, r.sha256, r.label, r.decision, r.new_label, r.note, r.reviewer) for r in rows] == expected
 
 
-def test_notes_are_exported_with_the_review_or_alone(database: Database, photos: list[Plain]) -> None:
+def test_notes_are_exported_with_the_review_or_alone(database: Database, photos: list[ExpectedRow]) -> None:
     reviewed, noted, undone = sorted(photos[:3], key=lambda row: row.photo)
     say(database, reviewed, "bad", note="blurred")
     say(database, reviewed, "note", note="really", reviewer="Ben")
@@ -257,7 +269,7 @@ def test_notes_are_exported_with_the_review_or_alone(database: Database, photos:
     assert [review.photo for review in read_reviews(table, origin="reviews.csv")] == [reviewed.photo]
 
 
-def test_an_undo_returns_the_note_of_the_decision(database: Database, photos: list[Plain]) -> None:
+def test_an_undo_returns_the_note_of_the_decision(database: Database, photos: list[ExpectedRow]) -> None:
     say(database, photos[0], "bad", note="blurred")
     id_ = say(database, photos[0], "undo")
     with database.read() as connection:
@@ -301,7 +313,7 @@ def test_buckets_stay_correct_after_random_operations(database: Database, tmp_pa
     """Import, save, review, undo and delete in a random order. A recount gives the same buckets."""
     rng = random.Random(11)
     classes = CLASSES[2]
-    evaluated = enter(database, make_predictions(1, 40, classes), tmp_path)
+    evaluated = import_table(database, make_predictions(1, 40, classes), tmp_path)
     places = [(row.photo, row.sha256) for row in evaluated]
     before: list[Any] = []
     for step in range(500):
@@ -329,25 +341,25 @@ def test_buckets_stay_correct_after_random_operations(database: Database, tmp_pa
         if kind == "import":
             version = f"v{rng.randrange(2, 5)}"
             names = classes if version == "v2" else ("dogs", "foxes")
-            enter(database, make_predictions(1, 40, names), tmp_path, version=version)
+            import_table(database, make_predictions(1, 40, names), tmp_path, version=version)
         if step % 25 == 24:
             with database.read() as connection:
                 output = connection.execute(select(decisions).order_by(decisions.c.id)).all()
             assert output[: len(before)] == before, "the history is only ever added to"
             before = list(output)
-    check_cells(database)
+    check_buckets(database)
     assert len(before) > 200
-    states = state_of(database)
+    states = count_buckets(database)
     assert states == recounted(database)
     assert len({place[5] for cells_of in states.values() for place in cells_of}) == 5
     with database.write() as connection:
         for _, sha256 in places:
             apply_decision(connection, sha256)
-    assert state_of(database) == states
-    check_cells(database)
+    assert count_buckets(database) == states
+    check_buckets(database)
 
 
-def test_every_acknowledged_decision_survives_a_kill(database: Database, database_url: str, photos: list[Plain]) -> None:
+def test_every_acknowledged_decision_survives_a_kill(database: Database, database_url: str, photos: list[ExpectedRow]) -> None:
     program = (
         "import itertools, sys; from service.db.connection import Database;"
         "from service.reviews.decisions import ReviewDecision, current_decision, save_decision\n"
@@ -377,4 +389,4 @@ def test_every_acknowledged_decision_survives_a_kill(database: Database, databas
     assert {id_: found.get(id_) for id_, _ in whole} == dict(whole)
     assert len(found) - len(whole) in (0, 1)  # one more may have been written and not acknowledged
     assert held == set(sorted(found)[-20:])
-    check_cells(database)
+    check_buckets(database)

@@ -1,4 +1,4 @@
-"""Pause decoding in a service under test (``raw_connection.held``), so that it stays at capacity."""
+"""Pause decoding in a service under test (``raw_connection.hold_requests``), so that it stays at capacity."""
 
 import os
 import tempfile
