@@ -57,10 +57,21 @@ class Skipped:
 
 
 class ImageSearch:
-    """A search for images below folders. ``skipped`` lists what was skipped so far."""
+    """A search for images below folders. ``skipped`` lists what was skipped so far.
+
+    The entries of a folder are read once and kept until ``walk`` has visited it.
+    """
 
     def __init__(self) -> None:
         self._skipped: dict[Skipped, None] = {}
+        self._entries: dict[Path, list[os.DirEntry[str]]] = {}
+        self._are_results: dict[Path, bool] = {}
+
+    def probe(self) -> ImageSearch:
+        """Return a search that shares the entries already read, but not what it skips."""
+        search = ImageSearch()
+        search._entries, search._are_results = self._entries, self._are_results
+        return search
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -71,11 +82,11 @@ class ImageSearch:
 
     def folders(self, parent: Path) -> list[Path]:
         """List the folders in ``parent`` that may contain images, sorted by name."""
-        return [path for path, is_folder in self._list(parent) if is_folder]
+        return [path for path, is_folder in self._select(parent, self._read(parent)) if is_folder]
 
     def images(self, parent: Path) -> list[Path]:
         """List the images in ``parent`` itself, sorted by name."""
-        return [path for path, is_folder in self._list(parent) if not is_folder]
+        return [path for path, is_folder in self._select(parent, self._read(parent)) if not is_folder]
 
     def walk(self, roots: Iterable[Path]) -> Iterator[Path]:
         """Yield the images below ``roots`` in a fixed order, with only one folder per level listed in memory.
@@ -99,11 +110,12 @@ class ImageSearch:
                 self.skip(folder, ALREADY_INCLUDED)
                 return
             visited.add((status.st_dev, status.st_ino))
-            entries = self._list(folder)
+            entries = self._read(folder)
         except OSError as error:
             self.skip(folder, unreadable(error))
             return
-        for path, is_folder in entries:
+        del self._entries[folder]
+        for path, is_folder in self._select(folder, entries):
             if not is_folder:
                 yield path
             elif path.is_symlink():
@@ -111,37 +123,57 @@ class ImageSearch:
             else:
                 yield from self._walk(path, visited, links)
 
-    def _list(self, folder: Path) -> list[tuple[Path, bool]]:
-        """Return the images and folders in ``folder`` that are not skipped, and whether each is a folder. Raises OSError."""
-        with os.scandir(folder) as entries:
-            listing = sorted(entries, key=lambda entry: entry.name)
-        remaining = []
-        for entry in listing:
+    def _read(self, folder: Path) -> list[os.DirEntry[str]]:
+        """Return the entries of a folder, sorted by name. Raises OSError."""
+        if folder not in self._entries:
+            with os.scandir(folder) as entries:
+                self._entries[folder] = sorted(entries, key=lambda entry: entry.name)
+        return self._entries[folder]
+
+    def _select(self, folder: Path, entries: Sequence[os.DirEntry[str]]) -> Iterator[tuple[Path, bool]]:
+        """Yield the images and folders among the entries that are not skipped, and whether each is a folder."""
+        for entry in entries:
             path = folder / entry.name
-            if reason := _reason_to_skip(entry, path):
+            if reason := self._reason_to_skip(entry, path):
                 self.skip(path, reason)
             else:
-                remaining.append((path, entry.is_dir()))
-        return remaining
+                yield path, entry.is_dir()
 
-
-def _reason_to_skip(entry: os.DirEntry[str], path: Path) -> str | None:
-    try:
-        if entry.is_symlink() and not path.exists():
-            return BROKEN_LINK
-        if entry.is_dir():
-            if is_ignored_folder(entry.name):
+    def _reason_to_skip(self, entry: os.DirEntry[str], path: Path) -> str | None:
+        try:
+            if entry.is_symlink() and not path.exists():
+                return BROKEN_LINK
+            if entry.is_dir():
+                if is_ignored_folder(entry.name):
+                    return HIDDEN
+                if entry.is_symlink() and _is_parent(path):
+                    return LINK_TO_PARENT
+                if path not in self._are_results:
+                    self._are_results[path] = self._contains_results(path)
+                return RESULTS if self._are_results[path] else None
+            if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
                 return HIDDEN
-            if entry.is_symlink() and _is_parent(path):
-                return LINK_TO_PARENT
-            return RESULTS if contains_results(path) else None
-        if entry.name.startswith(".") or entry.name.lower() in SYSTEM_FILES:
-            return HIDDEN
-        if not is_image_name(entry.name):
-            return NOT_AN_IMAGE
-        return None if entry.is_file() else NOT_REGULAR
-    except OSError as error:
-        return BROKEN_LINK if error.errno == errno.ELOOP else unreadable(error)
+            if not is_image_name(entry.name):
+                return NOT_AN_IMAGE
+            return None if entry.is_file() else NOT_REGULAR
+        except OSError as error:
+            return BROKEN_LINK if error.errno == errno.ELOOP else unreadable(error)
+
+    def _contains_results(self, folder: Path, depth: int = MAX_RESULT_DEPTH) -> bool:
+        """Return whether a command wrote this folder, or all folders in it (as in ``runs/``), without images next to them."""
+        try:
+            entries = [entry for entry in self._read(folder) if not entry.name.startswith(".")]
+            names = {entry.name for entry in entries}
+            if any(names.issuperset(group) for group in RESULT_FILES):
+                return True
+            if depth == 0 or any(is_image_name(entry.name) for entry in entries):
+                return False
+            inner = [entry for entry in entries if entry.is_dir(follow_symlinks=False) and not is_ignored_folder(entry.name)]
+            if not inner:
+                return "config.yaml" in names  # a run that was killed before its first checkpoint
+            return all(self._contains_results(folder / entry.name, depth - 1) for entry in inner)
+        except OSError:
+            return False
 
 
 def is_image_name(name: str) -> bool:
@@ -151,24 +183,6 @@ def is_image_name(name: str) -> bool:
 def is_ignored_folder(folder_name: str) -> bool:
     """Return whether a folder is one that notebooks, editors or operating systems leave behind."""
     return folder_name.startswith((".", "__"))
-
-
-def contains_results(folder: Path, depth: int = MAX_RESULT_DEPTH) -> bool:
-    """Return whether a command wrote this folder, or all folders in it (as in ``runs/``). It must not contain other images."""
-    try:
-        with os.scandir(folder) as entries:
-            listing = [entry for entry in entries if not entry.name.startswith(".")]
-        names = {entry.name for entry in listing}
-        if any(names.issuperset(group) for group in RESULT_FILES):
-            return True
-        if depth == 0 or any(is_image_name(entry.name) for entry in listing):
-            return False
-        inner = [entry for entry in listing if entry.is_dir(follow_symlinks=False) and not is_ignored_folder(entry.name)]
-        if not inner:
-            return "config.yaml" in names  # a run that was killed before its first checkpoint
-        return all(contains_results(folder / entry.name, depth - 1) for entry in inner)
-    except OSError:
-        return False
 
 
 def unreadable(error: OSError) -> str:

@@ -137,7 +137,7 @@ def read_dataset(
 
 
 def _read_folders(root: Path, search: ImageSearch) -> Dataset:
-    layout = find_layout(root)
+    layout = find_layout(root, search)
     if layout.splits and TRAIN not in layout.splits:
         other = next(iter(layout.splits.values())).name
         raise DataError(
@@ -216,7 +216,7 @@ def read_extra(source: Path, classes: Sequence[str], *, prefix: str, search: Ima
     else:
         if not source.is_dir():
             raise DataError(f"No such folder: {source}. --extra-data expects folders with photos in train/CLASS/, or tables.")
-        place, root = find_layout(source).train, source
+        place, root = find_layout(source, search).train, source
         found = _find_labeled({"train": place}, search)["train"]
         names, samples = set(found.by_class), _samples(root, found, "train", classes)
     unknown = sorted(names - set(classes))
@@ -257,13 +257,13 @@ def read_split(root: Path, split: str | None, classes: Sequence[str], *, labels:
     split = split or VALID
     if not root.is_dir():
         raise DataError(f"No such folder: {root}. Expected a folder with photos in {split}/CLASS/.")
-    layout = find_layout(root)
+    search = ImageSearch()
+    layout = find_layout(root, search)
     folder = _split_folder(layout, root, split)
     if folder is None:
         names = [path.name for path in layout.splits.values()]
         hint = f"one of its folders ({', '.join(names)})" if names else "one of its folders, or to . if it has no splits"
         raise DataError(f"{root} has no folder for the split {split!r}. Set --split to {hint}.")
-    search = ImageSearch()
     found = _find_labeled({split: folder}, search, classes=normalized)[split]
     _require_known(found.by_class, classes, folder)
     samples = _samples(root, found, split, normalized)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.image_files import HIDDEN, ImageSearch, Skipped, is_failure, is_ignored_folder
+from finetune.data.image_files import HIDDEN, ImageSearch, is_failure
 from models.errors import DataError
 
 TRAIN, VALID, TEST = "train", "valid", "test"
@@ -66,26 +66,29 @@ def class_name(folder: str) -> str:
     return unicodedata.normalize("NFC", folder)
 
 
-def find_layout(root: Path) -> Layout:
+def find_layout(root: Path, search: ImageSearch) -> Layout:
     """Find the splits of a data folder, also inside wrapping folders such as those of an archive.
+
+    Args:
+        root: The data folder.
+        search: Keeps the entries of the folders read. What is skipped here is not recorded.
 
     Raises:
         DataError: The folder does not exist, contains several data sets, or its splits are inside the class folders.
     """
     if not root.is_dir():
         raise DataError(f"No such folder: {root}. Expected a folder with photos in train/CLASS/ and valid/CLASS/.")
-    base, unused = root, []
+    base, unused, probe = root, [], search.probe()
     for _ in range(MAX_DEPTH):
-        search = ImageSearch()
-        folders = search.folders(base)
+        folders = probe.folders(base)
         splits = _select_splits(folders)
         if splits:
             unused += [folder for folder in folders if folder not in splits.values()]
             return Layout(base, splits, tuple(unused))
-        inner = [folder for folder in folders if _contains_splits(folder)]
+        inner = [folder for folder in folders if _contains_splits(folder, probe)]
         if len(inner) > 1:
-            raise _ambiguous(base, inner)
-        if not inner and len(folders) == 1 and not search.images(base) and ImageSearch().folders(folders[0]):
+            raise _ambiguous(base, inner, probe)
+        if not inner and len(folders) == 1 and not probe.images(base) and probe.folders(folders[0]):
             inner = folders
         if not inner:
             break
@@ -108,18 +111,18 @@ def class_folders(split: Path, search: ImageSearch) -> tuple[Path, list[Path]]:
         if len(folders) != 1 or search.images(split):
             break
         repeats_name = split_of(folders[0].name) is not None and split_of(folders[0].name) == split_of(split.name)
-        if not (repeats_name or ImageSearch().folders(folders[0])):
+        if not (repeats_name or search.probe().folders(folders[0])):
             break
         split = folders[0]
     for folder in folders:
         _check_class_name(folder)
     names = {folder.name for folder in folders}
-    repeated = [folder for folder in folders if _repeats(folder, names - {folder.name})]
+    repeated = [folder for folder in folders if _repeats(folder, names - {folder.name}, search.probe())]
     if len(repeated) < len(folders):
         for folder in repeated:
             search.skip(folder, REPEATED)
         folders = [folder for folder in folders if folder not in repeated]
-    _require_classes(split, folders)
+    _require_classes(split, folders, search.probe())
     return split, folders
 
 
@@ -136,10 +139,6 @@ def labels_in_names(photos: Sequence[Path]) -> list[str]:
     return frequent if 2 <= len(frequent) <= max(20, len(photos) // 10) and sum(labels.values()) >= 0.9 * len(photos) else []
 
 
-def hidden_folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if is_ignored_folder(entry.name) and entry.is_dir())
-
-
 def note_unused(layout: Layout, root: Path, search: ImageSearch) -> None:
     """Record the folders and photos next to the splits, and those next to a wrapping folder.
 
@@ -147,19 +146,20 @@ def note_unused(layout: Layout, root: Path, search: ImageSearch) -> None:
     """
     base = root
     while True:
-        for folder in hidden_folders(base):
-            search.skip(folder, HIDDEN)
-        for entry in _listed_entries(base):
-            if is_failure(entry.reason) or split_of(entry.path.name):
+        probe = search.probe()
+        photos = probe.images(base)
+        for entry in probe.skipped:
+            is_hidden_folder = entry.reason == HIDDEN and entry.path.is_dir()
+            if is_hidden_folder or is_failure(entry.reason) or split_of(entry.path.name):
                 search.skip(entry.path, entry.reason)
         if layout.splits or base != layout.base:
-            for photo in ImageSearch().images(base):
+            for photo in photos:
                 search.skip(photo, LOOSE)
         if base == layout.base:
             break
         base /= layout.base.relative_to(base).parts[0]
     for folder in layout.unused:
-        if next(ImageSearch().walk([folder]), None):
+        if next(search.probe().walk([folder]), None):
             search.skip(folder, UNUSED)
 
 
@@ -200,36 +200,28 @@ def _splits_by_one_word(folders: Sequence[Path]) -> dict[str, list[Path]] | None
     return found[0] if len(found) == 1 else None
 
 
-def _contains_splits(folder: Path) -> bool:
+def _contains_splits(folder: Path, probe: ImageSearch) -> bool:
     """Return whether a folder contains a training split: with class folders in it, or with another split next to it."""
     try:
-        splits = _select_splits(ImageSearch().folders(folder))
-        return TRAIN in splits and (len(splits) > 1 or bool(ImageSearch().folders(splits[TRAIN])))
+        splits = _select_splits(probe.folders(folder))
+        return TRAIN in splits and (len(splits) > 1 or bool(probe.folders(splits[TRAIN])))
     except OSError:
         return False
 
 
-def _listed_entries(folder: Path) -> list[Skipped]:
-    """Return what a search skips in a folder itself."""
-    search = ImageSearch()
-    search.folders(folder)
-    return search.skipped
-
-
-def _repeats(folder: Path, siblings: set[str]) -> bool:
+def _repeats(folder: Path, siblings: set[str], probe: ImageSearch) -> bool:
     try:
-        search = ImageSearch()
-        return len(siblings) > 1 and siblings <= {inner.name for inner in search.folders(folder)} and not search.images(folder)
+        return len(siblings) > 1 and siblings <= {inner.name for inner in probe.folders(folder)} and not probe.images(folder)
     except OSError:
         return False
 
 
-def _require_classes(split: Path, folders: Sequence[Path]) -> None:
+def _require_classes(split: Path, folders: Sequence[Path], probe: ImageSearch) -> None:
     """Raise DataError if every folder contains the same two or more folders and no photos: these are splits."""
     contents = []
     for folder in folders:
         try:
-            inner = _inner_names(folder)
+            inner = _inner_names(folder, probe)
         except OSError:
             return
         if len(inner) < 2:
@@ -243,12 +235,11 @@ def _require_classes(split: Path, folders: Sequence[Path]) -> None:
         )
 
 
-def _inner_names(folder: Path) -> tuple[str, ...]:
+def _inner_names(folder: Path, probe: ImageSearch) -> tuple[str, ...]:
     """Return the names of the folders in a folder without photos of its own, also inside wrapping folders."""
     for _ in range(MAX_DEPTH):
-        search = ImageSearch()
-        inner = search.folders(folder)
-        if search.images(folder):
+        inner = probe.folders(folder)
+        if probe.images(folder):
             return ()
         if len(inner) != 1:
             return tuple(class_name(path.name) for path in inner)
@@ -256,10 +247,10 @@ def _inner_names(folder: Path) -> tuple[str, ...]:
     return ()
 
 
-def _ambiguous(base: Path, inner: Sequence[Path]) -> DataError:
-    train = _select_splits(ImageSearch().folders(inner[0]))[TRAIN]
+def _ambiguous(base: Path, inner: Sequence[Path], probe: ImageSearch) -> DataError:
+    train = _select_splits(probe.folders(inner[0]))[TRAIN]
     names = _listed([folder.name for folder in inner])
-    if not ImageSearch().folders(train):
+    if not probe.folders(train):
         return DataError(
             f"The folders {names} in {base} each contain their own {train.name} folder with photos. Expected SPLIT/CLASS, "
             f"such as {train.name}/{inner[0].name}, instead of {inner[0].name}/{train.name}."

@@ -292,6 +292,26 @@ def test_each_folder_is_visited_once(tmp_path: Path) -> None:
     }
 
 
+def test_each_folder_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "valid"):
+        photos(tmp_path / "wrapper" / split, "cats", "dogs/puppies", "birds")
+    photos(tmp_path / "wrapper", "more/cats", ".hidden/dogs")
+    read: Counter[str] = Counter()
+    scandir = os.scandir
+
+    def count_and_scan(folder: Path) -> object:
+        read[folder.relative_to(tmp_path).as_posix()] += 1
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", count_and_scan)
+    monkeypatch.setattr(os, "listdir", count_and_scan)
+    assert len(read_dataset(tmp_path).samples) == 18
+    classes = ("cats", "dogs", "dogs/puppies", "birds")
+    expected = {".", "wrapper", "wrapper/more", "wrapper/more/cats"}
+    expected |= {f"wrapper/{split}{name}" for split in ("train", "valid") for name in ("", *(f"/{label}" for label in classes))}
+    assert read == dict.fromkeys(expected, 1)
+
+
 def test_two_links_between_two_folders_end(tmp_path: Path) -> None:
     photos(tmp_path, "one", "two")
     (tmp_path / "one" / "to two").symlink_to("../two")
