@@ -67,7 +67,7 @@ check: lint ## run ruff, mypy and the fast tests, in about 90 seconds
 
 test: $(INSTALLED) ## run all tests in three processes (JOBS=1: in one)
 	@tools/install-test-packages.sh
-	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile) $(ARGS)
+	$(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS) --dist loadfile --no-loadscope-reorder) $(ARGS)
 
 lint: $(INSTALLED) ## run ruff and mypy
 	$(BIN)/ruff check .

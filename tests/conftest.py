@@ -14,10 +14,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 
 from finetune.data.synthetic.dataset import CLASSES, draw_image
 from service.db.connection import Database
 from tests.helpers.databases import Postgres, run_postgres
+from tests.helpers.server import Server, serve
 from tests.helpers.system_packages import skip_without
 
 if TYPE_CHECKING:
@@ -26,8 +28,20 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are small; threads on busy cores wait for each other
 
 PhotoFolder = Callable[..., Path]
+SharedFolder = Callable[[str, Callable[[Path], object]], Path]
+SharedServer = Callable[..., Server]
 RandomWeights = Callable[[str], dict[str, Any]]
 NewDatabase = Callable[[str], contextlib.AbstractContextManager[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run files with slow tests first, so that the processes of xdist finish at about the same time."""
+    marks = ("heavy", "slow")
+    ranks = {item.path: len(marks) for item in items}
+    for item in items:
+        own = [rank for rank, mark in enumerate(marks) if item.get_closest_marker(mark)]
+        ranks[item.path] = min([ranks[item.path], *own])
+    items.sort(key=lambda item: ranks[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,6 +60,28 @@ def _long_database_timeout() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("service.db.connection.DEFAULT_TIMEOUT_S", 300.0)
         yield
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
+    """Return ``get(name, make)``, which returns a folder that all processes of the test run share and must not change.
+
+    The first process that needs the folder fills it with ``make(folder)``. The others wait for it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, complete = root / "shared" / name, root / "shared" / f"{name}.complete"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(root / "shared" / f"{name}.lock"):
+            if not complete.exists():
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -119,33 +155,54 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def tiny_bundle(shared_folder: SharedFolder) -> SimpleNamespace:
     """The network ``tiny`` trained on painted photos of three classes.
 
     ``path`` is the merged bundle. ``head`` is the head-only bundle, which the service cannot merge because ``tiny`` is not
     registered there. ``photos`` is the folder of validation photos. ``predictions`` is the table of their predictions, with
     paths relative to ``data``.
     """
-    from tests.helpers import tiny_network
 
-    root = tmp_path_factory.mktemp("tiny-bundle")
-    data = tiny_network.color_folder(root / "data", train=12, valid=6, classes=("blue", "red", "green"))
-    with tiny_network.registered():
-        weights = tiny_network.save_weights(root / "tiny.pth")
-        flags = ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--output-dir", root / "run")
-        for words in (
-            ("train", *flags, "--export", "head"),
-            ("merge", root / "run" / "bundle", root / "whole", "--weights", weights),
-        ):
-            code, _, message = tiny_network.finetune(*words)
-            assert code == 0, message
+    def train(folder: Path) -> None:
+        from tests.helpers import tiny_network
+
+        data = tiny_network.color_folder(folder / "data", train=12, valid=6, classes=("blue", "red", "green"))
+        with tiny_network.registered():
+            weights = tiny_network.save_weights(folder / "tiny.pth")
+            flags = ("--data-dir", data, "--backbone", "tiny", "--weights", weights, "--output-dir", folder / "run")
+            for words in (
+                ("train", *flags, "--export", "head"),
+                ("merge", folder / "run" / "bundle", folder / "whole", "--weights", weights),
+            ):
+                code, _, message = tiny_network.finetune(*words)
+                assert code == 0, message
+
+    root = shared_folder("tiny-bundle", train)
     return SimpleNamespace(
         path=root / "whole",
         head=root / "run" / "bundle",
-        data=data,
-        photos=data / "valid",
+        data=root / "data",
+        photos=root / "data" / "valid",
         predictions=root / "run" / "predictions.csv",
     )
+
+
+@pytest.fixture(scope="module")
+def shared_server(tiny_bundle: SimpleNamespace) -> Iterator[SharedServer]:
+    """Return ``get(**settings)``, which starts a service with the tiny bundle, or returns the one with these settings.
+
+    The tests of a module share it. They must not stop it or keep it busy, and compare its metrics with those before.
+    """
+    running: dict[tuple[tuple[str, object], ...], Server] = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(**settings: object) -> Server:
+            key = tuple(sorted(settings.items()))
+            if key not in running:
+                running[key] = stack.enter_context(serve(tiny_bundle.path, **settings))
+            return running[key]
+
+        yield get
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The tables that the documentation takes from the code: complete, without repetition, and made without torch or Flask."""
+"""The tables that are generated for the documentation: complete, without repetition, and without torch or Flask."""
 
 from __future__ import annotations
 

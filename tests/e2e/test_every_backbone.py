@@ -1,7 +1,7 @@
-"""Every row of the zoo's table, end to end on drawn pictures: train, evaluate, a bundle, and the service that answers with it.
+"""One network of each family, end to end on drawn images: training, evaluation, a bundle and predictions of the service.
 
-A training checks its ONNX graph against its own probabilities, so that each row is that network's ONNX parity too, at its own
-size. The networks that are in no row are exported on their own, at the smallest size that they take.
+A training compares its ONNX graph with its own probabilities, so this is also the network's test of parity, at its own input
+size. The other networks are only exported, at the smallest input size that they support.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from models.networks.registry import get_spec, list_models
 from models.networks.split_point import with_outputs
 from models.networks.weights import load_weights
 from models.runtime.openvino_engine import OpenVINOEngine
+from service import create_app
+from service.context import services_of
+from service.settings import Settings
 from tests.conftest import PhotoFolder
-from tests.helpers.server import serve
+from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S
 from tests.helpers.small_networks import WIDE, made_small, random_state, some_pixels
 from tests.helpers.tiny_network import finetune
 
 pytestmark = pytest.mark.heavy
-# One network for each row; of a family with one builder (VGG, ResNet, the widths of MobileNetV1) the smallest.
-ROWS = [
+# The smallest network of each family with one builder, such as VGG, ResNet and the widths of MobileNetV1.
+FAMILIES = [
     "mlp",
     "cnn_mnist",
     "lenet5",
@@ -54,7 +57,7 @@ ROWS = [
     "efficientnet_lite2",
     "timm:mobilenetv3_small_050",
 ]
-OTHERS = [name for name in list_models() if name not in ROWS]
+OTHERS = [name for name in list_models() if name not in FAMILIES]
 
 
 @pytest.fixture(scope="module")
@@ -63,31 +66,28 @@ def photos(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder) 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_cache_and_nothing_on_the_side(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Plots and the measurement of bfloat16 are tested elsewhere, and take longer than the rest."""
+def _shared_cache_without_bf16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The measurement of bfloat16 is tested elsewhere, and takes longer than the rest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
-        patch.setattr("finetune.export.exporter.measure_bf16", lambda *a, **k: None)
+        patch.setattr("finetune.export.exporter.measure_bf16", lambda *args, **options: None)
         yield
 
 
 def train(name: str, photos: Path, folder: Path) -> tuple[Bundle, str]:
-    """One epoch, from random numbers in the weights' place where there are weights to be had (the Lites' are here)."""
+    """Train for one epoch, from random weights where published ones would be downloaded. Returns the bundle and the output."""
     spec = get_spec(name)
     flags: list[object] = ["--epochs", 1, "--batch-size", 3]
     if spec.weights and not spec.weights.package:
         torch.save(random_state(name), folder / "weights.pth")
         flags += ["--weights", folder / "weights.pth"]
-    code, message, err = finetune(
-        "train", "--data-dir", photos, "--backbone", name, "--output-dir", folder / "run", "--name", "row", *flags
-    )
+    code, message, err = finetune("train", "--data-dir", photos, "--backbone", name, "--output-dir", folder / "run", *flags)
     assert (code, err) == (0, ""), err
     return open_bundle(folder / "run" / "bundle"), message
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_network_is_trained_evaluated_and_served(name: str, photos: Path, tmp_path: Path) -> None:
     with made_small(name, small_images=False) if name in WIDE else contextlib.nullcontext():
         bundle, message = train(name, photos, tmp_path)
     spec = get_spec(name)
@@ -102,19 +102,21 @@ def test_a_row_of_the_table_is_trained_evaluated_and_served(name: str, photos: P
     assert trained["photos"] == evaluated["photos"] == 4
     assert np.isclose(trained["log_loss"]["value"], evaluated["log_loss"]["value"], atol=1e-3)
 
-    received = Predictions.read_csv(tmp_path / "evaluation" / "predictions.csv")
-    with serve(bundle.path, max_batch_size=1, cpus=1) as server:
-        for photo, expected in zip(received.image_names, received.probabilities, strict=True):
-            reply = server.post((photos / photo).read_bytes())
-            assert reply.status == 200
-            document = reply.json()
+    table = Predictions.read_csv(tmp_path / "evaluation" / "predictions.csv")
+    app = create_app(Settings(bundle=bundle.path, max_batch_size=1, cpus=1, **LONG_TIMEOUTS))
+    with contextlib.closing(services_of(app).model_manager) as models:
+        models.wait(START_TIMEOUT_S)
+        for photo, expected in zip(table.image_names, table.probabilities, strict=True):
+            response = app.test_client().post("/predict", data=(photos / photo).read_bytes(), content_type="image/jpeg")
+            assert response.status_code == 200, response.text
+            document = response.get_json()
             assert document["model"]["version"] == bundle.version
-            got = document["predictions"][0]["probabilities"]
-            np.testing.assert_allclose([got[label] for label in bundle.classes], expected, rtol=0, atol=1e-3)
+            probabilities = document["predictions"][0]["probabilities"]
+            np.testing.assert_allclose([probabilities[label] for label in bundle.classes], expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_graph_of_an_unlisted_network_matches_the_network(name: str, tmp_path: Path) -> None:
+def test_the_graph_of_another_network_matches_it(name: str, tmp_path: Path) -> None:
     with made_small(name) as spec:
         classifier = build_classifier(spec, num_classes=2, base=random_state(name))
         export_serving_graph(classifier, spec, temperature=1.5, path=tmp_path / "model.onnx")

@@ -1,4 +1,4 @@
-"""Reviewing in a real browser: by keys, by two people at once, without JavaScript; and how the page looks.
+"""Reviewing in a browser: with the keyboard, by two people at once, without JavaScript, and the layout of the page.
 
 Where no Chromium is installed these tests are skipped. ``SCREENSHOTS=folder`` keeps the pictures that they take.
 """
@@ -76,7 +76,7 @@ def name_of(row: Row) -> str:
 
 
 def has_looked(server: Server, row: Row) -> None:
-    """Where the model looked is computed at a low priority, which a page does not wait for long on a busy machine."""
+    """Wait for the heat map, which is computed with a low priority. A page does not wait for it long."""
     query = urlencode({"photo": row["photo"], "class": row["predicted"]})
     poll(lambda: server.get(f"/gallery/images/{row['sha256']}/heatmap.png?{query}").status == 200)
 
@@ -229,7 +229,7 @@ POSITIONS = """() => [...document.querySelectorAll("#actions button, #new-label,
 def test_repeated_clicks_at_one_position_do_the_same(
     new_page: NewPage, server: Server, size: tuple[int, int], has_script: bool
 ) -> None:
-    """A save and an undo move nothing: the same place keeps the label of three photos, and takes back the last one once."""
+    """A save and an undo move nothing: a click at one position confirms three photos, and at another undoes the last one."""
     view = {"source": "evaluation", "sort": "name"}
     photos = rows(server, **view)[:4]
     for photo in photos:  # a save goes on to the next unreviewed photo

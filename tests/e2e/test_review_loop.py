@@ -1,4 +1,4 @@
-"""The whole loop in a real browser: find what is wrong, put its label right, train again, and see what flipped."""
+"""The complete loop in a browser: find mislabeled photos, correct their labels, train again and compare the models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.tiny_network import color_folder, finetune, registered, save_
 
 pytestmark = pytest.mark.slow
 
-MISLABELLED = 3  # of each class, to be measured with
+MISLABELED = 3  # of each class
 ROOM_LEFT = """select => {
   const style = getComputedStyle(select), context = document.createElement("canvas").getContext("2d");
   context.font = style.font;
@@ -29,11 +29,11 @@ OUTCOMES = {(True, True): "both-correct", (False, True): "fixed", (True, False):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Photos, some in the folder of the other class. ``train(name)`` trains and merges a bundle."""
+    """Photos, some of them in the folder of the other class. ``train(name)`` trains and merges a bundle."""
     root = tmp_path_factory.mktemp("loop")
     data = color_folder(root / "data", train=8, valid=8)
     for label, other in (("blue", "red"), ("red", "blue")):
-        for number in range(MISLABELLED):
+        for number in range(MISLABELED):
             photo = data / "valid" / label / f"{label}.{number:03d}.jpg"
             photo.rename(data / "valid" / other / f"odd-{photo.name}")
 
@@ -55,7 +55,7 @@ def run(*words: object) -> str:
 
 
 def read(file: Path) -> dict[str, dict[str, str]]:
-    """Photo -> its row of a CSV file."""
+    """Return the rows of a CSV file by photo."""
     with file.open(newline="") as opened:
         return {row["photo"]: row for row in csv.DictReader(opened)}
 
@@ -65,7 +65,7 @@ def wait(server: Server) -> None:
 
 
 def test_corrected_labels_improve_the_retrained_model(browser: Browser, made: SimpleNamespace) -> None:
-    made.train("old", "--epochs", 1, "--lr", 1e-6)  # in a hurry, so that the next one has something to put right
+    made.train("old", "--epochs", 1, "--lr", 1e-6)  # too little training, so that the next model is better
     old, new = made.root / "old", made.root / "new"
     settings = {"data_dir": made.data, "database_url": f"sqlite:///{made.root / 'reviews.db'}"}
     context = browser.new_context(**DESKTOP, accept_downloads=True)
@@ -110,7 +110,7 @@ def test_corrected_labels_improve_the_retrained_model(browser: Browser, made: Si
     truth = {photo: decided.get(photo, row["label"]) for photo, row in before.items()}
     right = {photo: tuple(table[photo]["predicted"] == truth[photo] for table in (before, after)) for photo in before}
     numbers = Counter(OUTCOMES[both] for both in right.values())
-    assert numbers["fixed"], "nothing flipped, so that nothing would be seen"
+    assert numbers["fixed"], "the models agree on every photo"
 
     with serve(new, evaluations=old, **settings) as server:
         wait(server)
@@ -120,7 +120,7 @@ def test_corrected_labels_improve_the_retrained_model(browser: Browser, made: Si
             expect(page.locator("main")).to_contain_text(re.compile(rf"{role}: \S+ {version}"))
         page.set_viewport_size({"width": 390, "height": 844})
         for choice in page.locator("select").all():
-            assert choice.evaluate(ROOM_LEFT) > 0, "on a phone what is chosen is cut off"
+            assert choice.evaluate(ROOM_LEFT) > 0, "the selected model is cut off on a phone"
         page.set_viewport_size({"width": 1280, "height": 900})
         for change in OUTCOMES.values():
             link = page.locator(f'a[href*="/gallery/photos?"][href*="change={change}"]').first

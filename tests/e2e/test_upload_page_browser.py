@@ -48,14 +48,14 @@ def choose(page: Page, *files: Path, by: str = "#files") -> None:
 
 
 def answers(page: Page, count: int) -> list[str]:
-    """The headings of ``count`` cards, once all of them are answered: file, class, probability."""
+    """Return the headings of ``count`` cards (file, class, probability) once all photos are predicted."""
     expect(page.locator("#cards > .card")).to_have_count(count)
     expect(page.locator("#cards > .waiting")).to_have_count(0)
     return [" ".join(text.split()) for text in page.locator("#cards h3").all_text_contents()]
 
 
 def put(page: Page, kind: str, *files: Path) -> None:
-    """Drop or paste files, as the browser would hand them over; ``kind`` is the event's name."""
+    """Drop or paste files by the events of a browser. ``kind`` is the name of the event."""
     given = [{"name": file.name, "bytes": list(file.read_bytes())} for file in files]
     page.evaluate(
         """([kind, given]) => {

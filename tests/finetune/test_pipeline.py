@@ -37,13 +37,13 @@ pytestmark = pytest.mark.slow
 MEASURES = ("accuracy", "log_loss", "roc_auc", "calibration_error", "log_loss_uncalibrated", "calibration_error_uncalibrated")
 
 
-def train(data: Path, out: Path, *flags: object) -> SimpleNamespace:
+def train(data: Path, out: Path, *flags: object, plots: bool = False) -> SimpleNamespace:
     """Train a network.
 
     Returns:
         The run directory, its bundle, the printed output and the data folder.
     """
-    code, printed, errors = finetune("train", "--data-dir", data, "--output-dir", out, *flags)
+    code, printed, errors = finetune("train", "--data-dir", data, "--output-dir", out, *flags, plots=plots)
     assert (code, errors) == (0, "")
     return SimpleNamespace(folder=out, bundle=open_bundle(out / "bundle"), printed=printed, data=data)
 
@@ -95,7 +95,19 @@ def assert_contains_no_local_paths(folder: Path, *, run: SimpleNamespace) -> Non
 def lite(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("lite")
     data = photo_folder(folder / "pets", train=8, valid=4)
-    return train(data, folder / "run", "--backbone", "efficientnet_lite0", "--epochs", 3, "--export", "head", "--name", "pets")
+    return train(
+        data,
+        folder / "run",
+        "--backbone",
+        "efficientnet_lite0",
+        "--epochs",
+        3,
+        "--export",
+        "head",
+        "--name",
+        "pets",
+        plots=True,
+    )
 
 
 def test_a_run_writes_the_files_that_it_prints(lite: SimpleNamespace) -> None:

@@ -38,10 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_a_recipe_trains(
-    file: Path, data: Path, mirror: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
+def test_a_recipe_trains(file: Path, data: Path, mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
     recipe = from_mapping(read_yaml(file))
     assert recipe.dataset is not None
     with made_small(recipe.backbone, small_images=False) if recipe.backbone in WIDE else contextlib.nullcontext():

@@ -74,7 +74,7 @@ def run_postgres() -> Iterator[Postgres]:
     def start() -> int:
         """Start the server and return its port. If another process takes the free port first, try the next one."""
         for is_last in (False, False, False, True):
-            port = _free_port()
+            port = free_port()
             options = " ".join(f"-c {setting}" for setting in (*FAST, f"listen_addresses={HOST}", f"port={port}"))
             try:
                 run("pg_ctl", *control, "-l", folder / "log", "-o", f"{options} -k {folder}", "start")
@@ -116,7 +116,7 @@ def _user() -> str | None:
     return "postgres" if "postgres" in names else pwd.getpwuid(65534).pw_name
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as one:
         one.bind((HOST, 0))
         return int(one.getsockname()[1])

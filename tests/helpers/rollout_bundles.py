@@ -18,10 +18,17 @@ CLASSES = ("blue", "red", "green")
 
 @dataclass(frozen=True)
 class Bundles:
-    """A folder of bundles. ``one`` and ``two`` predict the same labels with different probabilities."""
+    """The bundles and photos in a folder of ``make_bundles``. ``one`` and ``two`` predict the same labels."""
 
-    folder: Path
-    photos: Path
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "bundles"
+
+    @property
+    def photos(self) -> Path:
+        return self.root / "data" / "valid"
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -36,7 +43,7 @@ class Bundles:
         return [file.read_bytes() for file in sorted(self.photos.rglob("*.jpg"))]
 
 
-def make_bundles(root: Path) -> Bundles:
+def make_bundles(root: Path) -> None:
     """Train all bundles and break some. ``contrary`` predicts other labels, ``fewer`` has only two classes."""
     folder, data = root / "bundles", tiny_network.color_folder(root / "data", train=8, valid=6, classes=CLASSES)
     with tiny_network.registered():
@@ -55,7 +62,6 @@ def make_bundles(root: Path) -> Bundles:
     rewritten(folder / "two", folder / "wrong-golden", wrong_golden=True)
     rewritten(folder / "one", folder / "other-crop", resize_px=40)
     (folder / "nothing").mkdir()
-    return Bundles(folder, data / "valid")
 
 
 def rewritten(source: Path, target: Path, *, wrong_golden: bool = False, resize_px: int | None = None) -> Bundle:

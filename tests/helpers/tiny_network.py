@@ -1,20 +1,24 @@
 """A network of a few thousand parameters for end-to-end tests: frozen BatchNorm before the split point, dropout after it.
 
-``registered()`` registers it temporarily. ``python -m tests.helpers.tiny_network train ...`` runs a command with it registered.
-With HOLD_AT=7 in the environment, training waits before it writes the checkpoint of epoch 7, so that a test can kill it there.
+``registered()`` registers it temporarily. ``finetune(...)`` runs a command in this process, ``start_finetune(...)`` in a child
+process, and ``python -m tests.helpers.tiny_network train ...`` in a process that torchrun starts. With HOLD_AT=7 in the
+environment of a child, training waits before it writes the checkpoint of epoch 7, so that a test can kill it there.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import itertools
+import multiprocessing
 import os
 import resource
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +35,11 @@ from models.preprocess import Preprocessing
 if TYPE_CHECKING:
     from finetune.training.trainer import Progress
 
+ROOT = Path(__file__).resolve().parents[2]
+PLOTTING_COMMANDS = (("train",), ("evaluate",), ("compare",))
+CHILD_TIMEOUT_S = 900.0  # the machine may be busy
+_FORKSERVER = multiprocessing.get_context("forkserver")
+_FORKSERVER.set_forkserver_preload([__name__, "finetune.pipeline"])
 COLORS = ((40, 60, 255), (255, 40, 40), (40, 200, 60), (255, 220, 0), (150, 60, 160))
 TINY = ModelSpec(
     name="tiny",
@@ -109,14 +118,101 @@ def color_folder(
     return root
 
 
-def finetune(*words: object) -> tuple[int, str, str]:
-    """Run a ``finetune`` command. Returns the exit code, standard output and standard error."""
+def finetune(*words: object, plots: bool = False) -> tuple[int, str, str]:
+    """Run a ``finetune`` command in this process.
+
+    Args:
+        words: The command and its arguments.
+        plots: Draw the plots of a training or an evaluation, which takes longer than all else that it does.
+
+    Returns:
+        The exit code, standard output and standard error.
+    """
     from finetune.__main__ import main
 
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.ExitStack() as stack:
+        if not plots and words[:1] in PLOTTING_COMMANDS:
+            stack.enter_context(without_plots())
         code = main([str(word) for word in words])
     return code, out.getvalue(), err.getvalue()
+
+
+@contextlib.contextmanager
+def without_plots() -> Iterator[None]:
+    """Draw no plots of trainings and evaluations inside the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.reports.results.write_plots", lambda *args, **options: None)
+        yield
+
+
+class FinetuneProcess:
+    """A ``finetune`` command in a child process, which writes to files in ``folder``."""
+
+    def __init__(self, words: Sequence[object], folder: Path, environment: Mapping[str, str]) -> None:
+        self._outputs = [folder / "stdout", folder / "stderr"]
+        arguments = [str(word) for word in words]
+        self.process = _FORKSERVER.Process(target=_run_in_child, args=(arguments, os.environ | environment, self._outputs))
+        self.process.start()
+
+    def is_running(self) -> bool:
+        return self.process.is_alive()
+
+    def kill(self, by: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal, unless the process has ended."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, by)
+
+    def wait(self) -> tuple[int, str, str]:
+        """Wait for the end. Returns the exit code (negative for a signal), standard output and standard error."""
+        self.process.join(CHILD_TIMEOUT_S)
+        assert self.process.exitcode is not None, "the process has not ended"
+        out, err = (file.read_text(encoding="utf-8") for file in self._outputs)
+        return self.process.exitcode, out, err
+
+
+@contextlib.contextmanager
+def start_finetune(*words: object, **environment: str) -> Iterator[FinetuneProcess]:
+    """Run a ``finetune`` command in a child process, which is killed at the end of the block.
+
+    It is forked from a process that has imported PyTorch, because the import takes seconds.
+
+    Args:
+        words: The command and its arguments.
+        environment: Variables to add to the environment.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # of the process to fork from, which the first child starts
+        child = FinetuneProcess(words, Path(folder), environment)
+        try:
+            yield child
+        finally:
+            child.process.kill()
+            child.process.join()
+
+
+def _run_in_child(arguments: list[str], environment: dict[str, str], outputs: Sequence[Path]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, file in zip((sys.stdout, sys.stderr), outputs, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    try:
+        _run_command(arguments)
+    finally:
+        sys.stdout.flush()
+        atexit._run_exitfuncs()  # multiprocessing does not run them
+
+
+def _run_command(arguments: list[str] | None = None) -> None:
+    """Run a command with ``tiny`` registered and exit."""
+    from finetune.__main__ import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in background jobs of a shell
+    if "HOLD_AT" in os.environ:
+        hold_at(int(os.environ["HOLD_AT"]))
+    with registered():
+        sys.exit(main(arguments))
 
 
 @contextlib.contextmanager
@@ -145,10 +241,4 @@ def hold_at(epoch: int) -> None:
 
 
 if __name__ == "__main__":
-    from finetune.__main__ import main
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in background jobs of a shell
-    if "HOLD_AT" in os.environ:
-        hold_at(int(os.environ["HOLD_AT"]))
-    with registered():
-        sys.exit(main())
+    _run_command()

@@ -1,4 +1,4 @@
-"""What an image costs is known, or bounded, before it is decoded."""
+"""The cost of an image is known, or limited, before it is decoded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_ordinary_file_is_simple(name: str) -> None:
 
 
 def test_truncated_and_damaged_files_are_inspected_without_an_error() -> None:
-    """Every head of every odd file: the walk never reads beyond the end, and raises nothing but a ImageError."""
+    """Every prefix of every odd file: the parser never reads beyond the end, and raises nothing but ImageError."""
     for data in (*odd_images().values(), *ISOLATED.values(), *SIMPLE.values()):
         for length in (*range(min(len(data), 64)), *range(64, min(len(data), 2000), 97), len(data)):
             try:

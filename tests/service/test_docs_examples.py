@@ -1,4 +1,4 @@
-"""The examples of docs/serving.md, run as they stand against the service."""
+"""The examples of docs/serving.md, run unchanged against the service."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first second of a server: programs are served before the pages are built, and pages wait."""
+"""The first second of a server: the API is served before the pages are built, and page requests wait."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def services(tiny_bundle: SimpleNamespace, tmp_path: Path) -> Iterator[Services]
 
 @pytest.fixture
 def may_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The pages are not built before it is set."""
+    """An event that delays building the pages until it is set."""
     event, build = threading.Event(), service.app.create_full_app
 
     def build_later(services: Services) -> Flask:

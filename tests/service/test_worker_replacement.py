@@ -1,4 +1,4 @@
-"""Workers that die while their server runs: the others serve on, whatever has gone since the start."""
+"""Killed workers of a running server are replaced, whatever was deleted since the start."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = Path(__file__).parents[2] / "service" / "gunicorn.conf.py"
 
 
 def test_a_replacement_waits_for_its_bundle_and_the_other_worker_serves(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
-    """Before, the replacement ended the whole server: it could not load, or found a setting's folder missing."""
+    """A replacement that cannot load, or lacks the folder of a setting, must not end the server."""
     bundle, away, data = tmp_path / "bundle", tmp_path / "away", tmp_path / "data"
     shutil.copytree(tiny_bundle.path, bundle)
     data.mkdir()

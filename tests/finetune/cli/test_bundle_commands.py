@@ -99,7 +99,7 @@ def test_a_bundle_with_the_graph_alone_predicts_and_can_be_merged(
     made: SimpleNamespace, tmp_path: Path, tiny_weights: Path
 ) -> None:
     flags = ("--backbone", "tiny", "--weights", tiny_weights, "--output-dir", tmp_path / "run", "--export", "graph")
-    assert finetune("train", "--data-dir", made.data, *flags)[0] == 0
+    assert finetune("train", "--data-dir", made.data, *flags, plots=True)[0] == 0
     path = tmp_path / "run" / "bundle"
     bundle = open_bundle(path)
     assert {"model.onnx", "head.safetensors"} <= set(bundle.manifest["files"])
@@ -278,7 +278,8 @@ def test_a_head_only_bundle_is_merged_once_for_prediction(
 
 def test_an_evaluation_agrees_with_training(made: SimpleNamespace, tmp_path: Path) -> None:
     out = tmp_path / "results"
-    code, printed, _ = finetune("evaluate", "--bundle", made.whole, "--data-dir", made.data, "--output-dir", out)
+    flags = ("--bundle", made.whole, "--data-dir", made.data, "--output-dir", out)
+    code, printed, _ = finetune("evaluate", *flags, plots=True)
     assert code == 0
     assert "accuracy" in printed
     ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (out, made.run))

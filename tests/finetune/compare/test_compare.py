@@ -26,11 +26,10 @@ NAMES = "lenet_cifar,resnet18,cnn_mnist,efficientnet_lite0"
 
 
 @pytest.fixture(autouse=True)
-def _no_plots_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no network here")
 
-    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
 
 

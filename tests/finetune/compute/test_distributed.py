@@ -8,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +19,48 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from finetune.compute import distributed
-from tests.helpers.tiny_network import color_folder, finetune
+from tests.helpers.databases import free_port
+from tests.helpers.server import poll
+from tests.helpers.tiny_network import CHILD_TIMEOUT_S, ROOT, FinetuneProcess, color_folder, finetune, start_finetune
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[3]
-TIMEOUT_S = 900.0
 TOLERANCE = 1e-5  # of a weight; float32 sums depend on their order
-PROGRAM = ("-m", "tests.helpers.tiny_network", "train")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+TRAIN = ("-m", "tests.helpers.tiny_network", "train")
 
 
-def environment(**more: str) -> dict[str, str]:
-    place = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return os.environ | {"PYTHONPATH": place, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"} | threads | more
+def environment(rank: int, count: int, *, address: str = "127.0.0.1", port: int, **more: str) -> dict[str, str]:
+    """Return the variables that torchrun sets for a process."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return ranks | {"MASTER_ADDR": address, "MASTER_PORT": str(port)} | more
 
 
 @contextlib.contextmanager
-def started(*words: object, prefix: Sequence[str] = (), **more: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a process and terminate or kill it at the end of the block."""
-    process = subprocess.Popen(
-        [*prefix, *map(str, words)],
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()  # torchrun then terminates its workers
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=30)
-            process.kill()
-        process.communicate()
+def started_ranks(count: int, *words: object, **more: str) -> Iterator[list[FinetuneProcess]]:
+    """Start ``finetune train`` in ``count`` processes that communicate, as torchrun does. They are killed at the end."""
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(start_finetune("train", *words, **environment(rank, count, port=port, **more)))
+            for rank in range(count)
+        ]
+
+
+def train_in_ranks(count: int, *words: object) -> tuple[list[int], str, str]:
+    """Run ``finetune train`` in ``count`` processes. Returns their exit codes, standard outputs and standard errors."""
+    with started_ranks(count, *words) as ranks:
+        codes, outs, errs = zip(*(child.wait() for child in ranks), strict=True)
+    return list(codes), "".join(outs), "".join(errs)
 
 
 def torchrun(count: int, *words: object) -> tuple[int, str, str]:
-    """Run ``finetune train`` in ``count`` processes; return torchrun's exit code, standard output and standard error."""
-    with started(*TORCHRUN, "--standalone", "--nproc-per-node", count, *PROGRAM, *words) as process:
-        out, err = process.communicate(timeout=TIMEOUT_S)
-    return process.returncode, out, err
+    """Run ``finetune train`` under torchrun. Returns its exit code, standard output and standard error."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, *TRAIN, *words]
+    settings = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [str(word) for word in command], env=os.environ | settings, capture_output=True, text=True, timeout=CHILD_TIMEOUT_S
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def flags(data: Path, weights: Path, out: Path, *more: object) -> tuple[object, ...]:
@@ -105,8 +102,9 @@ def test_several_processes_give_the_weights_of_one(
     count: int, data: Path, tiny_weights: Path, alone: Path, tmp_path: Path
 ) -> None:
     """With dropout before the head, an uneven last batch, and features computed by one rank per photo."""
-    code, out, err = torchrun(count, *flags(data, tiny_weights, tmp_path / "run", "--cache-dir", tmp_path / "cache"))
-    assert code == 0, err
+    words = flags(data, tiny_weights, tmp_path / "run", "--cache-dir", tmp_path / "cache")
+    codes, out, err = train_in_ranks(count, *words)
+    assert codes == [0] * count, err
     assert out.count("Best epoch: ") == out.count("bundle       ") == 1
     assert largest_difference(tmp_path / "run", alone) < TOLERANCE
 
@@ -135,8 +133,8 @@ def test_training_without_cached_features_gives_the_same_weights(data: Path, tin
     more = ("--augment", "--unfreeze", "classifier.3", "--optimizer", "adam", "--lr", 0.005)
     code, _, message = finetune("train", *flags(data, tiny_weights, tmp_path / "one", *more))
     assert (code, message) == (0, "")
-    code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "two", *more))
-    assert code == 0, err
+    codes, _, err = train_in_ranks(2, *flags(data, tiny_weights, tmp_path / "two", *more))
+    assert codes == [0, 0], err
     assert largest_difference(tmp_path / "two", tmp_path / "one") < 10 * TOLERANCE  # Adam divides by small numbers
 
 
@@ -152,20 +150,27 @@ def test_an_error_on_all_ranks_is_printed_once(
     change: dict[str, str], message: str, data: Path, tiny_weights: Path, tmp_path: Path
 ) -> None:
     more = [word for pair in change.items() for word in pair]
-    code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "run", *more))
-    assert code != 0
+    codes, _, err = train_in_ranks(2, *flags(data, tiny_weights, tmp_path / "run", *more))
+    assert codes == [2, 2]
     assert err.count(message) == 1, err
     assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_prints_an_error_on_all_ranks_once(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    """torchrun ends all processes as soon as the first one exits, which must have printed the error by then."""
+    code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "run", "--lr", "-1"))
+    assert code != 0
+    assert err.count("--lr must be at least 0 (got -1.0).") == 1, err
 
 
 def test_an_error_on_rank_0_ends_the_others(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
     """Only rank 0 checks the run directory, which another run occupies."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
-    code, _, err = torchrun(2, *flags(data, tiny_weights, tmp_path / "run"))
-    assert code != 0
+    codes, _, err = train_in_ranks(2, *flags(data, tiny_weights, tmp_path / "run"))
+    assert codes == [2, 2]
     assert err.count("already contains a run") == 1
-    assert "Traceback" not in err.split("finetune: ")[0]
+    assert "Traceback" not in err
 
 
 @pytest.mark.heavy
@@ -174,35 +179,23 @@ def test_a_killed_process_loses_no_finished_epoch(data: Path, tiny_weights: Path
     code, _, message = finetune("train", *flags(data, tiny_weights, tmp_path / "whole", *more))
     assert (code, message) == (0, "")
     run = tmp_path / "run"
-    words = flags(data, tiny_weights, run, *more)
-    with started(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *PROGRAM, *words, HOLD_AT="30") as process:
-        wait_for(lambda: epochs(run) >= 3, process)
-        os.kill(children(process.pid)[-1], signal.SIGKILL)
-        _, err = process.communicate(timeout=TIMEOUT_S)
+    with started_ranks(2, *flags(data, tiny_weights, run, *more), HOLD_AT="30") as (first, second):
+        poll(lambda: not first.is_running() or epochs(run) >= 3, within_s=CHILD_TIMEOUT_S, every_s=0.005)
+        second.kill()
+        first.kill(signal.SIGTERM)  # as torchrun does when a process ends
+        code, _, err = first.wait()
     killed = epochs(run)
-    assert process.returncode != 0
+    assert code in (2, -signal.SIGTERM), err
     assert 3 <= killed < 60, err
-    code, out, err = torchrun(2, "--resume", "--output-dir", run)
-    assert code == 0, err
+    codes, out, err = train_in_ranks(2, "--resume", "--output-dir", run)
+    assert codes == [0, 0], err
     assert f"Resuming after epoch {killed}" in out or f"Resuming after epoch {killed + 1}" in out  # between two files
     assert largest_difference(run, tmp_path / "whole") < TOLERANCE
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"the process exited or timed out: {process.communicate()}")
-        time.sleep(0.005)
 
 
 def epochs(run: Path) -> int:
     file = run / "history.csv"
     return len(file.read_text().splitlines()) - 1 if file.is_file() else 0
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 # Two hosts
@@ -242,20 +235,24 @@ def test_two_hosts_without_a_shared_file_system(
     two_hosts: list[list[str]], data: Path, tiny_weights: Path, alone: Path, tmp_path: Path
 ) -> None:
     """Each host has its own copy of the photos and its own cache. Only the first writes a run directory."""
-    with contextlib.ExitStack() as stack:
-        processes = []
+    processes = []
+    try:
         for number, prefix in enumerate(two_hosts):
             home = tmp_path / f"host{number}"
             shutil.copytree(data, home / "photos")
             shutil.copy(tiny_weights, home / "tiny.pth")
             words = flags(home / "photos", home / "tiny.pth", home / "run", "--cache-dir", home / "cache")
-            nodes = ("--nnodes", 2, "--nproc-per-node", 1, "--node-rank", number)
-            rendezvous = ("--master-addr", "10.77.0.1", "--master-port", 29517)
-            command = started(*TORCHRUN, *nodes, *rendezvous, *PROGRAM, *words, prefix=prefix, GLOO_SOCKET_IFNAME="veth")
-            processes.append(stack.enter_context(command))
+            variables = environment(number, 2, address="10.77.0.1", port=29517, LOCAL_RANK="0", GLOO_SOCKET_IFNAME="veth")
+            command = [*prefix, sys.executable, *TRAIN, *map(str, words)]
+            settings = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+            processes.append(subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True))
         for process in processes:
-            _, err = process.communicate(timeout=TIMEOUT_S)
+            _, err = process.communicate(timeout=CHILD_TIMEOUT_S)
             assert process.returncode == 0, err
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
     assert largest_difference(tmp_path / "host0" / "run", alone) < TOLERANCE
     assert not (tmp_path / "host1" / "run").exists()
     assert list((tmp_path / "host1" / "cache").rglob("*.safetensors"))

@@ -37,11 +37,6 @@ pytestmark = pytest.mark.slow
 __all__ = ["mirror"]
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
-
-
 @pytest.mark.parametrize(("name", "shape"), [("mnist", (28, 28)), ("fashion-mnist", (28, 28)), ("cifar10", (32, 32, 3))])
 def test_a_data_set_is_saved_as_folders_with_unchanged_pixels(
     name: str, shape: tuple[int, ...], mirror: ThreadingHTTPServer, tmp_path: Path

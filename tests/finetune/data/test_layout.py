@@ -1,4 +1,4 @@
-"""Data folders as people have them: names of splits, nesting, links, and what is next to the photos."""
+"""Data folders in practice: names of splits, nesting, links, and other files next to the photos."""
 
 from __future__ import annotations
 

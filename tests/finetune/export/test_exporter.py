@@ -1,4 +1,4 @@
-"""No bundle comes of a network whose probabilities are no numbers, whatever an engine makes of them."""
+"""A network whose probabilities are not finite is not exported, whatever an inference engine computes from it."""
 
 from __future__ import annotations
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,41 +23,31 @@ from models.artifacts.atomic_io import sha256_of
 from models.networks.classifier import build_classifier
 from models.networks.split_point import split_model
 from tests.helpers.dataset_server import write_class_folders, write_idx
-from tests.helpers.tiny_network import TINY, color_folder, finetune
+from tests.helpers.server import poll
+from tests.helpers.tiny_network import TINY, color_folder, finetune, start_finetune
 
 pytestmark = pytest.mark.slow
 
 EPOCHS = 60
-ROOT = Path(__file__).resolve().parents[3]
 
 
-class Training:
-    """``finetune train`` in a separate process that never finishes the epoch ``hold_at``."""
+def train_until(condition: Callable[[], bool], *flags: object, hold_at: int, by: signal.Signals) -> tuple[int, str, str]:
+    """Run ``finetune train`` in a child process that never finishes the epoch ``hold_at``, and send a signal to it.
 
-    def __init__(self, *flags: object, hold_at: int) -> None:
-        command = [sys.executable, "-m", "tests.helpers.tiny_network", "train", *map(str, flags)]
-        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", "HOLD_AT": str(hold_at)}
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-        )
+    Args:
+        condition: When to send the signal.
+        flags: The flags of the training.
+        hold_at: The epoch.
+        by: The signal.
 
-    def stop_when(self, condition: Callable[[], bool], *, by: signal.Signals) -> tuple[int, str, str]:
-        """Send a signal as soon as ``condition`` is true.
-
-        Returns:
-            The exit code, stdout and stderr.
-        """
-        deadline = time.monotonic() + 600
-        while not condition():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(0.005)
-            if self.process.returncode is not None or time.monotonic() > deadline:
-                self.process.kill()
-                pytest.fail(f"ended or timed out before the signal: {self.process.communicate()}")
-        self.process.send_signal(by)
-        out, err = self.process.communicate(timeout=600)
-        return self.process.returncode, out, err
+    Returns:
+        The exit code, standard output and standard error.
+    """
+    with start_finetune("train", *flags, HOLD_AT=str(hold_at)) as child:
+        poll(lambda: not child.is_running() or condition(), within_s=600, every_s=0.02)
+        assert child.is_running(), f"ended before the signal: {child.wait()}"
+        child.kill(by)
+        return child.wait()
 
 
 def history(run: Path) -> list[dict[str, str]]:
@@ -85,19 +70,20 @@ def test_a_run_interrupted_three_times_ends_with_the_same_weights(data: Path, tm
     caches = [("--cache-dir", tmp_path / name) for name in ("cache", "other-cache")]
     resume = ("--resume", "--output-dir", run)
 
-    training = Training(*flags, "--output-dir", run, *caches[0], hold_at=1)
-    code, _, _ = training.stop_when((run / "config.yaml").is_file, by=signal.SIGKILL)
+    started = (run / "config.yaml").is_file
+    code, _, _ = train_until(started, *flags, "--output-dir", run, *caches[0], hold_at=1, by=signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not (run / "checkpoint.pt").exists()
 
-    code, out, err = Training(*resume, hold_at=12).stop_when(lambda: len(history(run)) >= 3, by=signal.SIGINT)
+    code, out, err = train_until(lambda: len(history(run)) >= 3, *resume, hold_at=12, by=signal.SIGINT)
     assert code == 130
     assert f"Interrupted. Resume with: finetune train --resume --output-dir {run}" in out
     assert "Traceback" not in out + err
     interrupted = len(history(run))
 
-    training = Training(*resume, hold_at=interrupted + 30)
-    code, out, _ = training.stop_when(lambda: len(history(run)) >= interrupted + 15, by=signal.SIGKILL)
+    code, out, _ = train_until(
+        lambda: len(history(run)) >= interrupted + 15, *resume, hold_at=interrupted + 30, by=signal.SIGKILL
+    )
     assert code == -signal.SIGKILL
     assert f"Resuming after epoch {interrupted}." in out
     (run / ".bundle.abc.part").mkdir()  # as left by a later kill
@@ -144,7 +130,6 @@ def test_a_killed_run_from_random_weights_ends_with_the_same_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
     if kind == "idx files":
         write_idx(tmp_path / "files", seed=1)
     elif kind.startswith("class folders"):
@@ -154,8 +139,8 @@ def test_a_killed_run_from_random_weights_ends_with_the_same_weights(
     flags = (*FROM_SCRATCH[kind], "--data-dir", tmp_path / "files", "--epochs", 4, "--batch-size", 7)
     flags += ("--cache-dir", tmp_path / "cache")
     run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
-    killed = Training(*flags, "--output-dir", run, hold_at=3).stop_when(lambda: len(history(run)) == 2, by=signal.SIGKILL)
-    assert killed[0] == -signal.SIGKILL
+    code, _, _ = train_until(lambda: len(history(run)) == 2, *flags, "--output-dir", run, hold_at=3, by=signal.SIGKILL)
+    assert code == -signal.SIGKILL
     code, out, err = finetune("train", "--resume", "--output-dir", run)
     assert (code, err) == (0, "")
     assert "Resuming after epoch 2." in out

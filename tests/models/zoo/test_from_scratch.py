@@ -34,11 +34,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return color_folder(tmp_path_factory.mktemp("data") / "colours", train=12, valid=4)
 
 
-@pytest.fixture(autouse=True)
-def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
-
-
 def test_network_without_pretrained_weights_is_trained_from_random_ones(data: Path, tmp_path: Path) -> None:
     arguments = ("train", "--data-dir", data, "--backbone", "lenet_cifar", "--epochs", 12, "--batch-size", 4)
     code, output, err = finetune(*arguments, "--output-dir", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""service.db.connection: migrations, one sentence for each thing that can be wrong with DATABASE_URL, writers one by one."""
+"""Database connections: migrations, error messages for DATABASE_URL, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def tables_of(database: Database) -> set[str]:
 
 
 def difference(database: Database) -> list[object]:
-    """What Alembic would have to change for the database to be what service.db.schema says."""
+    """Return what Alembic would change to make the database match service.db.schema."""
     with database.read() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         return list(compare_metadata(context, metadata))
 
 
 def rejected(url: str) -> str:
-    """The one sentence that ``url`` is refused with."""
+    """Return the message with which ``url`` is rejected."""
     with pytest.raises(ConfigError) as caught:
         Database(url)
     message = str(caught.value)
@@ -70,7 +70,7 @@ def rejected(url: str) -> str:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A database without a table."""
+    """The URL of a database without tables."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'new' / 'folder' / 'reviews.db'}"
     server: Postgres = request.getfixturevalue("postgres")
@@ -349,7 +349,7 @@ def test_a_reader_cannot_write(database: Database) -> None:
 
 
 def test_a_writer_waits_for_the_previous_one_and_sees_its_changes(database: Database) -> None:
-    """Many threads that read, and write what follows from it: none is refused, and none overwrites another's."""
+    """Many threads read a value and write the next one. No write fails or is lost."""
     threads, rounds = 16, 5
 
     def work(number: int) -> None:
@@ -376,7 +376,7 @@ def test_a_writer_waits_for_the_previous_one_and_sees_its_changes(database: Data
 
 
 def test_128_threads_read_concurrently(tmp_path: Path) -> None:
-    """As many as the service may have; each waits for all others while it holds its connection."""
+    """As many as the service allows. Each holds its connection until all others have one."""
     database = Database(f"sqlite:///{tmp_path}/reviews.db")
     together = threading.Barrier(128, timeout=300)
     found: list[int] = []

@@ -1,4 +1,4 @@
-"""service.db.filter: a query string and what it means, there and back; and the sentence that says it."""
+"""Filters: parsing a query string, writing it, and the text that describes the filter."""
 
 from __future__ import annotations
 

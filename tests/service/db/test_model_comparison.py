@@ -1,4 +1,4 @@
-"""service.db.model_comparison: who fixed what and who broke what, against plain Python and scipy."""
+"""Comparison of two models: fixed and broken photos, against plain Python and scipy."""
 
 from __future__ import annotations
 

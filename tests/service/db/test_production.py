@@ -1,4 +1,4 @@
-"""service.db.production: saved photos are limited by number, size and age, and reviewed ones are kept longest."""
+"""Saved production photos are limited by number, size and age, and reviewed ones are kept longest."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def one(database: Database, photo: ServedPrediction) -> PredictionRecord:
 
 
 def kept(database: Database) -> set[str]:
-    """The sha256s of the photos that are there; their predictions and the cells must agree."""
+    """Return the sha256s of the saved photos, after a check that their predictions and the buckets agree."""
     check_buckets(database)
     with database.read() as connection:
         found = set(connection.execute(select(production_images.c.sha256)).scalars())

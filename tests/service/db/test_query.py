@@ -1,4 +1,4 @@
-"""service.db: every count and every page against the same worked out in plain Python from predictions.csv."""
+"""Queries: every count and every page, compared with plain Python on predictions.csv."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Form = Literal["NFC", "NFD"]
 def gallery(
     request: pytest.FixtureRequest, new_database: NewDatabase, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[SimpleNamespace]:
-    """Two sources of one model, with decisions on a tenth of the photos: ``rows`` are what must be found. Tests read only."""
+    """A model with two sources and decisions on a tenth of the photos. ``rows`` are the expected ones. Tests only read."""
     kind, count = request.param
     with new_database(kind) as url:
         database = Database(url)
@@ -100,7 +100,7 @@ def test_every_count_matches_the_table(gallery: SimpleNamespace) -> None:
 
 
 def facet(rows: Sequence[ExpectedRow], requested: Filter, parameter: str) -> Counter[str]:
-    """What each value of a facet would show, the rest of the filter staying as it is."""
+    """Return the count of each value of a facet, with the rest of the filter unchanged."""
     others = [row for row in rows if matches(row, requested, ignoring=parameter)]
     values = values_of(rows)[parameter]
     only = {value: EVERYTHING.toggle(parameter, value) for value in values}
@@ -133,7 +133,7 @@ KEYS = {
 def test_pages_contain_every_photo_once_and_in_order(
     gallery: SimpleNamespace, sort: str, few: int, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However they are found: what is done for a million photos is done for these where fewer are few."""
+    """With both algorithms: lower limits make that for a million photos run on these."""
     monkeypatch.setattr(pagination, "SMALL_RESULT", few)
     monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
     rng = random.Random(f"{sort} {few}")
@@ -196,7 +196,7 @@ def test_a_photo_has_its_neighbors(
 def test_a_photo_outside_the_filter_has_a_position_too(
     gallery: SimpleNamespace, sort: str, sparse: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a decision the photo may be in the filter no longer; "next" goes on from where it was."""
+    """After a decision the photo may no longer match the filter. "Next" continues from its position."""
     monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", sparse)
     monkeypatch.setattr(pagination, "SMALL_RESULT", 10)
     model_total = EVERYTHING.replace(sort=sort)
@@ -219,7 +219,7 @@ def test_a_photo_outside_the_filter_has_a_position_too(
 
 def test_a_photo_has_all_values_of_the_table(gallery: SimpleNamespace) -> None:
     by_name = {(row.photo, row.sha256): row for row in gallery.rows}
-    assert any("\uf7ff" in row.photo for row in gallery.rows), "a name that is no UTF-8"
+    assert any("\uf7ff" in row.photo for row in gallery.rows), "no name that is not UTF-8"
     with gallery.database.read() as connection:
         listing = PredictionQuery(connection, EVERYTHING.replace(labels=gallery.classes[:1]))
         for (name, sha256), row in list(by_name.items())[::7]:
@@ -360,7 +360,7 @@ def test_an_empty_table_has_no_photos(database: Database, tmp_path: Path) -> Non
 
 
 def test_a_later_evaluation_adds_label_issues_to_known_photos(database: Database) -> None:
-    """As the validation photos that a bundle carries and ``finetune evaluate --folds`` looks through again."""
+    """The validation photos of a bundle are evaluated again by ``finetune evaluate --folds``."""
     message = make_predictions(3, 40, CLASSES[2])
     none = np.zeros(40, dtype=np.bool_)
     some = none.copy()

@@ -1,4 +1,4 @@
-"""Where the model looked: exact where it can be, and found by covering elsewhere; one at a time, and kept."""
+"""Heat maps: exact for linear heads, by occlusion for others, computed one at a time and cached."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def graph(path: Path, *, weight: np.ndarray, bias: np.ndarray, relu: bool, bent:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Bundle]:
-    """``make(relu=, bent=)``: a bundle of that network, as far as explanations need one."""
+    """Return ``make(relu=, bent=)``, which creates a bundle of that network with what explanations need."""
 
     def made(*, relu: bool = False, bent: bool = False, in_bundle: np.ndarray | None = None, gain: float = 20.0) -> Bundle:
         weight = (gain * np.eye(3)).astype(np.float32)
@@ -87,7 +87,7 @@ def make(tmp_path: Path) -> Callable[..., Bundle]:
 
 
 def drawn() -> np.ndarray:
-    """A grey picture with a red square at the upper left, and a smaller green one at the lower right."""
+    """A gray image with a red square at the upper left and a smaller green one at the lower right."""
     pixels = np.full((SIDE, SIDE, 3), 128, np.uint8)
     pixels[4:12, 8:16] = (255, 0, 0)
     pixels[24:28, 20:24] = (0, 255, 0)
@@ -178,7 +178,7 @@ def test_a_convolutional_head_is_linear_too(make: Callable[..., Bundle]) -> None
 
 
 def test_occlusion_finds_the_drawn_object(make: Callable[..., Bundle]) -> None:
-    """The largest value of each channel decides, so that nothing but the square itself can be missed."""
+    """The network uses the largest value of each channel, so only covering the whole square changes its output."""
     pixels = np.full((SIDE, SIDE, 3), 128, np.uint8)
     pixels[12:20, 12:20] = (255, 0, 0)
     found = explain(make(bent=True, gain=4.0), "red", pixels)
@@ -203,7 +203,7 @@ def test_occlusion_runs_the_stated_number_of_images_and_covers_every_pixel() -> 
 
 
 def test_occlusion_works_for_a_certain_prediction() -> None:
-    """Probabilities near 1 differ in the others' digits alone."""
+    """Probabilities near 1 differ only in those of the other classes."""
 
     def run(pixels: np.ndarray) -> np.ndarray:
         other = 1e-6 if (pixels[0, :8, :8] == 0).all() else 1e-5

@@ -86,7 +86,7 @@ def copy_bundle(bundle: Bundle, path: Path, *, name: str, year: int = 0, shuffle
 
 
 def words(text: str) -> str:
-    """The text of a part of a page."""
+    """Return the text of a part of a page."""
     return html.unescape(" ".join(re.sub(r"<[^>]*>", " ", text).split()))
 
 

@@ -1,4 +1,4 @@
-"""Images of a model whose bundle is no longer there."""
+"""Images of a model whose bundle was deleted."""
 
 from __future__ import annotations
 

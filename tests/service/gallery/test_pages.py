@@ -1,4 +1,4 @@
-"""The gallery's listing pages: every number on them is counted again from the tables, every link followed, in a browser too."""
+"""The gallery's listing pages: every number is recounted from the tables and every link followed, also in a browser."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Gallery:
         return answer.body.decode()
 
     def total(self, path: str) -> int:
-        """The number that begins the sentence of the grid at an address."""
+        """Return the number at the start of the grid's text."""
         found = re.search(r'<h1 class="grid-title"[^>]*>[^<]*?: ([\d,]+) ', self.text(path))
         assert found, path
         return int(found[1].replace(",", ""))
@@ -249,7 +249,7 @@ def test_a_card_shows_both_labels_with_their_probabilities(gallery: Gallery) -> 
 
 
 def test_no_probability_is_rounded_to_100_percent(gallery: Gallery) -> None:
-    """One is so near to 1 that it is stored as 1."""
+    """One probability is so close to 1 that it is stored as 1."""
     query = "/gallery/photos{}?sort=confidence"
     row = gallery.server.get(query.format(".json")).json()["rows"][0]
     assert max(row["probabilities"].values()) == 1
@@ -434,7 +434,7 @@ def test_without_a_folder_predictions_or_a_second_model_the_pages_explain_what_t
 
 
 def test_a_head_only_bundle_is_listed_once_as_its_merged_bundle(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
-    """With what was evaluated under the head's version, and where an older service kept that as a model of its own."""
+    """With an evaluation of the head's version, which an older service stored as a separate model."""
     head, folds = open_bundle(tiny_bundle.head), tmp_path / "folds"
     folds.mkdir()
     generate(head.classes).write_csv(folds / PREDICTIONS)
@@ -482,7 +482,7 @@ def test_the_pager_abbreviates_only_gaps_of_several_pages(page: int, pages: int,
 
 @pytest.fixture
 def new_page(browser: Browser, gallery: Gallery) -> Iterator[NewPage]:
-    """Nothing may be complained of but photos that are not there, or not in time, as they are made at a low priority."""
+    """The console may only report missing photos, and thumbnails and maps that are late because of their low priority."""
     gone = re.compile(f"{FAILED_REQUEST.pattern} (404|503|504)")
     with open_pages(browser, gallery.server.url, ignored=gone) as open_page:
         yield open_page
@@ -503,7 +503,7 @@ def test_arrow_keys_turn_pages_but_not_in_a_field(new_page: NewPage) -> None:
 
 @pytest.mark.parametrize("width", [390, 1280, 1920])
 def test_the_content_of_every_page_begins_at_the_same_position(new_page: NewPage, gallery: Gallery, width: int) -> None:
-    """And none is wider than the window, though a grid has more room than words."""
+    """No page is wider than the window. A grid may be wider than text."""
     photo = gallery.server.get("/gallery/photos.json").json()["rows"][0]["page"]
     page = new_page("/", viewport={"width": width, "height": 900})
     found = []

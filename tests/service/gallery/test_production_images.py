@@ -39,7 +39,7 @@ class Gallery:
         return answer.body.decode()
 
     def live(self, *, decision: str = "") -> list[Row]:
-        """The live ones with this decision, or in whatever state."""
+        """Return the production photos with this decision, or all of them."""
         found = [row for row in self.rows if row["source"] == "production"]
         return [row for row in found if not decision or (row["decision"] or {}).get("decision") == decision]
 
@@ -115,7 +115,7 @@ def test_the_accuracy_covers_evaluated_photos_and_production_ones_are_counted_se
 
 
 def test_a_production_photo_has_no_label_to_confirm(gallery: Gallery) -> None:
-    """Its buttons offer the prediction first, and stay where they are once it was labeled."""
+    """The first button is the prediction. The buttons keep their positions when the photo is labeled."""
     for row in gallery.live():
         buttons = re.findall(r'<button [^>]*value="label:\w+"[^>]*>(.*?)</button>', gallery.text(row["page"]), re.DOTALL)
         by_probability = sorted(row["probabilities"], key=row["probabilities"].get, reverse=True)

@@ -1,4 +1,4 @@
-"""The photo's page and reviewing through HTTP: forms, JSON, keys, other sites, photos that are gone, a server that dies."""
+"""The page of a photo, and reviews over HTTP: forms, JSON, keys, other sites, deleted photos and a killed server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def data(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder of the module's own, in which photos get lost."""
+    """A copy of the data folder, in which tests delete photos."""
     folder = tmp_path_factory.mktemp("review") / "data"
     shutil.copytree(tiny_bundle.data, folder)
     return folder
@@ -82,7 +82,7 @@ def text(reply: Response) -> str:
 
 
 def way(reply: Response) -> tuple[str, dict[str, str]]:
-    """Where a form leads: the path, and the query."""
+    """Return the path and the query that a form leads to."""
     assert reply.status == 303, reply.body.decode()
     address = urlsplit(reply.headers["Location"])
     return address.path, {name: values[-1] for name, values in parse_qs(address.query).items()}
@@ -123,7 +123,7 @@ def _version(server: Server) -> str:
 
 
 def explained(server: Server, row: Row) -> Response | None:
-    """The page with where the model looked, once it was computed: at a low priority, which a page does not wait for long."""
+    """Return the page once it shows the heat map, which is computed with a low priority."""
     reply = server.get(page_of(row, explain=row["predicted"]))
     return reply if re.search("Brighter areas|No region supports", text(reply)) else None
 
@@ -414,7 +414,7 @@ def test_production_photos_are_labeled_and_trained_on_and_survive_a_kill(tiny_bu
 
 
 def _decide_until_killed(server: Server) -> dict[str, tuple[str, int]]:
-    """Two clients decide while every process of the server is killed; gives what was acknowledged."""
+    """Save decisions with two clients while every process of the server is killed. Returns the acknowledged ones."""
     photos = rows(server, source="evaluation")
     acknowledged: dict[str, tuple[str, int]] = {}
     enough = threading.Event()

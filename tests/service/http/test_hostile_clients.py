@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.conftest import SharedServer
 from tests.helpers.raw_connection import RED, RawConnection, hold_requests, in_flight, probabilities
 from tests.helpers.server import RESPONSE_TIMEOUT_S, Server, poll, serve
 
@@ -144,13 +145,13 @@ def test_a_worker_without_free_files_pauses_and_continues(tiny_bundle: SimpleNam
     ],
     ids=["silent", "head", "body", "chunks", "page", "probe"],
 )
-def test_slow_clients_occupy_neither_threads_nor_slots(tiny_bundle: SimpleNamespace, data: bytes) -> None:
-    with serve(tiny_bundle.path, max_in_flight=2, max_images=2, threads=2, page_queue=2, **RELAXED) as server:
-        (worker,) = server.workers()
-        with open_connections(server, 200, data):
-            for _ in range(3):
-                check_health(server, worker)
-            assert in_flight(server) == 0
+def test_slow_clients_occupy_neither_threads_nor_slots(shared_server: SharedServer, data: bytes) -> None:
+    server = shared_server(max_in_flight=2, max_images=2, threads=2, page_queue=2, **RELAXED)
+    (worker,) = server.workers()
+    with open_connections(server, 200, data):
+        for _ in range(3):
+            check_health(server, worker)
+        assert in_flight(server) == 0
 
 
 def test_timeouts_close_connections_and_are_counted(tiny_bundle: SimpleNamespace) -> None:
@@ -300,34 +301,34 @@ HEADS = {
 }
 
 
-def test_heads_get_the_same_status_at_capacity(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
+def test_heads_get_the_same_status_at_capacity(shared_server: SharedServer) -> None:
+    server = shared_server(max_in_flight=4, max_images=4)
 
-        def statuses() -> dict[str, int]:
-            result = {}
-            for name, head in HEADS.items():
-                with RawConnection(server) as connection:
-                    connection.socket.sendall(b"\r\n".join(head) + b"\r\n\r\n" + RED)
-                    result[name] = connection.response().status
-            return result
+    def statuses() -> dict[str, int]:
+        result = {}
+        for name, head in HEADS.items():
+            with RawConnection(server) as connection:
+                connection.socket.sendall(b"\r\n".join(head) + b"\r\n\r\n" + RED)
+                result[name] = connection.response().status
+        return result
 
-        idle = statuses()
-        assert idle["plain"] == 200
-        assert (idle["no host"], idle["two hosts"], idle["101 headers"]) == (400, 400, 431)
-        assert sum(400 <= status < 502 for status in idle.values()) >= 18
-        with hold_requests(server, 4):
-            assert statuses() == {name: 503 if status == 200 else status for name, status in idle.items()}
+    idle = statuses()
+    assert idle["plain"] == 200
+    assert (idle["no host"], idle["two hosts"], idle["101 headers"]) == (400, 400, 431)
+    assert sum(400 <= status < 502 for status in idle.values()) >= 18
+    with hold_requests(server, 4):
+        assert statuses() == {name: 503 if status == 200 else status for name, status in idle.items()}
 
 
 # Headers that only a proxy may set
 
 
 @pytest.mark.parametrize("worker", ["tuned", "stock"])
-def test_headers_of_a_proxy_are_ignored_without_one(tiny_bundle: SimpleNamespace, worker: str) -> None:
+def test_headers_of_a_proxy_are_ignored_without_one(shared_server: SharedServer, worker: str) -> None:
     forged = {"SCRIPT_NAME": "//evil.example", "X-Forwarded-Prefix": "//evil.example", "X-Forwarded-Host": "evil.example"}
-    with serve(tiny_bundle.path, gunicorn_worker=worker) as server:
-        response = server.get("/openapi.json", headers=forged | {"X-Forwarded-Proto": "https"})
-        assert response.json()["servers"] == [{"url": server.url}]
+    server = shared_server(**({} if worker == "tuned" else {"gunicorn_worker": worker}))
+    response = server.get("/openapi.json", headers=forged | {"X-Forwarded-Proto": "https"})
+    assert response.json()["servers"] == [{"url": server.url}]
 
 
 def test_other_host_names_are_rejected_on_a_loopback_address(tiny_bundle: SimpleNamespace) -> None:
@@ -356,8 +357,8 @@ def test_other_host_names_are_rejected_on_a_loopback_address(tiny_bundle: Simple
 
 
 @pytest.mark.parametrize("path", ["/predict", "/", "/v2/models/tiny/infer"])
-def test_a_half_closed_connection_gets_its_response(tiny_bundle: SimpleNamespace, path: str) -> None:
-    with serve(tiny_bundle.path) as server, RawConnection(server) as connection:
+def test_a_half_closed_connection_gets_its_response(shared_server: SharedServer, path: str) -> None:
+    with RawConnection(shared_server()) as connection:
         connection.socket.sendall(connection.head(len(RED), path=path) + RED)
         connection.socket.shutdown(socket.SHUT_WR)
         response = connection.response()
@@ -367,8 +368,9 @@ def test_a_half_closed_connection_gets_its_response(tiny_bundle: SimpleNamespace
         assert connection.is_closed()
 
 
-def test_a_half_closed_connection_gets_its_response_after_a_wait(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path) as server, hold_requests(server, 1) as accepted:
+def test_a_half_closed_connection_gets_its_response_after_a_wait(shared_server: SharedServer) -> None:
+    server = shared_server()
+    with hold_requests(server, 1) as accepted:
         for connection in accepted.connections:
             connection.socket.shutdown(socket.SHUT_WR)
         accepted.send(1)

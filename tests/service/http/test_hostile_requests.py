@@ -47,7 +47,7 @@ sys.addaudithook(_note_opened)
 
 @contextlib.contextmanager
 def opened_files() -> Iterator[list[str]]:
-    """Record the paths that this process opens in_flight the block."""
+    """Record the paths that this process opens inside the block."""
     global _opened
     _opened = []
     try:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.conftest import SharedServer
 from tests.helpers.raw_connection import HEAVY, RED, RawConnection, hold_requests, in_flight, probabilities, send_with_retry
 from tests.helpers.server import RESPONSE_TIMEOUT_S, Response, Server, multipart, poll, serve
 
@@ -21,9 +22,9 @@ pytestmark = pytest.mark.slow
 ID = "0123456789abcdef-of-client"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
-    """A server at its capacity of four images."""
+    """A server at its capacity of four images, for tests that do not change that."""
     with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, hold_requests(server, 4):
         yield server
 
@@ -38,24 +39,27 @@ def check_rejection(response: Response, *, request_id: str | None = None) -> Non
         assert response.headers["X-Request-ID"] == request_id
 
 
-def test_at_capacity_requests_are_rejected_and_accepted_ones_finish(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
-        with hold_requests(server, 4) as accepted:
-            for body, kind in ((RED, "image/png"), multipart(("file", "a.png", RED))):
-                check_rejection(server.post(body, kind))
-            assert server.get("/health/live").status == 200
-            assert server.get("/health/ready").status == 200
-            for response in accepted.responses():
-                assert probabilities(response)
-        poll(lambda: in_flight(server) == 0)
-        assert probabilities(server.post(RED, "image/png"))
-        assert server.metrics()['http_problems_total{code="overloaded"}'] == 2
-        assert server.metrics()['http_requests_rejected_total{reason="at_capacity"}'] == 2
+def test_at_capacity_requests_are_rejected_and_accepted_ones_finish(shared_server: SharedServer) -> None:
+    server = shared_server(max_in_flight=4, max_images=4)
+    before = server.metrics()
+    with hold_requests(server, 4) as accepted:
+        for body, kind in ((RED, "image/png"), multipart(("file", "a.png", RED))):
+            check_rejection(server.post(body, kind))
+        assert server.get("/health/live").status == 200
+        assert server.get("/health/ready").status == 200
+        for response in accepted.responses():
+            assert probabilities(response)
+    poll(lambda: in_flight(server) == 0)
+    assert probabilities(server.post(RED, "image/png"))
+    after = server.metrics()
+    for name in ('http_problems_total{code="overloaded"}', 'http_requests_rejected_total{reason="at_capacity"}'):
+        assert after[name] - before.get(name, 0) == 2
 
 
-def test_a_rejection_arrives_whatever_the_size_of_the_body(tiny_bundle: SimpleNamespace) -> None:
+def test_a_rejection_arrives_whatever_the_size_of_the_body(shared_server: SharedServer) -> None:
     """A rejection is sent before the body is read. A client that is still sending must get it nevertheless."""
-    with serve(tiny_bundle.path, max_in_flight=1, max_images=1) as server, hold_requests(server, 1):
+    server = shared_server(max_in_flight=1, max_images=1)
+    with hold_requests(server, 1):
         for size in (10_000, 300_000, 3_000_000, 15_000_000):
             response = send_with_retry(partial(server.post, bytes(size), "image/png"))
             assert (response.status, response.code) == (503, "overloaded"), size
@@ -66,11 +70,11 @@ def test_a_rejection_arrives_whatever_the_size_of_the_body(tiny_bundle: SimpleNa
     [("/predict", 503, 1_000), ("/predict", 503, 100_000), ("/predict", 413, 30_000_000), ("/nowhere", 404, 100_000)],
 )
 def test_a_response_states_whether_the_connection_is_kept(
-    tiny_bundle: SimpleNamespace, path: str, status: int, length: int
+    shared_server: SharedServer, path: str, status: int, length: int
 ) -> None:
     """A request that a client sends on a connection that is being closed would be lost."""
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(serve(tiny_bundle.path, max_in_flight=1, max_images=1))
+        server = shared_server(max_in_flight=1, max_images=1)
         if status == 503:
             stack.enter_context(hold_requests(server, 1))
         connection = stack.enter_context(RawConnection(server))
@@ -86,27 +90,29 @@ def test_a_response_states_whether_the_connection_is_kept(
             assert connection.is_closed()
 
 
-def test_an_overloaded_server_keeps_serving(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server:
+def test_an_overloaded_server_keeps_serving(shared_server: SharedServer) -> None:
+    server = shared_server(max_in_flight=4, max_images=4)
+    before = server.metrics()
 
-        def client(_: int) -> Counter[int]:
-            seen: Counter[int] = Counter()
-            for _ in range(15):
-                response = server.post(HEAVY, "image/png")
-                seen[response.status] += 1
-                assert response.status == 200 or (response.code == "overloaded" and int(response.headers["Retry-After"]) >= 1)
-            return seen
+    def client(_: int) -> Counter[int]:
+        seen: Counter[int] = Counter()
+        for _ in range(15):
+            response = server.post(HEAVY, "image/png")
+            seen[response.status] += 1
+            assert response.status == 200 or (response.code == "overloaded" and int(response.headers["Retry-After"]) >= 1)
+        return seen
 
-        with ThreadPoolExecutor(12) as clients:
-            futures = [clients.submit(client, i) for i in range(12)]
-            while not all(future.done() for future in futures):
-                assert server.get("/health/ready").status == 200
-            seen = sum((future.result() for future in futures), Counter())
-        assert seen.keys() == {200, 503}
-        poll(lambda: in_flight(server) == 0)
-        metrics = server.metrics()
-        for status, count in seen.items():
-            assert metrics[f'http_requests_total{{method="POST",route="/predict",status="{status}"}}'] == count
+    with ThreadPoolExecutor(12) as clients:
+        futures = [clients.submit(client, i) for i in range(12)]
+        while not all(future.done() for future in futures):
+            assert server.get("/health/ready").status == 200
+        seen = sum((future.result() for future in futures), Counter())
+    assert seen.keys() == {200, 503}
+    poll(lambda: in_flight(server) == 0)
+    metrics = server.metrics()
+    for status, count in seen.items():
+        name = f'http_requests_total{{method="POST",route="/predict",status="{status}"}}'
+        assert metrics[name] - before.get(name, 0) == count
 
 
 # Responses on one connection
@@ -224,12 +230,9 @@ def test_a_rejection_needs_no_thread(tiny_bundle: SimpleNamespace) -> None:
 # Accepted requests
 
 
-def test_a_rejected_connection_is_served_once_there_is_capacity(tiny_bundle: SimpleNamespace) -> None:
-    with (
-        serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server,
-        hold_requests(server, 4) as accepted,
-        RawConnection(server) as connection,
-    ):
+def test_a_rejected_connection_is_served_once_there_is_capacity(shared_server: SharedServer) -> None:
+    server = shared_server(max_in_flight=4, max_images=4)
+    with hold_requests(server, 4) as accepted, RawConnection(server) as connection:
         connection.socket.sendall(connection.head(len(RED)) + RED)
         check_rejection(connection.response())
         for response in accepted.responses():
@@ -241,9 +244,10 @@ def test_a_rejected_connection_is_served_once_there_is_capacity(tiny_bundle: Sim
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_disconnected_client_occupies_no_slot(tiny_bundle: SimpleNamespace, reset: bool) -> None:
+def test_a_disconnected_client_occupies_no_slot(shared_server: SharedServer, reset: bool) -> None:
     """At half of the capacity. An incomplete request occupies no slot, and a complete one releases it."""
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, hold_requests(server, 2) as accepted:
+    server = shared_server(max_in_flight=4, max_images=4)
+    with hold_requests(server, 2) as accepted:
         for _ in range(30):
             with RawConnection(server) as connection:
                 connection.send_half()

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import SharedServer
 from tests.helpers.raw_connection import (
     BOMB,
     HEAVY,
@@ -40,10 +41,8 @@ LABELS = ("blue", "red", "green")
 
 
 @pytest.fixture(scope="module")
-def server(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
-    """A server for tests that do not change it."""
-    with serve(tiny_bundle.path) as server:
-        yield server
+def server(shared_server: SharedServer) -> Server:
+    return shared_server()
 
 
 # Start
@@ -137,20 +136,20 @@ def test_concurrent_clients_get_their_own_results_on_kept_connections(server: Se
 # Slow and disconnecting clients
 
 
-def test_a_missing_body_times_out(tiny_bundle: SimpleNamespace) -> None:
-    with serve(tiny_bundle.path, body_timeout_s=0.4) as server:
-        with RawConnection(server) as connection:
-            connection.send_half()
-            response = connection.response()
-            assert (response.status, response.code) == (408, "body_timeout")
-            assert "within 0.4 s" in response.json()["detail"]
-            assert connection.is_closed()
-        assert in_flight(server) == 0
+def test_a_missing_body_times_out(shared_server: SharedServer) -> None:
+    server = shared_server(body_timeout_s=0.4)
+    with RawConnection(server) as connection:
+        connection.send_half()
+        response = connection.response()
+        assert (response.status, response.code) == (408, "body_timeout")
+        assert "within 0.4 s" in response.json()["detail"]
+        assert connection.is_closed()
+    assert in_flight(server) == 0
 
 
 @pytest.mark.parametrize("path", ["/gallery/review", "/gallery/key"])
-def test_a_missing_form_times_out(tiny_bundle: SimpleNamespace, path: str) -> None:
-    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, RawConnection(server) as connection:
+def test_a_missing_form_times_out(shared_server: SharedServer, path: str) -> None:
+    with RawConnection(shared_server(body_timeout_s=0.4)) as connection:
         connection.socket.sendall(connection.head(100, path=path, Content_Type="application/x-www-form-urlencoded") + b"photo=")
         response = connection.response()
         assert response.status == 408
@@ -166,9 +165,9 @@ def test_a_form_above_the_limit_is_rejected(server: Server) -> None:
 
 
 @pytest.mark.parametrize("length", [1_000_000, "chunked"])
-def test_a_trickling_body_times_out(tiny_bundle: SimpleNamespace, length: int | str) -> None:
+def test_a_trickling_body_times_out(shared_server: SharedServer, length: int | str) -> None:
     """A byte now and then would reset a timeout of the socket."""
-    with serve(tiny_bundle.path, body_timeout_s=0.4) as server, RawConnection(server) as connection:
+    with RawConnection(shared_server(body_timeout_s=0.4)) as connection:
         connection.socket.sendall(connection.head(length))
         done = threading.Event()
 
@@ -186,9 +185,9 @@ def test_a_trickling_body_times_out(tiny_bundle: SimpleNamespace, length: int | 
             sender.join()
 
 
-def test_clients_that_do_not_close_do_not_delay_others(tiny_bundle: SimpleNamespace) -> None:
+def test_clients_that_do_not_close_do_not_delay_others(server: Server) -> None:
     """gunicorn's own worker waits 2 s for a client to close, in the thread that accepts."""
-    with serve(tiny_bundle.path) as server, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         connections = [stack.enter_context(RawConnection(server)) for _ in range(60)]
         began = time.monotonic()
         for connection in connections:

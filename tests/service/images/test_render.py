@@ -1,4 +1,4 @@
-"""Pictures for people: upright, in the right colours, and nothing in the file but the picture."""
+"""Images for display: upright, in the right colors, and without metadata."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_metadata_is_removed() -> None:
 
 
 def test_colors_of_another_profile_are_converted_to_srgb() -> None:
-    """A profile whose red and blue change places says that the stored red is to be seen as blue."""
+    """A profile with swapped red and blue: the stored red is displayed as blue."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     red, blue = data.index(b"rXYZ"), data.index(b"bXYZ")
     data[red : red + 4], data[blue : blue + 4] = b"bXYZ", b"rXYZ"

@@ -165,7 +165,7 @@ def test_a_file_above_the_size_limit_is_reported(root: Path) -> None:
 
 
 def files_open() -> list[Path]:
-    """What this process holds open, as far as it is looked at before another thread closes it."""
+    """Return the open files of this process. Another thread may close some meanwhile."""
     found = []
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -186,7 +186,7 @@ def test_every_file_is_closed(root: Path) -> None:
 
 
 def test_only_the_requested_photo_is_returned_while_the_file_is_being_replaced(root: Path) -> None:
-    """A writer that swaps the file, and its folder for a link to the outside; a reader sees the photo or a refusal."""
+    """A writer swaps the file, and its folder with a link to the outside. A reader gets the photo or an error."""
     other = root.parent / "other" / "cats"
     other.mkdir(parents=True)
     (other / "cat.1.jpg").write_bytes(b"secret")

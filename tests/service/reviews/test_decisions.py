@@ -1,4 +1,4 @@
-"""service.reviews.decisions: decisions hold, are taken back, are never lost and never overruled unseen."""
+"""Decisions of reviewers: saved, undone, never lost, and never replaced without a conflict."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def photos(database: Database, tmp_path: Path) -> list[ExpectedRow]:
 
 
 def say(database: Database, photo: ExpectedRow, decision: str, label: str | None = None, /, **more: Any) -> int:
-    """Decide, having seen what holds, unless ``expected_version`` says otherwise."""
+    """Save a decision based on the current one, or on ``expected_version``. Returns its number."""
     with database.write() as connection:
         holds = current_decision(connection, photo.sha256)
         words = {"photo": photo.photo, "sha256": photo.sha256, "model_version": VERSION, "expected_version": holds and holds.id}
@@ -74,7 +74,7 @@ def rejected(database: Database, photo: ExpectedRow, decision: str, /, **more: A
 
 
 def state(database: Database, photo: ExpectedRow) -> tuple[str, str | None]:
-    """The review's state and the label that holds."""
+    """Return the state of the review and the current label."""
     with database.read() as connection:
         found = PredictionQuery(connection, Filter(model=VERSION)).find(photo.photo)
         return found.review, found.decision and found.decision.new_label
@@ -204,7 +204,7 @@ def test_of_two_concurrent_decisions_one_conflicts(database: Database, photos: l
 def test_decisions_apply_to_a_later_model_with_other_classes(
     database: Database, photos: list[ExpectedRow], tmp_path: Path
 ) -> None:
-    """What was decided is about the photo, not about the model; a class that the later model has not is another."""
+    """Decisions belong to the photo, not to the model. A class that a later model lacks counts as another class."""
     to_dogs, to_cats, neither = photos[:3]
     say(database, to_dogs, "label", "dogs")
     say(database, to_cats, "label", "cats")

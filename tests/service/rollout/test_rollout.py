@@ -19,6 +19,7 @@ from service.context import services_of
 from service.http.errors import PROBLEM_TYPES
 from service.inference.model_manager import LoadedModel
 from service.settings import Settings
+from tests.conftest import SharedFolder
 from tests.helpers.rollout_bundles import Bundles, make_bundles
 from tests.helpers.server import LONG_TIMEOUTS, START_TIMEOUT_S, parse_metrics, poll
 
@@ -28,8 +29,8 @@ KEY = {"X-API-Key": "sesame"}
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
-    return make_bundles(tmp_path_factory.mktemp("rollout"))
+def bundles(shared_folder: SharedFolder) -> Bundles:
+    return Bundles(shared_folder("rollout-bundles", make_bundles))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Rollouts under gunicorn: under load, with several workers, with a worker that dies, and many in a row."""
+"""Rollouts under gunicorn: under load, with several workers, with a killed worker, and many in a row."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import SharedFolder
 from tests.helpers.rollout_bundles import Bundles, make_bundles
 from tests.helpers.server import RESPONSE_TIMEOUT_S, Server, poll, rss_mb, serve
 
@@ -30,8 +31,8 @@ MIN_REQUESTS = 1000  # during the rollouts
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
-    return make_bundles(tmp_path_factory.mktemp("rollout-server"))
+def bundles(shared_folder: SharedFolder) -> Bundles:
+    return Bundles(shared_folder("rollout-bundles", make_bundles))
 
 
 def activate(server: Server, name: str) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def test_a_rollout_and_the_metrics_survive_a_cleaner_of_temporary_files(bundles:
 
 
 def metrics_dir(server: Server) -> str:
-    """The folder of the workers' metrics, which a worker has open."""
+    """Return the folder of the workers' metrics, of which a worker has files open."""
     maps = Path(f"/proc/{server.workers()[0]}/maps").read_text()
     return next(word.rpartition("/")[0] for word in maps.split() if "dogs-vs-cats-metrics-" in word)
 

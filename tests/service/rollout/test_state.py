@@ -1,4 +1,4 @@
-"""The shared rollout state: one rollout at a time, over threads and processes, and writes that are complete or not made."""
+"""The shared rollout state: one rollout at a time across threads and processes, and atomic writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of the workers' metrics: removed with its server, found again after a kill, and restored when it is removed."""
+"""The folder of the workers' metrics: removed with its server, reused after a kill, and restored if it is deleted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ assert b"classifier_batch_size_sum 3.0" in metrics.render()
 
 @pytest.fixture
 def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder in which servers create theirs."""
+    """The folder in which servers create the folders of their metrics."""
     monkeypatch.setattr(module.os, "access", lambda path, mode: False)  # no /dev/shm
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(module, "_descriptor", None)

@@ -1,4 +1,4 @@
-"""The upload page without JavaScript, the page of the model, and what all pages have in common."""
+"""The upload page without JavaScript, the page of the model, and the common parts of all pages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def keyed(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
 
 @pytest.fixture
 def loading(tiny_bundle: SimpleNamespace) -> Flask:
-    """An application whose model is never there."""
+    """An application whose model is never loaded."""
     settings = Settings(bundle=tiny_bundle.path)
     return create_full_app(create_services(settings, ModelManager(settings, Metrics())))
 
@@ -77,20 +77,20 @@ def post(app: Flask, *files: tuple[bytes, str], **fields: str) -> TestResponse:
 
 
 def get(app: Flask, path: str, **options: Any) -> TestResponse:
-    """The answer, with its file closed where it is one."""
+    """Return the response. If it is a file, the file is closed."""
     with app.test_client().get(path, **options) as answer:
         answer.get_data()
         return answer
 
 
 def cards(answer: TestResponse) -> list[str]:
-    """The cards' HTML, without the one that the script fills."""
+    """Return the HTML of the cards, without the template that the script fills."""
     shown = answer.text.partition("<template")[0]
     return re.findall(r'<li class="card.*?(?=<li class="card|</ol>)', shown, re.DOTALL)
 
 
 def text_of(answer: TestResponse) -> str:
-    """The visible text of the page, as a screen reader reads it: without tags, each run of white space as one space."""
+    """Return the visible text of the page, with each run of white space as one space."""
     main = re.sub(r"<template.*?</template>", "", answer.text, flags=re.DOTALL)
     return html.unescape(" ".join(re.sub(r"<[^>]*>", "", main).split()))
 
@@ -549,7 +549,7 @@ def test_the_plots_of_a_bundle_are_shown_and_nothing_else_of_its_folder(tiny_bun
 
 
 def _with_card(app: Flask, card: str | None) -> TestResponse:
-    """GET /model, where the bundle has that model card."""
+    """GET /model of a bundle with this model card."""
     served = services_of(app).model_manager
     model = served.get()
     moved = dataclasses.replace(model, card=card)
