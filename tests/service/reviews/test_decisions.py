@@ -57,17 +57,22 @@ def photos(database: Database, tmp_path: Path) -> list[ExpectedRow]:
     return import_table(database, make_predictions(1, 60, CLASSES[2]), tmp_path)
 
 
-def say(database: Database, photo: ExpectedRow, decision: str, label: str | None = None, /, **more: Any) -> int:
-    """Save a decision based on the current one, or on ``expected_version``. Returns its number."""
+def decide(database: Database, photo: ExpectedRow, decision: str, label: str | None = None, /, **more: Any) -> int:
+    """Save a decision based on the current one, or on ``expected_version``. Returns its id."""
     with database.write() as connection:
-        holds = current_decision(connection, photo.sha256)
-        words = {"photo": photo.photo, "sha256": photo.sha256, "model_version": VERSION, "expected_version": holds and holds.id}
+        current = current_decision(connection, photo.sha256)
+        words = {
+            "photo": photo.photo,
+            "sha256": photo.sha256,
+            "model_version": VERSION,
+            "expected_version": current and current.id,
+        }
         return save_decision(connection, ReviewDecision(**words | {"new_label": label} | more, decision=decision))
 
 
 def rejected(database: Database, photo: ExpectedRow, decision: str, /, **more: Any) -> tuple[str, str]:
     with pytest.raises(UserError) as caught:
-        say(database, photo, decision, **more)
+        decide(database, photo, decision, **more)
     problem = problem_from(caught.value)
     assert problem
     return problem.code, problem.detail
@@ -82,14 +87,14 @@ def state(database: Database, photo: ExpectedRow) -> tuple[str, str | None]:
 
 def test_decide_undo_and_undo_again(database: Database, photos: list[ExpectedRow]) -> None:
     photo = next(row for row in photos if row.label == "cats")
-    first = say(database, photo, "label", "dogs", reviewer="Ann", note="has a tail", key_name="key-1")
+    first = decide(database, photo, "label", "dogs", reviewer="Ann", note="has a tail", key_name="key-1")
     assert state(database, photo) == ("relabeled", "dogs")
-    second = say(database, photo, "label", "cats", reviewer="Ben")
+    second = decide(database, photo, "label", "cats", reviewer="Ben")
     assert state(database, photo) == ("confirmed", "cats")
-    third = say(database, photo, "bad")
+    third = decide(database, photo, "bad")
     assert state(database, photo) == ("bad", None)
     for undone, left in ((third, ("confirmed", "cats")), (second, ("relabeled", "dogs")), (first, ("unreviewed", None))):
-        id_ = say(database, photo, "undo", reviewer="Cid")
+        id_ = decide(database, photo, "undo", reviewer="Cid")
         with database.read() as connection:
             assert load_history(connection, photo.sha256)[0].id == id_
             assert load_history(connection, photo.sha256)[0].undoes == undone
@@ -98,7 +103,7 @@ def test_decide_undo_and_undo_again(database: Database, photos: list[ExpectedRow
         "nothing_to_undo",
         f"{photo.photo} has no review to undo.",
     )
-    say(database, photo, "neither")
+    decide(database, photo, "neither")
     assert state(database, photo) == ("neither", None)
     with database.read() as connection:
         rows = load_history(connection, photo.sha256)
@@ -111,12 +116,12 @@ def test_decide_undo_and_undo_again(database: Database, photos: list[ExpectedRow
 
 def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, photos: list[ExpectedRow]) -> None:
     photo = photos[0]
-    say(database, photo, "note", note="look again\nÄ 猫")
+    decide(database, photo, "note", note="look again\nÄ 猫")
     assert state(database, photo) == ("unreviewed", None)
-    say(database, photo, "bad")
-    say(database, photo, "note", note="really", expected_version=None)
+    decide(database, photo, "bad")
+    decide(database, photo, "note", note="really", expected_version=None)
     assert state(database, photo) == ("bad", None)
-    say(database, photo, "undo")
+    decide(database, photo, "undo")
     assert state(database, photo) == ("unreviewed", None)
     with database.read() as connection:
         assert [row.note for row in load_history(connection, photo.sha256)] == ["", "really", "", "look again\nÄ 猫"]
@@ -124,18 +129,18 @@ def test_a_note_changes_nothing_and_conflicts_with_nothing(database: Database, p
 
 def test_a_decision_on_an_outdated_version_conflicts(database: Database, photos: list[ExpectedRow]) -> None:
     photo = photos[0]
-    seen = say(database, photo, "label", "dogs", reviewer="Ann")
+    seen = decide(database, photo, "label", "dogs", reviewer="Ann")
     found = rejected(database, photo, "bad", expected_version=None)
     change = "confirmed" if photo.label == "dogs" else "relabeled to"
     assert found == ("review_conflict", f"Ann has just {change} dogs. Check it, then overwrite it if needed.")
     assert rejected(database, photo, "undo", expected_version=None)[0] == "review_conflict"
-    say(database, photo, "neither", reviewer="")
+    decide(database, photo, "neither", reviewer="")
     assert (
         "Anonymous has just marked as none of the classes."
         in rejected(database, photo, "label", new_label="cats", expected_version=seen)[1]
     )
-    say(database, photo, "undo")
-    say(database, photo, "undo", expected_version=seen)
+    decide(database, photo, "undo")
+    decide(database, photo, "undo", expected_version=seen)
     assert "The review was just undone." in rejected(database, photo, "bad", expected_version=seen)[1]
     with database.read() as connection:
         assert len(load_history(connection, photo.sha256)) == 4
@@ -185,7 +190,7 @@ def test_of_two_concurrent_decisions_one_conflicts(database: Database, photos: l
     def work(number: int) -> None:
         together.wait()
         try:
-            say(database, photos[0], "label", "dogs", reviewer=str(number), expected_version=None)
+            decide(database, photos[0], "label", "dogs", reviewer=str(number), expected_version=None)
             codes["decided"] += 1
         except ReviewConflictError:
             codes["conflict"] += 1
@@ -206,9 +211,9 @@ def test_decisions_apply_to_a_later_model_with_other_classes(
 ) -> None:
     """Decisions belong to the photo, not to the model. A class that a later model lacks counts as another class."""
     to_dogs, to_cats, neither = photos[:3]
-    say(database, to_dogs, "label", "dogs")
-    say(database, to_cats, "label", "cats")
-    say(database, neither, "neither")
+    decide(database, to_dogs, "label", "dogs")
+    decide(database, to_cats, "label", "cats")
+    decide(database, neither, "neither")
     names = ("dogs", "foxes")
     later = make_predictions(1, 60, names)
     import_table(database, later, tmp_path, version="v2")
@@ -220,7 +225,7 @@ def test_decisions_apply_to_a_later_model_with_other_classes(
         assert (of_cats.review, of_cats.decision and of_cats.decision.new_label) == ("relabeled", "cats")
         assert of_neither.review == "neither"
         assert listing.counts.facets["review"]["unreviewed"] == 57
-    say(database, neither, "undo")
+    decide(database, neither, "undo")
     with database.read() as connection:
         assert PredictionQuery(connection, Filter(model="v2")).counts.facets["review"]["unreviewed"] == 58
     check_buckets(database)
@@ -232,7 +237,7 @@ def test_a_decision_applies_to_every_photo_with_the_same_bytes(database: Databas
         output.classes, output.image_names, output.labels, output.probabilities, output.splits, (output.sha256s[0],) * 20
     )
     rows = import_table(database, copies, tmp_path)
-    say(database, rows[3], "label", "cats")
+    decide(database, rows[3], "label", "cats")
     with database.read() as connection:
         counts = PredictionQuery(connection, Filter(model=VERSION)).counts
     cats = sum(row.label == "cats" for row in rows)
@@ -243,8 +248,8 @@ def test_a_decision_applies_to_every_photo_with_the_same_bytes(database: Databas
 def test_the_rows_of_reviews_csv(database: Database, photos: list[ExpectedRow]) -> None:
     chosen = random.Random(1).sample(photos, 10)
     for photo in chosen:
-        say(database, photo, "label", "dogs", reviewer="Ann", note="n")
-    say(database, chosen[0], "undo")
+        decide(database, photo, "label", "dogs", reviewer="Ann", note="n")
+    decide(database, chosen[0], "undo")
     with database.read() as connection:
         rows = list(list_reviews(connection))
     expected = sorted((photo.photo, photo.sha256, photo.label, "label", "dogs", "n", "Ann") for photo in chosen[1:])
@@ -253,12 +258,12 @@ def test_the_rows_of_reviews_csv(database: Database, photos: list[ExpectedRow]) 
 
 def test_notes_are_exported_with_the_review_or_alone(database: Database, photos: list[ExpectedRow]) -> None:
     reviewed, noted, undone = sorted(photos[:3], key=lambda row: row.photo)
-    say(database, reviewed, "bad", note="blurred")
-    say(database, reviewed, "note", note="really", reviewer="Ben")
-    say(database, noted, "note", note="first")
-    say(database, noted, "note", note="second", reviewer="Ann")
-    say(database, undone, "bad", note="gone")
-    say(database, undone, "undo")
+    decide(database, reviewed, "bad", note="blurred")
+    decide(database, reviewed, "note", note="really", reviewer="Ben")
+    decide(database, noted, "note", note="first")
+    decide(database, noted, "note", note="second", reviewer="Ann")
+    decide(database, undone, "bad", note="gone")
+    decide(database, undone, "undo")
     with database.read() as connection:
         reviews = list_reviews(connection)
     assert [(r.photo, r.decision, r.note) for r in reviews] == [
@@ -270,8 +275,8 @@ def test_notes_are_exported_with_the_review_or_alone(database: Database, photos:
 
 
 def test_an_undo_returns_the_note_of_the_decision(database: Database, photos: list[ExpectedRow]) -> None:
-    say(database, photos[0], "bad", note="blurred")
-    id_ = say(database, photos[0], "undo")
+    decide(database, photos[0], "bad", note="blurred")
+    id_ = decide(database, photos[0], "undo")
     with database.read() as connection:
         message = saved_message(connection, str(id_))
     assert message
@@ -322,11 +327,11 @@ def test_buckets_stay_correct_after_random_operations(database: Database, tmp_pa
             if kind in ("decide", "undo", "note"):
                 photo, sha256 = rng.choice(places)
                 decision = rng.choice(("label", "label", "neither", "bad")) if kind == "decide" else kind
-                holds = current_decision(connection, sha256)
+                current = current_decision(connection, sha256)
                 label = rng.choice((*classes, "foxes")) if decision == "label" else None
                 words = {"photo": photo, "sha256": sha256, "model_version": VERSION, "decision": decision, "new_label": label}
                 with contextlib.suppress(InvalidReviewError, NothingToUndoError, RecordNotFoundError):
-                    save_decision(connection, ReviewDecision(**words, expected_version=holds and holds.id))  # type: ignore[arg-type]
+                    save_decision(connection, ReviewDecision(**words, expected_version=current and current.id))  # type: ignore[arg-type]
             elif kind == "keep":
                 data = bytes([rng.randrange(30)])
                 sha256 = hashlib.sha256(data).hexdigest()
@@ -367,9 +372,9 @@ def test_every_acknowledged_decision_survives_a_kill(database: Database, databas
         "for number in itertools.count():\n"
         "    photo, sha256 = sys.argv[2 + number % 20].split('|')\n"
         "    with database.write() as connection:\n"
-        "        holds = current_decision(connection, sha256)\n"
+        "        current = current_decision(connection, sha256)\n"
         "        decision = ReviewDecision(photo=photo, sha256=sha256, model_version='v1', decision='label',\n"
-        "                          new_label='dogs', note=str(number), expected_version=holds and holds.id)\n"
+        "                          new_label='dogs', note=str(number), expected_version=current and current.id)\n"
         "        made = save_decision(connection, decision)\n"
         "    print(made, number, flush=True)\n"
     )

@@ -167,7 +167,7 @@ def test_a_rollout_and_the_metrics_survive_a_cleaner_of_temporary_files(bundles:
 
 
 def metrics_dir(server: Server) -> str:
-    """Return the folder of the workers' metrics, of which a worker has files open."""
+    """Return the folder of the workers' metrics, in which a worker has open files."""
     maps = Path(f"/proc/{server.workers()[0]}/maps").read_text()
     return next(word.rpartition("/")[0] for word in maps.split() if "dogs-vs-cats-metrics-" in word)
 
