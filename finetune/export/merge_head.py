@@ -31,7 +31,7 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
     """Write the full bundle to ``out`` after checking its golden outputs.
 
     Args:
-        bundle: The head-only bundle.
+        bundle: The bundle without the pretrained weights. Its graph is kept if it has one.
         out: The folder of the full bundle.
         weights: File of the pretrained weights, if they are not found automatically.
 
@@ -63,8 +63,11 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
     ood = OODParameters.read(bundle.path / OOD_FILE) if bundle.has_ood_score else None
 
     def write_files(folder: Path) -> None:
-        temperature = float(bundle.manifest["temperature"])
-        export_serving_graph(classifier, spec, temperature=temperature, path=folder / GRAPH, ood=ood)
+        if GRAPH in bundle.manifest["files"]:
+            shutil.copyfile(bundle.path / GRAPH, folder / GRAPH)
+        else:
+            temperature = float(bundle.manifest["temperature"])
+            export_serving_graph(classifier, spec, temperature=temperature, path=folder / GRAPH, ood=ood)
         engine = OpenVINOEngine(folder / GRAPH, outputs=bundle.engine_outputs)
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
         if ood:

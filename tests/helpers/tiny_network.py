@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import io
 import itertools
 import multiprocessing
@@ -27,6 +28,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from models.networks import registry
 from models.networks.spec import ModelSpec, Recipe
@@ -39,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PLOTTING_COMMANDS = (("train",), ("evaluate",), ("compare",))
 CHILD_TIMEOUT_S = 900.0  # the machine may be busy
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload([__name__, "finetune.pipeline"])
+_FORKSERVER.set_forkserver_preload(["tests.helpers.training_process"])
 COLORS = ((40, 60, 255), (255, 40, 40), (40, 200, 60), (255, 220, 0), (150, 60, 160))
 TINY = ModelSpec(
     name="tiny",
@@ -52,6 +54,10 @@ TINY = ModelSpec(
     recipe=Recipe(epochs=3, batch_size=5, lr=0.05),
     pretrained_classes=10,
 )
+
+
+# The exporter builds a table of all operators for every export, which takes half of the time of a small one.
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 
 class Tiny(nn.Module):

@@ -115,6 +115,7 @@ def test_a_bundle_with_the_graph_alone_predicts_and_can_be_merged(
         load_classifier(bundle)
     assert finetune("merge", path, tmp_path / "full", "--weights", tiny_weights)[0] == 0
     assert load_file(tmp_path / "full" / "model.safetensors").keys() == load_file(made.whole / "model.safetensors").keys()
+    assert (tmp_path / "full" / "model.onnx").read_bytes() == (path / "model.onnx").read_bytes()
 
 
 def test_the_merged_bundle_reproduces_the_golden_outputs_of_the_head(made: SimpleNamespace) -> None:

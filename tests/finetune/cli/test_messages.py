@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = ROOT / "models" / "shipped" / "dogs-vs-cats"
+TRAINING_LIBRARIES = {"matplotlib", "onnx", "sklearn", "timm", "torch", "torchvision"}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,20 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
         "finetune: The package torch is not installed. Install the packages for training, in a checkout with: "
         "pip install -e '.[finetune]'\n"
     )
+
+
+def test_commands_without_training_start_without_its_libraries(data: Path, tmp_path: Path) -> None:
+    commands = [
+        ["synthesize", str(tmp_path / "drawn"), "--train", "2", "--valid", "2"],
+        ["audit", str(data), "--cache-dir", str(tmp_path / "cache")],
+        ["predict", "--bundle", str(SHIPPED), str(data / "valid")],
+    ]
+    program = (
+        f"import sys\nfrom finetune.__main__ import main\ncodes = [main(command) for command in {commands!r}]\n"
+        f"print(codes, sorted({TRAINING_LIBRARIES} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[0, 0, 0] []"
 
 
 def test_names_that_are_not_utf8_are_escaped_in_print(data: Path, tmp_path: Path) -> None:
