@@ -300,7 +300,7 @@ def test_random_weights_five_classes_held_out_photos_and_a_damaged_file(tmp_path
 @pytest.fixture(scope="module")
 def vgg(tmp_path_factory: pytest.TempPathFactory, photo_folder: PhotoFolder, vgg16_weights: Path) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("vgg")
-    data = photo_folder(folder / "pets", train=8, valid=4)
+    data = photo_folder(folder / "pets", train=2, valid=2)
     yield train(data, folder / "run", "--weights", vgg16_weights, "--backbone", "vgg16", "--epochs", 1)
     shutil.rmtree(folder)  # 0.5 GB of weights and a graph of the same size
 
@@ -321,7 +321,7 @@ def test_vgg16_changes_only_its_head_and_loads_into_torchvision(vgg: SimpleNames
             transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         ]
     )
-    rows = predictions_of(vgg.folder)[::3]
+    rows = predictions_of(vgg.folder)[1:3]  # one of each class
     with torch.inference_mode():
         images = torch.stack([preprocess(Image.open(vgg.data / row["photo"]).convert("RGB")) for row in rows])
         probabilities = torch.softmax(net(images) / vgg.bundle.manifest["temperature"], dim=1)

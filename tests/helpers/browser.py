@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -15,6 +18,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
 FAILED_REQUEST = re.compile("the server responded with a status of")  # the page shows the error, too
 TIMEOUT_MS = 120_000  # the machine may be busy
+ACCESSIBILITY = {"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]}
 NewPage = Callable[..., Page]
 
 
@@ -55,3 +59,16 @@ def open_pages(browser: Browser, url: str, *, ignored: re.Pattern[str] = FAILED_
 
         yield open_page
     assert messages == []
+
+
+def check_accessibility(page: Page, name: str) -> None:
+    """Check that a page is accessible and not wider than its window.
+
+    With ``SCREENSHOTS=folder`` in the environment, its screenshot is saved as ``name``.png.
+    """
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(folder, f"{name}.png"), full_page=True)
+    found = Axe().run(page, options=ACCESSIBILITY)
+    assert found.violations_count == 0, f"{name}: {found.generate_report()}"
+    assert page.viewport_size
+    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"], name

@@ -45,7 +45,7 @@ from tests.helpers.gallery_rows import (
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[3]
-PHOTOS = 240
+PHOTOS = 120
 EVERYTHING = Filter(model=VERSION)
 Form = Literal["NFC", "NFD"]
 
