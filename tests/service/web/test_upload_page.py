@@ -414,19 +414,6 @@ def test_an_unknown_address_is_a_page_for_a_browser_and_json_for_a_program(app: 
         assert get(app, "/nope", headers=accept).mimetype == "application/problem+json"
 
 
-@pytest.mark.parametrize(
-    ("path", "target"), [("/gallery/", "/gallery"), ("/model/?a=%C3%BC", "/model?a=%C3%BC"), ("/docs///", "/docs")]
-)
-def test_a_slash_at_the_end_is_redirected(app: Flask, path: str, target: str) -> None:
-    answer = get(app, path)
-    assert (answer.status_code, answer.headers["Location"]) == (308, target)
-
-
-@pytest.mark.parametrize("path", ["/nope/", "/static/nope/", "/predict/"])
-def test_a_slash_at_the_end_of_no_page_is_not_found(app: Flask, path: str) -> None:
-    assert get(app, path).status_code == 404
-
-
 def test_a_static_file_is_cached_for_a_year_under_its_version_only(app: Flask) -> None:
     address = re.findall(r'href="(/static/site\.css\?v=\w+)"', get(app, "/").text)[0]
     first = get(app, address)
