@@ -135,7 +135,7 @@ def test_a_photo_unlike_the_training_photos_is_flagged(database: Database) -> No
         every = PredictionQuery(connection, Filter(model=VERSION)).first(9)
     assert (found.sha256, found.unlike, found.ood_score) == (answered(1).sha256, True, 2.5)
     assert {(photo.ood_score, photo.unlike) for photo in every} == {(2.5, True), (0.5, False), (None, False)}
-    check_cells(database)
+    check_buckets(database)
 
 
 def test_photos_above_the_limit_are_deleted_unreviewed_and_oldest_first(database: Database) -> None:
