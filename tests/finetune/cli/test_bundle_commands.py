@@ -383,7 +383,7 @@ def test_an_evaluation_measures_photos_of_none_of_the_classes(made: SimpleNamesp
     shutil.copy(black, data / "valid" / "none" / "night.png")
     shutil.copy(made.data / "train" / "blue" / "blue.000.jpg", data / "valid" / "none" / "blue.jpg")
     words = ("evaluate", "--bundle", made.whole, "--data-dir", data, "--output-dir")
-    code, printed, _ = finetune(*words, tmp_path / "out")
+    code, printed, _ = finetune(*words, tmp_path / "out", plots=True)
     assert code == 0
     assert "none of these      50.00% (9.5% to 90.5%), 1 of 2 photos of none of the classes are caught" in printed
     measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["ood"]
