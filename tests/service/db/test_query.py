@@ -260,7 +260,7 @@ def test_names_match_in_any_unicode_form(tmp_path: Path, new_database: NewDataba
     table = make_predictions(1, 40, (stored_as("bébé"), "dogs"))
     table = replace(table, image_names=tuple(map(stored_as, table.image_names)))
     with new_database("sqlite") as url, closing(Database(url)) as database:
-        rows = enter(database, table, tmp_path)
+        rows = import_table(database, table, tmp_path)
         name = unicodedata.normalize(requested, "bébé")
         with database.read() as connection:
             labeled = PredictionQuery(connection, EVERYTHING.replace(labels=(name,)))
@@ -275,7 +275,7 @@ def test_names_match_in_any_unicode_form(tmp_path: Path, new_database: NewDataba
             save_decision(connection, ReviewDecision(**words, decision="label", new_label=name))  # type: ignore[arg-type]
             (saved,) = load_history(connection, row.sha256)
             assert saved.new_label == stored_as("bébé")
-        check_cells(database)
+        check_buckets(database)
 
 
 def test_a_table_is_imported_once(database: Database, tmp_path: Path) -> None:
