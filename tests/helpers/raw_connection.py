@@ -150,6 +150,7 @@ class HeldRequests:
 @contextlib.contextmanager
 def hold_requests(server: Server, count: int) -> Iterator[HeldRequests]:
     """Keep ``count`` requests in flight until they are released or the block ends. Nothing else is decoded meanwhile."""
+    poll(lambda: in_flight(server) == 0)  # those of an earlier test
     requests = HeldRequests(server)
     requests.hold()
     try:

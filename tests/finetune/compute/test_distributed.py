@@ -242,7 +242,9 @@ def test_two_hosts_without_a_shared_file_system(
             shutil.copytree(data, home / "photos")
             shutil.copy(tiny_weights, home / "tiny.pth")
             words = flags(home / "photos", home / "tiny.pth", home / "run", "--cache-dir", home / "cache")
-            variables = environment(number, 2, address="10.77.0.1", port=29517, LOCAL_RANK="0", GLOO_SOCKET_IFNAME="veth")
+            variables = environment(
+                number, 2, address="10.77.0.1", port=29517, LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME="veth"
+            )
             command = [*prefix, sys.executable, *TRAIN, *map(str, words)]
             settings = os.environ | {"PYTHONPATH": str(ROOT)} | variables
             processes.append(subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True))

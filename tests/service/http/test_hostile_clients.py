@@ -233,9 +233,11 @@ def test_pages_starve_neither_predictions_nor_probes(tiny_bundle: SimpleNamespac
 # What must not bypass admission
 
 
-@pytest.fixture(scope="module")
-def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, hold_requests(server, 4):
+@pytest.fixture
+def full(shared_server: SharedServer) -> Iterator[Server]:
+    """A server at its capacity of four images."""
+    server = shared_server(max_in_flight=4, max_images=4)
+    with hold_requests(server, 4):
         yield server
 
 

@@ -22,10 +22,11 @@ pytestmark = pytest.mark.slow
 ID = "0123456789abcdef-of-client"
 
 
-@pytest.fixture(scope="module")
-def full(tiny_bundle: SimpleNamespace) -> Iterator[Server]:
-    """A server at its capacity of four images, for tests that do not change that."""
-    with serve(tiny_bundle.path, max_in_flight=4, max_images=4) as server, hold_requests(server, 4):
+@pytest.fixture
+def full(shared_server: SharedServer) -> Iterator[Server]:
+    """A server at its capacity of four images."""
+    server = shared_server(max_in_flight=4, max_images=4)
+    with hold_requests(server, 4):
         yield server
 
 
