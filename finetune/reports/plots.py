@@ -124,7 +124,7 @@ def plot_ood_scores(
     axes.set(title=f"How unlike the training photos (limit {max_score:.3f})", xlabel="OOD score", ylabel="% of photos")
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    axes.legend(loc="upper right", fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=9)
     return save_png(figure, path)
 
 
