@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from finetune.__main__ import main
-from models.artifacts.bundle import GRAPH, check_golden, open_bundle
+from models.artifacts.bundle import GRAPH, check_golden, check_golden_ood_scores, open_bundle
 from models.runtime.openvino_engine import OpenVINOEngine
 from service.explain.cam import LinearHead
 from service.explain.explainer import OUTPUTS
@@ -21,12 +21,12 @@ SHIPPED = Path(__file__).resolve().parents[2] / "models" / "shipped" / "dogs-vs-
 
 def test_bundle_is_small_and_contains_no_photos() -> None:
     files = [file for file in SHIPPED.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 14_000_000
+    assert sum(file.stat().st_size for file in files) < 15_000_000
     assert not open_bundle(SHIPPED).is_head_only
     names = {file.relative_to(SHIPPED).as_posix() for file in files}
     assert names == set(open_bundle(SHIPPED).manifest["files"]) | {"manifest.json"}
-    plots = {"plots/learning_curves.png", "plots/reliability.png", "plots/confusion_matrix.png"}
-    assert {name for name in names if name.endswith((".png", ".jpg"))} == plots
+    plots = ("learning_curves", "reliability", "confusion_matrix", "ood_scores", "thresholds")
+    assert {name for name in names if name.endswith((".png", ".jpg"))} == {f"plots/{name}.png" for name in plots}
 
 
 def test_model_card_states_the_manifests_accuracy() -> None:
@@ -35,12 +35,26 @@ def test_model_card_states_the_manifests_accuracy() -> None:
     assert value >= 0.985
 
 
+def test_photos_of_other_things_were_measured() -> None:
+    """The card states how well they are recognized."""
+    bundle = open_bundle(SHIPPED)
+    measured = bundle.manifest["metrics"]["ood"]
+    assert measured["caught"]["value"] >= 0.98
+    assert measured["auroc"]["value"] >= 0.997
+    limit = bundle.manifest["ood"]["limit"]
+    assert limit["sample_low"] <= measured["false_alarms"]["value"] <= limit["sample_high"]
+    assert bundle.decision_rule.max_ood_score == limit["max_score"] == measured["max_score"]
+    card = (SHIPPED / "README.md").read_text(encoding="utf-8")
+    assert f"photos of none of the classes | {measured['caught']['value']:.4f} |" in card
+
+
 def test_bundle_reproduces_its_golden_outputs_and_predicts(
     photo_folder: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = open_bundle(SHIPPED)
-    engine = OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"])
+    engine = OpenVINOEngine(bundle.path / GRAPH, outputs=bundle.engine_outputs)
     assert check_golden(bundle, lambda pixels: engine.run(pixels)[0]) <= 1e-3
+    assert check_golden_ood_scores(bundle, engine.run(bundle.golden()[0])[1]) <= 1e-3
     photos = photo_folder(tmp_path / "drawn", train=1, valid=0)  # type: ignore[operator]
     assert main(["predict", "--bundle", str(SHIPPED), str(photos), "--json"]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
