@@ -146,6 +146,7 @@ def test_a_head_only_bundle_is_small_and_contains_no_plots(lite: SimpleNamespace
         "embeddings.npz",
         "duplicates.csv",
         "golden.npz",
+        "ood.npz",
         "README.md",
     }
     assert sum(path.stat().st_size for path in lite.bundle.path.iterdir()) < 100_000
@@ -175,7 +176,7 @@ def test_metrics_have_intervals_and_match_the_predictions(lite: SimpleNamespace)
 
 def test_predictions_have_a_row_for_each_photo(lite: SimpleNamespace) -> None:
     text = (lite.folder / "predictions.csv").read_text(encoding="utf-8")
-    assert text.splitlines()[0] == "photo,label,predicted,p_cats,p_dogs,loss,split,sha256"
+    assert text.splitlines()[0] == "photo,label,predicted,p_cats,p_dogs,ood_score,loss,split,sha256"
     assert text == (lite.bundle.path / "predictions.csv").read_text(encoding="utf-8")
     for row in predictions_of(lite.folder):
         assert row["photo"].startswith(f"valid/{row['label']}/")
