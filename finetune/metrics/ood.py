@@ -26,6 +26,8 @@ MAX_IMAGES = 5000  # from which the covariance is estimated, to bound time and m
 # Sum over all directions. The graph computes the distance in the other directions as a difference of float32 numbers of up to
 # 2, with an error of about 5e-7, which a smaller variance would magnify. Classes that are easy to tell apart have one.
 MIN_OTHER_VARIANCE = 2e-3
+# With less, as in a network after a few steps from random weights, the score would measure the rounding of the embeddings.
+MIN_TOTAL_VARIANCE = 1e-6
 FOLDS = 10
 RESAMPLES = 1000
 
@@ -107,7 +109,7 @@ def fit_ood(embeddings: NDArray[np.floating[Any]], labels: NDArray[np.int64], *,
     differences = unit[selected] - means[rows[selected]]
     dimensions = differences.shape[1]
     total = float((differences**2).sum() / len(differences))
-    if len(unit) <= len(present) or not total > 1e-12:
+    if len(unit) <= len(present) or not total > MIN_TOTAL_VARIANCE:
         return None
     count = min(MAX_COMPONENTS, dimensions, len(differences) - 1)
     pca = PCA(n_components=count, random_state=0).fit(differences)

@@ -70,6 +70,11 @@ def test_the_graph_computes_the_score_of_classes_without_variation_in_most_direc
     assert np.abs(in_float32 - scores).max() <= 5e-4
 
 
+def test_embeddings_that_vary_by_little_more_than_rounding_have_no_score() -> None:
+    rng = np.random.default_rng(0)
+    assert fit_ood(np.ones((50, 512)) + rng.normal(0, 1e-5, (50, 512)), np.arange(50) % 10) is None
+
+
 def test_score_ignores_the_length_and_the_shape_of_an_embedding() -> None:
     embeddings, _ = clusters(20, seed=5)
     scores = fitted().scores(embeddings)
