@@ -34,7 +34,7 @@ def enter(database: Database, table: Predictions, *, version: str = VERSION, dig
     none = np.zeros(len(table.labels), dtype=np.bool_)
     with database.write() as connection:
         model = get_or_create_model(connection, version=version, name="m", classes=table.classes)
-        import_predictions(connection, model, EvaluationTable("evaluation", digest, table, none, none))
+        import_predictions(connection, model, EvaluationTable("evaluation", digest, table, none, none, none))
     return [
         Photo(
             name.replace("\udcff", "\uf7ff"),

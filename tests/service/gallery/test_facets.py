@@ -47,7 +47,7 @@ def server(tiny_bundle: SimpleNamespace, table: Predictions, tmp_path_factory: p
     flags = table.labels < 0
     with database.write() as connection:
         model = get_or_create_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
-        import_predictions(connection, model, EvaluationTable("evaluation", "0" * 64, table, flags, flags))
+        import_predictions(connection, model, EvaluationTable("evaluation", "0" * 64, table, flags, flags, flags))
     database.close()
     with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url) as running:
         poll(lambda: running.get("/gallery").status == 200)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -283,14 +284,17 @@ def test_an_undo_returns_the_note_of_the_decision(database: Database, photos: li
     assert (message.title, message.is_undo, message.restored_note) == ("Undone", True, "blurred")
 
 
-def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
-    """Return the expected buckets, recomputed from the predictions and the history of decisions."""
+def recounted(database: Database, unlike: Mapping[str, bool]) -> dict[str, Counter[tuple[Any, ...]]]:
+    """Return the expected buckets, recomputed from the predictions and the history of decisions.
+
+    ``unlike`` states for each photo whether it is unlike the training images.
+    """
     found: dict[str, Counter[tuple[Any, ...]]] = {}
     with database.read() as connection:
         for model in list_models(connection):
             found[model.version] = Counter()
             rows = connection.execute(
-                select(predictions.c.sha256, *(buckets.c[name] for name in DIMENSIONS))
+                select(predictions.c.photo, predictions.c.sha256, *(buckets.c[name] for name in DIMENSIONS))
                 .join(buckets, buckets.c.id == predictions.c.bucket_id)
                 .join(models, models.c.id == predictions.c.model_id)
                 .where(models.c.id == model.id)
@@ -310,7 +314,7 @@ def recounted(database: Database) -> dict[str, Counter[tuple[Any, ...]]]:
                 )
                 name = UNLABELED if label < 0 else model.classes[label]
                 place = (row.source, row.split, name, model.classes[row.predicted], row.percent, after)
-                found[model.version][(*place, row.duplicate, row.mislabeled)] += 1
+                found[model.version][(*place, row.duplicate, row.mislabeled, unlike[row.photo])] += 1
     return found
 
 
@@ -320,6 +324,7 @@ def test_buckets_stay_correct_after_random_operations(database: Database, tmp_pa
     classes = CLASSES[2]
     evaluated = import_table(database, make_predictions(1, 40, classes), tmp_path)
     places = [(row.photo, row.sha256) for row in evaluated]
+    unlike = {row.photo: row.unlike for row in evaluated}
     before: list[Any] = []
     for step in range(500):
         kind = rng.choices(("decide", "undo", "note", "keep", "prune", "import"), (50, 15, 5, 20, 2, 1))[0]
@@ -333,14 +338,17 @@ def test_buckets_stay_correct_after_random_operations(database: Database, tmp_pa
                 with contextlib.suppress(InvalidReviewError, NothingToUndoError, RecordNotFoundError):
                     save_decision(connection, ReviewDecision(**words, expected_version=current and current.id))  # type: ignore[arg-type]
             elif kind == "keep":
-                data = bytes([rng.randrange(30)])
+                number = rng.randrange(30)
+                data, is_unlike = bytes([number]), number % 3 == 0
                 sha256 = hashlib.sha256(data).hexdigest()
+                received_at = datetime.now(timezone.utc) - timedelta(seconds=step)
                 values = np.array([0.25, 0.75], dtype=np.float32)
                 for model in rng.sample(list_models(connection), 1):
                     if model.classes == classes:
-                        arrived = ServedPrediction(data, sha256, values, datetime.now(timezone.utc) - timedelta(seconds=step))
+                        arrived = ServedPrediction(data, sha256, values, received_at, unlike=is_unlike)
                         save_predictions(connection, model.id, classes, [arrived])
                         places.append((production_name(sha256), sha256))
+                        unlike[production_name(sha256)] = is_unlike
             elif kind == "prune":
                 prune(connection, max_images=rng.randrange(5, 15), max_bytes=10**9, days=1)
         if kind == "import":
@@ -355,8 +363,11 @@ def test_buckets_stay_correct_after_random_operations(database: Database, tmp_pa
     check_buckets(database)
     assert len(before) > 200
     states = count_buckets(database)
-    assert states == recounted(database)
+    assert states == recounted(database, unlike)
     assert len({place[5] for cells_of in states.values() for place in cells_of}) == 5
+    assert {(place[0], place[8]) for cells_of in states.values() for place in cells_of} == {
+        (source, flag) for source in ("evaluation", "production") for flag in (False, True)
+    }
     with database.write() as connection:
         for _, sha256 in places:
             apply_decision(connection, sha256)
