@@ -81,8 +81,11 @@ def test_files_folders_and_images_in_memory_can_be_mixed(classifier: finetune.Cl
     assert in_memory.image is image
     assert in_memory.probabilities == from_file.probabilities
     assert len(folder) == 3
-    (gray,) = classifier.predict(Image.fromarray(np.full((40, 50), 7, np.uint8)))
-    assert gray.label in classifier.classes
+    gray = Image.fromarray(np.full((40, 50), 7, np.uint8))
+    (unlike,) = classifier.predict(gray)
+    assert (unlike.label, unlike.because) == (None, "unlike the training images")
+    (labeled,) = classifier.predict(gray, abstain=False)
+    assert labeled.label in classifier.classes
 
 
 def test_evaluations_are_those_of_the_command(classifier: finetune.Classifier, data: Path, tmp_path: Path) -> None:
@@ -189,8 +192,8 @@ def test_cross_validation_uses_the_weights_and_the_reviews(
 
 
 def test_evaluations_reject_options_that_exclude_each_other(classifier: finetune.Classifier, data: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^weights and reviews require folds\."):
-        finetune.evaluate(classifier, data, reviews="reviews.csv")
+    with pytest.raises(ConfigError, match=r"^weights requires folds\."):
+        finetune.evaluate(classifier, data, weights="weights.pth")
     for options in ({"folds": 1}, {"folds": 3, "split": "train"}):
         with pytest.raises(ConfigError, match=r"^folds must be at least 2, and cannot be combined with split: "):
             finetune.evaluate(classifier, data, **options)

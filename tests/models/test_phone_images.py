@@ -171,7 +171,7 @@ def test_a_profile_affects_what_people_see_and_not_what_the_network_gets(form: s
     options = LOSSLESS.get(form, {"quality": 100, "subsampling": 0})
     data = saved(photo, form, icc_profile=profile, **options)
     assert close(decode(data), photo)
-    shown = Image.open(io.BytesIO(render(data, max_side_px=64, quality=95, max_pixels=10_000).data))
+    shown = Image.open(io.BytesIO(render(data, max_side_px=64, quality=95, max_pixels=10_000)))
     assert shown.format == "JPEG"
     red, green, _ = shown.getpixel((30, 30))  # type: ignore[misc]
     assert green > red + 100

@@ -57,7 +57,10 @@ def test_scores_match_classify(tiny_bundle: SimpleNamespace, photos: Path, tmp_p
     assert "1 of them could not be read" in printed
     assert f"{out} is complete." in printed
     table = rows(out)
-    assert list(table[0]) == ["photo", "label", "confidence", "p_blue", "p_green", "p_red", "error"]
+    assert list(table[0]) == [
+        *("photo", "label", "confidence", "p_blue", "p_green", "p_red"),
+        *("in_distribution", "ood_score", "because", "error"),
+    ]
     paths = sorted(photos.glob("[a-z]*/*.jpg"))
     assert [row["photo"] for row in table] == [str(path) for path in paths]
     bundle = open_bundle(tiny_bundle.path)
@@ -67,7 +70,10 @@ def test_scores_match_classify(tiny_bundle: SimpleNamespace, photos: Path, tmp_p
             assert [row[name] for name in ("label", "confidence", "p_blue")] == [None] * 3
             continue
         assert row["error"] is None
-        assert row["label"] == bundle.classes[int(prediction.probabilities.argmax())]
+        decision = bundle.decision_rule.decide(bundle.classes, prediction.probabilities, prediction.ood_score)
+        assert (row["label"], row["because"]) == (decision.label, decision.because)
+        assert row["in_distribution"] == decision.in_distribution
+        assert row["ood_score"] == pytest.approx(prediction.ood_score, abs=1e-4)
         expected = dict(zip(bundle.classes, prediction.probabilities.tolist(), strict=True))
         assert {name: row[f"p_{name}"] for name in bundle.classes} == pytest.approx(expected, abs=1e-6)
         assert row["confidence"] == max(row[f"p_{name}"] for name in bundle.classes)

@@ -451,7 +451,7 @@ def test_an_extra_folder_that_does_not_fit_is_rejected(tmp_path: Path, train: Ca
     (tmp_path / "other" / "green").mkdir(parents=True)
     for folder, message in (
         ("nowhere", "No such folder"),
-        ("none", "has no photos in folders named blue, red. Remove it from --extra-data."),
+        ("none", "has no photos of blue, red. Remove it from --extra-data."),
         ("other", "has the class 'green', but the data folder has blue, red"),
     ):
         code, _, err = train("--extra-data", tmp_path / folder)
@@ -553,5 +553,5 @@ def test_impossible_folds_are_rejected(
     assert "cannot be combined with --split" in error_of("--folds", 3, "--split", "train", *base)
     assert "the class blue has only 9 photos" in error_of("--folds", 10, *base)
     assert "was trained on other base weights" in error_of("--folds", 3, "--weights", other)
-    assert "require --folds" in error_of("--reviews", tmp_path / "reviews.csv")
+    assert "--weights requires --folds. Set the number of folds, or remove it." in error_of(*base)
     assert "does not have because it was trained with --unfreeze" in error_of("--folds", 3, *base, run="deep")
