@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from service.telemetry.metrics_dir import DIR_VARIABLE
 
 DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 STAGES = ("decode_queue", "decode", "batch_queue", "inference")
+
+
+class AllWorkers(MultiProcessCollector):
+    """Collect the files of all workers, except empty ones.
+
+    A worker creates each file empty before it sets the size, and prometheus_client cannot read it in between.
+    """
+
+    def collect(self) -> Iterable[Metric]:
+        paths = glob.glob(os.path.join(glob.escape(self._path), "*.db"))
+        metrics: Iterable[Metric] = self.merge([path for path in paths if not _is_empty(path)])  # type: ignore[no-untyped-call]
+        return metrics
+
+
+def _is_empty(path: str) -> bool:
+    try:
+        return os.path.getsize(path) == 0
+    except FileNotFoundError:  # the gauges of a worker that has ended just now
+        return True
 
 
 @dataclass
@@ -124,5 +144,5 @@ class Metrics:
         if folder is None or not glob.glob(os.path.join(glob.escape(folder), f"*_{os.getpid()}.db")):
             return generate_latest(self.registry)
         all_workers = CollectorRegistry()
-        MultiProcessCollector(all_workers)  # type: ignore[no-untyped-call]
+        AllWorkers(all_workers)  # type: ignore[no-untyped-call]
         return generate_latest(all_workers)

@@ -21,6 +21,9 @@ from service.telemetry.metrics import Metrics
 metrics = Metrics()
 metrics.batch_size.observe(3)
 assert b"classifier_batch_size_sum 3.0" in metrics.render()
+with open(os.path.join(os.environ["PROMETHEUS_MULTIPROC_DIR"], "gauge_livesum_1.db"), "x"):
+    pass  # another worker has only just created it
+assert b"classifier_batch_size_sum 3.0" in metrics.render()
 for file in os.scandir(os.environ["PROMETHEUS_MULTIPROC_DIR"]):
     os.unlink(file)
 os.rmdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])
@@ -73,7 +76,7 @@ def test_a_folder_that_something_removed_is_created_again_and_locked(parent: Pat
         module._lock(folder)
 
 
-def test_a_worker_reports_its_own_metrics_after_the_folder_is_removed(tmp_path: Path) -> None:
+def test_a_worker_reports_metrics_while_another_one_starts_and_after_the_folder_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "metrics"
     folder.mkdir()
     subprocess.run([sys.executable, "-c", WORKER], env=os.environ | {DIR_VARIABLE: str(folder)}, check=True)
