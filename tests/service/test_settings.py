@@ -10,13 +10,13 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from models.artifacts.bundle import GOLDEN, MANIFEST, open_bundle, write_bundle
+from models.artifacts.bundle import MANIFEST
 from models.errors import ConfigError
 from service.resources import ResourceAllocation, allocate_resources, available_cpus
 from service.settings import RENAMED, SHIPPED_BUNDLE, Settings
+from tests.helpers.rollout_bundles import rewritten
 from tests.helpers.server import run_service
 
 
@@ -260,17 +260,7 @@ def test_an_edited_manifest_is_not_served(copy: Path) -> None:
 
 def test_a_model_that_does_not_reproduce_its_golden_outputs_is_not_served(copy: Path) -> None:
     """For example because a library computes differently from the one that exported the bundle."""
-    bundle = open_bundle(copy)
-    pixels, probabilities, _ = bundle.golden()
-
-    def write_files(folder: Path) -> None:
-        for name in bundle.manifest["files"]:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(copy / name, folder / name)
-        np.savez_compressed(folder / GOLDEN, pixels=pixels, probabilities=probabilities[:, ::-1])
-
-    manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}
-    write_bundle(copy.parent / "other", manifest, write_files=write_files)
+    rewritten(copy, copy.parent / "other", wrong_golden=True)
     error = messages_of(fails_to_start(3, bundle=copy.parent / "other"))
     assert "does not reproduce its golden outputs" in error
     assert "ready" not in error.splitlines()
