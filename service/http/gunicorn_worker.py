@@ -673,13 +673,15 @@ class EventLoopWorker(Worker):
     async def _receive_body(self, connection: Connection, exchange: Exchange) -> bytes:
         """Receive the body of a request, unless it is rejected before. Raises Problem and DisconnectedError."""
         limit, length = self._settings.max_body_bytes, exchange.length
+        if length is not None and length > limit:
+            exchange.response.force_close()
+            if exchange.is_prediction:  # also at capacity, as a later attempt would fail too
+                raise body_too_large(limit, length)
+            return b""  # the application writes the error response
         if exchange.is_prediction and self._middleware.admission.is_at_capacity:
             if exchange.expects_continue:
                 exchange.response.force_close()
             raise self._overloaded()
-        if length is not None and length > limit:
-            exchange.response.force_close()
-            return b""  # the application writes the error response
         if exchange.expects_continue and not connection.buffer:
             connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
