@@ -19,7 +19,7 @@ from filelock import FileLock
 from finetune.data.synthetic.dataset import CLASSES, draw_image
 from service.db.connection import Database
 from tests.helpers.databases import Postgres, run_postgres
-from tests.helpers.server import Server, serve
+from tests.helpers.server import Server, poll, serve
 from tests.helpers.system_packages import skip_without
 
 if TYPE_CHECKING:
@@ -200,7 +200,9 @@ def shared_server(tiny_bundle: SimpleNamespace) -> Iterator[SharedServer]:
             key = tuple(sorted(settings.items()))
             if key not in running:
                 running[key] = stack.enter_context(serve(tiny_bundle.path, **settings))
-            return running[key]
+            server = running[key]
+            poll(lambda: server.metrics()["classifier_in_flight_images"] == 0)  # an earlier test may not await its requests
+            return server
 
         yield get
 
