@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -300,12 +301,20 @@ def _reported_by_another_rank(store: Store) -> bool:
     """
     try:
         if store.add("finetune/failed", 1) == 1:
-            atexit.register(_suppress_errors, store.set, "finetune/reported", "")
+            atexit.register(_suppress_errors, _announce_report, store)
             return False
         _suppress_errors(store.wait, ["finetune/reported"], timedelta(seconds=10))
     except RuntimeError:  # the host of the store is gone
         return False
     return True
+
+
+def _announce_report(store: Store) -> None:
+    """Let the other ranks end, and give them time to ask: the store ends together with the process that hosts it."""
+    store.set("finetune/reported", "")
+    until = time.monotonic() + 3.0
+    while store.add("finetune/failed", 0) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < until:
+        time.sleep(0.02)
 
 
 def _suppress_errors(operation: Callable[..., Any], *args: Any) -> None:
