@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -71,7 +72,7 @@ class Bundle:
         seed = self.manifest.get("permute_pixels")
         return None if seed is None else int(seed)
 
-    @property
+    @cached_property
     def decision_rule(self) -> DecisionRule:
         """When the model abstains. Raises BundleError if the manifest's rule is malformed or too new."""
         return DecisionRule.from_manifest(self.manifest)

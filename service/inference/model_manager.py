@@ -73,7 +73,7 @@ class LoadedModel:
     batcher: Batcher
     card: str | None = None
 
-    @cached_property
+    @property
     def rule(self) -> DecisionRule:
         """When the model abstains."""
         return self.bundle.decision_rule
