@@ -36,7 +36,36 @@ class Batches(Protocol):
     def ordered(self) -> Iterator[Batch]: ...
 
 
-class CachedBatches:
+class _Order:
+    """The labels of a split, and the images of each batch.
+
+    Args:
+        labels: The label of each image.
+        batch_size: Images per batch.
+        seed: Seed of the order.
+        balanced: See ``epoch_order``.
+    """
+
+    def __init__(self, labels: Sequence[int], *, batch_size: int, seed: int, balanced: bool) -> None:
+        self._labels = torch.tensor(labels, dtype=torch.long)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._balanced = balanced
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        return epoch_order(self._labels, self._seed, epoch, balanced=self._balanced)
+
+    def _shuffled_indices(self, epoch: int, min_batch: int) -> list[Tensor]:
+        return shuffled_batches(self._epoch_order(epoch), self._batch_size, min_batch=min_batch)
+
+    def _ordered_indices(self) -> list[Tensor]:
+        return ordered_batches(len(self), self._batch_size)
+
+
+class CachedBatches(_Order):
     """Batches of precomputed features."""
 
     def __init__(
@@ -48,21 +77,14 @@ class CachedBatches:
         seed: int,
         balanced: bool = False,
     ) -> None:
+        super().__init__(labels, batch_size=batch_size, seed=seed, balanced=balanced)
         self._features = torch.from_numpy(features)
-        self._labels = torch.tensor(labels, dtype=torch.long)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._balanced = balanced
-
-    def __len__(self) -> int:
-        return len(self._labels)
 
     def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
-        order = epoch_order(self._labels, self._seed, epoch, balanced=self._balanced)
-        return self._load(shuffled_batches(order, self._batch_size, min_batch=min_batch))
+        return self._load(self._shuffled_indices(epoch, min_batch))
 
     def ordered(self) -> Iterator[Batch]:
-        return self._load(ordered_batches(len(self), self._batch_size))
+        return self._load(self._ordered_indices())
 
     def with_sampling(self, *, balanced: bool) -> CachedBatches:
         """Return batches of the same features, drawn equally from each class or not."""
@@ -76,7 +98,7 @@ class CachedBatches:
             yield self._features[images], self._labels[images]
 
 
-class InMemoryBatches:
+class InMemoryBatches(_Order):
     """Batches of images that are held in memory as pixels. Only the frozen layers run again in every epoch.
 
     Args:
@@ -100,19 +122,13 @@ class InMemoryBatches:
         seed: int,
         balanced: bool = False,
     ) -> None:
+        super().__init__(labels, batch_size=batch_size, seed=seed, balanced=balanced)
         self._pixels = torch.from_numpy(pixels)
-        self._labels = torch.tensor(labels, dtype=torch.long)
         self._frozen = frozen
         self._augment = augment
-        self._batch_size = batch_size
-        self._seed = seed
-        self._balanced = balanced
-
-    def __len__(self) -> int:
-        return len(self._labels)
 
     def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
-        order = epoch_order(self._labels, self._seed, epoch, balanced=self._balanced)
+        order = self._epoch_order(epoch)
         batches = shuffled_batches(order, self._batch_size, min_batch=min_batch)
         if self._augment is None:
             yield from map(self._load, batches)
@@ -124,7 +140,7 @@ class InMemoryBatches:
             yield from threaded_map(lambda pair: self._load(*pair), pairs, workers=1, buffer_size=2)
 
     def ordered(self) -> Iterator[Batch]:
-        return map(self._load, ordered_batches(len(self), self._batch_size))
+        return map(self._load, self._ordered_indices())
 
     def _load(self, indices: Tensor, views: Tensor | None = None) -> Batch:
         images = indices % len(self)
@@ -136,7 +152,7 @@ class InMemoryBatches:
         return torch.from_numpy(self._frozen.run(pixels.numpy())), self._labels[images]
 
 
-class UncachedBatches:
+class UncachedBatches(_Order):
     """Batches of images that are decoded, and whose features are computed, in every epoch."""
 
     def __init__(
@@ -151,25 +167,19 @@ class UncachedBatches:
         workers: int = 0,
         balanced: bool = False,
     ) -> None:
+        labels = [record.sample.label for record in records]
+        super().__init__(labels, batch_size=batch_size, seed=seed, balanced=balanced)
         self._records = records
-        self._labels = torch.tensor([record.sample.label for record in records], dtype=torch.long)
-        self._balanced = balanced
         self._preprocessing = preprocessing
         self._frozen = frozen
         self._augment = augment
-        self._batch_size = batch_size
-        self._seed = seed
         self._workers = workers
 
-    def __len__(self) -> int:
-        return len(self._records)
-
     def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
-        order = epoch_order(self._labels, self._seed, epoch, balanced=self._balanced)
-        return self._load(shuffled_batches(order, self._batch_size, min_batch=min_batch), epoch)
+        return self._load(self._shuffled_indices(epoch, min_batch), epoch)
 
     def ordered(self) -> Iterator[Batch]:
-        return self._load(ordered_batches(len(self), self._batch_size), None)
+        return self._load(self._ordered_indices(), None)
 
     def _load(self, batches: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         def pixels(drawn: int) -> NDArray[np.uint8]:
