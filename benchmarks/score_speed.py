@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.data.image_files import ImageSearch
-from models.artifacts.bundle import GRAPH, open_bundle
+from models.artifacts.bundle import open_bundle
 from models.artifacts.paths import resolve_bundle
 from models.runtime.openvino_engine import OpenVINOEngine
 
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--photos", type=int, default=1400, help="images per round; a smaller folder is scored repeatedly")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32")
     args = parser.parse_args()
     bundle, images = resolve_bundle(args.bundle), list(ImageSearch().walk([args.data]))
     if not images:
@@ -130,10 +130,10 @@ def inference_alone(path: Path, images: list[Path], precision: str, *, seconds: 
     from finetune.batch_inference.parquet import BATCH
     from finetune.io.threaded_map import available_cpus
 
-    bundle, threads = open_bundle(path, files=(GRAPH,)), available_cpus()
+    bundle, threads = open_bundle(path), available_cpus()
     pixels = np.stack([bundle.preprocessing.pixels(photo.read_bytes()) for photo in islice(cycle(images), ENGINE_PHOTOS)])
     engine = OpenVINOEngine(
-        path / GRAPH,
+        bundle.graph(precision),
         outputs=["probabilities"],
         precision=precision,
         threads=threads,

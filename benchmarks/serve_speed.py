@@ -128,7 +128,7 @@ class Baseline:
     """Decoding and inference alone, with the settings of the service."""
 
     def __init__(self, path: Path, photos: list[bytes]) -> None:
-        from models.artifacts.bundle import GRAPH, open_bundle
+        from models.artifacts.bundle import open_bundle
         from models.runtime.openvino_engine import OpenVINOEngine
         from models.runtime.precision import select_precision
         from service.resources import allocate_resources
@@ -136,13 +136,14 @@ class Baseline:
 
         settings = Settings.from_environment({})
         resources = allocate_resources(settings)
-        bundle = open_bundle(path, files=(GRAPH,))
+        bundle = open_bundle(path)
         self._preprocessing, self._photos = bundle.preprocessing, photos
         self._threads, self._batch = resources.inference_threads, settings.max_batch_size
+        precision = select_precision(bundle).name
         self._engine = OpenVINOEngine(
-            path / GRAPH,
+            bundle.graph(precision),
             outputs=["probabilities"],
-            precision=select_precision(bundle).name,
+            precision=precision,
             threads=resources.cpus_per_worker,
             streams=resources.streams,
             batch_sizes=(settings.max_batch_size,),

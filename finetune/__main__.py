@@ -23,6 +23,7 @@ COMMANDS = {
     "download": "download photos of cats and dogs",
     "synthesize": "draw a synthetic data set of cats and dogs for trying things out",
     "threshold": "show or change the minimum probabilities of a bundle",
+    "quantize": "add a graph in int8 to a bundle that was exported without one",
     "merge": "add the pretrained weights to a bundle without the full weights",
     "models": "list the available networks",
     "visualize": "draw a network's filters and the feature maps of a photo",

@@ -111,6 +111,13 @@ class Config:
     false_alarms: float = _setting(
         0.01, "fraction of photos of the classes that may count as unlike the training photos", low=0.0001, high=0.5
     )
+    int8: bool = _setting(True, "add a graph in int8 if the validation photos show that it is accurate enough")
+    max_accuracy_loss: float = _setting(
+        0.01,
+        "accuracy that int8 may lose, with 95% confidence; 0.01: one percentage point",
+        low=0.0001,
+        high=0.5,
+    )
     name: str | None = _setting(None, "bundle name (default: DATA-BACKBONE)")
     tensorboard: bool = _setting(False, "write TensorBoard events to the run directory")
 

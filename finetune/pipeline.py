@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -29,8 +29,10 @@ from finetune.evaluation.ood import OODFit, fit_records
 from finetune.evaluation.trained_head import TrainedHead, describe_balance, train_other_head
 from finetune.export.exporter import PARITY_IMAGES, OODExport, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
+from finetune.export.quantization import BATCH, CALIBRATION_IMAGES, MAX_TEST_IMAGES, QuantizationData, evenly_spaced
 from finetune.io.progress import step
-from finetune.metrics.calibration import apply_temperature
+from finetune.io.threaded_map import batched, threaded_map
+from finetune.metrics.calibration import apply_temperature, fit_balanced_temperature, fit_temperature
 from finetune.metrics.operating_points import parse_targets
 from finetune.reports.results import write_results
 from finetune.training import run_directory
@@ -361,6 +363,7 @@ def write_outputs(
         parity=_parity_sample(valid_records, predictions, network, compute),
         ood=_ood_export(ood) if ood else None,
         operating_points=operating_points,
+        quantization=_quantization_data(config, network, head, prepared, predictions) if config.int8 else None,
         contents=config.export,
     )
 
@@ -377,10 +380,46 @@ def _parity_sample(
     records: Sequence[ImageRecord], predictions: Predictions, network: TrainingNetwork, compute: Compute
 ) -> ParitySample:
     """Select evenly spaced validation images and preprocess them as the service does."""
-    rows = np.unique(np.linspace(0, len(records) - 1, min(PARITY_IMAGES, len(records))).round().astype(int))
+    rows = evenly_spaced(len(records), PARITY_IMAGES)
     pixels = np.stack([read_pixels(records[i], network.spec.preprocessing) for i in rows])
     ood_scores = None if predictions.ood_scores is None else predictions.ood_scores[rows]
     return ParitySample(pixels, predictions.probabilities[rows], compute.precision, ood_scores)
+
+
+def _quantization_data(
+    config: Config, network: TrainingNetwork, head: TrainedHead, prepared: PreparedDataset, predictions: Predictions
+) -> QuantizationData:
+    """Select evenly spaced images of training and validation. They are decoded again, only if they are needed."""
+    preprocessing = network.spec.preprocessing
+    training = prepared.splits["train"]
+    rows = evenly_spaced(len(predictions.labels), MAX_TEST_IMAGES)
+    labels, groups = predictions.labels[rows], predictions.group_numbers
+
+    def read(records: Iterable[ImageRecord]) -> Iterator[NDArray[np.uint8]]:
+        return threaded_map(lambda record: read_pixels(record, preprocessing), records, workers=config.workers)
+
+    def read_training() -> NDArray[np.uint8]:
+        return np.stack(list(read(training[i] for i in evenly_spaced(len(training), CALIBRATION_IMAGES))))
+
+    def read_validation() -> Iterator[NDArray[np.uint8]]:
+        return map(np.stack, batched(read(prepared.splits["valid"][i] for i in rows), BATCH))
+
+    def fit(log_probs: NDArray[np.float64]) -> float:
+        if head.balance is None:
+            return fit_temperature(log_probs, labels)
+        no_shift = np.zeros(log_probs.shape[1])  # the exported network is already corrected
+        return fit_balanced_temperature(log_probs, labels, shift=no_shift, frequencies=head.balance.frequencies)[0]
+
+    return QuantizationData(
+        read_training,
+        read_validation,
+        labels=labels,
+        probabilities=predictions.probabilities[rows],
+        ood_scores=None if predictions.ood_scores is None else predictions.ood_scores[rows],
+        groups=None if groups is None else groups[rows],
+        fit_temperature=fit,
+        max_accuracy_loss=config.max_accuracy_loss,
+    )
 
 
 def _ood_export(ood: OODFit) -> OODExport:

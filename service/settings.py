@@ -96,8 +96,9 @@ class Settings:
     )
     precision: str = _setting(
         "auto",
-        "fp32, bf16, or auto: bf16 if the CPU supports it and it was measured when the bundle was exported",
-        choices=("auto", "fp32", "bf16"),
+        "fp32, bf16, int8, or auto: the fastest one that this CPU supports and that was accurate enough when the bundle was "
+        "exported",
+        choices=("auto", "fp32", "bf16", "int8"),
     )
     streams: int | None = _setting(None, "batches computed at a time (default: the CPUs of a worker)", low=1, high=256)
     max_batch_size: int = _setting(4, "images per batch", low=1, high=256)

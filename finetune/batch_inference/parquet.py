@@ -28,7 +28,7 @@ from finetune.data.image_files import read_image_file
 from finetune.data.label_table import LabelRow, LabelTable
 from finetune.io.threaded_map import available_cpus, batched, threaded_map
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
-from models.artifacts.bundle import GRAPH, Bundle
+from models.artifacts.bundle import Bundle
 from models.artifacts.decision import Decision
 from models.artifacts.predictions import FACET_PREFIX
 from models.errors import DataError, ImageError, RunError
@@ -157,7 +157,7 @@ class _Scorer:
         self._bundle, self._threads, self._abstain = bundle, threads, abstain
         self._rule = bundle.decision_rule
         self._engine = OpenVINOEngine(
-            bundle.path / GRAPH,
+            bundle.graph(precision),
             outputs=bundle.engine_outputs,
             precision=precision,
             threads=threads,

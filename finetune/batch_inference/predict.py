@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from finetune.data.image_files import ImageSearch, find_images, read_image_file
 from finetune.data.path_list import read_path_list
 from finetune.io.threaded_map import batched, threaded_map
-from models.artifacts.bundle import GRAPH, Bundle
+from models.artifacts.bundle import Bundle
 from models.errors import DataError, ImageError
 from models.preprocess import to_rgb
 from models.runtime.openvino_engine import OpenVINOEngine
@@ -40,7 +40,7 @@ class ImagePrediction:
 
 def open_engine(bundle: Bundle, *, precision: str = "fp32") -> OpenVINOEngine:
     """Compile the bundle's graph for ``classify``."""
-    return OpenVINOEngine(bundle.path / GRAPH, outputs=["embedding", *bundle.engine_outputs], precision=precision)
+    return OpenVINOEngine(bundle.graph(precision), outputs=["embedding", *bundle.engine_outputs], precision=precision)
 
 
 def classify(

@@ -32,6 +32,8 @@ SHARED_SETTINGS = (
     "allow_class_mismatch",
     "device",
     "precision",
+    "int8",
+    "max_accuracy_loss",
     "seed",
     "workers",
     "cache_dir",

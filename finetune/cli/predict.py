@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16", "auto"),
+        choices=("fp32", "bf16", "int8", "auto"),
         default="fp32",
         help="numeric precision of the network (default: fp32)",
     )
@@ -142,6 +142,8 @@ def _print_skipped(search: ImageSearch) -> bool:
 
 
 def _precision(args: argparse.Namespace, bundle: Bundle) -> str:
+    if args.precision == "int8" and not bundle.has_int8:
+        raise ConfigError(f"{bundle.path} has no graph in int8. Remove --precision, or use --precision fp32.")
     if args.precision == "bf16" and not supports_bf16():
         raise ConfigError("This processor does not support bf16. Remove --precision, or use --precision fp32.")
     return select_precision(bundle, args.precision).name

@@ -48,6 +48,7 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
     from finetune.metrics.ood import OODLimit
     from finetune.metrics.operating_points import format_operating_points
     from finetune.reports.results import format_results
+    from models.runtime.precision import describe_export
 
     provenance, folder = bundle.manifest["provenance"], bundle.path.parent
     print(f"\nBest epoch: {provenance['best_epoch']} of {provenance['epochs']}. Validation results:")
@@ -57,6 +58,8 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
         print("\n".join(["\nThresholds:", *format_operating_points(points), ""]))
     if ood := bundle.manifest.get("ood"):
         print(OODLimit.from_dict(ood["limit"]).text())
+    if int8 := bundle.manifest.get("int8"):
+        print(describe_export(int8))
     if provenance["dataset"]["reviews"]:
         print("The reviews corrected labels in both training and validation.")
     print("These photos also selected the best epoch and the temperature.")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.batch_inference.predict import classify
 from finetune.metrics.groups import compute_metrics_of_groups
-from models.artifacts.bundle import GRAPH, PREDICTIONS, Bundle
+from models.artifacts.bundle import PREDICTIONS, Bundle
 from models.artifacts.predictions import Predictions
 from models.networks.flops import build_on_meta, count_parameters
 from models.networks.head_replacement import replace_heads
@@ -86,7 +86,7 @@ def benchmark(
                 precision=precisions[name],
                 **{name: metrics[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "log_loss")},
                 ms_per_image=times[name],
-                graph_mb=(bundle.path / GRAPH).stat().st_size / 1e6,
+                graph_mb=bundle.graph(precisions[name]).stat().st_size / 1e6,
                 parameters=bundle_parameters(bundle),
                 training_s=seconds[name],
                 epochs=int(bundle.manifest["provenance"]["epochs"]),
@@ -100,7 +100,7 @@ def benchmark(
 def measure_latency(bundles: Mapping[str, Bundle], paths: Sequence[Path], precisions: Mapping[str, str]) -> dict[str, float]:
     """Measure the median latency per image in ms (batch size 1, all CPUs, without decoding) over 20 interleaved rounds."""
     engines = {
-        name: OpenVINOEngine(bundle.path / GRAPH, outputs=["probabilities"], precision=precisions[name])
+        name: OpenVINOEngine(bundle.graph(precisions[name]), outputs=["probabilities"], precision=precisions[name])
         for name, bundle in bundles.items()
     }
     pixels = {

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from finetune.export.quantization import QuantizationData, add_int8_graph, golden_outputs, rejected
 from finetune.io.progress import step
 from finetune.metrics.operating_points import min_probabilities
 from finetune.reports.model_card import write_model_card
@@ -25,6 +26,7 @@ from models.artifacts.bundle import (
     GRAPH,
     HEAD,
     HELD_OUT,
+    INT8_GRAPH,
     MODEL_CARD,
     PREDICTIONS,
     WEIGHTS,
@@ -51,6 +53,8 @@ GOLDEN_TOLERANCE = 1e-3
 PARITY_IMAGES = 64
 PLOTS_WITHOUT_IMAGES = {"learning_curves", "reliability", "confusion_matrix", "thresholds", "ood_scores"}
 NUM_GOLDEN = 4
+NOT_REQUESTED = "it was exported with --no-int8"
+HEAD_ONLY = "it was exported with the trained layers only"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def export_bundle(
     parity: ParitySample,
     ood: OODExport | None = None,
     operating_points: Mapping[str, Any] | None = None,
+    quantization: QuantizationData | None = None,
     contents: str = "full",
 ) -> Bundle:
     """Write a bundle after checking that its graph reproduces the probabilities and the OOD scores of training.
@@ -100,6 +105,7 @@ def export_bundle(
         ood: The OOD score, if there is one.
         operating_points: The manifest's field with the thresholds of the classes, if there are any. ``evaluation_dir`` then
             contains the predictions that they were selected from.
+        quantization: The images to add a graph in int8 with, or None for a bundle without one. A head has none either.
         contents: ``full`` (all weights and the graph), ``graph`` (the graph and ``trained_tensors``) or ``head``
             (``trained_tensors`` only). Only a full bundle contains plots that show images, and a head no plots.
 
@@ -124,14 +130,18 @@ def export_bundle(
             manifest["parity"] = check_parity(engine, parity)
         check_finite(classifier, golden)
         arrays: dict[str, Any] = dict(zip(outputs, engine.run(golden), strict=True))
-        np.savez_compressed(folder / GOLDEN, pixels=golden, **arrays)
         del engine  # the next steps compile more
         if ood:
             seconds = time_output(graph, OOD_SCORE, start="embedding", batch_size=NUM_GOLDEN)
             manifest["ood"] = {**ood.manifest, "microseconds": round(seconds * 1e6, 1)}
             ood.parameters.write(folder / OOD_FILE)
         with step("Measuring its speed in bfloat16") if supports_bf16() else contextlib.nullcontext():
-            manifest["bf16"] = measure_bf16(graph, parity.pixels, max_ood_score=ood.max_score if ood else None)
+            manifest["bf16"] = measure_bf16(graph, parity.pixels, max_ood_score=rule.max_ood_score)
+        if quantization and contents != "head":
+            manifest["int8"] = add_int8_graph(graph, quantization, temperature=temperature, max_ood_score=rule.max_ood_score)
+            if manifest["int8"]["file"]:
+                arrays |= golden_outputs(folder / INT8_GRAPH, golden, outputs)
+        np.savez_compressed(folder / GOLDEN, pixels=golden, **arrays)
         if contents == "head":
             graph.unlink()
         if contents != "full":
@@ -157,6 +167,7 @@ def export_bundle(
         "graph": graph_signature(spec, has_ood_score=ood is not None),
         "golden": {"tolerance": GOLDEN_TOLERANCE},
         "ood": None,
+        "int8": rejected(NOT_REQUESTED if quantization is None else HEAD_ONLY),
         "decision": rule.as_dict(),
         "operating_points": None if operating_points is None else dict(operating_points),
     }

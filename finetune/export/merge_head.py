@@ -11,6 +11,7 @@ from models.artifacts.bundle import (
     GRAPH,
     HEAD,
     HELD_OUT,
+    INT8_GRAPH,
     MODEL_CARD,
     PREDICTIONS,
     WEIGHTS,
@@ -72,6 +73,11 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
         check_golden(bundle, lambda pixels: engine.run(pixels)[0])
         if ood:
             check_golden_ood_scores(bundle, engine.run(bundle.golden()[0])[1])
+        if bundle.has_int8:
+            shutil.copyfile(bundle.path / INT8_GRAPH, folder / INT8_GRAPH)
+            quantized = OpenVINOEngine(folder / INT8_GRAPH, outputs=bundle.engine_outputs, precision="int8")
+            tolerance = float(bundle.manifest["int8"]["tolerance"])
+            check_golden(bundle, lambda pixels: quantized.run(pixels)[0], tolerance=tolerance, golden=bundle.golden("int8"))
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())
         for name in {GOLDEN, PREDICTIONS, MODEL_CARD, OOD_FILE, HELD_OUT, *SIMILARITY_FILES} & set(bundle.manifest["files"]):
             shutil.copyfile(bundle.path / name, folder / name)

@@ -12,7 +12,7 @@ from finetune.metrics.ood import OODLimit
 from finetune.metrics.operating_points import format_operating_points
 from finetune.metrics.slices import format_p
 from models.artifacts.atomic_io import atomic_write_text
-from models.runtime.precision import describe_bf16, is_bf16_acceptable
+from models.runtime.precision import describe_bf16, describe_export, is_bf16_acceptable
 
 TITLES = {
     "accuracy": "accuracy",
@@ -276,6 +276,8 @@ def _contents(manifest: Mapping[str, Any]) -> str:
             else "The service does not use it"
         )
         lines.append(f"In bfloat16: {describe_bf16(manifest['bf16'])}. {use}.")
+    if int8 := manifest.get("int8"):
+        lines.append(f"{describe_export(int8)}{' `model.int8.onnx` is the same network in int8.' if int8['file'] else ''}")
     return " ".join(lines) + "\n"
 
 

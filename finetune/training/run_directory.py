@@ -43,6 +43,8 @@ CHANGEABLE_ON_RESUME = {
     "output_dir",
     "epochs",
     "false_alarms",
+    "int8",
+    "max_accuracy_loss",
 }
 
 

@@ -32,6 +32,7 @@ MANIFEST, GRAPH, WEIGHTS, HEAD = "manifest.json", "model.onnx", "model.safetenso
 MAX_NAME_BYTES = 200  # names of files may have 255, and some add a version or a suffix
 UNSAFE_IN_NAME = re.compile("[/\\\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
 PREDICTIONS, GOLDEN, MODEL_CARD = "predictions.csv", "golden.npz", "README.md"
+INT8_GRAPH = "model.int8.onnx"
 HELD_OUT = "held_out.npz"  # predictions of photos that were not used in training, to select thresholds from
 
 Golden = tuple[NDArray[np.uint8], NDArray[np.float32], float]
@@ -83,6 +84,15 @@ class Bundle:
         return bool(self.manifest.get("ood"))
 
     @property
+    def has_int8(self) -> bool:
+        """Whether the bundle has a graph in int8. Older bundles have none."""
+        return INT8_GRAPH in self.manifest["files"]
+
+    def graph(self, precision: str) -> Path:
+        """Return the graph to run in a precision. Its file may not have been verified."""
+        return self.path / (INT8_GRAPH if precision == "int8" else GRAPH)
+
+    @property
     def engine_outputs(self) -> tuple[str, ...]:
         """The outputs of the graph that decide about an image: the probabilities, and the OOD score if there is one."""
         return ("probabilities", OOD_SCORE) if self.has_ood_score else ("probabilities",)
@@ -113,15 +123,24 @@ class Bundle:
             return None
         return read_small_file(self.path, MODEL_CARD, self.manifest["files"]).decode("utf-8", "replace")
 
-    def golden(self) -> Golden:
-        """Read the golden pixels (N, H, W, C), the expected probabilities (N, classes), and the tolerance."""
-        with np.load(self.path / GOLDEN) as arrays:
-            return arrays["pixels"], arrays["probabilities"], float(self.manifest["golden"]["tolerance"])
+    def golden(self, precision: str = "fp32") -> Golden:
+        """Read the golden pixels (N, H, W, C), the expected probabilities (N, classes), and float32's tolerance.
 
-    def golden_ood_scores(self) -> NDArray[np.float32] | None:
+        The graph in int8 has its own expected outputs. bfloat16 has those of float32, with a larger tolerance.
+        """
+        with np.load(self.path / GOLDEN) as arrays:
+            probabilities = arrays[golden_array("probabilities", precision)]
+            return arrays["pixels"], probabilities, float(self.manifest["golden"]["tolerance"])
+
+    def golden_ood_scores(self, precision: str = "fp32") -> NDArray[np.float32] | None:
         """Read the expected OOD scores (N,) of the golden pixels. None if the bundle has no score."""
         with np.load(self.path / GOLDEN) as arrays:
-            return arrays[OOD_SCORE] if self.has_ood_score else None
+            return arrays[golden_array(OOD_SCORE, precision)] if self.has_ood_score else None
+
+
+def golden_array(output: str, precision: str) -> str:
+    """Return the name of the array of golden outputs in a precision."""
+    return f"int8_{output}" if precision == "int8" else output
 
 
 def open_bundle(path: Path, *, files: Iterable[str] | None = None) -> Bundle:

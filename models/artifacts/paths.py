@@ -29,6 +29,11 @@ def compiled_dir() -> Path | None:
     return _writable_cache("compiled")
 
 
+def speed_dir() -> Path | None:
+    """Return the cache directory for speeds that were measured on this machine, or None if it is not writable."""
+    return _writable_cache("speed")
+
+
 def thumbnails_dir() -> Path | None:
     """Return the cache directory for thumbnails, or None if it is not writable."""
     return _writable_cache("thumbnails")

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+# What the layers of a graph in float32 are computed in. Those in int8 stay so.
+PRECISIONS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 
 Pixels = NDArray[np.uint8]
 Arrays = list[NDArray[np.float32]]

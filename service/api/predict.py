@@ -110,6 +110,7 @@ def models() -> Response:
                 "preprocessing": manifest["preprocessing"],
                 "metrics": manifest["metrics"],
                 "bf16": manifest.get("bf16"),
+                "int8": manifest.get("int8"),
                 "decision": model.rule.as_dict(),
                 "ood": manifest.get("ood"),
                 "precision_reason": model.precision.reason,

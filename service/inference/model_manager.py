@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import logging
 import os
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from models.artifacts.atomic_io import locked_folder
 from models.artifacts.bundle import (
     GOLDEN,
     GRAPH,
@@ -269,7 +269,7 @@ class ModelManager:
         if not bundle.is_head_only or merged_dir(bundle).is_dir():
             return
         self._progress = MERGING
-        with _locked_folder(path):
+        with locked_folder(path):
             if merged_dir(bundle).is_dir():  # another worker merged it
                 return
             log.warning(
@@ -298,16 +298,6 @@ def _call(callback: Callable[[LoadedModel], None], model: LoadedModel) -> None:
 
 def _labels(model: LoadedModel) -> tuple[str, str, str]:
     return model.bundle.name, model.bundle.version, model.precision.name
-
-
-@contextlib.contextmanager
-def _locked_folder(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def load_model(
@@ -340,8 +330,10 @@ def load_model(
         engine: Engine = TorchEngine(bundle)
     else:
         precision = select_precision(bundle, settings.precision)
+        graph = bundle.graph(precision.name)
+        check_file(path, graph.name, bundle.manifest["files"])
         engine = OpenVINOEngine(
-            path / GRAPH,
+            graph,
             outputs=bundle.engine_outputs,
             precision=precision.name,
             threads=resources.cpus_per_worker,
@@ -349,7 +341,7 @@ def load_model(
             batch_sizes=sizes,
             cache_dir=compiled_dir(),
         )
-    difference = _check_every_size(bundle, engine, sizes, tolerance=precision.tolerance, streams=resources.streams)
+    difference = _check_every_size(bundle, engine, sizes, precision=precision, streams=resources.streams)
     batcher = Batcher(
         engine,
         bundle.preprocessing,
@@ -379,10 +371,11 @@ def uses_torch(settings: Settings) -> bool:
     return Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()
 
 
-def _check_every_size(bundle: Bundle, engine: Engine, sizes: tuple[int, ...], *, tolerance: float, streams: int) -> float:
+def _check_every_size(bundle: Bundle, engine: Engine, sizes: tuple[int, ...], *, precision: Precision, streams: int) -> float:
     """Check the golden outputs in batches of every size. The first use of a size also compiles its kernels."""
-    golden = bundle.golden()  # read once, as NumPy parses array headers in a way that is not thread-safe in Python 3.11
-    golden_scores = bundle.golden_ood_scores()
+    # Read once, as NumPy parses array headers in a way that is not thread-safe in Python 3.11.
+    golden, golden_scores = bundle.golden(precision.name), bundle.golden_ood_scores(precision.name)
+    tolerance = precision.tolerance
 
     def check(size: int) -> float:
         probabilities, *scores = _in_one_batch(engine, golden[0], size)

@@ -84,7 +84,7 @@ def test_variables_are_converted_to_the_types_of_the_settings() -> None:
         ("MAX_MEGAPIXELS", "100", "0.01 to 85"),
         ("WEB_CONCURRENCY", "0", "1 to 64"),
         ("ENGINE", "gpu", "auto, openvino, torch"),
-        ("PRECISION", "FP32", "auto, fp32, bf16"),
+        ("PRECISION", "FP32", "auto, fp32, bf16, int8"),
         ("GUNICORN_WORKER", "gevent", "tuned, stock"),
         ("SEND_TIMEOUT_S", "0", "0.1 to 600"),
         ("LOG_LEVEL", "loud", "debug, info, warning, error"),
