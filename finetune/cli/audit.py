@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from finetune.data.image_folder import list_files
 from finetune.data.label_source import locate_data
 
 EXIT_CODES = (
@@ -22,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", metavar="FILE", help="table of labels, instead of class folders")
     parser.add_argument("--json", action="store_true", help="print all findings as JSON")
     parser.add_argument(
+        "--files",
+        action="store_true",
+        help="instead of an audit, list the photos of each class as JSON",
+    )
+    parser.add_argument(
         "--cache-dir", type=Path, default=None, help="cache directory for image fingerprints (default: ~/.cache/finetune)"
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="decoding threads; 0: one per CPU")
@@ -29,9 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune audit``: print the findings. Returns 1 if there are problems (notes do not count), else 0."""
+    data_dir, labels = locate_data(args.data_dir, args.labels)
+    if args.files:
+        print(json.dumps(list_files(data_dir, labels=labels), ensure_ascii=False))
+        return 0
     from finetune.data.audit import audit_folder  # slow to import
 
-    data_dir, labels = locate_data(args.data_dir, args.labels)
     report = audit_folder(data_dir, labels=labels, cache_dir=args.cache_dir, workers=args.workers, quiet=args.json)
     print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if args.json else report.text())
     return 1 if report.problems else 0

@@ -76,7 +76,8 @@ class AuditReport:
     neither: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return all findings, with the lines of ``problems`` and why training fails (``refusal``)."""
+        return asdict(self) | {"problems": self.problems, "refusal": self.refusal}
 
     @property
     def _command(self) -> str:

@@ -14,11 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from finetune.config import HUB
-from finetune.data.image_files import EXTENSIONS
 from finetune.data.label_table import IMAGE, LABEL, SPLIT
-from finetune.data.layout import split_of
 from finetune.io.output_folder import atomic_folder, require_empty_folder
 from models.artifacts.atomic_io import atomic_write_text
+from models.artifacts.data_folder import EXTENSIONS, split_of
 from models.errors import DataError
 
 TABLE, RECORD = "labels.parquet", "DATASET.json"

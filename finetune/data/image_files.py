@@ -15,12 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.io.terminal import escape_controls
+from models.artifacts.data_folder import is_image_name
 from models.errors import DataError, ImageError
-
-EXTENSIONS = (
-    ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".avif", ".heic", ".heif", ".hif", ".gif", ".bmp", ".tif", ".tiff",
-    ".ppm", ".pgm",
-)  # fmt: skip
 
 HIDDEN = "hidden"
 NOT_AN_IMAGE = "not a supported image type"
@@ -174,10 +170,6 @@ class ImageSearch:
             return all(self._contains_results(folder / entry.name, depth - 1) for entry in inner)
         except OSError:
             return False
-
-
-def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
 
 
 def is_ignored_folder(folder_name: str) -> bool:

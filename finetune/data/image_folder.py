@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from finetune.data.image_files import (
     ALREADY_INCLUDED,
-    EXTENSIONS,
     RESULTS,
     ImageSearch,
     Skipped,
@@ -20,18 +21,13 @@ from finetune.data.image_files import (
 from finetune.data.label_table import SPLIT, LabelRow, LabelTable, is_table, read_label_table
 from finetune.data.layout import (
     LOOSE,
-    TEST,
-    TRAIN,
-    VALID,
     Layout,
     class_folders,
-    class_name,
     find_layout,
-    is_neither,
     labels_in_names,
     note_unused,
-    split_of,
 )
+from models.artifacts.data_folder import EXTENSIONS, TEST, TRAIN, VALID, class_name, is_neither, split_of
 from models.errors import DataError, list_names
 
 ALL = "all"  # the split of an evaluation of a table without splits
@@ -194,6 +190,36 @@ def _read_table(root: Path, path: Path) -> Dataset:
         neither=tuple(sample for split in classes_of for sample in _table_neither(root, rows[split], split, classes)),
         labels=table,
     )
+
+
+def list_files(root: Path, *, labels: Path | None = None) -> dict[str, Any]:
+    """List the photos of a data folder without reading them, and without holding any out for validation.
+
+    Args:
+        root: The data folder.
+        labels: Table of the labels, if there is one.
+
+    Returns:
+        ``splits`` has the paths relative to ``root`` as {split: {class: paths}}, where the split of a folder without splits
+        is "all". ``neither`` has the photos of none of the classes. ``skipped`` has what was not read, with the reason.
+
+    Raises:
+        DataError: As ``read_dataset``.
+    """
+    search = ImageSearch()
+    dataset = _read_table(root, labels) if labels else _read_folders(root, search)
+    samples = list(dataset.samples)
+    if dataset.test_split and dataset.test_is_labeled:
+        samples += read_split(root, dataset.test_split, dataset.classes, labels=labels).samples
+    splits: dict[str, dict[str, list[str]]] = {}
+    for sample in samples:
+        split = {dataset.test_split: TEST}.get(sample.split, sample.split) if "valid" in dataset.split_folders else ALL
+        splits.setdefault(split, {}).setdefault(dataset.classes[sample.label], []).append(sample.name)
+    return {
+        "splits": splits,
+        "neither": [sample.name for sample in dataset.neither],
+        "skipped": {os.path.relpath(entry.path, root): entry.reason for entry in search.skipped},
+    }
 
 
 def read_extra(source: Path, classes: Sequence[str], *, prefix: str, search: ImageSearch) -> list[Sample]:

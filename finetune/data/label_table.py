@@ -18,7 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetune.data.layout import KNOWN_NAMES, RESERVED_CLASSES, TEST, VALID, split_of
+from finetune.data.layout import KNOWN_NAMES
+from models.artifacts.data_folder import RESERVED_CLASSES, TEST, VALID, split_of
 from models.artifacts.text_table import decode_text, read_text_table
 from models.errors import DataError, did_you_mean
 

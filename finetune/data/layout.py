@@ -10,20 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.data.image_files import HIDDEN, ImageSearch, is_failure
+from models.artifacts.data_folder import RESERVED_CLASSES, TEST, TRAIN, UNSTORABLE, VALID, class_name, split_of
 from models.errors import DataError
 
-TRAIN, VALID, TEST = "train", "valid", "test"
 KNOWN_NAMES = "train, valid (or val, dev, eval) and test"
-_FILLER = r"(?:data|set|images?|imgs?|photos?|pictures?|pics?|split|folder|files?|samples?|examples?)*"
-_SPLIT = re.compile(
-    rf"\d*{_FILLER}(?:(?P<train>train(?:ing|s)?|trn)|(?P<valid>val(?:id(?:ation|ate|ating|s)?|s)?|dev(?:elopment)?|"
-    rf"eval(?:uation|uate|s)?|h(?:o|e)ldout)|(?P<test>test(?:ing|s)?|tst)){_FILLER}\d*"
-)
 _LABEL_IN_NAME = re.compile(r"(.*[^\W\d_])[._ -]*\(?\d+\)?")
 _CAMERA_NAMES = {"img", "dsc", "dscn", "dscf", "pxl", "image", "photo", "picture", "scan", "frame"}
-NEITHER_FOLDERS = ("none", "neither")  # next to the class folders: photos of none of the classes
-_UNSTORABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # surrogates stand for bytes that are not UTF-8
-RESERVED_CLASSES = ("unlabeled",)  # the gallery's name for photos without a label
 LOOSE = "not in a class folder"
 UNUSED = f"not a split; splits are named {KNOWN_NAMES}"
 REPEATED = "contains the other class folders again"
@@ -52,18 +44,6 @@ class Layout:
     def valid(self) -> Path | None:
         """The folder to validate on: the test split if there is no validation split."""
         return self.splits.get(VALID, self.splits.get(TEST))
-
-
-def split_of(name: str) -> str | None:
-    """Return the split ("train", "valid", "test") that a folder name stands for, as in "Training_Set" or "val2017"."""
-    compact = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", name).casefold())
-    match = _SPLIT.fullmatch(compact)
-    return match.lastgroup if match else None
-
-
-def class_name(folder: str) -> str:
-    """Return the class of a folder name. File systems differ in their Unicode form, so names are normalized to NFC."""
-    return unicodedata.normalize("NFC", folder)
 
 
 def find_layout(root: Path, search: ImageSearch) -> Layout:
@@ -126,11 +106,6 @@ def class_folders(split: Path, search: ImageSearch) -> tuple[Path, list[Path]]:
     return split, folders
 
 
-def is_neither(folder: str) -> bool:
-    """Return whether a folder next to the class folders contains photos of none of the classes."""
-    return class_name(folder).casefold() in NEITHER_FOLDERS
-
-
 def labels_in_names(photos: Sequence[Path]) -> list[str]:
     """Return the labels in file names such as ``cat.0.jpg`` and ``dog_17.jpg``, if most names have one of a few."""
     matches = (_LABEL_IN_NAME.fullmatch(photo.stem) for photo in photos)
@@ -166,7 +141,7 @@ def note_unused(layout: Layout, root: Path, search: ImageSearch) -> None:
 def _check_class_name(folder: Path) -> None:
     if class_name(folder.name).casefold() in RESERVED_CLASSES:
         raise DataError(f"The class name {folder.name!r} is reserved for photos without a label. Rename the folder {folder}.")
-    if _UNSTORABLE.search(folder.name):
+    if UNSTORABLE.search(folder.name):
         raise DataError(f"The class name {folder.name!r} has control characters or is not UTF-8. Rename the folder {folder}.")
 
 

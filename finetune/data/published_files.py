@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.data.image_files import EXTENSIONS
 from models.artifacts.atomic_io import sha256_of
+from models.artifacts.data_folder import EXTENSIONS
 from models.errors import DataError
 
 TRAIN, TEST = "train", "test"

@@ -29,7 +29,6 @@ from finetune.data.duplicates import find_linked
 from finetune.data.embeddings import build_similarity_index, capture_embeddings
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord, table_columns
-from finetune.data.layout import class_name
 from finetune.evaluation.evaluate import Evaluation, default_output_dir
 from finetune.features.cache import FeatureCache
 from finetune.io.output_folder import require_empty_folder
@@ -41,6 +40,7 @@ from finetune.training.data_loaders import CachedBatches
 from finetune.training.setup import PreparedDataset, TrainingNetwork, build_feature_cache, prepare_dataset, prepare_network
 from finetune.training.trainer import BAR_FORMAT, learning_rate, make_optimizer, predict, train_one_epoch
 from models.artifacts.bundle import Bundle, open_bundle
+from models.artifacts.data_folder import class_name
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions
 from models.errors import BundleError, DataError, list_names

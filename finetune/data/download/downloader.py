@@ -17,11 +17,11 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from finetune.data.download.archive import ArchiveError, extract, open_zip, safe_members
 from finetune.data.download.kaggle import download_competition
 from finetune.data.download.resumable_download import download_file
 from finetune.data.download.sources import SOURCES, Source
 from finetune.io.output_folder import atomic_folder, require_empty_folder
+from models.artifacts.archive import ArchiveError, extract, open_zip, safe_members
 from models.artifacts.atomic_io import sha256_of
 from models.errors import DataError, did_you_mean
 

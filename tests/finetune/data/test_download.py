@@ -381,7 +381,7 @@ def test_an_oversized_archive_is_rejected(
     with zipfile.ZipFile(memory, "a", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("cats_and_dogs_filtered/train/cats/cat.9.jpg", bytes(1_000_000))
     assert len(memory.getvalue()) < 10_000
-    with pytest.raises(DataError, match="but the limits for this source are"):
+    with pytest.raises(DataError, match="but the limits are"):
         download("filtered", out, archive=archive_file(tmp_path, memory.getvalue()))
     assert not out.exists()
 

@@ -12,7 +12,8 @@ import pytest
 
 from finetune.data.image_files import ImageSearch, describe_skipped, read_image_file
 from finetune.data.image_folder import NO_LABEL, read_dataset, read_split
-from finetune.data.layout import labels_in_names, split_of
+from finetune.data.layout import labels_in_names
+from models.artifacts.data_folder import split_of
 from models.errors import DataError, ImageError
 
 BOTH = {("train", "cats"): 3, ("train", "dogs"): 3, ("valid", "cats"): 3, ("valid", "dogs"): 3}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sqlalchemy import func, select
 
-from finetune.data.image_files import is_image_name
+from models.artifacts.data_folder import is_image_name
 from service.db.connection import Database
 from service.db.filter import UNLABELED, Filter
 from service.db.ingest import get_or_create_model
