@@ -25,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 SHOWN     := $(if $(filter file,$(origin DATA)),$(wildcard $(DATA)),$(DATA))
 FLAGS      = $(if $(RUN),--output-dir runs/$(RUN)) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(WEIGHTS),--weights $(WEIGHTS)) $(ARGS)
 
-.PHONY: help setup finetune serve demo check test lint format docs lock benchmark benchmark-serve benchmark-overload benchmark-score image up down container clean
+.PHONY: help setup finetune serve studio demo check test lint format docs lock benchmark benchmark-serve benchmark-overload benchmark-score image up down container clean
 .DEFAULT_GOAL := help
 
 help: ## list all targets
@@ -47,6 +47,9 @@ finetune: $(INSTALLED) ## train on DATA or LABELS: make finetune DATA=photos BAC
 
 serve: $(INSTALLED) ## serve BUNDLE on 127.0.0.1:8000, with a gallery of DATA: make serve BUNDLE=runs/NAME/bundle DATA=photos
 	@BUNDLE='$(BUNDLE)' DATA_DIR='$(SHOWN)' HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
+
+studio: $(INSTALLED) ## collect photos, train and put models live in the browser, in the folder studio/
+	@STUDIO=1 STUDIO_DIR="$${STUDIO_DIR:-studio}" BUNDLE='$(BUNDLE)' DATA_DIR='$(SHOWN)' HOST='$(HOST)' PORT='$(PORT)' exec $(BIN)/python -m service
 
 demo: $(INSTALLED) ## train on generated pictures and open the gallery (takes about a minute)
 	@if [ -f demo/folds/evaluation.json ]; then \

@@ -98,13 +98,27 @@ def create_full_app(services: Services) -> Flask:
     if settings.save_predictions:
         services.recorder = PredictionRecorder(gallery, settings, models.metrics)
         services.predictor = Predictor(models, on_prediction=services.recorder.record)
+    if settings.studio:
+        from service.studio.workspace import Workspace
+
+        services.workspace = Workspace.of(settings)
     app = create_api_app(services)
     pages = (layout, upload_page, api_docs, grid, photo, export, image_access, review, compare, threshold)
     for blueprint in (*(module.bp for module in pages), compare.json_bp):
         app.register_blueprint(blueprint)
 
+    if settings.studio:
+        _add_studio(app)
     gallery.follow(models)
     return app
+
+
+def _add_studio(app: Flask) -> None:
+    """Register the pages of the studio. Without the studio their addresses do not exist."""
+    from service.studio import audit_page, data_pages, start_page
+
+    for module in (start_page, data_pages, audit_page):
+        app.register_blueprint(module.bp)
 
 
 class DeferredApp:

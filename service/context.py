@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from service.inference.predictor import Predictor
     from service.rollout.rollout import RolloutManager
     from service.settings import Settings
+    from service.studio.workspace import Workspace
 
 EXTENSION = "services"
 
 
 @dataclass
 class Services:
-    """The components of one application. ``gallery`` and ``image_access`` exist in an application with pages only."""
+    """The components of one application.
+
+    ``gallery`` and ``image_access`` exist in an application with pages only, and ``workspace`` only if the studio is on.
+    """
 
     settings: Settings
     model_manager: ModelManager
@@ -32,6 +36,7 @@ class Services:
     gallery: GalleryIndex | None = None
     image_access: ImageAccess | None = None
     recorder: PredictionRecorder | None = None
+    workspace: Workspace | None = None
 
 
 class HasExtensions(Protocol):
@@ -64,4 +69,11 @@ def image_access() -> ImageAccess:
     """Return the image access of the application that handles the current request."""
     found = services().image_access
     assert found is not None, "a page route in an application without pages"
+    return found
+
+
+def workspace() -> Workspace:
+    """Return the studio's folder of the application that handles the current request."""
+    found = services().workspace
+    assert found is not None, "a studio route in an application without the studio"
     return found

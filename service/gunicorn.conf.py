@@ -46,7 +46,7 @@ proc_name = "dogs-vs-cats"
 control_socket_disable = True
 LOAD_POLL_S = 1.0
 BOOT_RETRY_S = 5.0
-READY = "Ready: {} (gallery: /gallery). Ctrl-C stops it."
+READY = f"Ready: {{}} ({'studio: /studio' if _settings.studio else 'gallery: /gallery'}). Ctrl-C stops it."
 
 
 def on_starting(server: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import models
 from models.artifacts.bundle import MANIFEST
 from models.artifacts.evaluation import EVALUATION
+from models.artifacts.paths import default_data_dir
 from models.errors import ConfigError
 
 SHIPPED_BUNDLE = Path(models.__file__).parent / "shipped" / "dogs-vs-cats"
@@ -176,6 +177,23 @@ class Settings:
         64.0, "MiB per worker of images that wait to be saved; further ones are not saved", low=1, high=10_000
     )
     retention_days: float = _setting(30.0, "days to keep saved images", low=0.01, high=3650)
+    studio: bool = _setting(False, "1 enables the studio at /studio: upload photos, train and put models live from the browser")
+    studio_dir: Path | None = _setting(
+        None, "folder of the studio's data sets, runs and uploads (default: ~/.local/share/finetune/studio)"
+    )
+    studio_max_dataset_mb: float = _setting(
+        10_240.0, "MiB of one data set in the studio, also unpacked from a zip", low=0.001, high=100_000_000
+    )
+    studio_max_photos: int = _setting(200_000, "photos in one data set of the studio", low=1, high=100_000_000)
+    studio_max_zip_mb: float = _setting(
+        4096.0, "largest zip in MiB that may be uploaded to the studio", low=0.001, high=1_000_000
+    )
+    studio_min_free_mb: float = _setting(
+        1024.0, "MiB of free disk space that uploads to the studio leave; further ones get 507", low=0, high=100_000_000
+    )
+    studio_audit_timeout_s: float = _setting(
+        1800.0, "time for the audit of a data set in the studio; a slower one is stopped", low=1, high=1_000_000
+    )
     log_level: str = _setting(
         "info",
         "debug, info, warning or error; on a terminal info shows warnings only",
@@ -219,6 +237,16 @@ class Settings:
                 f"MAX_BUFFERED_MB: {self.max_buffered_mb:g} is less than MAX_BODY_MB ({self.max_body_mb:g}), so that a full"
                 " body never fits. Raise MAX_BUFFERED_MB or lower MAX_BODY_MB."
             )
+        if self.studio:
+            folder = self.resolved_studio_dir
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f'STUDIO_DIR: cannot create "{folder}" ({error.strerror}). Set a folder that is writable.'
+                ) from None
+            if not os.access(folder, os.W_OK):
+                raise ConfigError(f'STUDIO_DIR: "{folder}" is not writable. Set another folder, or change its permissions.')
         if self.max_images > self.max_in_flight:
             raise ConfigError(
                 f"MAX_IN_FLIGHT: {self.max_in_flight} is less than MAX_IMAGES ({self.max_images}), so that a full request never"
@@ -229,6 +257,11 @@ class Settings:
     def resolved_bundle_root(self) -> Path:
         """The folder whose bundles may be activated, with links resolved."""
         return (self.bundle_root or self.bundle.absolute().parent).resolve()
+
+    @property
+    def resolved_studio_dir(self) -> Path:
+        """The folder of the studio as an absolute path."""
+        return (self.studio_dir or default_data_dir() / "studio").absolute()
 
     @property
     def max_body_bytes(self) -> int:

@@ -45,6 +45,7 @@ LAYERS = {
         "api",
         "web",
         "gallery",
+        "studio",
         "app",
         "healthcheck gunicorn",
         "__main__ __init__",

@@ -30,11 +30,15 @@ def load_document(settings: Settings) -> dict[str, Any]:
     with DOCUMENT.open(encoding="utf-8") as file:
         document = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     document = {name: value for name, value in document.items() if not name.startswith("x-")}
+    if not settings.studio:
+        document["paths"] = {path: item for path, item in document["paths"].items() if not path.startswith("/studio")}
+        document["tags"] = [tag for tag in document["tags"] if tag["name"] != "Studio"]
     document = _fill(document, _values(settings))
     for path, method, operation in operations(document):
         if "parameters" in operation:
             operation["parameters"] = list(_flat(operation["parameters"]))
-        if settings.api_keys and {} in operation.get("security", []):
+        keys = settings.api_keys or (settings.admin_keys if "Studio" in operation["tags"] else ())
+        if keys and {} in operation.get("security", []):
             operation["security"] = [scheme for scheme in operation["security"] if scheme]
         if method == "GET":
             operation["x-codeSamples"] = operation.get("x-codeSamples") or [_curl(path)]

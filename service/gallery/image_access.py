@@ -89,6 +89,15 @@ class ImageAccess:
         self.check(photo, sha256)
         return self._thumbnails.get(sha256, lambda: self.read(photo, sha256))
 
+    def thumbnail_of(self, data: bytes) -> bytes:
+        """Return a JPEG thumbnail of a file that is not one of the gallery's photos."""
+        return self._thumbnails.get(hashlib.sha256(data).hexdigest(), lambda: data)
+
+    def display(self, data: bytes) -> bytes:
+        """Return a JPEG like ``original`` of a file that is not one of the gallery's photos."""
+        key = ("original", hashlib.sha256(data).hexdigest())
+        return self._pool.run(key, lambda: self._decoder.render(data, max_side_px=DISPLAY_MAX_PX, quality=DISPLAY_QUALITY))
+
     def original(self, photo: str, sha256: str) -> bytes:
         """Return a JPEG of the upright photo, at most DISPLAY_MAX_PX on its longer side, without metadata."""
         return self._pool.run(

@@ -17,7 +17,7 @@ from service.gallery.photo import AUTO_ADVANCE_COOKIE, REVIEWER_COOKIE, Rejected
 from service.gallery.sidebar import open_query
 from service.http.errors import Problem, problem_from
 from service.http.request_body import OTHER_VALUES, parse_json, read_body
-from service.http.security import KEY_COOKIE, authenticate, require_key_or_cookie, require_same_origin
+from service.http.security import KEY_COOKIE, match_key, require_key_or_cookie, require_same_origin
 from service.http.text_validation import check_items, describe
 from service.reviews.decisions import ReviewDecision, load_history, save_decision
 from service.web.layout import ONE_YEAR_S, problem_page, problem_response
@@ -99,12 +99,13 @@ def key() -> Response:
         raise Problem("bad_parameter", "The field `key` is required.")
     check_items("field", request.form.items(multi=True), single_line=SINGLE_LINE)
     entered = request.form.get("key", "").strip()
+    known = (*settings.api_keys, *settings.admin_keys) if settings.studio or settings.api_keys else ()
     if len(entered) > MAX_KEY_LENGTH:
         raise Problem("bad_parameter", f"`key` has {len(entered):,} characters. The limit is {MAX_KEY_LENGTH:,}.")
     back = request.form.get("back", "")
-    is_own_page = back.startswith(("/gallery", "/compare")) and "//" not in back and "\\" not in back
+    is_own_page = back.startswith(("/gallery", "/compare", "/studio")) and "//" not in back and "\\" not in back
     try:
-        g.key_name = authenticate(entered, settings) if entered else None
+        g.key_name = match_key(known, entered) if entered else None
     except Problem as problem:
         return problem_page(_for_form(problem, key=entered), "gallery/key.html", back=back if is_own_page else "")
     response = redirect(request.script_root + back if is_own_page else url_for("gallery.home"), 303)

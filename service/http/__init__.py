@@ -7,4 +7,4 @@ SLOT = "service.slot"  # the request's slot among those in flight
 REJECTION = "service.rejection"  # the problem to respond with
 # Paths with threads of their own, as they must not wait for pages, or pages for them.
 PROBE_PATHS = re.compile(r"/health/.*|/metrics|/v2/health/.*|/v2/models/[^/]+(/versions/[^/]+)?/ready")
-IMAGE_PATHS = re.compile(r"/gallery/images/.*")
+IMAGE_PATHS = re.compile(r"/gallery/images/.*|/studio/datasets/[^/]+/photos/.+")

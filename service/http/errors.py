@@ -66,6 +66,11 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     ),
     "no_previous_bundle": ProblemType(409, "No previous bundle", "Name the bundle in `POST /admin/bundle`."),
     "nothing_to_undo": ProblemType(409, "Nothing to undo", "This image has no review."),
+    "name_taken": ProblemType(409, "Name taken", "Choose another name."),
+    "dataset_busy": ProblemType(409, "Data set busy", "Retry when its audit or import has finished."),
+    "upload_conflict": ProblemType(
+        409, "Upload out of order", "`detail` states how many bytes are there. Continue from there."
+    ),
     "review_conflict": ProblemType(
         409, "Review conflict", "Read the other review. To overwrite it, send yours again with its id as `expected_version`."
     ),
@@ -73,6 +78,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
         409, "Rollout in progress", "Retry when the current rollout has finished, within seconds."
     ),
     "body_too_large": ProblemType(413, "Request too large", "Send fewer images per request, or smaller files."),
+    "dataset_too_large": ProblemType(413, "Data set too large", "Delete photos, or start another data set."),
     "json_too_large": ProblemType(
         413, "JSON too large", "Send fewer images per request, and tensors as binary data (`binary_tensor_data`)."
     ),
@@ -90,6 +96,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     "internal_error": ProblemType(
         500, "Internal server error", "Give the administrator the request id. The log has the details."
     ),
+    "storage_full": ProblemType(507, "Disk full", "Delete data that is no longer needed, or add disk space."),
     "database_unavailable": ProblemType(
         503, "Database unavailable", "Predictions are not affected. The administrator must check the review database."
     ),

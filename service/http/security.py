@@ -65,10 +65,38 @@ def key_from_request(request: Request) -> str:
 
 
 def require_key_or_cookie(request: Request, settings: Settings) -> str | None:
-    """Authenticate a request to a page: by its headers, or by the cookie of a browser in which a key was entered."""
+    """Authenticate a request to a page: by its headers, or by the cookie of a browser in which a key was entered.
+
+    A key of ADMIN_KEYS is accepted as well.
+    """
+    return match_key(settings.api_keys and (*settings.api_keys, *settings.admin_keys), key_from_headers_or_cookie(request))
+
+
+def require_studio_key(request: Request, settings: Settings) -> str | None:
+    """Authenticate a change in the studio by a key of API_KEYS or ADMIN_KEYS, in a header or in the browser's cookie.
+
+    Returns:
+        The name of the key, or None if no keys are configured.
+
+    Raises:
+        Problem: The key is missing or unknown.
+    """
+    return match_key((*settings.api_keys, *settings.admin_keys), key_from_headers_or_cookie(request))
+
+
+def require_admin_key_or_cookie(request: Request, settings: Settings) -> str | None:
+    """Authenticate what the studio does to the active model: by a key of ADMIN_KEYS, or of API_KEYS if there are no others.
+
+    Returns and raises as ``require_studio_key``.
+    """
+    return match_key(settings.admin_keys or settings.api_keys, key_from_headers_or_cookie(request))
+
+
+def key_from_headers_or_cookie(request: Request) -> str:
+    """Return the key in a request's headers, else the one in the cookie of a browser in which a key was entered."""
     if "Authorization" in request.headers or "X-API-Key" in request.headers:
-        return require_key(request, settings)
-    return authenticate(request.cookies.get(KEY_COOKIE, ""), settings)
+        return key_from_request(request)
+    return request.cookies.get(KEY_COOKIE, "")
 
 
 def require_same_origin(request: Request) -> None:

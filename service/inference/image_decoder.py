@@ -104,17 +104,30 @@ class ImageDecoder:
         in_thread = partial(render, data, **arguments)
         return self._run(data, in_thread, lambda: self.process.run("render", data, **arguments)[1], block=True)
 
-    def _run(self, data: bytes, in_thread: Callable[[], T], in_process: Callable[[], T], *, block: bool) -> T:
+    def check(self, data: bytes) -> Structure:
+        """Check the structure of an image without decoding it. Raises Problem if the image is rejected."""
+        try:
+            return self._examine(data)
+        except ImageError as error:
+            raise self._rejected(error) from None
+
+    def _examine(self, data: bytes) -> Structure:
         if not data:
             raise Problem("empty_image", "The file is empty.")
+        return examine(data, self.limits)
+
+    def _rejected(self, error: ImageError) -> Exception:
+        if isinstance(error, (ImageTooLargeError, TooComplexError)):
+            self.on_rejected(error.reason if isinstance(error, TooComplexError) else "pixels")
+        return problem_from(error) or error
+
+    def _run(self, data: bytes, in_thread: Callable[[], T], in_process: Callable[[], T], *, block: bool) -> T:
         try:
-            structure = examine(data, self.limits)
+            structure = self._examine(data)
             if structure.is_simple and structure.memory <= HEAVY_BYTES:
                 return in_thread()
             if not block:
                 raise DeferredError(structure)
             return in_process()
         except ImageError as error:
-            if isinstance(error, (ImageTooLargeError, TooComplexError)):
-                self.on_rejected(error.reason if isinstance(error, TooComplexError) else "pixels")
-            raise problem_from(error) or error from None
+            raise self._rejected(error) from None

@@ -45,6 +45,7 @@ NAVIGATION = [
     NavigationLink("page.model", "Model"),
     NavigationLink("docs.docs", "Docs"),
 ]
+STUDIO_LINK = NavigationLink("studio.start", "Studio")
 
 
 def current_model() -> LoadedModel:
@@ -95,7 +96,8 @@ def _back_link() -> tuple[str, str] | None:
 @bp.app_context_processor
 def template_context() -> dict[str, Any]:
     """Add the navigation, the active model and whether the browser has a key to the variables of every template."""
-    context: dict[str, Any] = {"navigation": NAVIGATION, "model": None, "has_key": KEY_COOKIE in request.cookies}
+    navigation = [STUDIO_LINK, *NAVIGATION] if services().settings.studio else NAVIGATION
+    context: dict[str, Any] = {"navigation": navigation, "model": None, "has_key": KEY_COOKIE in request.cookies}
     with contextlib.suppress(Problem):
         active = current_model()
         context["model"] = active.summary | {"merged_from": active.bundle.merged_from}

@@ -37,8 +37,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def app(tiny_bundle: SimpleNamespace) -> Iterator[Flask]:
-    app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, **LONG_TIMEOUTS))
+def app(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flask]:
+    studio = {"studio": True, "studio_dir": tmp_path_factory.mktemp("studio"), "studio_min_free_mb": 0}
+    app = create_app(Settings(bundle=tiny_bundle.path, max_images=4, max_body_mb=1, **studio, **LONG_TIMEOUTS))
     services_of(app).model_manager.wait(START_TIMEOUT_S)
     poll(lambda: app.test_client().get("/gallery").status_code == 200)
     yield app
@@ -303,7 +304,7 @@ def takes_input(operation: dict[str, Any]) -> bool:
 
 CASES = [
     (method, path, mode)
-    for path, method, operation in operations(load_document(Settings()))
+    for path, method, operation in operations(load_document(Settings(studio=True)))
     for mode in GenerationMode
     if mode.is_positive or takes_input(operation)
 ]

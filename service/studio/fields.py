@@ -1,0 +1,57 @@
+"""Read the fields of a form or of JSON, for the studio's endpoints that take either."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from flask import request
+from werkzeug.datastructures import MultiDict
+
+from service.context import services
+from service.http.errors import Problem
+from service.http.request_body import parse_json, read_body
+from service.http.text_validation import check_items, describe
+
+MAX_BODY_BYTES = 4 << 20
+MAX_VALUES = 50_000
+
+
+def read_fields(names: Mapping[str, type], *, max_body_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:
+    """Read the fields of a request.
+
+    Args:
+        names: The type of each field: ``str``, or ``list`` for a list of texts, which a form sends as repeated fields.
+        max_body_bytes: Size limit of the body.
+
+    Returns:
+        The value of each field; "" or an empty list for one that is missing.
+
+    Raises:
+        Problem: The body cannot be read, or has an unknown field or a wrong type.
+    """
+    body = read_body(request, services().settings, max_bytes=max_body_bytes, advice="Send fewer names at a time.")
+    if request.is_json:
+        values = _from_json(body, names)
+    else:
+        request.environ["wsgi.input"] = io.BytesIO(body)  # Flask would wait for a slow client
+        values = MultiDict(request.form)
+    if unknown := set(values) - set(names):
+        raise Problem("bad_parameter", f"Unknown field {min(unknown)!r}. Valid fields: {', '.join(names)}.")
+    check_items("field", values.items(multi=True))
+    return {name: values.getlist(name) if kind is list else values.get(name, "") for name, kind in names.items()}
+
+
+def _from_json(body: bytes, names: Mapping[str, type]) -> MultiDict[str, str]:
+    hint = f"Send a JSON object with {', '.join(names)}."
+    document = parse_json(body, max_values=MAX_VALUES, hint=hint)
+    if not isinstance(document, dict):
+        raise Problem("bad_json", f"The JSON is not an object. {hint}")
+    values: MultiDict[str, str] = MultiDict()
+    for name, value in document.items():
+        rows = value if isinstance(value, list) else [value]
+        if not all(isinstance(row, str) for row in rows) or (isinstance(value, list) and names.get(name) is not list):
+            raise Problem("bad_parameter", f"`{name[:40]}` must be text (got {describe(value)}).")
+        values.setlist(name, rows)
+    return values

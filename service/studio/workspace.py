@@ -1,0 +1,66 @@
+"""The studio's folder: data sets as ordinary image folders, training runs, and unfinished uploads.
+
+STUDIO_DIR/
+  datasets/NAME/CLASS/       or NAME/SPLIT/CLASS/, as every command of ``finetune`` reads it
+  datasets/NAME.unlabeled/   photos without a class
+  datasets/NAME.left-out/    photos that were left out, under their path in the data set
+  runs/NAME/                 what ``finetune train`` writes
+  state/                     what the studio knows of a data set: changes to undo, audits
+  uploads/                   files that are being received; safe to delete while the server is stopped
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.http.errors import Problem
+from service.settings import MIB, Settings
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of the studio, which exist."""
+
+    root: Path
+    min_free_bytes: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> Workspace:
+        """Create the folders of STUDIO_DIR."""
+        workspace = cls(settings.resolved_studio_dir, int(settings.studio_min_free_mb * MIB))
+        for folder in (workspace.datasets, workspace.runs, workspace.state, workspace.uploads):
+            folder.mkdir(parents=True, exist_ok=True)
+        return workspace
+
+    @property
+    def datasets(self) -> Path:
+        return self.root / "datasets"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def state(self) -> Path:
+        return self.root / "state"
+
+    @property
+    def uploads(self) -> Path:
+        return self.root / "uploads"
+
+    def dataset_names(self) -> list[str]:
+        """Return the names of the data sets, sorted. A folder with a dot in its name belongs to one of them."""
+        entries = [entry for entry in self.datasets.iterdir() if entry.is_dir() and "." not in entry.name]
+        return sorted((entry.name for entry in entries), key=str.casefold)
+
+    def require_space(self, size: int) -> None:
+        """Raise Problem if ``size`` more bytes would leave less than STUDIO_MIN_FREE_MB on the disk."""
+        free = shutil.disk_usage(self.root).free
+        if free - size < self.min_free_bytes:
+            raise Problem(
+                "storage_full",
+                f"The server's disk has {free // MIB:,} MB left, and {self.min_free_bytes // MIB:,} MB stay free. Delete a data"
+                " set or a run, or ask the administrator for more space.",
+            )
