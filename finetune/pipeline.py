@@ -34,6 +34,7 @@ from finetune.io.progress import step
 from finetune.io.threaded_map import batched, threaded_map
 from finetune.metrics.calibration import apply_temperature, fit_balanced_temperature, fit_temperature
 from finetune.metrics.operating_points import parse_targets
+from finetune.reports.plot_process import PlotProcess
 from finetune.reports.results import write_results
 from finetune.training import run_directory
 from finetune.training.class_balance import ClassBalance, class_balance, read_class_weights
@@ -128,21 +129,23 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         head = TrainedHead(outputs, balance, held_out)
         batches.clear()  # the export needs their memory
         network.extractor.release()
-        return distributed.run_on_main(
-            lambda: write_outputs(
-                config,
-                folder,
-                network,
-                compute,
-                head,
-                embeddings,
-                other_embeddings,
-                prepared,
-                progress,
-                other=other,
-                targets=targets,
+        with PlotProcess() as plots:
+            return distributed.run_on_main(
+                lambda: write_outputs(
+                    config,
+                    folder,
+                    network,
+                    compute,
+                    head,
+                    embeddings,
+                    other_embeddings,
+                    prepared,
+                    progress,
+                    other=other,
+                    targets=targets,
+                    plots=plots,
+                )
             )
-        )
 
 
 def open_run(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
@@ -276,6 +279,7 @@ def write_outputs(
     *,
     other: TrainedHead | None = None,
     targets: Mapping[str, float],
+    plots: PlotProcess,
 ) -> Bundle:
     """Calibrate, evaluate and export the trained network.
 
@@ -291,6 +295,7 @@ def write_outputs(
         progress: The state after the last epoch.
         other: The outputs of the head that was trained for comparison, if any.
         targets: The precision to keep, by class.
+        plots: Draws the plots during the export.
     """
     atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     valid_records = prepared.splits["valid"]
@@ -330,6 +335,7 @@ def write_outputs(
         max_ood_score=ood.limit.max_score if ood else None,
         neither_scores=ood.parameters.scores(other_embeddings["neither"]) if ood and prepared.neither else None,
         seed=config.seed,
+        plots=plots,
     )
     operating_points = None
     if targets:
@@ -365,6 +371,7 @@ def write_outputs(
         operating_points=operating_points,
         quantization=_quantization_data(config, network, head, prepared, predictions) if config.int8 else None,
         contents=config.export,
+        plots=plots,
     )
 
 

@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from finetune.data.image_folder import Dataset, move_to_train
 from finetune.data.inspection import ImageRecord
@@ -71,6 +69,9 @@ def move_linked_to_train(dataset: Dataset, records: Sequence[ImageRecord]) -> tu
 
 def connect(pairs: Iterable[tuple[int, int]], count: int) -> NDArray[np.int64]:
     """Number the connected components of a graph with ``count`` nodes: (count,)."""
+    from scipy.sparse import coo_array  # imported here because many commands do not need it
+    from scipy.sparse.csgraph import connected_components
+
     if not count:
         return np.zeros(0, dtype=np.int64)
     edges = np.array(list(pairs), dtype=np.int64).reshape(-1, 2)

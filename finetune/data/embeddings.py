@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from finetune.data.duplicates import find_duplicates
@@ -60,6 +59,8 @@ def reduce_dimensions(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float
 
     After PCA, cosine similarities approximate those of the full embeddings with their mean subtracted.
     """
+    from sklearn.decomposition import PCA  # imported here because it takes a second
+
     reduced = embeddings.reshape(len(embeddings), -1).astype(np.float64)
     dimensions = min(MAX_DIMENSIONS, *reduced.shape)
     if dimensions < reduced.shape[1] and len(reduced) > 1:

@@ -20,6 +20,7 @@ from finetune.export.quantization import QuantizationData, add_int8_graph, golde
 from finetune.io.progress import step
 from finetune.metrics.operating_points import min_probabilities
 from finetune.reports.model_card import write_model_card
+from finetune.reports.plot_process import PlotProcess
 from finetune.reports.results import PLOTS
 from models.artifacts.bundle import (
     GOLDEN,
@@ -90,6 +91,7 @@ def export_bundle(
     operating_points: Mapping[str, Any] | None = None,
     quantization: QuantizationData | None = None,
     contents: str = "full",
+    plots: PlotProcess | None = None,
 ) -> Bundle:
     """Write a bundle after checking that its graph reproduces the probabilities and the OOD scores of training.
 
@@ -108,6 +110,7 @@ def export_bundle(
         quantization: The images to add a graph in int8 with, or None for a bundle without one. A head has none either.
         contents: ``full`` (all weights and the graph), ``graph`` (the graph and ``trained_tensors``) or ``head``
             (``trained_tensors`` only). Only a full bundle contains plots that show images, and a head no plots.
+        plots: Draws the plots in ``evaluation_dir``. It must end before the speed of the graph is measured.
 
     Returns:
         The written bundle.
@@ -128,6 +131,8 @@ def export_bundle(
             outputs = (OUTPUTS[0], OOD_SCORE) if ood else OUTPUTS[:1]
             engine = OpenVINOEngine(graph, outputs=outputs, batch_sizes=(NUM_GOLDEN,))  # small batches bound the memory
             manifest["parity"] = check_parity(engine, parity)
+        if plots:
+            plots.wait()
         check_finite(classifier, golden)
         arrays: dict[str, Any] = dict(zip(outputs, engine.run(golden), strict=True))
         del engine  # the next steps compile more

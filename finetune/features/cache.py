@@ -48,6 +48,8 @@ class FeatureCache(BatchingConsumer):
     def features(self, records: Sequence[ImageRecord], preprocessing: Preprocessing, *, label: str) -> NDArray[np.float32]:
         """Return the features (N, ...) of inspected images, in order. Compute and cache the ones that are not on disk.
 
+        The array is in a file that the system can move out of memory.
+
         In distributed training each process computes and caches its own shard and sends it to the others.
         """
         return distributed.map_rows_sharded(
@@ -62,13 +64,13 @@ class FeatureCache(BatchingConsumer):
         missing = {record.sha256: record for record in records}
         for sha256, row in self._store.rows(positions):
             if not len(features):
-                features = np.empty((len(records), *row.shape), np.float32)
+                features = self._store.scratch((len(records), *row.shape))
             features[positions[sha256]] = row
             del missing[sha256]
         try:
             for record, row in self._compute(list(missing.values()), preprocessing, label):
                 if not len(features):
-                    features = np.empty((len(records), *row.shape), np.float32)
+                    features = self._store.scratch((len(records), *row.shape))
                 features[positions[record.sha256]] = row
                 self._store.add(record.sha256, row)
         finally:  # also on an interrupt, to keep the features computed so far

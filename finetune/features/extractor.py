@@ -12,14 +12,15 @@ from numpy.typing import NDArray
 
 from finetune.compute.device import Compute
 from finetune.io.progress import step
-from finetune.io.threaded_map import engine_threads
+from finetune.io.threaded_map import available_cpus, engine_threads
 from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.onnx_export import export_onnx
 from models.networks.split_point import SplitModel
 from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import OpenVINOEngine, load_openvino
 
-CPU_BATCH, GPU_BATCH = 8, 64
+CPU_BATCH, GPU_BATCH = 4, 64
+CPU_STREAMS = 2  # batches at a time, each on half of the processors: threads wait for each other less than in one batch
 
 
 class FeatureExtractor:
@@ -37,8 +38,9 @@ class FeatureExtractor:
 
     @property
     def engine(self) -> str:
-        on_cpu = self._compute.device.type == "cpu"
-        return f"openvino {load_openvino().__version__}" if on_cpu else f"torch {torch.__version__} {self._compute.device.type}"
+        if self._compute.device.type == "cpu":
+            return f"openvino {load_openvino().__version__}, batch {CPU_BATCH}"
+        return f"torch {torch.__version__} {self._compute.device.type}"
 
     def compile(self) -> None:
         """Compile the layers ahead of the first image, as it takes seconds. Later calls do nothing."""
@@ -74,7 +76,13 @@ class FeatureExtractor:
                 path=graph,
                 batch_size=CPU_BATCH,
             )
-            return OpenVINOEngine(graph, outputs=["features"], precision=self._compute.precision, threads=engine_threads())
+            return OpenVINOEngine(
+                graph,
+                outputs=["features"],
+                precision=self._compute.precision,
+                threads=engine_threads(),
+                streams=min(CPU_STREAMS, available_cpus()),
+            )
 
     def _run_torch(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         padded = np.zeros((GPU_BATCH, *pixels.shape[1:]), np.uint8)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import tempfile
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -84,6 +86,18 @@ class ArrayStore:
         self._pending[key] = row
         if len(self._pending) >= ROWS_PER_FILE:
             self.flush()
+
+    def scratch(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Create an array in a file without a name, which the system can move out of memory and deletes with the array.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        self._root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._root) as file:
+            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process when the array is filled
+                os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+            return np.asarray(np.memmap(file, np.float32, "w+", shape=shape))
 
     def flush(self) -> None:
         """Write the pending rows to disk, then prune the cache to its size limit."""

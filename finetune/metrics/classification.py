@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 
 from finetune.metrics.bootstrap import QUANTILES_95, bootstrap_mean_interval, resample_batches
 from finetune.metrics.calibration import BINS, calibration_error
@@ -165,6 +164,8 @@ def roc_auc(labels: NDArray[np.int64], probabilities: NDArray[np.float64], *, se
         seed: Seed of the bootstrap.
         resamples: Number of resamples.
     """
+    from sklearn.metrics import roc_auc_score  # imported here because it takes a second
+
     class_count = probabilities.shape[1]
     positives = [1] if class_count == 2 else list(range(class_count))
     value = np.mean([roc_auc_score(labels == k, probabilities[:, k]) for k in positives])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 from finetune.metrics.bootstrap import QUANTILES_95, resample_batches
 from finetune.metrics.calibration import BINS, equal_mass_bins
@@ -51,7 +51,7 @@ def effective_size(correct: NDArray[np.bool_], groups: NDArray[np.int64]) -> flo
     residuals = np.bincount(rows, weights=correct - proportion)
     variance = count / (count - 1) * (residuals**2).sum() / total**2
     effective = total * independent / variance if variance > 0 else float(count) if independent == 0 else float(total)
-    adjusted = effective * (Z_95 / stats.t.ppf(QUANTILES_95[1], count - 1)) ** 2
+    adjusted = effective * (Z_95 / stdtrit(count - 1, QUANTILES_95[1])) ** 2
     return float(np.clip(adjusted, 1.0, total))
 
 

@@ -12,9 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta, betabinom
-from sklearn.covariance import ledoit_wolf_shrinkage
-from sklearn.decomposition import PCA
 
 from finetune.metrics.bootstrap import QUANTILES_95
 from finetune.metrics.classification import roc_auc
@@ -100,16 +97,26 @@ def fit_ood(embeddings: NDArray[np.floating[Any]], labels: NDArray[np.int64], *,
     Returns:
         The parameters, or None if the images do not vary within their classes.
     """
-    unit = to_unit_length(embeddings)
-    present, rows = np.unique(labels, return_inverse=True)
-    means = np.stack([unit[rows == row].mean(axis=0, dtype=np.float64) for row in range(len(present))])
-    selected = np.arange(len(unit))
-    if len(unit) > MAX_IMAGES:
-        selected = np.sort(np.random.default_rng(seed).choice(len(unit), MAX_IMAGES, replace=False))
-    differences = unit[selected] - means[rows[selected]]
+    return _fit_rows(embeddings, np.arange(len(embeddings)), labels, seed=seed)
+
+
+def _fit_rows(
+    embeddings: NDArray[np.floating[Any]], used: NDArray[np.intp], labels: NDArray[np.int64], *, seed: int
+) -> OODParameters | None:
+    """Fit the score to the images ``used``, with the rows of one class at a time in memory."""
+    from sklearn.covariance import ledoit_wolf_shrinkage  # imported here because it takes a second
+    from sklearn.decomposition import PCA
+
+    present, rows = np.unique(labels[used], return_inverse=True)
+    members = (used[rows == row] for row in range(len(present)))
+    means = np.stack([to_unit_length(embeddings[own]).mean(axis=0, dtype=np.float64) for own in members])
+    selected = np.arange(len(used))
+    if len(used) > MAX_IMAGES:
+        selected = np.sort(np.random.default_rng(seed).choice(len(used), MAX_IMAGES, replace=False))
+    differences = to_unit_length(embeddings[used[selected]]) - means[rows[selected]]
     dimensions = differences.shape[1]
     total = float((differences**2).sum() / len(differences))
-    if len(unit) <= len(present) or not total > MIN_TOTAL_VARIANCE:
+    if len(used) <= len(present) or not total > MIN_TOTAL_VARIANCE:
         return None
     count = min(MAX_COMPONENTS, dimensions, len(differences) - 1)
     pca = PCA(n_components=count, random_state=0).fit(differences)
@@ -129,7 +136,7 @@ def fit_ood(embeddings: NDArray[np.floating[Any]], labels: NDArray[np.int64], *,
 
 def to_unit_length(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     """Flatten embeddings and scale them to unit length: (N, ...) -> (N, d)."""
-    flat = embeddings.reshape(len(embeddings), -1).astype(np.float32)
+    flat = embeddings.reshape(len(embeddings), -1).astype(np.float32, copy=False)
     return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), np.float32(1e-12))
 
 
@@ -166,7 +173,7 @@ def out_of_fold_scores(
     scores = np.empty(len(embeddings), np.float32)
     for fold in np.unique(fold_of):
         others, own = (fold_of != fold) & is_training, fold_of == fold
-        parameters = fit_ood(embeddings[others], labels[others], seed=seed) if others.any() else None
+        parameters = _fit_rows(embeddings, np.flatnonzero(others), labels, seed=seed) if others.any() else None
         if parameters is None:
             return None
         scores[own] = parameters.scores(embeddings[own])
@@ -184,6 +191,8 @@ def fit_limit(scores: NDArray[np.floating[Any]], false_alarms: float, *, sample:
         false_alarms: The requested rate.
         sample: Number of images on which the rate may be measured. None: N.
     """
+    from scipy.stats import beta, betabinom  # imported here because it takes a second
+
     count = len(scores)
     rank = min(count, math.ceil((count + 1) * (1 - false_alarms) - 1e-9))
     above = count + 1 - rank

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from models.artifacts.statistics import wilson_interval
 from models.errors import ConfigError, did_you_mean
@@ -235,7 +235,7 @@ def _needed(thresholds: Sequence[Threshold], target: float, predicted: int) -> i
 
 def _lower_bound(correct: float, total: float) -> float:
     """Compute the one-sided Clopper-Pearson bound at the level of one of several thresholds."""
-    return float(beta.ppf(LEVEL / len(ABSTAINING), correct, total - correct + 1)) if correct else 0.0
+    return float(betaincinv(correct, total - correct + 1, LEVEL / len(ABSTAINING))) if correct else 0.0
 
 
 def _interval(measure: Mapping[str, float]) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import fisher_exact
 
 from finetune.metrics.groups import effective_size, proportion_interval
 from finetune.metrics.significance import SIGNIFICANCE_LEVEL, holm_correction
@@ -55,6 +54,8 @@ def _difference_p_value(
     correct: NDArray[np.bool_], inside: NDArray[np.bool_], groups: NDArray[np.int64] | None
 ) -> float | None:
     """Compute the p value of Fisher's exact test that the accuracy inside a slice is that of all other photos."""
+    from scipy.stats import fisher_exact  # imported here because it takes a second
+
     if inside.all():
         return None
     table = []

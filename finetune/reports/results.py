@@ -16,7 +16,7 @@ from finetune.metrics.groups import compute_metrics_of_groups
 from finetune.metrics.ood import format_ood, measure_ood
 from finetune.metrics.slices import METHOD as SLICES_METHOD
 from finetune.metrics.slices import compute_slices, format_slices
-from finetune.reports.figures import write_plots
+from finetune.reports.plot_process import PlotProcess
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import SimilarityIndex
@@ -36,6 +36,7 @@ def write_results(
     max_ood_score: float | None = None,
     neither_scores: NDArray[np.float32] | None = None,
     seed: int = 0,
+    plots: PlotProcess | None = None,
 ) -> dict[str, Any]:
     """Compute the metrics of ``predictions`` and write all results to ``folder``.
 
@@ -50,6 +51,7 @@ def write_results(
         max_ood_score: The limit of the OOD score, if the predictions have scores.
         neither_scores: (M,) OOD scores of images of none of the classes.
         seed: Seed of the bootstrap and of the random sheets.
+        plots: Starts to draw the plots, so that the caller can continue. None: they are drawn when this returns.
 
     Returns:
         The metrics, as written to metrics.json.
@@ -74,8 +76,8 @@ def write_results(
     predictions.write_csv(folder / PREDICTIONS)
     similarity.write(folder)
     atomic_write_text(folder / METRICS, json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    with step("Drawing the plots"):
-        write_plots(
+    with PlotProcess() as own_plots, step("Drawing the plots"):
+        (plots or own_plots).start(
             folder / PLOTS,
             predictions=predictions,
             data_dir=data_dir,
@@ -85,6 +87,7 @@ def write_results(
             neither_scores=neither_scores,
             seed=seed,
         )
+        own_plots.wait()
     return metrics
 
 

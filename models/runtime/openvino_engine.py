@@ -12,6 +12,7 @@ import queue
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -63,7 +64,8 @@ class OpenVINOEngine:
         outputs: Names of the graph's outputs to compute.
         precision: A key of ``PRECISIONS``.
         threads: The number of threads; 0 uses all processors available to the process.
-        streams: The number of batches computed concurrently, if as many threads call ``run``. They share the threads.
+        streams: The number of batches computed concurrently, of several threads that call ``run`` or of one large batch. They
+            share the threads.
         batch_sizes: The batch sizes to compute; empty allows all. Each new size costs time and memory on its first use, so a
             batch is split into chunks of the largest size, and the rest is padded to the next size. Ignored for a graph
             with a fixed batch size.
@@ -93,7 +95,7 @@ class OpenVINOEngine:
         settings["ENABLE_CPU_PINNING"] = False
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
-        self._tensor, self._outputs = openvino.Tensor, len(outputs)
+        self._tensor, self._outputs, self._streams = openvino.Tensor, len(outputs), streams
         self.compiled_model = _compile(core, model, settings, cache_dir)
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(streams):
@@ -104,15 +106,20 @@ class OpenVINOEngine:
         if not self.batch_sizes:
             return self._infer(pixels)
         max_size = self.batch_sizes[-1]
-        chunks = [self._infer_padded(pixels[i : i + max_size]) for i in range(0, len(pixels), max_size)]
-        return chunks[0] if len(chunks) == 1 else [np.concatenate(rows) for rows in zip(*chunks, strict=True)]
+        if len(pixels) <= max_size:
+            return [rows[: len(pixels)] for rows in self._infer(self._pad(pixels))]
+        batches = [self._pad(pixels[i : i + max_size]) for i in range(0, len(pixels), max_size)]
+        if self._streams == 1:
+            chunks = [self._infer(batch) for batch in batches]
+        else:
+            with ThreadPoolExecutor(self._streams) as pool:
+                chunks = list(pool.map(self._infer, batches))
+        return [np.concatenate(rows)[: len(pixels)] for rows in zip(*chunks, strict=True)]
 
-    def _infer_padded(self, pixels: Pixels) -> Arrays:
+    def _pad(self, pixels: Pixels) -> Pixels:
+        """Append empty images up to the next batch size."""
         missing = next(size for size in self.batch_sizes if size >= len(pixels)) - len(pixels)
-        if not missing:
-            return self._infer(pixels)
-        padded = np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)])
-        return [rows[: len(pixels)] for rows in self._infer(padded)]
+        return np.concatenate([pixels, np.zeros((missing, *pixels.shape[1:]), np.uint8)]) if missing else pixels
 
     def _infer(self, pixels: Pixels) -> Arrays:
         request = self._requests.get()

@@ -43,7 +43,7 @@ def without_dropout(net: nn.Module) -> nn.Module:
 
 
 def test_it_matches_the_textbook_loop(textbook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
+    monkeypatch.setattr("finetune.reports.plot_process.PlotProcess.start", lambda *a, **k: None)
     data = color_folder(tmp_path / "data", train=7, valid=3)
     with made_small("vgg16"), pytest.MonkeyPatch.context() as patch:
         spec, build = registry._entry("vgg16")

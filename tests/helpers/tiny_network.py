@@ -148,7 +148,7 @@ def finetune(*words: object, plots: bool = False) -> tuple[int, str, str]:
 def without_plots() -> Iterator[None]:
     """Draw no plots of trainings and evaluations inside the block."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.reports.results.write_plots", lambda *args, **options: None)
+        patch.setattr("finetune.reports.plot_process.PlotProcess.start", lambda *args, **options: None)
         yield
 
 

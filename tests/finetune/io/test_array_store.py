@@ -221,3 +221,11 @@ def test_a_full_disk_raises_and_keeps_the_existing_rows(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     assert found(tmp_path, range(20)) == {0, 1, 2}
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_scratch_array_leaves_no_file(tmp_path: Path) -> None:
+    array = ArrayStore(tmp_path, {}, limit_mb=1).scratch((3, 2))
+    array[:] = [[0, 1], [2, 3], [4, 5]]
+    assert array.dtype == np.float32
+    assert array.sum() == 15
+    assert list(tmp_path.iterdir()) == []

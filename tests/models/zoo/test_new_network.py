@@ -44,7 +44,7 @@ def code_of(file: str) -> str:
 
 
 def test_one_file_adds_a_network(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.reports.results.write_plots", lambda *a, **k: None)
+    monkeypatch.setattr("finetune.reports.plot_process.PlotProcess.start", lambda *a, **k: None)
     (zoo / "thumbnail.py").write_text(code_of("thumbnail.py"), encoding="utf-8")
     assert "thumbnail" in list_models()
     assert create_model("thumbnail", num_classes=3)
