@@ -29,7 +29,7 @@ from models.runtime.processor import INT8, instruction_sets
 BF16_TOLERANCE = 0.1
 MAX_CHANGED_LABELS = 0.02  # fraction of images whose predicted label may change (close calls)
 MIN_SPEEDUP = 1.2  # relative to float32
-TIMED_IMAGES, TIMED_ROUNDS = 16, 3
+TIMED_IMAGES, TIMED_ROUNDS = 16, 5
 NAMES = {"bf16": "bfloat16", "int8": "int8"}
 
 

@@ -233,8 +233,8 @@ def test_the_trained_layers_alone_have_no_int8(tiny_bundle: SimpleNamespace) -> 
 
 def test_quantizing_an_existing_bundle(trained: SimpleNamespace, tmp_path: Path) -> None:
     def write_files(folder: Path) -> None:
-        unwanted = shutil.ignore_patterns("manifest.json", INT8_GRAPH)
-        shutil.copytree(trained.path, folder, dirs_exist_ok=True, ignore=unwanted)
+        excluded = shutil.ignore_patterns("manifest.json", INT8_GRAPH)
+        shutil.copytree(trained.path, folder, dirs_exist_ok=True, ignore=excluded)
 
     older = {key: value for key, value in trained.bundle.manifest.items() if key not in ("format", "files", "sha256", "int8")}
     older_bundle = write_bundle(tmp_path / "older", older, write_files=write_files)
