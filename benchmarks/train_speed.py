@@ -123,7 +123,7 @@ def time_ours(config: Config, folder: Path) -> float:
         cache = build_feature_cache(config, network, compute)
         prepared = prepare_dataset(config, dataset, network, cache)
         batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
-        fit_head(config, folder, network, compute, batches, inputs=hash_inputs(prepared, network))
+        fit_head(config, folder, network, compute, batches, prepared, inputs=hash_inputs(prepared, network))
     return time.perf_counter() - started
 
 

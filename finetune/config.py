@@ -15,11 +15,13 @@ import yaml
 
 from models.artifacts.bundle import name_problem
 from models.errors import ConfigError, did_you_mean
-from models.networks.spec import Recipe
+from models.networks.spec import LINEAR, LOGISTIC, PLAIN, STANDARD, UNIT, Recipe
 
 BALANCED, NONE, TRAINING, EQUAL = "balanced", "none", "training", "equal"
 HUB = "hf://"  # begins the name of a data set of the Hugging Face Hub
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "digits")
+# Settings of training in epochs, which --head logistic does not have.
+EPOCH_SETTINGS = ("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "patience")
 
 
 def _setting(default: Any, help: str, **extra: Any) -> Any:
@@ -53,6 +55,20 @@ class Config:
     )
     output_dir: Path | None = _setting(None, "run directory (default: runs/DATA-BACKBONE)")
     weights: str | None = _setting(None, "initial state dict (.pth or .safetensors); `none` for random weights")
+    head: str | None = _setting(
+        None,
+        "how the new last layer is trained: in epochs (linear), or by logistic regression on the embeddings of frozen layers "
+        "(logistic). Settings of epochs, such as --lr, select linear",
+        choices=(LINEAR, LOGISTIC),
+    )
+    penalty: float | None = _setting(
+        None, "L2 penalty of --head logistic (default: selected by cross-validation of the training photos)", low=1e-9
+    )
+    normalization: str = _setting(
+        UNIT,
+        "embeddings of --head logistic: each of length 1 (unit), each dimension of the same deviation (standard), or neither",
+        choices=(UNIT, STANDARD, PLAIN),
+    )
     epochs: int | None = _setting(None, "number of epochs", low=1)
     batch_size: int | None = _setting(None, "photos per optimizer step", low=1)
     optimizer: str | None = _setting(None, "optimizer", choices=("sgd", "adam"))
@@ -133,14 +149,52 @@ class Config:
                 "--class-weights balanced and --sampling balanced both make the classes equal, and together favor rare ones. "
                 "Use one of them."
             )
+        self._check_head()
         if self.reviews and self.reviews_from:
             raise ConfigError("--reviews and --reviews-from cannot be combined. Use one of them.")
         if self.name is not None and (problem := name_problem(self.name)):
             raise ConfigError(f"--name is {self.name!r}, {problem}. Use a plain name, as it becomes part of paths.")
 
+    def _check_head(self) -> None:
+        if self.head != LOGISTIC:
+            if self.penalty is not None and self.head == LINEAR:
+                raise ConfigError("--penalty applies to --head logistic only. Use --weight-decay, or remove it.")
+            return
+        if settings := self._changed_epoch_settings():
+            flag = f"--{settings[0].replace('_', '-')}"
+            raise ConfigError(f"{flag} does not apply to --head logistic, which has no epochs. Remove one of the two.")
+        if not self.has_frozen_layers:
+            option = "--weights none" if self.weights == "none" else "--unfreeze" if self.unfreeze else "--augment"
+            raise ConfigError(f"--head logistic needs frozen layers before the last one, and {option} trains or varies them.")
+
+    @property
+    def normalizes_embedding(self) -> bool:
+        """Whether the last layer scales each embedding to unit length."""
+        return self.head == LOGISTIC and self.normalization == UNIT
+
+    def _changed_epoch_settings(self) -> list[str]:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return [name for name in EPOCH_SETTINGS if getattr(self, name) != defaults[name]]
+
+    @property
+    def has_frozen_layers(self) -> bool:
+        """Whether the layers before the last one compute the same features throughout the training."""
+        return not (self.weights == "none" or self.unfreeze or self.augment)
+
     def with_recipe(self, recipe: Recipe) -> Config:
-        """Return a copy in which settings that are None take the recipe's values."""
-        defaults = {key: value for key, value in dataclasses.asdict(recipe).items() if getattr(self, key) is None}
+        """Return a copy in which settings that are None take the recipe's values.
+
+        A logistic head of the recipe needs frozen layers. Settings of epochs select the linear head, and remain None if the
+        head is logistic.
+        """
+        is_linear = not self.has_frozen_layers or bool(self._changed_epoch_settings())
+        head = self.head or (LOGISTIC if self.penalty is not None else LINEAR if is_linear else recipe.head)
+        skipped = EPOCH_SETTINGS if head == LOGISTIC else ()
+        defaults = {
+            key: value
+            for key, value in {**dataclasses.asdict(recipe), "head": head}.items()
+            if getattr(self, key) is None and key not in skipped
+        }
         return dataclasses.replace(self, **defaults)
 
     def as_dict(self) -> dict[str, Any]:

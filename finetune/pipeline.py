@@ -18,7 +18,7 @@ from finetune.compute import distributed
 from finetune.compute.device import Compute, select_compute
 from finetune.config import Config
 from finetune.data.builtin_datasets import make_dataset, source_folder, with_data_dir
-from finetune.data.embeddings import build_similarity_index, capture_embeddings
+from finetune.data.embeddings import build_similarity_index
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels, table_columns
 from finetune.data.label_source import locate_data
@@ -39,6 +39,7 @@ from finetune.reports.results import write_results
 from finetune.training import run_directory
 from finetune.training.class_balance import ClassBalance, class_balance, read_class_weights
 from finetune.training.data_loaders import Batches
+from finetune.training.head import train_head
 from finetune.training.setup import (
     PreparedDataset,
     TrainingNetwork,
@@ -47,14 +48,14 @@ from finetune.training.setup import (
     prepare_dataset,
     prepare_network,
 )
-from finetune.training.trainer import EpochRow, Progress, fit, predict
+from finetune.training.trainer import EpochRow, Progress, predict_with_embeddings
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.bundle import HELD_OUT, MAX_NAME_BYTES, UNSAFE_IN_NAME, Bundle, open_bundle
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
 from models.networks.logit_shift import require_shiftable_logits, shift_logits
 from models.networks.registry import get_spec
-from models.networks.spec import ModelSpec
+from models.networks.spec import LOGISTIC, ModelSpec
 
 Embeddings = NDArray[np.float32]
 
@@ -74,8 +75,8 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     Raises:
         UserError: For every error that the user can fix (settings, data, weights, storage).
     """
-    spec = get_spec(config.backbone)
     source = source_folder(config)
+    spec = get_spec(config.backbone)
     config = resolve_config(with_data_dir(config), spec)
     folder = config.output_dir or default_run_dir(config)
     distributed.require_same_on_all_ranks("class weights", config.class_weights)
@@ -110,7 +111,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
         initial = network.trainable_state() if cache else {}
         inputs = hash_inputs(prepared, network)
-        progress = fit_head(config, folder, network, compute, batches, balance=balance, inputs=inputs)
+        progress = fit_head(config, folder, network, compute, batches, prepared, balance=balance, inputs=inputs)
         with step("Predicting the validation photos with the best epoch"):
             outputs, embeddings = predict_split(network, batches["valid"], compute)
         with step("Computing the embeddings of the training photos"):
@@ -198,6 +199,7 @@ def fit_head(
     network: TrainingNetwork,
     compute: Compute,
     batches: Mapping[str, Batches],
+    prepared: PreparedDataset,
     *,
     balance: ClassBalance | None = None,
     inputs: str,
@@ -205,25 +207,15 @@ def fit_head(
     """Train the layers after the split point, resuming from the run's checkpoint, and save one after each epoch."""
     saved = distributed.run_on_main(lambda: run_directory.load_checkpoint(folder, inputs=inputs))
     if saved:
-        print(f"Resuming after epoch {saved.epoch}.")
+        print("The head is already fitted." if config.head == LOGISTIC else f"Resuming after epoch {saved.epoch}.")
     with EventWriter(folder if config.tensorboard and distributed.is_main_process() else None) as events:
 
         def on_epoch(progress: Progress) -> None:
             distributed.run_on_main(lambda: run_directory.save_checkpoint(folder, progress, inputs=inputs))
             events.write(progress.history[-1])
 
-        return fit(
-            network.split_model.trainable,
-            [f"net.{name}" for name in network.trainable_names],
-            batches["train"],
-            batches["valid"],
-            config,
-            compute=compute,
-            head=network.head_names,
-            aux_weight=network.classifier.aux_weight,
-            balance=balance,
-            progress=saved,
-            on_epoch=on_epoch,
+        return train_head(
+            network, batches, config, prepared, compute=compute, balance=balance, progress=saved, on_epoch=on_epoch
         )
 
 
@@ -260,9 +252,7 @@ def predict_split(network: TrainingNetwork, batches: Batches, compute: Compute) 
     Returns:
         The outputs, and embeddings (N, d).
     """
-    with capture_embeddings(network.classifier, network.spec) as captured:
-        log_probs, labels = predict(network.split_model.trainable, batches, compute=compute)
-    embeddings = np.concatenate([rows for own in distributed.all_gather(captured) for rows in own])
+    log_probs, labels, embeddings = predict_with_embeddings(network, batches, compute=compute)
     return Outputs(log_probs.double().numpy(), labels.numpy()), embeddings
 
 
@@ -331,7 +321,7 @@ def write_outputs(
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
         data_dir=prepared.dataset.root,
-        history=progress.history,
+        history=() if config.head == LOGISTIC else progress.history,
         max_ood_score=ood.limit.max_score if ood else None,
         neither_scores=ood.parameters.scores(other_embeddings["neither"]) if ood and prepared.neither else None,
         seed=config.seed,

@@ -11,6 +11,9 @@ from finetune.io.progress import step
 
 # Settings that apply to all networks. Unset ones come from each network's recipe.
 SHARED_SETTINGS = (
+    "head",
+    "penalty",
+    "normalization",
     "epochs",
     "batch_size",
     "optimizer",

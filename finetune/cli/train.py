@@ -51,7 +51,10 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
     from models.runtime.precision import describe_export
 
     provenance, folder = bundle.manifest["provenance"], bundle.path.parent
-    print(f"\nBest epoch: {provenance['best_epoch']} of {provenance['epochs']}. Validation results:")
+    if penalty := provenance.get("penalty"):
+        print(f"\nL2 penalty of the logistic head: {penalty:.3g}. Validation results:")
+    else:
+        print(f"\nBest epoch: {provenance['best_epoch']} of {provenance['epochs']}. Validation results:")
     print(format_results(bundle.manifest["metrics"]))
     _print_head_comparison(bundle)
     if points := bundle.manifest.get("operating_points"):
@@ -62,7 +65,7 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
         print(describe_export(int8))
     if provenance["dataset"]["reviews"]:
         print("The reviews corrected labels in both training and validation.")
-    print("These photos also selected the best epoch and the temperature.")
+    print(f"These photos also selected {'the temperature' if penalty else 'the best epoch and the temperature'}.")
     print("For an unbiased figure, run `finetune evaluate` on other photos.\n")
     print(f"bundle       {bundle.path} (version {bundle.version})")
     print(f"model card   {bundle.path / 'README.md'}")
@@ -94,13 +97,14 @@ def _print_head_comparison(bundle: Bundle) -> None:
 
 
 def training_time(bundle: Bundle) -> str:
-    """Describe the duration of the epochs."""
+    """Describe the duration of the training of the head."""
     from finetune.training.run_directory import HISTORY, read_history
 
-    seconds = [row["seconds"] for row in read_history(bundle.path.parent / HISTORY)]
+    history = read_history(bundle.path.parent / HISTORY)
+    seconds = [row["seconds"] for row in history]
     photos = sum(bundle.manifest["provenance"]["dataset"]["photos"]["train"].values())
-    epochs = f"{len(seconds)} epoch{'' if len(seconds) == 1 else 's'}"
-    return f"{epochs} of {photos:,} photos in {sum(seconds):,.1f} s, including validation"
+    epochs = "" if "penalty" in history[-1] else f"{len(seconds)} epoch{'' if len(seconds) == 1 else 's'} of "
+    return f"{epochs}{photos:,} photos in {sum(seconds):,.1f} s, including validation"
 
 
 def next_commands(bundle: Bundle, data_dir: Path, labels: str | None = None) -> list[str]:

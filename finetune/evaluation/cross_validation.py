@@ -21,12 +21,11 @@ from sklearn.model_selection import StratifiedGroupKFold
 from tqdm import tqdm
 
 from finetune import config as settings
-from finetune.compute import distributed
 from finetune.compute.device import Compute, select_compute
 from finetune.config import BALANCED, Config
 from finetune.data.apply_reviews import ReviewTable
 from finetune.data.duplicates import find_linked
-from finetune.data.embeddings import build_similarity_index, capture_embeddings
+from finetune.data.embeddings import build_similarity_index
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import ImageRecord, table_columns
 from finetune.evaluation.evaluate import Evaluation, default_output_dir
@@ -37,14 +36,16 @@ from finetune.metrics.ood import out_of_fold_scores
 from finetune.reports.results import write_results
 from finetune.training.class_balance import ClassBalance, class_balance
 from finetune.training.data_loaders import CachedBatches
+from finetune.training.logistic_head import fit_head_once
 from finetune.training.setup import PreparedDataset, TrainingNetwork, build_feature_cache, prepare_dataset, prepare_network
-from finetune.training.trainer import BAR_FORMAT, learning_rate, make_optimizer, predict, train_one_epoch
+from finetune.training.trainer import BAR_FORMAT, learning_rate, make_optimizer, predict_with_embeddings, train_one_epoch
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.data_folder import class_name
 from models.artifacts.evaluation import OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions
 from models.errors import BundleError, DataError, list_names
 from models.networks.registry import get_spec
+from models.networks.spec import LOGISTIC
 
 SPLIT = "train and valid"
 FOLDS = 5  # of the cross-validation that is part of a training run
@@ -120,6 +121,7 @@ def cross_validate(
         labels,
         fold_of,
         config,
+        groups=find_linked(records),
         classes=bundle.classes,
         epochs=epochs,
         correction=temperature * ((bundle.manifest.get("class_balance") or {}).get("correction") or 0.0),
@@ -238,6 +240,7 @@ def predict_out_of_fold(
     fold_of: NDArray[np.int64],
     config: Config,
     *,
+    groups: NDArray[np.int64],
     classes: Sequence[str],
     epochs: int,
     correction: float = 0.0,
@@ -251,6 +254,7 @@ def predict_out_of_fold(
         labels: True classes, (N,).
         fold_of: The fold of each image, (N,).
         config: The settings of training.
+        groups: The number of each image's group, (N,).
         classes: The class names.
         epochs: Number of epochs.
         correction: How much of the class weights to correct, as a factor of ``ClassBalance.logit_shift``.
@@ -272,12 +276,13 @@ def predict_out_of_fold(
         train = _batches(features, labels, others, config)
         balance = class_balance(config, labels[others].tolist(), classes)
         title = f"fold {fold + 1} of {folds}"
-        fit_fold(network, train, config, balance=balance, epochs=epochs, compute=compute, label=title)
-        with capture_embeddings(network.classifier, network.spec) as captured:
-            fold_log_probs, _ = predict(module, _batches(features, labels, held_out, config), compute=compute)
+        own_groups = groups[others]
+        fit_fold(network, train, config, groups=own_groups, balance=balance, epochs=epochs, compute=compute, label=title)
+        held_out_batches = _batches(features, labels, held_out, config)
+        fold_log_probs, _, fold_embeddings = predict_with_embeddings(network, held_out_batches, compute=compute)
         shift = correction * balance.logit_shift if balance else 0.0
         log_probs[held_out] = fold_log_probs.double().numpy() + shift
-        embeddings += [rows for own in distributed.all_gather(captured) for rows in own]
+        embeddings.append(fold_embeddings)
         order += held_out.tolist()
     return log_probs, np.concatenate(embeddings)[np.argsort(order)]
 
@@ -316,7 +321,15 @@ def cross_validate_head(
         return None
     features = cache.features(records, network.spec.preprocessing, label="features")
     log_probs, _ = predict_out_of_fold(
-        network, features, labels, fold_of, config, classes=classes, epochs=epochs, compute=compute
+        network,
+        features,
+        labels,
+        fold_of,
+        config,
+        groups=find_linked(records),
+        classes=classes,
+        epochs=epochs,
+        compute=compute,
     )
     return Outputs(log_probs, labels, folds)
 
@@ -326,12 +339,20 @@ def fit_fold(
     train: CachedBatches,
     config: Config,
     *,
+    groups: NDArray[np.int64],
     balance: ClassBalance | None,
     epochs: int,
     compute: Compute,
     label: str,
 ) -> None:
-    """Train the layers after the split point for ``epochs`` of the recipe's schedule, without validation in between."""
+    """Train the layers after the split point for ``epochs`` of the recipe's schedule, without validation in between.
+
+    A logistic head has no epochs. Its penalty is selected again for each fold, so that no held-out image influences it.
+    """
+    if config.head == LOGISTIC:
+        print(f"Training {label} ...")
+        fit_head_once(network, train, config, compute=compute, groups=groups, balance=balance)
+        return
     module = network.split_model.trainable
     module.to(compute.device)
     optimizer = make_optimizer(module, config, head=network.head_names)

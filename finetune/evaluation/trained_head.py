@@ -19,8 +19,9 @@ from finetune.metrics.calibration import fit_balanced_temperature, fit_temperatu
 from finetune.metrics.head_comparison import compare_heads
 from finetune.training.class_balance import ClassBalance, class_balance
 from finetune.training.data_loaders import Batches, CachedBatches
+from finetune.training.head import train_head
 from finetune.training.setup import PreparedDataset, TrainingNetwork
-from finetune.training.trainer import fit, predict
+from finetune.training.trainer import predict
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,19 +103,10 @@ def train_other_head(
     print(f"Training a {'balanced' if is_plain else 'plain'} head for comparison, as the classes are unequal.")
     train = batches["train"]
     assert isinstance(train, CachedBatches)
-    module, initial = network.split_model.trainable, network.trainable_state()
-    progress = fit(
-        module,
-        [f"net.{name}" for name in network.trainable_names],
-        train.with_sampling(balanced=False),
-        batches["valid"],
-        config,
-        compute=compute,
-        head=network.head_names,
-        balance=balance,
-        title="comparison, ",
-    )
-    log_probs, labels = predict(module, batches["valid"], compute=compute)
+    initial = network.trainable_state()
+    batches = {"train": train.with_sampling(balanced=False), "valid": batches["valid"]}
+    progress = train_head(network, batches, config, prepared, compute=compute, balance=balance, title="comparison, ")
+    log_probs, labels = predict(network.split_model.trainable, batches["valid"], compute=compute)
     outputs = Outputs(log_probs.double().numpy(), labels.numpy())
     if balance is None:
         return TrainedHead(outputs)

@@ -57,7 +57,11 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
             f"{base.origin} has {base.sha256[:12]}.... Pass the correct file with --weights."
         )
     classifier = build_classifier(
-        spec, num_classes=len(bundle.classes), base=base.tensors, permute_pixels=bundle.permute_pixels
+        spec,
+        num_classes=len(bundle.classes),
+        base=base.tensors,
+        permute_pixels=bundle.permute_pixels,
+        normalize_embedding=bundle.normalizes_embedding,
     )
     classifier.net.load_state_dict(read_tensors(bundle.path / HEAD), strict=False)
 

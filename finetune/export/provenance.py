@@ -51,6 +51,7 @@ def training_manifest(
         "classes": list(classes),
         "last_frozen": last_frozen,
         "permute_pixels": config.permute_pixels,
+        "normalizes_embedding": config.normalizes_embedding,
         "base": base_manifest(spec, base),
         "metrics": dict(metrics),
         "class_balance": None if class_balance is None else dict(class_balance),
@@ -60,6 +61,7 @@ def training_manifest(
             "compute": compute,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
+            "penalty": progress.history[-1].get("penalty"),
             "dataset": {
                 "sha256": dataset_sha256(records),
                 "photos": audit_report.counts,

@@ -42,9 +42,8 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         *_slices(metrics),
         "Methods:\n",
         "\n".join(f"- {TITLES.get(name, name)}: {method}" for name, method in metrics["methods"].items()) + "\n",
-        f"These photos also selected the best epoch ({provenance['best_epoch']}) and the temperature"
-        f" ({manifest['temperature']:.3f}). For an unbiased figure, evaluate on unseen photos:"
-        " `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
+        f"These photos also selected {_selected(manifest)}the temperature ({manifest['temperature']:.3f}). For an unbiased"
+        " figure, evaluate on unseen photos: `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
         "## None of these\n",
         _none_of_these(manifest),
         *_thresholds(manifest),
@@ -53,9 +52,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         " Other kinds of images (drawings, other cameras, crops) were not evaluated.\n",
         "## Training\n",
         f"{_base(manifest)} {_trained(manifest)} {_permuted(manifest)}"
-        f"Epochs: {provenance['epochs']}. Batch size: {config['batch_size']}."
-        f" {_optimizer(config)} with learning rate {config['lr']:g} ({config['lr_schedule']}), weight decay"
-        f" {config['weight_decay']:g}; NLLLoss on log-probabilities; seed {config['seed']}; {provenance['compute']}.\n",
+        f"{_method(manifest)}; seed {config['seed']}; {provenance['compute']}.\n",
         *_class_balance(manifest),
         "## Files\n",
         _contents(manifest),
@@ -121,10 +118,28 @@ def _permuted(manifest: Mapping[str, Any]) -> str:
     return f"The network shuffles the pixel positions of every image with a fixed permutation (seed {seed}). "
 
 
-def _optimizer(config: Mapping[str, Any]) -> str:
-    if config.get("optimizer") == "adam":
-        return "Adam"
-    return f"SGD (momentum {config['momentum']:g})"
+def _selected(manifest: Mapping[str, Any]) -> str:
+    """Return what the validation photos selected besides the temperature."""
+    provenance = manifest["provenance"]
+    return "" if provenance.get("penalty") else f"the best epoch ({provenance['best_epoch']}) and "
+
+
+def _method(manifest: Mapping[str, Any]) -> str:
+    """Describe the optimization, without a final period."""
+    provenance = manifest["provenance"]
+    config = provenance["config"]
+    if penalty := provenance.get("penalty"):
+        origin = "" if config["penalty"] else ", selected by cross-validation of the training photos"
+        embeddings = {"unit": "embeddings of unit length", "standard": "standardized embeddings", "none": "embeddings"}
+        return (
+            f"Logistic regression on {embeddings[config['normalization']]}: L-BFGS to convergence, L2 penalty"
+            f" {penalty:.3g}{origin}"
+        )
+    optimizer = "Adam" if config.get("optimizer") == "adam" else f"SGD (momentum {config['momentum']:g})"
+    return (
+        f"Epochs: {provenance['epochs']}. Batch size: {config['batch_size']}. {optimizer} with learning rate"
+        f" {config['lr']:g} ({config['lr_schedule']}), weight decay {config['weight_decay']:g}; NLLLoss on log-probabilities"
+    )
 
 
 def _escaped(name: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune.compute import distributed
@@ -15,7 +17,7 @@ from finetune.compute.device import Compute
 from finetune.config import BALANCED, Config
 from finetune.data.apply_reviews import ReviewSummary, ReviewTable, apply_reviews
 from finetune.data.audit import AuditReport, audit
-from finetune.data.duplicates import move_linked_to_train
+from finetune.data.duplicates import find_linked, move_linked_to_train
 from finetune.data.extra_data import drop_known_images
 from finetune.data.image_folder import Dataset
 from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
@@ -28,7 +30,8 @@ from finetune.training.augmentation import Augment, BatchAugment
 from finetune.training.data_loaders import Batches, CachedBatches, InMemoryBatches, UncachedBatches
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trainable_names
-from models.networks.spec import ModelSpec
+from models.networks.logit_shift import require_logistic_head
+from models.networks.spec import LOGISTIC, ModelSpec
 from models.networks.split_point import SplitModel, split_model
 from models.networks.weights import Weights, load_weights
 
@@ -89,6 +92,10 @@ class PreparedDataset:
         """Return the class of each image of a split."""
         return [record.sample.label for record in self.splits[split]]
 
+    def groups(self, split: str) -> NDArray[np.int64]:
+        """Number the sets of images of a split that belong into one fold, (N,). See ``find_linked``."""
+        return find_linked(self.splits[split])
+
 
 def prepare_network(spec: ModelSpec, num_classes: int, config: Config, compute: Compute) -> TrainingNetwork:
     """Load the pretrained weights, replace the head and split the network into frozen and trainable layers."""
@@ -106,7 +113,10 @@ def prepare_network(spec: ModelSpec, num_classes: int, config: Config, compute: 
             unfreeze=config.unfreeze,
             seed=config.seed,
             permute_pixels=config.permute_pixels,
+            normalize_embedding=config.normalizes_embedding,
         )
+        if config.head == LOGISTIC:
+            require_logistic_head(classifier, spec)
         split = split_model(classifier)
     extractor = FeatureExtractor(split, spec.preprocessing, compute)
     return TrainingNetwork(spec, classifier, split, extractor, base, trainable_names(classifier.net))

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
@@ -17,8 +19,10 @@ from tqdm import tqdm
 from finetune.compute import distributed
 from finetune.compute.device import Compute
 from finetune.config import Config
+from finetune.data.embeddings import capture_embeddings
 from finetune.training.class_balance import ClassBalance
 from finetune.training.data_loaders import Batches
+from finetune.training.setup import TrainingNetwork
 from models.errors import ConfigError, RunError
 from models.networks.split_point import train_mode
 
@@ -220,6 +224,19 @@ def predict(module: nn.Module, batches: Batches, *, compute: Compute) -> tuple[T
             label_batches.append(labels)
     shards = distributed.all_gather((outputs, label_batches))
     return torch.cat([rows for own, _ in shards for rows in own]), torch.cat([rows for _, own in shards for rows in own])
+
+
+def predict_with_embeddings(
+    network: TrainingNetwork, batches: Batches, *, compute: Compute
+) -> tuple[Tensor, Tensor, NDArray[np.float32]]:
+    """Predict all batches in evaluation mode.
+
+    Returns:
+        Log-probabilities (N, classes) float32, labels (N,) and embeddings (N, ...), the inputs of the head.
+    """
+    with capture_embeddings(network.classifier, network.spec) as captured:
+        log_probs, labels = predict(network.split_model.trainable, batches, compute=compute)
+    return log_probs, labels, np.concatenate([rows for own in distributed.all_gather(captured) for rows in own])
 
 
 def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -73,6 +73,11 @@ class Bundle:
         seed = self.manifest.get("permute_pixels")
         return None if seed is None else int(seed)
 
+    @property
+    def normalizes_embedding(self) -> bool:
+        """Whether the last layer scales the embedding to unit length first."""
+        return bool(self.manifest.get("normalizes_embedding"))
+
     @cached_property
     def decision_rule(self) -> DecisionRule:
         """When the model abstains. Raises BundleError if the manifest's rule is malformed or too new."""

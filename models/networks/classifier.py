@@ -13,7 +13,7 @@ from models.errors import BundleError, ConfigError, WeightsError, did_you_mean
 from models.networks.head_replacement import replace_heads
 from models.networks.registry import create_model, get_spec
 from models.networks.spec import ModelSpec
-from models.networks.weights import read_tensors
+from models.networks.weights import part_prefix, read_tensors
 from models.preprocess import Preprocessing
 
 StateDict = Mapping[str, Tensor]
@@ -92,6 +92,7 @@ def build_classifier(
     unfreeze: Iterable[str] = (),
     seed: int = 0,
     permute_pixels: int | None = None,
+    normalize_embedding: bool = False,
 ) -> Classifier:
     """Build a network with a new head, and freeze the layers that are not trained.
 
@@ -103,6 +104,7 @@ def build_classifier(
         unfreeze: Names of further layers to train.
         seed: Seed of the new weights.
         permute_pixels: See ``Normalize``.
+        normalize_embedding: Make the new head a ``NormalizedLinear``.
 
     Returns:
         The classifier in evaluation mode.
@@ -116,12 +118,14 @@ def build_classifier(
         if base is None:
             aux = {"aux": True} if spec.aux_weight else {}
             net = create_model(spec.name, num_classes=num_classes, **aux)
+            if normalize_embedding:
+                replace_heads(net, spec.heads, num_classes, normalize=True)
             classifier = Classifier(net, spec.preprocessing, aux_weight=spec.aux_weight, permute_pixels=permute_pixels)
             return classifier.eval()
         net = _build_empty(spec)
         load_base_weights(net, base, spec)
         net.requires_grad_(False)
-        replace_heads(net, spec.heads, num_classes)
+        replace_heads(net, spec.heads, num_classes, normalize=normalize_embedding)
         for name in unfreeze:
             _get_layer(net, name).requires_grad_(True)
     return Classifier(net, spec.preprocessing, permute_pixels=permute_pixels).eval()
@@ -135,7 +139,13 @@ def load_classifier(bundle: Bundle) -> Classifier:
             "pretrained weights."
         )
     spec = get_spec(bundle.backbone)
-    classifier = build_classifier(spec, num_classes=len(bundle.classes), base=None, permute_pixels=bundle.permute_pixels)
+    classifier = build_classifier(
+        spec,
+        num_classes=len(bundle.classes),
+        base=None,
+        permute_pixels=bundle.permute_pixels,
+        normalize_embedding=bundle.normalizes_embedding,
+    )
     tensors = read_tensors(bundle.path / WEIGHTS)
     missing = classifier.net.load_state_dict(tensors, strict=False).missing_keys
     if any(not name.lower().startswith("aux") for name in missing):  # auxiliary heads exist only during training
@@ -144,20 +154,26 @@ def load_classifier(bundle: Bundle) -> Classifier:
 
 
 def load_base_weights(net: nn.Module, base: StateDict, spec: ModelSpec) -> None:
-    """Load pretrained tensors into a network without copying them.
+    """Load pretrained tensors into a network without copying them. See ``match_tensors``."""
+    if spec.parts:
+        base = _match_parts(base, spec)
+    net.load_state_dict(match_tensors(net.state_dict(), base, spec), assign=True)
+
+
+def match_tensors(expected: StateDict, base: StateDict, spec: ModelSpec) -> dict[str, Tensor]:
+    """Return the pretrained tensors by their names in the network.
 
     Tensors are matched by name, or by order if no name matches (a port of the same network). Other precisions are converted
     to float32. The heads may be missing or have another size, because they are replaced later.
 
     Args:
-        net: The network.
-        base: Tensors by name.
+        expected: The tensors of the network by name.
+        base: The pretrained tensors by name.
         spec: The network's spec.
 
     Raises:
         WeightsError: The tensors do not fit the network. The message names the first one that does not.
     """
-    expected = net.state_dict()
     tensors = dict(base)
     if not set(tensors) & set(expected) and len(tensors) == len(expected):
         tensors = dict(zip(expected, tensors.values(), strict=True))
@@ -178,7 +194,20 @@ def load_base_weights(net: nn.Module, base: StateDict, spec: ModelSpec) -> None:
             )
     if extra := sorted(set(tensors) - set(expected)):
         raise WeightsError(f"The weights are not for {spec.name}: {extra[0]!r} is not part of that network. {hint}")
-    net.load_state_dict({name: tensors[name].to(tensor.dtype).contiguous() for name, tensor in expected.items()}, assign=True)
+    return {name: tensors[name].to(tensor.dtype).contiguous() for name, tensor in expected.items()}
+
+
+def _match_parts(base: StateDict, spec: ModelSpec) -> dict[str, Tensor]:
+    """Match the tensors of each network of a join with those of the network alone, and leave out its head."""
+    tensors = {}
+    for number, part in enumerate(spec.parts):
+        prefix = part_prefix(number)
+        own = {name.removeprefix(prefix): tensor for name, tensor in base.items() if name.startswith(prefix)}
+        with torch.device("meta"):
+            expected = create_model(part.name).state_dict()
+        matched = match_tensors(expected, own, part)
+        tensors |= {prefix + name: tensor for name, tensor in matched.items() if name.rpartition(".")[0] != part.head}
+    return tensors
 
 
 def trainable_names(net: nn.Module) -> list[str]:

@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
-def replace_heads(net: nn.Module, heads: Sequence[str], num_classes: int) -> None:
+class NormalizedLinear(nn.Linear):
+    """A Linear layer that scales each of its input vectors to unit length first."""
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return super().forward(nn.functional.normalize(embedding, dim=-1))
+
+
+def replace_heads(net: nn.Module, heads: Sequence[str], num_classes: int, *, normalize: bool = False) -> None:
     """Replace each head by a new, trainable layer of the same type with ``num_classes`` outputs.
 
     Args:
         net: The network, modified in place.
         heads: Module names of Linear or Conv2d layers.
         num_classes: The number of outputs.
+        normalize: Make the new heads ``NormalizedLinear``.
 
     Raises:
         TypeError: A head is another type of layer.
@@ -22,7 +30,8 @@ def replace_heads(net: nn.Module, heads: Sequence[str], num_classes: int) -> Non
     for name in heads:
         old = net.get_submodule(name)
         if isinstance(old, nn.Linear):
-            new: nn.Module = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+            layer = NormalizedLinear if normalize else nn.Linear
+            new: nn.Module = layer(old.in_features, num_classes, bias=old.bias is not None)
         elif isinstance(old, nn.Conv2d):
             new = _convolution(old, out_channels=num_classes)
         else:

@@ -1,4 +1,4 @@
-"""Add a constant to each logit of a network by changing the bias of its heads, so that its graph and weights contain it."""
+"""Networks whose heads output the logits: add a constant to each by changing a bias, or fit the head alone."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def require_shiftable_logits(classifier: Classifier, spec: ModelSpec) -> None:
     Raises:
         ConfigError: The network cannot be trained with class weights.
     """
-    biases = _biases(classifier.net, spec.heads)
-    if len(biases) == len(spec.heads) and _is_exact(classifier, spec, biases):
+    if outputs_logits(classifier, spec):
         return
     raise ConfigError(
         "--class-weights, --sampling and --class-frequencies need a network whose last layer outputs the logits, and that of "
@@ -34,7 +33,26 @@ def require_shiftable_logits(classifier: Classifier, spec: ModelSpec) -> None:
     )
 
 
-def _is_exact(classifier: Classifier, spec: ModelSpec, biases: Sequence[Tensor]) -> bool:
+def require_logistic_head(classifier: Classifier, spec: ModelSpec) -> None:
+    """Check that the network has a single Linear layer as its head, whose outputs are the logits.
+
+    Raises:
+        ConfigError: The head cannot be fitted by logistic regression.
+    """
+    is_single = len(spec.heads) == 1 and isinstance(classifier.net.get_submodule(spec.head), nn.Linear)
+    if is_single and outputs_logits(classifier, spec):
+        return
+    raise ConfigError(
+        f"--head logistic needs a network whose last layer is Linear and outputs the logits, and that of {spec.name} does not. "
+        "Use --head linear."
+    )
+
+
+def outputs_logits(classifier: Classifier, spec: ModelSpec) -> bool:
+    """Return whether each head has a bias, and the network outputs the logits of its heads."""
+    biases = _biases(classifier.net, spec.heads)
+    if len(biases) < len(spec.heads):
+        return False
     preprocessing = spec.preprocessing
     shape = (2, preprocessing.input_px, preprocessing.input_px, preprocessing.channels)
     device = biases[0].device

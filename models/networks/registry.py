@@ -101,6 +101,10 @@ def _entry(name: str) -> Entry:
     entries = _load()
     if name in entries:
         return entries[name]
+    if "+" in name:
+        from models.networks.join import join_entry  # imports this module
+
+        return join_entry(name)
     prefix, colon, rest = name.partition(":")
     if colon and prefix in _LIBRARIES:
         return _LIBRARIES[prefix](rest)

@@ -54,10 +54,19 @@ class WeightsSource:
         return self.url or self.package or f"hf.co/{self.hub_id}"
 
 
+LINEAR, LOGISTIC = "linear", "logistic"
+UNIT, STANDARD, PLAIN = "unit", "standard", "none"
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A network's default training settings."""
+    """A network's default training settings.
 
+    ``head`` is how the new last layer is trained on frozen layers: ``linear`` in epochs, with the other settings, or
+    ``logistic`` by logistic regression on embeddings.
+    """
+
+    head: str = LINEAR
     epochs: int = 10
     batch_size: int = 64
     optimizer: str = "sgd"
@@ -103,6 +112,7 @@ class ModelSpec:
         aux_weight: The weight of each auxiliary head's loss (Szegedy et al. 2014, https://arxiv.org/abs/1409.4842) when
             training from random weights. If it is not 0, the builder takes ``aux=True``.
         cost: The recorded cost, verified by a test; None means that it is counted on demand.
+        parts: The networks of a join (``models.networks.join``), empty for a single network.
     """
 
     name: str
@@ -118,6 +128,7 @@ class ModelSpec:
     extra_heads: tuple[str, ...] = ()
     aux_weight: float = 0.0
     cost: Cost | None = None
+    parts: tuple[ModelSpec, ...] = ()
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ Sources in order of precedence: a file of the user, torch's hub cache, an instal
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import importlib.metadata
 import os
@@ -57,6 +58,8 @@ def load_weights(spec: ModelSpec, *, file: Path | None = None) -> Weights:
     """
     if file is not None:
         return _read_user_file(file, spec)
+    if spec.parts:
+        return _join_weights(spec)
     source = spec.weights
     if source is None:
         raise WeightsError(f"No pretrained weights are known for {spec.name}. Use --weights FILE or --weights none.")
@@ -72,6 +75,8 @@ def load_weights(spec: ModelSpec, *, file: Path | None = None) -> Weights:
 
 def has_local_weights(spec: ModelSpec) -> bool:
     """Return whether the pretrained weights of a network are available without a download."""
+    if spec.parts:
+        return all(map(has_local_weights, spec.parts))
     return spec.weights is not None and _locate(spec.weights) is not None
 
 
@@ -102,6 +107,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         raise (OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error) from None
+
+
+def part_prefix(number: int) -> str:
+    """Return the prefix of the tensors of a join's network, from 0."""
+    return f"networks.{number}."
+
+
+def _join_weights(spec: ModelSpec) -> Weights:
+    """Load the weights of the networks of a join."""
+    parts = [load_weights(part) for part in spec.parts]
+    tensors = {
+        part_prefix(number) + name: tensor for number, weights in enumerate(parts) for name, tensor in weights.tensors.items()
+    }
+    sha256 = hashlib.sha256("+".join(weights.sha256 for weights in parts).encode()).hexdigest()
+    return Weights(tensors, sha256, " + ".join(weights.origin for weights in parts), published=True)
 
 
 def _read_user_file(file: Path, spec: ModelSpec) -> Weights:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from models.networks.registry import register_model
-from models.networks.spec import Cost, ModelSpec, Recipe, WeightsSource
+from models.networks.spec import LOGISTIC, Cost, ModelSpec, Recipe, WeightsSource
 from models.preprocess import Preprocessing
 
 # Variant -> input size in pixels, SHA-256 of the published weights.
@@ -49,8 +49,10 @@ def _register(number: int, input_px: int, sha256: str) -> None:
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
         ),
-        # With only the last layer to train, epochs are fast and a larger learning rate works.
-        recipe=Recipe(epochs=30, lr=0.01, lr_schedule="cosine"),
+        # In cross-validation on cats and dogs the logistic head has the lower log loss before calibration, and about the same
+        # after it (docs/heads.md). The other settings are those of the linear head: with only the last layer to train, epochs
+        # are fast and a larger learning rate works.
+        recipe=Recipe(head=LOGISTIC, epochs=30, lr=0.01, lr_schedule="cosine"),
         cost=COSTS[number],
     )
 

@@ -28,7 +28,7 @@ SMALLEST_SIDE = 3  # a map of 2 x 2 positions is exact, but too coarse
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The last layer of a bundle: ``weight`` (C, d), ``bias`` (C,) and the temperature.
+    """The last layer of a bundle: ``weight`` (C, d), ``bias`` (C,), the temperature, and whether it normalizes embeddings.
 
     Scores are relative to the mean score of all classes, as probabilities only depend on differences of scores.
     """
@@ -36,6 +36,7 @@ class LinearHead:
     weight: Floats
     bias: Floats
     temperature: float
+    normalizes: bool = False
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> LinearHead | None:
@@ -49,7 +50,12 @@ class LinearHead:
         except (OSError, SafetensorError):
             return None
         weight = weight.reshape(len(weight), math.prod(weight.shape[1:])).astype(np.float32)
-        return cls(weight - weight.mean(axis=0), (bias - bias.mean()).astype(np.float32), float(bundle.manifest["temperature"]))
+        return cls(
+            weight - weight.mean(axis=0),
+            (bias - bias.mean()).astype(np.float32),
+            float(bundle.manifest["temperature"]),
+            normalizes=bundle.normalizes_embedding,
+        )
 
     def score_map(self, probabilities: Floats, embedding: Floats, feature_map: Floats, label: int) -> Floats | None:
         """Compute what each position adds to the score of a class.
@@ -65,16 +71,18 @@ class LinearHead:
         """
         if min(feature_map.shape[1:]) < SMALLEST_SIDE or embedding.shape != self.weight.shape[1:]:
             return None
-        if not self._reproduces(probabilities, embedding):
+        length = max(float(np.linalg.norm(embedding)), SMALLEST) if self.normalizes else 1.0
+        weight = (self.weight / length).astype(np.float32)
+        if not self._reproduces(probabilities, weight @ embedding + self.bias):
             return None
         for activation in ACTIVATIONS:
             contributions = activation(feature_map)
             if _is_mean(contributions, embedding):
-                return np.tensordot(self.weight[label], contributions, axes=1).astype(np.float32)
+                return np.tensordot(weight[label], contributions, axes=1).astype(np.float32)
         return None
 
-    def _reproduces(self, probabilities: Floats, embedding: Floats) -> bool:
-        scores = (self.weight @ embedding + self.bias) / self.temperature
+    def _reproduces(self, probabilities: Floats, scores: Floats) -> bool:
+        scores = scores / self.temperature
         log_expected = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
         least = math.log(SMALLEST)
         difference = np.maximum(log_expected, least) - np.maximum(np.log(np.maximum(probabilities, SMALLEST)), least)

@@ -14,6 +14,7 @@ from service.context import gallery, services
 from service.web.layout import current_model
 
 TRAIN_FLAGS = ("epochs", "batch_size", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "seed")
+HEAD_FLAGS = ("head", "normalization", "penalty")
 RUNS = Path("runs")
 
 
@@ -38,7 +39,8 @@ def retrain_command(bundle: Bundle, *, has_extra_data: bool) -> str:
     config = bundle.manifest.get("provenance", {}).get("config", {})
     labels = bundle.manifest.get("provenance", {}).get("dataset", {}).get("labels")
     flags = ["--labels LABELS"] if labels else []
-    flags += [f"--{name.replace('_', '-')} {config[name]}" for name in TRAIN_FLAGS if config.get(name) is not None]
+    names = (HEAD_FLAGS if config.get("head") == "logistic" else ()) + TRAIN_FLAGS
+    flags += [f"--{name.replace('_', '-')} {config[name]}" for name in names if config.get(name) is not None]
     flags += [f"--unfreeze {shlex.join(config['unfreeze'])}"] if config.get("unfreeze") else []
     flags += ["--augment"] if config.get("augment") else []
     flags += [

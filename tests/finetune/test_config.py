@@ -126,6 +126,54 @@ def test_the_recipe_fills_only_unset_settings() -> None:
     assert None not in (config.momentum, config.lr_schedule)
 
 
+LOGISTIC = Recipe(head="logistic", epochs=30, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "head"),
+    [
+        ({}, "logistic"),
+        ({"batch_size": 8}, "logistic"),
+        ({"epochs": 3}, "linear"),
+        ({"momentum": 0.0}, "linear"),
+        ({"patience": 2}, "linear"),
+        ({"weights": "none"}, "linear"),
+        ({"unfreeze": ("layer4",)}, "linear"),
+        ({"augment": True}, "linear"),
+        ({"head": "linear"}, "linear"),
+    ],
+)
+def test_the_recipes_head_applies_unless_other_settings_need_epochs(settings: dict[str, Any], head: str) -> None:
+    config = Config(**settings).with_recipe(LOGISTIC)
+    assert config.head == head
+    assert config.batch_size is not None
+    assert (config.lr, config.optimizer) == ((None, None) if head == "logistic" else (0.1, "sgd"))
+
+
+def test_a_penalty_selects_the_logistic_head() -> None:
+    assert Config(penalty=0.1).with_recipe(Recipe()).head == "logistic"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"lr": 0.1}, "--lr does not apply to --head logistic, which has no epochs. Remove one of the two."),
+        ({"patience": 1}, "--patience does not apply to --head logistic, which has no epochs. Remove one of the two."),
+        ({"augment": True}, "--head logistic needs frozen layers before the last one, and --augment trains or varies them."),
+        (
+            {"weights": "none"},
+            "--head logistic needs frozen layers before the last one, and --weights none trains or varies them.",
+        ),
+        ({"penalty": 0.0}, "--penalty must be at least 1e-09 (got 0.0)."),
+        ({"head": "linear", "penalty": 1.0}, "--penalty applies to --head logistic only. Use --weight-decay, or remove it."),
+    ],
+)
+def test_settings_that_contradict_the_head_are_rejected(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(**{"head": "logistic"} | value)
+    assert str(caught.value) == message
+
+
 def test_settings_round_trip_through_yaml() -> None:
     config = Config(
         data_dir=Path("fötös"), epochs=3, lr=1e-5, unfreeze=("layer4",), cache_dir=Path("c"), augment=True, name="größe"

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,9 @@ from PIL import Image
 from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from models.artifacts.atomic_io import sha256_of
 from models.networks import registry
-from models.networks.spec import ModelSpec, Recipe
+from models.networks.spec import ModelSpec, Recipe, WeightsSource
 from models.preprocess import Preprocessing
 
 if TYPE_CHECKING:
@@ -85,6 +87,21 @@ def registered() -> Iterator[None]:
     """Register ``tiny`` inside the block only, so that tests of all networks do not include it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry._ENTRIES, TINY.name, (TINY, Tiny))
+        yield
+
+
+@contextlib.contextmanager
+def registered_with_local_weights() -> Iterator[None]:
+    """Register ``tiny`` and ``tiny_large``, whose input is larger, with pretrained weights that need no download."""
+    large = Preprocessing(input_px=40, resize_px=44, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    with pytest.MonkeyPatch.context() as patch:
+        for seed, spec in enumerate((TINY, replace(TINY, name="tiny_large", preprocessing=large))):
+            patch.setitem(registry._ENTRIES, spec.name, (spec, Tiny))
+            file = Path(torch.hub.get_dir()) / "checkpoints" / f"{spec.name}.pth"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            sha256 = sha256_of(save_weights(file, backbone=spec.name, seed=seed))
+            source = WeightsSource(sha256=sha256, license=f"license of {spec.name}", url=f"https://localhost/{spec.name}.pth")
+            patch.setitem(registry._ENTRIES, spec.name, (replace(spec, weights=source), Tiny))
         yield
 
 

@@ -36,8 +36,11 @@ TEMPERATURE = 0.7
 CLASSES = ("red", "green", "blue")
 
 
-def graph(path: Path, *, weight: np.ndarray, bias: np.ndarray, relu: bool, bent: bool) -> None:
-    """A network whose last map is each channel's mean over 4 x 4 px; ``relu`` follows it, or what is not linear (``bent``)."""
+def graph(path: Path, *, weight: np.ndarray, bias: np.ndarray, relu: bool, bent: bool, normalizes: bool = False) -> None:
+    """A network whose last map is each channel's mean over 4 x 4 px; ``relu`` follows it, or what is not linear (``bent``).
+
+    ``normalizes``: The embedding is scaled to unit length before the last layer.
+    """
     constants = {"scale": np.float32(1 / 255), "half": np.float32(0.5 if relu else 0.0), "w": weight.T.copy(), "b": bias}
     constants["t"] = np.float32(TEMPERATURE)
     nodes = [
@@ -49,7 +52,8 @@ def graph(path: Path, *, weight: np.ndarray, bias: np.ndarray, relu: bool, bent:
         helper.make_node("Relu" if relu else "Identity", ["feature_map"], ["active"]),
         helper.make_node("GlobalMaxPool" if bent else "GlobalAveragePool", ["active"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["embedding"]),
-        helper.make_node("MatMul", ["embedding", "w"], ["scores"]),
+        helper.make_node("LpNormalization", ["embedding"], ["unit"], axis=1, p=2),
+        helper.make_node("MatMul", ["unit" if normalizes else "embedding", "w"], ["scores"]),
         helper.make_node("Add", ["scores", "b"], ["shifted"]),
         helper.make_node("Div", ["shifted", "t"], ["calibrated"]),
         helper.make_node("Softmax", ["calibrated"], ["probabilities"], axis=1),
@@ -74,14 +78,22 @@ def graph(path: Path, *, weight: np.ndarray, bias: np.ndarray, relu: bool, bent:
 def make(tmp_path: Path) -> Callable[..., Bundle]:
     """Return ``make(relu=, bent=)``, which creates a bundle of that network with what explanations need."""
 
-    def made(*, relu: bool = False, bent: bool = False, in_bundle: np.ndarray | None = None, gain: float = 20.0) -> Bundle:
+    def made(
+        *,
+        relu: bool = False,
+        bent: bool = False,
+        in_bundle: np.ndarray | None = None,
+        gain: float = 20.0,
+        normalizes: bool = False,
+    ) -> Bundle:
         weight = (gain * np.eye(3)).astype(np.float32)
         bias = np.array([0.1, -0.2, 0.3], np.float32)
-        graph(tmp_path / GRAPH, weight=weight, bias=bias, relu=relu, bent=bent)
+        graph(tmp_path / GRAPH, weight=weight, bias=bias, relu=relu, bent=bent, normalizes=normalizes)
         save_file({"fc.weight": weight if in_bundle is None else in_bundle, "fc.bias": bias}, tmp_path / WEIGHTS)
         preprocessing = {"input_px": SIDE, "resize_px": SIDE, "mean": [0.5] * 3, "std": [0.25] * 3}
         manifest = {"head": "fc", "temperature": TEMPERATURE, "classes": list(CLASSES), "preprocessing": preprocessing}
-        return Bundle(tmp_path, MappingProxyType(manifest | {"sha256": "0" * 64, "files": {WEIGHTS: {}}}))
+        manifest |= {"sha256": "0" * 64, "files": {WEIGHTS: {}}, "normalizes_embedding": normalizes}
+        return Bundle(tmp_path, MappingProxyType(manifest))
 
     return made
 
@@ -110,9 +122,9 @@ def place(heat: np.ndarray) -> tuple[int, int]:
 # The class-activation map
 
 
-@pytest.mark.parametrize("relu", [False, True])
-def test_the_map_sums_to_the_scores_and_gives_the_probabilities(make: Callable[..., Bundle], relu: bool) -> None:
-    bundle = make(relu=relu)
+@pytest.mark.parametrize("change", [{}, {"relu": True}, {"normalizes": True}])
+def test_the_map_sums_to_the_scores_and_gives_the_probabilities(make: Callable[..., Bundle], change: dict[str, bool]) -> None:
+    bundle = make(**change)
     found = [explain(bundle, label) for label in CLASSES]
     assert {each.method for each in found} == {CAM}
     head = LinearHead.from_bundle(bundle)

@@ -216,6 +216,16 @@ def test_the_command_names_the_table_of_a_model_that_was_trained_on_one(app: Fla
     assert command.startswith("finetune train --data-dir 'my photos' --backbone tiny --labels LABELS ")
 
 
+def test_the_command_trains_a_logistic_head_again(app: Flask, tiny_bundle: SimpleNamespace) -> None:
+    manifest = json.loads(json.dumps(open_bundle(tiny_bundle.path).manifest))
+    config = manifest["provenance"]["config"]
+    config |= dict.fromkeys(("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule"))
+    config |= {"head": "logistic", "normalization": "unit", "penalty": None}
+    with app.app_context():
+        command = retrain_command(replace(open_bundle(tiny_bundle.path), manifest=manifest), has_extra_data=False)
+    assert "--backbone tiny --head logistic --normalization unit --batch-size 5 --seed 0 --reviews reviews.csv" in command
+
+
 @pytest.mark.parametrize(
     ("name", "run"), [("a-reviewed", "a-reviewed-2"), ("a-reviewed-9", "a-reviewed-10"), ("b c", "'runs/b c")]
 )

@@ -1,0 +1,201 @@
+"""Multinomial logistic regression on scaled embeddings, with an L2 penalty that cross-validation selects.
+
+The objective is the sum of the log losses plus ``penalty / 2`` times the sum of squared weights (``C = 1 / penalty`` in
+scikit-learn). The bias has no penalty, so embeddings are centered for the optimizer, which then converges in fewer steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+from models.networks.spec import STANDARD, UNIT
+
+PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(2, -9, -1))  # 10 to 0.0001
+DEFAULT_PENALTY = 0.01
+FOLDS = 5
+PATIENCE = 2  # weaker penalties without a lower loss before the selection ends
+MAX_IMAGES = 3_000  # that the penalty is selected on: the best one hardly depends on their number
+SELECTION_TOLERANCE = 1e-6  # changes the loss in its sixth digit
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class LogisticRegression:
+    """The coefficients: ``weight`` (classes, d) and ``bias`` (classes,)."""
+
+    weight: Floats
+    bias: Floats
+
+    def log_probs(self, embeddings: Floats) -> Floats:
+        """Compute log-probabilities (N, classes) of scaled embeddings (N, d)."""
+        return np.asarray(log_softmax(embeddings @ self.weight.T + self.bias, axis=1))
+
+
+@dataclass(frozen=True)
+class PenaltySelection:
+    """The selected penalty, and the out-of-fold log loss of each penalty that was tried. Without folds there are none."""
+
+    penalty: float
+    losses: dict[float, float]
+
+
+def unit_length(embeddings: NDArray[np.floating[Any]]) -> Floats:
+    """Scale the rows of (N, d) to unit length, as ``NormalizedLinear`` does."""
+    rows = embeddings.astype(np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def scale_embeddings(embeddings: NDArray[np.floating[Any]], normalization: str) -> tuple[Floats, Floats | float]:
+    """Scale embeddings (N, d) to lengths of about 1, so that the same penalties suit all networks.
+
+    Args:
+        embeddings: The embeddings.
+        normalization: ``unit`` scales each to length 1, ``none`` all of them by one factor, and ``standard`` each dimension to
+            the same standard deviation.
+
+    Returns:
+        The scaled embeddings, and their divisor apart from the length of each: fitted weights are divided by it.
+    """
+    if normalization == UNIT:
+        return unit_length(embeddings), 1.0
+    rows = embeddings.astype(np.float64)
+    if normalization == STANDARD:
+        spread = rows.std(axis=0)
+        divisor: Floats | float = np.where(spread > 0, spread, 1.0) * np.sqrt(rows.shape[1])
+    else:
+        divisor = float(np.sqrt(np.mean(np.sum(rows**2, axis=1)))) or 1.0
+    return rows / divisor, divisor
+
+
+def compact(embeddings: Floats) -> Floats:
+    """Rotate (N, d) to N dimensions if d is larger by half, which does not change any prediction with an L2 penalty."""
+    if embeddings.shape[1] < 1.5 * len(embeddings):
+        return embeddings
+    values, vectors = np.linalg.eigh(embeddings @ embeddings.T)
+    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
+
+
+def fit_logistic_regression(
+    embeddings: Floats,
+    labels: NDArray[np.int64],
+    *,
+    num_classes: int,
+    penalty: float,
+    weights: Floats | None = None,
+    start: LogisticRegression | None = None,
+    tolerance: float = 1e-8,
+) -> LogisticRegression:
+    """Fit the coefficients with L-BFGS until the gradient vanishes.
+
+    Args:
+        embeddings: (N, d).
+        labels: Class indices, (N,). Classes without images get a low probability.
+        num_classes: The number of classes.
+        penalty: The L2 penalty.
+        weights: How much each image counts, (N,). None: the same.
+        start: The coefficients to start from, such as those of a similar penalty.
+        tolerance: The largest component of the gradient of the mean loss.
+    """
+    count, dimensions = embeddings.shape
+    weights = np.ones(count) if weights is None else weights
+    center = embeddings.mean(axis=0)
+    centered = embeddings - center
+    rows = np.arange(count)
+
+    def objective(params: Floats) -> tuple[float, Floats]:
+        weight, bias = params[:-num_classes].reshape(num_classes, dimensions), params[-num_classes:]
+        log_probs = log_softmax(centered @ weight.T + bias, axis=1)
+        loss = -weights @ log_probs[rows, labels] + penalty / 2 * np.sum(weight**2)
+        errors = np.exp(log_probs)
+        errors[rows, labels] -= 1
+        errors *= weights[:, None]
+        gradient = np.concatenate([(errors.T @ centered + penalty * weight).ravel(), errors.sum(axis=0)])
+        return float(loss / count), gradient / count
+
+    first = np.zeros(num_classes * (dimensions + 1))
+    if start is not None:
+        first = np.concatenate([start.weight.ravel(), start.bias + start.weight @ center])
+    options = {"maxiter": 5_000, "maxfun": 10_000, "maxcor": 20, "ftol": 1e-13, "gtol": tolerance}
+    best = minimize(objective, first, jac=True, method="L-BFGS-B", options=options).x
+    weight = best[:-num_classes].reshape(num_classes, dimensions)
+    return LogisticRegression(weight, best[-num_classes:] - weight @ center)
+
+
+def select_penalty(
+    embeddings: Floats,
+    labels: NDArray[np.int64],
+    groups: NDArray[np.int64],
+    *,
+    num_classes: int,
+    weights: Floats | None = None,
+    seed: int,
+    penalties: Sequence[float] = PENALTIES,
+) -> PenaltySelection:
+    """Select the penalty with the lowest out-of-fold log loss.
+
+    Args:
+        embeddings: (N, d).
+        labels: Class indices, (N,).
+        groups: The number of each image's group, (N,). The images of a group share a fold.
+        num_classes: The number of classes.
+        weights: How much each image counts, (N,). None: the same.
+        seed: Seed of the folds.
+        penalties: The penalties to try, strongest first.
+    """
+    if len(labels) > MAX_IMAGES:
+        kept = np.sort(np.random.default_rng(seed).choice(len(labels), MAX_IMAGES, replace=False))
+        embeddings, labels, groups = embeddings[kept], labels[kept], groups[kept]
+        weights = None if weights is None else weights[kept]
+    embeddings = compact(embeddings)
+    weights = np.ones(len(labels)) if weights is None else weights
+    splits = [(embeddings[train], train, held_out) for train, held_out in split_folds(labels, groups, folds=FOLDS, seed=seed)]
+    if not splits:
+        return PenaltySelection(DEFAULT_PENALTY, {})
+    fits: list[LogisticRegression | None] = [None] * len(splits)
+    losses: dict[float, float] = {}
+    for penalty in penalties:
+        loss = 0.0
+        for fold, (own, train, held_out) in enumerate(splits):
+            fits[fold] = fit = fit_logistic_regression(
+                own,
+                labels[train],
+                num_classes=num_classes,
+                penalty=penalty,
+                weights=weights[train],
+                start=fits[fold],
+                tolerance=SELECTION_TOLERANCE,
+            )
+            log_probs = fit.log_probs(embeddings[held_out])
+            loss -= float(weights[held_out] @ log_probs[np.arange(len(held_out)), labels[held_out]])
+        losses[penalty] = loss / float(weights.sum())
+        best = min(losses, key=losses.__getitem__)
+        if len(losses) - list(losses).index(best) > PATIENCE:
+            break
+    return PenaltySelection(best, losses)
+
+
+def split_folds(
+    labels: NDArray[np.int64], groups: NDArray[np.int64], *, folds: int, seed: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yield the training rows and the held-out rows of each fold, stratified by class, with groups in one fold.
+
+    There are fewer folds if a class has fewer images, and none if they cannot hold out images of each class.
+    """
+    counts = np.bincount(labels)
+    numbers, sizes = np.unique(groups, return_counts=True)
+    folds = min(folds, int(counts[counts > 0].min()), len(numbers))
+    if folds < 2:
+        return
+    if sizes.max() > 1:
+        splits = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(groups, labels, groups)
+    else:  # much faster
+        splits = StratifiedKFold(folds, shuffle=True, random_state=seed).split(groups, labels)
+    yield from ((train, held_out) for train, held_out in splits if len(train) and len(held_out))
