@@ -11,9 +11,9 @@ from finetune.data.label_source import locate_data
 
 EXIT_CODES = (
     "Exit code: 0 without problems, 1 if there are problems (notes do not count), 2 if the folder cannot be audited. Training "
-    "prints the same findings. It "
-    "stops at the ones that make its results wrong or a class unusable (photos in both training and validation, classes that "
-    "differ or are empty) and continues with all others."
+    "prints the same findings. It stops at the ones that make its results wrong or a class unusable (photos or groups in both "
+    "training and validation, classes that differ between the splits, are empty or too small to hold out a photo, a split "
+    "without class folders or readable photos) and continues with all others."
 )
 
 

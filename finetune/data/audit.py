@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune.data.class_names import find_similar
 from finetune.data.duplicates import find_duplicates, move_linked_to_train
 from finetune.data.extra_data import ExistingImage, describe_dropped
 from finetune.data.image_files import ALREADY_INCLUDED, HARMLESS, Skipped, describe_skipped
-from finetune.data.image_folder import Dataset, Sample, read_dataset
+from finetune.data.image_folder import NO_LABEL, Dataset, Sample, read_dataset
 from finetune.data.inspection import ImageRecord, fingerprint_context, inspect_images
 from finetune.io.array_store import ArrayStore
 from finetune.io.terminal import escape_controls
@@ -38,7 +39,7 @@ class AuditReport:
         small_classes: Maps each class that is too small to hold out a photo to its number of different photos.
         class_mismatch: Classes that only one of the splits has, as {"training" or "validation": classes}.
         leakage: Sets of duplicates across training and validation.
-        conflicts: Groups of duplicates with different labels.
+        conflicts: Groups of duplicates with different labels. None of the classes counts as a label.
         duplicates: Groups of duplicates within one class and split.
         imbalance: Size of the largest training class divided by that of the smallest.
         split_from_train: Whether validation was held out from training.
@@ -49,7 +50,8 @@ class AuditReport:
         table: Path of the table of labels, if there is one.
         has_groups: Whether the table divides the images into groups.
         repeated_rows: Number of rows of the table that repeat another one.
-        neither: Number of images of none of the classes, by their folder.
+        neither: Number of readable images of none of the classes, by their folder.
+        similar_classes: Sets of classes whose names probably mean the same, with the number of images of each.
     """
 
     root: str
@@ -74,6 +76,7 @@ class AuditReport:
     has_groups: bool = False
     repeated_rows: int = 0
     neither: dict[str, int] = field(default_factory=dict)
+    similar_classes: list[dict[str, int]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Return all findings, with the lines of ``problems`` and why training fails (``refusal``)."""
@@ -88,10 +91,8 @@ class AuditReport:
         """One line per kind of problem; empty if there are none."""
         found = list(self.unlabeled.values())
         if self.class_mismatch:
-            only = "; ".join(
-                f"only in {split}: {list_names(map(_quoted_if_padded, names))}" for split, names in self.class_mismatch.items()
-            )
-            found.append(f"classes differ between the splits ({only})")
+            found.append(self._describe_mismatch())
+        found += map(self._describe_similar, self.similar_classes)
         found += [self._describe_small_class(name, photos) for name, photos in self.small_classes.items()]
         if self.split_groups:
             found.append(f"{_count(self.split_groups, 'group')} of the table in several splits (leakage)")
@@ -117,59 +118,69 @@ class AuditReport:
     def is_imbalanced(self) -> bool:
         return self.imbalance > MAX_IMBALANCE
 
-    @property
-    def refusal(self) -> str | None:
-        """Why training on this folder fails with default settings, or None."""
-        try:
-            self.raise_for_problems(allow_leakage=False, allow_class_mismatch=False)
-        except DataError as error:
-            return str(error)
-        return None
-
-    def raise_for_problems(self, *, allow_leakage: bool, allow_class_mismatch: bool) -> None:
-        """Check that the dataset can be trained on.
+    def refusals(self, *, allow_leakage: bool = False, allow_class_mismatch: bool = False) -> list[str]:
+        """Return every reason why training on this folder fails, with what to do about it.
 
         Args:
             allow_leakage: Accept duplicates across training and validation.
             allow_class_mismatch: Accept classes that are missing or empty in one of the splits.
-
-        Raises:
-            DataError: A split has no readable images, or there is a problem that the arguments do not allow.
         """
-        for split, description in self.unlabeled.items():
-            raise DataError(
-                f"{self.root}: {description}, so it cannot be used for validation. Sort its photos into class folders, or move "
-                f"the folder {split} elsewhere to hold out some training photos."
-            )
+        reasons = [
+            f"{description}, so it cannot be used for validation. Sort its photos into class folders, or move the folder "
+            f"{split} elsewhere to hold out some training photos."
+            for split, description in self.unlabeled.items()
+        ]
         if self.class_mismatch and not allow_class_mismatch:
-            raise DataError(
-                f"{self.root}: {self.problems[0]}. Use the same classes in every split, or pass --allow-class-mismatch."
-            )
-        for split, row in self.counts.items():
-            if not any(row.values()):
+            reasons.append(f"{self._describe_mismatch()}. Use the same classes in every split, or pass --allow-class-mismatch.")
+        empty = [split for split, row in self.counts.items() if not any(row.values())]
+        for split in empty:
+            has_no_class = not allow_class_mismatch and self.class_mismatch.get("training") == list(self.counts["valid"])
+            if split == "train" or not (self.unlabeled or has_no_class):
                 name = "training" if split == "train" else "validation"
-                raise DataError(f"{self.root}: no readable photos for {name}. Run `{self._command}` for details.")
-        if self.small_classes and not allow_class_mismatch:
-            description = self._describe_small_class(*next(iter(self.small_classes.items())))
-            raise DataError(f"{self.root}: {description}. Add photos, or remove the class.")
-        if self.empty_classes and not allow_class_mismatch:
-            raise DataError(
-                f"{self.root}: {self.empty_classes[0]} has no readable photos. Add photos, remove the class, or pass "
-                f"--allow-class-mismatch."
-            )
+                reasons.append(f"no readable photos for {name}. Run `{self._command}` for details.")
+        if not allow_class_mismatch:
+            reasons += [
+                f"{self._describe_small_class(name, photos)}. Add photos, or remove the class."
+                for name, photos in self.small_classes.items()
+            ]
+            missing = {f"valid/{name}" for name in self.class_mismatch.get("training", ())}
+            folders = [name for name in self.empty_classes if name.split("/")[0] not in empty and name not in missing]
+            if folders:
+                have, these = ("has", "the class") if len(folders) == 1 else ("have", "the classes")
+                reasons.append(
+                    f"{list_names(folders)} {have} no readable photos. Add photos, remove {these}, or pass "
+                    "--allow-class-mismatch."
+                )
         if self.split_groups and not allow_leakage:
-            raise DataError(
-                f"{self.root}: {_count(self.split_groups, 'group')} of the table in several splits "
+            reasons.append(
+                f"{_count(self.split_groups, 'group')} of the table in several splits "
                 f"({_describe_splits(*next(iter(self.split_groups.items())))}), which inflates the results. Run "
                 f"`{self._command}` to list them and give all rows of a group the same split, or pass --allow-leakage."
             )
         if self.leakage and not allow_leakage:
             example = " = ".join(self.leakage[0][:3])
-            raise DataError(
-                f"{self.root}: {_count(self.leakage, 'photo')} in both training and validation ({example}), which "
-                f"inflates the results. Run `{self._command}` to list them and delete the duplicates, or "
-                f"pass --allow-leakage."
+            reasons.append(
+                f"{_count(self.leakage, 'photo')} in both training and validation ({example}), which inflates the results. Run "
+                f"`{self._command}` to list them and delete the duplicates, or pass --allow-leakage."
             )
+        return reasons
+
+    @property
+    def refusal(self) -> str | None:
+        """The error of training on this folder with default settings, or None."""
+        return self._error(self.refusals())
+
+    def raise_for_problems(self, *, allow_leakage: bool, allow_class_mismatch: bool) -> None:
+        """Raise DataError with all ``refusals``, if there are any."""
+        error = self._error(self.refusals(allow_leakage=allow_leakage, allow_class_mismatch=allow_class_mismatch))
+        if error:
+            raise DataError(error)
+
+    def _error(self, reasons: Sequence[str]) -> str | None:
+        if len(reasons) <= 1:
+            return f"{self.root}: {reasons[0]}" if reasons else None
+        listed = "".join(f"\n  {number}. {reason}" for number, reason in enumerate(reasons, start=1))
+        return f"{self.root} cannot be trained on for {len(reasons)} reasons:{listed}"
 
     def text(self) -> str:
         """Format the findings as text, with the first ten file names of each kind."""
@@ -191,8 +202,8 @@ class AuditReport:
         if self.repeated_rows:
             lines.append(f"Note: {_count(range(self.repeated_rows), 'row')} of the table repeated another one.")
         lines += [
-            f"Note: {folder} has {_count(range(photos), 'photo')} of none of the classes. It is not a class. It measures how "
-            "many such photos the model recognizes."
+            f"Note: {folder} has {_count(range(photos), 'photo')} of none of the classes. They belong to no class and "
+            "measure how many such photos the model recognizes."
             for folder, photos in self.neither.items()
         ]
         lines += [f"Note: {line}" for line in self._describe_skipped(harmless=True)]
@@ -206,13 +217,28 @@ class AuditReport:
         lines += _section("Duplicates across training and validation", [" = ".join(group) for group in self.leakage])
         lines += _section("Duplicates with different labels", [" = ".join(group) for group in self.conflicts])
         lines += _section("Duplicates within a class and split", [" = ".join(group) for group in self.duplicates])
-        if self.refusal:
-            lines.append(f"Training on this folder fails: {self.refusal}")
+        reasons = self.refusals()
+        if len(reasons) == 1:
+            lines.append(f"Training on this folder fails: {self.root}: {reasons[0]}")
+        elif reasons:
+            lines.append(f"Training on this folder fails for {len(reasons)} reasons:")
+            lines += [f"  {number}. {reason}" for number, reason in enumerate(reasons, start=1)]
         return "\n".join(map(escape_controls, lines))
 
     def _describe_skipped(self, *, harmless: bool) -> list[str]:
         entries = [Skipped(Path(name), why) for name, why in self.skipped.items() if (why in HARMLESS) == harmless]
         return describe_skipped(entries)
+
+    def _describe_mismatch(self) -> str:
+        only = "; ".join(f"only in {split}: {list_names(names)}" for split, names in self.class_mismatch.items())
+        return f"classes differ between the splits ({only})"
+
+    def _describe_similar(self, counts: Mapping[str, int]) -> str:
+        (first, photos), *others = sorted(counts.items(), key=lambda row: row[1])
+        names = [f"{_count(range(photos), 'photo')} {'is' if photos == 1 else 'are'} labeled {first!r}"]
+        names += [f"{photos:,} {name!r}" for name, photos in others]
+        fix = "write its label alike in every row" if self.table else "move its photos into one folder"
+        return f"{', '.join(names)}; if this is one class, {fix}"
 
     def _describe_small_class(self, name: str, photos: int) -> str:
         linked = "near duplicates or of one group" if self.has_groups else "near duplicates"
@@ -239,13 +265,18 @@ class AuditReport:
 
 
 def audit(
-    dataset: Dataset, records: Sequence[ImageRecord], *, dropped_extra: Mapping[str, ExistingImage] | None = None
+    dataset: Dataset,
+    records: Sequence[ImageRecord],
+    *,
+    neither: Sequence[ImageRecord] = (),
+    dropped_extra: Mapping[str, ExistingImage] | None = None,
 ) -> AuditReport:
     """Audit a dataset.
 
     Args:
         dataset: The dataset.
         records: Inspection results of its images.
+        neither: Inspection results of its images of none of the classes.
         dropped_extra: Extra images that were dropped from ``dataset``, with their duplicates in it.
     """
     readable = [s.sample for s in records if s.error is None]
@@ -258,20 +289,22 @@ def audit(
     }
     small_classes = _count_small_classes(readable, dataset)
     leakage, conflicts, duplicates = [], [], []
-    for group in find_duplicates(records):
+    inspected = [*records, *neither]
+    for group in find_duplicates(inspected):
         names = [s.sample.name for s in group]
-        if len({s.sample.split for s in group}) > 1:
+        places = {(s.sample.label, s.sample.label != NO_LABEL and s.sample.split) for s in group}
+        if len({split for label, split in places if label != NO_LABEL}) > 1:
             leakage.append(names)
-        if len({s.sample.label for s in group}) > 1:
+        if len({label for label, _ in places}) > 1:
             conflicts.append(names)
-        if len({(s.sample.split, s.sample.label) for s in group}) == 1:
+        if len(places) == 1:
             duplicates.append(names)
     sizes = [n for n in counts["train"].values() if n]
     return AuditReport(
         root=str(dataset.root),
         counts=counts,
         folders={split: _name(folder, dataset) for split, folder in dataset.split_folders.items() if folder != dataset.root},
-        damaged={s.sample.name: s.error for s in records if s.error is not None},
+        damaged={s.sample.name: s.error for s in inspected if s.error is not None},
         skipped={_name(entry.path, dataset): entry.reason for entry in dataset.skipped},
         unlabeled={
             _name(dataset.split_folders[split], dataset): _describe_unlabeled(dataset, split) for split in dataset.unlabeled
@@ -296,7 +329,8 @@ def audit(
         table=str(dataset.labels.path) if dataset.labels else None,
         has_groups=any(sample.group for sample in dataset.samples),
         repeated_rows=dataset.labels.repeated if dataset.labels else 0,
-        neither=_count_neither(dataset),
+        neither=_count_neither([s.sample for s in neither if s.error is None], dataset),
+        similar_classes=_similar_classes(counts, dataset),
     )
 
 
@@ -314,8 +348,9 @@ def audit_folder(
     """
     dataset = read_dataset(data_dir, labels=labels)
     store = ArrayStore(cache_dir or default_cache_dir(), fingerprint_context(), limit_mb=4096)
-    records = inspect_images(dataset.samples, store=store, workers=workers, quiet=quiet)
-    return audit(*move_linked_to_train(dataset, records))
+    records = inspect_images([*dataset.samples, *dataset.neither], store=store, workers=workers, quiet=quiet)
+    records, neither = records[: len(dataset.samples)], records[len(dataset.samples) :]
+    return audit(*move_linked_to_train(dataset, records), neither=neither)
 
 
 def _count_small_classes(readable: Sequence[Sample], dataset: Dataset) -> dict[str, int]:
@@ -338,15 +373,15 @@ def _describe_unlabeled(dataset: Dataset, split: str) -> str:
     return f"{_name(folder, dataset)} has no class folders{own}"
 
 
-def _quoted_if_padded(name: str) -> str:
-    return name if name == name.strip() else repr(name)
+def _similar_classes(counts: Mapping[str, Mapping[str, int]], dataset: Dataset) -> list[dict[str, int]]:
+    return [{name: sum(row[name] for row in counts.values()) for name in names} for names in find_similar(dataset.classes)]
 
 
-def _count_neither(dataset: Dataset) -> dict[str, int]:
-    """Count the photos of none of the classes in each folder next to the classes of a split, or in the table."""
-    if dataset.labels and dataset.neither:
-        return {dataset.labels.path.name: len(dataset.neither)}
-    return dict(Counter(_name(sample.path.parent, dataset) for sample in dataset.neither))
+def _count_neither(samples: Sequence[Sample], dataset: Dataset) -> dict[str, int]:
+    """Count photos of none of the classes in each folder next to the classes of a split, or in the table."""
+    if dataset.labels and samples:
+        return {dataset.labels.path.name: len(samples)}
+    return dict(Counter(_name(sample.path.parent, dataset) for sample in samples))
 
 
 def _class_mismatch(dataset: Dataset) -> dict[str, list[str]]:

@@ -25,7 +25,8 @@ BROKEN_LINK = "broken link"
 LINK_TO_PARENT = "link to a folder that contains it"
 ALREADY_INCLUDED = "the same folder as one that is included"
 RESULTS = "results of a command, not photos"
-HARMLESS = (HIDDEN, RESULTS)
+NEITHER_EXTRA = "photos of none of the classes, which --extra-data does not add"
+HARMLESS = (HIDDEN, RESULTS, NEITHER_EXTRA)
 # A folder with all files of a group was written by a command, or is a Python environment.
 RESULT_FILES = (
     ("config.yaml", "bundle"),

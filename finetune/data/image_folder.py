@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune.data.image_files import (
     ALREADY_INCLUDED,
+    NEITHER_EXTRA,
     RESULTS,
     ImageSearch,
     Skipped,
@@ -32,6 +33,7 @@ from models.errors import DataError, list_names
 
 ALL = "all"  # the split of an evaluation of a table without splits
 NO_LABEL = -1
+_NEITHER_IS_NO_CLASS = "The name none or neither stands for photos of none of the classes."
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Dataset:
         test_is_labeled: Whether the test split has labels.
         labels: The table of the labels, if there is one.
         split_groups: Maps each group that is in several splits to its number of images in each.
-        neither: The images of none of the classes, next to the classes of each split. They are not among ``samples``.
+        neither: The images of none of the classes, in the training and the validation split. They are not among ``samples``:
+            nothing is learned from them, so those of both splits measure how many the model recognizes.
     """
 
     root: Path
@@ -93,12 +96,6 @@ class Dataset:
 
     def in_split(self, split: str) -> list[Sample]:
         return [sample for sample in self.samples if sample.split == split]
-
-    @property
-    def neither_to_measure(self) -> tuple[Sample, ...]:
-        """The images of none of the classes next to the validation images, or to the training images without a folder."""
-        split = "valid" if "valid" in self.split_folders else "train"
-        return tuple(sample for sample in self.neither if sample.split == split)
 
     def with_samples(self, samples: Iterable[Sample]) -> Dataset:
         return replace(self, samples=tuple(samples))
@@ -179,7 +176,8 @@ def _read_table(root: Path, path: Path) -> Dataset:
     if not classes:
         raise DataError(f"{path} has no rows of the split train. Add some, or remove the column {SPLIT!r}.")
     if len(classes) < 2:
-        raise DataError(f"{path} has only one class for training ({classes[0]}). At least two are needed.")
+        others = f"{_NEITHER_IS_NO_CLASS} " if any(is_neither(row.label) for row in rows["train"]) else ""
+        raise DataError(f"{path} has only one class for training ({classes[0]}). {others}At least two are needed.")
     return Dataset(
         root,
         classes,
@@ -236,15 +234,19 @@ def read_extra(source: Path, classes: Sequence[str], *, prefix: str, search: Ima
     """
     if is_table(source) and not source.is_dir():
         table = read_label_table(source, source.parent)
-        rows = [row for row in table.rows if row.split in (TRAIN, None) and not is_neither(row.label)]
-        place, names, root = source, {row.label for row in rows}, source.parent
+        rows = [row for row in table.rows if row.split in (TRAIN, None)]
+        place, names, root = source, {row.label for row in rows if not is_neither(row.label)}, source.parent
         samples = _table_samples(root, rows, "train", classes)
+        neither = _table_neither(root, rows, "train", classes)
     else:
         if not source.is_dir():
             raise DataError(f"No such folder: {source}. --extra-data expects folders with photos in train/CLASS/, or tables.")
         place, root = find_layout(source, search).train, source
         found = _find_labeled({"train": place}, search)["train"]
         names, samples = set(found.by_class), _samples(root, found, "train", classes)
+        neither = _neither_samples(root, found, "train")
+    for sample in neither:
+        search.skip(sample.path, NEITHER_EXTRA)
     unknown = sorted(names - set(classes))
     if unknown:
         raise DataError(
@@ -459,7 +461,8 @@ def _too_few_classes(layout: Layout, images: _LabeledImages, search: ImageSearch
     found = f"only one class ({next(iter(images.by_class))})" if images.by_class else "no class folders"
     photos = f" and {images.loose_text}" if loose else ""
     others = [path.name for path in layout.unused if layout.splits]
-    hint = f" Move the folders {', '.join(others[:3])} into {folder} if they are classes." if others else ""
+    hint = f" {_NEITHER_IS_NO_CLASS}" if images.neither else ""
+    hint += f" Move the folders {', '.join(others[:3])} into {folder} if they are classes." if others else ""
     explained = [entry for entry in search.skipped if entry.path.parent == folder and entry.reason != LOOSE]
     return DataError(
         f"Found {found}{photos} in {folder}. At least two are needed, one folder per class.{hint}" + _explain(explained, folder)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.layout import KNOWN_NAMES
-from models.artifacts.data_folder import RESERVED_CLASSES, TEST, VALID, split_of
+from models.artifacts.data_folder import TEST, VALID, class_name, is_reserved, split_of
 from models.artifacts.text_table import decode_text, read_text_table
 from models.errors import DataError, did_you_mean
 
@@ -261,11 +261,11 @@ def _parse_row(number: int, cells: Sequence[str], columns: dict[int, str], colum
     if len(cells) < column_count or any(cells[column_count:]):
         raise _BadValueError("", f"{len(cells)} cells", f"{column_count} as in the header")
     values = {name: cells[position].strip() for position, name in columns.items()}
-    image, label = values.pop(IMAGE), unicodedata.normalize("NFC", values.pop(LABEL))
+    image, label = values.pop(IMAGE), class_name(values.pop(LABEL))
     name = _check_image(image)
     if not label:
         raise _BadValueError(LABEL, label, "a class name")
-    if label.casefold() in RESERVED_CLASSES:
+    if is_reserved(label):
         raise _BadValueError(LABEL, label, "another name, as this one is reserved for photos without a label")
     if len(label) > MAX_LABEL_CHARS or label in (".", "..") or re.search(r"[/\\]", label) or _CONTROL.search(label):
         raise _BadValueError(LABEL, label, f"a class name in UTF-8 of up to {MAX_LABEL_CHARS} characters without / and \\")

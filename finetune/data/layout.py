@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.data.image_files import HIDDEN, ImageSearch, is_failure
-from models.artifacts.data_folder import RESERVED_CLASSES, TEST, TRAIN, UNSTORABLE, VALID, class_name, split_of
+from models.artifacts.data_folder import TEST, TRAIN, UNSTORABLE, VALID, class_name, is_neither, is_reserved, split_of
 from models.errors import DataError
 
 KNOWN_NAMES = "train, valid (or val, dev, eval) and test"
@@ -18,6 +18,7 @@ _LABEL_IN_NAME = re.compile(r"(.*[^\W\d_])[._ -]*\(?\d+\)?")
 _CAMERA_NAMES = {"img", "dsc", "dscn", "dscf", "pxl", "image", "photo", "picture", "scan", "frame"}
 LOOSE = "not in a class folder"
 UNUSED = f"not a split; splits are named {KNOWN_NAMES}"
+NEITHER_OUTSIDE = "photos of none of the classes belong next to the class folders of a split, as in valid/none"
 REPEATED = "contains the other class folders again"
 MAX_DEPTH = 6
 
@@ -68,6 +69,8 @@ def find_layout(root: Path, search: ImageSearch) -> Layout:
         inner = [folder for folder in folders if _contains_splits(folder, probe)]
         if len(inner) > 1:
             raise _ambiguous(base, inner, probe)
+        if inner:
+            _require_all_split(base, inner[0], folders, probe)
         if not inner and len(folders) == 1 and not probe.images(base) and probe.folders(folders[0]):
             inner = folders
         if not inner:
@@ -135,11 +138,13 @@ def note_unused(layout: Layout, root: Path, search: ImageSearch) -> None:
         base /= layout.base.relative_to(base).parts[0]
     for folder in layout.unused:
         if next(search.probe().walk([folder]), None):
-            search.skip(folder, UNUSED)
+            search.skip(folder, NEITHER_OUTSIDE if is_neither(folder.name) else UNUSED)
 
 
 def _check_class_name(folder: Path) -> None:
-    if class_name(folder.name).casefold() in RESERVED_CLASSES:
+    if not class_name(folder.name):
+        raise DataError(f"The class name {folder.name!r} has only spaces. Rename the folder {folder}.")
+    if is_reserved(folder.name):
         raise DataError(f"The class name {folder.name!r} is reserved for photos without a label. Rename the folder {folder}.")
     if UNSTORABLE.search(folder.name):
         raise DataError(f"The class name {folder.name!r} has control characters or is not UTF-8. Rename the folder {folder}.")
@@ -220,6 +225,22 @@ def _inner_names(folder: Path, probe: ImageSearch) -> tuple[str, ...]:
             return tuple(class_name(path.name) for path in inner)
         folder = inner[0]
     return ()
+
+
+def _require_all_split(base: Path, folder: Path, siblings: Sequence[Path], probe: ImageSearch) -> None:
+    """Raise DataError if ``folder`` is a class with splits of its own next to classes without."""
+    splits = _select_splits(probe.folders(folder))
+    train = splits[TRAIN]
+    if probe.folders(train) or labels_in_names(probe.images(train)):
+        return
+    others = [other.name for other in siblings if other != folder and next(probe.walk([other]), None)]
+    if others:
+        names = _listed([path.name for path in splits.values()])
+        raise DataError(
+            f"The folder {folder.name} in {base} has its own folders {names}, but {_listed(others)} next to it "
+            f"{'has' if len(others) == 1 else 'have'} none. Expected SPLIT/CLASS for all classes, such as "
+            f"{train.name}/{folder.name} and {train.name}/{others[0]}, or no splits."
+        )
 
 
 def _ambiguous(base: Path, inner: Sequence[Path], probe: ImageSearch) -> DataError:

@@ -183,7 +183,7 @@ def prepare_dataset(
         f"photos in {config.data_dir}", [[sample.name, sample.split] for sample in dataset.samples]
     )
     print(f"Inspecting {len(dataset.samples):,} photos{' and computing missing features' if cache else ''} ...", flush=True)
-    samples = [*dataset.samples, *dataset.neither_to_measure]
+    samples = [*dataset.samples, *dataset.neither]
     pixels = PixelMemory(preprocessing, workers=config.workers)
     consumer = cache or (pixels if pixels.can_hold(samples, augmented=config.augment) else None)
     records = distributed.map_sharded(
@@ -193,19 +193,18 @@ def prepare_dataset(
     )
     # map_sharded returns records with the paths of other hosts
     records = [dataclasses.replace(s, sample=sample) for s, sample in zip(records, samples, strict=True)]
-    neither = tuple(s for s in records[len(dataset.samples) :] if s.error is None)
-    records = records[: len(dataset.samples)]
+    records, neither = records[: len(dataset.samples)], records[len(dataset.samples) :]
     dataset, records, dropped_extra = drop_known_images(dataset, records)
     applied = None
     if reviews:
         dataset, records, applied = apply_reviews(reviews, dataset, records)
         print(applied.text())
     dataset, records = move_linked_to_train(dataset, records)
-    audit_report = audit(dataset, records, dropped_extra=dropped_extra)
+    audit_report = audit(dataset, records, neither=neither, dropped_extra=dropped_extra)
     print(audit_report.text())
     audit_report.raise_for_problems(allow_leakage=config.allow_leakage, allow_class_mismatch=config.allow_class_mismatch)
     splits = {split: [s for s in records if s.error is None and s.sample.split == split] for split in ("train", "valid")}
-    return PreparedDataset(dataset, audit_report, splits, pixels, applied, neither)
+    return PreparedDataset(dataset, audit_report, splits, pixels, applied, tuple(s for s in neither if s.error is None))
 
 
 def make_batches(

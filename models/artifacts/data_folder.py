@@ -28,14 +28,19 @@ def split_of(name: str) -> str | None:
     return match.lastgroup if match else None
 
 
-def class_name(folder: str) -> str:
-    """Return the class of a folder name. File systems differ in their Unicode form, so names are normalized to NFC."""
-    return unicodedata.normalize("NFC", folder)
+def class_name(text: str) -> str:
+    """Return the class that a folder name or a label stands for: in Unicode form NFC, and without spaces around it."""
+    return unicodedata.normalize("NFC", text).strip()
 
 
-def is_neither(folder: str) -> bool:
-    """Return whether a folder next to the class folders contains photos of none of the classes."""
-    return class_name(folder).casefold() in NEITHER_FOLDERS
+def is_neither(text: str) -> bool:
+    """Return whether a folder next to the class folders, or a label, stands for photos of none of the classes."""
+    return class_name(text).casefold() in NEITHER_FOLDERS
+
+
+def is_reserved(text: str) -> bool:
+    """Return whether no class may have this name."""
+    return class_name(text).casefold() in RESERVED_CLASSES
 
 
 def is_image_name(name: str) -> bool:

@@ -185,6 +185,9 @@ def notes(report: dict[str, Any]) -> list[str]:
         for name, photos in report["small_classes"].items()
     ]
     found += [f"{name} has no readable photos. Add photos, or delete the class." for name in report["empty_classes"]]
+    for counts in report.get("similar_classes", []):
+        named = ", ".join(f"{class_} ({photos:,} photo{'' if photos == 1 else 's'})" for class_, photos in counts.items())
+        found.append(f"Some classes have similar names: {named}. Move the photos into one of them if they are the same.")
     if report["imbalance"] > 3:
         found.append(
             f"The largest class has {report['imbalance']:.1f} times as many photos as the smallest. Add photos to the small"

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -61,8 +64,14 @@ def _truncate(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
+def _truncate_before_end_marker(path: Path) -> None:
+    _truncate(path)
+    path.write_bytes(path.read_bytes() + b"\xff\xd9")
+
+
 DAMAGE = {
     "cut.jpg": lambda path: _truncate(paint(path, COLORS[0], seed=50)),
+    "ended.jpg": lambda path: _truncate_before_end_marker(paint(path, COLORS[0], seed=51)),
     "page.jpg": lambda path: path.write_text("<html>not found</html>"),
     "empty.png": lambda path: path.write_bytes(b""),
     "movie.jpeg": lambda path: path.write_bytes(b"\x00\x00\x00\x18ftypmp42" + bytes(500)),
@@ -80,7 +89,7 @@ def test_damaged_files_are_listed_with_the_reason(data: Path, capsys: pytest.Cap
     assert found["damaged"]["train/red/movie.jpeg"].startswith("Video is not supported. Use JPEG")
     assert found["counts"]["train"] == {"blue": 4, "red": 4}
     text = audit_text(data, capsys, code=1)
-    assert "- 4 damaged files (skipped)" in text
+    assert "- 5 damaged files (skipped)" in text
     assert "train/red/cut.jpg: The image is damaged" in text
 
 
@@ -141,8 +150,8 @@ def test_classes_of_other_names_in_validation_are_the_reason_why_training_fails(
     data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (data / "valid" / "red").rename(data / "valid" / "Red")
-    (data / "valid" / "blue").rename(data / "valid" / "blue ")
-    message = "classes differ between the splits (only in training: blue, red; only in validation: Red, 'blue ')"
+    (data / "valid" / "blue").rename(data / "valid" / "green")
+    message = "classes differ between the splits (only in training: blue, red; only in validation: Red, green)"
     text = audit_text(data, capsys, code=1)
     assert f"- {message}\n" in text
     assert f"Training on this folder fails: {data}: {message}. Use the same classes in every split, or pass" in text
@@ -460,6 +469,105 @@ def test_a_folder_of_none_of_the_classes_is_named_as_what_it_is(data: Path, caps
     assert found["neither"] == {"valid/none": 2}
     assert found["counts"] == {"train": {"blue": 4, "red": 4}, "valid": {"blue": 2, "red": 2}}
     assert (
-        "Note: valid/none has 2 photos of none of the classes. It is not a class. It measures how many such photos the model "
-        "recognizes."
+        "Note: valid/none has 2 photos of none of the classes. They belong to no class and measure how many such photos the "
+        "model recognizes."
     ) in audit_text(data, capsys, code=0)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_photos_of_none_of_the_classes_are_opened_and_compared(
+    data: Path, capsys: pytest.CaptureFixture[str], split: str
+) -> None:
+    none = data / split / "none"
+    paint(none / "a.jpg", COLORS[3], seed=900)
+    shutil.copy(none / "a.jpg", none / "b.jpg")
+    shutil.copy(data / "train/red/red.001.jpg", none / "c.jpg")
+    (none / "damaged.jpg").write_bytes(b"x")
+    found = audit_json(data, capsys, code=1)
+    assert set(found["damaged"]) == {f"{split}/none/damaged.jpg"}
+    assert found["duplicates"] == [[f"{split}/none/a.jpg", f"{split}/none/b.jpg"]]
+    assert found["conflicts"] == [sorted([f"{split}/none/c.jpg", "train/red/red.001.jpg"])]
+    assert (found["leakage"], found["neither"]) == ([], {f"{split}/none": 3})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_rows_of_none_of_the_classes_are_opened_and_compared(
+    data: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    photos = sorted((data / "train").glob("*/*.jpg"))
+    rows = [{"image": photo.relative_to(data).as_posix(), "label": photo.parent.name} for photo in photos]
+    paint(data / "teapot.jpg", COLORS[3], seed=900)
+    shutil.copy(data / "teapot.jpg", data / "teapot-copy.jpg")
+    shutil.copy(photos[0], data / "blue.jpg")
+    rows += [{"image": name, "label": "none"} for name in ("teapot.jpg", "teapot-copy.jpg", "blue.jpg", "lost.jpg")]
+    table = data / f"labels.{suffix}"
+    write = pq.write_table if suffix == "parquet" else pa_csv.write_csv
+    write(pa.Table.from_pylist(rows), table)
+    assert main(["audit", "--labels", str(table), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["damaged"] == {"lost.jpg": "cannot be read (No such file or directory)"}
+    assert found["duplicates"] == [["teapot-copy.jpg", "teapot.jpg"]]
+    assert found["conflicts"] == [["blue.jpg", rows[0]["image"]]]
+    assert found["neither"] == {table.name: 3}
+
+
+def test_training_measures_all_photos_of_none_of_the_classes_that_the_audit_names(
+    data: Path, train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paint(data / "train/none/a.jpg", COLORS[3], seed=900)
+    (data / "train/none/damaged.jpg").write_bytes(b"x")
+    train(data)
+    printed = capsys.readouterr().out
+    assert "- 1 damaged file (skipped)\n" in printed
+    assert "Note: train/none has 1 photo of none of the classes." in printed
+
+
+def test_class_names_that_probably_mean_the_same_are_named_with_their_counts(
+    data: Path, train: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, split in ((900, "train"), (901, "valid")):
+        paint(data / split / "Red" / "a.jpg", COLORS[1], seed=seed)
+    found = audit_json(data, capsys, code=1)
+    assert found["similar_classes"] == [{"Red": 2, "red": 6}]
+    warning = "- 2 photos are labeled 'Red', 6 'red'; if this is one class, move its photos into one folder\n"
+    assert warning in audit_text(data, capsys, code=1)
+    train(data)
+    assert warning in capsys.readouterr().out
+
+
+def test_labels_of_a_table_that_probably_mean_the_same_are_named(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = sorted((data / "train").glob("*/*.jpg"))
+    labels = {photo: {"red": "dogs", "blue": "cats"}[photo.parent.name] for photo in photos} | {
+        photos[0]: "cat",
+        photos[-1]: "Dogs ",
+    }
+    rows = [f"{photo.relative_to(data)},{label}" for photo, label in labels.items()]
+    (data / "labels.csv").write_text("\n".join(["image,label", *rows]))
+    assert main(["audit", "--labels", str(data / "labels.csv")]) == 1
+    printed = capsys.readouterr().out
+    fix = "if this is one class, write its label alike in every row"
+    assert f"- 1 photo is labeled 'Dogs', 3 'dogs'; {fix}\n" in printed
+    assert f"- 1 photo is labeled 'cat', 3 'cats'; {fix}\n" in printed
+
+
+def test_every_reason_why_training_fails_is_named(data: Path, train: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(data / "train/red/red.001.jpg", data / "valid/red/z.jpg")
+    for split in ("train", "valid"):
+        (data / split / "green").mkdir()
+        (data / split / "green" / "x.jpg").write_bytes(b"damaged")
+    paint(data / "valid/black/1.jpg", COLORS[3], seed=900)
+    reasons = [
+        "classes differ between the splits (only in validation: black). Use the same classes in every split, or pass "
+        "--allow-class-mismatch.",
+        "train/green, valid/green have no readable photos. Add photos, remove the classes, or pass --allow-class-mismatch.",
+        f"1 photo in both training and validation (train/red/red.001.jpg = valid/red/z.jpg), which inflates the results. Run "
+        f"`finetune audit {data}` to list them and delete the duplicates, or pass --allow-leakage.",
+    ]
+    listed = [f"  {number}. {reason}" for number, reason in enumerate(reasons, start=1)]
+    with pytest.raises(DataError) as raised:
+        train(data)
+    assert str(raised.value).splitlines() == [f"{data} cannot be trained on for 3 reasons:", *listed]
+    capsys.readouterr()
+    assert audit_text(data, capsys, code=1).splitlines()[-4:] == ["Training on this folder fails for 3 reasons:", *listed]
+    with pytest.raises(DataError, match=f"^{data}: 1 photo in both training and validation"):
+        train(data, allow_class_mismatch=True)

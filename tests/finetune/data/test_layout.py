@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.data.class_names import find_similar
 from finetune.data.image_files import ImageSearch, describe_skipped, read_image_file
 from finetune.data.image_folder import NO_LABEL, read_dataset, read_split
 from finetune.data.layout import labels_in_names
@@ -182,6 +183,16 @@ def test_a_copy_of_the_class_folders_in_one_more_folder_is_not_a_class(tmp_path:
             "The folders cats and dogs in {root} each contain their own train folder with photos. Expected "
             "SPLIT/CLASS, such as "
             "train/cats, instead of cats/train.",
+        ),
+        (
+            ["cats/train", "cats/valid", "dogs"],
+            "The folder cats in {root} has its own folders train and valid, but dogs next to it has none. Expected SPLIT/CLASS "
+            "for all classes, such as train/cats and train/dogs, or no splits.",
+        ),
+        (
+            ["cats/train", "cats/test", "dogs", "birds/sparrows"],
+            "The folder cats in {root} has its own folders train and test, but birds and dogs next to it have none. Expected "
+            "SPLIT/CLASS for all classes, such as train/cats and train/birds, or no splits.",
         ),
         (
             ["fold1/train/cats", "fold1/train/dogs", "fold2/train/cats", "fold2/train/dogs"],
@@ -411,15 +422,14 @@ def test_a_folder_of_other_files_only_is_explained(tmp_path: Path) -> None:
 # Photos of none of the classes
 
 
-@pytest.mark.parametrize("name", ["none", "Neither"])
+@pytest.mark.parametrize("name", ["none", "Neither", "NONE "])
 def test_a_folder_of_none_of_the_classes_is_not_a_class(tmp_path: Path, name: str) -> None:
     photos(splits(tmp_path, "train", "valid"), f"train/{name}", f"valid/{name}", count=2)
     dataset = read_dataset(tmp_path)
     assert dataset.classes == ("cats", "dogs")
     assert count(tmp_path) == BOTH
-    assert [(sample.name, sample.label) for sample in dataset.neither_to_measure] == [
-        (f"valid/{name}/0.jpg", NO_LABEL),
-        (f"valid/{name}/1.jpg", NO_LABEL),
+    assert [(sample.name, sample.label) for sample in dataset.neither] == [
+        (f"{split}/{name}/{number}.jpg", NO_LABEL) for split in ("train", "valid") for number in range(2)
     ]
     assert dataset.skipped == ()
     listed = read_split(tmp_path, "train", ["cats", "dogs"])
@@ -432,7 +442,7 @@ def test_without_splits_the_folder_next_to_the_classes_is_measured(tmp_path: Pat
     dataset = read_dataset(tmp_path)
     assert dataset.classes == ("cats", "dogs")
     assert count(tmp_path) == HELD_OUT
-    assert [sample.name for sample in dataset.neither_to_measure] == ["none/0.jpg", "none/1.jpg", "none/2.jpg"]
+    assert [sample.name for sample in dataset.neither] == ["none/0.jpg", "none/1.jpg", "none/2.jpg"]
 
 
 def test_a_bundle_may_have_a_class_of_that_name(tmp_path: Path) -> None:
@@ -440,3 +450,61 @@ def test_a_bundle_may_have_a_class_of_that_name(tmp_path: Path) -> None:
     listed = read_split(tmp_path, "valid", ["none", "rock"])
     assert [sample.label for sample in listed.samples] == [0, 0, 0, 1, 1, 1]
     assert listed.neither == []
+
+
+def test_a_folder_of_none_of_the_classes_next_to_the_splits_is_named(tmp_path: Path) -> None:
+    photos(splits(tmp_path, "train", "valid"), "neither")
+    assert skipped(tmp_path) == {
+        "neither": "photos of none of the classes belong next to the class folders of a split, as in valid/none"
+    }
+
+
+def test_a_folder_of_none_of_the_classes_is_not_the_second_class(tmp_path: Path) -> None:
+    photos(tmp_path, "train/cats", "train/none")
+    with pytest.raises(DataError) as raised:
+        read_dataset(tmp_path)
+    assert str(raised.value) == (
+        f"Found only one class (cats) in {tmp_path}/train. At least two are needed, one folder per class. The name none or "
+        "neither stands for photos of none of the classes."
+    )
+
+
+def test_extra_photos_of_none_of_the_classes_are_named(tmp_path: Path) -> None:
+    photos(splits(tmp_path / "data", "train", "valid"))
+    photos(tmp_path / "extra", "train/cats", "train/neither", count=2)
+    dataset = read_dataset(tmp_path / "data", extra=[tmp_path / "extra"])
+    assert {entry.path.relative_to(tmp_path).as_posix(): entry.reason for entry in dataset.skipped} == {
+        f"extra/train/neither/{number}.jpg": "photos of none of the classes, which --extra-data does not add"
+        for number in range(2)
+    }
+
+
+# Class names
+
+
+def test_spaces_around_a_folder_name_are_not_part_of_the_class(tmp_path: Path) -> None:
+    photos(tmp_path, "train/cats", "train/dogs ", "valid/cats ", "valid/dogs")
+    assert count(tmp_path) == BOTH
+    assert [sample.label for sample in read_split(tmp_path, "valid", ["cats", "dogs "]).samples] == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_folder_name_of_spaces_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"The class name '  ' has only spaces\. Rename the folder "):
+        read_dataset(photos(tmp_path, "cats", "dogs", "  "))
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["cats", "Dogs", "dogs"], [["Dogs", "dogs"]]),
+        (["dog", "dogs", "Dogs", "cat"], [["dog", "dogs", "Dogs"]]),
+        (["my pug", "my_pug", "My-Pug"], [["my pug", "my_pug", "My-Pug"]]),
+        (["ﬁsh", "fish"], [["ﬁsh", "fish"]]),
+        (["dogs\u200b", "dogs", "do\u00a0gs", "do gs"], [["dogs\u200b", "dogs"], ["do\u00a0gs", "do gs"]]),
+        (["puppy", "puppies", "fox", "foxes"], [["puppy", "puppies"], ["fox", "foxes"]]),
+        (["a", "A"], [["a", "A"]]),
+        (["1", "-1", "10", "1-0", "0", "a", "as", "b-", "b", "bus", "glass", "🐱", "🐶", "é", "e", "猫"], []),
+    ],
+)  # fmt: skip
+def test_names_that_probably_mean_the_same_class(names: list[str], groups: list[list[str]]) -> None:
+    assert find_similar(names) == groups
