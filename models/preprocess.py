@@ -27,6 +27,7 @@ from PIL import AvifImagePlugin, Image, ImageOps, UnidentifiedImageError, featur
 from models.errors import ImageError, ImageTooLargeError, TooComplexError, UnsupportedImageError, UserError
 from models.heif_structure import file_format, hide_sequence
 from models.image_structure import DEFAULT_LIMITS, Limits, examine
+from models.missing_pixels import jpeg_end, may_lack_pixels, png_lacks_rows
 
 INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's other decoders are risky: EPS runs Ghostscript
@@ -170,13 +171,17 @@ def decode(
         raise ImageError(f"The image is damaged and could not be read ({error}). Use another copy.") from None
 
 
-def _decode(data: bytes, min_side_px: int | None, inspect: ImageInspector | None = None) -> Image.Image:
+def _decode(
+    data: bytes, min_side_px: int | None, inspect: ImageInspector | None = None, *, find_missing_pixels: bool = True
+) -> Image.Image:
     with _open(data) as file:
         if inspect:
             inspect(file)
         if min_side_px:
             file.draft(None, (min_side_px, min_side_px))
         file.load()
+        if find_missing_pixels and may_lack_pixels(file) and _lacks_pixels(data):
+            raise ImageError("The image is damaged and could not be read (its last pixels are missing). Use another copy.")
         photo = _reduced(file, min_side_px) if min_side_px else file
         with contextlib.suppress(Exception):  # unreadable EXIF does not affect the pixels
             ImageOps.exif_transpose(photo, in_place=True)
@@ -227,6 +232,13 @@ def _repair(data: bytes, error: Exception) -> bytes | None:
     return None
 
 
+def _lacks_pixels(data: bytes) -> bool:
+    if data.startswith(PNG_SIGNATURE):
+        return png_lacks_rows(data)
+    end = jpeg_end(data)
+    return end is not None and _with_end_marker(data[:end]) is None
+
+
 def _with_end_marker(data: bytes) -> bytes | None:
     """Append the end marker that some cameras omit, or return None if pixels are missing as well.
 
@@ -236,7 +248,11 @@ def _with_end_marker(data: bytes) -> bytes | None:
     data = data.rstrip(b"\xff")
     try:
         first, second = (
-            _decode(data + b"".join(filler + bytes((0xFF, 0xD0 + n)) for n in range(8)) + filler + JPEG_END, MIN_DECODE_PX)
+            _decode(
+                data + b"".join(filler + bytes((0xFF, 0xD0 + n)) for n in range(8)) + filler + JPEG_END,
+                MIN_DECODE_PX,
+                find_missing_pixels=False,
+            )
             for filler in JPEG_FILLERS
         )
     except Exception:

@@ -15,7 +15,13 @@ PACKAGES = ("models", "finetune", "service")
 FORBIDDEN = {"models": {"finetune", "service"}, "finetune": {"service"}, "service": {"finetune"}}
 # Lowest layer first: a module may import its own and earlier lines.
 LAYERS = {
-    "models": ("errors preprocess image_structure heif_structure", "artifacts", "networks zoo", "runtime", "__init__"),
+    "models": (
+        "errors preprocess missing_pixels image_structure heif_structure",
+        "artifacts",
+        "networks zoo",
+        "runtime",
+        "__init__",
+    ),
     "finetune": (
         "config",
         "io",

@@ -214,6 +214,7 @@ def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
         "thumb_px": THUMB_PX,
         "exact_px": EXACT_PX,
         "decode_px": decode_px,
+        "finds_missing_pixels": True,  # a fingerprint stands for an image that decodes
         **decoder_versions(),
     }
 

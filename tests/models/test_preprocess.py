@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
+import re
 import struct
 import warnings
 import zlib
@@ -18,6 +20,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from finetune.data.synthetic.dataset import draw_image
 from models.errors import ImageError, UnsupportedImageError
+from models.missing_pixels import ADAM7, jpeg_end, may_lack_pixels
 from models.preprocess import Preprocessing, decode
 
 ORIENTATION = ExifTags.Base.Orientation
@@ -321,6 +324,122 @@ def test_a_jpeg_cut_before_a_restart_marker_is_rejected() -> None:
         for end in (at, at + 2):
             with pytest.raises(ImageError, match=r"damaged.*truncated"):
                 decode(data[:end])
+
+
+@pytest.mark.parametrize("min_side_px", [None, 512])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize(("options", "mode"), [
+    ({}, "RGB"), ({"subsampling": 0}, "RGB"), ({}, "L"), ({}, "CMYK"), ({"restart_marker_rows": 1}, "RGB"),
+])  # fmt: skip
+def test_a_jpeg_cut_before_its_end_marker_is_rejected(
+    options: dict[str, Any], mode: str, kept: float, min_side_px: int | None
+) -> None:
+    data = saved(noise(1100, 1100).convert(mode), "JPEG", **options)
+    cut = data[: int(kept * len(data))].rstrip(b"\xff") + b"\xff\xd9"
+    with pytest.raises(ImageError, match=r"^The image is damaged and could not be read \(its last pixels are missing\)\. Use"):
+        decode(cut, min_side_px=min_side_px)
+
+
+def test_a_progressive_jpeg_cut_in_its_first_scan_is_rejected_and_later_only_lacks_detail() -> None:
+    data = saved(noise(600, 400), "JPEG", progressive=True)
+    first, second = (match.start() for match in itertools.islice(re.finditer(b"\xff\xda", data), 2))
+    with pytest.raises(ImageError, match="its last pixels are missing"):
+        decode(data[: (first + second) // 2] + b"\xff\xd9")
+    assert decode(data[: len(data) // 2].rstrip(b"\xff") + b"\xff\xd9").size == (600, 400)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("tail", [b"", b"\0" * 100, saved(Image.new("RGB", (50, 50), "red"), "JPEG")])
+def test_a_complete_jpeg_that_ends_in_gray_is_decoded(mode: str, options: dict[str, Any], tail: bytes) -> None:
+    image = noise(600, 800)
+    image.paste((128, 128, 128), (0, 500, 600, 800))
+    image = image.convert(mode) if mode != "CMYK" else Image.merge("CMYK", [image.convert("L")] * 4)
+    data = saved(image, "JPEG", **options)
+    assert may_lack_pixels(loaded(data))
+    assert decode(data + tail).size == (600, 800)
+
+
+def test_a_complete_jpeg_with_a_thumbnail_that_ends_in_gray_is_decoded() -> None:
+    image = Image.new("RGB", (640, 480), (128, 128, 128))
+    thumbnail = saved(image.resize((160, 120)), "JPEG")
+    data = saved(image, "JPEG", exif=b"Exif\0\0" + thumbnail)
+    assert data.index(b"\xff\xd9") < jpeg_end(data) == len(data) - 2
+    assert decode(data).size == (640, 480)
+    assert jpeg_end(data[:-2]) is None
+
+
+def test_a_complete_photo_of_a_phone_that_ends_in_gray_is_decoded() -> None:
+    image = Image.new("RGB", (640, 480), (128, 128, 128))
+    data = saved(image, "MPO", save_all=True, append_images=[image.resize((320, 240))])
+    assert loaded(data).format == "MPO"
+    assert may_lack_pixels(loaded(data))
+    assert decode(data).size == (640, 480)
+
+
+def loaded(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+PNG_MODES = [("1", 1, 0), ("L", 8, 0), ("I;16", 16, 0), ("RGB", 8, 2), ("P", 8, 3), ("LA", 8, 4), ("RGBA", 8, 6)]
+
+
+def interlaced_png(image: Image.Image, *, missing_rows: int = 0) -> bytes:
+    """Encode an RGB image in the seven passes of Adam7, without the last rows of the last pass."""
+    pixels = np.asarray(image)
+    passes = [
+        [b"\0" + row.tobytes() for row in pixels[y::dy, x::dx]] if pixels[y::dy, x::dx].size else [] for x, y, dx, dy in ADAM7
+    ]
+    rows = [row for rows in passes for row in rows]
+    size = struct.pack(">IIBBBBB", *image.size, 8, 2, 0, 0, 1)
+    return png_of(size, b"".join(rows[: len(rows) - missing_rows]))
+
+
+def png_of(size: bytes, rows: bytes, *, chunk_bytes: int = 500) -> bytes:
+    packed = zlib.compress(rows)
+    parts = [packed[start : start + chunk_bytes] for start in range(0, len(packed), chunk_bytes)]
+    chunks = [(b"IHDR", size), *((b"IDAT", part) for part in parts), (b"IEND", b"")]
+    framed = (struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+@pytest.mark.parametrize("missing_rows", [0, 1, 20])
+@pytest.mark.parametrize(("mode", "depth", "color"), PNG_MODES)
+def test_a_png_without_its_last_rows_is_rejected(mode: str, depth: int, color: int, missing_rows: int) -> None:
+    width, height = 33, 40
+    row_bytes = 1 + -(-width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color] // 8)
+    rows = b"".join(b"\0" + bytes([200]) * (row_bytes - 1) for _ in range(height - missing_rows))
+    size = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    data = png_of(size, rows)
+    if color == 3:
+        at = data.index(b"IDAT") - 4
+        palette = b"PLTE" + bytes(range(256)) * 3
+        data = data[:at] + struct.pack(">I", 768) + palette + struct.pack(">I", zlib.crc32(palette)) + data[at:]
+    if missing_rows:
+        with pytest.raises(ImageError, match="its last pixels are missing"):
+            decode(data)
+    else:
+        assert decode(data).size == (width, height)
+
+
+@pytest.mark.parametrize("size", [(40, 41), (41, 40), (3, 2), (1, 9)])
+def test_an_interlaced_png_without_its_last_rows_is_rejected(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (9, 8, 7))
+    assert np.array_equal(decode(interlaced_png(image)), image)
+    with pytest.raises(ImageError, match="its last pixels are missing"):
+        decode(interlaced_png(image, missing_rows=1))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+def test_a_complete_png_that_ends_in_black_is_decoded(mode: str) -> None:
+    image = noise(300, 300)
+    image.paste((0, 0, 0), (0, 200, 300, 300))
+    data = saved(image.convert(mode), "PNG")
+    assert decode(data).size == (300, 300)
+    assert decode(saved(Image.new(mode, (300, 300)), "PNG")).size == (300, 300)
+    assert decode(interlaced_png(Image.new("RGB", (50, 50)))).size == (50, 50)
 
 
 def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
