@@ -76,6 +76,7 @@ def fit_records(
         return None
     is_training = np.arange(len(labels)) < len(train)
     groups = find_linked([*train, *valid])
+    scored = np.ones(len(labels), np.bool_)
     scores, source = None, OUT_OF_FOLD
     if is_frozen:
         embeddings = np.concatenate([train_embeddings, valid_embeddings])
@@ -84,5 +85,8 @@ def fit_records(
     if scores is None:
         is_new = ~np.isin(groups[~is_training], groups[is_training])
         rows = is_new if is_new.any() else np.ones(len(valid), np.bool_)
+        scored[is_training], scored[~is_training] = False, rows
         scores, source = parameters.scores(valid_embeddings[rows]), VALIDATION
-    return OODFit(parameters, fit_limit(scores, false_alarms, sample=len(valid)), source, len(train))
+    has_groups = any(record.sample.group for record in (*train, *valid))
+    limit = fit_limit(scores, false_alarms, sample=len(valid), groups=groups[scored] if has_groups else None)
+    return OODFit(parameters, limit, source, len(train))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from finetune.metrics.bootstrap import QUANTILES_95
 from finetune.metrics.classification import roc_auc
+from finetune.metrics.groups import effective_size, proportion_interval
 from models.artifacts.ood import OODParameters
 from models.artifacts.statistics import wilson_interval
 
@@ -43,6 +44,7 @@ class OODLimit:
         sample: Number of images of a sample on which the rate may be measured.
         sample_low: Lower end of the 95% interval of the rate in such a sample, which varies more than in the long run.
         sample_high: Upper end of that interval.
+        groups: Number of groups of the images, for which the intervals allow; None for independent images.
     """
 
     max_score: float
@@ -54,6 +56,7 @@ class OODLimit:
     sample: int
     sample_low: float
     sample_high: float
+    groups: int | None = None
 
     @property
     def is_reached(self) -> bool:
@@ -67,6 +70,8 @@ class OODLimit:
             f"95% interval: {self.low:.2%} to {self.high:.2%} in the long run, {self.sample_low:.2%} to {self.sample_high:.2%} "
             f"in a sample of {self.sample:,}."
         )
+        if self.groups is not None:
+            intervals += f" The intervals allow for {self.groups:,} groups of photos."
         if self.is_reached:
             return f"{expected}, by the scores of {self.images:,} photos. {intervals}"
         return (
@@ -80,7 +85,7 @@ class OODLimit:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OODLimit:
         """Read the result of ``as_dict``, which may have further members."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        return cls(**{field.name: values[field.name] for field in fields(cls) if field.name in values})
 
 
 def fit_ood(embeddings: NDArray[np.floating[Any]], labels: NDArray[np.int64], *, seed: int = 0) -> OODParameters | None:
@@ -180,27 +185,39 @@ def out_of_fold_scores(
     return scores
 
 
-def fit_limit(scores: NDArray[np.floating[Any]], false_alarms: float, *, sample: int | None = None) -> OODLimit:
+def fit_limit(
+    scores: NDArray[np.floating[Any]],
+    false_alarms: float,
+    *,
+    sample: int | None = None,
+    groups: NDArray[np.int64] | None = None,
+) -> OODLimit:
     """Choose the limit for a rate of false alarms: the k-th lowest score with k = (N + 1) (1 - rate), rounded up.
 
     For new images of the same kind, the rate of scores above the k-th of N is distributed as Beta(N + 1 - k, k), whatever the
-    distribution of the scores (split conformal prediction, https://arxiv.org/abs/2107.07511).
+    distribution of the scores (split conformal prediction, https://arxiv.org/abs/2107.07511). For images in groups, the
+    intervals are those of the effective number of images (see ``finetune.metrics.groups``).
 
     Args:
         scores: (N,) scores of images that the score was not fit to, at least one.
         false_alarms: The requested rate.
         sample: Number of images on which the rate may be measured. None: N.
+        groups: (N,) the number of each image's group. None: the images are independent.
     """
     from scipy.stats import beta, betabinom  # imported here because it takes a second
 
     count = len(scores)
     rank = min(count, math.ceil((count + 1) * (1 - false_alarms) - 1e-9))
     above = count + 1 - rank
-    low, high = beta.ppf(QUANTILES_95, above, rank)
+    max_score = float(np.sort(scores)[rank - 1])
+    independent = 1.0 if groups is None else effective_size(scores > max_score, groups) / count
+    parameters = above * independent, rank * independent
+    low, high = beta.ppf(QUANTILES_95, *parameters)
     sample = sample or count
-    sample_low, sample_high = betabinom.ppf(QUANTILES_95, sample, above, rank) / sample
+    effective_sample = max(1, round(sample * independent))
+    sample_low, sample_high = betabinom.ppf(QUANTILES_95, effective_sample, *parameters) / effective_sample
     return OODLimit(
-        max_score=float(np.sort(scores)[rank - 1]),
+        max_score=max_score,
         requested=false_alarms,
         expected=above / (count + 1),
         low=float(low),
@@ -209,6 +226,7 @@ def fit_limit(scores: NDArray[np.floating[Any]], false_alarms: float, *, sample:
         sample=sample,
         sample_low=float(sample_low),
         sample_high=float(sample_high),
+        groups=None if groups is None else len(np.unique(groups)),
     )
 
 
@@ -217,6 +235,7 @@ def measure_ood(
     neither: NDArray[np.floating[Any]],
     *,
     max_score: float,
+    groups: NDArray[np.int64] | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
@@ -226,6 +245,7 @@ def measure_ood(
         in_distribution: (N,) scores of images of the classes.
         neither: (M,) scores of images of none of them.
         max_score: The limit.
+        groups: (N,) the number of the group of each image of the classes. None: the images are independent.
         seed: Seed of the bootstrap.
         resamples: Number of resamples.
 
@@ -237,7 +257,7 @@ def measure_ood(
         "photos": len(in_distribution),
         "neither_photos": len(neither),
         "max_score": max_score,
-        "false_alarms": wilson_interval(int((in_distribution > max_score).sum()), len(in_distribution)),
+        "false_alarms": proportion_interval(in_distribution > max_score, groups),
         "caught": None,
         "auroc": None,
     }

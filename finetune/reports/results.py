@@ -71,7 +71,9 @@ def write_results(
     metrics["temperature"] = temperature
     if predictions.ood_scores is not None and max_ood_score is not None:
         neither = np.empty(0, np.float32) if neither_scores is None else neither_scores
-        metrics["ood"] = measure_ood(predictions.ood_scores, neither, max_score=max_ood_score, seed=seed)
+        metrics["ood"] = measure_ood(
+            predictions.ood_scores, neither, max_score=max_ood_score, groups=predictions.group_numbers, seed=seed
+        )
     folder.mkdir(parents=True, exist_ok=True)
     predictions.write_csv(folder / PREDICTIONS)
     similarity.write(folder)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.stats import norm
 from sklearn.covariance import ledoit_wolf
 
 from finetune.metrics.ood import (
@@ -186,6 +187,36 @@ def test_interval_contains_the_rate_for_new_images(count: int, rate: float) -> N
     assert np.mean([limit.sample_low <= rate <= limit.sample_high for limit, rate in zip(limits, sampled, strict=True)]) > 0.94
 
 
+def test_interval_allows_for_groups() -> None:
+    """Scores are uniform, and correlated within 60 groups of 10 images."""
+    rng = np.random.default_rng(2)
+    groups = np.repeat(np.arange(60), 10)
+
+    def scores() -> NDArray[np.float64]:
+        common, own = rng.normal(size=60)[groups], rng.normal(size=600)
+        return norm.cdf(np.sqrt(0.5) * common + np.sqrt(0.5) * own)
+
+    def coverage(limits: list[OODLimit]) -> float:
+        return float(np.mean([limit.low <= 1 - limit.max_score <= limit.high for limit in limits]))
+
+    samples = [scores() for _ in range(500)]
+    independent = [fit_limit(sample, 0.05) for sample in samples]
+    grouped = [fit_limit(sample, 0.05, groups=groups) for sample in samples]
+    assert [limit.max_score for limit in grouped] == [limit.max_score for limit in independent]
+    assert coverage(independent) < 0.8
+    assert coverage(grouped) > 0.9
+    assert grouped[0].text().endswith(" The intervals allow for 60 groups of photos.")
+    assert OODLimit.from_dict(grouped[0].as_dict()) == grouped[0]
+    older = {name: value for name, value in independent[0].as_dict().items() if name != "groups"}
+    assert OODLimit.from_dict(older) == independent[0]
+
+
+def test_images_of_their_own_group_are_independent() -> None:
+    scores = np.random.default_rng(0).random(200)
+    alone, grouped = fit_limit(scores, 0.05), fit_limit(scores, 0.05, groups=np.arange(200))
+    assert (grouped.low, grouped.high, grouped.sample_high) == (alone.low, alone.high, alone.sample_high)
+
+
 # Measuring
 
 
@@ -200,6 +231,14 @@ def test_measurement_counts_both_kinds_of_images() -> None:
         "none of these      60.00% (23.1% to 88.2%), 3 of 5 photos of none of the classes are caught",
         f"none, ROC AUC      0.8500 ({measured['auroc']['low']:.4f} to {measured['auroc']['high']:.4f})",
     ]
+
+
+def test_measured_false_alarms_allow_for_groups() -> None:
+    scores, groups = np.repeat([0.5, 3.0, 0.5, 0.5, 0.5], 8), np.repeat(np.arange(5), 8)
+    independent = measure_ood(scores, np.empty(0), max_score=2.0)["false_alarms"]
+    grouped = measure_ood(scores, np.empty(0), max_score=2.0, groups=groups)["false_alarms"]
+    assert grouped["value"] == independent["value"] == 0.2
+    assert grouped["low"] < independent["low"] < independent["high"] < grouped["high"]
 
 
 def test_measurement_without_other_images_has_the_false_alarms_only() -> None:
