@@ -263,7 +263,7 @@ def database_url(request: pytest.FixtureRequest, new_database: NewDatabase) -> I
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    """An open, empty review database."""
-    opened = Database(database_url)
+    """An open, empty review database. Writers of a test wait for each other however busy the machine is."""
+    opened = Database(database_url, timeout_s=300)
     yield opened
     opened.close()

@@ -21,7 +21,7 @@ from service.db.errors import DatabaseUnavailableError
 from service.db.schema import metadata
 
 log = logging.getLogger("service.db")
-SCHEMA_REVISION = "0005"  # of the newest migration; a test compares the two
+SCHEMA_REVISION = "0006"  # of the newest migration; a test compares the two
 MIGRATIONS = Path(__file__).parent / "migrations"
 WRITE_LOCK_ID = 7_201_931  # the advisory lock of PostgreSQL that serializes writers
 DEFAULT_TIMEOUT_S = 5.0
@@ -146,34 +146,39 @@ class Database:
 
     def _migrate(self) -> None:
         """Create the tables of a new database, or apply pending migrations to an old one, in one process at a time."""
-        with self.engine.connect() as connection:
-            revision = _revision(connection)
-        if revision == SCHEMA_REVISION:
-            return
-        from alembic import command
-        from alembic.config import Config
-        from alembic.util import CommandError
+        with self._lock_file():
+            with self.engine.connect() as connection:
+                revision = _revision(connection)
+            if revision == SCHEMA_REVISION:
+                return
+            from alembic import command
+            from alembic.config import Config
+            from alembic.util import CommandError
 
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        try:
-            with self._lock_file(), self._begin_write(background=True) as connection:
-                config.attributes["connection"] = connection
-                if _revision(connection) is None:
-                    metadata.create_all(connection)
-                    command.stamp(config, "head")
-                else:
-                    command.upgrade(config, "head")
-        except CommandError:
-            self.close()
-            raise ConfigError(
-                f"DATABASE_URL {_without_secrets(self.engine.url)} has the revision {revision}, and this version of the "
-                f"service supports revisions up to {SCHEMA_REVISION}. Start the version that created it, or use another one."
-            ) from None
+            config = Config()
+            config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+            try:
+                with self._begin_write(background=True) as connection:
+                    config.attributes["connection"] = connection
+                    if _revision(connection) is None:
+                        metadata.create_all(connection)
+                        command.stamp(config, "head")
+                    else:
+                        command.upgrade(config, "head")
+            except CommandError:
+                self.close()
+                raise ConfigError(
+                    f"DATABASE_URL {_without_secrets(self.engine.url)} has the revision {revision}, and this version of the "
+                    f"service supports revisions up to {SCHEMA_REVISION}. Start the version that created it, or use another "
+                    "one."
+                ) from None
 
     @contextlib.contextmanager
     def _lock_file(self) -> Iterator[None]:
-        """Let one process at a time migrate a SQLite file."""
+        """Let one process at a time open and migrate a SQLite file.
+
+        Two processes that change the journal mode of a new file at once would fail, as SQLite does not wait for that lock.
+        """
         if self._file is None:
             yield
             return

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Select, Table, func, insert, select
 
 from models.artifacts.facets import make_facets
 from models.artifacts.predictions import GROUP_COLUMN, Predictions
-from service.db.schema import facet_columns, facet_values, photo_columns, photo_facets
+from service.db.schema import facet_columns, facet_values, photo_columns, photo_facets, predictions
 from service.db.text import encode_file_name
 
 CHUNK_ROWS = 5_000
@@ -35,7 +35,11 @@ class FacetValue:
 
 
 def import_columns(
-    connection: Connection, model_id: int, table: Predictions, photo_ids: Mapping[tuple[str, str], int], rows: Sequence[int]
+    connection: Connection,
+    model_id: int,
+    table: Predictions,
+    photos: Mapping[tuple[str, str], tuple[int, int]],
+    rows: Sequence[int],
 ) -> None:
     """Store the columns of imported photos.
 
@@ -43,18 +47,18 @@ def import_columns(
         connection: A transaction.
         model_id: The model.
         table: The imported predictions.
-        photo_ids: The id of each photo of the model by its name and sha256.
+        photos: The id and the bucket of each photo of the model by its name and sha256.
         rows: The rows of ``table`` that were inserted.
     """
     columns = {name: list(map(encode_file_name, values)) for name, values in _columns(table).items()}
     if not columns or not rows:
         return
     names = list(map(encode_file_name, table.image_names))
-    ids = {row: photo_ids[names[row], table.sha256s[row]] for row in rows}
+    own = {row: photos[names[row], table.sha256s[row]] for row in rows}
     column_ids = {name: _get_or_create(connection, facet_columns, model_id=model_id, name=name) for name in columns}
     stored = [
         {"prediction_id": id_, "columns": values}
-        for row, id_ in ids.items()
+        for row, (id_, _) in own.items()
         if (values := {name: column[row] for name, column in columns.items() if column[row]})
     ]
     links: list[dict[str, int]] = []
@@ -65,10 +69,19 @@ def import_columns(
             )
             for position, value in enumerate(facet.order)
         }
-        links += [{"facet_value_id": value_ids[facet.values[row]], "prediction_id": id_} for row, id_ in ids.items()]
+        links += [
+            {"facet_value_id": value_ids[facet.values[row]], "prediction_id": id_, "bucket_id": bucket_id}
+            for row, (id_, bucket_id) in own.items()
+        ]
     for target, all_rows in ((photo_columns, stored), (photo_facets, links)):
         for start in range(0, len(all_rows), CHUNK_ROWS):
             connection.execute(insert(target), all_rows[start : start + CHUNK_ROWS])
+
+
+def has_groups(connection: Connection, model_id: int) -> bool:
+    """Return whether the photos of a model come in groups, such as those of one patient."""
+    own = facet_columns.c.model_id == model_id, facet_columns.c.name == GROUP_COLUMN
+    return connection.execute(select(facet_columns.c.id).where(*own)).first() is not None
 
 
 def list_columns(connection: Connection, model_id: int) -> list[str]:
@@ -94,24 +107,64 @@ def list_values(connection: Connection, model_id: int) -> list[FacetValue]:
     return [FacetValue(row[0], row[1], row[2]) for row in connection.execute(rows)]
 
 
-def select_by_column(values: Sequence[FacetValue], keys: Sequence[str]) -> dict[str, Select[Any]]:
-    """Select the ids of photos for each column that ``keys`` have values of. Values of one column are alternatives."""
+@dataclass(frozen=True)
+class ColumnFilter:
+    """The photos with one of some values of a column, as conditions for either end of a query."""
+
+    value_ids: Sequence[int]
+
+    @property
+    def photo_ids(self) -> Select[Any]:
+        """Select the ids of the photos. Good for few of them, as a database collects the ids first."""
+        return select(photo_facets.c.prediction_id).where(photo_facets.c.facet_value_id.in_(self.value_ids))
+
+    @property
+    def contains_prediction(self) -> ColumnElement[bool]:
+        """The condition of a row of ``predictions``, checked one by one. Good for a page of many photos."""
+        own = photo_facets.c.facet_value_id.in_(self.value_ids), photo_facets.c.prediction_id == predictions.c.id
+        return select(1).select_from(photo_facets).where(*own).correlate(predictions).exists()
+
+
+def filter_by_column(values: Sequence[FacetValue], keys: Sequence[str]) -> dict[str, ColumnFilter]:
+    """Return a filter for each column that ``keys`` have values of. Values of one column are alternatives."""
     known = {value.key: value for value in values}
     selected: dict[str, list[int]] = defaultdict(list)
     for key in keys:
         value = known.get(key)
         selected[value.column if value else key] += [value.id] if value else []
-    link = photo_facets.c
-    return {column: select(link.prediction_id).where(link.facet_value_id.in_(ids)) for column, ids in selected.items()}
+    return {column: ColumnFilter(ids) for column, ids in selected.items()}
 
 
-def count_values(connection: Connection, values: Sequence[FacetValue], photo_ids: Sequence[Select[Any]]) -> dict[int, int]:
-    """Count the photos that all of ``photo_ids`` select by the id of the value."""
+def count_by_bucket(connection: Connection, column: ColumnFilter, others: Sequence[Select[Any]]) -> dict[int, int]:
+    """Count the photos of a column's filter that all of ``others`` select, by their bucket."""
     link = photo_facets.c
-    counted = select(link.facet_value_id, func.count()).where(
-        link.facet_value_id.in_([value.id for value in values]), *(link.prediction_id.in_(ids) for ids in photo_ids)
-    )
-    return {row[0]: row[1] for row in connection.execute(counted.group_by(link.facet_value_id))}
+    own = link.facet_value_id.in_(column.value_ids), *(link.prediction_id.in_(ids) for ids in others)
+    return {
+        row[0]: row[1] for row in connection.execute(select(link.bucket_id, func.count()).where(*own).group_by(link.bucket_id))
+    }
+
+
+def count_values(
+    connection: Connection,
+    values: Sequence[FacetValue],
+    *,
+    bucket_ids: Sequence[int] | None,
+    photo_ids: Sequence[Select[Any]],
+) -> dict[int, int]:
+    """Count photos by the id of the value.
+
+    Args:
+        connection: A transaction.
+        values: The values.
+        bucket_ids: Count the photos of these buckets only. None: of all.
+        photo_ids: Count the photos that all of these select.
+    """
+    link = photo_facets.c
+    own = [link.facet_value_id.in_([value.id for value in values]), *(link.prediction_id.in_(ids) for ids in photo_ids)]
+    if bucket_ids is not None:
+        own.append(link.bucket_id.in_(bucket_ids))
+    rows = connection.execute(select(link.facet_value_id, func.count()).where(*own).group_by(link.facet_value_id))
+    return {row[0]: row[1] for row in rows}
 
 
 def _columns(table: Predictions) -> dict[str, Sequence[str]]:

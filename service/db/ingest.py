@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, case, insert, select, update
 
 from models.artifacts.predictions import Predictions, cross_entropy
 from service.db.facets import import_columns
-from service.db.schema import RANGE_COLUMNS, UNKNOWN, buckets, current_reviews, imports, models, predictions
+from service.db.schema import RANGE_COLUMNS, UNKNOWN, buckets, current_reviews, imports, models, photo_facets, predictions
 from service.db.text import encode_file_name
 
 CHUNK_ROWS = 5_000
@@ -101,6 +101,8 @@ class BucketWriter:
             return
         moved = update(predictions).where(predictions.c.id == row["prediction_id"])
         self.connection.execute(moved.values(bucket_id=to, loss=new["loss"]))
+        links = update(photo_facets).where(photo_facets.c.prediction_id == row["prediction_id"])
+        self.connection.execute(links.values(bucket_id=to))
         remove_from_bucket(self.connection, row["bucket_id"])
         totals = BucketTotals()
         totals.add({**new, "bucket_id": to})
@@ -141,7 +143,7 @@ def import_predictions(connection: Connection, model_id: int, table: EvaluationT
         The number of inserted predictions.
     """
     source = table.predictions
-    known = _load_photo_ids(connection, model_id)
+    known = {photo: id_ for photo, (id_, _) in _load_photos(connection, model_id).items()}
     new, flagged = [], []
     for i, photo in enumerate(zip(map(encode_file_name, source.image_names), source.sha256s, strict=True)):
         if photo not in known:
@@ -158,7 +160,7 @@ def import_predictions(connection: Connection, model_id: int, table: EvaluationT
             totals.add(row)
     writer.add(totals)
     if source.facets or any(source.groups):
-        import_columns(connection, model_id, source, _load_photo_ids(connection, model_id), new)
+        import_columns(connection, model_id, source, _load_photos(connection, model_id), new)
     for id_ in flagged:
         known_row = connection.execute(select(*PREDICTION_COLUMNS).join(buckets).where(predictions.c.id == id_)).one()
         writer.move(known_row._mapping, mislabeled=True)
@@ -264,10 +266,11 @@ def confidence_percent(confidence: float) -> int:
     return bisect.bisect_right(_PERCENTS, confidence) - 1
 
 
-def _load_photo_ids(connection: Connection, model_id: int) -> dict[tuple[str, str], int]:
-    """Return the id of each photo of a model by its name and sha256."""
-    own = select(predictions.c.id, predictions.c.photo, predictions.c.sha256).where(predictions.c.model_id == model_id)
-    return {(photo, sha256): id_ for id_, photo, sha256 in connection.execute(own)}
+def _load_photos(connection: Connection, model_id: int) -> dict[tuple[str, str], tuple[int, int]]:
+    """Return the id and the bucket of each photo of a model by its name and sha256."""
+    columns = predictions.c.photo, predictions.c.sha256, predictions.c.id, predictions.c.bucket_id
+    rows = connection.execute(select(*columns).where(predictions.c.model_id == model_id))
+    return {(photo, sha256): (id_, bucket_id) for photo, sha256, id_, bucket_id in rows}
 
 
 def _load_reviews(connection: Connection) -> dict[str, Any]:

@@ -7,12 +7,12 @@ therefore that of one range: sorted by confidence one percent, sorted by name on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, func, select, tuple_
+from sqlalchemy import ColumnElement, Connection, func, select, tuple_
 
 from service.db.filter import Filter
 from service.db.schema import RANGE_COLUMNS, buckets, predictions
@@ -65,7 +65,8 @@ class Paginator:
         bucket_counts: The number of the filter's photos by bucket id.
         model_total: The number of all photos of the model.
         bucket_total: The number of all buckets of the model.
-        restrict_to: Selects the ids of the filter's photos, if those are not all photos of the buckets.
+        restrictions: Further conditions of the filter's photos, if those are not all photos of the buckets.
+        use_restrictions_first: Whether the restrictions select few photos, so that these are read and then sorted.
     """
 
     connection: Connection
@@ -74,7 +75,8 @@ class Paginator:
     bucket_counts: Mapping[int, int]
     model_total: int
     bucket_total: int
-    restrict_to: Select[Any] | None = None
+    restrictions: Sequence[ColumnElement[bool]] = ()
+    use_restrictions_first: bool = False
 
     def ids(self, *, limit: int | None = None, offset: int = 0) -> list[int]:
         """Return the ids of the photos in order."""
@@ -124,9 +126,7 @@ class Paginator:
     def contains(self, id_: int) -> bool:
         """Return whether a photo matches the filter."""
         in_buckets = (predictions.c.bucket_id + 0).in_(list(self.bucket_counts))
-        this = select(predictions.c.id).where(predictions.c.id == id_, in_buckets)
-        if self.restrict_to is not None:
-            this = this.where(predictions.c.id.in_(self.restrict_to))
+        this = select(predictions.c.id).where(predictions.c.id == id_, in_buckets, *self.restrictions)
         return self.connection.execute(this).first() is not None
 
     @property
@@ -162,6 +162,7 @@ class Paginator:
             ranges = [KeyRange(start, 2**31 - 1, None, ids), KeyRange(0, start - 1, None, ids)]
         elif (
             self._column.name not in RANGE_COLUMNS
+            or self.use_restrictions_first
             or self._use_bucket_index
             or self.model_total < MIN_IMAGES_PER_BUCKET * self.bucket_total
         ):
@@ -221,12 +222,13 @@ class Paginator:
             conditions.append(self._column >= range_.low)
         if range_.high is not None:
             conditions.append(self._column <= range_.high)
-        if len(self.bucket_counts) == self.bucket_total:
+        conditions += self.restrictions
+        if self.use_restrictions_first:  # + 0 keeps the planner from using another index than that of the restrictions
+            conditions.append((predictions.c.bucket_id + 0).in_(range_.bucket_ids))
+        elif len(self.bucket_counts) == self.bucket_total:
             conditions.append(predictions.c.model_id == self.model_id)
         elif by_bucket:
             conditions.append(predictions.c.bucket_id.in_(range_.bucket_ids))
         else:  # + 0 keeps the planner, which does not know how many photos the buckets have, from using the buckets' index
             conditions += [predictions.c.model_id == self.model_id, (predictions.c.bucket_id + 0).in_(range_.bucket_ids)]
-        if self.restrict_to is not None:
-            conditions.append(predictions.c.id.in_(self.restrict_to))
         return conditions

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, func, select
+from sqlalchemy import Connection, func, select
 
 from models.errors import list_names
+from service.db import pagination
 from service.db.aggregates import FacetCounts, count_buckets
 from service.db.errors import InvalidFilterError, RecordNotFoundError
-from service.db.facets import FacetValue, count_values, list_values, select_by_column
+from service.db.facets import FacetValue, count_by_bucket, count_values, filter_by_column, list_values
 from service.db.filter import UNLABELED, Filter
 from service.db.ingest import DIMENSIONS
 from service.db.model_comparison import select_changed
@@ -20,8 +21,6 @@ from service.db.pagination import SORT_COLUMNS, Paginator
 from service.db.records import Bucket, DecisionRecord, ModelRecord, PredictionRecord
 from service.db.schema import buckets, current_reviews, models, predictions
 from service.db.text import is_storable, match_name, unicode_forms
-
-CHANGED = ""  # the key of a comparison, next to those of columns
 
 
 class PredictionQuery:
@@ -45,16 +44,12 @@ class PredictionQuery:
         self.facet_values: Sequence[FacetValue] = (
             same_model_as.facet_values if same_model_as else list_values(connection, self.model.id)
         )
-        self._selects = select_by_column(self.facet_values, filters.facets)  # ids by what the buckets do not contain
-        if filters.change:
-            changed = select_changed(self.model, get_model(connection, filters.baseline), filters.change)
-            self._selects[CHANGED] = changed
-        image_counts: dict[int, int] | None = None
-        if self._selects:
-            bucket_id = predictions.c.bucket_id
-            own = predictions.c.model_id == self.model.id, *self._restrictions
-            rows = select(bucket_id, func.count()).where(*own).group_by(bucket_id)
-            image_counts = {row[0]: row[1] for row in connection.execute(rows)}
+        self._columns = filter_by_column(self.facet_values, filters.facets)
+        self._changed = (
+            [select_changed(self.model, get_model(connection, filters.baseline), filters.change)] if filters.change else []
+        )
+        image_counts = self._count_restricted()
+        self._restricted_total = None if image_counts is None else sum(image_counts.values())
         self.buckets: Sequence[Bucket] = same_model_as.buckets if same_model_as else load_buckets(connection, self.model)
         self.model_total = sum(bucket.images for bucket in self.buckets)
         self.counts: FacetCounts = count_buckets(self.buckets, filters, image_counts=image_counts)
@@ -82,15 +77,14 @@ class PredictionQuery:
     def count_facet_values(self) -> dict[int, int]:
         """Count the photos by the id of each facet value. As for other facets, a column ignores its own selected values."""
         matching = count_buckets(self.buckets, self.filters).bucket_ids
-        in_buckets = [select(predictions.c.id).where(predictions.c.bucket_id.in_(matching))]
-        in_buckets = in_buckets if len(matching) < len(self.buckets) else []
-        selected = [column for column in self._selects if column != CHANGED]
+        bucket_ids = matching if len(matching) < len(self.buckets) else None
         counts: dict[int, int] = {}
-        for column in (None, *selected):
-            values = [v for v in self.facet_values if (v.column == column if column else v.column not in selected)]
-            others = [ids for name, ids in self._selects.items() if name != column]
+        for column in (None, *self._columns):
+            values = [v for v in self.facet_values if (v.column == column if column else v.column not in self._columns)]
+            others = [own.photo_ids for name, own in self._columns.items() if name != column]
             if values:
-                counts |= count_values(self.connection, values, [*in_buckets, *others])
+                photo_ids = [*others, *self._changed]
+                counts |= count_values(self.connection, values, bucket_ids=bucket_ids, photo_ids=photo_ids)
         return counts
 
     def ids(self) -> list[int]:
@@ -144,12 +138,24 @@ class PredictionQuery:
         last, first = (next(iter(self.fetch(ids)), None) for ids in (previous, following))
         return before, last, first
 
-    @property
-    def _restrictions(self) -> list[ColumnElement[bool]]:
-        return [predictions.c.id.in_(ids) for ids in self._selects.values()]
+    def _count_restricted(self) -> dict[int, int] | None:
+        """Count the photos by bucket that match what buckets do not contain: columns and changes. None if there is nothing."""
+        if self._columns:
+            first, *others = self._columns.values()
+            selects = [*(column.photo_ids for column in others), *self._changed]
+            return count_by_bucket(self.connection, first, selects)
+        if self._changed:
+            bucket_id = predictions.c.bucket_id
+            own = predictions.c.model_id == self.model.id, predictions.c.id.in_(*self._changed)
+            rows = self.connection.execute(select(bucket_id, func.count()).where(*own).group_by(bucket_id))
+            return {row[0]: row[1] for row in rows}
+        return None
 
     @property
     def _paginator(self) -> Paginator:
+        is_few = self._restricted_total is not None and self._restricted_total <= pagination.SMALL_RESULT
+        columns = self._columns.values()
+        in_columns = [predictions.c.id.in_(c.photo_ids) if is_few else c.contains_prediction for c in columns]
         return Paginator(
             self.connection,
             self.model.id,
@@ -157,7 +163,8 @@ class PredictionQuery:
             self._bucket_counts,
             model_total=self.model_total,
             bucket_total=len(self.buckets),
-            restrict_to=select(predictions.c.id).where(*self._restrictions) if self._selects else None,
+            restrictions=[*in_columns, *(predictions.c.id.in_(ids) for ids in self._changed)],
+            use_restrictions_first=is_few,
         )
 
     def _sort_key(self, photo: PredictionRecord) -> Any:

@@ -201,6 +201,8 @@ photo_facets = Table(
     metadata,
     Column("facet_value_id", PrimaryKey, ForeignKey("facet_values.id"), primary_key=True),
     Column("prediction_id", PrimaryKey, ForeignKey("predictions.id"), primary_key=True, index=True),
+    Column("bucket_id", PrimaryKey, ForeignKey("buckets.id"), nullable=False),  # that of the prediction
+    Index("ix_photo_facets_bucket", "facet_value_id", "bucket_id", "prediction_id"),  # counts need the index alone
 )
 
 photo_columns = Table(  # all values of a photo, to be shown

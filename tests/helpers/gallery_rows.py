@@ -88,7 +88,7 @@ def import_table(
     flags = [(rng.random() < 0.1, rng.random() < 0.2, rng.random() < 0.1) for _ in table.image_names]
     duplicate, mislabeled, unlike = (np.array([row[i] for row in flags], dtype=np.bool_) for i in range(3))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with database.write() as connection:
+    with database.write(background=True) as connection:
         if not is_imported(connection, version, digest):
             model = get_or_create_model(connection, version=version, name=f"model {version}", classes=table.classes)
             stored = EvaluationTable(source, digest, Predictions.read_csv(path), duplicate, mislabeled, unlike)

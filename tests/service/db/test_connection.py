@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import sqlite3
 import subprocess
@@ -10,6 +11,7 @@ import threading
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import insert, select, text
+from sqlalchemy import event, insert, select, text
 
+import service.db.connection
 from models.errors import ConfigError
 from service.db.connection import MIGRATIONS, SCHEMA_REVISION, Database
 from service.db.errors import DatabaseUnavailableError
@@ -32,6 +35,7 @@ from service.db.schema import buckets, imports, metadata, models
 from service.reviews.decisions import list_reviews, load_history
 from tests.helpers.databases import Postgres
 from tests.helpers.gallery_rows import check_buckets, import_table, make_predictions
+from tests.helpers.server import poll
 
 pytestmark = pytest.mark.slow
 
@@ -197,6 +201,34 @@ def test_the_rows_of_the_first_revision_are_kept(empty_url: str) -> None:
             (f"live/{LIVE[:16]}", "live"), ("live/dog.jpg", "evaluation"), (f"live/{'ef' * 8}", "live")
         ]  # fmt: skip
     database.close()
+
+
+def test_a_new_sqlite_file_is_opened_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite does not wait for another process that changes the journal mode."""
+    opened: list[int] = []
+    create_engine = service.db.connection._create_sqlite_engine
+
+    def create(*arguments: Any) -> sqlalchemy.Engine:
+        engine = create_engine(*arguments)
+        event.listen(engine, "connect", lambda *_: opened.append(1))
+        return engine
+
+    monkeypatch.setattr(service.db.connection, "_create_sqlite_engine", create)
+    url = f"sqlite:///{tmp_path / 'reviews.db'}"
+    with (tmp_path / "reviews.db.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=lambda: Database(url).close())
+        thread.start()
+        poll(lambda: _is_waiting_for(tmp_path / "reviews.db.lock"))
+        assert opened == []
+    thread.join()
+    assert opened
+
+
+def _is_waiting_for(file: Path) -> bool:
+    """Return whether a lock of the file is waited for, as Linux lists it."""
+    waiting = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" in line]
+    return any(words[6].rpartition(":")[2] == str(file.stat().st_ino) for words in waiting)
 
 
 def test_concurrent_starts_migrate_the_database_once(empty_url: str) -> None:
@@ -452,6 +484,13 @@ def test_a_damaged_file_is_reported_without_its_path(tmp_path: Path, caplog: pyt
     database.close()
 
 
+@pytest.fixture
+def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limit how long a statement waits for a lock, but not how long it runs."""
+    monkeypatch.setattr(service.db.connection, "STATEMENT_TIMEOUT_FACTOR", 10_000)
+
+
+@pytest.mark.usefixtures("_slow_machine")
 def test_a_request_waits_for_a_writer_for_a_limited_time_and_an_import_waits_longer(database_url: str) -> None:
     """Another process holds the lock of writers until the event; reads do not wait for it."""
     holder, waiting = Database(database_url), Database(database_url, timeout_s=0.1)
@@ -478,6 +517,7 @@ def test_a_request_waits_for_a_writer_for_a_limited_time_and_an_import_waits_lon
     waiting.close()
 
 
+@pytest.mark.usefixtures("_slow_machine")
 def test_a_locked_table_of_postgresql_fails_a_read_in_time(postgres: Postgres) -> None:
     url = postgres.create()
     holder, waiting = Database(url), Database(url, timeout_s=0.1)

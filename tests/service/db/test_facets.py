@@ -6,16 +6,21 @@ import random
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+from sqlalchemy import event
 
 from models.artifacts.facets import OTHER
 from models.artifacts.predictions import Predictions
+from service.db import pagination
 from service.db.connection import Database
 from service.db.facets import list_columns, load_columns
 from service.db.filter import Filter
 from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions
 from service.db.query import PredictionQuery
+from service.reviews.decisions import ReviewDecision, save_decision
 from tests.helpers.gallery_rows import CLASSES, VERSION, make_predictions
 
 PHOTOS = 300
@@ -145,7 +150,9 @@ def test_models_and_imports_do_not_mix(database: Database) -> None:
     assert found["camera"] == Counter(value or "(empty)" for value in first.facets["camera"])
 
 
-def test_a_page_of_a_facet_is_found_in_every_order(database: Database) -> None:
+@pytest.mark.parametrize("few", [pagination.SMALL_RESULT, 0])
+def test_a_page_of_a_facet_is_found_in_every_order(database: Database, monkeypatch: pytest.MonkeyPatch, few: int) -> None:
+    monkeypatch.setattr(pagination, "SMALL_RESULT", few)
     photos = enter(database, make_table())
     expected = sorted(photo.name for photo in photos if photo.columns["camera"] == "left")
     for sort in ("loss", "confidence", "margin", "newest", "name", "random"):
@@ -159,6 +166,68 @@ def test_a_page_of_a_facet_is_found_in_every_order(database: Database) -> None:
             assert previous
             assert following
             assert (previous.photo, following.photo) == (pages[2].photo, pages[4].photo)
+
+
+@pytest.mark.parametrize("has_statistics", [False, True])
+@pytest.mark.parametrize("few", [pagination.SMALL_RESULT, 0])
+def test_a_page_of_a_column_reads_indexes_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int, has_statistics: bool
+) -> None:
+    """Few photos are selected by their ids, and many in the order of the page. A lower limit is like a million photos."""
+    monkeypatch.setattr(pagination, "SMALL_RESULT", few)
+    monkeypatch.setattr(pagination, "MIN_IMAGES_PER_BUCKET", 0)
+    database = Database(f"sqlite:///{tmp_path / 'reviews.db'}")
+    enter(database, make_table())
+    if has_statistics:
+        database.refresh_statistics()
+    for sort, index in (("loss", "loss"), ("confidence", "confidence"), ("margin", "margin"), ("name", "photo")):
+        filters = Filter(model=VERSION, facets=("camera:left",), outcomes=("correct",), sort=sort, per_page=24)
+        counted, page = query_plans(database, filters)
+        assert counted == ["SEARCH photo_facets USING COVERING INDEX ix_photo_facets_bucket (facet_value_id=?)"]
+        if few:
+            assert "SEARCH predictions USING INTEGER PRIMARY KEY (rowid=?)" in page
+        else:
+            assert page[0].startswith(f"SEARCH predictions USING COVERING INDEX ix_predictions_{index} (model_id=?")
+            assert not any("TEMP B-TREE" in step for step in page)
+            (lookup,) = (step for step in page if "photo_facets" in step)
+            assert "(facet_value_id=? AND prediction_id=?)" in lookup
+    database.close()
+
+
+def query_plans(database: Database, filters: Filter) -> tuple[list[str], list[str]]:
+    """Return the steps of SQLite's plans for counting a column's photos by bucket and for the ids of the second page."""
+    statements: list[tuple[str, Any]] = []
+
+    def remember(*arguments: Any) -> None:
+        statements.append((arguments[2], arguments[3]))
+
+    with database.read() as connection:
+        event.listen(connection, "before_cursor_execute", remember)
+        assert PredictionQuery(connection, filters).page(2)
+        event.remove(connection, "before_cursor_execute", remember)
+        count, page = (
+            next((sql, values) for sql, values in statements if sql.startswith(f"SELECT {start}") and "photo_facets" in sql)
+            for start in ("photo_facets.bucket_id", "predictions.id \n")
+        )
+        plans = [connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", values).all() for sql, values in (count, page)]
+    counted, selected = ([str(row[3]) for row in plan] for plan in plans)
+    return counted, selected
+
+
+def test_a_review_moves_the_photo_in_the_counts_of_its_columns(database: Database) -> None:
+    photos = enter(database, make_table())
+    left = [photo for photo in photos if photo.columns["camera"] == "left"]
+    reviewed = Filter(model=VERSION, facets=("camera:left",), reviews=("bad",))
+    assert names(database, reviewed) == []
+    with database.write() as connection:
+        record = PredictionQuery(connection, Filter(model=VERSION)).find(left[0].name)
+        decision = ReviewDecision(
+            model_version=VERSION, photo=record.photo, sha256=record.sha256, decision="bad", new_label=None
+        )
+        save_decision(connection, decision)
+    assert names(database, reviewed) == [left[0].name]
+    assert counts(database, reviewed)["camera"]["left"] == 1
+    assert len(names(database, Filter(model=VERSION, facets=("camera:left",), reviews=("unreviewed",)))) == len(left) - 1
 
 
 def test_the_query_string_of_a_facet_round_trips(tmp_path: Path) -> None:
