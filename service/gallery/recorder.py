@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -83,23 +84,15 @@ class PredictionRecorder:
         while not is_last:
             jobs, is_last = self._take()
             size = sum(job.size for job in jobs)
-            try:
-                self._save(jobs)
-                added_bytes += size
-                if time.monotonic() - pruned_at >= PRUNE_INTERVAL_S or added_bytes > PRUNE_FRACTION * max_bytes:
-                    pruned_at, added_bytes = time.monotonic(), 0
-                    with self._gallery.database.write(background=True) as connection:
-                        prune(
-                            connection,
-                            max_images=self._settings.max_saved,
-                            max_bytes=max_bytes,
-                            days=self._settings.retention_days,
-                        )
-            except Exception as error:  # saving may work again for the next images
-                self._metrics.saved_predictions.labels("dropped").inc(len(jobs))
-                log.warning("predictions were not saved: %s", error, exc_info=not isinstance(error, UserError))
+            outcomes = self._save(jobs)
             with self._lock:
                 self._queued_bytes -= size
+            for outcome, images in outcomes.items():
+                self._metrics.saved_predictions.labels(outcome).inc(images)
+            added_bytes += size
+            if time.monotonic() - pruned_at >= PRUNE_INTERVAL_S or added_bytes > PRUNE_FRACTION * max_bytes:
+                pruned_at, added_bytes = time.monotonic(), 0
+                self._prune(max_bytes)
 
     def _take(self) -> tuple[list[_Job], bool]:
         """Wait for queued jobs, at most BATCH_SIZE. Returns them and whether the recorder is closed."""
@@ -112,12 +105,26 @@ class PredictionRecorder:
                 jobs.append(job)
         return jobs, False
 
-    def _save(self, jobs: Sequence[_Job]) -> None:
-        for version in dict.fromkeys(job.bundle.version for job in jobs):
-            own = [job for job in jobs if job.bundle.version == version]
-            bundle = own[0].bundle
+    def _save(self, jobs: Sequence[_Job]) -> Counter[str]:
+        """Save predictions and count them by outcome. After a failure, saving may work again for the next ones."""
+        outcomes: Counter[str] = Counter()
+        try:
+            for version in dict.fromkeys(job.bundle.version for job in jobs):
+                own = [job for job in jobs if job.bundle.version == version]
+                bundle = own[0].bundle
+                with self._gallery.database.write(background=True) as connection:
+                    model_id = get_or_create_model(connection, version=version, name=bundle.name, classes=bundle.classes)
+                    new = save_predictions(connection, model_id, bundle.classes, [job.prediction for job in own])
+                outcomes.update(saved=new, duplicate=len(own) - new)
+        except Exception as error:
+            outcomes["dropped"] = len(jobs) - outcomes.total()
+            log.warning("predictions were not saved: %s", error, exc_info=not isinstance(error, UserError))
+        return outcomes
+
+    def _prune(self, max_bytes: int) -> None:
+        settings = self._settings
+        try:
             with self._gallery.database.write(background=True) as connection:
-                model_id = get_or_create_model(connection, version=version, name=bundle.name, classes=bundle.classes)
-                new = save_predictions(connection, model_id, bundle.classes, [job.prediction for job in own])
-            self._metrics.saved_predictions.labels("saved").inc(new)
-            self._metrics.saved_predictions.labels("duplicate").inc(len(own) - new)
+                prune(connection, max_images=settings.max_saved, max_bytes=max_bytes, days=settings.retention_days)
+        except Exception as error:
+            log.warning("saved images were not pruned: %s", error, exc_info=not isinstance(error, UserError))

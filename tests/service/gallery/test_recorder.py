@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from sqlalchemy import select
 
+import service.gallery.recorder
 from models.artifacts.bundle import Bundle
 from service.db.connection import Database
 from service.db.errors import DatabaseUnavailableError
@@ -69,9 +70,12 @@ def recorder(gallery: SlowGallery) -> Iterator[SimpleNamespace]:
     def count(outcome: str) -> float:
         return metrics.registry.get_sample_value("classifier_saved_predictions_total", {"outcome": outcome}) or 0.0
 
-    yield SimpleNamespace(record=record, count=count)
-    gallery.may_write.set()
-    running.close(RESPONSE_TIMEOUT_S)
+    def close() -> None:
+        gallery.may_write.set()
+        running.close(RESPONSE_TIMEOUT_S)
+
+    yield SimpleNamespace(record=record, count=count, close=close)
+    close()
 
 
 def test_images_beyond_the_bytes_of_the_queue_are_dropped_and_counted(gallery: SlowGallery, recorder: SimpleNamespace) -> None:
@@ -87,6 +91,21 @@ def test_images_beyond_the_bytes_of_the_queue_are_dropped_and_counted(gallery: S
     last = poll(lambda: recorder.count("dropped") == 2 and recorder.record(1024 * KIB))  # the queue is free again
     poll(lambda: recorder.count("saved") == 3)
     assert gallery.saved() == {first, small, last}
+
+
+def test_images_that_were_saved_are_not_counted_as_dropped_if_older_ones_cannot_be_removed(
+    gallery: SlowGallery, recorder: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **limits: object) -> None:
+        raise DatabaseUnavailableError("locked")
+
+    monkeypatch.setattr(service.gallery.recorder, "prune", fail)
+    gallery.may_write.set()
+    saved = recorder.record(KIB)
+    poll(lambda: recorder.count("saved") == 1)
+    recorder.close()
+    assert recorder.count("dropped") == 0
+    assert gallery.saved() == {saved}
 
 
 def test_a_failing_database_frees_the_queue_and_later_images_are_saved(gallery: SlowGallery, recorder: SimpleNamespace) -> None:
