@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from flask import Blueprint, Response, jsonify, request, url_for
 
 from service.context import gallery
+from service.db.facets import has_groups
 from service.db.filter import CHANGES, Filter
 from service.db.model_comparison import ModelComparison, compare_models
 from service.db.query import get_model
@@ -26,12 +27,16 @@ json_bp = Blueprint("compare_json", __name__)  # its problems are JSON
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the page and its JSON show. Without another model to compare, ``baseline`` and ``outcome`` are None."""
+    """What the page and its JSON show. Without another model to compare, ``baseline`` and ``outcome`` are None.
+
+    ``has_groups`` states whether the photos come in groups, for which the test does not allow.
+    """
 
     models: list[ModelRecord]
     baseline: ModelRecord | None
     candidate: ModelRecord
     outcome: ModelComparison | None
+    has_groups: bool = False
 
     @property
     def correct(self) -> dict[str, int]:
@@ -58,7 +63,8 @@ class Comparison:
         if fixed == broke:
             split = f"The models disagree on {pluralize(fixed + broke, 'photo')}. Each is right on {fixed:,}."
         significant = "Statistically" if self.outcome.p_value < SIGNIFICANCE_LEVEL else "Not statistically"
-        return f"{split} {significant} significant (p = {self.outcome.p_value:.2g}, McNemar's exact test)."
+        independent = " The test counts the photos of a group as independent." if self.has_groups else ""
+        return f"{split} {significant} significant (p = {self.outcome.p_value:.2g}, McNemar's exact test).{independent}"
 
 
 @bp.get("/compare")
@@ -120,7 +126,10 @@ def _compare() -> Comparison:
             baseline = next(others, None)
         if baseline and not a and not b and _created(baseline.version) > _created(candidate.version):
             baseline, candidate = candidate, baseline
-        return Comparison(models, baseline, candidate, compare_models(connection, baseline, candidate) if baseline else None)
+        if baseline is None:
+            return Comparison(models, None, candidate, None)
+        in_groups = has_groups(connection, baseline.id) or has_groups(connection, candidate.id)
+        return Comparison(models, baseline, candidate, compare_models(connection, baseline, candidate), in_groups)
 
 
 def _created(version: str) -> str:

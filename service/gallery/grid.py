@@ -11,6 +11,7 @@ from models.artifacts.statistics import wilson_interval
 from service.context import gallery, image_access, services
 from service.db.aggregates import FacetCounts
 from service.db.errors import InvalidFilterError
+from service.db.facets import has_groups
 from service.db.filter import Filter, describe_filter, parse_page
 from service.db.query import PredictionQuery, count_unreviewed_production, get_model
 from service.db.records import PredictionRecord
@@ -48,6 +49,7 @@ def home() -> Response:
         queues = [queue for queue in review_queues(version) if not (is_weak and "mislabeled" in queue.filters.flags)]
         previews = [QueuePreview.load(queue, everything, size=QUEUE_PREVIEW_SIZE) for queue in queues]
         models = gallery().models(connection)
+        in_groups = has_groups(connection, model.id)
         unreviewed = count_unreviewed_production(connection)
         for other in models:
             if other.version != version and other.id in unreviewed:
@@ -64,6 +66,7 @@ def home() -> Response:
         production=production,
         unlabeled=unlabeled,
         is_weak=is_weak,
+        has_groups=in_groups,
         by_class=[(name, everything.counts.facets["predicted"][name], most_confident(version, name)) for name in model.classes],
         models=models,
         served=gallery().active_version,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from models.artifacts.statistics import wilson_interval
 from service.context import gallery
+from service.db.facets import has_groups
 from service.db.filter import UNLABELED, Filter, parse_int
 from service.db.query import PredictionQuery
 from service.db.records import Bucket
@@ -100,6 +101,7 @@ def page() -> Response:
     with gallery().database.read() as connection:
         query = PredictionQuery(connection, filters)
         everything, *by_class = count_by_percent(query.buckets, query.model.classes)
+        in_groups = has_groups(connection, query.model.id)
     selected = next(counts for counts in (everything, *by_class) if counts.name == predicted)
     outcomes = [counts.at(percent) for counts in by_class]
     listed = (
@@ -117,6 +119,7 @@ def page() -> Response:
         outcome=selected.at(percent),
         without=selected.at(0),
         rows=listed[:MAX_LISTED],
+        has_groups=in_groups,
         more=len(outcomes) - len(listed[:MAX_LISTED]),
         in_use=bundle.decision_rule.min_probability if bundle else {},
         plot=draw_curves(selected),

@@ -201,7 +201,8 @@ function accept(files) {
   cards.prepend(...items.map((item) => item.card));
   results.hidden = false;
   enqueue(items);
-  items[0].card.scrollIntoView({ block: "nearest" });
+  const isBelow = items[0].card.getBoundingClientRect().top > innerHeight;
+  if (isBelow) items[0].card.scrollIntoView({ block: "nearest" });
 }
 
 function enqueue(items) {

@@ -132,6 +132,15 @@ def test_exports_have_the_columns(server: Server, table: Predictions) -> None:
         assert row["facet_site"] == table.facets["site"][i].replace("=1", "'=1")
 
 
+def test_pages_with_intervals_state_that_they_do_not_allow_for_groups(server: Server) -> None:
+    note = (
+        "The photos come in groups, such as those of one patient. The intervals on this page count them as independent, so "
+        'they are too narrow. <code class="inline-code">finetune evaluate</code> allows for the groups.'
+    )
+    for path in ("/gallery", "/gallery/threshold"):
+        assert note in text(server, path)
+
+
 def test_a_filter_with_an_unknown_value_has_no_photos(server: Server) -> None:
     page = text(server, "/gallery/photos?facet=site:west")
     assert "No matching photos." in page

@@ -18,6 +18,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 import pytest
 from flask import Flask
+from sqlalchemy import delete, insert, select
 
 from models.artifacts.bundle import MANIFEST, Bundle, open_bundle, write_bundle
 from service.context import EXTENSION
@@ -26,6 +27,7 @@ from service.db.connection import Database
 from service.db.filter import UNLABELED
 from service.db.ingest import get_or_create_model
 from service.db.production import ServedPrediction, save_predictions
+from service.db.schema import facet_columns, models
 from service.gallery.commands import retrain_command, serve_both_command
 from service.settings import Settings
 from tests.helpers.server import Server, poll, serve
@@ -119,7 +121,7 @@ def test_a_queue_shows_its_progress_and_leads_to_the_next_unreviewed_photo(galle
     page = f"/gallery?model={version}"
     title = "Mistakes, highest loss first"
     photos = gallery.server.get(f"/gallery/incorrect.json?model={version}").json()["rows"]
-    assert "reviewed" not in words(queue(gallery.text(page), title))
+    assert f"0 of {len(photos)} reviewed. Next unreviewed" in words(queue(gallery.text(page), title))
     assert "Review the mistakes" in words(gallery.text(page))
     for done, photo in enumerate(photos, 1):
         body = {"photo": photo["photo"], "sha256": photo["sha256"], "model": version, "decision": f"label:{photo['label']}"}
@@ -134,10 +136,10 @@ def test_a_queue_shows_its_progress_and_leads_to_the_next_unreviewed_photo(galle
             assert query["sha256"] == [photos[done]["sha256"]]
             assert query["review"] == ["unreviewed"]
             assert photo["photo"].rpartition("/")[2] not in section
-            assert "Review the next mistake" in words(text)
         else:
             assert following == []
-            assert "Review the next mistake" not in words(text)
+        (button,) = re.findall('<a class="button main" href="([^"]*)">Review the mistakes</a>', text)
+        assert ("/gallery/photo?" in button) == (done < len(photos))
     assert f"Retrain with {len(photos)} reviews" in words(gallery.text(page))
 
 
@@ -277,6 +279,28 @@ def test_the_summary_names_the_better_model_and_the_significance(gallery: Galler
 
 
 # Keys
+
+
+def test_photos_in_groups_are_stated_where_they_count_as_independent(gallery: Gallery) -> None:
+    note = "The photos come in groups"
+    sentence = "The test counts the photos of a group as independent."
+    for path in ("/gallery", "/gallery/threshold", "/gallery/compare", "/gallery/compare.json"):
+        assert note not in (page := gallery.text(path))
+        assert sentence not in page
+    database = Database(gallery.database_url)
+    group = facet_columns.c.name == "group"
+    with database.write() as connection:
+        model = connection.execute(select(models.c.id).where(models.c.version == gallery.earlier.version)).scalar_one()
+        connection.execute(insert(facet_columns).values(model_id=model, name="group"))
+    try:
+        assert note not in gallery.text("/gallery")
+        assert note in (page := gallery.text("/gallery/compare"))
+        assert sentence in page
+        assert json.loads(gallery.text("/gallery/compare.json"))["summary"].endswith(sentence)
+    finally:
+        with database.write() as connection:
+            connection.execute(delete(facet_columns).where(group))
+        database.close()
 
 
 def test_a_browser_can_forget_its_key(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
