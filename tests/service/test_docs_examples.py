@@ -17,7 +17,7 @@ from playwright.sync_api import Browser
 from models.artifacts.bundle import open_bundle
 from service.settings import Settings
 from tests.helpers.browser import open_pages
-from tests.helpers.server import Server, serve
+from tests.helpers.server import Server, multipart, serve
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +59,26 @@ def test_curl(server: Server, folder: Path) -> None:
     assert response.keys() == documented.keys()
     assert response["model"].keys() == documented["model"].keys()
     assert response["predictions"][0].keys() == documented["predictions"][0].keys()
+
+
+def test_the_readme_shows_what_the_included_classifier_returns() -> None:
+    """The numbers may differ in their last digits, and the precision depends on the processor."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Use a trained model\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```json\n(.*?)```", readme, flags=re.DOTALL)
+    (photo,) = re.findall(r"curl -F file=@(\S+) localhost:8000/predict", readme)
+    (bundle,) = re.findall(r"finetune predict --bundle (\S+) ", readme)
+    documented = json.loads(block)
+    with serve(ROOT / bundle, precision="fp32") as running:
+        body, content_type = multipart(("file", Path(photo).name, (ROOT / photo).read_bytes()))
+        response = running.post(body, content_type).json()
+    assert response.keys() == documented.keys()
+    assert response["model"].pop("preprocessing_sha256").startswith(documented["model"].pop("preprocessing_sha256").strip("."))
+    assert response["model"] == documented["model"]
+    ((shown,), (returned,)) = documented["predictions"], response["predictions"]
+    for name in ("ood_score", "confidence"):
+        assert returned.pop(name) == pytest.approx(shown.pop(name), abs=1e-3)
+    assert returned.pop("probabilities") == pytest.approx(shown.pop("probabilities"), abs=1e-3)
+    assert returned == shown
 
 
 def test_python(server: Server, folder: Path) -> None:
