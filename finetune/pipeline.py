@@ -33,6 +33,7 @@ from finetune.export.quantization import BATCH, CALIBRATION_IMAGES, MAX_TEST_IMA
 from finetune.io.progress import step
 from finetune.io.threaded_map import batched, threaded_map
 from finetune.metrics.calibration import apply_temperature, fit_balanced_temperature, fit_temperature
+from finetune.metrics.learning_curve import learning_curve
 from finetune.metrics.operating_points import parse_targets
 from finetune.reports.plot_process import PlotProcess
 from finetune.reports.results import write_results
@@ -302,6 +303,18 @@ def write_outputs(
             false_alarms=config.false_alarms,
             seed=config.seed,
         )
+    curve = None
+    if config.head == LOGISTIC:
+        with step("Estimating what more training photos would bring"):
+            curve = learning_curve(
+                other_embeddings["train"],
+                np.array(prepared.labels("train"), dtype=np.int64),
+                prepared.groups("train"),
+                num_classes=len(prepared.dataset.classes),
+                penalty=progress.history[-1]["penalty"],
+                normalization=config.normalization,
+                seed=config.seed,
+            )
     predictions = Predictions(
         classes=prepared.dataset.classes,
         image_names=tuple(s.sample.name for s in valid_records),
@@ -324,6 +337,7 @@ def write_outputs(
         history=() if config.head == LOGISTIC else progress.history,
         max_ood_score=ood.limit.max_score if ood else None,
         neither_scores=ood.parameters.scores(other_embeddings["neither"]) if ood and prepared.neither else None,
+        curve=curve,
         seed=config.seed,
         plots=plots,
     )

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ def write_plots(
     uncalibrated: NDArray[np.float64] | None,
     max_ood_score: float | None = None,
     neither_scores: NDArray[np.float32] | None = None,
+    curve: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> list[Path]:
     """Write the plots of an evaluation as PNG files, each atomically.
@@ -43,6 +45,7 @@ def write_plots(
         uncalibrated: Probabilities before temperature scaling, (N, C).
         max_ood_score: The limit of the OOD score. If set, and the predictions have scores, ood_scores.png is written.
         neither_scores: OOD scores of images of none of the classes, (M,).
+        curve: Accuracy and loss by the number of training images. If set, learning_curve.png is written.
         seed: Seed of the bootstrap and of the random sheets.
 
     Returns:
@@ -60,6 +63,8 @@ def write_plots(
     with plots.report_style():
         if history:
             written.append(plots.plot_learning_curves(history, out_dir / "learning_curves.png"))
+        if curve:
+            written.append(plots.plot_learning_curve(curve, out_dir / "learning_curve.png"))
         counts = confusion_counts(predictions.labels, predictions.predicted, len(classes))
         written.append(plots.plot_confusion_matrix(counts, classes, out_dir / "confusion_matrix.png"))
         path = out_dir / "reliability.png"

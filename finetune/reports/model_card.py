@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.metrics.head_comparison import format_head_comparison
+from finetune.metrics.learning_curve import format_learning_curve
 from finetune.metrics.ood import OODLimit
 from finetune.metrics.operating_points import format_operating_points
 from finetune.metrics.slices import format_p
@@ -44,6 +45,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         "\n".join(f"- {TITLES.get(name, name)}: {method}" for name, method in metrics["methods"].items()) + "\n",
         f"These photos also selected {_selected(manifest)}the temperature ({manifest['temperature']:.3f}). For an unbiased"
         " figure, evaluate on unseen photos: `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
+        *_learning_curve(metrics),
         "## None of these\n",
         _none_of_these(manifest),
         *_thresholds(manifest),
@@ -58,6 +60,12 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         _contents(manifest),
     ]
     atomic_write_text(path, "\n".join(sections))
+
+
+def _learning_curve(metrics: Mapping[str, Any]) -> list[str]:
+    """State what more training photos would bring, if it was estimated."""
+    curve = metrics.get("learning_curve")
+    return [f"{format_learning_curve(curve)}\n"] if curve else []
 
 
 def _none_of_these(manifest: Mapping[str, Any]) -> str:

@@ -104,6 +104,27 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> 
     return save_png(figure, path)
 
 
+def plot_learning_curve(curve: Mapping[str, Any], path: Path) -> Path:
+    """Plot the out-of-fold accuracy and log loss by the number of training images, with the estimate for more of them."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure.suptitle("What more training photos would bring", x=0.01, ha="left")
+    panels = (("accuracy", "accuracy (% of photos)", 100.0), ("log_loss", "log loss (nats)", 1.0))
+    for axes, (key, unit, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+        values, low, high = (np.array([scale * row[end] for row in curve[key]]) for end in ("value", "low", "high"))
+        axes.errorbar(curve["photos"], values, yerr=[values - low, high - values], fmt="o-", color=BLUE, capsize=3)
+        gain = {end: scale * curve["gain"][key][end] for end in ("value", "low", "high")}
+        digits = 2 if key == "accuracy" else 4
+        change = f"{gain['value']:+.{digits}f} ({gain['low']:+.{digits}f} to {gain['high']:+.{digits}f})"
+        axes.set(xscale="log", xlabel="training photos (log scale)", ylabel=unit)
+        axes.set_title(f"{curve['more_photos']:,} more photos: {change}")
+        axes.xaxis.set_major_locator(FixedLocator(curve["photos"]))
+        axes.xaxis.set_major_formatter(FixedFormatter([f"{count:,}" for count in curve["photos"]]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+    return save_png(figure, path)
+
+
 def plot_ood_scores(
     scores: NDArray[np.float32], neither_scores: NDArray[np.float32] | None, max_score: float, path: Path
 ) -> Path:

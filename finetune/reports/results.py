@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from finetune.io.progress import step
 from finetune.metrics.classification import format_summary
 from finetune.metrics.groups import compute_metrics_of_groups
+from finetune.metrics.learning_curve import format_learning_curve
 from finetune.metrics.ood import format_ood, measure_ood
 from finetune.metrics.slices import METHOD as SLICES_METHOD
 from finetune.metrics.slices import compute_slices, format_slices
@@ -35,6 +36,7 @@ def write_results(
     history: Sequence[Mapping[str, float]] = (),
     max_ood_score: float | None = None,
     neither_scores: NDArray[np.float32] | None = None,
+    curve: Mapping[str, Any] | None = None,
     seed: int = 0,
     plots: PlotProcess | None = None,
 ) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def write_results(
         history: One row per epoch, for the learning curves.
         max_ood_score: The limit of the OOD score, if the predictions have scores.
         neither_scores: (M,) OOD scores of images of none of the classes.
+        curve: The result of ``learning_curve``, if there is one.
         seed: Seed of the bootstrap and of the random sheets.
         plots: Starts to draw the plots, so that the caller can continue. None: they are drawn when this returns.
 
@@ -74,6 +77,8 @@ def write_results(
         metrics["ood"] = measure_ood(
             predictions.ood_scores, neither, max_score=max_ood_score, groups=predictions.group_numbers, seed=seed
         )
+    if curve:
+        metrics["learning_curve"] = dict(curve)
     folder.mkdir(parents=True, exist_ok=True)
     predictions.write_csv(folder / PREDICTIONS)
     similarity.write(folder)
@@ -87,6 +92,7 @@ def write_results(
             uncalibrated=uncalibrated,
             max_ood_score=max_ood_score,
             neither_scores=neither_scores,
+            curve=curve,
             seed=seed,
         )
         own_plots.wait()
@@ -95,5 +101,11 @@ def write_results(
 
 def format_results(metrics: Mapping[str, Any]) -> str:
     """Format the result of ``write_results`` as a short text."""
-    ood = metrics.get("ood")
-    return "\n".join(filter(None, [format_summary(metrics), format_slices(metrics), format_ood(ood) if ood else ""]))
+    ood, curve = metrics.get("ood"), metrics.get("learning_curve")
+    texts = [
+        format_summary(metrics),
+        format_slices(metrics),
+        format_ood(ood) if ood else "",
+        format_learning_curve(curve) if curve else "",
+    ]
+    return "\n".join(filter(None, texts))
