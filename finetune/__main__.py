@@ -27,6 +27,7 @@ COMMANDS = {
     "merge": "add the pretrained weights to a bundle without the full weights",
     "models": "list the available networks",
     "visualize": "draw a network's filters and the feature maps of a photo",
+    "tune": "choose a network and its head by cross-validation of cached features",
     "compare": "train several networks on the same photos and compare them",
 }
 RENAMED = {"join": "merge", "bakeoff": "compare", "kernels": "visualize", "sample": "synthesize"}

@@ -20,6 +20,8 @@ from models.networks.spec import LINEAR, LOGISTIC, PLAIN, STANDARD, UNIT, Recipe
 BALANCED, NONE, TRAINING, EQUAL = "balanced", "none", "training", "equal"
 HUB = "hf://"  # begins the name of a data set of the Hugging Face Hub
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "digits")
+PRESETS = ("best", "balanced", "fast")
+SELECTED_BY_PRESET = ("backbone", "head", "normalization", "penalty")
 # Settings of training in epochs, which --head logistic does not have.
 EPOCH_SETTINGS = ("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "patience")
 
@@ -53,6 +55,8 @@ class Config:
     reviews_from: str | None = _setting(
         None, "reviews from a gallery's URL (API key in REVIEWS_KEY) or its database (sqlite:///FILE, postgresql://...)"
     )
+    preset: str | None = _setting(None, "take the network and the head from the results of `finetune tune`", choices=PRESETS)
+    tuning: Path | None = _setting(None, "tune.json to take the --preset from (default: runs/DATA-tune/tune.json)")
     output_dir: Path | None = _setting(None, "run directory (default: runs/DATA-BACKBONE)")
     weights: str | None = _setting(None, "initial state dict (.pth or .safetensors); `none` for random weights")
     head: str | None = _setting(
@@ -250,6 +254,8 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
         if name not in hints:
             raise ConfigError(f"Unknown setting {name!r}.{did_you_mean(name, hints)} See `finetune train --help`.")
         converted[name] = _convert(name, value, hints[name])
+    if converted.get("preset") and (others := [name for name in SELECTED_BY_PRESET if converted.get(name) is not None]):
+        raise ConfigError(f"--preset and --{others[0]} cannot be combined, as the preset chooses both. Remove one of the two.")
     if converted.get("labels") and "data_dir" not in converted:
         converted["data_dir"] = default_data_dir(converted["labels"])
     return Config(**converted)

@@ -35,6 +35,7 @@ from finetune.io.threaded_map import batched, threaded_map
 from finetune.metrics.calibration import apply_temperature, fit_balanced_temperature, fit_temperature
 from finetune.metrics.learning_curve import learning_curve
 from finetune.metrics.operating_points import parse_targets
+from finetune.presets import apply_preset
 from finetune.reports.plot_process import PlotProcess
 from finetune.reports.results import write_results
 from finetune.training import run_directory
@@ -77,8 +78,9 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         UserError: For every error that the user can fix (settings, data, weights, storage).
     """
     source = source_folder(config)
+    config = apply_preset(with_data_dir(config))
     spec = get_spec(config.backbone)
-    config = resolve_config(with_data_dir(config), spec)
+    config = resolve_config(config, spec)
     folder = config.output_dir or default_run_dir(config)
     distributed.require_same_on_all_ranks("class weights", config.class_weights)
     requested = config

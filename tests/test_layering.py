@@ -23,7 +23,7 @@ LAYERS = {
         "__init__",
     ),
     "finetune": (
-        "config",
+        "config presets",
         "io",
         "compute",
         "data",
@@ -34,6 +34,7 @@ LAYERS = {
         "export",
         "batch_inference",
         "evaluation",
+        "tuning",
         "pipeline",
         "compare introspection",
         "api",

@@ -1,0 +1,56 @@
+"""``finetune tune``: compare networks, joins of networks and their heads by cross-validation, and choose presets."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from finetune import config as settings
+from finetune.data.label_source import locate_data
+from finetune.io.progress import step
+from finetune.presets import TUNING_FILE, default_tuning_dir
+
+SHARED_SETTINGS = (
+    "labels",
+    "valid_fraction",
+    "allow_leakage",
+    "allow_class_mismatch",
+    "device",
+    "precision",
+    "seed",
+    "workers",
+    "cache_dir",
+    "cache_limit_mb",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "data_dir",
+        type=Path,
+        nargs="?",
+        metavar="DATA",
+        help="folder with train/CLASS/ and valid/CLASS/ (default: that of --labels)",
+    )
+    parser.add_argument(
+        "--backbones",
+        metavar="A,B,A+B",
+        help="comma-separated networks, joins (A+B), and networks with mirror images (A+flip); default: networks with local "
+        "weights, with and without mirror images, and pairs of them",
+    )
+    parser.add_argument("--output-dir", type=Path, metavar="OUT", help="folder for the results (default: runs/DATA-tune)")
+    settings.add_flags(parser, SHARED_SETTINGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``finetune tune``: print the table and write tune.json."""
+    with step("Loading PyTorch"):
+        from finetune.tuning.tuner import tune
+
+    shared = {key: value for key, value in vars(args).items() if key in SHARED_SETTINGS}
+    data_dir, _ = locate_data(args.data_dir, shared.get("labels"))
+    out = args.output_dir or default_tuning_dir(data_dir)
+    print("\n" + tune(data_dir, args.backbones, out, shared))
+    tuning = "" if args.output_dir is None else f" --tuning {out / TUNING_FILE}"
+    print(f"Next: finetune train --data-dir {data_dir} --preset best{tuning}")
+    return 0
