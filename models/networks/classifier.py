@@ -199,7 +199,7 @@ def match_tensors(expected: StateDict, base: StateDict, spec: ModelSpec) -> dict
 
 def _match_parts(base: StateDict, spec: ModelSpec) -> dict[str, Tensor]:
     """Match the tensors of each network of a join with those of the network alone, and leave out its head."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for number, part in enumerate(spec.parts):
         prefix = part_prefix(number)
         own = {name.removeprefix(prefix): tensor for name, tensor in base.items() if name.startswith(prefix)}
