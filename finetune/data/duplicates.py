@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.image_folder import Dataset, move_to_train
-from finetune.data.inspection import ImageRecord
+from finetune.data.inspection import APPEARANCE_BYTES, ImageRecord
 
 HASH_BYTES = 8
 MAX_HASH_DISTANCE = 3
@@ -34,6 +34,7 @@ def find_duplicates(records: Sequence[ImageRecord]) -> list[tuple[ImageRecord, .
     pairs = [(i, first.setdefault(record.sha256, i)) for i, record in enumerate(readable)]
     distinct = sorted(first.values())
     prints = np.array([readable[i].fingerprint for i in distinct], dtype=np.uint8).reshape(len(distinct), -1)
+    prints = prints[:, :APPEARANCE_BYTES]
     pairs += [(distinct[a], distinct[b]) for a, b in _near_duplicates(prints)]
     groups = _collect(readable, connect(pairs, len(readable)))
     duplicates = [tuple(sorted(group, key=lambda s: s.sample.name)) for group in groups]

@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from finetune.data.image_files import read_image_file, unreadable
 from finetune.data.image_folder import Sample
+from finetune.data.odd_files import MEASURES, measure_image, odd_file_column
 from finetune.io.array_store import ArrayStore
 from finetune.io.threaded_map import threaded_map
 from models.errors import DataError, ImageError
 from models.preprocess import MIN_DECODE_PX, Preprocessing, decode, decoder_versions
 
 THUMB_PX = 16
+APPEARANCE_BYTES = 8 + 3 * THUMB_PX**2  # of a fingerprint, for duplicate search
 EXACT_PX = 32  # the perceptual hash works at this size and cannot tell images this small apart
 
 
@@ -86,12 +88,21 @@ class BatchingConsumer(ABC):
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """Inspection result of one image. ``fingerprint`` (8 + 768,) uint8 is its perceptual hash followed by a thumbnail."""
+    """Inspection result of one image.
+
+    ``fingerprint`` is (8 + 768 + 24,) uint8: a perceptual hash, a thumbnail, and the bytes of ``measure_image``.
+    """
 
     sample: Sample
     sha256: str
     fingerprint: NDArray[np.uint8] | None
     error: str | None
+
+    @property
+    def measures(self) -> NDArray[np.float32]:
+        """What ``odd_files.measure_image`` measured. The image must be readable."""
+        assert self.fingerprint is not None
+        return self.fingerprint[APPEARANCE_BYTES:].copy().view(np.float32)
 
 
 def inspect_images(
@@ -130,11 +141,11 @@ def inspect_images(
         if sha256 in store and not is_needed:
             return ImageRecord(sample, sha256, None, None), None
         try:
-            image = decode(data, min_side_px=decode_px)
+            image, size = _decode_with_size(data, decode_px)
         except ImageError as error:
             return ImageRecord(sample, sha256, None, str(error)), None
         pixels = preprocessing.crop(image) if preprocessing and is_needed else None
-        return ImageRecord(sample, sha256, None if sha256 in store else fingerprint(image), None), pixels
+        return ImageRecord(sample, sha256, None if sha256 in store else fingerprint(image, size), None), pixels
 
     records: list[ImageRecord] = []
     try:
@@ -157,11 +168,12 @@ def inspect_images(
 
 
 def table_columns(records: Sequence[ImageRecord]) -> dict[str, Any]:
-    """Return the columns of a table, as arguments of ``Predictions``: the groups and the facets of images, in order."""
+    """Return columns of images as arguments of ``Predictions``: groups, facets, and what is odd about the files, in order."""
     names = dict.fromkeys(name for record in records for name in record.sample.facets)
     return {
         "groups": tuple(record.sample.group for record in records),
         "facets": {name: tuple(record.sample.facets.get(name, "") for record in records) for name in names},
+        "odd_files": odd_file_column([record.measures for record in records]),
     }
 
 
@@ -194,9 +206,16 @@ def _with_fingerprint(record: ImageRecord, cached: Mapping[str, NDArray[np.uint8
         return replace(record, fingerprint=cached[record.sha256])
     try:
         data = read_inspected(record.sample.path, record.sha256)
-        return replace(record, fingerprint=fingerprint(decode(data, min_side_px=decode_px)))
+        return replace(record, fingerprint=fingerprint(*_decode_with_size(data, decode_px)))
     except ChangedImageError:
         return replace(record, error="the file changed while it was read")
+
+
+def _decode_with_size(data: bytes, decode_px: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode an image, possibly at a reduced size. Returns its full width and height as well. Raises ImageError."""
+    sizes: list[tuple[int, int]] = []
+    image = decode(data, min_side_px=decode_px, inspect=lambda opened: sizes.append(opened.size))
+    return image, sizes[-1]
 
 
 def _reason(error: Exception) -> str:
@@ -210,6 +229,7 @@ def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
     """
     return {
         "what": "fingerprint",
+        "measures": MEASURES,
         "phash_bits": 64,
         "thumb_px": THUMB_PX,
         "exact_px": EXACT_PX,
@@ -219,11 +239,18 @@ def fingerprint_context(decode_px: int = MIN_DECODE_PX) -> dict[str, Any]:
     }
 
 
-def fingerprint(image: Image.Image) -> NDArray[np.uint8]:
-    """Compute a fingerprint for duplicate search: 8 bytes of perceptual hash and a 16 x 16 RGB thumbnail, (776,) uint8.
+def fingerprint(image: Image.Image, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Compute a fingerprint: 8 bytes of perceptual hash and a 16 x 16 RGB thumbnail for duplicate search, and six measures.
 
     The hash is imagehash's `phash <https://github.com/JohannesBuchner/imagehash>`_. For images of up to 32 x 32 px it is
     replaced by the start of the sha256 of the pixels, so that only exact repeats match.
+
+    Args:
+        image: The image, which may have been decoded at a reduced size.
+        size: Its full width and height, if it was.
+
+    Returns:
+        (800,) uint8.
     """
     small = image.reduce(max(1, min(image.size) // 128))
     if max(image.size) <= EXACT_PX:
@@ -231,4 +258,5 @@ def fingerprint(image: Image.Image) -> NDArray[np.uint8]:
     else:
         bits = np.packbits(imagehash.phash(small).hash.flatten())
     thumb = small.resize((THUMB_PX, THUMB_PX), Image.Resampling.BOX)
-    return np.concatenate([bits, np.asarray(thumb).reshape(-1)])
+    measures = measure_image(image, size or image.size).view(np.uint8)
+    return np.concatenate([bits, np.asarray(thumb).reshape(-1), measures])

@@ -21,6 +21,7 @@ SUM_TOLERANCE = 1e-3  # half-precision probabilities may sum to 1 only within th
 LEADING_COLUMNS = ["photo", "label", "predicted"]
 TRAILING_COLUMNS = ["loss", "split", "sha256"]
 GROUP_COLUMN, FACET_PREFIX = "group", "facet_"  # after the trailing columns, for photos of a table
+ODD_FILE_COLUMN = "odd_file"  # with them, if a photo is odd
 OOD_COLUMN = "ood_score"  # before the trailing columns; missing for a model without the score
 RERUN_HINT = "Run `finetune evaluate` again to recreate the file."
 
@@ -89,6 +90,7 @@ class Predictions:
         sha256s: The SHA-256 of each image file.
         groups: The group of each image, empty for an image of its own; no entries if there are no groups.
         facets: The values of further columns of a table for each image, by the column's name.
+        odd_files: What is odd about the file of each image, such as "dark, odd shape"; no entries if nothing is.
         ood_scores: (N,) how unlike the training images each image is, or None if the model has no such score.
     """
 
@@ -101,6 +103,7 @@ class Predictions:
     groups: tuple[str, ...] = ()
     facets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ood_scores: NDArray[np.float32] | None = None
+    odd_files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.classes or len(set(self.classes)) != len(self.classes):
@@ -110,7 +113,8 @@ class Predictions:
                 f"Expected one label, split and sha256 per image; got {len(self.image_names)} images, "
                 f"{len(self.labels)} labels, {len(self.splits)} splits and {len(self.sha256s)} sha256s."
             )
-        for name, values in {"group": self.groups or self.sha256s, **self.facets}.items():
+        columns = {"group": self.groups or self.sha256s, "odd file": self.odd_files or self.sha256s, **self.facets}
+        for name, values in columns.items():
             if len(values) != len(self.labels):
                 raise ValueError(f"Expected one {name} per image, got {len(values)} for {len(self.labels)} images.")
         if self.ood_scores is not None and self.ood_scores.shape != (len(self.labels),):
@@ -150,12 +154,13 @@ class Predictions:
         """Write one row per image, atomically: photo, label, predicted, p_<class>..., loss, split, sha256.
         The column ood_score before the loss is written if there are scores.
 
-        The column group follows if there are groups, and a column facet_<name> for each facet.
+        The columns group and odd_file follow if they are not empty, and a column facet_<name> for each facet.
 
         ``label`` and ``predicted`` are class names. Nine significant digits preserve every float32 exactly.
         """
         predicted, losses = self.predicted, self.losses
         table = {GROUP_COLUMN: self.groups} if any(self.groups) else {}
+        table |= {ODD_FILE_COLUMN: self.odd_files} if any(self.odd_files) else {}
         table |= {f"{FACET_PREFIX}{name}": values for name, values in self.facets.items()}
         # surrogateescape: on Linux a file name may not be valid UTF-8
         with atomic_write(path) as temp, temp.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -198,16 +203,29 @@ class Predictions:
                 ood_scores[i] = _parse_ood_score(row[-1 - len(TRAILING_COLUMNS)], position)
         image_names, splits, sha256s = (tuple(row[column] for row in rows) for column in (0, -2, -1))
         columns = dict(zip(table, map(tuple, zip(*table_rows, strict=True)), strict=False)) if rows else {}
-        groups = columns.pop(GROUP_COLUMN, ())
+        groups, odd_files = columns.pop(GROUP_COLUMN, ()), columns.pop(ODD_FILE_COLUMN, ())
         facets = {name.removeprefix(FACET_PREFIX): values for name, values in columns.items()}
         return cls(
-            classes, image_names, labels, probabilities, splits, sha256s, groups=groups, facets=facets, ood_scores=ood_scores
+            classes,
+            image_names,
+            labels,
+            probabilities,
+            splits,
+            sha256s,
+            groups=groups,
+            facets=facets,
+            ood_scores=ood_scores,
+            odd_files=odd_files,
         )
 
 
 def _split_header(header: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Divide a header into the columns up to sha256, and those of a table: group and facet_<name>."""
-    table = list(itertools.takewhile(lambda name: name == GROUP_COLUMN or name.startswith(FACET_PREFIX), reversed(header)))
+    """Divide a header into the columns up to sha256, and those after it: group, odd_file and facet_<name>."""
+
+    def is_further(name: str) -> bool:
+        return name in (GROUP_COLUMN, ODD_FILE_COLUMN) or name.startswith(FACET_PREFIX)
+
+    table = list(itertools.takewhile(is_further, reversed(header)))
     return list(header[: len(header) - len(table)]), table[::-1]
 
 

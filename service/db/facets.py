@@ -13,12 +13,13 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, Table, func, insert, select
 
-from models.artifacts.facets import make_facets
+from models.artifacts.facets import Facet, make_facets
 from models.artifacts.predictions import GROUP_COLUMN, Predictions
 from service.db.schema import facet_columns, facet_values, photo_columns, photo_facets, predictions
 from service.db.text import encode_file_name
 
 CHUNK_ROWS = 5_000
+ODD_FILE = "odd file"  # a column of what evaluations measure; a photo has several of its values, or none
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ def import_columns(
         rows: The rows of ``table`` that were inserted.
     """
     columns = {name: list(map(encode_file_name, values)) for name, values in _columns(table).items()}
+    facets = make_facets(columns)
+    if table.odd_files:
+        columns[ODD_FILE] = list(table.odd_files)
+        kinds = list(dict.fromkeys(kind for text in table.odd_files for kind in _kinds(text)))
+        facets.append(Facet(ODD_FILE, table.odd_files, tuple(kinds)))
     if not columns or not rows:
         return
     names = list(map(encode_file_name, table.image_names))
@@ -62,7 +68,7 @@ def import_columns(
         if (values := {name: column[row] for name, column in columns.items() if column[row]})
     ]
     links: list[dict[str, int]] = []
-    for facet in make_facets(columns):
+    for facet in facets:
         value_ids = {
             value: _get_or_create(
                 connection, facet_values, {"position": position}, column_id=column_ids[facet.name], value=value
@@ -70,8 +76,9 @@ def import_columns(
             for position, value in enumerate(facet.order)
         }
         links += [
-            {"facet_value_id": value_ids[facet.values[row]], "prediction_id": id_, "bucket_id": bucket_id}
+            {"facet_value_id": value_ids[value], "prediction_id": id_, "bucket_id": bucket_id}
             for row, (id_, bucket_id) in own.items()
+            for value in (_kinds(facet.values[row]) if facet.name == ODD_FILE else [facet.values[row]])
         ]
     for target, all_rows in ((photo_columns, stored), (photo_facets, links)):
         for start in range(0, len(all_rows), CHUNK_ROWS):
@@ -165,6 +172,11 @@ def count_values(
         own.append(link.bucket_id.in_(bucket_ids))
     rows = connection.execute(select(link.facet_value_id, func.count()).where(*own).group_by(link.facet_value_id))
     return {row[0]: row[1] for row in rows}
+
+
+def _kinds(text: str) -> list[str]:
+    """Split what is odd about a file: "dark, odd shape"."""
+    return text.split(", ") if text else []
 
 
 def _columns(table: Predictions) -> dict[str, Sequence[str]]:

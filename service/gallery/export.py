@@ -11,14 +11,15 @@ from typing import Any
 
 from flask import Blueprint, Response, request, stream_with_context, url_for
 
-from models.artifacts.predictions import FACET_PREFIX, GROUP_COLUMN
+from models.artifacts.predictions import FACET_PREFIX, GROUP_COLUMN, ODD_FILE_COLUMN
 from models.artifacts.reviews import write_reviews
 from models.artifacts.text_table import csv_writer
 from service.context import gallery
 from service.db import production
 from service.db.connection import Database
-from service.db.facets import list_columns, load_columns
+from service.db.facets import ODD_FILE, list_columns, load_columns
 from service.db.filter import FLAGS, Filter
+from service.db.query import ViewVersion
 from service.db.records import ModelRecord, PredictionRecord
 from service.db.text import decode_file_name
 from service.gallery import sidebar
@@ -38,12 +39,14 @@ bp = Blueprint("exports", __name__)
 @bp.get("/gallery/correct.json", endpoint="correct_json", defaults={"outcome": "correct"})
 @bp.get("/gallery/incorrect.json", endpoint="incorrect_json", defaults={"outcome": "incorrect"})
 def as_json(outcome: str = "") -> Response:
-    """Stream {"total": N, "rows": [...]} with all photos of the filter."""
+    """Stream {"total": N, "view": VERSION, "rows": [...]} with all photos of the filter."""
     filters = _filter(outcome)
+    with gallery().database.read() as connection:  # first: what is stored later has not been seen
+        view = ViewVersion.load(connection)
     total, model, rows = _query_all(filters)
 
     def stream() -> Iterator[str]:
-        yield f'{{"total": {total}, "rows": ['
+        yield f'{{"total": {total}, "view": "{view}", "rows": ['
         for number, (photo, columns) in enumerate(rows):
             yield (",\n" if number else "\n") + json.dumps(row_to_json(photo, model, columns))
         yield "]}\n"
@@ -62,7 +65,8 @@ def as_csv(outcome: str = "") -> Response:
         names = list_columns(connection, model.id)
     header = ["photo", "label", "predicted", *(f"p_{name}" for name in model.classes), "loss", "split", "sha256"]
     header += ["source", "outcome", "confidence", "margin", "ood_score", "review", "flags", "new_label", "note", "reviewer"]
-    header += [name if name == GROUP_COLUMN else f"{FACET_PREFIX}{name}" for name in names]
+    own = {GROUP_COLUMN: GROUP_COLUMN, ODD_FILE: ODD_FILE_COLUMN}
+    header += [own.get(name, f"{FACET_PREFIX}{name}") for name in names]
     lines = (
         [*_csv_row(photo), *(_escape_formula(decode_file_name(columns.get(name, ""))) for name in names)]
         for photo, columns in rows
