@@ -166,6 +166,9 @@ class Settings:
         5.0, "time to wait for a database connection or lock; requests that exceed it get 503", low=0.1, high=600
     )
     evaluations: tuple[Path, ...] = _setting((), "further bundles and evaluations to show in the gallery, comma-separated")
+    max_selected: int = _setting(
+        5_000, "photos that one review in the gallery may change; a larger selection gets 413", low=1, high=1_000_000
+    )
     save_predictions: bool = _setting(False, "1 saves the images sent to /predict for the gallery")
     max_saved: int = _setting(
         10_000, "number of images to save; the oldest unreviewed ones are deleted", low=1, high=10_000_000

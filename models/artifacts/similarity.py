@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
@@ -22,6 +23,7 @@ from models.errors import BundleError
 
 EMBEDDINGS, DUPLICATES = "embeddings.npz", "duplicates.csv"
 SIMILARITY_FILES = (EMBEDDINGS, DUPLICATES)
+MAP_SIZE = 9_999  # the largest coordinate of a map
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,53 @@ class SimilarityIndex:
         top = np.argpartition(-similarity, count)[:count] if count else np.zeros(0, dtype=np.intp)
         ordered = sorted(top.tolist(), key=lambda other: (-similarity[other], other))
         return [(other, float(similarity[other])) for other in ordered]
+
+    def similar_to(self, row: int, min_similarity: float) -> list[int]:
+        """Find all rows with at least this cosine similarity to ``row``, including itself."""
+        similarity = self._float32 @ self._float32[row]
+        similarity[row] = 1.0
+        return np.flatnonzero(similarity >= min_similarity).tolist()
+
+    def inside(self, polygon: Sequence[tuple[int, int]]) -> list[int]:
+        """Find the rows whose points on the map are inside a polygon, by the even-odd rule."""
+        x, y = self.points.T.astype(np.float64)
+        is_inside = np.zeros(len(x), dtype=np.bool_)
+        for (x1, y1), (x2, y2) in zip(polygon, (*polygon[1:], polygon[0]), strict=True):
+            if y1 != y2:
+                crosses = (y1 > y) != (y2 > y)
+                is_inside ^= crosses & (x < (x2 - x1) * (y - y1) / (y2 - y1) + x1)
+        return np.flatnonzero(is_inside).tolist()
+
+    @cached_property
+    def row_by_sha256(self) -> dict[str, int]:
+        """The first row of each image."""
+        return {sha256: row for row, sha256 in reversed(list(enumerate(self.sha256s)))}
+
+    @cached_property
+    def points(self) -> NDArray[np.int64]:
+        """A map of the embeddings: (N, 2) coordinates from 0 to MAP_SIZE, along their first two principal components.
+
+        The embeddings were reduced by PCA when they were evaluated, so this takes milliseconds. UMAP separates more clusters,
+        but needs numba (over 100 MB) and is not reproducible between machines.
+        """
+        if not len(self.embeddings):
+            return np.zeros((0, 2), dtype=np.int64)
+        centered = self._float32 - self._float32.mean(axis=0)
+        _, components = np.linalg.eigh(centered.T @ centered)  # ascending eigenvalues
+        axes = components[:, ::-1][:, :2]
+        axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])] < 0, -1, 1)  # fixes the signs
+        points = np.zeros((len(centered), 2))
+        points[:, : axes.shape[1]] = centered @ axes
+        low, high = points.min(axis=0), points.max(axis=0)
+        scale = (high - low).max() or 1.0  # one scale for both axes, so that distances can be compared
+        return np.asarray(np.rint((points - (low + high) / 2) / scale * MAP_SIZE + MAP_SIZE / 2), dtype=np.int64)
+
+    @cached_property
+    def groups(self) -> dict[str, int]:
+        """The number of the duplicate group of each evaluated image that shares one with another, by sha256."""
+        evaluated = [duplicate for duplicate in self.duplicates if duplicate.sha256 in self.row_by_sha256]
+        sizes = Counter(duplicate.group for duplicate in evaluated)
+        return {duplicate.sha256: duplicate.group for duplicate in evaluated if sizes[duplicate.group] > 1}
 
     def duplicates_of(self, name: str) -> tuple[DuplicateRow, ...]:
         """Return the duplicate group of the image with this SHA-256 or name, including the image; empty if it has none."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,18 @@ OUTCOMES = ("correct", "incorrect", "unlabeled")
 SOURCES = ("evaluation", "out-of-fold", "production")
 REVIEWS = ("unreviewed", "confirmed", "relabeled", "neither", "bad")
 FLAGS = ("duplicate", "mislabeled", "unlike")
-CHANGES = ("fixed", "broke", "both-correct", "both-incorrect")
+CHANGES = ("fixed", "broke", "both-correct", "both-incorrect", "disagree")
 MAX_CACHED = 200  # characters of a value whose encoded form is cached: clients may send long ones
+COLLAPSE = "collapse"  # one card for each group of near duplicates
+DEFAULT_SIMILARITY = 50  # percent
+DIGEST = re.compile(r"[0-9a-f]{64}")
+REGION = re.compile(r"[0-9a-f]{1,64}(:\d{1,4},\d{1,4}){3,128}")
 PAGE_SIZES = (24, 48, 72, 96)
 SORT_ORDERS = {  # sort -> its default direction, and a label for each direction
     "loss": ("desc", {"desc": "highest loss first", "asc": "lowest loss first"}),
     "confidence": ("desc", {"desc": "most confident first", "asc": "least confident first"}),
     "margin": ("asc", {"asc": "closest call first", "desc": "clearest call first"}),
+    "outlier": ("desc", {"desc": "least like the training photos first", "asc": "most like the training photos first"}),
     "newest": ("desc", {"desc": "newest first", "asc": "oldest first"}),
     "name": ("asc", {"asc": "by name", "desc": "by name (Z\u2013A)"}),
     "random": ("asc", {"asc": "in random order", "desc": "in reverse random order"}),
@@ -42,6 +48,10 @@ FACETS = {
     "flag": "flags",
 }
 PARAMETERS = {**FACETS, "facet": "facets"}  # a value of a further column of the table of labels, as COLUMN:VALUE
+OTHER_PARAMETERS = (
+    *("confidence", "baseline", "change", "similar", "min_similarity", "duplicates", "region"),
+    *("sort", "order", "seed", "per_page"),
+)
 FACET_VALUES = {"outcome": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
 
 
@@ -52,6 +62,10 @@ class Filter:
     Values of one facet are alternatives; several facets must all match. ``facets`` are values of further columns, as
     "column:value". ``confidence`` is in whole percent, without the upper end unless it is 100. ``change`` compares with the
     model whose version is ``baseline``.
+
+    ``similar`` is the sha256 of a photo to which the others have a similarity of at least ``min_similarity`` percent.
+    ``duplicates`` is COLLAPSE, or the sha256 of a photo to show its near duplicates. ``region`` is a polygon on a map of the
+    embeddings, as "MAP:x,y:x,y:x,y". See PhotoSelector.
     """
 
     model: str
@@ -66,6 +80,10 @@ class Filter:
     confidence: tuple[int, int] = (0, 100)
     baseline: str = ""
     change: str = ""
+    similar: str = ""
+    min_similarity: int = DEFAULT_SIMILARITY
+    duplicates: str = ""
+    region: str = ""
     sort: str = "loss"
     order: str = "desc"
     seed: int = 0
@@ -80,6 +98,9 @@ class Filter:
             pairs.append(("confidence", "{}-{}".format(*self.confidence)))
         if self.change:
             pairs += [("baseline", self.baseline), ("change", self.change)]
+        if self.similar:
+            pairs += [("similar", self.similar), ("min_similarity", self.min_similarity)]
+        pairs += [(name, value) for name in ("duplicates", "region") if (value := getattr(self, name))]
         if self.sort != "loss":
             pairs.append(("sort", self.sort))
         if self.order != SORT_ORDERS[self.sort][0]:
@@ -140,7 +161,7 @@ def parse_filter(params: MultiDict[str, str], *, model: str, extra: Iterable[str
     Raises:
         InvalidFilterError: A parameter is unknown or has an invalid value.
     """
-    known = ("model", *PARAMETERS, "confidence", "baseline", "change", "sort", "order", "seed", "per_page")
+    known = ("model", *PARAMETERS, *OTHER_PARAMETERS)
     for name, value in params.items(multi=True):
         if name not in (*known, *extra):
             raise InvalidFilterError(f"Unknown parameter {name!r}. Valid parameters: {', '.join((*known, *extra))}.")
@@ -153,11 +174,17 @@ def parse_filter(params: MultiDict[str, str], *, model: str, extra: Iterable[str
         confidence=_parse_range(params.get("confidence", "")),
         baseline=params.get("baseline", ""),
         change=_parse_choice(params, "change", CHANGES, ""),
+        similar=_parse_pattern(params, "similar", DIGEST, "the SHA-256 of a photo"),
+        min_similarity=parse_int(params, "min_similarity", DEFAULT_SIMILARITY, min_value=0, max_value=100),
+        duplicates=_parse_duplicates(params),
+        region=_parse_pattern(params, "region", REGION, "a polygon MAP:x,y:x,y:x,y of 3 to 128 points"),
         sort=sort,
         order=_parse_choice(params, "order", ("asc", "desc"), SORT_ORDERS[sort][0]),
         seed=parse_int(params, "seed", 0, min_value=0, max_value=2**31 - 1),
         per_page=parse_int(params, "per_page", 48, min_value=PAGE_SIZES[0], max_value=PAGE_SIZES[-1]),
     )
+    if not filters.similar:
+        filters = filters.replace(min_similarity=DEFAULT_SIMILARITY)
     if bool(filters.baseline) != bool(filters.change):
         raise InvalidFilterError("`baseline` (the version of another model) and `change` require each other. Send both.")
     return filters
@@ -190,6 +217,19 @@ def _parse_choice(params: Mapping[str, str], name: str, values: tuple[str, ...],
     if value != default and value not in values:
         raise InvalidFilterError(f"Invalid `{name}`: {value!r}. Valid values: {', '.join(values)}.")
     return value
+
+
+def _parse_pattern(params: Mapping[str, str], name: str, pattern: re.Pattern[str], expected: str) -> str:
+    value = params.get(name, "")
+    if value and not pattern.fullmatch(value):
+        raise InvalidFilterError(f"`{name}` must be {expected} (got {value[:40]!r}).")
+    return value
+
+
+def _parse_duplicates(params: Mapping[str, str]) -> str:
+    if params.get("duplicates") == COLLAPSE:
+        return COLLAPSE
+    return _parse_pattern(params, "duplicates", DIGEST, f"{COLLAPSE} or the SHA-256 of a photo")
 
 
 def _parse_range(text: str) -> tuple[int, int]:
@@ -231,6 +271,12 @@ def describe_filter(filters: Filter, total: int, *, name: str, baseline_name: st
         clauses.append(f"confidence {f'{low}% or more' if high == 100 else f'{low} to {high}%'}")
     if filters.flags:
         clauses.append(_either([_FLAGS[flag] for flag in filters.flags]))
+    if filters.similar:
+        clauses.append(f"similarity of {filters.min_similarity}% or more")
+    if filters.region:
+        clauses.append("in a region of the map")
+    if filters.duplicates:
+        clauses.append("near duplicates as one" if filters.duplicates == COLLAPSE else "near duplicates of one another")
     if filters.change:
         clauses.append(_CHANGES[filters.change].format(baseline=baseline_name or filters.baseline))
     if filters.reviews:
@@ -254,6 +300,7 @@ _CHANGES = {
     "broke": "broken since {baseline}",
     "both-correct": "also correct in {baseline}",
     "both-incorrect": "also incorrect in {baseline}",
+    "disagree": "predicted differently by {baseline}",
 }
 _REVIEWS = {
     "unreviewed": "not reviewed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Row, case, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, case, insert, select, update
 
 from models.artifacts.predictions import Predictions, cross_entropy
 from service.db.facets import import_columns
@@ -21,10 +21,12 @@ from service.db.schema import RANGE_COLUMNS, UNKNOWN, buckets, current_reviews, 
 from service.db.text import encode_file_name
 
 CHUNK_ROWS = 5_000
+MANY_BUCKETS = 20  # from this number on, all buckets of a model are read at once
 DIMENSIONS = ("source", "split", "label", "predicted", "percent", "review", "duplicate", "mislabeled", "unlike")
 _PERCENTS = [n / 100 for n in range(100)]  # confidence * 100 rounds: 0.29 * 100 is less than 29
 BucketKey = tuple[Any, ...]  # a value for each of DIMENSIONS
 _range_values = itemgetter(*RANGE_COLUMNS)
+_bucket_key = itemgetter(*DIMENSIONS)
 
 # The columns that BucketWriter.move needs.
 PREDICTION_COLUMNS = (
@@ -83,29 +85,60 @@ class BucketWriter:
             self.ids[key] = id_
         return self.ids[key]
 
+    def prepare(self, keys: Collection[BucketKey]) -> None:
+        """Look up or create many buckets at once, for ``get_or_create``."""
+        if len(keys) < MANY_BUCKETS:
+            return
+        own = select(buckets.c.id, *(buckets.c[name] for name in DIMENSIONS)).where(buckets.c.model_id == self.model_id)
+        self.ids |= {tuple(key): id_ for id_, *key in self.connection.execute(own)}
+        if new := [key for key in keys if key not in self.ids]:
+            rows = [dict(zip(DIMENSIONS, key, strict=True)) | {"model_id": self.model_id, "images": 0} for key in new]
+            self.connection.execute(insert(buckets), rows)
+            self.ids |= {tuple(key): id_ for id_, *key in self.connection.execute(own)}
+
     def add(self, totals: BucketTotals) -> None:
         """Add predictions to the counts and ranges of their buckets."""
-        for id_, number in sorted(totals.counts.items()):
-            values: dict[str, Any] = {"images": buckets.c.images + number}
-            for name, low, high in zip(RANGE_COLUMNS, totals.lows[id_], totals.highs[id_], strict=True):
-                first, last = buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]
-                values[first.name] = case((first < low, first), else_=low)  # a comparison with null is not true
-                values[last.name] = case((last > high, last), else_=high)
-            self.connection.execute(update(buckets).where(buckets.c.id == id_).values(values))
-
-    def move(self, row: Mapping[Any, Any], **changes: Any) -> None:
-        """Move a prediction (a row of PREDICTION_COLUMNS) to the bucket with these ``changes``, which may include its loss."""
-        new = {**row, **changes}
-        to = self.get_or_create(tuple(new[name] for name in DIMENSIONS))
-        if to == row["bucket_id"]:
+        rows = [
+            {"own_id": id_, "number": number}
+            | {f"{name}_from": low for name, low in zip(RANGE_COLUMNS, totals.lows[id_], strict=True)}
+            | {f"{name}_to": high for name, high in zip(RANGE_COLUMNS, totals.highs[id_], strict=True)}
+            for id_, number in sorted(totals.counts.items())
+        ]
+        if not rows:
             return
-        moved = update(predictions).where(predictions.c.id == row["prediction_id"])
-        self.connection.execute(moved.values(bucket_id=to, loss=new["loss"]))
-        links = update(photo_facets).where(photo_facets.c.prediction_id == row["prediction_id"])
-        self.connection.execute(links.values(bucket_id=to))
-        remove_from_bucket(self.connection, row["bucket_id"])
-        totals = BucketTotals()
-        totals.add({**new, "bucket_id": to})
+        values: dict[str, Any] = {"images": buckets.c.images + bindparam("number")}
+        for name in RANGE_COLUMNS:
+            first, last = buckets.c[f"{name}_low"], buckets.c[f"{name}_high"]
+            low, high = bindparam(f"{name}_from", type_=first.type), bindparam(f"{name}_to", type_=last.type)
+            values[first.name] = case((first < low, first), else_=low)  # a comparison with null is not true
+            values[last.name] = case((last > high, last), else_=high)
+        self.connection.execute(update(buckets).where(buckets.c.id == bindparam("own_id")).values(values), rows)
+
+    def move(self, changed: Iterable[tuple[Mapping[Any, Any], Mapping[str, Any]]]) -> None:
+        """Move predictions to other buckets.
+
+        Args:
+            changed: Each prediction (a row of PREDICTION_COLUMNS) with its new values, which may include its loss.
+        """
+        moved, removed, totals = [], Counter[int](), BucketTotals()
+        merged = [(row, {**row, **changes}) for row, changes in changed]
+        self.prepare({_bucket_key(new) for _, new in merged})
+        for row, new in merged:
+            to = self.get_or_create(_bucket_key(new))
+            if to != row["bucket_id"]:
+                moved.append({"moved_id": row["prediction_id"], "to": to, "new_loss": new["loss"]})
+                removed[row["bucket_id"]] += 1
+                totals.add({**new, "bucket_id": to})
+        if not moved:
+            return
+        each = update(predictions).where(predictions.c.id == bindparam("moved_id"))
+        self.connection.execute(each.values(bucket_id=bindparam("to"), loss=bindparam("new_loss")), moved)
+        links = update(photo_facets).where(photo_facets.c.prediction_id == bindparam("moved_id"))
+        self.connection.execute(
+            links.values(bucket_id=bindparam("to")), [{"moved_id": row["moved_id"], "to": row["to"]} for row in moved]
+        )
+        less = update(buckets).where(buckets.c.id == bindparam("own_id")).values(images=buckets.c.images - bindparam("number"))
+        self.connection.execute(less, [{"own_id": id_, "number": number} for id_, number in sorted(removed.items())])
         self.add(totals)
 
 
@@ -159,11 +192,12 @@ def import_predictions(connection: Connection, model_id: int, table: EvaluationT
         for row in rows:
             totals.add(row)
     writer.add(totals)
-    if source.facets or any(source.groups):
+    if source.facets or any(source.groups) or any(source.odd_files):
         import_columns(connection, model_id, source, _load_photos(connection, model_id), new)
-    for id_ in flagged:
-        known_row = connection.execute(select(*PREDICTION_COLUMNS).join(buckets).where(predictions.c.id == id_)).one()
-        writer.move(known_row._mapping, mislabeled=True)
+    for start in range(0, len(flagged), CHUNK_ROWS):
+        chunk = predictions.c.id.in_(flagged[start : start + CHUNK_ROWS])
+        known_rows = connection.execute(select(*PREDICTION_COLUMNS).join(buckets).where(chunk)).all()
+        writer.move((row._mapping, {"mislabeled": True}) for row in known_rows)
     connection.execute(
         insert(imports).values(
             model_id=model_id,

@@ -71,6 +71,9 @@ def compare_models(connection: Connection, a: ModelRecord, b: ModelRecord) -> Mo
 
 def select_changed(model: ModelRecord, baseline: ModelRecord, change: str) -> Select[Any]:
     """Select the ids of ``model``'s predictions with this change of outcome from ``baseline`` (one of filter.CHANGES)."""
+    if change == "disagree":
+        pairs = _pairs(baseline, model).subquery()
+        return select(pairs.c.b_id).where(pairs.c.a_predicted != pairs.c.b_predicted)
     baseline_correct, correct = {"fixed": (0, 1), "broke": (1, 0), "both-correct": (1, 1), "both-incorrect": (0, 0)}[change]
     pairs = _pairs(baseline, model).subquery()
     return select(pairs.c.b_id).where(pairs.c.truth >= 0, pairs.c.a_correct == baseline_correct, pairs.c.b_correct == correct)
@@ -90,6 +93,8 @@ def _pairs(a: ModelRecord, b: ModelRecord) -> Select[Any]:
         select(
             of_b.c.id.label("b_id"),
             truth.label("truth"),
+            bucket_a.c.predicted.label("a_predicted"),
+            bucket_b.c.predicted.label("b_predicted"),
             case((bucket_a.c.predicted == truth, 1), else_=0).label("a_correct"),
             case((bucket_b.c.predicted == truth, 1), else_=0).label("b_correct"),
         )

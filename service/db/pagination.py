@@ -21,6 +21,7 @@ SORT_COLUMNS = {
     "loss": predictions.c.loss,
     "confidence": predictions.c.confidence,
     "margin": predictions.c.margin,
+    "outlier": func.coalesce(predictions.c.ood_score, -1.0),  # photos without a score are the least unlike ones
     "newest": predictions.c.id,  # ids ascend in the order of arrival
     "name": predictions.c.photo,
     "random": predictions.c.shuffle,

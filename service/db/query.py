@@ -3,36 +3,87 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
-from sqlalchemy import Connection, func, select
+from sqlalchemy import JSON, BigInteger, Connection, Select, Text, cast, func, literal, select
 
 from models.errors import list_names
 from service.db import pagination
 from service.db.aggregates import FacetCounts, count_buckets
-from service.db.errors import InvalidFilterError, RecordNotFoundError
+from service.db.errors import InvalidFilterError, InvalidReviewError, RecordNotFoundError
 from service.db.facets import FacetValue, count_by_bucket, count_values, filter_by_column, list_values
-from service.db.filter import UNLABELED, Filter
+from service.db.filter import COLLAPSE, UNLABELED, Filter
 from service.db.ingest import DIMENSIONS
 from service.db.model_comparison import select_changed
 from service.db.pagination import SORT_COLUMNS, Paginator
 from service.db.records import Bucket, DecisionRecord, ModelRecord, PredictionRecord
-from service.db.schema import buckets, current_reviews, models, predictions
+from service.db.schema import buckets, current_reviews, decisions, models, predictions
 from service.db.text import is_storable, match_name, unicode_forms
+
+
+class PhotoSelector(Protocol):
+    """Selects photos by what the database does not store: their similarity, and their groups of near duplicates."""
+
+    def select_sha256s(self, filters: Filter) -> list[Collection[str]]:
+        """Return the sha256 of the photos of each part of a filter that is not in the database; all parts must match."""
+
+    def duplicate_groups(self, version: str) -> Mapping[str, int]:
+        """Return the group of near duplicates of each photo of a model that has one, by sha256."""
+
+
+@dataclass(frozen=True)
+class ViewVersion:
+    """The newest decision and prediction that a page can have shown. Written as "12.345"."""
+
+    decision: int = 0
+    prediction: int = 0
+
+    @classmethod
+    def load(cls, connection: Connection) -> ViewVersion:
+        """Load the version of a page that is rendered from this transaction."""
+        newest = (connection.execute(select(func.max(table.c.id))).scalar() or 0 for table in (decisions, predictions))
+        return cls(*newest)
+
+    @classmethod
+    def parse(cls, text: str) -> ViewVersion:
+        """Parse the written form. Raises InvalidReviewError."""
+        match = re.fullmatch(r"(\d{1,18})\.(\d{1,18})", text, re.ASCII)
+        if match is None:
+            raise InvalidReviewError(f"`view` must be the version of a listing like 12.345 (got {text[:40]!r}).")
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def unbounded(cls) -> ViewVersion:
+        """Return the version of a reader who has seen everything."""
+        return cls(2**63 - 1, 2**63 - 1)
+
+    def __str__(self) -> str:
+        return f"{self.decision}.{self.prediction}"
 
 
 class PredictionQuery:
     """The photos of one filter, on one connection."""
 
-    def __init__(self, connection: Connection, filters: Filter, *, same_model_as: PredictionQuery | None = None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        filters: Filter,
+        *,
+        same_model_as: PredictionQuery | None = None,
+        selector: PhotoSelector | None = None,
+    ) -> None:
         """Count the photos that match a filter.
 
         Args:
             connection: A transaction.
             filters: The filter.
-            same_model_as: A query of the same model, whose buckets need not be read again.
+            same_model_as: A query of the same model, whose buckets and selector are used.
+            selector: Selects photos by similarity. Without one, that part of a filter is ignored.
 
         Raises:
             RecordNotFoundError: The database does not know the model.
@@ -44,17 +95,59 @@ class PredictionQuery:
         self.facet_values: Sequence[FacetValue] = (
             same_model_as.facet_values if same_model_as else list_values(connection, self.model.id)
         )
+        self._selector: PhotoSelector | None = same_model_as._selector if same_model_as else selector
         self._columns = filter_by_column(self.facet_values, filters.facets)
-        self._changed = (
-            [select_changed(self.model, get_model(connection, filters.baseline), filters.change)] if filters.change else []
-        )
-        image_counts = self._count_restricted()
-        self._restricted_total = None if image_counts is None else sum(image_counts.values())
+        self._selects: list[Select[Any]] = []  # ids of photos by what neither buckets nor columns contain
+        if filters.change:
+            self._selects.append(select_changed(self.model, get_model(connection, filters.baseline), filters.change))
+        if self._selector:
+            self._selects += [self._select_sha256s(sha256s) for sha256s in self._selector.select_sha256s(filters)]
         self.buckets: Sequence[Bucket] = same_model_as.buckets if same_model_as else load_buckets(connection, self.model)
         self.model_total = sum(bucket.images for bucket in self.buckets)
-        self.counts: FacetCounts = count_buckets(self.buckets, filters, image_counts=image_counts)
+        self._count()
+        self.group_sizes: dict[int, int] = {}  # the near duplicates behind a photo that stands for them, by its id
+        if filters.duplicates == COLLAPSE and self._selector:
+            self._collapse(self._selector.duplicate_groups(self.model.version))
+
+    def _count(self) -> None:
+        """Count the photos, and those of each bucket."""
+        image_counts = self._count_restricted()
+        self._restricted_total = None if image_counts is None else sum(image_counts.values())
+        self.counts: FacetCounts = count_buckets(self.buckets, self.filters, image_counts=image_counts)
         images = {bucket.id: bucket.images for bucket in self.buckets} if image_counts is None else image_counts
         self._bucket_counts = {id_: images[id_] for id_ in self.counts.bucket_ids}
+
+    def _collapse(self, groups: Mapping[str, int]) -> None:
+        """Leave the first photo of each group of near duplicates, in the filter's order."""
+        members = self._select_sha256s(groups.keys())
+        rows = self.connection.execute(select(predictions.c.id, predictions.c.sha256).where(predictions.c.id.in_(members)))
+        group_of = {row.id: groups[row.sha256] for row in rows}
+        first: dict[int, int] = {}
+        hidden = []
+        for id_ in self._paginate(members).ids():
+            if first.setdefault(group_of[id_], id_) == id_:
+                self.group_sizes[id_] = 1
+            else:
+                hidden.append(id_)
+                self.group_sizes[first[group_of[id_]]] += 1
+        self.group_sizes = {id_: size for id_, size in self.group_sizes.items() if size > 1}
+        if hidden:
+            own = predictions.c.model_id == self.model.id
+            self._selects.append(select(predictions.c.id).where(own, predictions.c.id.not_in(self._list(hidden))))
+            self._count()
+
+    def _select_sha256s(self, sha256s: Collection[str]) -> Select[Any]:
+        """Select the ids of the model's photos with this content."""
+        own = predictions.c.model_id == self.model.id
+        return select(predictions.c.id).where(own, predictions.c.sha256.in_(self._list(sha256s)))
+
+    def _list(self, values: Collection[Any]) -> Select[Any]:
+        """Select many values. They are one parameter, as the number of parameters of a statement is limited."""
+        text = json.dumps(list(values))
+        if self.connection.dialect.name == "sqlite":
+            return select(func.json_each(text).table_valued("value").c.value)
+        element = func.json_array_elements_text(cast(literal(text, Text), JSON)).column_valued("value")
+        return select(cast(element, BigInteger) if isinstance(next(iter(values), ""), int) else element)
 
     def with_connection(self, connection: Connection) -> PredictionQuery:
         """Return the same query on another connection, without counting again."""
@@ -83,7 +176,7 @@ class PredictionQuery:
             values = [v for v in self.facet_values if (v.column == column if column else v.column not in self._columns)]
             others = [own.photo_ids for name, own in self._columns.items() if name != column]
             if values:
-                photo_ids = [*others, *self._changed]
+                photo_ids = [*others, *self._selects]
                 counts |= count_values(self.connection, values, bucket_ids=bucket_ids, photo_ids=photo_ids)
         return counts
 
@@ -139,20 +232,24 @@ class PredictionQuery:
         return before, last, first
 
     def _count_restricted(self) -> dict[int, int] | None:
-        """Count the photos by bucket that match what buckets do not contain: columns and changes. None if there is nothing."""
+        """Count the photos by bucket that match what buckets do not contain. None if the filter has nothing of it."""
         if self._columns:
             first, *others = self._columns.values()
-            selects = [*(column.photo_ids for column in others), *self._changed]
+            selects = [*(column.photo_ids for column in others), *self._selects]
             return count_by_bucket(self.connection, first, selects)
-        if self._changed:
+        if self._selects:
             bucket_id = predictions.c.bucket_id
-            own = predictions.c.model_id == self.model.id, predictions.c.id.in_(*self._changed)
+            own = predictions.c.model_id == self.model.id, *(predictions.c.id.in_(ids) for ids in self._selects)
             rows = self.connection.execute(select(bucket_id, func.count()).where(*own).group_by(bucket_id))
             return {row[0]: row[1] for row in rows}
         return None
 
     @property
     def _paginator(self) -> Paginator:
+        return self._paginate()
+
+    def _paginate(self, *more: Select[Any]) -> Paginator:
+        """Return the photos in order. ``more`` select ids that all must match, too."""
         is_few = self._restricted_total is not None and self._restricted_total <= pagination.SMALL_RESULT
         columns = self._columns.values()
         in_columns = [predictions.c.id.in_(c.photo_ids) if is_few else c.contains_prediction for c in columns]
@@ -163,12 +260,12 @@ class PredictionQuery:
             self._bucket_counts,
             model_total=self.model_total,
             bucket_total=len(self.buckets),
-            restrictions=[*in_columns, *(predictions.c.id.in_(ids) for ids in self._changed)],
+            restrictions=[*in_columns, *(predictions.c.id.in_(ids) for ids in (*self._selects, *more))],
             use_restrictions_first=is_few,
         )
 
     def _sort_key(self, photo: PredictionRecord) -> Any:
-        key = getattr(photo, SORT_COLUMNS[self.filters.sort].name)
+        key = photo.ood_score if self.filters.sort == "outlier" else getattr(photo, SORT_COLUMNS[self.filters.sort].name)
         return -1.0 if key is None else key
 
 

@@ -153,6 +153,7 @@ decisions = Table(  # append-only: every review, note and undo
     Column("model_version", String(64), nullable=False),
     Column("undoes", PrimaryKey, ForeignKey("decisions.id")),
     Column("decided_at", UtcDateTime, nullable=False),
+    Column("batch", PrimaryKey, index=True),  # of decisions that were saved together; see service/reviews/batch.py
 )
 
 current_reviews = Table(  # the current review of each photo

@@ -83,6 +83,9 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
         413, "JSON too large", "Send fewer images per request, and tensors as binary data (`binary_tensor_data`)."
     ),
     "too_many_images": ProblemType(413, "Too many images", "Split the images over several requests."),
+    "selection_too_large": ProblemType(
+        413, "Too many photos selected", "Add a filter, or let the administrator raise `MAX_SELECTED`."
+    ),
     "too_many_pixels": ProblemType(413, "Image too large", "Resize the image first."),
     "not_an_image": ProblemType(415, "Unsupported image format", f"Use {IMAGE_FORMATS_TEXT}."),
     "unsupported_media_type": ProblemType(415, "Unsupported media type", "Set `Content-Type` to one of the listed types."),

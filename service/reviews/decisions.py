@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Row, delete, insert, select
 
@@ -18,6 +18,8 @@ from service.db.text import is_storable, match_name
 
 ACTIONS = (*DECISIONS, NOTE, "undo")
 ANONYMOUS = "Anonymous"
+CHUNK = 500  # photos per statement
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,17 +117,25 @@ def save_decision(connection: Connection, decision: ReviewDecision) -> int:
         )
     )
     if decision.decision != NOTE:
-        _update_current_review(connection, decision.sha256)
+        update_current_reviews(connection, [decision.sha256])
     return int(saved.inserted_primary_key[0])  # type: ignore[index]
 
 
 def current_decision(connection: Connection, sha256: str) -> Row[Any] | None:
     """Return the current decision on a photo: the last one that is not a note and was not undone."""
-    undone = select(decisions.c.undoes).where(decisions.c.sha256 == sha256, decisions.c.undoes.is_not(None))
-    effective = select(decisions).where(
-        decisions.c.sha256 == sha256, decisions.c.decision.in_(DECISIONS), decisions.c.id.not_in(undone)
-    )
-    return connection.execute(effective.order_by(decisions.c.id.desc()).limit(1)).first()
+    return current_decisions(connection, [sha256]).get(sha256)
+
+
+def current_decisions(connection: Connection, sha256s: Sequence[str]) -> dict[str, Row[Any]]:
+    """Return the current decision on each of some photos that has one, by sha256."""
+    found: dict[str, Row[Any]] = {}
+    for chunk in chunks(sha256s):
+        undone = select(decisions.c.undoes).where(decisions.c.sha256.in_(chunk), decisions.c.undoes.is_not(None))
+        effective = select(decisions).where(
+            decisions.c.sha256.in_(chunk), decisions.c.decision.in_(DECISIONS), decisions.c.id.not_in(undone)
+        )
+        found |= {row.sha256: row for row in connection.execute(effective.order_by(decisions.c.id))}
+    return found
 
 
 def load_history(connection: Connection, sha256: str) -> list[Row[Any]]:
@@ -161,19 +171,34 @@ def _review(row: Row[Any]) -> Review:
     )
 
 
-def apply_decision(connection: Connection, sha256: str) -> None:
-    """Move every prediction of a photo to the bucket that follows from its current review."""
-    review = connection.execute(select(current_reviews).where(current_reviews.c.sha256 == sha256)).first()
-    rows = connection.execute(
-        select(*PREDICTION_COLUMNS, predictions.c.probabilities, models.c.id.label("model_id"), models.c.classes)
-        .join(buckets, buckets.c.id == predictions.c.bucket_id)
-        .join(models, models.c.id == predictions.c.model_id)
-        .where(predictions.c.sha256 == sha256)
-    ).all()
-    for row in rows:
-        label, state = resolve_label(review, label=row.label, predicted=row.predicted, classes=row.classes, source=row.source)
-        loss = production_loss(row.probabilities, label) if row.source == "production" else row.loss
-        BucketWriter(connection, row.model_id).move(row._mapping, label=label, review=state, loss=loss)
+def apply_decisions(connection: Connection, sha256s: Sequence[str]) -> None:
+    """Move every prediction of some photos to the bucket that follows from their current reviews."""
+    classes = {row.id: row.classes for row in connection.execute(select(models.c.id, models.c.classes))}
+    writers = {model_id: BucketWriter(connection, model_id) for model_id in classes}
+    columns = *PREDICTION_COLUMNS, predictions.c.sha256, predictions.c.probabilities, predictions.c.model_id
+    for chunk in chunks(sha256s):
+        rows = connection.execute(select(current_reviews).where(current_reviews.c.sha256.in_(chunk)))
+        reviews = {row.sha256: row for row in rows}
+        changed: dict[int, list[tuple[Any, dict[str, Any]]]] = {}
+        joined = select(*columns).join(buckets, buckets.c.id == predictions.c.bucket_id)
+        for row in connection.execute(joined.where(predictions.c.sha256.in_(chunk))).all():
+            label, state = resolve_label(
+                reviews.get(row.sha256),
+                label=row.label,
+                predicted=row.predicted,
+                classes=classes[row.model_id],
+                source=row.source,
+            )
+            loss = production_loss(row.probabilities, label) if row.source == "production" else row.loss
+            new = {"label": label, "review": state, "loss": loss}
+            changed.setdefault(row.model_id, []).append((row._mapping, new))
+        for model_id, moves in changed.items():
+            writers[model_id].move(moves)
+
+
+def chunks(values: Sequence[Value]) -> Iterator[Sequence[Value]]:
+    """Split values into lists that one statement can contain."""
+    return (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
 
 
 def describe_decision(decision: Row[Any]) -> str:
@@ -237,13 +262,15 @@ def _get_entry(connection: Connection, id_: int) -> Row[Any] | None:
     return connection.execute(select(decisions).where(decisions.c.id == id_)).first()
 
 
-def _update_current_review(connection: Connection, sha256: str) -> None:
-    connection.execute(delete(current_reviews).where(current_reviews.c.sha256 == sha256))
-    current = current_decision(connection, sha256)
-    if current is not None:
-        row = {name: getattr(current, name) for name in COLUMNS}
-        connection.execute(insert(current_reviews).values(**row, decision_id=current.id))
-    apply_decision(connection, sha256)
+def update_current_reviews(connection: Connection, sha256s: Sequence[str]) -> None:
+    """Derive the current reviews of some photos from their decisions, and apply them to all predictions."""
+    current = current_decisions(connection, sha256s)
+    for chunk in chunks(sha256s):
+        connection.execute(delete(current_reviews).where(current_reviews.c.sha256.in_(chunk)))
+    if current:
+        rows = [{name: getattr(row, name) for name in COLUMNS} | {"decision_id": row.id} for row in current.values()]
+        connection.execute(insert(current_reviews), rows)
+    apply_decisions(connection, sha256s)
 
 
 def _resolve_labels(connection: Connection, decision: ReviewDecision) -> tuple[str | None, str | None]:

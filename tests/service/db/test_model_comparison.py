@@ -63,6 +63,7 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
             expected["aside"].add(sha)
         else:
             expected[kinds[old[sha].predicted == label, new[sha].predicted == label]].add(sha)
+    expected["disagree"] = {sha for sha in truth if old[sha].predicted != new[sha].predicted}
     assert all(expected.values())
     with database.read() as connection:
         found = compare_models(connection, get_model(connection, "v1"), get_model(connection, "v2"))
@@ -77,7 +78,7 @@ def test_two_models_on_the_same_photos(database: Database, tmp_path: Path) -> No
             only_a=10,
             only_b=10,
         )
-        assert found.common == sum(len(expected[kind]) for kind in CHANGES)
+        assert found.common == sum(len(expected[kind]) for kind in kinds.values())
         for change in CHANGES:
             filters = Filter(model="v2", baseline="v1", change=change, per_page=24)
             listing = PredictionQuery(connection, filters)

@@ -30,7 +30,7 @@ from service.db.schema import buckets, current_reviews, decisions, models, predi
 from service.http.errors import problem_from
 from service.reviews.decisions import (
     ReviewDecision,
-    apply_decision,
+    apply_decisions,
     current_decision,
     list_reviews,
     load_history,
@@ -370,7 +370,7 @@ def test_buckets_stay_correct_after_random_operations(database: Database, tmp_pa
     }
     with database.write() as connection:
         for _, sha256 in places:
-            apply_decision(connection, sha256)
+            apply_decisions(connection, [sha256])
     assert count_buckets(database) == states
     check_buckets(database)
 
