@@ -87,7 +87,7 @@ def create_api_app(services: Services) -> Flask:
 
 def create_full_app(services: Services) -> Flask:
     """Create the application with all pages: the upload page, the gallery and the documentation."""
-    from service.gallery import compare, export, grid, image_access, photo, review, threshold
+    from service.gallery import batch_review, compare, embedding_map, export, grid, image_access, photo, review, threshold
     from service.gallery.index import GalleryIndex
     from service.gallery.recorder import PredictionRecorder
     from service.web import api_docs, upload_page
@@ -103,8 +103,21 @@ def create_full_app(services: Services) -> Flask:
 
         services.workspace = Workspace.of(settings)
     app = create_api_app(services)
-    pages = (layout, upload_page, api_docs, grid, photo, export, image_access, review, compare, threshold)
-    for blueprint in (*(module.bp for module in pages), compare.json_bp):
+    pages = (
+        layout,
+        upload_page,
+        api_docs,
+        grid,
+        photo,
+        export,
+        image_access,
+        review,
+        batch_review,
+        compare,
+        embedding_map,
+        threshold,
+    )
+    for blueprint in (*(module.bp for module in pages), compare.json_bp, embedding_map.json_bp):
         app.register_blueprint(blueprint)
 
     if settings.studio:

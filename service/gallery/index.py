@@ -7,6 +7,8 @@ import dataclasses
 import logging
 import queue
 import threading
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,15 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from models.artifacts.bundle import MANIFEST, Bundle, open_bundle
-from models.artifacts.evaluation import OUT_OF_FOLD, PredictionSource, open_predictions
+from models.artifacts.evaluation import BUNDLE_KIND, OUT_OF_FOLD, PredictionSource, open_predictions
 from models.artifacts.label_issues import find_label_issues
 from models.artifacts.paths import default_data_dir, resolve_bundle
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import SimilarityIndex
 from models.errors import UserError
 from service.db.connection import Database
-from service.db.errors import DatabaseUnavailableError
+from service.db.errors import DatabaseUnavailableError, RecordNotFoundError
+from service.db.filter import COLLAPSE, Filter
 from service.db.ingest import EvaluationTable, get_or_create_model, import_predictions, is_imported, mark_model_active
 from service.db.query import list_models
 from service.db.records import ModelRecord
@@ -33,6 +36,24 @@ from service.settings import Settings
 log = logging.getLogger("service.gallery")
 RETRY_S = 10.0  # after a failed import
 FAILED = "The gallery could not open its database. The server's log has the reason, and it keeps trying."
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingMap:
+    """The embeddings of an evaluation as points of a plane."""
+
+    source: PredictionSource
+    table: SimilarityIndex
+
+    @property
+    def name(self) -> str:
+        """The version of the evaluation."""
+        return self.source.version
+
+    @property
+    def title(self) -> str:
+        kinds = {BUNDLE_KIND: "Validation photos", OUT_OF_FOLD: "Out-of-fold predictions"}
+        return kinds.get(self.source.kind, f"Evaluation of {self.source.split}")
 
 
 class GalleryIndex:
@@ -115,6 +136,45 @@ class GalleryIndex:
                 self._similarity[source.version] = source.similarity()
             tables.append(self._similarity[source.version])
         return tables
+
+    def maps(self, version: str) -> list[EmbeddingMap]:
+        """List the maps of a model's evaluations that are on this machine. Each has axes of its own."""
+        tables = zip(self._sources.get(version, []), self.similarity_tables(version), strict=True)
+        return [EmbeddingMap(source, table) for source, table in tables if len(table.embeddings)]
+
+    def select_sha256s(self, filters: Filter) -> list[Collection[str]]:
+        """Return the photos of the parts of a filter that the database cannot answer (see ``PhotoSelector``).
+
+        Raises:
+            RecordNotFoundError: The photo or the map of the filter is in no evaluation on this machine.
+        """
+        selected: list[Collection[str]] = []
+        tables = self.similarity_tables(filters.model)
+        if filters.similar:
+            table = next((table for table in tables if filters.similar in table.row_by_sha256), None)
+            if table is None or not len(table.embeddings):
+                raise RecordNotFoundError("The photo has no embedding in an evaluation on this machine.")
+            rows = table.similar_to(table.row_by_sha256[filters.similar], filters.min_similarity / 100)
+            selected.append({table.sha256s[row] for row in rows})
+        if filters.duplicates and filters.duplicates != COLLAPSE:
+            same = {other.sha256 for table in tables for other in table.duplicates_of(filters.duplicates)}
+            selected.append(same | {filters.duplicates})
+        if filters.region:
+            name, *points = filters.region.split(":")
+            known = {one.name: one.table for one in self.maps(filters.model)}
+            if name not in known:
+                raise RecordNotFoundError(f"The map {name} is of no evaluation on this machine.")
+            pairs = [tuple(map(int, point.split(","))) for point in points]
+            selected.append({known[name].sha256s[row] for row in known[name].inside([(x, y) for x, y in pairs])})
+        return selected
+
+    def duplicate_groups(self, version: str) -> Mapping[str, int]:
+        """Return the group of near duplicates of each photo of a model that has one, by sha256."""
+        groups: dict[str, int] = {}
+        for table in self.similarity_tables(version):
+            offset = max(groups.values(), default=0)
+            groups |= {sha256: offset + group for sha256, group in table.groups.items() if sha256 not in groups}
+        return groups
 
     def merged_from(self, version: str) -> str | None:
         """Return the version of the head-only bundle that a model was merged from."""

@@ -6,13 +6,12 @@ import contextlib
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flask import Blueprint, Response, request, url_for
 
 from models.artifacts.similarity import DuplicateRow
 from models.errors import UserError
-from service.context import gallery, image_access, services
+from service.context import gallery, image_access
 from service.db.errors import RecordNotFoundError
 from service.db.facets import load_columns
 from service.db.filter import Filter, describe_filter
@@ -20,10 +19,9 @@ from service.db.query import PredictionQuery
 from service.db.records import PredictionRecord
 from service.db.text import encode_file_name
 from service.explain.explainer import Explanation
-from service.gallery.grid import render_gallery
+from service.gallery.grid import key_status, render_gallery
 from service.gallery.sidebar import filter_from_request, grid_url, open_query, photo_url
 from service.http.errors import Problem, problem_from
-from service.http.security import require_key_or_cookie
 from service.reviews.decisions import SavedMessage, history_entries, load_history, saved_message
 from service.web.layout import problem_page, record_problem
 
@@ -181,7 +179,7 @@ def render_photo_page(
         explain_url=lambda label: f"{url_for('photo.page')}?{_explain_query(filters, record, label)}#explain",
         reviewer=request.cookies.get(REVIEWER_COOKIE, ""),
         auto_advance=request.cookies.get(AUTO_ADVANCE_COOKIE, "1") == "1",
-        key=_key_status(),
+        key=key_status(),
     )
     if rejected:
         answer.status_code = rejected.problem.status
@@ -309,15 +307,6 @@ def _warnings(record: PredictionRecord, duplicates: Sequence[SimilarImage]) -> l
             "This makes the evaluation too optimistic."
         )
     return warnings
-
-
-def _key_status() -> dict[str, Any]:
-    """Return whether reviewing requires a key, and the name of the submitted one."""
-    settings = services().settings
-    try:
-        return {"is_required": bool(settings.api_keys), "name": require_key_or_cookie(request, settings)}
-    except Problem:
-        return {"is_required": True, "name": None}
 
 
 def _explain_query(filters: Filter, record: PredictionRecord, label: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from models.errors import list_names
+from service.db.facets import ODD_FILE, FacetValue
 from service.db.filter import Filter
 from service.db.query import PredictionQuery
 from service.db.records import ModelRecord, PredictionRecord
@@ -85,9 +88,9 @@ def review_queues(version: str) -> list[ReviewQueue]:
         ),
         ReviewQueue(
             "Unlike the training photos",
-            "Photos that get no label, least certain first. Mark the ones that show none of the classes.",
+            "Outliers: photos that get no label, the least similar first. Mark the ones that show none of the classes.",
             "No photos are unlike the training photos.",
-            everything.replace(flags=("unlike",), sort="margin"),
+            everything.replace(flags=("unlike",), sort="outlier"),
         ),
         ReviewQueue(
             "Production photos",
@@ -105,13 +108,34 @@ def review_queues(version: str) -> list[ReviewQueue]:
     ]
 
 
+def odd_file_queue(version: str, values: Sequence[FacetValue]) -> ReviewQueue:
+    """Return the queue of odd files, whose kinds are values of a facet."""
+    kinds = [value for value in values if value.column == ODD_FILE]
+    return ReviewQueue(
+        "Odd files",
+        f"{list_names([kind.value for kind in kinds]).capitalize()}. Exclude what training should not see.",
+        "No odd files.",
+        Filter(model=version, facets=tuple(kind.key for kind in kinds)).replace(sort="margin"),
+    )
+
+
+def disagreement_queue(version: str, other: ModelRecord) -> ReviewQueue:
+    """Return the queue of the photos that another model predicted differently."""
+    return ReviewQueue(
+        "Two models disagree",
+        f"Photos that {other.name} ({other.version}) predicted differently. At least one of the two is wrong.",
+        f"{other.name} ({other.version}) predicts the same.",
+        Filter(model=version, baseline=other.version, change="disagree").replace(sort="margin"),
+    )
+
+
 def production_queue(model: ModelRecord) -> ReviewQueue:
     """Return the queue of the unreviewed production photos that another model than the active one predicted."""
     return ReviewQueue(
         f"Production photos predicted by {model.name} ({model.version})",
         "Photos sent to /predict while this model was active, least certain first.",
         "No production photos to review.",
-        Filter(model=model.version, sources=("production",), sort="margin"),
+        Filter(model=model.version, sources=("production",)).replace(sort="margin"),
     )
 
 

@@ -60,7 +60,7 @@ def review() -> Response:
         if problem.code == "database_unavailable":
             return problem_page(problem, "gallery/not_saved.html", fields=fields)
         with contextlib.suppress(UserError):  # the page may not exist
-            rejected = RejectedReview(_for_form(problem), fields)
+            rejected = RejectedReview(reword_for_form(problem), fields)
             return render_photo_page(_filter(fields), fields["photo"], fields["sha256"], rejected=rejected)
         raise
 
@@ -80,9 +80,9 @@ def _review(fields: dict[str, str]) -> Response:
     else:
         response = redirect(target or f"{photo_page}&saved={id_}", 303)  # type: ignore[assignment]
         if decision.decision not in NO_ADVANCE:
-            _set_cookie(response, AUTO_ADVANCE_COOKIE, "1" if fields.get("advance") == "1" else "0")
+            set_cookie(response, AUTO_ADVANCE_COOKIE, "1" if fields.get("advance") == "1" else "0")
     if "reviewer" in fields and g.key_name is None:
-        _set_cookie(response, REVIEWER_COOKIE, decision.reviewer)
+        set_cookie(response, REVIEWER_COOKIE, decision.reviewer)
     response.headers["Cache-Control"] = "no-store"
     return response
 
@@ -107,9 +107,9 @@ def key() -> Response:
     try:
         g.key_name = match_key(known, entered) if entered else None
     except Problem as problem:
-        return problem_page(_for_form(problem, key=entered), "gallery/key.html", back=back if is_own_page else "")
+        return problem_page(reword_for_form(problem, key=entered), "gallery/key.html", back=back if is_own_page else "")
     response = redirect(request.script_root + back if is_own_page else url_for("gallery.home"), 303)
-    _set_cookie(response, KEY_COOKIE, entered, max_age=None)  # type: ignore[arg-type]  # an empty key deletes the cookie
+    set_cookie(response, KEY_COOKIE, entered, max_age=None)  # type: ignore[arg-type]  # an empty key deletes the cookie
     response.headers["Cache-Control"] = "no-store"
     return response  # type: ignore[return-value]
 
@@ -170,14 +170,14 @@ def _decision(fields: dict[str, str], *, key_name: str | None) -> ReviewDecision
         raise Problem(
             "bad_parameter", f"`expected_version` must be the id of the current decision, or empty (got {expected_version!r})."
         )
-    reviewer = _clean(fields.get("reviewer", request.cookies.get(REVIEWER_COOKIE, "")))[: MAX_LENGTHS["reviewer"]]
+    reviewer = clean_text(fields.get("reviewer", request.cookies.get(REVIEWER_COOKIE, "")))[: MAX_LENGTHS["reviewer"]]
     return ReviewDecision(
         photo=fields["photo"],
         sha256=fields["sha256"],
         model_version=fields.get("model") or gallery().active_version or "",
         decision=fields["decision"],
         new_label=fields.get("new_label") or None,
-        note=_clean(fields.get("note", "")),
+        note=clean_text(fields.get("note", "")),
         reviewer=key_name or reviewer,
         key_name=key_name,
         expected_version=int(expected_version) if expected_version else None,
@@ -209,7 +209,7 @@ def _photo_page(fields: dict[str, str]) -> str:
     return f"{url_for('photo.page')}?{_filter(fields).query(photo=fields['photo'], sha256=fields['sha256'])}"
 
 
-def _set_cookie(response: Response, name: str, value: str, *, max_age: int | None = ONE_YEAR_S) -> None:
+def set_cookie(response: Response, name: str, value: str, *, max_age: int | None = ONE_YEAR_S) -> None:
     """Set a cookie that scripts cannot read and that is not sent from other sites. An empty value deletes it."""
     if value:
         response.set_cookie(name, value, max_age=max_age, samesite="Strict", httponly=True, secure=request.is_secure)
@@ -217,13 +217,13 @@ def _set_cookie(response: Response, name: str, value: str, *, max_age: int | Non
         response.delete_cookie(name, samesite="Strict", httponly=True, secure=request.is_secure)
 
 
-def _for_form(problem: Problem, *, key: str = "") -> Problem:
+def reword_for_form(problem: Problem, *, key: str = "") -> Problem:
     """Replace the message about HTTP headers of a missing or unknown key."""
     if problem.code != "unauthorized":
         return problem
     return Problem(problem.code, "Unknown API key." if key else "Sign in with a key to review.", headers=problem.headers)
 
 
-def _clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """Remove NUL characters, which databases do not store, and normalize line ends."""
     return text.replace("\0", "").replace("\r\n", "\n").strip()

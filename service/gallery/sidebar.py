@@ -14,7 +14,17 @@ from flask import g, request, url_for
 
 from service.context import gallery
 from service.db.aggregates import HISTOGRAM_BINS, FacetCounts, count_buckets
-from service.db.filter import FACETS, PAGE_SIZES, SORT_ORDERS, UNLABELED, Filter, encode_param, parse_filter, parse_int
+from service.db.filter import (
+    COLLAPSE,
+    FACETS,
+    PAGE_SIZES,
+    SORT_ORDERS,
+    UNLABELED,
+    Filter,
+    encode_param,
+    parse_filter,
+    parse_int,
+)
 from service.db.query import PredictionQuery
 from service.db.records import PredictionRecord
 from service.http.errors import Problem
@@ -46,7 +56,13 @@ VALUE_NAMES = {
     },
     "source": {"evaluation": "Evaluation", "out-of-fold": "Out-of-fold", "production": "Production"},
 }
-CHANGE_NAMES = {"fixed": "Fixed", "broke": "Broke", "both-correct": "Both correct", "both-incorrect": "Both incorrect"}
+CHANGE_NAMES = {
+    "fixed": "Fixed",
+    "broke": "Broke",
+    "both-correct": "Both correct",
+    "both-incorrect": "Both incorrect",
+    "disagree": "Predicted differently",
+}
 FORM_PARAMS = ("sort_by", "min_confidence", "max_confidence")  # parameters of the forms, which a redirect replaces
 MAX_MATRIX_CELLS = 900  # of a larger matrix only the most frequent confusions are listed
 MAX_CONFUSIONS = 20
@@ -132,16 +148,16 @@ def filter_from_request(*, extra: Iterable[str] = (), **preset: tuple[str, ...])
     return parse_filter(request.args, model=index.active_version or "", extra=extra).replace(**preset)
 
 
-def page_filter_from_request(**preset: tuple[str, ...]) -> Filter:
+def page_filter_from_request(*, extra: Iterable[str] = (), **preset: tuple[str, ...]) -> Filter:
     """Parse the filter of a grid page, including the sort order of its form (see ``filter_from_request``)."""
-    return apply_sort_params(filter_from_request(extra=("page", *FORM_PARAMS), **preset), request.args)
+    return apply_sort_params(filter_from_request(extra=("page", *FORM_PARAMS, *extra), **preset), request.args)
 
 
 @contextlib.contextmanager
 def open_query(filters: Filter) -> Iterator[PredictionQuery]:
     """Query a filter in one read transaction, which ends with the block."""
     with gallery().database.read() as connection:
-        yield PredictionQuery(connection, filters)
+        yield PredictionQuery(connection, filters, selector=gallery())
 
 
 def grid_url(filters: Filter, **more: Any) -> str:
@@ -249,6 +265,13 @@ def active_filters(filters: Filter, vs_name: str) -> list[tuple[str, str, str]]:
     if filters.change:
         title = f"Compared with {vs_name} {filters.baseline}"
         rows.append((title, CHANGE_NAMES[filters.change], grid_url(filters.replace(baseline="", change=""))))
+    if filters.similar:
+        rows.append(("Similarity", f"{filters.min_similarity}% or more", grid_url(filters.replace(similar=""))))
+    if filters.region:
+        rows.append(("Map", "Region", grid_url(filters.replace(region=""))))
+    if filters.duplicates:
+        value = "As one" if filters.duplicates == COLLAPSE else "One group"
+        rows.append(("Near duplicates", value, grid_url(filters.replace(duplicates=""))))
     return rows
 
 

@@ -41,21 +41,30 @@
     main.setAttribute("aria-busy", "true");
     const response = await fetch(url).catch(() => null);
     const other = response?.ok && new DOMParser().parseFromString(await response.text(), "text/html");
-    const fresh = other && other.getElementById("main");
-    if (!fresh?.querySelector("#photos")) return location.assign(url);
+    if (!other || !other.querySelector("#main #photos")) return location.assign(url);
     const key = used && keyOf(used);
     const top = used?.getBoundingClientRect().top ?? 0;
-    const openDetails = [...main.querySelectorAll("details.more-choices")].map((element) => element.open);
-    main.replaceWith(fresh);
-    document.title = other.title;
-    if (!isBack) history.pushState(null, "", response.url);
-    shownUrl = location.pathname + location.search;
-    setUp();
-    [...fresh.querySelectorAll("details.more-choices")].forEach((element, index) => (element.open = openDetails[index] ?? false));
+    const fresh = showPage(other, response.url, { isBack });
     const same = key && fresh.querySelector(key);
     if (same) scrollBy(0, same.getBoundingClientRect().top - top);
     (same ?? fresh.querySelector("#photos")).focus({ preventScroll: true });
   }
+
+  function showPage(page, url, { isBack = false, isSame = false } = {}) {
+    const main = document.getElementById("main");
+    const fresh = page.getElementById("main");
+    const openDetails = [...main.querySelectorAll("details.more-choices")].map((element) => element.open);
+    main.replaceWith(fresh);
+    document.title = page.title;
+    if (!isBack) history[isSame ? "replaceState" : "pushState"](null, "", url);
+    shownUrl = location.pathname + location.search;
+    setUp();
+    [...fresh.querySelectorAll("details.more-choices")].forEach((element, index) => (element.open = openDetails[index] ?? false));
+    dispatchEvent(new Event("gallery-shown"));
+    return fresh;
+  }
+
+  window.gallery = { showPage };
 
   addEventListener("click", (event) => {
     const link = event.target.closest("a[data-filter]");

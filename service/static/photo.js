@@ -190,7 +190,10 @@
     viewport.scrollTop = centerY * viewport.scrollHeight - viewport.clientHeight / 2;
   }
 
-  const zoomBy = (steps) => setZoom(ZOOMS[Math.min(ZOOMS.length - 1, Math.max(0, ZOOMS.indexOf(zoom) + steps))]);
+  function zoomBy(steps) {
+    const next = steps > 0 ? ZOOMS.find((one) => one > zoom) : ZOOMS.findLast((one) => one < zoom);
+    if (next) setZoom(next);
+  }
 
   addEventListener("pointerdown", (event) => {
     const viewport = event.target.closest?.(".viewport.zoomed");
@@ -201,6 +204,23 @@
     viewport.addEventListener("pointermove", move);
     viewport.addEventListener("lostpointercapture", () => viewport.removeEventListener("pointermove", move), { once: true });
   });
+
+  // Two fingers zoom. One finger scrolls natively.
+
+  let pinch = null; // where it started: the distance of the fingers, and the zoom
+  const fingerDistance = ([a, b]) => Math.hypot(a.clientX - b.clientX, a.clientY - b.clientY) || 1;
+
+  addEventListener("touchstart", (event) => {
+    pinch = event.touches.length === 2 && event.target.closest?.(".viewport") ? { distance: fingerDistance(event.touches), zoom } : null;
+  });
+
+  addEventListener("touchmove", (event) => {
+    if (!pinch || event.touches.length !== 2) return;
+    event.preventDefault();
+    setZoom(Math.min(ZOOMS.at(-1), Math.max(1, (pinch.zoom * fingerDistance(event.touches)) / pinch.distance)));
+  }, { passive: false });
+
+  addEventListener("touchend", () => (pinch = null));
 
   // Events
 
@@ -264,6 +284,7 @@
       }
       return;
     }
+    if (event.key === "Enter" && event.target.type === "checkbox") return event.preventDefault(); // it would press a button
     if (event.target.closest?.(".viewport.zoomed") && event.key.startsWith("Arrow")) return;
     const action = arrows[event.key] ?? (hasShortcuts() && shortcuts[event.key]);
     if (action) {

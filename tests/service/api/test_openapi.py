@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.schemas import OpenApiSchema
 from service import create_app
 from service.api.openapi import DOCUMENT, PLACEHOLDER, load_document, operations
 from service.context import services_of
-from service.db.filter import CHANGES, FLAGS, OUTCOMES, PAGE_SIZES, PARAMETERS, REVIEWS, SORT_ORDERS, SOURCES
+from service.db.filter import CHANGES, FLAGS, OTHER_PARAMETERS, OUTCOMES, PAGE_SIZES, PARAMETERS, REVIEWS, SORT_ORDERS, SOURCES
 from service.gallery import review
 from service.http.errors import PROBLEM_TYPES
 from service.rollout.agreement import ALLOWED_DIFFERENCES
@@ -114,8 +114,7 @@ def test_the_parameters_of_a_listing_are_those_of_the_gallery(document: dict[str
     references = document["paths"]["/gallery/photos.json"]["get"]["parameters"]
     shared = [document["components"]["parameters"][row["$ref"].rpartition("/")[2]] for row in references]
     schemas = {row["name"]: row["schema"] for row in shared}
-    others = ["confidence", "baseline", "change", "sort", "order", "seed", "per_page"]
-    assert list(schemas) == ["model", *PARAMETERS, *others]
+    assert list(schemas) == ["model", *PARAMETERS, *OTHER_PARAMETERS]
     values = {"outcome": OUTCOMES, "source": SOURCES, "review": REVIEWS, "flag": FLAGS}
     for name in PARAMETERS:
         assert schemas[name] == {"type": "array", "items": {"type": "string"} | _enum(values.get(name))}

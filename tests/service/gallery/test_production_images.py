@@ -85,7 +85,7 @@ def test_a_reviewed_photo_is_not_queued_for_labeling(gallery: Gallery) -> None:
         assert re.search(r'<p class="outcome-mark excluded"><svg.*?</svg>Excluded</p>', page, re.DOTALL)
         grid = gallery.text(f"/gallery/photos?source=production&review={decision}")
         assert re.search(r'<span class="outcome-mark excluded"><svg.*?</svg>Excluded</span>', grid, re.DOTALL)
-        assert re.search(rf'<li class="badge reviewed"><svg.*?</svg>{words}</li>', grid, re.DOTALL)
+        assert re.search(rf'<span class="badge reviewed"><svg.*?</svg>{words}</span>', grid, re.DOTALL)
         for text in (page, grid):
             assert "No label yet" not in plain(text)
             assert "unlabeled" not in plain(text.split('<table class="matrix')[0])
