@@ -41,6 +41,7 @@ from finetune.reports.results import write_results
 from finetune.training import run_directory
 from finetune.training.class_balance import ClassBalance, class_balance, read_class_weights
 from finetune.training.data_loaders import Batches
+from finetune.training.epoch_events import EpochReporter
 from finetune.training.head import train_head
 from finetune.training.setup import (
     PreparedDataset,
@@ -211,11 +212,22 @@ def fit_head(
     saved = distributed.run_on_main(lambda: run_directory.load_checkpoint(folder, inputs=inputs))
     if saved:
         print("The head is already fitted." if config.head == LOGISTIC else f"Resuming after epoch {saved.epoch}.")
+    epochs = 1 if config.head == LOGISTIC else config.epochs
+    assert epochs is not None, "Config.with_recipe fills this in"
+    reporter = EpochReporter(
+        epochs=epochs,
+        train_images=len(batches["train"]),
+        valid=prepared.splits["valid"],
+        classes=prepared.dataset.classes,
+        is_weighted=balance is not None,
+        saved=saved,
+    )
     with EventWriter(folder if config.tensorboard and distributed.is_main_process() else None) as events:
 
         def on_epoch(progress: Progress) -> None:
             distributed.run_on_main(lambda: run_directory.save_checkpoint(folder, progress, inputs=inputs))
             events.write(progress.history[-1])
+            reporter.report(progress)
 
         return train_head(
             network, batches, config, prepared, compute=compute, balance=balance, progress=saved, on_epoch=on_epoch

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 from pathlib import Path
 
 from finetune import config as settings
-from finetune.io.progress import step
+from finetune.io.progress import events_to, step
 from models.artifacts.bundle import Bundle
 from models.errors import RunError
 from models.runtime.allocator import return_large_blocks
@@ -17,11 +18,18 @@ from models.runtime.allocator import return_large_blocks
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="continue the interrupted run in --output-dir")
+    parser.add_argument("--progress-file", type=Path, metavar="FILE", help="append the progress to FILE, as lines of JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune train``. With ``--resume``, settings that are not given are those of the run."""
     return_large_blocks()
+    is_main_process = int(os.environ.get("RANK", "0")) == 0  # known before torch is imported
+    with events_to(args.progress_file if is_main_process else None):
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     if args.resume:
         explicit = settings.explicit_settings(args)
         if explicit.get("output_dir") is None:

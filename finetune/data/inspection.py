@@ -23,6 +23,7 @@ from finetune.data.image_files import read_image_file, unreadable
 from finetune.data.image_folder import Sample
 from finetune.data.odd_files import MEASURES, measure_image, odd_file_column
 from finetune.io.array_store import ArrayStore
+from finetune.io.progress import ImageCounter
 from finetune.io.threaded_map import threaded_map
 from models.errors import DataError, ImageError
 from models.preprocess import MIN_DECODE_PX, Preprocessing, decode, decoder_versions
@@ -130,6 +131,7 @@ def inspect_images(
     decode_px = preprocessing.decode_px if preprocessing else MIN_DECODE_PX
     store.index()
     bar = tqdm(total=len(samples), desc="inspecting images", unit="image", disable=quiet or None, leave=False)
+    counter = ImageCounter("inspection", len(samples))
 
     def inspect(sample: Sample) -> tuple[ImageRecord, NDArray[np.uint8] | None]:
         try:
@@ -156,6 +158,7 @@ def inspect_images(
                 consumer.add(record.sha256, pixels)
             records.append(record)
             bar.update()
+            counter.add()
         if consumer is not None:
             consumer.finish()
     finally:

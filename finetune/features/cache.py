@@ -14,6 +14,7 @@ from finetune.compute import distributed
 from finetune.data.inspection import BatchingConsumer, ImageRecord, read_pixels
 from finetune.features.extractor import GPU_BATCH, FeatureExtractor
 from finetune.io.array_store import ArrayStore
+from finetune.io.progress import ImageCounter
 from finetune.io.threaded_map import batched, threaded_map
 from models.preprocess import Preprocessing, decoder_versions
 
@@ -84,6 +85,7 @@ class FeatureCache(BatchingConsumer):
             return
         self._frozen.compile()
         pixels = threaded_map(lambda record: read_pixels(record, preprocessing), missing, workers=self._workers)
+        counter = ImageCounter("features", len(missing))
         with tqdm(total=len(missing), desc=label, unit="photo", disable=None) as bar:
             if bar.disable:
                 print(f"{label}: {len(missing):,} photos to compute", flush=True)
@@ -91,6 +93,7 @@ class FeatureCache(BatchingConsumer):
                 records, images = zip(*batch, strict=True)
                 yield from zip(records, self._frozen.run(np.stack(images)), strict=True)
                 bar.update(len(batch))
+                counter.add(len(batch))
 
 
 def cache_context(

@@ -23,7 +23,7 @@ from finetune.training.logistic_regression import (
     select_penalty,
 )
 from finetune.training.setup import TrainingNetwork
-from finetune.training.trainer import Progress, evaluate, predict_with_embeddings
+from finetune.training.trainer import Progress, loss_and_accuracy, predict, predict_with_embeddings
 from models.errors import ConfigError
 
 
@@ -61,8 +61,9 @@ def fit_logistic(
         return progress
     started = time.perf_counter()
     selection = fit_head_once(network, train, config, compute=compute, groups=groups, balance=balance)
-    train_loss, train_accuracy = distributed.broadcast(evaluate(module, train, compute=compute, balance=balance))
-    valid_loss, valid_accuracy = distributed.broadcast(evaluate(module, valid, compute=compute, balance=balance))
+    predicted = {split: predict(module, batches, compute=compute) for split, batches in (("train", train), ("valid", valid))}
+    train_loss, train_accuracy = distributed.broadcast(loss_and_accuracy(*predicted["train"], balance=balance))
+    valid_loss, valid_accuracy = distributed.broadcast(loss_and_accuracy(*predicted["valid"], balance=balance))
     row = {
         "epoch": 1,
         "train_loss": train_loss,

@@ -32,7 +32,10 @@ BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
 @dataclass
 class Progress:
-    """The complete state of a training run after ``epoch`` epochs, including the best epoch so far."""
+    """The complete state of a training run after ``epoch`` epochs, including the best epoch so far.
+
+    ``valid_predicted`` has the classes (N,) that the last epoch predicts for the validation images.
+    """
 
     epoch: int = 0
     last: dict[str, Tensor] = field(default_factory=dict)
@@ -41,6 +44,7 @@ class Progress:
     best_epoch: int = 0
     best_loss: float = math.inf
     history: list[EpochRow] = field(default_factory=list)
+    valid_predicted: Tensor | None = None
 
 
 def fit(
@@ -107,7 +111,8 @@ def fit(
             train_loss, train_accuracy = train_one_epoch(
                 module, train, optimizer, progress.epoch, compute=compute, aux_weight=aux_weight, balance=balance, bar=bar
             )
-            valid_loss, valid_accuracy = distributed.broadcast(evaluate(module, valid, compute=compute, balance=balance))
+            log_probs, labels = predict(module, valid, compute=compute)
+            valid_loss, valid_accuracy = distributed.broadcast(loss_and_accuracy(log_probs, labels, balance=balance))
             if not math.isfinite(train_loss + valid_loss):
                 raise RunError(f"The loss became NaN or infinite in epoch {progress.epoch + 1}. Lower --lr (now {rate:g}).")
             progress.epoch += 1
@@ -122,6 +127,7 @@ def fit(
                     "seconds": time.perf_counter() - started,
                 }
             )
+            progress.valid_predicted = log_probs.argmax(1)
             progress.last = _pick(module, names)
             progress.optimizer = copy.deepcopy(optimizer.state_dict())
             if valid_loss < progress.best_loss - config.min_delta:
@@ -197,11 +203,8 @@ def train_one_epoch(
     return distributed.all_reduce_sum(loss_sum) / len(batches), distributed.all_reduce_sum(correct) / len(batches)
 
 
-def evaluate(
-    module: nn.Module, batches: Batches, *, compute: Compute, balance: ClassBalance | None = None
-) -> tuple[float, float]:
-    """Compute the mean loss and the accuracy in evaluation mode, weighted by class as in training."""
-    log_probs, labels = predict(module, batches, compute=compute)
+def loss_and_accuracy(log_probs: Tensor, labels: Tensor, *, balance: ClassBalance | None = None) -> tuple[float, float]:
+    """Compute the mean loss and the accuracy of predictions, weighted by class as in training."""
     weights = torch.from_numpy(balance.effective_weights).float() if balance else torch.ones(log_probs.shape[1])
     loss = nn.functional.nll_loss(log_probs, labels, weight=weights).item()
     per_image = weights[labels]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -68,10 +70,11 @@ def test_a_run_interrupted_three_times_ends_with_the_same_weights(data: Path, tm
     flags = ("--data-dir", data, "--backbone", "tiny", "--weights", tiny_weights, "--epochs", EPOCHS, "--lr-schedule", "cosine")
     run, uninterrupted = tmp_path / "run", tmp_path / "uninterrupted"
     caches = [("--cache-dir", tmp_path / name) for name in ("cache", "other-cache")]
-    resume = ("--resume", "--output-dir", run)
+    events = ("--progress-file", tmp_path / "progress.jsonl")
+    resume = ("--resume", "--output-dir", run, *events)
 
     started = (run / "config.yaml").is_file
-    code, _, _ = train_until(started, *flags, "--output-dir", run, *caches[0], hold_at=1, by=signal.SIGKILL)
+    code, _, _ = train_until(started, *flags, "--output-dir", run, *caches[0], *events, hold_at=1, by=signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert not (run / "checkpoint.pt").exists()
 
@@ -108,6 +111,7 @@ def test_a_run_interrupted_three_times_ends_with_the_same_weights(data: Path, tm
     assert history(run) == history(uninterrupted)
     assert (run / "predictions.csv").read_text() == (uninterrupted / "predictions.csv").read_text()
     assert not list(run.rglob("*.part"))
+    assert_epochs_are_reported(tmp_path / "progress.jsonl", killed)
 
     code, out, _ = finetune("train", *resume)
     assert code == 0
@@ -115,6 +119,30 @@ def test_a_run_interrupted_three_times_ends_with_the_same_weights(data: Path, tm
     code, _, err = finetune("train", *resume, "--lr", 0.3)
     assert code == 2
     assert "was started with --lr 0.05, not 0.3" in err
+
+
+def assert_epochs_are_reported(file: Path, killed: int) -> None:
+    """Check the events of a run that was killed after ``killed`` epochs or one more."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # an empty line, or one that the killed process left incomplete
+            rows.append(json.loads(line))
+    assert "Drawing the plots" in [row["text"] for row in rows if row["event"] == "step"]
+    images = [row for row in rows if row["event"] == "images"]
+    assert {row["phase"] for row in images} == {"inspection"}
+    assert (images[-1]["done"], images[-1]["total"]) == (28, 28)
+    trainings = [row for row in rows if row["event"] == "training"]
+    assert trainings[-1]["epoch"] in (killed, killed + 1)
+    assert {(row["epochs"], row["train"], row["valid"]) for row in trainings} == {(EPOCHS, 18, 10)}
+    epochs = [row for row in rows if row["event"] == "epoch"]
+    assert {row["epoch"] for row in epochs} >= {*range(trainings[-1]["epoch"] + 1, EPOCHS + 1)}
+    for row in epochs:
+        assert row["valid_accuracy_low"] <= row["valid_accuracy"] <= row["valid_accuracy_high"]
+        assert len(row.get("changed", [])) == row.get("changed_count", 0)
+        assert all(photo["before"] != photo["now"] for photo in row.get("changed", []))
+    first, *others = epochs
+    assert "changed" not in first
+    assert all("changed" in row for row in others)
 
 
 FROM_SCRATCH = {

@@ -79,7 +79,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Replace the validation losses by ``losses`` and the accuracy by 0.5."""
     script: Iterator[float] = iter(losses)
-    monkeypatch.setattr(trainer, "evaluate", lambda module, batches, *, compute, balance: (next(script), 0.5))
+    monkeypatch.setattr(trainer, "loss_and_accuracy", lambda log_probs, labels, *, balance: (next(script), 0.5))
 
 
 # Comparison with a plain training loop
