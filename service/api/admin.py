@@ -12,6 +12,7 @@ from service.http.errors import Problem
 from service.http.request_body import OTHER_VALUES, parse_json, read_body
 from service.http.security import key_from_request, match_key
 from service.rollout.agreement import ALLOWED_DIFFERENCES
+from service.rollout.state import load_selection
 
 HINT = 'Send {"bundle": "FOLDER"}, optionally with "allow": ["classes", "disagreement"].'
 MAX_BYTES = 64 << 10
@@ -54,7 +55,9 @@ def _status() -> Response:
     status = dataclasses.asdict(state)
     del status["link_fingerprint"]
     status["converged"] = state.active is not None and set(worker_versions.values()) == {state.active.version}
-    status["survives_restart"] = state.active is not None and state.active.bundle == str(settings.bundle.resolve())
+    saved = load_selection(settings)
+    kept = saved[0].bundle if saved else str(settings.bundle.resolve())
+    status["survives_restart"] = state.active is not None and state.active.bundle == kept
     status["workers"] = [{"pid": pid, "version": version} for pid, version in worker_versions.items()]
     response = jsonify(status)
     response.headers["Cache-Control"] = "no-store"

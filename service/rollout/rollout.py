@@ -29,6 +29,7 @@ from service.rollout.state import (
     SelectedBundle,
     bundle_fingerprint,
     is_symlinked,
+    save_selection,
     utc_now,
 )
 from service.settings import Settings
@@ -61,18 +62,40 @@ class RolloutManager:
             Problem: The bundle is rejected or another rollout is in progress; the current bundle keeps serving.
         """
         self._models.get()
-        path = self._resolve_below_root(bundle)
-        with self.store.lock():
-            self._models.run_in_loader(partial(self._decide, path, actor=actor, allow=allow))
+        self.activate_folder(self._resolve_below_root(bundle), actor=actor, allow=allow)
 
-    def roll_back(self, *, actor: str) -> None:
-        """Serve the previous bundle again, after the checks of a start but without a comparison.
+    def activate_folder(
+        self, folder: Path, *, actor: str, allow: Collection[str] = (), expected_version: str | None = None
+    ) -> None:
+        """Serve the bundle in a folder, which may be anywhere, in all workers.
+
+        Args:
+            folder: The folder, with its links resolved.
+            actor: Who requested it.
+            allow: What may differ from the current bundle, of ``ALLOWED_DIFFERENCES``.
+            expected_version: The version that the request expects to be active, if any.
 
         Raises:
-            Problem: There is no previous bundle, or it cannot be loaded.
+            Problem: As ``activate``, or another bundle is active than expected.
         """
         self._models.get()
         with self.store.lock():
+            self._require_active(expected_version)
+            self._models.run_in_loader(partial(self._decide, folder, actor=actor, allow=allow))
+
+    def roll_back(self, *, actor: str, expected_version: str | None = None) -> None:
+        """Serve the previous bundle again, after the checks of a start but without a comparison.
+
+        Args:
+            actor: Who requested it.
+            expected_version: The version that the request expects to be active, if any.
+
+        Raises:
+            Problem: There is no previous bundle, it cannot be loaded, or another bundle is active than expected.
+        """
+        self._models.get()
+        with self.store.lock():
+            self._require_active(expected_version)
             previous = self.store.read().previous
             if previous is None:
                 raise Problem("no_previous_bundle", "No other bundle has served since the server started. Name a bundle.")
@@ -85,6 +108,14 @@ class RolloutManager:
         """Start to follow other workers and BUNDLE's link, in a thread, if there are any."""
         if self.store.is_shared or self._follows_link():
             threading.Thread(target=self._watch, name="watch-rollout", daemon=True).start()
+
+    def _require_active(self, version: str | None) -> None:
+        active = self.store.read().active
+        if version is not None and active is not None and active.version != version:
+            raise Problem(
+                "rollout_conflict",
+                f"{active.name} {active.version} is active now, put live by {active.actor}. Check it, then try again.",
+            )
 
     def _publish(self, model: LoadedModel) -> None:
         self.store.set_initial(_select(model, self._settings.bundle.resolve(), actor="BUNDLE"))
@@ -175,8 +206,10 @@ class RolloutManager:
             log.warning("rejected", extra=extra)
             raise
         selected = _select(model, path, actor=actor, agreement=agreement)
+        decided = dataclasses.replace(state, active=selected, previous=state.active)
         try:
-            self.store.write(dataclasses.replace(state, active=selected, previous=state.active))
+            save_selection(self._settings, decided)
+            self.store.write(decided)
         except BaseException:  # a full disk: the other workers would not follow
             model.batcher.close()
             raise

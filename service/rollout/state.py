@@ -1,7 +1,9 @@
 """The rollout state that all workers share: which bundle serves, which one did before, and what was rejected last.
 
 gunicorn's master creates the state before it forks. It is an unlinked file that the workers inherit: no cleaner of temporary
-files can remove it, and nothing is left behind when the server is killed.
+files can remove it, and nothing is left behind when the server is killed. Only with the studio the selected bundles are also
+saved, in STUDIO_DIR, so that a restarted server serves the bundle that was put live. They hold until BUNDLE names another
+folder: the last decision wins.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import struct
 import tempfile
@@ -22,12 +25,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.bundle import MANIFEST, open_bundle
 from models.artifacts.paths import resolve_bundle
 from models.errors import BundleError
 from service.http.errors import Problem
 from service.settings import Settings
 
+log = logging.getLogger("service.rollout")
+LIVE = "live.json"  # in STUDIO_DIR
 SLOT_BYTES = 1 << 20  # the file has two slots for documents and a header that names the valid one
 HEADER = struct.Struct("<II")  # slot and length of the document
 DOCUMENT_LOCK, ROLLOUT_LOCK = 1 << 40, (1 << 40) + 1  # bytes beyond the end of the file
@@ -196,6 +202,8 @@ def open_store(settings: Settings) -> RolloutStore:
 def initial_state(settings: Settings) -> RolloutState:
     """Return the state of a starting server. Nothing is active if BUNDLE cannot be opened or has yet to be merged."""
     fingerprint = bundle_fingerprint(settings.bundle)
+    if saved := load_selection(settings):
+        return RolloutState(active=saved[0], previous=saved[1], link_fingerprint=fingerprint)
     try:
         folder = settings.bundle.resolve()
         bundle = open_bundle(resolve_bundle(folder), files=())
@@ -203,6 +211,45 @@ def initial_state(settings: Settings) -> RolloutState:
         return RolloutState(link_fingerprint=fingerprint)
     active = SelectedBundle(str(folder), bundle.name, bundle.version, actor="BUNDLE", time=utc_now())
     return RolloutState(active=active, link_fingerprint=fingerprint)
+
+
+def save_selection(settings: Settings, state: RolloutState) -> None:
+    """Save the active and the previous bundle for the next start, if the studio is on. Raises OSError."""
+    if not settings.studio:
+        return
+    selected = {name: row and dataclasses.asdict(row) for name, row in (("active", state.active), ("previous", state.previous))}
+    document = {"bundle_setting": str(settings.bundle.resolve()), **selected}
+    atomic_write_text(settings.resolved_studio_dir / LIVE, json.dumps(document, indent=2) + "\n")
+
+
+def load_selection(settings: Settings) -> tuple[SelectedBundle, SelectedBundle | None] | None:
+    """Return the active and the previous bundle that were saved, as far as they still exist and BUNDLE has not changed since.
+
+    If only the previous one exists, it is the active one.
+    """
+    if not settings.studio:
+        return None
+    try:
+        document = json.loads((settings.resolved_studio_dir / LIVE).read_text(encoding="utf-8"))
+        rows = [SelectedBundle(**document[name]) for name in ("active", "previous") if document[name]]
+        if document["bundle_setting"] != str(settings.bundle.resolve()):
+            return None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.error("the bundle that was put live is unknown", extra={"file": LIVE, "reason": repr(error)})
+        return None
+    existing = [row for row in rows if _has_version(Path(row.bundle), row.version)]
+    if missing := [row for row in rows if row not in existing]:
+        log.error("a bundle that was live no longer exists", extra={"bundles": [row.bundle for row in missing]})
+    return (existing[0], existing[1] if len(existing) > 1 else None) if existing else None
+
+
+def _has_version(folder: Path, version: str) -> bool:
+    try:
+        return open_bundle(resolve_bundle(folder), files=()).version == version
+    except (BundleError, OSError, RuntimeError):
+        return False
 
 
 def is_symlinked(path: Path) -> bool:

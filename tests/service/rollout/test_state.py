@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 
 from service.http.errors import Problem
 from service.rollout import state as module
-from service.rollout.state import RolloutState, RolloutStore, SelectedBundle, initial_state
+from service.rollout.state import RolloutState, RolloutStore, SelectedBundle, initial_state, load_selection, save_selection
 from service.settings import Settings
 
 ONE = SelectedBundle("/bundles/one", "one", "111111111111", actor="ann", time="2026-01-01T00:00:00+00:00")
@@ -115,3 +116,26 @@ def test_a_bundle_that_cannot_be_opened_is_not_active(tiny_bundle: SimpleNamespa
     active = initial_state(Settings(bundle=tiny_bundle.path)).active
     assert active is not None
     assert active.bundle == str(tiny_bundle.path.resolve())
+
+
+def test_the_studio_serves_the_bundles_that_were_selected_after_a_restart(tiny_bundle: SimpleNamespace, tmp_path: Path) -> None:
+    first = shutil.copytree(tiny_bundle.path, tmp_path / "first")
+    second = shutil.copytree(tiny_bundle.path, tmp_path / "second")
+    settings = Settings(bundle=tiny_bundle.path, studio=True, studio_dir=tmp_path)
+    shipped = initial_state(settings).active
+    assert shipped
+    rows = [SelectedBundle(str(path), "tiny", shipped.version, actor="ann", time="2026") for path in (second, first)]
+    save_selection(settings, RolloutState(active=rows[0], previous=rows[1]))
+    state = initial_state(settings)
+    assert (state.active, state.previous) == (rows[0], rows[1])
+    without_studio = Settings(bundle=tiny_bundle.path, studio_dir=tmp_path)
+    assert initial_state(without_studio).active == shipped
+    other = initial_state(Settings(bundle=first, studio=True, studio_dir=tmp_path)).active
+    assert other
+    assert other.bundle == str(first)  # BUNDLE was changed since
+    shutil.rmtree(second)
+    assert load_selection(settings) == (rows[1], None)
+    shutil.rmtree(first)
+    assert initial_state(settings).active == shipped
+    (tmp_path / "live.json").write_text("[]")
+    assert initial_state(settings).active == shipped
