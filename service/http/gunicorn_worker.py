@@ -7,7 +7,8 @@ the application writes. Slow, silent and unread clients therefore cost one conne
 ``Timer`` lists how long each may take for what, and ``EventLoopWorker._evict`` closes one when there are too many.
 
 Requests run in lanes (``Lane``) with threads of their own, so that pages cannot starve predictions, nor either of them
-probes. The loop rejects a prediction above the server's capacity after its head and before its body.
+probes. The loop rejects a prediction above the server's capacity after its head and before its body. A response that sends
+events (``EVENT_STREAM``) takes a thread for each of its chunks and pauses in the loop in between.
 
 Plain HTTP/1.1 only: a proxy terminates TLS and HTTP/2. ``GUNICORN_WORKER=stock`` runs gunicorn's threaded worker instead.
 
@@ -51,7 +52,7 @@ from gunicorn.http.errors import InvalidHeader, LimitRequestHeaders, NoMoreData
 from gunicorn.workers.base import Worker
 
 from service.context import services_of
-from service.http import IMAGE_PATHS, PROBE_PATHS, REJECTION, SLOT
+from service.http import CAN_STREAM, EVENT_STREAM, IMAGE_PATHS, PROBE_PATHS, REJECTION, SLOT
 from service.http.errors import Problem
 from service.http.request_body import body_incomplete, body_malformed, body_timeout, body_too_large
 
@@ -71,6 +72,7 @@ ACCEPTED_AT_ONCE = 32
 ACCEPT_PAUSE_S = 0.2  # after the process ran out of files
 LINGER_S = 2.0
 STOP_S = 2.0
+EVENT_PAUSE_S = 1.0  # between two chunks of a response that sends events
 TICK_S = 1.0
 RESERVED_FILES = 128  # for the model, databases, photos and logs
 PROBE_THREADS = 2
@@ -264,6 +266,21 @@ class Connection(asyncio.BufferedProtocol):
             raise DisconnectedError
         self._worker.set_timer(self, None)
 
+    async def pause(self, seconds: float) -> None:
+        """Wait while the client stays connected. Raises DisconnectedError."""
+        assert self.transport
+        if not self.buffer:
+            self.transport.resume_reading()  # notices that the client disconnects
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        handle = loop.call_later(seconds, self._wake)
+        try:
+            await self._waiter
+        finally:
+            handle.cancel()
+        if self.is_closed or self.is_half_closed:
+            raise DisconnectedError
+
     def made_progress(self) -> bool:
         """Return whether the client has acknowledged enough of its response since the last call."""
         assert self.transport
@@ -397,6 +414,7 @@ class EventLoopWorker(Worker):
         self._connections: dict[Connection, asyncio.Task[None]] = {}
         self._waiting: dict[Timer, dict[Connection, asyncio.TimerHandle]] = {timer: {} for timer in Timer}
         self._held = 0  # received bytes of requests that do not run yet
+        self._streaming: set[Connection] = set()  # connections that receive events
 
     # Life cycle
 
@@ -464,6 +482,8 @@ class EventLoopWorker(Worker):
                 pass
             self._loop.remove_reader(listener.fileno())
             listener.close()
+        for connection in self._streaming:
+            connection.abort()  # the client connects again, to another worker
         for timer in (Timer.FIRST_BYTE, Timer.KEEPALIVE):
             for connection in list(self._waiting[timer]):
                 self.set_timer(connection, Timer.STOP)
@@ -613,10 +633,14 @@ class EventLoopWorker(Worker):
             if lane:
                 while not await lane.run(connection, lambda: exchange.context.run(self._run, connection.client, exchange)):
                     await self._send(connection, exchange)
+                    if EVENT_STREAM in exchange.environ:
+                        self._streaming.add(connection)
+                        await connection.pause(EVENT_PAUSE_S)
             else:
                 self._respond(exchange)
             await self._send(connection, exchange)
         finally:
+            self._streaming.discard(connection)
             exchange.release_slot()
             if exchange.iterator and hasattr(exchange.iterable, "close"):
                 self._pages.clean_up(exchange.context.run, exchange.iterable.close)
@@ -663,6 +687,7 @@ class EventLoopWorker(Worker):
         self.set_timer(connection, None)
         connection.take(len(head))
         environ["wsgi.multithread"] = True
+        environ[CAN_STREAM] = self.alive and len(self._streaming) < self._settings.studio_max_streams
         self._middleware.begin(environ)
         if not self.alive:
             response.force_close()
@@ -756,7 +781,7 @@ class EventLoopWorker(Worker):
             for chunk in exchange.iterator:
                 response.write(chunk)
                 is_all = response.response_length is not None and response.sent >= response.response_length
-                if len(output) >= CONGESTED_BYTES and not is_all:
+                if (len(output) >= CONGESTED_BYTES or EVENT_STREAM in exchange.environ) and not is_all:
                     is_paused = True
                     return False
             response.close()

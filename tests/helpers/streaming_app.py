@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from service.context import EXTENSION
+from service.http import CAN_STREAM, EVENT_STREAM
 from service.http.admission import AdmissionController
 from service.http.middleware import RequestMiddleware
 from service.settings import Settings
@@ -36,6 +38,13 @@ def _respond(environ: dict[str, Any], start_response: Any) -> Any:
     if environ["PATH_INFO"] == "/broken":
         start_response("200 OK", [("Content-Type", "text/plain")])
         return _broken()
+    if environ["PATH_INFO"] == "/events":
+        start_response("200 OK", [("Content-Type", "text/event-stream")])
+        if not environ[CAN_STREAM]:
+            return [b"full"]
+        environ[EVENT_STREAM] = True
+        closed.clear()
+        return _events()
     if environ["PATH_INFO"] == "/error":
         raise RuntimeError("an error of the application")
     if environ["PATH_INFO"] == "/closed":
@@ -44,6 +53,15 @@ def _respond(environ: dict[str, Any], start_response: Any) -> Any:
     closed.clear()
     start_response("200 OK", [("Content-Type", "application/octet-stream")])
     return _chunks()
+
+
+def _events() -> Iterator[bytes]:
+    """Send a number in each chunk, without an end."""
+    try:
+        for number in itertools.count():
+            yield b"%d\n" % number
+    finally:
+        closed.set()
 
 
 def _broken() -> Iterator[bytes]:
@@ -59,7 +77,7 @@ class App:
         self._middleware = RequestMiddleware(
             _respond, AdmissionController(4), Metrics(), inference_paths=nothing, custom_error_paths=nothing
         )
-        services = SimpleNamespace(settings=Settings(page_threads=1), middleware=self._middleware)
+        services = SimpleNamespace(settings=Settings(page_threads=1, studio_max_streams=3), middleware=self._middleware)
         self.extensions = {EXTENSION: services}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:

@@ -78,3 +78,20 @@ def test_an_error_within_a_stream_closes_the_connection(port: int) -> None:
 def test_an_error_before_the_first_chunk_is_a_500(port: int) -> None:
     assert read_all(port, "/error")[0] == 500
     assert read_all(port, "/")[0] == 200
+
+
+def test_events_occupy_no_thread_between_them_and_their_number_is_bounded(port: int) -> None:
+    opened = [ask(port, "/events") for _ in range(3)]
+    for number in range(2):
+        for _, response in opened:
+            assert response.readline() == b"%d\n" % number
+    assert read_all(port, "/events") == (200, b"full")
+    connection, response = opened.pop()
+    response.close()
+    connection.close()
+    assert read_all(port, "/closed") == (200, b"1")  # there is one thread, and two streams are open
+    opened.append(ask(port, "/events"))
+    assert opened[-1][1].readline() == b"0\n"
+    for connection, response in opened:
+        response.close()
+        connection.close()
