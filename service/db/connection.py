@@ -21,7 +21,7 @@ from service.db.errors import DatabaseUnavailableError
 from service.db.schema import metadata
 
 log = logging.getLogger("service.db")
-SCHEMA_REVISION = "0007"  # of the newest migration; a test compares the two
+SCHEMA_REVISION = "0008"  # of the newest migration; a test compares the two
 MIGRATIONS = Path(__file__).parent / "migrations"
 WRITE_LOCK_ID = 7_201_931  # the advisory lock of PostgreSQL that serializes writers
 DEFAULT_TIMEOUT_S = 5.0

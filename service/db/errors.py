@@ -7,7 +7,9 @@ UserError
 ├── IncompatibleModelsError
 ├── InvalidReviewError
 ├── ReviewConflictError
-└── NothingToUndoError
+├── NothingToUndoError
+├── JobConflictError
+└── JobQueueFullError
 """
 
 from __future__ import annotations
@@ -41,3 +43,11 @@ class ReviewConflictError(UserError):
 
 class NothingToUndoError(UserError):
     """The photo has no review that could be undone."""
+
+
+class JobConflictError(UserError):
+    """A training cannot be started, cancelled, resumed or deleted in the state that it is in."""
+
+
+class JobQueueFullError(UserError):
+    """As many trainings wait as are allowed."""

@@ -212,3 +212,26 @@ photo_columns = Table(  # all values of a photo, to be shown
     Column("prediction_id", PrimaryKey, ForeignKey("predictions.id"), primary_key=True),
     Column("columns", JSON, nullable=False),
 )
+
+training_jobs = Table(  # the trainings that were started in the studio
+    "training_jobs",
+    metadata,
+    Column("id", PrimaryKey, primary_key=True),
+    Column("run", String(64), nullable=False, unique=True),  # the folder of the run
+    Column("state", String(16), nullable=False, index=True),  # queued, running, finished, failed or cancelled
+    Column("settings", JSON, nullable=False),  # of `finetune train`, by name
+    Column("data", Text, nullable=False),  # how the form names the data
+    Column("reviews", Integer, nullable=False),  # number of reviews that are applied
+    Column("actor", Text, nullable=False),  # who started it
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("started_at", UtcDateTime),
+    Column("ended_at", UtcDateTime),
+    Column("interruptions", Integer, nullable=False),  # how often its process was killed
+    Column("is_cancelled", Boolean, nullable=False),  # whether it has to stop
+    Column("reason", Text),  # why it failed or was interrupted
+    Column("version", String(64)),  # of the bundle of a finished run
+    Column("speed", JSON),  # seconds of the phases of a finished run
+    Column("runner", String(64)),  # the process that runs it
+    Column("lease_until", UtcDateTime),  # until when it may not be taken over
+    sqlite_autoincrement=True,  # a page of a deleted run must not show another one
+)

@@ -18,6 +18,8 @@ from service.db.errors import (
     IncompatibleModelsError,
     InvalidFilterError,
     InvalidReviewError,
+    JobConflictError,
+    JobQueueFullError,
     NothingToUndoError,
     RecordNotFoundError,
     ReviewConflictError,
@@ -64,21 +66,21 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     "image_replaced": ProblemType(
         409, "Image file changed", "The file differs from the evaluated one. Evaluate the model again."
     ),
+    "job_conflict": ProblemType(409, "Training conflict", "Reload the page of the training to see its current state."),
     "no_previous_bundle": ProblemType(409, "No previous bundle", "Name the bundle in `POST /admin/bundle`."),
     "nothing_to_undo": ProblemType(409, "Nothing to undo", "This image has no review."),
     "name_taken": ProblemType(409, "Name taken", "Choose another name."),
     "dataset_busy": ProblemType(409, "Data set busy", "Retry when its audit or import has finished."),
-    "upload_conflict": ProblemType(
-        409, "Upload out of order", "`detail` states how many bytes are there. Continue from there."
-    ),
+    "upload_conflict": ProblemType(409, "Upload conflict", "`detail` states how many bytes are there. Continue from there."),
     "review_conflict": ProblemType(
         409, "Review conflict", "Read the other review. To overwrite it, send yours again with its id as `expected_version`."
     ),
+    "rollout_conflict": ProblemType(409, "Live model changed", "Reload the page to see which model is live, and decide again."),
     "rollout_in_progress": ProblemType(
         409, "Rollout in progress", "Retry when the current rollout has finished, within seconds."
     ),
     "body_too_large": ProblemType(413, "Request too large", "Send fewer images per request, or smaller files."),
-    "dataset_too_large": ProblemType(413, "Data set too large", "Delete photos, or start another data set."),
+    "dataset_too_large": ProblemType(413, "Data set full", "Delete photos, or start another data set."),
     "json_too_large": ProblemType(
         413, "JSON too large", "Send fewer images per request, and tensors as binary data (`binary_tensor_data`)."
     ),
@@ -96,10 +98,13 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     "image_too_complex": ProblemType(
         422, "Image too complex", "Decoding would take too long or too much memory. Save the image as an ordinary JPEG or PNG."
     ),
+    "job_queue_full": ProblemType(429, "Training queue full", "Cancel a waiting training, or start this one later."),
     "internal_error": ProblemType(
         500, "Internal server error", "Give the administrator the request id. The log has the details."
     ),
-    "storage_full": ProblemType(507, "Disk full", "Delete data that is no longer needed, or add disk space."),
+    "training_unavailable": ProblemType(
+        501, "Training not installed", "Install the packages for training, which the train page lists."
+    ),
     "database_unavailable": ProblemType(
         503, "Database unavailable", "Predictions are not affected. The administrator must check the review database."
     ),
@@ -109,6 +114,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     "not_ready": ProblemType(503, "Service not ready", "The server is starting. Retry after `Retry-After` seconds."),
     "overloaded": ProblemType(503, "Server overloaded", "Retry after `Retry-After` seconds, with fewer requests at a time."),
     "deadline_exceeded": ProblemType(504, "Deadline exceeded", "The server is busy. Retry later."),
+    "storage_full": ProblemType(507, "Disk full", "Delete data that is no longer needed, or add disk space."),
 }
 
 
@@ -172,6 +178,8 @@ CODES: dict[type[Exception], tuple[str, int | None]] = {
     InvalidReviewError: ("bad_parameter", None),
     ReviewConflictError: ("review_conflict", None),
     NothingToUndoError: ("nothing_to_undo", None),
+    JobConflictError: ("job_conflict", None),
+    JobQueueFullError: ("job_queue_full", 60),
 }
 
 
