@@ -22,7 +22,7 @@ from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
 
 from service.api import admin, health, inference_protocol, predict
-from service.context import EXTENSION, Services
+from service.context import EXTENSION, Services, services_of
 from service.http.admission import AdmissionController
 from service.http.compression import compress
 from service.http.errors import Problem, code_for_status, problem_from
@@ -128,10 +128,15 @@ def create_full_app(services: Services) -> Flask:
 
 def _add_studio(app: Flask) -> None:
     """Register the pages of the studio. Without the studio their addresses do not exist."""
-    from service.studio import audit_page, data_pages, start_page
+    from service.studio import audit_page, data_pages, job_pages, run_pages, start_page, train_page
+    from service.studio.finetune_process import is_installed
+    from service.studio.runner_supervisor import supervise
 
-    for module in (start_page, data_pages, audit_page):
+    for module in (start_page, data_pages, audit_page, train_page, job_pages, run_pages):
         app.register_blueprint(module.bp)
+    if is_installed():
+        services = services_of(app)
+        supervise(services.settings, services.model_manager.closed)
 
 
 class DeferredApp:

@@ -16,6 +16,7 @@ from service.http.gunicorn_worker import raise_file_limit
 from service.resources import allocate_resources
 from service.rollout.state import open_store, share_store
 from service.settings import process_settings
+from service.studio.runner_supervisor import end_runner, share_lifeline
 from service.telemetry.json_logging import is_terminal, logging_config
 from service.telemetry.metrics_dir import create_metrics_dir, remove_metrics_dir, restore_metrics_dir
 
@@ -53,6 +54,8 @@ def on_starting(server: Any) -> None:
     """Create what the workers share: the metrics' folder and the rollout state."""
     create_metrics_dir()
     share_store(_settings)
+    if _settings.studio:
+        share_lifeline()
     server.log.info(str(_resources))
 
 
@@ -119,4 +122,5 @@ def child_exit(server: Any, worker: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
+    end_runner(_settings)
     remove_metrics_dir()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, Response, redirect, render_template, request
+from flask import Blueprint, Response, redirect, render_template, request, url_for
 from sqlalchemy import Connection
 
 from models.artifacts.statistics import wilson_interval
@@ -103,6 +103,7 @@ def home() -> Response:
         served=gallery().active_version,
         everything=everything.filters,
         train=retrain_command(bundle, has_extra_data=has_extra_data) if bundle else None,
+        train_form=url_for("training.form", version=version, reviews=1) if services().settings.studio else None,
         has_extra_data=has_extra_data,
         has_map=bool(gallery().maps(version)),
         trouble=_trouble([photo for preview in previews for photo in preview.photos]),
@@ -206,12 +207,11 @@ def _grid(**preset: tuple[str, ...]) -> Response:
 
 
 def render_gallery(template: str, **context: Any) -> Response:
-    settings = services().settings
     shared = {
         "photo_url": photo_url,
         "grid_url": grid_url,
         "similar_url": lambda filters, photo: grid_url(Filter(model=filters.model, similar=photo.sha256), select="all"),
-        "has_folder": settings.data_dir is not None,
+        "has_folder": bool(gallery().data_folders()),
         "merged_from": gallery().merged_from,
         "interval": _interval,
     }
@@ -262,11 +262,10 @@ def _name_of(version: str) -> str:
 
 def _trouble(photos: Sequence[PredictionRecord]) -> str | None:
     """Why the first photo cannot be shown, if it cannot; where no folder is set, that goes for all of them."""
-    settings = services().settings
     evaluated = [photo for photo in photos if photo.source != "production"]
     if not evaluated:
         return None
-    if settings.data_dir is None:
+    if not gallery().data_folders():
         return (
             "Start the service with `DATA_DIR` set to the evaluated folder. Until then the gallery shows names, labels and "
             "probabilities."

@@ -44,7 +44,7 @@ class ImageAccess:
 
     def __init__(self, settings: Settings, gallery: GalleryIndex, decoder: ImageDecoder) -> None:
         self._gallery = gallery
-        self._folder = SourceFolder([settings.data_dir] if settings.data_dir else [])
+        self._source_folder = SourceFolder(gallery.data_folders())
         self._decoder = decoder
         self._pool = WorkerPool("images", threads=1, max_queued=32, timeout_s=30.0)
         self._thumbnails = ThumbnailCache(
@@ -52,6 +52,11 @@ class ImageAccess:
         )
         self._explainers: dict[str, Explainer] = {}
         self._lock = threading.Lock()
+
+    @property
+    def _folders(self) -> SourceFolder:
+        self._source_folder.roots = self._gallery.data_folders()  # the studio adds some at any time
+        return self._source_folder
 
     def read(self, photo: str, sha256: str) -> bytes:
         """Read a photo.
@@ -65,7 +70,7 @@ class ImageAccess:
             if data is None:
                 raise _deleted(photo)
             return data
-        return self._folder.read(decode_file_name(photo), sha256)
+        return self._folders.read(decode_file_name(photo), sha256)
 
     def check(self, photo: str, sha256: str) -> None:
         """Raise what ``read`` would raise, without reading a photo that was read before."""
@@ -74,7 +79,7 @@ class ImageAccess:
                 if not production.is_saved(connection, sha256):
                     raise _deleted(photo)
         else:
-            self._folder.check(decode_file_name(photo), sha256)
+            self._folders.check(decode_file_name(photo), sha256)
 
     def find_problem(self, photo: str, sha256: str) -> Problem | None:
         """Return why a photo cannot be shown, or None."""

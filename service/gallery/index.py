@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
@@ -60,15 +61,20 @@ class GalleryIndex:
     """The database, and what else is known of each model's photos. There is one for the application.
 
     A failure is reported on the gallery's pages and never stops a prediction.
+
+    Args:
+        settings: The settings.
+        database: The open database, if there is one already.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, database: Database | None = None) -> None:
         self._settings = settings
-        self._database: Database | None = None
+        self._database = database
         self._has_failed = False
         self._lock = threading.Lock()
         self._sources: dict[str, list[PredictionSource]] = {}  # by the version of the bundle
         self._similarity: dict[str, SimilarityIndex] = {}
+        self._runs: dict[tuple[Path, int], Path | None] = {}  # bundle of a run of the studio, and its time -> its data folder
         self._merged_versions: dict[str, str] = {}  # version of a head-only bundle -> version of the bundle merged from it
         self.active_version: str | None = None
 
@@ -131,7 +137,7 @@ class GalleryIndex:
     def similarity_tables(self, version: str) -> list[SimilarityIndex]:
         """Load the embeddings and near duplicates of a model's evaluations that are on this machine."""
         tables = []
-        for source in self._sources.get(version, []):
+        for source in self._sources_of(version):
             if source.version not in self._similarity:
                 self._similarity[source.version] = source.similarity()
             tables.append(self._similarity[source.version])
@@ -182,7 +188,52 @@ class GalleryIndex:
 
     def bundle_path(self, version: str) -> Path | None:
         """Return the folder of a bundle if it is on this machine."""
-        return {source.kind: source.path for source in self._sources.get(version, [])}.get("bundle")
+        return {source.kind: source.path for source in self._sources_of(version)}.get("bundle")
+
+    def data_folders(self) -> list[Path]:
+        """Return the folders of evaluated photos: DATA_DIR, and in the studio those of its data sets and runs."""
+        folders = [self._settings.data_dir] if self._settings.data_dir else []
+        if self._settings.studio:
+            self._find_runs()
+            datasets = self._settings.resolved_studio_dir / "datasets"
+            folders += [path for path in sorted(datasets.glob("*")) if path.is_dir()]
+            folders += [path for path in list(self._runs.values()) if path and path.parent != datasets.resolve()]
+        return list(dict.fromkeys(folders))
+
+    def add(self, path: Path) -> None:
+        """Import the predictions of a bundle into the database given to the constructor. Raises DatabaseUnavailableError."""
+        assert self._database is not None
+        self._merged_versions |= _merged(open_bundle(path, files=()))
+        self._import(self._database, path)
+
+    def _sources_of(self, version: str) -> list[PredictionSource]:
+        if version not in self._sources and self._settings.studio:
+            self._find_runs()
+        return [source for source in self._sources.get(version, []) if source.path.is_dir()]
+
+    def _find_runs(self) -> None:
+        """Read the bundles of the studio's runs that are new since the last call. Their predictions are imported already."""
+        for manifest in (self._settings.resolved_studio_dir / "runs").glob(f"*/bundle/{MANIFEST}"):
+            try:
+                run = manifest.parent, manifest.stat().st_mtime_ns
+                if run in self._runs:
+                    continue
+                self._runs[run] = None
+                bundle = open_bundle(resolve_bundle(manifest.parent), files=())
+                self._merged_versions |= _merged(bundle)
+                self._runs[run] = _data_dir_of(manifest.parents[1] / "config.yaml")
+                self._add_source(open_predictions(bundle.path))
+            except (UserError, OSError) as error:  # OSError: deleted meanwhile
+                log.warning("%s", error)
+
+    def _add_source(self, source: PredictionSource) -> PredictionSource:
+        """Remember where the predictions of a model are on this machine."""
+        version = self._merged_versions.get(source.bundle_version, source.bundle_version)
+        source = dataclasses.replace(source, bundle_version=version)
+        known = self._sources.setdefault(version, [])
+        if all(other.version != source.version for other in known):
+            known.append(source)
+        return source
 
     def _resolve_evaluation(self, path: Path) -> Path | None:
         """Return what to import for a path of EVALUATIONS: the merged bundle for a head-only one, None if that is imported."""
@@ -197,12 +248,8 @@ class GalleryIndex:
     def _import(self, database: Database, path: Path) -> None:
         """Import the predictions of a bundle or an evaluation once. An invalid one is logged and skipped."""
         try:
-            source = open_predictions(path)
-            version = self._merged_versions.get(source.bundle_version, source.bundle_version)
-            source = dataclasses.replace(source, bundle_version=version)
-            known = self._sources.setdefault(version, [])
-            if all(other.version != source.version for other in known):
-                known.append(source)
+            source = self._add_source(open_predictions(path))
+            version = source.bundle_version
             with database.read() as connection:
                 if is_imported(connection, version, source.version):
                     return
@@ -230,6 +277,15 @@ class GalleryIndex:
         with database.write(background=True) as connection:
             model_id = get_or_create_model(connection, version=bundle.version, name=bundle.name, classes=bundle.classes)
             mark_model_active(connection, model_id)
+
+
+def _data_dir_of(config: Path) -> Path | None:
+    """Return the data folder of a run, which its bundle does not contain."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("data_dir"):
+            return Path(values["data_dir"])
+    return None
 
 
 def _merged(bundle: Bundle) -> dict[str, str]:

@@ -15,8 +15,9 @@ from service.studio import background, finetune_process
 from service.studio.access import protect
 from service.studio.data_pages import changed, find_data_set
 from service.studio.data_sets import DataSet, Photo, fingerprint
+from service.studio.data_source import DATASET
 from service.studio.fields import read_fields
-from service.studio.start_page import page, url_if_known
+from service.studio.start_page import page
 
 REFRESH_S = 2
 MAX_GROUPS = 40  # of a kind on the page; the next ones follow once these are done
@@ -69,7 +70,7 @@ def show(name: str) -> Response:
         notes=notes(saved["report"]) if saved else [],
         sections=sections,
         usable=sum(sum(row.values()) for row in saved["report"]["counts"].values()) if saved else 0,
-        train_url=url_if_known("training.form", data=f"dataset:{name}"),
+        train_url=url_for("training.form", data=f"{DATASET}{name}"),
         ignored=sum(finding.key in ignored for finding in found),
         is_outdated=bool(saved) and saved["fingerprint"] != data_fingerprint(data_set),
         classes=list(data_set.classes()),

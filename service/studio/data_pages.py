@@ -19,10 +19,11 @@ from service.studio.access import protect
 from service.studio.archive_upload import ArchiveUpload
 from service.studio.background import current_task
 from service.studio.data_sets import UNLABELED, DataSet, Photo
+from service.studio.data_source import DATASET
 from service.studio.drop_layout import Destination, plan_drop
 from service.studio.fields import read_fields
 from service.studio.names import LEFT_OUT
-from service.studio.start_page import page, url_if_known
+from service.studio.start_page import page
 from service.web.layout import ONE_YEAR_S
 
 PHOTOS_PER_PAGE = 60
@@ -90,8 +91,8 @@ def show(name: str) -> Response:
         left_out=len(data_set.photos_of(LEFT_OUT)),
         task=task,
         changes=data_set.changes(),
-        train_url=url_if_known("training.form", data=f"dataset:{name}"),
-        audit_url=url_if_known("audit.show", name=name),
+        train_url=url_for("training.form", data=f"{DATASET}{name}"),
+        audit_url=url_for("audit.show", name=name),
         refresh_s=REFRESH_S if task and task.is_running else None,
     )
 

@@ -43,6 +43,12 @@ def read_fields(names: Mapping[str, type], *, max_body_bytes: int = MAX_BODY_BYT
     return {name: values.getlist(name) if kind is list else values.get(name, "") for name, kind in names.items()}
 
 
+def check_parameters(*names: str) -> None:
+    """Raise Problem if the request has another query parameter than ``names``."""
+    if unknown := set(request.args) - set(names):
+        raise Problem("bad_parameter", f"Unknown parameter {min(unknown)!r}. Valid parameters: {', '.join(names)}.")
+
+
 def _from_json(body: bytes, names: Mapping[str, type]) -> MultiDict[str, str]:
     hint = f"Send a JSON object with {', '.join(names)}."
     document = parse_json(body, max_values=MAX_VALUES, hint=hint)

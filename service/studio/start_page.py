@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
-from flask import Blueprint, Response, current_app, render_template, url_for
+from flask import Blueprint, Response, render_template
 
 from models.preprocess import IMAGE_FORMATS_TEXT
 from service.context import services, workspace
@@ -73,8 +72,3 @@ def page(template: str, *, refresh_s: int | None = None, **context: object) -> R
     }
     text = render_template(template, **shared, **context)
     return Response(text, headers={"Cache-Control": "no-store"}, mimetype="text/html")
-
-
-def url_if_known(endpoint: str, **values: Any) -> str | None:
-    """Return the address of a page of another part of the studio, or None if it does not exist."""
-    return url_for(endpoint, **values) if endpoint in current_app.view_functions else None

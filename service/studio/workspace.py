@@ -5,6 +5,8 @@ STUDIO_DIR/
   datasets/NAME.unlabeled/   photos without a class
   datasets/NAME.left-out/    photos that were left out, under their path in the data set
   runs/NAME/                 what ``finetune train`` writes
+  jobs/ID/                   log, progress and reviews of a training
+  live.json                  the bundle that was put live (service/rollout/state.py)
   state/                     what the studio knows of a data set: changes to undo, audits
   uploads/                   files that are being received; safe to delete while the server is stopped
 """

@@ -67,3 +67,17 @@ def test_the_training_starts_the_declared_number_of_processes() -> None:
     assert f"{args.output_dir}/config.yaml" in command
     mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert {str(args.data_dir), str(args.output_dir.parent), str(args.cache_dir)} <= mounts
+
+
+def test_the_job_that_trains_on_one_host_is_valid_and_resumes() -> None:
+    job = read("train-job.yaml")
+    validate(job, VERSION, strict=True)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (command,) = container["args"]
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args(arguments_of(command))
+    assert f"test -e {args.output_dir}/config.yaml && echo --resume" in command
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    for path in (args.data_dir, args.output_dir, args.cache_dir, args.progress_file):
+        assert any(path.is_relative_to(mount) for mount in mounts)

@@ -1,0 +1,137 @@
+"""What a form may set, and which data it may name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune import config
+from models.errors import ConfigError
+from service.settings import Settings
+from service.studio.data_source import describe_data, resolve_data
+from service.studio.training_settings import FIELDS, form_values, parse_settings, training_command
+
+
+def test_a_form_becomes_a_command_that_the_command_line_accepts(tmp_path: Path) -> None:
+    form = {
+        "backbone": "timm:convnext_tiny",
+        "epochs": "3",
+        "unfreeze": "layer3 layer4",
+        "augment": "1",
+        "class_weights": "balanced",
+        "sampling": "none",
+        "lr": "1e-3",
+        "target_precision": "dogs=0.99,cats=0.9",
+        "allow_leakage": "",
+        "optimizer": "",
+    }
+    settings = parse_settings(form)
+    command = training_command(
+        settings, run="a", data_dir=tmp_path, output_dir=tmp_path / "run", reviews=None, progress_file=tmp_path / "progress"
+    )
+    assert command[:4] == [sys.executable, "-m", "finetune", "train"]
+    parsed = _parse(command[4:])
+    assert (parsed.backbone, parsed.epochs, parsed.unfreeze, parsed.lr) == (
+        "timm:convnext_tiny",
+        3,
+        ("layer3", "layer4"),
+        0.001,
+    )
+    assert (parsed.augment, parsed.allow_leakage, parsed.class_weights) == (True, False, "balanced")
+    assert (parsed.data_dir, parsed.name, parsed.target_precision) == (tmp_path, "a", "dogs=0.99,cats=0.9")
+
+
+def _parse(words: list[str]) -> config.Config:
+    import argparse
+
+    from finetune.cli.train import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return config.from_arguments(parser.parse_args(words))
+
+
+def test_every_field_is_a_setting_of_the_command() -> None:
+    assert set(FIELDS) <= set(config.Config.__dataclass_fields__)
+
+
+def test_the_settings_of_a_model_fill_the_form() -> None:
+    saved = config.Config(data_dir=Path("x"), backbone="vgg16", epochs=3, unfreeze=("a", "b"), augment=True).as_dict()
+    values = form_values(saved)
+    assert {name: values[name] for name in ("backbone", "epochs", "unfreeze", "augment")} == {
+        "backbone": "vgg16",
+        "epochs": "3",
+        "unfreeze": "a b",
+        "augment": "1",
+    }
+    assert "data_dir" not in values
+    assert "allow_leakage" not in values
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "Network: choose one."),
+        ({"backbone": "--help"}, "Network: '--help' is not valid. Any name that `finetune models` lists, or timm:NAME."),
+        ({"epochs": "-3"}, "Epochs: expected 1 to 10,000 (got -3)."),
+        ({"epochs": "many"}, "Epochs: expected a whole number (got 'many')."),
+        ({"lr": "nan"}, "Learning rate: expected 1e-09 to 100 (got nan)."),
+        ({"optimizer": "rmsprop"}, "Optimizer: 'rmsprop' is not valid. Use sgd, adam."),
+        ({"augment": "maybe"}, "Random crops, flips and colors: expected 0 or 1 (got 'maybe')."),
+        ({"unfreeze": "layer4; rm"}, "Also train these layers: 'layer4; rm' is not valid. Such as layer4 or features.28, "
+         "separated by spaces. Slower: every epoch runs the complete network."),
+        ({"class_weights": "balanced", "sampling": "balanced"}, "Weight of rare classes and Photos of an epoch both make the "
+         "classes equal. Use one of them."),
+    ],
+)  # fmt: skip
+def test_an_invalid_value_is_explained(values: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_settings({"backbone": "vgg16"} | values if values else {})
+    assert str(error.value) == message
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Settings:
+    (tmp_path / "studio" / "datasets" / "pets").mkdir(parents=True)
+    (tmp_path / "data" / "birds").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "studio" / "datasets" / "linked").symlink_to(tmp_path / "secret")
+    return Settings(studio=True, studio_dir=tmp_path / "studio", data_dir=tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("data", "folder"),
+    [
+        ("dataset:pets", "studio/datasets/pets"),
+        ("folder:birds", "data/birds"),
+        ("folder:", "data"),
+        ("folder:./birds/", "data/birds"),
+    ],
+)
+def test_data_sets_and_folders_below_the_data_folder_are_found(
+    studio: Settings, tmp_path: Path, data: str, folder: str
+) -> None:
+    assert resolve_data(studio, data) == tmp_path / folder
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["folder:../secret", "folder:link", "folder:/etc", "folder:\0", "dataset:../../secret", "dataset:linked", "dataset:",
+     "dataset:..", "dataset:none", "folder:none", "", "/etc", "pets"],
+)  # fmt: skip
+def test_no_other_folder_can_be_named(studio: Settings, data: str) -> None:
+    with pytest.raises(ConfigError, match=r"^Data: (there is no|choose)"):
+        resolve_data(studio, data)
+
+
+def test_without_a_data_folder_only_data_sets_can_be_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^Data: choose a data set, or a folder below DATA_DIR\.$"):
+        resolve_data(Settings(studio=True, studio_dir=tmp_path), "folder:")
+
+
+def test_data_is_named_for_people() -> None:
+    texts = {data: describe_data(data) for data in ("dataset:pets", "folder:birds", "folder:")}
+    assert texts == {"dataset:pets": "pets", "folder:birds": "DATA_DIR/birds", "folder:": "DATA_DIR"}
