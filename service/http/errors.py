@@ -86,7 +86,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     ),
     "too_many_images": ProblemType(413, "Too many images", "Split the images over several requests."),
     "selection_too_large": ProblemType(
-        413, "Too many photos selected", "Add a filter, or let the administrator raise `MAX_SELECTED`."
+        413, "Selection too large", "Add a filter, or let the administrator raise `MAX_SELECTED`."
     ),
     "too_many_pixels": ProblemType(413, "Image too large", "Resize the image first."),
     "not_an_image": ProblemType(415, "Unsupported image format", f"Use {IMAGE_FORMATS_TEXT}."),
