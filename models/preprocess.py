@@ -162,7 +162,7 @@ def decode(
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise _unidentified(data) from None
+        raise unidentified(data) from None
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"The image is too large to decode safely ({error}). Use a smaller one.") from None
     except MemoryError:
@@ -273,7 +273,8 @@ def _without_metadata(data: bytes) -> bytes | None:
     return pixels_only if len(pixels_only) < len(data) else None
 
 
-def _unidentified(data: bytes) -> ImageError:
+def unidentified(data: bytes) -> ImageError:
+    """Return the error for a file that no decoder takes. It names the format if that is known."""
     if not data:
         return UnsupportedImageError("The file is empty.")
     container = file_format(data)

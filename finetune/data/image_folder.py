@@ -129,7 +129,7 @@ def read_dataset(
     return replace(dataset, samples=samples, skipped=tuple(search.skipped), split_groups=_find_split_groups(samples, dataset))
 
 
-def _read_folders(root: Path, search: ImageSearch) -> Dataset:
+def _read_folders(root: Path, search: ImageSearch, *, min_classes: int = 2) -> Dataset:
     layout = find_layout(root, search)
     if layout.splits and TRAIN not in layout.splits:
         other = next(iter(layout.splits.values())).name
@@ -140,7 +140,7 @@ def _read_folders(root: Path, search: ImageSearch) -> Dataset:
     split_folders = {"train": layout.train} | ({"valid": layout.valid} if layout.valid else {})
     images = _find_labeled(split_folders, search)
     classes = tuple(sorted(images["train"].by_class))
-    if len(classes) < 2:
+    if len(classes) < min_classes:
         raise _too_few_classes(layout, images["train"], search)
     samples = [sample for split, found in images.items() for sample in _samples(root, found, split, classes)]
     if not any(sample.split == "train" for sample in samples):
@@ -202,10 +202,10 @@ def list_files(root: Path, *, labels: Path | None = None) -> dict[str, Any]:
         is "all". ``neither`` has the photos of none of the classes. ``skipped`` has what was not read, with the reason.
 
     Raises:
-        DataError: As ``read_dataset``.
+        DataError: As ``read_dataset``, but one class is enough.
     """
     search = ImageSearch()
-    dataset = _read_table(root, labels) if labels else _read_folders(root, search)
+    dataset = _read_table(root, labels) if labels else _read_folders(root, search, min_classes=1)
     samples = list(dataset.samples)
     if dataset.test_split and dataset.test_is_labeled:
         samples += read_split(root, dataset.test_split, dataset.classes, labels=labels).samples

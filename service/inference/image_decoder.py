@@ -17,7 +17,7 @@ import numpy as np
 
 from models.errors import ImageError, ImageTooLargeError, TooComplexError, UserError
 from models.image_structure import Limits, Structure, examine
-from models.preprocess import Preprocessing
+from models.preprocess import HAS_AVIF, HAS_HEIF, Preprocessing, unidentified
 from service.http.errors import Problem, problem_from
 from service.inference.decoder_process import DecoderProcess
 from service.inference.decoding import PreprocessedImage, preprocess, render
@@ -28,6 +28,7 @@ __all__ = ["DeferredError", "ImageDecoder", "PreprocessedImage"]
 
 HEAVY_BYTES = 160_000_000  # memory of a thread for one image: a plain JPEG of 40 megapixels, a PNG of 10
 SLOW_BYTES_PER_S = 400_000  # of Pillow's decoders in Python on a slow machine
+OPTIONAL = (("AVIF", HAS_AVIF), ("HEIF", HAS_HEIF))  # formats that not every installation can decode
 T = TypeVar("T")
 
 
@@ -107,7 +108,10 @@ class ImageDecoder:
     def check(self, data: bytes) -> Structure:
         """Check the structure of an image without decoding it. Raises Problem if the image is rejected."""
         try:
-            return self._examine(data)
+            structure = self._examine(data)
+            if structure.format in (None, *(name for name, is_supported in OPTIONAL if not is_supported)):
+                raise unidentified(data)
+            return structure
         except ImageError as error:
             raise self._rejected(error) from None
 

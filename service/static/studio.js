@@ -185,8 +185,8 @@ async function uploadPhotos(set, files, cls) {
 }
 
 async function uploadZip(set, file) {
-  let { received } = await send(`${set}/archive`);
-  if (received > file.size) received = 0;
+  let { received, total } = await send(`${set}/archive`);
+  if (total !== file.size) received = 0; // of another zip
   for (;;) {
     showProgress(`Uploading ${file.name}`, received, file.size);
     const piece = file.slice(received, received + Math.min(PIECE, Number(place.dataset.maxBytes)));
@@ -264,6 +264,12 @@ if (selection) {
     for (const each of boxes) each.checked = !all;
     update();
   });
+  for (const button of selection.querySelectorAll("[data-select-proposed]")) {
+    button.addEventListener("click", () => {
+      for (const each of boxes) each.checked = each.dataset.proposal === button.dataset.selectProposed;
+      update();
+    });
+  }
   addEventListener("keydown", (event) => {
     const isTyping = event.target.matches?.('input:not([type="checkbox"]), select, textarea');
     if (isTyping || event.ctrlKey || event.metaKey || event.altKey) return;

@@ -19,13 +19,21 @@ class ArchiveUpload:
     max_bytes: int
 
     @property
-    def _file(self) -> Path:
-        return self.data_set.workspace.uploads / f"{self.data_set.name}.zip.part"
+    def _unfinished(self) -> Path | None:
+        """The file of the unfinished zip, whose name has the size of the complete one."""
+        return next(self.data_set.workspace.uploads.glob(f"{self.data_set.name}.zip.*.part"), None)
 
     @property
     def received(self) -> int:
         """The number of bytes that are there."""
-        return self._file.stat().st_size if self._file.is_file() else 0
+        file = self._unfinished
+        return file.stat().st_size if file else 0
+
+    @property
+    def total(self) -> int:
+        """The size of the complete zip, or 0 if there is no unfinished one."""
+        file = self._unfinished
+        return int(file.suffixes[-2][1:]) if file else 0
 
     def write(self, data: bytes, *, offset: int, total: int) -> int:
         """Append a piece. A piece at offset 0 begins again.
@@ -47,19 +55,22 @@ class ArchiveUpload:
             raise Problem("bad_parameter", "A piece must have at least one byte, and end before `total`.")
         self.data_set.workspace.require_space(total - offset)
         with self.data_set.locked():
-            if offset and offset != self.received:
-                raise Problem(
-                    "upload_conflict", f"Expected the piece from byte {self.received} on, got {offset}. Continue there."
-                )
-            with self._file.open("r+b" if offset else "wb") as file:
-                file.seek(offset)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            before = self._unfinished
+            if offset and (offset, total) != (self.received, self.total):
+                problem = f"Expected byte {self.received:,} of a zip of {self.total:,} bytes, got byte {offset:,} of {total:,}."
+                raise Problem("upload_conflict", f"{problem} Continue there, or start again with offset=0.")
+            if before and not offset:
+                before.unlink()
+            file = self.data_set.workspace.uploads / f"{self.data_set.name}.zip.{total}.part"
+            with file.open("r+b" if offset else "wb") as opened:
+                opened.seek(offset)
+                opened.write(data)
+                opened.flush()
+                os.fsync(opened.fileno())
         return offset + len(data)
 
     def complete(self) -> Path:
         """Return the file of the complete zip, which is no longer an upload."""
-        target = self._file.with_name(f"{self.data_set.name}.zip")
-        os.replace(self._file, target)
-        return target
+        source = self._unfinished
+        assert source is not None, "only a zip that was received is complete"
+        return source.replace(source.with_name(f"{self.data_set.name}.zip"))

@@ -149,19 +149,23 @@ def findings(data_set: DataSet, saved: dict[str, Any] | None) -> list[Finding]:
     for kind in ("leakage", "conflicts", "duplicates"):
         for names in report[kind]:
             group = tuple(photos[path] for path in names if path in photos)
-            if len(group) > 1 and not _is_resolved(kind, [photo.path for photo in group]):
-                found.append(_finding(kind, group))
+            if len(group) > 1:
+                found.append(_finding(_current_kind(kind, [photo.path for photo in group]), group))
     for path, reason in report["damaged"].items():
         if path in photos:
             found.append(_finding("damaged", (photos[path],), reason))
     return found
 
 
-def _is_resolved(kind: str, paths: Sequence[str]) -> bool:
-    """Return whether the photos that are left of a group no longer have this problem."""
-    if kind == "leakage":
-        return len({path.split("/")[0] for path in paths}) == 1
-    return kind == "conflicts" and len({path.split("/")[-2] for path in paths}) == 1
+def _current_kind(kind: str, paths: Sequence[str]) -> str:
+    """Return what a group of equal photos is after some of them were moved or left out."""
+    if len({path.rpartition("/")[0] for path in paths}) == 1:
+        return "duplicates"
+    if kind == "leakage" and len({path.split("/")[0] for path in paths}) == 1:
+        return "conflicts"
+    if kind == "conflicts" and len({path.split("/")[-2] for path in paths}) == 1:
+        return "leakage"
+    return kind
 
 
 def _finding(kind: str, photos: tuple[Photo, ...], note: str = "") -> Finding:

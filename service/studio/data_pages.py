@@ -23,6 +23,7 @@ from service.studio.data_source import DATASET
 from service.studio.drop_layout import Destination, plan_drop
 from service.studio.fields import read_fields
 from service.studio.names import LEFT_OUT
+from service.studio.proposals import most_useful_first, propose, read_proposals
 from service.studio.start_page import page
 from service.web.layout import ONE_YEAR_S
 
@@ -177,6 +178,10 @@ def photos(name: str) -> Response:
     if class_ not in (*classes, UNLABELED, LEFT_OUT):
         raise Problem("not_found", f"The data set {data_set.name} has no class {class_[:60]!r}.")
     found = data_set.photos_of(class_)
+    proposals = read_proposals(data_set) if class_ == UNLABELED else {}
+    if proposals:
+        found = most_useful_first(found, proposals)
+    task = current_task(data_set)
     pages = max(1, math.ceil(len(found) / PHOTOS_PER_PAGE))
     number_shown = min(int(number), pages)
     first = (number_shown - 1) * PHOTOS_PER_PAGE
@@ -189,6 +194,12 @@ def photos(name: str) -> Response:
         total=len(found),
         number=number_shown,
         pages=pages,
+        proposals=proposals,
+        proposed=sorted({proposals[photo.path].label for photo in found if photo.path in proposals}),
+        unsure=sum(proposals[photo.path].is_unsure for photo in found if photo.path in proposals),
+        can_propose=class_ == UNLABELED and bool(classes),
+        task=task if task and task.kind == "prediction" else None,
+        refresh_s=REFRESH_S if task and task.is_running else None,
         changes=data_set.changes(),
     )
 
@@ -268,19 +279,31 @@ def undo(name: str) -> Response:
     return changed(data_set, undone=len(change["moves"]), back=back)
 
 
+@bp.post("/datasets/<name>/proposals")
+def start_proposals(name: str) -> Response:
+    """Let the active model propose classes for the photos without one, in the background."""
+    data_set = find_data_set(name)
+    read_fields({})
+    propose(data_set, services())
+    query: dict[str, Any] = {"class": UNLABELED}
+    return changed(data_set, status=202, back=url_for("data.photos", name=data_set.name, **query))
+
+
 # A zip, in pieces
 
 
 @bp.get("/datasets/<name>/archive")
 def archive_state(name: str) -> Response:
     """Return how many bytes of an unfinished zip are there."""
-    return _json(received=_archive(find_data_set(name)).received)
+    upload = _archive(find_data_set(name))
+    return _json(received=upload.received, total=upload.total)
 
 
 @bp.put("/datasets/<name>/archive")
 def put_archive(name: str) -> Response:
     """Receive a zip, or a piece of it from `offset` on. The last piece starts the import."""
     data_set = find_data_set(name)
+    _require_idle(data_set)
     upload = _archive(data_set)
     data = read_body(request, services().settings, advice="Send the zip in pieces, with `offset` and `total`.")
     received = upload.write(data, offset=_whole_number("offset", 0), total=(total := _whole_number("total", len(data))))
@@ -295,6 +318,7 @@ def put_archive(name: str) -> Response:
 def post_archive(name: str) -> Response:
     """Import the zip of a form, for browsers without JavaScript."""
     data_set = find_data_set(name)
+    _require_idle(data_set)
     form = read_uploads(request, services().settings)
     upload = _archive(data_set)
     data = form.images[0].data

@@ -114,7 +114,8 @@ class DataSet:
         for split in self.splits:
             with contextlib.suppress(FileNotFoundError):
                 for entry in sorted(os.scandir(self.folder / split), key=lambda entry: entry.name):
-                    if entry.is_dir(follow_symlinks=False) and not entry.name.startswith((".", "__")):
+                    is_class = entry.is_dir(follow_symlinks=False) and entry.name.isprintable()
+                    if is_class and not entry.name.startswith((".", "__")):
                         found.setdefault(entry.name, {})[split] = list(_photos_in(Path(entry.path), f"{split}/{entry.name}"))
         return dict(sorted(found.items()))
 
@@ -395,6 +396,8 @@ class DataSet:
                 for path in [folder / self.name, *folder.glob(f"{self.name}.*")]:
                     if path.exists() and path.suffix != ".lock":
                         path.rename(grave / f"{path.parent.name}-{path.name}")
+        for path in self.workspace.uploads.glob(f"{self.name}.zip*"):
+            path.unlink(missing_ok=True)
         shutil.rmtree(grave, ignore_errors=True)
 
     # Findings of the audit that are ignored, and the audit itself
@@ -436,7 +439,7 @@ def fingerprint(photos: Iterable[Photo]) -> str:
 
 def _photos_in(folder: Path, path: str) -> Iterator[Photo]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_file(follow_symlinks=False) and is_image_name(entry.name):
+        if entry.is_file(follow_symlinks=False) and is_image_name(entry.name) and entry.name.isprintable():
             status = entry.stat(follow_symlinks=False)
             yield Photo(f"{path}/{entry.name}".lstrip("/"), status.st_size, status.st_mtime_ns)
 
@@ -467,4 +470,4 @@ def _now() -> str:
 
 
 def _taken(name: str) -> Problem:
-    return Problem("name_taken", f"There is already a data set named {name}. Choose another name.")
+    return Problem("name_taken", f"There is already a data set named {name}. Choose another name, or open it to add photos.")

@@ -132,8 +132,11 @@ def _land(data_set: DataSet, source: Path, report: Report, *, check: Check, copy
             added += data_set.adopt(file, class_=class_, split=split, copy=copy)
     data_set.forget_usage()
     same = len(rows) - added - len(rejected)
-    message = f"{added:,} photos were added." + (f" {same:,} were there already." if same else "")
-    return message + (f" {len(rejected):,} files were left out, such as {rejected[0]}" if rejected else "")
+    message = "1 photo was added." if added == 1 else f"{added:,} photos were added."
+    message += f" {same:,} were there before." if same else ""
+    if rejected:
+        message += f" {len(rejected):,} file{' was' if len(rejected) == 1 else 's were'} left out, such as {rejected[0]}"
+    return message
 
 
 def _read(file: Path, max_bytes: int) -> bytes:
@@ -146,10 +149,11 @@ def _destinations(data_set: DataSet, source: Path) -> Iterator[tuple[Path, str, 
     """Yield each photo of a folder with its class and split. Without class folders all photos are without a class."""
     try:
         listing: dict[str, Any] = finetune_process.run_json(["audit", "--files", str(source)], timeout_s=LIST_TIMEOUT_S)
-    except finetune_process.CommandError:
+    except finetune_process.CommandError as error:
         folders = [path for path in source.rglob("*") if path.is_dir()]
         if any(is_image_name(file.name) for folder in folders for file in folder.iterdir()):
-            raise  # there are folders, and the message says what is wrong with them
+            message = str(error).replace(f"{source}/", "").replace(str(source), "the folder")
+            raise finetune_process.CommandError(message) from None
         yield from ((file, "", "") for file in sorted(source.iterdir()) if is_image_name(file.name) and _is_regular(file))
         return
     for split, classes in listing["splits"].items():

@@ -13,12 +13,16 @@ STUDIO_DIR/
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from service.http.errors import Problem
 from service.settings import MIB, Settings
+
+ABANDONED_AFTER_S = 7 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Workspace:
         workspace = cls(settings.resolved_studio_dir, int(settings.studio_min_free_mb * MIB))
         for folder in (workspace.datasets, workspace.runs, workspace.state, workspace.uploads):
             folder.mkdir(parents=True, exist_ok=True)
+        workspace.remove_abandoned_uploads()
         return workspace
 
     @property
@@ -56,6 +61,13 @@ class Workspace:
         """Return the names of the data sets, sorted. A folder with a dot in its name belongs to one of them."""
         entries = [entry for entry in self.datasets.iterdir() if entry.is_dir() and "." not in entry.name]
         return sorted((entry.name for entry in entries), key=str.casefold)
+
+    def remove_abandoned_uploads(self) -> None:
+        """Delete what a server that was killed left in the folder of uploads, and zips that were not continued."""
+        for entry in self.uploads.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another worker deletes it as well
+                if time.time() - entry.stat().st_mtime > ABANDONED_AFTER_S:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def require_space(self, size: int) -> None:
         """Raise Problem if ``size`` more bytes would leave less than STUDIO_MIN_FREE_MB on the disk."""
