@@ -29,7 +29,8 @@ Interval = dict[str, float]
 class BenchmarkResult:
     """One network's results. The intervals are 95% intervals.
 
-    ``correct`` (N,) is true for correctly classified images. ``groups`` (N,) numbers their groups, if there are any.
+    ``epochs`` is 0 for a logistic head. ``correct`` (N,) is true for correctly classified images. ``groups`` (N,) numbers
+    their groups, if there are any.
     """
 
     backbone: str
@@ -89,7 +90,7 @@ def benchmark(
                 graph_mb=bundle.graph(precisions[name]).stat().st_size / 1e6,
                 parameters=bundle_parameters(bundle),
                 training_s=seconds[name],
-                epochs=int(bundle.manifest["provenance"]["epochs"]),
+                epochs=0 if bundle.manifest["provenance"].get("penalty") else int(bundle.manifest["provenance"]["epochs"]),
                 correct=np.asarray(probabilities.argmax(axis=1) == labels),
                 groups=groups,
             )

@@ -155,7 +155,7 @@ def _cells(row: BenchmarkResult) -> list[str]:
         f"{row.graph_mb:.2f}",
         f"{row.parameters:,}",
         f"{row.training_s:.0f}",
-        str(row.epochs),
+        str(row.epochs) if row.epochs else "none",
     ]
 
 
