@@ -34,7 +34,7 @@ from models.runtime.processor import instruction_sets
 NNCF_PROCESS = Path(__file__).with_name("nncf_process.py")
 CALIBRATION_IMAGES = 100
 MAX_TEST_IMAGES = 2000
-# For glibc: half of NNCF's time is spent on returning large arrays to the system and clearing new ones.
+# For glibc: with VGG16, half of NNCF's time is spent on returning large arrays to the system and clearing new ones.
 REUSE_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 BATCH = 4
 RESAMPLES = 1000

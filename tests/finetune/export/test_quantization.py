@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 from finetune.export import quantization
+from finetune.export.nncf_process import head_nodes, sensitive_nodes
 from finetune.export.quantization import QuantizationData, add_int8_graph
 from models.artifacts.bundle import GOLDEN, GRAPH, INT8_GRAPH, Bundle, check_golden, open_bundle, write_bundle
 from models.artifacts.predictions import Predictions
@@ -26,6 +27,7 @@ from tests.helpers import tiny_network
 from tests.helpers.server import run_service, serve
 
 pytestmark = pytest.mark.slow
+SHIPPED = Path(__file__).resolve().parents[3] / "models" / "shipped" / "dogs-vs-cats"
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +280,17 @@ def test_a_speed_of_another_processor_is_measured_once(
         assert "3.5 times as fast as fp32" in selected.reason
     assert len(calls) == 1
     assert select_precision(bundle, "fp32").name == "fp32"
+
+
+def test_the_layers_that_stay_in_float32() -> None:
+    model = onnx.load(SHIPPED / GRAPH)
+    nodes = {node.name: node for node in model.graph.node}
+    sensitive = [nodes[name] for name in sensitive_nodes(model)]
+    assert [node.op_type for node in sensitive] == ["Conv"] * 17  # the first, and one of each of the 16 blocks
+    assert sensitive[0] is next(node for node in model.graph.node if node.op_type == "Conv")
+    groups = [next(a.i for a in node.attribute if a.name == "group") for node in sensitive]
+    assert groups[0] == 1
+    assert min(groups[1:]) > 1
+    head = [nodes[name] for name in head_nodes(model)]
+    assert not {"Conv", "Clip"} & {node.op_type for node in head}
+    assert {"probabilities", "ood_score"} <= {output for node in head for output in node.output}
