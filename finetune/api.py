@@ -62,7 +62,8 @@ class Prediction:
         probabilities: The calibrated probability of each class.
         in_distribution: Whether the image is like the training images; None if the model cannot say.
         ood_score: How unlike the training images it is; None if the model has no such score.
-        because: Why there is no label; None if there is one.
+        because: Why the model abstains, in words; None if it does not. With ``abstain=False`` there is a label all the same.
+        because_code: The same for programs: "unlike_training", "low_probability" or None.
     """
 
     image: Path | Image.Image
@@ -72,6 +73,7 @@ class Prediction:
     in_distribution: bool | None = None
     ood_score: float | None = None
     because: str | None = None
+    because_code: str | None = None
 
 
 class Classifier:
@@ -105,7 +107,7 @@ class Classifier:
 
         Args:
             images: Image files, folders of images and images in memory, or a single one of these.
-            abstain: False to give every image its most probable class.
+            abstain: False to give every image its most probable class as its label. ``because`` remains.
             workers: Number of decoding threads. 0: one per CPU.
 
         Returns:
@@ -133,6 +135,7 @@ class Classifier:
                     in_distribution=decision.in_distribution,
                     ood_score=result.ood_score,
                     because=decision.because,
+                    because_code=decision.because_code,
                 )
             )
         return predictions

@@ -83,8 +83,8 @@ def score_to_parquet(
 ) -> ScoreCounts:
     """Score this rank's chunks of ``photos`` that are not in ``out`` yet.
 
-    A row has the columns photo, label, confidence, p_<class>..., in_distribution, ood_score, because, error. An unreadable
-    image has only its error, and an image without a label the reason (because). With a table of labels the columns
+    A row has the columns file, label, confidence, p_<class>..., in_distribution, ood_score, because, because_code, error. An
+    unreadable image has only its error, and an image without a label the reason. With a table of labels the columns
     true_label, split, group and facet_<name>... follow. The last rank to finish writes ``_SUCCESS``.
 
     Args:
@@ -93,7 +93,7 @@ def score_to_parquet(
         out: The folder for the Parquet files.
         images_per_file: Number of images per chunk.
         precision: Numeric precision of the engine.
-        abstain: False to give every image its most probable class.
+        abstain: False to give every image its most probable class as its label.
         labels: The table that lists the images, if there is one.
         workers: Number of threads. 0: one per CPU.
         rank: Number of this process, from 0.
@@ -122,7 +122,7 @@ def score_to_parquet(
                 continue
             file, digest = out / f"part-{number:08d}.parquet", _digest(chunk)
             if file.exists():
-                _check_chunk(file, digest)
+                _check_chunk(file, digest, scorer.schema.names)
                 counts.skipped += len(chunk)
                 continue
             table = scorer.table(chunk, bar)
@@ -164,10 +164,11 @@ class _Scorer:
             streams=threads,
             batch_sizes=(BATCH,),  # fixed, so that a result does not depend on the other images in the batch
         )
-        names = [("photo", pa.string()), ("label", pa.string()), ("confidence", pa.float32())]
-        reasons = [("in_distribution", pa.bool_()), ("ood_score", pa.float32()), ("because", pa.string())]
+        names = [("file", pa.string()), ("label", pa.string()), ("confidence", pa.float32())]
+        scores = [("in_distribution", pa.bool_()), ("ood_score", pa.float32())]
+        texts = [(name, pa.string()) for name in ("because", "because_code", "error")]
         probabilities = [(f"p_{name}", pa.float32()) for name in bundle.classes]
-        self._schema = pa.schema([*names, *probabilities, *reasons, ("error", pa.string())])
+        self.schema = pa.schema([*names, *probabilities, *scores, *texts])
 
     def table(self, photos: Sequence[Path], bar: Any) -> pa.Table:
         rows: list[Score | str] = []
@@ -187,9 +188,10 @@ class _Scorer:
             pa.array([decision.in_distribution for decision in decisions], pa.bool_()),
             pa.array([None if isinstance(row, str) else row.ood_score for row in rows], pa.float32()),
             pa.array([decision.because for decision in decisions], pa.string()),
+            pa.array([decision.because_code for decision in decisions], pa.string()),
             pa.array([row if isinstance(row, str) else None for row in rows], pa.string()),
         ]
-        return pa.Table.from_arrays(columns, schema=self._schema)
+        return pa.Table.from_arrays(columns, schema=self.schema)
 
     def _decide(self, score: Score) -> Decision:
         return self._rule.decide(self._bundle.classes, score.probabilities, score.ood_score, abstain=self._abstain)
@@ -259,11 +261,18 @@ def _finish(out: Path, chunks: int, total: int) -> bool:
     return True
 
 
-def _check_chunk(file: Path, digest: str) -> None:
-    """Raise DataError unless the file contains these images. Reads only the Parquet footer."""
-    saved = (pq.read_schema(file).metadata or {}).get(INPUT_SHA256, b"").decode()
-    if saved != digest:
+def _check_chunk(file: Path, digest: str, columns: Sequence[str]) -> None:
+    """Check that the file contains these images and columns. Reads only the Parquet footer.
+
+    Raises:
+        DataError: It contains other images.
+        RunError: It was written by a version with other columns.
+    """
+    schema = pq.read_schema(file)
+    if (schema.metadata or {}).get(INPUT_SHA256, b"").decode() != digest:
         raise _other_photos(file.parent)
+    if schema.names[: len(columns)] != columns:
+        raise RunError(f"{file.parent} was started by another version, which wrote other columns. Choose another --output.")
 
 
 def _other_photos(out: Path) -> DataError:

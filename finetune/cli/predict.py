@@ -15,14 +15,14 @@ from finetune.data.label_table import LabelTable, read_label_table
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.terminal import escape_controls
 from models.artifacts.bundle import Bundle, open_bundle
-from models.artifacts.decision import Decision
+from models.artifacts.decision import Decision, format_probability
 from models.artifacts.paths import resolve_bundle
 from models.artifacts.text_table import csv_writer
 from models.errors import ConfigError
 from models.runtime.openvino_engine import supports_bf16
 from models.runtime.precision import select_precision
 
-DECISION_COLUMNS = ["in_distribution", "ood_score", "because"]
+DECISION_COLUMNS = ["in_distribution", "ood_score", "because", "because_code"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-abstain",
         dest="abstain",
         action="store_false",
-        help="give every photo its most probable class, also if it is unlike the training photos",
+        help="give every photo its most probable class as its label, also if it is unlike the training photos or below a "
+        "threshold; the reason against it is still shown",
     )
 
 
@@ -79,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     predictions = classify(bundle, images, precision=_precision(args, bundle), workers=args.workers)
     table = csv_writer(sys.stdout)
     if args.csv:
-        table.writerow(["photo", "label", *(f"p_{name}" for name in bundle.classes), *DECISION_COLUMNS, "error"])
+        probabilities = [f"p_{name}" for name in bundle.classes]
+        table.writerow(["file", "label", "confidence", *probabilities, *DECISION_COLUMNS, "error"])
     for prediction in predictions:
         failed = failed or prediction.error is not None
         if args.json:
@@ -156,12 +158,13 @@ def _decide(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> Decis
 
 def _as_dict(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> dict[str, object]:
     if prediction.probabilities is None:
-        return {"photo": str(prediction.image), "error": prediction.error}
+        return {"file": str(prediction.image), "error": prediction.error}
     decision = _decide(prediction, bundle, abstain)
     return {
-        "photo": str(prediction.image),
+        "file": str(prediction.image),
         "label": decision.label,
         "because": decision.because,
+        "because_code": decision.because_code,
         "in_distribution": decision.in_distribution,
         "ood_score": prediction.ood_score,
         "confidence": float(prediction.probabilities.max()),
@@ -173,13 +176,13 @@ def _as_dict(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> dict
 
 def _as_row(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> list[str]:
     if prediction.probabilities is None:
-        return [str(prediction.image), *[""] * (1 + len(bundle.classes) + len(DECISION_COLUMNS)), prediction.error or ""]
+        return [str(prediction.image), *[""] * (2 + len(bundle.classes) + len(DECISION_COLUMNS)), prediction.error or ""]
     decision = _decide(prediction, bundle, abstain)
     in_distribution = "" if decision.in_distribution is None else str(decision.in_distribution).lower()
     score = "" if prediction.ood_score is None else f"{prediction.ood_score:.9g}"
-    probabilities = [f"{p:.9g}" for p in prediction.probabilities]
-    reason = decision.because or ""
-    return [str(prediction.image), decision.label or "", *probabilities, in_distribution, score, reason, ""]
+    numbers = [f"{p:.9g}" for p in (prediction.probabilities.max(), *prediction.probabilities)]
+    reason = [decision.because or "", decision.because_code or ""]
+    return [str(prediction.image), decision.label or "", *numbers, in_distribution, score, *reason, ""]
 
 
 def _as_line(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> str:
@@ -187,7 +190,7 @@ def _as_line(prediction: ImagePrediction, bundle: Bundle, abstain: bool) -> str:
         return f"{prediction.image}: {prediction.error}"
     decision = _decide(prediction, bundle, abstain)
     best = int(prediction.probabilities.argmax())
-    most_probable = f"{bundle.classes[best]} ({100 * prediction.probabilities[best]:.2f}%)"
+    most_probable = f"{bundle.classes[best]} ({format_probability(float(prediction.probabilities[best]))})"
     if decision.label is None:
         return f"{prediction.image}: no label, {decision.because}. Most probable: {most_probable}"
-    return f"{prediction.image}: {most_probable}"
+    return f"{prediction.image}: {most_probable}" + (f", although {decision.because}" if decision.because else "")

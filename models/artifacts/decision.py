@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from models.errors import BundleError
 
 RULE_VERSION = 1
-UNLIKE_TRAINING = "unlike the training images"
+UNLIKE_TRAINING, LOW_PROBABILITY = "unlike_training", "low_probability"  # codes of the reasons
+MAX_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,16 @@ class Decision:
 
     Attributes:
         label: The most probable class, or None if the model abstains.
-        because: Why there is no label; None if there is one.
+        because: Why the rule gives no label, in words; None if it gives one. If the most probable class was requested in any
+            case, there is a label and the reason against it.
         in_distribution: Whether the image is like the training images; None if the model cannot say.
+        because_code: The same reason for programs: "unlike_training", "low_probability" or None.
     """
 
     label: str | None
     because: str | None = None
     in_distribution: bool | None = None
+    because_code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class DecisionRule:
         *,
         abstain: bool = True,
     ) -> Decision:
-        """Decide for one image.
+        """Decide for one image. If both the OOD score and the probability are a reason, the OOD score is the one that is given.
 
         Args:
             classes: The class names.
@@ -105,17 +109,27 @@ class DecisionRule:
             abstain: False to give the most probable class in any case.
         """
         in_distribution = self.is_in_distribution(ood_score)
-        if abstain and in_distribution is False:
-            return Decision(None, UNLIKE_TRAINING, in_distribution)
         best = int(probabilities.argmax())
-        label, probability = classes[best], float(probabilities[best])
-        required = self.min_probability.get(label, 0.0)
-        if abstain and probability < required:
-            reason = f"not sure enough of {label}: {_percent(probability)} where {_percent(required)} is required"
-            return Decision(None, reason, in_distribution)
-        return Decision(label, None, in_distribution)
+        name, probability = classes[best], float(probabilities[best])
+        required = self.min_probability.get(name, 0.0)
+        label = None if abstain else name
+        if in_distribution is False:
+            return Decision(label, "unlike the training images", in_distribution, UNLIKE_TRAINING)
+        if probability < required:
+            reason = f"not sure enough of {name}: {_describe_shortfall(probability, required)}"
+            return Decision(label, reason, in_distribution, LOW_PROBABILITY)
+        return Decision(name, None, in_distribution)
 
 
-def _percent(probability: float) -> str:
-    """Format a probability with at most one decimal, rounded down, so that 96.99% does not read 97%."""
-    return f"{math.floor(probability * 1000 + 1e-9) / 10:g}%"
+def format_probability(probability: float, digits: int = 2) -> str:
+    """Format a probability in percent, rounded down, so that 96.999% does not read 97.00%."""
+    return f"{math.floor(probability * 10 ** (digits + 2) + 1e-9) / 10**digits:.{digits}f}%"
+
+
+def _describe_shortfall(probability: float, required: float) -> str:
+    """Format both numbers with as many digits as it takes to see their difference."""
+    for digits in range(2, MAX_DIGITS + 1):
+        has, needs = format_probability(probability, digits), format_probability(required, digits)
+        if has != needs:
+            break
+    return f"{has} where {needs} is required"

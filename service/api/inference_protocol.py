@@ -18,6 +18,7 @@ from service.api.predict import classify
 from service.api.tensor_codec import (
     OOD_OUTPUT,
     OUTPUTS,
+    REASON_OUTPUT,
     InputTensor,
     RequestedOutput,
     encode_response,
@@ -64,6 +65,7 @@ def metadata(name: str, version: str | None) -> Response:
     outputs = [
         {"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]},
         {"name": "label", "datatype": "BYTES", "shape": [-1]},
+        {"name": REASON_OUTPUT, "datatype": "BYTES", "shape": [-1]},
         {"name": OOD_OUTPUT, "datatype": "FP32", "shape": [-1]},
     ]
     size_px, channels = preprocessing.input_px, preprocessing.channels
@@ -176,6 +178,8 @@ def _output_values(output: RequestedOutput, results: Sequence[InferenceResult], 
     """Compute an output (N, ...) from the results."""
     if output.name == OOD_OUTPUT:
         return np.array([result.ood_score for result in results], np.float32)
+    if output.name == REASON_OUTPUT:
+        return np.array([model.decide(result).because_code or "" for result in results], dtype=object)
     probabilities = np.stack([result.probabilities for result in results])
     names = np.array(model.bundle.classes, dtype=object)
     if output.name == "label":

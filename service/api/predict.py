@@ -133,6 +133,7 @@ def _row(model: LoadedModel, prediction: Prediction, *, top_k: int | None, crop:
     row = name | {
         "label": decision.label,
         "because": decision.because,
+        "because_code": decision.because_code,
         "in_distribution": decision.in_distribution,
         "ood_score": result.ood_score,
         "confidence": float(result.probabilities[result.top_class]),

@@ -21,7 +21,8 @@ from service.http.uploads import VALUES_PER_IMAGE, check_image_count
 from service.settings import Settings
 
 DATATYPES = {"images": "BYTES", "pixels": "UINT8"}
-OUTPUTS = ("probabilities", "label")
+REASON_OUTPUT = "because_code"
+OUTPUTS = ("probabilities", "label", REASON_OUTPUT)
 OOD_OUTPUT = "ood_score"  # of models that have one
 JSON_HINT = "Send a request of the Open Inference Protocol, as described in /docs."
 SIZE_HINT = "Send fewer images, or the tensor as bytes (binary_tensor_data)."

@@ -88,8 +88,8 @@ class Predictor:
         metrics.predictions.labels(model.bundle.classes[result.top_class]).inc()
         metrics.confidence.observe(float(probabilities[result.top_class]))
         decision = model.decide(result)
-        if decision.label is None:
-            metrics.abstentions.labels("unlike_training" if decision.in_distribution is False else "low_probability").inc()
+        if decision.because_code:
+            metrics.abstentions.labels(decision.because_code).inc()
         if self._on_prediction and data:
             self._on_prediction(model.bundle, data, probabilities, result.ood_score)
         self._models.recent_predictions.add(

@@ -126,7 +126,7 @@ function fillBars(card, photo) {
 
 // Why a photo has no label. The server's page has the sentence for a photo that is unlike the training photos.
 function reason(photo) {
-  return photo.in_distribution === false && NEITHER ? NEITHER : `No label: ${photo.because}.`;
+  return photo.because_code === "unlike_training" && NEITHER ? NEITHER : `No label: ${photo.because}.`;
 }
 
 function newBar([name, probability]) {

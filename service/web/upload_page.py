@@ -10,6 +10,7 @@ from pathlib import Path
 from flask import Blueprint, Request, Response, g, render_template, request, url_for
 
 from models.artifacts.bundle import read_small_file
+from models.artifacts.decision import UNLIKE_TRAINING
 from models.errors import BundleError
 from models.preprocess import HAS_HEIF, IMAGE_FORMATS_TEXT
 from models.runtime.openvino_engine import Pixels
@@ -175,7 +176,7 @@ def _card(model: LoadedModel, prediction: Prediction, number: int) -> ResultCard
     decision = model.decide(result)
     abstained = None
     if decision.label is None:
-        is_unlike = decision.in_distribution is False
+        is_unlike = decision.because_code == UNLIKE_TRAINING
         abstained = none_of(model.bundle.classes) if is_unlike else f"No label: {decision.because}."
     return ResultCard(name, None, label, abstained, confidence, bars, image.pixels, size, image.notes, page)
 

@@ -67,7 +67,7 @@ def test_predictions_are_those_of_the_command(classifier: finetune.Classifier, d
     assert code == 0
     rows = [json.loads(line) for line in printed.splitlines()]
     predictions = classifier.predict(data / "valid")
-    assert [str(p.image) for p in predictions] == [row["photo"] for row in rows]
+    assert [str(p.image) for p in predictions] == [row["file"] for row in rows]
     assert [(p.label, p.confidence, p.probabilities) for p in predictions] == [
         (row["label"], row["confidence"], row["probabilities"]) for row in rows
     ]
@@ -86,6 +86,7 @@ def test_files_folders_and_images_in_memory_can_be_mixed(classifier: finetune.Cl
     assert (unlike.label, unlike.because) == (None, "unlike the training images")
     (labeled,) = classifier.predict(gray, abstain=False)
     assert labeled.label in classifier.classes
+    assert labeled.because_code == unlike.because_code == "unlike_training"
 
 
 def test_evaluations_are_those_of_the_command(classifier: finetune.Classifier, data: Path, tmp_path: Path) -> None:

@@ -59,10 +59,11 @@ def test_the_service_gives_no_label_below_the_threshold(server: Server, bundle: 
             abstaining += 1
             assert row["label"] is None
             assert row["because"].startswith(f"not sure enough of {best}: ")
+            assert row["because_code"] == "low_probability"
         elif row["in_distribution"] is not False:
             assert row["label"] == best
         (old,) = server.post(photo.read_bytes(), path="/predict?abstain=0").json()["predictions"]
-        assert old["label"] == best
+        assert (old["label"], old["because_code"]) == (best, row["because_code"])
     assert abstaining > 0
 
 

@@ -58,11 +58,11 @@ def test_scores_match_classify(tiny_bundle: SimpleNamespace, photos: Path, tmp_p
     assert f"{out} is complete." in printed
     table = rows(out)
     assert list(table[0]) == [
-        *("photo", "label", "confidence", "p_blue", "p_green", "p_red"),
-        *("in_distribution", "ood_score", "because", "error"),
+        *("file", "label", "confidence", "p_blue", "p_green", "p_red"),
+        *("in_distribution", "ood_score", "because", "because_code", "error"),
     ]
     paths = sorted(photos.glob("[a-z]*/*.jpg"))
-    assert [row["photo"] for row in table] == [str(path) for path in paths]
+    assert [row["file"] for row in table] == [str(path) for path in paths]
     bundle = open_bundle(tiny_bundle.path)
     for row, prediction in zip(table, classify(bundle, paths), strict=True):
         if prediction.probabilities is None:
@@ -71,7 +71,7 @@ def test_scores_match_classify(tiny_bundle: SimpleNamespace, photos: Path, tmp_p
             continue
         assert row["error"] is None
         decision = bundle.decision_rule.decide(bundle.classes, prediction.probabilities, prediction.ood_score)
-        assert (row["label"], row["because"]) == (decision.label, decision.because)
+        assert (row["label"], row["because"], row["because_code"]) == (decision.label, decision.because, decision.because_code)
         assert row["in_distribution"] == decision.in_distribution
         assert row["ood_score"] == pytest.approx(prediction.ood_score, abs=1e-4)
         expected = dict(zip(bundle.classes, prediction.probabilities.tolist(), strict=True))
@@ -89,7 +89,7 @@ def test_a_list_can_be_a_file_or_standard_input(tiny_bundle: SimpleNamespace, ph
     (tmp_path / "list.txt").write_text("\n".join(named) + "\n\n")
     score("--bundle", tiny_bundle.path, "--output", tmp_path / "a", "--list", tmp_path / "list.txt")
     table = rows(tmp_path / "a")
-    assert [row["photo"] for row in table] == named
+    assert [row["file"] for row in table] == named
     assert table[-1]["error"] == "No such file or directory"
     command = [
         sys.executable,
@@ -141,8 +141,8 @@ def test_a_killed_run_resumes_and_scores_every_photo_once(tiny_bundle: SimpleNam
     assert [process.wait() for process in both] == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     table = rows(out)
-    assert sorted(row["photo"] for row in table) == sorted(map(str, photos.glob("[a-z]*/*.jpg")))
-    assert [row["photo"] for row in table if row["error"]] == [str(photos / "blue" / "broken.jpg")]
+    assert sorted(row["file"] for row in table) == sorted(map(str, photos.glob("[a-z]*/*.jpg")))
+    assert [row["file"] for row in table if row["error"]] == [str(photos / "blue" / "broken.jpg")]
     assert (out / "_SUCCESS").read_text() == '{"photos": 437, "parts": 219}\n'
     assert not list(out.glob(".*"))
     assert "0 photos scored" in score(*command[1:])
@@ -177,6 +177,12 @@ def test_other_settings_or_photos_are_rejected(tiny_bundle: SimpleNamespace, pho
     shutil.copy(photos / "red" / "red.000.jpg", photos / "blue" / "another.jpg")
     assert "was started with another list of photos" in score(*flags, "--images-per-file", 10, photos, code=2)
     assert "was started with another list of photos" in score(*flags, "--images-per-file", 10, photos / "blue", code=2)
+    (file, *_) = parts(out)
+    table = pq.ParquetFile(file).read()
+    pq.write_table(table.rename_columns(["photo", *table.column_names[1:]]), file)
+    (photos / "blue" / "another.jpg").unlink()
+    message = f"{out} was started by another version, which wrote other columns. Choose another --output."
+    assert message in score(*flags, "--images-per-file", 10, photos, code=2)
     assert "is not empty and does not contain scores" in score("--bundle", tiny_bundle.path, "--output", photos, photos, code=2)
     (tmp_path / "empty").mkdir()
     assert "No photos found" in score("--bundle", tiny_bundle.path, "--output", tmp_path / "x", tmp_path / "empty", code=2)
@@ -236,4 +242,4 @@ def test_a_table_lists_the_photos_and_its_columns_follow_the_scores(
     assert "was started with labels " in score(*flags, "--output", out, code=2)
     code, printed, _ = finetune("predict", *flags, "--csv")
     assert code == 1
-    assert [line.split(",")[0] for line in printed.splitlines()[1:]] == [row["photo"] for row in rows(out)]
+    assert [line.split(",")[0] for line in printed.splitlines()[1:]] == [row["file"] for row in rows(out)]

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from finetune.cli.predict import DECISION_COLUMNS
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import MANIFEST, check_golden, check_golden_ood_scores, open_bundle
 from models.artifacts.reviews import Review, write_reviews
@@ -164,10 +165,10 @@ def predict(bundle: Path, *words: object, code: int = 0) -> str:
 def test_predictions_of_a_folder_equal_those_of_training(made: SimpleNamespace) -> None:
     expected = {row["photo"]: row for row in table(made.run / "predictions.csv")}
     rows = list(csv.DictReader(io.StringIO(predict(made.whole, made.data / "valid", "--csv"))))
-    assert list(rows[0]) == ["photo", "label", "p_blue", "p_red, or so", "in_distribution", "ood_score", "because", "error"]
-    assert [row["photo"] for row in rows] == [str(made.data / name) for name in expected]
+    assert list(rows[0]) == ["file", "label", "confidence", "p_blue", "p_red, or so", *DECISION_COLUMNS, "error"]
+    assert [row["file"] for row in rows] == [str(made.data / name) for name in expected]
     for row in rows:
-        want = expected[Path(row["photo"]).relative_to(made.data).as_posix()]
+        want = expected[Path(row["file"]).relative_to(made.data).as_posix()]
         assert (row["label"], row["error"]) == (want["predicted"], "")
         assert float(row["ood_score"]) == pytest.approx(float(want["ood_score"]), rel=1e-3)
         for name in ("p_blue", "p_red, or so"):
@@ -192,11 +193,12 @@ def test_a_damaged_photo_does_not_stop_the_others(made: SimpleNamespace, tmp_pat
     assert sum(third["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     assert list(third["probabilities"]) == list(CLASSES)
     assert (first["model"], first["version"]) == (bundle.name, bundle.version)
-    assert second.keys() == {"photo", "error"}
+    assert second.keys() == {"file", "error"}
 
     rows = list(csv.DictReader(io.StringIO(predict(made.whole, *photos, "--csv", code=1))))
     assert [bool(row["error"]) for row in rows] == [False, True, False]
-    assert rows[1]["p_blue"] == ""
+    assert (rows[1]["p_blue"], rows[1]["confidence"]) == ("", "")
+    assert float(rows[0]["confidence"]) == max(float(rows[0][name]) for name in ("p_blue", "p_red, or so"))
 
 
 def test_a_prediction_does_not_depend_on_the_other_photos(made: SimpleNamespace) -> None:
@@ -204,7 +206,7 @@ def test_a_prediction_does_not_depend_on_the_other_photos(made: SimpleNamespace)
 
     def ask(*photos: Path) -> Any:
         answers = map(json.loads, predict(made.whole, *photos, "--json").splitlines())
-        return next(answer["probabilities"]["blue"] for answer in answers if answer["photo"] == str(photo))
+        return next(answer["probabilities"]["blue"] for answer in answers if answer["file"] == str(photo))
 
     assert ask(photo) == pytest.approx(ask(made.data), abs=1e-6)
 
@@ -240,7 +242,7 @@ def test_the_rows_of_a_list_that_cannot_be_read_have_an_error(made: SimpleNamesp
     code, _, _ = finetune("predict", "--bundle", made.whole, "--list", tmp_path / "list.txt", "--output", tmp_path / "scores")
     assert code == 0
     rows = pq.read_table(tmp_path / "scores").to_pylist()
-    assert [(row["photo"], row["error"]) for row in rows] == [
+    assert [(row["file"], row["error"]) for row in rows] == [
         (str(paths[0]), None),
         (str(paths[1]), "No such file or directory"),
         (str(paths[2]), "This is not a regular file. Use a file that contains an image."),
@@ -351,16 +353,23 @@ def test_a_photo_unlike_the_training_photos_gets_no_label(made: SimpleNamespace,
     )
     row = json.loads(predict(made.whole, black, "--json"))
     assert (row["label"], row["because"], row["in_distribution"]) == (None, "unlike the training images", False)
+    assert row["because_code"] == "unlike_training"
     assert row["ood_score"] > open_bundle(made.whole).decision_rule.max_ood_score
     (cells,) = csv.DictReader(io.StringIO(predict(made.whole, black, "--csv")))
     assert (cells["label"], cells["in_distribution"], cells["because"]) == ("", "false", "unlike the training images")
+    assert cells["because_code"] == "unlike_training"
     assert float(cells["ood_score"]) == pytest.approx(row["ood_score"], rel=1e-6)
 
 
 def test_the_most_probable_class_can_be_requested_in_any_case(made: SimpleNamespace, black: Path) -> None:
     row = json.loads(predict(made.whole, black, "--json", "--no-abstain"))
     assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
-    assert (row["because"], row["in_distribution"]) == (None, False)
+    assert (row["because"], row["because_code"]) == ("unlike the training images", "unlike_training")
+    assert row["in_distribution"] is False
+    assert re.fullmatch(
+        rf"{re.escape(str(black))}: (blue|red, or so) \(\d+\.\d\d%\), although unlike the training images\n",
+        predict(made.whole, black, "--no-abstain"),
+    )
 
 
 def test_scores_in_parquet_name_the_photos_without_a_label(made: SimpleNamespace, black: Path, tmp_path: Path) -> None:
@@ -371,7 +380,9 @@ def test_scores_in_parquet_name_the_photos_without_a_label(made: SimpleNamespace
     assert (known["label"], known["in_distribution"], known["because"]) == ("blue", True, None)
     assert (other["label"], other["in_distribution"], other["because"]) == (None, False, "unlike the training images")
     assert other["ood_score"] > known["ood_score"] > 0
-    assert pq.read_table(tmp_path / "labels").to_pylist()[1]["label"] in CLASSES
+    labeled = pq.read_table(tmp_path / "labels").to_pylist()[1]
+    assert labeled["label"] in CLASSES
+    assert labeled["because_code"] == other["because_code"] == "unlike_training"
     code, _, message = finetune("predict", "--bundle", made.whole, photo, black, "--output", tmp_path / "labels")
     assert (code, "was started with abstain False, not True." in message) == (2, True)
 

@@ -53,7 +53,9 @@ def test_the_ood_score_is_an_output(client: Any, name: str, photos: list[bytes],
     limit = open_bundle(tiny_bundle.path).decision_rule.max_ood_score
     assert metadata["parameters"] == {"max_ood_score": limit}
     black = np.zeros((1, SIDE, SIDE, 3), np.uint8)
-    assert client.infer(name, [pixels_input(black)]).as_numpy("ood_score") > limit
+    unlike = client.infer(name, [pixels_input(black)])
+    assert unlike.as_numpy("ood_score") > limit
+    assert unlike.as_numpy("because_code").tolist() == [b"unlike_training"]
     result = client.infer(name, [images_input(photos)], outputs=[triton.InferRequestedOutput("ood_score")])
     assert result.as_numpy("ood_score").shape == (3,)
     assert (result.as_numpy("ood_score") <= limit).all()
@@ -95,6 +97,7 @@ def test_server_and_model_describe_themselves(server: Server, client: Any, name:
         assert described["outputs"] == [
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, 3]},
             {"name": "label", "datatype": "BYTES", "shape": [-1]},
+            {"name": "because_code", "datatype": "BYTES", "shape": [-1]},
             {"name": "ood_score", "datatype": "FP32", "shape": [-1]},
         ]
     assert server.get("/v2/health/live").json() == {"live": True}
@@ -118,6 +121,8 @@ def test_images_get_the_predictions_of_predict(
         assert row == pytest.approx(list(predicted(server, photo)["probabilities"].values()), abs=1e-5)
     labels = [label.decode() if isinstance(label, bytes) else label for label in result.as_numpy("label")]
     assert labels == ["blue", "green", "red"]
+    if outputs is None:
+        assert result.as_numpy("because_code").tolist() == [b"", b"", b""]
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -167,7 +172,8 @@ def test_an_invalid_request_is_rejected_with_the_reason(client: Any, name: str, 
     with pytest.raises(InferenceServerException, match="`inputs` must contain one tensor"):
         client.infer(name, [images_input(photos), pixels_input(np.zeros((3, SIDE, SIDE, 3), np.uint8))])
     with pytest.raises(
-        InferenceServerException, match=r"Unknown output 'embedding'\. Valid outputs: probabilities, label, ood_score\."
+        InferenceServerException,
+        match=r"Unknown output 'embedding'\. Valid outputs: probabilities, label, because_code, ood_score\.",
     ):
         client.infer(name, [images_input(photos)], outputs=[triton.InferRequestedOutput("embedding")])
     with pytest.raises(InferenceServerException, match="compressed"):

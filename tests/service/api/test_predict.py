@@ -134,17 +134,20 @@ def test_a_photo_unlike_the_training_photos_gets_no_label(
     rule = open_bundle(tiny_bundle.path).decision_rule
     row = one(send(client, black))
     assert (row["label"], row["because"], row["in_distribution"]) == (None, "unlike the training images", False)
+    assert row["because_code"] == "unlike_training"
     assert row["ood_score"] > rule.max_ood_score
     assert row["confidence"] == max(row["probabilities"].values())
     known = one(send(client, next((tiny_bundle.photos / "red").iterdir()).read_bytes()))
     assert (known["label"], known["because"], known["in_distribution"]) == ("red", None, True)
+    assert known["because_code"] is None
     assert 0 < known["ood_score"] <= rule.max_ood_score
 
 
 def test_abstain_0_gives_every_photo_its_most_probable_class(client: FlaskClient, black: bytes) -> None:
     row = one(send(client, black, query="?abstain=0"))
     assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
-    assert (row["because"], row["in_distribution"]) == (None, False)
+    assert (row["because"], row["in_distribution"]) == ("unlike the training images", False)
+    assert row["because_code"] == "unlike_training"
     check_problem(send(client, black, query="?abstain=no"), "bad_parameter", "`abstain` must be 0 or 1 (got 'no').")
 
 
@@ -285,7 +288,7 @@ def test_a_response_describes_the_image_and_the_model(client: FlaskClient, photo
     assert answer.headers["X-Model-Version"] == bundle.version
     assert re.fullmatch(r"decode;dur=[\d.]+, batch_queue;dur=[\d.]+, inference;dur=[\d.]+", answer.headers["Server-Timing"])
     (row,) = document["predictions"]
-    decision = ["label", "because", "in_distribution", "ood_score"]
+    decision = ["label", "because", "because_code", "in_distribution", "ood_score"]
     assert list(row) == ["file", *decision, "confidence", "probabilities", "width", "height", "format", "notes"]
     assert list(row["probabilities"]) == list(bundle.classes)
     assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
