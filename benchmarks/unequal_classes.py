@@ -4,8 +4,9 @@
 
 Each draw selects training photos at random and holds out a fifth of them for validation, as `finetune train` does without a
 validation folder. A head is trained in each way on the same cached features and evaluated on all photos of DATA that were not
-drawn. Two classes only. Prints the recall of both classes and their mean, the log loss for classes as frequent as in training
-and for equally frequent ones, and McNemar's exact test against the plain head on the photos of the rare class.
+drawn. Two classes only. Prints the recall of both classes and their mean, the precision of the rare class and the log loss for
+classes as frequent as in training and for equally frequent ones, and McNemar's exact test against the plain head on the photos
+of the rare class. Precision depends on how frequent the classes are, so it is computed from both recalls for these frequencies.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def main() -> None:
     for draw in range(args.draws):
         drawn = draw_photos(prepared, sizes, seed=draw)
         true = np.array(drawn.labels("test"))
-        weights = [(fractions / np.bincount(true))[true] for fractions in (np.array(sizes) / sum(sizes), np.full(2, 0.5))]
+        frequencies = [np.array(sizes) / sum(sizes), np.full(2, 0.5)]
+        weights = [(fractions / np.bincount(true))[true] for fractions in frequencies]
         plain = np.zeros(0, dtype=bool)
         for name, way in WAYS.items():
             head, test = train_head(dataclasses.replace(config, **way), network, compute, cache, drawn)
@@ -92,21 +94,30 @@ def main() -> None:
                 only_plain, only_own = (int(both[true == small].sum()) for both in (plain & ~correct, correct & ~plain))
                 recalls = [of_small.mean(), of_large.mean(), (of_small.mean() + of_large.mean()) / 2]
                 p = mcnemar_p_value(only_plain, only_own)
-                rows.setdefault(title, []).append([*recalls, *(float(own @ losses) for own in weights), p])
+                precisions = [precision(of_small.mean(), of_large.mean(), own[small]) for own in frequencies]
+                log_losses = [float(own @ losses) for own in weights]
+                rows.setdefault(title, []).append([*recalls, *precisions, *log_losses, p])
     print(
         f"\n{args.backbone}, {args.large_photos} : {args.small_photos} photos, {config.epochs} epochs, evaluated on "
         f"{(true == small).sum()} {args.small} and {(true != small).sum()} others"
     )
     print(
-        f"{'':<52} recall of {args.small} in each draw, % | means: {args.small}, others, both | log loss: training, equal | p"
+        f"{'':<52} recall of {args.small} in each draw, % | means: {args.small}, others, both | precision of {args.small}: "
+        "training, equal | log loss: training, equal | p"
     )
     for name, values in rows.items():
         table = np.array(values)
         each = "  ".join(f"{100 * value:5.1f}" for value in table[:, 0])
         means = table.mean(axis=0)
-        p_values = "" if name == PLAIN else "  ".join(f"{p:.2g}" for p in table[:, 5])
-        mean_recalls = " ".join(f"{100 * value:6.1f}" for value in means[:3])
-        print(f"{name:<52} {each} | {mean_recalls} | {means[3]:.4f} {means[4]:.4f} | {p_values}")
+        p_values = "" if name == PLAIN else "  ".join(f"{p:.2g}" for p in table[:, 7])
+        mean_recalls, mean_precisions = (" ".join(f"{100 * value:6.1f}" for value in part) for part in (means[:3], means[3:5]))
+        print(f"{name:<52} {each} | {mean_recalls} | {mean_precisions} | {means[5]:.4f} {means[6]:.4f} | {p_values}")
+
+
+def precision(recall: float, recall_of_others: float, frequency: float) -> float:
+    """Compute the precision of one of two classes where this fraction of the photos belongs to it."""
+    correct, mistaken = frequency * recall, (1 - frequency) * (1 - recall_of_others)
+    return correct / (correct + mistaken)
 
 
 def draw_photos(prepared: PreparedDataset, sizes: list[int], *, seed: int) -> PreparedDataset:

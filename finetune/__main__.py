@@ -22,7 +22,7 @@ COMMANDS = {
     "audit": "check a folder of photos for damaged files, duplicates and leakage",
     "download": "download photos of cats and dogs",
     "synthesize": "draw a synthetic data set of cats and dogs for trying things out",
-    "threshold": "show or change the minimum probabilities of a bundle",
+    "threshold": "show or change when a bundle gives no label: the OOD limit and the thresholds of the classes",
     "quantize": "add a graph in int8 to a bundle that was exported without one",
     "merge": "add the pretrained weights to a bundle without the full weights",
     "models": "list the available networks",

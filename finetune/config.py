@@ -84,14 +84,16 @@ class Config:
     min_delta: float = _setting(0.0, "minimum decrease in validation loss that counts as better", low=0)
     class_weights: str = _setting(
         NONE,
-        "weight of each class in the loss: balanced (higher for rarer classes), none, or a JSON or CSV file of weights",
+        "weight of each class in the loss: balanced (in inverse proportion to its photos), none, or a JSON or CSV file with a "
+        "positive weight for every class; only the ratios matter",
     )
     sampling: str = _setting(
         NONE, "photos of an epoch: all once (none), or equally many of each class (balanced)", choices=(BALANCED, NONE)
     )
     class_frequencies: str = _setting(
         TRAINING,
-        "how often the classes occur where the model is used: as among the training photos, or equally often",
+        "how often the classes occur where the model is used: as among the training photos, or equally often; other "
+        "frequencies cannot be set",
         choices=(TRAINING, EQUAL),
     )
     unfreeze: tuple[str, ...] = _setting(
@@ -109,7 +111,8 @@ class Config:
     allow_class_mismatch: bool = _setting(False, "allow training and validation to have different classes")
     target_precision: str | float | None = _setting(
         None,
-        "precision to keep, for all classes (0.99) or by class (dogs=0.99,cats=0.95); less certain photos get no label",
+        "precision to keep, for all classes (0.99) or by class (dogs=0.99,cats=0.95); less certain photos get no label. "
+        "Classes that are not named have no threshold",
         metavar="X|CLASS=X,...",
     )
     device: str = _setting("auto", "device", choices=("auto", "cpu", "cuda", "mps"))

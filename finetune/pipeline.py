@@ -25,7 +25,7 @@ from finetune.data.label_source import locate_data
 from finetune.data.review_source import hide_password, load_reviews
 from finetune.evaluation.cross_validation import Outputs, cross_validate_head
 from finetune.evaluation.held_out import held_out_predictions
-from finetune.evaluation.ood import OODFit, fit_records
+from finetune.evaluation.ood import OODFit, fit_records, neither_folder
 from finetune.evaluation.trained_head import TrainedHead, describe_balance, train_other_head
 from finetune.export.exporter import PARITY_IMAGES, OODExport, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
@@ -34,12 +34,12 @@ from finetune.io.progress import step
 from finetune.io.threaded_map import batched, threaded_map
 from finetune.metrics.calibration import apply_temperature, fit_balanced_temperature, fit_temperature
 from finetune.metrics.learning_curve import learning_curve
-from finetune.metrics.operating_points import parse_targets
+from finetune.metrics.operating_points import min_probabilities, parse_targets
 from finetune.presets import apply_preset
 from finetune.reports.plot_process import PlotProcess
 from finetune.reports.results import write_results
 from finetune.training import run_directory
-from finetune.training.class_balance import ClassBalance, class_balance, read_class_weights
+from finetune.training.class_balance import ClassBalance, class_balance, read_class_weights, require_weights_of_classes
 from finetune.training.data_loaders import Batches
 from finetune.training.epoch_events import EpochReporter
 from finetune.training.head import train_head
@@ -54,6 +54,8 @@ from finetune.training.setup import (
 from finetune.training.trainer import EpochRow, Progress, predict_with_embeddings
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.bundle import HELD_OUT, MAX_NAME_BYTES, UNSAFE_IN_NAME, Bundle, open_bundle
+from models.artifacts.decision import DecisionRule
+from models.artifacts.ood import HeldOutOODScores
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
 from models.networks.logit_shift import require_shiftable_logits, shift_logits
@@ -97,6 +99,8 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     dataset = read_dataset(
         data_dir, labels=labels, valid_fraction=config.valid_fraction, seed=config.seed, extra=map(Path, config.extra_data)
     )
+    targets = _target_precisions(config, dataset.classes)
+    require_weights_of_classes(config, dataset.classes)
     print(f"Training {spec.title} on {labels or data_dir} ({compute}). Run directory: {folder}")
     for number, extra in enumerate(config.extra_data, start=1):
         print(f"Extra data: {extra} (as extra-{number}/)")
@@ -108,7 +112,6 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
     balance = class_balance(config, prepared.labels("train"), dataset.classes)
     if balance:
         require_shiftable_logits(network.classifier, spec)
-    targets = {} if config.target_precision is None else parse_targets(str(config.target_precision), dataset.classes)
     if not resume:
         distributed.run_on_main(lambda: run_directory.create_run(folder, config, reviews=reviews.data if reviews else None))
     with run_directory.locked(folder) if distributed.is_main_process() else contextlib.nullcontext(), _resumable(folder):
@@ -130,7 +133,16 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
                 held_out = cross_validate_head(config, network, cache, prepared, epochs=progress.best_epoch, compute=compute)
         if cache and prepared.audit_report.is_imbalanced:
             with network.untrained(initial):
-                other = train_other_head(config, network, compute, batches, cache, prepared)
+                other = train_other_head(
+                    config,
+                    network,
+                    compute,
+                    batches,
+                    cache,
+                    prepared,
+                    outputs=outputs,
+                    epochs=progress.best_epoch,
+                )
         head = TrainedHead(outputs, balance, held_out)
         batches.clear()  # the export needs their memory
         network.extractor.release()
@@ -151,6 +163,14 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
                     plots=plots,
                 )
             )
+
+
+def _target_precisions(config: Config, classes: Sequence[str]) -> dict[str, float]:
+    """Return the target precision of each class that has one. Raises ConfigError for an unknown class."""
+    if config.target_precision is None:
+        return {}
+    parsed = parse_targets(str(config.target_precision), classes)
+    return {name: target for name, target in parsed.items() if target is not None}
 
 
 def open_run(folder: Path, config: Config, *, resume: bool) -> Bundle | None:
@@ -339,6 +359,16 @@ def write_outputs(
         **table_columns(valid_records),
         ood_scores=ood.parameters.scores(embeddings) if ood else None,
     )
+    operating_points = None
+    if targets:
+        unseen = held_out_predictions(head)
+        unseen.write(folder / HELD_OUT)
+        operating_points = unseen.manifest_fields(targets, prepared.dataset.classes)
+    rule = DecisionRule(
+        max_ood_score=ood.limit.max_score if ood else None,
+        min_probability=min_probabilities(operating_points) if operating_points else {},
+    )
+    neither_scores = _neither_scores(ood, prepared, other_embeddings) if ood else {}
     metrics = write_results(
         folder,
         predictions,
@@ -349,17 +379,12 @@ def write_outputs(
         temperature=temperature,
         data_dir=prepared.dataset.root,
         history=() if config.head == LOGISTIC else progress.history,
-        max_ood_score=ood.limit.max_score if ood else None,
-        neither_scores=ood.parameters.scores(other_embeddings["neither"]) if ood and prepared.neither else None,
+        rule=rule,
+        neither_scores=neither_scores,
         curve=curve,
         seed=config.seed,
         plots=plots,
     )
-    operating_points = None
-    if targets:
-        unseen = held_out_predictions(head)
-        unseen.write(folder / HELD_OUT)
-        operating_points = unseen.manifest_fields(targets, prepared.dataset.classes)
     state = network.classifier.net.cpu().state_dict()
     return export_bundle(
         folder / run_directory.BUNDLE,
@@ -385,7 +410,8 @@ def write_outputs(
         trained_tensors={name: state[name] for name in network.trainable_names},
         evaluation_dir=folder,
         parity=_parity_sample(valid_records, predictions, network, compute),
-        ood=_ood_export(ood) if ood else None,
+        ood=_ood_export(ood, neither_scores) if ood else None,
+        rule=rule,
         operating_points=operating_points,
         quantization=_quantization_data(config, network, head, prepared, predictions) if config.int8 else None,
         contents=config.export,
@@ -447,8 +473,20 @@ def _quantization_data(
     )
 
 
-def _ood_export(ood: OODFit) -> OODExport:
-    return OODExport(ood.parameters, ood.limit.max_score, ood.as_dict())
+def _neither_scores(
+    ood: OODFit, prepared: PreparedDataset, embeddings: Mapping[str, Embeddings]
+) -> dict[str, NDArray[np.float32]]:
+    """Return the OOD scores of the images of none of the classes, by their folder."""
+    if not prepared.neither:
+        return {}
+    table = prepared.dataset.labels.path if prepared.dataset.labels else None
+    folders = np.array([neither_folder(record.sample.name, table) for record in prepared.neither])
+    scores = ood.parameters.scores(embeddings["neither"])
+    return {str(folder): scores[folders == folder] for folder in dict.fromkeys(folders)}
+
+
+def _ood_export(ood: OODFit, neither_scores: Mapping[str, NDArray[np.float32]]) -> OODExport:
+    return OODExport(ood.parameters, ood.as_dict(), HeldOutOODScores(ood.scores, neither_scores, ood.groups))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune.data.image_folder import list_files
 from finetune.data.label_source import locate_data
+from models.errors import UserError
 
 EXIT_CODES = (
     "Exit code: 0 without problems, 1 if there are problems (notes do not count), 2 if the folder cannot be audited. Training "
@@ -34,13 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``finetune audit``: print the findings. Returns 1 if there are problems (notes do not count), else 0."""
-    data_dir, labels = locate_data(args.data_dir, args.labels)
-    if args.files:
-        print(json.dumps(list_files(data_dir, labels=labels), ensure_ascii=False))
-        return 0
-    from finetune.data.audit import audit_folder  # slow to import
+    """Run ``finetune audit``: print the findings. Returns 1 if there are problems (notes do not count), else 0.
 
-    report = audit_folder(data_dir, labels=labels, cache_dir=args.cache_dir, workers=args.workers, quiet=args.json)
+    With ``--json``, data that cannot be audited is an object with its ``error``.
+    """
+    try:
+        data_dir, labels = locate_data(args.data_dir, args.labels)
+        if args.files:
+            print(json.dumps(list_files(data_dir, labels=labels), ensure_ascii=False))
+            return 0
+        from finetune.data.audit import audit_folder  # slow to import
+
+        report = audit_folder(data_dir, labels=labels, cache_dir=args.cache_dir, workers=args.workers, quiet=args.json)
+    except UserError as error:
+        if args.json:
+            print(json.dumps({"error": str(error)}, indent=2, ensure_ascii=False))
+        raise
     print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) if args.json else report.text())
     return 1 if report.problems else 0

@@ -66,7 +66,7 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
     print(format_results(bundle.manifest["metrics"]))
     _print_head_comparison(bundle)
     if points := bundle.manifest.get("operating_points"):
-        print("\n".join(["\nThresholds:", *format_operating_points(points), ""]))
+        print("\n".join(["\nThresholds:", *format_operating_points(points, bundle.classes), ""]))
     if ood := bundle.manifest.get("ood"):
         print(OODLimit.from_dict(ood["limit"]).text())
     if int8 := bundle.manifest.get("int8"):
@@ -100,8 +100,10 @@ def _print_head_comparison(bundle: Bundle) -> None:
     if balance["weights"]:
         print("The bundle contains the balanced head. Train without the options for unequal classes for the plain one.\n")
     else:
-        options = "--class-weights balanced --class-frequencies equal"
-        print(f"The bundle contains the plain head. For the balanced one, add {options}.\n")
+        print(
+            "The bundle contains the plain head. For the balanced one, add --class-frequencies equal. It finds more photos of "
+            "the rare classes, and mistakes more photos of the others for them.\n"
+        )
 
 
 def training_time(bundle: Bundle) -> str:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from finetune.compare.benchmark import ROUNDS, BenchmarkResult
+from finetune.metrics.formatting import format_percent
 from finetune.metrics.significance import PairwiseComparison, compare_pairs
 from finetune.reports import plots
 from models.artifacts.atomic_io import atomic_write_text
@@ -143,11 +144,10 @@ def _spread(values: Sequence[float], low: float, high: float) -> list[float]:
 
 
 def _cells(row: BenchmarkResult) -> list[str]:
-    value, low, high = (100 * row.accuracy[end] for end in ("value", "low", "high"))
     return [
         row.backbone + ("" if row.pretrained else " *"),
-        f"{value:.2f}% ({low:.1f} to {high:.1f}%)",
-        "{:.2f}% ({:.1f} to {:.1f}%)".format(*(100 * row.balanced_accuracy[end] for end in ("value", "low", "high"))),
+        format_percent(row.accuracy, 2),
+        format_percent(row.balanced_accuracy, 2),
         "{value:.3f} ({low:.3f} to {high:.3f})".format(**row.macro_f1),
         f"{row.log_loss['value']:.3f} ({row.log_loss['low']:.3f} to {row.log_loss['high']:.3f})",
         f"{row.ms_per_image:.2f}",

@@ -110,7 +110,7 @@ class AuditReport:
         if self.is_imbalanced:
             found.append(
                 f"the largest class has {self.imbalance:.1f} times as many photos as the smallest; to find more photos of the "
-                "small ones, add --class-weights balanced --class-frequencies equal"
+                "small ones, at the price of more false alarms, add --class-frequencies equal"
             )
         return found
 

@@ -148,7 +148,7 @@ def cross_validate(
         uncalibrated=apply_temperature(raw, 1.0),
         temperature=temperature,
         data_dir=data_dir,
-        max_ood_score=bundle.decision_rule.max_ood_score,
+        rule=bundle.decision_rule,
         seed=config.seed,
     )
     fold_training = {"epochs": epochs, "seed": config.seed, "reviews": prepared.reviews.as_dict() if prepared.reviews else None}

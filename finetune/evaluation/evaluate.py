@@ -16,6 +16,7 @@ from finetune.data.embeddings import build_similarity_index
 from finetune.data.image_files import ImageSearch, describe_skipped, find_images
 from finetune.data.image_folder import NO_LABEL, Dataset, Sample, read_split
 from finetune.data.inspection import BatchingConsumer, ImageRecord, fingerprint_context, inspect_images, table_columns
+from finetune.evaluation.ood import neither_folder
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
@@ -121,7 +122,8 @@ def evaluate_bundle(
     out = out or default_output_dir(bundle_dir, data_dir, split)
     require_empty_folder(out)
     store = ArrayStore(cache_dir or default_cache_dir(), fingerprint_context(bundle.preprocessing.decode_px), limit_mb=4096)
-    samples = [*listed.samples, *listed.neither, *_list_neither(neither, split)]
+    none_of_these = _list_neither(listed.neither, neither, split, label_table)
+    samples = [*listed.samples, *(sample for _, sample in none_of_these)]
     print(f"Inspecting and predicting {len(samples):,} photos ...")
     predictor = _Predictor(bundle)
     records = inspect_images(samples, store=store, preprocessing=bundle.preprocessing, consumer=predictor, workers=workers)
@@ -129,10 +131,14 @@ def evaluate_bundle(
         if record.error:
             print(escape_controls(f"Skipped: {record.sample.path}: {record.error}"))
     readable = [record for record in records if record.error is None and record.sample.label != NO_LABEL]
-    others = [record for record in records if record.error is None and record.sample.label == NO_LABEL]
+    others: dict[str, list[ImageRecord]] = {}
+    for (folder, _), record in zip(none_of_these, records[len(listed.samples) :], strict=True):
+        if record.error is None:
+            others.setdefault(folder, []).append(record)
     if reviews:
         readable, excluded = _apply_reviews(reviews, bundle, data_dir, readable)
-        others += excluded
+        if excluded:
+            others["reviews"] = excluded
     if not readable:
         raise DataError(
             f"None of the {len(listed.samples)} photos in {data_dir} can be read. Run `finetune audit {data_dir}` for details."
@@ -158,18 +164,33 @@ def evaluate_bundle(
         uncalibrated=raw / raw.sum(axis=1, keepdims=True),
         temperature=temperature,
         data_dir=data_dir,
-        max_ood_score=bundle.decision_rule.max_ood_score,
-        neither_scores=predictor.column(others, 2) if others and bundle.has_ood_score else None,
+        rule=bundle.decision_rule,
+        neither_scores={name: predictor.column(own, 2) for name, own in others.items()} if bundle.has_ood_score else None,
         seed=seed,
     )
     write_evaluation(out, bundle, kind=EVALUATED, classes=bundle.classes, split=split, temperature=temperature)
     return Evaluation(out, predictions, metrics)
 
 
-def _list_neither(folders: Sequence[Path], split: str) -> list[Sample]:
-    """List images of none of the classes. Raises DataError if a folder does not exist or has no images."""
+def _list_neither(
+    listed: Sequence[Sample], folders: Sequence[Path], split: str, label_table: Path | None
+) -> list[tuple[str, Sample]]:
+    """List images of none of the classes, each with the name of its folder.
+
+    Args:
+        listed: Images that the data set itself names as such.
+        folders: Further folders of such images.
+        split: The split to record.
+        label_table: Table of the labels.
+
+    Raises:
+        DataError: A folder does not exist or has no images.
+    """
+    samples = [(neither_folder(sample.name, label_table), sample) for sample in listed]
     search = ImageSearch()
-    samples = [Sample(path.as_posix(), path, NO_LABEL, split) for path in find_images(folders, search)]
+    for folder in folders:
+        found = find_images([folder], search)
+        samples += [(folder.as_posix(), Sample(path.as_posix(), path, NO_LABEL, split)) for path in found]
     for line in describe_skipped(search.skipped):
         print(f"Note: {line}")
     return samples

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from finetune.evaluation.ood import OUT_OF_FOLD as OOD_OUT_OF_FOLD
 from finetune.evaluation.trained_head import TrainedHead
 from finetune.metrics.calibration import apply_temperature
 from finetune.metrics.operating_points import LEVEL, TopPredictions, abstention, operating_points
@@ -29,11 +31,20 @@ class HeldOutPredictions:
         source: "out-of-fold" (heads that were trained without the image), "evaluation" (other images) or "validation" (images
             that also selected the best epoch and the temperature).
         folds: Number of folds of out-of-fold predictions.
+        ood_scores: (N,) OOD scores of the images, if they are known.
+        groups: (N,) the number of the group of each image, if the images come in groups.
     """
 
     top: TopPredictions
     source: str
     folds: int | None = None
+    ood_scores: NDArray[np.float32] | None = None
+    groups: NDArray[np.int64] | None = None
+
+    @property
+    def ood_source(self) -> str:
+        """What images the OOD scores are of, for the manifest."""
+        return OOD_OUT_OF_FOLD if self.source == OUT_OF_FOLD else "an evaluation"
 
     def write(self, path: Path) -> None:
         """Write the predictions, 12 bytes per image before compression."""
@@ -101,4 +112,4 @@ def read_evaluation(path: Path, bundle: Bundle) -> HeldOutPredictions:
         raise ConfigError(f"{path} has predictions of training photos, which look better than others. Evaluate other photos.")
     predictions = evaluation.predictions()
     top = TopPredictions.of(predictions.labels, predictions.probabilities)
-    return HeldOutPredictions(top, evaluation.kind, evaluation.folds)
+    return HeldOutPredictions(top, evaluation.kind, evaluation.folds, predictions.ood_scores, predictions.group_numbers)

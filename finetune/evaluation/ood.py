@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,11 @@ from numpy.typing import NDArray
 
 from finetune.data.duplicates import find_linked
 from finetune.data.inspection import ImageRecord
+from finetune.data.layout import is_neither
 from finetune.metrics.ood import OODLimit, assign_groups_to_folds, fit_limit, fit_ood, out_of_fold_scores
-from models.artifacts.ood import OODParameters
+from models.artifacts.bundle import Bundle, check_file
+from models.artifacts.ood import OOD_SCORES_FILE, HeldOutOODScores, OODParameters
+from models.errors import BundleError
 
 OUT_OF_FOLD, VALIDATION = "training and validation, out of fold", "validation"
 
@@ -24,12 +28,16 @@ class OODFit:
     Attributes:
         parameters: The parameters of the score.
         limit: The limit of the score.
+        scores: The scores that gave the limit, (N,).
+        groups: The number of the group of each of these images, (N,), if the images come in groups.
         source: The images whose scores gave the limit.
         images: Number of images that the parameters were fit to.
     """
 
     parameters: OODParameters
     limit: OODLimit
+    scores: NDArray[np.float32]
+    groups: NDArray[np.int64] | None
     source: str
     images: int
 
@@ -88,5 +96,28 @@ def fit_records(
         scored[is_training], scored[~is_training] = False, rows
         scores, source = parameters.scores(valid_embeddings[rows]), VALIDATION
     has_groups = any(record.sample.group for record in (*train, *valid))
-    limit = fit_limit(scores, false_alarms, sample=len(valid), groups=groups[scored] if has_groups else None)
-    return OODFit(parameters, limit, source, len(train))
+    scored_groups = groups[scored] if has_groups else None
+    limit = fit_limit(scores, false_alarms, sample=len(valid), groups=scored_groups)
+    return OODFit(parameters, limit, scores, scored_groups, source, len(train))
+
+
+def neither_folder(image_name: str, label_table: Path | None) -> str:
+    """Return the name of the folder ``none`` or ``neither``, or of the table, that an image of none of the classes is in."""
+    if label_table:
+        return label_table.name
+    return next(str(folder) for folder in PurePosixPath(image_name).parents if is_neither(folder.name))
+
+
+def read_ood_scores(bundle: Bundle) -> HeldOutOODScores:
+    """Read the scores from which the limit of a bundle was chosen.
+
+    Raises:
+        BundleError: The bundle has none, or the file was modified.
+    """
+    if OOD_SCORES_FILE not in bundle.manifest["files"]:
+        raise BundleError(
+            f"The bundle {bundle.path} has no OOD scores of photos that were not used in training. Run `finetune evaluate "
+            f"--folds 5 --bundle {bundle.path} --data-dir DATA`, and pass its output folder with --evaluation."
+        )
+    check_file(bundle.path, OOD_SCORES_FILE, bundle.manifest["files"])
+    return HeldOutOODScores.read(bundle.path / OOD_SCORES_FILE)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.compute.device import Compute
-from finetune.config import BALANCED, EQUAL, NONE, TRAINING, Config
+from finetune.config import EQUAL, NONE, TRAINING, Config
 from finetune.evaluation.cross_validation import Outputs, cross_validate_head
 from finetune.features.cache import FeatureCache
 from finetune.metrics.calibration import fit_balanced_temperature, fit_temperature
@@ -85,8 +85,14 @@ def train_other_head(
     batches: Mapping[str, Batches],
     cache: FeatureCache,
     prepared: PreparedDataset,
+    *,
+    outputs: Outputs,
+    epochs: int,
 ) -> TrainedHead:
-    """Train a balanced head for equal frequencies if that of the run is plain, else a plain one, on the same features.
+    """Return the head for equal class frequencies if that of the run is plain, else a plain one, on the same features.
+
+    The class frequencies only shift the logits. The other head is therefore trained only if the run has class weights or
+    balanced sampling.
 
     Args:
         config: The settings of the run.
@@ -95,23 +101,24 @@ def train_other_head(
         batches: The batches of the run, of cached features.
         cache: The cached features.
         prepared: The data set.
+        outputs: The outputs of the run's own head for the validation images, before the class weights are corrected.
+        epochs: The best epoch of the run.
     """
-    is_plain = config.class_weights == config.sampling == NONE and config.class_frequencies == TRAINING
-    weights, frequencies = (BALANCED, EQUAL) if is_plain else (NONE, TRAINING)
-    config = dataclasses.replace(config, class_weights=weights, sampling=NONE, class_frequencies=frequencies)
+    is_weighted = not config.class_weights == config.sampling == NONE
+    is_plain = not is_weighted and config.class_frequencies == TRAINING
+    config = dataclasses.replace(config, class_weights=NONE, sampling=NONE, class_frequencies=EQUAL if is_plain else TRAINING)
     balance = class_balance(config, prepared.labels("train"), prepared.dataset.classes)
-    print(f"Training a {'balanced' if is_plain else 'plain'} head for comparison, as the classes are unequal.")
-    train = batches["train"]
-    assert isinstance(train, CachedBatches)
-    initial = network.trainable_state()
-    batches = {"train": train.with_sampling(balanced=False), "valid": batches["valid"]}
-    progress = train_head(network, batches, config, prepared, compute=compute, balance=balance, title="comparison, ")
-    log_probs, labels = predict(network.split_model.trainable, batches["valid"], compute=compute)
-    outputs = Outputs(log_probs.double().numpy(), labels.numpy())
+    if is_weighted:
+        print("Training a plain head for comparison, as the classes are unequal.")
+        train = batches["train"]
+        assert isinstance(train, CachedBatches)
+        batches = {"train": train.with_sampling(balanced=False), "valid": batches["valid"]}
+        train_head(network, batches, config, prepared, compute=compute, balance=balance, title="comparison, ")
+        log_probs, labels = predict(network.split_model.trainable, batches["valid"], compute=compute)
+        outputs = Outputs(log_probs.double().numpy(), labels.numpy())
     if balance is None:
         return TrainedHead(outputs)
-    with network.untrained(initial):
-        held_out = cross_validate_head(config, network, cache, prepared, epochs=progress.best_epoch, compute=compute)
+    held_out = cross_validate_head(config, network, cache, prepared, epochs=epochs, compute=compute)
     return TrainedHead(outputs, balance, held_out)
 
 

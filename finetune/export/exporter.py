@@ -18,7 +18,6 @@ from torch import Tensor
 
 from finetune.export.quantization import QuantizationData, add_int8_graph, golden_outputs, rejected
 from finetune.io.progress import step
-from finetune.metrics.operating_points import min_probabilities
 from finetune.reports.model_card import write_model_card
 from finetune.reports.plot_process import PlotProcess
 from finetune.reports.results import PLOTS
@@ -36,7 +35,7 @@ from models.artifacts.bundle import (
     write_bundle,
 )
 from models.artifacts.decision import DecisionRule
-from models.artifacts.ood import OOD_FILE, OOD_SCORE, OODParameters
+from models.artifacts.ood import OOD_FILE, OOD_SCORE, OOD_SCORES_FILE, HeldOutOODScores, OODParameters
 from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError
 from models.networks.classifier import Classifier
@@ -70,11 +69,11 @@ class ParitySample:
 
 @dataclass(frozen=True)
 class OODExport:
-    """What a bundle contains of the OOD score: its parameters, its limit, and the manifest's field."""
+    """What a bundle contains of the OOD score: its parameters, the manifest's field, and scores to choose another limit."""
 
     parameters: OODParameters
-    max_score: float
     manifest: Mapping[str, Any]
+    held_out: HeldOutOODScores
 
 
 def export_bundle(
@@ -88,6 +87,7 @@ def export_bundle(
     evaluation_dir: Path,
     parity: ParitySample,
     ood: OODExport | None = None,
+    rule: DecisionRule | None = None,
     operating_points: Mapping[str, Any] | None = None,
     quantization: QuantizationData | None = None,
     contents: str = "full",
@@ -105,6 +105,7 @@ def export_bundle(
         evaluation_dir: The folder with predictions.csv, similarity files and plots to include.
         parity: The images for the parity check.
         ood: The OOD score, if there is one.
+        rule: When the model abstains. None: never.
         operating_points: The manifest's field with the thresholds of the classes, if there are any. ``evaluation_dir`` then
             contains the predictions that they were selected from.
         quantization: The images to add a graph in int8 with, or None for a bundle without one. A head has none either.
@@ -119,8 +120,7 @@ def export_bundle(
         BundleError: The graph's results differ from those of training. No bundle is written.
     """
     golden = golden_pixels(spec.preprocessing)
-    required = min_probabilities(operating_points) if operating_points else {}
-    rule = DecisionRule(max_ood_score=ood.max_score if ood else None, min_probability=required)
+    rule = rule or DecisionRule()
 
     def write_files(folder: Path) -> None:
         graph = folder / GRAPH
@@ -140,6 +140,7 @@ def export_bundle(
             seconds = time_output(graph, OOD_SCORE, start="embedding", batch_size=NUM_GOLDEN)
             manifest["ood"] = {**ood.manifest, "microseconds": round(seconds * 1e6, 1)}
             ood.parameters.write(folder / OOD_FILE)
+            ood.held_out.write(folder / OOD_SCORES_FILE)
         with step("Measuring its speed in bfloat16") if supports_bf16() else contextlib.nullcontext():
             manifest["bf16"] = measure_bf16(graph, parity.pixels, max_ood_score=rule.max_ood_score)
         if quantization and contents != "head":

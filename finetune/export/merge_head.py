@@ -21,7 +21,7 @@ from models.artifacts.bundle import (
     open_bundle,
     write_bundle,
 )
-from models.artifacts.ood import OOD_FILE, OODParameters
+from models.artifacts.ood import OOD_FILE, OOD_SCORES_FILE, OODParameters
 from models.artifacts.paths import merged_dir
 from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError
@@ -83,7 +83,9 @@ def merge_bundle(bundle: Bundle, out: Path, *, weights: Path | None = None) -> B
             tolerance = float(bundle.manifest["int8"]["tolerance"])
             check_golden(bundle, lambda pixels: quantized.run(pixels)[0], tolerance=tolerance, golden=bundle.golden("int8"))
         write_tensors(folder / WEIGHTS, classifier.net.state_dict())
-        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, OOD_FILE, HELD_OUT, *SIMILARITY_FILES} & set(bundle.manifest["files"]):
+        for name in {GOLDEN, PREDICTIONS, MODEL_CARD, OOD_FILE, OOD_SCORES_FILE, HELD_OUT, *SIMILARITY_FILES} & set(
+            bundle.manifest["files"]
+        ):
             shutil.copyfile(bundle.path / name, folder / name)
 
     manifest = {key: value for key, value in bundle.manifest.items() if key not in ("format", "files", "sha256")}

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from finetune.metrics.bootstrap import QUANTILES_95, bootstrap_mean_interval, resample_batches
 from finetune.metrics.calibration import BINS, calibration_error
+from finetune.metrics.formatting import format_percent
 from models.artifacts.predictions import check_probabilities, confusion_counts, cross_entropy
 from models.artifacts.statistics import confidence_interval, mean_of_proportions, wilson_interval
 from models.errors import list_names
@@ -265,11 +266,11 @@ def format_summary(metrics: Mapping[str, Any]) -> str:
         return after if before == after else f"{after}, before calibration {before}"
 
     lines = [
-        f"accuracy           {_percent(metrics['accuracy'], 2)}, {correct:,} of {metrics['photos']:,} photos correct",
+        f"accuracy           {format_percent(metrics['accuracy'], 2)}, {correct:,} of {metrics['photos']:,} photos correct",
         *(f"{title:<17}  {text(metrics[name])}" for name, (title, text) in NEWER_METRICS.items() if name in metrics),
         f"log loss           {calibrated('log_loss', _decimal)}",
         f"ROC AUC            {_decimal(metrics['roc_auc'])}",
-        f"calibration error  {calibrated('calibration_error', partial(_percent, digits=2))}",
+        f"calibration error  {calibrated('calibration_error', partial(format_percent, digits=2))}",
         *_class_lines(metrics),
         *(f"note: {note}" for note in metrics["notes"]),
     ]
@@ -286,16 +287,9 @@ def _class_lines(metrics: Mapping[str, Any]) -> list[str]:
     width = max(len(heading), *(len(name) for name in names))
     rows = [f"{heading:<{width}}  {'precision':<28}  {'recall':<28}  photos"]
     for name in names:
-        precision, recall = (_percent(metrics[measure][name]) for measure in ("precision", "recall"))
+        precision, recall = (format_percent(metrics[measure][name]) for measure in ("precision", "recall"))
         rows.append(f"{name:<{width}}  {precision:<28}  {recall:<28}  {metrics['support'][name]:,}")
     return rows
-
-
-def _percent(measure: Mapping[str, float] | None, digits: int = 1) -> str:
-    if measure is None:
-        return "not defined"
-    value, low, high = (100.0 * measure[end] for end in ("value", "low", "high"))
-    return f"{value:.{digits}f}% ({low:.1f} to {high:.1f}%)"
 
 
 def _decimal(measure: Mapping[str, float] | None) -> str:
@@ -305,7 +299,7 @@ def _decimal(measure: Mapping[str, float] | None) -> str:
 
 
 NEWER_METRICS: dict[str, tuple[str, Callable[[Any], str]]] = {  # which bundles of earlier versions do not have
-    "balanced_accuracy": ("balanced accuracy", partial(_percent, digits=2)),
+    "balanced_accuracy": ("balanced accuracy", partial(format_percent, digits=2)),
     "macro_f1": ("macro F1", _decimal),
-    "top_5_accuracy": ("top-5 accuracy", partial(_percent, digits=2)),
+    "top_5_accuracy": ("top-5 accuracy", partial(format_percent, digits=2)),
 }

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.metrics.formatting import format_percent
 from finetune.metrics.significance import holm_correction
 from finetune.metrics.slices import format_p
 from models.artifacts.statistics import mcnemar_p_value, wilson_interval
@@ -64,10 +65,5 @@ def format_head_comparison(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name in names:
         row = rows[name]
         counts = f"only plain {row['only_plain']:,}, only balanced {row['only_balanced']:,}, {format_p(row['p'])}"
-        lines.append(f"{name:<{width}}  {_percent(row[PLAIN]):<24}  {_percent(row[BALANCED_HEAD]):<24}  {counts}")
+        lines.append(f"{name:<{width}}  {format_percent(row[PLAIN]):<24}  {format_percent(row[BALANCED_HEAD]):<24}  {counts}")
     return lines
-
-
-def _percent(measure: Mapping[str, float]) -> str:
-    value, low, high = (100.0 * measure[end] for end in ("value", "low", "high"))
-    return f"{value:.1f}% ({low:.1f} to {high:.1f}%)"

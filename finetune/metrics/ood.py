@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from finetune.metrics.bootstrap import QUANTILES_95
 from finetune.metrics.classification import roc_auc
+from finetune.metrics.formatting import format_percent
 from finetune.metrics.groups import effective_size, proportion_interval
 from models.artifacts.ood import OODParameters
 from models.artifacts.statistics import wilson_interval
@@ -232,7 +233,7 @@ def fit_limit(
 
 def measure_ood(
     in_distribution: NDArray[np.floating[Any]],
-    neither: NDArray[np.floating[Any]],
+    neither: Mapping[str, NDArray[np.floating[Any]]],
     *,
     max_score: float,
     groups: NDArray[np.int64] | None = None,
@@ -243,7 +244,7 @@ def measure_ood(
 
     Args:
         in_distribution: (N,) scores of images of the classes.
-        neither: (M,) scores of images of none of them.
+        neither: Scores of images of none of them, by the folder that the images are in.
         max_score: The limit.
         groups: (N,) the number of the group of each image of the classes. None: the images are independent.
         seed: Seed of the bootstrap.
@@ -251,39 +252,50 @@ def measure_ood(
 
     Returns:
         The numbers of images, and the false alarms, the caught images and the AUROC, each with its 95% interval. The last two
-        are None without images of none of the classes.
+        are None without images of none of the classes. Under ``folders`` they are those of each folder.
     """
-    measured = {
+
+    def separation(scores: NDArray[np.floating[Any]]) -> dict[str, Any]:
+        both = np.concatenate([in_distribution, scores]).astype(np.float64)
+        labels = np.repeat([0, 1], [len(in_distribution), len(scores)])
+        return {
+            "neither_photos": len(scores),
+            "caught": wilson_interval(int((scores > max_score).sum()), len(scores)),
+            "auroc": roc_auc(labels, np.stack([-both, both], axis=1), seed=seed, resamples=resamples),
+        }
+
+    folders = {name: separation(scores) for name, scores in neither.items() if len(scores)}
+    total: dict[str, Any] = {"neither_photos": 0, "caught": None, "auroc": None}
+    if folders:
+        total = next(iter(folders.values())) if len(folders) == 1 else separation(np.concatenate(list(neither.values())))
+    return {
         "photos": len(in_distribution),
-        "neither_photos": len(neither),
         "max_score": max_score,
         "false_alarms": proportion_interval(in_distribution > max_score, groups),
-        "caught": None,
-        "auroc": None,
-    }
-    if not len(neither):
-        return measured
-    scores = np.concatenate([in_distribution, neither]).astype(np.float64)
-    labels = np.repeat([0, 1], [len(in_distribution), len(neither)])
-    return measured | {
-        "caught": wilson_interval(int((neither > max_score).sum()), len(neither)),
-        "auroc": roc_auc(labels, np.stack([-scores, scores], axis=1), seed=seed, resamples=resamples),
+        **total,
+        "folders": folders,
     }
 
 
 def format_ood(measured: Mapping[str, Any]) -> str:
     """Format the result of ``measure_ood`` as a short text."""
 
-    def rate(name: str, base: str) -> str:
-        measure = measured[name]
-        count = round(measure["value"] * measured[base])
-        ends = f"{measure['low']:.1%} to {measure['high']:.1%}"
-        return f"{measure['value']:.2%} ({ends}), {count:,} of {measured[base]:,} photos"
+    def rate(measure: Mapping[str, float], photos: int) -> str:
+        return f"{format_percent(measure, 2)}, {round(measure['value'] * photos):,} of {photos:,} photos"
 
-    lines = [f"false alarms       {rate('false_alarms', 'photos')} of the classes count as unlike the training photos"]
+    false_alarms = rate(measured["false_alarms"], measured["photos"])
+    lines = [f"false alarms       {false_alarms} of the classes count as unlike the training photos"]
     if auroc := measured["auroc"]:
+        caught = rate(measured["caught"], measured["neither_photos"])
         lines += [
-            f"none of these      {rate('caught', 'neither_photos')} of none of the classes are caught",
+            f"none of these      {caught} of none of the classes are caught",
             f"none, ROC AUC      {auroc['value']:.4f} ({auroc['low']:.4f} to {auroc['high']:.4f})",
+        ]
+    folders = measured.get("folders", {})  # which bundles of earlier versions do not have
+    if len(folders) > 1:
+        lines += [
+            f"  {name}: {rate(own['caught'], own['neither_photos'])} are caught, ROC AUC {own['auroc']['value']:.4f} "
+            f"({own['auroc']['low']:.4f} to {own['auroc']['high']:.4f})"
+            for name, own in folders.items()
         ]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ target, and for a target that is changed later.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betaincinv
 
+from finetune.metrics.formatting import format_percent
 from models.artifacts.statistics import wilson_interval
-from models.errors import ConfigError, did_you_mean
+from models.errors import ConfigError, did_you_mean, list_names
 
 LEVEL = 0.05
 # Tested fractions of the predictions of a class that get no label: close together where few abstain
 ABSTAINING = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64)
 MAX_NEEDED = 100_000_000
-MAX_SHOWN = 10
+MAX_SHOWN, MAX_NAMED = 10, 20
+_ENTRY = re.compile(
+    r"(?:^|,)(.+?=[^=,]*(?=,|$)|[^,]+)"
+)  # of a list CLASS=X,...; a class name may contain commas and equals signs
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,30 +130,33 @@ def abstention(
     return wilson_interval(abstaining, len(predictions.labels))
 
 
-def parse_targets(text: str, classes: Sequence[str]) -> dict[str, float]:
-    """Parse target precisions: one number for all classes (``0.99``), or a list of classes (``dogs=0.99,cats=0.95``).
+def parse_targets(text: str, classes: Sequence[str]) -> dict[str, float | None]:
+    """Parse target precisions: one for all classes (``0.99``), or by class (``dogs=0.99,cats=none``). ``none`` becomes None.
 
     Raises:
         ConfigError: A class is unknown, or a number is not between 0 and 1.
     """
     if "=" not in text:
-        return dict.fromkeys(classes, parse_target(text))
-    targets = {}
-    for entry in text.split(","):
-        name, _, number = (part.strip() for part in entry.rpartition("="))
+        return dict.fromkeys(classes, _parse_target(text, text))
+    targets: dict[str, float | None] = {}
+    for entry in _ENTRY.findall(text):
+        name, _, number = (part.strip() for part in (entry.rpartition("=") if "=" in entry else (entry, "", "")))
         if name not in classes:
             raise ConfigError(
                 f"--target-precision names {name!r}, which is not a class.{did_you_mean(name, classes)} "
-                f"The classes are {', '.join(classes[:20])}."
+                f"The classes are {list_names(classes, MAX_NAMED)}."
             )
         if name in targets:
             raise ConfigError(f"--target-precision names {name!r} twice. Remove one.")
-        targets[name] = parse_target(number)
+        targets[name] = _parse_target(number, entry)
     return targets
 
 
-def format_operating_points(points: Mapping[str, Any]) -> list[str]:
-    """Describe each operating point in a line, and the total in the last one. Beyond 10 classes only the least certain ones."""
+def format_operating_points(points: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
+    """Describe each operating point in a line, then the classes without one and the total.
+
+    Beyond 10 classes only the ones are described that are furthest from their target.
+    """
     rows: Mapping[str, Mapping[str, Any]] = points["classes"]
     names = list(rows)
     if len(names) > MAX_SHOWN:
@@ -156,37 +164,58 @@ def format_operating_points(points: Mapping[str, Any]) -> list[str]:
     lines = [f"{name}: {describe_operating_point(rows[name])}" for name in names]
     if len(names) < len(rows):
         lines.append(f"... and {len(rows) - len(names):,} more classes")
-    lines.append(f"In total {_interval(points['abstains'])} of {points['photos']:,} photos get no label.")
+    if others := [name for name in classes if name not in rows]:
+        lines.append(f"No threshold: {list_names(others, MAX_NAMED)}.")
+    lines.append(f"In total {format_percent(points['abstains'])} of {points['photos']:,} photos are below a threshold.")
+    if missed := [name for name in rows if not _is_reached(rows[name])]:
+        lines.append(
+            f"The target cannot be promised for {list_names(missed, MAX_NAMED)}. A lower target gives more photos a label."
+        )
     return lines
 
 
 def describe_operating_point(point: Mapping[str, Any]) -> str:
-    """Describe an operating point in one or two sentences."""
+    """Describe an operating point in a few sentences."""
     target, predicted = _percent(point["target"]), point["predicted"]
     if not predicted:
-        return f"nothing can be promised, as no photo was predicted as this class. {target} needs about {point['needed']:,}."
-    measured = f"measured {_interval(point['precision'])} of {point['kept']:,}"
-    if point["promised"] >= point["target"]:
-        text = f"precision of at least {target}, {measured}."
+        return (
+            f"a precision of {target} cannot be promised, as no photo was predicted as this class (about {point['needed']:,} "
+            "are needed). Every photo gets a label."
+        )
+    if _is_reached(point):
+        text = f"a precision of at least {target} is promised."
     else:
         lower = f"{math.floor(1000 * point['promised']) / 10:.1f}%"
-        needed = (
-            f"{target} needs about {point['needed']:,}" if point["needed"] else f"more photos like these do not give {target}"
+        needed = f"about {point['needed']:,} are needed" if point["needed"] else "more photos like these do not help"
+        text = (
+            f"a precision of {target} cannot be promised with {predicted:,} photos predicted as this class ({needed}). "
+            f"At least {lower} is promised instead."
         )
-        text = f"with {predicted:,} photos a precision of {lower} can be promised, {measured}; {needed}."
+    correct = round(point["precision"]["value"] * point["kept"])
+    text = f"{text} Measured: {100 * point['precision']['value']:.1f}%, {correct:,} of {point['kept']:,}."
     if not point["min_probability"]:
         return f"{text} Every photo gets a label."
-    return f"{text} {_interval(point['abstains'])} have a probability below {point['min_probability']:.4f} and get no label."
+    return (
+        f"{text} {format_percent(point['abstains'])} of the photos predicted as this class have a probability below "
+        f"{point['min_probability']:.4f} and get no label."
+    )
 
 
-def parse_target(text: str) -> float:
-    """Parse one target precision."""
+def _is_reached(point: Mapping[str, Any]) -> bool:
+    return point["promised"] is not None and bool(point["promised"] >= point["target"])
+
+
+def _parse_target(text: str, entry: str) -> float | None:
+    if text == "none":
+        return None
     try:
         target = float(text)
     except ValueError:
         target = math.nan
     if not 0 < target < 1:
-        raise ConfigError(f"--target-precision must be between 0 and 1, such as 0.99 (got {text!r}).")
+        raise ConfigError(
+            f"--target-precision must be X or CLASS=X,... with X between 0 and 1, or none (got {entry.strip()!r})."
+        )
     return target
 
 
@@ -236,10 +265,6 @@ def _needed(thresholds: Sequence[Threshold], target: float, predicted: int) -> i
 def _lower_bound(correct: float, total: float) -> float:
     """Compute the one-sided Clopper-Pearson bound at the level of one of several thresholds."""
     return float(betaincinv(correct, total - correct + 1, LEVEL / len(ABSTAINING))) if correct else 0.0
-
-
-def _interval(measure: Mapping[str, float]) -> str:
-    return f"{100 * measure['value']:.1f}% ({100 * measure['low']:.1f} to {100 * measure['high']:.1f}%)"
 
 
 def _percent(fraction: float) -> str:

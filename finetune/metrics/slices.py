@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.metrics.formatting import format_percent
 from finetune.metrics.groups import effective_size, proportion_interval
 from finetune.metrics.significance import SIGNIFICANCE_LEVEL, holm_correction
 from models.artifacts.facets import make_facets
@@ -81,10 +82,8 @@ def format_slices(metrics: Mapping[str, Any]) -> str:
     width = max(len("worst slices"), *map(len, names))
     lines = [f"{'worst slices':<{width}}  {'accuracy':<28}  photos"]
     for name, row in zip(names, shown, strict=True):
-        value, low, high = (100 * row["accuracy"][end] for end in ("value", "low", "high"))
-        interval = f"{value:.1f}% ({low:.1f} to {high:.1f}%)"
         mark = f"  lower than the rest ({format_p(row['p'])})" if is_worse(row, metrics["accuracy"]["value"]) else ""
-        lines.append(f"{name:<{width}}  {interval:<28}  {row['photos']:,}{mark}")
+        lines.append(f"{name:<{width}}  {format_percent(row['accuracy']):<28}  {row['photos']:,}{mark}")
     if len(slices) > MAX_SHOWN:
         lines.append(f"... and {len(slices) - MAX_SHOWN:,} more slices in metrics.json")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.metrics.abstention import describe_abstention
 from finetune.metrics.head_comparison import format_head_comparison
 from finetune.metrics.learning_curve import format_learning_curve
 from finetune.metrics.ood import OODLimit
@@ -49,6 +50,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         "## None of these\n",
         _none_of_these(manifest),
         *_thresholds(manifest),
+        *_without_label(metrics),
         "## Training data\n",
         f"{_counts(dataset['photos'])} {_labels(dataset)}{_reviewed(dataset)}"
         " Other kinds of images (drawings, other cameras, crops) were not evaluated.\n",
@@ -160,6 +162,7 @@ def _thresholds(manifest: Mapping[str, Any]) -> list[str]:
     points = manifest.get("operating_points")
     if not points or not points["classes"]:
         return []
+    points_text = format_operating_points(points, manifest["classes"])
     sources = {
         "out-of-fold": f"{points['photos']:,} out-of-fold predictions of training and validation photos",
         "validation": f"{points['photos']:,} validation photos, which also selected the best epoch and the temperature",
@@ -170,7 +173,30 @@ def _thresholds(manifest: Mapping[str, Any]) -> list[str]:
         "A photo whose most probable class is less probable than the threshold of that class gets no label. The thresholds"
         f" were selected from {sources[points['source']]}. Each precision is promised with"
         f" {100 * points['confidence_level']:g}% confidence, for photos of the same kind (Clopper-Pearson, Bonferroni):\n",
-        "\n".join(f"- {_escaped(line)}" for line in format_operating_points(points)) + "\n",
+        "\n".join(f"- {_escaped(line)}" for line in points_text) + "\n",
+    ]
+
+
+def _without_label(metrics: Mapping[str, Any]) -> list[str]:
+    """Describe what the decision rule does to the evaluated photos, if it ever abstains."""
+    measured = metrics.get("decision")
+    if not measured:
+        return []
+    rows = ["| measure | value | 95% interval |", "| --- | --- | --- |", _row("accuracy of the rest", measured["accuracy"])]
+    classes = measured["classes"]
+    names = sorted(classes, key=lambda name: -(classes[name]["no_label"] or {"value": 0.0})["value"])[:MAX_LISTED_CLASSES]
+    for title, key in (
+        ("no label, of", "no_label"),
+        ("precision of the rest,", "precision"),
+        ("recall of the rest,", "recall"),
+    ):
+        rows += [_row(f"{title} {_escaped(name)}", classes[name][key]) for name in classes if name in names]
+    if len(names) < len(classes):
+        rows.append(f"\nOf {len(classes):,} classes, the {len(names)} with the most photos without a label.")
+    return [
+        "## Photos without a label\n",
+        f"With the OOD score and the thresholds, {describe_abstention(measured)}\n",
+        "\n".join(rows) + "\n",
     ]
 
 

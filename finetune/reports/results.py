@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.io.progress import step
+from finetune.metrics.abstention import METHOD as ABSTENTION_METHOD
+from finetune.metrics.abstention import format_abstention, measure_abstention
 from finetune.metrics.classification import format_summary
 from finetune.metrics.groups import compute_metrics_of_groups
 from finetune.metrics.learning_curve import format_learning_curve
@@ -19,6 +21,7 @@ from finetune.metrics.slices import METHOD as SLICES_METHOD
 from finetune.metrics.slices import compute_slices, format_slices
 from finetune.reports.plot_process import PlotProcess
 from models.artifacts.atomic_io import atomic_write_text
+from models.artifacts.decision import DecisionRule
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import SimilarityIndex
 
@@ -34,8 +37,8 @@ def write_results(
     temperature: float,
     data_dir: Path,
     history: Sequence[Mapping[str, float]] = (),
-    max_ood_score: float | None = None,
-    neither_scores: NDArray[np.float32] | None = None,
+    rule: DecisionRule,
+    neither_scores: Mapping[str, NDArray[np.float32]] | None = None,
     curve: Mapping[str, Any] | None = None,
     seed: int = 0,
     plots: PlotProcess | None = None,
@@ -50,8 +53,8 @@ def write_results(
         temperature: The temperature that calibrated the predictions.
         data_dir: Folder of the images, for the image sheets.
         history: One row per epoch, for the learning curves.
-        max_ood_score: The limit of the OOD score, if the predictions have scores.
-        neither_scores: (M,) OOD scores of images of none of the classes.
+        rule: When the model abstains.
+        neither_scores: OOD scores of images of none of the classes, by their folder.
         curve: The result of ``learning_curve``, if there is one.
         seed: Seed of the bootstrap and of the random sheets.
         plots: Starts to draw the plots, so that the caller can continue. None: they are drawn when this returns.
@@ -71,11 +74,14 @@ def write_results(
     if slices := compute_slices(predictions):
         metrics["slices"] = slices
         metrics["methods"]["slices"] = SLICES_METHOD
-    metrics["temperature"] = temperature
-    if predictions.ood_scores is not None and max_ood_score is not None:
-        neither = np.empty(0, np.float32) if neither_scores is None else neither_scores
+    metrics = with_decision(metrics | {"temperature": temperature}, predictions, rule)
+    if predictions.ood_scores is not None and rule.max_ood_score is not None:
         metrics["ood"] = measure_ood(
-            predictions.ood_scores, neither, max_score=max_ood_score, groups=predictions.group_numbers, seed=seed
+            predictions.ood_scores,
+            neither_scores or {},
+            max_score=rule.max_ood_score,
+            groups=predictions.group_numbers,
+            seed=seed,
         )
     if curve:
         metrics["learning_curve"] = dict(curve)
@@ -90,8 +96,8 @@ def write_results(
             data_dir=data_dir,
             history=history,
             uncalibrated=uncalibrated,
-            max_ood_score=max_ood_score,
-            neither_scores=neither_scores,
+            max_ood_score=rule.max_ood_score,
+            neither_scores=np.concatenate(list(neither_scores.values())) if neither_scores else None,
             curve=curve,
             seed=seed,
         )
@@ -99,13 +105,24 @@ def write_results(
     return metrics
 
 
+def with_decision(metrics: Mapping[str, Any], predictions: Predictions, rule: DecisionRule) -> dict[str, Any]:
+    """Return the metrics with what a decision rule does to the predictions, instead of any other rule."""
+    measured = {name: value for name, value in metrics.items() if name != "decision"}
+    measured["methods"] = {name: text for name, text in metrics["methods"].items() if name != "decision"}
+    if decision := measure_abstention(predictions, rule):
+        measured["decision"] = decision
+        measured["methods"]["decision"] = ABSTENTION_METHOD
+    return measured
+
+
 def format_results(metrics: Mapping[str, Any]) -> str:
     """Format the result of ``write_results`` as a short text."""
-    ood, curve = metrics.get("ood"), metrics.get("learning_curve")
+    ood, decision, curve = (metrics.get(name) for name in ("ood", "decision", "learning_curve"))
     texts = [
         format_summary(metrics),
         format_slices(metrics),
         format_ood(ood) if ood else "",
+        format_abstention(decision) if decision else "",
         format_learning_curve(curve) if curve else "",
     ]
     return "\n".join(filter(None, texts))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from finetune.config import BALANCED, NONE, TRAINING, Config
 from finetune.training.data_loaders import balanced_draws
-from models.errors import ConfigError
+from models.errors import ConfigError, did_you_mean, list_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,6 @@ def class_balance(config: Config, labels: Sequence[int], classes: Sequence[str])
 
     Returns:
         The weights, or None if every image counts the same in training and where the model is used.
-
-    Raises:
-        ConfigError: The class weights are not for these classes.
     """
     if config.class_weights == config.sampling == NONE and config.class_frequencies == TRAINING:
         return None
@@ -62,7 +59,7 @@ def class_balance(config: Config, labels: Sequence[int], classes: Sequence[str])
     elif config.class_weights == BALANCED:
         weights = 1.0 / np.maximum(counts, 1)
     else:
-        weights = _weights_of(json.loads(config.class_weights), classes)
+        weights = np.array([json.loads(config.class_weights)[name] for name in classes])
     weights = weights * draws.sum() / (draws @ weights)
     effective = np.ones(len(classes))
     np.divide(draws * weights, counts, out=effective, where=counts > 0)
@@ -73,12 +70,19 @@ def class_balance(config: Config, labels: Sequence[int], classes: Sequence[str])
     return ClassBalance(torch.tensor(weights, dtype=torch.float32), effective, shift, frequencies)
 
 
-def _weights_of(weights: Mapping[str, float], classes: Sequence[str]) -> NDArray[np.float64]:
+def require_weights_of_classes(config: Config, classes: Sequence[str]) -> None:
+    """Raise ConfigError unless the class weights, if there are any, name each class and no other."""
+    if config.class_weights in (BALANCED, NONE):
+        return
+    weights = json.loads(config.class_weights)
     missing, unknown = sorted(set(classes) - set(weights)), sorted(set(weights) - set(classes))
-    if missing or unknown:
-        problem = f"have no weight for {missing[0]!r}" if missing else f"name {unknown[0]!r}, which is not a class of the data"
-        raise ConfigError(f"The --class-weights {problem}. Give each class one weight: {', '.join(classes[:20])}.")
-    return np.array([weights[name] for name in classes])
+    if unknown:
+        problem = f"name {unknown[0]!r}, which is not a class.{did_you_mean(unknown[0], missing)}"
+    elif missing:
+        problem = f"have no weight for {missing[0]!r}."
+    else:
+        return
+    raise ConfigError(f"The --class-weights {problem} Give each class one positive weight: {list_names(classes, 20)}.")
 
 
 def read_class_weights(value: str) -> str:
@@ -103,7 +107,10 @@ def read_class_weights(value: str) -> str:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-            raise ConfigError(f"--class-weights must be {BALANCED}, {NONE} or a JSON or CSV file ({path}: {reason}).") from None
+            raise ConfigError(
+                f"--class-weights must be {BALANCED}, {NONE} or a JSON or CSV file ({path}: {reason})."
+                f"{did_you_mean(value, (BALANCED, NONE))}"
+            ) from None
     rows = _parse_json(text, origin) if text.lstrip().startswith("{") else _parse_csv(text, origin)
     weights = {}
     for name, number in rows:

@@ -86,6 +86,11 @@ class DecisionRule:
             "min_probability": dict(self.min_probability),
         }
 
+    @property
+    def can_abstain(self) -> bool:
+        """Whether there are images without a label."""
+        return self.max_ood_score is not None or bool(self.min_probability)
+
     def is_in_distribution(self, ood_score: float | None) -> bool | None:
         """Return whether an image is like the training images, or None without a score or a limit."""
         if ood_score is None or self.max_ood_score is None:

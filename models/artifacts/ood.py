@@ -13,6 +13,7 @@ The serving graph computes the same (``models.networks.onnx_export``). This modu
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from models.errors import BundleError
 
 OOD_FILE = "ood.npz"
+OOD_SCORES_FILE = "ood_scores.npz"
 OOD_SCORE = "ood_score"
 CHUNK_ROWS = 4096  # bounds the memory
 
@@ -83,6 +85,7 @@ class OODParameters:
         return np.asarray(np.sqrt(best / dimensions), dtype=np.float32)
 
     def write(self, path: Path) -> None:
+        """Write the parameters."""
         np.savez_compressed(path, **{field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
@@ -96,6 +99,54 @@ class OODParameters:
             if len(shape) != 2 or shape[1] != dimensions or shape[0] <= k:
                 raise ValueError(f"directions of shape {shape} for {k} variances and {dimensions} dimensions")
             return parameters
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise BundleError(f"{path} cannot be read as an OOD score ({reason}). Export the bundle again.") from None
+        except _UNREADABLE as error:
+            raise _unreadable(path, error) from None
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutOODScores:
+    """Scores of images that the parameters were not fit to, from which another limit can be chosen. 4 bytes per image.
+
+    Attributes:
+        in_distribution: (N,) float32, of images of the classes.
+        neither: The scores of images of none of the classes, by their folder.
+        groups: (N,) the number of the group of each image of the classes; None if they are independent.
+    """
+
+    in_distribution: NDArray[np.float32]
+    neither: Mapping[str, NDArray[np.float32]]
+    groups: NDArray[np.int64] | None = None
+
+    def write(self, path: Path) -> None:
+        """Write the scores, the ones of the classes in ascending order."""
+        order = np.argsort(self.in_distribution, kind="stable")
+        names, scores = list(self.neither), list(self.neither.values())
+        np.savez_compressed(
+            path,
+            in_distribution=self.in_distribution[order],
+            groups=np.empty(0, np.int32) if self.groups is None else self.groups[order].astype(np.int32),
+            neither=np.concatenate(scores) if scores else np.empty(0, np.float32),
+            folders=np.array(names, dtype=np.str_),
+            folder_sizes=np.array([len(own) for own in scores], dtype=np.int64),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> HeldOutOODScores:
+        """Read a file of ``write``. Raises BundleError if it is malformed."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                ends = np.cumsum(arrays["folder_sizes"])
+                scores = np.split(arrays["neither"], ends[:-1]) if len(ends) else []
+                neither = dict(zip(arrays["folders"].tolist(), scores, strict=True))
+                groups = arrays["groups"].astype(np.int64)
+                return cls(arrays["in_distribution"], neither, groups if len(groups) else None)
+        except _UNREADABLE as error:
+            raise _unreadable(path, error) from None
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)
+
+
+def _unreadable(path: Path, error: Exception) -> BundleError:
+    reason = " ".join(str(error).split())[:160]
+    return BundleError(f"{path} cannot be read as an OOD score ({reason}). Export the bundle again.")

@@ -127,6 +127,16 @@ def test_a_group_in_two_splits_stops_training_and_is_audited(tmp_path: Path, tin
     assert finetune("train", *flags, "--allow-leakage")[0] == 0
 
 
+def test_a_table_with_bad_rows_is_an_input_error_also_for_programs(tmp_path: Path, tiny_weights: Path) -> None:
+    table = write_table(tmp_path / "labels.csv", [{"image": "a.jpg", "label": "cat"}, {"image": "b.jpg", "label": ""}])
+    message = f"{table}, line 3, column label: '', expected a class name. Fix or remove the row."
+    assert finetune("audit", "--labels", table) == (2, "", f"finetune: {message}\n")
+    code, out, err = finetune("audit", "--labels", table, "--json")
+    assert (code, json.loads(out), err) == (2, {"error": message}, f"finetune: {message}\n")
+    code, out, err = finetune("train", "--labels", table, "--backbone", "tiny", "--weights", tiny_weights)
+    assert (code, err) == (2, f"finetune: {message}\n")
+
+
 def test_no_group_is_divided_between_folds(
     trained: SimpleNamespace, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

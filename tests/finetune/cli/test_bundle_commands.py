@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.cli.predict import DECISION_COLUMNS
+from finetune.metrics.abstention import describe_abstention
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import MANIFEST, check_golden, check_golden_ood_scores, open_bundle
 from models.artifacts.reviews import Review, write_reviews
@@ -396,12 +397,18 @@ def test_an_evaluation_measures_photos_of_none_of_the_classes(made: SimpleNamesp
     words = ("evaluate", "--bundle", made.whole, "--data-dir", data, "--output-dir")
     code, printed, _ = finetune(*words, tmp_path / "out", plots=True)
     assert code == 0
-    assert "none of these      50.00% (9.5% to 90.5%), 1 of 2 photos of none of the classes are caught" in printed
-    measured = json.loads((tmp_path / "out" / "metrics.json").read_text())["ood"]
+    assert "none of these      50.00% (9.5 to 90.5%), 1 of 2 photos of none of the classes are caught" in printed
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["decision"]["unlike_training"] == round(10 * metrics["ood"]["false_alarms"]["value"])
+    assert describe_abstention(metrics["decision"]) in printed
+    measured = metrics["ood"]
     assert (measured["photos"], measured["neither_photos"], measured["caught"]["value"]) == (10, 2, 0.5)
     assert (tmp_path / "out" / "plots" / "ood_scores.png").is_file()
     code, printed, _ = finetune(*words, tmp_path / "more", "--neither", black.parent)
     assert (code, "2 of 3 photos of none of the classes are caught" in printed) == (0, True)
+    folders = json.loads((tmp_path / "more" / "metrics.json").read_text())["ood"]["folders"]
+    assert {name: own["neither_photos"] for name, own in folders.items()} == {"valid/none": 2, black.parent.as_posix(): 1}
+    assert f"  {black.parent}: 100.00% (20.7 to 100.0%), 1 of 1 photos are caught, ROC AUC " in printed
     assert "--neither and --folds cannot be combined." in rejected(*words, tmp_path / "no", "--neither", black, "--folds", 2)
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from finetune.config import from_mapping
+from finetune.evaluation.ood import read_ood_scores
+from finetune.metrics.abstention import describe_abstention, measure_abstention
+from finetune.metrics.ood import OODLimit, fit_limit
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import HELD_OUT, MANIFEST, Bundle, open_bundle
 from models.artifacts.evaluation import EVALUATED, OUT_OF_FOLD, write_evaluation
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import SimilarityIndex
 from models.errors import ConfigError
+from tests.helpers.older_bundles import without_ood_score, without_ood_scores
 from tests.helpers.tiny_network import finetune
 
 pytestmark = pytest.mark.slow
@@ -29,7 +35,15 @@ def bundle(tiny_bundle: SimpleNamespace) -> Bundle:
     return open_bundle(tiny_bundle.path)
 
 
-def evaluation(bundle: Bundle, folder: Path, *, kind: str = OUT_OF_FOLD, split: str = "train and valid", seed: int = 0) -> Path:
+def evaluation(
+    bundle: Bundle,
+    folder: Path,
+    *,
+    kind: str = OUT_OF_FOLD,
+    split: str = "train and valid",
+    seed: int = 0,
+    ood_scores: bool = False,
+) -> Path:
     """Write an evaluation of generated predictions. Below a probability of 0.999 three in ten are wrong, above none is."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
@@ -41,7 +55,8 @@ def evaluation(bundle: Bundle, folder: Path, *, kind: str = OUT_OF_FOLD, split: 
     probabilities[np.arange(PHOTOS), predicted] = confidences
     names = tuple(f"train/{number:04d}.jpg" for number in range(PHOTOS))
     sha256s = tuple(rng.bytes(32).hex() for _ in names)
-    predictions = Predictions(bundle.classes, names, labels, probabilities, ("train",) * PHOTOS, sha256s)
+    scores = rng.random(PHOTOS).astype(np.float32) if ood_scores else None
+    predictions = Predictions(bundle.classes, names, labels, probabilities, ("train",) * PHOTOS, sha256s, ood_scores=scores)
     predictions.write_csv(folder / "predictions.csv")
     SimilarityIndex(sha256s, rng.normal(size=(PHOTOS, 4)).astype(np.float16), ()).write(folder)
     folds = 5 if kind == OUT_OF_FOLD else None
@@ -72,7 +87,11 @@ def rejected(*words: object) -> str:
 
 
 def test_a_bundle_without_thresholds_says_so(bundle: Bundle) -> None:
-    expected = f"{bundle.path} has no thresholds. Every photo gets its most probable class.\n"
+    limit = bundle.manifest["ood"]["limit"]
+    expected = (
+        f"A photo with an OOD score above {limit['max_score']:.4f} gets no label. {OODLimit.from_dict(limit).text()}\n"
+        "No class has a threshold.\n"
+    )
     assert finetune("threshold", bundle.path) == (0, expected, "")
 
 
@@ -91,13 +110,15 @@ def test_the_new_version_has_the_thresholds_and_the_same_network(bundle: Bundle,
 def test_the_thresholds_are_printed_and_in_the_model_card(changed: SimpleNamespace) -> None:
     lines = changed.printed.splitlines()
     assert lines[-1] == f"bundle       {changed.bundle.path} (version {changed.bundle.version})"
-    assert re.match(r"blue: precision of at least 98%, measured 100\.0% .* and get no label\.", lines[0])
-    assert re.fullmatch(r"In total 21\.3% \(19\.9 to 22\.8%\) of 3,000 photos get no label\.", lines[2])
+    assert lines[0].startswith("A photo with an OOD score above ")
+    assert re.match(r"blue: a precision of at least 98% is promised\. Measured: 100\.0%, .* and get no label\.", lines[1])
+    assert lines[3:5] == ["No threshold: green.", "In total 21.3% (19.9 to 22.8%) of 3,000 photos are below a threshold."]
     code, shown, _ = finetune("threshold", changed.bundle.path)
     assert (code, shown.splitlines()) == (0, lines[:-1])
     card = (changed.bundle.path / "README.md").read_text(encoding="utf-8")
     assert "## Thresholds\n" in card
-    assert f"- {lines[0]}" in card
+    assert f"- {lines[1]}" in card
+    assert f"With the OOD score and the thresholds, {describe_abstention(measured(changed.bundle))}\n" in card
     assert "selected from 3,000 out-of-fold predictions" in card
 
 
@@ -112,13 +133,101 @@ def test_thresholds_are_changed_and_cleared_without_the_evaluation(changed: Simp
     code, printed, err = finetune("threshold", lower.path, "--clear")
     assert (code, err) == (0, "")
     cleared = open_bundle(tmp_path / "lower-thresholds")
-    assert printed.startswith(f"{cleared.path} has no thresholds.")
+    assert "\nNo class has a threshold.\n" in printed
     assert cleared.decision_rule.min_probability == {}
     assert "## Thresholds" not in (cleared.path / "README.md").read_text(encoding="utf-8")
     code, _, err = finetune("threshold", cleared.path, "--target-precision", "0.98", "--output-dir", tmp_path / "again")
     assert (code, err) == (0, "")
     again = open_bundle(tmp_path / "again").decision_rule.min_probability
     assert {name: again[name] for name in ("blue", "red")} == changed.bundle.decision_rule.min_probability
+
+
+def test_other_classes_keep_their_target(changed: SimpleNamespace, tmp_path: Path) -> None:
+    before = changed.bundle.decision_rule.min_probability
+    code, printed, err = finetune(
+        "threshold", changed.bundle.path, "--target-precision", "blue=0.9,green=0.98", "--output-dir", tmp_path / "more"
+    )
+    assert (code, err) == (0, "")
+    more = open_bundle(tmp_path / "more")
+    targets = {name: point["target"] for name, point in more.manifest["operating_points"]["classes"].items()}
+    assert targets == {"blue": 0.9, "green": 0.98, "red": 0.98}
+    assert more.decision_rule.min_probability["red"] == before["red"]
+    assert [line.partition(":")[0] for line in printed.splitlines()[1:4]] == ["blue", "green", "red"]
+    code, printed, err = finetune(
+        "threshold", more.path, "--target-precision", "red=none", "--evaluation", changed.evaluation, "--output-dir",
+        tmp_path / "less",
+    )  # fmt: skip
+    assert (code, err) == (0, ""), "an evaluation of the first version is one of all later versions"
+    assert "\nNo threshold: red.\n" in printed
+    less = open_bundle(tmp_path / "less")
+    assert "red" not in less.decision_rule.min_probability
+    assert less.manifest["thresholds_from"] == changed.bundle.manifest["thresholds_from"]
+
+
+def measured(bundle: Bundle) -> dict[str, Any]:
+    """What the rule does to the evaluated photos, by the manifest."""
+    decision: dict[str, Any] = bundle.manifest["metrics"]["decision"]
+    return decision
+
+
+def test_the_rule_is_measured_on_the_evaluated_photos(bundle: Bundle, changed: SimpleNamespace) -> None:
+    predictions = Predictions.read_csv(bundle.path / "predictions.csv")
+    assert measured(bundle) == measure_abstention(predictions, bundle.decision_rule)
+    assert measured(changed.bundle) == measure_abstention(predictions, changed.bundle.decision_rule)
+    assert measured(changed.bundle)["low_probability"] > measured(bundle)["low_probability"] == 0
+
+
+# The limit of the OOD score
+
+
+def test_another_rate_of_false_alarms_changes_the_limit(changed: SimpleNamespace, tmp_path: Path) -> None:
+    bundle = changed.bundle
+    scores = read_ood_scores(bundle).in_distribution
+    assert fit_limit(scores, 0.01).max_score == bundle.decision_rule.max_ood_score
+    code, printed, err = finetune("threshold", bundle.path, "--false-alarms", 0.2, "--output-dir", tmp_path / "new")
+    assert (code, err) == (0, "")
+    new = open_bundle(tmp_path / "new")
+    old_limit, limit = (version.manifest["ood"]["limit"] for version in (bundle, new))
+    assert limit == {**fit_limit(scores, 0.2, sample=18).as_dict(), "source": old_limit["source"]}
+    assert new.decision_rule == replace(bundle.decision_rule, max_ood_score=limit["max_score"])
+    assert limit["max_score"] < old_limit["max_score"]
+    assert printed.startswith(f"A photo with an OOD score above {limit['max_score']:.4f} gets no label. 20.00% of new photos")
+    assert new.manifest["metrics"]["ood"]["max_score"] == limit["max_score"]
+    assert measured(new)["unlike_training"] >= measured(bundle)["unlike_training"]
+    assert f"is then above {limit['max_score']:.4g}." in (new.path / "README.md").read_text(encoding="utf-8")
+    assert new.manifest["files"]["model.onnx"] == bundle.manifest["files"]["model.onnx"]
+
+
+def test_an_older_bundle_takes_the_scores_of_an_evaluation(bundle: Bundle, tmp_path: Path) -> None:
+    older = without_ood_scores(bundle.path, tmp_path / "older")
+    expected = (
+        f"The bundle {older} has no OOD scores of photos that were not used in training. Run `finetune evaluate --folds 5 "
+        f"--bundle {older} --data-dir DATA`, and pass its output folder with --evaluation."
+    )
+    assert rejected(older, "--false-alarms", 0.1) == expected
+    folder = evaluation(open_bundle(older), tmp_path / "folds", ood_scores=True)
+    code, printed, err = finetune(
+        "threshold", older, "--false-alarms", 0.1, "--evaluation", folder, "--output-dir", tmp_path / "new"
+    )
+    assert (code, err) == (0, "")
+    assert "by the scores of 3,000 photos." in printed
+    assert open_bundle(tmp_path / "new").decision_rule.max_ood_score == pytest.approx(0.9, abs=0.02)
+    message = rejected(older, "--false-alarms", 0.1, "--evaluation", evaluation(open_bundle(older), tmp_path / "without"))
+    assert message == "The evaluation has no OOD scores. Run `finetune evaluate` again."
+
+
+def test_a_rate_out_of_range_and_a_bundle_without_a_score_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    assert rejected(bundle.path, "--false-alarms", 2) == "--false-alarms must be between 0.0001 and 0.5 (got 2.0)."
+    older = without_ood_score(bundle.path, tmp_path / "older")
+    expected = f"The bundle {older} has no OOD score. Train it again to get one."
+    assert rejected(older, "--false-alarms", 0.1) == expected
+    code, printed, _ = finetune("threshold", older)
+    assert (code, printed.splitlines()[0]) == (
+        0, "No limit of the OOD score: the bundle does not recognize photos that are unlike the training photos."
+    )  # fmt: skip
+
+
+# Errors
 
 
 def test_a_bundle_without_out_of_fold_predictions_is_refused(bundle: Bundle, tmp_path: Path) -> None:
@@ -136,11 +245,11 @@ def test_unknown_classes_and_invalid_targets_are_refused(bundle: Bundle) -> None
         message == "--target-precision names 'rod', which is not a class. Did you mean 'red'? The classes are blue, green, red."
     )
     message = rejected(bundle.path, "--target-precision", "95")
-    assert message == "--target-precision must be between 0 and 1, such as 0.99 (got '95')."
+    assert message == "--target-precision must be X or CLASS=X,... with X between 0 and 1, or none (got '95')."
 
 
 def test_options_that_change_nothing_are_refused(bundle: Bundle, tmp_path: Path) -> None:
-    expected = "--evaluation and --output-dir require --target-precision or --clear. Add one, or remove them."
+    expected = "--evaluation and --output-dir require --target-precision, --false-alarms or --clear. Add one, or remove them."
     assert rejected(bundle.path, "--output-dir", tmp_path / "new") == expected
 
 

@@ -221,14 +221,14 @@ def test_images_of_their_own_group_are_independent() -> None:
 
 
 def test_measurement_counts_both_kinds_of_images() -> None:
-    measured = measure_ood(np.array([0.5, 1.0, 1.0, 2.5]), np.array([1.9, 2.0, 2.1, 3.0, 9.0]), max_score=2.0)
+    measured = measure_ood(np.array([0.5, 1.0, 1.0, 2.5]), {"none": np.array([1.9, 2.0, 2.1, 3.0, 9.0])}, max_score=2.0)
     assert (measured["photos"], measured["neither_photos"]) == (4, 5)
     assert measured["false_alarms"]["value"] == 0.25
     assert measured["caught"]["value"] == 0.6
     assert measured["auroc"]["value"] == pytest.approx(17 / 20)
     assert format_ood(measured).splitlines() == [
-        "false alarms       25.00% (4.6% to 69.9%), 1 of 4 photos of the classes count as unlike the training photos",
-        "none of these      60.00% (23.1% to 88.2%), 3 of 5 photos of none of the classes are caught",
+        "false alarms       25.00% (4.6 to 69.9%), 1 of 4 photos of the classes count as unlike the training photos",
+        "none of these      60.00% (23.1 to 88.2%), 3 of 5 photos of none of the classes are caught",
         f"none, ROC AUC      0.8500 ({measured['auroc']['low']:.4f} to {measured['auroc']['high']:.4f})",
     ]
 
@@ -242,6 +242,21 @@ def test_measured_false_alarms_allow_for_groups() -> None:
 
 
 def test_measurement_without_other_images_has_the_false_alarms_only() -> None:
-    measured = measure_ood(np.array([0.5, 1.0]), np.empty(0), max_score=2.0)
+    measured = measure_ood(np.array([0.5, 1.0]), {}, max_score=2.0)
     assert (measured["caught"], measured["auroc"]) == (None, None)
     assert format_ood(measured).count("\n") == 0
+
+
+def test_each_folder_of_other_images_is_measured_as_well_as_all_of_them() -> None:
+    teapots, wolves = np.array([2.1, 3.0, 9.0]), np.array([1.9, 2.0])
+    inside = np.array([0.5, 1.0, 1.0, 2.5])
+    measured = measure_ood(inside, {"teapots": teapots, "empty": np.empty(0), "wolves": wolves}, max_score=2.0)
+    assert list(measured["folders"]) == ["teapots", "wolves"]
+    for name, scores in (("teapots", teapots), ("wolves", wolves)):
+        alone = measure_ood(inside, {name: scores}, max_score=2.0)
+        assert measured["folders"][name] == {key: alone[key] for key in ("neither_photos", "caught", "auroc")}
+    assert measured["neither_photos"] == 5
+    assert measured["caught"]["value"] == 0.6
+    lines = format_ood(measured).splitlines()
+    assert lines[3].startswith("  teapots: 100.00% (43.9 to 100.0%), 3 of 3 photos are caught, ROC AUC 0.9167 (")
+    assert lines[4].startswith("  wolves: 0.00% (0.0 to 65.8%), 0 of 2 photos are caught, ROC AUC 0.7500 (")

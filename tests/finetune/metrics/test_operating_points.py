@@ -100,8 +100,8 @@ def test_the_lowest_threshold_that_reaches_the_target_is_selected() -> None:
     assert point["precision"] == wilson_interval(960, 960)
     assert point["promised"] == pytest.approx(ONE_SIDED ** (1 / 960))
     assert describe_operating_point(point) == (
-        "precision of at least 99%, measured 100.0% (99.6 to 100.0%) of 960. "
-        "4.0% (3.0 to 5.4%) have a probability below 0.5195 and get no label."
+        "a precision of at least 99% is promised. Measured: 100.0%, 960 of 960. 4.0% (3.0 to 5.4%) of the photos predicted as "
+        "this class have a probability below 0.5195 and get no label."
     )
 
 
@@ -110,7 +110,7 @@ def test_without_mistakes_every_photo_gets_a_label() -> None:
         predictions_of(np.linspace(0.5, 1, 600), np.ones(600, dtype=bool)), {"dogs": 0.99}, classes=CLASSES
     )
     assert point["dogs"]["min_probability"] == 0.0
-    assert describe_operating_point(point["dogs"]).endswith("of 600. Every photo gets a label.")
+    assert describe_operating_point(point["dogs"]).endswith("600 of 600. Every photo gets a label.")
 
 
 def test_too_few_photos_promise_less_and_say_how_many_are_needed() -> None:
@@ -120,9 +120,27 @@ def test_too_few_photos_promise_less_and_say_how_many_are_needed() -> None:
     )
     assert point["dogs"]["promised"] == pytest.approx(ONE_SIDED ** (1 / 400))
     assert point["dogs"]["needed"] == pytest.approx(np.log(ONE_SIDED) / np.log(0.99), abs=1)
-    assert describe_operating_point(point["dogs"]).startswith(
-        "with 400 photos a precision of 98.6% can be promised, measured 100.0% (99.0 to 100.0%) of 400; 99% needs about 528."
+    assert describe_operating_point(point["dogs"]) == (
+        "a precision of 99% cannot be promised with 400 photos predicted as this class (about 528 are needed). At least "
+        "98.6% is promised instead. Measured: 100.0%, 400 of 400. Every photo gets a label."
     )
+
+
+def test_a_target_that_cannot_be_promised_states_how_many_photos_get_no_label() -> None:
+    confidences = np.linspace(0.5, 1.0, 500)
+    correct = np.arange(500) >= 20
+    points = operating_points(predictions_of(confidences, correct), {"dogs": 0.995}, classes=CLASSES)
+    assert points["dogs"]["promised"] < 0.995
+    assert points["dogs"]["abstains"] == wilson_interval(20, 500)
+    total = wilson_interval(20, 500)
+    assert format_operating_points({"classes": points, "photos": 500, "abstains": total}, CLASSES) == [
+        "dogs: a precision of 99.5% cannot be promised with 500 photos predicted as this class (about 1,102 are needed). At "
+        "least 98.9% is promised instead. Measured: 100.0%, 480 of 480. 4.0% (2.6 to 6.1%) of the photos predicted as this "
+        "class have a probability below 0.5190 and get no label.",
+        "No threshold: cats.",
+        "In total 4.0% (2.6 to 6.1%) of 500 photos are below a threshold.",
+        "The target cannot be promised for dogs. A lower target gives more photos a label.",
+    ]
 
 
 def test_more_photos_do_not_help_if_mistakes_are_as_certain_as_correct_predictions() -> None:
@@ -130,7 +148,7 @@ def test_more_photos_do_not_help_if_mistakes_are_as_certain_as_correct_predictio
     point = operating_points(predictions_of(np.linspace(0.5, 1, 400), correct), {"dogs": 0.9}, classes=CLASSES)["dogs"]
     assert point["needed"] is None
     assert point["promised"] < 0.75
-    assert "; more photos like these do not give 90%." in describe_operating_point(point)
+    assert "as this class (more photos like these do not help). At least 6" in describe_operating_point(point)
 
 
 def test_equal_probabilities_are_left_out_together() -> None:
@@ -146,7 +164,10 @@ def test_a_class_that_was_never_predicted_has_no_promise() -> None:
     points = operating_points(predictions, {"cats": 0.99, "dogs": 0.9}, classes=CLASSES)
     assert points["cats"]["promised"] is None
     assert points["cats"]["min_probability"] == 0.0
-    expected = "nothing can be promised, as no photo was predicted as this class. 99% needs about 528."
+    expected = (
+        "a precision of 99% cannot be promised, as no photo was predicted as this class (about 528 are needed). Every photo "
+        "gets a label."
+    )
     assert describe_operating_point(points["cats"]) == expected
     assert json.loads(json.dumps(points, allow_nan=False)) == points
 
@@ -161,9 +182,10 @@ def test_many_classes_list_those_that_are_furthest_from_their_target() -> None:
     predictions = draw(np.random.default_rng(0), 3000)
     classes = ("cats", "dogs", *(f"class {i}" for i in range(20)))
     points = operating_points(predictions, dict.fromkeys(classes, 0.9), classes=classes)
-    lines = format_operating_points({"classes": points, "photos": 3000, "abstains": wilson_interval(30, 3000)})
+    lines = format_operating_points({"classes": points, "photos": 3000, "abstains": wilson_interval(30, 3000)}, classes)
     assert [line.partition(":")[0] for line in lines[:2]] == ["class 0", "class 1"]
-    assert lines[10:] == ["... and 12 more classes", "In total 1.0% (0.7 to 1.4%) of 3,000 photos get no label."]
+    assert lines[10:12] == ["... and 12 more classes", "In total 1.0% (0.7 to 1.4%) of 3,000 photos are below a threshold."]
+    assert lines[12].endswith(", class 19. A lower target gives more photos a label.")
 
 
 @pytest.mark.parametrize(
@@ -172,22 +194,25 @@ def test_many_classes_list_those_that_are_furthest_from_their_target() -> None:
         ("0.99", {"cats": 0.99, "dogs": 0.99}),
         ("dogs=0.99", {"dogs": 0.99}),
         ("dogs=0.99, cats=0.95", {"cats": 0.95, "dogs": 0.99}),
+        ("dogs=0.99,cats=none", {"cats": None, "dogs": 0.99}),
     ],
 )
-def test_targets_are_for_all_classes_or_by_class(text: str, targets: dict[str, float]) -> None:
+def test_targets_are_for_all_classes_or_by_class(text: str, targets: dict[str, float | None]) -> None:
     assert parse_targets(text, CLASSES) == targets
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("99", "--target-precision must be between 0 and 1, such as 0.99 (got '99')."),
-        ("dogs=1", "--target-precision must be between 0 and 1, such as 0.99 (got '1')."),
-        ("high", "--target-precision must be between 0 and 1, such as 0.99 (got 'high')."),
+        ("99", "--target-precision must be X or CLASS=X,... with X between 0 and 1, or none (got '99')."),
+        ("dogs=1", "--target-precision must be X or CLASS=X,... with X between 0 and 1, or none (got 'dogs=1')."),
+        ("high", "--target-precision must be X or CLASS=X,... with X between 0 and 1, or none (got 'high')."),
         (
             "dog=0.9",
             "--target-precision names 'dog', which is not a class. Did you mean 'dogs'? The classes are cats, dogs.",
         ),
+        ("dogs", "--target-precision must be X or CLASS=X,... with X between 0 and 1, or none (got 'dogs')."),
+        ("cats=0.9,dogs", "--target-precision must be X or CLASS=X,... with X between 0 and 1, or none (got 'dogs')."),
         ("dogs=0.9,dogs=0.8", "--target-precision names 'dogs' twice. Remove one."),
     ],
 )
@@ -195,3 +220,9 @@ def test_an_invalid_target_is_reported(text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_targets(text, CLASSES)
     assert str(caught.value) == message
+
+
+def test_class_names_may_contain_commas_and_equals_signs() -> None:
+    classes = ("red, or so", "x=1", "blue")
+    targets = {"red, or so": 0.9, "x=1": 0.8, "blue": None}
+    assert parse_targets("red, or so=0.9,x=1=0.8,blue=none", classes) == targets

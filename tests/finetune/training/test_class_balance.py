@@ -18,7 +18,7 @@ from finetune.evaluation.cross_validation import Outputs
 from finetune.evaluation.trained_head import TrainedHead
 from finetune.metrics.calibration import apply_temperature
 from finetune.training.augmentation import BatchAugment
-from finetune.training.class_balance import class_balance, read_class_weights
+from finetune.training.class_balance import class_balance, read_class_weights, require_weights_of_classes
 from finetune.training.data_loaders import CachedBatches, InMemoryBatches, balanced_draws, epoch_order
 from finetune.training.trainer import fit, predict
 from models.errors import ConfigError
@@ -123,21 +123,23 @@ def test_an_invalid_file_of_weights_is_reported(tmp_path: Path, text: str, messa
 def test_a_missing_file_of_weights_is_reported() -> None:
     with pytest.raises(ConfigError) as caught:
         read_class_weights("balance")
-    expected = "--class-weights must be balanced, none or a JSON or CSV file (balance: No such file or directory)."
+    expected = "--class-weights must be balanced, none or a JSON or CSV file (balance: No such file or directory). "
+    expected += "Did you mean 'balanced'?"
     assert str(caught.value) == expected
 
 
 @pytest.mark.parametrize(
     ("weights", "problem"),
     [
-        ('{"cats": 1}', "have no weight for 'dogs'"),
-        ('{"cats": 1, "dogs": 2, "cows": 3}', "name 'cows', which is not a class of the data"),
+        ('{"cats": 1}', "have no weight for 'dogs'."),
+        ('{"cats": 1, "dogs": 2, "cows": 3}', "name 'cows', which is not a class."),
+        ('{"cats": 1, "dog": 2}', "name 'dog', which is not a class. Did you mean 'dogs'?"),
     ],
 )
 def test_weights_of_other_classes_are_rejected(weights: str, problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        class_balance(Config(class_weights=weights), LABELS, CLASSES)
-    assert str(caught.value) == f"The --class-weights {problem}. Give each class one weight: cats, dogs."
+        require_weights_of_classes(Config(class_weights=weights), CLASSES)
+    assert str(caught.value) == f"The --class-weights {problem} Give each class one positive weight: cats, dogs."
 
 
 # Sampling
