@@ -67,7 +67,7 @@ def describe_abstention(measured: Mapping[str, Any]) -> str:
     unlike, low = measured[UNLIKE_TRAINING], measured[LOW_PROBABILITY]
     return (
         f"{unlike + low:,} of {measured['photos']:,} photos get no label, {format_percent(measured['no_label'], 2)}. "
-        f"{unlike:,} are unlike the training photos, {low:,} are below the threshold of their most probable class."
+        f"Unlike the training photos: {unlike:,}. Below the threshold of their most probable class: {low:,}."
     )
 
 

@@ -61,8 +61,8 @@ def test_photos_without_a_label_are_counted_by_reason_and_class() -> None:
         },
     }
     assert describe_abstention(measured) == (
-        "4 of 8 photos get no label, 50.00% (21.5 to 78.5%). 2 are unlike the training photos, 2 are below the threshold of "
-        "their most probable class."
+        "4 of 8 photos get no label, 50.00% (21.5 to 78.5%). Unlike the training photos: 2. Below the threshold of their most "
+        "probable class: 2."
     )
     assert format_abstention(measured).splitlines()[2:] == [
         "accuracy of the rest  75.00% (30.1 to 95.4%)",
