@@ -235,8 +235,8 @@ def test_measurement_counts_both_kinds_of_images() -> None:
 
 def test_measured_false_alarms_allow_for_groups() -> None:
     scores, groups = np.repeat([0.5, 3.0, 0.5, 0.5, 0.5], 8), np.repeat(np.arange(5), 8)
-    independent = measure_ood(scores, np.empty(0), max_score=2.0)["false_alarms"]
-    grouped = measure_ood(scores, np.empty(0), max_score=2.0, groups=groups)["false_alarms"]
+    independent = measure_ood(scores, {}, max_score=2.0)["false_alarms"]
+    grouped = measure_ood(scores, {}, max_score=2.0, groups=groups)["false_alarms"]
     assert grouped["value"] == independent["value"] == 0.2
     assert grouped["low"] < independent["low"] < independent["high"] < grouped["high"]
 
