@@ -311,7 +311,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -
 
     seen: dict[str, Any] = {}
 
-    def fit_head(config: Config, folder: Path, network: Any, compute: Any, batches: Any, **more: object) -> Progress:
+    def fit_head(
+        config: Config, folder: Path, network: Any, compute: Any, batches: Any, prepared: Any, **more: Any
+    ) -> Progress:
         seen.update({split: len(batches[split]) for split in batches})
         raise Started
 
