@@ -45,7 +45,7 @@ def test_every_service_setting_is_listed_once_with_its_default() -> None:
 
 
 def test_every_training_setting_is_listed_once_with_its_default() -> None:
-    table = rows(rendered("settings.md").split("\n## Training\n")[1], "`--[a-z-]+`")
+    table = rows(rendered("settings.md").split("\n## Training\n")[1], "`--[a-z0-9-]+`")
     fields = dataclasses.fields(Config)
     assert [row[0] for row in table] == [f"`--{field.name.replace('_', '-')}`" for field in fields]
     recipe = {field.name for field in dataclasses.fields(Recipe)}
