@@ -7,10 +7,10 @@ import http.client
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import pytest
@@ -43,16 +43,23 @@ class Studio:
         self.server = self._start()
 
     def _start(self) -> Server:
-        server = self._stack.enter_context(serve(self.bundle, **self._settings))
-        poll(lambda: self._has_pages(server))
-        return server
+        return self._stack.enter_context(serve(self.bundle, **self._settings))
 
-    @staticmethod
-    def _has_pages(server: Server) -> bool:
-        """Return whether the pages are built, which follows the model."""
-        with contextlib.suppress(OSError, http.client.HTTPException):  # the machine may be busy with the resumed training
-            return server.get("/studio/jobs").status == 200
-        return False
+    def request(
+        self, method: str, path: str, body: bytes | None = None, *, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        """Send a request again as long as the worker that receives it has not opened its database yet."""
+
+        def send() -> Response | None:
+            with contextlib.suppress(OSError, http.client.HTTPException):  # the machine may be busy with the resumed training
+                response = self.server.request(method, path, body, headers=headers)
+                return None if response.status == 503 else response
+            return None
+
+        return cast("Response", poll(send))
+
+    def get(self, path: str, **headers: str) -> Response:
+        return self.request("GET", path, headers=headers)
 
     def restart(self, by: signal.Signals) -> None:
         """End the service with a signal, wait until it has ended, and start it again."""
@@ -66,7 +73,7 @@ class Studio:
 
     def post(self, path: str, **fields: Any) -> Response:
         headers = {"Content-Type": "application/json", **KEY}
-        return self.server.request("POST", f"/studio/{path}", json.dumps(fields).encode(), headers=headers)
+        return self.request("POST", f"/studio/{path}", json.dumps(fields).encode(), headers=headers)
 
     def submit(self, **fields: str) -> int:
         response = self.post("jobs", data="folder:", backbone="efficientnet_lite0", **fields)
@@ -75,7 +82,7 @@ class Studio:
         return int(response.json()["id"])
 
     def job(self, id_: int) -> dict[str, Any]:
-        return dict(self.server.get(f"/studio/jobs/{id_}").json())
+        return dict(self.get(f"/studio/jobs/{id_}").json())
 
     def wait_for(self, id_: int, state: str) -> dict[str, Any]:
         def is_reached() -> bool:
@@ -90,7 +97,7 @@ class Studio:
         poll(lambda: self.job(id_)["progress"]["epoch"] >= epoch, within_s=TRAINING_S, every_s=0.2)
 
     def page(self, path: str) -> str:
-        response = self.server.get(path, headers={"Accept": "text/html"})
+        response = self.get(path, Accept="text/html")
         assert response.status == 200, response.body
         return response.body.decode()
 
@@ -135,8 +142,11 @@ def follow(server: Server, id_: int) -> Iterator[dict[str, Any]]:
     """Yield the states that one connection receives until the event ``end``."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TRAINING_S)
     with contextlib.closing(connection):
-        connection.request("GET", f"/studio/jobs/{id_}/events")
-        response = connection.getresponse()
+        while True:  # until the worker of this connection has opened its database
+            connection.request("GET", f"/studio/jobs/{id_}/events")
+            if (response := connection.getresponse()).status != 503:
+                break
+            response.read()
         assert (response.status, response.headers["Content-Type"]) == (200, "text/event-stream")
         event = ""
         for line in iter(response.readline, b""):
@@ -156,14 +166,14 @@ def test_a_finished_training_has_figures_and_its_photos_are_in_the_gallery(studi
     assert progress["history"][0]["valid_accuracy_low"] <= progress["history"][0]["valid_accuracy"]
     assert progress["changed_count"] is not None
     assert finished["metrics"]["accuracy"]["low"] <= finished["metrics"]["accuracy"]["value"]
-    rows = studio.server.get(f"/gallery/photos.json?model={version}").json()
+    rows = studio.get(f"/gallery/photos.json?model={version}").json()
     assert rows["total"] == 12
-    assert studio.server.get(rows["rows"][0]["thumbnail"]).status == 200
+    assert studio.get(rows["rows"][0]["thumbnail"]).status == 200
     page = studio.page(f"/studio/jobs/{finished['id']}")
     assert f"/gallery/incorrect?model={version}" in page
     assert "Put live" in page
     assert studio.page("/studio/runs").count('<li class="panel run">') == 1
-    assert "Training" in studio.server.get(f"/studio/jobs/{finished['id']}/log").body.decode()
+    assert "Training" in studio.get(f"/studio/jobs/{finished['id']}/log").body.decode()
     form = studio.page(f"/studio/train?version={version}&reviews=1")
     assert 'value="folder:" selected' in form
     assert 'name="epochs" value="2"' in form
@@ -176,13 +186,13 @@ def test_a_model_is_put_live_stays_live_after_a_restart_and_is_rolled_back(studi
     assert (rejected.status, rejected.code) == (409, "bundle_incompatible")
     form = f"expected_version={before}".encode()
     headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "text/html", **KEY}
-    page = studio.server.request("POST", "/studio/runs/first/live", form, headers=headers)
+    page = studio.request("POST", "/studio/runs/first/live", form, headers=headers)
     assert page.status == 409
     assert b"Put it live anyway, although" in page.body
     assert b"The bundle has the classes cats and dogs" in page.body
     outdated = studio.post("runs/first/live", expected_version="000000000000", allow=["classes"])
     assert (outdated.status, outdated.code) == (409, "rollout_conflict")
-    missing_key = studio.server.request("POST", "/studio/runs/first/live", b"", headers={"Content-Type": "application/json"})
+    missing_key = studio.request("POST", "/studio/runs/first/live", b"", headers={"Content-Type": "application/json"})
     assert missing_key.status == 401
     live = studio.post("runs/first/live", expected_version=before, allow=["classes"])
     assert (live.status, live.json()["active"]["version"], live.json()["active"]["actor"]) == (200, version, "ann")
@@ -193,7 +203,7 @@ def test_a_model_is_put_live_stays_live_after_a_restart_and_is_rolled_back(studi
 
     studio.restart(signal.SIGKILL)
     assert studio.predicted_by(photo) == version
-    assert studio.server.get("/admin/bundle", headers=KEY).json()["survives_restart"]
+    assert studio.get("/admin/bundle", **KEY).json()["survives_restart"]
     back = studio.post("runs/rollback", expected_version=version)
     assert (back.status, back.json()["active"]["version"]) == (200, before)
     poll(lambda: {studio.predicted_by(photo) for _ in range(8)} == {before})
@@ -224,7 +234,7 @@ def test_a_training_survives_kills_of_itself_and_of_the_service_and_can_be_cance
     studio.restart(signal.SIGKILL)
     reached = studio.job(id_)["progress"]["epoch"]
     studio.wait_for_epoch(id_, reached + 1)
-    log = studio.server.get(f"/studio/jobs/{id_}/log").body.decode()
+    log = studio.get(f"/studio/jobs/{id_}/log").body.decode()
     assert log.count("Resuming after epoch") == 3
 
     pid = studio.training_pid("second")
@@ -239,7 +249,7 @@ def test_a_training_survives_kills_of_itself_and_of_the_service_and_can_be_cance
     assert run.is_dir()
     assert studio.post("runs/second/delete").json() == {"deleted": "second"}
     assert not run.exists()
-    assert studio.server.get(f"/studio/jobs/{id_}").status == 404
+    assert studio.get(f"/studio/jobs/{id_}").status == 404
 
 
 def test_what_is_wrong_with_a_training_is_explained(studio: Studio) -> None:
@@ -253,11 +263,11 @@ def test_what_is_wrong_with_a_training_is_explained(studio: Studio) -> None:
         assert (response.status, response.json()["detail"]) == (status, detail)
     form = f"data={quote('folder:')}&backbone=efficientnet_lite0&lr=fast".encode()
     headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "text/html", **KEY}
-    page = studio.server.request("POST", "/studio/jobs", form, headers=headers)
+    page = studio.request("POST", "/studio/jobs", form, headers=headers)
     assert page.status == 400
     assert b"Learning rate: expected a number (got &#39;fast&#39;)." in page.body
     assert b'name="lr" value="fast"' in page.body
-    cross_site = studio.server.request(
+    cross_site = studio.request(
         "POST", "/studio/jobs", form, headers={**headers, "Sec-Fetch-Site": "cross-site", "Origin": "https://example.com"}
     )
     assert cross_site.status == 403
