@@ -110,8 +110,7 @@ def _fit_rows(
     embeddings: NDArray[np.floating[Any]], used: NDArray[np.intp], labels: NDArray[np.int64], *, seed: int
 ) -> OODParameters | None:
     """Fit the score to the images ``used``, with the rows of one class at a time in memory."""
-    from sklearn.covariance import ledoit_wolf_shrinkage  # imported here because it takes a second
-    from sklearn.decomposition import PCA
+    from sklearn.decomposition import PCA  # imported here because it takes a second
 
     present, rows = np.unique(labels[used], return_inverse=True)
     members = (used[rows == row] for row in range(len(present)))
@@ -127,7 +126,7 @@ def _fit_rows(
     count = min(MAX_COMPONENTS, dimensions, len(differences) - 1)
     pca = PCA(n_components=count, random_state=0).fit(differences)
     largest = pca.explained_variance_ * (len(differences) - 1) / len(differences)
-    shrinkage = ledoit_wolf_shrinkage(differences, assume_centered=True)
+    shrinkage = ledoit_wolf_shrinkage(differences)
     average = total / dimensions
     others = max(total - float(largest.sum()), 0.0) / (dimensions - count) if dimensions > count else average
     other_variance = max((1 - shrinkage) * others + shrinkage * average, MIN_OTHER_VARIANCE / dimensions)
@@ -138,6 +137,22 @@ def _fit_rows(
         variances=((1 - shrinkage) * largest + shrinkage * average).astype(np.float32),
         other_variance=np.array(other_variance, np.float32),
     )
+
+
+def ledoit_wolf_shrinkage(differences: NDArray[np.float64]) -> float:
+    """Return how much to shrink the covariance of (N, d) differences from their means: 0 not at all, 1 to the identity.
+
+    This is scikit-learn's estimate for centered data, in a quarter of its time: the sum of all products of squares is a sum
+    over images, and only the covariance itself needs a matrix product.
+    """
+    count, dimensions = differences.shape
+    squares = differences**2
+    trace = squares.sum() / count
+    squared_covariances = ((differences.T @ differences) ** 2).sum() / count**2
+    noise = ((squares.sum(axis=1) ** 2).sum() / count - squared_covariances) / (dimensions * count)
+    spread = (squared_covariances - trace**2 / dimensions) / dimensions
+    shrunk = min(noise, spread)
+    return float(shrunk / spread) if shrunk else 0.0
 
 
 def to_unit_length(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float32]:

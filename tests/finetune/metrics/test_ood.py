@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import norm
 from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf_shrinkage as reference_shrinkage
 
 from finetune.metrics.ood import (
     OODLimit,
@@ -15,6 +16,7 @@ from finetune.metrics.ood import (
     fit_limit,
     fit_ood,
     format_ood,
+    ledoit_wolf_shrinkage,
     measure_ood,
     out_of_fold_scores,
     to_unit_length,
@@ -56,6 +58,13 @@ def test_score_is_the_mahalanobis_distance_to_the_nearest_mean() -> None:
     differences = others[:, None] - means
     distances = np.einsum("ncd,de,nce->nc", differences, np.linalg.inv(covariance), differences).min(axis=1)
     np.testing.assert_allclose(fitted().scores(others), np.sqrt(distances / DIMENSIONS), rtol=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 30, 500])
+def test_the_shrinkage_is_that_of_scikit_learn(count: int) -> None:
+    embeddings, _ = clusters(count, seed=3)
+    differences = embeddings - embeddings.mean(axis=0)
+    assert ledoit_wolf_shrinkage(differences) == pytest.approx(reference_shrinkage(differences, assume_centered=True), rel=1e-9)
 
 
 def test_the_graph_computes_the_score_of_classes_without_variation_in_most_directions() -> None:
