@@ -50,7 +50,8 @@ class PenaltySelection:
 def unit_length(embeddings: NDArray[np.floating[Any]]) -> Floats:
     """Scale the rows of (N, d) to unit length, as ``NormalizedLinear`` does."""
     rows = embeddings.astype(np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return rows
 
 
 def scale_embeddings(embeddings: NDArray[np.floating[Any]], normalization: str) -> tuple[Floats, Floats | float]:
@@ -72,7 +73,8 @@ def scale_embeddings(embeddings: NDArray[np.floating[Any]], normalization: str) 
         divisor: Floats | float = np.where(spread > 0, spread, 1.0) * np.sqrt(rows.shape[1])
     else:
         divisor = float(np.sqrt(np.mean(np.sum(rows**2, axis=1)))) or 1.0
-    return rows / divisor, divisor
+    rows /= divisor
+    return rows, divisor
 
 
 def compact(embeddings: Floats) -> Floats:

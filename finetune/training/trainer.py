@@ -239,7 +239,20 @@ def predict_with_embeddings(
     """
     with capture_embeddings(network.classifier, network.spec) as captured:
         log_probs, labels = predict(network.split_model.trainable, batches, compute=compute)
-    return log_probs, labels, np.concatenate([rows for own in distributed.all_gather(captured) for rows in own])
+    gathered = [rows for own in distributed.all_gather(captured) for rows in own]
+    captured.clear()
+    return log_probs, labels, _join(gathered)
+
+
+def _join(batches: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Concatenate arrays and free each one that is copied, so that there are never two copies of all rows."""
+    joined = np.empty((sum(map(len, batches)), *batches[0].shape[1:]), np.float32)
+    end = len(joined)
+    while batches:
+        rows = batches.pop()
+        joined[end - len(rows) : end] = rows
+        end -= len(rows)
+    return joined
 
 
 def _as_tuple(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
