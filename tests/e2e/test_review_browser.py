@@ -262,6 +262,37 @@ def test_repeated_clicks_at_one_position_do_the_same(
     assert added == [[kept[0]], [kept[1]], [kept[2], "undo", kept[2]], []]
 
 
+@pytest.mark.parametrize(
+    ("size", "has_script"), [(SIZES[0], True), (SIZES[0], False), (SIZES[1], True), (SIZES[2], True)],
+    ids=["phone", "phone without script", "tablet", "desktop"],
+)  # fmt: skip
+def test_nothing_moves_on_the_landing_page_after_reviews(
+    new_page: NewPage, server: Server, size: tuple[int, int], has_script: bool
+) -> None:
+    """Clicks at one position review one photo after the other, and the queues keep their place."""
+    page = new_page("/gallery", viewport={"width": size[0], "height": size[1]}, java_script_enabled=has_script)
+    places = ".figures > div, .actions .button, .queue h3, .queue .why, .strip > li:first-child"
+    corners = f"""() => [...document.querySelectorAll("{places}")].map((element) => element.getBoundingClientRect()).map(
+      (box) => [box.left, box.top].map(Math.round))"""
+    before = page.evaluate(corners)
+    following = page.get_by_text("Next unreviewed").first.bounding_box()
+    assert following
+    position = following["x"] + following["width"] / 2, following["y"] + following["height"] / 2
+    heading, reviewed = page.get_by_role("heading", level=1), []
+    for _ in range(2):
+        page.mouse.click(*position)
+        page.wait_for_url("**/gallery/photo?*")
+        reviewed.append(heading.inner_text())
+        page.get_by_role("button", name="Keep label").click()
+        expect(page.locator("#status")).to_contain_text(f"Saved: {reviewed[-1]}")
+        page.goto("/gallery")
+        assert page.evaluate(corners) == before
+    assert len(set(reviewed)) == 2
+    for row in rows(server, source="evaluation"):
+        if name_of(row) in reviewed:
+            remove_reviews(server, row)
+
+
 def test_a_double_click_is_one_review(new_page: NewPage, server: Server) -> None:
     first, second = rows(server, **LEFT)[:2]
     page = new_page(page_of(first, **LEFT))
