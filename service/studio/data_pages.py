@@ -132,7 +132,7 @@ def delete(name: str) -> Response:
         raise Problem("bad_parameter", f"To delete the data set, enter its name ({data_set.name}). It cannot be undone.")
     _require_idle(data_set)
     data_set.delete()
-    return _json() if _wants_json() else _redirect(url_for("studio.start"))
+    return _json(deleted=data_set.name) if _wants_json() else _redirect(url_for("studio.start"))
 
 
 # Photos
@@ -256,7 +256,7 @@ def get_photo(name: str, path: str) -> Response:
 def delete_photo(name: str, path: str) -> Response:
     """Delete one photo for good."""
     find_data_set(name).remove_photo(path)
-    return _json()
+    return _json(deleted=path)
 
 
 @bp.post("/datasets/<name>/move")

@@ -16,6 +16,7 @@ from service.http.text_validation import check_items, describe
 
 MAX_BODY_BYTES = 4 << 20
 MAX_VALUES = 50_000
+FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
 def read_fields(names: Mapping[str, type], *, max_body_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:
@@ -34,6 +35,9 @@ def read_fields(names: Mapping[str, type], *, max_body_bytes: int = MAX_BODY_BYT
     body = read_body(request, services().settings, max_bytes=max_body_bytes, advice="Send fewer names at a time.")
     if request.is_json:
         values = _from_json(body, names)
+    elif body and request.mimetype not in FORM_TYPES:
+        what = request.mimetype[:80] or "none"
+        raise Problem("unsupported_media_type", f"Unsupported Content-Type: {what}. Send a form or JSON.")
     else:
         request.environ["wsgi.input"] = io.BytesIO(body)  # Flask would wait for a slow client
         values = MultiDict(request.form)
