@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from finetune.training.logistic_regression import fit_logistic_regression, scale_embeddings, select_penalty, split_folds
 from models.errors import DataError
@@ -101,7 +102,7 @@ def search(
         penalty = select_penalty(scaled, labels, groups, num_classes=num_classes, seed=seed).penalty
         return CrossValidated(candidate, log_probs, inner_losses, penalty)
 
-    with ThreadPoolExecutor(workers) as pool:
+    with threadpool_limits(limits=1), ThreadPoolExecutor(workers) as pool:  # the candidates run in parallel, not their products
         results = list(pool.map(run, candidates))
     chosen = np.zeros((len(labels), num_classes))
     for fold, (_, held_out) in enumerate(splits):
