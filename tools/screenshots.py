@@ -1,4 +1,4 @@
-"""Take the screenshots of the documentation, with generated pictures, a few of them mislabeled on purpose.
+"""Take the screenshots of the documentation: the gallery and the studio, with generated pictures, some of them mislabeled.
 
     python tools/screenshots.py [--out docs/images]
 
@@ -8,13 +8,17 @@ Requires the extra `finetune`, Playwright and Debian's chromium. The screenshots
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
@@ -48,32 +52,55 @@ def mislabel(split: Path) -> None:
 
 
 def take(work: Path, out: Path) -> None:
-    """Serve the run and take a screenshot of its mistakes and of one photo's page."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    settings = {
-        "BUNDLE": work / "run" / "bundle",
-        "DATA_DIR": work / "pictures",
-        "DATABASE_URL": f"sqlite:///{work / 'reviews.db'}",
-        "PORT": port,
-    }
-    environ = os.environ | {name: str(value) for name, value in settings.items()}
-    server = subprocess.Popen([sys.executable, "-m", "service"], cwd=ROOT, env=environ, stderr=subprocess.DEVNULL)
-    try:
-        base = f"http://127.0.0.1:{port}"
+    """Take screenshots of the gallery with the run's mistakes, and of the studio with a training of the same pictures."""
+    with serve(
+        BUNDLE=work / "run" / "bundle", DATA_DIR=work / "pictures", DATABASE_URL=f"sqlite:///{work / 'reviews.db'}"
+    ) as base:
         wait_for(f"{base}/gallery/photos.json")
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": WIDTH_PX, "height": HEIGHT_PX}, color_scheme="light")
+        with open_page() as page:
             page.goto(f"{base}/gallery/incorrect")
             shoot(page, out / "gallery.png")
             page.locator('a[href*="/gallery/photo?"]').first.click()
             shoot(page, out / "photo.png")
-            browser.close()
+    studio = work / "studio"
+    shutil.copytree(work / "pictures", studio / "datasets" / "pets")
+    with serve(STUDIO=1, STUDIO_DIR=studio, DATABASE_URL=f"sqlite:///{work / 'studio.db'}") as base:
+        wait_for(f"{base}/health/ready")
+        form = {"data": "dataset:pets", "backbone": "efficientnet_lite0", "head": "linear", "epochs": "20", "name": "first"}
+        request = urllib.request.Request(
+            f"{base}/studio/jobs", json.dumps(form).encode(), {"Content-Type": "application/json", "Accept": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            job = base + json.load(response)["page"]
+        with urllib.request.urlopen(f"{job}/events", timeout=600) as events:
+            events.read()  # the stream ends with the training
+        with open_page() as page:
+            for name, address in (("start", f"{base}/studio"), ("dataset", f"{base}/studio/datasets/pets"), ("training", job)):
+                page.goto(address)
+                shoot(page, out / f"studio-{name}.png")
+
+
+@contextlib.contextmanager
+def serve(**settings: object) -> Iterator[str]:
+    """Yield the address of a service with these settings, and end it afterwards."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environ = os.environ | {name: str(value) for name, value in settings.items()} | {"PORT": str(port)}
+    server = subprocess.Popen([sys.executable, "-m", "service"], cwd=ROOT, env=environ, stderr=subprocess.DEVNULL)
+    try:
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(30)
+
+
+@contextlib.contextmanager
+def open_page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+        yield browser.new_page(viewport={"width": WIDTH_PX, "height": HEIGHT_PX}, color_scheme="light")
+        browser.close()
 
 
 def shoot(page: Page, file: Path) -> None:
