@@ -15,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.metrics.bootstrap import QUANTILES_95, bootstrap_means
-from finetune.training.logistic_regression import fit_logistic_regression, scale_embeddings, split_folds
+from finetune.training.logistic_regression import (
+    SELECTION_TOLERANCE,
+    compact,
+    fit_logistic_regression,
+    scale_embeddings,
+    split_folds,
+)
 from models.artifacts.statistics import confidence_interval
 
 PARTS = (8, 4, 2, 1)  # a part is this fraction of a fold's training images
@@ -52,7 +58,7 @@ def learning_curve(
     splits = list(split_folds(labels, groups, folds=FOLDS, seed=seed))
     if not MIN_IMAGES <= len(labels) <= MAX_IMAGES or len(splits) < FOLDS:
         return None
-    scaled, _ = scale_embeddings(embeddings, normalization)
+    scaled = compact(scale_embeddings(embeddings, normalization)[0])
     rng = np.random.default_rng(seed)
     errors, losses = np.zeros((2, len(labels), len(PARTS)))
     for train, held_out in splits:
@@ -61,7 +67,9 @@ def learning_curve(
             repeats = min(part, MAX_REPEATS)
             for _ in range(repeats):
                 own = rng.permutation(train)[: len(train) // part]
-                fit = fit_logistic_regression(scaled[own], labels[own], num_classes=num_classes, penalty=penalty)
+                fit = fit_logistic_regression(
+                    scaled[own], labels[own], num_classes=num_classes, penalty=penalty, tolerance=SELECTION_TOLERANCE
+                )
                 log_probs = fit.log_probs(scaled[held_out])
                 errors[held_out, column] += (log_probs.argmax(axis=1) != labels[held_out]) / repeats
                 losses[held_out, column] -= log_probs[rows, labels[held_out]] / repeats

@@ -16,7 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from finetune.training.logistic_regression import fit_logistic_regression, scale_embeddings, select_penalty, split_folds
+from finetune.training.logistic_regression import (
+    compact,
+    fit_logistic_regression,
+    scale_embeddings,
+    select_penalty,
+    split_folds,
+)
 from models.errors import DataError
 
 OUTER_FOLDS = 5
@@ -91,7 +97,7 @@ def search(
     candidates = [Candidate(*pair) for pair in itertools.product(embeddings, normalizations)]
 
     def run(candidate: Candidate) -> CrossValidated:
-        scaled, _ = scale_embeddings(embeddings[candidate.backbone], candidate.normalization)
+        scaled = compact(scale_embeddings(embeddings[candidate.backbone], candidate.normalization)[0])
         log_probs = np.zeros((len(labels), num_classes))
         inner_losses = np.zeros(len(splits))
         for fold, (train, held_out) in enumerate(splits):
