@@ -41,6 +41,8 @@ def read_fields(names: Mapping[str, type], *, max_body_bytes: int = MAX_BODY_BYT
     else:
         request.environ["wsgi.input"] = io.BytesIO(body)  # Flask would wait for a slow client
         values = MultiDict(request.form)
+        if body and not values:  # Werkzeug returns an empty form for one that it cannot parse
+            raise Problem("bad_request", "The form cannot be read. Let a browser or an HTTP library encode it.")
     if unknown := set(values) - set(names):
         raise Problem("bad_parameter", f"Unknown field {min(unknown)!r}. Valid fields: {', '.join(names)}.")
     check_items("field", values.items(multi=True))

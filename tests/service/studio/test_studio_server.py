@@ -278,3 +278,16 @@ def test_the_active_model_proposes_classes_the_least_sure_first(studio: Server, 
     assert all(name.startswith(label) for name, label in proposed.items())
     sure = [float(text) for text in re.findall(r'class="proposal[^"]*"><bdi>\w+</bdi> [<>]?([\d.]+)%', page)]
     assert sure[0] <= sure[-1]
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "code"),
+    [
+        (b"name=a\xff", "application/x-www-form-urlencoded", "bad_request"),
+        (b"name=a", "text/plain", "unsupported_media_type"),
+        (b"colour=red", "application/x-www-form-urlencoded", "bad_parameter"),
+        (b'{"name": ["a"]}', "application/json", "bad_parameter"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_rejected(studio: Server, body: bytes, kind: str, code: str) -> None:
+    assert studio.post(body, kind, path="/studio/datasets").code == code
