@@ -141,7 +141,10 @@ def select_penalty(
     seed: int,
     penalties: Sequence[float] = PENALTIES,
 ) -> PenaltySelection:
-    """Select the penalty with the lowest out-of-fold log loss.
+    """Select the strongest penalty whose out-of-fold log loss is at most one standard error above the lowest one.
+
+    A wide range of weak penalties has almost the same loss in the folds, but the weakest ones give overconfident probabilities
+    on other images. Source: the one-standard-error rule, Hastie, Tibshirani and Friedman 2009, section 7.10.
 
     Args:
         embeddings: (N, d).
@@ -163,8 +166,10 @@ def select_penalty(
         return PenaltySelection(DEFAULT_PENALTY, {})
     fits: list[LogisticRegression | None] = [None] * len(splits)
     losses: dict[float, float] = {}
+    errors: dict[float, float] = {}  # the standard error of each loss
+    total = float(weights.sum())
     for penalty in penalties:
-        loss = 0.0
+        image_losses = np.zeros(len(labels))
         for fold, (own, train, held_out) in enumerate(splits):
             fits[fold] = fit = fit_logistic_regression(
                 own,
@@ -176,12 +181,14 @@ def select_penalty(
                 tolerance=SELECTION_TOLERANCE,
             )
             log_probs = fit.log_probs(embeddings[held_out])
-            loss -= float(weights[held_out] @ log_probs[np.arange(len(held_out)), labels[held_out]])
-        losses[penalty] = loss / float(weights.sum())
+            image_losses[held_out] = -log_probs[np.arange(len(held_out)), labels[held_out]]
+        losses[penalty] = loss = float(weights @ image_losses) / total
+        errors[penalty] = float(np.linalg.norm(weights * (image_losses - loss))) / total
         best = min(losses, key=losses.__getitem__)
         if len(losses) - list(losses).index(best) > PATIENCE:
             break
-    return PenaltySelection(best, losses)
+    selected = next(penalty for penalty, loss in losses.items() if loss <= losses[best] + errors[best])
+    return PenaltySelection(selected, losses)
 
 
 def split_folds(

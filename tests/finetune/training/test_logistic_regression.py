@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression as Reference
 from finetune.training import logistic_regression
 from finetune.training.logistic_regression import (
     DEFAULT_PENALTY,
+    FOLDS,
     PENALTIES,
     fit_logistic_regression,
     select_penalty,
@@ -69,9 +70,22 @@ def test_noise_needs_a_stronger_penalty() -> None:
     groups = np.arange(120)
     weak, strong = (select_penalty(*data, groups, num_classes=3, seed=0) for data in (clear, noise))
     assert weak.penalty < strong.penalty
-    for selection in (weak, strong):
-        assert selection.losses[selection.penalty] == min(selection.losses.values())
     assert len(strong.losses) < len(PENALTIES)  # the selection ended early
+
+
+def test_the_strongest_penalty_within_one_standard_error_of_the_lowest_loss_is_selected() -> None:
+    embeddings, labels = noisy(240, spread=2.0)
+    groups = np.arange(240)
+    selection = select_penalty(embeddings, labels, groups, num_classes=3, seed=0)
+    best = min(selection.losses, key=selection.losses.__getitem__)
+    losses = np.zeros(240)
+    for train, held_out in split_folds(labels, groups, folds=FOLDS, seed=0):
+        fit = fit_logistic_regression(embeddings[train], labels[train], num_classes=3, penalty=best)
+        losses[held_out] = -fit.log_probs(embeddings[held_out])[np.arange(len(held_out)), labels[held_out]]
+    limit = losses.mean() + losses.std() / np.sqrt(240)
+    assert selection.losses[best] == pytest.approx(losses.mean(), abs=1e-4)
+    assert selection.penalty > best
+    assert next(penalty for penalty, loss in selection.losses.items() if loss <= limit) == selection.penalty
 
 
 def test_the_selected_loss_is_that_of_new_images() -> None:
