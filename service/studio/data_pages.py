@@ -21,7 +21,7 @@ from service.studio.background import current_task
 from service.studio.data_sets import UNLABELED, DataSet, Photo
 from service.studio.data_source import DATASET
 from service.studio.drop_layout import Destination, plan_drop
-from service.studio.fields import read_fields
+from service.studio.fields import read_fields, wants_page
 from service.studio.names import LEFT_OUT
 from service.studio.proposals import most_useful_first, propose, read_proposals
 from service.studio.start_page import page
@@ -132,7 +132,7 @@ def delete(name: str) -> Response:
         raise Problem("bad_parameter", f"To delete the data set, enter its name ({data_set.name}). It cannot be undone.")
     _require_idle(data_set)
     data_set.delete()
-    return _json(deleted=data_set.name) if _wants_json() else _redirect(url_for("studio.start"))
+    return _redirect(url_for("studio.start")) if wants_page() else _json(deleted=data_set.name)
 
 
 # Photos
@@ -370,10 +370,6 @@ def _counts(by_split: dict[str, list[Photo]]) -> dict[str, int]:
     return {split: len(photos) for split, photos in by_split.items() if split}
 
 
-def _wants_json() -> bool:
-    return request.is_json or request.accept_mimetypes.best_match(("application/json", "text/html")) != "text/html"
-
-
 def _json(**values: Any) -> Response:
     response = jsonify(**values)
     response.headers["Cache-Control"] = "no-store"
@@ -388,7 +384,7 @@ def _redirect(target: str) -> Response:
 
 def changed(data_set: DataSet, *, status: int = 200, back: str = "", **values: Any) -> Response:
     """Respond to a change: with JSON, or by a redirect to the page that a form came from."""
-    if _wants_json():
+    if not wants_page():
         response = _json(**summary(data_set), **values)
         response.status_code = status
         return response

@@ -19,6 +19,11 @@ MAX_VALUES = 50_000
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 
 
+def wants_page() -> bool:
+    """Return whether to answer with a page, not JSON: a browser sends forms and accepts HTML."""
+    return not request.is_json and request.accept_mimetypes.best_match(("application/json", "text/html")) == "text/html"
+
+
 def read_fields(names: Mapping[str, type], *, max_body_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:
     """Read the fields of a request.
 

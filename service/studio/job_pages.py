@@ -17,7 +17,7 @@ from service.http.errors import Problem
 from service.rollout.state import RolloutStore
 from service.settings import Settings
 from service.studio.access import protect
-from service.studio.fields import check_parameters, read_fields
+from service.studio.fields import check_parameters, read_fields, wants_page
 from service.studio.job_files import JobFiles
 from service.studio.job_state import METRICS, JobState, count_ahead, live_version
 from service.studio.start_page import page
@@ -45,7 +45,7 @@ def show(job: int) -> Response:
     """Show a training. Programs get JSON. With ``part=status`` only the part of the page that changes is returned."""
     check_parameters("part")
     state = load_state(job)
-    if not _wants_page():
+    if not wants_page():
         response = _json(state.to_json())
         response.vary.add("Accept")
         return response
@@ -175,13 +175,9 @@ def _stream(load: Callable[[], JobState], *, can_pause: bool) -> Iterator[str]:
 
 
 def _changed(id_: int) -> Response:
-    if _wants_page():
+    if wants_page():
         return redirect(url_for("jobs.show", job=id_), 303)  # type: ignore[return-value]
     return _json(load_state(id_).to_json())
-
-
-def _wants_page() -> bool:
-    return request.accept_mimetypes.best_match(("application/json", "text/html")) == "text/html"
 
 
 def _json(values: object) -> Response:

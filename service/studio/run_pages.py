@@ -14,7 +14,7 @@ from service.http.errors import Problem
 from service.http.security import require_admin_key_or_cookie
 from service.rollout.agreement import ALLOWED_DIFFERENCES
 from service.studio.access import protect
-from service.studio.fields import check_parameters, read_fields
+from service.studio.fields import check_parameters, read_fields, wants_page
 from service.studio.job_files import JobFiles
 from service.studio.job_pages import load_state, load_states, previous_bundle, render_job
 from service.studio.job_state import METRICS, JobState, live_version
@@ -60,7 +60,7 @@ def put_live(run: str) -> Response:
             expected_version=fields["expected_version"] or None,
         )
     except Problem as problem:
-        if _wants_json():
+        if not wants_page():
             raise
         return render_job(load_state(state.job.id), problem=problem)
     return _moved(state.job.id)
@@ -87,7 +87,7 @@ def delete(run: str) -> Response:
                 raise Problem("job_conflict", f"The model of {run} {text}, and cannot be deleted. Put another one live first.")
         delete_job(connection, job.id)
     JobFiles.of(services().settings, job).delete()
-    if _wants_json():
+    if not wants_page():
         return jsonify(deleted=run)
     return redirect(url_for("runs.show_all"), 303)  # type: ignore[return-value]
 
@@ -140,14 +140,10 @@ def _text(value: Any) -> str:
 def _moved(id_: int | None) -> Response:
     """Return the state of the rollout, or redirect to the page of the training."""
     state = services().rollout.store.read()
-    if _wants_json():
+    if not wants_page():
         selected = {
             name: row and {"name": row.name, "version": row.version, "actor": row.actor, "time": row.time}
             for name, row in (("active", state.active), ("previous", state.previous))
         }
         return jsonify(selected)
     return redirect(url_for("runs.show_all") if id_ is None else url_for("jobs.show", job=id_), 303)  # type: ignore[return-value]
-
-
-def _wants_json() -> bool:
-    return request.accept_mimetypes.best_match(("application/json", "text/html")) == "application/json"

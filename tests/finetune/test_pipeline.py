@@ -147,6 +147,7 @@ def test_a_head_only_bundle_is_small_and_contains_no_plots(lite: SimpleNamespace
         "duplicates.csv",
         "golden.npz",
         "ood.npz",
+        "ood_scores.npz",
         "README.md",
     }
     assert sum(path.stat().st_size for path in lite.bundle.path.iterdir()) < 200_000

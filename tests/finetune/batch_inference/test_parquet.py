@@ -232,7 +232,7 @@ def test_a_table_lists_the_photos_and_its_columns_follow_the_scores(
     out = tmp_path / "scores.parquet"
     flags = ("--bundle", tiny_bundle.path, "--labels", table)
     assert "3 photos scored" in score(*flags, "--output", out)
-    columns = ("photo", "label", "true_label", "split", "group", "facet_camera", "error")
+    columns = ("file", "label", "true_label", "split", "group", "facet_camera", "error")
     assert [[row[name] for name in columns] for row in rows(out)] == [
         [str(photos / "blue/broken.jpg"), None, "blue", None, None, None, rows(out)[0]["error"]],
         [str(photos / "blue/lost.jpg"), None, "blue", None, "b", "right", "No such file or directory"],

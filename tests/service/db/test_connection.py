@@ -487,7 +487,7 @@ def test_a_damaged_file_is_reported_without_its_path(tmp_path: Path, caplog: pyt
 @pytest.fixture
 def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limit how long a statement waits for a lock, but not how long it runs."""
-    monkeypatch.setattr(service.db.connection, "STATEMENT_TIMEOUT_FACTOR", 10_000)
+    monkeypatch.setattr(service.db.connection, "STATEMENT_TIMEOUT_FACTOR", 5_000)
 
 
 @pytest.mark.usefixtures("_slow_machine")

@@ -134,11 +134,11 @@ def test_a_query_string_typed_by_hand_is_parsed() -> None:
         ("source=moon", "Invalid `source`: 'moon'. Valid values: evaluation, out-of-fold, production."),
         ("review=done", "Invalid `review`: 'done'. Valid values: unreviewed, confirmed, relabeled, neither, bad."),
         ("flag=red", "Invalid `flag`: 'red'. Valid values: duplicate, mislabeled, unlike."),
-        ("sort=size", "Invalid `sort`: 'size'. Valid values: loss, confidence, margin, newest, name, random."),
+        ("sort=size", "Invalid `sort`: 'size'. Valid values: loss, confidence, margin, outlier, newest, name, random."),
         ("order=up", "Invalid `order`: 'up'. Valid values: asc, desc."),
         (
             "baseline=v2&change=worse",
-            "Invalid `change`: 'worse'. Valid values: fixed, broke, both-correct, both-incorrect.",
+            "Invalid `change`: 'worse'. Valid values: fixed, broke, both-correct, both-incorrect, disagree.",
         ),
         ("baseline=v2", "`baseline` (the version of another model) and `change` require each other."),
         ("change=fixed", "require each other"),

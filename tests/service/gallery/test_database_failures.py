@@ -53,7 +53,8 @@ def addresses(gallery: Gallery) -> list[str]:
     photo = urlencode({"photo": gallery.row["photo"], "sha256": gallery.row["sha256"]})
     rules = [rule for rule in gallery.app.url_map.iter_rules() if rule.methods and "GET" in rule.methods]
     paths = [rule.rule for rule in rules if re.match("/gallery(?!/images/)|/compare", rule.rule)]
-    return [f"{path}?{photo}" if path == "/gallery/photo" else path for path in paths]
+    queries = {"/gallery/photo": photo, "/gallery/map/photo.json": "id=1"}
+    return [f"{path}?{queries[path]}" if path in queries else path for path in paths]
 
 
 def test_every_page_is_unavailable_without_its_database(gallery: Gallery) -> None:

@@ -20,7 +20,9 @@ from service.settings import Settings
 
 @pytest.mark.parametrize("is_known", [True, False])
 def test_a_bundle_that_is_gone_is_not_found(tmp_path: Path, is_known: bool) -> None:
-    gallery = cast("GalleryIndex", SimpleNamespace(bundle_path=lambda version: tmp_path / "gone" if is_known else None))
+    gallery = cast(
+        "GalleryIndex", SimpleNamespace(bundle_path=lambda version: tmp_path / "gone" if is_known else None, data_folders=list)
+    )
     images = ImageAccess(Settings(thumbnail_cache_mb=0), gallery, ImageDecoder.of(Settings()))
     for read in (
         lambda: images.crop("v1", "cats/1.jpg", "0" * 64),
@@ -35,7 +37,9 @@ def test_a_bundle_deleted_after_the_first_explanation_is_not_found(tiny_bundle: 
     """Its engine is unloaded when it is idle and compiled again from the bundle's folder."""
     bundle, version = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle")), open_bundle(tiny_bundle.path).version
     photo = tiny_bundle.photos / "red" / "red.000.jpg"
-    gallery = cast("GalleryIndex", SimpleNamespace(bundle_path=lambda version: bundle))
+    gallery = cast(
+        "GalleryIndex", SimpleNamespace(bundle_path=lambda version: bundle, data_folders=lambda: [tiny_bundle.photos])
+    )
     images = ImageAccess(
         Settings(data_dir=tiny_bundle.photos, thumbnail_cache_mb=0), gallery, ImageDecoder.of(Settings(decode_timeout_s=300))
     )

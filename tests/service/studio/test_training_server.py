@@ -273,4 +273,4 @@ def test_what_is_wrong_with_a_training_is_explained(studio: Studio) -> None:
     assert cross_site.status == 403
     id_ = studio.submit(name="unknown-network", other_backbone="efficientnet_lite99")
     failed = studio.wait_for(id_, "failed")
-    assert failed["reason"].startswith("Unknown network")
+    assert failed["reason"].startswith("There is no network named 'efficientnet_lite99'.")
