@@ -43,7 +43,7 @@ def write_report(out: Path, rows: Sequence[BenchmarkResult], *, data: Path, skip
     Args:
         out: The folder for the report.
         rows: The results, best first.
-        data: The data set.
+        data: The dataset.
         skipped: The networks that could not be trained, with the reasons.
 
     Returns:
@@ -77,8 +77,8 @@ def markdown(
         f"# Comparison on {name}: {photos:,} validation photos\n",
         "\n".join(table) + "\n",
         f"All networks were trained on the same photos and evaluated on the same {photos:,} validation photos, with the "
-        "serving graph in the precision that the service selects on this machine. These photos also selected the best epoch "
-        "and the calibration of each network. Latency is that of the network alone, one photo at a time on all CPUs: the "
+        "serving graph in the precision that the service selects on this machine. "
+        f"{_selected_on_these_photos(rows)} Latency is that of the network alone, one photo at a time on all CPUs: the "
         f"median of {ROUNDS} interleaved rounds. Training time is that of the complete run, from reading the photos to the "
         "bundle, without features that were already cached. Networks marked * were trained from random weights.\n",
     ]
@@ -92,6 +92,14 @@ def markdown(
     if skipped:
         sections += ["## Skipped\n", "\n".join(f"- {network}: {reason}" for network, reason in skipped.items()) + "\n"]
     return "\n".join(sections)
+
+
+def _selected_on_these_photos(rows: Sequence[BenchmarkResult]) -> str:
+    """State what was selected on the photos of the comparison. A logistic head has no epochs."""
+    if all(row.epochs for row in rows):
+        return "These photos also selected the best epoch and the calibration of each network."
+    text = "These photos also selected the calibration of each network"
+    return f"{text}, and the best epoch of networks trained in epochs." if any(row.epochs for row in rows) else f"{text}."
 
 
 def plot_accuracy_over_latency(rows: Sequence[BenchmarkResult], path: Path) -> Path:

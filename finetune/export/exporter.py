@@ -51,7 +51,7 @@ from models.runtime.precision import measure_bf16
 PARITY_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}
 GOLDEN_TOLERANCE = 1e-3
 PARITY_IMAGES = 64
-PLOTS_WITHOUT_IMAGES = {"learning_curves", "learning_curve", "reliability", "confusion_matrix", "thresholds", "ood_scores"}
+PLOTS_WITHOUT_IMAGES = {"learning_curves", "more_photos", "reliability", "confusion_matrix", "thresholds", "ood_scores"}
 NUM_GOLDEN = 4
 NOT_REQUESTED = "it was exported with --no-int8"
 HEAD_ONLY = "it was exported with the trained layers only"

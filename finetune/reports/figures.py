@@ -45,7 +45,7 @@ def write_plots(
         uncalibrated: Probabilities before temperature scaling, (N, C).
         max_ood_score: The limit of the OOD score. If set, and the predictions have scores, ood_scores.png is written.
         neither_scores: OOD scores of images of none of the classes, (M,).
-        curve: Accuracy and loss by the number of training images. If set, learning_curve.png is written.
+        curve: Accuracy and loss by the number of training images. If set, more_photos.png is written.
         seed: Seed of the bootstrap and of the random sheets.
 
     Returns:
@@ -64,7 +64,7 @@ def write_plots(
         if history:
             written.append(plots.plot_learning_curves(history, out_dir / "learning_curves.png"))
         if curve:
-            written.append(plots.plot_learning_curve(curve, out_dir / "learning_curve.png"))
+            written.append(plots.plot_more_photos(curve, out_dir / "more_photos.png"))
         counts = confusion_counts(predictions.labels, predictions.predicted, len(classes))
         written.append(plots.plot_confusion_matrix(counts, classes, out_dir / "confusion_matrix.png"))
         path = out_dir / "reliability.png"

@@ -104,7 +104,7 @@ def plot_learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> 
     return save_png(figure, path)
 
 
-def plot_learning_curve(curve: Mapping[str, Any], path: Path) -> Path:
+def plot_more_photos(curve: Mapping[str, Any], path: Path) -> Path:
     """Plot the out-of-fold accuracy and log loss by the number of training images, with the estimate for more of them."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     figure.suptitle("What more training photos would bring", x=0.01, ha="left")

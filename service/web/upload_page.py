@@ -37,7 +37,7 @@ SAMPLE = "sample.jpg"  # Chelsea by Stefan van der Walt (CC0), from scikit-image
 SAMPLE_CLASSES = {"cat", "cats"}  # the sample is offered by models that know one of these
 PLOTS = {
     "learning_curves": "Learning curves",
-    "learning_curve": "What more training photos would bring",
+    "more_photos": "What more training photos would bring",
     "reliability": "Reliability",
     "confusion_matrix": "Confusion matrix",
     "thresholds": "Thresholds",

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
+from finetune.compare.benchmark import BenchmarkResult
+from finetune.compare.comparison_report import markdown
 from finetune.compare.runner import select_networks
 from finetune.metrics.significance import compare_pairs, holm_correction
 from models.artifacts.bundle import open_bundle
@@ -164,6 +166,25 @@ def test_weights_in_the_hub_cache_count_as_local(tmp_path: Path, monkeypatch: py
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth").touch()
     assert "resnet18" in select_networks("all")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "text"),
+    [
+        ((6, 6), "These photos also selected the best epoch and the calibration of each network. Latency"),
+        ((0, 6), "the calibration of each network, and the best epoch of networks trained in epochs. Latency"),
+        ((0, 0), "These photos also selected the calibration of each network. Latency"),
+    ],
+)
+def test_the_report_states_what_its_photos_selected(epochs: tuple[int, int], text: str) -> None:
+    interval = {"value": 0.9, "low": 0.8, "high": 0.95}
+    rows = [
+        BenchmarkResult(
+            name, True, "fp32", interval, interval, interval, interval, 1.0, 1.0, 10, 1.0, count, np.ones(4, dtype=bool)
+        )
+        for name, count in zip(("a", "b"), epochs, strict=True)
+    ]
+    assert text in markdown(rows, [], name="photos", skipped={})
 
 
 def test_pairs_are_compared_on_the_photos_that_only_one_gets_right() -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune.metrics import learning_curve as module
 from finetune.metrics.learning_curve import format_learning_curve, learning_curve
-from finetune.reports.plots import plot_learning_curve
+from finetune.reports.plots import plot_more_photos
 from finetune.training.logistic_regression import fit_logistic_regression, scale_embeddings
 
 
@@ -82,6 +82,6 @@ def test_the_number_of_more_photos_is_round(value: float, expected: int) -> None
 def test_the_plot_is_written(tmp_path: Path) -> None:
     interval = {"value": 0.9, "low": 0.8, "high": 0.95}
     curve = {"photos": [10, 20], "more_photos": 10, "accuracy": [interval] * 2, "log_loss": [interval] * 2}
-    path = plot_learning_curve({**curve, "gain": {"accuracy": interval, "log_loss": interval}}, tmp_path / "curve.png")
+    path = plot_more_photos({**curve, "gain": {"accuracy": interval, "log_loss": interval}}, tmp_path / "curve.png")
     with Image.open(path) as image:
         assert min(image.size) > 300
