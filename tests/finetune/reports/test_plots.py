@@ -92,6 +92,15 @@ def test_without_history_and_photos_only_three_plots_are_written(tmp_path: Path)
     assert names == ["confusion_matrix.png", "reliability.png", "thresholds.png"]
 
 
+def test_what_more_photos_bring_has_a_plot_instead_of_the_epochs_of_a_logistic_head(tmp_path: Path) -> None:
+    interval = {"value": 0.9, "low": 0.8, "high": 0.95}
+    both = {"accuracy": interval, "log_loss": interval}
+    curve = {"photos": [10, 20], "more_photos": 10, "gain": both, **{key: [value] * 2 for key, value in both.items()}}
+    predictions = some_predictions(("cats", "dogs"), [0.6])
+    written = write_plots(tmp_path, predictions=predictions, data_dir=None, history=[], uncalibrated=None, curve=curve)
+    assert [path.name for path in written] == ["more_photos.png", "confusion_matrix.png", "reliability.png", "thresholds.png"]
+
+
 def test_a_class_with_nothing_to_show_gets_no_sheet(tmp_path: Path) -> None:
     predictions = some_predictions(("cats", "dogs", "cows"), [0.9])
     selected = predictions.labels < 2
