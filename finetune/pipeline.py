@@ -60,7 +60,7 @@ from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
 from models.networks.logit_shift import require_shiftable_logits, shift_logits
 from models.networks.registry import get_spec
-from models.networks.spec import LOGISTIC, ModelSpec
+from models.networks.spec import LINEAR, LOGISTIC, ModelSpec
 
 Embeddings = NDArray[np.float32]
 
@@ -236,6 +236,7 @@ def fit_head(
     assert epochs is not None, "Config.with_recipe fills this in"
     reporter = EpochReporter(
         epochs=epochs,
+        head=config.head or LINEAR,
         train_images=len(batches["train"]),
         valid=prepared.splits["valid"],
         classes=prepared.dataset.classes,

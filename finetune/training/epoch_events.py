@@ -11,6 +11,7 @@ from finetune.data.inspection import ImageRecord
 from finetune.io.progress import report
 from finetune.training.trainer import Progress
 from models.artifacts.statistics import wilson_interval
+from models.networks.spec import LINEAR
 
 MAX_CHANGED = 24  # listed in an event; all are counted
 
@@ -23,6 +24,7 @@ class EpochReporter:
         train_images: Number of training images.
         valid: The validation images, in the order of ``Progress.valid_predicted``.
         classes: The class names.
+        head: How the last layer is trained. The logistic one has no epochs, and reports its result as one.
         is_weighted: Whether the accuracy is weighted by class, so that it has no interval of counts.
         saved: The state that the run is resumed from.
     """
@@ -34,13 +36,14 @@ class EpochReporter:
         train_images: int,
         valid: Sequence[ImageRecord],
         classes: Sequence[str],
+        head: str = LINEAR,
         is_weighted: bool = False,
         saved: Progress | None = None,
     ) -> None:
         self._epochs, self._train_images, self._valid, self._classes = epochs, train_images, valid, classes
         self._is_weighted = is_weighted
         self._previous: Tensor | None = saved.valid_predicted if saved else None
-        report("training", epochs=epochs, epoch=saved.epoch if saved else 0, train=train_images, valid=len(valid))
+        report("training", head=head, epochs=epochs, epoch=saved.epoch if saved else 0, train=train_images, valid=len(valid))
 
     def report(self, progress: Progress) -> None:
         """Report the last epoch of ``progress``."""

@@ -213,7 +213,7 @@ photo_columns = Table(  # all values of a photo, to be shown
     Column("columns", JSON, nullable=False),
 )
 
-training_jobs = Table(  # the trainings that were started in the studio
+training_jobs = Table(  # the training runs of the studio
     "training_jobs",
     metadata,
     Column("id", PrimaryKey, primary_key=True),

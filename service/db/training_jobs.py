@@ -1,4 +1,4 @@
-"""The queue of trainings: submit, claim, cancel, resume and finish jobs.
+"""The queue of training runs: submit, claim, cancel, resume and finish jobs.
 
 A table with a lease serves as the queue on SQLite and PostgreSQL: a job is a process that resumes, so that nothing more is
 needed than who runs it and until when. huey deletes a task before it runs, so that a killed one is lost, and procrastinate
@@ -29,7 +29,7 @@ TAKEN_OVER = "Its process ended with the server. It was resumed."
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A row of ``training_jobs``; see there."""
+    """A row of the table ``training_jobs``, whose columns ``service.db.schema`` describes."""
 
     id: int
     run: str
@@ -105,7 +105,7 @@ def get_job(connection: Connection, id_: int) -> TrainingJob:
     """Return a job. Raises RecordNotFoundError."""
     row = connection.execute(select(*_COLUMNS).where(jobs.c.id == id_)).first() if id_ <= MAX_ID else None
     if row is None:
-        raise RecordNotFoundError(f"There is no training {id_}.")
+        raise RecordNotFoundError(f"There is no training run {id_}.")
     return TrainingJob(**row._mapping)
 
 
@@ -217,17 +217,17 @@ def cancel_job(connection: Connection, id_: int) -> None:
     """Cancel a waiting job, or have the runner of a running one stop it. Raises JobConflictError if it has ended."""
     job = get_job(connection, id_)
     if not job.is_active:
-        raise JobConflictError(f"The training {job.run} has ended: it is {job.state}.")
+        raise JobConflictError(f"The run {job.run} has ended and cannot be canceled.")
     connection.execute(update(jobs).where(jobs.c.id == id_).values(is_cancelled=True))
     if job.state == QUEUED:
         end_job(connection, id_, CANCELLED)
 
 
 def resume_job(connection: Connection, id_: int, *, max_queued: int) -> None:
-    """Return a failed or cancelled job to the queue. Raises JobConflictError and JobQueueFullError."""
+    """Return a failed or canceled job to the queue. Raises JobConflictError and JobQueueFullError."""
     job = get_job(connection, id_)
     if job.state not in (FAILED, CANCELLED):
-        raise JobConflictError(f"The training {job.run} cannot be resumed: it is {job.state}.")
+        raise JobConflictError(f"The run {job.run} cannot be resumed: it is {job.state}.")
     _require_room(connection, max_queued)
     values = {"state": QUEUED, "is_cancelled": False, "interruptions": 0, "reason": None, "ended_at": None}
     connection.execute(update(jobs).where(jobs.c.id == id_).values(values))
@@ -237,14 +237,14 @@ def delete_job(connection: Connection, id_: int) -> None:
     """Delete a job that has ended. Raises JobConflictError."""
     job = get_job(connection, id_)
     if job.is_active:
-        raise JobConflictError(f"The training {job.run} is {job.state}. Cancel it first.")
+        raise JobConflictError(f"The run {job.run} is {job.state}. Cancel it first.")
     connection.execute(delete(jobs).where(jobs.c.id == id_))
 
 
 def _require_room(connection: Connection, max_queued: int) -> None:
     waiting = connection.execute(select(func.count()).where(jobs.c.state == QUEUED)).scalar_one()
     if waiting >= max_queued:
-        raise JobQueueFullError(f"{waiting} trainings wait, which is the limit (STUDIO_MAX_QUEUED). Cancel one, or wait.")
+        raise JobQueueFullError(f"The queue is full: STUDIO_MAX_QUEUED is {max_queued}. Cancel a waiting run, or wait.")
 
 
 def _now() -> datetime:

@@ -66,7 +66,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     "image_replaced": ProblemType(
         409, "Image file changed", "The file differs from the evaluated one. Evaluate the model again."
     ),
-    "job_conflict": ProblemType(409, "Training conflict", "Reload the page of the training to see its current state."),
+    "job_conflict": ProblemType(409, "Training conflict", "Reload the page of the run to see its current state."),
     "no_previous_bundle": ProblemType(409, "No previous bundle", "Name the bundle in `POST /admin/bundle`."),
     "nothing_to_undo": ProblemType(409, "Nothing to undo", "This image has no review."),
     "name_taken": ProblemType(409, "Name taken", "Choose another name."),
@@ -98,7 +98,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     "image_too_complex": ProblemType(
         422, "Image too complex", "Decoding would take too long or too much memory. Save the image as an ordinary JPEG or PNG."
     ),
-    "job_queue_full": ProblemType(429, "Training queue full", "Cancel a waiting training, or start this one later."),
+    "job_queue_full": ProblemType(429, "Training queue full", "Cancel a waiting run, or start this one later."),
     "internal_error": ProblemType(
         500, "Internal server error", "Give the administrator the request id. The log has the details."
     ),

@@ -12,6 +12,17 @@ from service.inference.recent_predictions import Agreement, RecentPrediction, Re
 ALLOWED_DIFFERENCES = ("classes", "disagreement")  # what a request may allow to differ
 
 
+class IncompatibleBundle(Problem):
+    """A bundle that differs from the current one.
+
+    ``difference`` is the one of ``ALLOWED_DIFFERENCES`` that permits it. ``reason`` is the detail without how to do that.
+    """
+
+    def __init__(self, difference: str, reason: str) -> None:
+        super().__init__("bundle_incompatible", f'{reason} If that is intended, send "allow": ["{difference}"].')
+        self.difference, self.reason = difference, reason
+
+
 def measure_agreement(
     current: LoadedModel, model: LoadedModel, recent: RecentPredictions
 ) -> tuple[Agreement, list[RecentPrediction]]:
@@ -30,7 +41,7 @@ def measure_agreement(
 
 def rejection_reason(
     current: LoadedModel, model: LoadedModel, agreement: Agreement, *, min_agreement: float, allow: Collection[str]
-) -> Problem | None:
+) -> IncompatibleBundle | None:
     """Return why ``model`` must not replace ``current``, or None.
 
     Args:
@@ -41,17 +52,16 @@ def rejection_reason(
         allow: The ``ALLOWED_DIFFERENCES`` that are accepted.
     """
     if model.bundle.classes != current.bundle.classes and "classes" not in allow:
-        return Problem(
-            "bundle_incompatible",
+        return IncompatibleBundle(
+            "classes",
             f"The bundle has the classes {list_names(model.bundle.classes)}, the current one "
-            f"{list_names(current.bundle.classes)}, in this order. "
-            'If that is intended, send "allow": ["classes"].',
+            f"{list_names(current.bundle.classes)}, in this order.",
         )
     if agreement.fraction < min_agreement and "disagreement" not in allow:
-        return Problem(
-            "bundle_incompatible",
+        return IncompatibleBundle(
+            "disagreement",
             f"The bundle agrees with the current one on {agreement.agreed} of the last {agreement.compared} images, "
-            f'but MIN_AGREEMENT is {min_agreement:.0%}. If that is intended, send "allow": ["disagreement"].',
+            f"but MIN_AGREEMENT is {min_agreement:.0%}.",
         )
     return None
 

@@ -1,6 +1,6 @@
 "use strict";
 
-// Follow a training: replace the part of its page that changes whenever the server sends an event, or every few seconds.
+// Follow a training run: replace the part of its page that changes whenever the server sends an event, or every few seconds.
 
 const POLL_MS = 3000;
 
@@ -55,11 +55,12 @@ function follow(panel) {
 
 function estimate(form) {
   const text = document.getElementById("estimate");
+  const fields = form.dataset.estimateFields.split(" ");
 
   async function update() {
     const query = new URLSearchParams(new FormData(form));
     for (const name of [...query.keys()]) {
-      if (!["data", "backbone", "other_backbone", "epochs", "unfreeze", "augment"].includes(name)) query.delete(name);
+      if (!fields.includes(name)) query.delete(name);
     }
     try {
       const response = await fetch(`${form.dataset.estimate}?${query}`);
@@ -67,7 +68,7 @@ function estimate(form) {
       const { seconds, run } = await response.json();
       text.textContent = run
         ? `About ${duration(seconds)}, estimated from the run ${run}.`
-        : "No estimate yet: no training with this network and these photos has been measured.";
+        : "No estimate yet, as no run with this network and these settings has been measured.";
     } catch {
       // the estimate of the page stays
     }

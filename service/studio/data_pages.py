@@ -281,7 +281,7 @@ def undo(name: str) -> Response:
 
 @bp.post("/datasets/<name>/proposals")
 def start_proposals(name: str) -> Response:
-    """Let the active model propose classes for the photos without one, in the background."""
+    """Let the active model suggest classes for the photos without one, in the background."""
     data_set = find_data_set(name)
     read_fields({})
     propose(data_set, services())

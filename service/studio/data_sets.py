@@ -60,7 +60,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set, which exists. ``split`` is the split that new photos are added to; "" if there are no splits."""
+    """A data set that exists: a folder of the workspace."""
 
     workspace: Workspace
     settings: Settings

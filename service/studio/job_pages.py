@@ -1,4 +1,4 @@
-"""A training: its page, its state as JSON, server-sent events and its log; cancel and resume it."""
+"""A training run: its page, its state as JSON, server-sent events and its log; cancel and resume it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.rollout.state import RolloutStore
 from service.settings import Settings
 from service.studio.access import protect
 from service.studio.fields import check_parameters, read_fields, wants_page
-from service.studio.job_files import JobFiles
+from service.studio.job_files import MAX_LOG_BYTES, JobFiles
 from service.studio.job_state import METRICS, JobState, count_ahead, live_version
 from service.studio.start_page import page
 from service.studio.training_settings import FIELDS
@@ -33,7 +33,7 @@ bp = protect(Blueprint("jobs", __name__, url_prefix="/studio/jobs"))
 
 @bp.get("")
 def all_json() -> Response:
-    """Return all trainings, newest first, without their epochs."""
+    """Return all training runs, newest first, without their epochs."""
     states = [load.to_json() for load in load_states()]
     for state in states:
         del state["progress"]["history"], state["progress"]["changed"]
@@ -42,7 +42,7 @@ def all_json() -> Response:
 
 @bp.get("/<int:job>")
 def show(job: int) -> Response:
-    """Show a training. Programs get JSON. With ``part=status`` only the part of the page that changes is returned."""
+    """Show a training run. Programs get JSON. With ``part=status`` only the part of the page that changes is returned."""
     check_parameters("part")
     state = load_state(job)
     if not wants_page():
@@ -56,7 +56,7 @@ def show(job: int) -> Response:
 
 @bp.get("/<int:job>/log")
 def log(job: int) -> Response:
-    """Return the end of the log of a training."""
+    """Return the last MAX_LOG_BYTES of the log of a training run."""
     with gallery().database.read() as connection:
         files = JobFiles.of(services().settings, get_job(connection, job))
     text = files.read_log()
@@ -65,7 +65,7 @@ def log(job: int) -> Response:
 
 @bp.get("/<int:job>/events")
 def events(job: int) -> Response:
-    """Send the state as a server-sent event whenever it changes, until the training has ended.
+    """Send the state as a server-sent event whenever it changes, until the run has ended.
 
     A server that cannot pause a response sends one event and closes the connection. The browser then connects again, which
     is polling.
@@ -90,23 +90,33 @@ def cancel(job: int) -> Response:
 
 @bp.post("/<int:job>/resume")
 def resume(job: int) -> Response:
-    """Return a failed or cancelled training to the queue. It continues after its last finished epoch."""
+    """Return a failed or canceled run to the queue. It continues after its last finished epoch."""
     read_fields({})
     with gallery().database.write() as connection:
         resume_job(connection, job, max_queued=services().settings.studio_max_queued)
     return _changed(job)
 
 
-def render_job(state: JobState, *, problem: Problem | None = None) -> Response:
-    """Return the page of a training, with the reason why an action failed."""
+def render_job(state: JobState, *, problem: Problem | None = None, difference: str = "") -> Response:
+    """Return the page of a training run.
+
+    Args:
+        state: The run.
+        problem: Why an action failed.
+        difference: Which of the ``ALLOWED_DIFFERENCES`` kept the model from going live.
+    """
+    previous = previous_bundle()
     response = page(
         "studio/job.html",
         state=state,
-        previous=previous_bundle(),
+        previous=previous,
+        is_previous=previous is not None and previous["version"] == state.job.version,
         problem=problem,
+        difference=difference,
         fields=FIELDS,
         metrics=METRICS,
         live_version=live_version(),
+        max_log_kb=MAX_LOG_BYTES >> 10,
         log_lines=state.files.read_log().splitlines()[-LOG_LINES:],
     )
     response.vary.add("Accept")
@@ -116,13 +126,13 @@ def render_job(state: JobState, *, problem: Problem | None = None) -> Response:
 
 
 def load_state(id_: int) -> JobState:
-    """Return the state of a training. Raises RecordNotFoundError."""
+    """Return the state of a training run. Raises RecordNotFoundError."""
     context = services()
     return _loader(context.settings, gallery().database, context.rollout.store, id_)()
 
 
 def load_states() -> list[JobState]:
-    """Return the states of all trainings, newest first."""
+    """Return the states of all training runs, newest first."""
     with gallery().database.read() as connection:
         jobs = list_jobs(connection)
     active, live = [job for job in jobs if job.is_active], live_version()
@@ -137,7 +147,7 @@ def previous_bundle() -> dict[str, str] | None:
 
 
 def _loader(settings: Settings, database: Database, store: RolloutStore, id_: int) -> Callable[[], JobState]:
-    """Return a function that loads the state of a training outside of the request."""
+    """Return a function that loads the state of a run outside of the request."""
 
     def load() -> JobState:
         with database.read() as connection:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from models.networks.spec import LOGISTIC
+
 MAX_READERS = 32
 TRAINING = "Training"
 PHASES = {"inspection": "Reading the photos", "features": "Computing features"}
@@ -17,13 +19,14 @@ SPEED_EPOCHS = 5  # the time left is estimated from the last epochs
 
 @dataclass
 class JobProgress:
-    """What is known about a training.
+    """What is known about a training run.
 
     Attributes:
         step: The current step.
         done: Images of the step that are done, if it counts them.
         total: All images of the step.
         images_per_second: Measured in this step, or in the last epoch.
+        head: How the last layer is trained, "" until it is known. The logistic one has no epochs, and one row of history.
         epochs: The number of epochs to train, 0 until it is known.
         history: The events of the finished epochs, in order.
         train_images: Number of training images.
@@ -35,6 +38,7 @@ class JobProgress:
     done: int = 0
     total: int = 0
     images_per_second: float | None = None
+    head: str = ""
     epochs: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     train_images: int = 0
@@ -47,6 +51,10 @@ class JobProgress:
     def epoch(self) -> int:
         """The number of finished epochs."""
         return int(self.history[-1]["epoch"]) if self.history else 0
+
+    @property
+    def has_epochs(self) -> bool:
+        return self.head != LOGISTIC
 
     @property
     def seconds_left(self) -> float | None:
@@ -62,7 +70,7 @@ class JobProgress:
     def fraction(self) -> float | None:
         """How much of the current step is done, from 0 to 1, or None."""
         if self.step == TRAINING:
-            return self.epoch / self.epochs if self.epochs else None
+            return self.epoch / self.epochs if self.epochs and self.has_epochs else None
         return self.done / self.total if self.total else None
 
     def add(self, event: dict[str, Any]) -> None:
@@ -73,6 +81,7 @@ class JobProgress:
             self._add_images(event, time)
         elif name == "training":
             self.step, self.done, self.total = TRAINING, 0, 0
+            self.head = str(event.get("head", ""))
             self.epochs, self.train_images = int(event["epochs"]), int(event["train"])
             self.history = [row for row in self.history if row["epoch"] <= event["epoch"]]
         elif name == "epoch":

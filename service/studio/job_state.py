@@ -32,7 +32,7 @@ STATES = {
     "running": "Running",
     "finished": "Finished",
     "failed": "Failed",
-    "cancelled": "Cancelled",
+    "cancelled": "Canceled",
 }
 _reader = ProgressReader()
 

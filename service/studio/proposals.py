@@ -44,7 +44,7 @@ def propose(data_set: DataSet, app: Services) -> None:
         raise Problem(
             "bad_parameter",
             f"The active model knows {', '.join(classes[:6])}, and no class of {data_set.name}. Label some photos, train, and"
-            " put the new model live. Then it can propose.",
+            " put the new model live. Then it can suggest classes.",
         )
     background.start(data_set, "prediction", lambda report: _propose(data_set, app, report))
 

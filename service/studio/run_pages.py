@@ -8,11 +8,12 @@ import yaml
 from flask import Blueprint, Response, g, jsonify, redirect, request, url_for
 
 from models.artifacts.paths import resolve_bundle
+from models.networks.spec import LOGISTIC
 from service.context import gallery, services
 from service.db.training_jobs import FINISHED, delete_job, find_run
 from service.http.errors import Problem
 from service.http.security import require_admin_key_or_cookie
-from service.rollout.agreement import ALLOWED_DIFFERENCES
+from service.rollout.agreement import ALLOWED_DIFFERENCES, IncompatibleBundle
 from service.studio.access import protect
 from service.studio.fields import check_parameters, read_fields, wants_page
 from service.studio.job_files import JobFiles
@@ -51,7 +52,7 @@ def put_live(run: str) -> Response:
         raise Problem("bad_parameter", f"Invalid `allow`: {min(unknown)!r}. Valid values: {', '.join(ALLOWED_DIFFERENCES)}.")
     state = _find(run)
     if state.job.state != FINISHED:
-        raise Problem("job_conflict", f"The training {run} is {state.job.state}. Only a finished one can be put live.")
+        raise Problem("job_conflict", f"Only a finished run can be put live, and {run} is not finished.")
     try:
         services().rollout.activate_folder(
             resolve_bundle(state.files.bundle).resolve(),
@@ -59,6 +60,11 @@ def put_live(run: str) -> Response:
             allow=fields["allow"],
             expected_version=fields["expected_version"] or None,
         )
+    except IncompatibleBundle as problem:
+        if not wants_page():
+            raise
+        reason = Problem(problem.code, problem.reason)
+        return render_job(load_state(state.job.id), problem=reason, difference=problem.difference)
     except Problem as problem:
         if not wants_page():
             raise
@@ -109,7 +115,7 @@ def _rows(states: list[JobState]) -> list[tuple[str, list[str], bool]]:
         shown.append((field.label, [config.get(name) for config in configs]))
     shown.append(("Training photos", [_count(state, "train") for state in states]))
     shown.append(("Validation photos", [_count(state, "valid") for state in states]))
-    shown.append(("Best epoch", [state.bundle and state.bundle.manifest["provenance"]["best_epoch"] for state in states]))
+    shown.append(("Best epoch", [_best_epoch(state) for state in states]))
     rows = [(label, [_text(value) for value in values]) for label, values in shown]
     return [(label, texts, texts[0] != texts[1]) for label, texts in rows]
 
@@ -129,6 +135,13 @@ def _count(state: JobState, split: str) -> int | None:
     return sum(state.bundle.manifest["provenance"]["dataset"]["photos"][split].values())
 
 
+def _best_epoch(state: JobState) -> int | None:
+    """Return the best epoch of a finished run, or None for a logistic head, which has no epochs."""
+    if not state.bundle or _config(state).get("head") == LOGISTIC:
+        return None
+    return int(state.bundle.manifest["provenance"]["best_epoch"])
+
+
 def _text(value: Any) -> str:
     if value is None or value == [] or value == "":
         return "none"
@@ -138,7 +151,7 @@ def _text(value: Any) -> str:
 
 
 def _moved(id_: int | None) -> Response:
-    """Return the state of the rollout, or redirect to the page of the training."""
+    """Return the state of the rollout, or redirect to the page of the run."""
     state = services().rollout.store.read()
     if not wants_page():
         selected = {

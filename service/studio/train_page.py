@@ -1,4 +1,4 @@
-"""The form that starts a training, and the time that it will probably take."""
+"""The form that starts a training run, and the time that it will probably take."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ from service.studio.job_files import JobFiles
 from service.studio.job_progress import estimate_s
 from service.studio.start_page import page
 from service.studio.training_settings import (
+    EPOCH_FIELDS,
     FIELDS,
     NETWORKS,
     RUN_NAME,
+    UNFROZEN_FIELDS,
+    chosen_head,
     form_values,
     parse_settings,
 )
@@ -37,14 +40,14 @@ from service.studio.training_settings import (
 MAX_ACTOR = 80
 MAX_NAME = 50
 OTHER_NETWORK = "other_backbone"  # a text field next to the list of networks
-ESTIMATED = ("data", "backbone", OTHER_NETWORK, "epochs", "unfreeze", "augment")  # what the time depends on
+ESTIMATED = ("data", "backbone", OTHER_NETWORK, "head", *EPOCH_FIELDS, *UNFROZEN_FIELDS)  # what the time depends on
 
 bp = protect(Blueprint("training", __name__, url_prefix="/studio"))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long a training will probably take, and the run that was measured."""
+    """How long a training run will probably take, and the run that was measured."""
 
     seconds: float
     run: str
@@ -83,7 +86,7 @@ def _values_of_model(version: str, notes: list[str]) -> dict[str, str]:
 
 @bp.get("/train/estimate.json")
 def estimate_json() -> Response:
-    """Estimate the time of a training with the given data, network and epochs."""
+    """Estimate the time of a training run with the given data, network and settings."""
     check_parameters(*ESTIMATED)
     estimate = _estimate(request.args.to_dict())
     response = jsonify(seconds=estimate and round(estimate.seconds, 1), run=estimate and estimate.run)
@@ -93,7 +96,7 @@ def estimate_json() -> Response:
 
 @bp.post("/jobs")
 def start() -> Response:
-    """Append a training to the queue. A form is redirected to its page, JSON gets its state."""
+    """Append a training run to the queue. A form is redirected to its page, JSON gets its state."""
     if not is_installed():
         raise Problem("training_unavailable", NOT_INSTALLED)
     names = dict.fromkeys(("name", "data", "reviews", OTHER_NETWORK, *FIELDS), str)
@@ -118,10 +121,9 @@ def start() -> Response:
 
 
 def _submit(fields: Mapping[str, str]) -> TrainingJob:
-    """Check a form and append its training to the queue. Raises ConfigError, Problem and JobQueueFullError."""
+    """Check a form and append its run to the queue. Raises ConfigError, Problem and JobQueueFullError."""
     settings = services().settings
-    values = {name: fields[name] for name in FIELDS} | {"backbone": fields[OTHER_NETWORK].strip() or fields["backbone"]}
-    chosen = parse_settings(values)
+    chosen = _parse_form(fields)
     data_dir = resolve_data(settings, fields["data"])
     name = fields["name"].strip()
     if name and not RUN_NAME.fullmatch(name):
@@ -163,6 +165,7 @@ def _form(values: Mapping[str, str], *, problem: Problem | None = None, notes: l
         values=values,
         fields=FIELDS,
         networks=NETWORKS,
+        estimated=ESTIMATED,
         data_choices=choices,
         reviews=reviews,
         waiting=waiting,
@@ -175,26 +178,32 @@ def _form(values: Mapping[str, str], *, problem: Problem | None = None, notes: l
 
 
 def _estimate(values: Mapping[str, str]) -> Estimate | None:
-    """Estimate the time of a training from the last ones with the same network, on the same data if there is one."""
+    """Estimate the time of a run from the last ones with the same network and head, on the same data if there is one."""
+    try:
+        chosen = _parse_form(values)
+    except ConfigError:  # the form explains it when it is sent
+        return None
     with gallery().database.read() as connection:
         finished = [job for job in list_jobs(connection, FINISHED) if job.speed]
-    backbone = values.get(OTHER_NETWORK) or values.get("backbone")
-    is_slow = bool(values.get("unfreeze")) or values.get("augment") == "1"
-    similar = [job for job in finished if job.settings.get("backbone") == backbone and is_slow == _is_slow(job.settings)]
+    similar = [job for job in finished if _kind(job.settings) == _kind(chosen)]
     images = _count_images(values.get("data", ""))
     if not similar or not images:
         return None
     same = [job for job in similar if job.data == values.get("data")]
     measured = same[0] if same else max(similar, key=lambda job: (job.speed or {})["reading_s_per_image"])
     assert measured.speed
-    epochs = values.get("epochs", "")
-    seconds = estimate_s(measured.speed, images=images, epochs=int(epochs) if epochs.isdecimal() and len(epochs) < 7 else None)
-    return Estimate(seconds, measured.run)
+    return Estimate(estimate_s(measured.speed, images=images, epochs=chosen.get("epochs")), measured.run)
 
 
-def _is_slow(settings: Mapping[str, Any]) -> bool:
-    """Return whether every epoch runs the complete network."""
-    return bool(settings.get("unfreeze") or settings.get("augment"))
+def _parse_form(values: Mapping[str, str]) -> dict[str, Any]:
+    """Check the settings of a form, with the network of either field. Raises ConfigError."""
+    network = values.get(OTHER_NETWORK, "").strip() or values.get("backbone", "")
+    return parse_settings({name: values.get(name, "") for name in FIELDS} | {"backbone": network})
+
+
+def _kind(settings: Mapping[str, Any]) -> tuple[Any, str, bool]:
+    """Return what runs must have in common: network, head, and whether every epoch runs the complete network."""
+    return settings.get("backbone"), chosen_head(settings), any(name in settings for name in UNFROZEN_FIELDS)
 
 
 def _count_images(data: str) -> int | None:
@@ -208,7 +217,7 @@ def _count_images(data: str) -> int | None:
 
 
 def _reviews(rows: list[Review]) -> list[Review]:
-    """Return the reviews that change a training: notes do not."""
+    """Return the reviews that change a run: notes do not."""
     return [row for row in rows if row.decision != NOTE]
 
 

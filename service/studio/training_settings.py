@@ -1,4 +1,4 @@
-"""The settings of a training in the studio: check what a form sends, and build the ``finetune train`` command."""
+"""The settings of a training run in the studio: check what a form sends, and build the ``finetune train`` command."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError
+from models.networks.spec import LINEAR, LOGISTIC
 
 NETWORK = re.compile(r"[A-Za-z0-9][\w.:/-]{0,99}", re.ASCII)
 LAYERS = re.compile(r"[A-Za-z0-9][\w.]*(?: [A-Za-z0-9][\w.]*)*", re.ASCII)
@@ -50,7 +51,18 @@ class TrainingField:
     is_main: bool = False
 
 
-RECIPE = "Empty: the value of the network's recipe."
+RECIPE = "Leave empty for the value of the network's recipe."
+EPOCH_FIELDS = ("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "patience")  # of the linear head
+UNFROZEN_FIELDS = ("unfreeze", "augment")  # with which every epoch runs the complete network
+DEFAULTS: dict[str, Any] = {  # of `finetune train`; the other fields have none, or one of the network's recipe
+    "augment": False,
+    "patience": 0,
+    "class_weights": "none",
+    "sampling": "none",
+    "class_frequencies": "training",
+    "seed": 0,
+    "allow_leakage": False,
+}
 FIELDS: dict[str, TrainingField] = {
     "backbone": TrainingField(
         "Network", str, "Any name that `finetune models` lists, or timm:NAME.", pattern=NETWORK, is_main=True
@@ -60,12 +72,19 @@ FIELDS: dict[str, TrainingField] = {
         str,
         choices={
             "": "As in the recipe",
-            "logistic": "Logistic regression: fast, only the last layer",
-            "linear": "In epochs",
+            LOGISTIC: "Logistic regression: fast, no epochs",
+            LINEAR: "Linear layer, SGD or Adam",
         },
         is_main=True,
     ),
-    "epochs": TrainingField("Epochs", int, RECIPE, low=1, high=10_000, is_main=True),
+    "epochs": TrainingField(
+        "Epochs",
+        int,
+        f"{RECIPE} Setting epochs selects the linear head if the last layer is left to the recipe.",
+        low=1,
+        high=10_000,
+        is_main=True,
+    ),
     "unfreeze": TrainingField(
         "Also train these layers",
         str,
@@ -73,18 +92,20 @@ FIELDS: dict[str, TrainingField] = {
         pattern=LAYERS,
     ),
     "augment": TrainingField("Random crops, flips and colors", bool, "Slower: every epoch runs the complete network."),
-    "patience": TrainingField("Stop after epochs without progress", int, "0: never.", low=0, high=10_000),
+    "patience": TrainingField(
+        "Early stopping patience", int, "Epochs without a better validation loss. 0: never stop early.", low=0, high=10_000
+    ),
     "class_weights": TrainingField(
-        "Weight of rare classes", str, choices={"none": "As they are", "balanced": "Higher for rarer classes"}
+        "Class weights", str, choices={"none": "Equal", "balanced": "Balanced: higher for rarer classes"}
     ),
     "sampling": TrainingField(
-        "Photos of an epoch", str, choices={"none": "All once", "balanced": "Equally many of each class"}
+        "Sampling", str, choices={"none": "Each photo once per epoch", "balanced": "Balanced: each class equally often"}
     ),
     "class_frequencies": TrainingField(
         "Class frequencies in use", str, choices={"training": "As among the training photos", "equal": "Equally often"}
     ),
     "target_precision": TrainingField(
-        "Precision to keep",
+        "Target precision",
         str,
         "Such as 0.99, or dogs=0.99,cats=0.95. Less certain photos get no label.",
         pattern=PRECISIONS,
@@ -94,39 +115,47 @@ FIELDS: dict[str, TrainingField] = {
     "lr_schedule": TrainingField(
         "Learning rate schedule",
         str,
-        choices={"": "As in the recipe", "constant": "Constant", "cosine": "Half a cosine"},
+        choices={"": "As in the recipe", "constant": "Constant", "cosine": "Cosine decay"},
     ),
-    "batch_size": TrainingField("Photos per step", int, RECIPE, low=1, high=100_000),
+    "batch_size": TrainingField("Batch size", int, RECIPE, low=1, high=100_000),
     "momentum": TrainingField("Momentum", float, RECIPE, low=0, high=1),
     "weight_decay": TrainingField("Weight decay", float, RECIPE, low=0, high=100),
     "seed": TrainingField("Seed", int, "The same seed gives the same weights.", low=0, high=2**31 - 1),
     "valid_fraction": TrainingField(
-        "Fraction for validation", float, "Of data without a validation folder. Empty: 0.2.", low=0.01, high=0.9
+        "Fraction for validation", float, "Of data without a validation folder. Leave empty for 0.2.", low=0.01, high=0.9
     ),
     "allow_leakage": TrainingField("Allow duplicates in training and validation", bool),
 }
 
 
 def parse_settings(values: Mapping[str, str]) -> dict[str, Any]:
-    """Check and convert the fields of a form. Empty ones are left out.
+    """Check and convert the fields of a form. Empty ones and defaults are left out.
 
     Raises:
         ConfigError: A value is invalid.
     """
     settings = {name: _parse(name, FIELDS[name], text.strip()) for name, text in values.items() if text.strip()}
-    settings = {name: value for name, value in settings.items() if value not in (False, "none", "training")}
+    settings = {name: value for name, value in settings.items() if name not in DEFAULTS or value != DEFAULTS[name]}
     if "backbone" not in settings:
         raise ConfigError("Network: choose one.")
     if settings.get("class_weights") == settings.get("sampling") == "balanced":
-        raise ConfigError("Weight of rare classes and Photos of an epoch both make the classes equal. Use one of them.")
+        raise ConfigError("Class weights and Sampling both balance the classes. Use one of them.")
+    if settings.get("head") == LOGISTIC:
+        _check_logistic(settings)
     return settings
+
+
+def chosen_head(settings: Mapping[str, Any]) -> str:
+    """Return the head that the result of ``parse_settings`` selects, or "" for that of the network's recipe."""
+    is_linear = any(name in settings for name in (*EPOCH_FIELDS, *UNFROZEN_FIELDS))
+    return str(settings.get("head", LINEAR if is_linear else ""))
 
 
 def form_values(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return settings as a form shows them; the inverse of ``parse_settings``. Other settings are left out."""
     shown = {}
     for name, value in settings.items():
-        if name in FIELDS and value not in (None, False, (), []):
+        if name in FIELDS and value is not False and value not in (None, (), []):
             shown[name] = "1" if value is True else " ".join(value) if isinstance(value, list) else str(value)
     return shown
 
@@ -134,7 +163,7 @@ def form_values(settings: Mapping[str, Any]) -> dict[str, str]:
 def training_command(
     settings: Mapping[str, Any], *, run: str, data_dir: Path, output_dir: Path, reviews: Path | None, progress_file: Path
 ) -> list[str]:
-    """Return the command that starts a training. Every value is one word with its flag, and cannot become another flag.
+    """Return the command that starts a training run. Every value is one word with its flag, and cannot become another flag.
 
     Args:
         settings: The result of ``parse_settings``.
@@ -158,9 +187,19 @@ def training_command(
 
 
 def resume_command(output_dir: Path, progress_file: Path) -> list[str]:
-    """Return the command that continues a training that was interrupted."""
+    """Return the command that continues an interrupted training run."""
     flags = [f"--output-dir={output_dir}", f"--progress-file={progress_file}"]
     return [sys.executable, "-m", "finetune", "train", "--resume", *flags]
+
+
+def _check_logistic(settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError if settings of epochs, or ones that need unfrozen layers, are combined with logistic regression."""
+    for names, reason in ((EPOCH_FIELDS, "has no epochs"), (UNFROZEN_FIELDS, "needs frozen layers")):
+        if labels := [f'"{FIELDS[name].label}"' for name in names if name in settings]:
+            raise ConfigError(
+                f"Last layer: logistic regression {reason}. Reset {' and '.join(labels)}, or select "
+                f'"{(FIELDS["head"].choices or {})[LINEAR]}".'
+            )
 
 
 def _parse(name: str, field: TrainingField, text: str) -> Any:

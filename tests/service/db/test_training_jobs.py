@@ -81,7 +81,9 @@ def test_several_jobs_run_at_a_time_if_that_is_allowed(database: Database) -> No
 
 def test_the_queue_is_bounded_and_names_are_unique(database: Database) -> None:
     submit(database, "a", max_queued=1)
-    with pytest.raises(JobQueueFullError, match=r"^1 trainings wait, which is the limit \(STUDIO_MAX_QUEUED\)\."):
+    with pytest.raises(
+        JobQueueFullError, match=r"^The queue is full: STUDIO_MAX_QUEUED is 1\. Cancel a waiting run, or wait\.$"
+    ):
         submit(database, "b", max_queued=1)
     with pytest.raises(JobConflictError, match=r"^There is already a run with the name a\. Choose another name\.$"):
         submit(database, "a")
@@ -149,7 +151,7 @@ def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_by_its_runner(data
     assert job(database, first).state == "cancelled"
     with (
         database.write() as connection,
-        pytest.raises(JobConflictError, match=r"^The training a has ended: it is cancelled\.$"),
+        pytest.raises(JobConflictError, match=r"^The run a has ended and cannot be canceled\.$"),
     ):
         cancel_job(connection, first)
 
@@ -157,9 +159,9 @@ def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_by_its_runner(data
 def test_only_ended_jobs_are_resumed_or_deleted(database: Database) -> None:
     id_ = submit(database, "a")
     with database.write() as connection:
-        with pytest.raises(JobConflictError, match=r"^The training a cannot be resumed: it is queued\.$"):
+        with pytest.raises(JobConflictError, match=r"^The run a cannot be resumed: it is queued\.$"):
             resume_job(connection, id_, max_queued=5)
-        with pytest.raises(JobConflictError, match=r"^The training a is queued\. Cancel it first\.$"):
+        with pytest.raises(JobConflictError, match=r"^The run a is queued\. Cancel it first\.$"):
             delete_job(connection, id_)
         end_job(connection, id_, FAILED, reason="no photos")
         resume_job(connection, id_, max_queued=5)
@@ -170,7 +172,7 @@ def test_only_ended_jobs_are_resumed_or_deleted(database: Database) -> None:
         delete_job(connection, id_)
     with database.read() as connection:
         assert list_jobs(connection) == []
-        with pytest.raises(RecordNotFoundError, match=r"^There is no training \d+\.$"):
+        with pytest.raises(RecordNotFoundError, match=r"^There is no training run \d+\.$"):
             get_job(connection, id_)
         with pytest.raises(RecordNotFoundError):
             get_job(connection, 10**30)

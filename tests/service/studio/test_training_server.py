@@ -189,7 +189,9 @@ def test_a_model_is_put_live_stays_live_after_a_restart_and_is_rolled_back(studi
     page = studio.request("POST", "/studio/runs/first/live", form, headers=headers)
     assert page.status == 409
     assert b"Put it live anyway, although" in page.body
-    assert b"The bundle has the classes cats, dogs" in page.body
+    assert b"The bundle has the classes cats, dogs, the current one " in page.body
+    assert b"allow&#34;" not in page.body
+    assert (b'value="classes"' in page.body, b'value="disagreement"' in page.body) == (True, False)
     outdated = studio.post("runs/first/live", expected_version="000000000000", allow=["classes"])
     assert (outdated.status, outdated.code) == (409, "rollout_conflict")
     missing_key = studio.request("POST", "/studio/runs/first/live", b"", headers={"Content-Type": "application/json"})

@@ -11,7 +11,15 @@ from finetune import config
 from models.errors import ConfigError
 from service.settings import Settings
 from service.studio.data_source import describe_data, resolve_data
-from service.studio.training_settings import FIELDS, form_values, parse_settings, training_command
+from service.studio.training_settings import (
+    DEFAULTS,
+    EPOCH_FIELDS,
+    FIELDS,
+    chosen_head,
+    form_values,
+    parse_settings,
+    training_command,
+)
 
 
 def test_a_form_becomes_a_command_that_the_command_line_accepts(tmp_path: Path) -> None:
@@ -57,6 +65,41 @@ def test_every_field_is_a_setting_of_the_command() -> None:
     assert set(FIELDS) <= set(config.Config.__dataclass_fields__)
 
 
+def test_defaults_and_settings_of_epochs_are_those_of_the_command() -> None:
+    fields = config.Config.__dataclass_fields__
+    assert {name: fields[name].default for name in DEFAULTS} == DEFAULTS
+    assert set(EPOCH_FIELDS) == set(config.EPOCH_SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("epochs", "2"), ("optimizer", "adam"), ("lr", "0.1"), ("momentum", "0"), ("weight_decay", "0"), ("lr_schedule", "cosine"),
+     ("patience", "0"), ("patience", "2"), ("unfreeze", "layer4"), ("augment", "0"), ("augment", "1"), ("batch_size", "8")],
+)  # fmt: skip
+def test_the_form_rejects_what_the_command_rejects_for_a_logistic_head(name: str, text: str, tmp_path: Path) -> None:
+    form = {"backbone": "vgg16", name: text}
+    paths = dict.fromkeys(("data_dir", "output_dir", "progress_file"), tmp_path)
+    words = training_command(parse_settings(form) | {"head": "logistic"}, run="a", reviews=None, **paths)
+    is_valid, is_accepted = True, True
+    try:
+        _parse(words[4:])
+    except ConfigError:
+        is_valid = False
+    try:
+        parse_settings(form | {"head": "logistic"})
+    except ConfigError:
+        is_accepted = False
+    assert is_accepted == is_valid
+    assert parse_settings(form | {"head": "linear"})["head"] == "linear"
+
+
+def test_the_head_is_known_unless_the_recipe_decides() -> None:
+    form = {"backbone": "vgg16"}
+    assert chosen_head(parse_settings(form | {"patience": "0", "augment": "0"})) == ""
+    assert chosen_head(parse_settings(form | {"momentum": "0"})) == "linear"
+    assert chosen_head(parse_settings(form | {"head": "logistic"})) == "logistic"
+
+
 def test_the_settings_of_a_model_fill_the_form() -> None:
     saved = config.Config(data_dir=Path("x"), backbone="vgg16", epochs=3, unfreeze=("a", "b"), augment=True).as_dict()
     values = form_values(saved)
@@ -82,8 +125,14 @@ def test_the_settings_of_a_model_fill_the_form() -> None:
         ({"augment": "maybe"}, "Random crops, flips and colors: expected 0 or 1 (got 'maybe')."),
         ({"unfreeze": "layer4; rm"}, "Also train these layers: 'layer4; rm' is not valid. Such as layer4 or features.28, "
          "separated by spaces. Slower: every epoch runs the complete network."),
-        ({"class_weights": "balanced", "sampling": "balanced"}, "Weight of rare classes and Photos of an epoch both make the "
-         "classes equal. Use one of them."),
+        ({"class_weights": "balanced", "sampling": "balanced"}, "Class weights and Sampling both balance the classes. Use one "
+         "of them."),
+        ({"head": "logistic", "epochs": "3"}, 'Last layer: logistic regression has no epochs. Reset "Epochs", or select '
+         '"Linear layer, SGD or Adam".'),
+        ({"head": "logistic", "lr": "0.1", "momentum": "0"}, 'Last layer: logistic regression has no epochs. Reset "Learning '
+         'rate" and "Momentum", or select "Linear layer, SGD or Adam".'),
+        ({"head": "logistic", "augment": "1"}, 'Last layer: logistic regression needs frozen layers. Reset "Random crops, '
+         'flips and colors", or select "Linear layer, SGD or Adam".'),
     ],
 )  # fmt: skip
 def test_an_invalid_value_is_explained(values: dict[str, str], message: str) -> None:
