@@ -65,7 +65,7 @@ def take(work: Path, out: Path) -> None:
     studio = work / "studio"
     shutil.copytree(work / "pictures", studio / "datasets" / "pets")
     with serve(STUDIO=1, STUDIO_DIR=studio, DATABASE_URL=f"sqlite:///{work / 'studio.db'}") as base:
-        wait_for(f"{base}/health/ready")
+        wait_for(f"{base}/gallery/photos.json")
         form = {"data": "dataset:pets", "backbone": "efficientnet_lite0", "head": "linear", "epochs": "20", "name": "first"}
         request = urllib.request.Request(
             f"{base}/studio/jobs", json.dumps(form).encode(), {"Content-Type": "application/json", "Accept": "application/json"}

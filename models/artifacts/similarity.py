@@ -23,7 +23,7 @@ from models.errors import BundleError
 
 EMBEDDINGS, DUPLICATES = "embeddings.npz", "duplicates.csv"
 SIMILARITY_FILES = (EMBEDDINGS, DUPLICATES)
-MAP_SIZE = 9_999  # the largest coordinate of a map
+MAP_SIZE = 9_999  # the length of each side of a map
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,9 @@ class SimilarityIndex:
 
     @cached_property
     def points(self) -> NDArray[np.int64]:
-        """A map of the embeddings: (N, 2) coordinates from 0 to MAP_SIZE, along their first two principal components.
+        """A map of the embeddings: (N, 2) coordinates along their first two principal components.
+
+        They are between 0 and MAP_SIZE, and not equal to them, so that a region can enclose all points.
 
         The embeddings were reduced by PCA when they were evaluated, so this takes milliseconds. UMAP separates more clusters,
         but needs numba (over 100 MB) and is not reproducible between machines.
@@ -141,7 +143,7 @@ class SimilarityIndex:
         points[:, : axes.shape[1]] = centered @ axes
         low, high = points.min(axis=0), points.max(axis=0)
         scale = (high - low).max() or 1.0  # one scale for both axes, so that distances can be compared
-        return np.asarray(np.rint((points - (low + high) / 2) / scale * MAP_SIZE + MAP_SIZE / 2), dtype=np.int64)
+        return np.asarray(np.rint((points - (low + high) / 2) / scale * (MAP_SIZE - 2) + MAP_SIZE / 2), dtype=np.int64)
 
     @cached_property
     def groups(self) -> dict[str, int]:

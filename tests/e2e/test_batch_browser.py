@@ -126,12 +126,14 @@ def test_repeated_clicks_at_one_position_review_once(new_page: NewPage, server: 
 
 def test_a_lasso_on_the_map_leads_to_the_grid(new_page: NewPage, server: Server) -> None:
     page = new_page("/gallery/map")
+    page.set_viewport_size({"width": 1280, "height": 1100})  # the mouse only reaches what is in view
     expect(page.locator("#map")).to_have_attribute("data-ready", "1")
     expect(page.locator("#map-legend")).to_contain_text("green 6")
     expect(page.locator("#map-count")).to_have_text("18")
     box = page.locator("#map-points").bounding_box()
     assert box
-    corners = [(2, 2), (box["width"] - 2, 2), (box["width"] - 2, box["height"] - 2), (2, box["height"] - 2)]
+    right, bottom = box["width"] - 14, box["height"] - 14  # inside the rounded corners
+    corners = [(14, 14), (right, 14), (right, bottom), (14, bottom)]
     page.mouse.move(box["x"] + corners[0][0], box["y"] + corners[0][1])
     page.mouse.down()
     for x, y in corners[1:]:
@@ -142,7 +144,7 @@ def test_a_lasso_on_the_map_leads_to_the_grid(new_page: NewPage, server: Server)
     page.go_back()
     expect(page.locator("#map")).to_have_attribute("data-ready", "1")
     point = server.get("/gallery/map.json").json()
-    page.get_by_label("Color").select_option("outcome")
+    page.get_by_label("Color", exact=True).select_option("outcome")
     expect(page.locator("#map-legend")).to_contain_text("Correct")
     scale = (min(box["width"], box["height"]) - 32) / point["size"]
     left, top = ((box[side] - point["size"] * scale) / 2 for side in ("width", "height"))

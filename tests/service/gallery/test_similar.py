@@ -88,7 +88,7 @@ def test_the_map_has_a_point_for_each_photo_and_a_region_leads_to_the_grid(serve
     photos = {row["sha256"]: row for row in rows(server)}
     assert len(document["id"]) == len(photos) == len(table.sha256s)
     x, y = np.array(document["x"]), np.array(document["y"])
-    assert (min(x.min(), y.min()), max(x.max(), y.max())) == (0, MAP_SIZE)
+    assert (min(x.min(), y.min()), max(x.max(), y.max())) == (1, MAP_SIZE - 1)
     one = server.get(f"/gallery/map/photo.json?id={document['id'][0]}").json()
     own = next(row for row in photos.values() if row["photo"] == one["photo"])
     assert (one["label"], one["predicted"], one["thumbnail"]) == (own["label"], own["predicted"], own["thumbnail"])
@@ -179,8 +179,8 @@ def test_the_points_follow_the_principal_components() -> None:
     for axis in (0, 1):
         correlation = np.corrcoef(index.points[:, axis], spread[:, axis])[0, 1]
         assert abs(correlation) > 0.999
-    assert index.points.min() == 0
-    assert index.points.max() == MAP_SIZE
+    assert index.points.min() == 1
+    assert index.points.max() == MAP_SIZE - 1
     for few in range(3):
         assert SimilarityIndex(index.sha256s[:few], embeddings[:few, :1]).points.shape == (few, 2)
 
