@@ -144,7 +144,7 @@ def test_a_lasso_on_the_map_leads_to_the_grid(new_page: NewPage, server: Server)
     page.go_back()
     expect(page.locator("#map")).to_have_attribute("data-ready", "1")
     point = server.get("/gallery/map.json").json()
-    page.get_by_label("Color", exact=True).select_option("outcome")
+    page.locator("#map-color").select_option("outcome")
     expect(page.locator("#map-legend")).to_contain_text("Correct")
     scale = (min(box["width"], box["height"]) - 32) / point["size"]
     left, top = ((box[side] - point["size"] * scale) / 2 for side in ("width", "height"))
