@@ -64,7 +64,7 @@ def take(work: Path, out: Path) -> None:
             shoot(page, out / "photo.png")
     studio = work / "studio"
     shutil.copytree(work / "pictures", studio / "datasets" / "pets")
-    with serve(STUDIO=1, STUDIO_DIR=studio, DATABASE_URL=f"sqlite:///{work / 'studio.db'}") as base:
+    with serve(STUDIO=1, STUDIO_NICENESS=0, STUDIO_DIR=studio, DATABASE_URL=f"sqlite:///{work / 'studio.db'}") as base:
         wait_for(f"{base}/gallery/photos.json")
         form = {"data": "dataset:pets", "backbone": "efficientnet_lite0", "head": "linear", "epochs": "20", "name": "first"}
         request = urllib.request.Request(

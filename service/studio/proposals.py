@@ -57,7 +57,7 @@ def read_proposals(data_set: DataSet) -> dict[str, Proposal]:
 
 
 def most_useful_first(photos: list[Photo], proposals: dict[str, Proposal]) -> list[Photo]:
-    """Sort photos: those that the model is least sure of first, and at the end those without a proposal."""
+    """Sort photos: the least certain first, and photos without a proposal last."""
     return sorted(photos, key=lambda photo: (proposals[photo.path].margin if photo.path in proposals else 2.0, photo.path))
 
 
