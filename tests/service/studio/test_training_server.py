@@ -102,7 +102,8 @@ class Studio:
         return response.body.decode()
 
     def predicted_by(self, photo: Path) -> str:
-        return str(self.server.post(photo.read_bytes()).json()["model"]["version"])
+        response = self.request("POST", "/predict", photo.read_bytes(), headers={"Content-Type": "image/jpeg"})
+        return str(response.json()["model"]["version"])
 
     def processes(self, word: str) -> list[int]:
         """Return the ids of the processes of this studio whose command line contains ``word``."""
