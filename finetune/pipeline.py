@@ -29,9 +29,9 @@ from finetune.evaluation.ood import OODFit, fit_records, neither_folder
 from finetune.evaluation.trained_head import TrainedHead, describe_balance, train_other_head
 from finetune.export.exporter import PARITY_IMAGES, OODExport, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
-from finetune.export.quantization import BATCH, CALIBRATION_IMAGES, MAX_TEST_IMAGES, QuantizationData, evenly_spaced
+from finetune.export.quantization import CALIBRATION_IMAGES, QuantizationData, evenly_spaced
 from finetune.io.progress import step
-from finetune.io.threaded_map import batched, threaded_map
+from finetune.io.threaded_map import threaded_map
 from finetune.metrics.calibration import apply_temperature, fit_balanced_temperature, fit_temperature
 from finetune.metrics.learning_curve import learning_curve
 from finetune.metrics.operating_points import min_probabilities, parse_targets
@@ -443,32 +443,21 @@ def _quantization_data(
 ) -> QuantizationData:
     """Select evenly spaced images of training and validation. They are decoded again, only if they are needed."""
     preprocessing = network.spec.preprocessing
-    training = prepared.splits["train"]
-    rows = evenly_spaced(len(predictions.labels), MAX_TEST_IMAGES)
-    labels, groups = predictions.labels[rows], predictions.group_numbers
+    training, validation = prepared.splits["train"], prepared.splits["valid"]
 
     def read(records: Iterable[ImageRecord]) -> Iterator[NDArray[np.uint8]]:
         return threaded_map(lambda record: read_pixels(record, preprocessing), records, workers=config.workers)
 
-    def read_training() -> NDArray[np.uint8]:
-        return np.stack(list(read(training[i] for i in evenly_spaced(len(training), CALIBRATION_IMAGES))))
-
-    def read_validation() -> Iterator[NDArray[np.uint8]]:
-        return map(np.stack, batched(read(prepared.splits["valid"][i] for i in rows), BATCH))
-
-    def fit(log_probs: NDArray[np.float64]) -> float:
+    def fit(log_probs: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
         if head.balance is None:
             return fit_temperature(log_probs, labels)
         no_shift = np.zeros(log_probs.shape[1])  # the exported network is already corrected
         return fit_balanced_temperature(log_probs, labels, shift=no_shift, frequencies=head.balance.frequencies)[0]
 
-    return QuantizationData(
-        read_training,
-        read_validation,
-        labels=labels,
-        probabilities=predictions.probabilities[rows],
-        ood_scores=None if predictions.ood_scores is None else predictions.ood_scores[rows],
-        groups=None if groups is None else groups[rows],
+    return QuantizationData.of(
+        predictions,
+        read_training=lambda: np.stack(list(read(training[i] for i in evenly_spaced(len(training), CALIBRATION_IMAGES)))),
+        read_validation=lambda rows: read(validation[i] for i in rows),
         fit_temperature=fit,
         max_accuracy_loss=config.max_accuracy_loss,
     )

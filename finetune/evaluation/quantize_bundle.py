@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +13,14 @@ from finetune.data.image_files import read_image_file
 from finetune.data.image_folder import read_dataset
 from finetune.data.inspection import read_inspected
 from finetune.export.quantization import (
-    BATCH,
     CALIBRATION_IMAGES,
-    MAX_TEST_IMAGES,
     QuantizationData,
     add_int8_graph,
     evenly_spaced,
     golden_outputs,
 )
 from finetune.io.output_folder import require_empty_folder
-from finetune.io.threaded_map import batched, threaded_map
+from finetune.io.threaded_map import threaded_map
 from finetune.metrics.calibration import fit_temperature
 from finetune.reports.model_card import write_model_card
 from models.artifacts.bundle import GOLDEN, GRAPH, INT8_GRAPH, MODEL_CARD, PREDICTIONS, Bundle, write_bundle
@@ -81,8 +79,6 @@ def _read_data(bundle: Bundle, data_dir: Path, labels: Path | None, max_accuracy
     dataset = read_dataset(data_dir, labels=labels)
     own = set(evaluated.image_names)
     training = [sample.path for sample in dataset.in_split("train") if sample.name not in own]
-    rows = evenly_spaced(len(evaluated.labels), MAX_TEST_IMAGES)
-    labels_of_rows, groups = evaluated.labels[rows], evaluated.group_numbers
 
     def training_pixels(path: Path) -> NDArray[np.uint8] | None:
         try:
@@ -100,21 +96,15 @@ def _read_data(bundle: Bundle, data_dir: Path, labels: Path | None, max_accuracy
             raise DataError(f"{data_dir} has no readable training photos. Pass the data folder of the training.")
         return np.stack(readable)
 
-    def read_validation() -> Iterator[NDArray[np.uint8]]:
-        return map(np.stack, batched(threaded_map(validation_pixels, rows.tolist(), workers=workers), BATCH))
-
-    def fit(log_probs: NDArray[np.float64]) -> float:
+    def fit(log_probs: NDArray[np.float64], true_labels: NDArray[np.int64]) -> float:
         """Keep the temperature of a balanced head, which was fitted for other class frequencies."""
         balanced = bundle.manifest.get("class_balance") or {}
-        return float(bundle.manifest["temperature"]) if balanced.get("weights") else fit_temperature(log_probs, labels_of_rows)
+        return float(bundle.manifest["temperature"]) if balanced.get("weights") else fit_temperature(log_probs, true_labels)
 
-    return QuantizationData(
-        read_training,
-        read_validation,
-        labels=labels_of_rows,
-        probabilities=evaluated.probabilities[rows],
-        ood_scores=None if evaluated.ood_scores is None else evaluated.ood_scores[rows],
-        groups=None if groups is None else groups[rows],
+    return QuantizationData.of(
+        evaluated,
+        read_training=read_training,
+        read_validation=lambda rows: threaded_map(validation_pixels, rows, workers=workers),
         fit_temperature=fit,
         max_accuracy_loss=max_accuracy_loss,
     )

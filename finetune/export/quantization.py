@@ -21,11 +21,12 @@ import onnx
 from numpy.typing import NDArray
 
 from finetune.io.progress import step
+from finetune.io.threaded_map import batched
 from finetune.metrics.calibration import apply_temperature, calibration_error
 from finetune.metrics.equivalence import images_needed, max_accuracy_lost, paired_counts
 from models.artifacts.bundle import INT8_GRAPH, golden_array
 from models.artifacts.ood import OOD_SCORE
-from models.artifacts.predictions import cross_entropy
+from models.artifacts.predictions import Predictions, cross_entropy
 from models.networks.onnx_export import OUTPUTS
 from models.runtime.openvino_engine import OpenVINOEngine, Pixels
 from models.runtime.precision import MAX_CHANGED_LABELS, TIMED_IMAGES, measure_speedup
@@ -71,6 +72,38 @@ class QuantizationData:
     groups: NDArray[np.int64] | None
     fit_temperature: Callable[[NDArray[np.float64]], float]
     max_accuracy_loss: float
+
+    @classmethod
+    def of(
+        cls,
+        predictions: Predictions,
+        *,
+        read_training: Callable[[], Pixels],
+        read_validation: Callable[[list[int]], Iterator[Pixels]],
+        fit_temperature: Callable[[NDArray[np.float64], NDArray[np.int64]], float],
+        max_accuracy_loss: float,
+    ) -> QuantizationData:
+        """Select at most MAX_TEST_IMAGES evenly spaced validation images.
+
+        Args:
+            predictions: The predictions of all validation images.
+            read_training: See the attribute.
+            read_validation: Yields the pixels (H, W, C) of the validation images in these rows of ``predictions``.
+            fit_temperature: Fits the temperature to log-probabilities and labels.
+            max_accuracy_loss: See the attribute.
+        """
+        rows = evenly_spaced(len(predictions.labels), MAX_TEST_IMAGES)
+        labels, groups = predictions.labels[rows], predictions.group_numbers
+        return cls(
+            read_training,
+            lambda: map(np.stack, batched(read_validation(rows.tolist()), BATCH)),
+            labels=labels,
+            probabilities=predictions.probabilities[rows],
+            ood_scores=None if predictions.ood_scores is None else predictions.ood_scores[rows],
+            groups=None if groups is None else groups[rows],
+            fit_temperature=lambda log_probs: fit_temperature(log_probs, labels),
+            max_accuracy_loss=max_accuracy_loss,
+        )
 
     @property
     def independent_images(self) -> int:
