@@ -21,6 +21,19 @@ BALANCED, NONE, TRAINING, EQUAL = "balanced", "none", "training", "equal"
 HUB = "hf://"  # begins the name of a data set of the Hugging Face Hub
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "digits")
 PRESETS = ("best", "balanced", "fast")
+# Settings of commands that train several networks or heads: those of the data and of the machine.
+SHARED_SETTINGS = (
+    "labels",
+    "valid_fraction",
+    "allow_leakage",
+    "allow_class_mismatch",
+    "device",
+    "precision",
+    "seed",
+    "workers",
+    "cache_dir",
+    "cache_limit_mb",
+)
 SELECTED_BY_PRESET = ("backbone", "head", "normalization", "penalty")
 # Settings of training in epochs, which --head logistic does not have.
 EPOCH_SETTINGS = ("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "patience")
@@ -213,6 +226,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--config`` and a flag for every setting. Flags that are not used stay out of the namespace."""
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings file; flags override it")
     add_flags(parser, [f.name for f in dataclasses.fields(Config)])
+
+
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the data folder as an optional positional argument, for commands that train on it several times."""
+    parser.add_argument(
+        "data_dir",
+        type=Path,
+        nargs="?",
+        metavar="DATA",
+        help="folder with train/CLASS/ and valid/CLASS/ (default: that of --labels)",
+    )
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:

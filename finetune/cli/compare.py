@@ -29,29 +29,14 @@ SHARED_SETTINGS = (
     "target_precision",
     "augment",
     "permute_pixels",
-    "labels",
-    "valid_fraction",
-    "allow_leakage",
-    "allow_class_mismatch",
-    "device",
-    "precision",
     "int8",
     "max_accuracy_loss",
-    "seed",
-    "workers",
-    "cache_dir",
-    "cache_limit_mb",
+    *settings.SHARED_SETTINGS,
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "data_dir",
-        type=Path,
-        nargs="?",
-        metavar="DATA",
-        help="folder with train/CLASS/ and valid/CLASS/ (default: that of --labels)",
-    )
+    settings.add_data_argument(parser)
     parser.add_argument(
         "--backbones",
         required=True,

@@ -10,28 +10,9 @@ from finetune.data.label_source import locate_data
 from finetune.io.progress import step
 from finetune.presets import TUNING_FILE, default_tuning_dir
 
-SHARED_SETTINGS = (
-    "labels",
-    "valid_fraction",
-    "allow_leakage",
-    "allow_class_mismatch",
-    "device",
-    "precision",
-    "seed",
-    "workers",
-    "cache_dir",
-    "cache_limit_mb",
-)
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "data_dir",
-        type=Path,
-        nargs="?",
-        metavar="DATA",
-        help="folder with train/CLASS/ and valid/CLASS/ (default: that of --labels)",
-    )
+    settings.add_data_argument(parser)
     parser.add_argument(
         "--backbones",
         metavar="A,B,A+B",
@@ -39,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "weights, with and without mirror images, and pairs of them",
     )
     parser.add_argument("--output-dir", type=Path, metavar="OUT", help="folder for the results (default: runs/DATA-tune)")
-    settings.add_flags(parser, SHARED_SETTINGS)
+    settings.add_flags(parser, settings.SHARED_SETTINGS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     with step("Loading PyTorch"):
         from finetune.tuning.tuner import tune
 
-    shared = {key: value for key, value in vars(args).items() if key in SHARED_SETTINGS}
+    shared = {key: value for key, value in vars(args).items() if key in settings.SHARED_SETTINGS}
     data_dir, _ = locate_data(args.data_dir, shared.get("labels"))
     out = args.output_dir or default_tuning_dir(data_dir)
     print("\n" + tune(data_dir, args.backbones, out, shared))
