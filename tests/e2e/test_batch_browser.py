@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.helpers.browser import PHONE, NewPage, check_accessibility, open_pages
-from tests.helpers.server import Server, poll, serve
+from tests.helpers.server import Server, serve_gallery
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +29,7 @@ POSITIONS = """() => [...document.querySelectorAll(".tile, .batch-bar a, .batch-
 
 @pytest.fixture(scope="module")
 def server(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    url = f"sqlite:///{tmp_path_factory.mktemp('batch') / 'reviews.db'}"
-    with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url) as server:
-        poll(lambda: server.get("/gallery/photos.json").status == 200)
+    with serve_gallery(tiny_bundle, tmp_path_factory.mktemp("batch")) as server:
         yield server
 
 

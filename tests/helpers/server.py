@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from service.settings import RENAMED, Settings
@@ -276,3 +277,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@contextlib.contextmanager
+def serve_gallery(bundle: SimpleNamespace, folder: Path) -> Iterator[Server]:
+    """Serve a bundle and its photos with a new review database in ``folder``, once the gallery lists the photos."""
+    with serve(bundle.path, data_dir=bundle.data, database_url=f"sqlite:///{folder / 'reviews.db'}") as server:
+        poll(lambda: server.get("/gallery/photos.json").status == 200)
+        yield server

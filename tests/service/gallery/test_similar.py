@@ -17,7 +17,7 @@ from models.artifacts.bundle import open_bundle
 from models.artifacts.evaluation import EVALUATED, write_evaluation
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import MAP_SIZE, DuplicateRow, SimilarityIndex
-from tests.helpers.server import Response, Server, poll, serve
+from tests.helpers.server import Response, Server, poll, serve, serve_gallery
 
 pytestmark = pytest.mark.slow
 
@@ -26,9 +26,7 @@ Row = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def server(tiny_bundle: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    url = f"sqlite:///{tmp_path_factory.mktemp('similar') / 'reviews.db'}"
-    with serve(tiny_bundle.path, data_dir=tiny_bundle.data, database_url=url) as server:
-        poll(lambda: server.get("/gallery/photos.json").status == 200)
+    with serve_gallery(tiny_bundle, tmp_path_factory.mktemp("similar")) as server:
         yield server
 
 
