@@ -34,7 +34,7 @@ class WorkerPool:
         self.name = name
         self._max_jobs = threads + max_queued
         self._timeout_s = timeout_s
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_lower_priority)
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=lower_priority)
         self._jobs: dict[Hashable, Future[Any]] = {}
         self._lock = threading.RLock()  # a job that is done already calls back in the thread that holds the lock
         self._is_closed = False
@@ -82,6 +82,7 @@ class WorkerPool:
         return PoolFullError("The server is stopping. Try again in a moment.")
 
 
-def _lower_priority() -> None:
-    with contextlib.suppress(OSError):  # of this thread, and of the threads that it starts
+def lower_priority() -> None:
+    """Lower the priority of this thread, and of the threads and processes that it starts from now on."""
+    with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flask import Blueprint, Response, jsonify, url_for
+from flask import Blueprint, Response, url_for
 
 from service.context import services
 from service.http.errors import Problem
@@ -16,7 +16,7 @@ from service.studio.access import protect
 from service.studio.data_pages import changed, find_data_set
 from service.studio.data_sets import DataSet, Photo, fingerprint
 from service.studio.data_source import DATASET
-from service.studio.fields import read_fields
+from service.studio.fields import read_fields, uncached_json
 from service.studio.start_page import page
 
 REFRESH_S = 2
@@ -91,15 +91,13 @@ def show_json(name: str) -> Response:
         for finding in (findings(data_set, saved) if saved else [])
         if finding.key not in ignored
     ]
-    response = jsonify(
+    return uncached_json(
         task=task.__dict__ if task and task.kind == "audit" else None,
         report=saved and saved["report"],
         is_outdated=bool(saved) and saved["fingerprint"] != data_fingerprint(data_set),
         findings=rows,
         ignored=ignored,
     )
-    response.headers["Cache-Control"] = "no-store"
-    return response
 
 
 @bp.post("/audit")

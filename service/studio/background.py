@@ -6,8 +6,6 @@ known to be interrupted.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import logging
 import os
 import threading
@@ -18,11 +16,13 @@ from typing import Any
 
 from models.errors import UserError
 from service.http.errors import Problem
+from service.images.worker_pool import lower_priority
 from service.studio.data_sets import DataSet
+from service.studio.workspace import try_lock
 
 RUNNING, DONE, FAILED, INTERRUPTED = "running", "done", "failed", "interrupted"
 REPORT_EVERY_S = 0.5
-NICENESS = 15
+LOCK = "task.lock"
 
 log = logging.getLogger("service.studio")
 
@@ -64,7 +64,7 @@ def current_task(data_set: DataSet) -> Task | None:
     if found is None:
         return None
     task = Task(**found)
-    if task.is_running and (lock := _try_lock(data_set)) is not None:
+    if task.is_running and (lock := try_lock(data_set.state_file(LOCK))) is not None:
         os.close(lock)
         task = Task(**(data_set.read_state("task.json", found)))  # it may have ended just before the lock was free
         return Task(task.kind, INTERRUPTED, "It was interrupted. Start it again.") if task.is_running else task
@@ -82,7 +82,7 @@ def start(data_set: DataSet, kind: str, work: Callable[[Report], str]) -> None:
     Raises:
         Problem: Other work on the data set is running.
     """
-    lock = _try_lock(data_set)
+    lock = try_lock(data_set.state_file(LOCK))
     if lock is None:
         task = current_task(data_set)
         what = task.kind if task else "task"
@@ -93,8 +93,7 @@ def start(data_set: DataSet, kind: str, work: Callable[[Report], str]) -> None:
 
 
 def _run(lock: int, report: Report, kind: str, work: Callable[[Report], str]) -> None:
-    with contextlib.suppress(OSError):  # of this thread, and of the processes that it starts
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    lower_priority()
     try:
         try:
             task = Task(kind, DONE, work(report))
@@ -106,14 +105,3 @@ def _run(lock: int, report: Report, kind: str, work: Callable[[Report], str]) ->
         report.write(task)
     finally:
         os.close(lock)
-
-
-def _try_lock(data_set: DataSet) -> int | None:
-    """Return a descriptor that holds the lock of the data set's work, or None if it is taken."""
-    descriptor = os.open(data_set.state_file("task.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

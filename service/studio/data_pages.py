@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from flask import Blueprint, Response, g, jsonify, redirect, request, url_for
+from flask import Blueprint, Response, g, redirect, request, url_for
 
 from models.errors import UserError
 from service.context import image_access, services, workspace
@@ -21,7 +21,7 @@ from service.studio.background import current_task
 from service.studio.data_sets import UNLABELED, DataSet, Photo
 from service.studio.data_source import DATASET
 from service.studio.drop_layout import Destination, plan_drop
-from service.studio.fields import read_fields, wants_page
+from service.studio.fields import read_fields, uncached_json, wants_page
 from service.studio.names import LEFT_OUT
 from service.studio.proposals import most_useful_first, propose, read_proposals
 from service.studio.start_page import page
@@ -46,7 +46,7 @@ bp = protect(Blueprint("data", __name__, url_prefix="/studio"))
 def list_json() -> Response:
     """Return the data sets with their classes and counts."""
     names = workspace().dataset_names()
-    return _json(datasets=[summary(find_data_set(name)) for name in names])
+    return uncached_json(datasets=[summary(find_data_set(name)) for name in names])
 
 
 @bp.post("/datasets")
@@ -104,7 +104,7 @@ def files_json(name: str) -> Response:
     data_set = find_data_set(name)
     task = current_task(data_set)
     listing = {class_: [_row(photo) for photos in by.values() for photo in photos] for class_, by in data_set.classes().items()}
-    return _json(
+    return uncached_json(
         **summary(data_set),
         files=listing | {UNLABELED: [_row(photo) for photo in data_set.photos_of(UNLABELED)]},
         task=task and task.__dict__,
@@ -132,7 +132,7 @@ def delete(name: str) -> Response:
         raise Problem("bad_parameter", f"To delete the data set, enter its name ({data_set.name}). It cannot be undone.")
     _require_idle(data_set)
     data_set.delete()
-    return _redirect(url_for("studio.start")) if wants_page() else _json(deleted=data_set.name)
+    return _redirect(url_for("studio.start")) if wants_page() else uncached_json(deleted=data_set.name)
 
 
 # Photos
@@ -155,7 +155,7 @@ def missing(name: str) -> Response:
         plan = {path: Destination(class_, "", path.rpartition("/")[2]) for path in plan}
     data_set.create_splits({destination.split for destination in plan.values()} - {""})
     missing, present = data_set.missing([(path, size, plan[path]) for path, size in files if path in plan])
-    return _json(
+    return uncached_json(
         missing=[{"path": path, "photo": target} for path, target in missing],
         present=present,
         skipped=[path for path, _ in files if path not in plan],
@@ -233,7 +233,7 @@ def put_photo(name: str, path: str) -> Response:
     class_, split, file_name = data_set.split_path(path)
     data = read_body(request, services().settings)
     photo, is_new = _add(data_set, data, class_=class_, split=split, name=file_name)
-    response = _json(**_row(photo))
+    response = uncached_json(**_row(photo))
     response.status_code = 201 if is_new else 200
     return response
 
@@ -256,7 +256,7 @@ def get_photo(name: str, path: str) -> Response:
 def delete_photo(name: str, path: str) -> Response:
     """Delete one photo for good."""
     find_data_set(name).remove_photo(path)
-    return _json(deleted=path)
+    return uncached_json(deleted=path)
 
 
 @bp.post("/datasets/<name>/move")
@@ -296,7 +296,7 @@ def start_proposals(name: str) -> Response:
 def archive_state(name: str) -> Response:
     """Return how many bytes of an unfinished zip are there."""
     upload = _archive(find_data_set(name))
-    return _json(received=upload.received, total=upload.total)
+    return uncached_json(received=upload.received, total=upload.total)
 
 
 @bp.put("/datasets/<name>/archive")
@@ -309,7 +309,7 @@ def put_archive(name: str) -> Response:
     received = upload.write(data, offset=_whole_number("offset", 0), total=(total := _whole_number("total", len(data))))
     if received == total:
         imports.import_zip(data_set, upload.complete(), check=services().model_manager.decoder.check)
-    response = _json(received=received, total=total)
+    response = uncached_json(received=received, total=total)
     response.status_code = 202 if received == total else 200
     return response
 
@@ -370,12 +370,6 @@ def _counts(by_split: dict[str, list[Photo]]) -> dict[str, int]:
     return {split: len(photos) for split, photos in by_split.items() if split}
 
 
-def _json(**values: Any) -> Response:
-    response = jsonify(**values)
-    response.headers["Cache-Control"] = "no-store"
-    return response
-
-
 def _redirect(target: str) -> Response:
     response = redirect(target, 303)
     response.headers["Cache-Control"] = "no-store"
@@ -385,7 +379,7 @@ def _redirect(target: str) -> Response:
 def changed(data_set: DataSet, *, status: int = 200, back: str = "", **values: Any) -> Response:
     """Respond to a change: with JSON, or by a redirect to the page that a form came from."""
     if not wants_page():
-        response = _json(**summary(data_set), **values)
+        response = uncached_json(**summary(data_set), **values)
         response.status_code = status
         return response
     address = url_for("data.show", name=data_set.name)

@@ -1,4 +1,4 @@
-"""Read the fields of a form or of JSON, for the studio's endpoints that take either."""
+"""What the studio's endpoints share that serve browsers and programs: fields of a form or of JSON, and JSON responses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from flask import request
+from flask import Response, jsonify, request
 from werkzeug.datastructures import MultiDict
 
 from service.context import services
@@ -22,6 +22,13 @@ FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 def wants_page() -> bool:
     """Return whether to answer with a page, not JSON: a browser sends forms and accepts HTML."""
     return not request.is_json and request.accept_mimetypes.best_match(("application/json", "text/html")) == "text/html"
+
+
+def uncached_json(*args: Any, **kwargs: Any) -> Response:
+    """Build a JSON response that is not cached. The arguments are those of ``flask.jsonify``."""
+    response = jsonify(*args, **kwargs)
+    response.headers["Cache-Control"] = "no-store"
+    return response
 
 
 def read_fields(names: Mapping[str, type], *, max_body_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 
-from flask import Blueprint, Response, jsonify, redirect, request, url_for
+from flask import Blueprint, Response, redirect, request, url_for
 
 from models.errors import UserError
 from service.context import gallery, services
@@ -17,7 +17,7 @@ from service.http.errors import Problem
 from service.rollout.state import RolloutStore
 from service.settings import Settings
 from service.studio.access import protect
-from service.studio.fields import check_parameters, read_fields, wants_page
+from service.studio.fields import check_parameters, read_fields, uncached_json, wants_page
 from service.studio.job_files import MAX_LOG_BYTES, JobFiles
 from service.studio.job_state import METRICS, JobState, count_ahead, live_version
 from service.studio.start_page import page
@@ -37,7 +37,7 @@ def all_json() -> Response:
     states = [load.to_json() for load in load_states()]
     for state in states:
         del state["progress"]["history"], state["progress"]["changed"]
-    return _json({"jobs": states})
+    return uncached_json({"jobs": states})
 
 
 @bp.get("/<int:job>")
@@ -46,7 +46,7 @@ def show(job: int) -> Response:
     check_parameters("part")
     state = load_state(job)
     if not wants_page():
-        response = _json(state.to_json())
+        response = uncached_json(state.to_json())
         response.vary.add("Accept")
         return response
     if request.args.get("part") == "status":
@@ -187,10 +187,4 @@ def _stream(load: Callable[[], JobState], *, can_pause: bool) -> Iterator[str]:
 def _changed(id_: int) -> Response:
     if wants_page():
         return redirect(url_for("jobs.show", job=id_), 303)  # type: ignore[return-value]
-    return _json(load_state(id_).to_json())
-
-
-def _json(values: object) -> Response:
-    response = jsonify(values)
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    return uncached_json(load_state(id_).to_json())

@@ -6,7 +6,6 @@ ends, another worker gets the lock. The process does not depend on the worker th
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import subprocess
@@ -15,8 +14,10 @@ import threading
 import time
 
 from service.settings import Settings
+from service.studio.workspace import try_lock
 
 log = logging.getLogger("service.studio")
+LOCK = "runner.lock"
 POLL_S = 2.0
 RESTART_S = 10.0  # between two starts by the same worker
 END_S = 15.0  # for the runner to stop a training
@@ -49,7 +50,7 @@ def end_runner(settings: Settings) -> None:
         os.close(descriptor)
     _lifeline = None
     until = time.monotonic() + END_S
-    while time.monotonic() < until and (lock := _try_lock(settings)) is None:
+    while time.monotonic() < until and (lock := try_lock(settings.resolved_studio_dir / LOCK)) is None:
         time.sleep(POLL_S / 20)
     if lock is not None:
         os.close(lock)
@@ -62,23 +63,12 @@ def _supervise(settings: Settings, closed: threading.Event) -> None:
         pause_s = POLL_S
         children = [child for child in children if child.poll() is None]
         try:
-            if (lock := _try_lock(settings)) is not None:
+            if (lock := try_lock(settings.resolved_studio_dir / LOCK)) is not None:
                 children.append(_start(lock))
                 pause_s = RESTART_S
         except OSError as error:
             log.error("the process that runs trainings could not be started", extra={"reason": str(error)})
             pause_s = RESTART_S
-
-
-def _try_lock(settings: Settings) -> int | None:
-    """Lock the file, and return its descriptor, or None if a runner has it."""
-    descriptor = os.open(settings.resolved_studio_dir / "runner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _start(lock: int) -> subprocess.Popen[bytes]:

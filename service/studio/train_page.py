@@ -21,7 +21,7 @@ from service.reviews.decisions import ANONYMOUS, list_reviews
 from service.studio.access import protect
 from service.studio.data_sets import DataSet
 from service.studio.data_source import DATASET, FOLDER, describe_data, resolve_data
-from service.studio.fields import check_parameters, read_fields
+from service.studio.fields import check_parameters, read_fields, uncached_json
 from service.studio.finetune_process import NOT_INSTALLED, is_installed
 from service.studio.job_files import JobFiles
 from service.studio.job_progress import estimate_s
@@ -89,9 +89,7 @@ def estimate_json() -> Response:
     """Estimate the time of a training run with the given data, network and settings."""
     check_parameters(*ESTIMATED)
     estimate = _estimate(request.args.to_dict())
-    response = jsonify(seconds=estimate and round(estimate.seconds, 1), run=estimate and estimate.run)
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    return uncached_json(seconds=estimate and round(estimate.seconds, 1), run=estimate and estimate.run)
 
 
 @bp.post("/jobs")

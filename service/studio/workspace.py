@@ -14,6 +14,8 @@ STUDIO_DIR/
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -23,6 +25,17 @@ from service.http.errors import Problem
 from service.settings import MIB, Settings
 
 ABANDONED_AFTER_S = 7 * 24 * 3600
+
+
+def try_lock(path: Path) -> int | None:
+    """Lock a file until the returned descriptor is closed. Returns None if it is locked already."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @dataclass(frozen=True)
