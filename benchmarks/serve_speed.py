@@ -131,7 +131,7 @@ class Baseline:
         from models.artifacts.bundle import open_bundle
         from models.runtime.openvino_engine import OpenVINOEngine
         from models.runtime.precision import select_precision
-        from service.resources import allocate_resources
+        from service.cpu_allocation import allocate_resources
         from service.settings import Settings
 
         settings = Settings.from_environment({})

@@ -24,8 +24,8 @@ from finetune.data.inspection import ChangedImageError, ImageRecord, read_pixels
 from finetune.data.label_source import locate_data
 from finetune.data.review_source import hide_password, load_reviews
 from finetune.evaluation.cross_validation import Outputs, cross_validate_head
+from finetune.evaluation.fit_ood import OODFit, fit_records, neither_folder
 from finetune.evaluation.held_out import held_out_predictions
-from finetune.evaluation.ood import OODFit, fit_records, neither_folder
 from finetune.evaluation.trained_head import TrainedHead, describe_balance, train_other_head
 from finetune.export.exporter import PARITY_IMAGES, OODExport, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
@@ -54,11 +54,11 @@ from finetune.training.setup import (
 from finetune.training.trainer import EpochRow, Progress, predict_with_embeddings
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.bundle import HELD_OUT, MAX_NAME_BYTES, UNSAFE_IN_NAME, Bundle, open_bundle
-from models.artifacts.decision import DecisionRule
-from models.artifacts.ood import HeldOutOODScores
+from models.artifacts.decision_rule import DecisionRule
+from models.artifacts.ood_score import HeldOutOODScores
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
-from models.networks.logit_shift import require_shiftable_logits, shift_logits
+from models.networks.head_logits import require_shiftable_logits, shift_logits
 from models.networks.registry import get_spec
 from models.networks.spec import LINEAR, LOGISTIC, ModelSpec
 

@@ -12,8 +12,8 @@ from gunicorn.arbiter import Arbiter
 from models.artifacts.bundle import open_bundle
 from models.errors import UserError
 from service.context import services_of
+from service.cpu_allocation import allocate_resources
 from service.http.gunicorn_worker import raise_file_limit
-from service.resources import allocate_resources
 from service.rollout.state import open_store, share_store
 from service.settings import process_settings
 from service.studio.runner_supervisor import end_runner, share_lifeline

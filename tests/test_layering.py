@@ -43,7 +43,7 @@ LAYERS = {
     ),
     "service": (
         "settings",
-        "resources telemetry context",
+        "cpu_allocation telemetry context",
         "db",
         "reviews images",
         "http",

@@ -29,7 +29,7 @@ from finetune.data.label_table import LabelRow, LabelTable
 from finetune.io.threaded_map import available_cpus, batched, threaded_map
 from models.artifacts.atomic_io import atomic_write, atomic_write_text
 from models.artifacts.bundle import Bundle
-from models.artifacts.decision import Decision
+from models.artifacts.decision_rule import Decision
 from models.artifacts.predictions import FACET_PREFIX
 from models.errors import DataError, ImageError, RunError
 from models.runtime.openvino_engine import OpenVINOEngine

@@ -15,7 +15,7 @@ from finetune.data.label_table import LabelTable, read_label_table
 from finetune.export.merge_head import open_full_bundle
 from finetune.io.terminal import escape_controls
 from models.artifacts.bundle import Bundle, open_bundle
-from models.artifacts.decision import Decision, format_probability
+from models.artifacts.decision_rule import Decision, format_probability
 from models.artifacts.paths import resolve_bundle
 from models.artifacts.text_table import csv_writer
 from models.errors import ConfigError

@@ -90,9 +90,9 @@ def _choose_limit(bundle: Bundle, evaluation: HeldOutPredictions | None, false_a
         BundleError: The bundle or the evaluation has no scores.
         ConfigError: The rate is out of range.
     """
-    from finetune.evaluation.ood import read_ood_scores
+    from finetune.evaluation.fit_ood import read_ood_scores
     from finetune.evaluation.thresholds import LimitChange
-    from finetune.metrics.ood import fit_limit
+    from finetune.metrics.ood_detection import fit_limit
 
     Config(false_alarms=false_alarms)  # checks the range
     if not bundle.has_ood_score:
@@ -110,7 +110,7 @@ def _choose_limit(bundle: Bundle, evaluation: HeldOutPredictions | None, false_a
 
 def _print_rule(bundle: Bundle) -> None:
     """Print the complete decision rule: the limit of the OOD score, and the threshold of each class."""
-    from finetune.metrics.ood import OODLimit  # slow to import
+    from finetune.metrics.ood_detection import OODLimit  # slow to import
     from finetune.metrics.operating_points import format_operating_points
 
     rule, ood, points = bundle.decision_rule, bundle.manifest.get("ood"), bundle.manifest.get("operating_points")

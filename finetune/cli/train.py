@@ -53,7 +53,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _print_results(bundle: Bundle, config: settings.Config) -> None:
     """Print the metrics, the written files and the next two commands."""
-    from finetune.metrics.ood import OODLimit
+    from finetune.metrics.ood_detection import OODLimit
     from finetune.metrics.operating_points import format_operating_points
     from finetune.reports.results import format_results
     from models.runtime.precision import describe_export

@@ -10,6 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.data.folder_layout import (
+    LOOSE,
+    Layout,
+    class_folders,
+    find_layout,
+    labels_in_names,
+    note_unused,
+)
 from finetune.data.image_files import (
     ALREADY_INCLUDED,
     NEITHER_EXTRA,
@@ -20,14 +28,6 @@ from finetune.data.image_files import (
     unreadable,
 )
 from finetune.data.label_table import SPLIT, LabelRow, LabelTable, is_table, read_label_table
-from finetune.data.layout import (
-    LOOSE,
-    Layout,
-    class_folders,
-    find_layout,
-    labels_in_names,
-    note_unused,
-)
 from models.artifacts.data_folder import EXTENSIONS, TEST, TRAIN, VALID, class_name, is_neither, split_of
 from models.errors import DataError, list_names
 

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetune.data.layout import KNOWN_NAMES
+from finetune.data.folder_layout import KNOWN_NAMES
 from models.artifacts.data_folder import TEST, VALID, class_name, is_reserved, split_of
 from models.artifacts.text_table import decode_text, read_text_table
 from models.errors import DataError, did_you_mean

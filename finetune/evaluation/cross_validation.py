@@ -32,7 +32,7 @@ from finetune.evaluation.evaluate import Evaluation, default_output_dir
 from finetune.features.cache import FeatureCache
 from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.calibration import apply_temperature
-from finetune.metrics.ood import out_of_fold_scores
+from finetune.metrics.ood_detection import out_of_fold_scores
 from finetune.reports.results import write_results
 from finetune.training.class_balance import ClassBalance, class_balance
 from finetune.training.data_loaders import CachedBatches

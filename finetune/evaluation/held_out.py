@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.evaluation.ood import OUT_OF_FOLD as OOD_OUT_OF_FOLD
+from finetune.evaluation.fit_ood import OUT_OF_FOLD as OOD_OUT_OF_FOLD
 from finetune.evaluation.trained_head import TrainedHead
 from finetune.metrics.calibration import apply_temperature
 from finetune.metrics.operating_points import LEVEL, TopPredictions, abstention, operating_points

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.evaluation.fit_ood import read_ood_scores
 from finetune.evaluation.held_out import HeldOutPredictions
-from finetune.evaluation.ood import read_ood_scores
 from finetune.io.output_folder import require_empty_folder
-from finetune.metrics.ood import OODLimit, measure_ood
+from finetune.metrics.ood_detection import OODLimit, measure_ood
 from finetune.metrics.operating_points import min_probabilities
 from finetune.reports.model_card import write_model_card
 from finetune.reports.results import with_decision
 from models.artifacts.bundle import HELD_OUT, MODEL_CARD, PREDICTIONS, Bundle, open_bundle, write_bundle
-from models.artifacts.ood import OOD_SCORES_FILE
+from models.artifacts.ood_score import OOD_SCORES_FILE
 from models.artifacts.predictions import Predictions
 
 OOD_PLOT = "plots/ood_scores.png"

@@ -34,8 +34,8 @@ from models.artifacts.bundle import (
     preprocessing_fields,
     write_bundle,
 )
-from models.artifacts.decision import DecisionRule
-from models.artifacts.ood import OOD_FILE, OOD_SCORE, OOD_SCORES_FILE, HeldOutOODScores, OODParameters
+from models.artifacts.decision_rule import DecisionRule
+from models.artifacts.ood_score import OOD_FILE, OOD_SCORE, OOD_SCORES_FILE, HeldOutOODScores, OODParameters
 from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError
 from models.networks.classifier import Classifier

@@ -21,7 +21,7 @@ from models.artifacts.bundle import (
     open_bundle,
     write_bundle,
 )
-from models.artifacts.ood import OOD_FILE, OOD_SCORES_FILE, OODParameters
+from models.artifacts.ood_score import OOD_FILE, OOD_SCORES_FILE, OODParameters
 from models.artifacts.paths import merged_dir
 from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError

@@ -25,7 +25,7 @@ from finetune.io.threaded_map import batched
 from finetune.metrics.calibration import apply_temperature, calibration_error
 from finetune.metrics.equivalence import images_needed, max_accuracy_lost, paired_counts
 from models.artifacts.bundle import INT8_GRAPH, golden_array
-from models.artifacts.ood import OOD_SCORE
+from models.artifacts.ood_score import OOD_SCORE
 from models.artifacts.predictions import Predictions, cross_entropy
 from models.networks.onnx_export import OUTPUTS
 from models.runtime.openvino_engine import OpenVINOEngine, Pixels

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from finetune.metrics.formatting import format_percent
 from finetune.metrics.groups import proportion_interval
-from models.artifacts.decision import LOW_PROBABILITY, UNLIKE_TRAINING, DecisionRule
+from models.artifacts.decision_rule import LOW_PROBABILITY, UNLIKE_TRAINING, DecisionRule
 from models.artifacts.predictions import Predictions
 
 METHOD = (

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.metrics.abstention import describe_abstention
 from finetune.metrics.head_comparison import format_head_comparison
 from finetune.metrics.learning_curve import format_learning_curve
-from finetune.metrics.ood import OODLimit
+from finetune.metrics.ood_detection import OODLimit
 from finetune.metrics.operating_points import format_operating_points
 from finetune.metrics.slices import format_p
 from models.artifacts.atomic_io import atomic_write_text

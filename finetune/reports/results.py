@@ -16,12 +16,12 @@ from finetune.metrics.abstention import format_abstention, measure_abstention
 from finetune.metrics.classification import format_summary
 from finetune.metrics.groups import compute_metrics_of_groups
 from finetune.metrics.learning_curve import format_learning_curve
-from finetune.metrics.ood import format_ood, measure_ood
+from finetune.metrics.ood_detection import format_ood, measure_ood
 from finetune.metrics.slices import METHOD as SLICES_METHOD
 from finetune.metrics.slices import compute_slices, format_slices
 from finetune.reports.plot_process import PlotProcess
 from models.artifacts.atomic_io import atomic_write_text
-from models.artifacts.decision import DecisionRule
+from models.artifacts.decision_rule import DecisionRule
 from models.artifacts.predictions import Predictions
 from models.artifacts.similarity import SimilarityIndex
 

@@ -30,7 +30,7 @@ from finetune.training.augmentation import Augment, BatchAugment
 from finetune.training.data_loaders import Batches, CachedBatches, InMemoryBatches, UncachedBatches
 from models.artifacts.paths import default_cache_dir
 from models.networks.classifier import Classifier, build_classifier, trainable_names
-from models.networks.logit_shift import require_logistic_head
+from models.networks.head_logits import require_logistic_head
 from models.networks.spec import LOGISTIC, ModelSpec
 from models.networks.split_point import SplitModel, split_model
 from models.networks.weights import Weights, load_weights

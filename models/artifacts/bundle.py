@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.artifacts.atomic_io import sha256_of
-from models.artifacts.decision import DecisionRule
-from models.artifacts.ood import OOD_SCORE
+from models.artifacts.decision_rule import DecisionRule
+from models.artifacts.ood_score import OOD_SCORE
 from models.errors import BundleError
 from models.preprocess import Preprocessing
 

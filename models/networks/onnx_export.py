@@ -13,7 +13,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
-from models.artifacts.ood import OOD_SCORE, OODParameters
+from models.artifacts.ood_score import OOD_SCORE, OODParameters
 from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.classifier import Classifier
 from models.networks.spec import ModelSpec

@@ -18,7 +18,7 @@ import numpy as np
 
 from models.artifacts.atomic_io import atomic_write_text, locked_folder
 from models.artifacts.bundle import Bundle, check_file
-from models.artifacts.ood import OOD_SCORE
+from models.artifacts.ood_score import OOD_SCORE
 from models.artifacts.paths import speed_dir
 from models.errors import ConfigError
 from models.runtime.interleaved_timing import time_interleaved

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.artifacts.bundle import Bundle
-from models.artifacts.ood import OOD_FILE, OODParameters
+from models.artifacts.ood_score import OOD_FILE, OODParameters
 from models.networks.classifier import load_classifier
 from models.networks.onnx_export import OODScore
 from models.networks.registry import get_spec

@@ -21,7 +21,7 @@ from service.db.query import PredictionQuery, ViewVersion, count_unreviewed_prod
 from service.db.records import PredictionRecord
 from service.gallery import sidebar
 from service.gallery.commands import find_bundle, retrain_command
-from service.gallery.queues import (
+from service.gallery.review_queues import (
     QueuePreview,
     disagreement_queue,
     most_confident,

@@ -31,18 +31,18 @@ from models.artifacts.bundle import (
     check_golden_ood_scores,
     open_bundle,
 )
-from models.artifacts.decision import Decision, DecisionRule
-from models.artifacts.ood import OOD_FILE
+from models.artifacts.decision_rule import Decision, DecisionRule
+from models.artifacts.ood_score import OOD_FILE
 from models.artifacts.paths import compiled_dir, merged_dir, resolve_bundle
 from models.errors import BundleError, UserError
 from models.runtime.allocator import return_large_blocks
 from models.runtime.openvino_engine import Arrays, Engine, OpenVINOEngine, Pixels
 from models.runtime.precision import Precision, select_precision
+from service.cpu_allocation import ResourceAllocation, allocate_resources
 from service.http.errors import Problem
 from service.inference.batcher import Batcher, InferenceResult
 from service.inference.image_decoder import ImageDecoder
 from service.inference.recent_predictions import RecentPrediction, RecentPredictions
-from service.resources import ResourceAllocation, allocate_resources
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 

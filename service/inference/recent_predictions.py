@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from models.artifacts.decision import DecisionRule
+from models.artifacts.decision_rule import DecisionRule
 from models.runtime.openvino_engine import Engine, Pixels
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from models.artifacts.bundle import open_bundle
 from models.artifacts.paths import resolve_bundle
 from models.errors import BundleError, UserError
+from service.cpu_allocation import allocate_resources
 from service.http.errors import Problem
 from service.inference.model_manager import RETRY_S, LoadedModel, ModelManager, load_model
 from service.inference.recent_predictions import Agreement, RecentPrediction
-from service.resources import allocate_resources
 from service.rollout.agreement import ALLOWED_DIFFERENCES, measure_agreement, rejection_reason
 from service.rollout.state import (
     RejectedBundle,

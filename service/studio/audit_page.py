@@ -11,7 +11,7 @@ from flask import Blueprint, Response, url_for
 
 from service.context import services
 from service.http.errors import Problem
-from service.studio import background, finetune_process
+from service.studio import background_tasks, finetune_process
 from service.studio.access import protect
 from service.studio.data_pages import changed, find_data_set
 from service.studio.data_sets import DataSet, Photo, fingerprint
@@ -52,7 +52,7 @@ class Finding:
 def show(name: str) -> Response:
     """Show the findings of the last audit."""
     data_set = find_data_set(name)
-    task = background.current_task(data_set)
+    task = background_tasks.current_task(data_set)
     saved = data_set.read_state("audit.json", None)
     found = findings(data_set, saved) if saved else []
     ignored = set(data_set.read_state("ignored.json", []))
@@ -83,7 +83,7 @@ def show(name: str) -> Response:
 def show_json(name: str) -> Response:
     """Return the last audit: the report of `finetune audit --json`, and the findings that are left."""
     data_set = find_data_set(name)
-    task = background.current_task(data_set)
+    task = background_tasks.current_task(data_set)
     saved = data_set.read_state("audit.json", None)
     ignored = data_set.read_state("ignored.json", [])
     rows = [
@@ -108,14 +108,14 @@ def start(name: str) -> Response:
     timeout_s = services().settings.studio_audit_timeout_s
     folder, before = data_set.folder, data_fingerprint(data_set)
 
-    def work(report: background.Report) -> str:
+    def work(report: background_tasks.Report) -> str:
         report("Checking the photos", total=-1)
         # 1: there are findings
         result = finetune_process.run_json(["audit", "--json", str(folder)], timeout_s=timeout_s, ok=(0, 1))
         data_set.write_state("audit.json", {"report": result, "fingerprint": before})
         return "The photos were checked."
 
-    background.start(data_set, "audit", work)
+    background_tasks.start(data_set, "audit", work)
     return changed(data_set, status=202, back=url_for("audit.show", name=name))
 
 

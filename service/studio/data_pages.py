@@ -17,7 +17,7 @@ from service.settings import MIB
 from service.studio import imports
 from service.studio.access import protect
 from service.studio.archive_upload import ArchiveUpload
-from service.studio.background import current_task
+from service.studio.background_tasks import current_task
 from service.studio.data_sets import UNLABELED, DataSet, Photo
 from service.studio.data_source import DATASET
 from service.studio.drop_layout import Destination, plan_drop

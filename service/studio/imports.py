@@ -20,7 +20,7 @@ from models.errors import UserError
 from service.http.errors import Problem
 from service.settings import MIB
 from service.studio import finetune_process
-from service.studio.background import Report, start
+from service.studio.background_tasks import Report, start
 from service.studio.data_sets import DataSet, require_bounds
 from service.studio.names import check_class_name
 

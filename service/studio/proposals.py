@@ -11,7 +11,7 @@ from models.errors import UserError
 from service.context import Services
 from service.http.errors import Problem
 from service.inference.batcher import InferenceResult
-from service.studio import background
+from service.studio import background_tasks
 from service.studio.data_sets import UNLABELED, DataSet, Photo
 
 BATCH = 4
@@ -46,7 +46,7 @@ def propose(data_set: DataSet, app: Services) -> None:
             f"The active model knows {', '.join(classes[:6])}, and no class of {data_set.name}. Label some photos, train, and"
             " put the new model live. Then it can suggest classes.",
         )
-    background.start(data_set, "prediction", lambda report: _propose(data_set, app, report))
+    background_tasks.start(data_set, "prediction", lambda report: _propose(data_set, app, report))
 
 
 def read_proposals(data_set: DataSet) -> dict[str, Proposal]:
@@ -61,7 +61,7 @@ def most_useful_first(photos: list[Photo], proposals: dict[str, Proposal]) -> li
     return sorted(photos, key=lambda photo: (proposals[photo.path].margin if photo.path in proposals else 2.0, photo.path))
 
 
-def _propose(data_set: DataSet, app: Services, report: background.Report) -> str:
+def _propose(data_set: DataSet, app: Services, report: background_tasks.Report) -> str:
     photos = data_set.photos_of(UNLABELED)
     rows: dict[str, tuple[str, float, float]] = {}
     for first in range(0, len(photos), BATCH):

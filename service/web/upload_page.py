@@ -10,7 +10,7 @@ from pathlib import Path
 from flask import Blueprint, Request, Response, g, render_template, request, url_for
 
 from models.artifacts.bundle import read_small_file
-from models.artifacts.decision import UNLIKE_TRAINING
+from models.artifacts.decision_rule import UNLIKE_TRAINING
 from models.errors import BundleError
 from models.preprocess import HAS_HEIF, IMAGE_FORMATS_TEXT
 from models.runtime.openvino_engine import Pixels

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from models.artifacts.bundle import GOLDEN, GRAPH, open_bundle, write_bundle
-from models.artifacts.ood import OOD_FILE, OOD_SCORE, OOD_SCORES_FILE
+from models.artifacts.ood_score import OOD_FILE, OOD_SCORE, OOD_SCORES_FILE
 
 
 def without_ood_score(path: Path, out: Path) -> Path:

@@ -14,7 +14,7 @@ import pytest
 
 from models.artifacts.bundle import MANIFEST
 from models.errors import ConfigError
-from service.resources import ResourceAllocation, allocate_resources, available_cpus
+from service.cpu_allocation import ResourceAllocation, allocate_resources, available_cpus
 from service.settings import RENAMED, SHIPPED_BUNDLE, Settings
 from tests.helpers.rollout_bundles import rewritten
 from tests.helpers.server import run_service
@@ -169,7 +169,7 @@ def test_cpus_are_limited_by_the_quota_of_the_container(tmp_path: Path) -> None:
 
 
 def test_resources_follow_from_the_cpus_and_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.resources.available_cpus", lambda: 8)
+    monkeypatch.setattr("service.cpu_allocation.available_cpus", lambda: 8)
     assert allocate_resources(Settings()) == ResourceAllocation(
         cpus=8, workers=1, threads=80, cpus_per_worker=8, inference_threads=9, streams=8
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 from finetune.data.synthetic.appearance import Appearance
-from finetune.data.synthetic.heads import draw_head
+from finetune.data.synthetic.faces import draw_head
 from finetune.data.synthetic.pen import Color, Pen, darker, lighter, mirrored, mix
 
 POSES = ("portrait", "sitting", "standing", "lying")

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from finetune.config import from_mapping
-from finetune.evaluation.ood import read_ood_scores
+from finetune.evaluation.fit_ood import read_ood_scores
 from finetune.metrics.abstention import describe_abstention, measure_abstention
-from finetune.metrics.ood import OODLimit, fit_limit
+from finetune.metrics.ood_detection import OODLimit, fit_limit
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import HELD_OUT, MANIFEST, Bundle, open_bundle
 from models.artifacts.evaluation import EVALUATED, OUT_OF_FOLD, write_evaluation

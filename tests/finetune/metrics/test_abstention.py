@@ -8,7 +8,7 @@ import numpy as np
 
 from finetune.metrics.abstention import describe_abstention, format_abstention, measure_abstention
 from finetune.metrics.groups import proportion_interval
-from models.artifacts.decision import DecisionRule
+from models.artifacts.decision_rule import DecisionRule
 from models.artifacts.predictions import Predictions
 from models.artifacts.statistics import wilson_interval
 

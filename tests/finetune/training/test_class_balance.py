@@ -23,7 +23,7 @@ from finetune.training.data_loaders import CachedBatches, InMemoryBatches, balan
 from finetune.training.trainer import fit, predict
 from models.errors import ConfigError
 from models.networks.classifier import build_classifier
-from models.networks.logit_shift import require_shiftable_logits, shift_logits
+from models.networks.head_logits import require_shiftable_logits, shift_logits
 from models.networks.registry import get_spec
 from tests.helpers.tiny_network import TINY, registered
 

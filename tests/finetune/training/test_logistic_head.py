@@ -20,8 +20,8 @@ from finetune.training.logistic_regression import unit_length
 from models.artifacts.bundle import open_bundle
 from models.errors import ConfigError
 from models.networks.classifier import Classifier, load_classifier
+from models.networks.head_logits import require_logistic_head
 from models.networks.head_replacement import NormalizedLinear
-from models.networks.logit_shift import require_logistic_head
 from models.networks.registry import get_spec
 from models.runtime.openvino_engine import OpenVINOEngine
 from tests.finetune.compute.test_distributed import largest_difference, train_in_ranks

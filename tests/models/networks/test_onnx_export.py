@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.artifacts.ood import OOD_SCORE, OODParameters
+from models.artifacts.ood_score import OOD_SCORE, OODParameters
 from models.networks.classifier import Classifier, build_classifier
 from models.networks.onnx_export import OUTPUTS, export_onnx, export_serving_graph
 from models.networks.registry import get_spec

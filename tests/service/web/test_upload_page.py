@@ -25,12 +25,12 @@ from service import create_app
 from service.api.predict import Prediction
 from service.app import create_full_app, create_services
 from service.context import services_of
+from service.cpu_allocation import allocate_resources
 from service.http.errors import Problem
 from service.http.uploads import Upload
 from service.inference.batcher import InferenceResult
 from service.inference.image_decoder import ImageDecoder, PreprocessedImage
 from service.inference.model_manager import ModelManager, load_model
-from service.resources import allocate_resources
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from service.web import upload_page

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.artifacts.decision import LOW_PROBABILITY, UNLIKE_TRAINING, Decision, DecisionRule, format_probability
+from models.artifacts.decision_rule import LOW_PROBABILITY, UNLIKE_TRAINING, Decision, DecisionRule, format_probability
 from models.errors import BundleError
 
 CLASSES = ("cats", "dogs")

@@ -1,4 +1,4 @@
-"""Networks whose heads output the logits: add a constant to each by changing a bias, or fit the head alone."""
+"""Heads whose outputs are the logits: check for them, and add a constant to each logit by changing a bias."""
 
 from __future__ import annotations
 

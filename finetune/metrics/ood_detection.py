@@ -1,6 +1,6 @@
 """Fit the OOD score and its limit, and measure how well it recognizes images of none of the classes.
 
-``models.artifacts.ood`` describes the score.
+``models.artifacts.ood_score`` describes the score.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune.metrics.bootstrap import QUANTILES_95
 from finetune.metrics.classification import roc_auc
 from finetune.metrics.formatting import format_percent
 from finetune.metrics.groups import effective_size, proportion_interval
-from models.artifacts.ood import OODParameters
+from models.artifacts.ood_score import OODParameters
 from models.artifacts.statistics import wilson_interval
 
 MAX_COMPONENTS = 64

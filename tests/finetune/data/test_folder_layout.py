@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from finetune.data.class_names import find_similar
+from finetune.data.folder_layout import labels_in_names
 from finetune.data.image_files import ImageSearch, describe_skipped, read_image_file
 from finetune.data.image_folder import NO_LABEL, read_dataset, read_split
-from finetune.data.layout import labels_in_names
 from models.artifacts.data_folder import split_of
 from models.errors import DataError, ImageError
 

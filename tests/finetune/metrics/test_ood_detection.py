@@ -10,7 +10,7 @@ from scipy.stats import norm
 from sklearn.covariance import ledoit_wolf
 from sklearn.covariance import ledoit_wolf_shrinkage as reference_shrinkage
 
-from finetune.metrics.ood import (
+from finetune.metrics.ood_detection import (
     OODLimit,
     assign_groups_to_folds,
     fit_limit,
@@ -21,7 +21,7 @@ from finetune.metrics.ood import (
     out_of_fold_scores,
     to_unit_length,
 )
-from models.artifacts.ood import OODParameters
+from models.artifacts.ood_score import OODParameters
 from models.networks.onnx_export import OODScore
 
 DIMENSIONS, CLASSES = 40, 3

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from models.artifacts import ood
-from models.artifacts.ood import OODParameters
+from models.artifacts import ood_score
+from models.artifacts.ood_score import OODParameters
 from models.errors import BundleError
 
 
@@ -45,7 +45,7 @@ def test_a_written_file_gives_the_same_scores(tmp_path: Path) -> None:
 def test_chunks_do_not_change_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings = np.random.default_rng(1).normal(size=(10, 6))
     expected = parameters().scores(embeddings)
-    monkeypatch.setattr(ood, "CHUNK_ROWS", 3)
+    monkeypatch.setattr(ood_score, "CHUNK_ROWS", 3)
     np.testing.assert_allclose(parameters().scores(embeddings), expected, rtol=1e-6)
 
 

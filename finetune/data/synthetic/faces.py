@@ -1,4 +1,4 @@
-"""Draw heads, which distinguish cats from dogs: ears, eyes, noses, mouths and whiskers.
+"""Draw faces, which distinguish cats from dogs: ears, eyes, noses, mouths and whiskers.
 
 The head center is (0, 0), and half the head width is about one unit.
 """

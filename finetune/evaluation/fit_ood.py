@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from finetune.data.duplicates import find_linked
 from finetune.data.inspection import ImageRecord
-from finetune.metrics.ood import OODLimit, assign_groups_to_folds, fit_limit, fit_ood, out_of_fold_scores
+from finetune.metrics.ood_detection import OODLimit, assign_groups_to_folds, fit_limit, fit_ood, out_of_fold_scores
 from models.artifacts.bundle import Bundle, check_file
 from models.artifacts.data_folder import is_neither
-from models.artifacts.ood import OOD_SCORES_FILE, HeldOutOODScores, OODParameters
+from models.artifacts.ood_score import OOD_SCORES_FILE, HeldOutOODScores, OODParameters
 from models.errors import BundleError
 
 OUT_OF_FOLD, VALIDATION = "training and validation, out of fold", "validation"
