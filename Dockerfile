@@ -53,7 +53,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     PORT=8000
 # A short training shows that nothing is missing, and writes the bytecode of what it imports: a read-only container cannot.
 RUN python -m finetune synthesize /tmp/smoke/pictures --train 24 --valid 8 \
- && python -m finetune train --data-dir /tmp/smoke/pictures --backbone efficientnet_lite0 --epochs 1 --output-dir /tmp/smoke/run \
+ && python -m finetune train /tmp/smoke/pictures --backbone efficientnet_lite0 --epochs 1 --output-dir /tmp/smoke/run \
  && rm -rf /tmp/* /cache/*
 WORKDIR /work
 ARG REVISION=""

@@ -58,8 +58,8 @@ demo: $(INSTALLED) ## train on generated pictures and open the gallery (takes ab
 	  echo "This takes about a minute: draw 280 pictures, train on 200 of them, and predict all of them by cross-validation."; \
 	  rm -rf demo/run demo/folds && \
 	  { [ -d demo/pictures ] || $(BIN)/finetune synthesize demo/pictures; } && \
-	  $(BIN)/finetune train --data-dir demo/pictures --backbone efficientnet_lite0 --epochs 10 --output-dir demo/run && \
-	  $(BIN)/finetune evaluate --folds 5 --bundle demo/run/bundle --data-dir demo/pictures --output-dir demo/folds; \
+	  $(BIN)/finetune train demo/pictures --backbone efficientnet_lite0 --epochs 10 --output-dir demo/run && \
+	  $(BIN)/finetune evaluate demo/run/bundle --folds 5 --data-dir demo/pictures --output-dir demo/folds; \
 	fi
 	@echo "Pictures: demo/pictures. Run: demo/run. Cross-validated predictions: demo/folds. Reviews: demo/reviews.db."
 	@BUNDLE=demo/run/bundle DATA_DIR=demo/pictures EVALUATIONS=demo/folds DATABASE_URL=sqlite:///demo/reviews.db \

@@ -223,20 +223,9 @@ class Config:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--config`` and a flag for every setting. Flags that are not used stay out of the namespace."""
+    """Add ``--config`` and a flag for every setting but the data folder. Flags that are not used stay out of the namespace."""
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="settings file; flags override it")
-    add_flags(parser, [f.name for f in dataclasses.fields(Config)])
-
-
-def add_data_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the data folder as an optional positional argument, for commands that train on it several times."""
-    parser.add_argument(
-        "data_dir",
-        type=Path,
-        nargs="?",
-        metavar="DATA",
-        help="folder with train/CLASS/ and valid/CLASS/ (default: that of --labels)",
-    )
+    add_flags(parser, [f.name for f in dataclasses.fields(Config) if f.name != "data_dir"])
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
@@ -268,7 +257,7 @@ def from_arguments(args: argparse.Namespace) -> Config:
 def explicit_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of the config file and the flags by name; flags override the file. Raises ConfigError."""
     known = {f.name for f in dataclasses.fields(Config)}
-    flags = {key: value for key, value in vars(args).items() if key in known}
+    flags = {key: value for key, value in vars(args).items() if key in known and value is not None}
     file = getattr(args, "config", None)
     return {**(read_yaml(file) if file else {}), **flags}
 

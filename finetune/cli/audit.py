@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from finetune.cli.arguments import DATA, add_folder
 from finetune.data.image_folder import list_files
 from finetune.data.label_source import locate_data
 from models.errors import UserError
@@ -20,7 +21,7 @@ EXIT_CODES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXIT_CODES
-    parser.add_argument("data_dir", type=Path, nargs="?", metavar="DATA", help="folder to audit (default: that of --labels)")
+    add_folder(parser, DATA, "folder to audit (default: that of --labels)")
     parser.add_argument("--labels", metavar="FILE", help="table of labels, instead of class folders")
     parser.add_argument("--json", action="store_true", help="print all findings as JSON")
     parser.add_argument(

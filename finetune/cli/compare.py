@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from finetune import config as settings
+from finetune.cli.arguments import DATA, add_folder
 from finetune.data.label_source import locate_data
 from finetune.io.progress import step
 
@@ -36,7 +37,7 @@ SHARED_SETTINGS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    settings.add_data_argument(parser)
+    add_folder(parser, DATA, "folder with train/CLASS/ and valid/CLASS/ (default: that of --labels)")
     parser.add_argument(
         "--backbones",
         required=True,

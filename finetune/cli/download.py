@@ -53,5 +53,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"Note: the published archive has {source.image_count:,} photos.")
     if source.note:
         print(source.note)
-    print(f"Next: finetune train --data-dir {shlex.quote(str(summary.out))} --backbone efficientnet_lite0")
+    print(f"Next: finetune train {shlex.quote(str(summary.out))} --backbone efficientnet_lite0")
     return 0

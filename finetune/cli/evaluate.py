@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.cli.arguments import BUNDLE, add_folder
 from finetune.data.label_source import locate_data
 from finetune.evaluation.options import require_compatible_options
 from finetune.io.progress import step
@@ -16,7 +17,7 @@ MAX_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to evaluate")
+    add_folder(parser, BUNDLE, "bundle to evaluate", required=True)
     parser.add_argument("--data-dir", type=Path, metavar="DATA", help="folder of labeled photos (default: that of --labels)")
     parser.add_argument("--labels", metavar="FILE", help="table of labels, instead of class folders")
     parser.add_argument(

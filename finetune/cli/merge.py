@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.cli.arguments import BUNDLE, add_folder
 from models.artifacts.bundle import open_bundle
 from models.errors import BundleError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle without the full weights")
+    add_folder(parser, BUNDLE, "bundle without the full weights", required=True)
     parser.add_argument(
         "out", type=Path, nargs="?", metavar="OUT", help="folder for the full bundle (default: where the service looks for it)"
     )

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from finetune import config as settings
+from finetune.cli.arguments import BUNDLE, add_folder
 from models.artifacts.bundle import open_bundle
 from models.runtime.precision import describe_export
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle, which does not change")
+    add_folder(parser, BUNDLE, "bundle, which does not change", required=True)
     settings.add_flags(parser, ("data_dir", "labels", "max_accuracy_loss", "workers"))
     parser.add_argument("--output-dir", type=Path, metavar="OUT", help="folder of the new bundle (default: BUNDLE-int8)")
 

@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
     summary = write_synthetic_dataset(args.out, train=args.train, valid=args.valid, seed=args.seed)
     print(f"Drew {summary.train} training and {summary.valid} validation images of cats and dogs in {summary.out}.")
     print("They are drawings: accuracy on them says nothing about photos.")
-    print(f"Next: finetune train --data-dir {shlex.quote(str(summary.out))} --backbone efficientnet_lite0")
+    print(f"Next: finetune train {shlex.quote(str(summary.out))} --backbone efficientnet_lite0")
     return 0

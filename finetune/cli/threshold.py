@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.cli.arguments import BUNDLE, add_folder
 from finetune.config import Config
 from models.artifacts.bundle import Bundle, open_bundle
 from models.errors import BundleError, ConfigError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle, which does not change")
+    add_folder(parser, BUNDLE, "bundle, which does not change", required=True)
     change = parser.add_mutually_exclusive_group()
     change.add_argument(
         "--target-precision",

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from finetune import config as settings
+from finetune.cli.arguments import DATA, add_folder
 from finetune.io.progress import events_to, step
 from models.artifacts.bundle import Bundle
 from models.errors import RunError
@@ -16,6 +17,7 @@ from models.runtime.allocator import return_large_blocks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_folder(parser, DATA, "folder with train/CLASS/*.jpg and valid/CLASS/*.jpg, or val, validation, test (default: data)")
     settings.add_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="continue the interrupted run in --output-dir")
     parser.add_argument("--progress-file", type=Path, metavar="FILE", help="append the progress to FILE, as lines of JSON")
@@ -133,7 +135,7 @@ def next_commands(bundle: Bundle, data_dir: Path, labels: str | None = None) -> 
     else:
         how = ""
     return [
-        f"finetune evaluate --bundle {path} --data-dir {data}{table}{how}",
+        f"finetune evaluate {path} --data-dir {data}{table}{how}",
         f"DATA_DIR={data} serve-classifier {path}",
     ]
 

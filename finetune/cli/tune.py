@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 
 from finetune import config as settings
+from finetune.cli.arguments import DATA, add_folder
 from finetune.data.label_source import locate_data
 from finetune.io.progress import step
 from finetune.presets import TUNING_FILE, default_tuning_dir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    settings.add_data_argument(parser)
+    add_folder(parser, DATA, "folder with train/CLASS/ and valid/CLASS/ (default: that of --labels)")
     parser.add_argument(
         "--backbones",
         metavar="A,B,A+B",
@@ -33,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     out = args.output_dir or default_tuning_dir(data_dir)
     print("\n" + tune(data_dir, args.backbones, out, shared))
     tuning = "" if args.output_dir is None else f" --tuning {out / TUNING_FILE}"
-    print(f"Next: finetune train --data-dir {data_dir} --preset best{tuning}")
+    print(f"Next: finetune train {data_dir} --preset best{tuning}")
     return 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.cli.arguments import BUNDLE, add_folder
 from finetune.io.progress import step
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bundle", type=Path, required=True, metavar="DIR", help="bundle to visualize")
+    add_folder(parser, BUNDLE, "bundle to visualize", required=True)
     parser.add_argument("--photo", type=Path, metavar="FILE", help="also draw the feature maps of this photo")
     parser.add_argument("--maps", type=int, default=32, metavar="N", help="max maps per layer (default: 32)")
     parser.add_argument("--output-dir", type=Path, metavar="OUT", help="folder for the images (default: visualizations/BUNDLE)")

@@ -117,7 +117,7 @@ def read_ood_scores(bundle: Bundle) -> HeldOutOODScores:
     if OOD_SCORES_FILE not in bundle.manifest["files"]:
         raise BundleError(
             f"The bundle {bundle.path} has no OOD scores of photos that were not used in training. Run `finetune evaluate "
-            f"--folds 5 --bundle {bundle.path} --data-dir DATA`, and pass its output folder with --evaluation."
+            f"{bundle.path} --folds 5 --data-dir DATA`, and pass its output folder with --evaluation."
         )
     check_file(bundle.path, OOD_SCORES_FILE, bundle.manifest["files"])
     return HeldOutOODScores.read(bundle.path / OOD_SCORES_FILE)

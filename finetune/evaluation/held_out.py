@@ -85,7 +85,7 @@ def read_held_out(bundle: Bundle) -> HeldOutPredictions:
     """
     if HELD_OUT not in bundle.manifest["files"]:
         raise BundleError(
-            f"The bundle {bundle.path} has no out-of-fold predictions. Run `finetune evaluate --folds 5 --bundle {bundle.path} "
+            f"The bundle {bundle.path} has no out-of-fold predictions. Run `finetune evaluate {bundle.path} --folds 5 "
             "--data-dir DATA`, and pass its output folder with --evaluation."
         )
     check_file(bundle.path, HELD_OUT, bundle.manifest["files"])

@@ -45,7 +45,7 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         "Methods:\n",
         "\n".join(f"- {TITLES.get(name, name)}: {method}" for name, method in metrics["methods"].items()) + "\n",
         f"These photos also selected {_selected(manifest)}the temperature ({manifest['temperature']:.3f}). For an unbiased"
-        " figure, evaluate on unseen photos: `finetune evaluate --bundle DIR --data-dir DATA --split NAME`.\n",
+        " figure, evaluate on unseen photos: `finetune evaluate DIR --data-dir DATA --split NAME`.\n",
         *_learning_curve(metrics),
         "## None of these\n",
         _none_of_these(manifest),

@@ -51,7 +51,7 @@ def retrain_command(bundle: Bundle, *, has_extra_data: bool) -> str:
     flags += ["--reviews reviews.csv"]
     flags += ["--extra-data production"] if has_extra_data else []
     new = _run_names(bundle)[1]
-    return f"finetune train --data-dir {_data_dir()} --backbone {bundle.backbone} {' '.join(flags)} --output-dir {new}"
+    return f"finetune train {_data_dir()} --backbone {bundle.backbone} {' '.join(flags)} --output-dir {new}"
 
 
 def serve_both_command(bundle: Bundle) -> str:

@@ -81,7 +81,7 @@ def test_a_network_trains_on_a_table_and_a_missing_image_is_damaged(trained: Sim
 
 def test_the_next_command_names_the_table(trained: SimpleNamespace) -> None:
     data = f"--data-dir {trained.table.parent} --labels {trained.table}"
-    assert f"  finetune evaluate --bundle {trained.bundle.path} {data} --folds 5\n" in trained.out
+    assert f"  finetune evaluate {trained.bundle.path} {data} --folds 5\n" in trained.out
 
 
 def test_the_hold_out_has_complete_groups(trained: SimpleNamespace) -> None:

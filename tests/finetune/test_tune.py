@@ -68,10 +68,7 @@ def test_every_candidate_is_compared_with_the_best(tuned: SimpleNamespace) -> No
 def test_the_report_has_a_row_for_each_network(tuned: SimpleNamespace) -> None:
     text = (tuned.root / "tune" / "tune.md").read_text(encoding="utf-8")
     assert text in tuned.printed
-    assert (
-        f"Next: finetune train --data-dir {tuned.data} --preset best --tuning {tuned.root / 'tune' / 'tune.json'}"
-        in tuned.printed
-    )
+    assert f"Next: finetune train {tuned.data} --preset best --tuning {tuned.root / 'tune' / 'tune.json'}" in tuned.printed
     for name in NETWORKS:
         assert text.count(f"| {name} | ") == 1
     assert f"# Heads for colours: {3 * len(NETWORKS)} candidates on 45 training photos" in text

@@ -72,7 +72,7 @@ def test_an_unknown_command_gets_a_suggestion() -> None:
         (("predict", "--bundle", "b", "photo.jpg", "--jsn"), "Did you mean '--json'?"),
         (("train", "--epochs", "many"), "Argument --epochs: invalid int value: 'many'"),
         (("train", "--epochs"), "Argument --epochs: expected one argument"),
-        (("train", "surplus"), "Unrecognized arguments: surplus"),
+        (("train", "photos", "surplus"), "Unrecognized arguments: surplus"),
         (("predict", "photo.jpg"), "required: --bundle"),
         (("--version-of-what",), "Unrecognized arguments"),
     ],

@@ -179,7 +179,7 @@ def test_training_reports_each_step_and_ends_with_the_next_commands(data: Path, 
     assert positions == sorted(positions)
     assert printed.splitlines()[-3:] == [
         "Next:",
-        f"  finetune evaluate --bundle '{out}/bundle' --data-dir {data} --folds 5",
+        f"  finetune evaluate '{out}/bundle' --data-dir {data} --folds 5",
         f"  DATA_DIR={data} serve-classifier '{out}/bundle'",
     ]
 

@@ -201,8 +201,8 @@ def test_another_rate_of_false_alarms_changes_the_limit(changed: SimpleNamespace
 def test_an_older_bundle_takes_the_scores_of_an_evaluation(bundle: Bundle, tmp_path: Path) -> None:
     older = without_ood_scores(bundle.path, tmp_path / "older")
     expected = (
-        f"The bundle {older} has no OOD scores of photos that were not used in training. Run `finetune evaluate --folds 5 "
-        f"--bundle {older} --data-dir DATA`, and pass its output folder with --evaluation."
+        f"The bundle {older} has no OOD scores of photos that were not used in training. Run `finetune evaluate "
+        f"{older} --folds 5 --data-dir DATA`, and pass its output folder with --evaluation."
     )
     assert rejected(older, "--false-alarms", 0.1) == expected
     folder = evaluation(open_bundle(older), tmp_path / "folds", ood_scores=True)
@@ -232,7 +232,7 @@ def test_a_rate_out_of_range_and_a_bundle_without_a_score_are_refused(bundle: Bu
 
 def test_a_bundle_without_out_of_fold_predictions_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     expected = (
-        f"The bundle {bundle.path} has no out-of-fold predictions. Run `finetune evaluate --folds 5 --bundle {bundle.path} "
+        f"The bundle {bundle.path} has no out-of-fold predictions. Run `finetune evaluate {bundle.path} --folds 5 "
         "--data-dir DATA`, and pass its output folder with --evaluation."
     )
     assert rejected(bundle.path, "--target-precision", "0.99", "--output-dir", tmp_path / "new") == expected

@@ -549,7 +549,7 @@ def test_the_command_prints_a_summary_and_the_next_command(
     assert "train: 3 cats, 3 dogs" in printed
     assert f"sha256 {hashlib.sha256(FILTERED).hexdigest()} (recorded in SOURCE.json" in printed
     assert "the published archive has 3,000 photos" in printed
-    assert f"finetune train --data-dir {out} --backbone efficientnet_lite0" in printed
+    assert f"finetune train {out} --backbone efficientnet_lite0" in printed
 
 
 def test_the_command_mentions_damaged_files_of_the_source(

@@ -144,7 +144,7 @@ def test_a_network_trains_on_a_data_set(tmp_path: Path, tiny_weights: Path, monk
     code, out, _ = finetune("train", *flags)
     assert code == 0
     assert f"Saved 12 images of {source} to data/saved." in out
-    assert f"  finetune evaluate --bundle {tmp_path}/run/bundle --data-dir data/saved --labels {source} --folds 5\n" in out
+    assert f"  finetune evaluate {tmp_path}/run/bundle --data-dir data/saved --labels {source} --folds 5\n" in out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {row["column"] for row in metrics["slices"]} == {"light", "exposure"}
     assert metrics["groups"] == 2

@@ -157,7 +157,7 @@ def test_the_command_prints_a_summary_and_the_next_command(tmp_path: Path, capsy
     printed = capsys.readouterr().out
     assert "6 training and 4 validation images" in printed
     assert "nothing about photos" in printed
-    assert f"finetune train --data-dir '{out}' --backbone efficientnet_lite0" in printed
+    assert f"finetune train '{out}' --backbone efficientnet_lite0" in printed
     assert len(photos(out)) == 10
 
 

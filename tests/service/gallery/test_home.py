@@ -200,7 +200,7 @@ def test_the_command_names_a_new_run_each_time(app: Flask, tiny_bundle: SimpleNa
     with app.app_context():
         for number in (1, 2, 3):
             command = retrain_command(bundle, has_extra_data=number > 1)
-            assert "--data-dir 'my photos' --backbone tiny" in command
+            assert command.startswith("finetune train 'my photos' --backbone tiny ")
             assert ("--extra-data production" in command) == (number > 1)
             runs.append(command.rpartition("--output-dir ")[2])
             Path(runs[-1]).mkdir(parents=True)
@@ -215,7 +215,7 @@ def test_the_command_names_the_table_of_a_model_that_was_trained_on_one(app: Fla
     with app.app_context():
         assert "--labels" not in retrain_command(bundle, has_extra_data=False)
         command = retrain_command(replace(bundle, manifest=manifest), has_extra_data=False)
-    assert command.startswith("finetune train --data-dir 'my photos' --backbone tiny --labels LABELS ")
+    assert command.startswith("finetune train 'my photos' --backbone tiny --labels LABELS ")
 
 
 def test_the_command_trains_a_logistic_head_again(app: Flask, tiny_bundle: SimpleNamespace) -> None:

@@ -425,7 +425,7 @@ def test_without_a_folder_predictions_or_a_second_model_the_pages_explain_what_t
             f" 0.9 --weight-decay {config['weight_decay']} --lr-schedule {config['lr_schedule']} --seed {config['seed']}"
         )
         for command in (
-            f"finetune train --data-dir DATA --backbone tiny {given} --reviews reviews.csv --output-dir runs/{name}-reviewed",
+            f"finetune train DATA --backbone tiny {given} --reviews reviews.csv --output-dir runs/{name}-reviewed",
             f"BUNDLE=runs/{name}-reviewed/bundle EVALUATIONS={tiny_bundle.path} DATA_DIR=DATA python -m service",
         ):
             assert f">{command}</code>" in text

@@ -318,6 +318,15 @@ def test_heads_get_the_same_status_at_capacity(shared_server: SharedServer) -> N
     assert idle["plain"] == 200
     assert (idle["no host"], idle["two hosts"], idle["101 headers"]) == (400, 400, 431)
     assert sum(400 <= status < 502 for status in idle.values()) >= 18
+    codes = {400: "bad_request", 414: "uri_too_long", 431: "headers_too_large"}
+    for name in ("no host", "two hosts", "101 headers", "a long line"):
+        with RawConnection(server) as connection:
+            connection.socket.sendall(b"\r\n".join(HEADS[name]) + b"\r\n\r\n")
+            response = connection.response()
+        problem = response.json()
+        assert response.headers["Content-Type"] == "application/problem+json"
+        assert (problem["code"], problem["status"]) == (codes[response.status], response.status)
+        assert problem["detail"].startswith("The request line or the headers are invalid: ")
     with hold_requests(server, 4):
         assert statuses() == {name: 503 if status == 200 else status for name, status in idle.items()}
 
