@@ -89,6 +89,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
         413, "Selection too large", "Add a filter, or let the administrator raise `MAX_SELECTED`."
     ),
     "too_many_pixels": ProblemType(413, "Image too large", "Resize the image first."),
+    "uri_too_long": ProblemType(414, "Address too long", "Shorten the address, and send data in the body."),
     "not_an_image": ProblemType(415, "Unsupported image format", f"Use {IMAGE_FORMATS_TEXT}."),
     "unsupported_media_type": ProblemType(415, "Unsupported media type", "Set `Content-Type` to one of the listed types."),
     "bundle_invalid": ProblemType(422, "Invalid bundle", "`detail` states the reason. Copy or export the bundle again."),
@@ -99,6 +100,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
         422, "Image too complex", "Decoding would take too long or too much memory. Save the image as an ordinary JPEG or PNG."
     ),
     "job_queue_full": ProblemType(429, "Training queue full", "Cancel a waiting run, or start this one later."),
+    "headers_too_large": ProblemType(431, "Headers too large", "Send fewer and shorter headers and cookies."),
     "internal_error": ProblemType(
         500, "Internal server error", "Give the administrator the request id. The log has the details."
     ),

@@ -39,6 +39,7 @@ import socket
 import struct
 import termios
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
@@ -53,7 +54,7 @@ from gunicorn.workers.base import Worker
 
 from service.context import services_of
 from service.http import CAN_STREAM, EVENT_STREAM, IMAGE_PATHS, PROBE_PATHS, REJECTION, SLOT
-from service.http.errors import Problem
+from service.http.errors import PROBLEM_MEDIA_TYPE, Problem
 from service.http.request_body import body_incomplete, body_malformed, body_timeout, body_too_large
 
 if TYPE_CHECKING:  # imported before the fork, when prometheus_client must not be loaded yet
@@ -72,6 +73,7 @@ ACCEPTED_AT_ONCE = 32
 ACCEPT_PAUSE_S = 0.2  # after the process ran out of files
 LINGER_S = 2.0
 STOP_S = 2.0
+HEAD_CODES = {400: "bad_request", 414: "uri_too_long", 431: "headers_too_large"}
 EVENT_PAUSE_S = 1.0  # between two chunks of a response that sends events
 TICK_S = 1.0
 RESERVED_FILES = 128  # for the model, databases, photos and logs
@@ -681,6 +683,7 @@ class EventLoopWorker(Worker):
         except Exception as error:
             self._middleware.metrics.requests_rejected.labels("invalid_head").inc()
             self.handle_error(request, output, connection.client, error)
+            _replace_with_problem(output, error)
             connection.send(output)
             await connection.sent()
             return None
@@ -805,6 +808,15 @@ class EventLoopWorker(Worker):
         exchange.body = exchange.body and b""
         result: Iterable[bytes] = self.wsgi(exchange.environ, exchange.response.start_response)
         return result
+
+
+def _replace_with_problem(output: ResponseBuffer, error: Exception) -> None:
+    """Replace the HTML that gunicorn wrote about an invalid head by a problem, where its status has a code."""
+    status_line, _, _ = output.partition(b"\r\n")
+    if code := HEAD_CODES.get(int(status_line.split()[1])):
+        body = Problem(code, f"The request line or the headers are invalid: {error}.").to_json(uuid.uuid4().hex)
+        headers = f"Connection: close\r\nContent-Type: {PROBLEM_MEDIA_TYPE}\r\nContent-Length: {len(body)}"
+        output[:] = b"%s\r\n%s\r\n\r\n%s" % (status_line, headers.encode(), body)
 
 
 def _check_connection_headers(request: Any) -> None:
