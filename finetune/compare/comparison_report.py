@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from finetune.compare.benchmark import ROUNDS, BenchmarkResult
 from finetune.metrics.formatting import format_percent
@@ -113,8 +113,9 @@ def plot_accuracy_over_latency(rows: Sequence[BenchmarkResult], path: Path) -> P
             row.ms_per_image, value, yerr=[[value - low], [high - value]], fmt="o", color=color, capsize=3, markersize=6
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
     label_heights = _spread([100 * row.accuracy["value"] for row in rows], low, high)
     for row, height in zip(rows, label_heights, strict=True):
