@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from finetune.metrics.bootstrap import QUANTILES_95, bootstrap_means
 from finetune.training.logistic_regression import (
     SELECTION_TOLERANCE,
-    compact,
     fit_logistic_regression,
-    scale_embeddings,
     split_folds,
 )
+from finetune.training.scaled_embeddings import compact, scale_embeddings
 from models.artifacts.statistics import confidence_interval
 
 PARTS = (8, 4, 2, 1)  # a part is this fraction of a fold's training images

@@ -19,9 +19,9 @@ from finetune.training.logistic_regression import (
     LogisticRegression,
     PenaltySelection,
     fit_logistic_regression,
-    scale_embeddings,
     select_penalty,
 )
+from finetune.training.scaled_embeddings import scale_embeddings
 from finetune.training.setup import TrainingNetwork
 from finetune.training.trainer import Progress, loss_and_accuracy, predict, predict_with_embeddings
 from models.errors import ConfigError

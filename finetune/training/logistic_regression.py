@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-from models.networks.spec import STANDARD, UNIT
+from finetune.training.scaled_embeddings import Floats, ScaledEmbeddings, compact, mean_embedding
 
 PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(2, -9, -1))  # 10 to 0.0001
 DEFAULT_PENALTY = 0.01
@@ -24,7 +23,6 @@ FOLDS = 5
 PATIENCE = 2  # weaker penalties without a lower loss before the selection ends
 MAX_IMAGES = 3_000  # that the penalty is selected on: the best one hardly depends on their number
 SELECTION_TOLERANCE = 1e-6  # changes the loss in its sixth digit
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +32,10 @@ class LogisticRegression:
     weight: Floats
     bias: Floats
 
-    def log_probs(self, embeddings: Floats) -> Floats:
-        """Compute log-probabilities (N, classes) of scaled embeddings (N, d)."""
-        return np.asarray(log_softmax(embeddings @ self.weight.T + self.bias, axis=1))
+    def log_probs(self, embeddings: ScaledEmbeddings) -> Floats:
+        """Compute the log-probabilities of embeddings, (N, classes)."""
+        logits = [chunk @ self.weight.T + self.bias for _, chunk in embeddings.chunks()]
+        return np.asarray(log_softmax(np.concatenate(logits), axis=1))
 
 
 @dataclass(frozen=True)
@@ -47,46 +46,8 @@ class PenaltySelection:
     losses: dict[float, float]
 
 
-def unit_length(embeddings: NDArray[np.floating[Any]]) -> Floats:
-    """Scale the rows of (N, d) to unit length, as ``NormalizedLinear`` does."""
-    rows = embeddings.astype(np.float64)
-    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return rows
-
-
-def scale_embeddings(embeddings: NDArray[np.floating[Any]], normalization: str) -> tuple[Floats, Floats | float]:
-    """Scale embeddings (N, d) to lengths of about 1, so that the same penalties suit all networks.
-
-    Args:
-        embeddings: The embeddings.
-        normalization: ``unit`` scales each to length 1, ``none`` all of them by one factor, and ``standard`` each dimension to
-            the same standard deviation.
-
-    Returns:
-        The scaled embeddings, and their divisor apart from the length of each: fitted weights are divided by it.
-    """
-    if normalization == UNIT:
-        return unit_length(embeddings), 1.0
-    rows = embeddings.astype(np.float64)
-    if normalization == STANDARD:
-        spread = rows.std(axis=0)
-        divisor: Floats | float = np.where(spread > 0, spread, 1.0) * np.sqrt(rows.shape[1])
-    else:
-        divisor = float(np.sqrt(np.mean(np.sum(rows**2, axis=1)))) or 1.0
-    rows /= divisor
-    return rows, divisor
-
-
-def compact(embeddings: Floats) -> Floats:
-    """Rotate (N, d) to N dimensions if d is larger by half, which does not change any prediction with an L2 penalty."""
-    if embeddings.shape[1] < 1.5 * len(embeddings):
-        return embeddings
-    values, vectors = np.linalg.eigh(embeddings @ embeddings.T)
-    return np.asarray(vectors * np.sqrt(np.maximum(values, 0)))
-
-
 def fit_logistic_regression(
-    embeddings: Floats,
+    embeddings: ScaledEmbeddings,
     labels: NDArray[np.int64],
     *,
     num_classes: int,
@@ -98,7 +59,7 @@ def fit_logistic_regression(
     """Fit the coefficients with L-BFGS until the gradient vanishes.
 
     Args:
-        embeddings: (N, d).
+        embeddings: N embeddings of d dimensions.
         labels: Class indices, (N,). Classes without images get a low probability.
         num_classes: The number of classes.
         penalty: The L2 penalty.
@@ -106,21 +67,26 @@ def fit_logistic_regression(
         start: The coefficients to start from, such as those of a similar penalty.
         tolerance: The largest component of the gradient of the mean loss.
     """
-    count, dimensions = embeddings.shape
+    embeddings = embeddings.dense_if_small()
+    count, dimensions = len(embeddings), embeddings.dimensions
     weights = np.ones(count) if weights is None else weights
-    center = embeddings.mean(axis=0)
-    centered = embeddings - center
-    rows = np.arange(count)
+    center = mean_embedding(embeddings)
 
     def objective(params: Floats) -> tuple[float, Floats]:
         weight, bias = params[:-num_classes].reshape(num_classes, dimensions), params[-num_classes:]
-        log_probs = log_softmax(centered @ weight.T + bias, axis=1)
-        loss = -weights @ log_probs[rows, labels] + penalty / 2 * np.sum(weight**2)
-        errors = np.exp(log_probs)
-        errors[rows, labels] -= 1
-        errors *= weights[:, None]
-        gradient = np.concatenate([(errors.T @ centered + penalty * weight).ravel(), errors.sum(axis=0)])
-        return float(loss / count), gradient / count
+        loss = penalty / 2 * np.sum(weight**2)
+        weight_gradient, bias_gradient = penalty * weight, np.zeros(num_classes)
+        for rows, chunk in embeddings.chunks():
+            own = np.arange(len(chunk)), labels[rows]
+            log_probs = log_softmax(chunk @ weight.T + (bias - weight @ center), axis=1)
+            loss -= weights[rows] @ log_probs[own]
+            errors = np.exp(log_probs)
+            errors[own] -= 1
+            errors *= weights[rows, None]
+            weight_gradient += errors.T @ chunk
+            bias_gradient += errors.sum(axis=0)
+        weight_gradient -= np.outer(bias_gradient, center)  # the embeddings are centered
+        return float(loss / count), np.concatenate([weight_gradient.ravel(), bias_gradient]) / count
 
     first = np.zeros(num_classes * (dimensions + 1))
     if start is not None:
@@ -132,7 +98,7 @@ def fit_logistic_regression(
 
 
 def select_penalty(
-    embeddings: Floats,
+    embeddings: ScaledEmbeddings,
     labels: NDArray[np.int64],
     groups: NDArray[np.int64],
     *,
@@ -147,7 +113,7 @@ def select_penalty(
     on other images. Source: the one-standard-error rule, Hastie, Tibshirani and Friedman 2009, section 7.10.
 
     Args:
-        embeddings: (N, d).
+        embeddings: N embeddings of d dimensions.
         labels: Class indices, (N,).
         groups: The number of each image's group, (N,). The images of a group share a fold.
         num_classes: The number of classes.
@@ -159,9 +125,9 @@ def select_penalty(
         kept = np.sort(np.random.default_rng(seed).choice(len(labels), MAX_IMAGES, replace=False))
         embeddings, labels, groups = embeddings[kept], labels[kept], groups[kept]
         weights = None if weights is None else weights[kept]
-    embeddings = compact(embeddings)
+    embeddings = compact(embeddings).dense_if_small()
     weights = np.ones(len(labels)) if weights is None else weights
-    splits = [(embeddings[train], train, held_out) for train, held_out in split_folds(labels, groups, folds=FOLDS, seed=seed)]
+    splits = list(split_folds(labels, groups, folds=FOLDS, seed=seed))
     if not splits:
         return PenaltySelection(DEFAULT_PENALTY, {})
     fits: list[LogisticRegression | None] = [None] * len(splits)
@@ -170,9 +136,9 @@ def select_penalty(
     total = float(weights.sum())
     for penalty in penalties:
         image_losses = np.zeros(len(labels))
-        for fold, (own, train, held_out) in enumerate(splits):
+        for fold, (train, held_out) in enumerate(splits):
             fits[fold] = fit = fit_logistic_regression(
-                own,
+                embeddings[train],
                 labels[train],
                 num_classes=num_classes,
                 penalty=penalty,

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from finetune.training.logistic_regression import (
-    compact,
     fit_logistic_regression,
-    scale_embeddings,
     select_penalty,
     split_folds,
 )
+from finetune.training.scaled_embeddings import compact, scale_embeddings
 from models.errors import DataError
 
 OUTER_FOLDS = 5

@@ -11,7 +11,8 @@ from PIL import Image
 from finetune.metrics import learning_curve as module
 from finetune.metrics.learning_curve import format_learning_curve, learning_curve
 from finetune.reports.plots import plot_more_photos
-from finetune.training.logistic_regression import fit_logistic_regression, scale_embeddings
+from finetune.training.logistic_regression import fit_logistic_regression
+from finetune.training.scaled_embeddings import ScaledEmbeddings, scale_embeddings
 
 
 def noisy(count: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +43,7 @@ def test_the_curve_rises_and_its_extrapolation_contains_the_truth() -> None:
             train, train_labels = noisy(count, seed=100 + seed)
             scaled, divisor = scale_embeddings(train, "none")
             fit = fit_logistic_regression(scaled, train_labels, num_classes=2, penalty=1.0)
-            values.append(-fit.log_probs(test / divisor)[np.arange(4000), test_labels].mean())
+            values.append(-fit.log_probs(ScaledEmbeddings(test, divisor=divisor))[np.arange(4000), test_labels].mean())
         measured.append(np.mean(values))
     gain = curve["gain"]["log_loss"]
     assert gain["low"] <= measured[1] - measured[0] <= gain["high"]

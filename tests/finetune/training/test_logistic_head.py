@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.training.logistic_regression import unit_length
+from finetune.training.scaled_embeddings import scale_embeddings
 from models.artifacts.bundle import open_bundle
 from models.errors import ConfigError
 from models.networks.classifier import Classifier, load_classifier
@@ -90,7 +90,8 @@ def test_the_weights_are_the_minimum_for_normalized_embeddings(
     weight, bias = head[f"{HEAD}.weight"].double().numpy(), head[f"{HEAD}.bias"].double().numpy()
     files = [(label, file) for label, name in enumerate(bundle.classes) for file in sorted((data / "train" / name).iterdir())]
     pixels = np.stack([bundle.preprocessing.pixels(file.read_bytes()) for _, file in files])
-    embeddings = unit_length(OpenVINOEngine(merged / "model.onnx", outputs=["embedding"]).run(pixels)[0])
+    served = OpenVINOEngine(merged / "model.onnx", outputs=["embedding"]).run(pixels)[0]
+    embeddings = scale_embeddings(served, "unit")[0].dense()
     labels = np.array([label for label, _ in files])
     logits = embeddings @ weight.T + bias
     errors = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)) - np.eye(3)[labels]

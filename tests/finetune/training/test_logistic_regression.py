@@ -16,16 +16,18 @@ from finetune.training.logistic_regression import (
     fit_logistic_regression,
     select_penalty,
     split_folds,
-    unit_length,
 )
+from finetune.training.scaled_embeddings import ScaledEmbeddings, scale_embeddings
 
 
-def noisy(count: int, *, classes: int = 3, dimensions: int = 12, spread: float = 1.0, seed: int = 0) -> tuple[np.ndarray, ...]:
+def noisy(
+    count: int, *, classes: int = 3, dimensions: int = 12, spread: float = 1.0, seed: int = 0
+) -> tuple[ScaledEmbeddings, np.ndarray]:
     """Unit vectors around one center per class, far from the origin, and their labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
     centers = 3 + np.random.default_rng(7).normal(size=(classes, dimensions))
-    return unit_length(centers[labels] + spread * rng.normal(size=(count, dimensions))), labels
+    return scale_embeddings(centers[labels] + spread * rng.normal(size=(count, dimensions)), "unit")[0], labels
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -36,8 +38,8 @@ def test_the_coefficients_are_those_of_scikit_learn(classes: int, penalty: float
     ours = fit_logistic_regression(embeddings, labels, num_classes=classes, penalty=penalty, weights=weights)
     # scikit-learn's model of two classes has one vector, the difference of ours, which halves its penalty
     c = 2 / penalty if classes == 2 else 1 / penalty
-    reference = Reference(C=c, tol=1e-10, max_iter=100_000).fit(embeddings, labels, sample_weight=weights)
-    np.testing.assert_allclose(np.exp(ours.log_probs(embeddings)), reference.predict_proba(embeddings), atol=1e-5)
+    reference = Reference(C=c, tol=1e-10, max_iter=100_000).fit(embeddings.dense(), labels, sample_weight=weights)
+    np.testing.assert_allclose(np.exp(ours.log_probs(embeddings)), reference.predict_proba(embeddings.dense()), atol=1e-5)
     np.testing.assert_allclose(ours.weight.sum(axis=0), 0, atol=1e-5)
 
 
@@ -99,9 +101,9 @@ def test_the_selected_loss_is_that_of_new_images() -> None:
 
 def test_copies_of_an_image_do_not_make_the_penalty_weaker() -> None:
     embeddings, labels = noisy(60, spread=4.0)
-    copied, copied_labels = np.repeat(embeddings, 4, axis=0), np.repeat(labels, 4)
-    groups = np.repeat(np.arange(60), 4)
-    linked = select_penalty(copied, copied_labels, groups, num_classes=3, seed=0)
+    four_times = np.repeat(np.arange(60), 4)
+    copied, copied_labels = embeddings[four_times], labels[four_times]
+    linked = select_penalty(copied, copied_labels, four_times, num_classes=3, seed=0)
     unlinked = select_penalty(copied, copied_labels, np.arange(240), num_classes=3, seed=0)
     assert linked.penalty > unlinked.penalty
 
@@ -132,5 +134,5 @@ def test_the_number_of_folds_follows_the_smallest_class(labels: list[int], group
     if folds:
         assert sorted(np.concatenate([held_out for _, held_out in splits])) == list(range(len(labels)))
     else:
-        selection = select_penalty(np.eye(len(labels)), np.array(labels), np.array(groups), num_classes=3, seed=0)
+        selection = select_penalty(ScaledEmbeddings(np.eye(len(labels))), np.array(labels), np.array(groups), num_classes=3, seed=0)
         assert (selection.penalty, selection.losses) == (DEFAULT_PENALTY, {})
