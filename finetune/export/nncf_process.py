@@ -63,7 +63,8 @@ def sensitive_nodes(model: onnx.ModelProto) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # NNCF then sends no usage reports
+    for absent in ("openvino_telemetry", "torch"):  # NNCF then sends no usage reports, and does not take 470 MB for PyTorch
+        sys.modules[absent] = None  # type: ignore[assignment]
     parser = argparse.ArgumentParser()
     parser.add_argument("graph", type=Path)
     parser.add_argument("pixels", type=Path)

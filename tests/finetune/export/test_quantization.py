@@ -32,11 +32,17 @@ SHIPPED = Path(__file__).resolve().parents[3] / "models" / "shipped" / "dogs-vs-
 
 @pytest.fixture(scope="module")
 def trained(shared_folder: SharedFolder) -> SimpleNamespace:
-    """The network ``tiny`` trained with enough validation photos for int8, and exported with its graphs."""
+    """The network ``tiny`` trained with enough validation photos for int8, and exported with its graphs.
+
+    The processes that the export starts fail if they import torch, which takes more memory than their work.
+    """
 
     def train(folder: Path) -> None:
         data = tiny_network.color_folder(folder / "data", train=20, valid=140)
-        with tiny_network.registered():
+        (folder / "no" / "torch").mkdir(parents=True)
+        (folder / "no" / "torch" / "__init__.py").write_text("raise AssertionError('torch was imported')")
+        with tiny_network.registered(), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(folder / "no"))
             weights = tiny_network.save_weights(folder / "tiny.pth")
             code, out, message = tiny_network.finetune(
                 "train", "--data-dir", data, "--backbone", "tiny", "--weights", weights, "--epochs", 10,
