@@ -116,6 +116,8 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         distributed.run_on_main(lambda: run_directory.create_run(folder, config, reviews=reviews.data if reviews else None))
     with run_directory.locked(folder) if distributed.is_main_process() else contextlib.nullcontext(), _resumable(folder):
         batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
+        if cache:
+            network.extractor.release()  # all features are computed
         initial = network.trainable_state() if cache else {}
         inputs = hash_inputs(prepared, network)
         progress = fit_head(config, folder, network, compute, batches, prepared, balance=balance, inputs=inputs)
@@ -299,7 +301,7 @@ def write_outputs(
     compute: Compute,
     head: TrainedHead,
     embeddings: Embeddings,
-    other_embeddings: Mapping[str, Embeddings],
+    other_embeddings: dict[str, Embeddings],
     prepared: PreparedDataset,
     progress: Progress,
     *,
@@ -317,6 +319,7 @@ def write_outputs(
         head: The network's outputs for the validation images.
         embeddings: Their embeddings, (N, d).
         other_embeddings: Those of the training images (train), and of images of none of the classes (neither) if there are any.
+            They are freed before the export.
         prepared: The data set.
         progress: The state after the last epoch.
         other: The outputs of the head that was trained for comparison, if any.
@@ -386,6 +389,7 @@ def write_outputs(
         seed=config.seed,
         plots=plots,
     )
+    other_embeddings.clear()  # the export needs their memory
     state = network.classifier.net.cpu().state_dict()
     return export_bundle(
         folder / run_directory.BUNDLE,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.data.duplicates import find_linked
 from finetune.data.inspection import ImageRecord
-from finetune.metrics.ood_detection import OODLimit, assign_groups_to_folds, fit_limit, fit_ood, out_of_fold_scores
+from finetune.metrics.ood_detection import OODLimit, StackedRows, assign_groups_to_folds, fit_limit, fit_ood, out_of_fold_scores
 from models.artifacts.bundle import Bundle, check_file
 from models.artifacts.data_folder import is_neither
 from models.artifacts.ood_score import OOD_SCORES_FILE, HeldOutOODScores, OODParameters
@@ -87,7 +87,7 @@ def fit_records(
     scored = np.ones(len(labels), np.bool_)
     scores, source = None, OUT_OF_FOLD
     if is_frozen:
-        embeddings = np.concatenate([train_embeddings, valid_embeddings])
+        embeddings = StackedRows(train_embeddings, valid_embeddings)
         folds = assign_groups_to_folds(groups, seed=seed)
         scores = out_of_fold_scores(embeddings, labels, folds, is_training=is_training, seed=seed)
     if scores is None:

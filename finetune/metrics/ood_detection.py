@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,33 @@ MIN_OTHER_VARIANCE = 2e-3
 MIN_TOTAL_VARIANCE = 1e-6
 FOLDS = 10
 RESAMPLES = 1000
+CHUNK_ROWS = 1024  # bounds the memory
+
+
+class Rows(Protocol):
+    """Embeddings of N images, of which some can be copied."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: NDArray[np.intp], /) -> NDArray[np.floating[Any]]: ...
+
+
+class StackedRows:
+    """The rows of several arrays (N, ...) as if they were one array, which would take their memory again."""
+
+    def __init__(self, *arrays: NDArray[np.floating[Any]]) -> None:
+        self._arrays = arrays
+        self._ends = np.cumsum([len(rows) for rows in arrays])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, rows: NDArray[np.intp], /) -> NDArray[np.floating[Any]]:
+        stacked = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
+        sources = np.searchsorted(self._ends, rows, side="right")
+        for source, (array, end) in enumerate(zip(self._arrays, self._ends, strict=True)):
+            own = sources == source
+            stacked[own] = array[rows[own] - (end - len(array))]
+        return stacked
 
 
 @dataclass(frozen=True)
@@ -106,27 +133,24 @@ def fit_ood(embeddings: NDArray[np.floating[Any]], labels: NDArray[np.int64], *,
     return _fit_rows(embeddings, np.arange(len(embeddings)), labels, seed=seed)
 
 
-def _fit_rows(
-    embeddings: NDArray[np.floating[Any]], used: NDArray[np.intp], labels: NDArray[np.int64], *, seed: int
-) -> OODParameters | None:
-    """Fit the score to the images ``used``, with the rows of one class at a time in memory."""
+def _fit_rows(embeddings: Rows, used: NDArray[np.intp], labels: NDArray[np.int64], *, seed: int) -> OODParameters | None:
+    """Fit the score to the images ``used``."""
     from sklearn.decomposition import PCA  # imported here because it takes a second
 
     present, rows = np.unique(labels[used], return_inverse=True)
-    members = (used[rows == row] for row in range(len(present)))
-    means = np.stack([to_unit_length(embeddings[own]).mean(axis=0, dtype=np.float64) for own in members])
+    means = np.stack([_mean_direction(embeddings, used[rows == row]) for row in range(len(present))])
     selected = np.arange(len(used))
     if len(used) > MAX_IMAGES:
         selected = np.sort(np.random.default_rng(seed).choice(len(used), MAX_IMAGES, replace=False))
     differences = to_unit_length(embeddings[used[selected]]) - means[rows[selected]]
     dimensions = differences.shape[1]
-    total = float((differences**2).sum() / len(differences))
+    total = float(squared_lengths(differences).sum() / len(differences))
     if len(used) <= len(present) or not total > MIN_TOTAL_VARIANCE:
         return None
     count = min(MAX_COMPONENTS, dimensions, len(differences) - 1)
-    pca = PCA(n_components=count, random_state=0).fit(differences)
-    largest = pca.explained_variance_ * (len(differences) - 1) / len(differences)
     shrinkage = ledoit_wolf_shrinkage(differences)
+    pca = PCA(n_components=count, random_state=0, copy=False).fit(differences)  # overwrites them
+    largest = pca.explained_variance_ * (len(differences) - 1) / len(differences)
     average = total / dimensions
     others = max(total - float(largest.sum()), 0.0) / (dimensions - count) if dimensions > count else average
     other_variance = max((1 - shrinkage) * others + shrinkage * average, MIN_OTHER_VARIANCE / dimensions)
@@ -146,13 +170,24 @@ def ledoit_wolf_shrinkage(differences: NDArray[np.float64]) -> float:
     over images, and only the covariance itself needs a matrix product.
     """
     count, dimensions = differences.shape
-    squares = differences**2
-    trace = squares.sum() / count
+    lengths = squared_lengths(differences)
+    trace = lengths.sum() / count
     squared_covariances = ((differences.T @ differences) ** 2).sum() / count**2
-    noise = ((squares.sum(axis=1) ** 2).sum() / count - squared_covariances) / (dimensions * count)
+    noise = ((lengths**2).sum() / count - squared_covariances) / (dimensions * count)
     spread = (squared_covariances - trace**2 / dimensions) / dimensions
     shrunk = min(noise, spread)
     return float(shrunk / spread) if shrunk else 0.0
+
+
+def squared_lengths(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Compute the squared length of each row, without a copy of all squares: (N, d) -> (N,)."""
+    return np.asarray(np.einsum("ij,ij->i", rows, rows))
+
+
+def _mean_direction(embeddings: Rows, used: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Compute the mean of embeddings of unit length, a chunk at a time: (d,)."""
+    chunks = (used[i : i + CHUNK_ROWS] for i in range(0, len(used), CHUNK_ROWS))
+    return np.asarray(sum(to_unit_length(embeddings[own]).sum(axis=0, dtype=np.float64) for own in chunks) / len(used))
 
 
 def to_unit_length(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
@@ -170,7 +205,7 @@ def assign_groups_to_folds(groups: NDArray[np.int64], *, seed: int = 0) -> NDArr
 
 
 def out_of_fold_scores(
-    embeddings: NDArray[np.floating[Any]],
+    embeddings: Rows,
     labels: NDArray[np.int64],
     fold_of: NDArray[np.int64],
     *,
@@ -182,7 +217,7 @@ def out_of_fold_scores(
     An image is therefore never compared with itself, nor with its duplicates, if they are in the same fold.
 
     Args:
-        embeddings: (N, ...) of training and validation images.
+        embeddings: The embeddings of N training and validation images.
         labels: (N,) class indices.
         fold_of: (N,) the fold of each image.
         is_training: (N,) which images the parameters are fit to.
@@ -193,7 +228,7 @@ def out_of_fold_scores(
     """
     scores = np.empty(len(embeddings), np.float32)
     for fold in np.unique(fold_of):
-        others, own = (fold_of != fold) & is_training, fold_of == fold
+        others, own = (fold_of != fold) & is_training, np.flatnonzero(fold_of == fold)
         parameters = _fit_rows(embeddings, np.flatnonzero(others), labels, seed=seed) if others.any() else None
         if parameters is None:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,10 @@ from scipy.stats import norm
 from sklearn.covariance import ledoit_wolf
 from sklearn.covariance import ledoit_wolf_shrinkage as reference_shrinkage
 
+from finetune.metrics import ood_detection
 from finetune.metrics.ood_detection import (
     OODLimit,
+    StackedRows,
     assign_groups_to_folds,
     fit_limit,
     fit_ood,
@@ -154,6 +158,29 @@ def test_validation_images_are_scored_but_not_fitted() -> None:
     assert others is not None
     np.testing.assert_array_equal(scores[:60], others[:60])
     assert others[60:].min() > scores[60:].max()
+
+
+def test_stacked_rows_are_those_of_all_arrays() -> None:
+    arrays = [np.random.default_rng(n).normal(size=(n, 2, 3)).astype(np.float32) for n in (4, 1, 7)]
+    stacked, rows = StackedRows(*arrays), np.array([11, 0, 4, 3, 5, 5])
+    assert len(stacked) == 12
+    assert stacked[rows].dtype == np.float32
+    np.testing.assert_array_equal(stacked[rows], np.concatenate(arrays)[rows])
+
+
+def test_the_memory_of_the_fits_does_not_grow_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ood_detection, "MAX_IMAGES", 500)
+    embeddings, labels = clusters(20_000, seed=0, dimensions=128)
+    rows = StackedRows(*np.split(embeddings.astype(np.float32), [15_000]))  # 10 MB
+    folds = assign_groups_to_folds(np.arange(20_000))
+    tracemalloc.start()
+    try:
+        scores = out_of_fold_scores(rows, labels, folds, is_training=np.arange(20_000) < 15_000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert scores is not None
+    assert peak < 10 << 20
 
 
 # The limit
