@@ -370,5 +370,5 @@ def _batches(features: NDArray[np.float32], labels: NDArray[np.int64], rows: NDA
     assert config.batch_size is not None
     balanced = config.sampling == BALANCED
     return CachedBatches(
-        features[rows], labels[rows].tolist(), batch_size=config.batch_size, seed=config.seed, balanced=balanced
+        features, labels[rows].tolist(), rows=rows, batch_size=config.batch_size, seed=config.seed, balanced=balanced
     )

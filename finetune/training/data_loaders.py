@@ -66,19 +66,30 @@ class _Order:
 
 
 class CachedBatches(_Order):
-    """Batches of precomputed features."""
+    """Batches of precomputed features.
+
+    Args:
+        features: The features, which are not copied.
+        labels: The label of each image.
+        rows: The rows of ``features`` that are the images. None: all.
+        batch_size: Images per batch.
+        seed: Seed of the order.
+        balanced: See ``epoch_order``.
+    """
 
     def __init__(
         self,
         features: NDArray[np.float32],
         labels: Sequence[int],
         *,
+        rows: NDArray[np.intp] | None = None,
         batch_size: int,
         seed: int,
         balanced: bool = False,
     ) -> None:
         super().__init__(labels, batch_size=batch_size, seed=seed, balanced=balanced)
         self._features = torch.from_numpy(features)
+        self._rows = torch.arange(len(features)) if rows is None else torch.from_numpy(rows)
 
     def shuffled(self, epoch: int, *, min_batch: int = 1) -> Iterator[Batch]:
         return self._load(self._shuffled_indices(epoch, min_batch))
@@ -95,7 +106,7 @@ class CachedBatches(_Order):
     def _load(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         for indices in batches:
             images = indices % len(self)
-            yield self._features[images], self._labels[images]
+            yield self._features[self._rows[images]], self._labels[images]
 
 
 class InMemoryBatches(_Order):

@@ -336,3 +336,12 @@ def test_every_epoch_is_a_different_permutation() -> None:
     assert orders[0] != orders[1] != orders[2] != orders[0]
     assert epoch_order(labels, 3, 1).tolist() == orders[1]
     assert epoch_order(labels, 4, 1).tolist() != orders[1]
+
+
+def test_batches_of_some_rows_are_those_of_their_copy() -> None:
+    features, rows, labels = np.arange(24, dtype=np.float32).reshape(12, 2), np.array([7, 0, 3, 3, 11]), [0, 1, 0, 0, 1]
+    some = CachedBatches(features, labels, rows=rows, batch_size=2, seed=3)
+    copied = CachedBatches(features[rows], labels, batch_size=2, seed=3)
+    for own, expected in ((some.ordered(), copied.ordered()), (some.shuffled(1), copied.shuffled(1))):
+        for batch, expected_batch in zip(own, expected, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(batch, expected_batch, strict=True))
