@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.image_files import HIDDEN, ImageSearch, is_failure
+from finetune.data.image_files import HIDDEN, RESULTS, ImageSearch, is_failure
 from models.artifacts.data_folder import TEST, TRAIN, UNSTORABLE, VALID, class_name, is_neither, is_reserved, split_of
 from models.errors import DataError
 
@@ -127,8 +127,8 @@ def note_unused(layout: Layout, root: Path, search: ImageSearch) -> None:
         probe = search.probe()
         photos = probe.images(base)
         for entry in probe.skipped:
-            is_hidden_folder = entry.reason == HIDDEN and entry.path.is_dir()
-            if is_hidden_folder or is_failure(entry.reason) or split_of(entry.path.name):
+            is_other_folder = entry.reason == RESULTS or (entry.reason == HIDDEN and entry.path.is_dir())
+            if is_other_folder or is_failure(entry.reason) or split_of(entry.path.name):
                 search.skip(entry.path, entry.reason)
         if layout.splits or base != layout.base:
             for photo in photos:

@@ -398,6 +398,14 @@ def test_results_of_commands_are_not_classes(tmp_path: Path, files: tuple[str, .
     assert skipped(tmp_path) == {f"{inside}{files[0].split('/')[0]}": "results of a command, not photos"}
 
 
+def test_results_next_to_the_splits_are_named(tmp_path: Path) -> None:
+    splits(tmp_path / "data", "train", "valid")
+    touch(tmp_path, "runs/cats/config.yaml", "runs/cats/bundle/manifest.json", "runs/cats/plots/roc.png")
+    touch(tmp_path / "data", "bundle/manifest.json", "bundle/model.onnx", "bundle/plots/roc.png")
+    assert count(tmp_path) == BOTH
+    assert skipped(tmp_path) == dict.fromkeys(["runs", "data/bundle"], "results of a command, not photos")
+
+
 def test_a_class_may_contain_files_with_the_names_of_results(tmp_path: Path) -> None:
     photos(tmp_path, "cats", "dogs")
     touch(tmp_path, "cats/metrics.json", "cats/manifest.json", "dogs/config.yaml")
