@@ -25,6 +25,7 @@ from models.artifacts.statistics import confidence_interval
 
 PARTS = (8, 4, 2, 1)  # a part is this fraction of a fold's training images
 FOLDS, MAX_REPEATS, RESAMPLES = 5, 4, 2_000
+REPEATED_IMAGES = 10_000  # fewer parts of each size are drawn of more images, as chance then matters less
 MIN_IMAGES, MAX_IMAGES = 40, 20_000  # with more, the curve takes minutes
 MEASURES = ("accuracy", "log_loss")
 
@@ -61,13 +62,18 @@ def learning_curve(
     rng = np.random.default_rng(seed)
     errors, losses = np.zeros((2, len(labels), len(PARTS)))
     for train, held_out in splits:
-        rows = np.arange(len(held_out))
+        rows, fit = np.arange(len(held_out)), None
         for column, part in enumerate(PARTS):
-            repeats = min(part, MAX_REPEATS)
+            repeats = min(part, MAX_REPEATS, max(1, REPEATED_IMAGES // len(labels)))
             for _ in range(repeats):
                 own = rng.permutation(train)[: len(train) // part]
                 fit = fit_logistic_regression(
-                    scaled[own], labels[own], num_classes=num_classes, penalty=penalty, tolerance=SELECTION_TOLERANCE
+                    scaled[own],
+                    labels[own],
+                    num_classes=num_classes,
+                    penalty=penalty,
+                    start=fit,  # saves steps
+                    tolerance=SELECTION_TOLERANCE,
                 )
                 log_probs = fit.log_probs(scaled[held_out])
                 errors[held_out, column] += (log_probs.argmax(axis=1) != labels[held_out]) / repeats

@@ -71,10 +71,12 @@ class ScaledEmbeddings:
         return ScaledEmbeddings(self.dense()) if len(self) * self.dimensions * 8 <= MAX_DENSE_BYTES else self
 
     def _scaled(self, rows: slice | NDArray[np.intp]) -> Floats:
-        chunk = self._embeddings[rows].astype(np.float64, copy=False)
+        chunk = self._embeddings[rows]
         if self._lengths is not None:
-            chunk = chunk / self._lengths[rows, None]
-        return chunk if np.isscalar(self._divisor) and self._divisor == 1 else chunk / self._divisor
+            chunk = chunk / self._lengths[rows, None]  # converts as well
+        if not (np.isscalar(self._divisor) and self._divisor == 1):
+            chunk = chunk / np.asarray(self._divisor)
+        return chunk.astype(np.float64, copy=False)
 
 
 def scale_embeddings(embeddings: NDArray[np.floating[Any]], normalization: str) -> tuple[ScaledEmbeddings, Floats | float]:

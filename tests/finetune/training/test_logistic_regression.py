@@ -134,5 +134,7 @@ def test_the_number_of_folds_follows_the_smallest_class(labels: list[int], group
     if folds:
         assert sorted(np.concatenate([held_out for _, held_out in splits])) == list(range(len(labels)))
     else:
-        selection = select_penalty(ScaledEmbeddings(np.eye(len(labels))), np.array(labels), np.array(groups), num_classes=3, seed=0)
+        selection = select_penalty(
+            ScaledEmbeddings(np.eye(len(labels))), np.array(labels), np.array(groups), num_classes=3, seed=0
+        )
         assert (selection.penalty, selection.losses) == (DEFAULT_PENALTY, {})

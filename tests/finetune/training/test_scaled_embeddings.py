@@ -46,9 +46,7 @@ def test_chunks_are_all_rows_in_order(small_chunks: None) -> None:
 
 
 @pytest.mark.parametrize("normalization", ["unit", "standard", "none"])
-def test_a_fit_in_chunks_is_that_of_all_rows(
-    normalization: str, small_chunks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fit_in_chunks_is_that_of_all_rows(normalization: str, small_chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     labels, weights = np.arange(50) % 3, np.linspace(0.5, 2, 50)
     scaled = scale_embeddings(EMBEDDINGS, normalization)[0]
     chunked = fit_logistic_regression(scaled, labels, num_classes=3, penalty=0.01, weights=weights)
