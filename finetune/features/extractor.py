@@ -17,6 +17,7 @@ from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.onnx_export import export_onnx
 from models.networks.split_point import SplitModel
 from models.preprocess import Preprocessing
+from models.runtime.allocator import return_free_memory
 from models.runtime.openvino_engine import OpenVINOEngine, load_openvino
 
 CPU_BATCH, GPU_BATCH = 4, 64
@@ -64,6 +65,7 @@ class FeatureExtractor:
     def release(self) -> None:
         """Free the compiled layers. They are compiled again if they are needed."""
         vars(self).pop("_compiled", None)
+        return_free_memory()  # also that of the decoded images
 
     @cached_property
     def _compiled(self) -> OpenVINOEngine:
