@@ -33,7 +33,7 @@ CHUNK_ROWS = 1024  # bounds the memory
 
 
 class Rows(Protocol):
-    """Embeddings of N images, of which some can be copied."""
+    """Embeddings of N images. Indexing copies some of them."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, rows: NDArray[np.intp], /) -> NDArray[np.floating[Any]]: ...
