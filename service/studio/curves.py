@@ -39,7 +39,8 @@ def curve(title: str, rows: Sequence[Mapping[str, Any]], name: str, *, epochs: i
         name: "loss" or "accuracy".
         epochs: Number of epochs of the complete training.
     """
-    rows = rows[:: -(-len(rows) // MAX_POINTS) or 1] if len(rows) > MAX_POINTS else rows
+    if len(rows) > MAX_POINTS:
+        rows = [*rows[: -1 : -(-len(rows) // MAX_POINTS)], rows[-1]]
     low_name, high_name = f"valid_{name}_low", f"valid_{name}_high"
     names = (f"train_{name}", f"valid_{name}", low_name, high_name)
     values = [float(row[key]) for row in rows for key in names if row.get(key) is not None]

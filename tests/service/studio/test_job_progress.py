@@ -83,5 +83,7 @@ def test_curves_lie_inside_of_the_chart() -> None:
         points = [tuple(map(float, pair.split(","))) for pair in f"{drawn.train} {drawn.valid} {drawn.band}".split()]
         assert 100 < len(points) < 1100
         assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in points)
+        assert drawn.last == tuple(map(float, drawn.valid.split()[-1].split(",")))
+        assert f"after epoch {len(rows)}:" in drawn.summary
     assert curve("Loss", [], "loss", epochs=0).summary == "Loss: no epoch is finished yet."
     assert curve("Loss", rows[:2], "loss", epochs=2).summary == "Loss after epoch 2: training 0.500, validation 1.000."
