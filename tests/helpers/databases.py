@@ -7,6 +7,7 @@ import itertools
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 import psycopg
 
 from service.db.connection import Database
+from tests.helpers.server import children
 from tests.helpers.system_packages import skip_without
 
 HOST = "127.0.0.1"
@@ -26,10 +28,46 @@ _numbers = itertools.count()
 
 
 class Postgres:
-    """A running PostgreSQL server. ``create()`` copies a template database."""
+    """A PostgreSQL server in a folder. ``create()`` copies a template database."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.port = 0
+        self._folder, self._data = folder, folder / "data"
+        self._programs, self._user = _programs(), _user()
+        if self._user:
+            shutil.chown(folder, self._user)
+
+    def initialize(self) -> None:
+        """Create the files of the server, with an English collation."""
+        language = ("--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en")
+        self._run("initdb", "-D", self._data, "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-sync", *language)
+
+    def start(self) -> None:
+        """Start the server, on a free port the first time. If another process takes the port first, try the next one."""
+        for is_last in (False, False, False, True):
+            port = self.port or free_port()
+            options = " ".join(f"-c {setting}" for setting in (*FAST, f"listen_addresses={HOST}", f"port={port}"))
+            try:
+                self._control("-l", self._folder / "log", "-o", f"{options} -k {self._folder}", "start")
+            except AssertionError as error:
+                if is_last or self.port or "Address already in use" not in str(error):
+                    raise
+            else:
+                break
         self.port = port
+
+    def stop(self) -> None:
+        self._control("-m", "immediate", "stop")
+
+    def kill(self) -> None:
+        """Kill every process of the server with SIGKILL."""
+        pid_file = self._data / "postmaster.pid"
+        pid = int(pid_file.read_text().split()[0])
+        os.kill(pid, signal.SIGSTOP)  # it starts no more processes
+        for process in (*children(pid), pid):
+            with contextlib.suppress(ProcessLookupError):  # a process that ended at this moment
+                os.kill(process, signal.SIGKILL)
+        pid_file.unlink()  # a server that nobody waits for would look as if it were running
 
     def url(self, name: str) -> str:
         return f"postgresql://tester@{HOST}:{self.port}/{name}"
@@ -47,55 +85,34 @@ class Postgres:
         with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
             connection.execute(statement.encode())
 
+    def _control(self, *words: object) -> None:
+        self._run("pg_ctl", "-D", self._data, "-w", "-t", START_TIMEOUT_S, *words)
+
+    def _run(self, program: str, *words: object) -> None:
+        command = [str(self._programs / program), *map(str, words)]
+        done = subprocess.run(command, user=self._user, cwd=self._folder, text=True, capture_output=True, check=False)
+        if done.returncode:
+            logs = "".join(file.read_text() for file in self._folder.glob("log"))
+            raise AssertionError(f"{program} ended with {done.returncode}:\n{done.stdout}{done.stderr}{logs}")
+
 
 @contextlib.contextmanager
 def run_postgres() -> Iterator[Postgres]:
-    """Run Debian's PostgreSQL in a temporary folder, with an English collation, until the block ends.
+    """Run Debian's PostgreSQL in a temporary folder until the block ends.
 
     It does not sync to disk. Data survives a killed process, but not a crash of the machine.
     """
-    programs = _programs()
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
-    user = _user()
-    if user:
-        shutil.chown(folder, user)
-
-    def run(program: str, *words: object) -> None:
-        done = subprocess.run(
-            [str(programs / program), *map(str, words)], user=user, cwd=folder, text=True, capture_output=True, check=False
-        )
-        if done.returncode:
-            logs = "".join(file.read_text() for file in folder.glob("log"))
-            raise AssertionError(f"{program} ended with {done.returncode}:\n{done.stdout}{done.stderr}{logs}")
-
-    data = folder / "data"
-    control = ("-D", data, "-w", "-t", START_TIMEOUT_S)
-
-    def start() -> int:
-        """Start the server and return its port. If another process takes the free port first, try the next one."""
-        for is_last in (False, False, False, True):
-            port = free_port()
-            options = " ".join(f"-c {setting}" for setting in (*FAST, f"listen_addresses={HOST}", f"port={port}"))
-            try:
-                run("pg_ctl", *control, "-l", folder / "log", "-o", f"{options} -k {folder}", "start")
-            except AssertionError as error:
-                if is_last or "Address already in use" not in str(error):
-                    raise
-            else:
-                break
-        return port
-
     try:
-        language = ("--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en")
-        run("initdb", "-D", data, "-U", "tester", "-A", "trust", "-E", "UTF8", "--no-sync", *language)
-        port = start()
+        server = Postgres(folder)
+        server.initialize()
+        server.start()
         try:
-            server = Postgres(port)
             server.run(f"CREATE DATABASE {TEMPLATE}")
             Database(server.url(TEMPLATE)).close()
             yield server
         finally:
-            run("pg_ctl", *control, "-m", "immediate", "stop")
+            server.stop()
     finally:
         shutil.rmtree(folder)
 
