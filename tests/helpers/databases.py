@@ -17,7 +17,7 @@ from pathlib import Path
 import psycopg
 
 from service.db.connection import Database
-from tests.helpers.server import children
+from tests.helpers.server import children, is_running, poll
 from tests.helpers.system_packages import skip_without
 
 HOST = "127.0.0.1"
@@ -61,13 +61,15 @@ class Postgres:
 
     def kill(self) -> None:
         """Kill every process of the server with SIGKILL."""
-        pid_file = self._data / "postmaster.pid"
-        pid = int(pid_file.read_text().split()[0])
-        os.kill(pid, signal.SIGSTOP)  # it starts no more processes
-        for process in (*children(pid), pid):
-            with contextlib.suppress(ProcessLookupError):  # a process that ended at this moment
-                os.kill(process, signal.SIGKILL)
-        pid_file.unlink()  # a server that nobody waits for would look as if it were running
+        server = int((self._data / "postmaster.pid").read_text().split()[0])
+        os.kill(server, signal.SIGSTOP)  # it starts no more processes
+        processes = [*children(server), server]
+        for pid in processes:
+            with contextlib.suppress(ProcessLookupError):  # it ended at this moment
+                os.kill(pid, signal.SIGKILL)
+        poll(lambda: not any(map(is_running, processes)))
+        for lock in (self._data / "postmaster.pid", self._folder / f".s.PGSQL.{self.port}.lock"):
+            lock.unlink()  # to the next server, a zombie looks like a running one
 
     def url(self, name: str) -> str:
         return f"postgresql://tester@{HOST}:{self.port}/{name}"

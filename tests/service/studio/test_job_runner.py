@@ -18,7 +18,7 @@ from service.studio import job_runner
 from service.studio.job_files import JobFiles
 from service.studio.job_runner import JobRunner
 from tests.conftest import NewDatabase
-from tests.helpers.server import poll
+from tests.helpers.server import is_running, poll
 
 WAIT = "print('waiting', flush=True); import time; time.sleep(600)"
 IGNORES_SIGTERM = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAIT}"
@@ -188,11 +188,4 @@ def _group_exists(group: int) -> bool:
         os.killpg(group, 0)
     except ProcessLookupError:
         return False
-    return not _is_zombie(group)
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return False
+    return is_running(group)
