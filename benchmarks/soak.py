@@ -41,7 +41,7 @@ from tests.helpers.server import LONG_TIMEOUTS, Server, children, serve
 
 MAX_RESPONSE_S = 2.0
 MAX_MEMORY_MIB = 1024
-TOLERANCE = 0.02  # of a probability: a batch of another size rounds differently
+TOLERANCE = 0.02  # allowed difference of a probability: batches of different sizes round differently
 SAMPLE_S = 0.25
 HOLD_S = 8.0
 CLIENT_TIMEOUT_S = 60.0

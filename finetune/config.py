@@ -47,7 +47,7 @@ def _setting(default: Any, help: str, **extra: Any) -> Any:
 class Config:
     """All settings of a training run. None means the default of the backbone's recipe."""
 
-    data_dir: Path = _setting(Path("data"), "folder with train/CLASS/*.jpg and valid/CLASS/*.jpg (or val, validation, test)")
+    data_dir: Path = _setting(Path("data"), "folder with train/CLASS/*.jpg and valid/CLASS/*.jpg")
     backbone: str = _setting("vgg16", "pretrained network to start from; see `finetune models`")
     dataset: str | None = _setting(
         None,

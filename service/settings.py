@@ -146,7 +146,9 @@ class Settings:
         75, "how long an idle connection stays open; longer than the proxy in front keeps it", low=1, high=3600
     )
     api_keys: tuple[str, ...] = _setting(
-        (), "keys for /predict, comma-separated, each NAME:KEY or KEY; empty allows requests without a key"
+        (),
+        "keys for /predict, reviews and changes in the studio, comma-separated, each NAME:KEY or KEY; empty allows requests "
+        "without a key",
     )
     admin_keys: tuple[str, ...] = _setting((), "keys for /admin, comma-separated, each NAME:KEY or KEY; empty disables /admin")
     allowed_hosts: tuple[str, ...] = _setting(

@@ -140,7 +140,6 @@ def results_table() -> str:
         row = [f"`{file.stem}`", notes[1] if notes else ""]
         result = results.get(file.stem)
         if result is None:
-            rows.append((*row, NOT_RUN, "", "", ""))
             continue
         rows.append(
             (
@@ -170,7 +169,7 @@ def figure(recipe: str) -> Callable[[], str]:
     def text() -> str:
         result = read_results().get(recipe)
         if result is None:
-            return f"Our figure: {NOT_RUN} (`docs/recipes/{recipe}.yaml`)."
+            return ""
         return (
             f"Our figure: {interval(result['accuracy'])} of the {result['photos']:,} test images after epoch "
             f"{result['best_epoch']} of {result['epochs']} (`docs/recipes/{recipe}.yaml`)."
@@ -184,7 +183,7 @@ def filters(recipe: str) -> Callable[[], str]:
 
     def text() -> str:
         if not (PICTURES / f"{recipe}-filters.png").is_file():
-            return f"The picture of its filters follows with the run of `docs/recipes/{recipe}.yaml`."
+            return ""
         return f"![Filters of the first layer after training, {recipe}](recipes/pictures/{recipe}-filters.png)"
 
     return text

@@ -24,7 +24,7 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-MISLABELED = 5  # of each class
+MISLABELED = 5  # photos of each class
 WIDTH_PX, HEIGHT_PX = 1280, 860
 
 

@@ -147,7 +147,7 @@ class Score:
     ood_score: float | None
 
 
-_FAILED = Decision(None)  # of an image that could not be read
+_FAILED = Decision(None)  # decision for an image that could not be read
 
 
 class _Scorer:

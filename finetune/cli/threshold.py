@@ -116,7 +116,7 @@ def _print_rule(bundle: Bundle) -> None:
 
     rule, ood, points = bundle.decision_rule, bundle.manifest.get("ood"), bundle.manifest.get("operating_points")
     if rule.max_ood_score is None:
-        print("No limit of the OOD score: the bundle does not recognize photos that are unlike the training photos.")
+        print("The bundle has no limit of the OOD score, so photos that are unlike the training photos get a label as well.")
     elif ood:
         limit = OODLimit.from_dict(ood["limit"])
         print(f"A photo with an OOD score above {rule.max_ood_score:.4f} gets no label. {limit.text()}")

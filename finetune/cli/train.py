@@ -12,12 +12,13 @@ from finetune import config as settings
 from finetune.cli.arguments import DATA, add_folder
 from finetune.io.progress import events_to, step
 from models.artifacts.bundle import Bundle
+from models.artifacts.data_folder import TEST, VALID, split_of
 from models.errors import RunError
 from models.runtime.allocator import return_large_blocks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_folder(parser, DATA, "folder with train/CLASS/*.jpg and valid/CLASS/*.jpg, or val, validation, test (default: data)")
+    add_folder(parser, DATA, "folder with train/CLASS/*.jpg and valid/CLASS/*.jpg (default: data)")
     settings.add_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="continue the interrupted run in --output-dir")
     parser.add_argument("--progress-file", type=Path, metavar="FILE", help="append the progress to FILE, as lines of JSON")
@@ -143,12 +144,12 @@ def next_commands(bundle: Bundle, data_dir: Path, labels: str | None = None) -> 
 def _has_unused_test_split(bundle: Bundle, data_dir: Path, labels: str | None) -> bool:
     if labels:
         return bool((bundle.manifest["provenance"]["dataset"].get("labels") or {}).get("has_test_split"))
-    return (data_dir / "test").is_dir() and any((data_dir / name).is_dir() for name in ("valid", "val", "validation"))
+    splits = {split_of(folder.name) for folder in data_dir.iterdir() if folder.is_dir()} if data_dir.is_dir() else set()
+    return {TEST, VALID} <= splits
 
 
 def _evaluate_test_split(bundle: Bundle, config: settings.Config) -> None:
     """Evaluate a finished run on its data set's test split into ``test`` next to the bundle, unless already done."""
-    from finetune.data.published_files import TEST
     from finetune.evaluation.evaluate import evaluate_bundle
 
     out = bundle.path.parent / TEST

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from finetune import config as settings
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     data_dir, _ = locate_data(args.data_dir, shared.get("labels"))
     out = args.output_dir or default_tuning_dir(data_dir)
     print("\n" + tune(data_dir, args.backbones, out, shared))
-    tuning = "" if args.output_dir is None else f" --tuning {out / TUNING_FILE}"
-    print(f"Next: finetune train {data_dir} --preset best{tuning}")
+    labels = f" --labels {shlex.quote(args.labels)}" if "labels" in args else ""
+    tuning = "" if args.output_dir is None else f" --tuning {shlex.quote(str(out / TUNING_FILE))}"
+    print(f"Next: finetune train {shlex.quote(str(data_dir))}{labels} --preset best{tuning}")
     return 0

@@ -29,7 +29,7 @@ from models.errors import DataError, ImageError
 from models.preprocess import MIN_DECODE_PX, Preprocessing, decode, decoder_versions
 
 THUMB_PX = 16
-APPEARANCE_BYTES = 8 + 3 * THUMB_PX**2  # of a fingerprint, for duplicate search
+APPEARANCE_BYTES = 8 + 3 * THUMB_PX**2  # size of a fingerprint for the duplicate search
 EXACT_PX = 32  # the perceptual hash works at this size and cannot tell images this small apart
 
 

@@ -1,1 +1,1 @@
-"""Evaluate a bundle on labeled images, or every image of a data set by cross-validation."""
+"""Evaluate a bundle on labeled images or by cross-validation, and derive from that its decision rule and its graph in int8."""

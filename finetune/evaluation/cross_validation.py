@@ -48,7 +48,7 @@ from models.networks.registry import get_spec
 from models.networks.spec import LOGISTIC
 
 SPLIT = "train and valid"
-FOLDS = 5  # of the cross-validation that is part of a training run
+FOLDS = 5  # default of a training run's own cross-validation
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The outputs of a trained head, corrected for class weights, and the comparison with a head that was trained the other way."""
+"""The outputs of a trained head, corrected for class weights, and the comparison of a plain with a balanced head."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-IMAGES_INTERVAL_S = 0.5  # between two events with the number of images
+IMAGES_INTERVAL_S = 0.5  # interval of events with the number of images
 
 _events: TextIO | None = None
 

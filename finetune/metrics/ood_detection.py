@@ -21,7 +21,7 @@ from models.artifacts.ood_score import OODParameters
 from models.artifacts.statistics import wilson_interval
 
 MAX_COMPONENTS = 64
-MAX_IMAGES = 5000  # from which the covariance is estimated, to bound time and memory
+MAX_IMAGES = 5000  # sample for the covariance, to bound time and memory
 # Sum over all directions. The graph computes the distance in the other directions as a difference of float32 numbers of up to
 # 2, with an error of about 5e-7, which a smaller variance would magnify. Classes that are easy to tell apart have one.
 MIN_OTHER_VARIANCE = 2e-3
@@ -65,7 +65,7 @@ class OODLimit:
     Attributes:
         max_score: The limit.
         requested: The requested rate of false alarms.
-        expected: The rate that the limit promises on average for new images of the same kind.
+        expected: The rate that the limit has on average for new images of the same kind.
         low: Lower end of the 95% interval of the rate for new images, in the long run.
         high: Upper end of that interval.
         images: Number of images whose scores gave the limit.
@@ -88,7 +88,7 @@ class OODLimit:
 
     @property
     def is_reached(self) -> bool:
-        """Whether there were images enough to promise the requested rate."""
+        """Whether there were images enough to guarantee the requested rate."""
         return self.expected <= self.requested
 
     def text(self) -> str:
@@ -103,8 +103,8 @@ class OODLimit:
         if self.is_reached:
             return f"{expected}, by the scores of {self.images:,} photos. {intervals}"
         return (
-            f"{self.requested:.2%} false alarms cannot be promised with the scores of {self.images:,} photos. With the highest "
-            f"of them as the limit, {expected}. {intervals}"
+            f"{self.requested:.2%} false alarms cannot be guaranteed with the scores of {self.images:,} photos. With the "
+            f"highest of them as the limit, {expected}. {intervals}"
         )
 
     def as_dict(self) -> dict[str, Any]:

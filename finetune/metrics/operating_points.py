@@ -102,8 +102,8 @@ def operating_points(
         classes: The class names.
 
     Returns:
-        For each class: its ``target``; the ``promised`` precision, which is at least the target or else the highest that can be
-        promised; the ``min_probability``; ``kept`` of ``predicted`` predictions; their ``precision`` and the fraction that
+        For each class: its ``target``; the ``guaranteed`` precision, which is at least the target or else the highest that can
+        be guaranteed; the ``min_probability``; ``kept`` of ``predicted`` predictions; their ``precision`` and the fraction that
         ``abstains``, with 95% Wilson intervals; and, if the target is not reached, how many predictions are ``needed`` (None if
         more of the same kind would not help).
     """
@@ -160,7 +160,7 @@ def format_operating_points(points: Mapping[str, Any], classes: Sequence[str]) -
     rows: Mapping[str, Mapping[str, Any]] = points["classes"]
     names = list(rows)
     if len(names) > MAX_SHOWN:
-        names = sorted(names, key=lambda name: (rows[name]["promised"] or 0.0) - rows[name]["target"])[:MAX_SHOWN]
+        names = sorted(names, key=lambda name: (rows[name]["guaranteed"] or 0.0) - rows[name]["target"])[:MAX_SHOWN]
     lines = [f"{name}: {describe_operating_point(rows[name])}" for name in names]
     if len(names) < len(rows):
         lines.append(f"... and {len(rows) - len(names):,} more classes")
@@ -169,7 +169,7 @@ def format_operating_points(points: Mapping[str, Any], classes: Sequence[str]) -
     lines.append(f"In total {format_percent(points['abstains'])} of {points['photos']:,} photos are below a threshold.")
     if missed := [name for name in rows if not _is_reached(rows[name])]:
         lines.append(
-            f"The target cannot be promised for {list_names(missed, MAX_NAMED)}. A lower target gives more photos a label."
+            f"The target cannot be guaranteed for {list_names(missed, MAX_NAMED)}. A lower target gives more photos a label."
         )
     return lines
 
@@ -179,17 +179,17 @@ def describe_operating_point(point: Mapping[str, Any]) -> str:
     target, predicted = _percent(point["target"]), point["predicted"]
     if not predicted:
         return (
-            f"a precision of {target} cannot be promised, as no photo was predicted as this class (about {point['needed']:,} "
+            f"a precision of {target} cannot be guaranteed, as no photo was predicted as this class (about {point['needed']:,} "
             "are needed). Every photo gets a label."
         )
     if _is_reached(point):
-        text = f"a precision of at least {target} is promised."
+        text = f"a precision of at least {target} is guaranteed."
     else:
-        lower = f"{math.floor(1000 * point['promised']) / 10:.1f}%"
+        lower = f"{math.floor(1000 * point['guaranteed']) / 10:.1f}%"
         needed = f"about {point['needed']:,} are needed" if point["needed"] else "more photos like these do not help"
         text = (
-            f"a precision of {target} cannot be promised with {predicted:,} photos predicted as this class ({needed}). "
-            f"At least {lower} is promised instead."
+            f"a precision of {target} cannot be guaranteed with {predicted:,} photos predicted as this class ({needed}). "
+            f"At least {lower} is guaranteed instead."
         )
     correct = round(point["precision"]["value"] * point["kept"])
     text = f"{text} Measured: {100 * point['precision']['value']:.1f}%, {correct:,} of {point['kept']:,}."
@@ -202,7 +202,7 @@ def describe_operating_point(point: Mapping[str, Any]) -> str:
 
 
 def _is_reached(point: Mapping[str, Any]) -> bool:
-    return point["promised"] is not None and bool(point["promised"] >= point["target"])
+    return point["guaranteed"] is not None and bool(point["guaranteed"] >= point["target"])
 
 
 def _parse_target(text: str, entry: str) -> float | None:
@@ -223,7 +223,7 @@ def _select(thresholds: Sequence[Threshold], target: float, predicted: int) -> d
     if not thresholds:
         return {
             "target": target,
-            "promised": None,
+            "guaranteed": None,
             "min_probability": 0.0,
             "kept": 0,
             "predicted": 0,
@@ -235,7 +235,7 @@ def _select(thresholds: Sequence[Threshold], target: float, predicted: int) -> d
     best = reached[0] if reached else max(thresholds, key=lambda threshold: (threshold.bound, threshold.kept))
     return {
         "target": target,
-        "promised": best.bound,
+        "guaranteed": best.bound,
         "min_probability": best.min_probability,
         "kept": best.kept,
         "predicted": predicted,

@@ -171,7 +171,7 @@ def _thresholds(manifest: Mapping[str, Any]) -> list[str]:
     return [
         "## Thresholds\n",
         "A photo whose most probable class is less probable than the threshold of that class gets no label. The thresholds"
-        f" were selected from {sources[points['source']]}. Each precision is promised with"
+        f" were selected from {sources[points['source']]}. Each precision is guaranteed with"
         f" {100 * points['confidence_level']:g}% confidence, for photos of the same kind (Clopper-Pearson, Bonferroni):\n",
         "\n".join(f"- {_escaped(line)}" for line in points_text) + "\n",
     ]

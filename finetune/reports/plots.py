@@ -22,7 +22,7 @@ from models.artifacts.statistics import wilson_interval
 
 # Okabe and Ito (2008): distinguishable with any kind of color blindness
 BLUE, ORANGE = "#0072B2", "#D55E00"
-MAX_DETAILED_CLASSES = 60  # of a confusion matrix
+MAX_DETAILED_CLASSES = 60  # most classes of a confusion matrix with numbers
 INK, FAINT, TILE = "#222222", "#8A8A8A", "#D9D9D9"
 # For scripts that matplotlib's own font lacks; used if installed
 FALLBACK_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai")

@@ -1,4 +1,4 @@
-"""Cross-validate heads on cached features. The choice among them is cross-validated as well, so that its figure is honest.
+"""Cross-validate heads on cached features. The choice among them is cross-validated as well, so that its estimate is unbiased.
 
 Each candidate is a network or a join with a normalization of its embeddings. In each outer fold its penalty is selected on the
 other folds alone. The candidate that these inner folds prefer predicts the outer fold, and all of these predictions together

@@ -74,6 +74,7 @@ def describe_search(search: Search, costs: Mapping[str, NetworkCost], *, seed: i
     return {
         "photos": len(labels),
         "folds": OUTER_FOLDS,
+        "test": "a sign-flip test over groups" if groups is not None else "McNemar's exact test",
         "estimate": _figures(chosen_correct, chosen_losses, groups, seed=seed),
         "presets": choose_presets(rows),
         "candidates": rows,
@@ -116,8 +117,8 @@ def markdown(description: Mapping[str, Any], *, name: str) -> str:
         [
             f"# Heads for {name}: {len(rows):,} candidates on {description['photos']:,} training photos\n",
             "\n".join(table) + "\n",
-            f"The best candidate of each network, out of fold ({description['folds']} folds). p: McNemar's exact test of the "
-            "accuracy against the first row, corrected for all candidates (Holm). Latency is that of the network alone in "
+            f"The best candidate of each network, out of fold ({description['folds']} folds). p: {description['test']} of "
+            "the accuracy against the first row, corrected for all candidates (Holm). Latency is that of the network alone in "
             "float32, one photo at a time on all CPUs.\n",
             "The first row was chosen because it looks best, so its figures are too good. Choosing by inner folds alone, and "
             f"predicting the others, gives an accuracy of {_percent(estimate['accuracy'])} and a log loss of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_MMAP_THRESHOLD = -3  # value in malloc.h
 LARGE_BLOCK_BYTES = 4 << 20
 
 

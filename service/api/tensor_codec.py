@@ -23,7 +23,7 @@ from service.settings import Settings
 DATATYPES = {"images": "BYTES", "pixels": "UINT8"}
 REASON_OUTPUT = "because_code"
 OUTPUTS = ("probabilities", "label", REASON_OUTPUT)
-OOD_OUTPUT = "ood_score"  # of models that have one
+OOD_OUTPUT = "ood_score"  # only for models with an OOD score
 JSON_HINT = "Send a request of the Open Inference Protocol, as described in /docs."
 SIZE_HINT = "Send fewer images, or the tensor as bytes (binary_tensor_data)."
 FORMER_NAMES = {"photos": "images"}

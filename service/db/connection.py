@@ -21,11 +21,11 @@ from service.db.errors import DatabaseUnavailableError
 from service.db.schema import metadata
 
 log = logging.getLogger("service.db")
-SCHEMA_REVISION = "0008"  # of the newest migration; a test compares the two
+SCHEMA_REVISION = "0008"  # newest migration; a test compares the two
 MIGRATIONS = Path(__file__).parent / "migrations"
 WRITE_LOCK_ID = 7_201_931  # the advisory lock of PostgreSQL that serializes writers
 DEFAULT_TIMEOUT_S = 5.0
-BACKGROUND_TIMEOUT_S = 600.0  # for imports and migrations, which wait for those of other processes
+BACKGROUND_TIMEOUT_S = 600.0  # imports and migrations wait for those of other processes
 STATEMENT_TIMEOUT_FACTOR = 6  # a statement may run for longer than it may wait for a lock
 UNAVAILABLE = "The review database is not available, and nothing was saved. Try again in a few seconds."
 REPLACED = "The file of the review database was removed or replaced while the server was running. Restart the server."

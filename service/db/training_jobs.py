@@ -19,9 +19,9 @@ from service.db.schema import training_jobs as jobs
 
 QUEUED, RUNNING, FINISHED, FAILED, CANCELLED = "queued", "running", "finished", "failed", "cancelled"
 ACTIVE = (QUEUED, RUNNING)
-MAX_ID = 2**63 - 1  # of both databases
-LEASE_S = 15.0  # after this time without a sign of its runner, a job is taken over
-MAX_INTERRUPTIONS = 5  # without an epoch in between
+MAX_ID = 2**63 - 1  # largest integer of both databases
+LEASE_S = 15.0  # a job whose runner sends no sign for this time is taken over
+MAX_INTERRUPTIONS = 5  # most interruptions without a finished epoch in between
 INTERRUPTED = "The training was interrupted {} times and was not resumed again. The last lines of its log may say why."
 STOPPED = "The server was stopped while it ran."
 TAKEN_OVER = "Its process ended with the server. It was resumed."

@@ -40,7 +40,7 @@ QUEUES_BEFORE = 3  # queues that come before the ones that not every model has
 MAX_COMPARED = 100_000  # photos of a model whose predictions the landing page compares with those of another one
 MAX_CLASS_BUTTONS = 4  # with more classes the selected photos are labeled with a list
 BATCH_PARAMS = ("batch", "left", "selected", "select")  # what was saved, and what is selected
-DIGEST_DIGITS = 12  # of a photo's sha256 in an address
+DIGEST_DIGITS = 12  # digits of a photo's sha256 in an address
 
 bp = Blueprint("gallery", __name__)
 bp.register_error_handler(Problem, problem_page)

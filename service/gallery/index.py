@@ -35,7 +35,7 @@ from service.inference.model_manager import LoadedModel, ModelManager
 from service.settings import Settings
 
 log = logging.getLogger("service.gallery")
-RETRY_S = 10.0  # after a failed import
+RETRY_S = 10.0  # pause after a failed import
 FAILED = "The gallery could not open its database. The server's log has the reason, and it keeps trying."
 
 

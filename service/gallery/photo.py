@@ -117,7 +117,7 @@ def render_photo_page(
         before, previous, following = query.neighbors(record)
         is_match = query.matches(record)
         first = next(iter(query.first(1)), None)
-        neighbours = _neighbours(query, record)
+        neighbors = _neighbors(query, record)
         duplicates = _duplicates(query, record)
         history = load_history(query.connection, record.sha256)
         saved = saved_message(query.connection, request.args.get("saved", ""))
@@ -155,7 +155,7 @@ def render_photo_page(
         explain_classes=_explain_classes(record, probabilities),
         explanation=explanation,
         explain_problem=explain_problem,
-        neighbours=neighbours,
+        neighbors=neighbors,
         duplicates=duplicates,
         copies=copies,
         columns=columns,
@@ -261,7 +261,7 @@ def _explain_classes(record: PredictionRecord, probabilities: Sequence[tuple[str
     return foremost, [name for name, _ in probabilities if name not in foremost][:MAX_EXPLAIN_CLASSES]
 
 
-def _neighbours(query: PredictionQuery, record: PredictionRecord) -> list[SimilarImage]:
+def _neighbors(query: PredictionQuery, record: PredictionRecord) -> list[SimilarImage]:
     """Find the evaluated photos with the most similar embeddings."""
     for table in gallery().similarity_tables(query.model.version):
         if record.sha256 in table.sha256s:

@@ -28,7 +28,7 @@ from service.telemetry.metrics import Metrics
 log = logging.getLogger("service.gallery")
 BATCH_SIZE = 32
 PRUNE_INTERVAL_S = 60.0
-PRUNE_FRACTION = 0.05  # of the size limit: prune after so many new bytes
+PRUNE_FRACTION = 0.05  # prune whenever this fraction of the size limit is new
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,7 +64,7 @@ CHANGE_NAMES = {
     "disagree": "Predicted differently",
 }
 FORM_PARAMS = ("sort_by", "min_confidence", "max_confidence")  # parameters of the forms, which a redirect replaces
-MAX_MATRIX_CELLS = 900  # of a larger matrix only the most frequent confusions are listed
+MAX_MATRIX_CELLS = 900  # a larger matrix is replaced by a list of the most frequent confusions
 MAX_CONFUSIONS = 20
 MAX_UNSORTED_CLASSES = 10  # with more classes those with the most mistakes come first
 SHADES = 4

@@ -64,19 +64,19 @@ if TYPE_CHECKING:  # imported before the fork, when prometheus_client must not b
 
 RECEIVE_BYTES = 1 << 18
 MAX_HEAD_BYTES = 1 << 16
-MAX_DISCARDED_BYTES = 1 << 16  # of a rejected body, to keep the connection; with a longer one the connection is closed
+MAX_DISCARDED_BYTES = 1 << 16  # a rejected body up to this size is read, so that the connection can be kept
 CONGESTED_BYTES = 1 << 18  # unsent bytes at which a response pauses
 MIN_SENT_BYTES = 1 << 14  # what a client has to read within SEND_TIMEOUT_S
 MAX_CHUNKS = 100_000
 MAX_CHUNK_LINE = 8190
 ACCEPTED_AT_ONCE = 32
-ACCEPT_PAUSE_S = 0.2  # after the process ran out of files
+ACCEPT_PAUSE_S = 0.2  # pause in accepting after the process ran out of files
 LINGER_S = 2.0
 STOP_S = 2.0
 HEAD_CODES = {400: "bad_request", 414: "uri_too_long", 431: "headers_too_large"}
-EVENT_PAUSE_S = 1.0  # between two chunks of a response that sends events
+EVENT_PAUSE_S = 1.0  # pause between two chunks of a response that sends events
 TICK_S = 1.0
-RESERVED_FILES = 128  # for the model, databases, photos and logs
+RESERVED_FILES = 128  # file descriptors for the model, databases, photos and logs
 PROBE_THREADS = 2
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: drop unsent bytes and reset the connection
 LANE_FULL = "Too many requests are waiting. Retry in a moment."

@@ -27,7 +27,7 @@ from service.telemetry.metrics import Metrics
 __all__ = ["DeferredError", "ImageDecoder", "PreprocessedImage"]
 
 HEAVY_BYTES = 160_000_000  # memory of a thread for one image: a plain JPEG of 40 megapixels, a PNG of 10
-SLOW_BYTES_PER_S = 400_000  # of Pillow's decoders in Python on a slow machine
+SLOW_BYTES_PER_S = 400_000  # speed of Pillow's decoders in Python on a slow machine
 OPTIONAL = (("AVIF", HAS_AVIF), ("HEIF", HAS_HEIF))  # formats that not every installation can decode
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Save one decision about many photos, and undo it as a whole. Each photo is guarded by the review that the reviewer saw."""
+"""Save one decision about many photos, and undo it as a whole. Photos reviewed in the meantime are skipped."""
 
 from __future__ import annotations
 

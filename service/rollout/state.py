@@ -33,7 +33,7 @@ from service.http.errors import Problem
 from service.settings import Settings
 
 log = logging.getLogger("service.rollout")
-LIVE = "live.json"  # in STUDIO_DIR
+LIVE = "live.json"  # file in STUDIO_DIR
 SLOT_BYTES = 1 << 20  # the file has two slots for documents and a header that names the valid one
 HEADER = struct.Struct("<II")  # slot and length of the document
 DOCUMENT_LOCK, ROLLOUT_LOCK = 1 << 40, (1 << 40) + 1  # bytes beyond the end of the file

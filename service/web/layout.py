@@ -24,8 +24,8 @@ from service.inference.model_manager import LoadedModel
 ONE_YEAR_S = 365 * 24 * 3600
 MIN_PROBABILITY = 1e-12
 STATIC_FOLDER = Path(__file__).parents[1] / "static"
-VERSION_DIGITS = 12  # of a static file's sha256
-MEDIA_TYPES = [PROBLEM_MEDIA_TYPE, "application/json", "text/html"]  # of a problem, the default first
+VERSION_DIGITS = 12  # digits of a static file's sha256
+MEDIA_TYPES = [PROBLEM_MEDIA_TYPE, "application/json", "text/html"]  # media types of a problem, the default first
 TABLE = '<div class="scroll" tabindex="0" role="group" aria-label="Table"><table>'
 
 bp = Blueprint("site", __name__)

@@ -111,7 +111,7 @@ def test_the_thresholds_are_printed_and_in_the_model_card(changed: SimpleNamespa
     lines = changed.printed.splitlines()
     assert lines[-1] == f"bundle       {changed.bundle.path} (version {changed.bundle.version})"
     assert lines[0].startswith("A photo with an OOD score above ")
-    assert re.match(r"blue: a precision of at least 98% is promised\. Measured: 100\.0%, .* and get no label\.", lines[1])
+    assert re.match(r"blue: a precision of at least 98% is guaranteed\. Measured: 100\.0%, .* and get no label\.", lines[1])
     assert lines[3:5] == ["No threshold: green.", "In total 21.3% (19.9 to 22.8%) of 3,000 photos are below a threshold."]
     code, shown, _ = finetune("threshold", changed.bundle.path)
     assert (code, shown.splitlines()) == (0, lines[:-1])
@@ -223,7 +223,7 @@ def test_a_rate_out_of_range_and_a_bundle_without_a_score_are_refused(bundle: Bu
     assert rejected(older, "--false-alarms", 0.1) == expected
     code, printed, _ = finetune("threshold", older)
     assert (code, printed.splitlines()[0]) == (
-        0, "No limit of the OOD score: the bundle does not recognize photos that are unlike the training photos."
+        0, "The bundle has no limit of the OOD score, so photos that are unlike the training photos get a label as well."
     )  # fmt: skip
 
 

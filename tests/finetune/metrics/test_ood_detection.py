@@ -199,12 +199,12 @@ def test_limit_is_an_order_statistic() -> None:
     assert OODLimit.from_dict({**limit.as_dict(), "source": "validation"}) == limit
 
 
-def test_limit_of_few_images_promises_less() -> None:
+def test_limit_of_few_images_guarantees_less() -> None:
     limit = fit_limit(np.arange(40.0), 0.01)
     assert limit.max_score == 39
     assert not limit.is_reached
     assert limit.text() == (
-        "1.00% false alarms cannot be promised with the scores of 40 photos. With the highest of them as the limit, 2.44% of "
+        "1.00% false alarms cannot be guaranteed with the scores of 40 photos. With the highest of them as the limit, 2.44% of "
         "new photos are expected to be false alarms. 95% interval: 0.06% to 8.81% in the long run, 0.00% to 12.50% in a sample "
         "of 40."
     )

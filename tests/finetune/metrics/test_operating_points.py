@@ -43,16 +43,16 @@ def precision_of(predictions: TopPredictions, min_probability: float, label: int
 
 @pytest.mark.parametrize("calibrated", [True, False])
 @pytest.mark.parametrize(("count", "target"), [(300, 0.9), (1500, 0.97), (1500, 0.999)])
-def test_a_promise_holds_in_at_least_95_of_100_draws(calibrated: bool, count: int, target: float) -> None:
-    """The truth is that of a million further draws. The promise also holds if the probabilities are not calibrated."""
+def test_a_guarantee_holds_in_at_least_95_of_100_draws(calibrated: bool, count: int, target: float) -> None:
+    """The truth is that of a million further draws. The guarantee also holds if the probabilities are not calibrated."""
     truth = draw(np.random.default_rng(99), 1_000_000, calibrated=calibrated)
     draws = 150
     broken, reached, abstaining = 0, 0, []
     for seed in range(draws):
         predictions = draw(np.random.default_rng(seed), count, calibrated=calibrated)
         point = operating_points(predictions, {"dogs": target}, classes=CLASSES)["dogs"]
-        broken += precision_of(truth, point["min_probability"]) < point["promised"]
-        reached += point["promised"] >= target
+        broken += precision_of(truth, point["min_probability"]) < point["guaranteed"]
+        reached += point["guaranteed"] >= target
         abstaining.append(point["abstains"]["value"])
     assert broken <= 0.05 * draws
     assert reached == 0 if target == 0.999 else reached > 0.5 * draws
@@ -98,10 +98,10 @@ def test_the_lowest_threshold_that_reaches_the_target_is_selected() -> None:
     assert point["min_probability"] == pytest.approx(confidences[40], abs=1e-3)
     assert point["abstains"] == wilson_interval(40, 1000)
     assert point["precision"] == wilson_interval(960, 960)
-    assert point["promised"] == pytest.approx(ONE_SIDED ** (1 / 960))
+    assert point["guaranteed"] == pytest.approx(ONE_SIDED ** (1 / 960))
     assert describe_operating_point(point) == (
-        "a precision of at least 99% is promised. Measured: 100.0%, 960 of 960. 4.0% (3.0 to 5.4%) of the photos predicted as "
-        "this class have a probability below 0.5195 and get no label."
+        "a precision of at least 99% is guaranteed. Measured: 100.0%, 960 of 960. 4.0% (3.0 to 5.4%) of the photos predicted "
+        "as this class have a probability below 0.5195 and get no label."
     )
 
 
@@ -113,33 +113,33 @@ def test_without_mistakes_every_photo_gets_a_label() -> None:
     assert describe_operating_point(point["dogs"]).endswith("600 of 600. Every photo gets a label.")
 
 
-def test_too_few_photos_promise_less_and_say_how_many_are_needed() -> None:
-    """Without mistakes n photos promise 0.005 ** (1 / n), so that 99% needs 528."""
+def test_too_few_photos_guarantee_less_and_say_how_many_are_needed() -> None:
+    """Without mistakes n photos guarantee 0.005 ** (1 / n), so that 99% needs 528."""
     point = operating_points(
         predictions_of(np.linspace(0.5, 1, 400), np.ones(400, dtype=bool)), {"dogs": 0.99}, classes=CLASSES
     )
-    assert point["dogs"]["promised"] == pytest.approx(ONE_SIDED ** (1 / 400))
+    assert point["dogs"]["guaranteed"] == pytest.approx(ONE_SIDED ** (1 / 400))
     assert point["dogs"]["needed"] == pytest.approx(np.log(ONE_SIDED) / np.log(0.99), abs=1)
     assert describe_operating_point(point["dogs"]) == (
-        "a precision of 99% cannot be promised with 400 photos predicted as this class (about 528 are needed). At least "
-        "98.6% is promised instead. Measured: 100.0%, 400 of 400. Every photo gets a label."
+        "a precision of 99% cannot be guaranteed with 400 photos predicted as this class (about 528 are needed). At least "
+        "98.6% is guaranteed instead. Measured: 100.0%, 400 of 400. Every photo gets a label."
     )
 
 
-def test_a_target_that_cannot_be_promised_states_how_many_photos_get_no_label() -> None:
+def test_a_target_that_cannot_be_guaranteed_states_how_many_photos_get_no_label() -> None:
     confidences = np.linspace(0.5, 1.0, 500)
     correct = np.arange(500) >= 20
     points = operating_points(predictions_of(confidences, correct), {"dogs": 0.995}, classes=CLASSES)
-    assert points["dogs"]["promised"] < 0.995
+    assert points["dogs"]["guaranteed"] < 0.995
     assert points["dogs"]["abstains"] == wilson_interval(20, 500)
     total = wilson_interval(20, 500)
     assert format_operating_points({"classes": points, "photos": 500, "abstains": total}, CLASSES) == [
-        "dogs: a precision of 99.5% cannot be promised with 500 photos predicted as this class (about 1,102 are needed). At "
-        "least 98.9% is promised instead. Measured: 100.0%, 480 of 480. 4.0% (2.6 to 6.1%) of the photos predicted as this "
+        "dogs: a precision of 99.5% cannot be guaranteed with 500 photos predicted as this class (about 1,102 are needed). At "
+        "least 98.9% is guaranteed instead. Measured: 100.0%, 480 of 480. 4.0% (2.6 to 6.1%) of the photos predicted as this "
         "class have a probability below 0.5190 and get no label.",
         "No threshold: cats.",
         "In total 4.0% (2.6 to 6.1%) of 500 photos are below a threshold.",
-        "The target cannot be promised for dogs. A lower target gives more photos a label.",
+        "The target cannot be guaranteed for dogs. A lower target gives more photos a label.",
     ]
 
 
@@ -147,7 +147,7 @@ def test_more_photos_do_not_help_if_mistakes_are_as_certain_as_correct_predictio
     correct = np.tile([True, True, True, False], 100)
     point = operating_points(predictions_of(np.linspace(0.5, 1, 400), correct), {"dogs": 0.9}, classes=CLASSES)["dogs"]
     assert point["needed"] is None
-    assert point["promised"] < 0.75
+    assert point["guaranteed"] < 0.75
     assert "as this class (more photos like these do not help). At least 6" in describe_operating_point(point)
 
 
@@ -159,13 +159,13 @@ def test_equal_probabilities_are_left_out_together() -> None:
     assert 0.6 < thresholds[1].min_probability <= 0.600001
 
 
-def test_a_class_that_was_never_predicted_has_no_promise() -> None:
+def test_a_class_that_was_never_predicted_has_no_guarantee() -> None:
     predictions = predictions_of(np.linspace(0.5, 1, 50), np.ones(50, dtype=bool))
     points = operating_points(predictions, {"cats": 0.99, "dogs": 0.9}, classes=CLASSES)
-    assert points["cats"]["promised"] is None
+    assert points["cats"]["guaranteed"] is None
     assert points["cats"]["min_probability"] == 0.0
     expected = (
-        "a precision of 99% cannot be promised, as no photo was predicted as this class (about 528 are needed). Every photo "
+        "a precision of 99% cannot be guaranteed, as no photo was predicted as this class (about 528 are needed). Every photo "
         "gets a label."
     )
     assert describe_operating_point(points["cats"]) == expected
