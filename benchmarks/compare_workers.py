@@ -39,12 +39,12 @@ def main() -> int:
         ports = dict(zip(WORKERS, (tuned, stock), strict=True))
 
         def measure(name: str) -> tuple[float, float]:
-            rate = len(send_requests(ports[name], photos, CONNECTIONS, args.seconds)) / args.seconds
+            rate = len(send_requests(ports[name], requests, CONNECTIONS, args.seconds)) / args.seconds
             statuses, _, _ = OpenLoopClient(ports[name], requests).run(args.times * rate, args.seconds)
             return rate, statuses["200"] / args.seconds
 
         for port in ports.values():
-            send_requests(port, photos, CONNECTIONS, 2.0)  # warm up
+            send_requests(port, requests, CONNECTIONS, 2.0)  # warm up
         for number in range(args.rounds):
             for name in WORKERS if number % 2 else reversed(WORKERS):
                 rate, goodput = measure_undisturbed(lambda name=name: measure(name))  # type: ignore[misc]

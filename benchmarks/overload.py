@@ -42,11 +42,11 @@ def main() -> int:
     photos = read_photos(parser, args.photos)
     ratios, unexpected = [], 0
     with run_service(resolve_bundle(args.bundle)) as port:
-        send_requests(port, photos, CONNECTIONS, 2.0)  # warm up
         requests = [encode_request(photo) for photo in photos]
+        send_requests(port, requests, CONNECTIONS, 2.0)  # warm up
 
         def measure_capacity() -> float:
-            return len(send_requests(port, photos, CONNECTIONS, args.seconds)) / args.seconds
+            return len(send_requests(port, requests, CONNECTIONS, args.seconds)) / args.seconds
 
         def one_round() -> tuple[float, float, Counter[str], int, float]:
             before = measure_capacity()

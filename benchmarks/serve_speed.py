@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -51,9 +51,10 @@ def main() -> int:
         return 0
     rates: dict[str, list[float]] = {"decoding and inference": [], "over HTTP": []}
     with baseline_process() as baseline, run_service(args.bundle) as port:
+        requests = [encode_request(photo) for photo in photos]
 
         def both() -> tuple[float, list[float]]:
-            return baseline(args.seconds), sorted(send_requests(port, photos, args.connections, args.seconds))
+            return baseline(args.seconds), sorted(send_requests(port, requests, args.connections, args.seconds))
 
         both()  # warms up
         for number in range(args.rounds):
@@ -116,12 +117,17 @@ def _processor_time() -> tuple[int, int]:
     return ticks[7], sum(ticks)
 
 
-def read_photos(parser: argparse.ArgumentParser, folder: Path) -> list[bytes]:
-    """Read up to MAX_PHOTOS files, evenly spaced in the folder. Exits with a usage error if there are none."""
+def find_photos(parser: argparse.ArgumentParser, folder: Path) -> list[Path]:
+    """Return up to MAX_PHOTOS files, evenly spaced in the folder. Exits with a usage error if there are none."""
     paths = sorted(folder.rglob("*.jpg"))
     if not paths:
         parser.error(f"no .jpg below {folder}")
-    return [path.read_bytes() for path in paths[:: max(1, len(paths) // MAX_PHOTOS)][:MAX_PHOTOS]]
+    return paths[:: max(1, len(paths) // MAX_PHOTOS)][:MAX_PHOTOS]
+
+
+def read_photos(parser: argparse.ArgumentParser, folder: Path) -> list[bytes]:
+    """Read the files of ``find_photos``."""
+    return [path.read_bytes() for path in find_photos(parser, folder)]
 
 
 class Baseline:
@@ -194,7 +200,7 @@ def baseline_process() -> Iterator[Callable[[float], float]]:
 @contextlib.contextmanager
 def run_service(path: Path, **settings: str) -> Iterator[int]:
     """Run the service until it is ready, and yield its port. ``settings`` are environment variables."""
-    port = _free_port()
+    port = free_port()
     environ = {**os.environ, "BUNDLE": str(path), "PORT": str(port), "HOST": "127.0.0.1", **settings}
     server = subprocess.Popen([sys.executable, "-m", "service"], env=environ, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -205,18 +211,31 @@ def run_service(path: Path, **settings: str) -> Iterator[int]:
         server.wait(30)
 
 
-def send_requests(port: int, photos: list[bytes], connections: int, seconds: float) -> list[float]:
-    """Post photos over kept-alive connections; each connection sends its next request when it has received its response.
+def send_requests(
+    port: int,
+    requests: Sequence[bytes],
+    connections: int,
+    seconds: float,
+    *,
+    on_response: Callable[[int, bytes], object] = lambda number, response: None,
+) -> list[float]:
+    """Send requests over kept-alive connections; each one sends its next request when it has received its response.
 
     Responses count once every connection has received one, for ``seconds``. The client is one thread and its requests are
     encoded beforehand, because it shares the processors with the server.
 
+    Args:
+        port: The port of the server.
+        requests: The encoded requests, which are repeated.
+        connections: The number of connections.
+        seconds: The duration.
+        on_response: Called with each response and the index of its request.
+
     Returns:
         The response times in milliseconds.
     """
-    requests = [encode_request(photo) for photo in photos]
     selector = selectors.DefaultSelector()
-    sent: dict[socket.socket, float] = {}
+    sent: dict[socket.socket, tuple[int, float]] = {}
     responses: dict[socket.socket, bytes] = {}
     times_ms: list[float] = []
     number = 0
@@ -225,7 +244,7 @@ def send_requests(port: int, photos: list[bytes], connections: int, seconds: flo
         selector.register(connection, selectors.EVENT_READ)
         responses[connection] = b""
         connection.sendall(requests[number % len(requests)])
-        sent[connection] = time.perf_counter()
+        sent[connection] = number % len(requests), time.perf_counter()
         number += 1
     deadline = math.inf
     while time.perf_counter() < deadline:
@@ -235,14 +254,16 @@ def send_requests(port: int, photos: list[bytes], connections: int, seconds: flo
             if not is_complete(responses[connection]):
                 continue
             if not responses[connection].startswith(b"HTTP/1.1 200"):
-                raise RuntimeError(f"the service rejected a photo: {responses[connection].decode()}")
+                raise RuntimeError(f"the server rejected a photo: {responses[connection].decode()}")
             now = time.perf_counter()
+            index, sent_at = sent[connection]
+            on_response(index, responses[connection])
             responses[connection] = b""
-            times_ms.append((now - sent[connection]) * 1e3)
+            times_ms.append((now - sent_at) * 1e3)
             if len(times_ms) == connections:
                 deadline = now + seconds
             connection.sendall(requests[number % len(requests)])
-            sent[connection] = now
+            sent[connection] = number % len(requests), now
             number += 1
     for connection in sent:
         connection.close()
@@ -256,12 +277,12 @@ def is_complete(response: bytes) -> bool:
     return bool(end) and len(body) >= int(length.partition(b":")[2])
 
 
-def encode_request(photo: bytes) -> bytes:
+def encode_request(photo: bytes, path: str = "/predict") -> bytes:
     """Encode an image as a multipart form, with the head of the request."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="photo.jpg"\r\n\r\n'
     body = head.encode() + photo + f"\r\n--{BOUNDARY}--\r\n".encode()
     return (
-        f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode() + body
 
@@ -277,7 +298,7 @@ def _wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
     raise RuntimeError("the service did not become ready. Start it to see why: python -m service")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -24,7 +24,7 @@ CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TORCHRUN_FLAGS = {"--nnodes", "--node-rank", "--nproc-per-node", "--master-addr", "--master-port"}
 DOCKER_FLAGS = {"--read-only", "--tmpfs", "--stop-timeout", "--user"}
-BENCHMARK_FLAGS = {"--photos", "--rounds"}
+BENCHMARK_FLAGS = {"--photos", "--rounds", "--peers"}
 OTHER_VARIABLES = {"PATH", "ARGS", "JOBS", "RUN", "DATA", "PIP_ARGS", "TORCH_HOME", "GLOO_SOCKET_IFNAME", "RANK", "WORLD_SIZE"}
 OTHER_VARIABLES |= {"REVIEWS_KEY"}
 NOT_VARIABLES = {"COPY", "SCRATCH_RECIPE"}
