@@ -29,10 +29,11 @@ from finetune.evaluation.held_out import held_out_predictions
 from finetune.evaluation.trained_head import TrainedHead, describe_balance, train_other_head
 from finetune.export.exporter import PARITY_IMAGES, OODExport, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
-from finetune.export.quantization import CALIBRATION_IMAGES, QuantizationData, evenly_spaced
+from finetune.export.quantization import CALIBRATION_IMAGES, NNCFProcess, Quantization, QuantizationData, evenly_spaced
 from finetune.io.progress import step
 from finetune.io.threaded_map import threaded_map
 from finetune.metrics.calibration import apply_temperature, fit_balanced_temperature, fit_temperature
+from finetune.metrics.equivalence import images_needed
 from finetune.metrics.learning_curve import learning_curve
 from finetune.metrics.operating_points import min_probabilities, parse_targets
 from finetune.presets import apply_preset
@@ -53,12 +54,13 @@ from finetune.training.setup import (
 )
 from finetune.training.trainer import EpochRow, Progress, predict_with_embeddings
 from models.artifacts.atomic_io import atomic_write_text
-from models.artifacts.bundle import HELD_OUT, MAX_NAME_BYTES, UNSAFE_IN_NAME, Bundle, open_bundle
+from models.artifacts.bundle import GRAPH, HELD_OUT, MAX_NAME_BYTES, UNSAFE_IN_NAME, Bundle, open_bundle
 from models.artifacts.decision_rule import DecisionRule
 from models.artifacts.ood_score import HeldOutOODScores
 from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
 from models.networks.head_logits import require_shiftable_logits, shift_logits
+from models.networks.onnx_export import export_serving_graph
 from models.networks.registry import get_spec
 from models.networks.spec import LINEAR, LOGISTIC, ModelSpec
 
@@ -114,10 +116,13 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
         require_shiftable_logits(network.classifier, spec)
     if not resume:
         distributed.run_on_main(lambda: run_directory.create_run(folder, config, reviews=reviews.data if reviews else None))
-    with run_directory.locked(folder) if distributed.is_main_process() else contextlib.nullcontext(), _resumable(folder):
+    lock = run_directory.locked(folder) if distributed.is_main_process() else contextlib.nullcontext()
+    with lock, _resumable(folder), NNCFProcess() as nncf:
         batches = {split: make_batches(config, network, cache, prepared, split) for split in ("train", "valid")}
         if cache:
             network.extractor.release()  # all features are computed
+        if _exports_int8(config, prepared) and distributed.is_main_process():
+            nncf.start()
         initial = network.trainable_state() if cache else {}
         inputs = hash_inputs(prepared, network)
         progress = fit_head(config, folder, network, compute, batches, prepared, balance=balance, inputs=inputs)
@@ -163,8 +168,14 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
                     other=other,
                     targets=targets,
                     plots=plots,
+                    nncf=nncf,
                 )
             )
+
+
+def _exports_int8(config: Config, prepared: PreparedDataset) -> bool:
+    """Return whether the export quantizes a graph, which needs enough validation images for its test."""
+    return config.int8 and config.export != "head" and len(prepared.splits["valid"]) >= images_needed(config.max_accuracy_loss)
 
 
 def _target_precisions(config: Config, classes: Sequence[str]) -> dict[str, float]:
@@ -308,6 +319,7 @@ def write_outputs(
     other: TrainedHead | None = None,
     targets: Mapping[str, float],
     plots: PlotProcess,
+    nncf: NNCFProcess,
 ) -> Bundle:
     """Calibrate, evaluate and export the trained network.
 
@@ -325,6 +337,7 @@ def write_outputs(
         other: The outputs of the head that was trained for comparison, if any.
         targets: The precision to keep, by class.
         plots: Draws the plots during the export.
+        nncf: Quantizes the serving graph meanwhile.
     """
     atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     valid_records = prepared.splits["valid"]
@@ -341,6 +354,24 @@ def write_outputs(
             false_alarms=config.false_alarms,
             seed=config.seed,
         )
+    predictions = Predictions(
+        classes=prepared.dataset.classes,
+        image_names=tuple(s.sample.name for s in valid_records),
+        labels=head.outputs.labels,
+        probabilities=apply_temperature(raw, temperature),
+        splits=tuple(s.sample.split for s in valid_records),
+        sha256s=tuple(s.sha256 for s in valid_records),
+        **table_columns(valid_records),
+        ood_scores=ood.parameters.scores(embeddings) if ood else None,
+    )
+    classifier, graph = network.classifier.cpu(), nncf.folder / GRAPH
+    with step("Exporting the serving graph"):
+        export_serving_graph(classifier, network.spec, temperature=temperature, path=graph, ood=ood.parameters if ood else None)
+    quantization = None
+    if config.int8:
+        quantization = Quantization(_quantization_data(config, network, head, prepared, predictions), nncf)
+        if _exports_int8(config, prepared):
+            quantization.start(graph)
     curve = None
     if config.head == LOGISTIC:
         with step("Estimating what more training photos would bring"):
@@ -353,16 +384,6 @@ def write_outputs(
                 normalization=config.normalization,
                 seed=config.seed,
             )
-    predictions = Predictions(
-        classes=prepared.dataset.classes,
-        image_names=tuple(s.sample.name for s in valid_records),
-        labels=head.outputs.labels,
-        probabilities=apply_temperature(raw, temperature),
-        splits=tuple(s.sample.split for s in valid_records),
-        sha256s=tuple(s.sha256 for s in valid_records),
-        **table_columns(valid_records),
-        ood_scores=ood.parameters.scores(embeddings) if ood else None,
-    )
     operating_points = None
     if targets:
         unseen = held_out_predictions(head)
@@ -390,10 +411,11 @@ def write_outputs(
         plots=plots,
     )
     other_embeddings.clear()  # the export needs their memory
-    state = network.classifier.net.cpu().state_dict()
+    state = classifier.net.state_dict()
     return export_bundle(
         folder / run_directory.BUNDLE,
-        network.classifier.cpu(),
+        graph,
+        classifier,
         network.spec,
         temperature=temperature,
         training=training_manifest(
@@ -418,7 +440,7 @@ def write_outputs(
         ood=_ood_export(ood, neither_scores) if ood else None,
         rule=rule,
         operating_points=operating_points,
-        quantization=_quantization_data(config, network, head, prepared, predictions) if config.int8 else None,
+        quantization=quantization,
         contents=config.export,
         plots=plots,
     )

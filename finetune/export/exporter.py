@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from finetune.export.quantization import QuantizationData, add_int8_graph, golden_outputs, rejected
+from finetune.export.quantization import Quantization, golden_outputs, rejected
 from finetune.io.progress import step
 from finetune.reports.model_card import write_model_card
 from finetune.reports.plot_process import PlotProcess
@@ -39,7 +39,7 @@ from models.artifacts.ood_score import OOD_FILE, OOD_SCORE, OOD_SCORES_FILE, Hel
 from models.artifacts.similarity import SIMILARITY_FILES
 from models.errors import BundleError
 from models.networks.classifier import Classifier
-from models.networks.onnx_export import OUTPUTS, PIXELS, export_serving_graph
+from models.networks.onnx_export import OUTPUTS, PIXELS
 from models.networks.spec import ModelSpec
 from models.networks.weights import write_tensors
 from models.preprocess import Preprocessing
@@ -78,6 +78,7 @@ class OODExport:
 
 def export_bundle(
     path: Path,
+    graph_file: Path,
     classifier: Classifier,
     spec: ModelSpec,
     *,
@@ -89,7 +90,7 @@ def export_bundle(
     ood: OODExport | None = None,
     rule: DecisionRule | None = None,
     operating_points: Mapping[str, Any] | None = None,
-    quantization: QuantizationData | None = None,
+    quantization: Quantization | None = None,
     contents: str = "full",
     plots: PlotProcess | None = None,
 ) -> Bundle:
@@ -97,6 +98,7 @@ def export_bundle(
 
     Args:
         path: The folder of the new bundle.
+        graph_file: The serving graph.
         classifier: The trained network.
         spec: The network's specification.
         temperature: The calibration temperature.
@@ -108,7 +110,8 @@ def export_bundle(
         rule: When the model abstains. None: never.
         operating_points: The manifest's field with the thresholds of the classes, if there are any. ``evaluation_dir`` then
             contains the predictions that they were selected from.
-        quantization: The images to add a graph in int8 with, or None for a bundle without one. A head has none either.
+        quantization: The started quantization of the graph, or None for a bundle without a graph in int8. A head has none
+            either.
         contents: ``full`` (all weights and the graph), ``graph`` (the graph and ``trained_tensors``) or ``head``
             (``trained_tensors`` only). Only a full bundle contains plots that show images, and a head no plots.
         plots: Draws the plots in ``evaluation_dir``. It must end before the speed of the graph is measured.
@@ -124,18 +127,22 @@ def export_bundle(
 
     def write_files(folder: Path) -> None:
         graph = folder / GRAPH
-        with step("Exporting the serving graph"):
-            parameters = ood.parameters if ood else None
-            export_serving_graph(classifier, spec, temperature=temperature, path=graph, ood=parameters)
-        with step(f"Comparing it with the trained network on {len(parity.pixels)} photos"):
+        shutil.copyfile(graph_file, graph)
+        with step(f"Comparing the serving graph with the trained network on {len(parity.pixels)} photos"):
             outputs = (OUTPUTS[0], OOD_SCORE) if ood else OUTPUTS[:1]
             engine = OpenVINOEngine(graph, outputs=outputs, batch_sizes=(NUM_GOLDEN,))  # small batches bound the memory
             manifest["parity"] = check_parity(engine, parity)
-        if plots:
-            plots.wait()
         check_finite(classifier, golden)
         arrays: dict[str, Any] = dict(zip(outputs, engine.run(golden), strict=True))
         del engine  # the next steps compile more
+        wait_for_plots = plots.wait if plots else lambda: None
+        if quantization and contents != "head":
+            manifest["int8"] = quantization.finish(
+                graph, temperature=temperature, max_ood_score=rule.max_ood_score, before_timing=wait_for_plots
+            )
+            if manifest["int8"]["file"]:
+                arrays |= golden_outputs(folder / INT8_GRAPH, golden, outputs)
+        wait_for_plots()  # the speed is measured from here on
         if ood:
             seconds = time_output(graph, OOD_SCORE, start="embedding", batch_size=NUM_GOLDEN)
             manifest["ood"] = {**ood.manifest, "microseconds": round(seconds * 1e6, 1)}
@@ -143,10 +150,6 @@ def export_bundle(
             ood.held_out.write(folder / OOD_SCORES_FILE)
         with step("Measuring its speed in bfloat16") if supports_bf16() else contextlib.nullcontext():
             manifest["bf16"] = measure_bf16(graph, parity.pixels, max_ood_score=rule.max_ood_score)
-        if quantization and contents != "head":
-            manifest["int8"] = add_int8_graph(graph, quantization, temperature=temperature, max_ood_score=rule.max_ood_score)
-            if manifest["int8"]["file"]:
-                arrays |= golden_outputs(folder / INT8_GRAPH, golden, outputs)
         np.savez_compressed(folder / GOLDEN, pixels=golden, **arrays)
         if contents == "head":
             graph.unlink()

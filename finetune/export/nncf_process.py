@@ -1,40 +1,43 @@
-"""Quantize an ONNX graph with NNCF: ``python nncf_process.py IN.onnx PIXELS.npy OUT.onnx [--careful]``.
+"""Quantize ONNX graphs with NNCF in a process of its own: ``python nncf_process.py``.
 
-NNCF replaces Python's logger class, prints its progress, and needs several times the memory of the graph, so it runs in a
-process of its own. This file imports nothing else of the project.
+NNCF replaces Python's logger class, prints its progress, and needs several times the memory of the graph. This file imports
+nothing else of the project.
+
+The process reads jobs from standard input and writes their results to standard output, as lines of JSON. A job has the
+arguments of ``quantize``; its result is the ``problem``, or null. NNCF is imported before the first job.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 HEAD_INPUT = "embedding"  # the output of the graph that the last layer reads
 
 
-def quantize(graph: Path, pixels: NDArray[np.uint8], out: Path, *, careful: bool) -> None:
-    """Write ``graph`` with int8 layers (QuantizeLinear, DequantizeLinear) up to the head, which stays in float32.
+def quantize(graph: Path, pixels: Path, out: Path, *, careful: bool) -> None:
+    """Write a graph with int8 layers (QuantizeLinear, DequantizeLinear) up to the head, which stays in float32.
 
     Args:
         graph: The serving graph.
-        pixels: Photos to choose the ranges of the activations from, (N, H, W, C) uint8.
+        pixels: The file of photos to choose the ranges of the activations from, (N, H, W, C) uint8.
         out: The file to write.
         careful: Leave the first convolution and the depthwise ones in float32, which usually lose most.
     """
-    model = onnx.load(graph)
-    import nncf  # takes seconds
+    import nncf
 
+    model, images = onnx.load(graph), np.load(pixels)
     ignored = head_nodes(model) + (sensitive_nodes(model) if careful else [])
     quantized = nncf.quantize(
         model,
-        nncf.Dataset(pixels, lambda image: {model.graph.input[0].name: image[None]}),
+        nncf.Dataset(images, lambda image: {model.graph.input[0].name: image[None]}),
         preset=nncf.QuantizationPreset.MIXED,
-        subset_size=len(pixels),
+        subset_size=len(images),
         ignored_scope=nncf.IgnoredScope(names=ignored),
     )
     onnx.save(quantized, out)
@@ -62,13 +65,24 @@ def sensitive_nodes(model: onnx.ModelProto) -> list[str]:
     return list(dict.fromkeys(node.name for node in (*convolutions[:1], *depthwise)))
 
 
-if __name__ == "__main__":
-    for absent in ("openvino_telemetry", "torch"):  # NNCF then sends no usage reports, and does not take 470 MB for PyTorch
+def main() -> None:
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # NNCF prints its progress
+    # NNCF imports PyTorch and OpenVINO to see whether a model is one of theirs, which takes seconds and 470 MB, and sends usage
+    # reports.
+    for absent in ("torch", "openvino", "openvino_telemetry"):
         sys.modules[absent] = None  # type: ignore[assignment]
-    parser = argparse.ArgumentParser()
-    parser.add_argument("graph", type=Path)
-    parser.add_argument("pixels", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--careful", action="store_true")
-    args = parser.parse_args()
-    quantize(args.graph, np.load(args.pixels), args.out, careful=args.careful)
+    import nncf  # noqa: F401  (takes a second)
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        problem = None
+        try:
+            quantize(Path(job["graph"]), Path(job["pixels"]), Path(job["out"]), careful=job["careful"])
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        print(json.dumps({"problem": problem}), file=results)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@ images: if there are too few to show anything, nothing is quantized.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ from models.runtime.openvino_engine import OpenVINOEngine, Pixels
 from models.runtime.precision import MAX_CHANGED_LABELS, TIMED_IMAGES, measure_speedup
 from models.runtime.processor import instruction_sets
 
-NNCF_PROCESS = Path(__file__).with_name("nncf_process.py")
+NNCF_SCRIPT = Path(__file__).with_name("nncf_process.py")
 CALIBRATION_IMAGES = 100
 MAX_TEST_IMAGES = 2000
 # For glibc: with VGG16, half of NNCF's time is spent on returning large arrays to the system and clearing new ones.
@@ -121,50 +124,148 @@ def rejected(reason: str) -> dict[str, Any]:
     return {"file": None, "reason": reason}
 
 
-def add_int8_graph(
-    graph: Path, data: QuantizationData, *, temperature: float, max_ood_score: float | None = None
-) -> dict[str, Any]:
-    """Quantize a graph, test it, and write it to the same folder if it passes.
+class NNCFProcess:
+    """The process that quantizes graphs. Leaving the context ends it and deletes its ``folder``.
 
-    If the graph with all layers in int8 fails, one in which the most sensitive layers stay in float32 is tried.
+    It can be started ahead, because its imports take seconds.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="finetune-")
+        self.folder = Path(self._folder.name)
+        self._output = self.folder / "output.txt"
+
+    def __enter__(self) -> NNCFProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+        self._folder.cleanup()
+
+    def start(self) -> None:
+        """Start the process, unless it runs."""
+        if self._process:
+            return
+        with self._output.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, str(NNCF_SCRIPT)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                env={**os.environ, **REUSE_MEMORY},
+            )
+
+    def quantize(self, graph: Path, pixels: Path, out: Path, *, careful: bool) -> None:
+        """Start to quantize a graph, and do not wait. The arguments are those of ``nncf_process.quantize``."""
+        self.start()
+        assert self._process
+        assert self._process.stdin
+        job = {"graph": str(graph), "pixels": str(pixels), "out": str(out), "careful": careful}
+        with contextlib.suppress(BrokenPipeError):  # ``wait`` then returns why the process ended
+            print(json.dumps(job), file=self._process.stdin, flush=True)
+
+    def wait(self) -> str | None:
+        """Wait for the graph. Returns why it could not be quantized, or None."""
+        assert self._process
+        assert self._process.stdout
+        if line := self._process.stdout.readline():
+            problem: str | None = json.loads(line)["problem"]
+        else:
+            lines = self._output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            problem = lines[-1] if lines else f"it ended with {self._process.wait()}"
+        return problem and f"NNCF could not quantize the graph: {problem}"
+
+
+class Quantization:
+    """The quantization of a graph, which runs while the caller continues.
+
+    If the graph with all layers in int8 fails its test, one in which the most sensitive layers stay in float32 is tried.
 
     Args:
-        graph: The serving graph in float32.
         data: The images.
-        temperature: The calibration temperature of ``graph``.
-        max_ood_score: The limit of the OOD score, if the graph has one. An image that changes sides counts as a changed label.
-
-    Returns:
-        The manifest's field. Its ``file`` is None if no graph passed, and ``reason`` says why.
+        process: Quantizes the graph.
     """
-    limit, count = data.max_accuracy_loss, data.independent_images
-    if (needed := images_needed(limit)) > count:
-        return rejected(
+
+    def __init__(self, data: QuantizationData, process: NNCFProcess) -> None:
+        self._data, self._process = data, process
+        self._pixels, self._quantized = (process.folder / name for name in ("pixels.npy", INT8_GRAPH))
+
+    @property
+    def _too_few(self) -> str | None:
+        """Why the validation images cannot show anything, if so."""
+        limit, count = self._data.max_accuracy_loss, self._data.independent_images
+        if (needed := images_needed(limit)) <= count:
+            return None
+        return (
             f"{count:,} validation photos cannot show that the loss of accuracy is at most {points(limit)}; "
             f"at least {needed:,} are needed"
         )
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
-        pixels, quantized = Path(folder) / "pixels.npy", Path(folder) / INT8_GRAPH
-        training = data.read_training()
-        np.save(pixels, training)
+
+    def start(self, graph: Path) -> None:
+        """Start to quantize the serving graph in float32, if there are enough images to test the result."""
+        if self._too_few:
+            return
+        np.save(self._pixels, self._data.read_training())
+        self._process.quantize(graph, self._pixels, self._quantized, careful=False)
+
+    def finish(
+        self,
+        graph: Path,
+        *,
+        temperature: float,
+        max_ood_score: float | None = None,
+        before_timing: Callable[[], object] = lambda: None,
+    ) -> dict[str, Any]:
+        """Wait for the graph in int8, test it, and write it to the folder of ``graph`` if it passes.
+
+        Args:
+            graph: The serving graph in float32.
+            temperature: Its calibration temperature.
+            max_ood_score: The limit of the OOD score, if the graph has one. An image that changes sides counts as a changed
+                label.
+            before_timing: Called before the speed is measured, to end what would disturb it.
+
+        Returns:
+            The manifest's field. Its ``file`` is None if no graph passed, and ``reason`` says why.
+        """
+        if self._too_few:
+            return rejected(self._too_few)
+        started, data = time.perf_counter(), self._data
         for careful in (False, True):
             with step(f"Quantizing {LAYERS[careful]} to int8"):
-                problem = _quantize(graph, pixels, quantized, careful=careful)
+                if careful:
+                    self._process.quantize(graph, self._pixels, self._quantized, careful=True)
+                problem = self._process.wait()
             if problem:
                 return rejected(problem)
             with step(f"Testing it on {min(len(data.labels), MAX_TEST_IMAGES):,} validation photos"):
-                measured = _test(quantized, data, temperature=temperature, max_ood_score=max_ood_score)
+                measured = _test(self._quantized, data, temperature=temperature, max_ood_score=max_ood_score)
             reason = _rejection(measured)
             if reason is None:
                 break
+        training = np.load(self._pixels)
         measured |= {"calibration_images": len(training), "layers": LAYERS[careful]}
         if reason is None:
-            _calibrate(quantized, graph.with_name(INT8_GRAPH), temperature / measured["temperature"])
+            _calibrate(self._quantized, graph.with_name(INT8_GRAPH), temperature / measured["temperature"])
+            before_timing()
             speedup = measure_speedup(graph, graph.with_name(INT8_GRAPH), "int8", training[:TIMED_IMAGES])
             measured |= {"speedup": speedup, "instruction_sets": list(instruction_sets())}
-    seconds = round(time.perf_counter() - started, 1)
-    return {"file": None if reason else INT8_GRAPH, "reason": reason, **measured, "seconds": seconds}
+        seconds = round(time.perf_counter() - started, 1)
+        return {"file": None if reason else INT8_GRAPH, "reason": reason, **measured, "seconds": seconds}
+
+
+def add_int8_graph(
+    graph: Path, data: QuantizationData, *, temperature: float, max_ood_score: float | None = None
+) -> dict[str, Any]:
+    """Quantize a graph, test it, and write it to the same folder if it passes. See ``Quantization``."""
+    with NNCFProcess() as process:
+        quantization = Quantization(data, process)
+        quantization.start(graph)
+        return quantization.finish(graph, temperature=temperature, max_ood_score=max_ood_score)
 
 
 def golden_outputs(graph: Path, pixels: Pixels, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
@@ -176,17 +277,6 @@ def golden_outputs(graph: Path, pixels: Pixels, outputs: Sequence[str]) -> dict[
 def points(fraction: float) -> str:
     """Format a difference of accuracies in percentage points."""
     return f"{100 * fraction:g} point{'' if fraction == 0.01 else 's'}"
-
-
-def _quantize(graph: Path, pixels: Path, out: Path, *, careful: bool) -> str | None:
-    """Run NNCF in a process of its own. Returns why it failed, or None."""
-    command = [sys.executable, str(NNCF_PROCESS), *map(str, (graph, pixels, out)), *(["--careful"] if careful else [])]
-    environment = {**os.environ, **REUSE_MEMORY}
-    completed = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
-    if completed.returncode == 0:
-        return None
-    lines = completed.stderr.strip().splitlines()
-    return f"NNCF could not quantize the graph: {lines[-1] if lines else f'it ended with {completed.returncode}'}"
 
 
 def _test(quantized: Path, data: QuantizationData, *, temperature: float, max_ood_score: float | None) -> dict[str, Any]:

@@ -14,9 +14,8 @@ import numpy as np
 import onnx
 import pytest
 
-from finetune.export import quantization
 from finetune.export.nncf_process import head_nodes, sensitive_nodes
-from finetune.export.quantization import QuantizationData, add_int8_graph
+from finetune.export.quantization import NNCFProcess, QuantizationData, add_int8_graph
 from models.artifacts.bundle import GOLDEN, GRAPH, INT8_GRAPH, Bundle, check_golden, open_bundle, write_bundle
 from models.artifacts.predictions import Predictions
 from models.runtime import precision
@@ -190,7 +189,7 @@ def test_a_graph_that_loses_accuracy_is_not_kept(
     """The evaluated probabilities are those of a better network, so that both attempts seem to lose accuracy."""
     attempts = []
 
-    def quantize(graph: Path, pixels: Path, out: Path, *, careful: bool) -> None:
+    def quantize(process: NNCFProcess, graph: Path, pixels: Path, out: Path, *, careful: bool) -> None:
         attempts.append(careful)
         shutil.copyfile(trained.path / INT8_GRAPH, out)
 
@@ -198,7 +197,8 @@ def test_a_graph_that_loses_accuracy_is_not_kept(
         side = trained.bundle.preprocessing.input_px
         yield from np.zeros((70, 4, side, side, 3), np.uint8)
 
-    monkeypatch.setattr(quantization, "_quantize", quantize)
+    monkeypatch.setattr(NNCFProcess, "quantize", quantize)
+    monkeypatch.setattr(NNCFProcess, "wait", lambda process: None)
     data = as_data(trained.predictions, read_training=lambda: next(read_validation()), read_validation=read_validation)
     shutil.copyfile(trained.path / GRAPH, tmp_path / GRAPH)
     measured = add_int8_graph(tmp_path / GRAPH, data, temperature=1.0)
