@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 
+from finetune.export import quantization
 from finetune.export.nncf_process import head_nodes, sensitive_nodes
 from finetune.export.quantization import NNCFProcess, QuantizationData, add_int8_graph
 from models.artifacts.bundle import GOLDEN, GRAPH, INT8_GRAPH, Bundle, check_golden, open_bundle, write_bundle
@@ -221,6 +222,21 @@ def test_a_graph_that_cannot_be_quantized_does_not_end_the_training(trained: Sim
     measured = add_int8_graph(tmp_path / GRAPH, data, temperature=1.0)
     assert measured["file"] is None
     assert measured["reason"].startswith("NNCF could not quantize the graph: ")
+
+
+@pytest.mark.parametrize(
+    ("code", "problem"),
+    [("raise SystemExit('no memory')", "no memory"), ("import os; os._exit(3)", "it ended with 3")],
+    ids=["with a message", "silently"],
+)
+def test_a_process_that_ends_is_reported(code: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(code, encoding="utf-8")
+    monkeypatch.setattr(quantization, "NNCF_SCRIPT", script)
+    with NNCFProcess() as process:
+        process.quantize(tmp_path / GRAPH, tmp_path / "pixels.npy", tmp_path / INT8_GRAPH, careful=False)
+        assert process.wait() == f"NNCF could not quantize the graph: {problem}"
+    assert not process.folder.exists()
 
 
 def test_merging_keeps_the_graph_in_int8(trained: SimpleNamespace, tmp_path: Path) -> None:
