@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune synthesize``: write the data set, then print a summary and the next command."""
+    print(f"Drawing {args.train + args.valid:,} images ...", flush=True)
     summary = write_synthetic_dataset(args.out, train=args.train, valid=args.valid, seed=args.seed)
     print(f"Drew {summary.train} training and {summary.valid} validation images of cats and dogs in {summary.out}.")
     print("They are drawings: accuracy on them says nothing about photos.")
