@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.helpers.browser import PHONE, NewPage, check_accessibility, open_pages
+from tests.helpers.browser import PHONE, SIZES, NewPage, check_accessibility, open_pages, positions
 from tests.helpers.server import Server, serve
 
 pytestmark = pytest.mark.slow
@@ -206,6 +206,31 @@ def test_later_results_come_first_and_the_earlier_ones_stay(new_page: NewPage, p
     page.get_by_role("button", name="Clear all").click()
     expect(page.locator("#results")).to_be_hidden()
     expect(page.locator("#files")).to_be_focused()
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_no_button_moves_when_photos_are_classified(new_page: NewPage, photos: SimpleNamespace, size: dict[str, int]) -> None:
+    """The form keeps its place, and so do the results while others are classified."""
+    page = new_page(viewport=size)
+    form, results = "#zone .button, #zone input", "#results-title, #clear, #zone .button"
+    before = positions(page, form)
+    waiting: list[Route] = []
+    page.route("**/predict?*", lambda route: waiting.append(route))
+    batches = [photos.red[:1], photos.blue[:4], [photos.bad]]
+    for number, batch in enumerate(batches, start=1):
+        with page.expect_request("**/predict?*"):
+            choose(page, *batch)
+        expect(page.locator("#progress")).to_be_visible()
+        page.evaluate("scrollTo(0, 0)")  # the first result may be below the window
+        during = positions(page, results)
+        waiting.pop().continue_()
+        answers(page, sum(map(len, batches[:number])))
+        expect(page.locator("#progress")).to_be_hidden()
+        assert positions(page, results) == during
+        assert positions(page, form) == before
+    put(page, "drop")
+    expect(page.locator("#message")).to_be_visible()
+    assert positions(page, form) == before
 
 
 def test_photos_above_the_limit_of_a_request_are_sent_in_several(new_page: NewPage, photos: SimpleNamespace) -> None:

@@ -16,6 +16,12 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_play
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 DESKTOP = {"viewport": {"width": 1280, "height": 900}}
+SIZES = {
+    "phone": {"width": 360, "height": 740},
+    "tablet": {"width": 820, "height": 1180},
+    "desktop": {"width": 1440, "height": 900},
+}
+CONTROLS = "main a, main button, main input, main select, main summary, main label.button"
 FAILED_REQUEST = re.compile("the server responded with a status of")  # the page shows the error, too
 TIMEOUT_MS = 120_000  # the machine may be busy
 ACCESSIBILITY = {"runOnly": ["wcag2a", "wcag2aa", "wcag21aa", "wcag22aa", "best-practice"]}
@@ -72,3 +78,22 @@ def check_accessibility(page: Page, name: str) -> None:
     assert found.violations_count == 0, f"{name}: {found.generate_report()}"
     assert page.viewport_size
     assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"], name
+
+
+def positions(page: Page, selector: str = CONTROLS) -> dict[str, list[int]]:
+    """Return the left and the top edge of visible controls in the window, by their kind and name."""
+    return page.locator(selector).evaluate_all(
+        """(elements) => {
+            const found = {};
+            for (const element of elements) {
+                if (!element.checkVisibility({ visibilityProperty: true })) continue;
+                const text = element.id || element.value || element.textContent.trim().replace(/\\s+/g, " ");
+                const name = `${element.localName} ${text}`;
+                let key = name;
+                for (let i = 2; key in found; i += 1) key = `${name} ${i}`;
+                const box = element.getBoundingClientRect();
+                found[key] = [box.left, box.top].map(Math.round);
+            }
+            return found;
+        }"""
+    )
