@@ -1,4 +1,4 @@
-// Upload dropped or chosen folders, photos and zips to a data set, and select photos with the keyboard.
+// Upload dropped or chosen folders, photos and zips to a data set, follow tasks, and select photos with the keyboard.
 
 const root = document.documentElement;
 const byId = (id) => document.getElementById(id);
@@ -11,9 +11,12 @@ const PARALLEL = 3; // photos that are sent at a time
 const PIECE = 8 * 2 ** 20; // of a zip
 const RETRIES = 4;
 const MAX_LISTED = 5;
+const POLL_MS = 2000; // between two looks at a task
+const ADDED = "The upload has finished.";
 const UNREACHABLE = "The server cannot be reached. Drop the same files again to continue.";
 
 let stopped = null; // the AbortController of the current upload
+let isInUse = false; // since the page was loaded, or since the last upload began
 
 root.classList.add("js");
 
@@ -27,6 +30,7 @@ function announce(text) {
 
 function showProblem(text, rows = []) {
   problemBox.hidden = !text;
+  problemBox.classList.toggle("calm", !rows.length && text === ADDED);
   problemBox.querySelector("p").textContent = text;
   const items = rows.slice(0, MAX_LISTED).map((row) => {
     const item = document.createElement("li");
@@ -34,7 +38,23 @@ function showProblem(text, rows = []) {
     return item;
   });
   problemBox.querySelector("ul").replaceChildren(...items);
-  if (text) problemBox.scrollIntoView({ block: "nearest" });
+}
+
+// The page changes automatically only while it is not in use: what is added would move what is about to be pressed.
+
+for (const kind of ["pointerdown", "keydown", "input", "wheel", "touchmove"]) {
+  addEventListener(kind, () => (isInUse = true), { capture: true, passive: true });
+}
+
+// Show an address now if the page is not in use, else show a link to it in an element.
+function showNext(url, element, text, label) {
+  if (isInUse) {
+    const link = document.createElement("a");
+    link.href = url;
+    link.textContent = label;
+    element.replaceChildren(text, " ", link);
+  } else if (url === location.pathname + location.search) location.reload();
+  else location.assign(url);
 }
 
 function showProgress(text, done, total) {
@@ -118,25 +138,18 @@ async function createDataSet() {
 async function upload(files, cls) {
   if (stopped) return showProblem("An upload is running. Wait until it has finished.");
   stopped = new AbortController();
+  isInUse = false;
   showProblem("");
   try {
     const zips = files.filter(([path]) => /\.zip$/i.test(path));
     if (zips.length && files.length > 1) throw new Rejected("Add one zip at a time, without other files.");
     const set = await createDataSet();
     const rejected = zips.length ? await uploadZip(set, zips[0][1]) : await uploadPhotos(set, files, cls);
-    if (!rejected.length) {
-      stopped = null; // leaving the page needs no confirmation now
-      if (location.pathname === set) location.reload();
-      else location.assign(set);
-      return;
-    }
-    const text = `${plural(rejected.length, "file")} could not be added. All others were.`;
-    showProblem(text, rejected);
-    const link = document.createElement("a");
-    link.href = set;
-    link.textContent = "Show the data set";
-    problemBox.querySelector("p").append(" ", link);
-    announce(text);
+    const text = rejected.length ? `${plural(rejected.length, "file")} could not be added. All others were.` : ADDED;
+    if (rejected.length) isInUse = true; // their names have to be read
+    if (isInUse) showProblem(text, rejected);
+    stopped = null; // leaving the page needs no confirmation now
+    showNext(set, problemBox.querySelector("p"), text, "Show the data set");
   } catch (error) {
     if (error.name === "AbortError") showProblem("Stopped. Drop the same files again to continue.");
     else showProblem(error instanceof Rejected ? error.message : UNREACHABLE);
@@ -213,6 +226,7 @@ if (place) {
   }
   byId("new")?.addEventListener("submit", (event) => event.preventDefault());
   byId("upload-stop").addEventListener("click", () => stopped?.abort());
+  byId("upload-close").addEventListener("click", () => showProblem(""));
 
   const target = (event) => event.target.closest?.("[data-drop]") ?? document.querySelector(".zone[data-drop]");
   const mark = (element) => {
@@ -238,6 +252,37 @@ if (place) {
     if (stopped) event.preventDefault();
   });
 }
+
+// An import, a check or suggestions that the server computes
+
+const task = document.querySelector("[data-task]");
+
+async function follow() {
+  const response = await fetch(location.href, { headers: { Accept: "text/html" } }).catch(() => null);
+  if (!response?.ok) return setTimeout(follow, POLL_MS); // the server is being restarted
+  const next = new DOMParser().parseFromString(await response.text(), "text/html").querySelector("[data-task]");
+  if (next) {
+    task.replaceChildren(...next.childNodes);
+    return setTimeout(follow, POLL_MS);
+  }
+  const text = document.createElement("p");
+  if (isInUse) task.replaceChildren(text); // of the same height
+  showNext(location.pathname + location.search, text, "Finished.", "Show the result");
+}
+
+if (task) setTimeout(follow, POLL_MS);
+
+// A form returns to its page: keep the position, so that its buttons stay under the pointer
+
+const SCROLLED = "scrolled";
+const here = location.pathname + location.search;
+
+addEventListener("submit", (event) => {
+  if (!event.defaultPrevented) sessionStorage.setItem(SCROLLED, JSON.stringify([here, scrollY]));
+});
+const [page, y] = JSON.parse(sessionStorage.getItem(SCROLLED) ?? "[]");
+if (page === here) scrollTo({ top: y, behavior: "instant" });
+sessionStorage.removeItem(SCROLLED);
 
 // Photos to select: click, Shift for a range, and a key for each place to move them to
 
