@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import selectors
@@ -22,10 +23,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from models.artifacts.paths import resolve_bundle
 MAX_PHOTOS = 64
 MAX_STOLEN = 0.03
 ATTEMPTS = 4
+STALLED_S = 60.0  # without a response a measurement fails
 CONNECTIONS = 16
 BOUNDARY = f"{'':->24}kwZt0Zq3XoNRVLqYxOa7Bn"  # as long as curl's
 T = TypeVar("T")
@@ -211,6 +213,15 @@ def run_service(path: Path, **settings: str) -> Iterator[int]:
         server.wait(30)
 
 
+class Response(NamedTuple):
+    """A response: when it was received (``time.perf_counter``), its time, the index of its request, and its bytes."""
+
+    at: float
+    time_ms: float
+    request: int
+    data: bytes
+
+
 def send_requests(
     port: int,
     requests: Sequence[bytes],
@@ -219,10 +230,7 @@ def send_requests(
     *,
     on_response: Callable[[int, bytes], object] = lambda number, response: None,
 ) -> list[float]:
-    """Send requests over kept-alive connections; each one sends its next request when it has received its response.
-
-    Responses count once every connection has received one, for ``seconds``. The client is one thread and its requests are
-    encoded beforehand, because it shares the processors with the server.
+    """Send requests as ``stream_responses`` does. They count once every connection has received a response.
 
     Args:
         port: The port of the server.
@@ -234,40 +242,55 @@ def send_requests(
     Returns:
         The response times in milliseconds.
     """
-    selector = selectors.DefaultSelector()
-    sent: dict[socket.socket, tuple[int, float]] = {}
-    responses: dict[socket.socket, bytes] = {}
     times_ms: list[float] = []
-    number = 0
-    for _ in range(connections):
-        connection = socket.create_connection(("127.0.0.1", port))
-        selector.register(connection, selectors.EVENT_READ)
-        responses[connection] = b""
-        connection.sendall(requests[number % len(requests)])
-        sent[connection] = number % len(requests), time.perf_counter()
-        number += 1
     deadline = math.inf
-    while time.perf_counter() < deadline:
-        for key, _ in selector.select(timeout=1.0):
-            connection = key.fileobj  # type: ignore[assignment]
-            responses[connection] += connection.recv(1 << 16)
-            if not is_complete(responses[connection]):
-                continue
-            if not responses[connection].startswith(b"HTTP/1.1 200"):
-                raise RuntimeError(f"the server rejected a photo: {responses[connection].decode()}")
-            now = time.perf_counter()
-            index, sent_at = sent[connection]
-            on_response(index, responses[connection])
-            responses[connection] = b""
-            times_ms.append((now - sent_at) * 1e3)
+    with contextlib.closing(stream_responses(port, requests, connections)) as responses:
+        for response in responses:
+            if response.at > deadline:
+                break
+            on_response(response.request, response.data)
+            times_ms.append(response.time_ms)
             if len(times_ms) == connections:
-                deadline = now + seconds
-            connection.sendall(requests[number % len(requests)])
-            sent[connection] = number % len(requests), now
-            number += 1
-    for connection in sent:
-        connection.close()
+                deadline = response.at + seconds
     return times_ms[connections:]
+
+
+def stream_responses(port: int, requests: Sequence[bytes], connections: int) -> Generator[Response, None, None]:
+    """Send requests over kept-alive connections until the iterator is closed, and yield the responses.
+
+    Each connection sends its next request when it has received its response. The client is one thread and its requests are
+    encoded beforehand, because it shares the processors with the server.
+    """
+    numbers = itertools.cycle(range(len(requests)))
+    sent: dict[socket.socket, tuple[int, float]] = {}
+    received: dict[socket.socket, bytes] = {}
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as opened:
+
+        def send(connection: socket.socket) -> None:
+            received[connection], sent[connection] = b"", (next(numbers), time.perf_counter())
+            connection.sendall(requests[sent[connection][0]])
+
+        for _ in range(connections):
+            connection = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+            selector.register(connection, selectors.EVENT_READ)
+            send(connection)
+        while True:
+            ready = selector.select(timeout=STALLED_S)
+            if not ready:
+                raise RuntimeError(f"the server sent no response for {STALLED_S:g} s")
+            for key, _ in ready:
+                connection = key.fileobj  # type: ignore[assignment]
+                received[connection] += (chunk := connection.recv(1 << 16))
+                if not chunk:
+                    raise RuntimeError("the server closed a connection")
+                if not is_complete(received[connection]):
+                    continue
+                if not received[connection].startswith(b"HTTP/1.1 200"):
+                    raise RuntimeError(f"the server rejected a photo: {received[connection].decode()}")
+                now, data = time.perf_counter(), received[connection]
+                index, sent_at = sent[connection]
+                send(connection)
+                yield Response(now, (now - sent_at) * 1e3, index, data)
 
 
 def is_complete(response: bytes) -> bool:
