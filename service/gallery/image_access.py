@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 from flask import Blueprint, Response, request
 
@@ -34,6 +36,7 @@ from service.web.layout import ONE_YEAR_S
 MAX_EXPLAINERS = 4
 DISPLAY_MAX_PX = 2048
 DISPLAY_QUALITY = 90
+T = TypeVar("T")
 
 log = logging.getLogger("service.gallery")
 bp = Blueprint("images", __name__, url_prefix="/gallery/images")
@@ -53,11 +56,6 @@ class ImageAccess:
         self._explainers: dict[str, Explainer] = {}
         self._lock = threading.Lock()
 
-    @property
-    def _folders(self) -> SourceFolder:
-        self._source_folder.roots = self._gallery.data_folders()  # the studio adds some at any time
-        return self._source_folder
-
     def read(self, photo: str, sha256: str) -> bytes:
         """Read a photo.
 
@@ -70,7 +68,7 @@ class ImageAccess:
             if data is None:
                 raise _deleted(photo)
             return data
-        return self._folders.read(decode_file_name(photo), sha256)
+        return self._find(lambda folder: folder.read(decode_file_name(photo), sha256))
 
     def check(self, photo: str, sha256: str) -> None:
         """Raise what ``read`` would raise, without reading a photo that was read before."""
@@ -79,7 +77,7 @@ class ImageAccess:
                 if not production.is_saved(connection, sha256):
                     raise _deleted(photo)
         else:
-            self._folders.check(decode_file_name(photo), sha256)
+            self._find(lambda folder: folder.check(decode_file_name(photo), sha256))
 
     def find_problem(self, photo: str, sha256: str) -> Problem | None:
         """Return why a photo cannot be shown, or None."""
@@ -132,6 +130,17 @@ class ImageAccess:
                 self._explainers[version] = Explainer(bundle)
             explainer = self._explainers[version]
         return explainer.explain(sha256, label, lambda: self.crop(version, photo, sha256))
+
+    def _find(self, use: Callable[[SourceFolder], T]) -> T:
+        """Use the data folders. If a photo is in none of them, list them again: the studio adds some at any time."""
+        try:
+            return use(self._source_folder)
+        except ImageUnavailableError:
+            folders = self._gallery.data_folders()
+            if folders == self._source_folder.roots:
+                raise
+            self._source_folder.roots = folders
+            return use(self._source_folder)
 
     def _bundle(self, version: str) -> Bundle:
         path = self._gallery.bundle_path(version)

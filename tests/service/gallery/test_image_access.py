@@ -1,4 +1,4 @@
-"""Images of a model whose bundle was deleted."""
+"""Images of a model whose bundle was deleted, and of data folders that are added while the service runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from models.artifacts.bundle import open_bundle
 from service.db.errors import RecordNotFoundError
 from service.gallery.image_access import ImageAccess
 from service.gallery.index import GalleryIndex
+from service.images.source_folder import ImageReplacedError
 from service.inference.image_decoder import ImageDecoder
 from service.settings import Settings
 
@@ -49,3 +50,27 @@ def test_a_bundle_deleted_after_the_first_explanation_is_not_found(tiny_bundle: 
     bundle.rename(tmp_path / "moved")
     with pytest.raises(RecordNotFoundError, match=f"The bundle {version} was moved or damaged."):
         images.explain(*arguments, "blue")
+
+
+def test_the_data_folders_are_listed_again_only_for_a_photo_that_is_in_none_of_them(tmp_path: Path) -> None:
+    folders, listings = [tmp_path / "first"], []
+
+    def data_folders() -> list[Path]:
+        listings.append(list(folders))
+        return list(folders)
+
+    gallery = cast("GalleryIndex", SimpleNamespace(data_folders=data_folders))
+    images = ImageAccess(Settings(thumbnail_cache_mb=0), gallery, ImageDecoder.of(Settings()))
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.jpg").write_bytes(folder.encode())
+    first, second = (sha256_of(tmp_path / folder / "1.jpg") for folder in ("first", "second"))
+    for _ in range(3):
+        assert images.read("1.jpg", first) == b"first"
+    assert len(listings) == 1
+    with pytest.raises(ImageReplacedError):
+        images.read("1.jpg", second)
+    folders.append(tmp_path / "second")
+    assert images.read("1.jpg", second) == b"second"
+    images.check("1.jpg", second)
+    assert len(listings) == 3
