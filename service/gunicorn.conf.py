@@ -16,7 +16,6 @@ from service.cpu_allocation import allocate_resources
 from service.http.gunicorn_worker import raise_file_limit
 from service.rollout.state import open_store, share_store
 from service.settings import process_settings
-from service.studio.runner_supervisor import end_runner, share_lifeline
 from service.telemetry.json_logging import is_terminal, logging_config
 from service.telemetry.metrics_dir import create_metrics_dir, remove_metrics_dir, restore_metrics_dir
 
@@ -55,6 +54,8 @@ def on_starting(server: Any) -> None:
     create_metrics_dir()
     share_store(_settings)
     if _settings.studio:
+        from service.studio.runner_supervisor import share_lifeline
+
         share_lifeline()
     server.log.info(str(_resources))
 
@@ -122,5 +123,8 @@ def child_exit(server: Any, worker: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
-    end_runner(_settings)
+    if _settings.studio:
+        from service.studio.runner_supervisor import end_runner
+
+        end_runner(_settings)
     remove_metrics_dir()
