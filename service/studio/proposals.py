@@ -1,23 +1,30 @@
-"""Proposals of the active model for photos without a class, the ones it is least sure of first."""
+"""Propose classes for photos without one with the active model, and order the photos by how much their labels help.
+
+A label helps most if the model is uncertain, and no similar photo has been labeled. So the photos with the smallest margins
+come first, in the order of greedy k-center on their embeddings (Sener and Savarese 2018, https://arxiv.org/abs/1708.00489).
+"""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from models.artifacts.bundle import GRAPH, Bundle
+from models.artifacts.paths import compiled_dir
 from models.errors import UserError
+from models.runtime.openvino_engine import OpenVINOEngine
 from service.context import Services
 from service.http.errors import Problem
-from service.inference.batcher import InferenceResult
+from service.inference.image_decoder import ImageDecoder
 from service.studio import background_tasks
 from service.studio.data_sets import UNLABELED, DataSet, Photo
 
 BATCH = 4
-DEADLINE_S = 60.0  # of a batch, which waits behind requests
-PAUSE_S = 1.0  # while the server is at capacity
 UNSURE = 0.5  # a smaller margin between the two most probable classes is worth a label
+MAX_SPREAD = 600  # the photos that the model is least sure of are ordered by their embeddings, the others by their margins
 
 
 @dataclass(frozen=True)
@@ -34,69 +41,115 @@ class Proposal:
 
 
 def propose(data_set: DataSet, app: Services) -> None:
-    """Classify the photos without a class with the active model, in the background.
+    """Classify the photos without a class with the active model, in the background at low priority.
 
     Raises:
         Problem: The model knows none of the classes, or the data set is busy.
     """
-    classes = app.model_manager.get().bundle.classes
-    if not set(classes) & set(data_set.classes()):
+    bundle, decoder = app.model_manager.get().bundle, app.model_manager.decoder
+    if not set(bundle.classes) & set(data_set.classes()):
         raise Problem(
             "bad_parameter",
-            f"The active model knows {', '.join(classes[:6])}, and no class of {data_set.name}. Label some photos, train, and"
-            " put the new model live. Then it can suggest classes.",
+            f"The active model knows {', '.join(bundle.classes[:6])}, and no class of {data_set.name}. Label some photos, "
+            "train, and put the new model live. Then it can suggest classes.",
         )
-    background_tasks.start(data_set, "prediction", lambda report: _propose(data_set, app, report))
+
+    def work(report: background_tasks.Report) -> str:
+        proposals = classify(bundle, decoder, _read(data_set, report))
+        data_set.write_state("proposals.json", {path: astuple(proposal) for path, proposal in proposals.items()})
+        unsure = sum(proposal.is_unsure for proposal in proposals.values())
+        return f"The model is unsure about {unsure:,} of {len(proposals):,} photos. Label these first."
+
+    background_tasks.start(data_set, "prediction", work)
 
 
 def read_proposals(data_set: DataSet) -> dict[str, Proposal]:
-    """Return the proposals by the path of their photo. Classes that the data set does not have are not proposed."""
+    """Return the proposals by the path of their photo, the most useful first. Classes that the data set lacks are left out."""
     rows = data_set.read_state("proposals.json", {})
     known = set(data_set.classes())
     return {path: proposal for path, row in rows.items() if (proposal := Proposal(*row)).label in known}
 
 
-def most_useful_first(photos: list[Photo], proposals: dict[str, Proposal]) -> list[Photo]:
-    """Sort photos: the least certain first, and photos without a proposal last."""
-    return sorted(photos, key=lambda photo: (proposals[photo.path].margin if photo.path in proposals else 2.0, photo.path))
+def most_useful_first(photos: list[Photo], proposals: Mapping[str, Proposal]) -> list[Photo]:
+    """Sort photos as their proposals are, and photos without a proposal last."""
+    rank = {path: number for number, path in enumerate(proposals)}
+    return sorted(photos, key=lambda photo: (rank.get(photo.path, len(rank)), photo.path))
 
 
-def _propose(data_set: DataSet, app: Services, report: background_tasks.Report) -> str:
+def classify(bundle: Bundle, decoder: ImageDecoder, photos: Iterable[tuple[str, bytes]]) -> dict[str, Proposal]:
+    """Classify photos, and order them by how much their labels help. Photos that cannot be decoded are left out.
+
+    Args:
+        bundle: The model. It is compiled here, so that requests do not wait for the photos.
+        decoder: Decodes the photos.
+        photos: The path and the file of each photo.
+
+    Returns:
+        The proposal of each photo by its path: the most useful first.
+    """
+    # The threads of OpenVINO inherit the low priority of this thread.
+    engine = OpenVINOEngine(
+        bundle.path / GRAPH, outputs=("probabilities", "embedding"), batch_sizes=(BATCH,), cache_dir=compiled_dir()
+    )
+    proposals: dict[str, Proposal] = {}
+    embeddings: dict[str, NDArray[np.float32]] = {}  # of the photos that the model is least sure of
+    for paths, pixels in _batches(bundle, decoder, photos):
+        for path, probabilities, embedding in zip(paths, *engine.run(pixels), strict=True):
+            second, first = np.sort(probabilities)[-2:]
+            label = bundle.classes[int(probabilities.argmax())]
+            proposals[path] = proposal = Proposal(label, float(first), float(first - second))
+            if proposal.is_unsure:
+                embeddings[path] = embedding.ravel()
+        if len(embeddings) > 2 * MAX_SPREAD:  # limits the memory
+            embeddings = {path: embeddings[path] for path in _least_sure(embeddings, proposals)}
+    candidates = _least_sure(embeddings, proposals)
+    first_paths = [candidates[row] for row in spread_out(np.array([embeddings[path] for path in candidates]))]
+    rest = sorted(proposals.keys() - set(first_paths), key=lambda path: (proposals[path].margin, path))
+    return {path: proposals[path] for path in (*first_paths, *rest)}
+
+
+def spread_out(embeddings: NDArray[np.float32]) -> list[int]:
+    """Order the rows so that each one is the least similar to all rows before it. The first row stays the first."""
+    unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    similarity = np.full(len(unit), -np.inf)  # with the most similar row of the result
+    order: list[int] = []
+    while len(order) < len(unit):
+        row = int(similarity.argmin())
+        order.append(row)
+        similarity = np.maximum(similarity, unit @ unit[row])
+        similarity[row] = np.inf
+    return order
+
+
+def _least_sure(paths: Iterable[str], proposals: Mapping[str, Proposal]) -> list[str]:
+    return sorted(paths, key=lambda path: (proposals[path].margin, path))[:MAX_SPREAD]
+
+
+def _read(data_set: DataSet, report: background_tasks.Report) -> Iterator[tuple[str, bytes]]:
     photos = data_set.photos_of(UNLABELED)
-    rows: dict[str, tuple[str, float, float]] = {}
-    for first in range(0, len(photos), BATCH):
-        report("Classifying the photos", first, len(photos))
-        batch = {}
-        for photo in photos[first : first + BATCH]:
-            try:
-                batch[photo.path] = data_set.find_photo(photo.path).read_bytes()
-            except UserError:  # labeled meanwhile
-                continue
-        results = zip(batch, _predict(app, list(batch.values())), strict=True)
-        rows |= {path: result for path, result in results if isinstance(result, tuple)}
-    data_set.write_state("proposals.json", rows)
-    unsure = sum(Proposal(*row).is_unsure for row in rows.values())
-    return f"The model is unsure about {unsure:,} of {len(rows):,} photos. Label these first."
-
-
-def _predict(app: Services, images: list[bytes]) -> list[tuple[str, float, float] | Problem]:
-    """Predict images with the model that is active now. Waits while the server is at capacity."""
-    while True:
+    for number, photo in enumerate(photos):
+        report("Classifying the photos", number, len(photos))
         try:
-            app.admission.acquire(len(images))
-            break
-        except Problem:
-            time.sleep(PAUSE_S)
-    try:
-        deadline = time.perf_counter() + DEADLINE_S
-        model, results = app.predictor.predict(images, deadline=deadline, is_cancelled=lambda: False)
-    except TimeoutError:
-        raise UserError("The server is too busy to classify the photos. Try again later.") from None
-    finally:
-        app.admission.release(len(images))
-    return [_row(result, model.bundle.classes) if isinstance(result, InferenceResult) else result for result in results]
+            data = data_set.find_photo(photo.path).read_bytes()
+        except (UserError, FileNotFoundError):  # labeled meanwhile
+            continue
+        yield photo.path, data
 
 
-def _row(result: InferenceResult, classes: tuple[str, ...]) -> tuple[str, float, float]:
-    second, first = np.sort(result.probabilities)[-2:]
-    return classes[result.top_class], float(first), float(first - second)
+def _batches(
+    bundle: Bundle, decoder: ImageDecoder, photos: Iterable[tuple[str, bytes]]
+) -> Iterator[tuple[list[str], NDArray[np.uint8]]]:
+    """Yield the paths and the decoded pixels (N, H, W, C) of up to BATCH photos."""
+    paths: list[str] = []
+    pixels: list[NDArray[np.uint8]] = []
+    for path, data in photos:
+        try:
+            pixels.append(decoder.preprocess(data, bundle.preprocessing).pixels)
+        except UserError:
+            continue
+        paths.append(path)
+        if len(paths) == BATCH:
+            yield paths, np.stack(pixels)
+            paths, pixels = [], []
+    if paths:
+        yield paths, np.stack(pixels)
