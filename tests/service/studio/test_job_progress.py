@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,26 @@ def test_curves_lie_inside_of_the_chart() -> None:
         assert f"after epoch {len(rows)}:" in drawn.summary
     assert curve("Loss", [], "loss", epochs=0).summary == "Loss: no epoch is finished yet."
     assert curve("Loss", rows[:2], "loss", epochs=2).summary == "Loss after epoch 2: training 0.500, validation 1.000."
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "ticks"),
+    [
+        ("accuracy", 0.43, 0.88, ["20%", "40%", "60%", "80%", "100%"]),
+        ("accuracy", 0.975, 0.995, ["96%", "97%", "98%", "99%", "100%"]),
+        ("accuracy", 0.05, 0.95, ["0%", "25%", "50%", "75%", "100%"]),
+        ("accuracy", 0.71, 0.78, ["70%", "75%", "80%"]),
+        ("loss", 0.031, 0.69, ["0", "0.2", "0.4", "0.6", "0.8"]),
+        ("loss", 0.31, 0.34, ["0.3", "0.32", "0.34", "0.36"]),
+        ("loss", 12.0, 950.0, ["0", "500", "1000", "1500"]),
+    ],
+)
+def test_the_ticks_of_the_y_axis_are_round(name: str, low: float, high: float, ticks: list[str]) -> None:
+    rows = [epoch(number, **{f"train_{name}": low, f"valid_{name}": high}) for number in (1, 2)]
+    assert [text for _, text in curve(name, rows, name, epochs=2).y_labels] == ticks
+
+
+def test_values_that_cannot_be_drawn_are_left_out() -> None:
+    rows = [epoch(1), epoch(2, train_loss=math.nan, valid_loss=math.inf)]
+    drawn = curve("Loss", rows, "loss", epochs=2)
+    assert (drawn.train.count(","), drawn.valid.count(","), drawn.last) == (1, 1, None)
