@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 from models.artifacts.bundle import name_problem
+from models.artifacts.tuning_result import PRESETS, SELECTED_BY_PRESET
 from models.errors import ConfigError, did_you_mean
 from models.networks.spec import LINEAR, LOGISTIC, PLAIN, STANDARD, UNIT, Recipe
 
 BALANCED, NONE, TRAINING, EQUAL = "balanced", "none", "training", "equal"
 HUB = "hf://"  # begins the name of a data set of the Hugging Face Hub
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "digits")
-PRESETS = ("best", "balanced", "fast")
 # Settings of commands that train several networks or heads: those of the data and of the machine.
 SHARED_SETTINGS = (
     "labels",
@@ -34,7 +34,6 @@ SHARED_SETTINGS = (
     "cache_dir",
     "cache_limit_mb",
 )
-SELECTED_BY_PRESET = ("backbone", "head", "normalization", "penalty")
 # Settings of training in epochs, which --head logistic does not have.
 EPOCH_SETTINGS = ("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "patience")
 

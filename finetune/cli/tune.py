@@ -10,7 +10,7 @@ from finetune import config as settings
 from finetune.cli.arguments import DATA, add_folder
 from finetune.data.label_source import locate_data
 from finetune.io.progress import step
-from finetune.presets import TUNING_FILE, default_tuning_dir
+from models.artifacts.tuning_result import TUNING_FILE, default_tuning_dir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

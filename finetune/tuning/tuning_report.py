@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.config import PRESETS, SELECTED_BY_PRESET
 from finetune.metrics.bootstrap import bootstrap_mean_interval
 from finetune.metrics.groups import proportion_interval
 from finetune.metrics.significance import holm_correction, sign_flip_p_value
 from finetune.metrics.slices import format_p
-from finetune.presets import TUNING_FILE
 from finetune.tuning.networks import NetworkCost
 from finetune.tuning.search import OUTER_FOLDS, Search
 from models.artifacts.atomic_io import atomic_write_text
 from models.artifacts.statistics import mcnemar_p_value
+from models.artifacts.tuning_result import PRESETS, SELECTED_BY_PRESET, TUNING_FILE
 from models.networks.spec import LOGISTIC
 
 RESAMPLES = 10_000

@@ -70,7 +70,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     "no_previous_bundle": ProblemType(409, "No previous bundle", "Name the bundle in `POST /admin/bundle`."),
     "nothing_to_undo": ProblemType(409, "Nothing to undo", "This image has no review."),
     "name_taken": ProblemType(409, "Name taken", "Choose another name."),
-    "dataset_busy": ProblemType(409, "Data set busy", "Retry when its audit or import has finished."),
+    "dataset_busy": ProblemType(409, "Data set busy", "Retry when its audit, import or training has ended."),
     "upload_conflict": ProblemType(409, "Upload conflict", "`detail` states how many bytes are there. Continue from there."),
     "review_conflict": ProblemType(
         409, "Review conflict", "Read the other review. To overwrite it, send yours again with its id as `expected_version`."

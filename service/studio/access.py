@@ -7,6 +7,7 @@ from flask import Blueprint, Response, g, request, url_for
 from service.context import services
 from service.http.errors import Problem
 from service.http.security import require_same_origin, require_studio_key
+from service.studio.fields import wants_page
 from service.web.layout import problem_page, problem_response
 
 READING = ("GET", "HEAD", "OPTIONS")
@@ -27,8 +28,7 @@ def _check_change() -> None:
 
 def show_problem(problem: Problem) -> Response:
     """Return problem+json, or a page: for a missing key the one on which to enter it."""
-    is_page = request.accept_mimetypes.best_match(("application/json", "text/html")) == "text/html"
-    if problem.code != "unauthorized" or not is_page:
+    if problem.code != "unauthorized" or not wants_page():
         return problem_response(problem)
     problem = Problem(problem.code, "Sign in with a key to change data, train or put a model live.", headers=problem.headers)
     return problem_page(problem, "gallery/key.html", back=page_before())

@@ -9,7 +9,8 @@ from typing import Any
 from flask import Blueprint, Response, g, redirect, request, url_for
 
 from models.errors import UserError
-from service.context import image_access, services, workspace
+from service.context import gallery, image_access, services, workspace
+from service.db.training_jobs import ACTIVE, list_jobs
 from service.http.errors import Problem
 from service.http.request_body import parse_json, read_body
 from service.http.uploads import read_uploads
@@ -116,6 +117,7 @@ def rename(name: str) -> Response:
     """Rename a data set, or one of its classes."""
     data_set = find_data_set(name)
     fields = read_fields({"to": str, "class": str})
+    _require_no_training(data_set)
     if fields["class"]:
         data_set.rename_class(fields["class"], fields["to"])
     else:
@@ -131,6 +133,7 @@ def delete(name: str) -> Response:
     if read_fields({"confirm": str})["confirm"].strip() != data_set.name:
         raise Problem("bad_parameter", f"To delete the data set, enter its name ({data_set.name}). It cannot be undone.")
     _require_idle(data_set)
+    _require_no_training(data_set)
     data_set.delete()
     return _redirect(url_for("studio.start")) if wants_page() else uncached_json(deleted=data_set.name)
 
@@ -360,6 +363,19 @@ def find_data_set(name: str) -> DataSet:
 def _require_idle(data_set: DataSet) -> None:
     if (task := current_task(data_set)) and task.is_running:
         raise Problem("dataset_busy", f"The {task.kind} of {data_set.name} is still running. Wait until it has finished.")
+
+
+def _require_no_training(data_set: DataSet) -> None:
+    """Raise Problem if a training run that waits or runs reads the photos, whose paths must not change meanwhile."""
+    with gallery().database.read() as connection:
+        jobs = list_jobs(connection, *ACTIVE)
+    # File systems may ignore case, so that a run can name the data set in another one.
+    users = [job.run for job in jobs if job.data.casefold() == f"{DATASET}{data_set.name}".casefold()]
+    if users:
+        raise Problem(
+            "dataset_busy",
+            f"The training run {users[-1]} uses {data_set.name}. Wait until it has ended, or cancel it.",
+        )
 
 
 def _row(photo: Photo) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from models.errors import ConfigError
 from service.settings import Settings
 
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
 DATASET, FOLDER = "dataset:", "folder:"  # begin the name of a data set, or a path below DATA_DIR
 
 
@@ -28,16 +30,29 @@ def resolve_data(settings: Settings, data: str) -> Path:
         root, name = settings.data_dir, data.removeprefix(FOLDER)
     else:
         raise ConfigError("Data: choose a data set, or a folder below DATA_DIR.")
-    try:
-        base = root.resolve()
-        path = (base / name).resolve()
-        is_inside = path.is_relative_to(base) and path.is_dir()
-    except (OSError, ValueError, RuntimeError):  # for example a NUL, or a loop of links
-        is_inside = False
-    if not is_inside or Path(name).is_absolute():
+    path = _resolve_inside(root, name)
+    if path is None or not os.path.isdir(path):
         where = "in the studio" if data.startswith(DATASET) else "below DATA_DIR"
         raise ConfigError(f"Data: there is no folder {name[:80]!r} {where}.")
     return path
+
+
+def resolve_table(folder: Path, name: str) -> Path:
+    """Return the table of labels that a form names by its path below the data folder. Raises ConfigError if there is none."""
+    path = _resolve_inside(folder, name)
+    if path is None or not os.path.isfile(path) or path.suffix.lower() not in TABLE_SUFFIXES:
+        raise ConfigError(f"Table of labels: the data folder has no table {name[:80]!r} ({', '.join(TABLE_SUFFIXES)}).")
+    return path
+
+
+def _resolve_inside(root: Path, name: str) -> Path | None:
+    """Return a path below ``root`` with its links resolved, or None if it leads elsewhere."""
+    try:
+        base = root.resolve()
+        path = (base / name).resolve()
+        return path if path.is_relative_to(base) and not Path(name).is_absolute() else None
+    except (OSError, ValueError, RuntimeError):  # for example a NUL, or a loop of links
+        return None
 
 
 def describe_data(data: str) -> str:

@@ -17,6 +17,7 @@ from service.http.errors import Problem
 from service.rollout.state import RolloutStore
 from service.settings import Settings
 from service.studio.access import protect
+from service.studio.estimates import estimate_run
 from service.studio.fields import check_parameters, read_fields, uncached_json, wants_page
 from service.studio.job_files import MAX_LOG_BYTES, JobFiles
 from service.studio.job_state import METRICS, JobState, count_ahead, live_version
@@ -148,13 +149,18 @@ def previous_bundle() -> dict[str, str] | None:
 
 def _loader(settings: Settings, database: Database, store: RolloutStore, id_: int) -> Callable[[], JobState]:
     """Return a function that loads the state of a run outside of the request."""
+    with database.read() as connection:
+        started = get_job(connection, id_)
+    estimate = estimate_run(started.settings, started.data) if started.is_active else None
+    estimated_s = estimate.seconds if estimate else None
 
     def load() -> JobState:
         with database.read() as connection:
             job = get_job(connection, id_)
             active = list_jobs(connection, "queued", "running") if job.state == "queued" else []
         live = store.read().active
-        return JobState.of(settings, job, live_version=live.version if live else None, ahead=count_ahead(active, job))
+        version = live.version if live else None
+        return JobState.of(settings, job, live_version=version, ahead=count_ahead(active, job), estimated_s=estimated_s)
 
     return load
 

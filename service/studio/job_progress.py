@@ -53,6 +53,12 @@ class JobProgress:
         return int(self.history[-1]["epoch"]) if self.history else 0
 
     @property
+    def best(self) -> dict[str, Any]:
+        """The best epoch so far, empty before the first one has finished."""
+        number = self.history[-1]["best_epoch"] if self.history else 0
+        return next((row for row in self.history if row["epoch"] == number), {})
+
+    @property
     def has_epochs(self) -> bool:
         return self.head != LOGISTIC
 

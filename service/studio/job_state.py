@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.paths import resolve_bundle
 from models.errors import UserError
 from service.context import services
-from service.db.training_jobs import FINISHED, TrainingJob
+from service.db.training_jobs import FINISHED, RUNNING, TrainingJob
 from service.settings import Settings
 from service.studio.curves import Curve, curve
 from service.studio.data_source import describe_data
@@ -39,7 +39,14 @@ _reader = ProgressReader()
 
 @dataclass(frozen=True)
 class JobState:
-    """A training with its progress. ``bundle`` is that of a finished one, and ``ahead`` the number of jobs before it."""
+    """A training with its progress.
+
+    Attributes:
+        bundle: The bundle of a finished one.
+        is_live: Whether its model is live.
+        ahead: Number of jobs that run or wait before it.
+        estimated_s: How long it will probably take from its start to its end, if that is known.
+    """
 
     job: TrainingJob
     files: JobFiles
@@ -47,9 +54,18 @@ class JobState:
     bundle: Bundle | None
     is_live: bool
     ahead: int = 0
+    estimated_s: float | None = None
 
     @classmethod
-    def of(cls, settings: Settings, job: TrainingJob, *, live_version: str | None, ahead: int = 0) -> JobState:
+    def of(
+        cls,
+        settings: Settings,
+        job: TrainingJob,
+        *,
+        live_version: str | None,
+        ahead: int = 0,
+        estimated_s: float | None = None,
+    ) -> JobState:
         """Read the files of a job.
 
         Args:
@@ -57,6 +73,7 @@ class JobState:
             job: The job.
             live_version: The version of the active bundle.
             ahead: Number of jobs that run or wait before it.
+            estimated_s: How long it will probably take.
         """
         files = JobFiles.of(settings, job)
         bundle = None
@@ -64,7 +81,7 @@ class JobState:
             with contextlib.suppress(UserError, OSError):
                 bundle = open_bundle(resolve_bundle(files.bundle), files=())
         is_live = job.version is not None and job.version == live_version
-        return cls(job, files, _reader.read(files.progress), bundle, is_live, ahead)
+        return cls(job, files, _reader.read(files.progress), bundle, is_live, ahead, estimated_s)
 
     @property
     def title(self) -> str:
@@ -95,6 +112,15 @@ class JobState:
         return self.progress.history[-1] if self.progress.history else {}
 
     @property
+    def seconds_left(self) -> float | None:
+        """How long the run will probably still take, or None: it was interrupted, or takes longer than estimated."""
+        job = self.job
+        if self.estimated_s is None or job.state != RUNNING or job.started_at is None or job.reason is not None:
+            return None
+        left = self.estimated_s - (datetime.now(timezone.utc) - job.started_at).total_seconds()
+        return max(left, self.progress.seconds_left or 0.0) if left > 0 else None
+
+    @property
     def tag(self) -> str:
         """A text that changes when the state does."""
         job = self.job
@@ -120,6 +146,7 @@ class JobState:
             "reason": job.reason,
             "version": job.version,
             "is_live": self.is_live,
+            "seconds_left": self.seconds_left,
             "metrics": self.metrics,
             "progress": {
                 "step": progress.step,

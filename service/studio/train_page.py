@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from flask import Blueprint, Response, g, jsonify, redirect, request, url_for
 
 from models.artifacts.atomic_io import atomic_write
 from models.artifacts.reviews import NOTE, Review, write_reviews
+from models.artifacts.tuning_result import PRESETS, TUNING_FILE, default_tuning_dir, read_preset
 from models.errors import ConfigError
 from service.context import gallery, services, workspace
 from service.db.training_jobs import FINISHED, TrainingJob, get_job, list_jobs, submit_job
@@ -19,20 +19,20 @@ from service.gallery.photo import REVIEWER_COOKIE
 from service.http.errors import Problem
 from service.reviews.decisions import ANONYMOUS, list_reviews
 from service.studio.access import protect
-from service.studio.data_sets import DataSet
-from service.studio.data_source import DATASET, FOLDER, describe_data, resolve_data
-from service.studio.fields import check_parameters, read_fields, uncached_json
+from service.studio.data_source import DATASET, FOLDER, describe_data, resolve_data, resolve_table
+from service.studio.estimates import Estimate, estimate_run, find_data_set_of
+from service.studio.fields import check_parameters, read_fields, uncached_json, wants_page
+from service.studio.findings import Audit
 from service.studio.finetune_process import NOT_INSTALLED, is_installed
 from service.studio.job_files import JobFiles
-from service.studio.job_progress import estimate_s
 from service.studio.start_page import page
 from service.studio.training_settings import (
     EPOCH_FIELDS,
     FIELDS,
+    LOGISTIC_FIELDS,
     NETWORKS,
     RUN_NAME,
     UNFROZEN_FIELDS,
-    chosen_head,
     form_values,
     parse_settings,
 )
@@ -40,27 +40,22 @@ from service.studio.training_settings import (
 MAX_ACTOR = 80
 MAX_NAME = 50
 OTHER_NETWORK = "other_backbone"  # a text field next to the list of networks
-ESTIMATED = ("data", "backbone", OTHER_NETWORK, "head", *EPOCH_FIELDS, *UNFROZEN_FIELDS)  # what the time depends on
+# What the time depends on:
+ESTIMATED = ("data", "backbone", OTHER_NETWORK, "head", *EPOCH_FIELDS, *UNFROZEN_FIELDS, *LOGISTIC_FIELDS)
 
 bp = protect(Blueprint("training", __name__, url_prefix="/studio"))
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """How long a training run will probably take, and the run that was measured."""
-
-    seconds: float
-    run: str
-
-
 @bp.get("/train")
 def form() -> Response:
-    """Show the form, filled with the data of ``data``, or with the settings of the model ``version``."""
-    check_parameters("data", "version", "reviews")
+    """Show the form, filled with the data of ``data``, the settings of the model ``version``, and those of a ``preset``."""
+    check_parameters("data", "version", "preset", "reviews")
     values = {"backbone": "efficientnet_lite0", "data": request.args.get("data", "")}
     notes: list[str] = []
     if version := request.args.get("version"):
         values |= _values_of_model(version, notes)
+    if preset := request.args.get("preset"):
+        values |= _values_of_preset(preset, values["data"])
     if request.args.get("reviews") == "1":
         values["reviews"] = "1"
     return _form(values, notes=notes)
@@ -76,12 +71,31 @@ def _values_of_model(version: str, notes: list[str]) -> dict[str, str]:
     if bundle is None:
         notes.append("The bundle of this model is not on this machine, so that its settings are unknown.")
         return {}
-    config = bundle.manifest.get("provenance", {}).get("config", {})
+    config = dict(bundle.manifest.get("provenance", {}).get("config", {}))
     notes += [
         f"Its {name.replace('_', ' ')} is not part of this form." for name in ("labels", "extra_data") if config.get(name)
     ]
+    config.pop("labels", None)  # its path is that of another machine, or not below DATA_DIR
     data = {"data": FOLDER} if services().settings.data_dir else {}  # the evaluated folder
     return form_values(config) | {"backbone": bundle.backbone} | data
+
+
+def _values_of_preset(preset: str, data: str) -> dict[str, str]:
+    """Return the settings that ``finetune tune`` chose for the data. Raises Problem if it did not run."""
+    presets = _presets(data)
+    if preset not in presets:
+        known = f"Valid presets: {', '.join(presets)}." if presets else "Run `finetune tune` on this data first."
+        raise Problem("bad_parameter", f"There is no preset {preset[:40]!r} for this data. {known}")
+    return form_values(presets[preset])
+
+
+def _presets(data: str) -> dict[str, dict[str, Any]]:
+    """Return the presets of the data that ``finetune tune`` has written in the working directory, if there are any."""
+    try:
+        file = default_tuning_dir(resolve_data(services().settings, data)) / TUNING_FILE
+        return {preset: read_preset(file, preset) for preset in PRESETS} if file.is_file() else {}
+    except ConfigError:
+        return {}
 
 
 @bp.get("/train/estimate.json")
@@ -94,7 +108,7 @@ def estimate_json() -> Response:
 
 @bp.post("/jobs")
 def start() -> Response:
-    """Append a training run to the queue. A form is redirected to its page, JSON gets its state."""
+    """Append a training run to the queue. A browser is redirected to its page, a program gets its id."""
     if not is_installed():
         raise Problem("training_unavailable", NOT_INSTALLED)
     names = dict.fromkeys(("name", "data", "reviews", OTHER_NETWORK, *FIELDS), str)
@@ -104,13 +118,13 @@ def start() -> Response:
     except (ConfigError, Problem) as error:
         code = error.code if isinstance(error, Problem) else "bad_parameter"
         problem = error if isinstance(error, Problem) else Problem(code, str(error))
-        if request.is_json:
+        if not wants_page():
             raise problem from None
         response = _form(fields, problem=problem)
         response.status_code = problem.status
         return response
     target = url_for("jobs.show", job=job.id)
-    if not request.is_json:
+    if wants_page():
         return redirect(target, 303)  # type: ignore[return-value]
     response = jsonify(id=job.id, run=job.run, page=target)
     response.status_code = 201
@@ -123,6 +137,10 @@ def _submit(fields: Mapping[str, str]) -> TrainingJob:
     settings = services().settings
     chosen = _parse_form(fields)
     data_dir = resolve_data(settings, fields["data"])
+    if "labels" in chosen:
+        resolve_table(data_dir, chosen["labels"])
+    if audit := _audit(fields["data"]):
+        chosen |= audit.accepted_settings
     name = fields["name"].strip()
     if name and not RUN_NAME.fullmatch(name):
         raise ConfigError("Name: use 1 to 60 letters, digits, - _ and ., and start with a letter or digit.")
@@ -155,6 +173,8 @@ def _form(values: Mapping[str, str], *, problem: Problem | None = None, notes: l
         choices[FOLDER] = f"{settings.data_dir.name} (DATA_DIR)"
     if (data := values.get("data", "")) and data not in choices:
         choices[data] = describe_data(data)
+    selected = data or next(iter(choices), "")
+    audit = _audit(selected)
     with gallery().database.read() as connection:
         reviews = len(_reviews(list_reviews(connection)))
         waiting = len(list_jobs(connection, "queued", "running"))
@@ -165,32 +185,24 @@ def _form(values: Mapping[str, str], *, problem: Problem | None = None, notes: l
         networks=NETWORKS,
         estimated=ESTIMATED,
         data_choices=choices,
+        presets=_presets(selected),
+        selected=selected,
         reviews=reviews,
         waiting=waiting,
         is_installed=is_installed(),
         not_installed=NOT_INSTALLED,
         estimate=_estimate(values),
         problem=problem,
-        notes=notes or [],
+        notes=[*(notes or []), *filter(None, [audit and audit.training_note])],
     )
 
 
 def _estimate(values: Mapping[str, str]) -> Estimate | None:
-    """Estimate the time of a run from the last ones with the same network and head, on the same data if there is one."""
     try:
         chosen = _parse_form(values)
     except ConfigError:  # the form explains it when it is sent
         return None
-    with gallery().database.read() as connection:
-        finished = [job for job in list_jobs(connection, FINISHED) if job.speed]
-    similar = [job for job in finished if _kind(job.settings) == _kind(chosen)]
-    images = _count_images(values.get("data", ""))
-    if not similar or not images:
-        return None
-    same = [job for job in similar if job.data == values.get("data")]
-    measured = same[0] if same else max(similar, key=lambda job: (job.speed or {})["reading_s_per_image"])
-    assert measured.speed
-    return Estimate(estimate_s(measured.speed, images=images, epochs=chosen.get("epochs")), measured.run)
+    return estimate_run(chosen, values.get("data", ""))
 
 
 def _parse_form(values: Mapping[str, str]) -> dict[str, Any]:
@@ -199,19 +211,10 @@ def _parse_form(values: Mapping[str, str]) -> dict[str, Any]:
     return parse_settings({name: values.get(name, "") for name in FIELDS} | {"backbone": network})
 
 
-def _kind(settings: Mapping[str, Any]) -> tuple[Any, str, bool]:
-    """Return what runs must have in common: network, head, and whether every epoch runs the complete network."""
-    return settings.get("backbone"), chosen_head(settings), any(name in settings for name in UNFROZEN_FIELDS)
-
-
-def _count_images(data: str) -> int | None:
-    """Return the number of photos of a data set of the studio."""
-    if not data.startswith(DATASET):
-        return None
-    try:
-        return DataSet.find(workspace(), services().settings, data.removeprefix(DATASET)).usage()[1]
-    except Problem:
-        return None
+def _audit(data: str) -> Audit | None:
+    """Return the last audit of a data set of the studio."""
+    data_set = find_data_set_of(data)
+    return Audit.read(data_set) if data_set else None
 
 
 def _reviews(rows: list[Review]) -> list[Review]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError
-from models.networks.spec import LINEAR, LOGISTIC
+from models.networks.spec import LINEAR, LOGISTIC, PLAIN, STANDARD, UNIT
+from service.studio.data_source import resolve_table
 
-NETWORK = re.compile(r"[A-Za-z0-9][\w.:/-]{0,99}", re.ASCII)
+NETWORK = re.compile(r"[A-Za-z0-9][\w.:/+-]{0,199}", re.ASCII)
 LAYERS = re.compile(r"[A-Za-z0-9][\w.]*(?: [A-Za-z0-9][\w.]*)*", re.ASCII)
+TABLE = re.compile(r"[^\0-\x1f]{1,400}")
 PRECISIONS = re.compile(r"[\w][^\0-\x1f]{0,399}")
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 NETWORKS = {  # the ones that the form offers; any other that `finetune models` lists can be entered
@@ -54,7 +56,9 @@ class TrainingField:
 RECIPE = "Leave empty for the value of the network's recipe."
 EPOCH_FIELDS = ("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "patience")  # of the linear head
 UNFROZEN_FIELDS = ("unfreeze", "augment")  # with which every epoch runs the complete network
+LOGISTIC_FIELDS = ("penalty", "normalization")  # of the logistic head
 DEFAULTS: dict[str, Any] = {  # of `finetune train`; the other fields have none, or one of the network's recipe
+    "normalization": UNIT,
     "augment": False,
     "patience": 0,
     "class_weights": "none",
@@ -62,10 +66,15 @@ DEFAULTS: dict[str, Any] = {  # of `finetune train`; the other fields have none,
     "class_frequencies": "training",
     "seed": 0,
     "allow_leakage": False,
+    "allow_class_mismatch": False,
 }
 FIELDS: dict[str, TrainingField] = {
     "backbone": TrainingField(
-        "Network", str, "Any name that `finetune models` lists, or timm:NAME.", pattern=NETWORK, is_main=True
+        "Network",
+        str,
+        "Any name that `finetune models` lists, timm:NAME, or joined networks such as A+B.",
+        pattern=NETWORK,
+        is_main=True,
     ),
     "head": TrainingField(
         "Last layer",
@@ -84,6 +93,20 @@ FIELDS: dict[str, TrainingField] = {
         low=1,
         high=10_000,
         is_main=True,
+    ),
+    "labels": TrainingField(
+        "Table of labels",
+        str,
+        "Path below the data folder, such as labels.csv. It replaces the class folders.",
+        pattern=TABLE,
+    ),
+    "penalty": TrainingField(
+        "L2 penalty", float, "Of logistic regression. Leave empty to select it by cross-validation.", low=1e-9, high=1e9
+    ),
+    "normalization": TrainingField(
+        "Embeddings of logistic regression",
+        str,
+        choices={UNIT: "Of length 1", STANDARD: "Each dimension with the same deviation", PLAIN: "Not scaled"},
     ),
     "unfreeze": TrainingField(
         "Also train these layers",
@@ -125,6 +148,7 @@ FIELDS: dict[str, TrainingField] = {
         "Fraction for validation", float, "Of data without a validation folder. Leave empty for 0.2.", low=0.01, high=0.9
     ),
     "allow_leakage": TrainingField("Allow duplicates in training and validation", bool),
+    "allow_class_mismatch": TrainingField("Allow different classes in training and validation", bool),
 }
 
 
@@ -140,15 +164,17 @@ def parse_settings(values: Mapping[str, str]) -> dict[str, Any]:
         raise ConfigError("Network: choose one.")
     if settings.get("class_weights") == settings.get("sampling") == "balanced":
         raise ConfigError("Class weights and Sampling both balance the classes. Use one of them.")
-    if settings.get("head") == LOGISTIC:
-        _check_logistic(settings)
+    _check_head(settings)
     return settings
 
 
 def chosen_head(settings: Mapping[str, Any]) -> str:
     """Return the head that the result of ``parse_settings`` selects, or "" for that of the network's recipe."""
-    is_linear = any(name in settings for name in (*EPOCH_FIELDS, *UNFROZEN_FIELDS))
-    return str(settings.get("head", LINEAR if is_linear else ""))
+    if "head" in settings:
+        return str(settings["head"])
+    if any(name in settings for name in LOGISTIC_FIELDS):
+        return LOGISTIC
+    return LINEAR if any(name in settings for name in (*EPOCH_FIELDS, *UNFROZEN_FIELDS)) else ""
 
 
 def form_values(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -172,8 +198,14 @@ def training_command(
         output_dir: The run directory.
         reviews: A table of reviews to apply.
         progress_file: Where the progress is written.
+
+    Raises:
+        ConfigError: There is no table of labels where the settings name one.
     """
     flags = {"data-dir": data_dir, "output-dir": output_dir, "name": run, "progress-file": progress_file}
+    if "labels" in settings:
+        flags["labels"] = table = resolve_table(data_dir, settings["labels"])
+        flags["data-dir"] = table.parent  # which the paths of the table are relative to
     if reviews:
         flags["reviews"] = reviews
     words = [sys.executable, "-m", "finetune", "train", *(f"--{name}={value}" for name, value in flags.items())]
@@ -181,7 +213,7 @@ def training_command(
         flag = f"--{name.replace('_', '-')}"
         if name == "unfreeze":
             words += [f"{flag}={layer}" for layer in str(value).split()]
-        else:
+        elif name != "labels":
             words.append(flag if value is True else f"{flag}={value}")
     return words
 
@@ -192,14 +224,23 @@ def resume_command(output_dir: Path, progress_file: Path) -> list[str]:
     return [sys.executable, "-m", "finetune", "train", "--resume", *flags]
 
 
-def _check_logistic(settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if settings of epochs, or ones that need unfrozen layers, are combined with logistic regression."""
-    for names, reason in ((EPOCH_FIELDS, "has no epochs"), (UNFROZEN_FIELDS, "needs frozen layers")):
+def _check_head(settings: dict[str, Any]) -> None:
+    """Raise ConfigError for settings of the other head, and add the head that a setting of logistic regression selects."""
+    head = chosen_head(settings)
+    conflicts: Mapping[str, tuple[str, ...]] = {}
+    if head == LOGISTIC:
+        conflicts = {
+            "logistic regression has no epochs": EPOCH_FIELDS,
+            "logistic regression needs frozen layers": UNFROZEN_FIELDS,
+        }
+    elif head == LINEAR:
+        conflicts = {"the linear layer is not trained by logistic regression": LOGISTIC_FIELDS}
+    for reason, names in conflicts.items():
         if labels := [f'"{FIELDS[name].label}"' for name in names if name in settings]:
-            raise ConfigError(
-                f"Last layer: logistic regression {reason}. Reset {' and '.join(labels)}, or select "
-                f'"{(FIELDS["head"].choices or {})[LINEAR]}".'
-            )
+            other = (FIELDS["head"].choices or {})[LINEAR if head == LOGISTIC else LOGISTIC]
+            raise ConfigError(f'Last layer: {reason}. Reset {" and ".join(labels)}, or select "{other}".')
+    if head == LOGISTIC:
+        settings["head"] = LOGISTIC
 
 
 def _parse(name: str, field: TrainingField, text: str) -> Any:

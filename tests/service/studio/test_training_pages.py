@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from flask import Flask
 
+from models.artifacts.tuning_result import PRESETS, TUNING_FILE, default_tuning_dir
 from service import create_app
 from service.context import services_of
 from service.db.connection import Database
@@ -19,8 +21,11 @@ from service.http.security import KEY_COOKIE
 from service.rollout.agreement import rejection_reason
 from service.rollout.state import SelectedBundle
 from service.settings import Settings
+from service.studio.data_sets import DataSet
+from service.studio.findings import data_fingerprint
 from service.studio.job_files import JobFiles
 from service.studio.training_settings import parse_settings
+from service.studio.workspace import Workspace
 from tests.conftest import NewDatabase
 from tests.helpers.server import LONG_TIMEOUTS, poll
 
@@ -36,13 +41,21 @@ class Studio:
         self.app, self.database, self.settings = app, database, settings
 
     def add(
-        self, run: str, state: str, *, version: str | None = None, speed: dict[str, float] | None = None, **form: str
+        self,
+        run: str,
+        state: str,
+        *,
+        data: str = "dataset:pets",
+        version: str | None = None,
+        speed: dict[str, float] | None = None,
+        **form: str,
     ) -> int:
         """Add a run that was started with a form, and is over."""
         settings = parse_settings({"backbone": "vgg16", **form})
         with self.database.write() as connection:
-            id_ = submit_job(connection, run=run, settings=settings, data="dataset:pets", reviews=0, actor="ann", max_queued=9)
-            claim_job(connection, "runner", max_running=9)
+            id_ = submit_job(connection, run=run, settings=settings, data=data, reviews=0, actor="ann", max_queued=9)
+            while (claimed := claim_job(connection, "runner", max_running=99)) and claimed.id != id_:
+                pass  # one of another test, whose lease has ended
             if state != "running":
                 end_job(connection, id_, state, version=version, speed=speed)
         return id_
@@ -104,6 +117,16 @@ def test_a_run_without_epochs_shows_none(studio: Studio, head: str, has_epochs: 
     assert "Canceled" in page
 
 
+def test_the_figures_are_those_of_the_best_epoch(studio: Studio) -> None:
+    id_ = studio.add("overfitted", "running")
+    best = epoch(valid_loss=0.125, valid_accuracy=0.875, valid_accuracy_low=0.7, valid_accuracy_high=0.95)
+    worse = epoch(epoch=2, best_epoch=1, valid_loss=0.75, valid_accuracy=0.625)
+    studio.report(id_, {"event": "training", "epochs": 3, "epoch": 0, "train": 8, "valid": 4}, best, worse)
+    page = studio.page(f"/studio/jobs/{id_}")
+    assert "<dd>87.50%<small>in epoch 1</small><small>95% interval 70.0% to 95.0%</small></dd>" in page
+    assert "<dd>0.1250<small>best in epoch 1</small></dd>" in page
+
+
 def test_time_is_estimated_from_runs_with_the_same_head(studio: Studio) -> None:
     studio.add("measured-logistic", FINISHED, speed=SPEED, head="logistic")
     studio.add("measured-linear", FINISHED, speed=SPEED, epochs="3")
@@ -119,6 +142,106 @@ def test_time_is_estimated_from_runs_with_the_same_head(studio: Studio) -> None:
     assert estimated_from("&patience=0") is None  # the recipe decides, and no such run was measured
     assert estimated_from("&epochs=2&augment=1") is None
     assert estimated_from("&epochs=many") is None
+
+
+def test_the_time_left_of_a_run_is_estimated_from_an_earlier_one(studio: Studio) -> None:
+    studio.add("measured", FINISHED, speed=SPEED | {"other_s": 5000.0}, backbone="resnet50", head="logistic")
+    id_ = studio.add("similar", "running", backbone="resnet50", head="logistic")
+    state = studio.app.test_client().get(f"/studio/jobs/{id_}").get_json()
+    assert 4000 < state["seconds_left"] <= 5001
+    assert "<dt>Time left</dt><dd>83 min</dd>" in studio.page(f"/studio/jobs/{id_}")
+    other = studio.add("other", "running", backbone="resnet50", head="linear")
+    assert studio.app.test_client().get(f"/studio/jobs/{other}").get_json()["seconds_left"] is None
+
+
+def test_the_form_offers_the_presets_of_tune(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    client = studio.app.test_client()
+    path = "/studio/train?data=dataset:pets"
+    assert "finetune tune" not in studio.page(path)
+    missing = client.get(f"{path}&preset=best")
+    assert (missing.status_code, missing.get_json()["detail"]) == (
+        400,
+        "There is no preset 'best' for this data. Run `finetune tune` on this data first.",
+    )
+    chosen = {"backbone": "efficientnet_lite0+flip", "head": "logistic", "normalization": "standard", "penalty": 0.00316}
+    file = default_tuning_dir(studio.settings.resolved_studio_dir / "datasets" / "pets") / TUNING_FILE
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"presets": dict.fromkeys(PRESETS, chosen)}))
+    assert "Best: efficientnet_lite0+flip" in studio.page(path)
+    form = studio.page(f"{path}&preset=fast")
+    for shown in (
+        '<option value="efficientnet_lite0+flip" selected>',
+        '<option value="logistic" selected>',
+        '<option value="standard" selected>',
+        'name="penalty" value="0.00316"',
+    ):
+        assert shown in form
+
+
+def test_a_data_set_that_is_trained_on_is_neither_renamed_nor_deleted(studio: Studio) -> None:
+    (studio.settings.resolved_studio_dir / "datasets" / "birds" / "ducks").mkdir(parents=True)
+    id_ = studio.add("uses-birds", "running", data="dataset:birds")
+    client, key = studio.app.test_client(), {"X-API-Key": "sesame"}
+    requests = {"delete": {"confirm": "birds"}, "rename": {"to": "others"}}
+    for action, fields in (*requests.items(), ("rename", {"to": "geese", "class": "ducks"})):
+        response = client.post(f"/studio/datasets/birds/{action}", json=fields, headers=key)
+        assert (response.status_code, response.get_json()["code"], response.get_json()["detail"]) == (
+            409,
+            "dataset_busy",
+            "The training run uses-birds uses birds. Wait until it has ended, or cancel it.",
+        )
+        page = client.post(f"/studio/datasets/birds/{action}", data=fields, headers=key | HTML)
+        assert page.status_code == 409
+        assert "The training run uses-birds uses birds. Wait until it has ended, or cancel it." in page.text
+    with studio.database.write() as connection:
+        end_job(connection, id_, CANCELLED)
+    for action, fields in (("rename", {"to": "others"}), ("delete", {"confirm": "others"})):
+        name = "birds" if action == "rename" else "others"
+        assert client.post(f"/studio/datasets/{name}/{action}", json=fields, headers=key).status_code == 200
+
+
+def test_what_is_ignored_in_the_audit_is_accepted_by_training(studio: Studio) -> None:
+    folder = studio.settings.resolved_studio_dir / "datasets" / "leaky"
+    for path in ("train/a/1.jpg", "train/b/2.jpg", "valid/a/3.jpg"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(b"photo")
+    data_set = DataSet(Workspace.of(studio.settings), studio.settings, "leaky")
+    nothing = {"unlabeled": {}, "small_classes": {}, "empty_classes": [], "imbalance": 1.0, "skipped": {}, "damaged": {}}
+    groups = {"leakage": [["train/a/1.jpg", "valid/a/3.jpg"]], "conflicts": [], "duplicates": []}
+    report = nothing | groups | {"class_mismatch": {"training": ["b"]}, "counts": {}}
+    data_set.write_state("audit.json", {"report": report, "fingerprint": data_fingerprint(data_set)})
+    client, key = studio.app.test_client(), {"X-API-Key": "sesame"}
+    audit = client.get("/studio/datasets/leaky/audit.json").get_json()
+    keys = {finding["kind"]: finding["key"] for finding in audit["findings"]}
+    assert (set(keys), audit["accepted"]) == ({"leakage", "classes"}, {})
+
+    def settings_of_a_run() -> dict[str, Any]:
+        fields = {"data": "dataset:leaky", "backbone": "vgg16"}
+        id_ = client.post("/studio/jobs", json=fields, headers=key).get_json()["id"]
+        job = client.post(f"/studio/jobs/{id_}/cancel", json={}, headers=key).get_json()
+        return dict(job["settings"])
+
+    def ignore(*kinds: str) -> None:
+        fields = {"finding": [keys[kind] for kind in kinds]}
+        assert client.post("/studio/datasets/leaky/audit/ignore", json=fields, headers=key).status_code == 200
+
+    assert settings_of_a_run() == {"backbone": "vgg16"}
+    ignore("leakage")
+    assert settings_of_a_run() == {"backbone": "vgg16", "allow_leakage": True}
+    ignore("classes")
+    assert settings_of_a_run() == {"backbone": "vgg16", "allow_leakage": True, "allow_class_mismatch": True}
+    note = (
+        "Training accepts equal photos in training and validation and missing or too small classes, because these findings are"
+        " ignored."
+    )
+    for page in ("/studio/train?data=dataset:leaky", "/studio/datasets/leaky/audit"):
+        assert note in studio.page(page)
+    (folder / "train" / "b" / "4.jpg").write_bytes(b"another photo")
+    assert settings_of_a_run() == {"backbone": "vgg16"}
+    assert "were ignored, but the photos have changed since. Check them again first." in studio.page(
+        "/studio/train?data=dataset:leaky"
+    )
 
 
 def test_neither_the_live_nor_the_previous_run_can_be_deleted(studio: Studio) -> None:

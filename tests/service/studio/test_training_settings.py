@@ -100,6 +100,37 @@ def test_the_head_is_known_unless_the_recipe_decides() -> None:
     assert chosen_head(parse_settings(form | {"head": "logistic"})) == "logistic"
 
 
+@pytest.mark.parametrize("form", [{"penalty": "0.001"}, {"normalization": "standard"}, {"penalty": "1", "head": "logistic"}])
+def test_a_setting_of_logistic_regression_selects_it(form: dict[str, str], tmp_path: Path) -> None:
+    paths = dict.fromkeys(("data_dir", "output_dir", "progress_file"), tmp_path)
+    words = training_command(parse_settings({"backbone": "a+b", **form}), run="a", reviews=None, **paths)
+    parsed = _parse(words[4:])
+    assert (parsed.backbone, parsed.head) == ("a+b", "logistic")
+    assert parsed.penalty == (float(form["penalty"]) if "penalty" in form else None)
+    assert parsed.normalization == form.get("normalization", "unit")
+
+
+def test_a_table_of_labels_is_inside_the_data_folder(tmp_path: Path) -> None:
+    (tmp_path / "data" / "clinic").mkdir(parents=True)
+    for table in ("secret.csv", "data/clinic/labels.csv", "data/notes.txt"):
+        (tmp_path / table).write_text("image,label\n")
+    (tmp_path / "data" / "link.csv").symlink_to(tmp_path / "secret.csv")
+
+    def command(labels: str) -> list[str]:
+        settings = parse_settings({"backbone": "vgg16", "labels": labels})
+        data, paths = tmp_path / "data", {"output_dir": tmp_path / "run", "progress_file": tmp_path / "progress"}
+        return training_command(settings, run="a", data_dir=data, reviews=None, **paths)
+
+    parsed = _parse(command("clinic/labels.csv")[4:])
+    assert (parsed.labels, parsed.data_dir) == (str(tmp_path / "data/clinic/labels.csv"), tmp_path / "data" / "clinic")
+    for labels in ("../secret.csv", "link.csv", str(tmp_path / "secret.csv"), "none.csv", "notes.txt", "clinic", "hf://beans"):
+        with pytest.raises(ConfigError) as error:
+            command(labels)
+        assert str(error.value) == (
+            f"Table of labels: the data folder has no table {labels[:80]!r} (.csv, .tsv, .parquet, .jsonl)."
+        )
+
+
 def test_the_settings_of_a_model_fill_the_form() -> None:
     saved = config.Config(data_dir=Path("x"), backbone="vgg16", epochs=3, unfreeze=("a", "b"), augment=True).as_dict()
     values = form_values(saved)
@@ -117,7 +148,8 @@ def test_the_settings_of_a_model_fill_the_form() -> None:
     ("values", "message"),
     [
         ({}, "Network: choose one."),
-        ({"backbone": "--help"}, "Network: '--help' is not valid. Any name that `finetune models` lists, or timm:NAME."),
+        ({"backbone": "--help"}, "Network: '--help' is not valid. Any name that `finetune models` lists, timm:NAME, or joined "
+         "networks such as A+B."),
         ({"epochs": "-3"}, "Epochs: expected 1 to 10,000 (got -3)."),
         ({"epochs": "many"}, "Epochs: expected a whole number (got 'many')."),
         ({"lr": "nan"}, "Learning rate: expected 1e-09 to 100 (got nan)."),
@@ -131,6 +163,11 @@ def test_the_settings_of_a_model_fill_the_form() -> None:
          '"Linear layer, SGD or Adam".'),
         ({"head": "logistic", "lr": "0.1", "momentum": "0"}, 'Last layer: logistic regression has no epochs. Reset "Learning '
          'rate" and "Momentum", or select "Linear layer, SGD or Adam".'),
+        ({"penalty": "0.001", "lr": "0.1"}, 'Last layer: logistic regression has no epochs. Reset "Learning rate", or select '
+         '"Linear layer, SGD or Adam".'),
+        ({"head": "linear", "penalty": "1", "normalization": "none"}, 'Last layer: the linear layer is not trained by logistic '
+         'regression. Reset "L2 penalty" and "Embeddings of logistic regression", or select "Logistic regression: fast, no '
+         'epochs".'),
         ({"head": "logistic", "augment": "1"}, 'Last layer: logistic regression needs frozen layers. Reset "Random crops, '
          'flips and colors", or select "Linear layer, SGD or Adam".'),
     ],
