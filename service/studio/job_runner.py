@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 
 from models.artifacts.bundle import open_bundle
 from models.artifacts.paths import default_data_dir, resolve_bundle
@@ -53,7 +54,7 @@ POLL_S = 0.5
 RENEW_S = LEASE_S / 5
 GIVE_UP_S = LEASE_S * 2 / 3  # a training whose lease could not be renewed for so long is stopped, before another runner has it
 STOP_S = 10.0  # between SIGTERM and SIGKILL
-LOWEST_PRIORITY = 19
+AUTOGROUP = Path("/proc/self/autogroup")  # of the session, see sched(7)
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 LIBC = ctypes.CDLL(None)
 
@@ -280,11 +281,11 @@ def _prepare_child(settings: Settings, *, parent: int) -> None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the runner ended before the line above
+    niceness = max(settings.studio_niceness, os.getpriority(os.PRIO_PROCESS, 0))
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, 0, max(settings.studio_niceness, os.getpriority(os.PRIO_PROCESS, 0)))
-    if settings.studio_niceness == LOWEST_PRIORITY and hasattr(os, "SCHED_IDLE"):
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    with contextlib.suppress(OSError):  # Linux may divide the CPUs between sessions first, each with a niceness of its own
+        AUTOGROUP.write_text(str(niceness))
     if settings.studio_cpus and hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-settings.studio_cpus :])

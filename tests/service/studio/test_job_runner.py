@@ -169,11 +169,12 @@ def test_a_training_has_the_lowest_priority_and_no_keys(queue: Queue, monkeypatc
     queue.runner._settings = replace(queue.settings, studio_niceness=19, studio_cpus=1)
     queue.script = (
         "import os; print('niceness', os.getpriority(os.PRIO_PROCESS, 0)); print('secret-key' in os.environ.values());"
-        "print(len(os.sched_getaffinity(0)), 'CPU', os.sched_getscheduler(0) == os.SCHED_IDLE, flush=True);" + WAIT
+        "print(len(os.sched_getaffinity(0)), 'CPU'); from pathlib import Path; group = Path('/proc/self/autogroup');"
+        "print(group.read_text().split()[-1] if group.exists() else 19, flush=True);" + WAIT
     )
     id_ = queue.submit()
     queue.step_until_output(id_)
-    assert queue.files(id_).read_log() == "niceness 19\nFalse\n1 CPU True\nwaiting\n"
+    assert queue.files(id_).read_log() == "niceness 19\nFalse\n1 CPU\n19\nwaiting\n"
 
 
 def test_the_runner_ends_when_the_service_does(queue: Queue) -> None:
