@@ -89,6 +89,8 @@ def test_every_component_is_used(document: dict[str, Any]) -> None:
         ("securitySchemes", "bearer"),
         ("securitySchemes", "apiKey"),
         ("responses", "MethodNotAllowed"),  # of every path, for a method that it does not list
+        ("responses", "AddressTooLong"),  # of every path, as is the next one
+        ("responses", "HeadersTooLarge"),
     }
 
 
@@ -103,6 +105,7 @@ def test_every_error_code_is_documented_under_its_status(document: dict[str, Any
     responses = [item for _, _, operation in operations(document) for item in operation["responses"].items()]
     shared = document["components"]["responses"]
     responses += [("404", shared["NotFound"]), ("405", shared["MethodNotAllowed"])]
+    responses += [("414", shared["AddressTooLong"]), ("431", shared["HeadersTooLarge"])]
     documented = {
         (code, int(status))
         for status, response in responses
