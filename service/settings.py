@@ -202,7 +202,7 @@ class Settings:
     studio_max_running: int = _setting(1, "trainings of the studio that run at a time", low=1, high=64)
     studio_max_queued: int = _setting(20, "trainings of the studio that may wait; further ones get 429", low=0, high=10_000)
     studio_niceness: int = _setting(
-        19, "niceness of a training, from 0 to 19; the service comes first, and at 19 the most", low=0, high=19
+        15, "niceness of a training, from 0 to 19; that of predictions is 10, and a higher one yields to them", low=0, high=19
     )
     studio_cpus: int | None = _setting(None, "CPUs that a training may use (default: all)", low=1, high=1024)
     studio_max_streams: int = _setting(
