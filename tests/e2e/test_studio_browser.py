@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, expect
 
 from finetune.data.synthetic.dataset import draw_image
-from tests.helpers.browser import PHONE, check_accessibility, open_pages
+from tests.helpers.browser import PHONE, check_accessibility, drop, open_pages
 from tests.helpers.server import Server, serve
 
 pytestmark = pytest.mark.slow
@@ -32,33 +32,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / label).mkdir()
         for number in range(COUNT):
             draw_image(label, rng=random.Random(f"{label}{number}")).save(root / label / f"{number}.jpg", quality=88)
+    for number in range(400):  # a browser returns at most 100 entries of a folder at a time
+        (root / "cats" / f".hidden{number}").touch()
     (root / "cats" / "notes.txt").write_text("no photo")
     return root
-
-
-def drop(page: Page, root: Path, *names: str) -> None:
-    """Drop folders onto the page by the events of a browser, with entries as a browser makes them of folders."""
-    files = [
-        {"path": file.relative_to(root).as_posix(), "bytes": list(file.read_bytes())}
-        for name in names
-        for file in sorted((root / name).iterdir())
-    ]
-    page.evaluate(
-        """(files) => {
-            const fileOf = ({ path, bytes }) => new File([new Uint8Array(bytes)], path.split("/").pop());
-            const folders = Map.groupBy(files, ({ path }) => path.split("/")[0]);
-            const entries = [...folders].map(([name, inner]) => {
-                let rest = inner.map((each) => ({ isFile: true, name: each.path, file: (found) => found(fileOf(each)) }));
-                const readEntries = (found) => { found(rest.splice(0, 2)); }; // a browser returns them in several batches
-                return { isFile: false, name, createReader: () => ({ readEntries }) };
-            });
-            const items = entries.map((entry) => ({ webkitGetAsEntry: () => entry }));
-            const event = new Event("drop", { bubbles: true, cancelable: true });
-            Object.defineProperty(event, "dataTransfer", { value: { items, files: [] } });
-            document.querySelector(".zone").dispatchEvent(event);
-        }""",
-        files,
-    )
 
 
 def test_two_dropped_folders_become_a_data_set(browser: Browser, server: Server, folders: Path) -> None:
@@ -66,7 +43,7 @@ def test_two_dropped_folders_become_a_data_set(browser: Browser, server: Server,
         page = open_page("/studio")
         check_accessibility(page, "studio-start")
         page.fill("#name", "pets")
-        drop(page, folders, "cats", "dogs")
+        drop(page, folders / "cats", folders / "dogs")
         expect(page.locator("#upload-problem li")).to_have_text("cats/notes.txt: This is not an image.")
         page.click("#upload-problem a")
         expect(page.locator("h1")).to_have_text("pets")
@@ -87,7 +64,7 @@ def test_two_dropped_folders_become_a_data_set(browser: Browser, server: Server,
 
         again = open_page("/studio/datasets/pets", **PHONE)
         (folders / "cats" / "notes.txt").unlink(missing_ok=True)
-        drop(again, folders, "cats", "dogs")
+        drop(again, folders / "cats", folders / "dogs")
         again.wait_for_load_state("networkidle")
         expect(again.locator(".lead")).to_have_text(f"{2 * COUNT} photos in 2 classes.")
         check_accessibility(again, "studio-dataset-phone")

@@ -67,6 +67,18 @@ def open_pages(browser: Browser, url: str, *, ignored: re.Pattern[str] = FAILED_
     assert messages == []
 
 
+def drop(page: Page, *paths: Path) -> None:
+    """Drop files and folders onto the first drop zone of a page, as from a file manager."""
+    box = page.locator("[data-drop]").first.bounding_box()
+    assert box
+    point = {"x": box["x"] + box["width"] / 2, "y": box["y"] + 10}
+    data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+    session = page.context.new_cdp_session(page)
+    for event in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": event, **point, "data": data})
+    session.detach()
+
+
 def check_accessibility(page: Page, name: str) -> None:
     """Check that a page is accessible and not wider than its window.
 
