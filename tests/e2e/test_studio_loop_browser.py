@@ -69,7 +69,7 @@ def test_the_loop(browser: Browser, server: Server, pictures: Pictures) -> None:
         page.get_by_role("button", name="Leave out the selected photos").click()
         expect(page.locator(".undo-bar", has_text="1 photo left out")).to_be_visible()
         page.get_by_role("link", name="Train", exact=True).click()
-        train(page, "first", epochs=1000)
+        train(page, "first", epochs=500)
         page.wait_for_function(CURVE_MOVED)
         expect(page.get_by_role("heading", name="Result")).to_be_visible()
         check_accessibility(page, "studio-run")
@@ -94,7 +94,7 @@ def test_the_loop(browser: Browser, server: Server, pictures: Pictures) -> None:
         page.get_by_role("link", name="Runs").click()
         page.get_by_role("button", name="Compare").click()
         expect(page.locator("tr.differs", has_text="Reviews").locator("td")).to_have_text(["0", "4"])
-        expect(page.locator("tr.differs", has_text="Epochs").locator("td")).to_have_text(["1000", "20"])
+        expect(page.locator("tr.differs", has_text="Epochs").locator("td")).to_have_text(["500", "20"])
         tops = [page.get_by_label(name).bounding_box() for name in ("First", "Second")]
         assert len({top and top["y"] for top in tops}) == 1, "the two runs are chosen in one row"
         check_accessibility(page, "studio-compare")
