@@ -210,7 +210,7 @@ class Killer:
 
     def _restart(self, began: float) -> None:
         self._studio.restart(signal.SIGKILL)
-        poll(lambda: len(self._studio.get("/admin/bundle", **KEY).json()["workers"]) == WORKERS)
+        wait_for_workers(self._studio)
         self._prober.down.append((began, time.monotonic()))
 
     def _training(self) -> None:
@@ -232,6 +232,11 @@ class Killer:
         self._postgres.start()
 
 
+def wait_for_workers(studio: Studio) -> None:
+    """Wait until every worker has loaded its model, and not only the first one."""
+    poll(lambda: len(studio.get("/admin/bundle", **KEY).json()["workers"]) == WORKERS)
+
+
 def predict(server: Server, photo: bytes) -> tuple[int, str]:
     """Return the status of a prediction, and the version of the model."""
     response = server.post(photo)
@@ -248,6 +253,7 @@ def test_nothing_acknowledged_is_lost(tiny_bundle: SimpleNamespace, tmp_path: Pa
         url = postgres.create()
         studio = Studio(tiny_bundle.path, tmp_path, tiny_bundle.data, database_url=url, web_concurrency=WORKERS)
         stack.callback(studio.close)
+        wait_for_workers(studio)
         photo = photos[min(photos)]
         prober = Prober(studio, photo)
         killer = Killer(studio, prober, postgres, rng)
