@@ -80,6 +80,11 @@ class Config:
     penalty: float | None = _setting(
         None, "L2 penalty of --head logistic (default: selected by cross-validation of the training photos)", low=1e-9
     )
+    refit: bool | None = _setting(
+        None,
+        "fit the logistic head to the validation photos as well. The metrics are then those of cross-validation "
+        "(default: only with --preset)",
+    )
     normalization: str = _setting(
         UNIT,
         "embeddings of --head logistic: each of length 1 (unit), each dimension of the same deviation (standard), or neither",
@@ -178,10 +183,14 @@ class Config:
         if self.head != LOGISTIC:
             if self.penalty is not None and self.head == LINEAR:
                 raise ConfigError("--penalty applies to --head logistic only. Use --weight-decay, or remove it.")
+            if self.refit and self.head == LINEAR:
+                raise ConfigError("--refit applies to --head logistic only: a linear head needs validation photos. Remove it.")
             return
         if settings := self._changed_epoch_settings():
             flag = f"--{settings[0].replace('_', '-')}"
             raise ConfigError(f"{flag} does not apply to --head logistic, which has no epochs. Remove one of the two.")
+        if self.refit and not self.feature_cache:
+            raise ConfigError("--refit needs the feature cache. Remove --no-feature-cache or --refit.")
         if not self.has_frozen_layers:
             option = "--weights none" if self.weights == "none" else "--unfreeze" if self.unfreeze else "--augment"
             raise ConfigError(f"--head logistic needs frozen layers before the last one, and {option} trains or varies them.")
@@ -207,7 +216,8 @@ class Config:
         head is logistic.
         """
         is_linear = not self.has_frozen_layers or bool(self._changed_epoch_settings())
-        head = self.head or (LOGISTIC if self.penalty is not None else LINEAR if is_linear else recipe.head)
+        is_logistic = self.penalty is not None or bool(self.refit)
+        head = self.head or (LOGISTIC if is_logistic else LINEAR if is_linear else recipe.head)
         skipped = EPOCH_SETTINGS if head == LOGISTIC else ()
         defaults = {
             key: value

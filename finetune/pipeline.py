@@ -30,6 +30,7 @@ from finetune.evaluation.trained_head import TrainedHead, describe_balance, trai
 from finetune.export.exporter import PARITY_IMAGES, OODExport, ParitySample, export_bundle
 from finetune.export.provenance import training_manifest
 from finetune.export.quantization import CALIBRATION_IMAGES, NNCFProcess, Quantization, QuantizationData, evenly_spaced
+from finetune.features.cache import FeatureCache
 from finetune.io.progress import step
 from finetune.io.threaded_map import threaded_map
 from finetune.metrics.calibration import apply_temperature, fit_balanced_temperature, fit_temperature
@@ -44,6 +45,7 @@ from finetune.training.class_balance import ClassBalance, class_balance, read_cl
 from finetune.training.data_loaders import Batches
 from finetune.training.epoch_events import EpochReporter
 from finetune.training.head import train_head
+from finetune.training.logistic_head import fit_head_once
 from finetune.training.setup import (
     PreparedDataset,
     TrainingNetwork,
@@ -135,7 +137,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
                 other_embeddings["neither"] = predict_split(network, neither, compute)[1]
                 del neither
         held_out, other = None, None
-        if cache and (balance or targets):
+        if cache and (balance or targets or config.refit):
             with network.untrained(initial):
                 held_out = cross_validate_head(config, network, cache, prepared, epochs=progress.best_epoch, compute=compute)
         if cache and prepared.audit_report.is_imbalanced:
@@ -150,7 +152,12 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
                     outputs=outputs,
                     epochs=progress.best_epoch,
                 )
-        head = TrainedHead(outputs, balance, held_out)
+        penalty = progress.history[-1].get("penalty")
+        if cache and config.refit:
+            with step("Fitting the head to the training and validation photos"):
+                balance, penalty = refit_head(config, network, compute, cache, prepared)
+                outputs = predict_split(network, batches["valid"], compute)[0]
+        head = TrainedHead(outputs, balance, held_out, is_refit=bool(config.refit))
         batches.clear()  # the export needs their memory
         network.extractor.release()
         with PlotProcess() as plots:
@@ -165,6 +172,7 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
                     other_embeddings,
                     prepared,
                     progress,
+                    penalty=penalty,
                     other=other,
                     targets=targets,
                     plots=plots,
@@ -175,7 +183,9 @@ def train(config: Config, *, resume: bool = False) -> Bundle:
 
 def _exports_int8(config: Config, prepared: PreparedDataset) -> bool:
     """Return whether the export quantizes a graph, which needs enough validation images for its test."""
-    return config.int8 and config.export != "head" and len(prepared.splits["valid"]) >= images_needed(config.max_accuracy_loss)
+    train, valid = (len(prepared.splits[split]) for split in ("train", "valid"))
+    tested = max(0, train - CALIBRATION_IMAGES) + valid if config.refit else valid
+    return config.int8 and config.export != "head" and tested >= images_needed(config.max_accuracy_loss)
 
 
 def _target_precisions(config: Config, classes: Sequence[str]) -> dict[str, float]:
@@ -268,6 +278,21 @@ def fit_head(
         )
 
 
+def refit_head(
+    config: Config, network: TrainingNetwork, compute: Compute, cache: FeatureCache, prepared: PreparedDataset
+) -> tuple[ClassBalance | None, float]:
+    """Fit a logistic head to the images of both splits.
+
+    Returns:
+        The weights of their classes, and the penalty.
+    """
+    both = prepared.with_validation_in_training()
+    balance = class_balance(config, both.labels("train"), both.dataset.classes)
+    batches = make_batches(config, network, cache, both, "train")
+    selection = fit_head_once(network, batches, config, compute=compute, groups=both.groups("train"), balance=balance)
+    return balance, selection.penalty
+
+
 class EventWriter:
     """Writes the rows of the history to ``run/tensorboard``. Does nothing if ``run`` is None."""
 
@@ -316,6 +341,7 @@ def write_outputs(
     prepared: PreparedDataset,
     progress: Progress,
     *,
+    penalty: float | None = None,
     other: TrainedHead | None = None,
     targets: Mapping[str, float],
     plots: PlotProcess,
@@ -328,12 +354,13 @@ def write_outputs(
         folder: The run directory.
         network: The trained network.
         compute: Device and precision.
-        head: The network's outputs for the validation images.
-        embeddings: Their embeddings, (N, d).
+        head: The network's outputs for the validation images, and the out-of-fold ones if there are any.
+        embeddings: The embeddings of the validation images, (N, d).
         other_embeddings: Those of the training images (train), and of images of none of the classes (neither) if there are any.
             They are freed before the export.
         prepared: The data set.
         progress: The state after the last epoch.
+        penalty: The L2 penalty of a logistic head.
         other: The outputs of the head that was trained for comparison, if any.
         targets: The precision to keep, by class.
         plots: Draws the plots during the export.
@@ -341,28 +368,33 @@ def write_outputs(
     """
     atomic_write_text(folder / "audit.json", json.dumps(prepared.audit_report.as_dict(), indent=2, ensure_ascii=False) + "\n")
     valid_records = prepared.splits["valid"]
-    raw, temperature = head.scores, head.temperature
+    fitted, fitted_embeddings = prepared, other_embeddings["train"]
+    if head.is_refit:
+        fitted = prepared.with_validation_in_training()
+        fitted_embeddings = np.concatenate([fitted_embeddings, embeddings])
+    records = fitted.splits["train"] if head.is_refit else valid_records
+    temperature = head.temperature
     if head.balance:
         shift_logits(network.classifier.net, network.spec.heads, torch.from_numpy(head.bias_shift))
     with step("Fitting the score of photos that are unlike the training photos"):
         ood = fit_records(
-            prepared.splits["train"],
-            valid_records,
-            other_embeddings["train"],
-            embeddings,
+            fitted.splits["train"],
+            fitted.splits["valid"],
+            fitted_embeddings,
+            embeddings[: len(fitted.splits["valid"])],
             is_frozen=network.base is not None and not config.unfreeze,
             false_alarms=config.false_alarms,
             seed=config.seed,
         )
     predictions = Predictions(
         classes=prepared.dataset.classes,
-        image_names=tuple(s.sample.name for s in valid_records),
-        labels=head.outputs.labels,
-        probabilities=apply_temperature(raw, temperature),
-        splits=tuple(s.sample.split for s in valid_records),
-        sha256s=tuple(s.sha256 for s in valid_records),
-        **table_columns(valid_records),
-        ood_scores=ood.parameters.scores(embeddings) if ood else None,
+        image_names=tuple(s.sample.name for s in records),
+        labels=head.evaluated.labels,
+        probabilities=apply_temperature(head.scores, temperature),
+        splits=tuple(s.sample.split for s in records),
+        sha256s=tuple(s.sha256 for s in records),
+        **table_columns(records),
+        ood_scores=(ood.scores if head.is_refit else ood.parameters.scores(embeddings)) if ood else None,
     )
     classifier, graph = network.classifier.cpu(), nncf.folder / GRAPH
     with step("Exporting the serving graph"):
@@ -373,14 +405,14 @@ def write_outputs(
         if _exports_int8(config, prepared):
             quantization.start(graph)
     curve = None
-    if config.head == LOGISTIC:
+    if penalty is not None:
         with step("Estimating what more training photos would bring"):
             curve = learning_curve(
-                other_embeddings["train"],
-                np.array(prepared.labels("train"), dtype=np.int64),
-                prepared.groups("train"),
+                fitted_embeddings,
+                np.array(fitted.labels("train"), dtype=np.int64),
+                fitted.groups("train"),
                 num_classes=len(prepared.dataset.classes),
-                penalty=progress.history[-1]["penalty"],
+                penalty=penalty,
                 normalization=config.normalization,
                 seed=config.seed,
             )
@@ -398,9 +430,12 @@ def write_outputs(
         folder,
         predictions,
         similarity=build_similarity_index(
-            predictions.sha256s, embeddings, [*prepared.splits["train"], *valid_records], prepared.dataset.classes
+            predictions.sha256s,
+            fitted_embeddings if head.is_refit else embeddings,
+            [*prepared.splits["train"], *valid_records],
+            prepared.dataset.classes,
         ),
-        uncalibrated=apply_temperature(raw, 1.0),
+        uncalibrated=apply_temperature(head.scores, 1.0),
         temperature=temperature,
         data_dir=prepared.dataset.root,
         history=() if config.head == LOGISTIC else progress.history,
@@ -428,6 +463,8 @@ def write_outputs(
             config=config,
             compute=str(compute),
             progress=progress,
+            penalty=penalty,
+            folds=len(head.evaluated.folds) if head.evaluated.folds else None,
             audit_report=prepared.audit_report,
             records=[*prepared.splits["train"], *valid_records],
             labels=prepared.dataset.labels,
@@ -436,7 +473,7 @@ def write_outputs(
         ),
         trained_tensors={name: state[name] for name in network.trainable_names},
         evaluation_dir=folder,
-        parity=_parity_sample(valid_records, predictions, network, compute),
+        parity=_parity_sample(valid_records, head, embeddings, ood, network, compute),
         ood=_ood_export(ood, neither_scores) if ood else None,
         rule=rule,
         operating_points=operating_points,
@@ -455,21 +492,38 @@ def hash_inputs(prepared: PreparedDataset, network: TrainingNetwork) -> str:
 
 
 def _parity_sample(
-    records: Sequence[ImageRecord], predictions: Predictions, network: TrainingNetwork, compute: Compute
+    records: Sequence[ImageRecord],
+    head: TrainedHead,
+    embeddings: Embeddings,
+    ood: OODFit | None,
+    network: TrainingNetwork,
+    compute: Compute,
 ) -> ParitySample:
     """Select evenly spaced validation images and preprocess them as the service does."""
     rows = evenly_spaced(len(records), PARITY_IMAGES)
     pixels = np.stack([read_pixels(records[i], network.spec.preprocessing) for i in rows])
-    ood_scores = None if predictions.ood_scores is None else predictions.ood_scores[rows]
-    return ParitySample(pixels, predictions.probabilities[rows], compute.precision, ood_scores)
+    probabilities = apply_temperature(head.outputs.log_probs[rows] + head.bias_shift, head.temperature)
+    return ParitySample(pixels, probabilities, compute.precision, ood.parameters.scores(embeddings[rows]) if ood else None)
 
 
 def _quantization_data(
     config: Config, network: TrainingNetwork, head: TrainedHead, prepared: PreparedDataset, predictions: Predictions
 ) -> QuantizationData:
-    """Select evenly spaced images of training and validation. They are decoded again, only if they are needed."""
+    """Select evenly spaced images of training and validation. They are decoded again, only if they are needed.
+
+    If the head was cross-validated for its evaluation, int8 is tested by the embeddings in int8 and the heads of the folds, on
+    all images but those that it is quantized with.
+    """
     preprocessing = network.spec.preprocessing
-    training, validation = prepared.splits["train"], prepared.splits["valid"]
+    training, tested = prepared.splits["train"], prepared.splits["valid"]
+    calibration = evenly_spaced(len(training), CALIBRATION_IMAGES)
+    folds = head.evaluated.folds
+    if folds:
+        tested = [*training, *tested]
+
+    def predict_out_of_fold(embeddings: Embeddings, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        assert folds
+        return folds.log_probs(embeddings, rows) + head.bias_shift
 
     def read(records: Iterable[ImageRecord]) -> Iterator[NDArray[np.uint8]]:
         return threaded_map(lambda record: read_pixels(record, preprocessing), records, workers=config.workers)
@@ -482,10 +536,12 @@ def _quantization_data(
 
     return QuantizationData.of(
         predictions,
-        read_training=lambda: np.stack(list(read(training[i] for i in evenly_spaced(len(training), CALIBRATION_IMAGES)))),
-        read_validation=lambda rows: read(validation[i] for i in rows),
+        read_training=lambda: np.stack(list(read(training[i] for i in calibration))),
+        read_validation=lambda rows: read(tested[i] for i in rows),
         fit_temperature=fit,
         max_accuracy_loss=config.max_accuracy_loss,
+        predict_out_of_fold=predict_out_of_fold if folds else None,
+        excluded=calibration if folds else (),
     )
 
 

@@ -10,7 +10,7 @@ from models.errors import ConfigError
 
 
 def apply_preset(config: Config) -> Config:
-    """Return the settings with those of the preset, if they name one.
+    """Return the settings with those of the preset, if they name one. Its head is refit unless the settings say otherwise.
 
     Raises:
         ConfigError: The data set was not tuned, or the file is not a result of ``finetune tune``.
@@ -20,4 +20,5 @@ def apply_preset(config: Config) -> Config:
     file = config.tuning or default_tuning_dir(config.data_dir) / TUNING_FILE
     if not file.is_file():
         raise ConfigError(f"--preset needs {file}. Run `finetune tune {config.data_dir}` first, or pass --tuning FILE.")
-    return dataclasses.replace(config, **read_preset(file, config.preset), preset=None, tuning=None)
+    refit = config.feature_cache if config.refit is None else config.refit
+    return dataclasses.replace(config, **read_preset(file, config.preset), refit=refit, preset=None, tuning=None)

@@ -62,8 +62,10 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
     from models.runtime.precision import describe_export
 
     provenance, folder = bundle.manifest["provenance"], bundle.path.parent
-    if penalty := provenance.get("penalty"):
-        print(f"\nL2 penalty of the logistic head: {penalty:.3g}. Validation results:")
+    penalty, folds = provenance.get("penalty"), provenance.get("folds")
+    if penalty:
+        results = f"Results of cross-validation ({folds} folds)" if folds else "Validation results"
+        print(f"\nL2 penalty of the logistic head: {penalty:.3g}. {results}:")
     else:
         print(f"\nBest epoch: {provenance['best_epoch']} of {provenance['epochs']}. Validation results:")
     print(format_results(bundle.manifest["metrics"]))
@@ -76,6 +78,8 @@ def _print_results(bundle: Bundle, config: settings.Config) -> None:
         print(describe_export(int8))
     if provenance["dataset"]["reviews"]:
         print("The reviews corrected labels in both training and validation.")
+    if folds:
+        print("Each photo was predicted by a head that was fitted without it. The bundle's own head was fitted to all photos.")
     print(f"These photos also selected {'the temperature' if penalty else 'the best epoch and the temperature'}.")
     print("For an unbiased figure, run `finetune evaluate` on other photos.\n")
     print(f"bundle       {bundle.path} (version {bundle.version})")

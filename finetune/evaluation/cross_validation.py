@@ -8,6 +8,7 @@ cache, so the cost is that of training a few heads.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedGroupKFold
+from torch import nn
 from tqdm import tqdm
 
 from finetune import config as settings
@@ -55,12 +57,33 @@ FOLDS = 5  # default of a training run's own cross-validation
 class Outputs:
     """Log-probabilities (N, classes) of images that a head was not trained on, and their labels (N,).
 
-    ``folds`` is the number of folds of a cross-validation.
+    ``folds`` are the heads of a cross-validation, if the outputs are out of fold.
     """
 
     log_probs: NDArray[np.float64]
     labels: NDArray[np.int64]
-    folds: int | None = None
+    folds: FoldHeads | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FoldHeads:
+    """The last layer of each fold's network, and the fold (N,) of each image that it was not trained on."""
+
+    heads: Sequence[nn.Module]
+    fold_of: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def log_probs(self, embeddings: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Predict the images ``rows`` from their embeddings (n, d), each by the head of its fold: (n, classes)."""
+        classes = next(self.heads[0].parameters()).shape[0]
+        log_probs = np.zeros((len(rows), classes))
+        for fold, head in enumerate(self.heads):
+            own = self.fold_of[rows] == fold
+            with torch.inference_mode():
+                log_probs[own] = head(torch.from_numpy(embeddings[own])).double().log_softmax(dim=1).numpy()
+        return log_probs
 
 
 def cross_validate(
@@ -115,7 +138,7 @@ def cross_validate(
     fold_of = assign_folds(records, labels, folds=folds, classes=bundle.classes, seed=config.seed)
     epochs = int(bundle.manifest["provenance"]["best_epoch"])
     temperature = float(bundle.manifest["temperature"])
-    raw, embeddings = predict_out_of_fold(
+    outputs, embeddings = predict_out_of_fold(
         network,
         features,
         labels,
@@ -135,7 +158,7 @@ def cross_validate(
         classes=bundle.classes,
         image_names=tuple(s.sample.name for s in records),
         labels=labels,
-        probabilities=apply_temperature(raw, temperature),
+        probabilities=apply_temperature(outputs.log_probs, temperature),
         splits=tuple(s.sample.split for s in records),
         sha256s=tuple(s.sha256 for s in records),
         **table_columns(records),
@@ -145,7 +168,7 @@ def cross_validate(
         out,
         predictions,
         similarity=build_similarity_index(predictions.sha256s, embeddings, records, bundle.classes),
-        uncalibrated=apply_temperature(raw, 1.0),
+        uncalibrated=apply_temperature(outputs.log_probs, 1.0),
         temperature=temperature,
         data_dir=data_dir,
         rule=bundle.decision_rule,
@@ -245,7 +268,7 @@ def predict_out_of_fold(
     epochs: int,
     correction: float = 0.0,
     compute: Compute,
-) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+) -> tuple[Outputs, NDArray[np.float32]]:
     """Train a head per fold on the other folds and predict the images of its fold.
 
     Args:
@@ -261,7 +284,8 @@ def predict_out_of_fold(
         compute: Device and precision.
 
     Returns:
-        Log-probabilities up to a constant per image (N, classes), and embeddings (N, d), in the order of ``features``.
+        The outputs, whose log-probabilities are up to a constant per image, and embeddings (N, d). Both have the order of
+        ``features``.
     """
     module = network.split_model.trainable
     names = [f"net.{name}" for name in network.trainable_names]
@@ -269,6 +293,7 @@ def predict_out_of_fold(
     log_probs = np.zeros((len(labels), len(classes)))
     embeddings: list[NDArray[np.float32]] = []
     order: list[int] = []
+    heads: list[nn.Module] = []
     folds = int(fold_of.max()) + 1
     for fold in range(folds):
         held_out, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
@@ -278,13 +303,14 @@ def predict_out_of_fold(
         title = f"fold {fold + 1} of {folds}"
         own_groups = groups[others]
         fit_fold(network, train, config, groups=own_groups, balance=balance, epochs=epochs, compute=compute, label=title)
+        heads.append(copy.deepcopy(network.classifier.net.get_submodule(network.spec.head)).cpu())
         held_out_batches = _batches(features, labels, held_out, config)
         fold_log_probs, _, fold_embeddings = predict_with_embeddings(network, held_out_batches, compute=compute)
         shift = correction * balance.logit_shift if balance else 0.0
         log_probs[held_out] = fold_log_probs.double().numpy() + shift
         embeddings.append(fold_embeddings)
         order += held_out.tolist()
-    return log_probs, np.concatenate(embeddings)[np.argsort(order)]
+    return Outputs(log_probs, labels, FoldHeads(heads, fold_of)), np.concatenate(embeddings)[np.argsort(order)]
 
 
 def cross_validate_head(
@@ -308,19 +334,25 @@ def cross_validate_head(
 
     Returns:
         The outputs, or None if there are too few images or groups.
+
+    Raises:
+        DataError: There are too few, and the settings need the outputs (``--refit``).
     """
     records = [*prepared.splits["train"], *prepared.splits["valid"]]
     labels = np.array([s.sample.label for s in records], dtype=np.int64)
     classes = prepared.dataset.classes
-    folds = min(FOLDS, int(np.bincount(labels, minlength=len(classes)).min()))
-    if folds < 2:
-        return None
+    folds = max(2, min(FOLDS, int(np.bincount(labels, minlength=len(classes)).min())))
     try:
         fold_of = assign_folds(records, labels, folds=folds, classes=classes, seed=config.seed)
     except DataError:
+        if config.refit:
+            raise DataError(
+                "--refit needs at least two photos of every class, not near duplicates or of one group, for cross-validation. "
+                "Add photos or remove it."
+            ) from None
         return None
     features = cache.features(records, network.spec.preprocessing, label="features")
-    log_probs, _ = predict_out_of_fold(
+    outputs, _ = predict_out_of_fold(
         network,
         features,
         labels,
@@ -331,7 +363,7 @@ def cross_validate_head(
         epochs=epochs,
         compute=compute,
     )
-    return Outputs(log_probs, labels, folds)
+    return outputs
 
 
 def fit_fold(

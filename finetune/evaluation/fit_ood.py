@@ -67,7 +67,7 @@ def fit_records(
 
     Args:
         train: The training images.
-        valid: The validation images.
+        valid: The validation images, if any are not among the training images.
         train_embeddings: (N, ...).
         valid_embeddings: (M, ...).
         is_frozen: Whether training did not change the layers before the embedding. If it did, training images have other
@@ -76,7 +76,7 @@ def fit_records(
         seed: Seed of the folds.
 
     Returns:
-        The fit, or None if the training images do not suffice.
+        The fit, or None if the images do not suffice.
     """
     labels = np.array([record.sample.label for record in (*train, *valid)], dtype=np.int64)
     parameters = fit_ood(train_embeddings, labels[: len(train)], seed=seed)
@@ -90,6 +90,8 @@ def fit_records(
         embeddings = StackedRows(train_embeddings, valid_embeddings)
         folds = assign_groups_to_folds(groups, seed=seed)
         scores = out_of_fold_scores(embeddings, labels, folds, is_training=is_training, seed=seed)
+    if scores is None and not len(valid):
+        return None
     if scores is None:
         is_new = ~np.isin(groups[~is_training], groups[is_training])
         rows = is_new if is_new.any() else np.ones(len(valid), np.bool_)
@@ -97,7 +99,7 @@ def fit_records(
         scores, source = parameters.scores(valid_embeddings[rows]), VALIDATION
     has_groups = any(record.sample.group for record in (*train, *valid))
     scored_groups = groups[scored] if has_groups else None
-    limit = fit_limit(scores, false_alarms, sample=len(valid), groups=scored_groups)
+    limit = fit_limit(scores, false_alarms, sample=len(valid) or None, groups=scored_groups)
     return OODFit(parameters, limit, scores, scored_groups, source, len(train))
 
 

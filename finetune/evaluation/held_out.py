@@ -74,7 +74,7 @@ def held_out_predictions(head: TrainedHead) -> HeldOutPredictions:
     unseen = head.held_out or head.outputs
     probabilities = apply_temperature(unseen.log_probs + head.bias_shift, head.temperature)
     top = TopPredictions.of(unseen.labels, probabilities)
-    return HeldOutPredictions(top, OUT_OF_FOLD, unseen.folds) if head.held_out else HeldOutPredictions(top, VALIDATION)
+    return HeldOutPredictions(top, OUT_OF_FOLD, len(unseen.folds)) if unseen.folds else HeldOutPredictions(top, VALIDATION)
 
 
 def read_held_out(bundle: Bundle) -> HeldOutPredictions:

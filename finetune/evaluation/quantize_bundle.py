@@ -44,11 +44,17 @@ def quantize_bundle(
     Raises:
         RunError: ``out`` is not empty.
         DataError: The folder lacks validation images, or has no readable training images.
-        BundleError: The bundle has no graph, or the graph in int8 is not accurate enough.
+        BundleError: The bundle has no graph, its head was fitted to the validation photos, or the graph in int8 is not accurate
+            enough.
     """
     require_empty_folder(out)
     if bundle.is_head_only:
         raise BundleError(f"The bundle {bundle.path} has no graph. Run `finetune merge {bundle.path}` first.")
+    if bundle.manifest["provenance"].get("folds"):
+        raise BundleError(
+            f"The head of {bundle.path} was fitted to its validation photos too (--refit), so they cannot test int8. Train it "
+            "again without --no-int8."
+        )
     data = _read_data(bundle, data_dir, labels, max_accuracy_loss, workers)
     manifest = {name: value for name, value in bundle.manifest.items() if name not in ("format", "files", "sha256")}
     manifest["quantized_from"] = bundle.version

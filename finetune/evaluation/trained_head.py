@@ -31,13 +31,19 @@ class TrainedHead:
     Attributes:
         outputs: The outputs before the weights of the classes are corrected.
         balance: The weights of the classes in training.
-        held_out: Outputs of heads that were trained without these images, which are more than the validation images. None if
-            the network has no cached features.
+        held_out: Out-of-fold outputs for the training and validation images, if the head was cross-validated.
+        is_refit: Whether the head was fitted to the validation images as well. Its own outputs for them say nothing then.
     """
 
     outputs: Outputs
     balance: ClassBalance | None = None
     held_out: Outputs | None = None
+    is_refit: bool = False
+
+    @property
+    def evaluated(self) -> Outputs:
+        """The outputs that the head is evaluated and calibrated with: for the validation images, or out of fold."""
+        return self.held_out if self.held_out and self.is_refit else self.outputs
 
     @property
     def temperature(self) -> float:
@@ -61,8 +67,8 @@ class TrainedHead:
 
     @property
     def scores(self) -> NDArray[np.float64]:
-        """Logits of the corrected network up to a constant per image, (N, classes)."""
-        return self.outputs.log_probs + self.bias_shift
+        """Logits of the corrected network up to a constant per evaluated image, (N, classes)."""
+        return self.evaluated.log_probs + self.bias_shift
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -72,7 +78,7 @@ class TrainedHead:
     def _calibration(self) -> tuple[float, float]:
         """The temperature and the fraction of the correction."""
         if self.balance is None:
-            return fit_temperature(self.outputs.log_probs, self.outputs.labels), 0.0
+            return fit_temperature(self.evaluated.log_probs, self.evaluated.labels), 0.0
         unseen = self.held_out or self.outputs
         shift, frequencies = self.balance.logit_shift, self.balance.frequencies
         return fit_balanced_temperature(unseen.log_probs, unseen.labels, shift=shift, frequencies=frequencies)
@@ -103,12 +109,15 @@ def train_other_head(
         prepared: The data set.
         outputs: The outputs of the run's own head for the validation images, before the class weights are corrected.
         epochs: The best epoch of the run.
+
+    Raises:
+        DataError: The head is refit, and the images cannot be divided into folds.
     """
     is_weighted = not config.class_weights == config.sampling == NONE
     is_plain = not is_weighted and config.class_frequencies == TRAINING
     config = dataclasses.replace(config, class_weights=NONE, sampling=NONE, class_frequencies=EQUAL if is_plain else TRAINING)
     balance = class_balance(config, prepared.labels("train"), prepared.dataset.classes)
-    if is_weighted:
+    if is_weighted and not config.refit:
         print("Training a plain head for comparison, as the classes are unequal.")
         train = batches["train"]
         assert isinstance(train, CachedBatches)
@@ -116,10 +125,10 @@ def train_other_head(
         train_head(network, batches, config, prepared, compute=compute, balance=balance, title="comparison, ")
         log_probs, labels = predict(network.split_model.trainable, batches["valid"], compute=compute)
         outputs = Outputs(log_probs.double().numpy(), labels.numpy())
-    if balance is None:
+    if balance is None and not config.refit:
         return TrainedHead(outputs)
     held_out = cross_validate_head(config, network, cache, prepared, epochs=epochs, compute=compute)
-    return TrainedHead(outputs, balance, held_out)
+    return TrainedHead(outputs, balance, held_out, is_refit=bool(config.refit))
 
 
 def describe_balance(head: TrainedHead, other: TrainedHead | None, classes: Sequence[str]) -> dict[str, Any] | None:
@@ -131,5 +140,5 @@ def describe_balance(head: TrainedHead, other: TrainedHead | None, classes: Sequ
         description["weights"] = dict(zip(classes, head.balance.effective_weights.tolist(), strict=True))
     if other:
         plain, balanced = (head, other) if head.balance is None else (other, head)
-        description["comparison"] = compare_heads(head.outputs.labels, plain.predicted, balanced.predicted, classes=classes)
+        description["comparison"] = compare_heads(head.evaluated.labels, plain.predicted, balanced.predicted, classes=classes)
     return description

@@ -36,13 +36,15 @@ def training_manifest(
     config: Config,
     compute: str,
     progress: Progress,
+    penalty: float | None = None,
+    folds: int | None = None,
     audit_report: AuditReport,
     records: Sequence[ImageRecord],
     labels: LabelTable | None = None,
     reviews: Mapping[str, Any] | None = None,
     class_balance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Build the training entries of the manifest."""
+    """Build the training entries of the manifest. ``folds`` is set if the metrics are those of a cross-validation."""
     return {
         "name": name,
         "backbone": spec.name,
@@ -61,7 +63,8 @@ def training_manifest(
             "compute": compute,
             "epochs": progress.epoch,
             "best_epoch": progress.best_epoch,
-            "penalty": progress.history[-1].get("penalty"),
+            "penalty": penalty,
+            "folds": folds,
             "dataset": {
                 "sha256": dataset_sha256(records),
                 "photos": audit_report.counts,

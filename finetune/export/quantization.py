@@ -65,6 +65,8 @@ class QuantizationData:
         groups: The number of each one's group, (N,), if any.
         fit_temperature: Fits the calibration temperature to log-probabilities (N, classes) of the validation images.
         max_accuracy_loss: The limit of the accuracy lost.
+        predict_out_of_fold: Predicts the validation images from their embeddings (N, d) by heads that were fitted without them,
+            if the exported head was fitted to them.
     """
 
     read_training: Callable[[], Pixels]
@@ -75,6 +77,7 @@ class QuantizationData:
     groups: NDArray[np.int64] | None
     fit_temperature: Callable[[NDArray[np.float64]], float]
     max_accuracy_loss: float
+    predict_out_of_fold: Callable[[NDArray[np.float32]], NDArray[np.float64]] | None = None
 
     @classmethod
     def of(
@@ -85,17 +88,22 @@ class QuantizationData:
         read_validation: Callable[[list[int]], Iterator[Pixels]],
         fit_temperature: Callable[[NDArray[np.float64], NDArray[np.int64]], float],
         max_accuracy_loss: float,
+        predict_out_of_fold: Callable[[NDArray[np.float32], NDArray[np.int64]], NDArray[np.float64]] | None = None,
+        excluded: NDArray[np.int64] | tuple[()] = (),
     ) -> QuantizationData:
         """Select at most MAX_TEST_IMAGES evenly spaced validation images.
 
         Args:
-            predictions: The predictions of all validation images.
+            predictions: The evaluated predictions.
             read_training: See the attribute.
             read_validation: Yields the pixels (H, W, C) of the validation images in these rows of ``predictions``.
             fit_temperature: Fits the temperature to log-probabilities and labels.
             max_accuracy_loss: See the attribute.
+            predict_out_of_fold: See the attribute. It takes the embeddings and the rows of the images in ``predictions``.
+            excluded: Rows of ``predictions`` that are not selected.
         """
-        rows = evenly_spaced(len(predictions.labels), MAX_TEST_IMAGES)
+        candidates = np.setdiff1d(np.arange(len(predictions.labels)), excluded)
+        rows = candidates[evenly_spaced(len(candidates), MAX_TEST_IMAGES)]
         labels, groups = predictions.labels[rows], predictions.group_numbers
         return cls(
             read_training,
@@ -106,6 +114,7 @@ class QuantizationData:
             groups=None if groups is None else groups[rows],
             fit_temperature=lambda log_probs: fit_temperature(log_probs, labels),
             max_accuracy_loss=max_accuracy_loss,
+            predict_out_of_fold=predict_out_of_fold and (lambda embeddings: predict_out_of_fold(embeddings, rows)),
         )
 
     @property
@@ -282,13 +291,14 @@ def points(fraction: float) -> str:
 def _test(quantized: Path, data: QuantizationData, *, temperature: float, max_ood_score: float | None) -> dict[str, Any]:
     """Run the validation images and compare the results with those evaluated in float32."""
     model = onnx.load(quantized)
-    model.graph.output.append(onnx.ValueInfoProto(name=_softmax(model).input[0]))
-    outputs = [model.graph.output[-1].name, *([] if max_ood_score is None else [OOD_SCORE])]
+    logits = _softmax(model).input[0]
+    model.graph.output.append(onnx.ValueInfoProto(name=logits))
+    outputs = [OUTPUTS[1] if data.predict_out_of_fold else logits, *([] if max_ood_score is None else [OOD_SCORE])]
     engine = OpenVINOEngine(model.SerializeToString(), outputs=outputs, precision="int8", batch_sizes=(BATCH,))
     del model
     batches = [engine.run(pixels) for pixels in data.read_validation()]
-    logits, *scores = (np.concatenate(rows) for rows in zip(*batches, strict=True))
-    log_probs = logits.astype(np.float64) * temperature
+    output, *scores = (np.concatenate(rows) for rows in zip(*batches, strict=True))
+    log_probs = data.predict_out_of_fold(output) if data.predict_out_of_fold else output.astype(np.float64) * temperature
     fitted = data.fit_temperature(log_probs)
     probabilities = {"fp32": data.probabilities, "int8": apply_temperature(log_probs, fitted)}
     changed = probabilities["int8"].argmax(axis=1) != probabilities["fp32"].argmax(axis=1)

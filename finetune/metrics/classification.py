@@ -241,7 +241,7 @@ def _methods(seed: int, resamples: int) -> dict[str, str]:
         ),
         "precision": "Fraction of photos predicted as the class that truly belong to it. 95% Wilson score interval.",
         "recall": "Fraction of photos of the class that are predicted as it. 95% Wilson score interval.",
-        "log_loss": f"Mean of -ln p(true class), with p at least 1e-12. 95% percentile bootstrap, {bootstrap}.",
+        "log_loss": f"Mean of -ln p(true class), with p at least 1e-12. 95% bootstrap-t interval, {bootstrap}.",
         "roc_auc": (
             "Area under the ROC curve. With two classes that of the second, else the mean of one class against the rest. "
             f"95% percentile bootstrap, {bootstrap}, stratified by class."

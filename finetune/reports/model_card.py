@@ -39,13 +39,13 @@ def write_model_card(path: Path, manifest: Mapping[str, Any]) -> None:
         f"An image classifier for {_classes(manifest['classes'])}: {manifest['title']} ([paper]({manifest['paper']})), "
         f"{_origin(manifest)}, trained on {provenance['created'][:10]}.\n",
         "## Metrics\n",
-        f"On {metrics['photos']:,} photos of the {dataset['evaluated_split']} split:\n",
+        f"{_evaluated(manifest)}:\n",
         _table(metrics),
         *_slices(metrics),
         "Methods:\n",
         "\n".join(f"- {TITLES.get(name, name)}: {method}" for name, method in metrics["methods"].items()) + "\n",
-        f"These photos also selected {_selected(manifest)}the temperature ({manifest['temperature']:.3f}). For an unbiased"
-        " figure, evaluate on unseen photos: `finetune evaluate DIR --data-dir DATA --split NAME`.\n",
+        f"{_fitted(manifest)}These photos also selected {_selected(manifest)}the temperature ({manifest['temperature']:.3f})."
+        " For an unbiased figure, evaluate on unseen photos: `finetune evaluate DIR --data-dir DATA --split NAME`.\n",
         *_learning_curve(metrics),
         "## None of these\n",
         _none_of_these(manifest),
@@ -126,6 +126,19 @@ def _permuted(manifest: Mapping[str, Any]) -> str:
     if seed is None:
         return ""
     return f"The network shuffles the pixel positions of every image with a fixed permutation (seed {seed}). "
+
+
+def _evaluated(manifest: Mapping[str, Any]) -> str:
+    """Name the photos of the metrics."""
+    provenance, photos = manifest["provenance"], f"{manifest['metrics']['photos']:,} photos"
+    if folds := provenance.get("folds"):
+        return f"On {photos} of training and validation, each predicted by a head that was fitted without it ({folds} folds)"
+    return f"On {photos} of the {provenance['dataset']['evaluated_split']} split"
+
+
+def _fitted(manifest: Mapping[str, Any]) -> str:
+    """State that the head was fitted to the photos of the metrics, if it was."""
+    return "The head of this bundle was fitted to all of them. " if manifest["provenance"].get("folds") else ""
 
 
 def _selected(manifest: Mapping[str, Any]) -> str:

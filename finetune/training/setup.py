@@ -92,6 +92,10 @@ class PreparedDataset:
         """Return the class of each image of a split."""
         return [record.sample.label for record in self.splits[split]]
 
+    def with_validation_in_training(self) -> PreparedDataset:
+        """Return the data set with all readable images in training."""
+        return dataclasses.replace(self, splits={"train": [*self.splits["train"], *self.splits["valid"]], "valid": []})
+
     def groups(self, split: str) -> NDArray[np.int64]:
         """Number the sets of images of a split that belong into one fold, (N,). See ``find_linked``."""
         return find_linked(self.splits[split])

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from finetune.compute.device import Compute
 from finetune.config import Config
 from finetune.data.inspection import ImageRecord
+from finetune.features.cache import FeatureCache
 from finetune.io.progress import step
 from finetune.training.data_loaders import CachedBatches
-from finetune.training.setup import TrainingNetwork, build_feature_cache
+from finetune.training.setup import TrainingNetwork
 from finetune.training.trainer import predict_with_embeddings
 from models.errors import ConfigError
 from models.networks.batchnorm_fusion import fuse_batchnorm
@@ -63,11 +64,9 @@ def select_backbones(text: str | None) -> list[str]:
 
 
 def compute_embeddings(
-    network: TrainingNetwork, config: Config, compute: Compute, records: Sequence[ImageRecord]
+    network: TrainingNetwork, config: Config, cache: FeatureCache, compute: Compute, records: Sequence[ImageRecord]
 ) -> NDArray[np.float32]:
     """Return the head's inputs (N, d) for inspected images, from cached features where there are any."""
-    cache = build_feature_cache(config, network, compute)
-    assert cache is not None, "a configuration without a feature cache"
     features = cache.features(records, network.spec.preprocessing, label=f"features of {network.spec.name}")
     labels = [record.sample.label for record in records]
     batches = CachedBatches(features, labels, batch_size=config.batch_size or 64, seed=config.seed)

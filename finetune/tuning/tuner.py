@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune import config as settings
 from finetune.compute.device import select_compute
@@ -14,7 +15,13 @@ from finetune.data.label_source import locate_data
 from finetune.export.provenance import dataset_sha256
 from finetune.io.progress import step
 from finetune.io.threaded_map import available_cpus
-from finetune.training.setup import build_feature_cache, prepare_dataset, prepare_network
+from finetune.training.setup import (
+    PreparedDataset,
+    TrainingNetwork,
+    build_feature_cache,
+    prepare_dataset,
+    prepare_network,
+)
 from finetune.tuning.networks import compute_embeddings, measure_costs, select_backbones
 from finetune.tuning.search import search
 from finetune.tuning.tuning_report import describe_search, write_tuning_report
@@ -42,16 +49,21 @@ def tune(data_dir: Path, backbones: str | None, out: Path, shared: dict[str, Any
     compute = select_compute(config.device, config.precision)
     folder, labels = locate_data(config.data_dir, config.labels)
     dataset = read_dataset(folder, labels=labels, valid_fraction=config.valid_fraction, seed=config.seed)
-    networks = [
-        prepare_network(get_spec(own.backbone), len(dataset.classes), own.with_recipe(get_spec(own.backbone).recipe), compute)
-        for own in configs
-    ]
-    prepared = prepare_dataset(config, dataset, networks[0], build_feature_cache(config, networks[0], compute))
+    networks: list[TrainingNetwork] = []
+    embeddings: dict[str, NDArray[np.float32]] = {}
+    prepared: PreparedDataset | None = None
+    for number, own in enumerate(configs, start=1):
+        print(f"\nNetwork {number} of {len(names)}: {own.backbone}")
+        spec = get_spec(own.backbone)
+        network = prepare_network(spec, len(dataset.classes), own.with_recipe(spec.recipe), compute)
+        cache = build_feature_cache(own, network, compute)
+        assert cache is not None, "a configuration without a feature cache"
+        prepared = prepared or prepare_dataset(own, dataset, network, cache)
+        embeddings[spec.name] = compute_embeddings(network, own, cache, compute, prepared.splits["train"])
+        networks.append(network)
+    print()
+    assert prepared is not None, "select_backbones returns at least one"
     records = prepared.splits["train"]
-    embeddings = {
-        network.spec.name: compute_embeddings(network, own, compute, records)
-        for network, own in zip(networks, configs, strict=True)
-    }
     heads = len(names) * len(NORMALIZATIONS)
     with step(f"Cross-validating {heads} candidates with each penalty on {len(records):,} training photos"):
         result = search(

@@ -39,7 +39,7 @@ class PredictionSource:
         backbone: The network's name.
         bundle_version: Identifies the bundle that made the predictions.
         split: The evaluated split; None for a bundle.
-        folds: The number of cross-validation folds of out-of-fold predictions.
+        folds: The number of cross-validation folds of out-of-fold predictions, which a bundle may have as well.
         temperature: The calibration temperature.
         created: Creation time, ISO 8601 in UTC.
         max_ood_score: The limit of the OOD score, if the bundle has one.
@@ -137,6 +137,7 @@ def _open_bundle_predictions(path: Path) -> PredictionSource:
         classes=bundle.classes,
         backbone=bundle.backbone,
         bundle_version=bundle.version,
+        folds=bundle.manifest.get("provenance", {}).get("folds"),
         temperature=float(bundle.manifest["temperature"]),
         created=bundle.manifest.get("provenance", {}).get("created"),
         max_ood_score=bundle.decision_rule.max_ood_score,

@@ -53,8 +53,9 @@ class EmbeddingMap:
 
     @property
     def title(self) -> str:
-        kinds = {BUNDLE_KIND: "Validation photos", OUT_OF_FOLD: "Out-of-fold predictions"}
-        return kinds.get(self.source.kind, f"Evaluation of {self.source.split}")
+        if self.source.folds:
+            return "Out-of-fold predictions"
+        return "Validation photos" if self.source.kind == BUNDLE_KIND else f"Evaluation of {self.source.split}"
 
 
 class GalleryIndex:
@@ -306,7 +307,7 @@ def _evaluation_table(source: PredictionSource) -> EvaluationTable:
         for sha256, label in zip(predictions.sha256s, predictions.labels, strict=True)
     ]
     return EvaluationTable(
-        source="out-of-fold" if source.kind == OUT_OF_FOLD else "evaluation",
+        source=OUT_OF_FOLD if source.folds else "evaluation",
         digest=source.version,
         predictions=predictions,
         duplicate=np.array(duplicate, dtype=np.bool_),

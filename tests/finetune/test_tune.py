@@ -76,12 +76,12 @@ def test_the_report_has_a_row_for_each_network(tuned: SimpleNamespace) -> None:
 
 @pytest.fixture(scope="module")
 def joined(tuned: SimpleNamespace) -> SimpleNamespace:
-    """The run of a preset that names the join, as a head-only bundle."""
+    """The run of a preset that names the join, as a bundle of its graphs, with int8."""
     chosen = {**tuned.result, "presets": {"best": {**tuned.result["presets"]["best"], "backbone": NETWORKS[2]}}}
     file = tuned.root / "join.json"
     file.write_text(json.dumps(chosen), encoding="utf-8")
     folder = tuned.root / "run"
-    flags = ("--preset", "best", "--tuning", file, "--output-dir", folder, "--export", "head")
+    flags = ("--preset", "best", "--tuning", file, "--output-dir", folder, "--export", "graph", "--max-accuracy-loss", 0.2)
     code, printed, err = finetune("train", "--data-dir", tuned.data, *flags)
     assert (code, err) == (0, "")
     assert finetune("merge", folder / "bundle", tuned.root / "merged")[0] == 0
@@ -93,6 +93,7 @@ def test_a_preset_trains_what_was_chosen(joined: SimpleNamespace) -> None:
     chosen = joined.settings["presets"]["best"]
     assert {name: saved[name] for name in chosen} == chosen
     assert saved["preset"] is saved["tuning"] is None  # a resumed run does not depend on the file
+    assert saved["refit"]
     assert open_bundle(joined.folder / "bundle").manifest["provenance"]["penalty"] == chosen["penalty"]
     assert finetune("train", "--resume", "--output-dir", joined.folder)[0] == 0
 

@@ -18,6 +18,8 @@ from torch import nn
 
 from finetune.training.scaled_embeddings import scale_embeddings
 from models.artifacts.bundle import open_bundle
+from models.artifacts.evaluation import open_predictions
+from models.artifacts.predictions import Predictions
 from models.errors import ConfigError
 from models.networks.classifier import Classifier, load_classifier
 from models.networks.head_logits import require_logistic_head
@@ -81,21 +83,28 @@ def test_the_run_describes_the_head(run: SimpleNamespace) -> None:
     assert not (run.folder / "plots" / "learning_curves.png").exists()
 
 
-def test_the_weights_are_the_minimum_for_normalized_embeddings(
-    run: SimpleNamespace, merged: Path, data: Path, tiny_weights: Path
-) -> None:
+def test_the_weights_are_the_minimum_for_normalized_embeddings(merged: Path, data: Path) -> None:
     """The gradient of the penalized loss is zero at the exported weights, from embeddings of the exported graph."""
-    bundle = open_bundle(merged)
-    head = load_file(merged / "model.safetensors")
+    assert_minimum(merged, data, ["train"])
+
+
+def assert_minimum(path: Path, data: Path, splits: list[str]) -> None:
+    bundle = open_bundle(path)
+    head = load_file(path / "model.safetensors")
     weight, bias = head[f"{HEAD}.weight"].double().numpy(), head[f"{HEAD}.bias"].double().numpy()
-    files = [(label, file) for label, name in enumerate(bundle.classes) for file in sorted((data / "train" / name).iterdir())]
+    files = [
+        (label, file)
+        for label, name in enumerate(bundle.classes)
+        for split in splits
+        for file in data.glob(f"{split}/{name}/*")
+    ]
     pixels = np.stack([bundle.preprocessing.pixels(file.read_bytes()) for _, file in files])
-    served = OpenVINOEngine(merged / "model.onnx", outputs=["embedding"]).run(pixels)[0]
+    served = OpenVINOEngine(path / "model.onnx", outputs=["embedding"]).run(pixels)[0]
     embeddings = scale_embeddings(served, "unit")[0].dense()
     labels = np.array([label for label, _ in files])
     logits = embeddings @ weight.T + bias
     errors = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)) - np.eye(3)[labels]
-    gradient = errors.T @ embeddings + run.bundle.manifest["provenance"]["penalty"] * weight
+    gradient = errors.T @ embeddings + bundle.manifest["provenance"]["penalty"] * weight
     assert np.abs(gradient).max() < 1e-3
     assert np.abs(errors.T @ embeddings).max() > 10 * np.abs(gradient).max()
 
@@ -145,12 +154,77 @@ def test_class_weights_are_corrected_and_compared_with_a_plain_head(data: Path, 
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return train(data, tiny_weights, tmp_path_factory.mktemp("alone") / "run")
+    """A run whose head is fitted to the validation photos as well."""
+    run = train(data, tiny_weights, tmp_path_factory.mktemp("alone") / "run", "--refit")
+    return SimpleNamespace(**{**vars(run), "flags": (*run.flags, "--refit")})
+
+
+def test_a_refit_head_is_fitted_to_all_photos_and_evaluated_out_of_fold(
+    alone: SimpleNamespace, data: Path, tiny_weights: Path, tmp_path: Path
+) -> None:
+    assert_minimum(alone.bundle.path, data, ["train", "valid"])
+    manifest = alone.bundle.manifest
+    assert (manifest["provenance"]["folds"], manifest["metrics"]["photos"], manifest["ood"]["images"]) == (5, 60, 60)
+    assert manifest["ood"]["limit"]["source"] == "training and validation, out of fold"
+    out = tmp_path / "folds"
+    flags = ("--bundle", alone.bundle.path, "--data-dir", data, "--weights", tiny_weights, "--output-dir", out)
+    code, _, err = finetune("evaluate", "--folds", 5, *flags)
+    assert (code, err) == (0, "")
+    ours, theirs = (Predictions.read_csv(folder / "predictions.csv") for folder in (alone.folder, out))
+    assert ours.image_names == theirs.image_names
+    np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-6)
+    source = open_predictions(alone.bundle.path)
+    assert (source.kind, source.folds) == ("bundle", 5)
+
+
+def test_a_refit_head_is_described(alone: SimpleNamespace, data: Path, tmp_path: Path) -> None:
+    penalty = alone.bundle.manifest["provenance"]["penalty"]
+    assert f"L2 penalty of the logistic head: {penalty:.3g}. Results of cross-validation (5 folds):" in alone.printed
+    assert (
+        "Each photo was predicted by a head that was fitted without it. The bundle's own head was fitted to all photos.\n"
+        "These photos also selected the temperature.\n"
+    ) in alone.printed
+    card = (alone.bundle.path / "README.md").read_text(encoding="utf-8")
+    assert "On 60 photos of training and validation, each predicted by a head that was fitted without it (5 folds):\n" in card
+    assert "The head of this bundle was fitted to all of them. These photos also selected the temperature (" in card
+    code, _, err = finetune("quantize", alone.bundle.path, "--data-dir", data, "--output-dir", tmp_path / "int8")
+    assert code == 2
+    assert (
+        f"The head of {alone.bundle.path} was fitted to its validation photos too (--refit), so they cannot test int8. Train "
+        "it again without --no-int8." in err
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--head", "linear"), "--refit applies to --head logistic only: a linear head needs validation photos. Remove it."),
+        (("--no-feature-cache",), "--refit needs the feature cache. Remove --no-feature-cache or --refit."),
+    ],
+)
+def test_a_refit_needs_a_logistic_head_on_cached_features(more: tuple[str, ...], message: str, alone: SimpleNamespace) -> None:
+    code, _, err = finetune("train", *alone.flags, *more)
+    assert code == 2
+    assert message in err
+
+
+def test_a_class_with_one_photo_cannot_be_refit(data: Path, tiny_weights: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    shutil.copytree(data, few)
+    for photo in [*sorted((few / "train" / "red").iterdir())[1:], *(few / "valid" / "red").iterdir()]:
+        photo.unlink()
+    flags = ("--data-dir", few, "--backbone", "tiny", "--weights", tiny_weights, "--allow-class-mismatch", "--refit")
+    code, _, err = finetune("train", *flags, "--output-dir", tmp_path / "run")
+    assert code == 2
+    assert (
+        "--refit needs at least two photos of every class, not near duplicates or of one group, for cross-validation. Add "
+        "photos or remove it." in err
+    )
 
 
 def test_a_killed_run_is_resumed_with_the_same_weights(alone: SimpleNamespace, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    flags = (*alone.flags[:-3], folder, *alone.flags[-2:])
+    flags = (*alone.flags, "--output-dir", folder)
     started = (folder / "config.yaml").is_file
     code, _, _ = train_until(started, *flags, hold_at=1, by=signal.SIGKILL)
     assert code == -signal.SIGKILL
@@ -169,7 +243,7 @@ def test_a_killed_run_is_resumed_with_the_same_weights(alone: SimpleNamespace, t
 
 
 def test_several_processes_give_the_weights_of_one(alone: SimpleNamespace, tmp_path: Path) -> None:
-    words = (*alone.flags[:-3], tmp_path / "two", *alone.flags[-2:], "--cache-dir", tmp_path / "cache")
+    words = (*alone.flags, "--output-dir", tmp_path / "two", "--cache-dir", tmp_path / "cache")
     codes, out, err = train_in_ranks(2, *words)
     assert codes == [0, 0], err
     assert out.count("L2 penalty of the logistic head") == 1
