@@ -2,7 +2,8 @@
 
 In each fold, heads are fitted to random parts of the other folds and predict the fold. The error and the log loss fall about
 as a power of the number of images (Hestness et al. 2017, https://arxiv.org/abs/1712.00409), which is continued to more images.
-The interval contains the chance in the predicted images (bootstrap), and not that of another law.
+The interval contains the chance in the predicted images and in the choice of the parts (bootstrap), and how much the estimate
+depends on a single point of the curve. It does not contain the chance of another law.
 """
 
 from __future__ import annotations
@@ -60,12 +61,11 @@ def learning_curve(
         return None
     scaled = compact(scale_embeddings(embeddings, normalization)[0])
     rng = np.random.default_rng(seed)
-    errors, losses = np.zeros((2, len(labels), len(PARTS)))
+    errors, losses = np.zeros((2, MAX_REPEATS, len(labels), len(PARTS)))
     for train, held_out in splits:
         rows, fit = np.arange(len(held_out)), None
         for column, part in enumerate(PARTS):
-            repeats = min(part, MAX_REPEATS, max(1, REPEATED_IMAGES // len(labels)))
-            for _ in range(repeats):
+            for repeat in range(_repeats(part, len(labels))):
                 own = rng.permutation(train)[: len(train) // part]
                 fit = fit_logistic_regression(
                     scaled[own],
@@ -76,20 +76,41 @@ def learning_curve(
                     tolerance=SELECTION_TOLERANCE,
                 )
                 log_probs = fit.log_probs(scaled[held_out])
-                errors[held_out, column] += (log_probs.argmax(axis=1) != labels[held_out]) / repeats
-                losses[held_out, column] -= log_probs[rows, labels[held_out]] / repeats
+                errors[repeat, held_out, column] = log_probs.argmax(axis=1) != labels[held_out]
+                losses[repeat, held_out, column] = -log_probs[rows, labels[held_out]]
     sizes = [int(len(splits[0][0]) // part) for part in PARTS]
     more = _round_number(len(labels) / 3)
     curve: dict[str, Any] = {"photos": sizes, "more_photos": more, "gain": {}}
     for name, values, sign in (("accuracy", errors, -1.0), ("log_loss", losses, 1.0)):
-        means = bootstrap_means(values, seed=seed, resamples=RESAMPLES)
+        average, means = _resampled_means(values, seed=seed)
         low, high = np.quantile(means, QUANTILES_95, axis=0)
-        average = values.mean(axis=0)
         ends = [sorted((_shown(sign, a), _shown(sign, b))) for a, b in zip(low, high, strict=True)]
         curve[name] = [confidence_interval(_shown(sign, value), *pair) for value, pair in zip(average, ends, strict=True)]
-        gains = sign * _extrapolated_change(np.vstack([average, means]), sizes, len(labels), more, count=len(labels))
-        curve["gain"][name] = confidence_interval(gains[0], *np.quantile(gains[1:], QUANTILES_95))
+        (gain,) = sign * _extrapolated_change(average[None], sizes, len(labels), more, count=len(labels))
+        every = np.arange(len(PARTS))
+        gains = [  # each resample lacks one point of the curve
+            sign * _extrapolated_change(own[:, kept], np.array(sizes)[kept], len(labels), more, count=len(labels))
+            for own, kept in zip(np.array_split(means, len(PARTS)), (np.delete(every, i) for i in every), strict=True)
+        ]
+        curve["gain"][name] = confidence_interval(gain, *np.quantile(np.concatenate(gains), QUANTILES_95))
     return curve
+
+
+def _repeats(part: int, count: int) -> int:
+    """Return how many parts of this size are drawn from ``count`` images."""
+    return min(part, MAX_REPEATS, max(1, REPEATED_IMAGES // count))
+
+
+def _resampled_means(values: NDArray[np.float64], *, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Average (repeats, N, parts) over images and repeats: (parts,), and for resamples of both: (RESAMPLES, parts)."""
+    rng = np.random.default_rng(seed)
+    averages, resampled = [], []
+    for column, part in enumerate(PARTS):
+        own = values[: _repeats(part, values.shape[1]), :, column].T
+        averages.append(own.mean())
+        drawn = rng.multinomial(own.shape[1], np.full(own.shape[1], 1 / own.shape[1]), size=RESAMPLES) / own.shape[1]
+        resampled.append((bootstrap_means(own, seed=seed, resamples=RESAMPLES) * drawn).sum(axis=1))
+    return np.array(averages), np.stack(resampled, axis=1)
 
 
 def format_learning_curve(curve: Mapping[str, Any]) -> str:
@@ -109,7 +130,7 @@ def _shown(sign: float, value: float) -> float:
 
 
 def _extrapolated_change(
-    means: NDArray[np.float64], sizes: Sequence[int], now: int, more: int, *, count: int
+    means: NDArray[np.float64], sizes: Sequence[int] | NDArray[np.int64], now: int, more: int, *, count: int
 ) -> NDArray[np.float64]:
     """Fit ``a * size ** -b`` with b of at least 0 to each row (K, sizes), and return its change from ``now`` to ``now + more``.
 

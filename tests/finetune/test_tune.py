@@ -17,10 +17,12 @@ from finetune.presets import apply_preset
 from finetune.tuning.networks import select_backbones
 from finetune.tuning.search import search
 from finetune.tuning.tuning_report import choose_presets
-from models.artifacts.bundle import open_bundle
+from models.artifacts.bundle import check_golden, open_bundle
+from models.artifacts.predictions import Predictions
 from models.errors import ConfigError, DataError
 from models.networks.classifier import load_classifier
 from models.networks.join import Join
+from models.runtime.openvino_engine import OpenVINOEngine
 from tests.helpers.tiny_network import color_folder, finetune, registered_with_local_weights
 
 pytestmark = pytest.mark.slow
@@ -109,11 +111,24 @@ def test_the_bundle_of_a_join_is_one_network(joined: SimpleNamespace, tmp_path: 
     flags = ("--bundle", joined.merged, "--data-dir", joined.data, "--output-dir")
     code, _, err = finetune("evaluate", *flags, tmp_path / "valid")
     assert (code, err) == (0, "")
-    measured = json.loads((tmp_path / "valid" / "metrics.json").read_text())
-    assert measured["log_loss"]["value"] == pytest.approx(merged.manifest["metrics"]["log_loss"]["value"], abs=1e-4)
-    code, _, err = finetune("evaluate", "--folds", 3, *flags, tmp_path / "folds")
+    assert json.loads((tmp_path / "valid" / "metrics.json").read_text())["photos"] == 15
+    code, _, err = finetune("evaluate", "--folds", 5, *flags, tmp_path / "folds")
     assert (code, err) == (0, "")
-    assert json.loads((tmp_path / "folds" / "metrics.json").read_text())["photos"] == 60
+    measured = json.loads((tmp_path / "folds" / "metrics.json").read_text())
+    assert measured["photos"] == 60
+    assert measured["log_loss"]["value"] == pytest.approx(merged.manifest["metrics"]["log_loss"]["value"], abs=1e-6)
+
+
+def test_int8_of_a_join_is_tested_by_heads_that_were_fitted_without_the_photos(joined: SimpleNamespace) -> None:
+    """Of 60 photos, the 45 of training were quantized with."""
+    bundle = open_bundle(joined.folder / "bundle")
+    measured = bundle.manifest["int8"]
+    assert (measured["file"], measured["images"], measured["calibration_images"]) == ("model.int8.onnx", 15, 45)
+    rows = Predictions.read_csv(joined.folder / "predictions.csv")
+    assert measured["log_loss"]["fp32"] == pytest.approx(rows.losses[45:].mean(), rel=1e-6)
+    assert measured["changed_labels"] == 0
+    engine = OpenVINOEngine(bundle.graph("int8"), outputs=["probabilities"], precision="int8")
+    assert check_golden(bundle, lambda pixels: engine.run(pixels)[0], precision="int8") <= 0.05
 
 
 def test_a_preset_needs_a_result_of_tune(tmp_path: Path) -> None:

@@ -216,6 +216,73 @@ def test_a_graph_that_loses_accuracy_is_not_kept(
     assert not (tmp_path / INT8_GRAPH).exists()
 
 
+def depthwise_graph(path: Path, *, side: int = 32) -> None:
+    """Write a graph that classifies images by small values next to large ones, between which 8 bits do not distinguish.
+
+    The first convolution adds 0.002 times green to blue. The depthwise one selects every second column, in which blue is 0.
+    """
+
+    def tensor(name: str, values: object) -> onnx.TensorProto:
+        return onnx.numpy_helper.from_array(np.array(values, np.float32), name)
+
+    node = onnx.helper.make_node
+    nodes = [
+        node("Cast", ["pixels"], ["float"], to=onnx.TensorProto.FLOAT, name="cast"),
+        node("Transpose", ["float"], ["images"], perm=[0, 3, 1, 2], name="transpose"),
+        node("Conv", ["images", "first"], ["mixed"], name="conv"),
+        node("Relu", ["mixed"], ["positive"], name="relu"),
+        node("Conv", ["positive", "scales"], ["selected"], group=2, strides=[1, 2], name="depthwise"),
+        node("Conv", ["selected", "equal"], ["last"], name="pointwise"),
+        node("ReduceMean", ["last", "axes"], ["embedding"], keepdims=0, name="pool"),
+        node("Gemm", ["embedding", "weight", "bias"], ["logits"], transB=1, name="head"),
+        node("Softmax", ["logits"], ["probabilities"], axis=1, name="softmax"),
+    ]
+    constants = [
+        tensor("first", np.reshape([0, 0.002, 1] * 2, (2, 3, 1, 1))),
+        tensor("scales", np.reshape([10, 10], (2, 1, 1, 1))),
+        tensor("equal", np.reshape([1, 0, 0, 1], (2, 2, 1, 1))),
+        onnx.numpy_helper.from_array(np.array([2, 3]), "axes"),
+        tensor("weight", [[0, -10], [0, 10]]),
+        tensor("bias", [25.6, -25.6]),
+    ]
+    inputs = [onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, ["N", side, side, 3])]
+    outputs = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 2]) for name in ("probabilities", "embedding")
+    ]
+    graph = onnx.helper.make_graph(nodes, "graph", inputs, outputs, constants)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def test_sensitive_layers_stay_in_float32_where_plain_int8_fails(trained: SimpleNamespace, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(280) % 2
+    pixels = rng.integers(0, 256, (280, 32, 32, 3)).astype(np.uint8)
+    pixels[..., 1] = np.where(labels[:, None, None] == 1, 160, 96)
+    pixels[..., 2] = np.where(np.arange(32) % 2 == 1, 255, 0)
+    depthwise_graph(tmp_path / GRAPH)
+    probabilities = OpenVINOEngine(tmp_path / GRAPH, outputs=["probabilities"]).run(pixels)[0].astype(np.float64)
+    np.testing.assert_array_equal(probabilities.argmax(axis=1), labels)
+    data = as_data(
+        trained.predictions,
+        labels=labels,
+        probabilities=probabilities,
+        ood_scores=None,
+        read_training=lambda: pixels[:100],
+        read_validation=lambda: iter(pixels.reshape(70, 4, 32, 32, 3)),
+    )
+    plain = tmp_path / "plain.onnx"
+    np.save(tmp_path / "pixels.npy", pixels[:100])
+    assert quantization._quantize(tmp_path / GRAPH, tmp_path / "pixels.npy", plain, careful=False) is None
+    measured = quantization._test(plain, data, temperature=1.0, max_ood_score=None)
+    assert measured["accuracy"] == {"fp32": 1.0, "int8": 0.5}
+    measured = add_int8_graph(tmp_path / GRAPH, data, temperature=1.0)
+    assert (measured["file"], measured["reason"]) == (INT8_GRAPH, None)
+    assert measured["layers"] == "all layers but the head, the first convolution and depthwise ones"
+    assert measured["accuracy"] == {"fp32": 1.0, "int8": 1.0}
+    types = {tensor.data_type for tensor in onnx.load(tmp_path / INT8_GRAPH).graph.initializer}
+    assert onnx.TensorProto.INT8 in types  # the last convolution
+
+
 def test_a_graph_that_cannot_be_quantized_does_not_end_the_training(trained: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / GRAPH).write_bytes(b"not a graph")
     data = as_data(trained.predictions, read_training=lambda: np.zeros((1, 32, 32, 3), np.uint8))

@@ -40,6 +40,16 @@ def test_perfect_separation_does_not_raise_confidence() -> None:
     assert 0.1 < fit_temperature(log_probs, labels) < 1.2
 
 
+def test_few_mistakes_change_the_temperature_little() -> None:
+    """Two mistakes of 400, of little confidence: the likelihood alone has its maximum at 0.40."""
+    labels = np.tile([0, 1], 200)
+    log_probs = log_softmax(np.where(labels[:, None] == [0, 1], 1.5, -1.5), axis=1)
+    log_probs[:2] = np.log([[0.4, 0.6], [0.6, 0.4]])
+    many = fit_temperature(np.tile(log_probs, (100, 1)), np.tile(labels, 100))
+    assert many < 0.5
+    assert many + 0.1 < fit_temperature(log_probs, labels) < 1.0
+
+
 @pytest.mark.parametrize(("correct", "bound"), [(True, 0.05), (False, 20.0)])
 def test_the_temperature_stays_within_its_bounds(correct: bool, bound: float) -> None:
     labels = np.zeros(100_000, dtype=np.int64) if correct else np.ones(100_000, dtype=np.int64)
