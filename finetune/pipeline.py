@@ -446,6 +446,7 @@ def write_outputs(
         plots=plots,
     )
     other_embeddings.clear()  # the export needs their memory
+    del fitted_embeddings
     state = classifier.net.state_dict()
     return export_bundle(
         folder / run_directory.BUNDLE,
