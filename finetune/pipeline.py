@@ -513,7 +513,7 @@ def _quantization_data(
     """Select evenly spaced images of training and validation. They are decoded again, only if they are needed.
 
     If the head was cross-validated for its evaluation, int8 is tested by the embeddings in int8 and the heads of the folds, on
-    all images but those that it is quantized with.
+    all images that it is not quantized with.
     """
     preprocessing = network.spec.preprocessing
     training, tested = prepared.splits["train"], prepared.splits["valid"]

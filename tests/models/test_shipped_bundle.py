@@ -25,7 +25,7 @@ def test_bundle_is_small_and_contains_no_photos() -> None:
     assert not open_bundle(SHIPPED).is_head_only
     names = {file.relative_to(SHIPPED).as_posix() for file in files}
     assert names == set(open_bundle(SHIPPED).manifest["files"]) | {"manifest.json"}
-    plots = ("learning_curves", "reliability", "confusion_matrix", "ood_scores", "thresholds")
+    plots = ("more_photos", "reliability", "confusion_matrix", "ood_scores", "thresholds")
     assert {name for name in names if name.endswith((".png", ".jpg"))} == {f"plots/{name}.png" for name in plots}
 
 
