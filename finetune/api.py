@@ -24,7 +24,7 @@ from finetune.data.review_source import read_review_file
 from finetune.evaluation.cross_validation import cross_validate
 from finetune.evaluation.evaluate import Evaluation, evaluate_bundle
 from finetune.evaluation.options import require_compatible_options
-from finetune.export.merge_head import open_full_bundle
+from finetune.export.full_bundle import open_full_bundle
 from finetune.training import run_directory
 from models.artifacts.bundle import Bundle
 from models.errors import ConfigError, ImageError, RunError, UserError

@@ -87,14 +87,14 @@ def create_api_app(services: Services) -> Flask:
 
 def create_full_app(services: Services) -> Flask:
     """Create the application with all pages: the upload page, the gallery and the documentation."""
-    from service.gallery import batch_review, compare, embedding_map, export, grid, image_access, photo, review, threshold
+    from service.gallery import batch_review, compare, embedding_map, export, grid, image_routes, photo, review, threshold
     from service.gallery.index import GalleryIndex
     from service.gallery.recorder import PredictionRecorder
     from service.web import api_docs, upload_page
 
     settings, models = services.settings, services.model_manager
     gallery = GalleryIndex(settings)
-    services = replace(services, gallery=gallery, image_access=image_access.ImageAccess(settings, gallery, models.decoder))
+    services = replace(services, gallery=gallery, image_access=image_routes.ImageAccess(settings, gallery, models.decoder))
     if settings.save_predictions:
         services.recorder = PredictionRecorder(gallery, settings, models.metrics)
         services.predictor = Predictor(models, on_prediction=services.recorder.record)
@@ -110,7 +110,7 @@ def create_full_app(services: Services) -> Flask:
         grid,
         photo,
         export,
-        image_access,
+        image_routes,
         review,
         batch_review,
         compare,

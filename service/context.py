@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 if TYPE_CHECKING:
-    from service.gallery.image_access import ImageAccess
+    from service.gallery.image_routes import ImageAccess
     from service.gallery.index import GalleryIndex
     from service.gallery.recorder import PredictionRecorder
     from service.http.admission import AdmissionController

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from benchmarks.train_speed import random_weights
-from finetune.export.merge_head import open_full_bundle
+from finetune.export.full_bundle import open_full_bundle
 from models.artifacts.bundle import Bundle, open_bundle
 from models.networks.batchnorm_fusion import fuse_batchnorm
 from models.networks.classifier import load_classifier

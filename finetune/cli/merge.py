@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``finetune merge``: write the full bundle."""
-    from finetune.export.merge_head import merge_bundle, open_full_bundle  # slow to import
+    from finetune.export.full_bundle import merge_bundle, open_full_bundle  # slow to import
 
     bundle = open_bundle(args.bundle)
     if not bundle.lacks_weights:

@@ -12,7 +12,7 @@ from finetune.batch_inference.predict import ImagePrediction, classify, list_ima
 from finetune.data.image_files import ImageSearch, describe_skipped, find_images, is_failure
 from finetune.data.label_source import locate_data
 from finetune.data.label_table import LabelTable, read_label_table
-from finetune.export.merge_head import open_full_bundle
+from finetune.export.full_bundle import open_full_bundle
 from finetune.io.terminal import escape_controls
 from models.artifacts.bundle import Bundle, open_bundle
 from models.artifacts.decision_rule import Decision, format_probability

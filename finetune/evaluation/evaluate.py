@@ -17,7 +17,7 @@ from finetune.data.image_files import ImageSearch, describe_skipped, find_images
 from finetune.data.image_folder import NO_LABEL, Dataset, Sample, read_split
 from finetune.data.inspection import BatchingConsumer, ImageRecord, fingerprint_context, inspect_images, table_columns
 from finetune.evaluation.fit_ood import neither_folder
-from finetune.export.merge_head import open_full_bundle
+from finetune.export.full_bundle import open_full_bundle
 from finetune.io.array_store import ArrayStore
 from finetune.io.output_folder import require_empty_folder
 from finetune.io.terminal import escape_controls

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from finetune.export.merge_head import open_full_bundle
+from finetune.export.full_bundle import open_full_bundle
 from finetune.io.output_folder import require_empty_folder
 from finetune.reports.plots import report_style, save_png
 from models.artifacts.bundle import Bundle

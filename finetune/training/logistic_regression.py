@@ -21,7 +21,7 @@ PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(2, -9, -1))  # 10
 DEFAULT_PENALTY = 0.01
 FOLDS = 5
 PATIENCE = 2  # weaker penalties without a lower loss before the selection ends
-MAX_IMAGES = 3_000  # that the penalty is selected on: the best one hardly depends on their number
+MAX_IMAGES = 3_000  # sample for the selection of the penalty, which hardly depends on its size
 SELECTION_TOLERANCE = 1e-6  # changes the loss in its sixth digit
 
 

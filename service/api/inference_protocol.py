@@ -29,8 +29,8 @@ from service.context import services
 from service.http import REJECTION
 from service.http.errors import Problem
 from service.http.request_body import read_body
+from service.http.request_images import Upload, upload_from_base64
 from service.http.security import require_key
-from service.http.uploads import Upload, upload_from_base64
 from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel
 

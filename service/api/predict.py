@@ -11,8 +11,8 @@ from flask import Blueprint, Response, g, jsonify, request
 from service.context import services
 from service.http import SLOT
 from service.http.errors import Problem
+from service.http.request_images import Upload, is_client_connected, read_uploads
 from service.http.security import require_key
-from service.http.uploads import Upload, is_client_connected, read_uploads
 from service.images.render import png_data_url
 from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel

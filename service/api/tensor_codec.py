@@ -16,8 +16,8 @@ from models.preprocess import Preprocessing
 from models.runtime.openvino_engine import Pixels
 from service.http.errors import Problem
 from service.http.request_body import OTHER_VALUES, parse_json
+from service.http.request_images import VALUES_PER_IMAGE, check_image_count
 from service.http.text_validation import describe
-from service.http.uploads import VALUES_PER_IMAGE, check_image_count
 from service.settings import Settings
 
 DATATYPES = {"images": "BYTES", "pixels": "UINT8"}

@@ -124,7 +124,7 @@ class ResponseBuffer(bytearray):
     sendall = bytearray.extend
 
     def recv(self, size: int, flags: int) -> bytes:
-        """Check whether the client is connected (``service.http.uploads.is_client_connected``)."""
+        """Check whether the client is connected (``service.http.request_images.is_client_connected``)."""
         raise ConnectionResetError if self._connection.is_closed else BlockingIOError
 
     def gettimeout(self) -> float:

@@ -309,9 +309,9 @@ if (selection) {
     for (const each of boxes) each.checked = !all;
     update();
   });
-  for (const button of selection.querySelectorAll("[data-select-proposed]")) {
+  for (const button of selection.querySelectorAll("[data-select-suggested]")) {
     button.addEventListener("click", () => {
-      for (const each of boxes) each.checked = each.dataset.proposal === button.dataset.selectProposed;
+      for (const each of boxes) each.checked = each.dataset.suggestion === button.dataset.selectSuggested;
       update();
     });
   }

@@ -68,7 +68,7 @@ function estimate(form) {
       const { seconds, run } = await response.json();
       text.textContent = run
         ? `About ${duration(seconds)}, estimated from the run ${run}.`
-        : "No estimate yet, as no run with this network and these settings has been measured.";
+        : "No estimate yet, as no run with this network and kind of last layer has been measured.";
     } catch {
       // the estimate of the page stays
     }

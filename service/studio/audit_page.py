@@ -7,7 +7,7 @@ from flask import Blueprint, Response, url_for
 from service.context import services
 from service.http.errors import Problem
 from service.studio import background_tasks, finetune_process
-from service.studio.access import protect
+from service.studio.authorization import protect
 from service.studio.data_pages import changed, find_data_set
 from service.studio.data_source import DATASET
 from service.studio.fields import read_fields, uncached_json

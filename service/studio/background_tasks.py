@@ -76,7 +76,7 @@ def start(data_set: DataSet, kind: str, work: Callable[[Report], str]) -> None:
 
     Args:
         data_set: The data set.
-        kind: What it is: "audit", "import" or "prediction".
+        kind: What it is: "audit", "import" or "classification".
         work: Does the work and returns a sentence about the result. A UserError becomes its failure.
 
     Raises:

@@ -13,25 +13,25 @@ from service.context import gallery, image_access, services, workspace
 from service.db.training_jobs import ACTIVE, list_jobs
 from service.http.errors import Problem
 from service.http.request_body import parse_json, read_body
-from service.http.uploads import read_uploads
+from service.http.request_images import read_uploads
 from service.settings import MIB
 from service.studio import imports
-from service.studio.access import protect
 from service.studio.archive_upload import ArchiveUpload
+from service.studio.authorization import protect
 from service.studio.background_tasks import current_task
 from service.studio.data_sets import UNLABELED, DataSet, Photo
 from service.studio.data_source import DATASET
 from service.studio.drop_layout import Destination, plan_drop
 from service.studio.fields import read_fields, uncached_json, wants_page
 from service.studio.names import LEFT_OUT
-from service.studio.proposals import most_useful_first, propose, read_proposals
 from service.studio.start_page import page
+from service.studio.suggestions import most_useful_first, read_suggestions, suggest
 from service.web.layout import ONE_YEAR_S
 
 PHOTOS_PER_PAGE = 60
 PREVIEWS = 6
 REFRESH_S = 2
-FORM_PHOTOS = 1000  # in one form; its size is limited by MAX_BODY_MB
+FORM_PHOTOS = 1000  # most photos in one form; its size is limited by MAX_BODY_MB
 MAX_PLANNED = 1_000_000  # values in the JSON of a plan
 MAX_PLAN_BYTES = 32 << 20
 SOURCES = ("", "demo", "folder")
@@ -181,9 +181,9 @@ def photos(name: str) -> Response:
     if class_ not in (*classes, UNLABELED, LEFT_OUT):
         raise Problem("not_found", f"The data set {data_set.name} has no class {class_[:60]!r}.")
     found = data_set.photos_of(class_)
-    proposals = read_proposals(data_set) if class_ == UNLABELED else {}
-    if proposals:
-        found = most_useful_first(found, proposals)
+    suggestions = read_suggestions(data_set) if class_ == UNLABELED else {}
+    if suggestions:
+        found = most_useful_first(found, suggestions)
     task = current_task(data_set)
     pages = max(1, math.ceil(len(found) / PHOTOS_PER_PAGE))
     number_shown = min(int(number), pages)
@@ -197,11 +197,11 @@ def photos(name: str) -> Response:
         total=len(found),
         number=number_shown,
         pages=pages,
-        proposals=proposals,
-        proposed=sorted({proposals[photo.path].label for photo in found if photo.path in proposals}),
-        unsure=sum(proposals[photo.path].is_unsure for photo in found if photo.path in proposals),
-        can_propose=class_ == UNLABELED and bool(classes),
-        task=task if task and task.kind == "prediction" else None,
+        suggestions=suggestions,
+        suggested=sorted({suggestions[photo.path].label for photo in found if photo.path in suggestions}),
+        unsure=sum(suggestions[photo.path].is_unsure for photo in found if photo.path in suggestions),
+        can_suggest=class_ == UNLABELED and bool(classes),
+        task=task if task and task.kind == "classification" else None,
         refresh_s=REFRESH_S if task and task.is_running else None,
         changes=data_set.changes(),
     )
@@ -282,12 +282,12 @@ def undo(name: str) -> Response:
     return changed(data_set, undone=len(change["moves"]), back=back)
 
 
-@bp.post("/datasets/<name>/proposals")
-def start_proposals(name: str) -> Response:
+@bp.post("/datasets/<name>/suggestions")
+def start_suggestions(name: str) -> Response:
     """Let the active model suggest classes for the photos without one, in the background."""
     data_set = find_data_set(name)
     read_fields({})
-    propose(data_set, services())
+    suggest(data_set, services())
     query: dict[str, Any] = {"class": UNLABELED}
     return changed(data_set, status=202, back=url_for("data.photos", name=data_set.name, **query))
 

@@ -34,7 +34,7 @@ from service.studio.workspace import Workspace
 
 UNLABELED = "unlabeled"  # first folder of the path of a photo without a class, as LEFT_OUT is of one that was left out
 SPLITS = (TRAIN, VALID, TEST)
-MAX_CHANGES = 100  # that can be undone
+MAX_CHANGES = 100  # undoable changes kept per dataset
 USAGE_MAX_AGE_S = 30.0
 _usage: dict[Path, tuple[float, int, int]] = {}  # folder -> (time, bytes, photos), as counted by this process
 _usage_lock = threading.Lock()

@@ -16,7 +16,7 @@ from service.http import CAN_STREAM, EVENT_STREAM
 from service.http.errors import Problem
 from service.rollout.state import RolloutStore
 from service.settings import Settings
-from service.studio.access import protect
+from service.studio.authorization import protect
 from service.studio.estimates import estimate_run
 from service.studio.fields import check_parameters, read_fields, uncached_json, wants_page
 from service.studio.job_files import MAX_LOG_BYTES, JobFiles
@@ -24,9 +24,9 @@ from service.studio.job_state import METRICS, JobState, count_ahead, live_versio
 from service.studio.start_page import page
 from service.studio.training_settings import FIELDS
 
-LOG_LINES = 12  # at the end of the page
-KEEPALIVE_S = 10.0  # of a stream without news, to notice clients that have gone
-RETRY_MS = 2000  # after which a browser connects again
+LOG_LINES = 12  # last lines of the log on the page
+KEEPALIVE_S = 10.0  # interval of comments in an idle stream, to notice clients that have gone
+RETRY_MS = 2000  # delay before a browser connects again
 MAX_STREAM_S = 3600.0
 
 bp = protect(Blueprint("jobs", __name__, url_prefix="/studio/jobs"))

@@ -53,9 +53,9 @@ log = logging.getLogger("service.studio")
 POLL_S = 0.5
 RENEW_S = LEASE_S / 5
 GIVE_UP_S = LEASE_S * 2 / 3  # a training whose lease could not be renewed for so long is stopped, before another runner has it
-STOP_S = 10.0  # between SIGTERM and SIGKILL
+STOP_S = 10.0  # time between SIGTERM and SIGKILL
 AUTOGROUP = Path("/proc/self/autogroup")  # of the session, see sched(7)
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+PR_SET_PDEATHSIG = 1  # value in linux/prctl.h
 LIBC = ctypes.CDLL(None)
 
 

@@ -10,10 +10,10 @@ from models.artifacts.data_folder import EXTENSIONS, RESERVED_CLASSES, class_nam
 from service.http.errors import Problem
 
 MAX_CHARS = 60
-MAX_FILE_BYTES = 200  # of a file name in UTF-8; file systems allow 255
+MAX_FILE_BYTES = 200  # limit of a file name in UTF-8; file systems allow 255
 DATASET_NAME = re.compile(r"[\w][\w -]*")
 LEFT_OUT = "left-out"  # the folder of photos that were left out
-RESERVED_NAMES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)  # on Windows
+RESERVED_NAMES = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)  # reserved on Windows
 FORBIDDEN = re.compile(r'[\\/:*?"<>|]')
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif", "PPM": ".ppm"} | {
     "AVIF": ".avif",

@@ -14,7 +14,7 @@ from service.db.training_jobs import FINISHED, delete_job, find_run
 from service.http.errors import Problem
 from service.http.security import require_admin_key_or_cookie
 from service.rollout.agreement import ALLOWED_DIFFERENCES, IncompatibleBundle
-from service.studio.access import protect
+from service.studio.authorization import protect
 from service.studio.fields import check_parameters, read_fields, wants_page
 from service.studio.job_files import JobFiles
 from service.studio.job_pages import load_state, load_states, previous_bundle, render_job

@@ -19,8 +19,8 @@ from service.studio.workspace import try_lock
 log = logging.getLogger("service.studio")
 LOCK = "runner.lock"
 POLL_S = 2.0
-RESTART_S = 10.0  # between two starts by the same worker
-END_S = 15.0  # for the runner to stop a training
+RESTART_S = 10.0  # pause between two starts by the same worker
+END_S = 15.0  # time for the runner to stop a training run
 
 _lifeline: tuple[int, int] | None = None
 

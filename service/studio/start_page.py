@@ -9,7 +9,7 @@ from flask import Blueprint, Response, render_template
 
 from models.preprocess import IMAGE_FORMATS_TEXT
 from service.context import services, workspace
-from service.studio.access import protect
+from service.studio.authorization import protect
 from service.studio.data_sets import UNLABELED, DataSet
 from service.studio.finetune_process import is_installed
 from service.web.upload_page import ACCEPTED_TYPES

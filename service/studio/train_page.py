@@ -18,7 +18,7 @@ from service.gallery.commands import find_bundle
 from service.gallery.photo import REVIEWER_COOKIE
 from service.http.errors import Problem
 from service.reviews.decisions import ANONYMOUS, list_reviews
-from service.studio.access import protect
+from service.studio.authorization import protect
 from service.studio.data_source import DATASET, FOLDER, describe_data, resolve_data, resolve_table
 from service.studio.estimates import Estimate, estimate_run, find_data_set_of
 from service.studio.fields import check_parameters, read_fields, uncached_json, wants_page

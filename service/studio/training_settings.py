@@ -54,10 +54,18 @@ class TrainingField:
 
 
 RECIPE = "Leave empty for the value of the network's recipe."
-EPOCH_FIELDS = ("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "patience")  # of the linear head
-UNFROZEN_FIELDS = ("unfreeze", "augment")  # with which every epoch runs the complete network
+EPOCH_FIELDS = (
+    "epochs",
+    "optimizer",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "lr_schedule",
+    "patience",
+)  # those of the linear head
+UNFROZEN_FIELDS = ("unfreeze", "augment")  # with these, every epoch runs the complete network
 LOGISTIC_FIELDS = ("penalty", "normalization")  # of the logistic head
-DEFAULTS: dict[str, Any] = {  # of `finetune train`; the other fields have none, or one of the network's recipe
+DEFAULTS: dict[str, Any] = {  # defaults of `finetune train`; other fields have none, or that of the network's recipe
     "normalization": UNIT,
     "augment": False,
     "patience": 0,
@@ -111,7 +119,7 @@ FIELDS: dict[str, TrainingField] = {
     "unfreeze": TrainingField(
         "Also train these layers",
         str,
-        "Such as layer4 or features.28, separated by spaces. Slower: every epoch runs the complete network.",
+        "For example layer4 or features.28, separated by spaces. Slower: every epoch runs the complete network.",
         pattern=LAYERS,
     ),
     "augment": TrainingField("Random crops, flips and colors", bool, "Slower: every epoch runs the complete network."),
@@ -125,12 +133,14 @@ FIELDS: dict[str, TrainingField] = {
         "Sampling", str, choices={"none": "Each photo once per epoch", "balanced": "Balanced: each class equally often"}
     ),
     "class_frequencies": TrainingField(
-        "Class frequencies in use", str, choices={"training": "As among the training photos", "equal": "Equally often"}
+        "Class frequencies where the model is used",
+        str,
+        choices={"training": "As among the training photos", "equal": "Equally often"},
     ),
     "target_precision": TrainingField(
         "Target precision",
         str,
-        "Such as 0.99, or dogs=0.99,cats=0.95. Less certain photos get no label.",
+        "For example 0.99, or dogs=0.99,cats=0.95. Less certain photos get no label.",
         pattern=PRECISIONS,
     ),
     "optimizer": TrainingField("Optimizer", str, RECIPE, choices={"": "As in the recipe", "sgd": "SGD", "adam": "Adam"}),

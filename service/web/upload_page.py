@@ -18,8 +18,8 @@ from service.api.predict import Prediction, classify, gallery_url
 from service.context import services
 from service.http import REJECTION
 from service.http.errors import Problem
+from service.http.request_images import Upload, read_uploads
 from service.http.security import authenticate
-from service.http.uploads import Upload, read_uploads
 from service.inference.batcher import InferenceResult
 from service.inference.model_manager import LoadedModel
 from service.inference.predictor import ranked_probabilities

@@ -258,25 +258,25 @@ def test_the_audit_shows_copies_and_damaged_files_and_they_are_left_out(studio: 
     assert [finding["kind"] for finding in studio.get(f"{data_set}/audit.json").json()["findings"]] == ["conflicts"]
 
 
-def test_the_active_model_proposes_classes_the_least_sure_first(studio: Server, photos: dict[str, bytes]) -> None:
+def test_the_active_model_suggests_classes_the_least_sure_first(studio: Server, photos: dict[str, bytes]) -> None:
     data_set = create(studio, "labeling")
     for name, data in photos.items():
         studio.request("PUT", f"{data_set}/photos/unlabeled/{name.replace('/', '-')}", data)
     url = f"{data_set}/photos?class=unlabeled"
-    problem = studio.request("POST", f"{data_set}/proposals", b"")
+    problem = studio.request("POST", f"{data_set}/suggestions", b"")
     assert problem.json()["detail"].startswith("The active model knows blue, green, red, and no class of labeling.")
     for label in ("blue", "green", "red"):
         first = next(name for name in photos if name.startswith(label)).replace("/", "-")
         assert post_json(studio, f"{data_set}/move", {"photo": [f"unlabeled/{first}"], "to": label}).json()["moved"] == 1
-    assert studio.request("POST", f"{data_set}/proposals", b"").status == 202
+    assert studio.request("POST", f"{data_set}/suggestions", b"").status == 202
     task = finished(studio, data_set)
     assert task["state"] == "done"
     assert f" of {len(photos) - 3} photos" in task["message"]
     page = studio.get(url, headers=HTML).body.decode()
-    proposed = dict(re.findall(r'value="unlabeled/([\w.-]+)" data-proposal="(\w+)"', page))
-    assert len(proposed) == len(photos) - 3
-    assert all(name.startswith(label) for name, label in proposed.items())
-    sure = [float(text) for text in re.findall(r'class="proposal[^"]*"><bdi>\w+</bdi> [<>]?([\d.]+)%', page)]
+    suggested = dict(re.findall(r'value="unlabeled/([\w.-]+)" data-suggestion="(\w+)"', page))
+    assert len(suggested) == len(photos) - 3
+    assert all(name.startswith(label) for name, label in suggested.items())
+    sure = [float(text) for text in re.findall(r'class="suggestion[^"]*"><bdi>\w+</bdi> [<>]?([\d.]+)%', page)]
     assert sure[0] <= sure[-1]
 
 

@@ -155,7 +155,7 @@ def test_the_settings_of_a_model_fill_the_form() -> None:
         ({"lr": "nan"}, "Learning rate: expected 1e-09 to 100 (got nan)."),
         ({"optimizer": "rmsprop"}, "Optimizer: 'rmsprop' is not valid. Use sgd, adam."),
         ({"augment": "maybe"}, "Random crops, flips and colors: expected 0 or 1 (got 'maybe')."),
-        ({"unfreeze": "layer4; rm"}, "Also train these layers: 'layer4; rm' is not valid. Such as layer4 or features.28, "
+        ({"unfreeze": "layer4; rm"}, "Also train these layers: 'layer4; rm' is not valid. For example layer4 or features.28, "
          "separated by spaces. Slower: every epoch runs the complete network."),
         ({"class_weights": "balanced", "sampling": "balanced"}, "Class weights and Sampling both balance the classes. Use one "
          "of them."),

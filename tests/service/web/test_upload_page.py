@@ -27,7 +27,7 @@ from service.app import create_full_app, create_services
 from service.context import services_of
 from service.cpu_allocation import allocate_resources
 from service.http.errors import Problem
-from service.http.uploads import Upload
+from service.http.request_images import Upload
 from service.inference.batcher import InferenceResult
 from service.inference.image_decoder import ImageDecoder, PreprocessedImage
 from service.inference.model_manager import ModelManager, load_model

@@ -12,7 +12,7 @@ import pytest
 from models.artifacts.atomic_io import sha256_of
 from models.artifacts.bundle import open_bundle
 from service.db.errors import RecordNotFoundError
-from service.gallery.image_access import ImageAccess
+from service.gallery.image_routes import ImageAccess
 from service.gallery.index import GalleryIndex
 from service.images.source_folder import ImageReplacedError
 from service.inference.image_decoder import ImageDecoder

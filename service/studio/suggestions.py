@@ -1,4 +1,4 @@
-"""Propose classes for photos without one with the active model, and order the photos by how much their labels help.
+"""Suggest classes for photos without one with the active model, and order the photos by how much their labels help.
 
 A label helps most if the model is uncertain, and no similar photo has been labeled. So the photos with the smallest margins
 come first, in the order of greedy k-center on their embeddings (Sener and Savarese 2018, https://arxiv.org/abs/1708.00489).
@@ -28,7 +28,7 @@ MAX_SPREAD = 600  # the photos that the model is least sure of are ordered by th
 
 
 @dataclass(frozen=True)
-class Proposal:
+class Suggestion:
     """The most probable class of a photo, its probability, and the margin to the second one."""
 
     label: str
@@ -40,7 +40,7 @@ class Proposal:
         return self.margin < UNSURE
 
 
-def propose(data_set: DataSet, app: Services) -> None:
+def suggest(data_set: DataSet, app: Services) -> None:
     """Classify the photos without a class with the active model, in the background at low priority.
 
     Raises:
@@ -55,28 +55,28 @@ def propose(data_set: DataSet, app: Services) -> None:
         )
 
     def work(report: background_tasks.Report) -> str:
-        proposals = classify(bundle, decoder, _read(data_set, report))
-        data_set.write_state("proposals.json", {path: astuple(proposal) for path, proposal in proposals.items()})
-        unsure = sum(proposal.is_unsure for proposal in proposals.values())
-        return f"The model is unsure about {unsure:,} of {len(proposals):,} photos. Label these first."
+        suggestions = classify(bundle, decoder, _read(data_set, report))
+        data_set.write_state("suggestions.json", {path: astuple(suggestion) for path, suggestion in suggestions.items()})
+        unsure = sum(suggestion.is_unsure for suggestion in suggestions.values())
+        return f"The model is unsure about {unsure:,} of {len(suggestions):,} photos. Label these first."
 
-    background_tasks.start(data_set, "prediction", work)
+    background_tasks.start(data_set, "classification", work)
 
 
-def read_proposals(data_set: DataSet) -> dict[str, Proposal]:
-    """Return the proposals by the path of their photo, the most useful first. Classes that the data set lacks are left out."""
-    rows = data_set.read_state("proposals.json", {})
+def read_suggestions(data_set: DataSet) -> dict[str, Suggestion]:
+    """Return the suggestions by the path of their photo, the most useful first, without classes that the data set lacks."""
+    rows = data_set.read_state("suggestions.json", {})
     known = set(data_set.classes())
-    return {path: proposal for path, row in rows.items() if (proposal := Proposal(*row)).label in known}
+    return {path: suggestion for path, row in rows.items() if (suggestion := Suggestion(*row)).label in known}
 
 
-def most_useful_first(photos: list[Photo], proposals: Mapping[str, Proposal]) -> list[Photo]:
-    """Sort photos as their proposals are, and photos without a proposal last."""
-    rank = {path: number for number, path in enumerate(proposals)}
+def most_useful_first(photos: list[Photo], suggestions: Mapping[str, Suggestion]) -> list[Photo]:
+    """Sort photos as their suggestions are, and photos without a suggestion last."""
+    rank = {path: number for number, path in enumerate(suggestions)}
     return sorted(photos, key=lambda photo: (rank.get(photo.path, len(rank)), photo.path))
 
 
-def classify(bundle: Bundle, decoder: ImageDecoder, photos: Iterable[tuple[str, bytes]]) -> dict[str, Proposal]:
+def classify(bundle: Bundle, decoder: ImageDecoder, photos: Iterable[tuple[str, bytes]]) -> dict[str, Suggestion]:
     """Classify photos, and order them by how much their labels help. Photos that cannot be decoded are left out.
 
     Args:
@@ -85,27 +85,27 @@ def classify(bundle: Bundle, decoder: ImageDecoder, photos: Iterable[tuple[str, 
         photos: The path and the file of each photo.
 
     Returns:
-        The proposal of each photo by its path: the most useful first.
+        The suggestion of each photo by its path: the most useful first.
     """
     # The threads of OpenVINO inherit the low priority of this thread.
     engine = OpenVINOEngine(
         bundle.path / GRAPH, outputs=("probabilities", "embedding"), batch_sizes=(BATCH,), cache_dir=compiled_dir()
     )
-    proposals: dict[str, Proposal] = {}
+    suggestions: dict[str, Suggestion] = {}
     embeddings: dict[str, NDArray[np.float32]] = {}  # of the photos that the model is least sure of
     for paths, pixels in _batches(bundle, decoder, photos):
         for path, probabilities, embedding in zip(paths, *engine.run(pixels), strict=True):
             second, first = np.sort(probabilities)[-2:]
             label = bundle.classes[int(probabilities.argmax())]
-            proposals[path] = proposal = Proposal(label, float(first), float(first - second))
-            if proposal.is_unsure:
+            suggestions[path] = suggestion = Suggestion(label, float(first), float(first - second))
+            if suggestion.is_unsure:
                 embeddings[path] = embedding.ravel()
         if len(embeddings) > 2 * MAX_SPREAD:  # limits the memory
-            embeddings = {path: embeddings[path] for path in _least_sure(embeddings, proposals)}
-    candidates = _least_sure(embeddings, proposals)
+            embeddings = {path: embeddings[path] for path in _least_sure(embeddings, suggestions)}
+    candidates = _least_sure(embeddings, suggestions)
     first_paths = [candidates[row] for row in spread_out(np.array([embeddings[path] for path in candidates]))]
-    rest = sorted(proposals.keys() - set(first_paths), key=lambda path: (proposals[path].margin, path))
-    return {path: proposals[path] for path in (*first_paths, *rest)}
+    rest = sorted(suggestions.keys() - set(first_paths), key=lambda path: (suggestions[path].margin, path))
+    return {path: suggestions[path] for path in (*first_paths, *rest)}
 
 
 def spread_out(embeddings: NDArray[np.float32]) -> list[int]:
@@ -121,8 +121,8 @@ def spread_out(embeddings: NDArray[np.float32]) -> list[int]:
     return order
 
 
-def _least_sure(paths: Iterable[str], proposals: Mapping[str, Proposal]) -> list[str]:
-    return sorted(paths, key=lambda path: (proposals[path].margin, path))[:MAX_SPREAD]
+def _least_sure(paths: Iterable[str], suggestions: Mapping[str, Suggestion]) -> list[str]:
+    return sorted(paths, key=lambda path: (suggestions[path].margin, path))[:MAX_SPREAD]
 
 
 def _read(data_set: DataSet, report: background_tasks.Report) -> Iterator[tuple[str, bytes]]:
