@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", type=Path, help="recipe files (default: all without permuted pixels)")
     parser.add_argument("--seconds", type=float, default=5, help="duration of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=4000, help="images of the data set")
+    parser.add_argument("--images", type=int, default=4000, help="images of the dataset")
     parser.add_argument("--precision", default="auto", help="precision of ours; the plain loops use float32")
     args = parser.parse_args()
     recipes = args.recipes or [file for file in sorted(RECIPES.glob("*.yaml")) if "permuted" not in file.stem]

@@ -21,7 +21,7 @@ COMMANDS = {
     "predict": "classify photos with a bundle",
     "audit": "check a folder of photos for damaged files, duplicates and leakage",
     "download": "download photos of cats and dogs",
-    "synthesize": "draw a synthetic data set of cats and dogs for trying things out",
+    "synthesize": "draw a synthetic dataset of cats and dogs for trying things out",
     "threshold": "show or change when a bundle gives no label: the OOD limit and the thresholds of the classes",
     "quantize": "add a graph in int8 to a bundle that was exported without one",
     "merge": "add the pretrained weights to a bundle without the full weights",

@@ -235,7 +235,7 @@ def evaluate(
     Raises:
         ConfigError: The options cannot be combined.
         BundleError: The bundle cannot be opened, or cannot be cross-validated.
-        DataError: The data set does not match the bundle, or none of its images can be read.
+        DataError: The dataset does not match the bundle, or none of its images can be read.
     """
     require_compatible_options(split=split, folds=folds, weights=weights, neither=neither)
     bundle = classifier.path if isinstance(classifier, Classifier) else Path(classifier)

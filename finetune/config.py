@@ -19,7 +19,7 @@ from models.errors import ConfigError, did_you_mean
 from models.networks.spec import LINEAR, LOGISTIC, PLAIN, STANDARD, UNIT, Recipe
 
 BALANCED, NONE, TRAINING, EQUAL = "balanced", "none", "training", "equal"
-HUB = "hf://"  # begins the name of a data set of the Hugging Face Hub
+HUB = "hf://"  # begins the name of a dataset of the Hugging Face Hub
 DATASETS = ("mnist", "fashion-mnist", "cifar10", "digits")
 # Settings of commands that train several networks or heads: those of the data and of the machine.
 SHARED_SETTINGS = (
@@ -50,7 +50,7 @@ class Config:
     backbone: str = _setting("vgg16", "pretrained network to start from; see `finetune models`")
     dataset: str | None = _setting(
         None,
-        "built-in data set, made in --data-dir (default: data/DATASET) from files on this machine or a download; --data-dir "
+        "built-in dataset, made in --data-dir (default: data/DATASET) from files on this machine or a download; --data-dir "
         "may also be a folder with its idx files, or with train/CLASS and test/CLASS",
         choices=DATASETS,
     )
@@ -58,7 +58,7 @@ class Config:
         None,
         "table of labels (.csv, .tsv, .parquet or .jsonl) with the columns image and label, instead of class folders; "
         "--data-dir, by default the table's folder, is the folder that its paths are relative to. "
-        "hf://NAME saves a data set of the Hugging Face Hub to --data-dir (default: data/NAME) first",
+        "hf://NAME saves a dataset of the Hugging Face Hub to --data-dir (default: data/NAME) first",
     )
     extra_data: tuple[str, ...] = _setting(
         (), "further folders or tables with the same classes, whose photos are added to training; repeatable", metavar="DIR"

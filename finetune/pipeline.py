@@ -358,7 +358,7 @@ def write_outputs(
         embeddings: The embeddings of the validation images, (N, d).
         other_embeddings: Those of the training images (train), and of images of none of the classes (neither) if there are any.
             They are freed before the export.
-        prepared: The data set.
+        prepared: The dataset.
         progress: The state after the last epoch.
         penalty: The L2 penalty of a logistic head.
         other: The outputs of the head that was trained for comparison, if any.

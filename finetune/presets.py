@@ -1,4 +1,4 @@
-"""``finetune train --preset``: the settings that ``finetune tune`` chose for a data set."""
+"""``finetune train --preset``: the settings that ``finetune tune`` chose for a dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def apply_preset(config: Config) -> Config:
     """Return the settings with those of the preset, if they name one. Its head is refit unless the settings say otherwise.
 
     Raises:
-        ConfigError: The data set was not tuned, or the file is not a result of ``finetune tune``.
+        ConfigError: The dataset was not tuned, or the file is not a result of ``finetune tune``.
     """
     if config.preset is None:
         return config

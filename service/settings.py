@@ -184,12 +184,12 @@ class Settings:
     retention_days: float = _setting(30.0, "days to keep saved images", low=0.01, high=3650)
     studio: bool = _setting(False, "1 enables the studio at /studio: upload photos, train and put models live from the browser")
     studio_dir: Path | None = _setting(
-        None, "folder of the studio's data sets, runs and uploads (default: ~/.local/share/finetune/studio)"
+        None, "folder of the studio's datasets, runs and uploads (default: ~/.local/share/finetune/studio)"
     )
     studio_max_dataset_mb: float = _setting(
-        10_240.0, "MiB of one data set in the studio, also unpacked from a zip", low=0.001, high=100_000_000
+        10_240.0, "MiB of one dataset in the studio, also unpacked from a zip", low=0.001, high=100_000_000
     )
-    studio_max_photos: int = _setting(200_000, "photos in one data set of the studio", low=1, high=100_000_000)
+    studio_max_photos: int = _setting(200_000, "photos in one dataset of the studio", low=1, high=100_000_000)
     studio_max_zip_mb: float = _setting(
         4096.0, "largest zip in MiB that may be uploaded to the studio", low=0.001, high=1_000_000
     )
@@ -197,7 +197,7 @@ class Settings:
         1024.0, "MiB of free disk space that uploads to the studio leave; further ones get 507", low=0, high=100_000_000
     )
     studio_audit_timeout_s: float = _setting(
-        1800.0, "time for the audit of a data set in the studio; a slower one is stopped", low=1, high=1_000_000
+        1800.0, "time for the audit of a dataset in the studio; a slower one is stopped", low=1, high=1_000_000
     )
     studio_max_running: int = _setting(1, "trainings of the studio that run at a time", low=1, high=64)
     studio_max_queued: int = _setting(20, "trainings of the studio that may wait; further ones get 429", low=0, high=10_000)

@@ -2,7 +2,7 @@
 
     python tools/screenshots.py [--out docs/images]
 
-Requires the extra `finetune`, Playwright and Debian's chromium. The screenshots contain no photo of a data set.
+Requires the extra `finetune`, Playwright and Debian's chromium. The screenshots contain no photo of a dataset.
 """
 
 from __future__ import annotations

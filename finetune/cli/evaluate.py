@@ -1,4 +1,4 @@
-"""``finetune evaluate``: evaluate a bundle on labeled photos, or all photos of a data set out of fold."""
+"""``finetune evaluate``: evaluate a bundle on labeled photos, or all photos of a dataset out of fold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``finetune synthesize``: draw a labeled data set of cats and dogs, to try the pipeline without a download."""
+"""``finetune synthesize``: draw a labeled dataset of cats and dogs, to try the pipeline without a download."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``finetune synthesize``: write the data set, then print a summary and the next command."""
+    """Run ``finetune synthesize``: write the dataset, then print a summary and the next command."""
     print(f"Drawing {args.train + args.valid:,} images ...", flush=True)
     summary = write_synthetic_dataset(args.out, train=args.train, valid=args.valid, seed=args.seed)
     print(f"Drew {summary.train} training and {summary.valid} validation images of cats and dogs in {summary.out}.")

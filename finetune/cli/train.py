@@ -1,4 +1,4 @@
-"""``finetune train``: read the settings, download a built-in data set if requested, train and print the results."""
+"""``finetune train``: read the settings, download a built-in dataset if requested, train and print the results."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _has_unused_test_split(bundle: Bundle, data_dir: Path, labels: str | None) -
 
 
 def _evaluate_test_split(bundle: Bundle, config: settings.Config) -> None:
-    """Evaluate a finished run on its data set's test split into ``test`` next to the bundle, unless already done."""
+    """Evaluate a finished run on its dataset's test split into ``test`` next to the bundle, unless already done."""
     from finetune.evaluation.evaluate import evaluate_bundle
 
     out = bundle.path.parent / TEST

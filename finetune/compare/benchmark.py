@@ -59,7 +59,7 @@ def benchmark(
 
     Args:
         bundles: The bundles by network name.
-        data: The data set that all were trained on.
+        data: The dataset that all were trained on.
         seconds: Training time of each network in seconds.
         workers: Number of decoding threads. 0: one per CPU.
 

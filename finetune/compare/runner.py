@@ -79,7 +79,7 @@ def compare_networks(data: Path, backbones: Sequence[str], out: Path, shared: di
     A network is skipped if its weights are unavailable or its training fails.
 
     Args:
-        data: The data set.
+        data: The dataset.
         backbones: Names of the networks.
         out: The folder for the runs and the report.
         shared: Settings for all networks.
@@ -89,7 +89,7 @@ def compare_networks(data: Path, backbones: Sequence[str], out: Path, shared: di
 
     Raises:
         RunError: ``out`` contains a run with other settings or images, or no network could be trained.
-        DataError: The data set cannot be used.
+        DataError: The dataset cannot be used.
     """
     entries = [_entry(name, data, out, shared) for name in backbones]
     inputs = hash_dataset(entries[0].config)

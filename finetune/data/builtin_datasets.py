@@ -1,4 +1,4 @@
-"""Prepare built-in data sets (MNIST, CIFAR-10, ...) as image folders.
+"""Prepare built-in datasets (MNIST, CIFAR-10, ...) as image folders.
 
 Their files are read from this machine if they are there, else downloaded by torchvision. A tenth of each class of the official
 training split becomes ``valid``, which selects the best epoch and calibrates. The official test split becomes ``test`` and is
@@ -43,19 +43,19 @@ from models.errors import DataError
 
 RECORD, RAW = "DATASET.json", "raw"
 DEFAULT_ROOT = Path("data")
-DEBIAN = Path("/usr/share/datasets")  # each data set is in the folder of its package
+DEBIAN = Path("/usr/share/datasets")  # each dataset is in the folder of its package
 VALID_FRACTION = 0.1
 DIGITS_TEST = 0.2
 
 
 @dataclass(frozen=True)
 class BuiltinDataset:
-    """A built-in data set.
+    """A built-in dataset.
 
     Attributes:
         title: Name for messages.
         classes: The names of the class folders, in the order of the labels.
-        read: Takes the folder for downloaded files. Finds or downloads the data set and reads it.
+        read: Takes the folder for downloaded files. Finds or downloads the dataset and reads it.
         manual: How to provide the files by hand.
     """
 
@@ -81,7 +81,7 @@ def source_folder(config: Config) -> Path | None:
 
 
 def make_dataset(name: str, folder: Path, *, source: Path | None = None) -> None:
-    """Write a built-in data set to ``folder`` atomically, unless it is already there.
+    """Write a built-in dataset to ``folder`` atomically, unless it is already there.
 
     Args:
         name: A key of ``BUILTIN_DATASETS``.
@@ -97,7 +97,7 @@ def make_dataset(name: str, folder: Path, *, source: Path | None = None) -> None
         existing = json.loads(record.read_text(encoding="utf-8"))
         if existing["dataset"] != name:
             raise DataError(
-                f"{folder} contains the data set {existing['dataset']}, not {name}. Set --data-dir to another folder."
+                f"{folder} contains the dataset {existing['dataset']}, not {name}. Set --data-dir to another folder."
             )
         if source and read_source(dataset, source).sha256s != existing.get("sha256s"):
             raise DataError(f"{folder} was made from other files than those in {source}. Delete it to make it again.")
@@ -151,7 +151,7 @@ def _find_or_download(dataset: BuiltinDataset, raw: Path) -> Published:
 
 
 def _idx_dataset(title: str, classes: Sequence[str], *, torchvision_name: str, package: str = "") -> BuiltinDataset:
-    """Describe a data set of idx files, which torchvision downloads and Debian may have as a package."""
+    """Describe a dataset of idx files, which torchvision downloads and Debian may have as a package."""
 
     def read(raw: Path) -> Published:
         torchvision_folder = Path(torchvision_name, "raw")

@@ -55,7 +55,7 @@ def find_layout(root: Path, search: ImageSearch) -> Layout:
         search: Keeps the entries of the folders read. What is skipped here is not recorded.
 
     Raises:
-        DataError: The folder does not exist, contains several data sets, or its splits are inside the class folders.
+        DataError: The folder does not exist, contains several datasets, or its splits are inside the class folders.
     """
     if not root.is_dir():
         raise DataError(f"No such folder: {root}. Expected a folder with photos in train/CLASS/ and valid/CLASS/.")
@@ -251,7 +251,7 @@ def _ambiguous(base: Path, inner: Sequence[Path], probe: ImageSearch) -> DataErr
             f"The folders {names} in {base} each contain their own {train.name} folder with photos. Expected SPLIT/CLASS, "
             f"such as {train.name}/{inner[0].name}, instead of {inner[0].name}/{train.name}."
         )
-    return DataError(f"{base} contains several data sets: {names}. Choose one of these folders.")
+    return DataError(f"{base} contains several datasets: {names}. Choose one of these folders.")
 
 
 def _listed(names: Sequence[str]) -> str:

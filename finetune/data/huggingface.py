@@ -1,4 +1,4 @@
-"""Save a data set of the Hugging Face Hub, or one that its library wrote, as a folder of images with a table of labels."""
+"""Save a dataset of the Hugging Face Hub, or one that its library wrote, as a folder of images with a table of labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_REASON_CHARS = 200
 
 
 def save_hub_dataset(source: str, folder: Path) -> Path:
-    """Save the images and labels of a data set to ``folder`` atomically, unless they are already there.
+    """Save the images and labels of a dataset to ``folder`` atomically, unless they are already there.
 
     The columns with text, numbers and names of classes are kept. Splits whose name is not known are left out.
 
@@ -38,7 +38,7 @@ def save_hub_dataset(source: str, folder: Path) -> Path:
         The table of labels.
 
     Raises:
-        DataError: The library is not installed, the data set cannot be loaded, or it has no images with labels.
+        DataError: The library is not installed, the dataset cannot be loaded, or it has no images with labels.
     """
     record = folder / RECORD
     if record.is_file():
@@ -67,7 +67,7 @@ def save_hub_dataset(source: str, folder: Path) -> Path:
 
 
 def _load(source: str) -> Mapping[str, Any]:
-    """Load the splits of a data set by their names."""
+    """Load the splits of a dataset by their names."""
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -115,7 +115,7 @@ def _find_columns(features: Mapping[str, Any], source: str) -> tuple[str, str]:
     labels += [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not images or not labels:
         raise DataError(
-            f"{source} has no column of {'labels' if images else 'images'} (found: {', '.join(features)}). Use a data set for "
+            f"{source} has no column of {'labels' if images else 'images'} (found: {', '.join(features)}). Use a dataset for "
             "image classification."
         )
     return images[0], labels[0]

@@ -13,12 +13,12 @@ def locate_data(data_dir: Path | None, labels: str | None) -> tuple[Path, Path |
 
     Args:
         data_dir: The data folder. None: the table's folder, or data/NAME.
-        labels: Path of the table, or hf://NAME for a data set of the Hugging Face Hub, which is saved to ``data_dir`` first.
+        labels: Path of the table, or hf://NAME for a dataset of the Hugging Face Hub, which is saved to ``data_dir`` first.
             None if the labels are the names of the folders.
 
     Raises:
         ConfigError: Both are missing.
-        DataError: The data set cannot be saved.
+        DataError: The dataset cannot be saved.
     """
     if labels is None:
         if data_dir is None:

@@ -17,7 +17,7 @@ DARK_PERCENTILE, BRIGHT_PERCENTILE = 99, 5
 BLURRED_BELOW, BLUR_SCALE, MAX_BLUR_CONTRAST = 0.29, 0.01, 0.18
 BLUR_PX = 64
 ODD_SHAPE_BELOW = 0.35  # the shorter side divided by the longer one
-SIZE_IQRS = 3.0  # interquartile ranges below or above the quartiles of the data set
+SIZE_IQRS = 3.0  # interquartile ranges below or above the quartiles of the dataset
 RED, GREEN, BLUE = 0.241, 0.691, 0.068  # weights of the squared channels in the perceived brightness
 MEASURES = 6  # lightest, darkest, sharpness, histogram, width, height
 
@@ -44,7 +44,7 @@ def measure_image(image: Image.Image, size: tuple[int, int]) -> NDArray[np.float
 
 
 def find_odd_files(measures: NDArray[np.float32]) -> list[str]:
-    """Name what is odd about each image of a data set, such as "dark, odd shape"; empty for most.
+    """Name what is odd about each image of a dataset, such as "dark, odd shape"; empty for most.
 
     Args:
         measures: (N, MEASURES) results of ``measure_image``.

@@ -1,7 +1,7 @@
-"""Read a data set from the files it was published in: the four idx files of MNIST, or class folders with a test split.
+"""Read a dataset from the files it was published in: the four idx files of MNIST, or class folders with a test split.
 
 The format of idx files is described in https://github.com/cvdfoundation/mnist. No checksum is required, because files may be
-another copy of the data set; the sha256 of each file is recorded instead.
+another copy of the dataset; the sha256 of each file is recorded instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Labels = NDArray[np.int64]
 
 
 class Split(Protocol):
-    """A split of a published data set, with ``labels`` (N,)."""
+    """A split of a published dataset, with ``labels`` (N,)."""
 
     @property
     def labels(self) -> Labels: ...
@@ -73,7 +73,7 @@ class FileSplit:
 
 @dataclass(frozen=True)
 class Published:
-    """A data set as published.
+    """A dataset as published.
 
     Attributes:
         train: The training split.
@@ -110,7 +110,7 @@ def read_idx_files(folder: Path, classes: Sequence[str]) -> Published:
             )
         if labels.max(initial=0) >= len(classes):
             raise DataError(
-                f"A label in {folder} is {labels.max()}, but the data set has {len(classes)} classes. Use its own files."
+                f"A label in {folder} is {labels.max()}, but the dataset has {len(classes)} classes. Use its own files."
             )
     return Published(
         train=ArraySplit(train_images, train_labels.astype(np.int64)),

@@ -1,4 +1,4 @@
-"""Out-of-fold predictions for a data set: cross-validate a bundle's recipe with one head per fold.
+"""Out-of-fold predictions for a dataset: cross-validate a bundle's recipe with one head per fold.
 
 The base weights, settings and seed are those of the bundle. Training and validation images are split into stratified folds,
 with near duplicates and groups in the same fold. Each fold's head trains on the other folds for the bundle's best number of
@@ -102,7 +102,7 @@ def cross_validate(
 
     Args:
         bundle_dir: The bundle whose training is repeated.
-        data_dir: The data set that the bundle was trained on.
+        data_dir: The dataset that the bundle was trained on.
         folds: Number of folds, 2 or more.
         label_table: Table of the labels.
         out: A new or empty folder for the results. None: ``default_output_dir``.
@@ -113,7 +113,7 @@ def cross_validate(
 
     Raises:
         BundleError: The bundle's training cannot be repeated on cached features, or the base weights differ.
-        DataError: The data set does not match the bundle or has too few images.
+        DataError: The dataset does not match the bundle or has too few images.
     """
     bundle = open_bundle(bundle_dir)
     config = training_config(bundle, data_dir, weights=weights, workers=workers, cache_dir=cache_dir)
@@ -328,7 +328,7 @@ def cross_validate_head(
         config: The settings of the run.
         network: The network with its initial weights.
         cache: The cached features.
-        prepared: The data set.
+        prepared: The dataset.
         epochs: Number of epochs of each head.
         compute: Device and precision.
 

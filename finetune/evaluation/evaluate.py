@@ -112,7 +112,7 @@ def evaluate_bundle(
 
     Raises:
         BundleError: The bundle cannot be opened.
-        DataError: The data set does not match the bundle, or none of its images can be read.
+        DataError: The dataset does not match the bundle, or none of its images can be read.
     """
     bundle = open_full_bundle(bundle_dir)
     listed = read_split(data_dir, split, bundle.classes, labels=label_table)
@@ -178,7 +178,7 @@ def _list_neither(
     """List images of none of the classes, each with the name of its folder.
 
     Args:
-        listed: Images that the data set itself names as such.
+        listed: Images that the dataset itself names as such.
         folders: Further folders of such images.
         split: The split to record.
         label_table: Table of the labels.

@@ -106,7 +106,7 @@ def train_other_head(
         compute: Device and precision.
         batches: The batches of the run, of cached features.
         cache: The cached features.
-        prepared: The data set.
+        prepared: The dataset.
         outputs: The outputs of the run's own head for the validation images, before the class weights are corrected.
         epochs: The best epoch of the run.
 

@@ -90,7 +90,7 @@ def base_manifest(spec: ModelSpec, base: Weights | None) -> dict[str, Any] | Non
 
 
 def dataset_sha256(records: Sequence[ImageRecord]) -> str:
-    """Hash the names, contents, labels and splits of a data set's images."""
+    """Hash the names, contents, labels and splits of a dataset's images."""
     rows = sorted([s.sample.name, s.sample.split, s.sample.label, s.sha256] for s in records)
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 

@@ -32,7 +32,7 @@ def train_head(
         network: The network. It has the weights of the best epoch afterwards.
         batches: The batches of ``train`` and ``valid``.
         config: The settings of the run.
-        prepared: The data set.
+        prepared: The dataset.
         compute: Device and precision.
         balance: The weights of the classes.
         progress: The state to resume from.

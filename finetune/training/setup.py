@@ -70,7 +70,7 @@ class TrainingNetwork:
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """An inspected data set.
+    """An inspected dataset.
 
     Attributes:
         dataset: The labeled images.
@@ -93,7 +93,7 @@ class PreparedDataset:
         return [record.sample.label for record in self.splits[split]]
 
     def with_validation_in_training(self) -> PreparedDataset:
-        """Return the data set with all readable images in training."""
+        """Return the dataset with all readable images in training."""
         return dataclasses.replace(self, splits={"train": [*self.splits["train"], *self.splits["valid"]], "valid": []})
 
     def groups(self, split: str) -> NDArray[np.int64]:
@@ -167,12 +167,12 @@ def prepare_dataset(
 ) -> PreparedDataset:
     """Inspect and audit the images and print the findings.
 
-    Images of extra folders that are already in the data set are dropped and ``reviews`` are applied before the audit. If
+    Images of extra folders that are already in the dataset are dropped and ``reviews`` are applied before the audit. If
     validation was split from training, near duplicates and groups across both are moved to training.
 
     Args:
         config: The settings of the run.
-        dataset: The data set.
+        dataset: The dataset.
         network: The network to train.
         cache: The feature cache, if any. It computes the missing features while the images are inspected.
         reviews: Reviewed labels to apply.

@@ -1,4 +1,4 @@
-"""The networks to compare: which ones, their embeddings of a data set, and their cost."""
+"""The networks to compare: which ones, their embeddings of a dataset, and their cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tune a data set: inspect the training images, compute their embeddings by each network, search and report."""
+"""Tune a dataset: inspect the training images, compute their embeddings by each network, search and report."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ NORMALIZATIONS = (UNIT, STANDARD, PLAIN)
 
 
 def tune(data_dir: Path, backbones: str | None, out: Path, shared: dict[str, Any]) -> str:
-    """Compare heads on the training images of a data set. The validation images have no part in it.
+    """Compare heads on the training images of a dataset. The validation images have no part in it.
 
     Args:
-        data_dir: The data set.
+        data_dir: The dataset.
         backbones: Comma-separated networks; None selects them.
         out: The folder for the results.
-        shared: Settings of the data set and of the machine.
+        shared: Settings of the dataset and of the machine.
 
     Returns:
         The report as Markdown.

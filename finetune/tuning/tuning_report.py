@@ -44,7 +44,7 @@ def describe_search(search: Search, costs: Mapping[str, NetworkCost], *, seed: i
     candidates (Holm). Log losses are compared by a bootstrap of their differences.
 
     Returns:
-        The contents of tune.json, without the data set.
+        The contents of tune.json, without the dataset.
     """
     labels = search.labels
     groups = search.groups if len(np.unique(search.groups)) < len(search.groups) else None

@@ -1,4 +1,4 @@
-"""``tune.json``: the settings that ``finetune tune`` chose for a data set, by the name of their preset."""
+"""``tune.json``: the settings that ``finetune tune`` chose for a dataset, by the name of their preset."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ class GalleryIndex:
         return {source.kind: source.path for source in self._sources_of(version)}.get("bundle")
 
     def data_folders(self) -> list[Path]:
-        """Return the folders of evaluated photos: DATA_DIR, and in the studio those of its data sets and runs."""
+        """Return the folders of evaluated photos: DATA_DIR, and in the studio those of its datasets and runs."""
         folders = [self._settings.data_dir] if self._settings.data_dir else []
         if self._settings.studio:
             self._find_runs()

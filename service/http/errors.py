@@ -70,7 +70,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
     "no_previous_bundle": ProblemType(409, "No previous bundle", "Name the bundle in `POST /admin/bundle`."),
     "nothing_to_undo": ProblemType(409, "Nothing to undo", "This image has no review."),
     "name_taken": ProblemType(409, "Name taken", "Choose another name."),
-    "dataset_busy": ProblemType(409, "Data set busy", "Retry when its audit, import or training has ended."),
+    "dataset_busy": ProblemType(409, "Dataset busy", "Retry when its audit, import or training has ended."),
     "upload_conflict": ProblemType(409, "Upload conflict", "`detail` states how many bytes are there. Continue from there."),
     "review_conflict": ProblemType(
         409, "Review conflict", "Read the other review. To overwrite it, send yours again with its id as `expected_version`."
@@ -80,7 +80,7 @@ PROBLEM_TYPES: dict[str, ProblemType] = {
         409, "Rollout in progress", "Retry when the current rollout has finished, within seconds."
     ),
     "body_too_large": ProblemType(413, "Request too large", "Send fewer images per request, or smaller files."),
-    "dataset_too_large": ProblemType(413, "Data set full", "Delete photos, or start another data set."),
+    "dataset_too_large": ProblemType(413, "Dataset full", "Delete photos, or start another dataset."),
     "json_too_large": ProblemType(
         413, "JSON too large", "Send fewer images per request, and tensors as binary data (`binary_tensor_data`)."
     ),

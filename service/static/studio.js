@@ -1,4 +1,4 @@
-// Upload dropped or chosen folders, photos and zips to a data set, follow tasks, and select photos with the keyboard.
+// Upload dropped or chosen folders, photos and zips to a dataset, follow tasks, and select photos with the keyboard.
 
 const root = document.documentElement;
 const byId = (id) => document.getElementById(id);
@@ -149,7 +149,7 @@ async function upload(files, cls) {
     if (rejected.length) isInUse = true; // their names have to be read
     if (isInUse) showProblem(text, rejected);
     stopped = null; // leaving the page needs no confirmation now
-    showNext(set, problemBox.querySelector("p"), text, "Show the data set");
+    showNext(set, problemBox.querySelector("p"), text, "Show the dataset");
   } catch (error) {
     if (error.name === "AbortError") showProblem("Stopped. Drop the same files again to continue.");
     else showProblem(error instanceof Rejected ? error.message : UNREACHABLE);
@@ -185,7 +185,7 @@ async function uploadPhotos(set, files, cls) {
         const address = photo.split("/").map(encodeURIComponent).join("/");
         const headers = { "Content-Type": "application/octet-stream" };
         await send(`${set}/photos/${address}`, { method: "PUT", headers, body: file }).catch((error) => {
-          const isOfFile = [413, 415, 422, 400].includes(error.status) && !/data set|disk/i.test(error.message);
+          const isOfFile = [413, 415, 422, 400].includes(error.status) && !/dataset|disk/i.test(error.message);
           if (!isOfFile) throw error;
           rejected.push(`${path}: ${error.message}`);
         });

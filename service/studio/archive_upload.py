@@ -13,7 +13,7 @@ from service.studio.data_sets import DataSet
 
 @dataclass(frozen=True)
 class ArchiveUpload:
-    """The unfinished zip of a data set, which holds at most ``max_bytes``."""
+    """The unfinished zip of a dataset, which holds at most ``max_bytes``."""
 
     data_set: DataSet
     max_bytes: int

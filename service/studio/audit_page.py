@@ -1,4 +1,4 @@
-"""The audit of a data set: run ``finetune audit``, and show each finding with its photos and what to do about it."""
+"""The audit of a dataset: run ``finetune audit``, and show each finding with its photos and what to do about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run long work on a data set in the background, one at a time, with a state that every worker of the server can read.
+"""Run long work on a dataset in the background, one at a time, with a state that every worker of the server can read.
 
 A thread of one worker does the work. It holds a file lock until its end, so that a worker that was killed leaves work that is
 known to be interrupted.
@@ -29,7 +29,7 @@ log = logging.getLogger("service.studio")
 
 @dataclass(frozen=True)
 class Task:
-    """The last work on a data set: what it is, how far it is, and a sentence about its result or failure."""
+    """The last work on a dataset: what it is, how far it is, and a sentence about its result or failure."""
 
     kind: str
     state: str
@@ -59,7 +59,7 @@ class Report:
 
 
 def current_task(data_set: DataSet) -> Task | None:
-    """Return the last work on a data set, or None if there was none."""
+    """Return the last work on a dataset, or None if there was none."""
     found: dict[str, Any] | None = data_set.read_state("task.json", None)
     if found is None:
         return None
@@ -72,15 +72,15 @@ def current_task(data_set: DataSet) -> Task | None:
 
 
 def start(data_set: DataSet, kind: str, work: Callable[[Report], str]) -> None:
-    """Start work on a data set.
+    """Start work on a dataset.
 
     Args:
-        data_set: The data set.
+        data_set: The dataset.
         kind: What it is: "audit", "import" or "classification".
         work: Does the work and returns a sentence about the result. A UserError becomes its failure.
 
     Raises:
-        Problem: Other work on the data set is running.
+        Problem: Other work on the dataset is running.
     """
     lock = try_lock(data_set.state_file(LOCK))
     if lock is None:

@@ -1,4 +1,4 @@
-"""The pages and endpoints of data sets: create, upload, look through, move, leave out, undo, rename and delete."""
+"""The pages and endpoints of datasets: create, upload, look through, move, leave out, undo, rename and delete."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ PLAN_HINT = 'Send {"files": [["cats/1.jpg", 12345], ...]}: the path and the size
 bp = protect(Blueprint("data", __name__, url_prefix="/studio"))
 
 
-# Data sets
+# Datasets
 
 
 @bp.get("/datasets.json")
 def list_json() -> Response:
-    """Return the data sets with their classes and counts."""
+    """Return the datasets with their classes and counts."""
     names = workspace().dataset_names()
     return uncached_json(datasets=[summary(find_data_set(name)) for name in names])
 
 
 @bp.post("/datasets")
 def create() -> Response:
-    """Create a data set: empty, with drawn pictures, or from a folder below DATA_DIR."""
+    """Create a dataset: empty, with drawn pictures, or from a folder below DATA_DIR."""
     fields = read_fields({"name": str, "source": str, "folder": str})
     source, root = fields["source"], services().settings.data_dir
     if source not in SOURCES:
@@ -76,7 +76,7 @@ def create() -> Response:
 
 @bp.get("/datasets/<name>")
 def show(name: str) -> Response:
-    """Show the classes of a data set."""
+    """Show the classes of a dataset."""
     data_set = find_data_set(name)
     classes = data_set.classes()
     rows = []
@@ -101,7 +101,7 @@ def show(name: str) -> Response:
 
 @bp.get("/datasets/<name>/files.json")
 def files_json(name: str) -> Response:
-    """Return the photos of a data set by class, with the state of its import or audit."""
+    """Return the photos of a dataset by class, with the state of its import or audit."""
     data_set = find_data_set(name)
     task = current_task(data_set)
     listing = {class_: [_row(photo) for photos in by.values() for photo in photos] for class_, by in data_set.classes().items()}
@@ -114,7 +114,7 @@ def files_json(name: str) -> Response:
 
 @bp.post("/datasets/<name>/rename")
 def rename(name: str) -> Response:
-    """Rename a data set, or one of its classes."""
+    """Rename a dataset, or one of its classes."""
     data_set = find_data_set(name)
     fields = read_fields({"to": str, "class": str})
     _require_no_training(data_set)
@@ -128,10 +128,10 @@ def rename(name: str) -> Response:
 
 @bp.post("/datasets/<name>/delete")
 def delete(name: str) -> Response:
-    """Delete a data set. The name has to be sent again, as it cannot be undone."""
+    """Delete a dataset. The name has to be sent again, as it cannot be undone."""
     data_set = find_data_set(name)
     if read_fields({"confirm": str})["confirm"].strip() != data_set.name:
-        raise Problem("bad_parameter", f"To delete the data set, enter its name ({data_set.name}). It cannot be undone.")
+        raise Problem("bad_parameter", f"To delete the dataset, enter its name ({data_set.name}). It cannot be undone.")
     _require_idle(data_set)
     _require_no_training(data_set)
     data_set.delete()
@@ -179,7 +179,7 @@ def photos(name: str) -> Response:
         raise Problem("bad_parameter", f"`page` must be a whole number of 1 or more (got {number[:40]!r}).")
     classes = list(data_set.classes())
     if class_ not in (*classes, UNLABELED, LEFT_OUT):
-        raise Problem("not_found", f"The data set {data_set.name} has no class {class_[:60]!r}.")
+        raise Problem("not_found", f"The dataset {data_set.name} has no class {class_[:60]!r}.")
     found = data_set.photos_of(class_)
     suggestions = read_suggestions(data_set) if class_ == UNLABELED else {}
     if suggestions:
@@ -345,7 +345,7 @@ def _whole_number(name: str, default: int) -> int:
 
 
 def summary(data_set: DataSet) -> dict[str, Any]:
-    """Return the name of a data set and its counts."""
+    """Return the name of a dataset and its counts."""
     classes = {class_: sum(map(len, by_split.values())) for class_, by_split in data_set.classes().items()}
     unlabeled = len(data_set.photos_of(UNLABELED))
     return {"name": data_set.name, "classes": classes, "photos": sum(classes.values()), "unlabeled": unlabeled}
@@ -369,7 +369,7 @@ def _require_no_training(data_set: DataSet) -> None:
     """Raise Problem if a training run that waits or runs reads the photos, whose paths must not change meanwhile."""
     with gallery().database.read() as connection:
         jobs = list_jobs(connection, *ACTIVE)
-    # File systems may ignore case, so that a run can name the data set in another one.
+    # File systems may ignore case, so that a run can name the dataset in another one.
     users = [job.run for job in jobs if job.data.casefold() == f"{DATASET}{data_set.name}".casefold()]
     if users:
         raise Problem(

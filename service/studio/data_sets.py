@@ -1,6 +1,6 @@
-"""The data sets of the studio on disk: list, add, move, leave out, undo, rename and delete photos and data sets.
+"""The datasets of the studio on disk: list, add, move, leave out, undo, rename and delete photos and datasets.
 
-The file system is the only record of what a data set contains, so that its folder can be used by the command line as well.
+The file system is the only record of what a dataset contains, so that its folder can be used by the command line as well.
 Every change of names runs under a file lock, which all workers of the server share.
 """
 
@@ -42,7 +42,7 @@ _usage_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo of a data set. ``path`` is relative to the data set, or begins with UNLABELED or LEFT_OUT."""
+    """A photo of a dataset. ``path`` is relative to the dataset, or begins with UNLABELED or LEFT_OUT."""
 
     path: str
     size: int
@@ -60,7 +60,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set that exists: a folder of the workspace."""
+    """A dataset that exists: a folder of the workspace."""
 
     workspace: Workspace
     settings: Settings
@@ -68,16 +68,16 @@ class DataSet:
 
     @classmethod
     def find(cls, workspace: Workspace, settings: Settings, name: str) -> DataSet:
-        """Return the data set of a name. Raises Problem if there is none."""
+        """Return the dataset of a name. Raises Problem if there is none."""
         with contextlib.suppress(Problem):
             found = cls(workspace, settings, check_dataset_name(name))
             if found.folder.is_dir():
                 return found
-        raise Problem("not_found", f"There is no data set {name[:60]!r}. The start page of the studio lists them.")
+        raise Problem("not_found", f"There is no dataset {name[:60]!r}. The start page of the studio lists them.")
 
     @classmethod
     def create(cls, workspace: Workspace, settings: Settings, name: str) -> DataSet:
-        """Create an empty data set. Raises Problem if the name is invalid or taken."""
+        """Create an empty dataset. Raises Problem if the name is invalid or taken."""
         created = cls(workspace, settings, check_dataset_name(name))
         workspace.require_space(0)
         if any(other.casefold() == created.name.casefold() for other in workspace.dataset_names()):
@@ -94,7 +94,7 @@ class DataSet:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that are folders, or ("",) if the class folders are directly in the data set."""
+        """The splits that are folders, or ("",) if the class folders are directly in the dataset."""
         if not (self.folder / TRAIN).is_dir():
             return ("",)
         return tuple(split for split in SPLITS if (self.folder / split).is_dir())
@@ -129,7 +129,7 @@ class DataSet:
         """Return the file of a photo. Raises Problem if there is none."""
         file = self._file(path)
         if file is None or not file.is_file() or file.is_symlink():
-            raise Problem("not_found", f"The data set {self.name} has no photo {path[:200]!r}.")
+            raise Problem("not_found", f"The dataset {self.name} has no photo {path[:200]!r}.")
         return file
 
     def _file(self, path: str) -> Path | None:
@@ -160,7 +160,7 @@ class DataSet:
             class_: Its class, or "" for a photo without one.
             name: The client's file name.
             image_format: Pillow's name of the format.
-            split: The split, if the data set has it.
+            split: The split, if the dataset has it.
 
         Returns:
             The photo, and whether it is new. A file of the same name and content is not added again, and one of the same name
@@ -250,7 +250,7 @@ class DataSet:
         return missing, present
 
     def create_splits(self, splits: Iterable[str]) -> None:
-        """Create the folders of splits in a data set without photos, which then has these splits."""
+        """Create the folders of splits in a dataset without photos, which then has these splits."""
         named = set(splits) & set(SPLITS)
         with self.locked():
             if named and not self.classes():
@@ -282,11 +282,11 @@ class DataSet:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Wait until no other request changes names in this data set. Raises Problem if it was deleted or renamed meanwhile."""
+        """Wait until no other request changes names in this dataset. Raises Problem if it was deleted or renamed meanwhile."""
         with self.state_file("lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not self.folder.is_dir():
-                raise Problem("not_found", f"The data set {self.name} was deleted or renamed.")
+                raise Problem("not_found", f"The dataset {self.name} was deleted or renamed.")
             yield
 
     def move(self, paths: Sequence[str], to: str, *, actor: str | None = None) -> int:
@@ -367,7 +367,7 @@ class DataSet:
         with self.locked():
             classes = self.classes()
             if class_ not in classes:
-                raise Problem("not_found", f"The data set {self.name} has no class {class_[:60]!r}.")
+                raise Problem("not_found", f"The dataset {self.name} has no class {class_[:60]!r}.")
             if to in classes:
                 raise Problem("name_taken", f"There is already a class {to}. Move the photos to it instead.")
             for split in classes[class_]:
@@ -375,7 +375,7 @@ class DataSet:
             self.state_file("changes.json").unlink(missing_ok=True)  # its paths have the old name
 
     def rename(self, to: str) -> DataSet:
-        """Rename the data set. Raises Problem if the name is invalid or taken."""
+        """Rename the dataset. Raises Problem if the name is invalid or taken."""
         to = check_dataset_name(to)
         others = [name.casefold() for name in self.workspace.dataset_names() if name != self.name]
         with self.locked():
@@ -389,7 +389,7 @@ class DataSet:
         return DataSet(self.workspace, self.settings, to)
 
     def delete(self) -> None:
-        """Delete the data set with all that belongs to it. It disappears at once, and then its files are deleted."""
+        """Delete the dataset with all that belongs to it. It disappears at once, and then its files are deleted."""
         grave = Path(tempfile.mkdtemp(prefix="deleted-", dir=self.workspace.uploads))
         with self.locked():
             for folder in (self.workspace.datasets, self.workspace.state):
@@ -418,14 +418,14 @@ class DataSet:
 
 
 def require_bounds(settings: Settings, size: int, photos: int) -> None:
-    """Raise Problem for a data set that is too large."""
+    """Raise Problem for a dataset that is too large."""
     if size > settings.studio_max_dataset_mb * MIB:
         limit = f"{settings.studio_max_dataset_mb:,g} MB"
-        raise Problem("dataset_too_large", f"A data set may have {limit}. Delete photos, or start another data set.")
+        raise Problem("dataset_too_large", f"A dataset may have {limit}. Delete photos, or start another dataset.")
     if photos > settings.studio_max_photos:
         raise Problem(
             "dataset_too_large",
-            f"A data set may have {settings.studio_max_photos:,} photos. Delete photos, or start another data set.",
+            f"A dataset may have {settings.studio_max_photos:,} photos. Delete photos, or start another dataset.",
         )
 
 
@@ -470,4 +470,4 @@ def _now() -> str:
 
 
 def _taken(name: str) -> Problem:
-    return Problem("name_taken", f"There is already a data set named {name}. Choose another name, or open it to add photos.")
+    return Problem("name_taken", f"There is already a dataset named {name}. Choose another name, or open it to add photos.")

@@ -1,4 +1,4 @@
-"""The data of a training: a data set of the studio, or a folder below DATA_DIR. Nothing else can be named."""
+"""The data of a training: a dataset of the studio, or a folder below DATA_DIR. Nothing else can be named."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from models.errors import ConfigError
 from service.settings import Settings
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
-DATASET, FOLDER = "dataset:", "folder:"  # begin the name of a data set, or a path below DATA_DIR
+DATASET, FOLDER = "dataset:", "folder:"  # begin the name of a dataset, or a path below DATA_DIR
 
 
 def resolve_data(settings: Settings, data: str) -> Path:
@@ -25,11 +25,11 @@ def resolve_data(settings: Settings, data: str) -> Path:
     if data.startswith(DATASET):
         root, name = settings.resolved_studio_dir / "datasets", data.removeprefix(DATASET)
         if not name or "/" in name or "." in name:
-            raise ConfigError(f"Data: there is no data set {name[:80]!r}.")
+            raise ConfigError(f"Data: there is no dataset {name[:80]!r}.")
     elif data.startswith(FOLDER) and settings.data_dir is not None:
         root, name = settings.data_dir, data.removeprefix(FOLDER)
     else:
-        raise ConfigError("Data: choose a data set, or a folder below DATA_DIR.")
+        raise ConfigError("Data: choose a dataset, or a folder below DATA_DIR.")
     path = _resolve_inside(root, name)
     if path is None or not os.path.isdir(path):
         where = "in the studio" if data.startswith(DATASET) else "below DATA_DIR"

@@ -48,7 +48,7 @@ def estimate_run(settings: Mapping[str, Any], data: str) -> Estimate | None:
 
 
 def find_data_set_of(data: str) -> DataSet | None:
-    """Return the data set of the studio that a form names, or None for a folder below DATA_DIR."""
+    """Return the dataset of the studio that a form names, or None for a folder below DATA_DIR."""
     with contextlib.suppress(Problem):
         if data.startswith(DATASET):
             return DataSet.find(workspace(), services().settings, data.removeprefix(DATASET))

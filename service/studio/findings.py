@@ -1,4 +1,4 @@
-"""The findings of the last audit of a data set: which are left, which are ignored, and what training accepts therefore."""
+"""The findings of the last audit of a dataset: which are left, which are ignored, and what training accepts therefore."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ClassFinding:
 
 @dataclass(frozen=True)
 class Audit:
-    """The last audit of a data set, compared with the photos that are there now. ``report`` is None if there was none."""
+    """The last audit of a dataset, compared with the photos that are there now. ``report`` is None if there was none."""
 
     data_set: DataSet
     report: dict[str, Any] | None

@@ -1,7 +1,7 @@
-"""Fill a data set from a zip, from a folder on the server, or with drawn pictures, in the background.
+"""Fill a dataset from a zip, from a folder on the server, or with drawn pictures, in the background.
 
-The files are listed by ``finetune audit --files``, so that a data set from any source is read by the rules of training. They
-are prepared in the folder of uploads and land in the data set at the end.
+The files are listed by ``finetune audit --files``, so that a dataset from any source is read by the rules of training. They
+are prepared in the folder of uploads and land in the dataset at the end.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ NO_PHOTOS = "No photos were found. Put the photos of each class into a folder wi
 
 
 def import_zip(data_set: DataSet, archive: Path, *, check: Check) -> None:
-    """Unpack a zip into a data set, and delete the zip.
+    """Unpack a zip into a dataset, and delete the zip.
 
     Args:
-        data_set: The data set.
+        data_set: The dataset.
         archive: The zip.
         check: Raises UserError for a file that is not added.
 
     Raises:
-        Problem: The data set is busy.
+        Problem: The dataset is busy.
     """
 
     def work(report: Report) -> str:
@@ -55,16 +55,16 @@ def import_zip(data_set: DataSet, archive: Path, *, check: Check) -> None:
 
 
 def import_folder(data_set: DataSet, root: Path, name: str, *, check: Check) -> None:
-    """Copy the photos of a folder below DATA_DIR into a data set.
+    """Copy the photos of a folder below DATA_DIR into a dataset.
 
     Args:
-        data_set: The data set.
+        data_set: The dataset.
         root: DATA_DIR.
         name: The folder, relative to it.
         check: Raises UserError for a file that is not added.
 
     Raises:
-        Problem: There is no such folder inside DATA_DIR, or the data set is busy.
+        Problem: There is no such folder inside DATA_DIR, or the dataset is busy.
     """
     base = root.resolve()
     source = (base / name).resolve()
@@ -111,7 +111,7 @@ def _unpack(data_set: DataSet, archive: Path, folder: Path, report: Report) -> N
 
 
 def _land(data_set: DataSet, source: Path, report: Report, *, check: Check, copy: bool = False) -> str:
-    """Move or copy the photos of a folder into a data set, each into its class, and return a sentence about it."""
+    """Move or copy the photos of a folder into a dataset, each into its class, and return a sentence about it."""
     report("Reading the folders", total=-1)
     rows = list(_destinations(data_set, source))
     if not rows:

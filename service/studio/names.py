@@ -1,4 +1,4 @@
-"""Names of data sets, classes and photos: what may become a folder or a file on every operating system."""
+"""Names of datasets, classes and photos: what may become a folder or a file on every operating system."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP"
 
 
 def check_dataset_name(text: str) -> str:
-    """Return the name of a data set in its normal form. It has no dot, so that its side folders can be named after it.
+    """Return the name of a dataset in its normal form. It has no dot, so that its side folders can be named after it.
 
     Raises:
         Problem: The name is empty, too long, or has other characters than letters, digits, spaces, - and _.
@@ -36,7 +36,7 @@ def check_dataset_name(text: str) -> str:
     ):
         raise Problem(
             "bad_parameter",
-            f"A data set cannot be named {text[:MAX_CHARS]!r}. Use 1 to {MAX_CHARS} letters, digits, spaces, - and _, and start"
+            f"A dataset cannot be named {text[:MAX_CHARS]!r}. Use 1 to {MAX_CHARS} letters, digits, spaces, - and _, and start"
             " with a letter or digit.",
         )
     return name

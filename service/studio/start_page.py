@@ -21,7 +21,7 @@ bp = protect(Blueprint("studio", __name__, url_prefix="/studio"))
 
 @bp.get("")
 def start() -> Response:
-    """Show how to begin, and the data sets."""
+    """Show how to begin, and the datasets."""
     names = workspace().dataset_names()
     rows = []
     for name in names:
@@ -48,7 +48,7 @@ def start() -> Response:
 
 
 def free_name(name: str, taken: Iterable[str]) -> str:
-    """Return a name for a new data set, with a number if it is taken."""
+    """Return a name for a new dataset, with a number if it is taken."""
     used = {other.casefold() for other in taken}
     names = itertools.chain([name], (f"{name} {number}" for number in itertools.count(2)))
     return next(free for free in names if free.casefold() not in used)

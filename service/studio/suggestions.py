@@ -44,7 +44,7 @@ def suggest(data_set: DataSet, app: Services) -> None:
     """Classify the photos without a class with the active model, in the background at low priority.
 
     Raises:
-        Problem: The model knows none of the classes, or the data set is busy.
+        Problem: The model knows none of the classes, or the dataset is busy.
     """
     bundle, decoder = app.model_manager.get().bundle, app.model_manager.decoder
     if not set(bundle.classes) & set(data_set.classes()):
@@ -64,7 +64,7 @@ def suggest(data_set: DataSet, app: Services) -> None:
 
 
 def read_suggestions(data_set: DataSet) -> dict[str, Suggestion]:
-    """Return the suggestions by the path of their photo, the most useful first, without classes that the data set lacks."""
+    """Return the suggestions by the path of their photo, the most useful first, without classes that the dataset lacks."""
     rows = data_set.read_state("suggestions.json", {})
     known = set(data_set.classes())
     return {path: suggestion for path, row in rows.items() if (suggestion := Suggestion(*row)).label in known}

@@ -212,7 +212,7 @@ def _parse_form(values: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _audit(data: str) -> Audit | None:
-    """Return the last audit of a data set of the studio."""
+    """Return the last audit of a dataset of the studio."""
     data_set = find_data_set_of(data)
     return Audit.read(data_set) if data_set else None
 

@@ -1,13 +1,13 @@
-"""The studio's folder: data sets as ordinary image folders, training runs, and unfinished uploads.
+"""The studio's folder: datasets as ordinary image folders, training runs, and unfinished uploads.
 
 STUDIO_DIR/
   datasets/NAME/CLASS/       or NAME/SPLIT/CLASS/, as every command of ``finetune`` reads it
   datasets/NAME.unlabeled/   photos without a class
-  datasets/NAME.left-out/    photos that were left out, under their path in the data set
+  datasets/NAME.left-out/    photos that were left out, under their path in the dataset
   runs/NAME/                 what ``finetune train`` writes
   jobs/ID/                   log, progress and reviews of a training
   live.json                  the bundle that was put live (service/rollout/state.py)
-  state/                     what the studio knows of a data set: changes to undo, audits
+  state/                     what the studio knows of a dataset: changes to undo, audits
   uploads/                   files that are being received; safe to delete while the server is stopped
 """
 
@@ -71,7 +71,7 @@ class Workspace:
         return self.root / "uploads"
 
     def dataset_names(self) -> list[str]:
-        """Return the names of the data sets, sorted. A folder with a dot in its name belongs to one of them."""
+        """Return the names of the datasets, sorted. A folder with a dot in its name belongs to one of them."""
         entries = [entry for entry in self.datasets.iterdir() if entry.is_dir() and "." not in entry.name]
         return sorted((entry.name for entry in entries), key=str.casefold)
 

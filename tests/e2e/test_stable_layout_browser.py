@@ -47,7 +47,7 @@ class Studio:
     database: Database
 
     def data_set(self, name: str, photos: dict[str, bytes]) -> DataSet:
-        """Create a data set with photos by path."""
+        """Create a dataset with photos by path."""
         data_set = DataSet.create(Workspace.of(self.settings), self.settings, name)
         for path, data in photos.items():
             file = data_set.folder / path

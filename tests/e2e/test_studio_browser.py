@@ -1,4 +1,4 @@
-"""The studio in a browser: drop two folders of drawn pictures, and look at the data set. Skipped without Chromium."""
+"""The studio in a browser: drop two folders of drawn pictures, and look at the dataset. Skipped without Chromium."""
 
 from __future__ import annotations
 

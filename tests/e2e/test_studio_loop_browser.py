@@ -57,7 +57,7 @@ def test_the_loop(browser: Browser, server: Server, pictures: Pictures) -> None:
     shipped = predicted_by()
     with open_pages(browser, server.url) as open_page:
         page = open_page("/studio")
-        page.get_by_label("Name of the data set").fill("pets")
+        page.get_by_label("Name of the dataset").fill("pets")
         drop(page, pictures.root / "cats", pictures.root / "dogs")
         expect(page.locator(".lead")).to_have_text(f"{2 * pictures.count + 1} photos in 2 classes.")
 

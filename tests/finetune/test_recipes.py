@@ -1,4 +1,4 @@
-"""Every recipe in docs/recipes is valid, names its target accuracy and trains on a small substitute of its data set."""
+"""Every recipe in docs/recipes is valid, names its target accuracy and trains on a small substitute of its dataset."""
 
 from __future__ import annotations
 

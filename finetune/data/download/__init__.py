@@ -1,1 +1,1 @@
-"""Download public data sets of cats and dogs into an image folder."""
+"""Download public datasets of cats and dogs into an image folder."""

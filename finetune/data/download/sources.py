@@ -9,7 +9,7 @@ _GIGABYTE = 1 << 30
 
 @dataclass(frozen=True)
 class Source:
-    """A public data set and the layout of its archive.
+    """A public dataset and the layout of its archive.
 
     Attributes:
         description: One line for the help text.

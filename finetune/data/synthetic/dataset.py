@@ -1,4 +1,4 @@
-"""Write a labeled data set of drawn cats and dogs, to try the pipeline without a download."""
+"""Write a labeled dataset of drawn cats and dogs, to try the pipeline without a download."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ASPECTS = ((4, 3), (4, 3), (13, 10), (6, 5), (1, 1), (3, 4), (5, 6))
 
 @dataclass(frozen=True)
 class SyntheticDataset:
-    """Summary of a written data set. ``train`` and ``valid`` count the images of both classes together."""
+    """Summary of a written dataset. ``train`` and ``valid`` count the images of both classes together."""
 
     out: Path
     train: int
@@ -44,7 +44,7 @@ def write_synthetic_dataset(out: Path, *, train: int = 200, valid: int = 80, see
         out: The folder to create.
         train: Number of training images, both classes together.
         valid: Number of validation images, both classes together.
-        seed: Random seed. An image depends only on the seed, its split, class and number, so larger data sets contain the
+        seed: Random seed. An image depends only on the seed, its split, class and number, so larger datasets contain the
             images of smaller ones.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Built-in data sets: download, checks, folder layout, splits and training."""
+"""Built-in datasets: download, checks, folder layout, splits and training."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_damaged_download_is_rejected(mirror: ThreadingHTTPServer, tmp_path: P
 
 def test_another_data_set_or_a_folder_of_photos_is_not_overwritten(mirror: ThreadingHTTPServer, tmp_path: Path) -> None:
     make_dataset("mnist", tmp_path / "here")
-    with pytest.raises(DataError, match="contains the data set mnist, not cifar10"):
+    with pytest.raises(DataError, match="contains the dataset mnist, not cifar10"):
         make_dataset("cifar10", tmp_path / "here")
     (tmp_path / "photos" / "train").mkdir(parents=True)
     with pytest.raises(DataError, match="not empty"):

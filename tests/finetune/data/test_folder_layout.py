@@ -75,7 +75,7 @@ def test_splits_are_read_in_any_spelling_and_nesting(tmp_path: Path, train: str,
 
 
 def test_splits_with_the_same_folder_inside_are_read(tmp_path: Path) -> None:
-    """A popular data set of Kaggle has training_set/training_set/cats and test_set/test_set/cats."""
+    """A popular dataset of Kaggle has training_set/training_set/cats and test_set/test_set/cats."""
     splits(tmp_path, "training_set/training_set", "test_set/test_set")
     assert count(tmp_path) == BOTH
     assert read_dataset(tmp_path).samples[0].name == "training_set/training_set/cats/0.jpg"
@@ -196,7 +196,7 @@ def test_a_copy_of_the_class_folders_in_one_more_folder_is_not_a_class(tmp_path:
         ),
         (
             ["fold1/train/cats", "fold1/train/dogs", "fold2/train/cats", "fold2/train/dogs"],
-            "{root} contains several data sets: fold1 and fold2. Choose one of these folders.",
+            "{root} contains several datasets: fold1 and fold2. Choose one of these folders.",
         ),
         (
             ["train", "bus", "car"],

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face library, from local folders."""
+"""Datasets of the Hugging Face library, from local folders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save(root: Path, **splits: int) -> Path:
-    """Save a data set with so many images in each split, as ``save_to_disk`` does."""
+    """Save a dataset with so many images in each split, as ``save_to_disk`` does."""
     features = datasets.Features(
         {
             "photo": datasets.Image(),
@@ -102,9 +102,9 @@ def test_images_without_a_label_are_left_out(tmp_path: Path) -> None:
     [
         (
             {"text": ["a"], "label": [0]},
-            "has no column of images (found: text, label). Use a data set for image",
+            "has no column of images (found: text, label). Use a dataset for image",
         ),
-        ({"text": ["a"]}, "has no column of images (found: text). Use a data set for image"),
+        ({"text": ["a"]}, "has no column of images (found: text). Use a dataset for image"),
     ],
 )
 def test_other_data_sets_are_rejected(tmp_path: Path, columns: dict[str, list[Any]], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The synthetic data set: labels, variety, reproducibility and atomic output."""
+"""The synthetic dataset: labels, variety, reproducibility and atomic output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets on disk: adding, moving, undoing and deleting photos, within limits and without leaving their folder."""
+"""Datasets on disk: adding, moving, undoing and deleting photos, within limits and without leaving their folder."""
 
 from __future__ import annotations
 
@@ -131,16 +131,16 @@ def test_a_data_set_is_limited_in_bytes_in_photos_and_by_the_free_disk(settings:
     problem = error_of(add, pets, "cats/1.jpg", bytes(2000))
     assert (problem.code, problem.detail) == (
         "dataset_too_large",
-        "A data set may have 0.001 MB. Delete photos, or start another data set.",
+        "A dataset may have 0.001 MB. Delete photos, or start another dataset.",
     )
     add(pets, "cats/1.jpg")
     add(pets, "cats/2.jpg", b"two")
-    assert error_of(add, pets, "cats/3.jpg").detail == "A data set may have 2 photos. Delete photos, or start another data set."
+    assert error_of(add, pets, "cats/3.jpg").detail == "A dataset may have 2 photos. Delete photos, or start another dataset."
     full = dataclasses.replace(settings, studio_min_free_mb=100_000_000)
     problem = error_of(add, DataSet(Workspace.of(full), full, "pets"), "cats/1.jpg")
     assert problem.code == "storage_full"
     assert problem.detail.endswith(
-        " MB left, and 100,000,000 MB stay free. Delete a data set or a run, or ask the administrator for more space."
+        " MB left, and 100,000,000 MB stay free. Delete a dataset or a run, or ask the administrator for more space."
     )
     assert not any(full.resolved_studio_dir.joinpath("uploads").iterdir())
 
@@ -167,4 +167,4 @@ def test_a_deleted_data_set_leaves_nothing(pets: DataSet) -> None:
     pets.delete()
     left = [file for file in pets.workspace.root.rglob("*") if file.is_file() and file.suffix != ".lock"]
     assert left == []
-    assert error_of(add, pets, "cats/1.jpg").detail == "The data set pets was deleted or renamed."
+    assert error_of(add, pets, "cats/1.jpg").detail == "The dataset pets was deleted or renamed."

@@ -1,4 +1,4 @@
-"""Names of data sets, classes and photos, and where dropped files go."""
+"""Names of datasets, classes and photos, and where dropped files go."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_data_set_may_have_letters_digits_spaces_and_dashes(name: str) -> None
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "a.b", "../x", "con", "LPT1", "a" * 61, "-a", "a\nb", "x:y"])
 def test_a_data_set_with_another_name_is_rejected(name: str) -> None:
-    with pytest.raises(Problem, match="A data set cannot be named"):
+    with pytest.raises(Problem, match="A dataset cannot be named"):
         check_dataset_name(name)
 
 

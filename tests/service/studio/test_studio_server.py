@@ -49,7 +49,7 @@ def create(server: Server, name: str, **more: str) -> str:
 
 
 def finished(server: Server, data_set: str) -> dict[str, Any]:
-    """Return the task of a data set once it has ended."""
+    """Return the task of a dataset once it has ended."""
 
     def ended() -> dict[str, Any] | None:
         task: dict[str, Any] = server.get(f"{data_set}/files.json").json()["task"]

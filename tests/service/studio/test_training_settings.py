@@ -214,7 +214,7 @@ def test_no_other_folder_can_be_named(studio: Settings, data: str) -> None:
 
 
 def test_without_a_data_folder_only_data_sets_can_be_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^Data: choose a data set, or a folder below DATA_DIR\.$"):
+    with pytest.raises(ConfigError, match=r"^Data: choose a dataset, or a folder below DATA_DIR\.$"):
         resolve_data(Settings(studio=True, studio_dir=tmp_path), "folder:")
 
 
