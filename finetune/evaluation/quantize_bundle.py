@@ -73,8 +73,7 @@ def quantize_bundle(
             raise BundleError(f"int8 not kept: {reason}. No bundle was written.")
         with np.load(folder / GOLDEN) as arrays:
             golden = {name: arrays[name] for name in ("pixels", *bundle.engine_outputs)}
-        int8, manifest["int8"]["tolerance"] = golden_outputs(folder / INT8_GRAPH, golden["pixels"], bundle.engine_outputs)
-        golden |= int8
+        golden |= golden_outputs(folder / INT8_GRAPH, golden["pixels"], bundle.engine_outputs)
         np.savez_compressed(folder / GOLDEN, **golden)
         write_model_card(folder / MODEL_CARD, manifest)
 

@@ -141,8 +141,7 @@ def export_bundle(
                 graph, temperature=temperature, max_ood_score=rule.max_ood_score, before_timing=wait_for_plots
             )
             if manifest["int8"]["file"]:
-                int8, manifest["int8"]["tolerance"] = golden_outputs(folder / INT8_GRAPH, golden, outputs)
-                arrays |= int8
+                arrays |= golden_outputs(folder / INT8_GRAPH, golden, outputs)
         wait_for_plots()  # the speed is measured from here on
         if ood:
             seconds = time_output(graph, OOD_SCORE, start="embedding", batch_size=NUM_GOLDEN)
