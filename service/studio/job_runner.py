@@ -260,8 +260,12 @@ def main() -> None:
     settings = Settings.from_environment()
     logging.config.dictConfig(logging_config(settings.log_level, terminal=is_terminal()))
     url = settings.database_url or f"sqlite:///{default_data_dir() / 'reviews.db'}"
-    runner = JobRunner(settings, Database(url, timeout_s=settings.database_timeout_s))
-    runner.run(sys.stdin.fileno())
+    try:
+        database = Database(url, timeout_s=settings.database_timeout_s)
+    except UserError as error:
+        log.error("the queue of trainings is not available", extra={"reason": str(error)})
+        raise SystemExit(1) from None  # the supervisor starts it again
+    JobRunner(settings, database).run(sys.stdin.fileno())
 
 
 def _is_closed(lifeline: int, *, within_s: float) -> bool:

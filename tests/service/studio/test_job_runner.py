@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +20,8 @@ from service.studio import job_runner
 from service.studio.job_files import JobFiles
 from service.studio.job_runner import JobRunner
 from tests.conftest import NewDatabase
-from tests.helpers.server import is_running, poll
+from tests.helpers.databases import free_port
+from tests.helpers.server import environment, is_running, poll
 
 WAIT = "print('waiting', flush=True); import time; time.sleep(600)"
 IGNORES_SIGTERM = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAIT}"
@@ -182,6 +185,20 @@ def test_the_runner_ends_when_the_service_does(queue: Queue) -> None:
     os.close(writing)
     queue.runner.run(reading)
     os.close(reading)
+
+
+def test_a_database_that_is_down_is_logged() -> None:
+    settings = {"database_url": f"postgresql://tester@127.0.0.1:{free_port()}/reviews", "studio": 1}
+    ended = subprocess.run(
+        [sys.executable, "-m", "service.studio.job_runner"],
+        env=environment(settings),
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert json.loads(line)["message"] == "the queue of trainings is not available"
 
 
 def _group_exists(group: int) -> bool:
