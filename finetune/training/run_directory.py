@@ -126,8 +126,11 @@ def resumed_config(explicit: Mapping[str, Any]) -> Config:
 
 def require_same_settings(folder: Path, config: Config) -> None:
     """Raise RunError if ``config`` would lead to other weights than the settings of the run."""
-    saved = from_mapping(read_config(folder))
+    values = read_config(folder)
+    saved = from_mapping(values)
     for f in dataclasses.fields(Config):
+        if f.name not in values:
+            continue  # the run was started by a version without this setting
         before, now = getattr(saved, f.name), getattr(config, f.name)
         if before != now and (f.name not in CHANGEABLE_ON_RESUME or (f.name == "epochs" and config.lr_schedule == "cosine")):
             flag = f"--{f.name.replace('_', '-')}"
