@@ -58,9 +58,10 @@ def rejection_reason(
             f"{list_names(current.bundle.classes)}, in this order.",
         )
     if agreement.fraction < min_agreement and "disagreement" not in allow:
+        images = "image" if agreement.compared == 1 else "images"
         return IncompatibleBundle(
             "disagreement",
-            f"The bundle agrees with the current one on {agreement.agreed} of the last {agreement.compared} images, "
+            f"The bundle agrees with the current one on {agreement.agreed} of the last {agreement.compared} {images}, "
             f"but MIN_AGREEMENT is {min_agreement:.0%}.",
         )
     return None
