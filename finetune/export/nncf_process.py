@@ -23,6 +23,8 @@ HEAD_INPUT = "embedding"  # the output of the graph that the last layer reads
 def quantize(graph: Path, pixels: Path, out: Path, *, careful: bool) -> None:
     """Write a graph with int8 layers (QuantizeLinear, DequantizeLinear) up to the head, which stays in float32.
 
+    The resampling of pixels before the first convolution stays in float32 as well.
+
     Args:
         graph: The serving graph.
         pixels: The file of photos to choose the ranges of the activations from, (N, H, W, C) uint8.
@@ -32,7 +34,7 @@ def quantize(graph: Path, pixels: Path, out: Path, *, careful: bool) -> None:
     import nncf
 
     model, images = onnx.load(graph), np.load(pixels)
-    ignored = head_nodes(model) + (sensitive_nodes(model) if careful else [])
+    ignored = input_nodes(model) + head_nodes(model) + (sensitive_nodes(model) if careful else [])
     quantized = nncf.quantize(
         model,
         nncf.Dataset(images, lambda image: {model.graph.input[0].name: image[None]}),
@@ -41,6 +43,23 @@ def quantize(graph: Path, pixels: Path, out: Path, *, careful: bool) -> None:
         ignored_scope=nncf.IgnoredScope(names=ignored),
     )
     onnx.save(quantized, out)
+
+
+def input_nodes(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the multiplications before the first convolution: joined networks resample their pixels by them.
+
+    In int8, the pixels lose accuracy, and OpenVINO compiles the graph differently from time to time.
+    """
+    if not any(node.op_type == "Conv" for node in model.graph.node):
+        return []
+    behind: set[str] = set()
+    names = []
+    for node in model.graph.node:  # in the order of computation
+        if node.op_type == "Conv" or behind & set(node.input):
+            behind |= set(node.output)
+        elif node.op_type == "MatMul":
+            names.append(node.name)
+    return names
 
 
 def head_nodes(model: onnx.ModelProto) -> list[str]:

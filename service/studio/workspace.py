@@ -88,6 +88,6 @@ class Workspace:
         if free - size < self.min_free_bytes:
             raise Problem(
                 "storage_full",
-                f"The server's disk has {free // MIB:,} MB left, and {self.min_free_bytes // MIB:,} MB stay free. Delete a data"
-                " set or a run, or ask the administrator for more space.",
+                f"The server's disk has {free // MIB:,} MB left, and {self.min_free_bytes // MIB:,} MB stay free. Delete a "
+                "dataset or a run, or ask the administrator for more space.",
             )

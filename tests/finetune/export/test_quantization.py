@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from finetune.export import quantization
-from finetune.export.nncf_process import head_nodes, sensitive_nodes
+from finetune.export.nncf_process import head_nodes, input_nodes, sensitive_nodes
 from finetune.export.quantization import NNCFProcess, QuantizationData, add_int8_graph
 from models.artifacts.bundle import GOLDEN, GRAPH, INT8_GRAPH, Bundle, check_golden, open_bundle, write_bundle
 from models.artifacts.predictions import Predictions
@@ -378,3 +378,20 @@ def test_the_layers_that_stay_in_float32() -> None:
     head = [nodes[name] for name in head_nodes(model)]
     assert "Conv" not in {node.op_type for node in head}
     assert {"probabilities", "ood_score"} <= {output for node in head for output in node.output}
+
+
+def test_the_resampling_of_joined_networks_stays_in_float32() -> None:
+    def node(kind: str, source: str, target: str) -> onnx.NodeProto:
+        return onnx.helper.make_node(kind, [source, "weights"], [target], name=f"{kind}_{target}")
+
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("photos", "embedding")]
+    nodes = [
+        node("MatMul", "photos", "rows"),
+        node("MatMul", "rows", "pixels"),
+        node("Conv", "pixels", "features"),
+        node("MatMul", "features", "embedding"),
+    ]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "join", value[:1], value[1:]))
+    assert input_nodes(model) == ["MatMul_rows", "MatMul_pixels"]
+    without_convolution = onnx.helper.make_model(onnx.helper.make_graph(nodes[:1], "mlp", value[:1], value[1:]))
+    assert input_nodes(without_convolution) == []

@@ -274,7 +274,7 @@ def test_the_first_button_confirms_the_label_and_the_second_accepts_the_predicti
     if outcome == "incorrect":
         assert words == [f"Keep label: {row['label']}", f"Change to: {row['predicted']} (predicted)"]
     else:
-        assert words == [f"Keep label: {row['label']} (predicted)", "Prediction is the label"]
+        assert words == [f"Keep label: {row['label']} (predicted)", "Prediction matches label"]
         assert "disabled" in buttons[1][0]
         link = re.findall(r"data-explain=\"label\"><bdi>(\w+)</bdi> <small>(.*?)</small>", page)
         assert link == [(row["label"], "label and prediction")]

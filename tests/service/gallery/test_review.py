@@ -369,7 +369,8 @@ def test_a_production_photo_names_the_evaluated_one_with_the_same_bytes(server: 
     sent = poll(lambda: [row for row in rows(server, source="production") if row["sha256"] == evaluated["sha256"]])
     page = text(server.get(page_of(sent[0])))
     label = evaluated["label"]
-    assert page.count(f"Labeled {label} as {evaluated['photo']} (same photo, one review for both).") == 2  # panel and bar
+    note = f"Labeled {label} as {evaluated['photo']} (same photo, one review applies to all copies)."
+    assert page.count(note) == 2  # panel and bar
 
 
 # Live photos, and a server that dies
