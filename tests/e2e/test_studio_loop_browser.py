@@ -104,7 +104,7 @@ def test_the_loop(browser: Browser, server: Server, pictures: Pictures) -> None:
         page.get_by_role("link", name="second", exact=True).first.click()
 
         page.get_by_role("button", name="Put live").click()
-        expect(page.get_by_role("alert")).to_contain_text("agrees with the current one on 0 of the last 1 images")
+        expect(page.get_by_role("alert")).to_contain_text("agrees with the current one on 0 of the last 1 image,")
         page.get_by_label("Put it live anyway").check()
         page.get_by_role("button", name="Put live").click()
         expect(page.get_by_role("heading", name="This model is live")).to_be_visible()
