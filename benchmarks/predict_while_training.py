@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serve_speed import encode_request, read_photos, run_service, stream_responses
-from models.runtime.processor import instruction_sets
+from models.runtime.processor import instruction_sets, processor_name
 from service.settings import SHIPPED_BUNDLE
 from service.studio.job_progress import JobProgress
 
@@ -98,7 +98,7 @@ def main() -> int:
             if job["state"] == "finished":
                 shutil.rmtree(root / "cache")
                 print(f"The run without requests: {duration_s(client.train('alone', limit_s=args.limit)):.0f} s")
-    print(f"{processor()}: {', '.join(instruction_sets()) or 'unknown instruction sets'}")
+    print(f"{processor_name()}: {', '.join(instruction_sets()) or 'unknown instruction sets'}")
     return int(not is_good or job["state"] != "finished")
 
 
@@ -190,12 +190,6 @@ def print_table(periods: list[Period], *, baseline: float) -> bool:
 def duration_s(job: dict[str, Any]) -> float:
     started, ended = (datetime.fromisoformat(job[name]) for name in ("started_at", "ended_at"))
     return (ended - started).total_seconds()
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown processor")
 
 
 if __name__ == "__main__":

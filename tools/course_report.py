@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from models.networks.classifier import load_classifier  # noqa: E402
 from models.networks.flops import build_on_meta, count_parameters, input_shape  # noqa: E402
 from models.networks.hooks import forward_hooks  # noqa: E402
 from models.networks.registry import get_spec  # noqa: E402
+from models.runtime.processor import processor_name  # noqa: E402
 
 RECIPES = ROOT / "docs" / "recipes"
 RESULTS = RECIPES / "results.json"
@@ -99,10 +101,8 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def processor() -> str:
     """Return the name of this machine's processor and its number of CPUs."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    names = re.findall(r"^model name\s*: (.+)$", text, flags=re.MULTILINE)
-    clean = re.sub(r"\((?:R|TM)\)", "", names[0]) if names else "unknown processor"
-    return f"{' '.join(clean.split())}, {len(names)} CPUs"
+    clean = re.sub(r"\((?:R|TM)\)", "", processor_name())
+    return f"{' '.join(clean.split())}, {os.cpu_count()} CPUs"
 
 
 def draw(run: Path, name: str) -> None:

@@ -32,7 +32,7 @@ from benchmarks.compare_servers.servers import CPUS, PEERS, Server, missing_pack
 from benchmarks.serve_speed import find_photos, measure_undisturbed, send_requests
 from benchmarks.soak import memory_mib
 from models.artifacts.bundle import open_bundle
-from models.runtime.processor import instruction_sets
+from models.runtime.processor import instruction_sets, processor_name
 from service.settings import SHIPPED_BUNDLE
 
 SERVICE = "service"
@@ -200,14 +200,9 @@ def _ratio(values: Sequence[float]) -> str:
 
 def processor() -> str:
     """Describe the processor and the instruction sets that decide how fast a network is."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     own = set(instruction_sets())
     features = ", ".join(f"{'with' if own & set(flags) else 'without'} {name}" for name, flags in FEATURES.items())
-    return f"{next(names, 'unknown processor')}, {CPUS} CPUs, {features} ({' '.join(instruction_sets()) or 'no list'})"
+    return f"{processor_name()}, {CPUS} CPUs, {features} ({' '.join(instruction_sets()) or 'no list'})"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The instruction sets of this processor that decide how fast a numeric precision is."""
+"""The name of this processor, and its instruction sets that decide how fast a numeric precision is."""
 
 from __future__ import annotations
 
@@ -26,13 +26,20 @@ INT8 = {"avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm"}
 @functools.cache
 def instruction_sets() -> tuple[str, ...]:
     """Return the relevant instruction sets of this processor, in a fixed order. Empty if the system does not list them."""
+    own = set((_cpu_info("flags") or _cpu_info("Features")).split())
+    return tuple(flag for flag in RELEVANT if flag in own)
+
+
+def processor_name() -> str:
+    """Return the name of this processor, such as "Intel(R) Xeon(R) Processor @ 2.80GHz"."""
+    return _cpu_info("model name") or "unknown processor"
+
+
+def _cpu_info(field: str) -> str:
+    """Return a field of the first CPU, or "" if the system does not list it."""
     try:
         lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ()
-    for line in lines:
-        name, _, values = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            own = set(values.split())
-            return tuple(flag for flag in RELEVANT if flag in own)
-    return ()
+        return ""
+    rows = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in rows if name.strip() == field), "")
