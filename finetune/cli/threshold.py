@@ -91,7 +91,7 @@ def _choose_limit(bundle: Bundle, evaluation: HeldOutPredictions | None, false_a
         BundleError: The bundle or the evaluation has no scores.
         ConfigError: The rate is out of range.
     """
-    from finetune.evaluation.fit_ood import read_ood_scores
+    from finetune.evaluation.held_out import read_ood_scores
     from finetune.evaluation.thresholds import LimitChange
     from finetune.metrics.ood_detection import fit_limit
 

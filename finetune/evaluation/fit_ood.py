@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 from finetune.data.duplicates import find_linked
 from finetune.data.inspection import ImageRecord
 from finetune.metrics.ood_detection import OODLimit, StackedRows, assign_groups_to_folds, fit_limit, fit_ood, out_of_fold_scores
-from models.artifacts.bundle import Bundle, check_file
 from models.artifacts.data_folder import is_neither
-from models.artifacts.ood_score import OOD_SCORES_FILE, HeldOutOODScores, OODParameters
-from models.errors import BundleError
+from models.artifacts.ood_score import OODParameters
 
 OUT_OF_FOLD, VALIDATION = "training and validation, out of fold", "validation"
 
@@ -108,18 +106,3 @@ def neither_folder(image_name: str, label_table: Path | None) -> str:
     if label_table:
         return label_table.name
     return next(str(folder) for folder in PurePosixPath(image_name).parents if is_neither(folder.name))
-
-
-def read_ood_scores(bundle: Bundle) -> HeldOutOODScores:
-    """Read the scores from which the limit of a bundle was chosen.
-
-    Raises:
-        BundleError: The bundle has none, or the file was modified.
-    """
-    if OOD_SCORES_FILE not in bundle.manifest["files"]:
-        raise BundleError(
-            f"The bundle {bundle.path} has no OOD scores of photos that were not used in training. Run `finetune evaluate "
-            f"{bundle.path} --folds 5 --data-dir DATA`, and pass its output folder with --evaluation."
-        )
-    check_file(bundle.path, OOD_SCORES_FILE, bundle.manifest["files"])
-    return HeldOutOODScores.read(bundle.path / OOD_SCORES_FILE)

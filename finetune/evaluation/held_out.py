@@ -1,4 +1,4 @@
-"""Predictions of images that a model was not trained on, from which its thresholds are selected. A bundle contains them."""
+"""Predictions and OOD scores of images that a model was not trained on, from which its decision rule is selected."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from finetune.metrics.operating_points import LEVEL, TopPredictions, abstention,
 from models.artifacts.atomic_io import atomic_write
 from models.artifacts.bundle import HELD_OUT, Bundle, check_file
 from models.artifacts.evaluation import BUNDLE_KIND, OUT_OF_FOLD, open_predictions
+from models.artifacts.ood_score import OOD_SCORES_FILE, HeldOutOODScores
 from models.errors import BundleError, ConfigError
 
 VALIDATION = "validation"
@@ -83,18 +84,21 @@ def read_held_out(bundle: Bundle) -> HeldOutPredictions:
     Raises:
         BundleError: The bundle has none, or the file was modified.
     """
-    if HELD_OUT not in bundle.manifest["files"]:
-        raise BundleError(
-            f"The bundle {bundle.path} has no out-of-fold predictions. Run `finetune evaluate {bundle.path} --folds 5 "
-            "--data-dir DATA`, and pass its output folder with --evaluation."
-        )
-    check_file(bundle.path, HELD_OUT, bundle.manifest["files"])
-    with np.load(bundle.path / HELD_OUT) as arrays:
+    with np.load(_find_file(bundle, HELD_OUT, "out-of-fold predictions")) as arrays:
         top = TopPredictions(
             arrays["labels"].astype(np.int64), arrays["predicted"].astype(np.int64), arrays["confidences"].astype(np.float64)
         )
     points = bundle.manifest["operating_points"]
     return HeldOutPredictions(top, points["source"], points["folds"])
+
+
+def read_ood_scores(bundle: Bundle) -> HeldOutOODScores:
+    """Read the scores from which the limit of a bundle was chosen.
+
+    Raises:
+        BundleError: The bundle has none, or the file was modified.
+    """
+    return HeldOutOODScores.read(_find_file(bundle, OOD_SCORES_FILE, "OOD scores of photos that were not used in training"))
 
 
 def read_evaluation(path: Path, bundle: Bundle) -> HeldOutPredictions:
@@ -113,3 +117,14 @@ def read_evaluation(path: Path, bundle: Bundle) -> HeldOutPredictions:
     predictions = evaluation.predictions()
     top = TopPredictions.of(predictions.labels, predictions.probabilities)
     return HeldOutPredictions(top, evaluation.kind, evaluation.folds, predictions.ood_scores, predictions.group_numbers)
+
+
+def _find_file(bundle: Bundle, name: str, contents: str) -> Path:
+    """Return the path of a file of held-out results. Raises BundleError if the bundle lacks it, or if it was modified."""
+    if name not in bundle.manifest["files"]:
+        raise BundleError(
+            f"The bundle {bundle.path} has no {contents}. Run `finetune evaluate {bundle.path} --folds 5 --data-dir DATA`, and "
+            "pass its output folder with --evaluation."
+        )
+    check_file(bundle.path, name, bundle.manifest["files"])
+    return bundle.path / name

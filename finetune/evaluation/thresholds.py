@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.evaluation.fit_ood import read_ood_scores
-from finetune.evaluation.held_out import HeldOutPredictions
+from finetune.evaluation.held_out import HeldOutPredictions, read_ood_scores
 from finetune.io.output_folder import require_empty_folder
 from finetune.metrics.ood_detection import OODLimit, measure_ood
 from finetune.metrics.operating_points import min_probabilities

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from finetune.config import from_mapping
-from finetune.evaluation.fit_ood import read_ood_scores
+from finetune.evaluation.held_out import read_ood_scores
 from finetune.metrics.abstention import describe_abstention, measure_abstention
 from finetune.metrics.ood_detection import OODLimit, fit_limit
 from models.artifacts.atomic_io import sha256_of
