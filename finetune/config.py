@@ -16,7 +16,7 @@ import yaml
 from models.artifacts.bundle import name_problem
 from models.artifacts.tuning_result import PRESETS, SELECTED_BY_PRESET
 from models.errors import ConfigError, did_you_mean
-from models.networks.spec import LINEAR, LOGISTIC, PLAIN, STANDARD, UNIT, Recipe
+from models.networks.spec import EPOCH_SETTINGS, LINEAR, LOGISTIC, PLAIN, STANDARD, UNIT, Recipe
 
 BALANCED, NONE, TRAINING, EQUAL = "balanced", "none", "training", "equal"
 HUB = "hf://"  # begins the name of a dataset of the Hugging Face Hub
@@ -34,8 +34,6 @@ SHARED_SETTINGS = (
     "cache_dir",
     "cache_limit_mb",
 )
-# Settings of training in epochs, which --head logistic does not have.
-EPOCH_SETTINGS = ("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "patience")
 
 
 def _setting(default: Any, help: str, **extra: Any) -> Any:

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.folder_layout import KNOWN_NAMES
-from models.artifacts.data_folder import TEST, VALID, class_name, is_reserved, split_of
+from models.artifacts.data_folder import TABLE_EXTENSIONS, TEST, VALID, class_name, is_reserved, is_table_name, split_of
 from models.artifacts.text_table import decode_text, read_text_table
 from models.errors import DataError, did_you_mean
 
 IMAGE, LABEL, SPLIT, GROUP = "image", "label", "split", "group"
 REQUIRED, KNOWN = (IMAGE, LABEL), (IMAGE, LABEL, SPLIT, GROUP)
-SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
 MAX_NAMED = 10  # bad rows in an error message
 MAX_SHOWN_CHARS = 60
 MAX_LABEL_CHARS = 200
@@ -101,7 +100,7 @@ class LabelTable:
 
 def is_table(path: Path) -> bool:
     """Return whether a path has the suffix of a table of labels."""
-    return path.suffix.lower() in SUFFIXES
+    return is_table_name(path.name)
 
 
 def read_label_table(path: Path, root: Path) -> LabelTable:
@@ -115,7 +114,7 @@ def read_label_table(path: Path, root: Path) -> LabelTable:
         DataError: The table cannot be read, lacks a column, or has bad rows. The message names up to ten of them.
     """
     if not is_table(path):
-        raise DataError(f"{path} is not a table of labels. Expected a file that ends with {', '.join(SUFFIXES)}.")
+        raise DataError(f"{path} is not a table of labels. Expected a file that ends with {', '.join(TABLE_EXTENSIONS)}.")
     if not root.is_dir():
         raise DataError(f"No such folder: {root}. --data-dir is the folder that the paths in {path.name} are relative to.")
     try:

@@ -1,4 +1,4 @@
-"""The conventions of a data folder: which names are splits, which are classes, and which files are images."""
+"""The conventions of a data folder: which names are splits or classes, and which files are images or tables of labels."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ EXTENSIONS = (
     ".jpg", ".jpeg", ".jfif", ".mpo", ".png", ".webp", ".avif", ".heic", ".heif", ".hif", ".gif", ".bmp", ".tif", ".tiff",
     ".ppm", ".pgm",
 )  # fmt: skip
+TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet", ".jsonl")  # of a table of labels
 TRAIN, VALID, TEST = "train", "valid", "test"
 NEITHER_FOLDERS = ("none", "neither")  # next to the class folders: photos of none of the classes
 RESERVED_CLASSES = ("unlabeled",)  # the gallery's name for photos without a label
@@ -46,3 +47,8 @@ def is_reserved(text: str) -> bool:
 def is_image_name(name: str) -> bool:
     """Return whether a file has the name of an image."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
+def is_table_name(name: str) -> bool:
+    """Return whether a file has the name of a table of labels."""
+    return os.path.splitext(name)[1].lower() in TABLE_EXTENSIONS

@@ -55,6 +55,8 @@ class WeightsSource:
 
 
 LINEAR, LOGISTIC = "linear", "logistic"
+# Settings of training in epochs, which a logistic head does not have.
+EPOCH_SETTINGS = ("epochs", "optimizer", "lr", "momentum", "weight_decay", "lr_schedule", "patience")
 UNIT, STANDARD, PLAIN = "unit", "standard", "none"
 
 

@@ -15,7 +15,7 @@ from service.studio.findings import CLASSES, Audit, data_fingerprint
 from service.studio.start_page import page
 
 REFRESH_S = 2
-MAX_GROUPS = 40  # of a kind on the page; the next ones follow once these are done
+MAX_GROUPS = 40  # findings of a kind on the page; more are shown once these are resolved
 TITLES = {
     "leakage": "The same photo for training and for validation",
     "conflicts": "The same photo in two classes",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from models.artifacts.data_folder import TABLE_EXTENSIONS, is_table_name
 from models.errors import ConfigError
 from service.settings import Settings
 
-TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
 DATASET, FOLDER = "dataset:", "folder:"  # begin the name of a dataset, or a path below DATA_DIR
 
 
@@ -40,8 +40,8 @@ def resolve_data(settings: Settings, data: str) -> Path:
 def resolve_table(folder: Path, name: str) -> Path:
     """Return the table of labels that a form names by its path below the data folder. Raises ConfigError if there is none."""
     path = _resolve_inside(folder, name)
-    if path is None or not os.path.isfile(path) or path.suffix.lower() not in TABLE_SUFFIXES:
-        raise ConfigError(f"Table of labels: the data folder has no table {name[:80]!r} ({', '.join(TABLE_SUFFIXES)}).")
+    if path is None or not os.path.isfile(path) or not is_table_name(path.name):
+        raise ConfigError(f"Table of labels: the data folder has no table {name[:80]!r} ({', '.join(TABLE_EXTENSIONS)}).")
     return path
 
 

@@ -12,6 +12,7 @@ from models.artifacts.atomic_io import atomic_write
 from models.artifacts.reviews import NOTE, Review, write_reviews
 from models.artifacts.tuning_result import PRESETS, TUNING_FILE, default_tuning_dir, read_preset
 from models.errors import ConfigError
+from models.networks.spec import EPOCH_SETTINGS
 from service.context import gallery, services, workspace
 from service.db.training_jobs import FINISHED, TrainingJob, get_job, list_jobs, submit_job
 from service.gallery.commands import find_bundle
@@ -27,7 +28,6 @@ from service.studio.finetune_process import NOT_INSTALLED, is_installed
 from service.studio.job_files import JobFiles
 from service.studio.start_page import page
 from service.studio.training_settings import (
-    EPOCH_FIELDS,
     FIELDS,
     LOGISTIC_FIELDS,
     NETWORKS,
@@ -41,7 +41,7 @@ MAX_ACTOR = 80
 MAX_NAME = 50
 OTHER_NETWORK = "other_backbone"  # a text field next to the list of networks
 # What the time depends on:
-ESTIMATED = ("data", "backbone", OTHER_NETWORK, "head", *EPOCH_FIELDS, *UNFROZEN_FIELDS, *LOGISTIC_FIELDS)
+ESTIMATED = ("data", "backbone", OTHER_NETWORK, "head", *EPOCH_SETTINGS, *UNFROZEN_FIELDS, *LOGISTIC_FIELDS)
 
 bp = protect(Blueprint("training", __name__, url_prefix="/studio"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import ConfigError
-from models.networks.spec import LINEAR, LOGISTIC, PLAIN, STANDARD, UNIT
+from models.networks.spec import EPOCH_SETTINGS, LINEAR, LOGISTIC, PLAIN, STANDARD, UNIT
 from service.studio.data_source import resolve_table
 
 NETWORK = re.compile(r"[A-Za-z0-9][\w.:/+-]{0,199}", re.ASCII)
@@ -54,17 +54,8 @@ class TrainingField:
 
 
 RECIPE = "Leave empty for the value of the network's recipe."
-EPOCH_FIELDS = (
-    "epochs",
-    "optimizer",
-    "lr",
-    "momentum",
-    "weight_decay",
-    "lr_schedule",
-    "patience",
-)  # those of the linear head
 UNFROZEN_FIELDS = ("unfreeze", "augment")  # with these, every epoch runs the complete network
-LOGISTIC_FIELDS = ("penalty", "normalization")  # of the logistic head
+LOGISTIC_FIELDS = ("penalty", "normalization")  # a linear head does not have these
 DEFAULTS: dict[str, Any] = {  # defaults of `finetune train`; other fields have none, or that of the network's recipe
     "normalization": UNIT,
     "augment": False,
@@ -184,7 +175,7 @@ def chosen_head(settings: Mapping[str, Any]) -> str:
         return str(settings["head"])
     if any(name in settings for name in LOGISTIC_FIELDS):
         return LOGISTIC
-    return LINEAR if any(name in settings for name in (*EPOCH_FIELDS, *UNFROZEN_FIELDS)) else ""
+    return LINEAR if any(name in settings for name in (*EPOCH_SETTINGS, *UNFROZEN_FIELDS)) else ""
 
 
 def form_values(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -240,7 +231,7 @@ def _check_head(settings: dict[str, Any]) -> None:
     conflicts: Mapping[str, tuple[str, ...]] = {}
     if head == LOGISTIC:
         conflicts = {
-            "logistic regression has no epochs": EPOCH_FIELDS,
+            "logistic regression has no epochs": EPOCH_SETTINGS,
             "logistic regression needs frozen layers": UNFROZEN_FIELDS,
         }
     elif head == LINEAR:

@@ -10,10 +10,10 @@ import pytest
 from finetune import config
 from models.errors import ConfigError
 from service.settings import Settings
+from service.studio import training_settings
 from service.studio.data_source import describe_data, resolve_data
 from service.studio.training_settings import (
     DEFAULTS,
-    EPOCH_FIELDS,
     FIELDS,
     chosen_head,
     form_values,
@@ -68,7 +68,7 @@ def test_every_field_is_a_setting_of_the_command() -> None:
 def test_defaults_and_settings_of_epochs_are_those_of_the_command() -> None:
     fields = config.Config.__dataclass_fields__
     assert {name: fields[name].default for name in DEFAULTS} == DEFAULTS
-    assert set(EPOCH_FIELDS) == set(config.EPOCH_SETTINGS)
+    assert set(training_settings.EPOCH_SETTINGS) == set(config.EPOCH_SETTINGS)
 
 
 @pytest.mark.parametrize(
